@@ -1,0 +1,5 @@
+"""`python -m minimind` is `minimind`."""
+
+from minimind.cli.main import main
+
+main()

@@ -1,0 +1,136 @@
+"""The command `minimind`: its verbs, and what a user sees when something goes wrong."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from minimind import __version__
+from minimind.errors import MinimindError
+
+_OUT_OF_MEMORY = (
+    "too little memory{detail}. In training, lower training.micro_batch (windows at once) or "
+    "data.window; else take a smaller model, or another --device"
+)
+
+
+class _Verbs(TyperGroup):
+    """The verbs; whatever one of them raises ends here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_as_messages():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Turn what users and their machines can cause into one line on stderr and an exit status.
+
+    1 for an error, 130 for Ctrl-C. What is left over, with its traceback, is a bug of ours.
+    """
+    try:
+        yield
+        sys.stdout.flush()  # so that a closed pipe is met here, not while Python shuts down
+    except MinimindError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except MemoryError:
+        _fail(_OUT_OF_MEMORY.format(detail=""))
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        _fail(_system_error(error))
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(_OUT_OF_MEMORY.format(detail=f" ({str(error).splitlines()[0]})"))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _system_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return (
+            f"{where}the disk is full. Free some space and give the same command again: "
+            "what is finished is kept"
+        )
+    return f"{where}{error.strerror or error}"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Torch tells it by a class of its own on GPUs, by words alone on CPUs and on Apple's."""
+    words = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
+
+
+app = typer.Typer(
+    name="minimind",
+    cls=_Verbs,
+    # Plain help pages: rich would cost as much time as all the rest of `minimind --help`.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"minimind {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Train a small GPT from zero on your own computer.
+
+    Begin with `minimind demo`. KEY=VALUE changes a setting of a recipe, such as optim.lr=3e-4.
+    """
+
+
+for _file, _verbs in {
+    "demo": ["demo"],
+    "tokenizer": ["app"],
+    "data": ["app"],
+    "train": ["pretrain", "sft", "train"],
+    "generate": ["generate"],
+    "chat": ["chat"],
+}.items():
+    if find_spec(f"minimind.cli.{_file}") is None:
+        continue
+    _module = import_module(f"minimind.cli.{_file}")
+    for _verb in _verbs:
+        if _verb == "app":
+            app.add_typer(_module.app, name=_file)
+        else:
+            app.command()(getattr(_module, _verb))
+
+
+def main() -> None:
+    """Run the command line."""
+    # A terminal that lacks a character shows "?" for it rather than stopping the run.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    app(prog_name="minimind")

@@ -1,0 +1,171 @@
+"""`minimind pretrain`, `minimind sft`, and `minimind train RECIPE` behind them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind.cli import console
+from minimind.errors import UsageError
+
+if TYPE_CHECKING:
+    from minimind.config import ResolvedRecipe
+    from minimind.config.settings import Recipe
+    from minimind.model import Transformer
+    from minimind.tokenizer import Tokenizer
+    from minimind.training.stage import StageResult, WriteSamples
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe, and settings to change."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="File, folder or glob (quoted), with @WEIGHT if wanted; give it again."),
+]
+Out = Annotated[str | None, typer.Option(help="Run directory.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over, forgetting an earlier run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run; stop if there is none.")]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Show each setting and where it came from, and stop.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Prepare everything, say what would be done, and stop.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the final figures here too.")]
+
+
+def pretrain(
+    arguments: Arguments = None,
+    data: Data = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory.")] = None,
+    out: Out = None,
+    device: Device = None,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    explain: Explain = False,
+    dry_run: DryRun = False,
+    json: Json = None,
+) -> None:
+    """Train a new model on running text."""
+    flags = {"objective": "pretrain", "data.sources": data, "tokenizer": tokenizer}
+    flags |= {"out": out, "device": device}
+    _stage(arguments, "pretrain-small", flags, fresh, resume, explain, dry_run, json)
+
+
+def sft(
+    arguments: Arguments = None,
+    model: Annotated[str | None, typer.Option(help="Model or run directory to start from.")] = None,
+    data: Data = None,
+    out: Out = None,
+    device: Device = None,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    explain: Explain = False,
+    dry_run: DryRun = False,
+    json: Json = None,
+) -> None:
+    """Fine-tune a model on conversations, single and multi turn."""
+    flags = {"objective": "sft", "data.sources": data, "model.init": model}
+    flags |= {"out": out, "device": device}
+    _stage(arguments, "sft-small", flags, fresh, resume, explain, dry_run, json)
+
+
+def train(
+    arguments: Arguments = None,
+    out: Out = None,
+    device: Device = None,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    explain: Explain = False,
+    dry_run: DryRun = False,
+    json: Json = None,
+) -> None:
+    """Run the stage that a recipe describes."""
+    flags = {"out": out, "device": device}
+    _stage(arguments, None, flags, fresh, resume, explain, dry_run, json)
+
+
+def _stage(
+    arguments: list[str] | None,
+    standard_recipe: str | None,
+    flags: dict[str, Any],
+    fresh: bool,
+    resume: bool,
+    explain: bool,
+    dry_run: bool,
+    json: Path | None,
+) -> None:
+    from minimind.config import explain as explanation
+    from minimind.training.stage import prepare_stage, run_stage
+
+    resolved = _resolve(arguments or [], standard_recipe, flags)
+    if explain:
+        console.show(explanation(resolved))
+        return
+    recipe = resolved.recipe
+    if fresh and resume:
+        raise UsageError("--fresh and --resume exclude each other; give one of them")
+    run = Path(recipe.out or "")
+    if resume and not (run / "recipe.toml").is_file():
+        raise UsageError(f"{run or 'no --out'}: there is no run to go on with; leave out --resume")
+    reporter = console.RichReporter()
+    if dry_run:
+        prepare_stage(recipe, reporter=reporter)
+        return
+    result = run_stage(
+        recipe, reporter=reporter, fresh=fresh, write_samples=sampler(recipe, reporter)
+    )
+    finish(result, json)
+
+
+def _resolve(
+    arguments: list[str], standard_recipe: str | None, flags: dict[str, Any]
+) -> "ResolvedRecipe":
+    """Recipe, then KEY=VALUE, then flags: the later wins."""
+    from minimind.config import load_recipe
+
+    overrides = [argument for argument in arguments if "=" in argument]
+    recipes = [argument for argument in arguments if "=" not in argument]
+    if len(recipes) > 1:
+        raise UsageError(
+            f"two recipes are given, {recipes[0]} and {recipes[1]}. If one is data: repeat --data "
+            'before each file, or quote the pattern: --data "texts/*.jsonl"'
+        )
+    name = recipes[0] if recipes else standard_recipe
+    if name is None:
+        raise UsageError("which recipe? Give a TOML file, or a name such as pretrain-small")
+    given = {key: value for key, value in flags.items() if value}
+    return load_recipe(name, overrides=overrides, flags=given)
+
+
+def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples":
+    """A callback that lets the model continue or answer the recipe's prompts, and shows it."""
+
+    def write(model: "Transformer", tokenizer: "Tokenizer") -> list[dict[str, str]]:
+        from minimind.inference.asking import answer_all, continue_all
+
+        prompts = recipe.validation.prompts
+        chat = recipe.objective == "sft"
+        texts = (answer_all if chat else continue_all)(model, tokenizer, prompts)
+        model.train()
+        for prompt, text in zip(prompts, texts, strict=True):
+            reporter.say(f"  {prompt} → {text}" if chat else f"  {prompt}{text}")
+        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+
+    return write
+
+
+def finish(result: "StageResult", json: Path | None) -> None:
+    """Say how it ended; a stopped run ends with exit status 130 like any interrupted program."""
+    if json:
+        console.write_json(json, result.summary)
+    if result.model is None:
+        done = result.summary["steps"]
+        console.say(f"stopped after step {done:,}; the same command goes on from there")
+        raise typer.Exit(130)
+    console.show_figures(result.run.name, result.summary)
+    verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
+    prompt = ' "..."' if verb == "generate" else ""
+    console.say(f"The model is in {result.model}. Try it: minimind {verb} {result.run}{prompt}")

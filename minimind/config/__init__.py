@@ -1,0 +1,24 @@
+"""Recipes and settings: everything a run can be told."""
+
+from minimind.config.explain import explain
+from minimind.config.load import (
+    ResolvedRecipe,
+    difference,
+    dump_recipe,
+    load_recipe,
+    packaged_recipes,
+)
+from minimind.config.model import PRESETS, ModelConfig
+from minimind.config.settings import Recipe
+
+__all__ = [
+    "PRESETS",
+    "ModelConfig",
+    "Recipe",
+    "ResolvedRecipe",
+    "difference",
+    "dump_recipe",
+    "explain",
+    "load_recipe",
+    "packaged_recipes",
+]

@@ -1,0 +1,31 @@
+"""Each setting of a run, and where it came from: what `--explain` shows."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from minimind.config.load import ResolvedRecipe, setting_names, toml_value
+
+
+def explain(resolved: ResolvedRecipe) -> Table:
+    """A table of every setting, its value and its origin; defaults are dim."""
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    table.columns[2].overflow = "fold"
+    values = resolved.recipe.model_dump()
+    for key in setting_names():
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        origin = _origin(key, resolved.origins)
+        row = (key, "" if value is None else toml_value(value), origin or "default")
+        table.add_row(*map(Text, row), style=None if origin else "dim")
+    return table
+
+
+def _origin(key: str, origins: dict[str, str]) -> str | None:
+    """Where the setting, or the whole group that holds it, was given."""
+    while key not in origins and "." in key:
+        key = key.rpartition(".")[0]
+    return origins.get(key)

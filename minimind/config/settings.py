@@ -1,0 +1,156 @@
+"""Every setting of a run: one small class a concern, put together by `Recipe`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from minimind.config.model import PRESETS, ModelConfig
+
+SCHEMAS = Literal["auto", "text", "conversations", "messages", "sharegpt", "alpaca", "qa", "pairs"]
+
+
+class _Settings(BaseModel):
+    # Strict: "64" is no number and `true` no 1; what a recipe says is what the run does.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Settings):
+    """Where the model comes from: a directory to go on with, or a preset to start from zero."""
+
+    init: str | None = Field(None, description="Model directory to start from.")
+    preset: str = Field("small", description="Named shape of a new model.")
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int | None = None
+    rope_theta: float | None = None
+    rms_norm_eps: float | None = None
+    qk_norm: bool | None = None
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            raise ValueError(f"it should be one of {', '.join(PRESETS)}")
+        return preset
+
+    def shape(self, vocab_size: int) -> ModelConfig:
+        """The resolved shape of a new model with `vocab_size` words."""
+        own = self.model_dump(exclude={"init", "preset"}, exclude_none=True)
+        return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
+
+
+class Source(_Settings):
+    """One part of the data: a file, folder or glob, and how many times an epoch sees it."""
+
+    path: str
+    weight: float = Field(1.0, gt=0, description="3 = seen three times an epoch, 0.5 = half.")
+
+
+def _source(value: object) -> object:
+    """Accept `"path"` and `"path@weight"` where a table is meant."""
+    if not isinstance(value, str):
+        return value
+    path, at, weight = value.rpartition("@")
+    if at:
+        try:
+            return {"path": path, "weight": float(weight)}
+        except ValueError:
+            pass  # an "@" that belongs to the path
+    return {"path": value}
+
+
+class DataSettings(_Settings):
+    """What is read, and how it is cut into windows."""
+
+    sources: list[Annotated[Source, BeforeValidator(_source)]] = Field(
+        default_factory=list, description='Data: "path", "path@weight", or {path, weight}.'
+    )
+    validation: list[str] = Field(
+        default_factory=list, description="Held-out data; else a share of the sources."
+    )
+    validation_fraction: float = Field(0.005, ge=0, le=0.5, description="Share held out.")
+    record_schema: SCHEMAS = Field("auto", description="Schema of the records, or 'auto'.")
+    window: int = Field(512, ge=8, description="Tokens a training window.")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="More bad lines stop the run.")
+    store: str | None = Field(None, description="Folder of token stores; default: the cache.")
+    workers: int = Field(0, ge=0, description="Tokenizing processes; 0 = one a core.")
+
+
+class OptimSettings(_Settings):
+    """AdamW, or Muon for the matrices of the layers with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "muon"
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of Muon.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="On matrices only.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
+
+
+class ScheduleSettings(_Settings):
+    """Warmup, then cosine, or stable and a linear decay at the end (WSD)."""
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = Field(0.02, ge=0, le=1, description="Share of the steps that warm up.")
+    decay: float = Field(0.2, ge=0, le=1, description="Share of the steps that decay (WSD).")
+    final: float = Field(0.1, ge=0, le=1, description="Last learning rate, as a share of the peak.")
+
+
+class TrainingSettings(_Settings):
+    """How long, in what batches, and in what numbers."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the data, unless steps is given.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
+    batch: int = Field(64, ge=1, description="Windows an optimizer step.")
+    micro_batch: int | None = Field(None, ge=1, description="Windows at once; None = by device.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: bool = Field(False, description="torch.compile: pays on long runs only.")
+    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    trackers: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> "TrainingSettings":
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})"
+            )
+        return self
+
+
+class ValidationSettings(_Settings):
+    """Bits per byte on held-out data, and a look at what the model writes."""
+
+    every: int = Field(500, ge=1, description="Steps between validations; also at the end.")
+    windows: int = Field(64, ge=1, description="Windows a validation reads, at most.")
+    prompts: list[str] = Field(default_factory=list, description="Prompts continued each time.")
+
+
+class CheckpointSettings(_Settings):
+    """How often a run is saved, and how many saves are kept."""
+
+    every: int = Field(500, ge=1, description="Steps between checkpoints; also at the end.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+
+
+class Recipe(_Settings):
+    """A whole stage: what is trained, from what, on what, how."""
+
+    objective: Literal["pretrain", "sft"]
+    out: str | None = Field(None, description="Run directory.")
+    tokenizer: str | None = Field(None, description="Tokenizer directory; default: the model's.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    seed: int = Field(0, ge=0)
+    model: ModelSettings = Field(default_factory=lambda: ModelSettings())
+    data: DataSettings = Field(default_factory=lambda: DataSettings())
+    optim: OptimSettings = Field(default_factory=lambda: OptimSettings())
+    schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings())
+    training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())
+    validation: ValidationSettings = Field(default_factory=lambda: ValidationSettings())
+    checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())

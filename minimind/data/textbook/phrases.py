@@ -1,0 +1,90 @@
+"""The small talk around facts, by language: how a question is framed and an answer rounded off."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """Set phrases of one language; `{q}` is a question with its mark, `{bare}` without."""
+
+    space: str
+    """What stands between two sentences."""
+    ask: str
+    """A question with its answer in running prose."""
+    whether: tuple[str, ...]
+    """Questions that end so cannot be embedded in a sentence."""
+    not_framed: tuple[str, ...]
+    """Questions that begin so are not framed: they have a frame, or are no plain question."""
+    frames: tuple[str, ...]
+    embedding_frames: tuple[str, ...]
+    elliptic: tuple[str, ...]
+    """The question before, asked of another entity."""
+    leads: tuple[str, ...]
+    """Openings of a question that changes the topic."""
+    tails: tuple[str, ...]
+    systems: tuple[str, ...]
+    greetings: tuple[tuple[str, str], ...]
+    thanks: tuple[tuple[str, str], ...]
+    evasions: tuple[str, ...]
+
+
+PHRASES = {
+    "zh": Phrases(
+        space="",
+        ask="问：{question}答：{answer}",
+        whether=("吗？", "好吗？"),
+        not_framed=("请", "我", "有人", "想一想", "填空", "你能", "能", "听说", "嗨", "算"),
+        frames=("请问{q}", "请问，{q}", "你好，{q}", "问一下，{q}", "请教一下，{q}", "考考你：{q}"),
+        embedding_frames=("我想知道{bare}。", "我想知道，{q}", "告诉我{bare}。", "请告诉我{bare}。"),
+        elliptic=("那{name}呢？", "{name}呢？"),
+        leads=("那{q}", "换个话题，{q}", "再问一个，{q}", "还有，{q}", "{q}"),
+        tails=("希望对你有帮助！", "还想知道什么，可以接着问我。"),
+        systems=(
+            "你是MiniMind，一个乐于助人的助手。",
+            "你是一个乐于助人的助手。",
+            "请用简短的话回答问题。",
+        ),
+        greetings=(
+            ("你好！", "你好！我是MiniMind，有什么可以帮你？"),
+            ("您好。", "你好！很高兴和你聊天。"),
+            ("嗨，你好。", "你好！我是MiniMind，有什么可以帮你？"),
+        ),
+        thanks=(
+            ("谢谢！", "不客气！很高兴能帮到你。"),
+            ("谢谢你的回答。", "不客气，有问题可以再问我。"),
+            ("好的，谢谢。", "不客气！很高兴能帮到你。"),
+            ("明白了，谢谢你。", "不客气，有问题可以再问我。"),
+        ),
+        evasions=(
+            "我不知道。",
+            "不清楚，你去问别人吧。",
+            "这个问题没意思，我们换个话题吧。",
+            "这要看情况，很难说。",
+            "这个嘛，以后再告诉你。",
+            "你自己去查一查就好了。",
+        ),
+    ),
+    "en": Phrases(
+        space=" ",
+        ask="Question: {question} Answer: {answer}",
+        whether=(),
+        not_framed=("Give", "Name", "One", "Solid", "Do you"),
+        frames=("Please tell me: {q}", "Excuse me: {q}", "A question: {q}"),
+        embedding_frames=(),
+        elliptic=("And {name}?", "What about {name}?"),
+        leads=("Another question: {q}", "Now tell me: {q}", "{q}"),
+        tails=("I hope this helps!", "Please ask me more."),
+        systems=("You are MiniMind, a helpful assistant.", "You are a helpful assistant."),
+        greetings=(("Hello!", "Hello! I am MiniMind. How can I help you?"),),
+        thanks=(
+            ("Thank you!", "You are welcome!"),
+            ("Thanks.", "You are welcome! I am glad to help."),
+        ),
+        evasions=(
+            "I do not know.",
+            "Please ask someone else.",
+            "Let us talk about something else.",
+            "It is hard to say.",
+        ),
+    ),
+}

@@ -1,0 +1,51 @@
+"""What can go wrong for a user, as one tree.
+
+    MinimindError
+    ├── UsageError          a command line that does not fit together
+    ├── ConfigError         a recipe or a setting: unknown key, wrong value, contradiction
+    ├── DataError           input files: missing, unreadable, unrecognised, too many bad lines
+    ├── TokenizerError      a tokenizer directory that is broken or does not fit the model
+    ├── ModelError          a model directory that is not one, or whose tensors do not fit
+    ├── CheckpointError     no valid checkpoint, or one of another run
+    ├── ResourceError       disk, memory or device: what is missing and what would do
+    └── TrainingError       training cannot go on: bad numbers, empty supervision, a locked run
+
+Each message says what happened, in which file, key or line, and what to do next.
+The command line prints the message alone and exits with status 1; a traceback means a bug of ours.
+"""
+
+
+class MinimindError(Exception):
+    """Base of every error that a user can cause or mend."""
+
+
+class UsageError(MinimindError):
+    """A command line whose parts do not fit together."""
+
+
+class ConfigError(MinimindError):
+    """A recipe or a setting that is unknown, of the wrong kind, or contradicts another."""
+
+
+class DataError(MinimindError):
+    """An input file that is missing, unreadable, unrecognised, or has too many bad lines."""
+
+
+class TokenizerError(MinimindError):
+    """A tokenizer directory that is broken, or that does not fit the model."""
+
+
+class ModelError(MinimindError):
+    """A model directory that is not one, or whose tensors do not fit its configuration."""
+
+
+class CheckpointError(MinimindError):
+    """No valid checkpoint to go on from, or one that belongs to another run."""
+
+
+class ResourceError(MinimindError):
+    """Too little disk or memory, or a device that is not there."""
+
+
+class TrainingError(MinimindError):
+    """Training that cannot go on: bad numbers, nothing to learn from, a run in use."""

@@ -1,0 +1,59 @@
+"""Grouped-query causal self-attention (Vaswani et al. 2017; Ainslie et al. 2023)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.config.model import ModelConfig
+from minimind.model.cache import KVCache
+from minimind.model.norm import RMSNorm
+from minimind.model.rope import rotate
+
+
+class Attention(nn.Module):
+    """B sequences, T tokens, H query heads, K key/value heads, D wide each."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """x: [B, T, hidden]; mask: [B or 1, 1, T, S] True where a query may look, None = causal."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            out = _plain_attention(q, k, v, mask)
+        else:
+            causal = mask is None and q.shape[2] > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The textbook formula: for training windows on a CPU faster than torch's fused kernel.
+
+    Measured forward and backward, 2 cores, bf16, 8,192 tokens, 4 heads of 64: 22 ms against 62
+    (windows of 128), 42 against 64 (windows of 256).
+    """
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.masked_fill(~mask, -1e9).softmax(-1, dtype=v.dtype) @ v

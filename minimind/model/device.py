@@ -1,0 +1,31 @@
+"""Which device to work on."""
+
+import torch
+
+from minimind.errors import ResourceError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises ResourceError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ResourceError(
+            f"device {name!r} is not known; use auto, cpu, cuda, cuda:1, … or mps"
+        ) from None
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(device.type, False):
+        found = [kind for kind, is_there in there.items() if is_there]
+        raise ResourceError(
+            f"device {name} is not there; this machine has: {', '.join(found)} "
+            f"({torch.cuda.device_count()} CUDA devices). Use --device auto"
+        )
+    return device

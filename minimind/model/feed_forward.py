@@ -1,0 +1,19 @@
+"""The SwiGLU feed-forward layer (Shazeer 2020)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.config.model import ModelConfig
+
+
+class FeedForward(nn.Module):
+    """[..., hidden] -> [..., hidden]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,124 @@
+"""The decoder: token embedding, layers of attention and feed-forward, and a tied head.
+
+Parameters are named as Hugging Face's Llama and Qwen3 classes name them, so that what is in
+memory is what is on disk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.config.model import ModelConfig
+from minimind.model.attention import Attention
+from minimind.model.cache import KVCache
+from minimind.model.feed_forward import FeedForward
+from minimind.model.norm import RMSNorm
+from minimind.model.rope import rope_table
+
+_INIT_STD = 0.02
+
+
+class Layer(nn.Module):
+    """Attention, then feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A language model over `config.vocab_size` tokens. B sequences of T tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        # Untied heads come with models made elsewhere; ours are tied.
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self._rope: Tensor | None = None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal weights; those that write to the residual stream smaller (GPT-2, section 2.3)."""
+        shrink = (2 * self.config.num_hidden_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=_INIT_STD * (shrink if writes else 1.0))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, hidden]."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, hidden] after the last norm.
+
+        tokens: [B, T] int64. segments: [B, T], a number for each conversation packed into
+        a window, rising along it: attention and positions stop at its borders. cache: what was
+        read before; `tokens` go on from there.
+        """
+        past = cache.length if cache is not None else 0
+        mask, positions = None, torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        if segments is not None:
+            assert cache is None, "packed windows are for training"
+            mask = _causal_mask(tokens.shape[1], 0, tokens.device)[None, None] & (
+                segments[:, None, :, None] == segments[:, None, None, :]
+            )
+            positions = _positions_in(segments)
+        elif past and tokens.shape[1] > 1:
+            mask = _causal_mask(tokens.shape[1], past, tokens.device)[None, None]
+        cos, sin = self._rope_table(tokens.device)[:, positions].unsqueeze(-2)
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, mask, cache)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocab]."""
+        return F.linear(hidden, self.head_weight)
+
+    def _rope_table(self, device: torch.device) -> Tensor:
+        if self._rope is None or self._rope.device != device:
+            config = self.config
+            self._rope = rope_table(
+                config.max_position_embeddings, config.head_dim, config.rope_theta, device
+            )
+        return self._rope
+
+
+def _causal_mask(length: int, past: int, device: torch.device) -> Tensor:
+    """[length, past + length], True where a query may look."""
+    return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+
+
+def _positions_in(segments: Tensor) -> Tensor:
+    """[B, T] -> each token's position in its segment."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return places - torch.where(starts, places, 0).cummax(dim=1).values

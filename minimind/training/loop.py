@@ -1,0 +1,289 @@
+"""The one training loop: every stage is this loop with another objective."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minimind.config.settings import Recipe
+from minimind.data.packing import Mix
+from minimind.errors import TrainingError
+from minimind.model import Transformer
+from minimind.training.batch import to_device
+from minimind.training.checkpoint import latest_checkpoint, save_checkpoint
+from minimind.training.metrics import MetricsLog
+from minimind.training.objectives import Objective
+from minimind.training.optimizers import Optimizers, build_optimizer
+from minimind.training.precision import Precision
+from minimind.training.reporter import Reporter
+from minimind.training.schedule import lr_fraction
+
+_MAX_SKIPPED = 3  # steps with bad numbers in a row before the run halts
+_VALIDATION_WINDOWS = 8  # at once
+
+
+@dataclass
+class Outcome:
+    """How training ended. `elapsed_s` counts training alone, over all resumptions."""
+
+    steps: int
+    num_steps: int
+    elapsed_s: float
+    tokens: int
+    validation: dict[str, float]
+
+    @property
+    def finished(self) -> bool:
+        return self.steps == self.num_steps
+
+
+@dataclass
+class Sums:
+    """Losses, their number, and what else an objective adds up; kept on the device until read."""
+
+    loss: Tensor | float = 0.0
+    count: Tensor | int = 0
+    more: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, count: Tensor, more: dict[str, Tensor]) -> None:
+        self.loss = self.loss + loss.detach()
+        self.count = self.count + count
+        self.more = {key: self.more.get(key, 0.0) + value for key, value in more.items()}
+
+    def state(self) -> dict[str, Any]:
+        """As JSON; single precision survives the way through Python's doubles exactly."""
+        more = {key: float(value) for key, value in self.more.items()}
+        return {"loss": float(self.loss), "count": int(self.count), "more": more}
+
+    @classmethod
+    def load(cls, state: dict[str, Any], device: torch.device) -> "Sums":
+        more = {key: torch.tensor(value, device=device) for key, value in state["more"].items()}
+        loss = torch.tensor(state["loss"], device=device)
+        return cls(loss, torch.tensor(state["count"], device=device), more)
+
+    def figures(self, objective: Objective) -> dict[str, float]:
+        mean = float(self.loss) / max(int(self.count), 1)
+        return objective.figures(mean, {key: float(value) for key, value in self.more.items()})
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint remembers beside tensors; the interval is that since the last log line."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    interval: Sums = field(default_factory=Sums)
+    interval_s: float = 0.0
+    data_s: float = 0.0
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Trainer:
+    """What a run consists of; `train` runs it."""
+
+    model: Transformer
+    objective: Objective
+    data: Mix
+    held_out: Mix | None
+    recipe: Recipe
+    run: Path
+    num_steps: int
+    micro_batch: int
+    device: torch.device
+    precision: Precision
+    reporter: Reporter
+    write_samples: Callable[[], list[dict[str, str]]] = list  # {"prompt", "text"} each validation
+
+
+def train(job: Trainer) -> Outcome:
+    """Train `job.model` in place, going on from the run's newest valid checkpoint.
+
+    The data cursor is one integer, step * batch. The gradient of a step is the sum of all losses
+    over the number of losses, however the batch is split into micro-batches.
+    Raises TrainingError when the numbers go bad, or when a batch has nothing to learn.
+    """
+    recipe, batch = job.recipe, job.recipe.training.batch
+    optimizers = build_optimizer(job.model, recipe.optim)
+    log = MetricsLog(
+        job.run / "metrics.jsonl", trackers=recipe.training.trackers, name=job.run.name
+    )
+    at = _resume(job, optimizers, log)
+    model = torch.compile(job.model) if recipe.training.compile else job.model
+    tokens_a_step = batch * recipe.data.window
+    skipped = 0
+    job.reporter.start(f"training, {job.num_steps:,} steps", job.num_steps, at.step)
+    with contextlib.closing(log), _stop_requests() as stop_requested:
+        while at.step < job.num_steps:
+            clock = time.perf_counter()
+            optimizers.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
+            sums = Sums()
+            for sample in range(at.step * batch, (at.step + 1) * batch, job.micro_batch):
+                waiting = time.perf_counter()
+                windows = to_device(job.data.batch(sample, job.micro_batch), job.device)
+                at.data_s += time.perf_counter() - waiting
+                with job.precision.autocast():
+                    loss, count, more = job.objective.loss(model, windows)
+                # A fixed divisor keeps fp16 in range; the true one is known after the last part.
+                (loss * (job.precision.scaler.scale / tokens_a_step)).backward()
+                sums.add(loss, count, more)
+                at.interval.add(loss, count, more)
+            norm = _step(job, optimizers, int(sums.count), tokens_a_step)
+            at.step += 1
+            skipped = 0 if norm is not None else skipped + 1
+            if skipped:
+                _complain(job, at.step, skipped)
+            seconds = time.perf_counter() - clock
+            at.interval_s += seconds
+            at.elapsed_s += seconds
+
+            last, stopping = at.step == job.num_steps, stop_requested()
+            if at.step % recipe.training.log_every == 0 or last:
+                _log(job, log, optimizers, at, norm)
+            if job.held_out and (at.step % recipe.validation.every == 0 or last):
+                at.validation = validate(job, model)
+                log.write({"kind": "validation", "step": at.step} | at.validation)
+                for sample in job.write_samples():
+                    log.write({"kind": "sample", "step": at.step} | sample)
+            if at.step % recipe.checkpoint.every == 0 or last or stopping:
+                _save(job, optimizers, log, at)
+            if stopping:
+                break
+    job.reporter.stop()
+    return Outcome(at.step, job.num_steps, at.elapsed_s, at.step * tokens_a_step, at.validation)
+
+
+def _log(
+    job: Trainer, log: MetricsLog, optimizers: Optimizers, at: _Progress, norm: float | None
+) -> None:
+    """One line of metrics on the steps since the last one, and the progress bar."""
+    tokens_a_step = job.recipe.training.batch * job.recipe.data.window
+    steps = (at.step - 1) % job.recipe.training.log_every + 1
+    rate = steps * tokens_a_step / at.interval_s
+    figures = at.interval.figures(job.objective)
+    log.write(
+        {"kind": "train", "step": at.step, "tokens": at.step * tokens_a_step}
+        | {"learned": int(at.interval.count), "grad_norm": norm}
+        | figures
+        | {f"lr/{name}": lr for name, lr in optimizers.lrs().items()},
+        timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
+        | {"data_share": at.data_s / at.interval_s},
+    )
+    note = f"loss {figures['loss']:.3f}  {rate:,.0f} tokens/s"
+    job.reporter.progress(at.step, job.num_steps, note)
+    at.interval, at.interval_s, at.data_s = Sums(), 0.0, 0.0
+
+
+def _step(job: Trainer, optimizers: Optimizers, count: int, divisor: int) -> float | None:
+    """One optimizer step: the gradient's norm, or None if it was bad and nothing was changed."""
+    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+    if not count:
+        raise TrainingError(
+            f"{job.run}: a whole batch has nothing to learn: no answer is left in its windows. "
+            "Is data.window too short, or are the answers empty? `minimind data inspect` shows"
+        )
+    scale = divisor / count / job.precision.scaler.scale
+    norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
+    finite = math.isfinite(norm)
+    if finite:
+        clip = min(1.0, job.recipe.optim.grad_clip / (norm + 1e-6))
+        torch._foreach_mul_(gradients, scale * clip)
+        optimizers.step()
+    job.precision.scaler.update(finite)
+    optimizers.zero_grad()
+    return norm if finite else None
+
+
+def _complain(job: Trainer, step: int, skipped: int) -> None:
+    """Report a skipped step; too many in a row halt the run."""
+    batch = job.recipe.training.batch
+    where = f"step {step} (samples {(step - 1) * batch}-{step * batch - 1})"
+    job.reporter.say(f"{where}: the gradient is not finite; nothing was changed by it")
+    # With fp16 the first steps find the loss scale: that is no sign of bad numbers.
+    if skipped >= _MAX_SKIPPED and job.precision.scaler.scale <= 1.0:
+        raise TrainingError(
+            f"{job.run}: {skipped} steps in a row gave numbers that are not finite, up to {where}. "
+            "Try a lower optim.lr and optim.muon_lr, or training.precision=fp32"
+        )
+
+
+@torch.no_grad()
+def validate(job: Trainer, model: nn.Module) -> dict[str, float]:
+    """The objective's figures on the first `validation.windows` held-out windows."""
+    assert job.held_out is not None
+    model.eval()
+    sums = Sums()
+    num_windows = min(job.recipe.validation.windows, job.held_out.order.epoch_size)
+    for at in range(0, num_windows, _VALIDATION_WINDOWS):
+        count = min(_VALIDATION_WINDOWS, num_windows - at)
+        windows = to_device(job.held_out.batch(at, count), job.device)
+        with job.precision.autocast():
+            sums.add(*job.objective.loss(model, windows))
+    model.train()
+    return sums.figures(job.objective)
+
+
+def _save(job: Trainer, optimizers: Optimizers, log: MetricsLog, at: _Progress) -> None:
+    random = {"rng/cpu": torch.get_rng_state()}
+    if job.device.type == "cuda":
+        random["rng/cuda"] = torch.cuda.get_rng_state(job.device)
+    save_checkpoint(
+        job.run,
+        at.step,
+        model=job.model.state_dict(),
+        optimizer=optimizers.state_tensors() | random,
+        state=vars(at)
+        | {"interval": at.interval.state()}
+        | {"metrics_offset": log.offset, "scaler": job.precision.scaler.state()},
+        keep=job.recipe.checkpoint.keep,
+    )
+
+
+def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
+    """Load the newest valid checkpoint, if there is one, and say where it stood."""
+    job.model.train()
+    checkpoint = latest_checkpoint(job.run, warn=job.reporter.say)
+    if checkpoint is None:
+        log.truncate(0)
+        return _Progress()
+    job.model.load_state_dict(checkpoint.model)
+    optimizer = dict(checkpoint.optimizer)
+    torch.set_rng_state(optimizer.pop("rng/cpu"))
+    if "rng/cuda" in optimizer:
+        torch.cuda.set_rng_state(optimizer.pop("rng/cuda"), job.device)
+    optimizers.load_state_tensors(optimizer)
+    state = dict(checkpoint.state)
+    job.precision.scaler.load(state.pop("scaler"))
+    log.truncate(state.pop("metrics_offset"))
+    job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
+    return _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask the loop to save and leave; a second one leaves at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,22 @@
+"""What a stage trains for. The loop knows an objective by these two methods alone."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from minimind.model import Transformer
+from minimind.training.batch import TensorBatch
+
+
+class Objective(Protocol):
+    """A loss as a sum and a count, so that any split of a batch adds up to the same number."""
+
+    def loss(
+        self, model: Transformer, batch: TensorBatch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum of losses, how many there are, further sums by name), each a scalar."""
+        ...
+
+    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        """Figures for people, from the mean loss and the added-up sums."""
+        ...

@@ -1,0 +1,300 @@
+"""A stage: from a recipe to a model directory, through token stores, the loop and its checkpoints."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minimind.config import difference, dump_recipe, load_recipe
+from minimind.config.settings import Recipe
+from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
+from minimind.data.store import Split, TokenStore, open_store
+from minimind.errors import ConfigError, DataError, TokenizerError
+from minimind.model import Transformer, load_model, resolve_model_directory, save_model
+from minimind.model.device import choose_device
+from minimind.tokenizer import Tokenizer
+from minimind.training.lock import run_lock
+from minimind.training.loop import Outcome, Trainer, train
+from minimind.training.objectives.next_token import NextToken
+from minimind.training.precision import choose_precision
+from minimind.training.reporter import Reporter
+
+# (model, tokenizer) -> {"prompt", "text"} for each prompt; decoding is not this room's business.
+WriteSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage left: `model` is None when it was stopped before its end."""
+
+    run: Path
+    model: Path | None
+    summary: dict[str, Any]
+
+
+def run_stage(
+    recipe: Recipe,
+    *,
+    reporter: Reporter,
+    fresh: bool = False,
+    write_samples: WriteSamples = lambda model, tokenizer: [],
+) -> StageResult:
+    """Run the stage that `recipe` describes in `recipe.out`, or go on with it, or find it done.
+
+    Raises ConfigError when the run directory holds a run of another recipe, and whatever reading
+    the data, the tokenizer and the model raises.
+    """
+    if recipe.out is None:
+        raise ConfigError("out is not set: where should the run be kept? Give --out DIR")
+    run = Path(recipe.out)
+    run.mkdir(parents=True, exist_ok=True)
+    with run_lock(run):
+        if fresh:
+            _clear(run)
+        _keep_recipe(run, recipe)
+        summary_file = run / "summary.json"
+        if summary_file.is_file():
+            return StageResult(run, run / "model", json.loads(summary_file.read_text("utf-8")))
+        return _run(recipe, run, reporter, write_samples)
+
+
+def _run(
+    recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples
+) -> StageResult:
+    torch.manual_seed(recipe.seed)
+    device = choose_device(recipe.device)
+    precision = choose_precision(recipe.training.precision, device)
+    tokenizer, model = _start(recipe, device)
+    stores = _stores(recipe, tokenizer, reporter)
+    data, held_out = _mixes(recipe, tokenizer, stores, reporter)
+    num_steps = recipe.training.steps or math.ceil(
+        recipe.training.epochs * data.order.epoch_size / recipe.training.batch
+    )
+    reporter.say(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
+        f"{precision.name}; {data.order.epoch_size:,} windows of {recipe.data.window} tokens "
+        f"an epoch"
+    )
+    outcome = train(
+        Trainer(
+            model=model,
+            objective=NextToken(tokenizer.token_bytes, device),
+            data=data,
+            held_out=held_out,
+            recipe=recipe,
+            run=run,
+            num_steps=num_steps,
+            micro_batch=recipe.training.micro_batch or _micro_batch(recipe, device),
+            device=device,
+            precision=precision,
+            reporter=reporter,
+            write_samples=lambda: write_samples(model, tokenizer),
+        )
+    )
+    summary = _summary(
+        recipe, model, tokenizer, stores, held_out, outcome, str(device), precision.name
+    )
+    if not outcome.finished:
+        return StageResult(run, None, summary)
+    save_model(run / "model", model, tokenizer)
+    _write_atomically(run / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
+    return StageResult(run, run / "model", summary)
+
+
+def _clear(run: Path) -> None:
+    """Forget an earlier run: only what a run is made of is removed."""
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("recipe.toml", "metrics.jsonl", "summary.json", "report.html"):
+        (run / name).unlink(missing_ok=True)
+
+
+def _keep_recipe(run: Path, recipe: Recipe) -> None:
+    """Write the resolved recipe, or check that the one that is there is the same."""
+    kept = run / "recipe.toml"
+    if kept.is_file():
+        changes = difference(load_recipe(kept).recipe, recipe)
+        if changes:
+            raise ConfigError(
+                f"{run} holds a run of another recipe: "
+                + "; ".join(changes)
+                + ". Go on with the same settings, choose another --out, or start over with --fresh"
+            )
+    else:
+        _write_atomically(kept, dump_recipe(recipe))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer]:
+    """The tokenizer and the model that the stage begins with."""
+    if recipe.model.init:
+        directory = resolve_model_directory(Path(recipe.model.init))
+        tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
+        model = load_model(directory, device=device)
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise TokenizerError(
+                f"{recipe.tokenizer or directory}: the tokenizer has {tokenizer.vocab_size:,} "
+                f"words and the model in {directory} {model.config.vocab_size:,}; "
+                "use the tokenizer that the model was trained with"
+            )
+    elif recipe.tokenizer:
+        tokenizer = Tokenizer.load(Path(recipe.tokenizer))
+        model = Transformer(recipe.model.shape(tokenizer.vocab_size)).to(device)
+    else:
+        raise ConfigError(
+            "tokenizer is not set: a new model needs one. Make it with "
+            "`minimind tokenizer train DATA --out DIR` and give --tokenizer DIR"
+        )
+    if recipe.data.window > model.config.max_position_embeddings:
+        raise ConfigError(
+            f"data.window ({recipe.data.window}) is longer than the model's context "
+            f"({model.config.max_position_embeddings}); lower it, or for a new model raise "
+            "model.max_position_embeddings"
+        )
+    return tokenizer, model
+
+
+@dataclass(frozen=True)
+class _Stores:
+    sources: list[TokenStore]
+    validation: list[TokenStore]  # when held-out data is given on its own
+
+
+def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores:
+    settings = recipe.data
+    if not settings.sources:
+        raise ConfigError("data.sources is empty: give --data FILE, or set it in the recipe")
+    own = bool(settings.validation)
+    folder = Path(settings.store) if settings.store else None
+
+    def opened(path: str, fraction: float) -> TokenStore:
+        reporter.start(f"tokenizing {path}", 1)
+        with contextlib.closing(_Stopper(reporter)):
+            return open_store(
+                path,
+                tokenizer,
+                kind="chat" if recipe.objective == "sft" else "text",
+                schema=settings.record_schema,
+                validation_fraction=fraction,
+                max_bad_fraction=settings.max_bad_fraction,
+                folder=folder,
+                progress=reporter.progress,
+            )
+
+    return _Stores(
+        [
+            opened(source.path, 0.0 if own else settings.validation_fraction)
+            for source in settings.sources
+        ],
+        [opened(path, 0.0) for path in settings.validation],
+    )
+
+
+@dataclass
+class _Stopper:
+    reporter: Reporter
+
+    def close(self) -> None:
+        self.reporter.stop()
+
+
+def _mixes(
+    recipe: Recipe, tokenizer: Tokenizer, stores: _Stores, reporter: Reporter
+) -> tuple[Mix, Mix | None]:
+    """Training data as a weighted mix, and held-out data, each cut into windows."""
+
+    def windows(store: TokenStore, split: Split) -> Windows:
+        shards = store.shards(split)
+        if recipe.objective == "pretrain":
+            return TextWindows(shards, recipe.data.window)
+        chat = ChatWindows(
+            shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed
+        )
+        if split == "train":
+            report = chat.report
+            reporter.say(
+                f"{report.conversations:,} conversations in {report.windows:,} windows, "
+                f"{report.fill:.1%} full; {report.cut:,} cut at the window's end, "
+                f"{report.unsupervised:,} left out because no answer was left"
+            )
+        return chat
+
+    weights = [source.weight for source in recipe.data.sources]
+    data = Mix([windows(store, "train") for store in stores.sources], weights, recipe.seed)
+    if not data.order.epoch_size:
+        raise DataError(
+            f"the data gives not one window of {recipe.data.window} tokens; "
+            "use more text, or a smaller data.window"
+        )
+    parts = [windows(store, "train") for store in stores.validation] or [
+        windows(store, "validation") for store in stores.sources
+    ]
+    held_out = Mix(parts, [1.0] * len(parts), recipe.seed)
+    if not held_out.order.epoch_size:
+        reporter.say("too little text is held out for a validation; give data.validation")
+        return data, None
+    return data, held_out
+
+
+def _micro_batch(recipe: Recipe, device: torch.device) -> int:
+    """Windows at once: the largest divisor of the batch that stays small on this device."""
+    tokens_at_once = 8192 if device.type == "cpu" else 32768
+    most = max(1, tokens_at_once // recipe.data.window)
+    batch = recipe.training.batch
+    return max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
+
+
+def _summary(
+    recipe: Recipe,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    stores: _Stores,
+    held_out: Mix | None,
+    outcome: Outcome,
+    device: str,
+    precision: str,
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "objective": recipe.objective,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "seconds": outcome.elapsed_s,
+        "tokens_per_second": outcome.tokens / max(outcome.elapsed_s, 1e-9),
+        "device": device,
+        "precision": precision,
+    } | outcome.validation
+    if recipe.objective == "pretrain" and held_out is not None:
+        counts = sum(store.unigram_counts(tokenizer.vocab_size) for store in stores.sources)
+        summary["unigram_bits_per_byte"] = unigram_bits_per_byte(
+            np.asarray(counts), held_out, recipe.validation.windows, tokenizer.token_bytes
+        )
+    return summary
+
+
+def unigram_bits_per_byte(
+    counts: NDArray[np.int64], held_out: Mix, num_windows: int, token_bytes: Sequence[int]
+) -> float:
+    """Bits per byte of held-out windows if each token came with its frequency in training.
+
+    counts: [vocab] occurrences in the training text. The baseline that any model has to beat.
+    """
+    bits_of = -np.log2((counts + 1) / (counts.sum() + len(counts)))
+    bytes_of = np.asarray(token_bytes)
+    labels = held_out.batch(0, min(num_windows, held_out.order.epoch_size)).labels.reshape(-1)
+    text = labels[bytes_of[labels] > 0]
+    return float(bits_of[text].sum() / bytes_of[text].sum())

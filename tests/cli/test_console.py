@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from minimind.cli import console
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "–"),
+        (True, "yes"),
+        (26_878_464, "26,878,464"),
+        (12345.6, "12,346"),
+        (0.123456, "0.1235"),
+        ("[b]cpu[/b]", "[b]cpu[/b]"),
+    ],
+)
+def test_figures_are_told_as_people_read_them(value: object, expected: str) -> None:
+    assert console.figure(value) == expected
+
+
+def test_text_is_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say("[bold]长江[/bold] :smile: [1, 2]")
+    console.show(console.table("[t]", ["[c]", "n"], [["[/x]", 1234]], numbers=1))
+    out = capsys.readouterr().out
+    assert out.startswith("[bold]长江[/bold] :smile: [1, 2]\n")
+    assert all(part in out for part in ("[t]", "[c]", "[/x]", "1,234"))
+
+
+def test_summaries_show_plain_figures_only(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_figures("run", {"bits_per_byte": 1.5, "device": "cpu", "nested": {"secret": 1}})
+    out = capsys.readouterr().out
+    assert "bits per byte" in out
+    assert "1.5" in out
+    assert "secret" not in out
+
+
+def test_figures_go_to_json(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figures.json"
+    console.write_json(path, {"name": "长江", "n": 1})
+    assert json.loads(path.read_text("utf-8")) == {"name": "长江", "n": 1}
+    assert "长江" in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("unit", ["step", "byte"])
+def test_progress_shows_count_and_note(unit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = console.RichReporter()
+    reporter.start("[training]", 2000, done=500, unit=unit)
+    reporter.progress(1500, 2000, "loss 2.5")
+    reporter.say("a line between")
+    reporter.stop()
+    reporter.stop()
+    out = capsys.readouterr().out
+    assert "[training]" in out
+    assert "a line between\n" in out
+    assert "loss 2.5" in out
+    assert ("1,500/2,000" if unit == "step" else "1.5/2.0 kB") in out
+
+
+def test_progress_without_a_total_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.make_progress("document") as bar:
+        bar.update(bar.add_task("reading", total=None, note=""), completed=1234)
+    assert "1,234" in capsys.readouterr().out

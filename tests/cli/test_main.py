@@ -1,0 +1,156 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from minimind import __version__
+from minimind.cli.main import errors_as_messages
+from minimind.errors import ConfigError
+
+# The command with one more verb, whose body is given on the command line of the test.
+WITH_VERB = """
+import sys
+from minimind.cli.main import app, main
+
+@app.command()
+def work() -> None:
+    {body}
+
+main()
+"""
+
+
+def run(
+    *arguments: str, body: str = "pass", stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITH_VERB.format(body=body), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | environment,
+        timeout=60,
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import atexit, sys\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'pyarrow', 'tokenizers', 'transformers'}\n"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\n"
+        "import runpy; runpy.run_module('minimind', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "Usage: minimind [OPTIONS] COMMAND" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_installed_command_says_its_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"minimind {__version__}\n")
+
+
+def test_no_verb_shows_the_help() -> None:
+    done = run()
+    assert "Commands:" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["wrok"], ["work", "--frsh"], ["work", "more"]])
+def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Usage: minimind" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_are_one_plain_message() -> None:
+    body = "from minimind.errors import DataError; raise DataError('[b]长江.txt[/b]: 空')"
+    done = run("work", body=body)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: [b]长江.txt[/b]: 空\n"
+
+
+def test_our_own_bugs_show_where_they_are() -> None:
+    done = run("work", body="raise KeyError('bug')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'bug'" in done.stderr
+
+
+def test_interruption_is_status_130() -> None:
+    done = run("work", body="import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    assert done.returncode == 130
+    assert done.stderr.strip() == "stopped"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+@pytest.mark.parametrize("body", ["print('x' * 1_000_000)", "print('x')"])
+def test_a_reader_that_has_had_enough_is_no_error(body: str) -> None:
+    # The pipe has no reader at all, so that the first byte breaks it.
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", WITH_VERB.format(body=body), "work"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGPIPE, signal.SIG_IGN),
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_told() -> None:
+    body = "open('/dev/full', 'w').write('x' * 100_000)"
+    done = run("work", body=body)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the disk is full. Free some space")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ConfigError("r.toml:3: x is not a setting"), "error: r.toml:3: x is not a setting\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), "error: a.txt: No such file\n"),
+        (OSError(errno.ENOSPC, "full", "out/a"), "error: out/a: the disk is full. Free"),
+        (MemoryError(), "error: too little memory. In training, lower"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"),
+            "error: too little memory ([enforce fail] DefaultCPUAllocator: can't allocate memory).",
+        ),
+    ],
+)
+def test_what_users_and_machines_cause_is_told(
+    raised: Exception, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as caught, errors_as_messages():
+        raise raised
+    assert caught.value.exit_code == 1
+    assert capsys.readouterr().err.startswith(expected)
+
+
+def test_gpu_memory_is_known_by_the_class_of_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(typer.Exit), errors_as_messages():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert "too little memory (CUDA out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raised", [OSError("no file in it"), RuntimeError("shape mismatch")])
+def test_the_rest_is_passed_on(raised: Exception) -> None:
+    with pytest.raises(type(raised)), errors_as_messages():
+        raise raised
+
+
+def test_a_terminal_without_chinese_does_not_stop_the_run() -> None:
+    done = run("work", body="print('长江')", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stdout) == (0, "??\n")

@@ -1,0 +1,97 @@
+import json
+from inspect import signature
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from minimind.cli.main import app
+from minimind.cli.tokenizer import train
+from minimind.tokenizer import Tokenizer, train_tokenizer
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["tokenizer", *map(str, arguments)])
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    lines = [{"text": "长江是中国最长的河流。"}, {"text": "The river and the sea."}] * 20
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_train_then_inspect(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "tokenizer"
+    done = run("train", texts, "--out", out, "--vocab-size", 300)
+    assert done.exit_code == 0, done.output
+    assert f"A tokenizer of 300 words is in {out}." in done.output
+    assert Tokenizer.load(out).vocab_size == 300
+    done = run("inspect", out)
+    assert done.exit_code == 0, done.output
+    assert "a few built-in sentences" in done.output
+    assert "unused" not in done.output
+
+
+def test_the_defaults_are_those_of_the_function() -> None:
+    of_verb, of_function = (signature(f).parameters for f in (train, train_tokenizer))
+    assert of_verb["vocab_size"].default == of_function["vocab_size"].default
+    assert of_verb["sample_mb"].default << 20 == of_function["sample_bytes"].default
+
+
+def test_several_files_are_one_stream(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("山山山山\n", encoding="utf-8")
+    run("train", texts, tmp_path / "more.txt", "--out", tmp_path / "out")
+    assert len(Tokenizer.load(tmp_path / "out").encode("山山山山")) == 1
+
+
+def test_inspect_compares_and_writes_the_figures(
+    texts: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    run("train", texts, "--out", tmp_path / "other", "--vocab-size", 280)
+    figures = tmp_path / "figures.json"
+    done = run("inspect", tokenizer_dir, tmp_path / "other", "--data", texts, "--json", figures)
+    assert done.exit_code == 0, done.output
+    assert "unused" in done.output
+    written = json.loads(figures.read_text("utf-8"))
+    assert written["measured_on"] == [str(texts)]
+    ours, other = written["tokenizers"].values()
+    assert (ours["num_words"], other["num_words"]) == (600, 280)
+    assert ours["characters_per_token"]["Chinese"] > other["characters_per_token"]["Chinese"]
+
+
+def test_bad_lines_are_left_out_and_told(texts: Path, tmp_path: Path) -> None:
+    texts.write_bytes(b"{broken\n" + texts.read_bytes())
+    done = run("train", texts, "--out", tmp_path / "out", "--vocab-size", 280)
+    assert done.exit_code == 0, done.output
+    assert "bad lines left out: 1;" in done.output
+    assert ":1: not JSON" in done.output
+
+
+def test_an_existing_tokenizer_is_not_overwritten(texts: Path, tokenizer_dir: Path) -> None:
+    before = (tokenizer_dir / "tokenizer.json").read_bytes()
+    done = run("train", texts, "--out", tokenizer_dir)
+    assert done.exit_code == 1
+    assert "already holds a tokenizer" in done.output
+    assert (tokenizer_dir / "tokenizer.json").read_bytes() == before
+
+
+def test_what_is_wrong_is_said_in_one_line(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{broken\n" * 3)
+    (tmp_path / "file").write_text("")
+    out = ["--out", tmp_path / "out"]
+    for arguments, message in [
+        (["train", tmp_path / "nowhere", *out], "there is no such file"),
+        (["train", tmp_path / "bad.jsonl", *out], "bad.jsonl:1: not JSON"),
+        (["train", texts, *out, "--vocab-size", 100], "too small"),
+        (["train", texts, "--out", tmp_path / "file"], "file: File exists"),
+        (["inspect", tmp_path], "is not a tokenizer directory"),
+        (["inspect", tmp_path / "nowhere"], "is not a tokenizer directory"),
+    ]:
+        done = run(*arguments)
+        assert done.exit_code == 1, arguments
+        [error] = [line for line in done.stderr.splitlines() if line.strip()]
+        assert error.startswith("error: ")
+        assert message in error
+    assert not (tmp_path / "out" / "tokenizer.json").exists()

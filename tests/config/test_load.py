@@ -1,0 +1,216 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimind.config import Recipe, difference, dump_recipe, load_recipe, packaged_recipes
+from minimind.config.load import setting_names, toml_value
+from minimind.errors import ConfigError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(name: str | Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(name, overrides=overrides)
+    return str(caught.value)
+
+
+def test_later_layers_win_and_origins_say_which(tmp_path: Path) -> None:
+    write(tmp_path / "base.toml", 'objective = "sft"\n[optim]\nlr = 1e-4\nbeta1 = 0.8\n')
+    path = write(
+        tmp_path / "mine.toml",
+        'extends = "base.toml"\nseed = 3\n\n[optim]\nlr = 2e-4  # more\neps = 1e-7\n',
+    )
+    resolved = load_recipe(path, overrides=["optim.eps=1e-6", "out=runs/a"], flags={"seed": 5})
+    recipe = resolved.recipe
+    assert (recipe.objective, recipe.seed, recipe.out) == ("sft", 5, "runs/a")
+    assert (recipe.optim.lr, recipe.optim.beta1, recipe.optim.eps) == (2e-4, 0.8, 1e-6)
+    assert resolved.origins == {
+        "objective": f"{tmp_path / 'base.toml'}:1",
+        "optim.beta1": f"{tmp_path / 'base.toml'}:4",
+        "optim.lr": f"{path}:5",
+        "optim.eps": "command line",
+        "out": "command line",
+        "seed": "flag",
+    }
+
+
+def test_an_empty_table_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "base.toml", 'objective = "sft"\n[optim]\nlr = 1e-4\n')
+    path = write(tmp_path / "mine.toml", 'extends = "base.toml"\n[optim]\n')
+    assert load_recipe(path).recipe.optim.lr == 1e-4
+
+
+def test_extends_finds_packaged_recipes_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.toml", 'extends = "pretrain-small"\nseed = 9\n')
+    expected = load_recipe("pretrain-small").recipe.model_copy(update={"seed": 9})
+    assert load_recipe(path).recipe == expected
+
+
+def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", 'extends = "b.toml"\n')
+    write(tmp_path / "b.toml", 'extends = "a.toml"\n')
+    message = complaint(tmp_path / "a.toml")
+    assert message.startswith(f"{tmp_path / 'a.toml'}: this recipe extends itself")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[optim]\nlrr = 1\n", ":3: optim.lrr is not a setting; did you mean optim.lr?"),
+        ("optim = {lrr = 1}\n", ":2: optim.lrr is not a setting; did you mean optim.lr?"),
+        ("[optimm]\nlr = 1\n", ":3: optimm is not a setting; did you mean optim?"),
+        ("warmup = 0.1\n", ":2: warmup is not a setting; did you mean schedule.warmup?"),
+        ("[optim]\n\nlr = -1.0\n", ":4: optim.lr = -1.0 will not do: it should be greater than 0"),
+        ("optim.lr = '1'\n", ':2: optim.lr = "1" will not do: it should be a valid number'),
+        ("optim.lr = nan\n", ":2: optim.lr = nan will not do: it should be"),
+        ("seed = true\n", ":2: seed = true will not do: it should be a valid integer"),
+        ("seed = 1979-05-27\n", ":2: seed = 1979-05-27 will not do: it should be"),
+        ("optim = 3\n", ":2: optim = 3 will not do: it should be a group of settings"),
+        ("[training]\nprecision = 'bf8'\n", "it should be 'auto', 'bf16', 'fp16' or 'fp32'"),
+        ("[model]\npreset = 'smal'\n", "it should be one of nano, demo, small, base"),
+        ("[[data.sources]]\npath = 'a'\nwait = 2\n", ":2: data.sources.0.wait is not a setting"),
+        (
+            "[training]\nbatch = 10\nmicro_batch = 4\n",
+            ":4: training: batch (10) must be a multiple",
+        ),
+        ("[model]\nnum_attention_heads = 3\n", ":3: model: num_attention_heads (3) must be"),
+        ("[model]\nhidden_size = 0\n", ":3: model.hidden_size = 0 will not do: it should be"),
+        ("[optim\nlr = 1\n", ":2: not TOML: "),
+        ("seed = 1\nseed = 2\n", ":3: not TOML: "),
+        ("seed = [1,\n", ":2: not TOML: "),
+        ("extends = 3\n", ":2: extends = 3 will not do"),
+        ("extends = 'nowhere'\n", ':2: extends = "nowhere": '),
+    ],
+)
+def test_mistakes_are_told_with_file_line_and_key(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path / "mine.toml", f"objective = 'sft'\n{text}")
+    message = complaint(path)
+    assert message.startswith(f"{path}:")
+    assert expected in message
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.toml", "objective = 'sft'\nsed = 1\n[optim]\nlr = 0.0\n")
+    lines = complaint(path, "data.windows=3").splitlines()
+    assert len(lines) == 3
+    assert f"{path}:2: sed is not a setting; did you mean seed?" in lines
+    assert "command line: data.windows is not a setting; did you mean data.window?" in lines
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lrr=1", "command line: optim.lrr is not a setting; did you mean optim.lr?"),
+        ("lr=1", "command line: lr is not a setting; did you mean optim.lr?"),
+        ("optim.lr.x=1", "command line: optim.lr.x is not a setting; did you mean optim.lr?"),
+        ("zzz=1", "command line: zzz is not a setting; --explain lists all settings"),
+        (
+            "optim.lr=fast",
+            'command line: optim.lr = "fast" will not do: it should be a valid number',
+        ),
+        ("=1", "command line: '=1' should be KEY=VALUE, such as optim.lr=3e-4"),
+        ("seed", "command line: 'seed' should be KEY=VALUE, such as optim.lr=3e-4"),
+        ("training.micro_batch=7", "command line: training: batch (128) must be a multiple"),
+    ],
+)
+def test_mistakes_on_the_command_line(override: str, expected: str) -> None:
+    assert complaint("pretrain-small", override).startswith(expected)
+
+
+def test_override_values_are_toml_or_bare_strings() -> None:
+    overrides = [
+        "model.preset=base",
+        "training.compile=true",
+        'data.sources=["a.jsonl", "b.jsonl@0.5", {path = "c@d", weight = 2}]',
+        "out=it's here",
+    ]
+    recipe = load_recipe("pretrain-small", overrides=overrides).recipe
+    assert (recipe.model.preset, recipe.training.compile) == ("base", True)
+    assert recipe.out == "it's here"
+    assert [(s.path, s.weight) for s in recipe.data.sources] == [
+        ("a.jsonl", 1.0),
+        ("b.jsonl", 0.5),
+        ("c@d", 2.0),
+    ]
+
+
+def test_what_must_be_set_is_asked_for() -> None:
+    assert complaint(None).startswith("objective is not set")
+
+
+def test_unknown_recipes_name_the_nearest_and_all() -> None:
+    message = complaint("pretran-small")
+    assert "did you mean pretrain-small?" in message
+    assert all(name in message for name in packaged_recipes())
+
+
+def test_unreadable_recipes_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes("objective = '中'".encode("gbk"))
+    assert complaint(path) == f"{path}: not UTF-8 text (byte 13); save it as UTF-8"
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbfobjective = 'sft'\r\nseed = 4\r\n")
+    assert load_recipe(path).recipe.seed == 4
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_load_and_survive_a_dump(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name).recipe
+    assert recipe.objective == name.partition("-")[0]
+    assert recipe.model.preset == ("base" if name == "pretrain-base" else "small")
+    again = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
+    assert again == recipe
+    assert difference(again, recipe) == []
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(
+    text=TEXT,
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    sources=st.lists(st.tuples(TEXT, st.floats(min_value=1e-9, max_value=1e9)), max_size=3),
+    steps=st.none() | st.integers(min_value=1),
+)
+def test_dumps_load_as_equal_recipes(
+    text: str, lr: float, sources: list[tuple[str, float]], steps: int | None
+) -> None:
+    recipe = Recipe(
+        objective="sft",
+        out=text,
+        optim={"lr": lr},
+        data={"sources": [{"path": p, "weight": w} for p, w in sources]},
+        training={"steps": steps},
+        validation={"prompts": [text]},
+    )
+    assert Recipe(**tomllib.loads(dump_recipe(recipe))) == recipe
+
+
+def test_toml_values() -> None:
+    assert toml_value('a"\\\n') == '"a\\"\\\\\\U0000000a"'
+    assert toml_value([True, 1, 1e-8, "长"]) == '[true, 1, 1e-08, "长"]'
+
+
+def test_difference_names_what_differs() -> None:
+    here = load_recipe("pretrain-small").recipe
+    there = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
+    assert difference(here, there) == [
+        'out: not set here, "x" there',
+        "optim.lr: 0.001 here, 0.002 there",
+    ]
+
+
+def test_setting_names_reach_into_groups() -> None:
+    names = setting_names()
+    assert {"objective", "model.init", "data.sources", "optim.lr"} <= set(names)
+    assert "optim" not in names

@@ -1,0 +1,41 @@
+import pytest
+from pydantic import ValidationError
+
+from minimind.config import PRESETS, ModelConfig
+from minimind.config.settings import DataSettings, ModelSettings
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "weight"),
+    [
+        ("a.jsonl", "a.jsonl", 1.0),
+        ("a.jsonl@3", "a.jsonl", 3.0),
+        ("me@home/a.jsonl", "me@home/a.jsonl", 1.0),
+        ({"path": "a@3", "weight": 0.5}, "a@3", 0.5),
+    ],
+)
+def test_sources_are_paths_with_a_weight(given: object, path: str, weight: float) -> None:
+    (source,) = DataSettings.model_validate({"sources": [given]}).sources
+    assert (source.path, source.weight) == (path, weight)
+
+
+def test_a_source_must_weigh_something() -> None:
+    with pytest.raises(ValidationError, match="greater than 0"):
+        DataSettings.model_validate({"sources": ["a@0"]})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole_shapes(preset: str) -> None:
+    shape = ModelSettings(preset=preset).shape(vocab_size=6400)
+    assert shape == ModelConfig(**PRESETS[preset], vocab_size=6400)
+
+
+def test_own_values_replace_those_of_the_preset() -> None:
+    shape = ModelSettings(preset="small", num_hidden_layers=2, qk_norm=True).shape(vocab_size=300)
+    assert (shape.num_hidden_layers, shape.hidden_size, shape.vocab_size) == (2, 512, 300)
+    assert shape.architecture == "Qwen3ForCausalLM"
+
+
+def test_heads_must_divide() -> None:
+    with pytest.raises(ValidationError, match="must be a multiple of"):
+        ModelSettings(num_attention_heads=6, num_key_value_heads=4).shape(vocab_size=300)

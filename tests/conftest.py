@@ -1,0 +1,41 @@
+"""What many tests need: a small tokenizer."""
+
+from pathlib import Path
+
+import pytest
+
+from minimind.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = [
+    "长江是中国最长的河流，全长约六千三百公里。长江发源于青藏高原，最后流入东海。",
+    "黄河是中国第二长的河流。黄河流过九个省，最后流入渤海。人们把黄河叫做母亲河。",
+    "泰山在山东省，是五岳之首。很多人在夜里上山，等着看日出。泰山的日出很美。",
+    "大熊猫生活在中国的山里，主要的食物是竹子。大熊猫一天要吃很多竹子，也很爱睡觉。",
+    "海水为什么是咸的？因为河流把石头里的盐带到海里，水变成云飞走了，盐却留在海里。",
+    "问：中国的首都是哪里？答：中国的首都是北京。问：法国的首都是哪里？答：法国的首都是巴黎。",
+    "你好，我是一个小小的语言模型。我可以回答你的问题，也可以和你聊天。",
+    "一年有四个季节：春天、夏天、秋天和冬天。春天花开，夏天很热，秋天叶子黄了，冬天下雪。",
+    "1949年10月1日，中华人民共和国成立了。1969年，人第一次走上月球。圆周率大约是3.14159。",
+    "The Yangtze is the longest river in China. It is about 6,300 kilometres long.",
+    "The river begins on the plateau in the west and ends in the sea in the east.",
+    "What is the capital of France? The capital of France is Paris. It's on the Seine.",
+    "A giant panda eats bamboo all day long, and then it sleeps. Pandas live in the mountains.",
+    "Why is the sea salty? Because rivers carry salt from the rocks into the sea.",
+    "I'm a small language model. I'll answer your questions, and we're going to talk.",
+    "def double(number):\n    return number * 2\n\nprint(double(21))\n",
+    "第一行\n第二行\n\n第三行：苹果、香蕉、梨。\n\n\n最后一行！\n",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """600 words, of which some are made of several Chinese characters or line breaks."""
+    return train_tokenizer(TEXTS, vocab_size=600)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer as a directory; not to be written to."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(directory)
+    return directory

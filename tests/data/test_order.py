@@ -1,0 +1,61 @@
+"""Row 2 of the reliability promises: the order of samples is pure."""
+
+import numpy as np
+import pytest
+
+from minimind.data.order import Order, permute
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 256, 257, 5000])
+def test_permute_is_a_permutation(size: int) -> None:
+    images = permute(np.arange(size), size, 7, 0)
+    assert sorted(images.tolist()) == list(range(size))
+
+
+def test_permute_depends_on_each_part_of_its_key() -> None:
+    images = [
+        permute(np.arange(1000), 1000, *key).tolist() for key in [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ]
+    assert len({tuple(image) for image in images}) == 4
+
+
+@pytest.mark.parametrize("size", [10, 30, 100])
+def test_permute_is_even(size: int) -> None:
+    """Each index lands in each place about equally often (chi-square by degree of freedom)."""
+    times = 500
+    counts = np.zeros((size, size))
+    for key in range(times):
+        counts[np.arange(size), permute(np.arange(size), size, key)] += 1
+    expected = times / size
+    chi = ((counts - expected) ** 2 / expected).sum() / max((size - 1) ** 2, 1)
+    assert chi < 1.7
+
+
+def test_every_window_of_a_part_is_seen_as_often_as_its_weight_says() -> None:
+    order = Order(sizes=(100, 50, 7), weights=(1.0, 0.5, 3.0), seed=5)
+    assert order.shares == (100, 25, 21)
+    seen: dict[tuple[int, int], int] = {}
+    for where in order.locate(0, 2 * order.epoch_size):
+        seen[where] = seen.get(where, 0) + 1
+    for part, (size, times) in enumerate([(100, 2), (50, 1), (7, 6)]):
+        assert [seen[part, window] for window in range(size)] == [times] * size
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_ten_thousand_cursors_give_the_same_samples_on_any_number_of_processes(
+    processes: int,
+) -> None:
+    """Each process takes its share of a global batch; together they are the uninterrupted run."""
+    order = Order(sizes=(997, 313), weights=(1.0, 2.0), seed=11)
+    batch, total = 12, 10_000
+    whole = order.locate(0, total + batch)
+    share = batch // processes
+    for cursor in range(0, total, batch):
+        together = [
+            sample
+            for rank in range(processes)
+            for sample in order.locate(cursor + rank * share, share)
+        ]
+        assert together == whole[cursor : cursor + batch]
+    singles = [order.locate(cursor, 1)[0] for cursor in range(0, total, 7)]
+    assert singles == whole[:total:7]
