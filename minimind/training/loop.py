@@ -21,7 +21,7 @@ from minimind.training.batch import to_device
 from minimind.training.checkpoint import latest_checkpoint, save_checkpoint
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
-from minimind.training.optimizers import Optimizers, build_optimizer
+from minimind.training.optimizers import Optimizers
 from minimind.training.precision import Precision
 from minimind.training.reporter import Reporter
 from minimind.training.schedule import lr_fraction
@@ -112,7 +112,7 @@ def train(job: Trainer) -> Outcome:
     Raises TrainingError when the numbers go bad, or when a batch has nothing to learn.
     """
     recipe, batch = job.recipe, job.recipe.training.batch
-    optimizers = build_optimizer(job.model, recipe.optim)
+    optimizers = Optimizers(job.model, recipe.optim)
     log = MetricsLog(
         job.run / "metrics.jsonl", trackers=recipe.training.trackers, name=job.run.name
     )

@@ -87,6 +87,17 @@ class Subject:
             if row in relation.rows
         )
 
+    @cached_property
+    def _by_row(self) -> dict[int, list["Fact"]]:
+        found: dict[int, list[Fact]] = {}
+        for fact in self.facts:
+            found.setdefault(fact.row.line, []).append(fact)
+        return found
+
+    def facts_of(self, row: Row) -> list["Fact"]:
+        """The facts of one row."""
+        return self._by_row.get(row.line, [])
+
 
 @dataclass(frozen=True, eq=False)
 class Fact:
@@ -100,6 +111,11 @@ class Fact:
     def name(self) -> str:
         """The entity that it is about."""
         return self.row.name
+
+    @property
+    def asks_by_name(self) -> bool:
+        """Whether its questions name the entity, so that "it" can be said after them."""
+        return all("{name}" in question for question in self.relation.questions)
 
     @cached_property
     def keys(self) -> tuple[tuple[str, ...], ...]:

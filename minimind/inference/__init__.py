@@ -1,0 +1,1 @@
+"""Decoding: sampling, generation with a KV cache, streaming text."""

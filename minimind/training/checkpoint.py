@@ -1,0 +1,166 @@
+"""Checkpoints that are whole or not there, and that notice every changed bit.
+
+    checkpoints/step-00001000/model.safetensors      weights
+                              optimizer.safetensors  moments and random states
+                              state.json             where the run stood
+                              manifest.json          sizes and sha256 sums; written last
+
+All of it is written into a hidden directory beside, flushed to the disk, then renamed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from minimind.errors import CheckpointError, ResourceError
+
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_NAME = re.compile(r"step-(\d{8,})")
+_MAKING = ".making-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after `step` optimizer steps."""
+
+    step: int
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the newest `keep`.
+
+    Raises ResourceError when it cannot be written; older ones are untouched then.
+    """
+    home = run / "checkpoints"
+    work, place = home / f"{_MAKING}{step:08}", home / f"step-{step:08}"
+    needed = sum(t.numel() * t.element_size() for t in (*model.values(), *optimizer.values()))
+    try:
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed while saving
+        work.mkdir(parents=True)
+        for name, tensors in zip(_FILES, (model, optimizer), strict=False):
+            whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            safetensors.torch.save_file(whole, work / name)
+            del whole
+        (work / "state.json").write_text(json.dumps(dict(state)), encoding="utf-8")
+        for name in _FILES:
+            _flush(work / name)
+        sums = {name: _described(work / name) for name in _FILES}
+        (work / "manifest.json").write_text(_manifest(step, sums), encoding="utf-8")
+        _flush(work / "manifest.json")
+        _flush(work)
+        if place.exists():  # a damaged one that was passed over
+            os.replace(place, home / f"{_MAKING}{step:08}.damaged")
+        os.replace(work, place)
+        _flush(home)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        free = shutil.disk_usage(run).free
+        raise ResourceError(
+            f"{place}: the checkpoint could not be written ({error}); it needs {needed:,} bytes "
+            f"and {free:,} are free. Older checkpoints are whole: free some space and give the "
+            "same command again"
+        ) from error
+    _remove(home, keep)
+    return place
+
+
+def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None if none was ever saved.
+
+    `warn` is told of each that is damaged and passed over. Raises CheckpointError when all are.
+    """
+    found = _found(run / "checkpoints")
+    for place in found:
+        try:
+            return _load(place)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            warn(f"{place} is damaged and passed over: {error}")
+    if found:
+        raise CheckpointError(
+            f"{run}: no checkpoint is whole any more, so the run cannot go on. "
+            "Restore one from a backup, or start over with --fresh"
+        )
+    return None
+
+
+def _load(place: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises ValueError with what is wrong."""
+    step = int(place.name.removeprefix("step-"))
+    names = {file.name for file in place.iterdir()}
+    if wrong := names ^ {*_FILES, "manifest.json"}:
+        raise ValueError(f"{', '.join(sorted(wrong))}: missing, or does not belong here")
+    text = (place / "manifest.json").read_bytes()
+    contents = {name: (place / name).read_bytes() for name in _FILES}
+    for name, content in contents.items():
+        described = json.loads(text)["files"][name]
+        if described != {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}:
+            raise ValueError(f"{name} is not what was saved (its sha256 sum differs)")
+    # Only the very bytes that we write: a bit that flips in the manifest is noticed too.
+    if text != _manifest(step, json.loads(text)["files"]).encode():
+        raise ValueError("manifest.json is not what was saved")
+    return Checkpoint(
+        step,
+        place,
+        safetensors.torch.load(contents["model.safetensors"]),
+        safetensors.torch.load(contents["optimizer.safetensors"]),
+        json.loads(contents["state.json"]),
+    )
+
+
+def _found(home: Path) -> list[Path]:
+    """Checkpoints by name, newest first."""
+    if not home.is_dir():
+        return []
+    places = [place for place in home.iterdir() if _NAME.fullmatch(place.name)]
+    return sorted(places, key=lambda place: int(place.name.removeprefix("step-")), reverse=True)
+
+
+def _remove(home: Path, keep: int) -> None:
+    """Remove old checkpoints: renamed first, so that none is ever there in part."""
+    for place in _found(home)[keep:]:
+        os.replace(place, home / f"{_MAKING}old-{place.name}")
+    for rest in home.glob(f"{_MAKING}*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _manifest(step: int, sums: Mapping[str, Any]) -> str:
+    return json.dumps({"step": step, "files": sums}, indent=1, sort_keys=True) + "\n"
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file, or a directory's list of names, on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows flushes names by itself
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
