@@ -1,5 +1,7 @@
 """`minimind demo`: the whole road in one command, on a corpus of its own."""
 
+import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,12 +14,25 @@ from minimind.cli import console
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
     from minimind.evaluation.quiz import Marked
-    from minimind.model import Transformer
-    from minimind.tokenizer import Tokenizer
+    from minimind.training.stage import StageResult
 
-_STAGES = {"pretrain": "pretraining", "sft-single": "single turn", "sft-multi": "several turns"}
+_STAGES = {
+    "pretrain": "pretraining: what the words mean",
+    "sft-single": "fine-tuning: answering a question",
+    "sft-multi": "fine-tuning: talking in several turns",
+}
+_VOCAB_SIZE = 3200
+_SEED = 1
+_CORPUS = {
+    "prose_characters": 6_000_000,
+    "held_out_characters": 60_000,
+    "single_turn": 160_000,
+    "multi_turn": 40_000,
+    "preference_pairs": 10_000,
+    "exam_questions": 2_000,
+}
 _QUIZ_QUESTIONS = 400
-_PROMPTS = {"pretrain": ["长江是", "问：中国的首都是哪里？答："], "sft": ["泰山在哪里？", "你好"]}
+_ANSWER_TOKENS = 64
 
 
 def demo(
@@ -30,33 +45,276 @@ def demo(
 ) -> None:
     """Make a corpus and a tokenizer, pretrain, fine-tune, examine, report: a model of your own."""
     from minimind.model.device import choose_device
-    from minimind.training.stage import run_stage
 
     started = time.perf_counter()
-    if fresh:
-        for name in ("corpus", "tokenizer", *_STAGES, "model", "stores"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    reporter = console.RichReporter()
     chosen = choose_device(device)
     preset = model or ("demo" if chosen.type == "cpu" else "small")
-    console.heading("1/6", "writing the corpus, “the textbook”")
-    corpus = _corpus(out / "corpus")
-    console.heading("2/6", "training the tokenizer")
-    _tokenizer(out / "tokenizer", corpus)
-    results = {}
-    for number, (stage, title) in enumerate(_STAGES.items()):
-        console.heading(f"{number + 3}/6", title)
-        recipe = _recipe(stage, preset, str(chosen), out, corpus)
-        from minimind.cli.train import sampler
+    if fresh:
+        _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
 
-        result = run_stage(
-            recipe, reporter=reporter, on_validation=sampler(recipe, reporter)
-        )
-        if result.model is None:
-            console.say("stopped; `minimind demo` again goes on from here")
-            raise typer.Exit(130)
-        results[stage] = result
-    _publish(out)
+    console.heading("1/6", "the corpus: a textbook of its own")
+    corpus = _corpus(out)
+    console.heading("2/6", "the tokenizer")
+    _tokenizer(out, corpus)
+    recipes = {stage: _recipe(stage, preset, str(chosen), out, corpus) for stage in _STAGES}
+    results = {}
+    for number, (stage, title) in enumerate(_STAGES.items(), 3):
+        console.heading(f"{number}/6", title)
+        results[stage] = _run(recipes[stage])
     console.heading("6/6", "the quiz and the report")
-    raise SystemExit(started)
+    summary_file = out / "summary.json"
+    if summary_file.is_file():
+        summary = json.loads(summary_file.read_text("utf-8"))
+        console.say("finished before; --fresh starts over")
+    else:
+        _publish(out, results["sft-multi"])
+        summary = _examine(out, recipes, results, started)
+    _show(out, summary)
+
+
+def _clear(out: Path) -> None:
+    for name in ("corpus", "tokenizer", "stores", "model", *_STAGES):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("summary.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _corpus(out: Path) -> Path:
+    """Write the textbook's corpus, whole or not at all."""
+    from minimind.data.textbook import load_subjects, write_corpus
+
+    corpus = out / "corpus"
+    if not corpus.is_dir():
+        making = out / "corpus.making"
+        shutil.rmtree(making, ignore_errors=True)
+        write_corpus(making, seed=_SEED, **_CORPUS)
+        os.replace(making, corpus)
+    subjects = load_subjects()
+    facts = sum(subject.num_facts for subject in subjects)
+    size = sum(file.stat().st_size for file in corpus.iterdir())
+    console.say(
+        f"{facts:,} facts of {len(subjects)} subjects as prose, dialogues, preference pairs and "
+        f"exams: {size / 1e6:.0f} MB in {corpus}"
+    )
+    return corpus
+
+
+def _tokenizer(out: Path, corpus: Path) -> None:
+    from minimind.data.read import BadLines, list_files, read_texts
+    from minimind.tokenizer import Tokenizer, train_tokenizer
+
+    place = out / "tokenizer"
+    files = [*list_files(str(corpus / "pretrain.jsonl")), *list_files(str(corpus / "sft-*.jsonl"))]
+    if not place.is_dir():
+        making = out / "tokenizer.making"
+        shutil.rmtree(making, ignore_errors=True)
+        train_tokenizer(read_texts(files, bad=BadLines()), vocab_size=_VOCAB_SIZE).save(making)
+        os.replace(making, place)
+    text = (corpus / "held-out.jsonl").read_text("utf-8")
+    tokenizer = Tokenizer.load(place)
+    rate = len(text) / len(tokenizer.encode(text))
+    console.say(f"{tokenizer.vocab_size:,} words, {rate:.2f} characters a token, in {place}")
+
+
+def _recipe(stage: str, preset: str, device: str, out: Path, corpus: Path) -> "Recipe":
+    from minimind.config import load_recipe
+
+    before = {"sft-single": "pretrain", "sft-multi": "sft-single"}.get(stage)
+    data = corpus / f"{stage}.jsonl"
+    start = {"model.init": str(out / before)} if before else {"model.preset": preset}
+    flags: dict[str, Any] = {
+        "out": str(out / stage),
+        "tokenizer": str(out / "tokenizer"),
+        "device": device,
+        "data.store": str(out / "stores"),
+        "data.sources": [str(data)],
+    }
+    if stage == "pretrain":
+        flags["data.validation"] = [str(corpus / "held-out.jsonl")]
+    if stage == "sft-multi":  # what was learned before is kept by practising it on
+        flags["data.sources"] = [str(data), str(corpus / "sft-single.jsonl") + "@0.1"]
+    return load_recipe(f"demo-{stage}", flags=flags | start).recipe
+
+
+def _run(recipe: "Recipe") -> "StageResult":
+    from minimind.cli.train import sampler
+    from minimind.training.stage import run_stage
+
+    reporter = console.RichReporter()
+    result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
+    if result.model is None:
+        console.say("stopped; `minimind demo` again goes on from here")
+        raise typer.Exit(130)
+    summary = result.summary
+    console.say(
+        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s "
+        f"({summary['tokens_per_second']:,.0f} a second), "
+        f"{summary['bits_per_byte']:.3f} bits a byte held out"
+    )
+    return result
+
+
+def _publish(out: Path, last: "StageResult") -> None:
+    """Put the last stage's model where the demo's own is looked for."""
+    assert last.model is not None, "a stopped stage ends the demo"
+    making = out / "model.making"
+    shutil.rmtree(making, ignore_errors=True)
+    shutil.copytree(last.model, making)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    os.replace(making, out / "model")
+
+
+def _examine(
+    out: Path, recipes: dict[str, "Recipe"], results: dict[str, "StageResult"], started: float
+) -> dict[str, Any]:
+    """The quiz, the eight questions at three moments, `summary.json` and `report.html`."""
+    from minimind.data.textbook import eight, sample_quiz
+    from minimind.evaluation.quiz import by_subject, mark
+    from minimind.inference.asking import answer_all, continue_all
+    from minimind.model import load_model
+    from minimind.model.device import choose_device
+    from minimind.tokenizer import Tokenizer
+    from minimind.training.stage import new_model
+
+    device = choose_device(recipes["pretrain"].device)
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    questions = eight()
+    asked = [question.question for question in questions]
+    untrained = new_model(recipes["pretrain"], tokenizer).to(device)
+    before = continue_all(untrained, tokenizer, asked, max_new_tokens=24)
+    pretrained = load_model(out / "pretrain" / "model", device=device)
+    prompts = [f"问：{question}答：" for question in asked]
+    between = [
+        text.split("问：")[0]
+        for text in continue_all(pretrained, tokenizer, prompts, max_new_tokens=_ANSWER_TOKENS)
+    ]
+    final = load_model(out / "model", device=device)
+    after = mark(questions, answer_all(final, tokenizer, asked, max_new_tokens=_ANSWER_TOKENS))
+    quiz = sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
+    reporter = console.RichReporter()
+    reporter.start("answering the quiz", len(quiz), unit="question")
+    answers = answer_all(
+        final,
+        tokenizer,
+        [question.question for question in quiz],
+        max_new_tokens=_ANSWER_TOKENS,
+        progress=reporter.progress,
+    )
+    reporter.stop()
+    marked = mark(quiz, answers)
+    subjects = by_subject(marked)
+    stages = {
+        name: {
+            key: result.summary[key]
+            for key in ("seconds", "tokens", "tokens_per_second", "bits_per_byte")
+        }
+        for name, result in results.items()
+    }
+    summary = {
+        "training_seconds": sum(stage["seconds"] for stage in stages.values()),
+        "total_seconds": time.perf_counter() - started,
+        "device": str(device),
+        "parameters": results["pretrain"].summary["parameters"],
+        "stages": stages,
+        "unigram_bits_per_byte": results["pretrain"].summary["unigram_bits_per_byte"],
+        "quiz": {
+            "correct": sum(one.right for one in marked),
+            "questions": len(marked),
+            "by_subject": {
+                name: {"correct": right, "questions": count}
+                for name, (right, count) in subjects.items()
+            },
+        },
+        "eight": [
+            {
+                "question": question.question,
+                "before_training": before[i],
+                "after_pretraining": between[i],
+                "after_fine_tuning": after[i].answer,
+                "correct": after[i].right and after[i].fluent,
+            }
+            for i, question in enumerate(questions)
+        ],
+    }
+    _report(out, summary, results, subjects, marked)
+    console.write_json(out / "summary.json", summary)
+    return summary
+
+
+def _report(
+    out: Path,
+    summary: dict[str, Any],
+    results: dict[str, "StageResult"],
+    subjects: dict[str, tuple[int, int]],
+    marked: list["Marked"],
+) -> None:
+    from minimind.evaluation.report import StageReport, write_report
+
+    right, count = summary["quiz"]["correct"], summary["quiz"]["questions"]
+    write_report(
+        out / "report.html",
+        title="minimind demo",
+        lead=f"A GPT of {summary['parameters']:,} parameters, trained from nothing on "
+        f"{summary['device']} in {summary['training_seconds'] / 60:.1f} minutes.",
+        cards={
+            "training": f"{summary['training_seconds']:,.0f} s",
+            "quiz": f"{right / count:.1%}",
+            "of the eight": f"{sum(one['correct'] for one in summary['eight'])} right",
+            "bits per byte": f"{summary['stages']['pretrain']['bits_per_byte']:.3f}",
+            "unigram": f"{summary['unigram_bits_per_byte']:.3f}",
+        },
+        stages=[StageReport.read(name, result.run) for name, result in results.items()],
+        eight=summary["eight"],
+        by_subject=subjects,
+        wrong=[
+            {
+                "question": one.question.question,
+                "answer": one.answer,
+                "expected": one.question.answer,
+            }
+            for one in marked
+            if not one.right
+        ],
+    )
+
+
+def _show(out: Path, summary: dict[str, Any]) -> None:
+    """The eight answers, the summary table, and how to go on."""
+    console.show(
+        console.table(
+            "The eight questions",
+            ["question", "after pretraining", "after fine-tuning", ""],
+            (
+                [
+                    one["question"],
+                    one["after_pretraining"],
+                    one["after_fine_tuning"],
+                    "✓" if one["correct"] else "✗",
+                ]
+                for one in summary["eight"]
+            ),
+        )
+    )
+    quiz, stages = summary["quiz"], summary["stages"]
+    rows = [
+        ("parameters", summary["parameters"]),
+        ("device", summary["device"]),
+        ("training, all stages", f"{summary['training_seconds']:,.0f} s"),
+        ("the whole demo", f"{summary['total_seconds']:,.0f} s"),
+        *(
+            (f"{name}: tokens/s", round(stage["tokens_per_second"]))
+            for name, stage in stages.items()
+        ),
+        ("bits per byte, held out", round(stages["pretrain"]["bits_per_byte"], 3)),
+        ("bits per byte, unigram model", round(summary["unigram_bits_per_byte"], 3)),
+        (
+            "quiz, words never trained on",
+            f"{quiz['correct']} of {quiz['questions']} right "
+            f"({quiz['correct'] / quiz['questions']:.1%})",
+        ),
+        ("the eight", f"{sum(one['correct'] for one in summary['eight'])} of 8 right"),
+    ]
+    console.show(console.table("Summary", ["figure", "value"], rows, numbers=1))
+    console.say(f"The report with all curves: {out / 'report.html'}")
+    console.say(f"Chat with your model: minimind chat {out}")

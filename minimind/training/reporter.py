@@ -4,7 +4,7 @@
 class Reporter:
     """Shows nothing. Subclasses draw progress and print lines."""
 
-    def start(self, title: str, total: int, done: int = 0) -> None:
+    def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
         """A piece of work of `total` units begins, `done` of them already behind it."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:

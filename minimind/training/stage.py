@@ -1,6 +1,5 @@
 """A stage: from a recipe to a model directory, through token stores, the loop and its checkpoints."""
 
-import contextlib
 import json
 import math
 import os
@@ -53,9 +52,7 @@ def run_stage(
     Raises ConfigError when the run directory holds a run of another recipe, and whatever reading
     the data, the tokenizer and the model raises.
     """
-    if recipe.out is None:
-        raise ConfigError("out is not set: where should the run be kept? Give --out DIR")
-    run = Path(recipe.out)
+    run = _run_directory(recipe)
     run.mkdir(parents=True, exist_ok=True)
     with run_lock(run):
         if fresh:
@@ -67,10 +64,26 @@ def run_stage(
         return _run(recipe, run, reporter, write_samples)
 
 
-def _run(
-    recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples
-) -> StageResult:
-    torch.manual_seed(recipe.seed)
+@dataclass(frozen=True)
+class Prepared:
+    """A stage that is ready to train."""
+
+    job: Trainer
+    tokenizer: Tokenizer
+    stores: "_Stores"
+
+
+def prepare_stage(
+    recipe: Recipe,
+    *,
+    reporter: Reporter,
+    write_samples: WriteSamples = lambda model, tokenizer: [],
+) -> Prepared:
+    """Do everything that comes before training: model, token stores, windows.
+
+    Raises whatever reading the data, the tokenizer and the model raises.
+    """
+    run = _run_directory(recipe)
     device = choose_device(recipe.device)
     precision = choose_precision(recipe.training.precision, device)
     tokenizer, model = _start(recipe, device)
@@ -82,32 +95,42 @@ def _run(
     reporter.say(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
         f"{precision.name}; {data.order.epoch_size:,} windows of {recipe.data.window} tokens "
-        f"an epoch"
+        f"an epoch; {num_steps:,} steps of {recipe.training.batch} windows"
     )
-    outcome = train(
-        Trainer(
-            model=model,
-            objective=NextToken(tokenizer.token_bytes, device),
-            data=data,
-            held_out=held_out,
-            recipe=recipe,
-            run=run,
-            num_steps=num_steps,
-            micro_batch=recipe.training.micro_batch or _micro_batch(recipe, device),
-            device=device,
-            precision=precision,
-            reporter=reporter,
-            write_samples=lambda: write_samples(model, tokenizer),
-        )
+    job = Trainer(
+        model=model,
+        objective=NextToken(tokenizer.token_bytes, device),
+        data=data,
+        held_out=held_out,
+        recipe=recipe,
+        run=run,
+        num_steps=num_steps,
+        micro_batch=recipe.training.micro_batch or _micro_batch(recipe, device),
+        device=device,
+        precision=precision,
+        reporter=reporter,
+        write_samples=lambda: write_samples(model, tokenizer),
     )
-    summary = _summary(
-        recipe, model, tokenizer, stores, held_out, outcome, str(device), precision.name
-    )
+    return Prepared(job, tokenizer, stores)
+
+
+def _run(
+    recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples
+) -> StageResult:
+    prepared = prepare_stage(recipe, reporter=reporter, write_samples=write_samples)
+    outcome = train(prepared.job)
+    summary = _summary(prepared, outcome)
     if not outcome.finished:
         return StageResult(run, None, summary)
-    save_model(run / "model", model, tokenizer)
+    save_model(run / "model", prepared.job.model, prepared.tokenizer)
     _write_atomically(run / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
     return StageResult(run, run / "model", summary)
+
+
+def _run_directory(recipe: Recipe) -> Path:
+    if recipe.out is None:
+        raise ConfigError("out is not set: where should the run be kept? Give --out DIR")
+    return Path(recipe.out)
 
 
 def _clear(run: Path) -> None:
@@ -139,6 +162,12 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def new_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
+    """The model that the recipe begins with when it begins from zero, on the CPU."""
+    torch.manual_seed(recipe.seed)
+    return Transformer(recipe.model.shape(tokenizer.vocab_size))
+
+
 def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer]:
     """The tokenizer and the model that the stage begins with."""
     if recipe.model.init:
@@ -153,7 +182,7 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
             )
     elif recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer))
-        model = Transformer(recipe.model.shape(tokenizer.vocab_size)).to(device)
+        model = new_model(recipe, tokenizer).to(device)
     else:
         raise ConfigError(
             "tokenizer is not set: a new model needs one. Make it with "
@@ -182,8 +211,8 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
     folder = Path(settings.store) if settings.store else None
 
     def opened(path: str, fraction: float) -> TokenStore:
-        reporter.start(f"tokenizing {path}", 1)
-        with contextlib.closing(_Stopper(reporter)):
+        reporter.start(f"tokenizing {path}", 1, unit="byte")
+        try:
             return open_store(
                 path,
                 tokenizer,
@@ -194,6 +223,8 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
                 folder=folder,
                 progress=reporter.progress,
             )
+        finally:
+            reporter.stop()
 
     return _Stores(
         [
@@ -202,14 +233,6 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
         ],
         [opened(path, 0.0) for path in settings.validation],
     )
-
-
-@dataclass
-class _Stopper:
-    reporter: Reporter
-
-    def close(self) -> None:
-        self.reporter.stop()
 
 
 def _mixes(
@@ -258,30 +281,23 @@ def _micro_batch(recipe: Recipe, device: torch.device) -> int:
     return max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
 
 
-def _summary(
-    recipe: Recipe,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    stores: _Stores,
-    held_out: Mix | None,
-    outcome: Outcome,
-    device: str,
-    precision: str,
-) -> dict[str, Any]:
+def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+    job = prepared.job
     summary: dict[str, Any] = {
-        "objective": recipe.objective,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "objective": job.recipe.objective,
+        "parameters": sum(p.numel() for p in job.model.parameters()),
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "seconds": outcome.elapsed_s,
         "tokens_per_second": outcome.tokens / max(outcome.elapsed_s, 1e-9),
-        "device": device,
-        "precision": precision,
+        "device": str(job.device),
+        "precision": job.precision.name,
     } | outcome.validation
-    if recipe.objective == "pretrain" and held_out is not None:
-        counts = sum(store.unigram_counts(tokenizer.vocab_size) for store in stores.sources)
+    if job.recipe.objective == "pretrain" and job.held_out is not None:
+        tokenizer = prepared.tokenizer
+        counts = sum(s.unigram_counts(tokenizer.vocab_size) for s in prepared.stores.sources)
         summary["unigram_bits_per_byte"] = unigram_bits_per_byte(
-            np.asarray(counts), held_out, recipe.validation.windows, tokenizer.token_bytes
+            np.asarray(counts), job.held_out, job.recipe.validation.windows, tokenizer.token_bytes
         )
     return summary
 
