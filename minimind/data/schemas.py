@@ -1,9 +1,19 @@
-"""The shapes of records that people's data comes in, and how each becomes ours."""
+"""The shapes of records that people's data comes in, and how each becomes ours.
+
+    text           {"text"}
+    conversations  {"conversations": [{"role", "content"}…]}       messages: the same, by OpenAI
+    sharegpt       {"conversations": [{"from", "value"}…]}
+    alpaca         {"instruction", "input", "output"}, with "history" and "system" if there are any
+    qa             {"q", "a"}, with "history" if there is any
+    pairs          {"chosen": […], "rejected": […]}, or texts beside a "prompt"
+
+A field that goes by several names is looked for under each of them.
+"""
 
 import ast
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minimind.tokenizer.chat import ROLES, Message
@@ -11,6 +21,11 @@ from minimind.tokenizer.chat import ROLES, Message
 _ROLE_OF = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 _ROLE_OF |= {"observation": "tool", "function": "tool", "prompter": "user", "model": "assistant"}
 _ROLE_OF |= {role: role for role in ROLES}
+
+_TURNS = ("messages", "conversations", "conversation")
+_QUESTION = ("q", "question", "prompt")
+_ANSWER = ("a", "answer", "response")
+_CHOSEN, _REJECTED = ("chosen", "chose"), ("rejected", "reject")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +36,7 @@ class Record:
     messages: list[Message] | None = None
     chosen: list[Message] | None = None
     rejected: list[Message] | None = None
+    schema: str = field(default="text", compare=False)  # what it was made from
 
     @property
     def kind(self) -> str:
@@ -30,7 +46,7 @@ class Record:
         return "messages" if self.messages is not None else "pair"
 
     def as_text(self) -> str:
-        """All that is written in it."""
+        """All that is written in it, each thing once."""
         if self.text is not None:
             return self.text
         messages = self.messages or [*(self.chosen or []), *(self.rejected or [])[-1:]]
@@ -39,160 +55,171 @@ class Record:
 
 def detect_schema(record: Mapping[str, Any]) -> str:
     """Name the schema of a record. Raises ValueError when it is none that is known."""
-    keys = record.keys()
-    if _first(record, "chosen", "chose") is not None and "rejected" in keys | _renamed(keys):
+    if _first(record, _CHOSEN) is not None and _first(record, _REJECTED) is not None:
         return "pairs"
     if isinstance(record.get("messages"), list):
         return "messages"
-    turns = record.get("conversations", record.get("conversation"))
-    if isinstance(turns, list) and turns and isinstance(turns[0], dict):
-        return "sharegpt" if "from" in turns[0] else "conversations"
-    if "instruction" in keys and "output" in keys:
+    turns = _first(record, _TURNS)
+    if isinstance(turns, list):
+        said_by = turns[0].keys() if turns and isinstance(turns[0], dict) else ()
+        return "sharegpt" if "from" in said_by else "conversations"
+    if "instruction" in record and "output" in record:
         return "alpaca"
-    if _first(record, "q", "question", "prompt") is not None and (
-        _first(record, "a", "answer", "response") is not None
-    ):
+    if _first(record, _QUESTION) is not None and _first(record, _ANSWER) is not None:
         return "qa"
     if isinstance(record.get("text"), str):
         return "text"
-    shown = ", ".join(map(str, list(keys)[:6])) or "none"
-    raise ValueError(f"unrecognised record with the fields: {shown}")
+    raise ValueError(f"of no known schema; its fields are: {_names(record)}")
 
 
 def convert(record: Mapping[str, Any], schema: str = "auto") -> Record:
     """Turn a record of the given schema into ours. Raises ValueError with the reason it cannot."""
     name = detect_schema(record) if schema == "auto" else schema
-    return _CONVERTERS[name](record)
+    return replace(_CONVERTERS[name](record), schema=name)
 
 
 def _text(record: Mapping[str, Any]) -> Record:
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise ValueError("no text in the field text")
+    text = _string(record, ("text",))
     if not text.strip():
-        raise ValueError("empty text")
+        raise ValueError("the text is empty")
     return Record(text=text)
 
 
 def _messages(record: Mapping[str, Any]) -> Record:
-    turns = _first(record, "messages", "conversations", "conversation")
-    if not isinstance(turns, list):
-        raise ValueError("no list of messages in messages or conversations")
+    turns = _first(record, _TURNS)
+    if turns is None:
+        raise _missing(record, _TURNS)
     messages = _turns(turns)
-    system = record.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return Record(messages=_conversation(messages))
+    if messages[0]["role"] != "system":
+        messages = [*_system(record), *messages]
+    return Record(messages=_answered(messages))
 
 
 def _alpaca(record: Mapping[str, Any]) -> Record:
-    asked = _string(record, "instruction")
+    asked = _string(record, ("instruction",))
     extra = record.get("input")
     if isinstance(extra, str) and extra.strip():
         asked = f"{asked}\n{extra}" if asked.strip() else extra
-    return _with_history(record, asked, _string(record, "output"))
+    return _with_history(record, asked, _string(record, ("output",)))
 
 
 def _qa(record: Mapping[str, Any]) -> Record:
-    asked = _first(record, "q", "question", "prompt")
-    answer = _first(record, "a", "answer", "response")
-    if not isinstance(asked, str) or not isinstance(answer, str):
-        raise ValueError("question or answer is not text")
-    return _with_history(record, asked, answer)
+    return _with_history(record, _string(record, _QUESTION), _string(record, _ANSWER))
 
 
 def _with_history(record: Mapping[str, Any], asked: str, answer: str) -> Record:
-    messages: list[Message] = []
-    system = record.get("system")
-    if isinstance(system, str) and system.strip():
-        messages.append({"role": "system", "content": system})
-    for question, reply in _history(record.get("history")):
+    if not asked.strip():
+        raise ValueError("the question is empty")
+    messages = _system(record)
+    for question, reply in [*_history(record.get("history")), (asked, answer)]:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": reply})
-    messages.append({"role": "user", "content": asked})
-    messages.append({"role": "assistant", "content": answer})
-    return Record(messages=_conversation(messages))
+    return Record(messages=_answered(messages))
+
+
+def _system(record: Mapping[str, Any]) -> list[Message]:
+    system = record.get("system")
+    if isinstance(system, str) and system.strip():
+        return [{"role": "system", "content": system}]
+    return []
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
-    """History as a list of pairs; CSV files hold it as the text of a list."""
-    if value is None or value == "":
+    """History as a list of pairs; CSV files hold it as the text of a list, JSON's or Python's."""
+    if value is None or (isinstance(value, str) and not value.strip()):
         return []
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
-                value = ast.literal_eval(value)
+                value = ast.literal_eval(value.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 raise ValueError("history is not a list of pairs") from None
-    pairs = [tuple(pair) for pair in value] if isinstance(value, list) else None
-    if pairs is None or any(
-        len(pair) != 2 or not all(isinstance(side, str) for side in pair) for pair in pairs
-    ):
+    if not isinstance(value, list) or not all(_is_pair(pair) for pair in value):
         raise ValueError("history is not a list of pairs")
-    return pairs
+    return [(question, reply) for question, reply in value]
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(side, str) for side in value)
+    )
 
 
 def _pairs(record: Mapping[str, Any]) -> Record:
-    chosen = _first(record, "chosen", "chose")
-    rejected = _first(record, "rejected", "reject")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return Record(
-            chosen=_conversation(_turns(chosen)), rejected=_conversation(_turns(rejected))
-        )
-    asked = _first(record, "prompt", "question", "q")
-    if isinstance(chosen, dict) and isinstance(rejected, dict) and "conversations" in record:
-        prompt = _turns(record["conversations"])
-        return Record(
-            chosen=_conversation([*prompt, *_turns([chosen])]),
-            rejected=_conversation([*prompt, *_turns([rejected])]),
-        )
-    prompt = _turns(asked) if isinstance(asked, list) else [{"role": "user", "content": asked}]
-    answers = [[*prompt, {"role": "assistant", "content": side}] for side in (chosen, rejected)]
-    return Record(chosen=_conversation(answers[0]), rejected=_conversation(answers[1]))
+    chosen, rejected = _first(record, _CHOSEN), _first(record, _REJECTED)
+    if chosen is None or rejected is None:
+        raise _missing(record, _CHOSEN if chosen is None else _REJECTED)
+    prompt = _prompt(record)
+    sides = [_answered(_side(prompt, side)) for side in (chosen, rejected)]
+    return Record(chosen=sides[0], rejected=sides[1])
 
 
-def _turns(turns: list[Any]) -> list[Message]:
-    if not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("messages are empty, or not objects")
+def _prompt(record: Mapping[str, Any]) -> list[Message]:
+    """What stands before both answers; nothing where they are whole conversations themselves."""
+    asked = _first(record, (*_TURNS, *reversed(_QUESTION)))
+    if isinstance(asked, str):
+        return [*_system(record), {"role": "user", "content": asked}]
+    return _turns(asked) if asked is not None else []
+
+
+def _side(prompt: list[Message], side: Any) -> list[Message]:
+    if isinstance(side, str):
+        if not prompt:
+            raise ValueError("chosen and rejected are texts, and there is no prompt beside them")
+        return [*prompt, {"role": "assistant", "content": side}]
+    messages = _turns([side] if isinstance(side, dict) else side)
+    return messages if messages[0]["role"] != "assistant" else [*prompt, *messages]
+
+
+def _turns(turns: Any) -> list[Message]:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("messages are not a list of objects")
+    if not turns:
+        raise ValueError("the list of messages is empty")
     messages: list[Message] = []
     for turn in turns:
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role.lower() not in _ROLE_OF:
-            raise ValueError(f"unknown role {role!r}")
+            raise ValueError(f"unknown role {role!r}; known are {', '.join(_ROLE_OF)}")
         if not isinstance(content, str):
-            raise ValueError("a message's content is not text")
+            raise ValueError(f"a message of the {_ROLE_OF[role.lower()]} holds no text")
         messages.append({"role": _ROLE_OF[role.lower()], "content": content})
     return messages
 
 
-def _conversation(messages: list[Message]) -> list[Message]:
-    """Check that somebody asks something; an empty answer is found out when it is packed."""
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError("no answer in the conversation")
-    for message in messages:
-        if not isinstance(message["content"], str):
-            raise ValueError("a message's content is not text")
-    if not any(m["content"].strip() for m in messages if m["role"] == "assistant"):
-        raise ValueError("the answer is empty")
+def _answered(messages: list[Message]) -> list[Message]:
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("nobody answers in the conversation")
+    if not all(answer.strip() for answer in answers):
+        raise ValueError("an answer is empty")
     return messages
 
 
-def _string(record: Mapping[str, Any], key: str) -> str:
-    value = record.get(key)
+def _string(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    value = _first(record, names)
+    if value is None:
+        raise _missing(record, names)
     if not isinstance(value, str):
-        raise ValueError(f"the field {key} is not text")
+        raise ValueError(f"the field {' or '.join(names)} is not text")
     return value
 
 
-def _first(record: Mapping[str, Any], *names: str) -> Any:
+def _missing(record: Mapping[str, Any], names: tuple[str, ...]) -> ValueError:
+    return ValueError(f"no field {' or '.join(names)}; its fields are: {_names(record)}")
+
+
+def _names(record: Iterable[Any]) -> str:
+    return ", ".join(map(str, list(record)[:6])) or "none"
+
+
+def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def _renamed(keys: Any) -> set[str]:
-    return {"rejected"} if "reject" in keys else set()
 
 
 _CONVERTERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
@@ -204,3 +231,4 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
     "qa": _qa,
     "pairs": _pairs,
 }
+SCHEMAS = tuple(_CONVERTERS)

@@ -9,6 +9,8 @@ from minimind.model.cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rotate
 
+_QUERIES = 128  # at once on a CPU: what lies in the future is not computed
+
 
 class Attention(nn.Module):
     """B sequences, T tokens, H query heads, K key/value heads, D wide each."""
@@ -48,12 +50,19 @@ class Attention(nn.Module):
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The textbook formula: for training windows on a CPU faster than torch's fused kernel.
+    """The textbook formula, some queries at a time against the keys up to theirs.
 
-    Measured forward and backward, 2 cores, bf16, 8,192 tokens, 4 heads of 64: 22 ms against 62
-    (windows of 128), 42 against 64 (windows of 256).
+    For training windows on a CPU that is faster than torch's fused kernel;
+    benchmarks/records/attention-cpu.md has the figures.
     """
+    length = q.shape[2]
     if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.masked_fill(~mask, -1e9).softmax(-1, dtype=v.dtype) @ v
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
+    hidden, q = ~mask, q * q.shape[-1] ** -0.5
+    parts = []
+    for start in range(0, length, _QUERIES):
+        here = slice(start, min(start + _QUERIES, length))
+        scores = q[:, :, here] @ k[:, :, : here.stop].transpose(-1, -2)
+        scores = scores.masked_fill_(hidden[:, :, here, : here.stop], -1e9)
+        parts.append(scores.softmax(-1, dtype=v.dtype) @ v[:, :, : here.stop])
+    return torch.cat(parts, dim=2)
