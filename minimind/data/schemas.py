@@ -40,7 +40,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """"text", "messages" or "pair"."""
+        """ "text", "messages" or "pair"."""
         if self.text is not None:
             return "text"
         return "messages" if self.messages is not None else "pair"
@@ -67,7 +67,7 @@ def detect_schema(record: Mapping[str, Any]) -> str:
         return "alpaca"
     if _first(record, _QUESTION) is not None and _first(record, _ANSWER) is not None:
         return "qa"
-    if isinstance(record.get("text"), str):
+    if "text" in record:
         return "text"
     raise ValueError(f"of no known schema; its fields are: {_names(record)}")
 
@@ -160,7 +160,7 @@ def _pairs(record: Mapping[str, Any]) -> Record:
 
 def _prompt(record: Mapping[str, Any]) -> list[Message]:
     """What stands before both answers; nothing where they are whole conversations themselves."""
-    asked = _first(record, (*_TURNS, *reversed(_QUESTION)))
+    asked = _first(record, (*_TURNS, *_QUESTION))
     if isinstance(asked, str):
         return [*_system(record), {"role": "user", "content": asked}]
     return _turns(asked) if asked is not None else []
@@ -203,7 +203,7 @@ def _answered(messages: list[Message]) -> list[Message]:
 
 def _string(record: Mapping[str, Any], names: tuple[str, ...]) -> str:
     value = _first(record, names)
-    if value is None:
+    if value is None and not any(name in record for name in names):
         raise _missing(record, names)
     if not isinstance(value, str):
         raise ValueError(f"the field {' or '.join(names)} is not text")

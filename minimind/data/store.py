@@ -1,39 +1,47 @@
 """The token store: text tokenized once, kept on disk, read through memory maps.
 
-    <store>/manifest.json            what it was made from, counts; written last
-            train-00000.tokens       token ids, uint16 (uint32 for vocabularies over 65,536)
-            train-00000.mask         chat only: uint8, 1 where the model is to produce the token
-            train-00000.ends         int64, where each document ends
-            validation-00000.*       the documents held out
+    <folder>/<key>.lock               held by the process that makes the store
+             <key>.bad-lines.jsonl    the first lines of the input that were no records
+             <key>.making-…/          a store in the making; left only by a process that died
+             <key>/manifest.json      what it was made from, counts; written last
+                   train-00000.tokens token ids, uint16 (uint32 for vocabularies over 65,536)
+                   train-00000.mask   chat only: uint8, 1 where the model is to produce the token
+                   train-00000.ends   int64, where each document ends
+                   validation-…       the documents held out
 
 A store holds one part of a mix. Which documents are held out depends on their text alone, so it
 is the same in any order of files, and copies of one document stay on one side.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from minimind.data.read import BadLines, Record, list_files, read_records
-from minimind.errors import DataError, ResourceError
+from minimind.data.read import BadLines, list_files
+from minimind.errors import ResourceError
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import encode_chats
 
 Kind = Literal["text", "chat"]
 Split = Literal["train", "validation"]
-_FORMAT = 1
+_SPLITS: tuple[Split, ...] = ("train", "validation")
+_FORMAT = 2
 _BATCH_RECORDS = 512
+_BATCH_CHARACTERS = 1 << 20
 _SHARD_TOKENS = 1 << 27
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_ELSEWHERE = "give another folder with data.store=DIR or the variable MINIMIND_CACHE"
 
 
 @dataclass(frozen=True)
@@ -49,27 +57,43 @@ class Shard:
 
 
 class TokenStore:
-    """A finished store on disk."""
+    """A finished store on disk. Raises ValueError or OSError when it is not whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text("utf-8"))
+        for name, size in self._sizes():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} has not the {size:,} bytes that it was written with")
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of each file."""
+        width = np.dtype(self.manifest["dtype"]).itemsize
+        for split in _SPLITS:
+            for shard in self.manifest[split]["shards"]:
+                yield f"{shard['name']}.tokens", shard["tokens"] * width
+                yield f"{shard['name']}.ends", shard["documents"] * 8
+                if self.manifest["kind"] == "chat":
+                    yield f"{shard['name']}.mask", shard["tokens"]
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of one side, as memory maps."""
         return [
             Shard(
-                tokens=_map(self.folder / f"{name}.tokens", self.manifest["dtype"]),
-                mask=_map(self.folder / f"{name}.mask", "uint8")
+                tokens=_map(self.folder / f"{shard['name']}.tokens", self.manifest["dtype"]),
+                mask=_map(self.folder / f"{shard['name']}.mask", "uint8")
                 if self.manifest["kind"] == "chat"
                 else None,
-                ends=_map(self.folder / f"{name}.ends", "int64"),
+                ends=_map(self.folder / f"{shard['name']}.ends", "int64"),
             )
-            for name in self.manifest[split]["shards"]
+            for shard in self.manifest[split]["shards"]
         ]
 
     def unigram_counts(self, vocab_size: int, most: int = 1 << 24) -> NDArray[np.int64]:
-        """How often each token occurs in (at most the first `most` tokens of) the training side."""
+        """[vocab_size] how often each token occurs in the training side.
+
+        Of each shard (134M tokens) at most the first `most` are counted.
+        """
         counts = np.zeros(vocab_size, np.int64)
         for shard in self.shards("train"):
             counts += np.bincount(shard.tokens[:most], minlength=vocab_size)
@@ -99,11 +123,14 @@ def open_store(
     max_bad_fraction: float = 0.05,
     folder: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> TokenStore:
-    """Find the token store of `path` (file, folder or glob), or make it.
+    """Find the token store of `path` (file, folder or glob), or make it, on all cores.
 
-    `progress(done, total)` is called with bytes of input. Raises DataError when the input cannot
-    be read or has too many bad lines, and ResourceError when the disk is full.
+    A store in the making by another process is waited for; one that is damaged is made again.
+    `progress(done, total)` is called with bytes of input, `say(text)` with what a user should
+    know. Raises DataError when the input cannot be read or has too many bad lines, and
+    ResourceError when the store cannot be written.
     """
     files = list_files(path)
     described = {
@@ -117,31 +144,24 @@ def open_store(
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
     home = folder or default_folder()
     place = home / key
-    if (place / "manifest.json").is_file():
-        return TokenStore(place)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{key}.making-", dir=home))
-    except OSError as error:
-        raise ResourceError(
-            f"{home}: cannot make the token store here ({error.strerror}); "
-            "give another folder with data.store=DIR or the variable MINIMIND_CACHE"
-        ) from error
-    try:
-        bad = BadLines(home / f"{key}.bad-lines.jsonl")
-        _fill(work, files, tokenizer, described, bad, max_bad_fraction, progress)
-        os.replace(work, place)
-    except OSError as error:
-        if (place / "manifest.json").is_file():  # somebody else made it in the meantime
-            return TokenStore(place)
-        raise ResourceError(
-            f"{place}: could not write the token store ({error.strerror}); tokens need about "
-            f"{sum(file.stat().st_size for file in files):,} bytes. Free some space, or give "
-            "another folder with data.store=DIR"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return TokenStore(place)
+    if store := _open(place):
+        return store
+    with _lock(home, key, lambda: say(f"waiting for another process that tokenizes {path}")):
+        if store := _open(place):
+            return store
+        if place.exists():
+            say(f"the token store {place} is damaged; it is made again")
+        store = _make(place, files, tokenizer, described, max_bad_fraction, progress)
+    bad_lines, skipped = store.manifest["bad_lines"], store.manifest["skipped"]
+    if bad_lines:
+        say(f"{path}: {bad_lines:,} bad lines put aside in {store.manifest['bad_lines_file']}")
+    if skipped:
+        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}")
+    return store
+
+
+def _wanted(kind: Kind) -> str:
+    return "conversations" if kind == "chat" else "text"
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -153,119 +173,281 @@ def _describe(file: Path) -> dict[str, Any]:
     }
 
 
+def _open(place: Path) -> TokenStore | None:
+    """The store in `place`, if it is there and whole."""
+    try:
+        return TokenStore(place)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def _lock(home: Path, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Be the only process that makes the store `key`; the system frees the lock of a dead one."""
+    lock = FileLock(home / f"{key}.lock")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        _sweep(home)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+    except OSError as error:
+        raise ResourceError(
+            f"{home}: cannot make the token store here ({error.strerror}); {_ELSEWHERE}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sweep(home: Path) -> None:
+    """Remove the stores in the making whose makers have died."""
+    for work in home.glob("*.making-*"):
+        key = work.name.partition(".")[0]
+        with contextlib.suppress(Timeout, OSError), FileLock(home / f"{key}.lock", timeout=0):
+            shutil.rmtree(work)
+
+
+@dataclass
+class _Meter:
+    """Bytes of input read and bytes of tokens written."""
+
+    total: int
+    progress: Callable[[int, int], None]
+    done: int = 0
+    written: int = 0
+
+    def read(self, num_bytes: int) -> None:
+        self.done += num_bytes
+
+    def show(self) -> None:
+        self.progress(self.done, self.total)
+
+    def needed(self) -> int:
+        """Bytes that the whole store will take, as far as can be told by now."""
+        return self.written * self.total // self.done if self.written else self.total
+
+
+def _make(
+    place: Path,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    described: dict[str, Any],
+    max_bad_fraction: float,
+    progress: Callable[[int, int], None],
+) -> TokenStore:
+    """Make the store in a folder beside `place`, and move it there when it is whole."""
+    meter = _Meter(sum(entry["size"] for entry in described["files"]), progress)
+    bad_lines = place.with_name(f"{place.name}.bad-lines.jsonl")
+    work = place  # until there is another
+    try:
+        bad_lines.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{place.name}.making-", dir=place.parent))
+        bad = BadLines(bad_lines, max_bad_fraction)
+        manifest = described | _fill(work, files, tokenizer, described, bad, meter)
+        with (work / "manifest.json").open("w", encoding="utf-8") as stream:
+            json.dump(manifest, stream, ensure_ascii=False, indent=1)
+            _flush(stream)
+        os.replace(work, place)
+        return TokenStore(place)
+    except OSError as error:
+        raise ResourceError(
+            f"{place}: cannot write the token store ({error.strerror}). It takes about "
+            f"{meter.needed():,} bytes; {shutil.disk_usage(place.parent).free:,} are free. "
+            f"Free some space, or {_ELSEWHERE}"
+        ) from error
+    finally:
+        if work != place:
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def _fill(
     work: Path,
     files: list[Path],
     tokenizer: Tokenizer,
     described: dict[str, Any],
     bad: BadLines,
-    max_bad_fraction: float,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Tokenize `files` into `work`; the manifest comes last."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    chat = described["kind"] == "chat"
-    writers = {
-        split: _Writer(work, split, dtype, with_mask=chat) for split in ("train", "validation")
-    }
+    meter: _Meter,
+) -> dict[str, Any]:
+    """Write the tokens of `files` into `work`. What the manifest is to say of them."""
+    kind: Kind = described["kind"]
     limit = int(described["validation_fraction"] * 2**64)
-    total, done, skipped = sum(file.stat().st_size for file in files), 0, 0
-    for file in files:
-        records = read_records([file], schema=described["schema"], bad=bad)
-        for batch in _batches(records, _BATCH_RECORDS):
-            encoded, fingerprints = _encode(batch, tokenizer, chat)
-            skipped += len(batch) - len(encoded)
-            for (ids, mask), fingerprint in zip(encoded, fingerprints, strict=True):
-                split = "validation" if fingerprint < limit else "train"
-                writers[split].add(np.asarray(ids, dtype), np.asarray(mask, np.uint8))
-            bad.check(max_bad_fraction)
-            progress(done, total)
-        done += file.stat().st_size
-        progress(done, total)
-    bad.check(max_bad_fraction, final=True)
-    counts = {split: writer.close() for split, writer in writers.items()}
-    if not counts["train"]["documents"] + counts["validation"]["documents"]:
-        wanted = "conversations" if chat else "text"
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    records = read_records(files, schema=described["schema"], bad=bad, progress=meter.read)
+    skipped = 0
+    with contextlib.ExitStack() as stack:
+        writers = {split: stack.enter_context(_Writer(work, split, kind)) for split in _SPLITS}
+        encode = partial(_encode, tokenizer=tokenizer, kind=kind, dtype=dtype, limit=limit)
+        for encoded, num_skipped in _ahead(encode, _batches(records)):
+            skipped += num_skipped
+            for split, documents in encoded.items():
+                meter.written += writers[split].add(documents)
+            meter.show()
+    bad.check(bad.max_fraction, final=True)
+    counts = {split: writer.counts for split, writer in writers.items()}
+    if not any(count["documents"] for count in counts.values()):
         raise DataError(
-            f"{files[0]}{' and others' if len(files) > 1 else ''}: no {wanted} found"
+            f"{files[0]}{' and others' if len(files) > 1 else ''}: no {_wanted(kind)} found"
             + (f" ({skipped:,} records of another kind)" if skipped else "")
             + "; `minimind data inspect` shows what the files hold"
         )
-    for entry, file in zip(described["files"], files, strict=True):
+    return counts | {
+        "dtype": dtype,
+        "files": [
+            _hashed(file, entry) for file, entry in zip(files, described["files"], strict=True)
+        ],
+        "bad_lines": bad.total,
+        "bad_lines_file": str(bad.path) if bad.total else None,
+        "skipped": skipped,
+    }
+
+
+def _hashed(file: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a source with its sum. Raises DataError when it is not what was read."""
+    try:
         with file.open("rb") as stream:
-            entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-    manifest = described | counts | {"dtype": dtype, "bad_lines": bad.total, "skipped": skipped}
-    (work / "manifest.json").write_text(
-        json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8"
-    )
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        if _describe(file) == entry:
+            return entry | {"sha256": sha256}
+    except OSError:
+        pass
+    raise DataError(f"{file}: it has changed while it was read; start again when it is finished")
 
 
-def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    iterator = iter(records)
-    while batch := list(islice(iterator, size)):
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records by the hundred, fewer where they are long."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += sum(map(len, _texts(record)))
+        if len(batch) >= _BATCH_RECORDS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 
+def _ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """`map`, at work in another thread while results are used and items are made."""
+    with ThreadPoolExecutor(1) as pool:
+        running: Future[_Result] | None = None
+        for item in items:
+            following = pool.submit(function, item)
+            if running:
+                yield running.result()
+            running = following
+        if running:
+            yield running.result()
+
+
+@dataclass
+class _Documents:
+    """Documents of one side: their tokens end to end, and the length of each."""
+
+    tokens: array[int]
+    mask: array[int] = field(default_factory=lambda: array("B"))
+    lengths: list[int] = field(default_factory=list)
+    characters: int = 0
+    num_bytes: int = 0
+
+
 def _encode(
-    batch: list[Record], tokenizer: Tokenizer, chat: bool
-) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
-    """(ids, mask) and a fingerprint for each record of the wanted kind; on all cores."""
-    if not chat:
-        batch = [record for record in batch if record.text is not None or record.messages]
-    else:
-        batch = [record for record in batch if record.messages]
-    talks = iter(encode_chats(tokenizer, [r.messages for r in batch if r.messages]))
-    texts = iter(tokenizer.encode_batch([r.text for r in batch if r.text is not None]))
-    encoded: list[tuple[list[int], list[int]]] = []
-    for record in batch:
-        ids, mask = next(talks) if record.messages else (next(texts), [])
-        encoded.append((ids, mask) if chat else ([*ids, tokenizer.end_of_text], []))
-    return encoded, [_fingerprint(record) for record in batch]
+    batch: list[Record], *, tokenizer: Tokenizer, kind: Kind, dtype: str, limit: int
+) -> tuple[dict[Split, _Documents], int]:
+    """The documents of each side, and how many records are of another kind."""
+    wanted = [r for r in batch if r.messages or (r.text is not None and kind == "text")]
+    chats = iter(encode_chats(tokenizer, [r.messages for r in wanted if r.messages]))
+    texts = iter(tokenizer.encode_batch([r.text for r in wanted if r.text is not None]))
+    code = {"uint16": "H", "uint32": "I"}[dtype]
+    sides: dict[Split, _Documents] = {split: _Documents(array(code)) for split in _SPLITS}
+    for record in wanted:
+        contents = [text.encode("utf-8", "surrogatepass") for text in _texts(record)]
+        documents = sides["validation" if _fingerprint(record, contents) < limit else "train"]
+        ids, mask = next(chats) if record.messages else ([*next(texts), tokenizer.end_of_text], [])
+        documents.tokens.fromlist(ids)
+        documents.mask.fromlist(mask)
+        documents.lengths.append(len(ids))
+        documents.characters += sum(map(len, _texts(record)))
+        documents.num_bytes += sum(map(len, contents))
+    return sides, len(batch) - len(wanted)
 
 
-def _fingerprint(record: Record) -> int:
-    """64 bits that depend on the record's text alone."""
-    whole = record.text if record.text is not None else json.dumps(record.messages)
-    digest = hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=8)
+def _texts(record: Record) -> list[str]:
+    if record.messages:
+        return [message["content"] for message in record.messages]
+    return [record.text or ""]
+
+
+def _fingerprint(record: Record, contents: list[bytes]) -> int:
+    """64 bits that depend on what is written in the record alone."""
+    roles = [message["role"].encode() for message in record.messages or []]
+    digest = hashlib.blake2b(b"\0".join([*contents, *roles]), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
 
 
 class _Writer:
     """Appends documents to shards of one side."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, *, with_mask: bool) -> None:
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._with_mask = with_mask
-        self._names: list[str] = []
+    def __init__(self, folder: Path, split: Split, kind: Kind) -> None:
+        self._folder, self._split = folder, split
+        self._endings = ("tokens", "ends", "mask") if kind == "chat" else ("tokens", "ends")
         self._streams: list[BinaryIO] = []
-        self._in_shard = self._tokens = self._documents = 0
+        self._shards: list[dict[str, Any]] = []
+        self._characters = self._num_bytes = 0
 
-    def add(self, ids: NDArray[Any], mask: NDArray[np.uint8]) -> None:
-        if not self._streams or self._in_shard >= _SHARD_TOKENS:
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._close()
+        for stream in self._streams:
+            with contextlib.suppress(OSError):  # the disk is full, which is known by now
+                stream.close()
+
+    def add(self, documents: _Documents) -> int:
+        """Append the documents; how many bytes that takes."""
+        if not documents.lengths:
+            return 0
+        if not self._shards or self._shards[-1]["tokens"] >= _SHARD_TOKENS:
             self._open()
-        self._in_shard += len(ids)
-        self._tokens += len(ids)
-        self._documents += 1
-        self._streams[0].write(ids.tobytes())
-        self._streams[1].write(np.int64(self._in_shard).tobytes())
-        if self._with_mask:
-            self._streams[2].write(mask.tobytes())
+        shard = self._shards[-1]
+        ends = shard["tokens"] + np.cumsum(documents.lengths, dtype=np.int64)
+        parts = [documents.tokens, ends, documents.mask]
+        shard["tokens"] = int(ends[-1])
+        shard["documents"] += len(ends)
+        self._characters += documents.characters
+        self._num_bytes += documents.num_bytes
+        return sum(s.write(part) for s, part in zip(self._streams, parts, strict=False))
 
     def _open(self) -> None:
         self._close()
-        name = f"{self._split}-{len(self._names):05}"
-        endings = ["tokens", "ends"] + (["mask"] if self._with_mask else [])
-        self._streams = [(self._folder / f"{name}.{ending}").open("wb") for ending in endings]
-        self._names.append(name)
-        self._in_shard = 0
+        name = f"{self._split}-{len(self._shards):05}"
+        self._streams = [(self._folder / f"{name}.{e}").open("wb") for e in self._endings]
+        self._shards.append({"name": name, "tokens": 0, "documents": 0})
 
     def _close(self) -> None:
         for stream in self._streams:
-            stream.flush()
-            os.fsync(stream.fileno())
+            _flush(stream)
             stream.close()
-        self._streams = []
 
-    def close(self) -> dict[str, Any]:
-        self._close()
-        return {"shards": self._names, "tokens": self._tokens, "documents": self._documents}
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What the manifest says of this side."""
+        return {
+            "tokens": sum(shard["tokens"] for shard in self._shards),
+            "documents": sum(shard["documents"] for shard in self._shards),
+            "characters": self._characters,
+            "bytes": self._num_bytes,
+            "shards": self._shards,
+        }
+
+
+def _flush(stream: IO[Any]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

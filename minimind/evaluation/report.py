@@ -212,9 +212,7 @@ def _subjects(by_subject: Mapping[str, tuple[int, int]]) -> str:
         return [_text(name), bar, f"{right}/{asked}", f"{share:.0%}"]
 
     ordered = sorted(by_subject.items(), key=lambda item: item[1][0] / item[1][1])
-    return _table(
-        ["subject", "", "right", ""], (row(n, r, a) for n, (r, a) in ordered), numbers=2
-    )
+    return _table(["subject", "", "right", ""], (row(n, r, a) for n, (r, a) in ordered), numbers=2)
 
 
 def _samples(stages: Sequence[StageReport]) -> str:

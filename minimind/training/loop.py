@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimind.config.settings import Recipe
 from minimind.data.packing import Mix
@@ -117,7 +117,9 @@ def train(job: Trainer) -> Outcome:
         job.run / "metrics.jsonl", trackers=recipe.training.trackers, name=job.run.name
     )
     at = _resume(job, optimizers, log)
-    model = torch.compile(job.model) if recipe.training.compile else job.model
+    model = job.model
+    if recipe.training.compile:
+        model = cast(Transformer, torch.compile(job.model))
     tokens_a_step = batch * recipe.data.window
     skipped = 0
     job.reporter.start(f"training, {job.num_steps:,} steps", job.num_steps, at.step)
@@ -151,8 +153,8 @@ def train(job: Trainer) -> Outcome:
             if job.held_out and (at.step % recipe.validation.every == 0 or last):
                 at.validation = validate(job, model)
                 log.write({"kind": "validation", "step": at.step} | at.validation)
-                for sample in job.write_samples():
-                    log.write({"kind": "sample", "step": at.step} | sample)
+                for written in job.write_samples():
+                    log.write({"kind": "sample", "step": at.step} | written)
             if at.step % recipe.checkpoint.every == 0 or last or stopping:
                 _save(job, optimizers, log, at)
             if stopping:
@@ -216,7 +218,7 @@ def _complain(job: Trainer, step: int, skipped: int) -> None:
 
 
 @torch.no_grad()
-def validate(job: Trainer, model: nn.Module) -> dict[str, float]:
+def validate(job: Trainer, model: Transformer) -> dict[str, float]:
     """The objective's figures on the first `validation.windows` held-out windows."""
     assert job.held_out is not None
     model.eval()

@@ -39,8 +39,9 @@ class Muon:
             torch._foreach_lerp_(gradients, buffers, self._momentum)
             updates = orthogonalise(torch.stack(gradients))
             scale = max(1.0, rows / columns) ** 0.5
-            torch._foreach_mul_(group, 1 - self.lr * self._decay)
-            torch._foreach_add_(group, list(updates.to(group[0].dtype)), alpha=-self.lr * scale)
+            weights: list[Tensor] = list(group)
+            torch._foreach_mul_(weights, 1 - self.lr * self._decay)
+            torch._foreach_add_(weights, list(updates.to(group[0].dtype)), alpha=-self.lr * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -115,9 +116,9 @@ class Optimizers:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything the optimizers remember, by `<what>/<parameter>`."""
         tensors = {
-            f"{what}/{self._names[parameter]}": tensor
-            for parameter, state in self._adamw.state.items()
-            for what, tensor in state.items()
+            f"{what}/{name}": tensor
+            for parameter, name in self._names.items()
+            for what, tensor in self._adamw.state.get(parameter, {}).items()
         }
         for parameter, buffer in self._muon.buffers.items() if self._muon else ():
             tensors[f"momentum/{self._names[parameter]}"] = buffer

@@ -114,9 +114,7 @@ def prepare_stage(
     return Prepared(job, tokenizer, stores)
 
 
-def _run(
-    recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples
-) -> StageResult:
+def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples) -> StageResult:
     prepared = prepare_stage(recipe, reporter=reporter, write_samples=write_samples)
     outcome = train(prepared.job)
     summary = _summary(prepared, outcome)
@@ -244,9 +242,7 @@ def _mixes(
         shards = store.shards(split)
         if recipe.objective == "pretrain":
             return TextWindows(shards, recipe.data.window)
-        chat = ChatWindows(
-            shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed
-        )
+        chat = ChatWindows(shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed)
         if split == "train":
             report = chat.report
             reporter.say(

@@ -16,12 +16,15 @@ def _chat_shard(lengths: list[int], answers: list[int]) -> Shard:
 
 
 def test_text_windows_cover_the_stream_once_and_labels_are_the_next_token() -> None:
-    shards = [Shard(np.arange(101), None, np.array([101])), Shard(np.arange(35), None, np.array([]))]
+    shards = [
+        Shard(np.arange(101), None, np.array([101])),
+        Shard(np.arange(35), None, np.array([])),
+    ]
     windows = TextWindows(shards, window=10)
     assert len(windows) == 10 + 3
     tokens = [windows.window(i)[0].tolist() for i in range(len(windows))]
-    assert sum(tokens[:10], []) == list(range(100))
-    assert sum(tokens[10:], []) == list(range(30))
+    assert [t for row in tokens[:10] for t in row] == list(range(100))
+    assert [t for row in tokens[10:] for t in row] == list(range(30))
     for index in range(len(windows)):
         inputs, labels, segments = windows.window(index)
         assert (labels == inputs + 1).all() and segments is None

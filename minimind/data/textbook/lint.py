@@ -40,9 +40,7 @@ def _shape(subject: Subject) -> Iterator[str]:
             yield f"{where}: an empty alternative (|)"
         for column in subject.fact_columns:
             spoken = any(
-                row in relation.rows
-                for relation in subject.relations
-                if column == relation.column
+                row in relation.rows for relation in subject.relations if column == relation.column
             )
             if row.cells[column] and not spoken:
                 yield f"{where}: no relation speaks of {column} of {row.name}"

@@ -177,9 +177,7 @@ def _elliptic_rows(fact: Fact) -> list[Row]:
     return [row for row in fact.relation.rows if row is not fact.row]
 
 
-def _go_on(
-    talk: list[tuple[str, str]], fact: Fact, phrases: Phrases, rng: random.Random
-) -> None:
+def _go_on(talk: list[tuple[str, str]], fact: Fact, phrases: Phrases, rng: random.Random) -> None:
     """Add turns that need those before them: "它有多长？", "那黄河呢？"."""
     others = _others_of_row(fact)
     rng.shuffle(others)
@@ -254,4 +252,3 @@ def _passes(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
 
 def _book(subjects: Subjects) -> Sequence[Subject]:
     return load_subjects() if subjects is None else subjects
-
