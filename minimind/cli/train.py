@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe, and settings to change."),
+    typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe, and settings to change."),
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option(help="File, folder or glob (quoted), with @WEIGHT if wanted; give it again."),
+    typer.Option(metavar="DATA", help="File, folder or glob (quoted), with @WEIGHT if wanted; give it again."),
 ]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -97,19 +97,20 @@ def _stage(
     dry_run: bool,
     json: Path | None,
 ) -> None:
-    from minimind.config import explain as explanation
-    from minimind.training.stage import prepare_stage, run_stage
-
     resolved = _resolve(arguments or [], standard_recipe, flags)
     if explain:
+        from minimind.config import explain as explanation
+
         console.show(explanation(resolved))
         return
+    from minimind.training.stage import prepare_stage, run_stage
+
     recipe = resolved.recipe
     if fresh and resume:
         raise UsageError("--fresh and --resume exclude each other; give one of them")
-    run = Path(recipe.out or "")
-    if resume and not (run / "recipe.toml").is_file():
-        raise UsageError(f"{run or 'no --out'}: there is no run to go on with; leave out --resume")
+    if resume and not (Path(recipe.out or "") / "recipe.toml").is_file():
+        where = recipe.out or "no --out is given"
+        raise UsageError(f"{where}: there is no run to go on with; leave out --resume")
     reporter = console.RichReporter()
     if dry_run:
         prepare_stage(recipe, reporter=reporter)

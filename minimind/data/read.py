@@ -42,6 +42,8 @@ _MAX_PACKED_PARQUET = 256 << 20  # bytes; Parquet is read from its end, so it is
 _MAX_DOCUMENT = 1 << 16  # characters of running text a record
 _BUFFER = 1 << 20
 _PACKED = 1 << 12  # bytes of zstd at once; they may unpack to 30,000 times as many
+_BATCH_RECORDS = 512
+_BATCH_CHARACTERS = 1 << 20
 _EXCERPT = 200
 _ENOUGH = 1000  # lines before a share of bad ones means something
 _MOST_KEPT = 10_000  # bad lines put aside in a file
@@ -86,6 +88,15 @@ class BadLines:
         if self.path and self.total <= _MOST_KEPT:
             self._keep({"file": str(file), "line": line, "reason": reason}, content)
         self.check(self.max_fraction)
+
+    def merge(self, other: "BadLines") -> None:
+        """Count the lines of `other` in, without writing or checking anything."""
+        self.good += other.good
+        self.total += other.total
+        self.first = self.first or other.first
+        self.reasons.update(other.reasons)
+        for reason, places in other.places.items():
+            self.places[reason] = (self.places.get(reason, []) + places)[:_FIRST_PLACES]
 
     def _keep(self, entry: dict[str, Any], content: Any) -> None:
         assert self.path
@@ -197,6 +208,20 @@ def read_texts(
 ) -> Iterator[str]:
     """What is written in all records, whatever their schema."""
     return (record.as_text() for record in read_records(files, bad=bad, progress=progress))
+
+
+def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records by the hundred, fewer where they are long."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += sum(map(len, record.texts))
+        if len(batch) >= _BATCH_RECORDS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _loose(value: Any) -> Record:

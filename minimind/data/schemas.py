@@ -11,6 +11,7 @@ A field that goes by several names is looked for under each of them.
 """
 
 import ast
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,12 +46,25 @@ class Record:
             return "text"
         return "messages" if self.messages is not None else "pair"
 
-    def as_text(self) -> str:
+    @property
+    def texts(self) -> list[str]:
         """All that is written in it, each thing once."""
         if self.text is not None:
-            return self.text
-        messages = self.messages or [*(self.chosen or []), *(self.rejected or [])[-1:]]
-        return "\n".join(message["content"] for message in messages)
+            return [self.text]
+        return [message["content"] for message in self._each_once()]
+
+    def as_text(self) -> str:
+        """`texts` as one."""
+        return "\n".join(self.texts)
+
+    def fingerprint(self) -> int:
+        """64 bits that depend on what is written in it alone."""
+        roles = [message["role"] for message in self._each_once()]
+        whole = "\0".join([*self.texts, *roles]).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big")
+
+    def _each_once(self) -> list[Message]:
+        return self.messages or [*(self.chosen or []), *(self.rejected or [])[-1:]]
 
 
 def detect_schema(record: Mapping[str, Any]) -> str:

@@ -19,25 +19,28 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from minimind.data.read import BadLines, list_files
-from minimind.errors import ResourceError
+from minimind.data.read import BadLines, batches, list_files, read_records
+from minimind.data.schemas import Record
+from minimind.errors import DataError, ResourceError
 from minimind.tokenizer import Tokenizer
+from minimind.tokenizer.chat import encode_chats
 
 Kind = Literal["text", "chat"]
 Split = Literal["train", "validation"]
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _FORMAT = 2
-_BATCH_RECORDS = 512
-_BATCH_CHARACTERS = 1 << 20
 _SHARD_TOKENS = 1 << 27
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -282,7 +285,7 @@ def _fill(
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_Writer(work, split, kind)) for split in _SPLITS}
         encode = partial(_encode, tokenizer=tokenizer, kind=kind, dtype=dtype, limit=limit)
-        for encoded, num_skipped in _ahead(encode, _batches(records)):
+        for encoded, num_skipped in _ahead(encode, batches(records)):
             skipped += num_skipped
             for split, documents in encoded.items():
                 meter.written += writers[split].add(documents)
@@ -318,20 +321,6 @@ def _hashed(file: Path, entry: dict[str, Any]) -> dict[str, Any]:
     raise DataError(f"{file}: it has changed while it was read; start again when it is finished")
 
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records by the hundred, fewer where they are long."""
-    batch: list[Record] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += sum(map(len, _texts(record)))
-        if len(batch) >= _BATCH_RECORDS or size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """`map`, at work in another thread while results are used and items are made."""
     with ThreadPoolExecutor(1) as pool:
@@ -349,8 +338,8 @@ def _ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iter
 class _Documents:
     """Documents of one side: their tokens end to end, and the length of each."""
 
-    tokens: array[int]
-    mask: array[int] = field(default_factory=lambda: array("B"))
+    tokens: "array[int]"  # quoted: Python 3.11 cannot run it
+    mask: "array[int]" = field(default_factory=lambda: array("B"))
     lengths: list[int] = field(default_factory=list)
     characters: int = 0
     num_bytes: int = 0
@@ -366,28 +355,15 @@ def _encode(
     code = {"uint16": "H", "uint32": "I"}[dtype]
     sides: dict[Split, _Documents] = {split: _Documents(array(code)) for split in _SPLITS}
     for record in wanted:
-        contents = [text.encode("utf-8", "surrogatepass") for text in _texts(record)]
-        documents = sides["validation" if _fingerprint(record, contents) < limit else "train"]
+        documents = sides["validation" if record.fingerprint() < limit else "train"]
         ids, mask = next(chats) if record.messages else ([*next(texts), tokenizer.end_of_text], [])
         documents.tokens.fromlist(ids)
         documents.mask.fromlist(mask)
         documents.lengths.append(len(ids))
-        documents.characters += sum(map(len, _texts(record)))
-        documents.num_bytes += sum(map(len, contents))
+        for text in record.texts:
+            documents.characters += len(text)
+            documents.num_bytes += len(text.encode("utf-8", "surrogatepass"))
     return sides, len(batch) - len(wanted)
-
-
-def _texts(record: Record) -> list[str]:
-    if record.messages:
-        return [message["content"] for message in record.messages]
-    return [record.text or ""]
-
-
-def _fingerprint(record: Record, contents: list[bytes]) -> int:
-    """64 bits that depend on what is written in the record alone."""
-    roles = [message["role"].encode() for message in record.messages or []]
-    digest = hashlib.blake2b(b"\0".join([*contents, *roles]), digest_size=8)
-    return int.from_bytes(digest.digest(), "big")
 
 
 class _Writer:

@@ -53,7 +53,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     """The textbook formula, some queries at a time against the keys up to theirs.
 
     For training windows on a CPU that is faster than torch's fused kernel;
-    benchmarks/records/attention-cpu.md has the figures.
+    benchmarks/records/cpu-kernels.md has the figures.
     """
     length = q.shape[2]
     if mask is None:

@@ -6,7 +6,10 @@ from minimind.errors import ResourceError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises ResourceError if it is not there."""
+    """`auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises ResourceError for a device that is not there.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -20,7 +23,7 @@ def choose_device(name: str = "auto") -> torch.device:
     there = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
+        "mps": torch.backends.mps.is_available() and not device.index,
     }
     if not there.get(device.type, False):
         found = [kind for kind, is_there in there.items() if is_there]

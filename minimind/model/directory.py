@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from minimind.errors import ModelError, ResourceError
 from minimind.model.transformer import Transformer
 
 _MODEL_TYPES = {"llama": False, "qwen3": True}  # and whether it has QK-norm
+_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
 class SavesItself(Protocol):
@@ -53,18 +53,19 @@ def resolve_model_directory(path: Path) -> Path:
 def save_model(
     directory: Path, model: Transformer, tokenizer: SavesItself, *, dtype: str = "float32"
 ) -> None:
-    """Write a model directory, whole or not at all; one that is there is replaced.
+    """Write a model directory, whole or not at all; a model that is there is replaced.
 
-    Raises ResourceError when it cannot be written.
+    Raises ResourceError when it cannot be written, ModelError when something else is there.
     """
     size = sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
+    if directory.is_file() or (directory.is_dir() and not _may_replace(directory)):
+        raise ModelError(f"{directory} is there and is not a model; give another directory")
+    # Fixed names, so that what a killed process left is found and swept up here.
+    work, old = (directory.with_name(f".{directory.name}.{part}") for part in ("new", "old"))
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    except OSError as error:
-        raise ResourceError(f"{directory}: cannot be written ({error.strerror})") from error
-    try:
-        work.chmod(0o755)
+        _put_back(old, directory)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         tensors = {
             name: tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
             for name, tensor in model.state_dict().items()
@@ -82,18 +83,34 @@ def save_model(
             },
         )
         tokenizer.save(work)
-        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
         if directory.exists():
-            os.replace(directory, old / "model")
+            os.replace(directory, old)
         os.replace(work, directory)
-        shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
-            f"{directory}: the model could not be written ({error}); it needs {size:,} bytes, "
-            f"and {shutil.disk_usage(directory.parent).free:,} are free"
+            f"{directory}: the model could not be written ({error}); it needs {size:,} bytes"
+            + _free_space(directory)
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _put_back(old, directory)
+
+
+def _put_back(old: Path, directory: Path) -> None:
+    """Remove the model that was replaced, unless there is no other."""
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        os.replace(old, directory)
+
+
+def _may_replace(directory: Path) -> bool:
+    return (directory / "config.json").is_file() or not any(directory.iterdir())
+
+
+def _free_space(directory: Path) -> str:
+    there = next((place for place in directory.absolute().parents if place.is_dir()), None)
+    return f", and {shutil.disk_usage(there).free:,} are free" if there else ""
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -131,7 +148,7 @@ def read_config(directory: Path) -> ModelConfig:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as a model's configuration: {error}") from error
     kind = raw.get("model_type")
-    if kind not in _MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise ModelError(
             f"{path}: model_type {kind!r} is not supported; {' and '.join(_MODEL_TYPES)} are"
         )
@@ -156,18 +173,22 @@ def read_config(directory: Path) -> ModelConfig:
     if theta is not None:
         fields["rope_theta"] = theta
     fields.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-    if fields.get("hidden_size") and fields.get("num_attention_heads") and kind == "llama":
-        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-    required |= {"num_attention_heads", "head_dim"}
+    required |= {"num_attention_heads", "max_position_embeddings"}
+    fields.setdefault("rms_norm_eps", 1e-6)  # as in transformers
+    if kind == "qwen3":
+        required |= {"head_dim"}
+    elif isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        fields.setdefault("head_dim", hidden // heads)
     if missing := sorted(required - fields.keys()):
         raise ModelError(f"{path}: {', '.join(missing)} missing")
     try:
-        return ModelConfig(**fields)
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise ModelError(f"{path}: {what}") from error
+        return ModelConfig.model_validate(fields, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(map(str, first["loc"])) or "the shape"
+        raise ModelError(f"{path}: {what}: {first['msg']}") from error
 
 
 def load_model(
@@ -186,27 +207,34 @@ def load_model(
         )
     try:
         with safe_open(path, framework="pt") as file:
-            _check_shapes(path, config, {k: file.get_slice(k).get_shape() for k in file.keys()})  # noqa: SIM118
-            with torch.device("meta"):
-                model = Transformer(config)
-            tensors = {name: file.get_tensor(name).to(device, dtype) for name in _names(model)}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            model = _empty_model(path, config, len(slices))
+            _check_tensors(path, model, slices)
+            tensors = {n: file.get_tensor(n).to(device, dtype) for n in model.state_dict()}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
+        raise ModelError(
+            f"{path}: cannot be read as safetensors: {error}; copy it again"
+        ) from error
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
 
 
-def _names(model: Transformer) -> list[str]:
-    return list(model.state_dict())
+def _empty_model(path: Path, config: ModelConfig, number_of_tensors: int) -> Transformer:
+    """Names and shapes without memory for them: a config that promises too much costs nothing."""
+    if config.num_hidden_layers > number_of_tensors:
+        raise ModelError(
+            f"{path}: config.json promises {config.num_hidden_layers:,} layers; the file has fewer"
+        )
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, TypeError) as error:  # the number of elements is no int64
+        raise ModelError(f"{path}: config.json promises more than any file can hold") from error
 
 
-def _check_shapes(path: Path, config: ModelConfig, found: dict[str, list[int]]) -> None:
-    """Compare names and shapes before anything is allocated: a hostile config costs nothing."""
-    number = config.num_hidden_layers
-    if number > len(found):
-        raise ModelError(f"{path}: config.json promises {number} layers; the file has fewer")
-    with torch.device("meta"):
-        wanted = {n: list(t.shape) for n, t in Transformer(config).state_dict().items()}
+def _check_tensors(path: Path, model: Transformer, found: dict[str, Any]) -> None:
+    """Compare names, shapes and kinds with those in the file before anything is allocated."""
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     # A tied head is sometimes stored a second time; the embedding is what counts.
     extra = found.keys() - wanted.keys() - {"lm_head.weight"}
     missing = wanted.keys() - found.keys()
@@ -215,7 +243,12 @@ def _check_shapes(path: Path, config: ModelConfig, found: dict[str, list[int]]) 
             listed = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
             raise ModelError(f"{path} {what} {listed}; it does not belong to its config.json")
     for name, shape in wanted.items():
-        if list(found[name]) != shape:
+        if found[name].get_shape() != shape:
             raise ModelError(
-                f"{path}: {name} has the shape {list(found[name])}, config.json says {shape}"
+                f"{path}: {name} has the shape {found[name].get_shape()}, config.json says {shape}"
+            )
+        if found[name].get_dtype() not in _FLOATS:
+            raise ModelError(
+                f"{path}: {name} is of the kind {found[name].get_dtype()}; "
+                f"only {', '.join(_FLOATS)} are read"
             )

@@ -244,7 +244,8 @@ def _save(job: Trainer, optimizers: Optimizers, log: MetricsLog, at: _Progress) 
         optimizer=optimizers.state_tensors() | random,
         state=vars(at)
         | {"interval": at.interval.state()}
-        | {"metrics_offset": log.offset, "scaler": job.precision.scaler.state()},
+        | {"metrics_offset": log.offset, "scaler": job.precision.scaler.state()}
+        | {"micro_batch": job.micro_batch},
         keep=job.recipe.checkpoint.keep,
     )
 
@@ -265,6 +266,7 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
     state = dict(checkpoint.state)
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
+    job.micro_batch = state.pop("micro_batch")  # another split of a batch rounds differently
     job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
     return _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: every figure of a run, one JSON object a line, and trackers fed with the same."""
+"""`metrics.jsonl`: every figure of a run, a JSON object a line, and trackers fed with the same."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A stage: from a recipe to a model directory, through token stores, the loop and its checkpoints."""
+"""A stage: from a recipe to a model directory, through token stores, loop and checkpoints."""
 
 import json
 import math
@@ -23,6 +23,7 @@ from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
 from minimind.training.lock import run_lock
 from minimind.training.loop import Outcome, Trainer, train
+from minimind.training.memory import choose_micro_batch
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.precision import choose_precision
 from minimind.training.reporter import Reporter
@@ -87,13 +88,22 @@ def prepare_stage(
     device = choose_device(recipe.device)
     precision = choose_precision(recipe.training.precision, device)
     tokenizer, model = _start(recipe, device)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    micro_batch = choose_micro_batch(
+        model.config,
+        num_parameters,
+        asked=recipe.training.micro_batch,
+        batch=recipe.training.batch,
+        window=recipe.data.window,
+        device=device,
+    )
     stores = _stores(recipe, tokenizer, reporter)
     data, held_out = _mixes(recipe, tokenizer, stores, reporter)
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.batch
     )
     reporter.say(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} in "
+        f"{num_parameters:,} parameters on {device} in "
         f"{precision.name}; {data.order.epoch_size:,} windows of {recipe.data.window} tokens "
         f"an epoch; {num_steps:,} steps of {recipe.training.batch} windows"
     )
@@ -105,7 +115,7 @@ def prepare_stage(
         recipe=recipe,
         run=run,
         num_steps=num_steps,
-        micro_batch=recipe.training.micro_batch or _micro_batch(recipe, device),
+        micro_batch=micro_batch,
         device=device,
         precision=precision,
         reporter=reporter,
@@ -267,14 +277,6 @@ def _mixes(
         reporter.say("too little text is held out for a validation; give data.validation")
         return data, None
     return data, held_out
-
-
-def _micro_batch(recipe: Recipe, device: torch.device) -> int:
-    """Windows at once: the largest divisor of the batch that stays small on this device."""
-    tokens_at_once = 8192 if device.type == "cpu" else 32768
-    most = max(1, tokens_at_once // recipe.data.window)
-    batch = recipe.training.batch
-    return max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
 
 
 def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class NextToken:
         return losses.sum(), learned.sum(), {"nats": nats, "bytes": num_bytes.sum()}
 
     def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
-        """Mean loss in nats a token, and bits per byte of text (control tokens count as neither)."""
+        """Mean loss in nats a token, and bits per byte of text (control tokens are none)."""
         num_bytes = max(sums["bytes"], 1.0)
         return {"loss": loss, "bits_per_byte": sums["nats"] / math.log(2) / num_bytes}
 

@@ -1,0 +1,228 @@
+"""Training speed and memory: minimind against a plain Hugging Face Trainer, in one run.
+
+    pip install -c constraints.txt -e '.[bench]'
+    python benchmarks/training_speed.py [--data FILES] [--preset small] [--window 512]
+
+Same shape, same tokenizer, same documents, same tokens a step at most. The baseline is what most
+people run: `Trainer` on `LlamaForCausalLM`, a document a row, cut at the window and padded to the
+longest of the batch (or, "-fixed", to the window). Only tokens that are learned count. Each
+contender is a process of its own; they take turns, and the best of the rounds counts for each.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from itertools import islice
+from pathlib import Path
+
+CONTENDERS = ("minimind", "trainer-bf16", "trainer", "trainer-bf16-fixed")
+
+
+def main() -> None:
+    """Measure every contender, print a table, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", nargs="*", default=[], help="JSON lines; default: the textbook")
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=16, help="windows, or documents, a step")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        run = minimind if args.one == "minimind" else trainer
+        figures = run(args) | {"peak_rss_mb": _peak_mb()}
+        (args.work / "figures.json").write_text(json.dumps(figures))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        args.work = Path(work)
+        prepare(args)
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+        for _ in range(args.rounds):
+            for name in CONTENDERS:
+                command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+                log = args.work / "log"
+                with log.open("w") as stream:
+                    done = subprocess.run([*command, "--work", work], stderr=stream, stdout=stream)
+                if done.returncode:
+                    sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
+                rounds[name].append(json.loads((args.work / "figures.json").read_text()))
+                print(name, rounds[name][-1], flush=True)
+    best = {
+        name: max(figures, key=lambda one: one["real_tokens_per_second"])
+        for name, figures in rounds.items()
+    }
+    own = best["minimind"]["real_tokens_per_second"]
+    print(f"\n{'contender':20} {'real tokens/s':>14} {'fill':>7} {'peak MB':>8} {'minimind is':>12}")
+    for name, one in best.items():
+        rate = one["real_tokens_per_second"]
+        print(
+            f"{name:20} {rate:14,.0f} {one['fill']:7.1%} {one['peak_rss_mb']:8,.0f}"
+            f" {own / rate:10.2f} x"
+        )
+    print(f"data loading: {best['minimind']['data_share']:.2%} of a step")
+    if args.json:
+        record = {
+            "date": date.today().isoformat(),
+            "machine": machine(),
+            "command": " ".join(["python", *sys.argv]),
+            "documents": [Path(file).name for file in args.data] or "textbook prose",
+            "best": best,
+            "rounds": rounds,
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """The documents of all, and a tokenizer of 6,400 words trained on them."""
+    from minimind.data.read import BadLines, list_files, read_texts
+    from minimind.data.textbook import prose
+    from minimind.tokenizer import train_tokenizer
+
+    files = [file for path in args.data for file in list_files(path)]
+    texts = list(islice(read_texts(files, bad=BadLines()), 20_000) if files else _textbook(prose(1)))
+    with (args.work / "texts.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
+    train_tokenizer(texts).save(args.work / "tokenizer")
+
+
+def _textbook(sentences):
+    """Documents of ten textbook paragraphs, up to about 900 characters."""
+    for number in range(5_000):
+        yield "\n".join(islice(sentences, 4 + number % 12))
+
+
+def minimind(args: argparse.Namespace) -> dict[str, float]:
+    """The product itself: recipe, loop, token store."""
+    from minimind.config import load_recipe
+    from minimind.training.reporter import Reporter
+    from minimind.training.stage import run_stage
+
+    run = args.work / f"run-{time.time_ns()}"
+    flags = {
+        "out": str(run),
+        "tokenizer": str(args.work / "tokenizer"),
+        "device": args.device,
+        "model.preset": args.preset,
+        "data.sources": [str(args.work / "texts.jsonl")],
+        "data.store": str(args.work / "stores"),
+        "data.window": args.window,
+        "data.validation_fraction": 0.0,
+        "training.batch": args.rows,
+        "training.steps": args.steps,
+        "training.log_every": 1,
+        "validation.every": 10_000,
+        "checkpoint.every": 10_000,
+    }
+    run_stage(load_recipe("pretrain-small", flags=flags).recipe, reporter=Reporter())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
+    steps = [line for line in lines if line["kind"] == "train"][1:]  # the first one warms up
+    return {
+        "real_tokens_per_second": statistics.median(s["tokens_per_second"] for s in steps),
+        "fill": statistics.mean(s["learned"] for s in steps) / (args.rows * args.window),
+        "data_share": statistics.median(s["data_share"] for s in steps),
+    }
+
+
+def trainer(args: argparse.Namespace) -> dict[str, float]:
+    """Hugging Face's Trainer on a list of documents."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from minimind.config.settings import ModelSettings
+
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizer")
+    shape = ModelSettings(preset=args.preset).shape(len(tokenizer))
+    config = LlamaConfig(**shape.model_dump(exclude={"qk_norm", "rope_theta"}))
+    rows, fixed = [], args.one.endswith("fixed")
+    with (args.work / "texts.jsonl").open(encoding="utf-8") as stream:
+        for line in islice(stream, args.rows * (args.steps + 1)):
+            text = json.loads(line)["text"] + tokenizer.eos_token
+            rows.append(
+                tokenizer(
+                    text,
+                    truncation=True,
+                    max_length=args.window,
+                    padding="max_length" if fixed else False,
+                )
+            )
+    seen: list[tuple[float, int, int]] = []
+
+    class Counting(DataCollatorForLanguageModeling):
+        def torch_call(self, examples):
+            batch = super().torch_call(examples)
+            real = int(batch["attention_mask"].sum())
+            seen.append((time.perf_counter(), real, batch["attention_mask"].numel()))
+            return batch
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *rest, **more):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    Trainer(
+        model=LlamaForCausalLM(config),
+        args=TrainingArguments(
+            output_dir=str(args.work / "trainer"),
+            per_device_train_batch_size=args.rows,
+            max_steps=args.steps,
+            bf16="bf16" in args.one,
+            use_cpu=args.device == "cpu",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        data_collator=Counting(tokenizer, mlm=False),
+        callbacks=[Clock()],
+    ).train()
+    counted = seen[1 : len(ends)]  # the first one warms up
+    real, padded = (sum(column) for column in list(zip(*counted, strict=True))[1:])
+    return {
+        "real_tokens_per_second": real / (ends[-1] - ends[0]),
+        "fill": real / padded,
+    }
+
+
+def machine() -> str:
+    """Processor, cores, versions."""
+    import os
+
+    import torch
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
+    flags = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} cores, {model}, {flags}, torch {torch.__version__}"
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""`minimind generate MODEL PROMPT`: go on with a text."""
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.errors import UsageError
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run directory.")]
+Temperature = Annotated[
+    float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")
+]
+TopP = Annotated[float, typer.Option(help="Choose among words that make up this probability.")]
+TopK = Annotated[int, typer.Option(help="Choose among this many words; 0 = all.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: words that were used become less likely.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+
+# A terminal obeys these; text has no use for them, line breaks and tabs apart.
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it from stdin.")
+    ],
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    max_new_tokens: MaxNewTokens = 200,
+    seed: Seed = None,
+    device: Device = "auto",
+) -> None:
+    """Go on with a text, as a pretrained model does."""
+    text = plain("".join(stdin_lines()).rstrip("\n") if prompt == "-" else prompt)
+    if not text:
+        raise UsageError('the prompt is empty; give a text to go on with, such as "秦始皇是"')
+
+    from minimind.inference.generate import stream_text
+    from minimind.inference.load import load_for_inference
+    from minimind.inference.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
+    loaded, tokenizer = load_for_inference(model, device)
+    pieces = stream_text(
+        loaded,
+        tokenizer,
+        tokenizer.encode(text),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+    )
+    print(text, end="", flush=True)
+    for piece in pieces:
+        print(plain(piece), end="", flush=True)
+    print()
+
+
+def plain(text: str) -> str:
+    """`text` without the characters that would steer a terminal."""
+    return text.translate(_CONTROLS)
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of standard input as they come. Raises UsageError when they are not text."""
+    assert isinstance(sys.stdin, io.TextIOWrapper)
+    sys.stdin.reconfigure(errors="strict")
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"standard input is not {sys.stdin.encoding} text; convert it first, "
+            "for example with: iconv -f gb18030 -t utf-8"
+        ) from None
