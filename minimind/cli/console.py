@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from minimind.training.reporter import Reporter
@@ -86,6 +86,9 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
 class _Count(ProgressColumn):
     """How many of how many; the total is left out where nobody knows it."""
 
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
+
     def render(self, task: Task) -> Text:
         total = "" if task.total is None else f"/{task.total:,.0f}"
         return Text(f"{task.completed:,.0f}{total}")
@@ -95,7 +98,7 @@ class _Rate(ProgressColumn):
     """Units a second, or seconds a unit where that says more."""
 
     def __init__(self, unit: str) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._unit = unit
 
     def render(self, task: Task) -> Text:
@@ -112,13 +115,16 @@ def make_progress(unit: str) -> Progress:
 
     Tasks may carry a short `note` (a field), shown at the end.
     """
-    in_bytes: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
+    in_bytes: list[ProgressColumn] = [
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(Column(no_wrap=True)),
+    ]
     return Progress(
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None),
         *(in_bytes if unit == "byte" else [_Count(), _Rate(unit)]),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         console=console,
         expand=True,
     )

@@ -1,6 +1,6 @@
 """`minimind data inspect`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,9 +36,7 @@ def inspect(
     from minimind.tokenizer import Tokenizer
 
     if schema not in ("auto", *SCHEMAS):
-        raise UsageError(
-            f"--schema {schema}: there is no such; known are auto, {', '.join(SCHEMAS)}"
-        )
+        raise UsageError(f"--schema {schema} is unknown; known are auto, {', '.join(SCHEMAS)}")
     words = Tokenizer.load(tokenizer) if tokenizer else None
     files = [file for path in data for file in list_files(path)]
     whole = Findings()
@@ -62,45 +60,52 @@ def inspect(
 
 
 def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
-    rows = parts if len(parts) == 1 else {**parts, "all": total}
-    columns = ["data", "schema", "records", "one turn", "more turns", "copies", "bad lines"]
+    # Numbers stand for the names, which are long.
+    rows = {str(number): figures for number, figures in enumerate(parts.values(), 1)}
+    sizes = [
+        [number, name, figures["files"], f"{figures['bytes'] / 1e6:,.1f}"]
+        for (number, figures), name in zip(rows.items(), parts, strict=True)
+    ]
+    console.show(console.table("Data", ["#", "name", "files", "MB"], sizes, numbers=2))
+    if len(rows) > 1:
+        rows["all"] = total
+    columns = ["#", "schema", "records", "one turn", "more turns", "copies", "bad lines"]
     records = [
         [
-            name,
-            ", ".join(f["schemas"]),
-            *(f["records"], f["single_turn"], f["multi_turn"]),
-            f["copies"] if f["copies_are_exact"] else f"about {f['copies']:,}",
-            f["bad_lines"],
+            number,
+            ", ".join(figures["schemas"]),
+            *(figures[name] for name in ("records", "single_turn", "multi_turn")),
+            f"{'' if figures['copies_are_exact'] else 'about '}{figures['copies']:,}",
+            figures["bad_lines"],
         ]
-        for name, f in rows.items()
+        for number, figures in rows.items()
     ]
     console.show(console.table("Records", columns, records, numbers=5))
-    names = ["median", "p90", "p99", "max", "total"]
-    lengths = [
-        [name, f"{f['chinese_share']:.0%}", *(f["characters"][n] for n in names)]
-        for name, f in rows.items()
-    ]
-    columns = ["data", "Chinese", "median", "90 %", "99 %", "longest", "total"]
-    console.show(console.table("Characters a record", columns, lengths, numbers=6))
+    _show_lengths("characters", "Chinese", rows, lambda f: f"{f['chinese_share']:.0%}")
     if total["tokens"]:
-        lengths = [
-            [
-                name,
-                f["characters"]["total"] / max(f["tokens"]["total"], 1),
-                *(f["tokens"][n] for n in names),
-            ]
-            for name, f in rows.items()
-        ]
-        columns[1] = "characters a token"
-        console.show(console.table("Tokens a record", columns, lengths, numbers=6))
+        _show_lengths("tokens", "characters a token", rows, _characters_a_token)
     if total["bad_lines"]:
         reasons = [
-            [reason, found["lines"], "\n".join(found["first"])]
+            ["\n".join(found["first"]), reason, found["lines"]]
             for reason, found in total["bad_reasons"].items()
         ]
-        console.show(console.table("Bad lines", ["reason", "lines", "the first"], reasons))
-    for name, figures in parts.items():
-        if figures["samples"]:
-            console.say(f"\nSamples of {name}")
+        columns = ["first seen in", "reason", "lines"]
+        console.show(console.table("Bad lines", columns, reasons, numbers=1))
+    for number, figures in zip(rows, parts.values(), strict=False):
         for sample in figures["samples"]:
-            console.say("  · " + sample.replace("\n", "\n    "))
+            console.say(f"\n#{number}: {sample}")
+
+
+def _show_lengths(
+    unit: str,
+    share: str,
+    rows: Mapping[str, dict[str, Any]],
+    share_of: Callable[[dict[str, Any]], object],
+) -> None:
+    columns = ["#", share, "median", "90 %", "99 %", "longest", "total"]
+    lengths = [[number, share_of(f), *f[unit].values()] for number, f in rows.items()]
+    console.show(console.table(f"{unit.capitalize()} a record", columns, lengths, numbers=6))
+
+
+def _characters_a_token(figures: dict[str, Any]) -> float:
+    return figures["characters"]["total"] / max(figures["tokens"]["total"], 1)

@@ -6,14 +6,13 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
+from minimind.cli import chat, data, demo, generate, tokenizer, train
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -110,22 +109,10 @@ def _start(
     """
 
 
-for _file, _verbs in {
-    "demo": ["demo"],
-    "tokenizer": ["app"],
-    "data": ["app"],
-    "train": ["pretrain", "sft", "train"],
-    "generate": ["generate"],
-    "chat": ["chat"],
-}.items():
-    if find_spec(f"minimind.cli.{_file}") is None:
-        continue
-    _module = import_module(f"minimind.cli.{_file}")
-    for _verb in _verbs:
-        if _verb == "app":
-            app.add_typer(_module.app, name=_file)
-        else:
-            app.command()(getattr(_module, _verb))
+for _verb in (demo.demo, train.pretrain, train.sft, train.train, chat.chat, generate.generate):
+    app.command()(_verb)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -215,12 +215,15 @@ def _sample(
 
 
 def _shortened(record: Record) -> str:
+    """The beginning of a record on one line, safe to print."""
     if record.text is not None:
         text = record.text[: _SAMPLE_LENGTH + 1]
     else:
         messages = record.messages or record.chosen or []
         text = "\n".join(f"{m['role']}: {m['content'][: _SAMPLE_LENGTH + 1]}" for m in messages)
-    return text if len(text) <= _SAMPLE_LENGTH else text[:_SAMPLE_LENGTH] + "…"
+    line = " ⏎ ".join(part.strip() for part in text.splitlines() if part.strip())
+    line = "".join(c if c.isprintable() else "\ufffd" for c in line)
+    return line if len(line) <= _SAMPLE_LENGTH else line[:_SAMPLE_LENGTH] + "…"
 
 
 def _token_lengths(batch: list[Record], tokenizer: Tokenizer) -> list[int]:

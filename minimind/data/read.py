@@ -74,8 +74,8 @@ class BadLines:
 
     def add(self, file: Path, line: int, reason: str, content: Any = "") -> None:
         """Put one line aside. Raises DataError when they are too many by now."""
-        if len(reason) > _EXCERPT:
-            reason = reason[:_EXCERPT] + "…"
+        # Names of fields and the like come from the file, and are to be printed.
+        reason = "".join(c if c.isprintable() else "\ufffd" for c in reason[:_EXCERPT])
         self.first = self.first or f"{file}:{line}: {reason}"
         kind = reason
         if kind not in self.reasons and len(self.reasons) >= _MOST_REASONS:

@@ -122,7 +122,7 @@ def train(job: Trainer) -> Outcome:
         model = cast(Transformer, torch.compile(job.model))
     tokens_a_step = batch * recipe.data.window
     skipped = 0
-    job.reporter.start(f"training, {job.num_steps:,} steps", job.num_steps, at.step)
+    job.reporter.start("training", job.num_steps, at.step)
     with contextlib.closing(log), _stop_requests() as stop_requested:
         while at.step < job.num_steps:
             clock = time.perf_counter()
@@ -179,7 +179,7 @@ def _log(
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
         | {"data_share": at.data_s / at.interval_s},
     )
-    note = f"loss {figures['loss']:.3f}  {rate:,.0f} tokens/s"
+    note = f"loss {figures['loss']:.3f} {rate / 1000:,.1f}k tokens/s"
     job.reporter.progress(at.step, job.num_steps, note)
     at.interval, at.interval_s, at.data_s = Sums(), 0.0, 0.0
 
