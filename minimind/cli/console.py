@@ -123,7 +123,7 @@ def make_progress(unit: str) -> Progress:
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None),
         *(in_bytes if unit == "byte" else [_Count(), _Rate(unit)]),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         console=console,
         expand=True,

@@ -24,9 +24,9 @@ _STAGES = {
 _VOCAB_SIZE = 3200
 _SEED = 1
 _CORPUS = {
-    "prose_characters": 6_000_000,
+    "prose_characters": 3_000_000,
     "held_out_characters": 60_000,
-    "single_turn": 160_000,
+    "single_turn": 240_000,
     "multi_turn": 40_000,
     "preference_pairs": 10_000,
     "exam_questions": 2_000,

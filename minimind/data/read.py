@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 import re
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -272,9 +273,13 @@ def _values(file: Path, bad: BadLines, progress: Progress) -> Iterator[tuple[int
             counted.report(file.stat().st_size)
     except PermissionError as error:
         raise DataError(f"{file}: no permission to read it") from error
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         cause = f" as {compression}: it is damaged or cut short" if compression else ""
-        raise DataError(f"{file}: cannot be read{cause} ({error}); get it again") from error
+        raise DataError(f"{file}: cannot be read{cause} ({_line(error)}); get it again") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _check_compression(file: Path, expected: str | None, stream: io.BufferedReader) -> None:
@@ -332,8 +337,7 @@ def _unpack(packed: io.BufferedReader, compression: str) -> io.BufferedReader:
     if compression == "zstd":
         unpacked: Any = _Joined(_unpack_zstd(packed))
     else:
-        kinds = {"gzip": gzip.GzipFile, "xz": lzma.LZMAFile, "bzip2": bz2.BZ2File}
-        unpacked = kinds[compression](packed)
+        unpacked = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}[compression](packed)
     return _buffered(unpacked)
 
 
@@ -560,12 +564,7 @@ def _csv(
         raise DataError(f"{file}:{first}: two columns have the same name: {', '.join(header)}")
     for number, row in rows:
         joined = "".join(row)
-        if not row:
-            continue
-        if len(row) != len(header):
-            reason = f"{len(row)} fields where the header has {len(header)}"
-            bad.add(file, number, reason, joined)
-        elif "\x00" in joined:
+        if "\x00" in joined:
             bad.add(file, number, "a NUL character", joined)
         elif not _is_utf_8(joined):
             bad.add(file, number, _NOT_UTF_8, joined)
@@ -588,15 +587,17 @@ def _is_utf_8(text: str) -> bool:
 def _rows(
     file: Path, stream: io.BufferedReader, bad: BadLines, delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of each row; bytes that are not UTF-8 are left as surrogates.
+    """(first line, fields) of each row, as many as in the first; blank ones are left out.
 
-    A quote too many makes one row of all lines up to the next quote. There, or after a bounded
-    number of characters, it is noticed, and only the row's first line is put aside.
+    Bytes that are not UTF-8 are left as surrogates. A quote too many makes one row of all lines up
+    to the next quote. There, or after a bounded number of characters, it is noticed, and only the
+    row's first line is put aside.
     """
     csv.field_size_limit(_MAX_LINE)
     lines = _raw_lines(stream)
     again: deque[tuple[int, str]] = deque()
     used: list[tuple[int, str]] = []
+    width = 0
 
     def take() -> Iterator[str]:
         size = 0
@@ -619,9 +620,13 @@ def _rows(
     while True:
         try:
             for row in csv.reader(take(), delimiter=delimiter, strict=True):
+                width = width or len(row)
+                if row and len(row) != width:
+                    raise csv.Error(f"{len(row)} fields where the header has {width}")
                 number = used[0][0]
                 used.clear()
-                yield number, row
+                if row:
+                    yield number, row
             return
         except csv.Error as error:
             number, line = used[0]
@@ -688,4 +693,6 @@ def _parquet(
                     bad.add(file, number, str(error), row)
             counted.report(size * number // table.metadata.num_rows)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error}); get it again") from error
+        raise DataError(
+            f"{file}: cannot be read as Parquet ({_line(error)}); get it again"
+        ) from error

@@ -3,33 +3,74 @@
 import html
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a9d5c; --bad: #c8553d; }
-body { font: 16px/1.6 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
-       max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.2rem; font-size: 1.25rem; }
-p.lead { color: #777; margin-top: 0; }
+:root { color-scheme: light dark; --line: #8885; --soft: #8882; --good: #2a9d5c; --bad: #d9583b; }
+* { box-sizing: border-box; }
+body { font: 16px/1.6 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
+       "Noto Sans SC", sans-serif;
+       max-width: 66rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.8rem; margin: 1rem 0 .2rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .2rem; }
+p { margin: 0 0 .9rem; max-width: 48rem; }
+.faint { opacity: .75; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem;
+         margin: 1.2rem 0; }
+.card { border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .9rem; }
+.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
          vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { white-space: pre-wrap; }
+th { font-weight: 600; white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
-figure { margin: 1rem 0; background: #fff; border-radius: .5rem; padding: .5rem; }
-figure svg { width: 100%; height: auto; }
-.bar { background: var(--soft); border-radius: .3rem; height: .9rem; min-width: 8rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
+         gap: 1rem; }
+figure { margin: 0; max-width: 38rem; border: 1px solid var(--line); border-radius: .6rem;
+         padding: .5rem; }
+figcaption { font-weight: 600; text-align: center; }
+figure svg { display: block; width: 100%; height: auto; }
+.bar { background: var(--soft); border-radius: .3rem; height: .9rem; min-width: 5rem;
+       margin-top: .35rem; }
 .bar i { display: block; height: 100%; border-radius: .3rem; background: var(--good); }
 .right { color: var(--good); } .wrong { color: var(--bad); }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.card { border: 1px solid var(--line); border-radius: .6rem; padding: .6rem 1rem; }
-.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-pre { background: var(--soft); padding: .8rem; border-radius: .5rem; overflow-x: auto;
-      font-size: .85rem; white-space: pre-wrap; }
+details { border: 1px solid var(--line); border-radius: .6rem; padding: .4rem .9rem;
+          margin: .6rem 0; }
+summary { cursor: pointer; }
+pre { overflow-x: auto; font-size: .85rem; white-space: pre-wrap; }
+.texts { table-layout: fixed; }
+.texts th.number { width: 5rem; } .texts th:empty { width: 2.5rem; }
+@media (max-width: 42rem) {
+  .texts, .texts tbody, .texts tr, .texts td { display: block; width: auto; }
+  .texts tr:first-child { display: none; }
+  .texts tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
+  .texts td { border: 0; padding: .1rem 0; text-align: left; }
+  .texts td::before { content: attr(data-name); display: block; font-size: .78rem; opacity: .7; }
+}
 """
+_INK = "#010203"  # stands for the page's own text colour, which a plot cannot know
+_PLOT_STYLE: dict[Any, Any] = {
+    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
+    **{f"axes.{part}": _INK for part in ("edgecolor", "labelcolor")},
+    **{f"axes.spines.{side}": False for side in ("top", "right")},
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.prop_cycle": "cycler('color', ['#3b8ad8', '#e8772e', '#2a9d5c', '#b065c9'])",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "svg.fonttype": "path",  # glyphs as shapes: no font is needed to see them
+}
+_NOISY = 40  # more points of training than that are smoothed
+_MAX_POINTS = 400
+_MAX_SAMPLES = 40
 
 
 @dataclass
@@ -69,62 +110,124 @@ def write_report(
     `eight`: question, before_training, after_pretraining, after_fine_tuning, correct;
     `by_subject`: (right, asked) of the quiz; `wrong`: question, answer, expected.
     """
-    parts = [
-        f"<h1>{_text(title)}</h1><p class=lead>{_text(lead)}</p>",
-        "<div class=cards>"
-        + "".join(f"<div class=card>{_text(k)}<b>{_text(v)}</b></div>" for k, v in cards.items())
-        + "</div>",
-        "<h2>The eight questions</h2>" + _eight(eight),
-        "<h2>Stages</h2>" + _stage_table(stages),
-        "<h2>Loss</h2>" + _figure(stages, "loss", "nats a token", smooth=True),
-        "<h2>Bits per byte on held-out data</h2>" + _figure(stages, "bits_per_byte", "bits"),
-        "<h2>Learning rate</h2>" + _figure(stages, "lr/", "learning rate", log=True),
-        "<h2>Tokens per second</h2>" + _figure(stages, "tokens_per_second", "tokens/s"),
-        "<h2>Quiz by subject</h2>" + _subjects(by_subject),
-        f"<h2>Quiz answers that were wrong ({len(wrong)})</h2>"
-        + _table(
-            ["question", "answer", "expected"],
-            ([_text(w["question"]), _text(w["answer"]), _text(w["expected"])] for w in wrong),
+    sections = [
+        (
+            "The eight questions",
+            "The same questions at three moments. Before training the model writes noise; after "
+            "pretraining it knows words but seldom the answer; after fine-tuning it should answer "
+            "in one whole sentence. ✓ marks a last answer that is right and fluent.",
+            _eight(eight),
         ),
-        "<h2>What the model wrote on the way</h2>" + _samples(stages),
-        "<h2>Recipes</h2>"
-        + "".join(f"<h3>{_text(s.name)}</h3><pre>{_text(s.recipe)}</pre>" for s in stages),
+        (
+            "Stages",
+            "Each stage starts from the model that the one before has left. Loss and bits per "
+            "byte are those on held-out data at the end of the stage.",
+            _stage_table(stages),
+        ),
+        (
+            "Loss",
+            "How surprised the model is by the next token, in nats: 0 means never. Good is a "
+            "curve that falls fast, then slowly, with validation (text that is not trained on) "
+            "close to train. If validation rises while train falls, the model learns by heart.",
+            _plots(stages, "loss", "nats per token"),
+        ),
+        (
+            "Bits per byte",
+            "How many bits the model needs for each byte of text: the loss again, but in a unit "
+            "that does not depend on the tokenizer. Lower is better. The dashed line is a model "
+            "that knows only how often each token occurs; good is far below it.",
+            _plots(stages, "bits_per_byte", "bits per byte", from_zero=True),
+        ),
+        (
+            "Learning rate",
+            "How big a step each update of the weights may take. Good is a short rise, so that "
+            "the start is calm, and a fall at the end, so that the model settles.",
+            _plots(stages, "lr/", "learning rate", from_zero=True),
+        ),
+        (
+            "Tokens per second",
+            "How much text is read each second. Good is a flat line; a deep dip means that the "
+            "machine was busy with something else.",
+            _plots(stages, "tokens_per_second", "tokens per second", from_zero=True),
+        ),
+        (
+            "Quiz by subject",
+            "Questions in words that were never trained on, the weakest subject first. Good is a "
+            "long bar everywhere; a short bar shows what the model has not understood.",
+            _subjects(by_subject) + _wrong(wrong),
+        ),
+        (
+            "What the model wrote on the way",
+            "The same prompts continued at each evaluation. Good is text that grows from "
+            "repeated words into sentences, and from sentences into true ones.",
+            "".join(map(_samples, stages)),
+        ),
+        (
+            "Recipes",
+            "Every setting of each stage. `minimind train FILE` runs the same stage again.",
+            "".join(_folded(s.name, f"<pre>{_text(s.recipe)}</pre>") for s in stages),
+        ),
     ]
+    figures = "".join(
+        f"<div class=card>{_text(name)}<b>{_text(value)}</b></div>" for name, value in cards.items()
+    )
+    body = "\n".join(
+        f"<h2>{name}</h2><p class=faint>{_text(explanation)}</p>{content}"
+        for name, explanation, content in sections
+    )
     page = (
-        '<!doctype html><html lang="zh"><meta charset="utf-8">'
+        '<!doctype html><html lang="zh-Hans"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style>" + "\n".join(parts) + "</html>\n"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style>"
+        f"<h1>{_text(title)}</h1><p class=faint>{_text(lead)}</p><div class=cards>{figures}</div>"
+        f"{body}</html>\n"
     )
     path.write_text(page, encoding="utf-8")
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value)).replace("\ufffd", "�")
+    """Text that stays text in a page; control characters, which HTML forbids, as �."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", str(value)))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> str:
-    """A table whose cells are HTML already; the last `numbers` columns are aligned right."""
-    first = len(head) - numbers
-    marks = [" class=number" if i >= first else "" for i in range(len(head))]
-    lines = ["".join(f"<th{m}>{_text(h)}</th>" for m, h in zip(marks, head, strict=True))]
-    lines += ["".join(f"<td{m}>{c}</td>" for m, c in zip(marks, row, strict=True)) for row in rows]
-    return "<div class=scroll><table>" + "".join(f"<tr>{x}</tr>" for x in lines) + "</table></div>"
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{_text(summary)}</summary>{content}</details>"
+
+
+def _table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numbers: Collection[int] = (),
+    kind: str = "figures",
+) -> str:
+    """A table whose cells are HTML; `numbers` are the columns set right.
+
+    Of kind "texts" its columns are equally wide, and on a phone each cell has a line of its own.
+    """
+    marks = [" class=number" * (i in numbers) for i in range(len(head))]
+    names = [_text(name) for name in head]
+    lines = ["".join(f"<th{m}>{n}</th>" for m, n in zip(marks, names, strict=True))]
+    lines += [
+        "".join(
+            f'<td{m} data-name="{n}">{c}</td>' for m, n, c in zip(marks, names, row, strict=True)
+        )
+        for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<div class=scroll><table class={kind}>{body}</table></div>"
 
 
 def _eight(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["question", "before training", "after pretraining", "after fine-tuning", ""]
+    moments = ["before_training", "after_pretraining", "after_fine_tuning"]
+    marks = {True: "<b class=right>✓</b>", False: "<b class=wrong>✗</b>"}
     return _table(
-        head,
+        ["question", *(moment.replace("_", " ") for moment in moments), ""],
         (
-            [
-                _text(row["question"]),
-                _text(row["before_training"]),
-                _text(row["after_pretraining"]),
-                _text(row["after_fine_tuning"]),
-                "<b class=right>✓</b>" if row["correct"] else "<b class=wrong>✗</b>",
-            ]
+            [*(_text(row[key]) for key in ("question", *moments)), marks[row["correct"]]]
             for row in rows
         ),
+        kind="texts",
     )
 
 
@@ -143,58 +246,83 @@ def _stage_table(stages: Sequence[StageReport]) -> str:
         ("bits/byte", "bits_per_byte", ".3f"),
         ("unigram bits/byte", "unigram_bits_per_byte", ".3f"),
     ]
-    rows = ([_text(s.name), *(cell(s, key, form) for _, key, form in columns)] for s in stages)
-    return _table(["stage", *(title for title, _, _ in columns)], rows, numbers=len(columns))
+    return _table(
+        ["stage", *(title for title, _, _ in columns)],
+        ([_text(s.name), *(cell(s, key, form) for _, key, form in columns)] for s in stages),
+        numbers=range(1, len(columns) + 1),
+    )
 
 
-def _figure(
-    stages: Sequence[StageReport],
-    key: str,
-    label: str,
-    *,
-    log: bool = False,
-    smooth: bool = False,
-) -> str:
-    """One plot, a panel a stage; `key` ending in a slash means every metric that begins so."""
+def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bool = False) -> str:
+    """A plot a stage; a `key` that ends in a slash means every metric that begins so."""
+    return (
+        "<div class=plots>"
+        + "".join(
+            f"<figure><figcaption>{_text(stage.name)}</figcaption>"
+            f"{_plot(stage, key, label, from_zero)}</figure>"
+            for stage in stages
+        )
+        + "</div>"
+    )
+
+
+def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    for panel, stage in zip(panels, stages, strict=True):
-        names = sorted({k for m in stage.metrics for k in m if k == key or k.startswith(key)})
-        for name in (n for n in names if n == key or key.endswith("/")):
-            for kind, style in (("train", "-"), ("validation", "o-")):
-                points = [(m["step"], m[name]) for m in stage.metrics if _has(m, name, kind)]
-                if points and not (key == "bits_per_byte" and kind == "train"):
-                    steps, values = zip(*points, strict=True)
-                    what = name.removeprefix("lr/") if key.endswith("/") else kind
-                    faint = smooth and kind == "train" and len(values) > 40
-                    panel.plot(steps, values, style, ms=3, lw=1, alpha=0.35 if faint else 1)
-                    if faint:
-                        color = panel.lines[-1].get_color()
-                        panel.plot(steps, _smoothed(values), lw=1.6, color=color, label=what)
-                    else:
-                        panel.lines[-1].set_label(what)
-        unigram = stage.summary.get("unigram_bits_per_byte")
-        if key == "bits_per_byte" and unigram:
-            panel.axhline(unigram, ls="--", lw=1, color="grey", label="unigram")
-        panel.set_title(stage.name, fontsize=10)
-        panel.set_xlabel("step", fontsize=9)
-        panel.grid(alpha=0.25)
-        panel.tick_params(labelsize=8)
-        if log:
-            panel.set_yscale("log")
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, frameon=False)
-    panels[0].set_ylabel(label, fontsize=9)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    lines = _lines(stage.metrics, key)
+    unigram = stage.summary.get("unigram_bits_per_byte") if key == "bits_per_byte" else None
+    if not lines:
+        return "<p class=faint>Nothing was measured.</p>"
+    with matplotlib.rc_context(_PLOT_STYLE | {"svg.hashsalt": f"{key} {stage.name}"}):
+        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for name, points in lines.items():
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            dots = "o" if name == "validation" or len(points) == 1 else ""
+            if len(points) > _NOISY and name == "train":
+                axes.plot(steps, values, lw=0.8, alpha=0.35, color="C0")
+                values = _smoothed(values)
+            axes.plot(steps, values, marker=dots, ms=3.5, lw=1.6, label=name)
+        if unigram:
+            axes.axhline(unigram, ls="--", lw=1.2, color=_INK, alpha=0.6, label="unigram")
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if max(value for points in lines.values() for _, value in points) >= 1000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
     drawing = buffer.getvalue()
-    return f"<figure>{drawing[drawing.index('<svg') :]}</figure>"
+    drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
+    return drawing.replace(_INK, "currentColor")
 
 
-def _has(metrics: Mapping[str, Any], name: str, kind: str) -> bool:
-    return metrics.get("kind") == kind and metrics.get(name) is not None
+def _lines(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each line of a plot, by its name in the legend."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            many = key.endswith("/")
+            wanted = name.startswith(key) if many else name == key
+            if wanted and isinstance(value, int | float) and math.isfinite(value):
+                legend = name.removeprefix(key) if many else line["kind"]
+                found.setdefault(legend, []).append((line["step"], value))
+    return {name: _thinned(points) for name, points in found.items()}
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most `_MAX_POINTS`, each the mean of as many neighbours: a long run has a small page."""
+    size = -(-len(points) // _MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
 def _smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
@@ -212,14 +340,31 @@ def _subjects(by_subject: Mapping[str, tuple[int, int]]) -> str:
         return [_text(name), bar, f"{right}/{asked}", f"{share:.0%}"]
 
     ordered = sorted(by_subject.items(), key=lambda item: item[1][0] / item[1][1])
-    return _table(["subject", "", "right", ""], (row(n, r, a) for n, (r, a) in ordered), numbers=2)
+    rows = (row(name, right, asked) for name, (right, asked) in ordered)
+    return _table(["subject", "", "right", ""], rows, numbers=(2, 3))
 
 
-def _samples(stages: Sequence[StageReport]) -> str:
+def _wrong(wrong: Sequence[Mapping[str, str]]) -> str:
+    if not wrong:
+        return ""
+    head = ["question", "answer", "expected"]
+    table = _table(head, ([_text(one[key]) for key in head] for one in wrong), kind="texts")
+    return _folded(f"{len(wrong):,} wrong answers", table)
+
+
+def _samples(stage: StageReport) -> str:
+    """A row an evaluation, a column a prompt."""
+    by_step: dict[int, dict[str, str]] = {}
+    for line in stage.metrics:
+        if line["kind"] == "sample":
+            by_step.setdefault(line["step"], {})[line["prompt"]] = line["text"]
+    prompts = list(dict.fromkeys(prompt for texts in by_step.values() for prompt in texts))
+    every = -(-len(by_step) // _MAX_SAMPLES)
     rows = [
-        [_text(s.name), f"{m['step']:,}", _text(m["prompt"]), _text(m["text"])]
-        for s in stages
-        for m in s.metrics
-        if m["kind"] == "sample"
+        [f"{step:,}", *(_text(texts.get(prompt, "")) for prompt in prompts)]
+        for step, texts in list(by_step.items())[:: -every or -1][::-1]
     ]
-    return _table(["stage", "step", "prompt", "what the model wrote"], rows)
+    if not rows:
+        return ""
+    table = _table(["step", *prompts], rows, numbers=(0,), kind="texts")
+    return f"<h3>{_text(stage.name)}</h3>{table}"

@@ -57,7 +57,7 @@ def save_checkpoint(
     work, place = home / f"{_MAKING}{step:08}", home / f"step-{step:08}"
     needed = sum(t.numel() * t.element_size() for t in (*model.values(), *optimizer.values()))
     try:
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed while saving
+        _sweep(home)  # of a run that was killed while saving
         work.mkdir(parents=True)
         for name, tensors in zip(_FILES, (model, optimizer), strict=False):
             whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -74,15 +74,17 @@ def save_checkpoint(
             os.replace(place, home / f"{_MAKING}{step:08}.damaged")
         os.replace(work, place)
         _flush(home)
+        for old in _outdated(home, step, keep):  # renamed first: none is ever there in part
+            os.replace(old, home / f"{_MAKING}{old.name}")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(work, ignore_errors=True)
+        _sweep(home)
         free = shutil.disk_usage(run).free
         raise ResourceError(
             f"{place}: the checkpoint could not be written ({error}); it needs {needed:,} bytes "
             f"and {free:,} are free. Older checkpoints are whole: free some space and give the "
             "same command again"
         ) from error
-    _remove(home, keep)
+    _sweep(home)
     return place
 
 
@@ -95,7 +97,7 @@ def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint |
     for place in found:
         try:
             return _load(place)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             warn(f"{place} is damaged and passed over: {error}")
     if found:
         raise CheckpointError(
@@ -107,19 +109,20 @@ def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint |
 
 def _load(place: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises ValueError with what is wrong."""
-    step = int(place.name.removeprefix("step-"))
+    step = _step(place)
     names = {file.name for file in place.iterdir()}
     if wrong := names ^ {*_FILES, "manifest.json"}:
         raise ValueError(f"{', '.join(sorted(wrong))}: missing, or does not belong here")
-    text = (place / "manifest.json").read_bytes()
     contents = {name: (place / name).read_bytes() for name in _FILES}
-    for name, content in contents.items():
-        described = json.loads(text)["files"][name]
-        if described != {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}:
-            raise ValueError(f"{name} is not what was saved (its sha256 sum differs)")
+    sums = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
     # Only the very bytes that we write: a bit that flips in the manifest is noticed too.
-    if text != _manifest(step, json.loads(text)["files"]).encode():
-        raise ValueError("manifest.json is not what was saved")
+    manifest = (place / "manifest.json").read_bytes()
+    if manifest != _manifest(step, sums).encode():
+        strange = [name for name in _FILES if str(sums[name]["sha256"]).encode() not in manifest]
+        raise ValueError(f"manifest.json does not describe {', '.join(strange) or place.name}")
     return Checkpoint(
         step,
         place,
@@ -129,18 +132,27 @@ def _load(place: Path) -> Checkpoint:
     )
 
 
+def _step(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))
+
+
 def _found(home: Path) -> list[Path]:
     """Checkpoints by name, newest first."""
     if not home.is_dir():
         return []
     places = [place for place in home.iterdir() if _NAME.fullmatch(place.name)]
-    return sorted(places, key=lambda place: int(place.name.removeprefix("step-")), reverse=True)
+    return sorted(places, key=_step, reverse=True)
 
 
-def _remove(home: Path, keep: int) -> None:
-    """Remove old checkpoints: renamed first, so that none is ever there in part."""
-    for place in _found(home)[keep:]:
-        os.replace(place, home / f"{_MAKING}old-{place.name}")
+def _outdated(home: Path, step: int, keep: int) -> list[Path]:
+    """What goes once `step` is saved: old ones, and later ones, which were damaged."""
+    found = _found(home)
+    later = [place for place in found if _step(place) > step]
+    return later + found[len(later) + keep :]
+
+
+def _sweep(home: Path) -> None:
+    """Remove what is in the making, or being removed."""
     for rest in home.glob(f"{_MAKING}*"):
         shutil.rmtree(rest, ignore_errors=True)
 

@@ -19,7 +19,7 @@ Subjects = Sequence[Subject] | None
 _ASKED_IN_PROSE = 0.3  # share of a text's facts that stand as question and answer
 _BY_RELATION = 0.2  # share of texts that go along a column instead of along an entity
 _SENTENCES = 4  # a text has about so many
-_FRAMED = 0.35
+_FRAMED = 0.5
 _BARE = 0.1  # share of questions without their question mark
 _WITH_TAIL = 0.03
 _WITH_SYSTEM = 0.04
@@ -130,17 +130,23 @@ def _sentence(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
 
 def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
     """A question for a fact: as the table has it, in a frame of small talk, or without its mark."""
-    plain = rng.choice(fact.questions)
-    asked, chance = plain, rng.random()
-    bare = plain.rstrip("？?")
-    if chance < _FRAMED and plain != bare and not plain.startswith(phrases.not_framed):
-        frames = phrases.frames
-        if not plain.endswith(phrases.whether):
-            frames += phrases.embedding_frames
-        asked = rng.choice(frames).format(q=plain, bare=bare)
+    plain, chance = rng.choice(fact.questions), rng.random()
+    bare = plain.rstrip("？?。.")
+    asked = plain
+    if chance < _FRAMED:
+        asked = rng.choice(_frames(plain, phrases)).format(q=plain, bare=bare)
     elif chance > 1 - _BARE:
         asked = bare
     return plain if normalise(asked) in _held_out(fact.subject) else asked
+
+
+def _frames(plain: str, phrases: Phrases) -> tuple[str, ...]:
+    """The frames that fit around a question."""
+    if plain.startswith(phrases.requests):
+        return phrases.request_frames
+    if not plain.endswith(("？", "?")) or plain.startswith(phrases.not_framed):
+        return ("{q}",)
+    return phrases.frames + (() if plain.endswith(phrases.whether) else phrases.embedding_frames)
 
 
 @cache

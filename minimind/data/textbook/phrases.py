@@ -17,6 +17,9 @@ class Phrases:
     """Questions that begin so are not framed: they have a frame, or are no plain question."""
     frames: tuple[str, ...]
     embedding_frames: tuple[str, ...]
+    requests: tuple[str, ...]
+    """What begins so is a request, and are framed by `request_frames`."""
+    request_frames: tuple[str, ...]
     elliptic: tuple[str, ...]
     """The question before, asked of another entity."""
     leads: tuple[str, ...]
@@ -34,12 +37,36 @@ PHRASES = {
         ask="问：{question}答：{answer}",
         whether=("吗？", "好吗？"),
         not_framed=("请", "我", "有人", "想一想", "填空", "你能", "能", "听说", "嗨", "算"),
-        frames=("请问{q}", "请问，{q}", "你好，{q}", "问一下，{q}", "请教一下，{q}", "考考你：{q}"),
+        frames=(
+            "请问{q}",
+            "请问，{q}",
+            "你好，{q}",
+            "问一下，{q}",
+            "请教一下，{q}",
+            "考考你：{q}",
+            "我有个问题，{q}",
+            "麻烦问一下，{q}",
+        ),
         embedding_frames=(
             "我想知道{bare}。",
             "我想知道，{q}",
             "告诉我{bare}。",
             "请告诉我{bare}。",
+            "你能告诉我{bare}吗？",
+            "你能不能说说{bare}？",
+            "你晓得{bare}吗？",
+            "你清楚{bare}吗？",
+            "你知不知道{bare}？",
+            "有谁知道{bare}吗？",
+        ),
+        requests=("介绍一下", "跟我说说", "说说", "说一说", "讲一讲", "讲讲"),
+        request_frames=(
+            "请{bare}。",
+            "你能{bare}吗？",
+            "能不能{bare}？",
+            "可以{bare}吗？",
+            "麻烦你{bare}。",
+            "我想请你{bare}。",
         ),
         elliptic=("那{name}呢？", "{name}呢？"),
         leads=("那{q}", "换个话题，{q}", "再问一个，{q}", "还有，{q}", "{q}"),
@@ -74,8 +101,15 @@ PHRASES = {
         ask="Question: {question} Answer: {answer}",
         whether=(),
         not_framed=("Give", "Name", "One", "Solid", "Do you"),
-        frames=("Please tell me: {q}", "Excuse me: {q}", "A question: {q}"),
+        frames=(
+            "Please tell me: {q}",
+            "Excuse me: {q}",
+            "A question: {q}",
+            "I would like to know: {q}",
+        ),
         embedding_frames=(),
+        requests=(),
+        request_frames=(),
         elliptic=("And {name}?", "What about {name}?"),
         leads=("Another question: {q}", "Now tell me: {q}", "{q}"),
         tails=("I hope this helps!", "Please ask me more."),

@@ -1,0 +1,152 @@
+"""Our models, as transformers runs what we save: rows 12 and 13 of the reliability figures."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.inference.generate import generate
+from minimind.inference.sampling import Sampling
+from minimind.model import Transformer, load_model, save_model
+from minimind.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+LAYOUTS = {
+    "nano-llama": ("nano", dict(seed=0)),
+    "nano-qwen3": ("nano", dict(seed=2, qk_norm=True)),
+    "nano-untied": ("nano", dict(seed=0, tie_word_embeddings=False)),
+    "nano-all-heads": ("nano", dict(seed=1, num_key_value_heads=4)),
+    "small-llama": ("small", dict(seed=0)),
+    "small-qwen3": ("small", dict(seed=0, qk_norm=True)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_progress_bars() -> Iterator[None]:
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def _load_theirs(directory: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def pair(
+    request: pytest.FixtureRequest,
+    random_model: Callable[..., Transformer],
+    tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, Transformer, torch.nn.Module]:
+    """(name of the layout, our model, theirs of the same directory)."""
+    preset, changes = LAYOUTS[request.param]
+    directory = tmp_path_factory.mktemp("model") / "model"
+    save_model(directory, random_model(preset, **changes), tokenizer)
+    return request.param, load_model(directory).eval(), _load_theirs(directory)
+
+
+def test_the_class_is_one_that_transformers_ships(
+    pair: tuple[str, Transformer, torch.nn.Module],
+) -> None:
+    name, ours, theirs = pair
+    wanted = "Qwen3ForCausalLM" if name.endswith("qwen3") else "LlamaForCausalLM"
+    assert type(theirs).__name__ == wanted
+    assert type(theirs).__module__.startswith("transformers.models.")
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert count == sum(parameter.numel() for parameter in ours.parameters())
+
+
+@torch.inference_mode()
+def test_logits_are_equal(
+    pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
+) -> None:
+    _, ours, theirs = pair
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        logits = ours.logits(ours(ids))
+        assert logits.std() > 0.1
+        assert (logits - theirs(ids).logits).abs().max() <= 1e-4
+
+
+@torch.inference_mode()
+def test_greedy_tokens_are_equal(
+    pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
+) -> None:
+    name, ours, theirs = pair
+    if name == "small-qwen3":
+        pytest.skip("seconds; nano-qwen3 shows the same")
+    chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-2 if "small" in name else 0 :]]
+    written = generate(
+        ours, chosen, max_new_tokens=256, sampling=Sampling(temperature=0), stop_ids=set()
+    )
+    theirs.generation_config.eos_token_id = None
+    ids = torch.tensor(chosen)
+    output = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=256
+    )
+    assert written == output[:, ids.shape[1] :].tolist()
+    # The test means something: choices are varied, and too far apart for rounding to turn them.
+    best = ours.logits(ours(output[:, :-1]))[:, ids.shape[1] - 1 :].topk(2).values
+    assert (best[..., 0] - best[..., 1]).min() > 1e-5
+    assert len(set(output[:, ids.shape[1] :].flatten().tolist())) > 50
+
+
+def test_other_precisions_load_as_saved(
+    random_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = random_model("nano")
+    save_model(tmp_path / "model", model, tokenizer, dtype="bfloat16")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    ours = load_model(tmp_path / "model")
+    assert theirs.dtype == torch.bfloat16
+    assert ours.head_weight.dtype == torch.float32
+    assert torch.equal(theirs.lm_head.weight.float(), ours.head_weight)
+    assert torch.equal(ours.head_weight, model.head_weight.bfloat16().float())
+
+
+def test_the_tokenizer_gives_the_same_ids(
+    random_model: Callable[..., Transformer],
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    tmp_path: Path,
+) -> None:
+    save_model(tmp_path / "model", random_model("nano"), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    for prompt in prompts:
+        assert theirs(prompt)["input_ids"] == tokenizer.encode(prompt)
+        assert theirs.decode(tokenizer.encode(prompt)) == prompt
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
+    assert settings.eos_token_id == [tokenizer.im_end, tokenizer.end_of_text]
+    assert (settings.temperature, settings.top_p) == (0.7, 0.9)
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3"])
+def test_what_transformers_saves_is_read(layout: str, tmp_path: Path) -> None:
+    shape = dict(
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    kinds = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    config, kind = kinds[layout]
+    theirs = kind(config(**shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path).eval()
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() <= 1e-5

@@ -1,0 +1,53 @@
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# What several test files need is a module beside them, as golden figures are written without pytest.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from small_runs import Lives  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on more threads, and exact figures need a fixed number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text.jsonl (400 short texts) and chat.jsonl (200 conversations)."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rivers, places = ("长江", "黄河", "珠江", "淮河", "汉江"), ("东海", "渤海", "南海", "洪泽湖")
+    texts, chats = [], []
+    for number in range(200):
+        river, place = rivers[number % 5], places[number % 4]
+        texts.append(f"{river}很长，第{number}段长{number * 7}公里。{river}最后流入{place}。")
+        texts.append(f"Part {number} of the river is {number * 3} kilometres long.")
+        turns = [("user", f"{river}的第{number}段有多长？"), ("assistant", f"{number * 7}公里。")]
+        if number % 3 == 0:
+            turns += [("user", "它流到哪里？"), ("assistant", f"流入{place}。")]
+        chats.append([{"role": role, "content": content} for role, content in turns])
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    with (folder / "chat.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"conversations": chat}) + "\n" for chat in chats)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    """Starts processes that may be killed; driver.py has what they can do."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    with contextlib.closing(Lives(tmp_path_factory.mktemp("lives") / "output")) as lives:
+        yield lives

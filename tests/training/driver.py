@@ -1,0 +1,161 @@
+"""What `small_runs.Lives` starts: processes that train or save, and are killed on the way.
+
+    python driver.py OUTPUT    reads {"work", "arguments"} a line; answers {"pid"}, then {"status"}
+
+One process imports torch and forks for each piece of work: that takes milliseconds, and what is
+killed is never the process that runs the tests.
+"""
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from small_runs import REFUSED, tensors
+
+from minimind.cli import console, main
+from minimind.config import load_recipe
+from minimind.errors import ResourceError
+from minimind.training import checkpoint
+from minimind.training.lock import run_lock
+from minimind.training.reporter import Reporter
+from minimind.training.stage import run_stage
+
+
+
+def train(settings: dict[str, Any], pause_at: int | None = None) -> None:
+    """Run a stage; at a step, say so and stand still soon after: there the killer comes."""
+
+    class Pausing(Reporter):
+        def progress(self, done: int, total: int, note: str = "") -> None:
+            if note and done == pause_at:
+                print("reached", flush=True)
+            if note and pause_at and done == pause_at + 6:
+                signal.pause()
+
+    run_stage(load_recipe(None, flags=settings).recipe, reporter=Pausing())
+
+
+def minimind(arguments: list[str], signals: dict[str, list[int]]) -> None:
+    """The command line, which at each of the given steps gets signals."""
+
+    class Signalling(console.RichReporter):
+        def progress(self, done: int, total: int, note: str = "") -> None:
+            for number in signals.get(str(done), []) if note else []:
+                os.kill(os.getpid(), number)
+
+    console.RichReporter = Signalling  # type: ignore[misc]
+    sys.argv = ["minimind", *arguments]
+    main.main()
+
+
+def hold(run: str) -> None:
+    """Hold the lock of a run until killed."""
+    with run_lock(Path(run)):
+        print("held", flush=True)
+        signal.pause()
+
+
+def save(
+    run: str, step: int, numbers: int, keep: int, point: int | None = None, how: str = "kill"
+) -> None:
+    """Save a checkpoint; at the `point`-th thing done to the disk, die or find the disk full."""
+    if how == "limit":  # the system refuses to write beyond this byte of any file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (point or 0, resource.RLIM_INFINITY))
+    elif point is not None:
+        _count_points(point, _die if how == "kill" else _disk_full)
+    try:
+        checkpoint.save_checkpoint(Path(run), step, keep=keep, **tensors(step, numbers))
+    except ResourceError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        print(error)
+        sys.exit(REFUSED)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _count_points(point: int, act: Callable[[], None]) -> None:
+    """Let `act` happen before or after a write, flush, rename or removal: the `point`-th, from 0.
+
+    "After" a write is in its middle: half of the file is there.
+    """
+    passed = 0
+
+    def reach() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == point + 1:
+            act()
+
+    def wrap(module: Any, name: str, spoil: Callable[..., None] | None = None) -> None:
+        real = getattr(module, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            reach()
+            result = real(*arguments, **options)
+            if spoil and passed == point:
+                spoil(*arguments)
+            reach()
+            return result
+
+        setattr(module, name, wrapped)
+
+    def cut(path: Path) -> None:
+        os.truncate(path, path.stat().st_size // 2)
+
+    wrap(os, "mkdir")
+    wrap(os, "fsync")
+    wrap(os, "replace")
+    wrap(os, "unlink")
+    wrap(os, "rmdir")
+    wrap(safetensors.torch, "save_file", lambda _, path: cut(path))
+    wrap(Path, "write_text", lambda path, *_: cut(path))
+
+
+def _serve(output: str) -> None:
+    for line in sys.stdin:
+        command = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            _work(output, globals()[command["work"]], command["arguments"])
+        print(json.dumps({"pid": pid}), flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps({"status": status}), flush=True)
+
+
+def _work(output: str, function: Callable[..., None], arguments: dict[str, Any]) -> None:
+    handle = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(handle, standard)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    status = 1
+    try:
+        function(**arguments)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _serve(sys.argv[1])

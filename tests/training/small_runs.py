@@ -1,0 +1,202 @@
+"""Runs of the smallest model for the tests of this folder: in memory, from files, and killed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minimind.config import load_recipe
+from minimind.config.settings import Recipe
+from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
+from minimind.data.store import Shard
+from minimind.model import Transformer
+from minimind.training.loop import Trainer
+from minimind.training.objectives.next_token import NextToken
+from minimind.training.precision import choose_precision
+from minimind.training.reporter import Reporter
+
+VOCAB = 97
+REFUSED = 3  # exit status of a save that was refused
+_CLOCK = ("elapsed_s", "tokens_per_second", "data_share")  # what the clock puts in metrics.jsonl
+_NANO = {
+    "device": "cpu",
+    "seed": 7,
+    "model.preset": "nano",
+    "data.window": 32,
+    "training.precision": "fp32",
+    "training.batch": 4,
+    "training.micro_batch": 2,
+    "training.log_every": 1,
+    "validation.every": 10,
+    "validation.windows": 4,
+    "checkpoint.every": 7,
+}
+
+
+def nano_settings(objective: str, out: Path, **settings: Any) -> dict[str, Any]:
+    """Settings by dotted key; `settings` are more of them, with `__` for the dots."""
+    given = {key.replace("__", "."): value for key, value in settings.items()}
+    return _NANO | {"objective": objective, "out": str(out)} | given
+
+
+def nano_recipe(objective: str, out: Path, **settings: Any) -> Recipe:
+    """The same as a recipe."""
+    return load_recipe(None, flags=nano_settings(objective, out, **settings)).recipe
+
+
+def text_shard(length: int = 3000) -> Shard:
+    """Running text of a made-up language that can be learned: each word hints at the next."""
+    tokens = [1]
+    for place in range(length - 1):
+        tokens.append(1 + (7 * tokens[-1] + (place * place) % 5) % (VOCAB - 1))
+    return Shard(np.array(tokens, np.uint16), None, np.array([length]))
+
+
+def chat_shard(conversations: int = 60) -> Shard:
+    """Conversations of 6 to 45 tokens, of which the latter half is the answer."""
+    lengths = [6 + (number * 17) % 40 for number in range(conversations)]
+    mask = [place >= length // 2 for length in lengths for place in range(length)]
+    tokens = text_shard(sum(lengths)).tokens
+    return Shard(tokens, np.array(mask, np.uint8), np.cumsum(lengths))
+
+
+def nano_trainer(
+    run: Path,
+    objective: str = "pretrain",
+    *,
+    parts: list[Windows] | None = None,
+    held_out: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Trainer:
+    """A run of 20 steps that needs no tokenizer, no files and no token store."""
+    recipe = nano_recipe(objective, run, **{"training__steps": 20} | settings)
+    run.mkdir(parents=True, exist_ok=True)
+    if parts is None:
+        window = recipe.data.window
+        text = TextWindows([text_shard()], window)
+        chat = ChatWindows([chat_shard()], window, pad=0, seed=recipe.seed)
+        parts = [text if objective == "pretrain" else chat]
+    mix = Mix(parts, [1.0] * len(parts), recipe.seed)
+    torch.manual_seed(recipe.seed)
+    device = torch.device("cpu")
+    assert recipe.training.steps and recipe.training.micro_batch
+    return Trainer(
+        model=Transformer(recipe.model.shape(VOCAB)),
+        objective=NextToken([0, *(1 + token % 3 for token in range(1, VOCAB))], device),
+        data=mix,
+        held_out=mix if held_out else None,
+        recipe=recipe,
+        run=run,
+        num_steps=recipe.training.steps,
+        micro_batch=recipe.training.micro_batch,
+        device=device,
+        precision=choose_precision(recipe.training.precision, device),
+        reporter=reporter or Reporter(),
+    )
+
+
+def tensors(step: int, numbers: int) -> dict[str, Any]:
+    """What a run might save after `step` steps, as arguments of save_checkpoint."""
+    generator = torch.Generator().manual_seed(step)
+    first, second = (torch.randn(numbers, generator=generator) for _ in range(2))
+    state = {"metrics_offset": step, "words": "长江" * 50}
+    return {"model": {"weight": first}, "optimizer": {"moment": second}, "state": state}
+
+
+class Told(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.open = False  # whether a piece of work has begun and not ended
+
+    def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
+        self.open = True
+
+    def stop(self) -> None:
+        self.open = False
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl (of one kind) without what the clock put there."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in _CLOCK}
+        for line in lines
+        if kind in (None, line["kind"])
+    ]
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of each line."""
+    return [line["loss"] for line in metrics(run, "train")]
+
+
+def steps_done(run: Path) -> int:
+    """Steps that metrics.jsonl tells of by now."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look again and again; pytest's time limit ends it if it never comes."""
+    while not condition():
+        time.sleep(0.005)
+
+
+class Child:
+    """A process that does some work of driver.py."""
+
+    def __init__(self, pid: int, lives: "Lives") -> None:
+        self.pid, self._lives = pid, lives
+
+    def wait(self) -> int:
+        """Its exit status, or minus the signal that ended it."""
+        return int(self._lives.answer()["status"])
+
+
+class Lives:
+    """Starts processes that may be killed, one at a time."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output  # what the latest one has printed
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("driver.py"), output],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, work: str, **arguments: Any) -> Child:
+        """Begin `work`."""
+        self.output.write_text("")
+        assert self._process.stdin
+        line = json.dumps({"work": work, "arguments": arguments}, default=str)
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return Child(self.answer()["pid"], self)
+
+    def run(self, work: str, **arguments: Any) -> int:
+        """Do `work` and wait: its exit status, or minus the signal that ended it."""
+        return self.start(work, **arguments).wait()
+
+    def answer(self) -> dict[str, Any]:
+        """What driver.py says next."""
+        assert self._process.stdout
+        return dict(json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """End driver.py."""
+        self._process.communicate("")
