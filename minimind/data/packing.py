@@ -16,7 +16,8 @@ from minimind.data.order import Order, permute
 from minimind.data.store import Shard
 
 IGNORED = -100  # label of a token that is not learned; torch's cross_entropy skips it
-_OPEN_BINS = 256  # windows being filled at once: more pack tighter, fewer keep an order closer
+_OPEN_WINDOWS = 256  # being filled at once: more pack tighter, fewer keep the order closer
+_DOCUMENTS = 1 << 16  # looked at together
 
 
 @dataclass(frozen=True)
@@ -77,43 +78,60 @@ class PackingReport:
 
 
 class ChatWindows:
-    """Windows of whole conversations; only what the model is to say is learned."""
+    """Windows of whole conversations; only what the model is to say is learned.
+
+    What is kept in memory is about 30 bytes a conversation.
+    """
 
     def __init__(self, shards: list[Shard], window: int, *, pad: int, seed: int) -> None:
         self._shards, self._window, self._pad = shards, window, pad
-        self._starts = [np.concatenate([[0], shard.ends[:-1]]) for shard in shards]
+        self._first = np.cumsum([0, *(len(shard.ends) for shard in shards)])  # document of a shard
         self.report = PackingReport()
-        self._bins = _pack(self._lengths(), window, seed, self.report)
+        lengths = np.concatenate([np.zeros(0, np.int32), *map(self._lengths, shards)])
+        usable = np.flatnonzero(lengths)
+        order = usable[permute(np.arange(len(usable)), len(usable), seed)]
+        windows = _pack(lengths, order, window)
+        self._members = order[np.argsort(windows, kind="stable")]
+        self._ends = np.cumsum(np.bincount(windows)) if len(windows) else np.zeros(0, np.int64)
+        self.report.windows = len(self)
+        if len(self):
+            self.report.fill = float(lengths.sum(dtype=np.int64)) / (len(self) * window)
 
     def __len__(self) -> int:
-        return len(self._bins)
+        return len(self._ends)
 
-    def _lengths(self) -> dict[tuple[int, int], int]:
-        """Tokens that each usable conversation takes in a window, by (shard, document)."""
-        lengths: dict[tuple[int, int], int] = {}
-        for number, (shard, starts) in enumerate(zip(self._shards, self._starts, strict=True)):
-            assert shard.mask is not None, "a chat store has masks"
-            for document, (start, end) in enumerate(zip(starts, shard.ends, strict=True)):
-                self.report.conversations += 1
-                self.report.cut += int(end - start > self._window + 1)
-                used = min(int(end - start), self._window + 1)
-                if shard.mask[start + 1 : start + used].any():
-                    lengths[number, document] = used - 1  # the last token is only a label
-                else:
-                    self.report.unsupervised += 1
-        return lengths
+    def _lengths(self, shard: Shard) -> NDArray[np.int32]:
+        """[documents] tokens that each takes in a window, 0 for one with nothing to learn."""
+        assert shard.mask is not None, "a chat store has masks"
+        parts = [np.zeros(0, np.int32)]
+        for at in range(0, len(shard.ends), _DOCUMENTS):
+            ends = np.asarray(shard.ends[at : at + _DOCUMENTS])
+            base = int(shard.ends[at - 1]) if at else 0
+            starts = np.concatenate([[base], ends[:-1]])
+            used = np.minimum(ends - starts, self._window + 1)
+            answered = np.cumsum(shard.mask[base : ends[-1]], dtype=np.int64)
+            # The first token is never a label.
+            learned = answered[starts + used - 1 - base] - answered[starts - base]
+            # The last token is only a label.
+            parts.append(np.where(learned > 0, used - 1, 0).astype(np.int32))
+            self.report.conversations += len(ends)
+            self.report.cut += int((ends - starts > self._window + 1).sum())
+            self.report.unsupervised += int((learned == 0).sum())
+        return np.concatenate(parts)
 
     def window(
         self, index: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32] | None]:
         tokens = np.full(self._window, self._pad, np.int64)
         labels = np.full(self._window, IGNORED, np.int64)
-        members = self._bins[index]
+        members = self._members[self._ends[index - 1] if index else 0 : self._ends[index]]
         segments = np.full(self._window, len(members), np.int32)  # padding is a segment of its own
         at = 0
-        for segment, (number, document) in enumerate(members):
-            shard, start = self._shards[number], int(self._starts[number][document])
+        for segment, member in enumerate(members):
+            number = int(np.searchsorted(self._first, member, side="right")) - 1
+            shard, document = self._shards[number], int(member - self._first[number])
             assert shard.mask is not None, "a chat store has masks"
+            start = int(shard.ends[document - 1]) if document else 0
             end = min(int(shard.ends[document]), start + self._window + 1)
             ids, mask = shard.tokens[start:end], shard.mask[start:end]
             here = slice(at, at + len(ids) - 1)
@@ -124,30 +142,23 @@ class ChatWindows:
         return tokens, labels, segments
 
 
-def _pack(
-    lengths: dict[tuple[int, int], int], window: int, seed: int, report: PackingReport
-) -> list[list[tuple[int, int]]]:
-    """Best fit in a shuffled order: each conversation goes where it leaves the least room."""
-    keys = list(lengths)
-    order = permute(np.arange(len(keys)), len(keys), seed) if keys else np.zeros(0, np.int64)
-    bins: list[list[tuple[int, int]]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens free, bin), sorted
-    for key in (keys[place] for place in order.tolist()):
-        length = lengths[key]
-        place = bisect_left(rooms, (length, -1))
-        if place < len(rooms):
-            free, chosen = rooms.pop(place)
+def _pack(lengths: NDArray[np.int32], order: NDArray[np.int64], window: int) -> NDArray[np.int32]:
+    """The window of each document of `order`: best fit, where it leaves the least room."""
+    windows = np.zeros(len(order), np.int32)
+    rooms: list[tuple[int, int]] = []  # (tokens free, window), sorted
+    count = 0
+    for place, length in enumerate(lengths[order].tolist()):
+        fit = bisect_left(rooms, (length, -1))
+        if fit < len(rooms):
+            free, chosen = rooms.pop(fit)
         else:
-            free, chosen = window, len(bins)
-            bins.append([])
-            if len(rooms) >= _OPEN_BINS:
+            free, chosen, count = window, count, count + 1
+            if len(rooms) >= _OPEN_WINDOWS:
                 rooms.pop(0)
-        bins[chosen].append(key)
+        windows[place] = chosen
         if free > length:
             insort(rooms, (free - length, chosen))
-    report.windows = len(bins)
-    report.fill = sum(lengths.values()) / (len(bins) * window) if bins else 0.0
-    return bins
+    return windows
 
 
 class Mix:

@@ -335,10 +335,9 @@ class _Counted(io.RawIOBase):
 
 def _unpack(packed: io.BufferedReader, compression: str) -> io.BufferedReader:
     if compression == "zstd":
-        unpacked: Any = _Joined(_unpack_zstd(packed))
-    else:
-        unpacked = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}[compression](packed)
-    return _buffered(unpacked)
+        return _buffered(_Joined(_unpack_zstd(packed)))
+    openers: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
+    return _buffered(openers[compression](packed))
 
 
 def _buffered(stream: Any) -> io.BufferedReader:

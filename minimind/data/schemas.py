@@ -13,6 +13,7 @@ A field that goes by several names is looked for under each of them.
 import ast
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,7 +148,9 @@ def _history(value: Any) -> list[tuple[str, str]]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             try:
-                value = ast.literal_eval(value.strip())
+                with warnings.catch_warnings():  # of "\\d" and the like
+                    warnings.simplefilter("ignore")
+                    value = ast.literal_eval(value.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 raise ValueError("history is not a list of pairs") from None
     if not isinstance(value, list) or not all(_is_pair(pair) for pair in value):

@@ -216,22 +216,19 @@ def _sweep(home: Path) -> None:
 
 @dataclass
 class _Meter:
-    """Bytes of input read and bytes of tokens written."""
+    """Bytes of input: all, read, and done with; bytes of tokens written."""
 
     total: int
-    progress: Callable[[int, int], None]
+    read: int = 0
     done: int = 0
     written: int = 0
 
-    def read(self, num_bytes: int) -> None:
-        self.done += num_bytes
-
-    def show(self) -> None:
-        self.progress(self.done, self.total)
+    def add_read(self, num_bytes: int) -> None:
+        self.read += num_bytes
 
     def needed(self) -> int:
         """Bytes that the whole store will take, as far as can be told by now."""
-        return self.written * self.total // self.done if self.written else self.total
+        return self.written * self.total // self.done if self.done else self.total
 
 
 def _make(
@@ -243,7 +240,7 @@ def _make(
     progress: Callable[[int, int], None],
 ) -> TokenStore:
     """Make the store in a folder beside `place`, and move it there when it is whole."""
-    meter = _Meter(sum(entry["size"] for entry in described["files"]), progress)
+    meter = _Meter(sum(entry["size"] for entry in described["files"]))
     bad_lines = place.with_name(f"{place.name}.bad-lines.jsonl")
     work = place  # until there is another
     try:
@@ -251,7 +248,7 @@ def _make(
         shutil.rmtree(place, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f"{place.name}.making-", dir=place.parent))
         bad = BadLines(bad_lines, max_bad_fraction)
-        manifest = described | _fill(work, files, tokenizer, described, bad, meter)
+        manifest = described | _fill(work, files, tokenizer, described, bad, meter, progress)
         with (work / "manifest.json").open("w", encoding="utf-8") as stream:
             json.dump(manifest, stream, ensure_ascii=False, indent=1)
             _flush(stream)
@@ -275,21 +272,25 @@ def _fill(
     described: dict[str, Any],
     bad: BadLines,
     meter: _Meter,
+    progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Write the tokens of `files` into `work`. What the manifest is to say of them."""
     kind: Kind = described["kind"]
     limit = int(described["validation_fraction"] * 2**64)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    records = read_records(files, schema=described["schema"], bad=bad, progress=meter.read)
+    records = read_records(files, schema=described["schema"], bad=bad, progress=meter.add_read)
     skipped = 0
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_Writer(work, split, kind)) for split in _SPLITS}
         encode = partial(_encode, tokenizer=tokenizer, kind=kind, dtype=dtype, limit=limit)
-        for encoded, num_skipped in _ahead(encode, batches(records)):
+        marked = ((batch, meter.read) for batch in batches(records))
+        for documents, num_skipped, done in _ahead(encode, marked):
             skipped += num_skipped
-            for split, documents in encoded.items():
-                meter.written += writers[split].add(documents)
-            meter.show()
+            meter.done = done
+            for split, writer in writers.items():
+                meter.written += writer.add(documents[split])
+            progress(done, meter.total)
+    progress(meter.total, meter.total)
     bad.check(bad.max_fraction, final=True)
     counts = {split: writer.counts for split, writer in writers.items()}
     if not any(count["documents"] for count in counts.values()):
@@ -346,9 +347,10 @@ class _Documents:
 
 
 def _encode(
-    batch: list[Record], *, tokenizer: Tokenizer, kind: Kind, dtype: str, limit: int
-) -> tuple[dict[Split, _Documents], int]:
-    """The documents of each side, and how many records are of another kind."""
+    marked: tuple[list[Record], int], *, tokenizer: Tokenizer, kind: Kind, dtype: str, limit: int
+) -> tuple[dict[Split, _Documents], int, int]:
+    """The documents of each side, how many records are of another kind, and the batch's mark."""
+    batch, mark = marked
     wanted = [r for r in batch if r.messages or (r.text is not None and kind == "text")]
     chats = iter(encode_chats(tokenizer, [r.messages for r in wanted if r.messages]))
     texts = iter(tokenizer.encode_batch([r.text for r in wanted if r.text is not None]))
@@ -356,14 +358,16 @@ def _encode(
     sides: dict[Split, _Documents] = {split: _Documents(array(code)) for split in _SPLITS}
     for record in wanted:
         documents = sides["validation" if record.fingerprint() < limit else "train"]
-        ids, mask = next(chats) if record.messages else ([*next(texts), tokenizer.end_of_text], [])
+        ids, mask = next(chats) if record.messages else (next(texts), [])
+        if kind == "text":
+            ids.append(tokenizer.end_of_text)
         documents.tokens.fromlist(ids)
         documents.mask.fromlist(mask)
         documents.lengths.append(len(ids))
         for text in record.texts:
             documents.characters += len(text)
             documents.num_bytes += len(text.encode("utf-8", "surrogatepass"))
-    return sides, len(batch) - len(wanted)
+    return sides, len(batch) - len(wanted), mark
 
 
 class _Writer:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 _STYLE = """
@@ -28,8 +29,9 @@ table { border-collapse: collapse; width: 100%; font-size: .93rem; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
          vertical-align: top; }
 td { white-space: pre-wrap; }
-th { font-weight: 600; white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; }
+.figures th, .figures td { white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
          gap: 1rem; }
@@ -65,10 +67,10 @@ _PLOT_STYLE: dict[Any, Any] = {
     "savefig.facecolor": "none",
     "axes.prop_cycle": "cycler('color', ['#3b8ad8', '#e8772e', '#2a9d5c', '#b065c9'])",
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 10,
     "svg.fonttype": "path",  # glyphs as shapes: no font is needed to see them
 }
-_NOISY = 40  # more points of training than that are smoothed
+_NOISY = 40  # points: from here on those of training are smoothed, those of validation a line
 _MAX_POINTS = 400
 _MAX_SAMPLES = 40
 
@@ -121,12 +123,13 @@ def write_report(
         (
             "Stages",
             "Each stage starts from the model that the one before has left. Loss and bits per "
-            "byte are those on held-out data at the end of the stage.",
+            "byte are those on held-out data at the end. Fine-tuning counts the answers alone, so "
+            "its figures say nothing when put beside those of pretraining.",
             _stage_table(stages),
         ),
         (
             "Loss",
-            "How surprised the model is by the next token, in nats: 0 means never. Good is a "
+            "How surprised the model is by the next token, in nats: 0 would mean never. Good is a "
             "curve that falls fast, then slowly, with validation (text that is not trained on) "
             "close to train. If validation rises while train falls, the model learns by heart.",
             _plots(stages, "loss", "nats per token"),
@@ -174,6 +177,7 @@ def write_report(
     body = "\n".join(
         f"<h2>{name}</h2><p class=faint>{_text(explanation)}</p>{content}"
         for name, explanation, content in sections
+        if content
     )
     page = (
         '<!doctype html><html lang="zh-Hans"><meta charset="utf-8">'
@@ -204,6 +208,7 @@ def _table(
     """A table whose cells are HTML; `numbers` are the columns set right.
 
     Of kind "texts" its columns are equally wide, and on a phone each cell has a line of its own.
+    Without rows there is none.
     """
     marks = [" class=number" * (i in numbers) for i in range(len(head))]
     names = [_text(name) for name in head]
@@ -214,15 +219,21 @@ def _table(
         )
         for row in rows
     ]
+    if len(lines) == 1:
+        return ""
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<div class=scroll><table class={kind}>{body}</table></div>"
 
 
 def _eight(rows: Sequence[Mapping[str, Any]]) -> str:
-    moments = ["before_training", "after_pretraining", "after_fine_tuning"]
+    moments = {
+        "before_training": "before training",
+        "after_pretraining": "after pretraining",
+        "after_fine_tuning": "after fine-tuning",
+    }
     marks = {True: "<b class=right>✓</b>", False: "<b class=wrong>✗</b>"}
     return _table(
-        ["question", *(moment.replace("_", " ") for moment in moments), ""],
+        ["question", *moments.values(), ""],
         (
             [*(_text(row[key]) for key in ("question", *moments)), marks[row["correct"]]]
             for row in rows
@@ -276,27 +287,30 @@ def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:
     if not lines:
         return "<p class=faint>Nothing was measured.</p>"
     with matplotlib.rc_context(_PLOT_STYLE | {"svg.hashsalt": f"{key} {stage.name}"}):
-        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.4, 3), layout="constrained")
         axes = figure.subplots()
         for name, points in lines.items():
             steps, values = [step for step, _ in points], [value for _, value in points]
-            dots = "o" if name == "validation" or len(points) == 1 else ""
-            if len(points) > _NOISY and name == "train":
+            many = len(points) >= _NOISY
+            dots = "o" if len(points) == 1 or (name == "validation" and not many) else ""
+            if many and name == "train":
                 axes.plot(steps, values, lw=0.8, alpha=0.35, color="C0")
                 values = _smoothed(values)
             axes.plot(steps, values, marker=dots, ms=3.5, lw=1.6, label=name)
         if unigram:
             axes.axhline(unigram, ls="--", lw=1.2, color=_INK, alpha=0.6, label="unigram")
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.15)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if max(value for points in lines.values() for _, value in points) >= 1000:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=9)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
@@ -322,15 +336,14 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """At most `_MAX_POINTS`, each the mean of as many neighbours: a long run has a small page."""
     size = -(-len(points) // _MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+    return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
 
 
-def _smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average."""
-    smooth = [values[0]]
-    for value in values[1:]:
-        smooth.append(keep * smooth[-1] + (1 - keep) * value)
-    return smooth
+def _smoothed(values: Sequence[float], reach: int = 5) -> list[float]:
+    """The mean of each value and its neighbours, as many before as after: the curve has no lag."""
+    last = len(values) - 1
+    near = [min(reach, i, last - i) for i in range(len(values))]
+    return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
 
 
 def _subjects(by_subject: Mapping[str, tuple[int, int]]) -> str:
@@ -345,26 +358,20 @@ def _subjects(by_subject: Mapping[str, tuple[int, int]]) -> str:
 
 
 def _wrong(wrong: Sequence[Mapping[str, str]]) -> str:
-    if not wrong:
-        return ""
     head = ["question", "answer", "expected"]
     table = _table(head, ([_text(one[key]) for key in head] for one in wrong), kind="texts")
-    return _folded(f"{len(wrong):,} wrong answers", table)
+    return _folded(f"{len(wrong):,} wrong answers", table) if wrong else ""
 
 
 def _samples(stage: StageReport) -> str:
-    """A row an evaluation, a column a prompt."""
+    """A row an evaluation, the last always among them; a column a prompt."""
     by_step: dict[int, dict[str, str]] = {}
     for line in stage.metrics:
         if line["kind"] == "sample":
             by_step.setdefault(line["step"], {})[line["prompt"]] = line["text"]
     prompts = list(dict.fromkeys(prompt for texts in by_step.values() for prompt in texts))
-    every = -(-len(by_step) // _MAX_SAMPLES)
-    rows = [
-        [f"{step:,}", *(_text(texts.get(prompt, "")) for prompt in prompts)]
-        for step, texts in list(by_step.items())[:: -every or -1][::-1]
-    ]
-    if not rows:
-        return ""
+    every = max(1, -(-len(by_step) // _MAX_SAMPLES))
+    shown = list(by_step.items())[::-every][::-1]
+    rows = ([f"{step:,}", *(_text(texts.get(p, "")) for p in prompts)] for step, texts in shown)
     table = _table(["step", *prompts], rows, numbers=(0,), kind="texts")
-    return f"<h3>{_text(stage.name)}</h3>{table}"
+    return table and f"<h3>{_text(stage.name)}</h3>{table}"

@@ -1,6 +1,7 @@
 """`metrics.jsonl`: every figure of a run, a JSON object a line, and trackers fed with the same."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,13 +32,21 @@ class MetricsLog:
 
     def truncate(self, offset: int) -> None:
         """Forget what was written after `offset`: a resumed run writes it again."""
-        self._stream.truncate(offset)
-        self._stream.seek(offset)
+        if offset < self._stream.tell():  # a file that somebody has emptied is not filled up
+            self._stream.truncate(offset)
+            self._stream.seek(offset)
 
     def write(self, figures: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
-        """Append one line: what the run's seed and data decide, then what the clock does."""
-        line = dict(figures) | dict(timing or {})
-        self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        """Append one line: what the run's seed and data decide, then what the clock does.
+
+        Numbers that are not finite become null: JSON has no others.
+        """
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in (dict(figures) | dict(timing or {})).items()
+        }
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        self._stream.write(text.encode() + b"\n")
         self._stream.flush()
         numbers = {
             f"{line['kind']}/{key}": float(value)

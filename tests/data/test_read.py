@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from minimind.data import read
-from minimind.data.read import BadLines, list_files, parse_json, read_records, read_texts
+from minimind.data.read import BadLines, batches, list_files, parse_json, read_records, read_texts
 from minimind.data.schemas import Record
 from minimind.errors import DataError, ResourceError
 
@@ -537,6 +537,15 @@ def test_what_may_not_be_read_is_named(locked: Path) -> None:
 
 
 # --- All together
+
+
+def test_batches_are_bounded_in_records_and_in_characters() -> None:
+    records = [Record(text="字" * (1 + 300_000 * (n % 600 == 599))) for n in range(6_000)]
+    made = list(batches(iter(records)))
+    assert [record for batch in made for record in batch] == records
+    assert max(map(len, made)) == 512
+    long = [Record(text="字" * 700_000)] * 5
+    assert [len(batch) for batch in batches(long)] == [2, 2, 1]
 
 
 def test_texts_of_any_schema(tmp_path: Path) -> None:

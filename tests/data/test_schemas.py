@@ -55,6 +55,11 @@ KNOWN: list[tuple[str, dict[str, Any], Record]] = [
         {"q": "问", "a": "答", "history": "[('早', '早上好')]"},
         Record(messages=[*FIRST, *TURNS]),
     ),
+    (
+        "qa",
+        {"q": "问", "a": "答", "history": r"[['早', '\d']]"},
+        Record(messages=[FIRST[0], {"role": "assistant", "content": r"\d"}, *TURNS]),
+    ),
     ("qa", {"question": "问", "answer": "答"}, Record(messages=TURNS)),
     (
         "qa",

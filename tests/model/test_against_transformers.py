@@ -13,12 +13,13 @@ from minimind.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
+# The seeds are those, of the first 40, whose greedy choices are the furthest apart.
 LAYOUTS = {
-    "nano-llama": ("nano", dict(seed=0)),
-    "nano-qwen3": ("nano", dict(seed=2, qk_norm=True)),
-    "nano-untied": ("nano", dict(seed=0, tie_word_embeddings=False)),
-    "nano-all-heads": ("nano", dict(seed=1, num_key_value_heads=4)),
-    "small-llama": ("small", dict(seed=0)),
+    "nano-llama": ("nano", dict(seed=12)),
+    "nano-qwen3": ("nano", dict(seed=23, qk_norm=True)),
+    "nano-untied": ("nano", dict(seed=4, tie_word_embeddings=False)),
+    "nano-all-heads": ("nano", dict(seed=36, num_key_value_heads=4)),
+    "small-llama": ("small", dict(seed=2)),
     "small-qwen3": ("small", dict(seed=0, qk_norm=True)),
 }
 
@@ -66,11 +67,13 @@ def test_logits_are_equal(
     pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
 ) -> None:
     _, ours, theirs = pair
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer.encode(prompt)])
-        logits = ours.logits(ours(ids))
-        assert logits.std() > 0.1
-        assert (logits - theirs(ids).logits).abs().max() <= 1e-4
+    rows = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    # What stands behind a text does not change it, so all go at once.
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    logits, wanted = ours.logits(ours(ids)), theirs(ids).logits
+    for row, tokens in enumerate(rows):
+        assert logits[row, : len(tokens)].std() > 0.1
+        assert (logits[row] - wanted[row])[: len(tokens)].abs().max() <= 1e-4
 
 
 @torch.inference_mode()
@@ -78,22 +81,21 @@ def test_greedy_tokens_are_equal(
     pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
 ) -> None:
     name, ours, theirs = pair
-    if name == "small-qwen3":
-        pytest.skip("seconds; nano-qwen3 shows the same")
-    chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-2 if "small" in name else 0 :]]
+    number, length = (3, 64) if name.startswith("small") else (20, 256)
+    chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
     written = generate(
-        ours, chosen, max_new_tokens=256, sampling=Sampling(temperature=0), stop_ids=set()
+        ours, chosen, max_new_tokens=length, sampling=Sampling(temperature=0), stop_ids=set()
     )
     theirs.generation_config.eos_token_id = None
     ids = torch.tensor(chosen)
     output = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=256
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length
     )
     assert written == output[:, ids.shape[1] :].tolist()
     # The test means something: choices are varied, and too far apart for rounding to turn them.
     best = ours.logits(ours(output[:, :-1]))[:, ids.shape[1] - 1 :].topk(2).values
-    assert (best[..., 0] - best[..., 1]).min() > 1e-5
-    assert len(set(output[:, ids.shape[1] :].flatten().tolist())) > 50
+    assert (best[..., 0] - best[..., 1]).min() > 5e-5
+    assert len(set(output[:, ids.shape[1] :].flatten().tolist())) > 60
 
 
 def test_other_precisions_load_as_saved(

@@ -25,7 +25,11 @@ _ENDS = tuple("。！？.!?")
 _CLOSING = "”’」』）)\"'"
 _NUMERALS = "零〇一二三四五六七八九十百千万亿"
 _LATIN = "A-Za-z0-9À-ÿ"
-_DENIALS = ("不", "不是", "不在", "不叫", "不吃", "不用", "并非", "没有", "not ", "n't ")
+# What ends so denies the word that comes next; 不但, 不断, 差不多 and the like deny nothing.
+_DENIAL = re.compile(
+    r"(?:(?<!差)不(?![但仅断久过])|没|并非|[是能]否)[^\W\d_]{0,2}$|(?:\bnot|n't) (?:[a-z]+ ){0,2}$",
+    re.IGNORECASE,
+)
 _WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B))}
 
 
@@ -158,23 +162,28 @@ def _whole(value: str) -> re.Pattern[str]:
 
 
 def _says(answer: str, key: str) -> bool:
-    """Whether the answer holds the key as a whole, not denied."""
-    found = _whole(_plain(key)).finditer(answer)
-    return any(not answer[: match.start()].lower().endswith(_DENIALS) for match in found)
+    """Whether the answer holds the key as a whole, not denied and not asked."""
+    told = re.sub(r"[^。！？!?]*[？?]", "", answer)
+    return _affirms(told, _whole(_plain(key)))
 
 
 def _offers(answer: str, rival: str) -> bool:
     """Whether the answer gives the rival; one Chinese character only where it stands by itself."""
     rival = _plain(rival)
     if len(rival) == 1 and "一" <= rival <= "龥":
-        pattern = rf"(?:^|[^一-龥]|[是为或和与叫]){rival}(?:$|[^一-龥]|[或和与])"
-        return re.search(pattern, answer) is not None
-    return _whole(rival).search(answer) is not None
+        alone = rf"(?:(?<![一-龥])|(?<=[是为或和与叫])){rival}(?:$|[^一-龥]|[或和与])"
+        return _affirms(answer, re.compile(alone))
+    return _affirms(answer, _whole(rival))
+
+
+def _affirms(answer: str, pattern: re.Pattern[str]) -> bool:
+    """Whether the pattern is found somewhere where it is not denied."""
+    return any(not _DENIAL.search(answer[: one.start()]) for one in pattern.finditer(answer))
 
 
 def _most_repeated(answer: str) -> int:
-    """How often its most repeated phrase is there; 3 where a part is said three times on end."""
-    if re.search(r"([^\d\s…]\D+?)\1\1", answer):
+    """How often its most repeated phrase is there; 3 where a part is said again and again."""
+    if re.search(r"([^\d\s…]\D+?)\1\1|([^\d\s…])\2{3}|(\d)\3{9}", answer):
         return 3
     phrases = Counter(normalise(part) for part in re.split(r"[，。！？；、,.!?;\n]", answer))
     return max((count for phrase, count in phrases.items() if len(phrase) > 1), default=0)

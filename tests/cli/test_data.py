@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from minimind.cli.main import app
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["data", "inspect", *map(str, arguments)])
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # so that names are short, and lie in tables unbroken
+    path = Path("texts.jsonl")
+    lines = [json.dumps({"text": f"长江的第{n}段[bold]"}, ensure_ascii=False) for n in range(20)]
+    path.write_text("\n".join([*lines, "{broken", lines[0]]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = Path("chats.csv")
+    path.write_text("q,a\n你是谁？,我是模型。\n", encoding="utf-8")
+    return path
+
+
+def test_inspect_shows_and_writes_what_it_sees(
+    texts: Path, chats: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "made" / "figures.json"
+    done = run(texts, chats, "--tokenizer", tokenizer_dir, "--json", out)
+    assert done.exit_code == 0, done.output
+    assert "│ texts.jsonl:21 │ not JSON: " in done.output
+    assert "characters a token" in done.output
+    assert done.output.count("\n#1: 长江的第") == 3
+    assert "[bold]" in done.output
+    assert "\n#2: user: 你是谁？ ⏎ assistant: 我是模型。" in done.output
+    written = json.loads(out.read_text("utf-8"))
+    assert list(written["data"]) == [str(texts), str(chats)]
+    assert written["data"][str(texts)]["copies"] == 1
+    assert written["data"][str(chats)]["schemas"] == {"qa": 1}
+    assert written["total"]["records"] == 22
+    assert written["total"]["tokens"]["total"] > 0
+
+
+def test_tokens_and_samples_are_left_out_on_request(texts: Path) -> None:
+    done = run(texts, "--samples", 0)
+    assert done.exit_code == 0, done.output
+    assert "token" not in done.output
+    assert "#1:" not in done.output
+    assert "all" not in done.output.split()  # there is but one row
+
+
+def test_a_schema_can_be_named(chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    done = run(chats, "--schema", "text", "--json", out)
+    assert done.exit_code == 0, done.output
+    [reason] = json.loads(out.read_text("utf-8"))["total"]["bad_reasons"]
+    assert reason == "no field text; its fields are: q, a"
+
+
+def test_what_is_wrong_is_said_in_one_line(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "plain.jsonl.gz").write_text('{"text": "a"}')
+    for arguments, message in [
+        ([tmp_path / "text.jsonl"], "no such file or folder; "),
+        ([texts, tmp_path / "empty.jsonl"], "empty.jsonl: the file is empty"),
+        ([tmp_path / "plain.jsonl.gz"], "its name says gzip, but it is not"),
+        ([texts, "--schema", "alpacca"], "--schema alpacca is unknown; known are auto, text"),
+        ([texts, "--tokenizer", tmp_path], "is not a tokenizer directory"),
+        ([texts, "--json", texts / "figures.json"], "texts.jsonl"),
+    ]:
+        done = run(*arguments)
+        assert done.exit_code == 1, arguments
+        [error] = [line for line in done.stderr.splitlines() if line.strip()]
+        assert error.startswith("error: ")
+        assert message in error

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from minimind.errors import ResourceError
+from minimind.model.device import choose_device
+
+
+def test_the_best_that_is_there_is_taken() -> None:
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.backends.mps.is_available():
+        best = "mps"
+    assert choose_device().type == best
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps:7", "meta", "xpu", "gpu", "", "cuda:x", "auto "])
+def test_a_device_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ResourceError, match="use auto|--device auto"):
+        choose_device(name)

@@ -1,0 +1,240 @@
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minimind.errors import ModelError, ResourceError
+from minimind.model import (
+    Transformer,
+    load_model,
+    read_config,
+    resolve_model_directory,
+    save_model,
+)
+from minimind.tokenizer import Tokenizer
+
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+}
+
+
+@pytest.fixture
+def model(random_model: Callable[..., Transformer]) -> Transformer:
+    return random_model("nano")
+
+
+@pytest.fixture
+def saved(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    save_model(tmp_path / "run" / "model", model, tokenizer)
+    return tmp_path / "run" / "model"
+
+
+def change(directory: Path, **changes: Any) -> None:
+    """Set keys of config.json; None takes them out."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text("utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_word_embeddings": False}])
+def test_a_model_comes_back_as_it_was(
+    random_model: Callable[..., Transformer],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    changes: dict[str, bool],
+) -> None:
+    model = random_model("nano", **changes)
+    save_model(tmp_path / "made" / "model", model, tokenizer)
+    loaded = load_model(tmp_path / "made" / "model")
+    assert loaded.config == model.config
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert os.listdir(tmp_path / "made") == ["model"]
+    assert set(os.listdir(tmp_path / "made" / "model")) == FILES
+
+
+def test_the_run_directory_means_its_model(saved: Path) -> None:
+    assert resolve_model_directory(saved) == saved
+    assert resolve_model_directory(saved.parent) == saved
+
+
+def test_what_is_no_model_directory_is_told(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    for path, message in [
+        (tmp_path / "nowhere", "there is no such directory"),
+        (tmp_path / "unfinished", "a run that has not finished"),
+        (tmp_path, "is not a model directory: it has no config.json"),
+        (saved / "config.json", "is not a model directory"),
+    ]:
+        with pytest.raises(ModelError, match=message):
+            resolve_model_directory(path)
+
+
+def test_an_older_model_is_replaced_whole(
+    saved: Path, random_model: Callable[..., Transformer], tokenizer: Tokenizer
+) -> None:
+    (saved / "notes.txt").write_text("of the older one")
+    newer = random_model("nano", seed=1)
+    save_model(saved, newer, tokenizer)
+    assert torch.equal(load_model(saved).head_weight, newer.head_weight)
+    assert set(os.listdir(saved)) == FILES
+    assert os.listdir(saved.parent) == ["model"]
+
+
+def test_a_failed_save_leaves_the_older_model(
+    saved: Path, random_model: Callable[..., Transformer]
+) -> None:
+    class Broken:
+        im_end = end_of_text = 0
+
+        def save(self, directory: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    before = {name: (saved / name).read_bytes() for name in FILES}
+    newer = random_model("nano", seed=1)
+    with pytest.raises(ResourceError, match=r"No space left.*needs 151,168 bytes, and [\d,]+ are"):
+        save_model(saved, newer, Broken())
+    assert {name: (saved / name).read_bytes() for name in FILES} == before
+    assert os.listdir(saved.parent) == ["model"]
+
+
+def test_what_a_killed_save_left_is_swept_up(
+    saved: Path, model: Transformer, tokenizer: Tokenizer
+) -> None:
+    half = saved.with_name(".model.new")
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    save_model(saved, model, tokenizer)
+    assert os.listdir(saved.parent) == ["model"]
+    # Killed between the two renames: the older model is the only one, until the new one is whole.
+    saved.rename(saved.with_name(".model.old"))
+    with pytest.raises(AttributeError):
+        save_model(saved, model, object())  # type: ignore[arg-type]
+    assert load_model(saved).config == model.config
+    assert os.listdir(saved.parent) == ["model"]
+
+
+def test_nothing_but_a_model_is_replaced(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for place in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ModelError, match="is not a model; give another directory"):
+            save_model(place, model, tokenizer)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    save_model(tmp_path / "empty", model, tokenizer)
+    assert set(os.listdir(tmp_path / "empty")) == FILES
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="model could not be written"):
+        save_model(tmp_path / "file" / "model", model, tokenizer)
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.skipif(
+    os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0,
+    reason="nothing is forbidden to root",
+)
+def test_a_read_only_folder_is_named(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(ResourceError, match="Permission denied"):
+            save_model(tmp_path / "model", model, tokenizer)
+    finally:
+        tmp_path.chmod(0o755)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/version"), reason="needs Linux's /proc")
+def test_a_folder_where_nothing_can_be_made_is_named(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(ResourceError, match="model could not be written"):
+        save_model(Path("/proc/minimind/model"), model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; llama and qwen3 are"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"hidden_size": None}, "hidden_size missing"),
+        ({"hidden_size": "32"}, "hidden_size: Input should be a valid integer"),
+        ({"hidden_size": True}, "hidden_size: Input should be a valid integer"),
+        ({"hidden_size": 16}, r"has the shape \[600, 32\], config.json says \[600, 16\]"),
+        ({"vocab_size": 10**18}, "promises more than any file can hold"),
+        ({"vocab_size": 10**30}, "promises more than any file can hold"),
+        ({"num_hidden_layers": 10**9}, "promises 1,000,000,000 layers"),
+        ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 1}, "has unknown tensors: model.layers.1."),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"head_dim": 7}, "must be even"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is set"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is set"),
+        ({"rope_parameters": [1]}, "rope_parameters is not an object"),
+        ({"attention_bias": True}, "attention_bias is set"),
+        ({"hidden_act": "gelu"}, "hidden_act is set"),
+        ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
+        ({"tie_word_embeddings": None}, "lacks lm_head.weight"),  # transformers' default
+        ({"model_type": "qwen3"}, "lacks .*q_norm.weight"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_told(
+    saved: Path, changes: dict[str, Any], message: str
+) -> None:
+    change(saved, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(saved)
+
+
+def test_defaults_are_those_of_transformers(saved: Path) -> None:
+    change(saved, head_dim=None, rms_norm_eps=None, rope_parameters=None, rope_theta=None)
+    config = read_config(saved)
+    assert (config.head_dim, config.rms_norm_eps, config.rope_theta) == (8, 1e-6, 10_000)
+    change(saved, rope_theta=500_000)  # as version 4 of transformers writes it
+    assert read_config(saved).rope_theta == 500_000
+
+
+def test_weights_of_other_kinds_are_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor.to(torch.int32) for name, tensor in tensors.items()}, path)
+    with pytest.raises(ModelError, match="is of the kind I32; only F32, BF16, F16, F64 are read"):
+        load_model(saved)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, path)
+    assert load_model(saved).head_weight.dtype == torch.float32
+    path.unlink()
+    with pytest.raises(ModelError, match="there is no model.safetensors"):
+        load_model(saved)
+    (saved / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match="sharded weights are not supported"):
+        load_model(saved)
+
+
+def test_a_loaded_model_does_not_hang_on_its_file(saved: Path, model: Transformer) -> None:
+    loaded = load_model(saved)
+    with torch.no_grad():
+        loaded.head_weight[0] = 7.0
+    assert torch.equal(load_model(saved).head_weight, model.head_weight)
+    shutil.rmtree(saved)
+    assert torch.equal(loaded.head_weight[1:], model.head_weight[1:])

@@ -1,0 +1,203 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from minimind.config.model import PRESETS, ModelConfig
+from minimind.config.settings import OptimSettings
+from minimind.errors import CheckpointError
+from minimind.model import Transformer
+from minimind.training.optimizers import Muon, Optimizers, orthogonalise
+
+
+def nano(**shape: Any) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**(PRESETS["nano"] | {"vocab_size": 97} | shape)))
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def matrices(*shapes: tuple[int, int]) -> list[nn.Parameter]:
+    torch.manual_seed(1)
+    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64), (1, 8), (8, 1)])
+def test_orthogonalised_matrices_keep_their_directions_with_singular_values_near_one(
+    shape: tuple[int, int],
+) -> None:
+    torch.manual_seed(2)
+    given = torch.randn(3, *shape)
+    for matrix, made in zip(given, orthogonalise(given).float(), strict=True):
+        values = torch.linalg.svdvals(made)
+        assert 0.5 < values.min() and values.max() < 1.3
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        nearest = left @ right
+        cosine = (made * nearest).sum() / (made.norm() * nearest.norm())
+        assert cosine > 0.97
+
+
+def test_a_matrix_without_a_gradient_is_not_made_one() -> None:
+    assert not orthogonalise(torch.zeros(2, 4, 8)).any()
+
+
+def test_matrices_together_are_as_one_by_one() -> None:
+    torch.manual_seed(3)
+    given = torch.randn(5, 24, 40)
+    together = orthogonalise(given).float()
+    single = torch.cat([orthogonalise(matrix[None]) for matrix in given]).float()
+    torch.testing.assert_close(together, single, rtol=0, atol=0.02)
+
+
+def test_muon_is_that_of_torch() -> None:
+    """Same hyper-parameters, same steps, to the rounding of bf16."""
+    settings = OptimSettings(muon_lr=0.02, momentum=0.9, weight_decay=0.1)
+    shapes = ((48, 16), (16, 48), (32, 32), (32, 32), (48, 16))
+    ours, theirs = matrices(*shapes), matrices(*shapes)
+    before = [p.detach().clone() for p in ours]
+    muon = Muon(ours, settings)
+    reference = torch.optim.Muon(
+        theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True, adjust_lr_fn="original"
+    )
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        muon.step()
+        reference.step()
+    for one, other, start in zip(ours, theirs, before, strict=True):
+        torch.testing.assert_close(
+            muon.buffers[one], reference.state[other]["momentum_buffer"], rtol=1e-5, atol=1e-6
+        )
+        moved = (other - start).norm()
+        assert (one - other).norm() < 0.01 * moved
+        assert moved > 0.05
+
+
+def test_adamw_is_that_of_torch_and_decays_matrices_alone() -> None:
+    settings = OptimSettings(name="adamw", lr=0.01, weight_decay=0.5, beta1=0.8, eps=1e-6)
+    model = nano(qk_norm=True)
+    reference = copy.deepcopy(model)
+    decays = [p for p in reference.parameters() if p.ndim == 2]
+    plain = [p for p in reference.parameters() if p.ndim == 1]
+    assert len(plain) == 1 + 2 * 4  # the norms: the last, and in a layer two and two for q and k
+    groups = [{"params": decays, "weight_decay": 0.5}, {"params": plain, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, settings.beta2), eps=1e-6)
+    ours = Optimizers(model, settings)
+    for step in range(3):
+        give_gradients(model, step)
+        give_gradients(reference, step)
+        ours.step()
+        theirs.step()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_do_not_decay() -> None:
+    model = nano()
+    optimizers = Optimizers(model, OptimSettings(weight_decay=0.5))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step()
+    for name, parameter in model.named_parameters():
+        shrunk = (parameter.abs() < before[name].abs()).any()
+        assert bool(shrunk) == (parameter.ndim == 2), name
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
+    model = nano(tie_word_embeddings=False)
+    state = Optimizers(model, OptimSettings(name="muon")).state_tensors()
+    by_muon = {name.removeprefix("momentum/") for name in state if name.startswith("momentum/")}
+    by_adamw = {name.removeprefix("exp_avg/") for name in state if name.startswith("exp_avg/")}
+    assert by_muon == {
+        f"model.layers.{layer}.{part}_proj.weight"
+        for layer in (0, 1)
+        for part in (
+            *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+            *("mlp.gate", "mlp.up", "mlp.down"),
+        )
+    }
+    assert by_muon | by_adamw == {name for name, _ in model.named_parameters()}
+    assert not by_muon & by_adamw
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= by_adamw
+
+
+def test_what_is_frozen_stays_and_has_no_state() -> None:
+    model = nano()
+    model.model.embed_tokens.requires_grad_(False)
+    optimizers = Optimizers(model, OptimSettings())
+    assert not any("embed_tokens" in name for name in optimizers.state_tensors())
+    before = model.model.embed_tokens.weight.clone()
+    give_gradients(model, 0)
+    optimizers.step()
+    assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_learning_rates_are_shares_of_their_peaks() -> None:
+    optimizers = Optimizers(nano(), OptimSettings(lr=0.5, muon_lr=0.25))
+    assert optimizers.lrs() == {"adamw": 0.5, "muon": 0.25}
+    optimizers.set_lr(0.5)
+    assert optimizers.lrs() == {"adamw": 0.25, "muon": 0.125}
+    model = nano()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizers = Optimizers(model, OptimSettings())
+    optimizers.set_lr(0.0)
+    give_gradients(model, 0)
+    optimizers.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_goes_on_where_it_was(name: str) -> None:
+    """Three steps and one more are four steps, bit for bit."""
+    settings = OptimSettings(name=name)  # type: ignore[arg-type]
+    model = nano()
+    optimizers = Optimizers(model, settings)
+    assert all(not tensor.any() for tensor in optimizers.state_tensors().values())
+    for step in range(3):
+        give_gradients(model, step)
+        optimizers.step()
+    other = copy.deepcopy(model)
+    others = Optimizers(other, settings)
+    saved = {key: tensor.clone() for key, tensor in optimizers.state_tensors().items()}
+    others.load_state_tensors(saved)
+    for one, its in ((model, optimizers), (other, others)):
+        give_gradients(one, 3)
+        its.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    state = optimizers.state_tensors()
+    assert all(torch.equal(state[key], tensor) for key, tensor in others.state_tensors().items())
+
+
+def test_the_state_of_another_model_or_optimizer_is_refused() -> None:
+    optimizers = Optimizers(nano(), OptimSettings())
+    good = optimizers.state_tensors()
+    key = next(iter(good))
+    strangers = [
+        {},
+        {k: v for k, v in good.items() if k != key},
+        good | {"more": torch.zeros(1)},
+        good | {key: torch.zeros(3, 5)},
+        Optimizers(nano(), OptimSettings(name="adamw")).state_tensors(),
+        Optimizers(nano(num_hidden_layers=3), OptimSettings()).state_tensors(),
+    ]
+    for state in strangers:
+        with pytest.raises(CheckpointError, match="belongs to another model or optimizer"):
+            optimizers.load_state_tensors(state)
+
+
+def test_gradients_are_forgotten() -> None:
+    model = nano()
+    optimizers = Optimizers(model, OptimSettings())
+    give_gradients(model, 0)
+    optimizers.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
