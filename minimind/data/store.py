@@ -280,6 +280,7 @@ def _fill(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     records = read_records(files, schema=described["schema"], bad=bad, progress=meter.add_read)
     skipped = 0
+    progress(0, meter.total)
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_Writer(work, split, kind)) for split in _SPLITS}
         encode = partial(_encode, tokenizer=tokenizer, kind=kind, dtype=dtype, limit=limit)
@@ -384,11 +385,13 @@ class _Writer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self._close()
-        for stream in self._streams:
-            with contextlib.suppress(OSError):  # the disk is full, which is known by now
-                stream.close()
+        try:
+            if error is None:
+                self._close()
+        finally:
+            for stream in self._streams:
+                with contextlib.suppress(OSError):  # the disk is full, which is known by now
+                    stream.close()
 
     def add(self, documents: _Documents) -> int:
         """Append the documents; how many bytes that takes."""

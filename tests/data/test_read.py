@@ -497,7 +497,7 @@ def test_paths_that_mean_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("dosc/a/b.jsonl", "no such file or folder; . holds docs"),
         (f"{tmp_path}/docs/a/b.jsonl", f"; the folder {tmp_path}/docs exists, but holds no a"),
         ("a\0b", "no such file"),
-        ("a" * 5_000, "name too long"),
+        ("a" * 5_000, "aaa: "),  # the system says why
     ]:
         with pytest.raises(DataError) as caught:
             list_files(path)

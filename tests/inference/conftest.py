@@ -22,7 +22,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="package")
 def model(tokenizer: Tokenizer) -> Transformer:
     """Its greedy choices are varied."""
-    torch.manual_seed(8)
+    torch.manual_seed(1)
     model = Transformer(ModelConfig(**PRESETS["nano"] | {"vocab_size": tokenizer.vocab_size}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -59,9 +59,7 @@ def test_a_seed_gives_the_same_text(model: Transformer, prompts: list[list[int]]
     assert texts[0] == texts[1]
     assert len({tuple(text) for text in texts[1:]}) == 4
     batches = [
-        generate(
-            model, prompts, max_new_tokens=20, sampling=VARIED, stop_ids=set(), seed=7
-        )
+        generate(model, prompts, max_new_tokens=20, sampling=VARIED, stop_ids=set(), seed=7)
         for _ in range(2)
     ]
     assert batches[0] == batches[1]
@@ -91,9 +89,7 @@ def test_prompts_that_cannot_be_are_told_before_anything_is_written(
         with pytest.raises(UsageError, match=message):
             stream_text(model, tokenizer, prompt, max_new_tokens=9, sampling=GREEDY)
         with pytest.raises(UsageError, match=message):
-            generate(
-                model, [*prompts, prompt], max_new_tokens=9, sampling=GREEDY, stop_ids=set()
-            )
+            generate(model, [*prompts, prompt], max_new_tokens=9, sampling=GREEDY, stop_ids=set())
 
 
 def test_tokens_come_one_by_one(

@@ -36,7 +36,7 @@ _NANO = {
     "training.log_every": 1,
     "validation.every": 10,
     "validation.windows": 4,
-    "checkpoint.every": 7,
+    "checkpoint.every": 100,
 }
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
+from minimind.data.textbook.phrases import NEVER_TRAINED
 from minimind.data.textbook.quiz import fact_question, is_fluent, is_right, normalise
 from minimind.data.textbook.tables import Fact, Subject
 
 _MINIMUM = {"statements": 3, "questions": 5, "held_out": 2, "answers": 2}
-_NEVER_TRAINED = ("你知道", "能不能给我讲讲", "do you know")
 
 
 def lint(subjects: Sequence[Subject]) -> list[str]:
@@ -46,7 +46,7 @@ def _shape(subject: Subject) -> Iterator[str]:
                 yield f"{where}: no relation speaks of {column} of {row.name}"
     for fact in subject.facts:
         for text in (*fact.questions, *fact.followups):
-            if text.lower().startswith(_NEVER_TRAINED):
+            if text.lower().startswith(NEVER_TRAINED):
                 yield f"{_where(fact)}: “{text}” is a frame that only the quiz may use"
 
 

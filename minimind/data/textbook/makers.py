@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
-from minimind.data.textbook.phrases import PHRASES, Phrases
+from minimind.data.textbook.phrases import NEVER_TRAINED, PHRASES, Phrases
 from minimind.data.textbook.quiz import normalise, quiz
 from minimind.data.textbook.tables import Fact, Row, Subject, load_subjects
 
@@ -19,7 +19,11 @@ Subjects = Sequence[Subject] | None
 _ASKED_IN_PROSE = 0.3  # share of a text's facts that stand as question and answer
 _BY_RELATION = 0.2  # share of texts that go along a column instead of along an entity
 _SENTENCES = 4  # a text has about so many
-_FRAMED = 0.5
+_FRAMED = 0.65
+_AROUND, _WISHED = (
+    0.25,
+    0.55,
+)  # shares of the ways to put it: around it, as a wish; else asked who knows
 _BARE = 0.1  # share of questions without their question mark
 _WITH_TAIL = 0.03
 _WITH_SYSTEM = 0.04
@@ -58,7 +62,7 @@ def dialogues(
 
 
 def preferences(seed: int, subjects: Subjects = None) -> Iterator[dict[str, list[Message]]]:
-    """{"chosen", "rejected"}: right, complete and polite against wrong, repeating, evasive, endless."""
+    """{"chosen", "rejected"}: right and polite against wrong, repeating, evasive or endless."""
     rng = random.Random(f"preferences {seed}")
     facts = [fact for subject in _book(subjects) for fact in subject.facts]
     makers = (_wrong, _repeating, _evasive, _endless)
@@ -131,22 +135,36 @@ def _sentence(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
 def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
     """A question for a fact: as the table has it, in a frame of small talk, or without its mark."""
     plain, chance = rng.choice(fact.questions), rng.random()
-    bare = plain.rstrip("？?。.")
     asked = plain
     if chance < _FRAMED:
-        asked = rng.choice(_frames(plain, phrases)).format(q=plain, bare=bare)
+        asked = _framed(plain, phrases, rng)
     elif chance > 1 - _BARE:
-        asked = bare
-    return plain if normalise(asked) in _held_out(fact.subject) else asked
+        asked = plain.rstrip("？?。.")
+    held_out = asked.lower().startswith(NEVER_TRAINED) or (
+        normalise(asked) in _held_out(fact.subject)
+    )
+    return plain if held_out else asked
 
 
-def _frames(plain: str, phrases: Phrases) -> tuple[str, ...]:
-    """The frames that fit around a question."""
+def _framed(plain: str, phrases: Phrases, rng: random.Random) -> str:
+    """The same question in other words around it, put together from parts."""
+    bare = plain.rstrip("？?。.")
     if plain.startswith(phrases.requests):
-        return phrases.request_frames
+        start = next(one for one in phrases.requests if plain.startswith(one))
+        before, after = rng.choice(phrases.polite)
+        return before + rng.choice(phrases.about) + bare.removeprefix(start) + after
     if not plain.endswith(("？", "?")) or plain.startswith(phrases.not_framed):
-        return ("{q}",)
-    return phrases.frames + (() if plain.endswith(phrases.whether) else phrases.embedding_frames)
+        return plain
+    way = rng.random()
+    if not phrases.askers or plain.endswith(phrases.whether) or way < _AROUND:
+        # "Do you …" stays a question: it cannot stand inside another sentence.
+        fitting = [f for f in phrases.frames if "{q}" in f or not plain.endswith(phrases.whether)]
+        return rng.choice(fitting).format(q=plain, bare=bare)
+    if way < _AROUND + _WISHED:
+        before, after = rng.choice(phrases.polite)
+        return before + rng.choice(phrases.tell) + bare + after
+    before, after = rng.choice(phrases.askers)
+    return before + rng.choice(phrases.know) + bare + after
 
 
 @cache

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+NEVER_TRAINED = ("你知道", "能不能给我讲讲", "do you know")
+"""Beginnings of questions that only the quiz may use."""
+
 
 @dataclass(frozen=True)
 class Phrases:
-    """Set phrases of one language; `{q}` is a question with its mark, `{bare}` without."""
+    """Set phrases of one language."""
 
     space: str
     """What stands between two sentences."""
@@ -16,10 +19,19 @@ class Phrases:
     not_framed: tuple[str, ...]
     """Questions that begin so are not framed: they have a frame, or are no plain question."""
     frames: tuple[str, ...]
-    embedding_frames: tuple[str, ...]
+    """Around a question: `{q}` with its mark, `{bare}` without."""
+    polite: tuple[tuple[str, str], ...]
+    """Before and after a wish to be told something."""
+    tell: tuple[str, ...]
+    """The wish, before a question without its mark."""
+    askers: tuple[tuple[str, str], ...]
+    """Who is asked whether they know, and the end of that question: "你" … "吗？"."""
+    know: tuple[str, ...]
+    """After an asker, before a question without its mark."""
     requests: tuple[str, ...]
-    """What begins so is a request, and are framed by `request_frames`."""
-    request_frames: tuple[str, ...]
+    """What begins so is no question but a wish to be told about something."""
+    about: tuple[str, ...]
+    """Other words for that wish."""
     elliptic: tuple[str, ...]
     """The question before, asked of another entity."""
     leads: tuple[str, ...]
@@ -45,28 +57,45 @@ PHRASES = {
             "请教一下，{q}",
             "考考你：{q}",
             "我有个问题，{q}",
-            "麻烦问一下，{q}",
-        ),
-        embedding_frames=(
-            "我想知道{bare}。",
             "我想知道，{q}",
-            "告诉我{bare}。",
-            "请告诉我{bare}。",
-            "你能告诉我{bare}吗？",
-            "你能不能说说{bare}？",
-            "你晓得{bare}吗？",
-            "你清楚{bare}吗？",
-            "你知不知道{bare}？",
-            "有谁知道{bare}吗？",
+            "我想知道{bare}。",
+            "你说，{q}",
         ),
+        polite=(
+            ("", "。"),
+            ("请", "。"),
+            ("你能", "吗？"),
+            ("你能不能", "？"),
+            ("能不能", "？"),
+            ("能否", "？"),
+            ("可以", "吗？"),
+            ("你可以", "吗？"),
+            ("麻烦你", "。"),
+            ("我想请你", "。"),
+        ),
+        tell=("告诉我", "给我讲讲", "跟我讲讲", "给我说说", "说说", "为我解释"),
+        askers=(
+            ("你", "吗？"),
+            ("你", "吗"),
+            ("您", "吗？"),
+            ("有谁", "吗？"),
+            ("有人", "吗？"),
+            ("大家", "吗？"),
+            ("你们", "吗？"),
+            ("小朋友", "吗？"),
+            ("谁", "？"),
+        ),
+        know=("知道", "晓得", "清楚", "记得", "了解", "还记得"),
         requests=("介绍一下", "跟我说说", "说说", "说一说", "讲一讲", "讲讲"),
-        request_frames=(
-            "请{bare}。",
-            "你能{bare}吗？",
-            "能不能{bare}？",
-            "可以{bare}吗？",
-            "麻烦你{bare}。",
-            "我想请你{bare}。",
+        about=(
+            "介绍一下",
+            "介绍",
+            "跟我说说",
+            "给我讲讲",
+            "讲一讲",
+            "给我介绍",
+            "说一下",
+            "聊聊",
         ),
         elliptic=("那{name}呢？", "{name}呢？"),
         leads=("那{q}", "换个话题，{q}", "再问一个，{q}", "还有，{q}", "{q}"),
@@ -103,13 +132,17 @@ PHRASES = {
         not_framed=("Give", "Name", "One", "Solid", "Do you"),
         frames=(
             "Please tell me: {q}",
+            "Can you tell me this: {q}",
             "Excuse me: {q}",
             "A question: {q}",
             "I would like to know: {q}",
         ),
-        embedding_frames=(),
+        polite=(),
+        tell=(),
+        askers=(),
+        know=(),
         requests=(),
-        request_frames=(),
+        about=(),
         elliptic=("And {name}?", "What about {name}?"),
         leads=("Another question: {q}", "Now tell me: {q}", "{q}"),
         tails=("I hope this helps!", "Please ask me more."),

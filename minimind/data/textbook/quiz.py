@@ -25,9 +25,10 @@ _ENDS = tuple("。！？.!?")
 _CLOSING = "”’」』）)\"'"
 _NUMERALS = "零〇一二三四五六七八九十百千万亿"
 _LATIN = "A-Za-z0-9À-ÿ"
-# What ends so denies the word that comes next; 不但, 不断, 差不多 and the like deny nothing.
+# What ends so denies the word that comes next.
 _DENIAL = re.compile(
-    r"(?:(?<!差)不(?![但仅断久过])|没|并非|[是能]否)[^\W\d_]{0,2}$|(?:\bnot|n't) (?:[a-z]+ ){0,2}$",
+    r"(?:(?:不|没|没有|并非|[是能]否)(?:一定|会|喜欢)?(?:是|叫|属于)?(?:在|位于|吃|用)?"
+    r"|(?:\bnot|n't) (?:[a-z]+ ){0,2})$",
     re.IGNORECASE,
 )
 _WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B))}

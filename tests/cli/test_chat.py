@@ -1,0 +1,320 @@
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from minimind.cli.chat import chat
+from minimind.cli.main import app
+from minimind.data.read import BadLines, read_records
+from minimind.inference.sampling import Sampling
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+from minimind.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Several threads on tiny matrices cost far more than they bring when the cores are busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: object, stdin: str | bytes = "") -> Result:
+    return CliRunner().invoke(app, ["chat", *map(str, arguments)], input=stdin)
+
+
+def make_model(tokenizer: Tokenizer, context: int = 256) -> Transformer:
+    """Its choices are varied; greedily, it never stops by itself."""
+    torch.manual_seed(0)
+    shape = PRESETS["nano"] | {"vocab_size": tokenizer.vocab_size}
+    model = Transformer(ModelConfig(**shape | {"max_position_embeddings": context}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.mul_(60 if writes else 6)
+        model.head_weight[[tokenizer.im_end, tokenizer.end_of_text]] = 0
+    return model
+
+
+def save_one_that_always_says(word: int, directory: Path, tokenizer: Tokenizer) -> None:
+    model = make_model(tokenizer)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.head_weight.zero_()
+        model.head_weight[:, 0] = 1
+        model.head_weight[word, 0] = 2
+    save_model(directory, model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "model"
+    save_model(directory, make_model(tokenizer), tokenizer)
+    return directory
+
+
+def saved(path: Path) -> list[list[dict[str, str]]]:
+    """The conversations, as a fine-tuning run reads them."""
+    bad = BadLines()
+    found = [record.messages or [] for record in read_records([path], bad=bad)]
+    assert not bad.total
+    return found
+
+
+def test_a_pipe_gets_the_answers_alone(model_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "minimind", "chat", model_dir, "--max-new-tokens", "9", "--seed=1"],
+        input="你好\n\n  再见".encode(),
+        capture_output=True,
+        env=os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().count("\n") >= 2
+    again = run(model_dir.parent, "--max-new-tokens", 9, "--seed", 1, stdin="你好\n再见\n")
+    assert again.stdout == done.stdout.decode().replace("\r\n", "\n")
+
+
+def test_each_answer_is_printed_before_the_next_question_is_read(model_dir: Path) -> None:
+    command = [sys.executable, "-m", "minimind", "chat", model_dir]
+    with subprocess.Popen(
+        [*command, "--temperature=0", "--max-new-tokens=5"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+    ) as talk:
+        assert talk.stdin
+        assert talk.stdout
+        for _ in range(2):
+            talk.stdin.write("你好\n".encode())
+            talk.stdin.flush()
+            assert talk.stdout.readline().strip()
+        talk.stdin.close()
+        assert talk.wait(timeout=60) == 0
+
+
+def test_turns_are_kept_until_they_are_forgotten(model_dir: Path, tmp_path: Path) -> None:
+    flags = [model_dir, "--seed", 3, "--max-new-tokens", 8]
+    file = tmp_path / "talk.jsonl"
+    lines = [
+        "你好",
+        "长江呢？",
+        f"/save {file}",
+        "/reset",
+        "你好",
+        f"/save {file}",
+        "/quit",
+        "你好",
+    ]
+    done = run(*flags, "--system", "你是向导", stdin="\n".join(lines))
+    assert done.exit_code == 0, done.output
+    assert done.stderr == f"saved to {file}\n" * 2
+    first, second = saved(file)
+    assert [message["role"] for message in first] == ["system", *["user", "assistant"] * 2]
+    assert [message["content"] for message in first[:2]] == ["你是向导", "你好"]
+    assert second == first[:3]  # the same seed at the same place of the same conversation
+    answers = [m["content"] for m in first + second if m["role"] == "assistant"]
+    assert done.stdout == "".join(f"{answer}\n" for answer in answers)
+    # What was said before changes what is said next.
+    alone = run(*flags, "--system", "你是向导", "--temperature", 0, stdin="长江呢？\n")
+    after = run(*flags, "--system", "你是向导", "--temperature", 0, stdin="你好\n长江呢？\n")
+    assert not after.stdout.endswith(alone.stdout)
+
+
+def test_the_system_message_can_be_changed_and_removed(model_dir: Path, tmp_path: Path) -> None:
+    flags = [model_dir, "--temperature", 0, "--max-new-tokens", 4]
+    file = tmp_path / "talk"
+    lines = ["/system 你是\x1b诗人", "你好", f"/save {file}", "/system", f"/save {file}.json"]
+    done = run(*flags, stdin="\n".join(lines))
+    assert done.exit_code == 0, done.output
+    [with_system] = saved(tmp_path / "talk.jsonl")
+    [without] = saved(tmp_path / "talk.json")
+    assert with_system[0] == {"role": "system", "content": "你是诗人"}
+    assert without == with_system[1:]
+    from_flag = run(*flags, "--system", "你是诗人", stdin="你好\n")
+    assert from_flag.stdout == done.stdout
+    assert run(*flags, stdin="你好\n").stdout != done.stdout
+
+
+def test_a_conversation_is_added_on_a_line_of_its_own(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.jsonl"
+    file.write_text('{"conversations": [{"role": "assistant", "content": "早"}]}')
+    done = run(model_dir, "--max-new-tokens", 4, stdin=f"你好\n/save {file}\n")
+    assert done.exit_code == 0, done.output
+    assert [len(messages) for messages in saved(file)] == [1, 2]
+
+
+def test_the_oldest_turns_are_left_out_and_it_is_told_once(model_dir: Path, tmp_path: Path) -> None:
+    lines = ["长江有多长？它流入哪里？"] * 12
+    file = tmp_path / "talk.jsonl"
+    flags = [model_dir, "--temperature", 0, "--max-new-tokens", 20, "--system", "你是向导"]
+    done = run(*flags, stdin="\n".join([*lines, f"/save {file}", "/reset", *lines]))
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("oldest turns are left out") == 2  # once a conversation
+    [messages] = saved(file)
+    assert len(messages) == 25  # nothing is missing in what is saved
+
+
+def test_a_message_that_is_too_long_is_refused_with_figures(model_dir: Path) -> None:
+    done = run(model_dir, "--max-new-tokens", 20, stdin=f"{'长江' * 400}\n你好\n")
+    assert (done.exit_code, done.stdout) == (1, "")
+    found = re.search(r"the message has ([\d,]+) tokens and at most (\d+) fit", done.stderr)
+    assert found
+    assert int(found[1].replace(",", "")) >= 400
+    assert 200 < int(found[2]) < 256 - 20
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_commands_that_cannot_be_done_are_told(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for lines, message in [
+        ("/rest", "/rest is not a command; there are /reset, /system TEXT, /save FILE, /help"),
+        ("/", "/ is not a command"),
+        ("/save", "/save needs a file"),
+        (f"/save {tmp_path / 'talk.jsonl'}", "nothing was said yet"),
+        (f"你好\n/save {tmp_path}.d/talk.jsonl", "talk.jsonl: cannot be written: "),
+        (f"你好\n/save {tmp_path / 'file' / 'talk.jsonl'}", "cannot be written: "),
+        ("你好\n/save ~nobody-of-that-name/talk.jsonl", "cannot be written: "),
+    ]:
+        done = run(model_dir, "--max-new-tokens", 2, stdin=lines)
+        assert done.exit_code == 1, lines
+        [error] = done.stderr.splitlines()
+        assert error.startswith("error: ")
+        assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    # A space before it makes it a message.
+    done = run(model_dir, "--max-new-tokens", 2, stdin=" /etc 是什么？\n/help\n")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip()
+    assert "/system TEXT  set the system message" in done.stderr
+
+
+def test_an_answer_of_nothing_is_no_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_one_that_always_says(tokenizer.im_end, tmp_path / "model", tokenizer)
+    done = run(tmp_path, "--temperature", 0, stdin="你好\n再见\n")
+    assert (done.exit_code, done.stdout) == (0, "\n\n")
+    done = run(tmp_path, "--temperature", 0, stdin=f"你好\n/save {tmp_path}/talk\n")
+    assert "nothing was said yet" in done.stderr
+
+
+def test_half_a_character_and_control_characters_are_not_shown(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    half = tokenizer.encode("\U0001f43c")[0]
+    assert tokenizer.bytes_of[half] == b"\xf0"
+    for word, wanted in [(half, "\ufffd" * 4), (tokenizer.encode("\x07")[0], "")]:
+        save_one_that_always_says(word, tmp_path / "model", tokenizer)
+        flags = [tmp_path, "--temperature", 0, "--max-new-tokens", 4]
+        assert run(*flags, stdin="你好\n").stdout == f"{wanted}\n"
+
+
+def test_what_is_wrong_is_said_in_one_line(model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["长江长江"], vocab_size=273)
+    wrong = tmp_path / "wrong"
+    save_model(wrong, make_model(tokenizer), tokenizer)
+    train_tokenizer(["长江长江"], vocab_size=272).save(wrong)
+    for arguments, message in [
+        ([tmp_path / "nowhere"], "there is no such directory"),
+        ([tmp_path], "is not a model directory"),
+        ([wrong], "272 words and its model 273, so they do not belong together"),
+        ([model_dir, "--device", "cuda:99"], "device cuda:99 is not there"),
+        ([model_dir, "--temperature", "nan"], "temperature is nan; it must be"),
+    ]:
+        done = run(*arguments, stdin="你好\n")
+        assert (done.exit_code, done.stdout) == (1, ""), arguments
+        [error] = done.stderr.splitlines()
+        assert error.startswith("error: ")
+        assert message in error
+    done = run(model_dir, stdin="你好".encode("gb18030"))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "standard input is not utf-8 text" in done.stderr
+
+
+def test_the_defaults_are_those_of_sampling() -> None:
+    of_verb, of_sampling = signature(chat).parameters, signature(Sampling).parameters
+    for name, parameter in of_sampling.items():
+        assert of_verb[name].default == parameter.default
+
+
+# The command, in a terminal of its own, so that Ctrl-C comes from the terminal.
+IN_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from minimind.cli.main import main
+main()
+"""
+
+
+def test_a_talk_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("termios", reason="pseudo-terminals are POSIX")
+    save_model(tmp_path / "model", make_model(tokenizer, context=100_000), tokenizer)
+    file = tmp_path / "talk.jsonl"
+    ours, theirs = os.openpty()
+    settings = {"TERM": "dumb", "INPUTRC": os.devnull, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    flags = ["chat", str(tmp_path), "--temperature=0", "--max-new-tokens=50000"]
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, *flags],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=os.environ | settings,
+    ) as talk:
+        os.close(theirs)
+        shown = ""
+
+        def wait_for(pattern: str) -> str:
+            """Read until it is shown; what was shown before it."""
+            nonlocal shown
+            end = time.monotonic() + 100
+            while not (found := re.search(pattern, shown, re.DOTALL)):
+                assert time.monotonic() < end, f"no {pattern!r} in {shown[-500:]!r}"
+                if select.select([ours], [], [], 1)[0]:
+                    shown += os.read(ours, 65536).decode("utf-8", "replace")
+            before, shown = shown[: found.start()], shown[found.end() :]
+            return before
+
+        def type_in(text: str) -> None:
+            os.write(ours, text.encode())
+
+        try:
+            assert "0.0M parameters, on cpu. /help lists" in wait_for("> $")
+            type_in("你好\n")
+            wait_for("你好\r\n")
+            first = wait_for("(?<=.{30})(?=.)")  # comes while the answer is far from its end
+            type_in("\x03")
+            first += wait_for("\r\n> $")
+            type_in(f"/save {file}\n")
+            wait_for("saved to .*> $")
+            [[question, answer]] = saved(file)
+            assert question == {"role": "user", "content": "你好"}
+            assert first.replace("\r\n", "\n").startswith(answer["content"])
+            assert len(tokenizer.encode(answer["content"])) < 50_000
+            type_in("/nonsense\n")
+            wait_for("/nonsense is not a command; .*> $")
+            type_in("half a line\x03")
+            wait_for("Ctrl-C again leaves\r\n> $")
+            type_in("/help\n")
+            wait_for("/reset  .*> $")
+            type_in("\x03")
+            wait_for("Ctrl-C again leaves\r\n> $")
+            type_in("\x03")
+            assert talk.wait(timeout=60) == 0
+        finally:
+            talk.kill()
+            os.close(ours)
+    lines = file.read_text("utf-8").splitlines()
+    assert [len(json.loads(line)["conversations"]) for line in lines] == [2]

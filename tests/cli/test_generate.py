@@ -1,0 +1,150 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from minimind.cli.generate import generate, plain
+from minimind.cli.main import app
+from minimind.inference.sampling import Sampling
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+from minimind.tokenizer import Tokenizer, train_tokenizer
+
+PROMPT = "秦始皇是"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Several threads on tiny matrices cost far more than they bring when the cores are busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: object, stdin: str | bytes = "") -> Result:
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)], input=stdin)
+
+
+def make_model(tokenizer: Tokenizer) -> Transformer:
+    """Its choices are varied."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**PRESETS["nano"] | {"vocab_size": tokenizer.vocab_size}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.mul_(60 if writes else 6)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "model"
+    save_model(directory, make_model(tokenizer), tokenizer)
+    return directory
+
+
+def test_text_is_gone_on_with(model_dir: Path) -> None:
+    long = run(model_dir, PROMPT, "--max-new-tokens", 30, "--seed", 1)
+    assert long.exit_code == 0, long.output
+    assert long.stdout.startswith(PROMPT)
+    assert long.stdout.endswith("\n")
+    assert len(long.stdout) > len(PROMPT) + 10
+    again = run(model_dir.parent, PROMPT, "--max-new-tokens", 30, "--seed", 1)
+    assert again.stdout == long.stdout
+    other = run(model_dir, PROMPT, "--max-new-tokens", 30, "--seed", 2)
+    assert other.stdout != long.stdout
+    short = run(model_dir, PROMPT, "--max-new-tokens", 5, "--seed", 1)
+    assert long.stdout.startswith(short.stdout.rstrip("\n\ufffd"))
+    assert len(short.stdout) < len(long.stdout)
+
+
+def test_the_command_as_people_type_it(model_dir: Path) -> None:
+    command = [sys.executable, "-m", "minimind", "generate", model_dir]
+    done = subprocess.run(
+        [*command, "-", "--seed", "1", "--max-new-tokens", "30"],
+        input=f"{PROMPT}\n".encode(),
+        capture_output=True,
+        env=os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    wanted = run(model_dir, PROMPT, "--seed", 1, "--max-new-tokens", 30).stdout
+    assert done.stdout.decode().replace("\r\n", "\n") == wanted
+
+
+def test_the_settings_reach_the_choice(model_dir: Path) -> None:
+    greedy = run(model_dir, PROMPT, "--temperature", 0).stdout
+    assert run(model_dir, PROMPT, "--top-k", 1).stdout == greedy
+    assert run(model_dir, PROMPT, "--top-p", 1e-9).stdout == greedy
+    assert run(model_dir, PROMPT, "--temperature", 0, "--repetition-penalty", 5).stdout != greedy
+
+
+def test_the_defaults_are_those_of_sampling() -> None:
+    of_verb, of_sampling = signature(generate).parameters, signature(Sampling).parameters
+    for name, parameter in of_sampling.items():
+        assert of_verb[name].default == parameter.default
+
+
+def test_nothing_in_a_text_steers_the_terminal(
+    tokenizer: Tokenizer, model_dir: Path, tmp_path: Path
+) -> None:
+    assert plain("a\x1b[31mb\x9b2J\r\n\tc\x00\x7f\x85[b]é长") == "a[31mb2J\n\tc[b]é长"
+    done = run(model_dir, "红\x1b[31m色[b]", "--max-new-tokens", 1)
+    assert done.stdout.startswith("红[31m色[b]")
+    # A model that says nothing but ESC.
+    model = make_model(tokenizer)
+    [escape] = tokenizer.encode("\x1b")
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.head_weight.zero_()
+        model.head_weight[:, 0] = 1
+        model.head_weight[escape, 0] = 2
+    save_model(tmp_path / "model", model, tokenizer)
+    done = run(tmp_path, "[red]红", "--temperature", 0)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "[red]红\n", "")
+
+
+def test_what_is_wrong_is_said_in_one_line(
+    model_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong"
+    tokenizer = train_tokenizer(["长江长江"], vocab_size=273)
+    save_model(wrong, make_model(tokenizer), tokenizer)
+    train_tokenizer(["长江长江"], vocab_size=272).save(wrong)
+    (tmp_path / "file").write_text("not a model")
+    for arguments, stdin, message in [
+        ([model_dir, ""], "", "the prompt is empty; give a text to go on with"),
+        ([model_dir, "-"], "\n", "the prompt is empty"),
+        ([model_dir, "-"], PROMPT.encode("gb18030"), "standard input is not utf-8 text"),
+        ([model_dir, "长江" * 500], "", "tokens and the model's context is 256; shorten it"),
+        ([model_dir, "a", "--temperature", "-1"], "", "temperature is -1.0; it must be"),
+        ([model_dir, "a", "--top-p", "2"], "", "top-p is 2.0; it must be"),
+        ([model_dir, "a", "--device", "cuda:99"], "", "device cuda:99 is not there"),
+        ([model_dir, "a", "--device", "gpu"], "", "device 'gpu' is not known"),
+        ([tmp_path / "nowhere", "a"], "", "there is no such directory"),
+        ([tmp_path, "a"], "", "is not a model directory: it has no config.json"),
+        ([tmp_path / "file", "a"], "", "is not a model directory"),
+        ([tokenizer_dir, "a"], "", "is not a model directory"),
+        ([wrong, "a"], "", "272 words and its model 273, so they do not belong together"),
+    ]:
+        done = run(*arguments, stdin=stdin)
+        assert (done.exit_code, done.stdout) == (1, ""), arguments
+        [error] = done.stderr.splitlines()
+        assert error.startswith("error: ")
+        assert message in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["model"], ["model", "a", "--max-new-tokens", "0"], ["m", "a", "--seed", "-1"]],
+)
+def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2

@@ -1,0 +1,172 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.errors import ModelError, ResourceError, TokenizerError
+from minimind.inference.load import load_for_inference
+from minimind.model import Transformer
+from minimind.tokenizer import Tokenizer, train_tokenizer
+
+# Damages a model directory in some hundred ways, and prints what loading it and writing two
+# tokens came to: {damage: "fine" or the error}, and by how much the peak of memory rose.
+MUTANTS = """
+import json, random, struct, sys
+from pathlib import Path
+import torch
+from minimind.errors import MinimindError
+from minimind.inference.generate import stream_text
+from minimind.inference.load import load_for_inference
+from minimind.inference.sampling import Sampling
+from minimind.tokenizer import encode_chat
+
+torch.set_num_threads(1)
+directory = Path(sys.argv[1])
+rng = random.Random(0)
+files = ["config.json", "model.safetensors", "tokenizer.json"]
+sound = {name: (directory / name).read_bytes() for name in files}
+KEYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters",
+    "tie_word_embeddings"]
+VALUES = [-1, 0, 3, 10**12, 10**30, 1.5, float("nan"), float("inf"), "x", [], {}, [[]], True]
+
+def dumps(value):
+    return json.dumps(value).encode()
+
+def flips(name, start, end, number):
+    for _ in range(number):
+        damaged, at = bytearray(sound[name]), rng.randrange(start, end)
+        damaged[at] ^= 1 << rng.randrange(8)
+        yield f"{name} flipped at {at}", name, bytes(damaged)
+
+def header_of(weights):
+    size = struct.unpack("<Q", weights[:8])[0]
+    return json.loads(weights[8 : 8 + size]), weights[8 + size :]
+
+def with_header(header, data):
+    text = dumps(header)
+    return struct.pack("<Q", len(text)) + text + data
+
+def mutants():
+    for name in files:
+        for share in range(8):
+            yield f"{name} cut at {share}/8", name, sound[name][: len(sound[name]) * share // 8]
+        yield f"{name} twice", name, sound[name] * 2
+        yield f"{name} of zeros", name, bytes(1000)
+        yield f"{name} deeply nested", name, b"[" * 100_000
+        yield f"{name} is a list", name, b"[]"
+    config = json.loads(sound["config.json"])
+    for key in KEYS:
+        yield f"no {key}", "config.json", dumps({k: v for k, v in config.items() if k != key})
+        for value in VALUES:
+            yield f"{key} = {value!r}", "config.json", dumps(config | {key: value})
+    yield from flips("config.json", 0, len(sound["config.json"]), 40)
+    weights = sound["model.safetensors"]
+    header, data = header_of(weights)
+    length = len(weights) - len(data)
+    yield from flips("model.safetensors", 0, 8, 10)
+    yield from flips("model.safetensors", 8, length, 40)
+    yield from flips("model.safetensors", length, len(weights), 10)
+    for size in (0, 2**31, 2**62, 2**64 - 1):
+        yield f"header of {size}", "model.safetensors", struct.pack("<Q", size) + weights[8:]
+    name = "model.norm.weight"
+    for change in ({"shape": [2**40]}, {"shape": [-1]}, {"shape": []}, {"dtype": "F8_E4M3"},
+                   {"data_offsets": [0, 2**60]}, {"data_offsets": [0, 128]}, {"dtype": "X"}):
+        changed = header | {name: header[name] | change}
+        yield f"{name}: {change}", "model.safetensors", with_header(changed, data)
+    yield "no tensors", "model.safetensors", with_header({}, b"")
+    words = json.loads(sound["tokenizer.json"])
+    yield from flips("tokenizer.json", 0, len(sound["tokenizer.json"]), 60)
+    for key in words:
+        for value in (None, [], {}, "x", 10**30):
+            yield f"tokenizer {key} = {value!r}", "tokenizer.json", dumps(words | {key: value})
+    vocab = words["model"]["vocab"]
+    for change in ({"a": 10**12}, {"a": -1}, {"a": 7}, {"新": 600}, {"a": None}):
+        model = words["model"] | {"vocab": vocab | change}
+        yield f"vocab: {change}", "tokenizer.json", dumps(words | {"model": model})
+
+def attempt():
+    model, tokenizer = load_for_inference(directory, "cpu")
+    messages = [{"role": "user", "content": "长江 <|im_end|> a river"}]
+    prompt, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
+    list(stream_text(model, tokenizer, prompt, max_new_tokens=2, sampling=Sampling(), seed=0))
+
+def peak():
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+attempt()
+before, outcomes = peak(), {}
+for damage, name, content in mutants():
+    (directory / name).write_bytes(content)
+    try:
+        attempt()
+        outcomes[damage] = "fine"
+    except BaseException as error:
+        kind = "" if isinstance(error, MinimindError) else "BUG "
+        outcomes[damage] = f"{kind}{type(error).__name__}: {error}"
+    (directory / name).write_bytes(sound[name])
+attempt()
+print(json.dumps({"outcomes": outcomes, "memory": peak() - before}))
+"""
+
+
+@pytest.fixture
+def copy(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def test_a_model_is_ready_to_write(model_dir: Path, model: Transformer) -> None:
+    loaded, tokenizer = load_for_inference(model_dir.parent, "cpu")
+    assert not loaded.training
+    assert loaded.head_weight.dtype == torch.float32
+    assert torch.equal(loaded.head_weight, model.head_weight)
+    assert tokenizer.vocab_size == loaded.config.vocab_size
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
+    train_tokenizer(["长江长江"], vocab_size=273).save(copy)
+    with pytest.raises(TokenizerError, match="has 273 words and its model 600, so they do not"):
+        load_for_inference(copy)
+
+
+def test_what_is_missing_is_told(copy: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ResourceError, match="device cuda:99 is not there"):
+        load_for_inference(copy, "cuda:99")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match="has no tokenizer.json"):
+        load_for_inference(copy)
+    tokenizer.save(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="there is no model.safetensors"):
+        load_for_inference(copy)
+    with pytest.raises(ModelError, match="there is no such directory"):
+        load_for_inference(copy / "nowhere")
+
+
+def test_damaged_directories_give_our_errors_and_cost_nothing(copy: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MUTANTS, copy],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    outcomes = found["outcomes"]
+    assert len(outcomes) > 350
+    assert {k: v for k, v in outcomes.items() if v.startswith("BUG")} == {}
+    assert found["memory"] < 200 << 20
+    refused = {name for name, outcome in outcomes.items() if outcome != "fine"}
+    assert len(refused) > 200
+    for name in outcomes:
+        if " cut at " in name or " = 'x'" in name or "of zeros" in name or "header of" in name:
+            assert name in refused

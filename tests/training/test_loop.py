@@ -1,0 +1,296 @@
+"""The loop on runs in memory; rows 7 and 11 of the reliability promises as far as one process goes."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import VOCAB, Told, chat_shard, losses, metrics, nano_trainer, text_shard
+from torch import Tensor
+
+from minimind.data.packing import IGNORED, Batch, ChatWindows, Mix
+from minimind.data.store import Shard
+from minimind.errors import TrainingError
+from minimind.inference.generate import generate
+from minimind.inference.sampling import Sampling
+from minimind.model import Transformer
+from minimind.training.batch import TensorBatch
+from minimind.training.loop import Trainer, train
+from minimind.training.objectives import Objective
+
+
+def files_of(run: Path, step: int) -> dict[str, bytes]:
+    """The tensors of a checkpoint as they are on disk."""
+    place = run / "checkpoints" / f"step-{step:08}"
+    return {name: (place / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    for objective in ("pretrain", "sft"):
+        run = tmp_path / objective
+        outcome = train(nano_trainer(run, objective, held_out=True, training__steps=40))
+        curve = losses(run)
+        assert outcome.finished and outcome.steps == len(curve) == 40
+        assert outcome.tokens == 40 * 4 * 32
+        assert abs(curve[0] - math.log(VOCAB)) < 0.5
+        assert curve[-1] < curve[0] - 1.0
+        assert outcome.validation["loss"] < curve[0] - 1.0
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "sft"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_size_of_a_micro_batch_does_not_matter(
+    tmp_path: Path, objective: str, optimizer: str
+) -> None:
+    curves = []
+    for micro_batch in (1, 2, 4):
+        run = tmp_path / f"{micro_batch}"
+        settings: dict[str, Any] = {"training__micro_batch": micro_batch, "optim__name": optimizer}
+        # Muon's bf16 turns the last bit of a sum into a bit that can be seen.
+        settings |= {"training__steps": 8, "optim__muon_lr": 0.002}
+        train(nano_trainer(run, objective, **settings))
+        curves.append(losses(run))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_each_step_takes_the_samples_of_its_place_in_the_run(tmp_path: Path) -> None:
+    """Whatever the micro-batch, and whether it was interrupted or not."""
+
+    class Recorded(Mix):
+        def batch(self, start: int, count: int) -> Batch:
+            seen.extend(range(start, start + count))
+            return super().batch(start, count)
+
+    for micro_batch in (1, 4):
+        seen: list[int] = []
+        run = tmp_path / f"{micro_batch}"
+        for stop_at in (3, 7, None):
+            job = nano_trainer(run, training__micro_batch=micro_batch, training__steps=10)
+            job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
+            job.reporter = Stopping(stop_at)
+            train(job)
+        assert seen == list(range(40))
+
+
+def test_validation_and_samples_leave_training_alone(tmp_path: Path) -> None:
+    """Validating every 5 or every 50 steps, writing in between or not: the same bits."""
+
+    def written(model: Transformer) -> Callable[[], list[dict[str, str]]]:
+        def write() -> list[dict[str, str]]:
+            model.eval()
+            sampling, prompts = Sampling(temperature=1.0), [[1, 2, 3]]
+            [tokens] = generate(
+                model, prompts, max_new_tokens=5, sampling=sampling, stop_ids=set(), seed=3
+            )
+            model.train()
+            return [{"prompt": "1 2 3", "text": " ".join(map(str, tokens))}]
+
+        return write
+
+    results = []
+    for every, samples in ((50, False), (5, False), (5, True)):
+        run = tmp_path / f"{every}-{samples}"
+        job = nano_trainer(run, held_out=True, validation__every=every, training__steps=20)
+        if samples:
+            job.write_samples = written(job.model)
+        train(job)
+        assert len(metrics(run, "validation")) == (4 if every == 5 else 1)
+        assert len(metrics(run, "sample")) == (4 if samples else 0)
+        results.append((losses(run), files_of(run, 20)))
+    assert results[1] == results[0]
+    assert results[2] == results[0]
+
+
+def test_without_held_out_windows_there_is_no_validation(tmp_path: Path) -> None:
+    outcome = train(nano_trainer(tmp_path, validation__every=2))
+    assert outcome.validation == {}
+    assert metrics(tmp_path, "validation") == []
+
+
+def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
+    train(nano_trainer(tmp_path / "1", training__steps=7))
+    train(nano_trainer(tmp_path / "3", training__steps=7, training__log_every=3))
+    single = losses(tmp_path / "1")
+    lines = metrics(tmp_path / "3", "train")
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert [line["tokens"] for line in lines] == [3 * 128, 6 * 128, 7 * 128]
+    assert [line["learned"] for line in lines] == [3 * 128, 3 * 128, 128]
+    means = [sum(single[:3]) / 3, sum(single[3:6]) / 3, single[6]]
+    assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-6)
+
+
+def test_the_gradient_is_clipped(tmp_path: Path) -> None:
+    """A tenth of the norm allowed is a tenth of the gradient, which plain momentum shows."""
+    settings: dict[str, Any] = {"training__steps": 1, "optim__name": "adamw", "optim__beta1": 0.5}
+    sizes = []
+    for most in (1e-3, 1e-4, 1e9):
+        train(nano_trainer(tmp_path / f"{most}", optim__grad_clip=most, **settings))
+        place = tmp_path / f"{most}" / "checkpoints" / "step-00000001" / "optimizer.safetensors"
+        tensors = load_file(place)
+        moments = [t.flatten() for name, t in tensors.items() if name.startswith("exp_avg/")]
+        sizes.append(float(torch.cat(moments).norm()) / 0.5)
+        norm = metrics(tmp_path / f"{most}", "train")[0]["grad_norm"]
+    assert sizes == pytest.approx([1e-3, 1e-4, norm], rel=1e-2)
+
+
+# Being asked to stop.
+
+
+class Stopping(Told):
+    """Asks for a stop after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int | None, number: signal.Signals = signal.SIGINT) -> None:
+        super().__init__()
+        self._step, self._number = step, number
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        if done == self._step:
+            os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_and_gives_the_signals_back(tmp_path: Path, number: signal.Signals) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    outcome = train(nano_trainer(tmp_path, reporter=Stopping(5, number)))
+    assert not outcome.finished
+    assert outcome.steps in (5, 6)  # the next step may have begun
+    assert (tmp_path / "checkpoints" / f"step-{outcome.steps:08}").is_dir()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# Row 7: bad numbers.
+
+
+@dataclass
+class Spoilt:
+    """An objective that goes bad at some calls: two calls are a step here."""
+
+    objective: Objective
+    spoil: Callable[[Tensor], Tensor]
+    calls: set[int]
+    call: int = 0
+
+    def loss(
+        self, model: Transformer, batch: TensorBatch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, count, more = self.objective.loss(model, batch)
+        self.call += 1
+        return (self.spoil(loss) if self.call in self.calls else loss), count, more
+
+    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        return self.objective.figures(loss, sums)
+
+
+def bad_gradient(loss: Tensor) -> Tensor:
+    """The same loss, whose gradient is not a number."""
+    return loss + (loss * 0.0).sqrt() * 0.0
+
+
+SPOILS: dict[str, Callable[[Tensor], Tensor]] = {
+    "loss-nan": lambda loss: loss * math.nan,
+    "loss-inf": lambda loss: loss * math.inf,
+    "gradient": bad_gradient,
+}
+
+
+def spoilt(run: Path, spoil: str, calls: set[int], **settings: Any) -> tuple[Trainer, Told]:
+    told = Told()
+    settings = {"checkpoint__every": 1, "checkpoint__keep": 99, "training__steps": 7} | settings
+    job = nano_trainer(run, reporter=told, **settings)
+    job.objective = Spoilt(job.objective, SPOILS[spoil], calls)
+    return job, told
+
+
+@pytest.mark.parametrize(
+    ("spoil", "calls"),
+    [("loss-nan", {9}), ("loss-inf", {10}), ("gradient", {9}), ("gradient", {9, 10})],
+)
+def test_a_bad_step_changes_nothing_and_is_told(
+    tmp_path: Path, spoil: str, calls: set[int]
+) -> None:
+    job, told = spoilt(tmp_path, spoil, calls)
+    assert train(job).finished
+    assert files_of(tmp_path, 5) == files_of(tmp_path, 4)
+    assert files_of(tmp_path, 6) != files_of(tmp_path, 5)
+    assert told.lines == [
+        "step 5 (samples 16-19): the gradient is not finite; nothing was changed by it"
+    ]
+    assert [line["step"] for line in metrics(tmp_path, "train") if line["grad_norm"] is None] == [5]
+    assert all(t.isfinite().all() for t in job.model.state_dict().values())
+
+
+def test_two_bad_steps_in_a_row_are_passed(tmp_path: Path) -> None:
+    calls = {9, 11, 15, 17}  # steps 5, 6, 8, 9
+    job, told = spoilt(tmp_path, "loss-nan", calls, training__steps=10)
+    assert train(job).finished
+    assert len(told.lines) == 4
+    assert files_of(tmp_path, 6) == files_of(tmp_path, 4) != files_of(tmp_path, 7)
+
+
+def test_the_third_halts_the_run_with_the_reason(tmp_path: Path) -> None:
+    job, told = spoilt(tmp_path, "gradient", {9, 11, 13, 15})
+    with pytest.raises(TrainingError) as caught:
+        train(job)
+    assert str(caught.value).startswith(
+        f"{tmp_path}: 3 steps in a row gave numbers that are not finite, up to step 7 "
+        "(samples 24-27). Try a lower optim.lr"
+    )
+    assert len(told.lines) == 3
+    assert files_of(tmp_path, 6) == files_of(tmp_path, 4)
+    assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+# Row 11: nothing to learn.
+
+
+def chats(*conversations: tuple[int, int]) -> Shard:
+    """Conversations by their length and the first token of their answer (as long: no answer)."""
+    mask = [place >= answer for length, answer in conversations for place in range(length)]
+    ends = torch.tensor([length for length, _ in conversations]).cumsum(0).numpy()
+    tokens = text_shard(len(mask)).tokens
+    return Shard(tokens, torch.tensor(mask, dtype=torch.uint8).numpy(), ends)
+
+
+def test_answers_that_are_cut_away_or_empty_are_counted_and_never_nan(tmp_path: Path) -> None:
+    bad = [(50, 40), (20, 20), (33, 33), (34, 33), (90, 80)]
+    good = [(50, 20), (20, 10), (33, 32), (34, 32), (8, 4)]
+    windows = ChatWindows([chats(*bad, *good)], 32, pad=0, seed=0)
+    report = windows.report
+    assert report.conversations == 10
+    assert report.unsupervised == 5  # all of the bad ones
+    assert report.cut == 5  # longer than 33 tokens: the last token is only a label
+    train(nano_trainer(tmp_path, "sft", parts=[windows], held_out=True))
+    assert all(math.isfinite(loss) for loss in losses(tmp_path))
+    assert all(line["learned"] > 0 for line in metrics(tmp_path, "train"))
+
+
+class Unlearned(ChatWindows):
+    """Windows of which some have no labels."""
+
+    empty: frozenset[int] = frozenset()
+
+    def window(self, index: int) -> Any:
+        tokens, labels, segments = super().window(index)
+        return tokens, labels * 0 + IGNORED if index in self.empty else labels, segments
+
+
+def test_windows_without_labels_are_no_harm_but_a_whole_batch_of_them_is(tmp_path: Path) -> None:
+    windows = Unlearned([chat_shard()], 32, pad=0, seed=0)
+    job = nano_trainer(tmp_path / "some", "sft", parts=[windows])
+    batches = [job.data.order.locate(4 * step, 4) for step in range(20)]
+    windows.empty = frozenset(index for batch in batches for _, index in batch[1:]) - {
+        batch[0][1] for batch in batches
+    }
+    assert len(windows.empty) > 5
+    train(job)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "some"))
+    windows.empty = frozenset(index for _, index in batches[3])
+    with pytest.raises(TrainingError, match=f"{tmp_path}.*a whole batch has nothing to learn"):
+        train(nano_trainer(tmp_path / "all", "sft", parts=[windows]))
