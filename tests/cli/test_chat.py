@@ -1,3 +1,4 @@
+import codecs
 import json
 import os
 import re
@@ -274,16 +275,16 @@ def test_a_talk_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
         env=os.environ | settings,
     ) as talk:
         os.close(theirs)
-        shown = ""
+        shown, decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
 
         def wait_for(pattern: str) -> str:
             """Read until it is shown; what was shown before it."""
             nonlocal shown
-            end = time.monotonic() + 100
+            end = time.monotonic() + 60
             while not (found := re.search(pattern, shown, re.DOTALL)):
                 assert time.monotonic() < end, f"no {pattern!r} in {shown[-500:]!r}"
                 if select.select([ours], [], [], 1)[0]:
-                    shown += os.read(ours, 65536).decode("utf-8", "replace")
+                    shown += decoder.decode(os.read(ours, 65536))
             before, shown = shown[: found.start()], shown[found.end() :]
             return before
 

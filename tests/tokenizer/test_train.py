@@ -6,6 +6,7 @@ import pytest
 
 from minimind.errors import TokenizerError
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from minimind.tokenizer.chat import ROLES
 from minimind.tokenizer.train import sample_evenly
 
 # 10 GB of Chinese text in documents of 12 kB, none of them alike, read by a fresh process.
@@ -110,3 +111,8 @@ def test_ten_gigabytes_train_in_two_gigabytes_of_memory() -> None:
     vocab_size, peak_bytes = map(int, done.stdout.split())
     assert vocab_size == 6400
     assert peak_bytes < 2e9
+
+
+def test_the_roles_of_a_chat_become_words() -> None:
+    tokenizer = train_tokenizer(["长江是中国最长的河流，它流入东海。"] * 400, vocab_size=400)
+    assert [len(tokenizer.encode(f"{role}\n")) for role in ROLES] == [2] * len(ROLES)

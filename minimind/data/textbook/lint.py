@@ -77,16 +77,15 @@ def _meanings(subjects: Sequence[Subject]) -> Iterator[str]:
 
 
 def _leaks(subjects: Sequence[Subject]) -> Iterator[str]:
-    """No question of the quiz is trained on, nor the end of a longer one that is."""
-    trained: dict[str, Fact] = {}
+    """No question of the quiz is trained on, nor is a longer one that ends with it."""
+    held_out = {normalise(text): fact for fact in _facts(subjects) for text in fact.held_out}
     for fact in _facts(subjects):
         for text in (*fact.questions, *fact.followups):
-            trained.setdefault(normalise(text), fact)
-    for fact in _facts(subjects):
-        for text in fact.held_out:
-            leak = trained.get(normalise(text))
-            if leak:
-                yield f"{_where(fact)}: held-out “{text}” is trained on in {_where(leak)}"
+            asked = normalise(text)
+            ends = (asked[start:] for start in range(len(asked)))
+            for end in (end for end in ends if end in held_out):
+                there = _where(held_out[end])
+                yield f"{_where(fact)}: “{text}” trains on the held-out “{end}” of {there}"
 
 
 def _facts(subjects: Sequence[Subject]) -> Iterator[Fact]:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Literal
 
 from minimind.data.textbook.phrases import NEVER_TRAINED, PHRASES, Phrases
-from minimind.data.textbook.quiz import normalise, quiz
+from minimind.data.textbook.quiz import QuizQuestion, is_fluent, is_right, normalise, quiz
 from minimind.data.textbook.tables import Fact, Row, Subject, load_subjects
 
 Message = dict[str, str]
@@ -81,19 +81,16 @@ def preferences(seed: int, subjects: Subjects = None) -> Iterator[dict[str, list
 def exams(seed: int, subjects: Subjects = None) -> Iterator[dict[str, str]]:
     """{"question", "A", "B", "C", "D", "answer", "subject"}: one of the four options is right."""
     rng = random.Random(f"exams {seed}")
-    facts = [
-        fact
-        for subject in _book(subjects)
-        for fact in subject.facts
-        if len(fact.keys) == 1 and len(fact.rivals()) >= 3
-    ]
-    for fact in _passes(facts, rng):
-        options = [fact.keys[0][0], *rng.sample(fact.rivals(), 3)]
+    facts = [fact for subject in _book(subjects) for fact in subject.facts if len(fact.keys) == 1]
+    rivals = {fact: found for fact in facts if len(found := fact.rivals()) >= 3}
+    for fact in _passes(list(rivals), rng):
+        right = fact.keys[0][0]
+        options = [right, *rng.sample(rivals[fact], 3)]
         rng.shuffle(options)
         yield {
             "question": rng.choice(fact.questions),
             **dict(zip(_LETTERS, options, strict=True)),
-            "answer": _LETTERS[options.index(fact.keys[0][0])],
+            "answer": _LETTERS[options.index(right)],
             "subject": fact.subject.title,
         }
 
@@ -140,10 +137,8 @@ def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
         asked = _framed(plain, phrases, rng)
     elif chance > 1 - _BARE:
         asked = plain.rstrip("？?。.")
-    held_out = asked.lower().startswith(NEVER_TRAINED) or (
-        normalise(asked) in _held_out(fact.subject)
-    )
-    return plain if held_out else asked
+    framed_as_quiz = any(frame in asked.lower() for frame in NEVER_TRAINED)
+    return plain if framed_as_quiz or normalise(asked) in _held_out(fact.subject) else asked
 
 
 def _framed(plain: str, phrases: Phrases, rng: random.Random) -> str:
@@ -241,13 +236,14 @@ def _conversation(
 
 
 def _wrong(fact: Fact, good: str, rng: random.Random) -> str:
-    """The answer that is right for another row."""
+    """The answer that is right for another row, and for this one says something else."""
+    asked = QuizQuestion("", fact.keys, fact.subject.title, good)
     rows = [row for row in fact.relation.rows if row is not fact.row]
     rng.shuffle(rows)
     template = rng.choice(fact.relation.answers)
     for row in rows:
         answer = fact.answer_from(row, template)
-        if answer not in fact.answers:
+        if not is_right(asked, answer):
             return answer
     return _evasive(fact, good, rng)
 
@@ -265,7 +261,10 @@ def _endless(fact: Fact, good: str, rng: random.Random) -> str:
     others = rng.sample(fact.subject.facts, min(3, len(fact.subject.facts)))
     space = PHRASES[fact.subject.language].space
     whole = space.join([good, *(rng.choice(other.statements) for other in others)])
-    return whole[: max(len(good) + 4, len(whole) - 6)]
+    cut = whole[: max(len(good) + 4, len(whole) - 6)]
+    while is_fluent(cut):  # the cut fell on the end of a sentence
+        cut = cut[:-1]
+    return cut
 
 
 def _passes(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
