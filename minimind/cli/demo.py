@@ -26,9 +26,9 @@ _SEED = 1
 _CORPUS = {
     "prose_characters": 3_000_000,
     "held_out_characters": 60_000,
-    "single_turn": 240_000,
-    "multi_turn": 40_000,
-    "preference_pairs": 10_000,
+    "single_turn": 250_000,
+    "multi_turn": 20_000,
+    "preference_pairs": 2_000,
     "exam_questions": 2_000,
 }
 _QUIZ_QUESTIONS = 400

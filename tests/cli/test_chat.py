@@ -75,36 +75,29 @@ def saved(path: Path) -> list[list[dict[str, str]]]:
     return found
 
 
-def test_a_pipe_gets_the_answers_alone(model_dir: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "minimind", "chat", model_dir, "--max-new-tokens", "9", "--seed=1"],
-        input="你好\n\n  再见".encode(),
-        capture_output=True,
-        env=os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode().count("\n") >= 2
-    again = run(model_dir.parent, "--max-new-tokens", 9, "--seed", 1, stdin="你好\n再见\n")
-    assert again.stdout == done.stdout.decode().replace("\r\n", "\n")
-
-
-def test_each_answer_is_printed_before_the_next_question_is_read(model_dir: Path) -> None:
-    command = [sys.executable, "-m", "minimind", "chat", model_dir]
+def test_a_pipe_gets_the_answers_alone_each_as_soon_as_it_is_there(model_dir: Path) -> None:
+    flags = ["--max-new-tokens", "9", "--temperature", "0"]
     with subprocess.Popen(
-        [*command, "--temperature=0", "--max-new-tokens=5"],
+        [sys.executable, "-m", "minimind", "chat", model_dir, *flags],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
     ) as talk:
         assert talk.stdin
         assert talk.stdout
-        for _ in range(2):
-            talk.stdin.write("你好\n".encode())
+        assert talk.stderr
+        answers = b""
+        for line in ("你好\n", "\n  再见"):  # an empty line is no message
+            talk.stdin.write(f"{line}\n".encode())
             talk.stdin.flush()
-            assert talk.stdout.readline().strip()
+            answers += talk.stdout.readline()
         talk.stdin.close()
-        assert talk.wait(timeout=60) == 0
+        answers += talk.stdout.read()
+        assert (talk.wait(timeout=60), talk.stderr.read()) == (0, b"")
+    again = run(model_dir.parent, *flags, stdin="你好\n再见")
+    assert again.stdout == answers.decode().replace("\r\n", "\n")
+    assert again.stdout.count("\n") >= 2
 
 
 def test_turns_are_kept_until_they_are_forgotten(model_dir: Path, tmp_path: Path) -> None:

@@ -141,11 +141,11 @@ def test_what_is_missing_is_told(copy: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(ResourceError, match="device cuda:99 is not there"):
         load_for_inference(copy, "cuda:99")
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(TokenizerError, match="has no tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         load_for_inference(copy)
     tokenizer.save(copy)
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="there is no model.safetensors"):
+    with pytest.raises(ModelError, match=r"there is no model\.safetensors"):
         load_for_inference(copy)
     with pytest.raises(ModelError, match="there is no such directory"):
         load_for_inference(copy / "nowhere")

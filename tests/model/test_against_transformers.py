@@ -81,7 +81,7 @@ def test_greedy_tokens_are_equal(
     pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
 ) -> None:
     name, ours, theirs = pair
-    number, length = (3, 64) if name.startswith("small") else (20, 256)
+    number, length = (3, 48) if name.startswith("small") else (20, 256)
     chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
     written = generate(
         ours, chosen, max_new_tokens=length, sampling=Sampling(temperature=0), stop_ids=set()

@@ -224,7 +224,7 @@ def test_weights_of_other_kinds_are_refused(saved: Path) -> None:
     save_file({name: tensor.double() for name, tensor in tensors.items()}, path)
     assert load_model(saved).head_weight.dtype == torch.float32
     path.unlink()
-    with pytest.raises(ModelError, match="there is no model.safetensors"):
+    with pytest.raises(ModelError, match=r"there is no model\.safetensors"):
         load_model(saved)
     (saved / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match="sharded weights are not supported"):

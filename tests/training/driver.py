@@ -31,17 +31,26 @@ from minimind.training.stage import run_stage
 
 
 
-def train(settings: dict[str, Any], pause_at: int | None = None) -> None:
-    """Run a stage; at a step, say so and stand still soon after: there the killer comes."""
+def train(
+    settings: dict[str, Any], pause_at: int | None = None, limits: dict[str, int] | None = None
+) -> None:
+    """Run a stage; at a step, say so and stand still soon after: there the killer comes.
 
-    class Pausing(Reporter):
+    `limits`: from a step on, the system refuses to write beyond this byte of any file.
+    """
+
+    class Watched(Reporter):
         def progress(self, done: int, total: int, note: str = "") -> None:
-            if note and done == pause_at:
+            if not note:  # not training yet
+                return
+            if limit := (limits or {}).get(str(done)):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            if done == pause_at:
                 print("reached", flush=True)
-            if note and pause_at and done == pause_at + 6:
+            if pause_at and done == pause_at + 6:
                 signal.pause()
 
-    run_stage(load_recipe(None, flags=settings).recipe, reporter=Pausing())
+    run_stage(load_recipe(None, flags=settings).recipe, reporter=Watched())
 
 
 def minimind(arguments: list[str], signals: dict[str, list[int]]) -> None:

@@ -24,12 +24,13 @@ OBJECTIVES = ("pretrain", "sft")
 
 
 def machine() -> dict[str, Any]:
-    """What decides the last bits of a sum."""
+    """What decides the last bits of a sum. Muon computes in bf16, for which AMX has its own way."""
     return {
         "machine": platform.machine(),
         "system": platform.system(),
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "amx": getattr(torch.cpu, "_is_amx_tile_supported", bool)(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

@@ -36,8 +36,6 @@ def _shape(subject: Subject) -> Iterator[str]:
         where = f"{subject.path.name}:{row.line}"
         if names.count(row.name) > 1:
             yield f"{where}: the name {row.name} is there more than once"
-        if not all(value for values in row.cells.values() for value in values):
-            yield f"{where}: an empty alternative (|)"
         for column in subject.fact_columns:
             spoken = any(
                 row in relation.rows for relation in subject.relations if column == relation.column

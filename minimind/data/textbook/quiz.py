@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from minimind.data.textbook.tables import Fact, Subject, load_subjects
 from minimind.errors import DataError
@@ -50,7 +50,7 @@ class QuizQuestion:
 
 def normalise(text: str) -> str:
     """Text without punctuation, white space and case: what two questions are compared by."""
-    return "".join(letter for letter in text.lower() if letter.isalnum())
+    return re.sub(r"[\W_]+", "", text.lower())
 
 
 def quiz(subjects: Sequence[Subject] | None = None) -> list[QuizQuestion]:
@@ -138,14 +138,20 @@ def _packaged_quiz() -> tuple[QuizQuestion, ...]:
     return tuple(_quiz(load_subjects()))
 
 
+@lru_cache(1 << 14)
 def _plain(text: str) -> str:
     """Full-width letters and digits made narrow, 6,300 made 6300."""
     return re.sub(r"(?<=\d),(?=\d{3})", "", text.translate(_WIDE)).strip()
 
 
 @cache
-def _whole(value: str) -> re.Pattern[str]:
-    """Finds a value where no number or word goes on before or after it."""
+def _whole(value: str, alone: bool) -> re.Pattern[str]:
+    """Finds a value where no number or word goes on before or after it.
+
+    If `alone`, one Chinese character is found only where it stands by itself.
+    """
+    if alone and len(value) == 1 and "一" <= value <= "龥":
+        return re.compile(rf"(?:(?<![一-龥])|(?<=[是为或和与叫])){value}(?:$|[^一-龥]|[或和与])")
     left = right = ""
     if re.match(r"\d", value):
         left = rf"(?<![\d{_NUMERALS}负-])(?<!\d\.)(?<!零下)"
@@ -165,21 +171,20 @@ def _whole(value: str) -> re.Pattern[str]:
 def _says(answer: str, key: str) -> bool:
     """Whether the answer holds the key as a whole, not denied and not asked."""
     told = re.sub(r"[^。！？!?]*[？?]", "", answer)
-    return _affirms(told, _whole(_plain(key)))
+    return _affirms(told, _plain(key))
 
 
 def _offers(answer: str, rival: str) -> bool:
     """Whether the answer gives the rival; one Chinese character only where it stands by itself."""
-    rival = _plain(rival)
-    if len(rival) == 1 and "一" <= rival <= "龥":
-        alone = rf"(?:(?<![一-龥])|(?<=[是为或和与叫])){rival}(?:$|[^一-龥]|[或和与])"
-        return _affirms(answer, re.compile(alone))
-    return _affirms(answer, _whole(rival))
+    return _affirms(answer, _plain(rival), alone=True)
 
 
-def _affirms(answer: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the pattern is found somewhere where it is not denied."""
-    return any(not _DENIAL.search(answer[: one.start()]) for one in pattern.finditer(answer))
+def _affirms(answer: str, value: str, alone: bool = False) -> bool:
+    """Whether the value is found somewhere where it is not denied."""
+    if value.lower() not in answer.lower():  # mostly so, and far quicker
+        return False
+    found = _whole(value, alone).finditer(answer)
+    return any(not _DENIAL.search(answer[: one.start()]) for one in found)
 
 
 def _most_repeated(answer: str) -> int:

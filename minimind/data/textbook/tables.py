@@ -152,11 +152,12 @@ class Fact:
     def rivals(self, key: int = 0) -> list[str]:
         """Wrong values for one of its keys: the relation's distractors, or what other rows have."""
         template, right = self.relation.key[key], self.keys[key]
+        asked = self.relation.asked(template)
         found = self.relation.distractors or (
             value
             for other in self.relation.rows
             if other is not self.row
-            for value in _fill(template, self.relation.asked(template), other, self.row)
+            for value in _fill(template, asked, other, self.row)
         )
         return [value for value in dict.fromkeys(found) if value not in right]
 
@@ -276,7 +277,9 @@ def _load_rows(path: Path) -> tuple[list[str], tuple[Row, ...]]:
             )
         if cells != [cell.strip() for cell in cells]:
             raise DataError(f"{path}:{line}: a cell begins or ends with a space.")
-        values = (tuple(cell.split("|")) if cell else () for cell in cells)
+        values = [tuple(cell.split("|")) if cell else () for cell in cells]
+        if any("" in several for several in values):
+            raise DataError(f"{path}:{line}: a cell gives an empty value beside a “|”.")
         rows.append(Row(line, dict(zip(columns, values, strict=True))))
     return columns, tuple(rows)
 

@@ -1,0 +1,260 @@
+"""The streams, on the packaged tables where a promise is about all of them."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from minimind.data.textbook import (
+    QuizQuestion,
+    Subject,
+    dialogues,
+    exams,
+    is_fluent,
+    is_right,
+    load_subjects,
+    preferences,
+    prose,
+    quiz,
+)
+from minimind.data.textbook.phrases import NEVER_TRAINED, PHRASES
+from minimind.data.textbook.quiz import fact_question, normalise
+from minimind.data.textbook.tables import Fact
+
+STREAMS: dict[str, Callable[..., Iterator[Any]]] = {
+    "prose": prose,
+    "single": dialogues,
+    "multi": lambda seed, subjects=None: dialogues(seed, "multi", subjects),
+    "preferences": preferences,
+    "exams": exams,
+}
+MANY = 20_000
+SETS_OF_TURNS = [turns for one in PHRASES.values() for turns in (one.greetings, one.thanks)]
+COURTESIES = {asked for turns in SETS_OF_TURNS for asked, _ in turns}
+EVASIONS = {evasion for phrases in PHRASES.values() for evasion in phrases.evasions}
+
+
+@cache
+def items(stream: str, number: int = MANY) -> list[Any]:
+    return list(islice(STREAMS[stream](11), number))
+
+
+def questions_in(stream: str, item: Any) -> list[str]:
+    """All that is asked in one item of a stream."""
+    if stream == "prose":
+        return re.findall(r"问：(.*?)答：|Question: (.*?) Answer: ", item)
+    if stream == "exams":
+        return [item["question"]]
+    messages = item if isinstance(item, list) else [*item["chosen"], *item["rejected"]]
+    return [message["content"] for message in messages if message["role"] == "user"]
+
+
+@pytest.fixture(scope="module")
+def facts_by_answer() -> dict[str, list[Fact]]:
+    found = defaultdict(list)
+    for subject in load_subjects():
+        for fact in subject.facts:
+            for answer in fact.answers:
+                found[answer].append(fact)
+    return found
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_the_seed_decides_all(stream: str) -> None:
+    make = STREAMS[stream]
+    first, again, other = (list(islice(make(seed), 300)) for seed in (1, 1, 2))
+    assert first == again
+    assert sum(a == b for a, b in zip(first, other, strict=True)) < 5
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_stream_does_not_repeat_itself_pass_after_pass(stream: str, rivers: Subject) -> None:
+    texts = [str(item) for item in islice(STREAMS[stream](3, subjects=[rivers]), 200)]
+    assert texts[:100] != texts[100:]
+    assert len(set(texts)) > 60
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_no_question_of_the_quiz_is_in_a_stream(stream: str) -> None:
+    """Neither alone, nor with something before or after it."""
+    held_out = defaultdict(list)
+    for question in quiz():
+        text = normalise(question.question)
+        held_out[text[:4]].append(text)
+    asked = {
+        normalise("".join(question))
+        for item in items(stream)
+        for question in questions_in(stream, item)
+    }
+    assert len(asked) > 10_000
+    leaks = [
+        (text, leak)
+        for text in asked
+        for start in range(len(text))
+        for leak in held_out.get(text[start : start + 4], ())
+        if text.startswith(leak, start)
+    ]
+    assert leaks == []
+
+
+@pytest.mark.parametrize("stream", ["single", "multi", "preferences"])
+def test_frames_of_the_quiz_are_never_used(stream: str) -> None:
+    asked = (question for item in items(stream) for question in questions_in(stream, item))
+    assert [q for q in asked if any(frame in q.lower() for frame in NEVER_TRAINED)] == []
+
+
+def test_prose_is_the_statements_and_now_and_then_a_question(rivers: Subject) -> None:
+    statements = {text for fact in rivers.facts for text in fact.statements}
+    asked = {
+        f"问：{question}答：{answer}"
+        for fact in rivers.facts
+        for question in fact.questions
+        for answer in fact.answers
+    }
+    seen = Counter(
+        sentence
+        for text in islice(prose(1, [rivers]), 400)
+        for sentence in re.findall(r"问：[^？。]*[？。]答：[^。]*。|[^。]+。", text)
+    )
+    assert seen.keys() <= statements | asked
+    assert statements <= seen.keys()
+    share = sum(seen[text] for text in asked) / seen.total()
+    assert 0.2 < share < 0.4
+
+
+def test_prose_in_english_has_spaces_between_sentences() -> None:
+    english = [subject for subject in load_subjects() if subject.language == "en"]
+    assert english
+    for text in islice(prose(1, english), 300):
+        assert not re.search(r"[.?!][A-Z]", text), text
+
+
+@pytest.mark.parametrize("turns", ["single", "multi"])
+def test_each_fact_is_asked_equally_often(turns: Any, rivers: Subject) -> None:
+    passes = 12
+    talks = list(islice(dialogues(5, turns, [rivers]), passes * len(rivers.facts)))
+    first = [
+        next(m for m in talk if m["role"] == "user" and m["content"] not in COURTESIES)
+        for talk in talks
+    ]
+    about = Counter(
+        (row.name, relation.column)
+        for message in first
+        for row in rivers.rows
+        for relation in rivers.relations
+        if row.name in message["content"]
+        and (relation.column == "length")
+        == bool(re.search("[长多]少|多长|长度", message["content"]))
+    )
+    assert set(about.values()) == {passes} and len(about) == len(rivers.facts)
+
+
+@pytest.mark.parametrize("turns", ["single", "multi"])
+def test_roles_alternate_and_a_system_message_may_only_be_first(turns: str) -> None:
+    for talk in items(turns):
+        roles = [message["role"] for message in talk]
+        if roles[0] == "system":
+            del roles[0]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert all(message["content"].strip() for message in talk)
+        assert len(roles) == 2 if turns == "single" else 4 <= len(roles) <= 12
+
+
+def test_later_turns_lack_the_name_and_need_the_earlier(rivers: Subject) -> None:
+    names = [row.name for row in rivers.rows]
+    followups = {text for fact in rivers.facts for text in fact.followups}
+    seen: Counter[str] = Counter()
+    for talk in islice(dialogues(2, "multi", [rivers]), 500):
+        texts = [m["content"] for m in talk if m["role"] != "system"]
+        turns = [
+            turn for turn in zip(texts[::2], texts[1::2], strict=True) if turn[0] not in COURTESIES
+        ]
+        about = [name for name in names if name in turns[0][0]]
+        assert len(about) == 1, "the first question names what it is about"
+        column = next(f.relation for f in rivers.facts if turns[0][1].startswith(f.answers))
+        for asked, answer in turns[1:]:
+            if asked in followups:
+                seen["it"] += 1
+                column = next(f.relation for f in rivers.facts if asked in f.followups)
+            else:
+                seen["another"] += 1
+                about = [name for name in names if asked in (f"那{name}呢？", f"{name}呢？")]
+                assert len(about) == 1, f"“{asked}” is whole without what came before"
+            (fact,) = (f for f in rivers.facts if f.name == about[0] and f.relation is column)
+            assert answer.startswith(fact.answers), f"{asked} {answer}"
+    assert seen["it"] > 200 and seen["another"] > 200
+
+
+def test_later_turns_of_the_packaged_tables_lack_the_name_too() -> None:
+    facts = [fact for subject in load_subjects() for fact in subject.facts]
+    assert [f for fact in facts for f in fact.followups if fact.name in f] == []
+    alone = {normalise(text) for fact in facts for text in fact.questions}
+    elliptic = {
+        frame.format(name=fact.name)
+        for fact in facts
+        for frame in PHRASES[fact.subject.language].elliptic
+    }
+    followups = {text for fact in facts for text in fact.followups}
+    assert not {normalise(text) for text in followups | elliptic} & alone
+    for talk in items("multi"):
+        asked = [q for q in questions_in("multi", talk) if q not in COURTESIES]
+        assert len(asked) >= 2
+        assert set(asked[1:]) <= followups | elliptic
+
+
+def test_of_a_preference_pair_only_the_chosen_is_right(
+    facts_by_answer: dict[str, list[Fact]],
+) -> None:
+    marked: dict[Fact, QuizQuestion] = {}
+    kinds: Counter[str] = Counter()
+    for pair in items("preferences", 6_000):
+        asked, chosen = pair["chosen"]
+        assert pair["rejected"][0] == asked and asked["role"] == "user"
+        rejected = pair["rejected"][1]["content"]
+        for fact in facts_by_answer[chosen["content"]]:
+            question = marked.setdefault(fact, fact_question(fact, ""))
+            assert is_right(question, chosen["content"]) and is_fluent(chosen["content"])
+            assert not (is_right(question, rejected) and is_fluent(rejected)), pair
+        if rejected in EVASIONS:
+            kinds["evasive"] += 1
+        elif rejected.count(chosen["content"]) >= 3:
+            kinds["repeating"] += 1
+        elif rejected.startswith(chosen["content"]):
+            kinds["endless"] += 1
+            assert not rejected.endswith(("。", "."))
+        else:
+            kinds["wrong"] += 1
+            assert is_fluent(rejected)
+    assert len(marked) > 2_000
+    assert min(kinds[kind] for kind in ("evasive", "repeating", "endless", "wrong")) > 1_200
+
+
+def test_an_exam_question_has_one_right_option(facts_by_answer: dict[str, list[Fact]]) -> None:
+    right_for = defaultdict(set)
+    for facts in facts_by_answer.values():
+        for fact in facts:
+            for text in fact.questions:
+                right_for[fact.subject.title, text] |= {key for keys in fact.keys for key in keys}
+    places: Counter[str] = Counter()
+    for exam in items("exams"):
+        options = {letter: exam[letter] for letter in "ABCD"}
+        assert len(set(options.values())) == 4
+        right = right_for[exam["subject"], exam["question"]]
+        assert [letter for letter, text in options.items() if text in right] == [exam["answer"]]
+        places[exam["answer"]] += 1
+    assert all(0.23 < places[letter] / MANY < 0.27 for letter in "ABCD")
+
+
+def test_a_book_of_ones_own_keeps_its_quiz_out(rivers: Subject) -> None:
+    held_out = {normalise(text) for fact in rivers.facts for text in fact.held_out}
+    asked = {
+        normalise(question)
+        for talk in islice(dialogues(1, "single", [rivers]), 1_000)
+        for question in questions_in("single", talk)
+    }
+    assert len(asked) > 200
+    assert not asked & held_out

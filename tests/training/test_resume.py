@@ -1,0 +1,194 @@
+"""Rows 1, 3 and 10 of the reliability promises: killed or stopped, a run ends as if it never was."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import Lives, metrics, nano_settings, steps_done, wait_until
+
+STEPS = 60
+KILLS = 10
+INTERRUPTED = 130
+
+
+def fingerprints(run: Path) -> dict[str, str]:
+    """sha256 of the model and of the tensors of the last checkpoint."""
+    last = max((run / "checkpoints").iterdir())
+    paths = [run / "model" / "model.safetensors"]
+    paths += [last / f"{name}.safetensors" for name in ("model", "optimizer")]
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    }
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert fingerprints(run) == fingerprints(other)
+    assert metrics(run) == metrics(other)
+
+
+class Stage:
+    """One stage on files: its settings, and the run that was never interrupted."""
+
+    def __init__(self, objective: str, folder: Path, lives: Lives, **settings: Any) -> None:
+        self.objective, self.folder, self.lives = objective, folder, lives
+        self.more = settings
+        self.whole = folder / f"{objective}-whole"
+        assert lives.run("train", settings=self.settings(self.whole)) == 0, lives.output.read_text()
+        assert steps_done(self.whole) == STEPS
+        assert len(metrics(self.whole, "validation")) == STEPS // 10
+
+    def settings(self, run: Path, **more: Any) -> dict[str, Any]:
+        fixed = {
+            "training__steps": STEPS,
+            "checkpoint__every": 7,
+            "data__store": str(self.folder / "stores"),
+            "data__validation_fraction": 0.1,
+        }
+        return nano_settings(self.objective, run, **fixed, **self.more, **more)
+
+    def arguments(self, run: Path) -> list[str]:
+        """The same as a command line."""
+        settings = self.settings(run)
+        out, sources = settings.pop("out"), settings.pop("data.sources")
+        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        return ["pretrain", *words, "--out", out, "--data", *sources]
+
+
+@pytest.fixture(scope="module")
+def pretraining(
+    corpus: Path, tokenizer_dir: Path, lives: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> Stage:
+    folder = tmp_path_factory.mktemp("pretraining")
+    sources = [str(corpus / "text.jsonl")]
+    return Stage("pretrain", folder, lives, data__sources=sources, tokenizer=str(tokenizer_dir))
+
+
+@pytest.fixture(scope="module")
+def tuning(
+    corpus: Path, pretraining: Stage, lives: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> Stage:
+    folder, sources = tmp_path_factory.mktemp("tuning"), [str(corpus / "chat.jsonl")]
+    start = str(pretraining.whole / "model")
+    return Stage("sft", folder, lives, data__sources=sources, model__init=start)
+
+
+@pytest.mark.parametrize("name", ["pretraining", "tuning"])
+def test_ten_random_kills_change_nothing(
+    name: str, request: pytest.FixtureRequest, lives: Lives, tmp_path: Path
+) -> None:
+    """Killed soon after ten random steps, and begun again each time."""
+    stage: Stage = request.getfixturevalue(name)
+    dice = random.Random(name)
+    run = tmp_path / "run"
+    settings = stage.settings(run)
+    for step in sorted(dice.sample(range(1, STEPS - 8), KILLS)):
+        child = lives.start("train", settings=settings, pause_at=step)
+        wait_until(lambda: "reached" in lives.output.read_text())
+        time.sleep(dice.uniform(0, 0.05))
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, lives.output.read_text()
+        assert not (run / "model").exists()
+    assert lives.run("train", settings=settings) == 0, lives.output.read_text()
+    assert_same(run, stage.whole)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_and_leaves_and_the_same_command_goes_on(
+    pretraining: Stage, lives: Lives, tmp_path: Path, stop: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    arguments = pretraining.arguments(run)
+    assert lives.run("minimind", arguments=arguments, signals={"11": [stop]}) == INTERRUPTED
+    assert "the same command goes on from there" in lives.output.read_text()
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert saved[-1] in ("step-00000011", "step-00000012")
+    assert lives.run("minimind", arguments=arguments, signals={}) == 0, lives.output.read_text()
+    assert f"going on from step {int(saved[-1][5:])}" in lives.output.read_text()
+    assert_same(run, pretraining.whole)
+
+
+def test_a_second_one_leaves_at_once(pretraining: Stage, lives: Lives, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments, twice = pretraining.arguments(run), {"11": [signal.SIGTERM, signal.SIGINT]}
+    assert lives.run("minimind", arguments=arguments, signals=twice) == INTERRUPTED
+    assert "stopped" in lives.output.read_text()
+    assert "Traceback" not in lives.output.read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+    assert lives.run("minimind", arguments=arguments, signals={}) == 0
+    assert_same(run, pretraining.whole)
+
+
+def start_command(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "minimind", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_itself_killed_locked_and_stopped(pretraining: Stage, tmp_path: Path) -> None:
+    """Row 10 too: while it runs, a second one on its directory is told who holds it."""
+    run = tmp_path / "run"
+    arguments = [*pretraining.arguments(run), "training.steps=100000"]
+    first = start_command(arguments)
+    wait_until(lambda: steps_done(run) >= 8)
+    second = start_command(arguments)
+    _, message = second.communicate()
+    assert second.returncode == 1
+    assert message.startswith(f"error: {run} is in use by process {first.pid} on ")
+    assert len(message.splitlines()) == 1
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    third = start_command(arguments)
+    before = steps_done(run)
+    wait_until(lambda: steps_done(run) > before)
+    third.send_signal(signal.SIGTERM)
+    said, _ = third.communicate(timeout=10)
+    assert third.returncode == INTERRUPTED
+    assert "going on from step" in said and "stopped after step" in said
+    compared = min(STEPS, steps_done(run))
+    assert metrics(run, "train")[:compared] == metrics(pretraining.whole, "train")[:compared]
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_gives_the_same_end(
+    pretraining: Stage, lives: Lives, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = pretraining.arguments(run)
+    assert lives.run("minimind", arguments=arguments, signals={"20": [signal.SIGINT]}) == INTERRUPTED
+    newest = max((run / "checkpoints").iterdir())
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 4
+    weights.write_bytes(content)
+    assert lives.run("minimind", arguments=arguments, signals={}) == 0
+    said = lives.output.read_text()
+    assert "is damaged and passed over" in said and newest.name in said
+    assert_same(run, pretraining.whole)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    pretraining: Stage, lives: Lives, tmp_path: Path
+) -> None:
+    """Row 5 for a whole run: from step 10 on, files may not be as large as a checkpoint's."""
+    run = tmp_path / "run"
+    settings = pretraining.settings(run)
+    moments = max((pretraining.whole / "checkpoints").iterdir()) / "optimizer.safetensors"
+    limits = {"10": moments.stat().st_size - 1}
+    assert lives.run("train", settings=settings, limits=limits) == 1
+    said = lives.output.read_text()
+    assert "ResourceError" in said and "step-00000014: the checkpoint could not be written" in said
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+    assert lives.run("train", settings=settings) == 0
+    assert_same(run, pretraining.whole)
