@@ -26,7 +26,7 @@ _SEED = 1
 _CORPUS = {
     "prose_characters": 3_000_000,
     "held_out_characters": 60_000,
-    "single_turn": 250_000,
+    "single_turn": 300_000,
     "multi_turn": 20_000,
     "preference_pairs": 2_000,
     "exam_questions": 2_000,
@@ -133,7 +133,7 @@ def _recipe(stage: str, preset: str, device: str, out: Path, corpus: Path) -> "R
     if stage == "pretrain":
         flags["data.validation"] = [str(corpus / "held-out.jsonl")]
     if stage == "sft-multi":  # what was learned before is kept by practising it on
-        flags["data.sources"] = [str(data), str(corpus / "sft-single.jsonl") + "@0.1"]
+        flags["data.sources"] = [f"{data}", f"{corpus / 'sft-single.jsonl'}@0.2"]
     return load_recipe(f"demo-{stage}", flags=flags | start).recipe
 
 

@@ -13,7 +13,7 @@ MUST_HOLD = {
     "inventions and discoveries": ("inventions", "person", "万有引力", "牛顿"),
     "people": ("people", "profession", "李白", "诗人"),
     "animals and their food": ("animals", "food", "大熊猫", "竹子"),
-    "plants": ("plants", "type", "竹子", "草本植物"),
+    "plants": ("plants", "type", "竹子", "禾本科植物"),
     "elements": ("elements", "symbol", "氧", "O"),
     "planets": ("planets", "order", "地球", "第三"),
     "the body": ("body", "function", "鼻子", "闻气味"),

@@ -1,0 +1,179 @@
+from collections import Counter
+
+import pytest
+
+from minimind.data.textbook import (
+    EIGHT,
+    QuizQuestion,
+    Subject,
+    eight,
+    is_fluent,
+    is_right,
+    load_subjects,
+    quiz,
+    sample_quiz,
+)
+
+TAISHAN = QuizQuestion(
+    "你知道泰山在哪里吗？",
+    (("山东省", "山东"),),
+    "山峰",
+    "泰山位于山东省。",
+    ("陕西省", "陕西", "湖南省", "湖南", "山西", "河南"),
+)
+LENGTH = QuizQuestion("长江有多长？", (("6300公里",),), "河流", "长江长6300公里。", ("5464公里",))
+SUM = QuizQuestion("4乘3等于多少？", (("12",),), "算术", "4乘3等于12。", ("1", "2", "15"))
+NAME = QuizQuestion("你叫什么名字？", (("MiniMind",),), "自我认识", "我叫MiniMind。", ("开源",))
+PANDA = QuizQuestion("大熊猫吃什么？", (("竹子",),), "动物", "大熊猫吃竹子。", ("鱼和磷虾",))
+CAPITAL = QuizQuestion(
+    "What is the capital of France?", (("Paris",),), "English", "It is Paris.", ("Rome", "Oslo")
+)
+SILVER = QuizQuestion("“银”的量词？", (("银",),), "化学元素", "是银。", ("金", "铁"))
+BOTH = QuizQuestion("李白是谁？", (("唐朝", "唐代"), ("诗人",)), "人物", "李白是唐朝诗人。")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (TAISHAN, "泰山位于山东省。"),
+        (TAISHAN, "泰山在山东。"),
+        (TAISHAN, "  泰山位于山东省泰安市，是五岳之首！\n"),
+        (TAISHAN, "他说：“泰山在山东。”"),
+        (TAISHAN, "泰山不在山西，在山东省。"),
+        (TAISHAN, "泰山在哪里？泰山在山东省。"),
+        (LENGTH, "长江全长约6300公里。"),
+        (LENGTH, "长江全长约6,300公里。"),
+        (LENGTH, "长江全长约６３００公里。"),
+        (SUM, "4乘3等于12。"),
+        (SUM, "答案是12，因为3加3加3加3是12。"),
+        (NAME, "我叫minimind。"),
+        (CAPITAL, "The capital of France is Paris."),
+        (CAPITAL, "It is not Rome, it is Paris."),
+        (SILVER, "是银，不是金属的名字。"),
+        (BOTH, "李白是唐代的大诗人。"),
+    ],
+)
+def test_right_answers(question: QuizQuestion, answer: str) -> None:
+    assert is_right(question, answer)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        # nothing, or something else
+        (TAISHAN, ""),
+        (TAISHAN, "。"),
+        (TAISHAN, "知道。"),
+        (TAISHAN, "泰山位于湖南省。"),
+        (BOTH, "李白是唐朝人。"),
+        (BOTH, "李白是诗人。"),
+        # several to choose from
+        (TAISHAN, "泰山在山东省或者湖南省。"),
+        (TAISHAN, "泰山可能在山东，也可能在河南。"),
+        (SILVER, "是银或金。"),
+        (CAPITAL, "It is Paris or Rome."),
+        # denied or asked
+        (TAISHAN, "泰山不在山东省。"),
+        (TAISHAN, "泰山不是在山东省。"),
+        (TAISHAN, "泰山没有在山东省。"),
+        (TAISHAN, "泰山不一定在山东省。"),
+        (TAISHAN, "我不知道泰山是否在山东。"),
+        (TAISHAN, "泰山在山东省吗？"),
+        (PANDA, "大熊猫不吃竹子。"),
+        (PANDA, "大熊猫不喜欢吃竹子。"),
+        (NAME, "我不叫MiniMind。"),
+        (CAPITAL, "The capital of France is not Paris."),
+        (CAPITAL, "It isn't in Paris."),
+        # part of another number or word
+        (LENGTH, "长江全长约16300公里。"),
+        (LENGTH, "长江全长约0.6300公里。"),
+        (SUM, "4乘3等于120。"),
+        (SUM, "4乘3等于12.5。"),
+        (SUM, "4乘3等于-12。"),
+        (CAPITAL, "It is Parisian."),
+        # without an end, or again and again
+        (TAISHAN, "泰山位于山东省"),
+        (TAISHAN, "泰山位于山东省，"),
+        (TAISHAN, "山东山东山东山东山东。"),
+        (TAISHAN, "泰山在山东省，泰山在山东省，泰山在山东省。"),
+        (TAISHAN, "泰山在山东省省省省省。"),
+        (SUM, "4乘3等于12，不是100000000000。"),
+    ],
+)
+def test_answers_that_are_not_right(question: QuizQuestion, answer: str) -> None:
+    assert not is_right(question, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "泰山位于山东省。",
+        "他说：“泰山在山东。”",
+        "1,400,000,000人。",
+        "春天花开，夏天很热……秋天叶子黄了！",
+        "It is Paris.",
+        "湖南的省会是长沙。",
+    ],
+)
+def test_fluent_answers(answer: str) -> None:
+    assert is_fluent(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "。",
+        "？！",
+        "泰山位于",
+        "泰山位于山东省，",
+        "泰山\ufffd\ufffd。",
+        "泰山在山东，泰山在山东。",
+        "是的是的是的是的。",
+        "因为水水水水水分。",
+        "我是100000000000000。",
+        "这是一座山，它很高" + "，山上有树，林中有鸟，溪里有鱼" * 20 + "。",
+        "".join(f"第{number}座山在第{number}个省。" for number in range(30)),
+    ],
+)
+def test_answers_that_are_not_fluent(answer: str) -> None:
+    assert not is_fluent(answer)
+
+
+def test_the_eight_are_there_and_their_own_answers_are_right() -> None:
+    questions = eight()
+    assert tuple(question.question for question in questions) == EIGHT
+    assert len(set(EIGHT)) == 8
+    for question in questions:
+        assert is_right(question, question.answer) and is_fluent(question.answer)
+        assert not is_right(question, "我不知道。")
+        others = [other for other in questions if other is not question]
+        assert not any(is_right(question, other.answer) for other in others)
+
+
+def test_every_answer_of_the_tables_is_right_and_that_of_another_row_is_not(
+    rivers: Subject,
+) -> None:
+    questions = quiz([rivers])
+    assert len(questions) == 20
+    for question in questions:
+        others = [one for one in questions if one.answer != question.answer]
+        assert is_right(question, question.answer)
+        assert not any(is_right(question, one.answer) for one in others)
+
+
+def test_a_sample_is_even_over_subjects() -> None:
+    titles = {subject.title for subject in load_subjects()}
+    chosen = sample_quiz(400, seed=1)
+    counts = Counter(question.subject for question in chosen)
+    assert counts.keys() == titles and counts.total() == 400
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert len({question.question for question in chosen}) == 400
+    assert chosen == sample_quiz(400, seed=1)
+    assert len(set(chosen) & set(sample_quiz(400, seed=2))) < 100
+
+
+def test_a_sample_of_more_than_there_is_has_all(rivers: Subject) -> None:
+    assert set(sample_quiz(1_000, 1, [rivers])) == set(quiz([rivers]))
+    assert len(sample_quiz(7, 1, [rivers])) == 7
+    assert sample_quiz(0, 1, [rivers]) == []
