@@ -50,10 +50,10 @@ def main() -> None:
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
         for _ in range(args.rounds):
             for name in CONTENDERS:
-                command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+                command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--work", work]
                 log = args.work / "log"
                 with log.open("w") as stream:
-                    done = subprocess.run([*command, "--work", work], stderr=stream, stdout=stream)
+                    done = subprocess.run(command, stderr=stream, stdout=stream)
                 if done.returncode:
                     sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
                 rounds[name].append(json.loads((args.work / "figures.json").read_text()))
@@ -90,7 +90,8 @@ def prepare(args: argparse.Namespace) -> None:
     from minimind.tokenizer import train_tokenizer
 
     files = [file for path in args.data for file in list_files(path)]
-    texts = list(islice(read_texts(files, bad=BadLines()), 20_000) if files else _textbook(prose(1)))
+    found = islice(read_texts(files, bad=BadLines()), 20_000) if files else _textbook(prose(1))
+    texts = list(found)
     with (args.work / "texts.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
     train_tokenizer(texts).save(args.work / "tokenizer")

@@ -101,11 +101,12 @@ def _corpus(out: Path) -> Path:
 
 
 def _tokenizer(out: Path, corpus: Path) -> None:
-    from minimind.data.read import BadLines, list_files, read_texts
+    from minimind.data.read import BadLines, read_texts
     from minimind.tokenizer import Tokenizer, train_tokenizer
 
     place = out / "tokenizer"
-    files = [*list_files(str(corpus / "pretrain.jsonl")), *list_files(str(corpus / "sft-*.jsonl"))]
+    # Not on the dialogues: words made of their set phrases would be questions learned by heart.
+    files = [corpus / "pretrain.jsonl"]
     if not place.is_dir():
         making = out / "tokenizer.making"
         shutil.rmtree(making, ignore_errors=True)

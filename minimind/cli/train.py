@@ -21,7 +21,9 @@ Arguments = Annotated[
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option(metavar="DATA", help="File, folder or glob (quoted), with @WEIGHT if wanted; give it again."),
+    typer.Option(
+        metavar="DATA", help="File, folder or glob (quoted), with @WEIGHT if wanted; give it again."
+    ),
 ]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

@@ -9,14 +9,16 @@ stay or go together), and the number of copies is an estimate.
 import heapq
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 
 from minimind.data.read import BadLines, Progress, batches, list_files, read_records
 from minimind.data.schemas import Record
+from minimind.data.store import encode_pieces, split_long
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import encode_chats
 
@@ -226,11 +228,13 @@ def _shortened(record: Record) -> str:
     return line if len(line) <= _SAMPLE_LENGTH else line[:_SAMPLE_LENGTH] + "…"
 
 
-def _token_lengths(batch: list[Record], tokenizer: Tokenizer) -> list[int]:
-    sides = [(r.messages, r.chosen, r.rejected) for r in batch]
+def _token_lengths(batch: list[Record], tokenizer: Tokenizer) -> Iterator[int]:
+    sides = [(record.messages, record.chosen, record.rejected) for record in batch]
     chats = iter(encode_chats(tokenizer, [m for side in sides for m in side if m]))
-    texts = iter(tokenizer.encode_batch([r.text for r in batch if r.text is not None]))
-    return [
-        sum(len(next(chats)[0]) for m in side if m) if record.text is None else len(next(texts)) + 1
-        for record, side in zip(batch, sides, strict=True)
-    ]
+    texts = (record.text for record in batch if record.text is not None)
+    pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
+    for record, side in zip(batch, sides, strict=True):
+        if record.text is not None:
+            yield sum(len(next(pieces)) for _ in split_long(record.text)) + 1
+        else:
+            yield sum(len(next(chats)[0]) for messages in side if messages)

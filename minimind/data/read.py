@@ -685,11 +685,12 @@ def _parquet(
                 try:
                     [row] = batch.slice(index, 1).to_pylist()
                     _check_characters(row)
-                    yield number, row
                 except UnicodeDecodeError:
                     bad.add(file, number, _NOT_UTF_8)
-                except ValueError as error:
-                    bad.add(file, number, str(error), row)
+                except (ValueError, OverflowError) as error:  # the latter of dates far off
+                    bad.add(file, number, str(error))
+                else:
+                    yield number, row
             counted.report(size * number // table.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise DataError(

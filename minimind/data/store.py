@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, TypeVar
 
@@ -42,6 +43,8 @@ Split = Literal["train", "validation"]
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _FORMAT = 2
 _SHARD_TOKENS = 1 << 27
+_PIECE = 1 << 18  # characters
+_AT_ONCE = 1 << 20  # characters
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _ELSEWHERE = "give another folder with data.store=DIR or the variable MINIMIND_CACHE"
@@ -354,21 +357,54 @@ def _encode(
     batch, mark = marked
     wanted = [r for r in batch if r.messages or (r.text is not None and kind == "text")]
     chats = iter(encode_chats(tokenizer, [r.messages for r in wanted if r.messages]))
-    texts = iter(tokenizer.encode_batch([r.text for r in wanted if r.text is not None]))
+    texts = (record.text for record in wanted if record.text is not None)
+    pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
     code = {"uint16": "H", "uint32": "I"}[dtype]
     sides: dict[Split, _Documents] = {split: _Documents(array(code)) for split in _SPLITS}
     for record in wanted:
         documents = sides["validation" if record.fingerprint() < limit else "train"]
-        ids, mask = next(chats) if record.messages else (next(texts), [])
+        start = len(documents.tokens)
+        if record.messages:
+            ids, mask = next(chats)
+            documents.tokens.fromlist(ids)
+            documents.mask.fromlist(mask)
+        for _ in split_long(record.text or ""):
+            documents.tokens.fromlist(next(pieces))
         if kind == "text":
-            ids.append(tokenizer.end_of_text)
-        documents.tokens.fromlist(ids)
-        documents.mask.fromlist(mask)
-        documents.lengths.append(len(ids))
+            documents.tokens.append(tokenizer.end_of_text)
+        documents.lengths.append(len(documents.tokens) - start)
         for text in record.texts:
             documents.characters += len(text)
             documents.num_bytes += len(text.encode("utf-8", "surrogatepass"))
     return sides, len(batch) - len(wanted), mark
+
+
+def split_long(text: str) -> Iterator[str]:
+    """A long text in parts, cut after a line where there is one; nothing of an empty one.
+
+    The tokenizer takes a hundred bytes of memory for each of text, so a book is not encoded at
+    once. At a cut the tokens may be others than without it, of the same text.
+    """
+    start = 0
+    while start < len(text):
+        end = start + _PIECE
+        if end < len(text):
+            end = text.rfind("\n", start + _PIECE // 2, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+def encode_pieces(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Ids of each piece, a bounded number at once."""
+    group: list[str] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece)
+        if size >= _AT_ONCE:
+            yield from tokenizer.encode_batch(group)
+            group, size = [], 0
+    yield from tokenizer.encode_batch(group)
 
 
 class _Writer:

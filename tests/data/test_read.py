@@ -456,14 +456,15 @@ def test_bad_lines_of_plain_text(tmp_path: Path) -> None:
 
 
 def test_bad_rows_of_parquet(tmp_path: Path) -> None:
-    values = [b"good", b"\xff\xfe", b"a\0b", None, b"better"]
+    values = [b"good", b"\xff\xfe", b"a\0b", None, b"of the year 292277", b"better"]
     unchecked = pyarrow.array(values, "binary").view("string")
+    dates = pyarrow.array([0, 0, 0, 0, 2**63 - 1, None], "int64").view(pyarrow.timestamp("us"))
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": unchecked}), path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": unchecked, "date": dates}), path)
     bad = BadLines()
     assert [record.text for record in records_of(path, bad)] == ["good", "better"]
     assert [place for places in bad.places.values() for place in places] == [
-        *(f"{path}:{row}" for row in (2, 3, 4))
+        *(f"{path}:{row}" for row in (2, 3, 4, 5))
     ]
 
 

@@ -173,6 +173,21 @@ def test_long_input_is_cut_into_shards(
     assert documents(store) == [[*tokenizer.encode(text), tokenizer.end_of_text] for text in TEXTS]
 
 
+def test_a_book_on_one_line(
+    home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(2)
+    monkeypatch.setattr(store_module, "_PIECE", 1_000)
+    monkeypatch.setattr(store_module, "_AT_ONCE", 3_000)
+    with_lines = "".join("春夏秋冬" * rng.randrange(1, 90) + "\n天" for _ in range(200))
+    books = ["始", with_lines, "山" * 12_345, "终"]
+    path = write_lines(tmp_path / "books.jsonl", [{"text": book} for book in books])
+    made = documents(open_store(str(path), tokenizer, kind="text", folder=home))
+    assert [ids[-1] for ids in made] == [tokenizer.end_of_text] * len(books)
+    assert [tokenizer.decode(ids[:-1]) for ids in made] == books
+    assert made[1][:-1] == tokenizer.encode(with_lines)  # as if nothing had been cut
+
+
 def test_token_counts(texts: Path, home: Path, tokenizer: Tokenizer) -> None:
     store = open_store(str(texts), tokenizer, kind="text", folder=home)
     counts = store.unigram_counts(tokenizer.vocab_size)

@@ -13,7 +13,6 @@ from minimind.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-# The seeds are those, of the first 40, whose greedy choices are the furthest apart.
 LAYOUTS = {
     "nano-llama": ("nano", dict(seed=12)),
     "nano-qwen3": ("nano", dict(seed=23, qk_norm=True)),
@@ -91,11 +90,11 @@ def test_greedy_tokens_are_equal(
     output = theirs.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length
     )
-    assert written == output[:, ids.shape[1] :].tolist()
-    # The test means something: choices are varied, and too far apart for rounding to turn them.
-    best = ours.logits(ours(output[:, :-1]))[:, ids.shape[1] - 1 :].topk(2).values
-    assert (best[..., 0] - best[..., 1]).min() > 5e-5
-    assert len(set(output[:, ids.shape[1] :].flatten().tolist())) > 60
+    wanted = output[:, ids.shape[1] :]
+    assert len(set(wanted.flatten().tolist())) > 60  # else equality would say little
+    best = theirs(output[:, :-1]).logits[:, ids.shape[1] - 1 :].topk(2).values
+    closest = (best[..., 0] - best[..., 1]).min().item()
+    assert written == wanted.tolist(), f"the closest two choices are {closest} apart"
 
 
 def test_other_precisions_load_as_saved(

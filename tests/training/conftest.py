@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# What several test files need is a module beside them, as golden figures are written without pytest.
+# small_runs.py is a module because golden figures are written, and children run, without pytest.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from small_runs import Lives  # noqa: E402
+from small_runs import Lives
 
 
 @pytest.fixture(scope="session", autouse=True)

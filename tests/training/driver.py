@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch._dynamo  # which optimizers import when they are made: seconds, once here
 from small_runs import REFUSED, tensors
 
 from minimind.cli import console, main
@@ -28,7 +29,6 @@ from minimind.training import checkpoint
 from minimind.training.lock import run_lock
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
-
 
 
 def train(

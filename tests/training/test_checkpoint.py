@@ -215,7 +215,7 @@ def test_when_all_are_damaged_the_run_cannot_go_on(run: Path) -> None:
     for place in (run / "checkpoints").iterdir():
         (place / "model.safetensors").write_bytes(b"")
     said: list[str] = []
-    with pytest.raises(CheckpointError, match="no checkpoint is whole.*--fresh"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*--fresh"):
         latest_checkpoint(run, warn=said.append)
     assert len(said) == 2
 
@@ -245,7 +245,9 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new_one_whole(
     for point in itertools.count():
         run = shutil.copytree(saved, tmp_path / f"{point}")
         if replaces:
-            shutil.copytree(run / "checkpoints" / "step-00000014", run / "checkpoints/step-00000021")
+            shutil.copytree(
+                run / "checkpoints" / "step-00000014", run / "checkpoints/step-00000021"
+            )
         status = lives.run("save", run=run, step=21, numbers=NUMBERS, keep=2, point=point)
         if status == 0:
             break
@@ -344,7 +346,7 @@ def test_a_real_small_disk(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the superuser, who runs many checks, may write anywhere, the system's answer is made up."""
+    """The superuser may write anywhere, and runs many checks: the system's answer is made up."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -1,4 +1,4 @@
-"""The loop on runs in memory; rows 7 and 11 of the reliability promises as far as one process goes."""
+"""The loop on runs in memory; rows 7 (for one process) and 11 of the reliability promises."""
 
 import math
 import os

@@ -1,0 +1,154 @@
+"""The training verbs as people start them: processes of their own, the smallest model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NANO = (
+    *("device=cpu", "model.preset=nano", "data.window=32", "data.validation_fraction=0.1"),
+    *("training.steps=6", "training.batch=4", "training.precision=fp32", "validation.windows=4"),
+)
+
+
+class Place:
+    """A folder with data and a tokenizer, in which commands are run."""
+
+    def __init__(self, folder: Path, tokenizer: Path) -> None:
+        self.folder = folder
+        self.pretrain = ("pretrain", *NANO, "--data", "text.jsonl", "--tokenizer", str(tokenizer))
+        self.sft = ("sft", *NANO, "--data", "chat.jsonl")
+
+    def run(self, *arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "minimind", *map(str, arguments)],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=200,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    def error(self, *arguments: object) -> str:
+        """The one line that a command ends with."""
+        done = self.run(*arguments, status=1)
+        assert "Traceback" not in done.stdout + done.stderr
+        [line] = done.stderr.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def place(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("place")
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
+        for number in range(200):
+            stream.write(json.dumps({"text": f"长江第{number}段长{7 * number}公里。"}) + "\n")
+    with (folder / "chat.jsonl").open("w", encoding="utf-8") as stream:
+        for number in range(100):
+            turns = [("user", f"第{number}段多长？"), ("assistant", f"{7 * number}公里。")]
+            chat = [{"role": role, "content": content} for role, content in turns]
+            stream.write(json.dumps({"conversations": chat}) + "\n")
+    return Place(folder, tokenizer_dir)
+
+
+def test_pretrain_then_sft_then_found_done(place: Place) -> None:
+    done = place.run(*place.pretrain, "--out", "out/base", "--json", "figures/base.json")
+    assert "bits_per_byte" in done.stdout
+    assert "The model is in out/base/model. Try it: minimind generate out/base" in done.stdout
+    assert "长江是" in done.stdout, "a prompt of the recipe, and how the model goes on"
+    run = place.folder / "out" / "base"
+    figures = json.loads((place.folder / "figures" / "base.json").read_text("utf-8"))
+    assert figures == json.loads((run / "summary.json").read_text("utf-8"))
+    assert (figures["objective"], figures["steps"]) == ("pretrain", 6)
+    assert (place.folder / "cache" / "stores").is_dir()
+
+    done = place.run(*place.sft, "--model", "out/base", "--out", "out/chat")
+    assert "Try it: minimind chat out/chat" in done.stdout
+    assert "100 conversations" in done.stdout or "conversations in" in done.stdout
+    assert (place.folder / "out" / "chat" / "model" / "model.safetensors").is_file()
+
+    # What a run keeps is a recipe that `train` finds done.
+    done = place.run("train", "out/chat/recipe.toml", "--json", "again.json")
+    assert "Try it: minimind chat out/chat" in done.stdout
+    again = json.loads((place.folder / "again.json").read_text("utf-8"))
+    assert again == json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))
+
+    # Another recipe in its place is refused; --fresh is how to mean it.
+    message = place.error("train", "out/chat/recipe.toml", "training.steps=2")
+    assert message.startswith("out/chat holds a run of another recipe: training.steps: ")
+    place.run("train", "out/chat/recipe.toml", "training.steps=2", "--fresh")
+    assert json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))["steps"] == 2
+
+
+def test_explain_shows_where_each_setting_came_from_and_needs_no_torch(place: Place) -> None:
+    script = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(sorted({'torch', 'numpy'} & set(sys.modules))))\n"
+        "import runpy; runpy.run_module('minimind', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *place.pretrain, "--out", "never", "--explain"],
+        cwd=place.folder,
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    rows = {line.split()[0]: line for line in lines if line.strip()}
+    assert "command line" in rows["training.steps"] and " 6 " in rows["training.steps"]
+    assert "flag" in rows["data.sources"] and "text.jsonl" in rows["data.sources"]
+    assert "pretrain-small.toml:" in rows["schedule.name"]
+    assert "default" in rows["seed"]
+    assert not (place.folder / "never").exists()
+
+
+def test_a_dry_run_prepares_everything_and_trains_nothing(place: Place) -> None:
+    done = place.run(*place.pretrain, "--out", "dry", "--dry-run")
+    assert "6 steps of 4 windows" in done.stdout
+    assert not (place.folder / "dry").exists()
+
+
+def test_a_mistyped_setting_is_named_with_the_nearest(place: Place) -> None:
+    message = place.error(*place.pretrain, "--out", "typo", "optim.ler=0.1")
+    assert message == "command line: optim.ler is not a setting; did you mean optim.lr?"
+    assert "training.steps" in place.error(*place.pretrain, "--out", "typo", "training.steps=many")
+    assert not (place.folder / "typo").exists()
+
+
+def test_what_is_not_there_is_named(place: Place) -> None:
+    for arguments, name in [
+        ((*place.pretrain, "--out", "no1", "--data", "gone.jsonl"), "gone.jsonl"),
+        ((*place.pretrain, "--out", "no2", "--tokenizer", "gone"), "gone"),
+        ((*place.sft, "--out", "no3", "--model", "gone"), "gone"),
+        (("train", "gone.toml"), "gone.toml"),
+    ]:
+        assert name in place.error(*arguments)
+
+
+def test_a_device_that_is_not_there(place: Place) -> None:
+    message = place.error(*place.pretrain, "--out", "no4", "--device", "cuda:77")
+    assert message.startswith("device cuda:77 is not there; this machine has: cpu")
+    assert "--device auto" in message
+
+
+def test_arguments_that_do_not_fit_together(place: Place) -> None:
+    assert "no run to go on with" in place.error(*place.pretrain, "--out", "no5", "--resume")
+    assert "exclude each other" in place.error(
+        *place.pretrain, "--out", "no5", "--resume", "--fresh"
+    )
+    assert "which recipe?" in place.error("train")
+    assert "two recipes are given, a.jsonl and b.jsonl" in place.error(
+        "pretrain", "a.jsonl", "b.jsonl"
+    )
+    assert "--out DIR" in place.error(*place.pretrain)

@@ -1,0 +1,224 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import Told, losses, metrics, nano_recipe, steps_done
+
+from minimind.config import load_recipe
+from minimind.config.settings import Recipe
+from minimind.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MinimindError,
+    ModelError,
+    TokenizerError,
+)
+from minimind.model import Transformer
+from minimind.tokenizer import Tokenizer, train_tokenizer
+from minimind.training.stage import StageResult, prepare_stage, run_stage
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> "Make":
+    """Makes recipes of five steps of pretraining in `run`."""
+
+    def make(objective: str = "pretrain", out: Path = run, **settings: Any) -> Recipe:
+        file = corpus / ("text.jsonl" if objective == "pretrain" else "chat.jsonl")
+        given = {
+            "data__sources": [str(file)],
+            "data__store": str(tmp_path / "stores"),
+            "data__validation_fraction": 0.1,
+            "tokenizer": str(tokenizer_dir) if objective == "pretrain" else None,
+            "training__steps": 5,
+        }
+        return nano_recipe(objective, out, **given | settings)
+
+    return make
+
+
+Make = Any  # (objective, out, **settings) -> Recipe
+
+
+def do(recipe: Recipe, told: Told | None = None, **options: Any) -> StageResult:
+    return run_stage(recipe, reporter=told or Told(), **options)
+
+
+def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        do(recipe, **options)
+    return str(caught.value)
+
+
+def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> None:
+    told = Told()
+
+    def write(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
+        return [{"prompt": "长江", "text": str(tokenizer.vocab_size)}]
+
+    result = do(recipe(), told, write_samples=write)
+    assert (result.run, result.model) == (run, run / "model")
+    assert load_recipe(run / "recipe.toml").recipe == recipe()
+    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    assert summary == result.summary
+    assert (summary["objective"], summary["steps"], summary["tokens"]) == ("pretrain", 5, 640)
+    assert (summary["device"], summary["precision"]) == ("cpu", "fp32")
+    weights = load_file(run / "model" / "model.safetensors")
+    assert summary["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    [validation] = metrics(run, "validation")
+    assert summary["bits_per_byte"] == validation["bits_per_byte"]
+    assert 0 < summary["unigram_bits_per_byte"] < 8
+    assert metrics(run, "sample") == [
+        {"kind": "sample", "step": 5, "prompt": "长江", "text": "600"}
+    ]
+    assert (run / "model" / "config.json").is_file()
+    assert Tokenizer.load(run / "model").vocab_size == 600
+    assert any("5 steps of 4 windows" in line for line in told.lines)
+    assert not told.open
+
+
+def test_sft_starts_from_the_model_of_a_run(recipe: Make, run: Path, tmp_path: Path) -> None:
+    do(recipe(optim__lr=0.01, training__steps=20))
+    told = Told()
+    tuned = tmp_path / "tuned"
+    result = do(recipe("sft", tuned, model__init=str(run), optim__lr=1e-4), told)
+    assert result.model == tuned / "model"
+    assert losses(tuned)[0] < math.log(600) - 0.2, "it has learned something before"
+    [line] = [line for line in told.lines if "conversations" in line]
+    assert "0 left out because no answer was left" in line
+    assert Tokenizer.load(tuned / "model").sha256 == Tokenizer.load(run / "model").sha256
+
+
+def test_epochs_give_the_number_of_steps(recipe: Make) -> None:
+    prepared = prepare_stage(recipe(training__steps=None, training__epochs=1.5), reporter=Told())
+    job = prepared.job
+    assert job.num_steps == math.ceil(1.5 * job.data.order.epoch_size / 4) > 20
+
+
+def test_held_out_data_of_its_own(recipe: Make, corpus: Path) -> None:
+    own = recipe(data__validation=[str(corpus / "text.jsonl")], data__validation_fraction=0.5)
+    job = prepare_stage(own, reporter=Told()).job
+    assert job.held_out is not None
+    assert job.held_out.order.epoch_size == job.data.order.epoch_size, "nothing is held out twice"
+
+
+def test_without_enough_to_hold_out_it_says_so(recipe: Make) -> None:
+    told = Told()
+    job = prepare_stage(recipe(data__validation_fraction=0.0), reporter=told).job
+    assert job.held_out is None
+    assert any("too little text is held out" in line for line in told.lines)
+
+
+def test_a_finished_run_is_found_done(recipe: Make, run: Path, corpus: Path) -> None:
+    first = do(recipe())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    told = Told()
+    again = do(recipe(), told)
+    assert again == first
+    assert told.lines == []
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_its_own_recipe_reruns_it(recipe: Make, run: Path) -> None:
+    first = do(recipe())
+    assert do(load_recipe(run / "recipe.toml").recipe) == first
+
+
+def test_a_run_of_another_recipe_stays_and_the_difference_is_named(recipe: Make, run: Path) -> None:
+    do(recipe())
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    message = refused(recipe(optim__lr=0.5, training__steps=9), ConfigError)
+    assert message.startswith(f"{run} holds a run of another recipe: ")
+    assert "optim.lr: 0.001 here, 0.5 there" in message
+    assert "training.steps: 5 here, 9 there" in message
+    assert message.count(" there") == 2
+    assert "--fresh" in message
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert steps_done(run) == 5
+
+
+def test_fresh_starts_over_and_leaves_what_is_not_of_a_run(recipe: Make, run: Path) -> None:
+    do(recipe())
+    (run / "notes.txt").write_text("mine")
+    result = do(recipe(training__steps=3), fresh=True)
+    assert result.summary["steps"] == 3
+    assert [line["step"] for line in metrics(run, "train")] == [1, 2, 3]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(recipe: Make, run: Path) -> None:
+    do(recipe())
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "step-00000005" / "state.json").write_text("{}")
+    assert "--fresh" in refused(recipe(), CheckpointError)
+    assert do(recipe(), fresh=True).summary["steps"] == 5
+
+
+def test_too_little_text(recipe: Make, tmp_path: Path) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "长江很长。"}\n', encoding="utf-8")
+    message = refused(recipe(data__sources=[str(short)]), DataError)
+    assert message == (
+        "the data gives not one window of 32 tokens; use more text, or a smaller data.window"
+    )
+
+
+def test_no_data_and_data_that_is_not_there(recipe: Make, tmp_path: Path) -> None:
+    assert "data.sources is empty: give --data FILE" in refused(
+        recipe(data__sources=[]), ConfigError
+    )
+    gone = str(tmp_path / "gone.jsonl")
+    assert gone in refused(recipe(out=tmp_path / "other", data__sources=[gone]), DataError)
+
+
+def test_a_window_longer_than_the_context(recipe: Make) -> None:
+    message = refused(recipe(data__window=300), ConfigError)
+    assert message.startswith("data.window (300) is longer than the model's context (256)")
+
+
+def test_a_new_model_needs_a_tokenizer(recipe: Make) -> None:
+    message = refused(recipe(tokenizer=None), ConfigError)
+    assert "minimind tokenizer train" in message and "--tokenizer DIR" in message
+
+
+def test_a_tokenizer_that_is_not_there(recipe: Make, tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    assert gone in refused(recipe(tokenizer=gone), TokenizerError)
+
+
+def test_a_tokenizer_of_another_model(recipe: Make, run: Path, tmp_path: Path) -> None:
+    do(recipe())
+    train_tokenizer(["长江很长。"] * 10, vocab_size=280).save(tmp_path / "small")
+    settings = {"model__init": str(run), "tokenizer": str(tmp_path / "small")}
+    message = refused(recipe("sft", tmp_path / "tuned", **settings), TokenizerError)
+    assert f"{tmp_path / 'small'}: the tokenizer has 280 words" in message
+    assert f"the model in {run / 'model'} 600" in message
+
+
+def test_a_model_that_is_not_there_yet(recipe: Make, run: Path, tmp_path: Path) -> None:
+    tuned = recipe("sft", tmp_path / "tuned", model__init=str(run))
+    assert "there is no such directory" in refused(tuned, ModelError)
+    (run / "checkpoints").mkdir(parents=True)
+    assert "has not finished" in refused(tuned, ModelError)
+
+
+def test_a_run_needs_a_directory(recipe: Make) -> None:
+    nowhere = recipe().model_copy(update={"out": None})
+    assert "--out DIR" in refused(nowhere, ConfigError)
+
+
+def test_preparing_writes_nothing_into_the_run(recipe: Make, run: Path) -> None:
+    told = Told()
+    prepare_stage(recipe(), reporter=told)
+    assert not run.exists()
+    assert not told.open
