@@ -70,7 +70,7 @@ _PLOT_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "path",  # glyphs as shapes: no font is needed to see them
 }
-_NOISY = 40  # points: from here on those of training are smoothed, those of validation a line
+_MANY = 100  # points: from here on those of training are smoothed, and of validation a line
 _MAX_POINTS = 400
 _MAX_SAMPLES = 40
 
@@ -167,7 +167,7 @@ def write_report(
         ),
         (
             "Recipes",
-            "Every setting of each stage. `minimind train FILE` runs the same stage again.",
+            "Every setting of each stage. Given such a file, minimind train runs the stage again.",
             "".join(_folded(s.name, f"<pre>{_text(s.recipe)}</pre>") for s in stages),
         ),
     ]
@@ -291,7 +291,7 @@ def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:
         axes = figure.subplots()
         for name, points in lines.items():
             steps, values = [step for step, _ in points], [value for _, value in points]
-            many = len(points) >= _NOISY
+            many = len(points) >= _MANY
             dots = "o" if len(points) == 1 or (name == "validation" and not many) else ""
             if many and name == "train":
                 axes.plot(steps, values, lw=0.8, alpha=0.35, color="C0")
@@ -339,9 +339,9 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
 
 
-def _smoothed(values: Sequence[float], reach: int = 5) -> list[float]:
+def _smoothed(values: Sequence[float]) -> list[float]:
     """The mean of each value and its neighbours, as many before as after: the curve has no lag."""
-    last = len(values) - 1
+    last, reach = len(values) - 1, len(values) // 40
     near = [min(reach, i, last - i) for i in range(len(values))]
     return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
 

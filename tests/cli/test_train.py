@@ -1,17 +1,24 @@
 """The training verbs as people start them: processes of their own, the smallest model."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from minimind.cli.main import app
 
 NANO = (
     *("device=cpu", "model.preset=nano", "data.window=32", "data.validation_fraction=0.1"),
     *("training.steps=6", "training.batch=4", "training.precision=fp32", "validation.windows=4"),
 )
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "200"}
 
 
 class Place:
@@ -26,7 +33,7 @@ class Place:
         done = subprocess.run(
             [sys.executable, "-m", "minimind", *map(str, arguments)],
             cwd=self.folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "200"},
+            env=os.environ | ENVIRONMENT,
             capture_output=True,
             text=True,
             encoding="utf-8",
@@ -35,13 +42,31 @@ class Place:
         assert done.returncode == status, done.stdout + done.stderr
         return done
 
+    def run_here(self, *arguments: object, status: int = 0) -> Result:
+        """The same without a process of its own, which takes seconds to start."""
+        with contextlib.chdir(self.folder):
+            done = CliRunner().invoke(app, [*map(str, arguments)], env=ENVIRONMENT)
+        assert done.exit_code == status, done.output
+        return done
+
     def error(self, *arguments: object) -> str:
         """The one line that a command ends with."""
-        done = self.run(*arguments, status=1)
-        assert "Traceback" not in done.stdout + done.stderr
-        [line] = done.stderr.splitlines()
-        assert line.startswith("error: ")
-        return line.removeprefix("error: ")
+        return only_line(self.run_here(*arguments, status=1).stderr)
+
+
+def only_line(stderr: str) -> str:
+    [line] = stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on more threads, on a busy machine by far."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +85,7 @@ def place(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Plac
 
 def test_pretrain_then_sft_then_found_done(place: Place) -> None:
     done = place.run(*place.pretrain, "--out", "out/base", "--json", "figures/base.json")
-    assert "bits_per_byte" in done.stdout
+    assert "bits per byte" in done.stdout
     assert "The model is in out/base/model. Try it: minimind generate out/base" in done.stdout
     assert "长江是" in done.stdout, "a prompt of the recipe, and how the model goes on"
     run = place.folder / "out" / "base"
@@ -71,11 +96,11 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
 
     done = place.run(*place.sft, "--model", "out/base", "--out", "out/chat")
     assert "Try it: minimind chat out/chat" in done.stdout
-    assert "100 conversations" in done.stdout or "conversations in" in done.stdout
+    assert " conversations in " in done.stdout
     assert (place.folder / "out" / "chat" / "model" / "model.safetensors").is_file()
 
     # What a run keeps is a recipe that `train` finds done.
-    done = place.run("train", "out/chat/recipe.toml", "--json", "again.json")
+    done = place.run_here("train", "out/chat/recipe.toml", "--json", "again.json")
     assert "Try it: minimind chat out/chat" in done.stdout
     again = json.loads((place.folder / "again.json").read_text("utf-8"))
     assert again == json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))
@@ -83,7 +108,7 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
     # Another recipe in its place is refused; --fresh is how to mean it.
     message = place.error("train", "out/chat/recipe.toml", "training.steps=2")
     assert message.startswith("out/chat holds a run of another recipe: training.steps: ")
-    place.run("train", "out/chat/recipe.toml", "training.steps=2", "--fresh")
+    place.run_here("train", "out/chat/recipe.toml", "training.steps=2", "--fresh")
     assert json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))["steps"] == 2
 
 
@@ -114,7 +139,7 @@ def test_explain_shows_where_each_setting_came_from_and_needs_no_torch(place: Pl
 
 
 def test_a_dry_run_prepares_everything_and_trains_nothing(place: Place) -> None:
-    done = place.run(*place.pretrain, "--out", "dry", "--dry-run")
+    done = place.run_here(*place.pretrain, "--out", "dry", "--dry-run")
     assert "6 steps of 4 windows" in done.stdout
     assert not (place.folder / "dry").exists()
 
@@ -127,8 +152,9 @@ def test_a_mistyped_setting_is_named_with_the_nearest(place: Place) -> None:
 
 
 def test_what_is_not_there_is_named(place: Place) -> None:
+    arguments: tuple[str, ...] = (*place.pretrain, "--out", "no1", "--data", "gone.jsonl")
+    assert "gone.jsonl" in only_line(place.run(*arguments, status=1).stderr)
     for arguments, name in [
-        ((*place.pretrain, "--out", "no1", "--data", "gone.jsonl"), "gone.jsonl"),
         ((*place.pretrain, "--out", "no2", "--tokenizer", "gone"), "gone"),
         ((*place.sft, "--out", "no3", "--model", "gone"), "gone"),
         (("train", "gone.toml"), "gone.toml"),
