@@ -12,6 +12,7 @@ contender is a process of its own; they take turns, and the best of the rounds c
 import argparse
 import json
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -63,12 +64,12 @@ def main() -> None:
         for name, figures in rounds.items()
     }
     own = best["minimind"]["real_tokens_per_second"]
-    print(f"\n{'contender':20} {'real tokens/s':>14} {'fill':>7} {'peak MB':>8} {'minimind is':>12}")
+    print(f"\n{'contender':20} {'real tokens/s':>14} {'fill':>7} {'peak MB':>8} {'ours':>9}")
     for name, one in best.items():
         rate = one["real_tokens_per_second"]
         print(
             f"{name:20} {rate:14,.0f} {one['fill']:7.1%} {one['peak_rss_mb']:8,.0f}"
-            f" {own / rate:10.2f} x"
+            f" {own / rate:7.2f} x"
         )
     print(f"data loading: {best['minimind']['data_share']:.2%} of a step")
     if args.json:
@@ -90,8 +91,8 @@ def prepare(args: argparse.Namespace) -> None:
     from minimind.tokenizer import train_tokenizer
 
     files = [file for path in args.data for file in list_files(path)]
-    found = islice(read_texts(files, bad=BadLines()), 20_000) if files else _textbook(prose(1))
-    texts = list(found)
+    texts = list(read_texts(files, bad=BadLines()) if files else _textbook(prose(1)))
+    texts = random.Random(0).sample(texts, min(len(texts), 10_000))
     with (args.work / "texts.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
     train_tokenizer(texts).save(args.work / "tokenizer")

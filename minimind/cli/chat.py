@@ -114,9 +114,9 @@ def _typed_lines() -> Iterator[str]:
                 return
             leaving = True
             _tell("Ctrl-C again leaves")
-            continue
-        leaving = False
-        yield line
+        else:
+            leaving = False
+            yield line
 
 
 class _Conversation:

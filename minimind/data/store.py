@@ -257,6 +257,8 @@ def _make(
             _flush(stream)
         os.replace(work, place)
         return TokenStore(place)
+    except BrokenPipeError:  # nobody looks at the progress any more
+        raise
     except OSError as error:
         raise ResourceError(
             f"{place}: cannot write the token store ({error.strerror}). It takes about "

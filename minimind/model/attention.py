@@ -9,6 +9,7 @@ from minimind.model.cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rotate
 
+_PLAIN_UP_TO = 256  # tokens a window, on a CPU
 _QUERIES = 128  # at once on a CPU: what lies in the future is not computed
 
 
@@ -41,7 +42,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] <= _PLAIN_UP_TO:
             out = _plain_attention(q, k, v, mask)
         else:
             causal = mask is None and q.shape[2] > 1
@@ -52,7 +53,7 @@ class Attention(nn.Module):
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The textbook formula, some queries at a time against the keys up to theirs.
 
-    For training windows on a CPU that is faster than torch's fused kernel;
+    For short training windows on a CPU that is faster than torch's fused kernel;
     benchmarks/records/cpu-kernels.md has the figures.
     """
     length = q.shape[2]

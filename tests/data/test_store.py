@@ -290,6 +290,17 @@ def test_a_source_that_changes_meanwhile(texts: Path, home: Path, tokenizer: Tok
     assert names(home) == ["lock"]
 
 
+def test_an_end_of_whoever_watches_is_no_full_disk(
+    texts: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    def progress(done: int, total: int) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        open_store(str(texts), tokenizer, kind="text", folder=home, progress=progress)
+    assert names(home) == ["lock"]
+
+
 # --- Damage
 
 

@@ -196,6 +196,15 @@ def test_few_lines_of_metrics_are_enough(page: Make, metrics: list[dict[str, Any
     assert html.count("<svg ") > 0 or not metrics
 
 
+def test_a_number_that_is_none_does_not_spoil_its_neighbours(page: Make) -> None:
+    metrics = [*map(train, range(1, 400))]
+    for odd in (math.nan, math.inf, None):
+        metrics[200] = train(201, loss=odd)
+        html = page(stages=[stage(metrics=metrics)])
+        del metrics[200]["loss"]
+        assert html == page(stages=[stage(metrics=metrics)])
+
+
 def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
     alone = page(stages=[stage(metrics=[train(step) for step in range(1, 9)])])
     both = page(stages=[stage(metrics=[*map(train, range(1, 9)), validation(8)])])
