@@ -77,7 +77,6 @@ class DataSettings(_Settings):
     window: int = Field(512, ge=8, description="Tokens a training window.")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="More bad lines stop the run.")
     store: str | None = Field(None, description="Folder of token stores; default: the cache.")
-    workers: int = Field(0, ge=0, description="Tokenizing processes; 0 = one a core.")
 
 
 class OptimSettings(_Settings):

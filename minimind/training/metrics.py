@@ -41,7 +41,7 @@ class MetricsLog:
 
         Numbers that are not finite become null: JSON has no others.
         """
-        line = {
+        line: dict[str, Any] = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in (dict(figures) | dict(timing or {})).items()
         }

@@ -230,6 +230,7 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
                 max_bad_fraction=settings.max_bad_fraction,
                 folder=folder,
                 progress=reporter.progress,
+                say=reporter.say,
             )
         finally:
             reporter.stop()
