@@ -49,15 +49,16 @@ def demo(
     started = time.perf_counter()
     chosen = choose_device(device)
     preset = model or ("demo" if chosen.type == "cpu" else "small")
+    corpus = out / "corpus"
+    recipes = {stage: _recipe(stage, preset, str(chosen), out, corpus) for stage in _STAGES}
     if fresh:
         _clear(out)
     out.mkdir(parents=True, exist_ok=True)
 
     console.heading("1/6", "the corpus: a textbook of its own")
-    corpus = _corpus(out)
+    _corpus(corpus)
     console.heading("2/6", "the tokenizer")
     _tokenizer(out, corpus)
-    recipes = {stage: _recipe(stage, preset, str(chosen), out, corpus) for stage in _STAGES}
     results = {}
     for number, (stage, title) in enumerate(_STAGES.items(), 3):
         console.heading(f"{number}/6", title)
@@ -80,13 +81,12 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _corpus(out: Path) -> Path:
+def _corpus(corpus: Path) -> None:
     """Write the textbook's corpus, whole or not at all."""
     from minimind.data.textbook import load_subjects, write_corpus
 
-    corpus = out / "corpus"
     if not corpus.is_dir():
-        making = out / "corpus.making"
+        making = corpus.with_name("corpus.making")
         shutil.rmtree(making, ignore_errors=True)
         write_corpus(making, seed=_SEED, **_CORPUS)
         os.replace(making, corpus)
@@ -97,7 +97,6 @@ def _corpus(out: Path) -> Path:
         f"{facts:,} facts of {len(subjects)} subjects as prose, dialogues, preference pairs and "
         f"exams: {size / 1e6:.0f} MB in {corpus}"
     )
-    return corpus
 
 
 def _tokenizer(out: Path, corpus: Path) -> None:

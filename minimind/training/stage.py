@@ -152,7 +152,8 @@ def _clear(run: Path) -> None:
 def _keep_recipe(run: Path, recipe: Recipe) -> None:
     """Write the resolved recipe, or check that the one that is there is the same."""
     kept = run / "recipe.toml"
-    if kept.is_file():
+    begun = (run / "checkpoints").is_dir() or (run / "model").is_dir()
+    if kept.is_file() and begun:  # else a mistake ended it early, and there is nothing to lose
         changes = difference(load_recipe(kept).recipe, recipe)
         if changes:
             raise ConfigError(
