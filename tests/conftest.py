@@ -1,10 +1,14 @@
 """What many tests need: a small tokenizer."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from minimind.tokenizer import Tokenizer, train_tokenizer
+
+# Several threads on tiny matrices cost far more than they bring, above all on cores that are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TEXTS = [
     "长江是中国最长的河流，全长约六千三百公里。长江发源于青藏高原，最后流入东海。",

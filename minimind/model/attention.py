@@ -40,13 +40,17 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        if x.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] <= _PLAIN_UP_TO:
+        one = q.shape[2] == 1  # while decoding: copies would cost more than the attention itself
+        if not one:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
+        if trains_on_cpu and 1 < q.shape[2] <= _PLAIN_UP_TO:
             out = _plain_attention(q, k, v, mask)
         else:
-            causal = mask is None and q.shape[2] > 1
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and not one, enable_gqa=one
+            )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
             if kind == "cpu" and torch.is_grad_enabled():
                 normed: Tensor = _RMSNormOnCPU.apply(x.float(), self.weight, self.eps, dtype)
                 return normed
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):

@@ -93,7 +93,8 @@ class Transformer(nn.Module):
             positions = _positions_in(segments)
         elif past and tokens.shape[1] > 1:
             mask = _causal_mask(tokens.shape[1], past, tokens.device)[None, None]
-        cos, sin = self._rope_table(tokens.device)[:, positions].unsqueeze(-2)
+        table = self._rope_table(past + tokens.shape[1], tokens.device)
+        cos, sin = table[:, positions].unsqueeze(-2)
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, cache)
@@ -103,12 +104,12 @@ class Transformer(nn.Module):
         """[..., hidden] -> [..., vocab]."""
         return F.linear(hidden, self.head_weight)
 
-    def _rope_table(self, device: torch.device) -> Tensor:
-        if self._rope is None or self._rope.device != device:
+    def _rope_table(self, length: int, device: torch.device) -> Tensor:
+        """For as much of the context as is used: config.json may promise any length."""
+        if self._rope is None or self._rope.device != device or self._rope.shape[1] < length:
             config = self.config
-            self._rope = rope_table(
-                config.max_position_embeddings, config.head_dim, config.rope_theta, device
-            )
+            size = min(max(512, 1 << (length - 1).bit_length()), config.max_position_embeddings)
+            self._rope = rope_table(size, config.head_dim, config.rope_theta, device)
         return self._rope
 
 

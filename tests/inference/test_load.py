@@ -31,7 +31,7 @@ files = ["config.json", "model.safetensors", "tokenizer.json"]
 sound = {name: (directory / name).read_bytes() for name in files}
 KEYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters",
-    "tie_word_embeddings"]
+    "tie_word_embeddings", "max_position_embeddings"]
 VALUES = [-1, 0, 3, 10**12, 10**30, 1.5, float("nan"), float("inf"), "x", [], {}, [[]], True]
 
 def dumps(value):

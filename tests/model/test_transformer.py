@@ -68,7 +68,6 @@ def test_attention_of_training_and_of_reading_agree(
         torch.testing.assert_close(trained.detach(), model(tokens), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="the norm warns of a weight that is not float32")
 @torch.inference_mode()
 def test_bfloat16_is_close_and_silent(random_model: Callable[..., Transformer]) -> None:
     model = random_model("nano")
@@ -78,7 +77,6 @@ def test_bfloat16_is_close_and_silent(random_model: Callable[..., Transformer]) 
     assert (rough - exact).abs().mean() < 0.05 * exact.std()
 
 
-@pytest.mark.xfail(strict=True, reason="the table of angles is made for the whole context")
 @torch.inference_mode()
 def test_a_long_context_costs_nothing_until_it_is_used(
     random_model: Callable[..., Transformer],
