@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -163,6 +164,7 @@ class Child:
 
     def wait(self) -> int:
         """Its exit status, or minus the signal that ended it."""
+        self._lives.running = None
         return int(self._lives.answer()["status"])
 
 
@@ -171,6 +173,7 @@ class Lives:
 
     def __init__(self, output: Path) -> None:
         self.output = output  # what the latest one has printed
+        self.running: Child | None = None
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("driver.py"), output],
             stdin=subprocess.PIPE,
@@ -181,12 +184,14 @@ class Lives:
 
     def start(self, work: str, **arguments: Any) -> Child:
         """Begin `work`."""
+        self.stop()
         self.output.write_text("")
         assert self._process.stdin
         line = json.dumps({"work": work, "arguments": arguments}, default=str)
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        return Child(self.answer()["pid"], self)
+        self.running = Child(self.answer()["pid"], self)
+        return self.running
 
     def run(self, work: str, **arguments: Any) -> int:
         """Do `work` and wait: its exit status, or minus the signal that ended it."""
@@ -197,6 +202,13 @@ class Lives:
         assert self._process.stdout
         return dict(json.loads(self._process.stdout.readline()))
 
+    def stop(self) -> None:
+        """End what a test that failed has left running."""
+        if self.running:
+            os.kill(self.running.pid, signal.SIGKILL)
+            self.running.wait()
+
     def close(self) -> None:
         """End driver.py."""
+        self.stop()
         self._process.communicate("")
