@@ -45,9 +45,10 @@ def train(
                 return
             if limit := (limits or {}).get(str(done)):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            if done == pause_at:
+            # "At least": the one before may have saved a later step before it was killed.
+            if pause_at and done >= pause_at:
                 print("reached", flush=True)
-            if pause_at and done == pause_at + 6:
+            if pause_at and done >= pause_at + 6:
                 signal.pause()
 
     run_stage(load_recipe(None, flags=settings).recipe, reporter=Watched())
