@@ -1,5 +1,6 @@
 """Runs of the smallest model for the tests of this folder: in memory, from files, and killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from select import select
 from typing import Any
 
 import numpy as np
@@ -162,6 +164,16 @@ class Child:
     def __init__(self, pid: int, lives: "Lives") -> None:
         self.pid, self._lives = pid, lives
 
+    def wait_for(self, words: str) -> None:
+        """Wait until it has printed `words`."""
+        output, answers = self._lives.output, self._lives.answers
+
+        def is_over() -> bool:
+            return bool(select([answers], [], [], 0)[0])
+
+        wait_until(lambda: words in output.read_text() or is_over())
+        assert words in output.read_text(), output.read_text()
+
     def wait(self) -> int:
         """Its exit status, or minus the signal that ended it."""
         self._lives.running = None
@@ -182,14 +194,16 @@ class Lives:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
+        assert self._process.stdin and self._process.stdout
+        self._commands, self.answers = self._process.stdin, self._process.stdout
+
     def start(self, work: str, **arguments: Any) -> Child:
         """Begin `work`."""
         self.stop()
         self.output.write_text("")
-        assert self._process.stdin
         line = json.dumps({"work": work, "arguments": arguments}, default=str)
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
+        self._commands.write(line + "\n")
+        self._commands.flush()
         self.running = Child(self.answer()["pid"], self)
         return self.running
 
@@ -199,13 +213,13 @@ class Lives:
 
     def answer(self) -> dict[str, Any]:
         """What driver.py says next."""
-        assert self._process.stdout
-        return dict(json.loads(self._process.stdout.readline()))
+        return dict(json.loads(self.answers.readline()))
 
     def stop(self) -> None:
         """End what a test that failed has left running."""
         if self.running:
-            os.kill(self.running.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.running.pid, signal.SIGKILL)
             self.running.wait()
 
     def close(self) -> None:

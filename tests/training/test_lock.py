@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from small_runs import Lives, wait_until
+from small_runs import Lives
 
 from minimind.errors import TrainingError
 from minimind.training.lock import run_lock
@@ -48,7 +48,7 @@ def test_another_process_is_named_and_leaves_nothing_when_it_is_killed(
     tmp_path: Path, lives: Lives
 ) -> None:
     holder = lives.start("hold", run=tmp_path)
-    wait_until(lambda: "held" in lives.output.read_text())
+    holder.wait_for("held")
     with pytest.raises(TrainingError, match=f"process {holder.pid} "), run_lock(tmp_path):
         pytest.fail("two hold it")
     os.kill(holder.pid, signal.SIGKILL)

@@ -93,7 +93,7 @@ def test_ten_random_kills_change_nothing(
     settings = stage.settings(run)
     for step in sorted(dice.sample(range(1, STEPS - 8), KILLS)):
         child = lives.start("train", settings=settings, pause_at=step)
-        wait_until(lambda: "reached" in lives.output.read_text())
+        child.wait_for("reached")
         time.sleep(dice.uniform(0, 0.05))
         os.kill(child.pid, signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, lives.output.read_text()
