@@ -1,6 +1,7 @@
 """What many tests need: a small tokenizer."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from minimind.tokenizer import Tokenizer, train_tokenizer
 
 # Several threads on tiny matrices cost far more than they bring, above all on cores that are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell makes what it starts in the background deaf to Ctrl-C, and all that this starts after it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXTS = [
     "长江是中国最长的河流，全长约六千三百公里。长江发源于青藏高原，最后流入东海。",

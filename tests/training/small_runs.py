@@ -193,7 +193,6 @@ class Lives:
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-
         assert self._process.stdin and self._process.stdout
         self._commands, self.answers = self._process.stdin, self._process.stdout
 
