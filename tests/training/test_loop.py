@@ -1,5 +1,6 @@
 """The loop on runs in memory; rows 7 (for one process) and 11 of the reliability promises."""
 
+import copy
 import math
 import os
 import signal
@@ -20,7 +21,7 @@ from minimind.errors import TrainingError
 from minimind.inference.generate import generate
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
-from minimind.training.batch import TensorBatch
+from minimind.training.batch import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
 from minimind.training.objectives import Objective
 
@@ -124,6 +125,22 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     assert [line["learned"] for line in lines] == [3 * 128, 3 * 128, 128]
     means = [sum(single[:3]) / 3, sum(single[3:6]) / 3, single[6]]
     assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
+    tmp_path: Path, micro_batch: int
+) -> None:
+    job = nano_trainer(tmp_path, "sft", training__steps=1, training__micro_batch=micro_batch)
+    model = copy.deepcopy(job.model)
+    batch = to_device(job.data.batch(0, 4), job.device)
+    loss, count, _ = job.objective.loss(model, batch)
+    (loss / count).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    train(job)
+    [line] = metrics(tmp_path, "train")
+    assert line["learned"] == int(count) < 4 * 32
+    assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_the_gradient_is_clipped(tmp_path: Path) -> None:

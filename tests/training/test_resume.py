@@ -45,7 +45,7 @@ class Stage:
         self.more = settings
         self.whole = folder / f"{objective}-whole"
         assert lives.run("train", settings=self.settings(self.whole)) == 0, lives.output.read_text()
-        assert steps_done(self.whole) == STEPS
+        assert steps_done(self.whole) == STEPS // settings.get("training__log_every", 1)
         assert len(metrics(self.whole, "validation")) == STEPS // 10
 
     def settings(self, run: Path, **more: Any) -> dict[str, Any]:
@@ -79,7 +79,9 @@ def tuning(
 ) -> Stage:
     folder, sources = tmp_path_factory.mktemp("tuning"), [str(corpus / "chat.jsonl")]
     start = str(pretraining.whole / "model")
-    return Stage("sft", folder, lives, data__sources=sources, model__init=start)
+    settings = {"data__sources": sources, "model__init": start}
+    # A checkpoint of an odd step holds half a line of metrics.
+    return Stage("sft", folder, lives, training__log_every=2, **settings)
 
 
 @pytest.mark.parametrize("name", ["pretraining", "tuning"])
