@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimind.config.settings import Recipe
 from minimind.data.packing import Mix
-from minimind.errors import TrainingError
+from minimind.errors import CheckpointError, TrainingError
 from minimind.model import Transformer
 from minimind.training.batch import to_device
 from minimind.training.checkpoint import latest_checkpoint, save_checkpoint
@@ -53,10 +53,10 @@ class Sums:
     count: Tensor | int = 0
     more: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, loss: Tensor, count: Tensor, more: dict[str, Tensor]) -> None:
-        self.loss = self.loss + loss.detach()
-        self.count = self.count + count
-        self.more = {key: self.more.get(key, 0.0) + value for key, value in more.items()}
+    def add(self, other: "Sums") -> None:
+        self.loss = self.loss + other.loss
+        self.count = self.count + other.count
+        self.more = {key: self.more.get(key, 0.0) + value for key, value in other.more.items()}
 
     def state(self) -> dict[str, Any]:
         """As JSON; single precision survives the way through Python's doubles exactly."""
@@ -102,6 +102,7 @@ class Trainer:
     precision: Precision
     reporter: Reporter
     write_samples: Callable[[], list[dict[str, str]]] = list  # {"prompt", "text"} each validation
+    data_sha256: str = ""  # of what the windows are made from
 
 
 def train(job: Trainer) -> Outcome:
@@ -116,19 +117,25 @@ def train(job: Trainer) -> Outcome:
     log = MetricsLog(
         job.run / "metrics.jsonl", trackers=recipe.training.trackers, name=job.run.name
     )
-    at = _resume(job, optimizers, log)
     model = job.model
     if recipe.training.compile:
         model = cast(Transformer, torch.compile(job.model))
     tokens_a_step = batch * recipe.data.window
     skipped = 0
-    job.reporter.start("training", job.num_steps, at.step)
-    with contextlib.closing(log), _stop_requests() as stop_requested:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(log))
+        stack.callback(job.reporter.stop)
+        stop_requested = stack.enter_context(_stop_requests())
+        at = _resume(job, optimizers, log)
+        saved = at.step
+        job.reporter.start("training", job.num_steps, at.step)
         while at.step < job.num_steps:
             clock = time.perf_counter()
             optimizers.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
             sums = Sums()
             for sample in range(at.step * batch, (at.step + 1) * batch, job.micro_batch):
+                if stop_requested():
+                    break
                 waiting = time.perf_counter()
                 windows = to_device(job.data.batch(sample, job.micro_batch), job.device)
                 at.data_s += time.perf_counter() - waiting
@@ -136,9 +143,11 @@ def train(job: Trainer) -> Outcome:
                     loss, count, more = job.objective.loss(model, windows)
                 # A fixed divisor keeps fp16 in range; the true one is known after the last part.
                 (loss * (job.precision.scaler.scale / tokens_a_step)).backward()
-                sums.add(loss, count, more)
-                at.interval.add(loss, count, more)
+                sums.add(Sums(loss.detach(), count, more))
+            if stop_requested():  # a step may take minutes: the run that goes on does it again
+                break
             norm = _step(job, optimizers, int(sums.count), tokens_a_step)
+            at.interval.add(sums)
             at.step += 1
             skipped = 0 if norm is not None else skipped + 1
             if skipped:
@@ -147,7 +156,7 @@ def train(job: Trainer) -> Outcome:
             at.interval_s += seconds
             at.elapsed_s += seconds
 
-            last, stopping = at.step == job.num_steps, stop_requested()
+            last = at.step == job.num_steps
             if at.step % recipe.training.log_every == 0 or last:
                 _log(job, log, optimizers, at, norm)
             if job.held_out and (at.step % recipe.validation.every == 0 or last):
@@ -155,11 +164,11 @@ def train(job: Trainer) -> Outcome:
                 log.write({"kind": "validation", "step": at.step} | at.validation)
                 for written in job.write_samples():
                     log.write({"kind": "sample", "step": at.step} | written)
-            if at.step % recipe.checkpoint.every == 0 or last or stopping:
+            if at.step % recipe.checkpoint.every == 0 or last:
                 _save(job, optimizers, log, at)
-            if stopping:
-                break
-    job.reporter.stop()
+                saved = at.step
+        if at.step > saved:
+            _save(job, optimizers, log, at)
     return Outcome(at.step, job.num_steps, at.elapsed_s, at.step * tokens_a_step, at.validation)
 
 
@@ -228,7 +237,7 @@ def validate(job: Trainer, model: Transformer) -> dict[str, float]:
         count = min(_VALIDATION_WINDOWS, num_windows - at)
         windows = to_device(job.held_out.batch(at, count), job.device)
         with job.precision.autocast():
-            sums.add(*job.objective.loss(model, windows))
+            sums.add(Sums(*job.objective.loss(model, windows)))
     model.train()
     return sums.figures(job.objective)
 
@@ -245,7 +254,7 @@ def _save(job: Trainer, optimizers: Optimizers, log: MetricsLog, at: _Progress) 
         state=vars(at)
         | {"interval": at.interval.state()}
         | {"metrics_offset": log.offset, "scaler": job.precision.scaler.state()}
-        | {"micro_batch": job.micro_batch},
+        | {"micro_batch": job.micro_batch, "data_sha256": job.data_sha256},
         keep=job.recipe.checkpoint.keep,
     )
 
@@ -257,13 +266,18 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
     if checkpoint is None:
         log.truncate(0)
         return _Progress()
+    state = dict(checkpoint.state)
+    if state.pop("data_sha256") != job.data_sha256:
+        raise CheckpointError(
+            f"{job.run}: the data or the tokenizer is not the one that this run began with. "
+            "Put it back, choose another --out, or start over with --fresh"
+        )
     job.model.load_state_dict(checkpoint.model)
     optimizer = dict(checkpoint.optimizer)
     torch.set_rng_state(optimizer.pop("rng/cpu"))
     if "rng/cuda" in optimizer:
         torch.cuda.set_rng_state(optimizer.pop("rng/cuda"), job.device)
     optimizers.load_state_tensors(optimizer)
-    state = dict(checkpoint.state)
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
     job.micro_batch = state.pop("micro_batch")  # another split of a batch rounds differently

@@ -1,5 +1,6 @@
 """A stage: from a recipe to a model directory, through token stores, loop and checkpoints."""
 
+import hashlib
 import json
 import math
 import os
@@ -57,10 +58,10 @@ def run_stage(
     run.mkdir(parents=True, exist_ok=True)
     with run_lock(run):
         if fresh:
-            _clear(run)
+            _clear(run, recipe)
         _keep_recipe(run, recipe)
         summary_file = run / "summary.json"
-        if summary_file.is_file():
+        if summary_file.is_file() and (run / "model").is_dir():
             return StageResult(run, run / "model", json.loads(summary_file.read_text("utf-8")))
         return _run(recipe, run, reporter, write_samples)
 
@@ -120,6 +121,7 @@ def prepare_stage(
         precision=precision,
         reporter=reporter,
         write_samples=lambda: write_samples(model, tokenizer),
+        data_sha256=_data_sha256(stores),
     )
     return Prepared(job, tokenizer, stores)
 
@@ -130,6 +132,7 @@ def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamp
     summary = _summary(prepared, outcome)
     if not outcome.finished:
         return StageResult(run, None, summary)
+    summary |= _baseline(prepared)
     save_model(run / "model", prepared.job.model, prepared.tokenizer)
     _write_atomically(run / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
     return StageResult(run, run / "model", summary)
@@ -141,12 +144,23 @@ def _run_directory(recipe: Recipe) -> Path:
     return Path(recipe.out)
 
 
-def _clear(run: Path) -> None:
-    """Forget an earlier run: only what a run is made of is removed."""
-    for name in ("checkpoints", "model"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("recipe.toml", "metrics.jsonl", "summary.json", "report.html"):
+def _clear(run: Path, recipe: Recipe) -> None:
+    """Forget an earlier run: only what a run is made of is removed.
+
+    Raises ConfigError when the stage is to begin with what would be removed.
+    """
+    for needed in (recipe.model.init, recipe.tokenizer):
+        if needed and Path(needed).resolve() in (run.resolve(), (run / "model").resolve()):
+            raise ConfigError(
+                f"{needed} would be removed by --fresh, and the run needs it; choose another --out"
+            )
+    # In this order: what is half removed is neither a finished run nor one of another recipe.
+    for name in ("summary.json", "report.html", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
+    for name in ("model", "tensorboard", "checkpoints"):
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+    (run / "recipe.toml").unlink(missing_ok=True)
 
 
 def _keep_recipe(run: Path, recipe: Recipe) -> None:
@@ -154,7 +168,8 @@ def _keep_recipe(run: Path, recipe: Recipe) -> None:
     kept = run / "recipe.toml"
     begun = (run / "checkpoints").is_dir() or (run / "model").is_dir()
     if kept.is_file() and begun:  # else a mistake ended it early, and there is nothing to lose
-        changes = difference(load_recipe(kept).recipe, recipe)
+        here = load_recipe(kept).recipe.model_copy(update={"out": recipe.out})  # it may have moved
+        changes = difference(here, recipe)
         if changes:
             raise ConfigError(
                 f"{run} holds a run of another recipe: "
@@ -245,6 +260,16 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
     )
 
 
+def _data_sha256(stores: _Stores) -> str:
+    """What a run may not change under its feet: texts, and how they became tokens."""
+    keys = ("kind", "schema", "validation_fraction", "tokenizer_sha256")
+    described = [
+        [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
+        for store in (*stores.sources, *stores.validation)
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
 def _mixes(
     recipe: Recipe, tokenizer: Tokenizer, stores: _Stores, reporter: Reporter
 ) -> tuple[Mix, Mix | None]:
@@ -293,13 +318,19 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         "device": str(job.device),
         "precision": job.precision.name,
     } | outcome.validation
-    if job.recipe.objective == "pretrain" and job.held_out is not None:
-        tokenizer = prepared.tokenizer
-        counts = sum(s.unigram_counts(tokenizer.vocab_size) for s in prepared.stores.sources)
-        summary["unigram_bits_per_byte"] = unigram_bits_per_byte(
-            np.asarray(counts), job.held_out, job.recipe.validation.windows, tokenizer.token_bytes
-        )
     return summary
+
+
+def _baseline(prepared: Prepared) -> dict[str, float]:
+    """What a model has to beat; it reads a good part of the data, so only a finished run has it."""
+    job, tokenizer = prepared.job, prepared.tokenizer
+    if job.recipe.objective != "pretrain" or job.held_out is None:
+        return {}
+    counts = sum(s.unigram_counts(tokenizer.vocab_size) for s in prepared.stores.sources)
+    bits = unigram_bits_per_byte(
+        np.asarray(counts), job.held_out, job.recipe.validation.windows, tokenizer.token_bytes
+    )
+    return {"unigram_bits_per_byte": bits}
 
 
 def unigram_bits_per_byte(

@@ -177,9 +177,32 @@ def test_a_stop_saves_and_gives_the_signals_back(tmp_path: Path, number: signal.
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     outcome = train(nano_trainer(tmp_path, reporter=Stopping(5, number)))
     assert not outcome.finished
-    assert outcome.steps in (5, 6)  # the next step may have begun
-    assert (tmp_path / "checkpoints" / f"step-{outcome.steps:08}").is_dir()
+    assert outcome.steps == 5
+    assert (tmp_path / "checkpoints" / "step-00000005").is_dir()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_stop_in_the_middle_of_a_step_does_not_wait_for_its_end(
+    tmp_path: Path, call: int
+) -> None:
+    """A large step takes minutes. What was done of it is done again, and the end is the same."""
+
+    def stop(loss: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    settings = {"training__steps": 3, "training__micro_batch": 1, "training__log_every": 3}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(nano_trainer(whole, **settings))
+    job = nano_trainer(run, **settings)
+    job.objective = Spoilt(job.objective, stop, {call})
+    outcome = train(job)
+    assert outcome.steps == (call - 1) // 4
+    assert (run / "checkpoints").exists() == (outcome.steps > 0)
+    assert train(nano_trainer(run, **settings)).finished
+    assert metrics(run) == metrics(whole)
+    assert files_of(run, 3) == files_of(whole, 3)
 
 
 # Row 7: bad numbers.
@@ -260,6 +283,7 @@ def test_the_third_halts_the_run_with_the_reason(tmp_path: Path) -> None:
         "(samples 24-27). Try a lower optim.lr"
     )
     assert len(told.lines) == 3
+    assert not told.open, "a progress bar that is left open hides the cursor"
     assert files_of(tmp_path, 6) == files_of(tmp_path, 4)
     assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
 

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from small_runs import Told, losses, metrics, nano_recipe, steps_done
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe
 from minimind.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     MinimindError,
@@ -148,11 +150,87 @@ def test_a_run_of_another_recipe_stays_and_the_difference_is_named(recipe: Make,
 def test_fresh_starts_over_and_leaves_what_is_not_of_a_run(recipe: Make, run: Path) -> None:
     do(recipe())
     (run / "notes.txt").write_text("mine")
+    (run / "tensorboard").mkdir()
     result = do(recipe(training__steps=3), fresh=True)
     assert result.summary["steps"] == 3
     assert [line["step"] for line in metrics(run, "train")] == [1, 2, 3]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert (run / "notes.txt").read_text() == "mine"
+    assert not (run / "tensorboard").exists()
+
+
+def test_a_run_that_saved_nothing_has_no_recipe_to_keep_to(
+    recipe: Make, run: Path, tmp_path: Path
+) -> None:
+    """Such as one whose data was mistyped."""
+    refused(recipe(data__sources=[str(tmp_path / "gone.jsonl")]), DataError)
+    assert do(recipe()).summary["steps"] == 5
+    assert load_recipe(run / "recipe.toml").recipe == recipe()
+
+
+def test_a_run_that_was_moved_or_is_called_by_another_path_is_the_same(
+    recipe: Make, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = do(recipe())
+    monkeypatch.chdir(tmp_path)
+    assert do(recipe(out=Path("run"))).summary == first.summary
+    run.rename(tmp_path / "moved")
+    assert do(recipe(out=tmp_path / "moved")).summary == first.summary
+
+
+@pytest.mark.parametrize("needed", ["run", "run/model"])
+def test_fresh_does_not_remove_what_the_run_starts_from(
+    recipe: Make, run: Path, tmp_path: Path, needed: str
+) -> None:
+    do(recipe())
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    tuned = recipe("sft", run, model__init=str(tmp_path / needed))
+    assert "would be removed by --fresh" in refused(tuned, ConfigError, fresh=True)
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_model_that_was_removed_is_written_again(recipe: Make, run: Path) -> None:
+    do(recipe())
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "model")
+    assert do(recipe()).model == run / "model"
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    recipe: Make, run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jsonl"
+    shutil.copy(corpus / "text.jsonl", own)
+    settings = {"data__sources": [str(own)]}
+    do(recipe(**settings))
+    (run / "summary.json").unlink()  # as if it had been stopped
+    content = own.read_bytes()
+    own.write_bytes(content + b'{"text": "more"}\n')
+    message = refused(recipe(**settings), CheckpointError)
+    assert message.startswith(f"{run}: the data or the tokenizer is not the one that this run")
+    own.write_bytes(content)  # the same bytes at another time
+    assert do(recipe(**settings)).summary["steps"] == 5
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(
+    recipe: Make, run: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    for size in (280, 290):
+        train_tokenizer(["长江很长。"] * 10, vocab_size=size).save(own)
+        if size == 280:
+            do(recipe(tokenizer=str(own)))
+            (run / "summary.json").unlink()
+    refused(recipe(tokenizer=str(own)), CheckpointError)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(recipe: Make, run: Path) -> None:
+    do(recipe())
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "step-00000005" / "state.json").write_text("{}")
+    assert "--fresh" in refused(recipe(), CheckpointError)
+    assert do(recipe(), fresh=True).summary["steps"] == 5
 
 
 def test_too_little_text(recipe: Make, tmp_path: Path) -> None:
