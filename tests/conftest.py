@@ -2,9 +2,11 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
@@ -33,6 +35,15 @@ TEXTS = [
     "def double(number):\n    return number * 2\n\nprint(double(21))\n",
     "第一行\n第二行\n\n第三行：苹果、香蕉、梨。\n\n\n最后一行！\n",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The same for this process, whatever the variable says; exact figures need a fixed number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

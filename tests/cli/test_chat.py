@@ -6,7 +6,6 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 
@@ -20,15 +19,6 @@ from minimind.data.read import BadLines, read_records
 from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Several threads on tiny matrices cost far more than they bring when the cores are busy.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments: object, stdin: str | bytes = "") -> Result:

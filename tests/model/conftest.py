@@ -1,6 +1,6 @@
 """Random models whose greedy choices are many and well apart."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,15 +29,6 @@ PROMPTS = [
     "🐼 熊猫 loves 竹子！\n\n第二行：bamboo, 竹笋。",
     "Mount Tai（泰山）在 Shandong 省，高 1,545 米。",
 ]
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Several threads on tiny matrices cost far more than they bring when the cores are busy.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -6,21 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 # small_runs.py is a module because golden figures are written, and children run, without pytest.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from small_runs import Lives
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on more threads, and exact figures need a fixed number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,6 @@ class Phrases:
     """Other words for that wish."""
     elliptic: tuple[str, ...]
     """The question before, asked of another entity."""
-    leads: tuple[str, ...]
-    """Openings of a question that changes the topic."""
     tails: tuple[str, ...]
     systems: tuple[str, ...]
     greetings: tuple[tuple[str, str], ...]
@@ -98,7 +96,6 @@ PHRASES = {
             "聊聊",
         ),
         elliptic=("那{name}呢？", "{name}呢？"),
-        leads=("那{q}", "换个话题，{q}", "再问一个，{q}", "还有，{q}", "{q}"),
         tails=("希望对你有帮助！", "还想知道什么，可以接着问我。"),
         systems=(
             "你是MiniMind，一个乐于助人的助手。",
@@ -144,7 +141,6 @@ PHRASES = {
         requests=(),
         about=(),
         elliptic=("And {name}?", "What about {name}?"),
-        leads=("Another question: {q}", "Now tell me: {q}", "{q}"),
         tails=("I hope this helps!", "Please ask me more."),
         systems=("You are MiniMind, a helpful assistant.", "You are a helpful assistant."),
         greetings=(("Hello!", "Hello! I am MiniMind. How can I help you?"),),
