@@ -203,11 +203,11 @@ def test_toml_values() -> None:
 
 
 def test_difference_names_what_differs() -> None:
-    here = load_recipe("pretrain-small").recipe
-    there = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
-    assert difference(here, there) == [
-        'out: not set here, "x" there',
-        "optim.lr: 0.001 here, 0.002 there",
+    kept = load_recipe("pretrain-small").recipe
+    given = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
+    assert difference(kept, given) == [
+        'out was not set and is now "x"',
+        "optim.lr was 0.001 and is now 0.002",
     ]
 
 
