@@ -21,7 +21,7 @@ _ASKED_IN_PROSE = 0.3  # share of a text's facts that stand as question and answ
 _BY_RELATION = 0.2  # share of texts that go along a column instead of along an entity
 _SENTENCES = 4  # a text has about so many
 _CASUAL = 0.3  # share of questions put more freely, before any frame
-_WITH_PARTICLE = 0.1
+_WITH_PARTICLE = 0.25  # of those that are neither framed nor bare
 _FRAMED = 0.6
 _AROUND, _WISHED = (
     0.25,
@@ -143,9 +143,9 @@ def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
     if chance < _FRAMED:
         asked = _framed(plain, phrases, rng)
     elif chance > 1 - _BARE:
-        asked = asked.rstrip("？?。.")
-    elif rng.random() < _WITH_PARTICLE / (1 - _FRAMED):
-        asked = _freely(asked, phrases.particles, rng)
+        asked = plain.rstrip("？?。.")
+    elif rng.random() < _WITH_PARTICLE:
+        asked = _freely(plain, phrases.particles, rng)
     framed_as_quiz = any(frame in asked.lower() for frame in NEVER_TRAINED)
     return plain if framed_as_quiz or normalise(asked) in held_out else asked
 
