@@ -135,10 +135,9 @@ def _sentence(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
 def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
     """A question for a fact: as the table has it, more freely, framed, or without its mark."""
     plain, chance = rng.choice(fact.questions), rng.random()
-    held_out = _held_out(fact.subject)
     if rng.random() < _CASUAL:
         freely = _freely(plain, phrases.casual, rng)
-        plain = plain if normalise(freely) in held_out else freely
+        plain = plain if _is_of_quiz(freely, fact.subject) else freely
     asked = plain
     if chance < _FRAMED:
         asked = _framed(plain, phrases, rng)
@@ -146,8 +145,15 @@ def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
         asked = plain.rstrip("？?。.")
     elif rng.random() < _WITH_PARTICLE:
         asked = _freely(plain, phrases.particles, rng)
-    framed_as_quiz = any(frame in asked.lower() for frame in NEVER_TRAINED)
-    return plain if framed_as_quiz or normalise(asked) in held_out else asked
+    return plain if _is_of_quiz(asked, fact.subject) else asked
+
+
+def _is_of_quiz(asked: str, subject: Subject) -> bool:
+    """Whether it has a frame that only the quiz may use, or ends with a question of the quiz."""
+    if any(frame in asked.lower() for frame in NEVER_TRAINED):
+        return True
+    text, held_out = normalise(asked), _held_out(subject)
+    return any(text[start:] in held_out for start in range(len(text)))
 
 
 def _freely(asked: str, ways: Sequence[tuple[str, str]], rng: random.Random) -> str:
