@@ -286,7 +286,7 @@ def _endless(fact: Fact, good: str, rng: random.Random) -> str:
     space = PHRASES[fact.subject.language].space
     whole = space.join([good, *(rng.choice(other.statements) for other in others)])
     cut = whole[: max(len(good) + 4, len(whole) - 6)]
-    while is_fluent(cut):  # the cut fell on the end of a sentence
+    while is_fluent(cut) or cut.endswith((".", "。")):  # the cut fell on the end of a sentence
         cut = cut[:-1]
     return cut
 

@@ -160,6 +160,27 @@ def test_each_fact_is_asked_equally_often(turns: Any, rivers: Subject) -> None:
     assert set(about.values()) == {passes} and len(about) == len(rivers.facts)
 
 
+def test_questions_are_asked_more_freely_too(rivers: Subject) -> None:
+    as_in_tables = {text for fact in rivers.facts for text in fact.questions}
+    asked = {talk[-2]["content"] for talk in islice(dialogues(9, "single", [rivers]), 6_000)}
+    assert {"长江注入哪儿？", "长江全长几公里？", "长江有多长", "长江有多长呀？"} <= asked
+    assert len(asked) > 20 * len(as_in_tables)
+
+
+def test_every_freer_wording_is_of_use_and_leaves_the_fact_alone() -> None:
+    facts = [fact for subject in load_subjects() for fact in subject.facts]
+    marks = re.compile("[“”《》]")
+    for language, phrases in PHRASES.items():
+        asked = [(f, q) for f in facts if f.subject.language == language for q in f.questions]
+        for pattern, word in (*phrases.casual, *phrases.particles):
+            freely = [(f, re.sub(pattern, word, q)) for f, q in asked if re.search(pattern, q)]
+            assert freely, pattern
+            for fact, text in freely:
+                bare = marks.sub("", fact.name)
+                if fact.asks_by_name and not bare[0].isdigit():  # 1公里, 3乘4 may be 一公里, 3乘以4
+                    assert bare in marks.sub("", text), (fact.name, text)
+
+
 @pytest.mark.parametrize("turns", ["single", "multi"])
 def test_roles_alternate_and_a_system_message_may_only_be_first(turns: str) -> None:
     for talk in items(turns):
