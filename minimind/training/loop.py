@@ -56,7 +56,7 @@ class Sums:
     def add(self, other: "Sums") -> None:
         self.loss = self.loss + other.loss
         self.count = self.count + other.count
-        self.more = {key: self.more.get(key, 0.0) + value for key, value in other.more.items()}
+        self.more = {key: self.more.get(key, 0) + value for key, value in other.more.items()}
 
     def state(self) -> dict[str, Any]:
         """As JSON; single precision survives the way through Python's doubles exactly."""
