@@ -270,9 +270,9 @@ def difference(here: Recipe, there: Recipe) -> list[str]:
     """The settings in which two recipes differ, as lines for people."""
     mine, theirs = _leaves(here.model_dump()), _leaves(there.model_dump())
     return [
-        f"{key}: {_told(mine[key])} here, {_told(theirs[key])} there"
-        for key in mine
-        if mine[key] != theirs[key]
+        f"{key}: {_told(mine.get(key))} here, {_told(theirs.get(key))} there"
+        for key in mine | theirs
+        if mine.get(key) != theirs.get(key)
     ]
 
 
@@ -300,10 +300,14 @@ def toml_value(value: Any) -> str:
     if isinstance(value, str):
         return '"' + "".join(map(_escaped, value)) + '"'
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {toml_value(v)}" for key, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     return str(value)  # a date, which no setting is, but which a recipe may hold by mistake
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def _escaped(character: str) -> str:

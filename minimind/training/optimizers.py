@@ -69,6 +69,7 @@ class Optimizers:
             for p in trained
             if settings.name == "muon" and p.ndim == 2 and ".layers." in f".{self._names[p]}"
         ]
+        assert len(by_muon) < len(trained), "AdamW has something to do"
         taken = set(by_muon)
         rest = [parameter for parameter in trained if parameter not in taken]
         decays = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay}
