@@ -79,7 +79,8 @@ def chat(
         size = sum(parameter.numel() for parameter in loaded.parameters())
         where = loaded.head_weight.device.type
         with_adapter = f" with {adapter}" if adapter else ""
-        _tell(f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}. /help lists the commands.")
+        told = f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
+        _tell(f"{told}. /help lists the commands.")
         _in_terminal(conversation)
     else:
         for line in stdin_lines():

@@ -78,9 +78,13 @@ class Record:
                 for message in given
             ]
 
-        text = None if self.text is None else fill_in(self.text, fill)
-        sides = (self.messages, self.chosen, self.rejected)
-        return Record(text, *map(messages, sides), schema=self.schema)
+        return replace(
+            self,
+            text=None if self.text is None else fill_in(self.text, fill),
+            messages=messages(self.messages),
+            chosen=messages(self.chosen),
+            rejected=messages(self.rejected),
+        )
 
     def _each_once(self) -> list[Message]:
         return self.messages or [*(self.chosen or []), *(self.rejected or [])[-1:]]

@@ -330,7 +330,9 @@ def _fill(
 def _noted(records: Iterable[Record], unfilled: "Counter[str]") -> Iterator[Record]:
     """The records; in how many of them each placeholder is left is counted on the way."""
     for record in records:
-        unfilled.update({key for text in record.texts if "{{" in text for key in placeholders(text)})
+        unfilled.update(
+            {key for text in record.texts if "{{" in text for key in placeholders(text)}
+        )
         yield record
 
 

@@ -24,8 +24,8 @@ def load_for_inference(
 
     A LoRA adapter (or its run directory) is merged into the weights: it costs no time afterwards.
 
-    Raises ResourceError for a device that is not there, ModelError for what is no model or adapter, and
-    TokenizerError when the tokenizer is broken or not that of the model.
+    Raises ResourceError for a device that is not there, ModelError for what is no model or no
+    adapter of it, and TokenizerError when the tokenizer is broken or not that of the model.
     """
     chosen = choose_device(device)
     directory = resolve_model_directory(path)

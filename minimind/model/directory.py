@@ -97,7 +97,7 @@ def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[
     are needed, when it cannot be written.
     """
     if directory.is_file() or (directory.is_dir() and not _may_replace(directory, mark)):
-        raise ModelError(f"{directory} is there and is no {kind}; give another directory")
+        raise ModelError(f"{directory} is there and is not a {kind}; give another directory")
     # Fixed names, so that what a killed process left is found and swept up here.
     work, old = (directory.with_name(f".{directory.name}.{part}") for part in ("new", "old"))
     try:

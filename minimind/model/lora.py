@@ -82,7 +82,7 @@ def _chosen(model: Transformer, targets: Sequence[str]) -> list[str]:
     groups: dict[str, set[str]] = {group: set() for group in (*_GROUPS, "all")}
     by_name: dict[str, set[str]] = {}
     for name, module in model.named_modules():
-        *_, parent, leaf = ("", *name.split("."))
+        parent, leaf = ["", *name.split(".")][-2:]
         for group, parents in _GROUPS.items():
             if isinstance(module, nn.Linear) and parent in parents:
                 by_name.setdefault(leaf, set()).add(name)
@@ -127,14 +127,14 @@ def save_adapter(directory: Path, model: Transformer, settings: LoRASettings, ba
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with written_whole(directory, "adapter", _CONFIG, size) as work:
+    with written_whole(directory, "LoRA adapter", _CONFIG, size) as work:
         save_file(tensors, work / _WEIGHTS, metadata={"format": "pt"})
         write_json(work / _CONFIG, config)
 
 
 def _target(name: str) -> str:
     """A module as `target_modules` names it; the routed experts have an input_linear too."""
-    *_, parent, leaf = name.split(".")
+    parent, leaf = name.split(".")[-2:]
     return f"{parent}.{leaf}" if parent == "shared_mlp" else leaf
 
 
@@ -164,7 +164,9 @@ def merge_adapter(model: Transformer, directory: Path) -> None:
     config = _read_config(directory)
     path = directory / _WEIGHTS
     if not path.is_file():
-        raise ModelError(f"{directory}: there is no {_WEIGHTS}; weights of other kinds are not read")
+        raise ModelError(
+            f"{directory}: there is no {_WEIGHTS}; weights of other kinds are not read"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             modules = _check_tensors(path, model, config, file)
@@ -191,7 +193,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         if not isinstance(raw, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as an adapter's configuration: {error}") from error
+        raise ModelError(f"{path}: cannot be read as a LoRA configuration: {error}") from error
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{path}: peft_type {kind!r} is not supported; LORA is")

@@ -131,8 +131,9 @@ def prepare_stage(
     reporter.say(
         f"{num_parameters:,} parameters"
         + (f" ({_count(model, trained=True):,} of them trained)" if recipe.lora else "")
-        + f" on {device} in {precision.name}; {data.order.epoch_size:,} windows of {recipe.data.window} tokens "
-        f"an epoch; {num_steps:,} steps of {recipe.training.batch} windows"
+        + f" on {device} in {precision.name}; {data.order.epoch_size:,} windows of "
+        f"{recipe.data.window} tokens an epoch; {num_steps:,} steps of "
+        f"{recipe.training.batch} windows"
     )
     job = Trainer(
         model=model,

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import losses, nano_trainer
+from small_runs import lora_settings, losses, nano_trainer
 
 from minimind.training.loop import train
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
-OBJECTIVES = ("pretrain", "sft")
+OBJECTIVES = ("pretrain", "sft", "lora")
 
 
 def machine() -> dict[str, Any]:
@@ -48,7 +48,9 @@ def processor() -> str:
 
 
 def curve(run: Path, objective: str) -> list[float]:
-    train(nano_trainer(run, objective, training__steps=STEPS))
+    settings = lora_settings(optim__lr=0.01) if objective == "lora" else {}
+    name = "sft" if objective == "lora" else objective
+    train(nano_trainer(run, name, training__steps=STEPS, **settings))
     return losses(run)
 
 

@@ -65,7 +65,8 @@ def write_corpus(
     """Write the corpus as JSON lines into `out`, sizes in characters, dialogues, pairs, questions.
 
     pretrain.jsonl, held-out.jsonl {"text"}; sft-single.jsonl, sft-multi.jsonl, identity.jsonl
-    {"conversations"}, the last with {{name}} and {{author}} in it; dpo.jsonl {"chosen", "rejected"}; exam.jsonl. The path of each, by its name without ending.
+    {"conversations"}, the last with {{name}} and {{author}} in it; dpo.jsonl {"chosen",
+    "rejected"}; exam.jsonl. The path of each, by its name without ending.
     No text is both in pretrain and in held-out.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,8 @@ def textbook_file(path: str, folder: Path, fill: Mapping[str, str]) -> str:
             os.replace(making, place)
     except OSError as error:
         raise ResourceError(
-            f"{place}: cannot be written ({error.strerror}); give another folder with data.store=DIR"
+            f"{place}: cannot be written ({error.strerror}); "
+            "give another folder with data.store=DIR"
         ) from error
     finally:
         making.unlink(missing_ok=True)
