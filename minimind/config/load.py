@@ -266,13 +266,13 @@ def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def difference(here: Recipe, there: Recipe) -> list[str]:
-    """The settings in which two recipes differ, as lines for people."""
-    mine, theirs = _leaves(here.model_dump()), _leaves(there.model_dump())
+def difference(kept: Recipe, given: Recipe) -> list[str]:
+    """The settings in which a run's recipe and the one now given differ, as lines for people."""
+    before, now = _leaves(kept.model_dump()), _leaves(given.model_dump())
     return [
-        f"{key}: {_told(mine.get(key))} here, {_told(theirs.get(key))} there"
-        for key in mine | theirs
-        if mine.get(key) != theirs.get(key)
+        f"{key} was {_told(before.get(key))} and is now {_told(now.get(key))}"
+        for key in before | now
+        if before.get(key) != now.get(key)
     ]
 
 

@@ -206,8 +206,9 @@ def _keep_recipe(run: Path, recipe: Recipe) -> None:
     kept = run / "recipe.toml"
     begun = any((run / name).is_dir() for name in ("checkpoints", "model", "adapter"))
     if kept.is_file() and begun:  # else a mistake ended it early, and there is nothing to lose
-        here = load_recipe(kept).recipe.model_copy(update={"out": recipe.out})  # it may have moved
-        changes = difference(here, recipe)
+        begun_with = load_recipe(kept).recipe
+        # Only its place may have changed.
+        changes = difference(begun_with.model_copy(update={"out": recipe.out}), recipe)
         if changes:
             raise ConfigError(
                 f"{run} holds a run of another recipe: "

@@ -96,7 +96,7 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
 
     # Another recipe in its place is refused; --fresh is how to mean it.
     message = place.error("train", "out/chat/recipe.toml", "training.steps=2")
-    assert message.startswith("out/chat holds a run of another recipe: training.steps: ")
+    assert message.startswith("out/chat holds a run of another recipe: training.steps was ")
     place.run_here("train", "out/chat/recipe.toml", "training.steps=2", "--fresh")
     assert json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))["steps"] == 2
 

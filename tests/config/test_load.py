@@ -203,11 +203,11 @@ def test_toml_values() -> None:
 
 
 def test_difference_names_what_differs() -> None:
-    here = load_recipe("pretrain-small").recipe
-    there = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
-    assert difference(here, there) == [
-        'out: not set here, "x" there',
-        "optim.lr: 0.001 here, 0.002 there",
+    kept = load_recipe("pretrain-small").recipe
+    given = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
+    assert difference(kept, given) == [
+        'out was not set and is now "x"',
+        "optim.lr was 0.001 and is now 0.002",
     ]
 
 
@@ -215,3 +215,29 @@ def test_setting_names_reach_into_groups() -> None:
     names = setting_names()
     assert {"objective", "model.init", "data.sources", "optim.lr"} <= set(names)
     assert "optim" not in names
+
+
+def test_lora_is_there_or_not_and_fill_holds_any_words(tmp_path: Path) -> None:
+    plain = load_recipe("sft-small").recipe
+    assert plain.lora is None and "[lora]" not in dump_recipe(plain)
+    given = ["lora.rank=4", "data.fill.name=小明", 'data.fill.author="李雷 }\\""']
+    adapted = load_recipe("sft-small", overrides=given).recipe
+    assert adapted.lora is not None and (adapted.lora.rank, adapted.lora.alpha) == (4, 16.0)
+    assert adapted.data.fill == {"name": "小明", "author": '李雷 }"'}
+    strange = adapted.model_copy(
+        update={"data": adapted.data.model_copy(update={"fill": {"作者 1": "李雷"}})}
+    )
+    for recipe in (plain, adapted, strange):
+        path = tmp_path / "recipe.toml"
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert load_recipe(path).recipe == recipe
+    assert "lora.rank was not set and is now 4" in difference(plain, adapted)
+    with pytest.raises(ConfigError, match=r"lora\.rnak is not a setting; did you mean lora\.rank"):
+        load_recipe("sft-small", overrides=["lora.rnak=4"])
+
+
+@pytest.mark.parametrize("name", ["lora-small", "lora-identity", "lora-medical"])
+def test_recipes_of_lora_hang_together(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    assert recipe.lora is not None
+    assert (recipe.objective, recipe.optim.name) == ("sft", "adamw")

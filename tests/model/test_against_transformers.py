@@ -81,6 +81,28 @@ def test_greedy_tokens_are_equal(
 ) -> None:
     name, ours, theirs = pair
     number, length = (3, 48) if name.startswith("small") else (20, 256)
+    _check_greedy(ours, theirs, tokenizer, prompts, number, length)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_greedy_tokens_of_small_are_equal(
+    pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
+) -> None:
+    name, ours, theirs = pair
+    if name.startswith("nano"):
+        pytest.skip("done on each change")
+    _check_greedy(ours, theirs, tokenizer, prompts, 20, 256)
+
+
+def _check_greedy(
+    ours: Transformer,
+    theirs: torch.nn.Module,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    number: int,
+    length: int,
+) -> None:
     chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
     written = generate(
         ours, chosen, max_new_tokens=length, sampling=Sampling(temperature=0), stop_ids=set()

@@ -149,8 +149,9 @@ def test_a_run_of_lora_is_no_model_to_start_from(recipe: Any, tmp_path: Path) ->
 
 def test_other_lora_settings_are_another_recipe(recipe: Any) -> None:
     do(recipe())
-    assert "lora.rank: 4 here, 5 there" in refused(recipe(lora__rank=5), ConfigError)
-    assert "lora" in refused(recipe().model_copy(update={"lora": None}), ConfigError)
+    assert "lora.rank was 4 and is now 5" in refused(recipe(lora__rank=5), ConfigError)
+    whole = refused(recipe().model_copy(update={"lora": None}), ConfigError)
+    assert "lora.rank was 4 and is now not set" in whole
 
 
 def test_fresh_forgets_an_adapter(recipe: Any, tmp_path: Path) -> None:
