@@ -244,7 +244,8 @@ def _unknown(key: str) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?`, or nothing."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = [full for full in names if full.endswith(f".{name}")]  # the group left out
+    close = close or difflib.get_close_matches(name, names, n=1)
     if not close:  # the right name, or nearly, in the wrong group
         by_last = {name.rpartition(".")[2]: name for name in reversed(names)}
         close = difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)
