@@ -128,16 +128,20 @@ def prepare_stage(
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.batch
     )
+    active = model.num_active_parameters
+    at_work = f" ({active:,} at work on a token)" if active < num_parameters else ""
     reporter.say(
-        f"{num_parameters:,} parameters"
-        + (f" ({_count(model, trained=True):,} of them trained)" if recipe.lora else "")
+        f"{num_parameters:,} parameters{at_work}"
+        + (f", {_count(model, trained=True):,} of them trained," if recipe.lora else "")
         + f" on {device} in {precision.name}; {data.order.epoch_size:,} windows of "
         f"{recipe.data.window} tokens an epoch; {num_steps:,} steps of "
         f"{recipe.training.batch} windows"
     )
     job = Trainer(
         model=model,
-        objective=NextToken(tokenizer.token_bytes, device),
+        objective=NextToken(
+            tokenizer.token_bytes, device, router_balance=recipe.training.router_balance
+        ),
         data=data,
         held_out=held_out,
         recipe=recipe,
@@ -391,6 +395,8 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         "device": str(job.device),
         "precision": job.precision.name,
     }
+    if (active := job.model.num_active_parameters) < summary["parameters"]:
+        summary["active_parameters"] = active
     if job.recipe.lora:
         summary["base"] = job.recipe.model.init
     first = {f"first_{name}": value for name, value in outcome.first.items()}

@@ -74,7 +74,7 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("seed = 1979-05-27\n", ":2: seed = 1979-05-27 will not do: it should be"),
         ("optim = 3\n", ":2: optim = 3 will not do: it should be a group of settings"),
         ("[training]\nprecision = 'bf8'\n", "it should be 'auto', 'bf16', 'fp16' or 'fp32'"),
-        ("[model]\npreset = 'smal'\n", "it should be one of nano, demo, small, base"),
+        ("[model]\npreset = 'smal'\n", "it should be one of nano, nano-moe, demo"),
         ("[[data.sources]]\npath = 'a'\nwait = 2\n", ":2: data.sources.0.wait is not a setting"),
         (
             "[training]\nbatch = 10\nmicro_batch = 4\n",
@@ -168,7 +168,7 @@ def test_packaged_recipes_load_and_survive_a_dump(name: str, tmp_path: Path) -> 
     recipe = load_recipe(name).recipe
     kind = name.replace("lora", "sft") if recipe.lora else name
     assert recipe.objective in kind.split("-")
-    shapes = {"pretrain-base": "base", "demo-pretrain": "demo"}
+    shapes = {"pretrain-base": "base", "pretrain-moe": "moe", "demo-pretrain": "demo"}
     assert recipe.model.preset == shapes.get(name, "small")
     again = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
     assert again == recipe

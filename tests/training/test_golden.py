@@ -20,7 +20,7 @@ from minimind.training.loop import train
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
-OBJECTIVES = ("pretrain", "sft", "lora")
+OBJECTIVES = ("pretrain", "sft", "pretrain-moe", "lora")
 
 
 def machine() -> dict[str, Any]:
@@ -48,9 +48,10 @@ def processor() -> str:
 
 
 def curve(run: Path, objective: str) -> list[float]:
+    kind = "sft" if objective == "lora" else objective.removesuffix("-moe")
     settings = lora_settings(optim__lr=0.01) if objective == "lora" else {}
-    name = "sft" if objective == "lora" else objective
-    train(nano_trainer(run, name, training__steps=STEPS, **settings))
+    preset = "nano-moe" if objective.endswith("-moe") else "nano"
+    train(nano_trainer(run, kind, training__steps=STEPS, model__preset=preset, **settings))
     return losses(run)
 
 
