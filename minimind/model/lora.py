@@ -298,7 +298,7 @@ def _check_tensors(
 def _is_target(name: str, targets: str | list[str]) -> bool:
     """As peft decides it: a list of names or their ends, or one regular expression."""
     if targets in ("all-linear", ["all-linear"]):
-        return name != "lm_head"
+        return name != "lm_head" and not name.endswith("router.layer")
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
