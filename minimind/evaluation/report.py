@@ -132,7 +132,8 @@ def write_report(
             "Loss",
             "How surprised the model is by the next token, in nats: 0 would mean never. Good is a "
             "curve that falls fast, then slowly, with validation (text that is not trained on) "
-            "close to train. If validation rises while train falls, the model learns by heart.",
+            "close to train. If validation rises while train falls, the model learns by heart. "
+            "Where general data has a line, its rise shows how much of that is being forgotten.",
             _plots(stages, "loss", "nats per token"),
         ),
         (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minimind.evaluation.report import StageReport, write_report
+from minimind.evaluation.report import StageReport, _lines, write_report
 
 Make = Callable[..., str]
 SECTIONS = [
@@ -252,3 +252,16 @@ def test_a_stage_is_read_from_its_run_directory(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"loss": 1.5}', encoding="utf-8")
     (tmp_path / "recipe.toml").write_text("# 一\n", encoding="utf-8")
     assert StageReport.read("sft", tmp_path) == StageReport("sft", {"loss": 1.5}, lines, "# 一\n")
+
+
+def test_general_data_has_a_line_of_its_own(page: Make) -> None:
+    general = {"general_loss": 2.0, "general_bits_per_byte": 0.7}
+    lines = [train(1), validation(1) | general, train(2), validation(2) | general]
+    found = _lines(lines, "loss")
+    assert found["general"] == [(1, 2.0), (2, 2.0)] and found.keys() == {
+        "train",
+        "validation",
+        "general",
+    }
+    assert _lines(lines, "bits_per_byte")["general"] == [(1, 0.7), (2, 0.7)]
+    assert page(stages=[stage("lora", lines)]) != page(stages=[stage("lora", lines[:1])])
