@@ -109,7 +109,8 @@ def _start(
     """
 
 
-for _verb in (demo.demo, train.pretrain, train.sft, train.train, chat.chat, generate.generate):
+_TRAINING = (train.pretrain, train.sft, train.dpo, train.train)
+for _verb in (demo.demo, *_TRAINING, chat.chat, generate.generate):
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")

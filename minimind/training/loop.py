@@ -27,7 +27,7 @@ from minimind.training.reporter import Reporter
 from minimind.training.schedule import lr_fraction
 
 _MAX_SKIPPED = 3  # steps with bad numbers in a row before the run halts
-_VALIDATION_WINDOWS = 8  # at once
+VALIDATION_WINDOWS = 8  # at once
 
 
 @dataclass
@@ -188,8 +188,10 @@ def _log(
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
         | {"data_share": at.data_s / at.interval_s},
     )
-    note = f"loss {figures['loss']:.3f} {rate / 1000:,.1f}k tokens/s"
+    note = f"{job.objective.note(figures)} {rate / 1000:,.1f}k tokens/s"
     job.reporter.progress(at.step, job.num_steps, note)
+    if warning := job.objective.warning(at.step / job.num_steps, figures):
+        job.reporter.say(warning)
     at.interval, at.interval_s, at.data_s = Sums(), 0.0, 0.0
 
 
@@ -233,8 +235,8 @@ def validate(job: Trainer, model: Transformer) -> dict[str, float]:
     model.eval()
     sums = Sums()
     num_windows = min(job.recipe.validation.windows, job.held_out.order.epoch_size)
-    for at in range(0, num_windows, _VALIDATION_WINDOWS):
-        count = min(_VALIDATION_WINDOWS, num_windows - at)
+    for at in range(0, num_windows, VALIDATION_WINDOWS):
+        count = min(VALIDATION_WINDOWS, num_windows - at)
         windows = to_device(job.held_out.batch(at, count), job.device)
         with job.precision.autocast():
             sums.add(Sums(*job.objective.loss(model, windows)))
@@ -269,8 +271,8 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
     state = dict(checkpoint.state)
     if state.pop("data_sha256") != job.data_sha256:
         raise CheckpointError(
-            f"{job.run}: the data or the tokenizer is not the one that this run began with. "
-            "Put it back, choose another --out, or start over with --fresh"
+            f"{job.run}: the data, the tokenizer or the model is not the one that this run began "
+            "with. Put it back, choose another --out, or start over with --fresh"
         )
     job.model.load_state_dict(checkpoint.model)
     optimizer = dict(checkpoint.optimizer)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
 from minimind.config.settings import Recipe
-from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
-from minimind.data.store import Split, TokenStore, open_store
+from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
+from minimind.data.store import Kind, Split, TokenStore, open_store
 from minimind.errors import ConfigError, DataError, TokenizerError
 from minimind.model import Transformer, load_model, resolve_model_directory, save_model
 from minimind.model.device import choose_device
@@ -25,10 +25,15 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.lock import run_lock
 from minimind.training.loop import Outcome, Trainer, train
 from minimind.training.memory import choose_micro_batch
+from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
+from minimind.training.objectives.preference import Preference
 from minimind.training.precision import choose_precision
+from minimind.training.reference import FILE as REFERENCE
+from minimind.training.reference import fill_references, weights_sha256
 from minimind.training.reporter import Reporter
 
+_KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "dpo": "pairs"}
 # (model, tokenizer) -> {"prompt", "text"} for each prompt; decoding is not this room's business.
 WriteSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
 
@@ -110,7 +115,7 @@ def prepare_stage(
     )
     job = Trainer(
         model=model,
-        objective=NextToken(tokenizer.token_bytes, device),
+        objective=_objective(recipe, tokenizer, device),
         data=data,
         held_out=held_out,
         recipe=recipe,
@@ -121,13 +126,15 @@ def prepare_stage(
         precision=precision,
         reporter=reporter,
         write_samples=lambda: write_samples(model, tokenizer),
-        data_sha256=_data_sha256(stores),
+        data_sha256=_data_sha256(stores, model if recipe.objective == "dpo" else None),
     )
     return Prepared(job, tokenizer, stores)
 
 
 def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples) -> StageResult:
     prepared = prepare_stage(recipe, reporter=reporter, write_samples=write_samples)
+    if recipe.objective == "dpo":
+        fill_references(prepared.job)
     outcome = train(prepared.job)
     summary = _summary(prepared, outcome)
     if not outcome.finished:
@@ -155,7 +162,7 @@ def _clear(run: Path, recipe: Recipe) -> None:
                 f"{needed} would be removed by --fresh, and the run needs it; choose another --out"
             )
     # In this order: what is half removed is neither a finished run nor one of another recipe.
-    for name in ("summary.json", "report.html", "metrics.jsonl"):
+    for name in ("summary.json", "report.html", "metrics.jsonl", REFERENCE):
         (run / name).unlink(missing_ok=True)
     for name in ("model", "tensorboard", "checkpoints"):
         if (run / name).exists():
@@ -240,7 +247,7 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
             return open_store(
                 path,
                 tokenizer,
-                kind="chat" if recipe.objective == "sft" else "text",
+                kind=_KINDS[recipe.objective],
                 schema=settings.record_schema,
                 validation_fraction=fraction,
                 max_bad_fraction=settings.max_bad_fraction,
@@ -260,14 +267,21 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
     )
 
 
-def _data_sha256(stores: _Stores) -> str:
-    """What a run may not change under its feet: texts, and how they became tokens."""
+def _objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Objective:
+    if recipe.objective == "dpo":
+        return Preference(recipe.dpo)
+    return NextToken(tokenizer.token_bytes, device)
+
+
+def _data_sha256(stores: _Stores, reference: Transformer | None) -> str:
+    """What a run may not change under its feet: texts, how they became tokens, a reference."""
     keys = ("kind", "schema", "validation_fraction", "tokenizer_sha256")
     described = [
         [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
         for store in (*stores.sources, *stores.validation)
     ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    weights = [weights_sha256(reference)] if reference else []
+    return hashlib.sha256(json.dumps(described + weights).encode()).hexdigest()
 
 
 def _mixes(
@@ -279,15 +293,19 @@ def _mixes(
         shards = store.shards(split)
         if recipe.objective == "pretrain":
             return TextWindows(shards, recipe.data.window)
-        chat = ChatWindows(shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed)
+        pairs = recipe.objective == "dpo"
+        packed = (PairWindows if pairs else ChatWindows)(
+            shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed
+        )
         if split == "train":
-            report = chat.report
+            report = packed.report
+            alike = f", {report.identical:,} because both sides are the same" * pairs
             reporter.say(
-                f"{report.conversations:,} conversations in {report.windows:,} windows, "
-                f"{report.fill:.1%} full; {report.cut:,} cut at the window's end, "
-                f"{report.unsupervised:,} left out because no answer was left"
+                f"{report.conversations:,} {'pairs' if pairs else 'conversations'} in "
+                f"{report.windows:,} windows, {report.fill:.1%} full; {report.cut:,} cut at the "
+                f"window's end, {report.unsupervised:,} left out because no answer was left{alike}"
             )
-        return chat
+        return packed
 
     weights = [source.weight for source in recipe.data.sources]
     data = Mix([windows(store, "train") for store in stores.sources], weights, recipe.seed)

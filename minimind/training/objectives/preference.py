@@ -1,0 +1,109 @@
+"""Direct preference optimisation: of two answers to one prompt, make the better one likelier.
+
+With r(answer) = log p(answer | prompt) - log p_reference(answer | prompt), in nats, and
+d = r(chosen) - r(rejected), the loss of a pair is
+
+    sigmoid       -log sigmoid(beta d)       Rafailov et al. 2023, equation 7
+    ipo           (d - 1 / (2 beta))^2       Azar et al. 2023, equation 17
+    sigmoid_norm  -log sigmoid(beta d)       Lambert et al. 2024 (Tülu 3), section 5.1
+
+where ipo and sigmoid_norm take the mean over the answer's tokens for r, and sigmoid the sum.
+With label smoothing e, a sigmoid loss is (1 - e) of itself and e of that of the swapped pair
+(Mitchell 2023, "cDPO").
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.config.settings import DPOSettings
+from minimind.data.packing import IGNORED
+from minimind.model import Transformer
+from minimind.training.batch import TensorBatch
+from minimind.training.objectives.next_token import linear_cross_entropy
+
+_JUDGED_AFTER = 0.3  # of the run
+_STILL = 0.01  # a loss nearer than this share to where it began has not moved
+_SUMS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+
+
+class Preference:
+    """The DPO loss of each pair, in nats (that of ipo in none)."""
+
+    def __init__(self, settings: DPOSettings) -> None:
+        self._settings = settings
+        self._warned = False
+
+    def loss(
+        self, model: Transformer, batch: TensorBatch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum over pairs, their number, and sums of rewards, log-probabilities and hits."""
+        assert batch.pairs is not None, "windows of preference pairs"
+        settings, reference = self._settings, batch.pairs.reference
+        logps, lengths = answer_logps(model, batch)
+        ratios = logps - reference
+        if settings.loss != "sigmoid":
+            ratios = ratios / lengths
+        margins = ratios[:, 0] - ratios[:, 1]
+        if settings.loss == "ipo":
+            losses = (margins - 1 / (2 * settings.beta)).square()
+        else:
+            smoothing, scaled = settings.label_smoothing, settings.beta * margins
+            losses = -F.logsigmoid(scaled) * (1 - smoothing) - F.logsigmoid(-scaled) * smoothing
+        totals = torch.cat([settings.beta * ratios, logps], 1).detach().sum(0).unbind()
+        won = (margins.detach().sign() + 1) / 2  # half a point for a tie
+        likelier = (logps[:, 0] > logps[:, 1]).sum()
+        more = {"accuracy": won.sum(), "ranking_accuracy": likelier.float()}
+        count = torch.tensor(len(reference))
+        more |= {"pairs": count.float()} | dict(zip(_SUMS, totals, strict=True))
+        return losses.sum(), count, more
+
+    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        """Means over pairs.
+
+        rewards/…: beta r of both sides and of their difference, the margin; accuracy: share of
+        pairs with a margin above 0; ranking_accuracy: share of pairs whose chosen answer the
+        model finds likelier than the rejected one, whatever the reference does; logps/…: nats.
+        """
+        means = {key: value / max(sums["pairs"], 1.0) for key, value in sums.items()}
+        del means["pairs"]
+        margin = means["rewards/chosen"] - means["rewards/rejected"]
+        return {"loss": loss} | means | {"rewards/margin": margin}
+
+    def note(self, figures: dict[str, float]) -> str:
+        """Loss, accuracy and margin."""
+        return (
+            f"loss {figures['loss']:.3f} accuracy {figures['accuracy']:.0%} "
+            f"margin {figures['rewards/margin']:.2f}"
+        )
+
+    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+        """Of a learning rate that is too small: the loss stays where it began."""
+        beta = self._settings.beta
+        start = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
+        if self._warned or share < _JUDGED_AFTER or figures["loss"] < (1 - _STILL) * start:
+            return None
+        self._warned = True
+        return (
+            f"after {share:.0%} of the run the loss is {figures['loss']:.4f}, and it began at "
+            f"{start:.4f}: nothing is learned. Try higher learning rates (optim.lr, and "
+            "optim.muon_lr with Muon), such as ten times these; or the pairs say nothing"
+        )
+
+
+def answer_logps(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor]:
+    """([P, 2] log-probability in nats, [P, 2] number of tokens) of both answers of each pair."""
+    assert batch.pairs is not None, "windows of preference pairs"
+    hidden = model(batch.tokens, segments=batch.segments).flatten(0, 1)
+    labels = batch.labels.flatten()
+    places = (labels != IGNORED).nonzero()[:, 0]
+    losses = linear_cross_entropy(
+        hidden.index_select(0, places), model.head_weight, labels[places], alike=False
+    )
+    answers = batch.pairs.sequences.flatten()[places]
+    nothing = losses.new_zeros(2 * len(batch.pairs.reference))
+    logps = nothing.index_add(0, answers, -losses)
+    lengths = nothing.index_add(0, answers, torch.ones_like(losses))
+    return logps.view(-1, 2), lengths.view(-1, 2)
