@@ -113,7 +113,7 @@ def _load(path: Path, key: str) -> _Arrays:
     """Raises ValueError for a file that is damaged or of another run."""
     with safe_open(path, "numpy") as file:
         metadata = file.metadata() or {}
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no dict
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("sha256") != _sha256(metadata.get("key", ""), arrays):
         raise ValueError("it is damaged")
     if metadata["key"] != key:

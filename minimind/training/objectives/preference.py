@@ -25,7 +25,7 @@ from minimind.training.batch import TensorBatch
 from minimind.training.objectives.next_token import linear_cross_entropy
 
 _JUDGED_AFTER = 0.3  # of the run
-_STILL = 0.01  # a loss nearer than this share to where it began has not moved
+_STILL = 0.01  # a loss that is this near to where it began, as a share of it, has not moved
 _SUMS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
 
@@ -34,6 +34,7 @@ class Preference:
 
     def __init__(self, settings: DPOSettings) -> None:
         self._settings = settings
+        self._lines = 0  # of figures judged by now; the first holds the first step, at the start
         self._warned = False
 
     def loss(
@@ -83,7 +84,9 @@ class Preference:
         """Of a learning rate that is too small: the loss stays where it began."""
         beta = self._settings.beta
         start = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
-        if self._warned or share < _JUDGED_AFTER or figures["loss"] < (1 - _STILL) * start:
+        self._lines += 1
+        moved = abs(figures["loss"] - start) > _STILL * start
+        if self._warned or self._lines == 1 or share < _JUDGED_AFTER or moved:
             return None
         self._warned = True
         return (
