@@ -20,7 +20,7 @@ from minimind.training.loop import train
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
-OBJECTIVES = ("pretrain", "sft")
+OBJECTIVES = ("pretrain", "sft", "dpo")
 
 
 def machine() -> dict[str, Any]:
