@@ -210,10 +210,12 @@ class PairWindows(_PackedWindows):
                     for start in sides[pair]
                 )
                 same[pair] = np.array_equal(chosen, rejected)
+            cut = (used < wanted).any(1)
+            same &= ~(cut & empty)  # of those it was the prompt that is left
             parts.append(np.where((same | empty)[:, None], 0, used).astype(np.int32))
             base += int(sizes.sum())
             self.report.conversations += len(wanted)
-            self.report.cut += int((used < wanted).any(1).sum())
+            self.report.cut += int(cut.sum())
             self.report.identical += int(same.sum())
             self.report.unsupervised += int((empty & ~same).sum())
         return np.concatenate(parts)

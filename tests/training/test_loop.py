@@ -44,7 +44,7 @@ def test_it_learns(tmp_path: Path) -> None:
         assert outcome.validation["loss"] < curve[0] - 1.0
 
 
-@pytest.mark.parametrize("objective", ["pretrain", "sft"])
+@pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_size_of_a_micro_batch_does_not_matter(
     tmp_path: Path, objective: str, optimizer: str

@@ -84,7 +84,16 @@ def tuning(
     return Stage("sft", folder, lives, training__log_every=2, **settings)
 
 
-@pytest.mark.parametrize("name", ["pretraining", "tuning"])
+@pytest.fixture(scope="module")
+def preferring(
+    corpus: Path, pretraining: Stage, lives: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> Stage:
+    folder, sources = tmp_path_factory.mktemp("preferring"), [str(corpus / "pairs.jsonl")]
+    settings = {"data__sources": sources, "model__init": str(pretraining.whole / "model")}
+    return Stage("dpo", folder, lives, data__window=64, **settings)
+
+
+@pytest.mark.parametrize("name", ["pretraining", "tuning", "preferring"])
 def test_ten_random_kills_change_nothing(
     name: str, request: pytest.FixtureRequest, lives: Lives, tmp_path: Path
 ) -> None:
