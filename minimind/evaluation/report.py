@@ -112,6 +112,9 @@ def write_report(
     `eight`: question, before_training, after_pretraining, after_fine_tuning, correct;
     `by_subject`: (right, asked) of the quiz; `wrong`: question, answer, expected.
     """
+    with_experts = [stage for stage in stages if _lines(stage.metrics, "expert_load/")]
+    preferring = [stage for stage in stages if _lines(stage.metrics, "rewards/")]
+    others = [stage for stage in stages if stage not in preferring]
     sections = [
         (
             "The eight questions",
@@ -132,14 +135,24 @@ def write_report(
             "How surprised the model is by the next token, in nats: 0 would mean never. Good is a "
             "curve that falls fast, then slowly, with validation (text that is not trained on) "
             "close to train. If validation rises while train falls, the model learns by heart.",
-            _plots(stages, "loss", "nats per token"),
+            _plots(others, "loss", "nats per token"),
         ),
         (
             "Bits per byte",
             "How many bits the model needs for each byte of text: the loss again, but in a unit "
             "that does not depend on the tokenizer. Lower is better. The dashed line is a model "
             "that knows only how often each token occurs; good is far below it.",
-            _plots(stages, "bits_per_byte", "bits per byte", from_zero=True),
+            _plots(others, "bits_per_byte", "bits per byte", from_zero=True),
+        ),
+        (
+            "Preferences",
+            "Learning which of two answers is better. The loss begins at 0.693, the logarithm of "
+            "2 (with ipo elsewhere), and should fall. The reward of an answer says how much "
+            "likelier than at the start it is now: good is a reward of the chosen answers above "
+            "that of the rejected ones. The accuracy is the share of pairs in which that is so. "
+            "Log-probabilities are nats an answer: those of the rejected ones should fall; where "
+            "those of the chosen ones fall far too, the model forgets how to talk.",
+            _preferences(preferring),
         ),
         (
             "Learning rate",
@@ -152,6 +165,20 @@ def write_report(
             "How much text is read each second. Good is a flat line; a deep dip means that the "
             "machine was busy with something else.",
             _plots(stages, "tokens_per_second", "tokens per second", from_zero=True),
+        ),
+        (
+            "Expert load",
+            "The share of all choices of the router that falls on each expert, and the most and "
+            "least that any expert of any layer gets. Good is every line near the even share; one "
+            "at zero is an expert that learns nothing. No token is ever dropped.",
+            _plots(with_experts, "expert_load/", "share", from_zero=True),
+        ),
+        (
+            "Router entropy",
+            "How undecided the router is, in nats a token: the logarithm of the number of experts "
+            "means that it does not care, 0 that it always sees one expert alone. Good is a slow "
+            "fall while the load stays even.",
+            _plots(with_experts, "router_entropy", "nats per token", from_zero=True),
         ),
         (
             "Quiz by subject",
@@ -265,7 +292,9 @@ def _stage_table(stages: Sequence[StageReport]) -> str:
 
 
 def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bool = False) -> str:
-    """A plot a stage; a `key` that ends in a slash means every metric that begins so."""
+    """A plot a stage; a `key` that ends in a slash means all that begins so, in training."""
+    if not stages:
+        return ""
     return (
         "<div class=plots>"
         + "".join(
@@ -275,6 +304,17 @@ def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bo
         )
         + "</div>"
     )
+
+
+def _preferences(stages: Sequence[StageReport]) -> str:
+    """What is measured of pairs alone."""
+    figures = {
+        "loss": "loss per pair",
+        "rewards/": "reward",
+        "accuracy": "accuracy",
+        "logps/": "log-probability",
+    }
+    return "".join(_plots(stages, key, label) for key, label in figures.items())
 
 
 def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:
@@ -325,7 +365,7 @@ def _lines(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tup
     for line in metrics:
         for name, value in line.items():
             many = key.endswith("/")
-            wanted = name.startswith(key) if many else name == key
+            wanted = name.startswith(key) and line["kind"] == "train" if many else name == key
             if wanted and isinstance(value, int | float) and math.isfinite(value):
                 legend = name.removeprefix(key) if many else line["kind"]
                 found.setdefault(legend, []).append((line["step"], value))

@@ -108,8 +108,10 @@ def prepare_stage(
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.batch
     )
+    active = model.num_active_parameters
+    at_work = f" ({active:,} at work on a token)" if active < num_parameters else ""
     reporter.say(
-        f"{num_parameters:,} parameters on {device} in "
+        f"{num_parameters:,} parameters{at_work} on {device} in "
         f"{precision.name}; {data.order.epoch_size:,} windows of {recipe.data.window} tokens "
         f"an epoch; {num_steps:,} steps of {recipe.training.batch} windows"
     )
@@ -175,8 +177,9 @@ def _keep_recipe(run: Path, recipe: Recipe) -> None:
     kept = run / "recipe.toml"
     begun = (run / "checkpoints").is_dir() or (run / "model").is_dir()
     if kept.is_file() and begun:  # else a mistake ended it early, and there is nothing to lose
-        here = load_recipe(kept).recipe.model_copy(update={"out": recipe.out})  # it may have moved
-        changes = difference(here, recipe)
+        begun_with = load_recipe(kept).recipe
+        # Only its place may have changed.
+        changes = difference(begun_with.model_copy(update={"out": recipe.out}), recipe)
         if changes:
             raise ConfigError(
                 f"{run} holds a run of another recipe: "
@@ -268,9 +271,10 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
 
 
 def _objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Objective:
+    balance = recipe.training.router_balance
     if recipe.objective == "dpo":
-        return Preference(recipe.dpo)
-    return NextToken(tokenizer.token_bytes, device)
+        return Preference(recipe.dpo, router_balance=balance)
+    return NextToken(tokenizer.token_bytes, device, router_balance=balance)
 
 
 def _data_sha256(stores: _Stores, reference: Transformer | None) -> str:
@@ -336,6 +340,8 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         "device": str(job.device),
         "precision": job.precision.name,
     } | outcome.validation
+    if (active := job.model.num_active_parameters) < summary["parameters"]:
+        summary["active_parameters"] = active
     return summary
 
 

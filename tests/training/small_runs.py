@@ -113,10 +113,13 @@ def nano_trainer(
     torch.manual_seed(recipe.seed)
     device = torch.device("cpu")
     assert recipe.training.steps and recipe.training.micro_batch
+    balance = recipe.training.router_balance
     token_bytes = [0, *(1 + token % 3 for token in range(1, VOCAB))]
     job = Trainer(
         model=Transformer(recipe.model.shape(VOCAB)),
-        objective=Preference(recipe.dpo) if objective == "dpo" else NextToken(token_bytes, device),
+        objective=Preference(recipe.dpo, router_balance=balance)
+        if objective == "dpo"
+        else NextToken(token_bytes, device, router_balance=balance),
         data=mix,
         held_out=mix if held_out else None,
         recipe=recipe,

@@ -13,6 +13,7 @@ With label smoothing e, a sigmoid loss is (1 - e) of itself and e of that of the
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,29 +22,36 @@ from torch import Tensor
 from minimind.config.settings import DPOSettings
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
+from minimind.model.experts import Routing
 from minimind.training.batch import TensorBatch
+from minimind.training.objectives.balance import balance_figures, balance_sums
 from minimind.training.objectives.next_token import linear_cross_entropy
 
 _JUDGED_AFTER = 0.3  # of the run
 _STILL = 0.01  # a loss that is this near to where it began, as a share of it, has not moved
-_SUMS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+_TOTALS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+_SUMS = (*_TOTALS, "accuracy", "ranking_accuracy")
 
 
 class Preference:
     """The DPO loss of each pair, in nats (that of ipo in none)."""
 
-    def __init__(self, settings: DPOSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: DPOSettings, *, router_balance: float = 0.0) -> None:
+        self._settings, self._router_balance = settings, router_balance
         self._lines = 0  # of figures judged by now; the first holds the first step, at the start
         self._warned = False
 
     def loss(
         self, model: Transformer, batch: TensorBatch
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum over pairs, their number, and sums of rewards, log-probabilities and hits."""
+        """Sum over pairs, their number, and sums of rewards, log-probabilities and hits.
+
+        Of a mixture of experts the first has the weighted balance loss in it.
+        """
         assert batch.pairs is not None, "windows of preference pairs"
         settings, reference = self._settings, batch.pairs.reference
-        logps, lengths = answer_logps(model, batch)
+        routing = Routing() if model.config.num_local_experts else None
+        logps, lengths = answer_logps(model, batch, routing)
         ratios = logps - reference
         if settings.loss != "sigmoid":
             ratios = ratios / lengths
@@ -58,20 +66,32 @@ class Preference:
         likelier = (logps[:, 0] > logps[:, 1]).sum()
         more = {"accuracy": won.sum(), "ranking_accuracy": likelier.float()}
         count = torch.tensor(len(reference))
-        more |= {"pairs": count.float()} | dict(zip(_SUMS, totals, strict=True))
-        return losses.sum(), count, more
+        more |= {"pairs": count.float()} | dict(zip(_TOTALS, totals, strict=True))
+        total = losses.sum()
+        if routing:
+            assert batch.segments is not None, "pairs are packed"
+            learned = batch.labels != IGNORED
+            pairs = (torch.where(learned, batch.segments, -1).amax(1) + 1) // 2
+            balance = balance_sums(routing, learned, batch.segments, pairs)
+            total = total + self._router_balance * balance["balance"][0]
+            more |= {name: value.detach() for name, value in balance.items()}
+        return total, count, more
 
-    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+    def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
         """Means over pairs.
 
         rewards/…: beta r of both sides and of their difference, the margin; accuracy: share of
         pairs with a margin above 0; ranking_accuracy: share of pairs whose chosen answer the
         model finds likelier than the rejected one, whatever the reference does; logps/…: nats.
+        The loss is that of the pairs alone.
         """
-        means = {key: value / max(sums["pairs"], 1.0) for key, value in sums.items()}
-        del means["pairs"]
-        margin = means["rewards/chosen"] - means["rewards/rejected"]
-        return {"loss": loss} | means | {"rewards/margin": margin}
+        means = {key: sums[key] / max(sums["pairs"], 1.0) for key in _SUMS}
+        means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
+        if "balance" not in sums:
+            return {"loss": loss} | means
+        more = balance_figures(sums)
+        loss -= self._router_balance * more["balance"]
+        return {"loss": loss} | means | more
 
     def note(self, figures: dict[str, float]) -> str:
         """Loss, accuracy and margin."""
@@ -96,10 +116,12 @@ class Preference:
         )
 
 
-def answer_logps(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor]:
+def answer_logps(
+    model: Transformer, batch: TensorBatch, routing: Routing | None = None
+) -> tuple[Tensor, Tensor]:
     """([P, 2] log-probability in nats, [P, 2] number of tokens) of both answers of each pair."""
     assert batch.pairs is not None, "windows of preference pairs"
-    hidden = model(batch.tokens, segments=batch.segments).flatten(0, 1)
+    hidden = model(batch.tokens, segments=batch.segments, routing=routing).flatten(0, 1)
     labels = batch.labels.flatten()
     places = (labels != IGNORED).nonzero()[:, 0]
     losses = linear_cross_entropy(
