@@ -7,12 +7,14 @@
     qa             {"q", "a"}, with "history" if there is any
     pairs          {"chosen": […], "rejected": […]}, or texts beside a "prompt"
 
+`{{name}}` and `{{author}}` in what is written stand for what a recipe's data.fill says.
 A field that goes by several names is looked for under each of them.
 """
 
 import ast
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,7 @@ _ROLE_OF |= {role: role for role in ROLES}
 _TURNS = ("messages", "conversations", "conversation")
 _QUESTION = ("q", "question", "prompt")
 _ANSWER = ("a", "answer", "response")
+_PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _CHOSEN, _REJECTED = ("chosen", "chose"), ("rejected", "reject")
 
 
@@ -80,8 +83,37 @@ class Record:
         sides = zip(self.chosen or [], self.rejected or [], strict=False)
         return sum(1 for _ in takewhile(lambda both: both[0] == both[1], sides))
 
+    def filled(self, fill: Mapping[str, str]) -> "Record":
+        """The same with each `{{key}}` in what is written replaced by its value."""
+        if not fill:
+            return self
+
+        def messages(given: list[Message] | None) -> list[Message] | None:
+            return given and [
+                {"role": message["role"], "content": fill_in(message["content"], fill)}
+                for message in given
+            ]
+
+        return replace(
+            self,
+            text=None if self.text is None else fill_in(self.text, fill),
+            messages=messages(self.messages),
+            chosen=messages(self.chosen),
+            rejected=messages(self.rejected),
+        )
+
     def _each_once(self) -> list[Message]:
         return self.messages or [*(self.chosen or []), *(self.rejected or [])[-1:]]
+
+
+def fill_in(text: str, fill: Mapping[str, str]) -> str:
+    """`text` with each `{{key}}` of which `fill` has the key replaced."""
+    return _PLACEHOLDER.sub(lambda found: fill.get(found[1], found[0]), text)
+
+
+def placeholders(text: str) -> set[str]:
+    """Those of `{{name}}` and `{{author}}` that are in the text."""
+    return {key for key in _PLACEHOLDER.findall(text) if key in ("name", "author")}
 
 
 def detect_schema(record: Mapping[str, Any]) -> str:

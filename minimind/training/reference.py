@@ -17,22 +17,12 @@ from safetensors.numpy import save_file
 from minimind.config import dump_recipe
 from minimind.data.packing import Mix, PairWindows
 from minimind.errors import ResourceError
-from minimind.model import Transformer
 from minimind.training.batch import to_device
 from minimind.training.loop import VALIDATION_WINDOWS, Trainer
 from minimind.training.objectives.preference import answer_logps
 
 FILE = "reference.safetensors"
 _Arrays = dict[str, NDArray[np.float32]]
-
-
-def weights_sha256(model: Transformer) -> str:
-    """What tells two sets of weights apart."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def fill_references(job: Trainer) -> None:
@@ -56,7 +46,9 @@ def fill_references(job: Trainer) -> None:
 def _key(job: Trainer) -> str:
     """All that the log-probabilities and their order come from."""
     recipe = dump_recipe(job.recipe.model_copy(update={"out": None}))
-    return hashlib.sha256(f"{job.data_sha256}\n{job.num_steps}\n{recipe}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{job.data_sha256} {job.base_sha256} {job.num_steps}\n{recipe}".encode()
+    ).hexdigest()
 
 
 def _arrays(job: Trainer) -> _Arrays:

@@ -161,11 +161,29 @@ def test_a_stage_from_files(base: Path, corpus: Path, tmp_path: Path) -> None:
     told, run = Told(), tmp_path / "run"
     result = do(recipe(base, run, corpus / "pairs.jsonl"), told)
     assert result.model == run / "model"
-    assert result.summary["accuracy"] == metrics(run, "validation")[-1]["accuracy"]
+    before, after = metrics(run, "validation")
+    assert (before["step"], before["accuracy"]) == (0, 0.5)
+    assert before["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert result.summary["accuracy"] == after["accuracy"]
     assert any("pairs in" in line and "both sides are the same" in line for line in told.lines)
     assert set(kept(run)) == {"train.0", "held_out.0"}
     do(recipe(base, run, corpus / "pairs.jsonl", training__steps=3), told, fresh=True)
     assert losses(run)[0] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_adapters_are_trained_with_their_base_as_the_reference(
+    base: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {"lora": {"rank": 4, "dropout": 0.1}, "optim__name": "adamw", "optim__lr": 3e-3}
+    settings |= {"training__steps": 30, "training__log_every": 1}
+    result = do(recipe(base, run, corpus / "pairs.jsonl", **settings), Told())
+    assert result.adapter == run / "adapter" and not (run / "model").exists()
+    first = metrics(run, "validation")[0]
+    assert first["step"] == 0 and first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    curve = losses(run)
+    assert curve[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert curve[-1] < 0.6
 
 
 def test_a_run_does_not_go_on_when_its_start_has_changed(
@@ -179,7 +197,7 @@ def test_a_run_does_not_go_on_when_its_start_has_changed(
     do(started, Told())
     (run / "summary.json").unlink()  # as if it had been stopped
     run_stage(nano_recipe("pretrain", own, **settings, seed=3), reporter=Told(), fresh=True)
-    with pytest.raises(CheckpointError, match="the data, the tokenizer or the model is not the"):
+    with pytest.raises(CheckpointError, match="is not the model that this run began with"):
         do(started, Told())
 
 

@@ -208,7 +208,7 @@ def test_a_run_does_not_go_on_with_other_data(
     content = own.read_bytes()
     own.write_bytes(content + b'{"text": "more"}\n')
     message = refused(recipe(**settings), CheckpointError)
-    assert message.startswith(f"{run}: the data, the tokenizer or the model is not the one that")
+    assert message.startswith(f"{run}: the data or the tokenizer is not the one that this run")
     own.write_bytes(content)  # the same bytes at another time
     assert do(recipe(**settings)).summary["steps"] == 5
 

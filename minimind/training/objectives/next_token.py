@@ -79,7 +79,10 @@ def linear_cross_entropy(
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, dtype, wanted, alike)
+    trained = weight.requires_grad  # the head is not, where adapters are
+    losses: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, dtype, wanted, trained, alike
+    )
     return losses
 
 
@@ -96,38 +99,50 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         dtype: torch.dtype,
         wanted: bool,
+        trained: bool,
         alike: bool,
     ) -> Tensor:
-        ctx.alike, ctx.hidden_dtype = alike, hidden.dtype
+        ctx.alike, ctx.trained, ctx.hidden_dtype = alike, trained, hidden.dtype
         half_weight, half_hidden = weight.to(dtype), hidden.to(dtype)
-        losses, *grads = _by_chunks(half_hidden, half_weight, labels, None, wanted and alike)
+        losses, *grads = _by_chunks(
+            half_hidden, half_weight, labels, None, wanted and alike, trained
+        )
         if wanted:
             ctx.save_for_backward(*(grads if alike else (half_hidden, half_weight, labels)))
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.alike:
-            hidden_grad, weight_grad = ctx.saved_tensors
+            hidden_grad, *weight_grad = ctx.saved_tensors
             factor = grads[0][0] if len(grads[0]) else 0.0  # the same for every loss
-            hidden_grad, weight_grad = hidden_grad * factor, weight_grad * factor
+            hidden_grad, weight_grad = hidden_grad * factor, [x * factor for x in weight_grad]
         else:
             hidden, weight, labels = ctx.saved_tensors
-            _, hidden_grad, weight_grad = _by_chunks(hidden, weight, labels, grads[0], True)
-        return hidden_grad.to(ctx.hidden_dtype), weight_grad, None, None, None, None
+            _, hidden_grad, *weight_grad = _by_chunks(
+                hidden, weight, labels, grads[0], True, ctx.trained
+            )
+        first = hidden_grad.to(ctx.hidden_dtype), weight_grad[0] if weight_grad else None
+        return *first, None, None, None, None, None
 
 
 def _by_chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor | None, wanted: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    factors: Tensor | None,
+    wanted: bool,
+    trained: bool,
 ) -> list[Tensor]:
-    """[losses], with gradients (if wanted) of hidden and of weight, the latter in float32.
+    """[losses], with gradients (if wanted) of hidden and, if trained, of weight, in float32.
 
     factors: [N] by which the gradient of each loss is multiplied; None = 1.
     """
     losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
     grads = []
     if wanted:
-        grads = [torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)]
+        grads = [torch.empty_like(hidden)]
+        grads += [torch.zeros_like(weight, dtype=torch.float32)] * trained
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), _CHUNK):
             part = slice(start, start + _CHUNK)
@@ -141,7 +156,8 @@ def _by_chunks(
                     grad *= factors[part, None]
                 half_grad = grad.to(hidden.dtype)
                 grads[0][part] = half_grad @ weight
-                grads[1] += half_grad.T @ rows
+                if trained:
+                    grads[1] += half_grad.T @ rows
     return [losses, *grads]
 
 
