@@ -218,6 +218,22 @@ def test_experts_are_shown_where_there_are_any(page: Make) -> None:
     assert html == page(stages=[stage(), stage("moe", lines)])
 
 
+def test_preferences_are_shown_where_there_are_any(page: Make) -> None:
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
+    figures = dict.fromkeys(names, 0.5)
+    lines = [train(step, **figures) for step in range(1, 20)] + [validation(19) | figures]
+    for line in lines:
+        del line["bits_per_byte"]
+    html = page(stages=[stage(), stage("dpo", lines)])
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert [name for name in titles if name not in SECTIONS] == ["Preferences"]
+    # Two of any stage, two of the other stage alone, four of the pairs.
+    assert html.count("<svg ") == 2 * 2 + 2 + 4
+    alone = page(stages=[stage("dpo", lines)])
+    assert "Nothing was measured" not in alone
+    assert "Bits per byte" not in re.findall("<h2>(.*?)</h2>", alone)
+
+
 def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
     alone = page(stages=[stage(metrics=[train(step) for step in range(1, 9)])])
     both = page(stages=[stage(metrics=[*map(train, range(1, 9)), validation(8)])])
