@@ -46,6 +46,19 @@ class ModelSettings(_Settings):
         return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
 
 
+class LoRASettings(_Settings):
+    """Low-rank matrices that are trained while the model itself stays as it is."""
+
+    rank: int = Field(8, ge=1, description="Inner width of the matrices.")
+    alpha: float = Field(16.0, gt=0, description="They count alpha / rank times.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of their input that is dropped.")
+    targets: list[str] = Field(
+        default_factory=lambda: ["all"],
+        min_length=1,
+        description="Modules by name (q_proj) or group: attention, mlp, all.",
+    )
+
+
 class Source(_Settings):
     """One part of the data: a file, folder or glob, and how many times an epoch sees it."""
 
@@ -76,6 +89,12 @@ class DataSettings(_Settings):
         default_factory=list, description="Held-out data; else a share of the sources."
     )
     validation_fraction: float = Field(0.005, ge=0, le=0.5, description="Share held out.")
+    general: list[str] = Field(
+        default_factory=list, description="Held out too: what is measured to see what is forgotten."
+    )
+    fill: dict[str, str] = Field(
+        default_factory=dict, description="What {{name}}, {{author}} and the like stand for."
+    )
     record_schema: SCHEMAS = Field("auto", description="Schema of the records, or 'auto'.")
     window: int = Field(512, ge=8, description="Tokens a training window.")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="More bad lines stop the run.")
@@ -144,18 +163,38 @@ class CheckpointSettings(_Settings):
     keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
 
 
+class DPOSettings(_Settings):
+    """Direct preference optimisation, for the objective dpo alone."""
+
+    loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = "sigmoid"
+    beta: float = Field(
+        0.1, gt=0, description="How dear the start is; sigmoid_norm wants more, such as 5."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round."
+    )
+
+    @model_validator(mode="after")
+    def _only_sigmoids_are_smoothed(self) -> "DPOSettings":
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing goes with the sigmoid losses, not with ipo")
+        return self
+
+
 class Recipe(_Settings):
     """A whole stage: what is trained, from what, on what, how."""
 
-    objective: Literal["pretrain", "sft"]
+    objective: Literal["pretrain", "sft", "dpo"]
     out: str | None = Field(None, description="Run directory.")
     tokenizer: str | None = Field(None, description="Tokenizer directory; default: the model's.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     seed: int = Field(0, ge=0)
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())
     data: DataSettings = Field(default_factory=lambda: DataSettings())
+    lora: LoRASettings | None = Field(None, description="Train adapters instead of the model.")
     optim: OptimSettings = Field(default_factory=lambda: OptimSettings())
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings())
     training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())
     validation: ValidationSettings = Field(default_factory=lambda: ValidationSettings())
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
+    dpo: DPOSettings = Field(default_factory=lambda: DPOSettings())

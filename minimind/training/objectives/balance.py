@@ -12,7 +12,6 @@ E experts of which each token chooses K, L layers, B windows of T tokens.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.model.experts import Routing
@@ -30,20 +29,23 @@ def real_tokens(learned: Tensor, segments: Tensor | None) -> Tensor:
     return segments <= last
 
 
-def balance_sums(routing: Routing, learned: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
+def balance_sums(
+    routing: Routing, learned: Tensor, segments: Tensor | None, weight: Tensor | None = None
+) -> dict[str, Tensor]:
     """Further sums of an objective, whose figures are `balance_figures`.
 
-    balance: [2], the loss of each window times its learned tokens, and their number; only this one
-    has a gradient. expert_tokens: [L, E] choices; router_entropy: [2], nats over all layers and
+    weight: [B], how much each window counts; None = as many as it has learned tokens.
+    balance: [2], the loss of each window times its weight, and the weights; only this one has a
+    gradient. expert_tokens: [L, E] choices; router_entropy: [2], nats over all layers and
     tokens, and their number; routed_tokens: what the choices must add up to.
     """
     real = real_tokens(learned, segments)
-    weight = learned.sum(1).float()
+    weight = (learned.sum(1) if weight is None else weight).float()
     logits, chosen = torch.stack(routing.logits), torch.stack(routing.chosen)  # [L, B, T, …]
     num_experts, num_chosen = logits.shape[-1], chosen.shape[-1]
     logs = logits.log_softmax(-1)
     probabilities = logs.exp() * real.unsqueeze(-1)
-    choices = F.one_hot(chosen, num_experts).sum(-2) * real.unsqueeze(-1)
+    choices = torch.zeros_like(logits).scatter_(-1, chosen, 1.0) * real.unsqueeze(-1)
     counts = choices.sum(2)  # [L, B, E]
     size = real.sum(1).clamp(min=1)[:, None]
     shares, means = counts / (num_chosen * size), probabilities.sum(2) / size
@@ -52,7 +54,7 @@ def balance_sums(routing: Routing, learned: Tensor, segments: Tensor | None) -> 
     num_routed = real.sum() * len(logits)
     return {
         "balance": torch.stack(((loss * weight).sum(), weight.sum())),
-        "expert_tokens": counts.sum(1),
+        "expert_tokens": counts.sum(1).long(),
         "router_entropy": torch.stack((entropy, num_routed.float())),
         "routed_tokens": num_routed * num_chosen,
     }
