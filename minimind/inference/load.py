@@ -4,14 +4,24 @@ from pathlib import Path
 
 import torch
 
+from minimind.config.model import RopeKind
 from minimind.errors import TokenizerError
 from minimind.model import Transformer, load_model, read_config, resolve_model_directory
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
 
 
-def load_for_inference(path: Path, device: str = "auto") -> tuple[Transformer, Tokenizer]:
+def load_for_inference(
+    path: Path,
+    device: str = "auto",
+    *,
+    context: int | None = None,
+    rope_scaling: RopeKind | None = None,
+) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a model or run directory.
+
+    context: tokens that the model is to read; where it was made for fewer, its positions are
+    scaled, as `rope_scaling` says or in the best way that was measured.
 
     Raises ResourceError for a device that is not there, ModelError for what is not a model, and
     TokenizerError when the tokenizer is broken or not that of the model.
@@ -26,6 +36,8 @@ def load_for_inference(path: Path, device: str = "auto") -> tuple[Transformer, T
             "that the model was trained with"
         )
     model = load_model(directory, device=chosen, dtype=_dtype(chosen))
+    if context is not None:
+        model.extend_context(context, rope_scaling)
     return model.eval(), tokenizer
 
 

@@ -3,6 +3,7 @@
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.model.cache import KVCache
 from minimind.model.directory import load_model, read_config, resolve_model_directory, save_model
+from minimind.model.rope import extend_context
 from minimind.model.transformer import Transformer
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "KVCache",
     "ModelConfig",
     "Transformer",
+    "extend_context",
     "load_model",
     "read_config",
     "resolve_model_directory",

@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minimind.config.model import ModelConfig
+from minimind.config.model import ModelConfig, RopeKind, RopeScaling
 from minimind.errors import ModelError, ResourceError
 from minimind.model.transformer import Transformer
 
@@ -118,24 +118,44 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _config_json(config: ModelConfig, tokenizer: SavesItself, dtype: str) -> dict[str, Any]:
-    shape = config.model_dump(exclude={"qk_norm", "rope_theta"})
+    scaling, context = _rope_json(config)
+    shape = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling"})
     return shape | {
         "architectures": [config.architecture],
         "model_type": "qwen3" if config.qk_norm else "llama",
+        "max_position_embeddings": context,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
         # transformers 5 reads the first of each pair, older tools the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
         "rope_theta": config.rope_theta,
+        "rope_scaling": scaling or None,
         "dtype": dtype,
         "torch_dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": tokenizer.im_end,
         "pad_token_id": tokenizer.end_of_text,
     }
+
+
+def _rope_json(config: ModelConfig) -> tuple[dict[str, Any], int]:
+    """The scaling and `max_position_embeddings` as transformers understands them.
+
+    It takes `max_position_embeddings` for the original context under dynamic scaling, and knows no
+    key for it under linear scaling, which needs none.
+    """
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}, config.max_position_embeddings
+    written = scaling.model_dump(exclude_none=True)
+    if scaling.rope_type == "dynamic":
+        return written, written.pop("original_max_position_embeddings")
+    if scaling.rope_type == "linear":
+        del written["original_max_position_embeddings"]
+    return written, config.max_position_embeddings
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -152,26 +172,15 @@ def read_config(directory: Path) -> ModelConfig:
         raise ModelError(
             f"{path}: model_type {kind!r} is not supported; {' and '.join(_MODEL_TYPES)} are"
         )
-    rope = raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{path}: rope_parameters is not an object")
-    unsupported = {
-        "rope_scaling": raw.get("rope_scaling"),
-        "rope_parameters.rope_type": rope.get("rope_type", "default") != "default",
-        "attention_bias": raw.get("attention_bias"),
-        "mlp_bias": raw.get("mlp_bias"),
-        "sliding_window": raw.get("use_sliding_window") and raw.get("sliding_window"),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-    }
-    for key, is_set in unsupported.items():
-        if is_set:
-            raise ModelError(f"{path}: {key} is set to something that is not supported here")
+    rope = _rope_parameters(path, raw)
+    _check_supported(path, raw)
     fields = {key: raw[key] for key in ModelConfig.model_fields if raw.get(key) is not None}
     fields["qk_norm"] = _MODEL_TYPES[kind]
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if theta is not None:
+    fields.pop("rope_scaling", None)
+    if (theta := rope.pop("rope_theta", raw.get("rope_theta"))) is not None:
         fields["rope_theta"] = theta
+    fields |= _rope_fields(path, rope, fields.get("max_position_embeddings"))
     fields.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
@@ -186,9 +195,87 @@ def read_config(directory: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(fields, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        what = ".".join(map(str, first["loc"])) or "the shape"
-        raise ModelError(f"{path}: {what}: {first['msg']}") from error
+        raise ModelError(f"{path}: {_first(error)}") from error
+
+
+# What a model of these types may have and this code has not: the value under which it is absent.
+_ABSENT: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (),
+}
+
+
+def _check_supported(path: Path, raw: dict[str, Any]) -> None:
+    """Raise ModelError for the first key whose value this code has no place for."""
+    for key, absent in _ABSENT.items():
+        value = raw.get(key)
+        if value is not None and value not in absent:
+            raise ModelError(f"{path}: {key} = {_shown(value)} is not supported here")
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise ModelError(f"{path}: layer_types is not a list")
+    for layer in layers:
+        if layer != "full_attention":
+            raise ModelError(f"{path}: layer_types with {_shown(layer)} is not supported here")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _rope_parameters(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, or `rope_scaling` of version 4, without empty keys."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key)
+        if rope is not None and not isinstance(rope, dict):
+            raise ModelError(f"{path}: {key} is not an object")
+        if rope:
+            return {name: value for name, value in rope.items() if value is not None}
+    return {}
+
+
+def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, Any]:
+    """`rope_scaling`, and `max_position_embeddings` where another is meant than is written."""
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    if kind == "default":
+        for key, value in rope.items():
+            raise ModelError(f"{path}: rope_parameters.{key} = {_shown(value)} is not supported")
+        return {}
+    if kind not in get_args(RopeKind):
+        raise ModelError(
+            f"{path}: rope_type = {_shown(kind)} is not supported here; "
+            f"{', '.join(get_args(RopeKind))} are"
+        )
+    factor = rope.get("factor")
+    sensible = isinstance(context, int) and abs(context) < 2**53
+    if sensible and isinstance(factor, int | float) and 1 <= factor <= 1e6:
+        if kind == "linear":  # its context is what is written
+            rope["original_max_position_embeddings"] = max(1, round(context / factor))
+        else:
+            rope.setdefault("original_max_position_embeddings", context)
+        if kind == "dynamic":  # its original context is what is written
+            context = round(context * factor)
+    try:
+        scaling = RopeScaling.model_validate(rope | {"rope_type": kind}, strict=True)
+    except ValidationError as error:
+        raise ModelError(f"{path}: {_first(error, 'rope_parameters')}") from error
+    return {"rope_scaling": scaling, "max_position_embeddings": context}
+
+
+def _first(error: ValidationError, within: str = "") -> str:
+    """The first complaint of pydantic, with its key and value."""
+    first = error.errors()[0]
+    what = ".".join(map(str, (*([within] if within else []), *first["loc"]))) or "the shape"
+    if first["type"] == "extra_forbidden":
+        return f"{what} = {_shown(first['input'])} is not supported here"
+    return f"{what}: {first['msg']}"
 
 
 def load_model(

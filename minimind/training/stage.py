@@ -199,6 +199,8 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
         directory = resolve_model_directory(Path(recipe.model.init))
         tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
         model = load_model(directory, device=device)
+        if recipe.model.context:
+            model.extend_context(recipe.model.context, recipe.model.rope_scaling)
         if tokenizer.vocab_size != model.config.vocab_size:
             raise TokenizerError(
                 f"{recipe.tokenizer or directory}: the tokenizer has {tokenizer.vocab_size:,} "
@@ -216,8 +218,8 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
     if recipe.data.window > model.config.max_position_embeddings:
         raise ConfigError(
             f"data.window ({recipe.data.window}) is longer than the model's context "
-            f"({model.config.max_position_embeddings}); lower it, or for a new model raise "
-            "model.max_position_embeddings"
+            f"({model.config.max_position_embeddings}); lower it, or raise "
+            + ("model.context" if recipe.model.init else "model.max_position_embeddings")
         )
     return tokenizer, model
 

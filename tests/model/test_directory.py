@@ -188,11 +188,32 @@ def test_a_folder_where_nothing_can_be_made_is_named(
         ({"num_hidden_layers": 1}, "has unknown tensors: model.layers.1."),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"head_dim": 7}, "must be even"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is set"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is set"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, 'rope_type = "longrope" is not supp'),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r'rope_type = \["yarn"\] is not supported'),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor: Field required"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor: Input should be gre"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "long_factor": [1.0]}},
+            r"rope_parameters.long_factor = \[1.0\] is not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "needs a low_freq_factor"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}},
+            "beta_fast does not belong to the rope_type 'linear'",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
         ({"rope_parameters": [1]}, "rope_parameters is not an object"),
-        ({"attention_bias": True}, "attention_bias is set"),
-        ({"hidden_act": "gelu"}, "hidden_act is set"),
+        ({"rope_parameters": None, "rope_scaling": "x"}, "rope_scaling is not an object"),
+        (
+            {"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "must be above 1 to be scaled",
+        ),
+        ({"attention_bias": True}, "attention_bias = true is not supported"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported'),
+        ({"use_sliding_window": True}, "use_sliding_window = true is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with .*sliding"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4} is not supp'),
         ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
         ({"tie_word_embeddings": None}, "lacks lm_head.weight"),  # transformers' default
         ({"model_type": "qwen3"}, "lacks .*q_norm.weight"),
@@ -212,6 +233,12 @@ def test_defaults_are_those_of_transformers(saved: Path) -> None:
     assert (config.head_dim, config.rms_norm_eps, config.rope_theta) == (8, 1e-6, 10_000)
     change(saved, rope_theta=500_000)  # as version 4 of transformers writes it
     assert read_config(saved).rope_theta == 500_000
+    change(saved, rope_scaling={"type": "dynamic", "factor": 2.0})
+    config = read_config(saved)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.rope_type == "dynamic"
+    assert config.rope_scaling.original_max_position_embeddings == 512
+    assert config.max_position_embeddings == 1024
 
 
 def test_weights_of_other_kinds_are_refused(saved: Path) -> None:
