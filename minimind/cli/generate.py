@@ -68,7 +68,7 @@ def generate(
     pieces = stream_text(
         loaded,
         tokenizer,
-        tokenizer.encode(text),
+        tokenizer.text_start + tokenizer.encode(text),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=seed,

@@ -36,7 +36,7 @@ from minimind.data.read import BadLines, batches, list_files, read_records
 from minimind.data.schemas import Record
 from minimind.errors import DataError, ResourceError
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import encode_chats
+from minimind.tokenizer.chat import encode_chats, refusal
 
 Kind = Literal["text", "chat"]
 Split = Literal["train", "validation"]
@@ -357,7 +357,12 @@ def _encode(
 ) -> tuple[dict[Split, _Documents], int, int]:
     """The documents of each side, how many records are of another kind, and the batch's mark."""
     batch, mark = marked
-    wanted = [r for r in batch if r.messages or (r.text is not None and kind == "text")]
+    wanted = [
+        r
+        for r in batch
+        if (r.messages and not refusal(tokenizer, r.messages))
+        or (r.text is not None and kind == "text")
+    ]
     chats = iter(encode_chats(tokenizer, [r.messages for r in wanted if r.messages]))
     texts = (record.text for record in wanted if record.text is not None)
     pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
@@ -370,6 +375,8 @@ def _encode(
             ids, mask = next(chats)
             documents.tokens.fromlist(ids)
             documents.mask.fromlist(mask)
+        elif kind == "text":
+            documents.tokens.fromlist(tokenizer.text_start)
         for _ in split_long(record.text or ""):
             documents.tokens.fromlist(next(pieces))
         if kind == "text":

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from minimind.config.model import RopeKind
-from minimind.errors import TokenizerError
 from minimind.model import Transformer, load_model, read_config, resolve_model_directory
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
@@ -29,12 +28,7 @@ def load_for_inference(
     chosen = choose_device(device)
     directory = resolve_model_directory(path)
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            f"{directory}: its tokenizer.json has {tokenizer.vocab_size:,} words and its model "
-            f"{config.vocab_size:,}, so they do not belong together; copy here the tokenizer "
-            "that the model was trained with"
-        )
+    tokenizer.check_model(directory, config.vocab_size)
     model = load_model(directory, device=chosen, dtype=_dtype(chosen))
     if context is not None:
         model.extend_context(context, rope_scaling)

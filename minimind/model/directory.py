@@ -1,7 +1,9 @@
 """Model directories: the layout that transformers, vLLM, llama.cpp's tools and peft all read."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -16,6 +18,8 @@ from minimind.errors import ModelError, ResourceError
 from minimind.model.transformer import Transformer
 
 _MODEL_TYPES = {"llama": False, "qwen3": True}  # and whether it has QK-norm
+_INDEX = "model.safetensors.index.json"
+_PLAIN_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
@@ -23,9 +27,11 @@ class SavesItself(Protocol):
     """What is needed of a tokenizer here."""
 
     @property
-    def im_end(self) -> int: ...
+    def stop_ids(self) -> tuple[int, ...]: ...
     @property
     def end_of_text(self) -> int: ...
+    @property
+    def model_ids(self) -> dict[str, Any]: ...
     def save(self, directory: Path) -> None: ...
 
 
@@ -78,7 +84,7 @@ def save_model(
                 "do_sample": True,
                 "temperature": 0.7,
                 "top_p": 0.9,
-                "eos_token_id": [tokenizer.im_end, tokenizer.end_of_text],
+                "eos_token_id": list(tokenizer.stop_ids),
                 "pad_token_id": tokenizer.end_of_text,
             },
         )
@@ -120,25 +126,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _config_json(config: ModelConfig, tokenizer: SavesItself, dtype: str) -> dict[str, Any]:
     scaling, context = _rope_json(config)
     shape = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling"})
-    return shape | {
-        "architectures": [config.architecture],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "max_position_embeddings": context,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        # transformers 5 reads the first of each pair, older tools the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling or None,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.im_end,
-        "pad_token_id": tokenizer.end_of_text,
-    }
+    return (
+        shape
+        | {
+            "architectures": [config.architecture],
+            "model_type": "qwen3" if config.qk_norm else "llama",
+            "max_position_embeddings": context,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            # transformers 5 reads the first of each pair, older tools the second.
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": scaling or None,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+        | tokenizer.model_ids
+    )
 
 
 def _rope_json(config: ModelConfig) -> tuple[dict[str, Any], int]:
@@ -283,27 +290,62 @@ def load_model(
 ) -> Transformer:
     """Read a model directory. Raises ModelError when its tensors do not fit its configuration."""
     config = read_config(directory)
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        sharded = (directory / "model.safetensors.index.json").is_file()
-        raise ModelError(
-            f"{directory}: "
-            + ("sharded weights are not supported; save" if sharded else "there is no")
-            + " model.safetensors"
-            + (" as one file" if sharded else "; weights of other kinds are not read")
-        )
+    path = directory  # of the file at hand, for the message
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        with contextlib.ExitStack() as stack:
+            files: dict[str, Any] = {}  # tensor -> the open file that holds it
+            for path, names in _weight_files(directory).items():
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                held = set(file.keys())
+                if lost := sorted((names or held) - held):
+                    raise ModelError(f"{path}: it has no {lost[0]}, which the index says it has")
+                files |= dict.fromkeys(names or held, file)
+            path = _weights_name(directory)
+            slices = {name: file.get_slice(name) for name, file in files.items()}
             model = _empty_model(path, config, len(slices))
             _check_tensors(path, model, slices)
-            tensors = {n: file.get_tensor(n).to(device, dtype) for n in model.state_dict()}
+            tensors = {n: files[n].get_tensor(n).to(device, dtype) for n in model.state_dict()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path}: cannot be read as safetensors: {error}; copy it again"
         ) from error
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files of weights, and which tensors of each count; None: all.
+
+    Raises ModelError when there are none, or when the index leads out of the directory.
+    """
+    whole, index = directory / "model.safetensors", directory / _INDEX
+    if whole.is_file():
+        return {whole: None}
+    if not index.is_file():
+        raise ModelError(
+            f"{directory}: there is no model.safetensors; weights of other kinds are not read"
+        )
+    try:
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        files: dict[Path, set[str] | None] = {}
+        named: dict[str, set[str]] = {}
+        for tensor, name in places.items():
+            named.setdefault(name, set()).add(tensor)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: it is no index of weights; copy it again") from error
+    for name, tensors in named.items():
+        if not _PLAIN_NAME.fullmatch(str(name)):
+            raise ModelError(f"{index}: {_shown(name)} is not the name of a weights file beside it")
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory}: {name}, which the index names, is missing; copy it too")
+        files[directory / name] = tensors
+    return files
+
+
+def _weights_name(directory: Path) -> Path:
+    """What to name when the weights as a whole do not fit."""
+    whole = directory / "model.safetensors"
+    return whole if whole.is_file() else directory / _INDEX
 
 
 def _empty_model(path: Path, config: ModelConfig, number_of_tensors: int) -> Transformer:
@@ -322,8 +364,10 @@ def _empty_model(path: Path, config: ModelConfig, number_of_tensors: int) -> Tra
 def _check_tensors(path: Path, model: Transformer, found: dict[str, Any]) -> None:
     """Compare names, shapes and kinds with those in the file before anything is allocated."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    # A tied head is sometimes stored a second time; the embedding is what counts.
+    # A tied head is sometimes stored a second time; the embedding is what counts. Old files hold
+    # the frequencies of RoPE too, which follow from the configuration.
     extra = found.keys() - wanted.keys() - {"lm_head.weight"}
+    extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
     missing = wanted.keys() - found.keys()
     for what, names in (("lacks", missing), ("has unknown tensors:", extra)):
         if names:

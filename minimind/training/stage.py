@@ -18,7 +18,7 @@ from minimind.config import difference, dump_recipe, load_recipe
 from minimind.config.settings import Recipe
 from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
 from minimind.data.store import Split, TokenStore, open_store
-from minimind.errors import ConfigError, DataError, TokenizerError
+from minimind.errors import ConfigError, DataError
 from minimind.model import Transformer, load_model, resolve_model_directory, save_model
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
@@ -201,12 +201,7 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
         model = load_model(directory, device=device)
         if recipe.model.context:
             model.extend_context(recipe.model.context, recipe.model.rope_scaling)
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise TokenizerError(
-                f"{recipe.tokenizer or directory}: the tokenizer has {tokenizer.vocab_size:,} "
-                f"words and the model in {directory} {model.config.vocab_size:,}; "
-                "use the tokenizer that the model was trained with"
-            )
+        tokenizer.check_model(Path(recipe.tokenizer or directory), model.config.vocab_size)
     elif recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer))
         model = new_model(recipe, tokenizer).to(device)

@@ -98,7 +98,7 @@ def test_a_failed_save_leaves_the_older_model(
     saved: Path, random_model: Callable[..., Transformer]
 ) -> None:
     class Broken:
-        im_end = end_of_text = 0
+        end_of_text, stop_ids, model_ids = 0, (0,), {"eos_token_id": 0}
 
         def save(self, directory: Path) -> None:
             raise OSError(28, "No space left on device")
@@ -253,9 +253,47 @@ def test_weights_of_other_kinds_are_refused(saved: Path) -> None:
     path.unlink()
     with pytest.raises(ModelError, match=r"there is no model\.safetensors"):
         load_model(saved)
-    (saved / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ModelError, match="sharded weights are not supported"):
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is no index of weights"),
+        ("{}", "is no index of weights"),
+        ("[" * 100_000, "is no index of weights"),
+        ('{"weight_map": ["a"]}', "is no index of weights"),
+        ('{"weight_map": {"a": ["b"]}}', "is no index of weights"),
+        ('{"weight_map": {"a": 5}}', "5 is not the name of a weights file beside it"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "is not the name of a weights file"),
+        ('{"weight_map": {"a": "/etc/x.safetensors"}}', "is not the name of a weights file"),
+        ('{"weight_map": {"a": "b\\\\c.safetensors"}}', "is not the name of a weights file"),
+        ('{"weight_map": {"a": "b.bin"}}', '"b.bin" is not the name of a weights file'),
+        ('{"weight_map": {"a": "b.safetensors"}}', "b.safetensors, which the index names, is mis"),
+        ('{"weight_map": {"a": "part.safetensors"}}', "it has no a, which the index says it has"),
+        ('{"weight_map": {"model.norm.weight": "part.safetensors"}}', "promises 2 layers"),
+        ('{"weight_map": {}}', "promises 2 layers"),
+    ],
+)
+def test_an_index_of_weights_that_does_not_fit_is_told(
+    saved: Path, index: str, message: str
+) -> None:
+    (saved / "model.safetensors").rename(saved / "part.safetensors")
+    (saved / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=message):
         load_model(saved)
+
+
+def test_what_no_index_names_is_not_read(saved: Path, model: Transformer) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    places = {}
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        places[name] = f"part-{number}.safetensors"
+        stray = {"stray": torch.zeros(1)} if number == 0 else {}
+        save_file({name: tensor} | stray, saved / places[name])
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded = load_model(saved).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_loaded_model_does_not_hang_on_its_file(saved: Path, model: Transformer) -> None:
