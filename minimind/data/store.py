@@ -304,6 +304,7 @@ def _fill(
             f"{files[0]}{' and others' if len(files) > 1 else ''}: no {_wanted(kind)} found"
             + (f" ({skipped:,} records of another kind)" if skipped else "")
             + "; `minimind data inspect` shows what the files hold"
+            + _refused(files, tokenizer, described["schema"])
         )
     return counts | {
         "dtype": dtype,
@@ -314,6 +315,14 @@ def _fill(
         "bad_lines_file": str(bad.path) if bad.total else None,
         "skipped": skipped,
     }
+
+
+def _refused(files: list[Path], tokenizer: Tokenizer, schema: str) -> str:
+    """Why the first conversation does not fit the chat format of a model made elsewhere, if so."""
+    records = read_records(files, schema=schema, bad=BadLines())
+    first = next((r.messages for r in records if r.messages), None)
+    reason = first and refusal(tokenizer, first)
+    return f". The first conversation: {reason}" if reason else ""
 
 
 def _hashed(file: Path, entry: dict[str, Any]) -> dict[str, Any]:

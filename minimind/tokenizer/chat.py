@@ -80,6 +80,8 @@ def encode_chats(
         validate_messages(messages)
     if tokenizer.template:
         return _encode_by_template(tokenizer, conversations)
+    if not conversations:
+        return []
     if not tokenizer.has_chat_tokens:
         raise TokenizerError(_NO_FORMAT)
     texts = iter(tokenizer.encode_batch([_text(m) for messages in conversations for m in messages]))

@@ -17,10 +17,10 @@ from minimind.errors import TokenizerError
 # "start": the beginning of all. "section": after a control token. "middle": going on in a line.
 Place = Literal["start", "section", "middle"]
 
-# Around a placeholder stands white space that no template writes: what is left of it afterwards
-# tells how the template strips messages.
-_PAD = "\n\u2003\n"
-_PLACEHOLDER = re.compile("(\n?\u2003\n)?\ue000([0-9]+)\ue001(\n\u2003\n?)?")
+# Around a placeholder stands white space that no template writes: whether it is still there
+# afterwards tells whether the template strips messages.
+_SPACE = "\u2003"
+_PLACEHOLDER = re.compile(f"({_SPACE}?)\ue000([0-9]+)\ue001({_SPACE}?)")
 _MOST_KEPT = 4096
 
 
@@ -97,7 +97,7 @@ class ChatTemplate:
         if key not in self._skeletons:
             if len(self._skeletons) >= _MOST_KEPT:
                 self._skeletons.clear()
-            self._skeletons[key] = self._cut(self._render(roles, add_generation_prompt), roles)
+            self._skeletons[key] = self._cut(self._parts(roles, add_generation_prompt), roles)
         return self._skeletons[key]
 
     def end_of_answer(self) -> int | None:
@@ -108,9 +108,15 @@ class ChatTemplate:
             return None
         return next((p.id for p in skeleton if isinstance(p, Mark) and p.learned), None)
 
-    def _render(self, roles: tuple[str, ...], add_generation_prompt: bool) -> str:
+    def _render(
+        self, roles: tuple[str, ...], add_generation_prompt: bool, left: str = "", right: str = ""
+    ) -> list[str]:
+        """[text, space, number, space, text, …, text]: what stands around the placeholders.
+
+        left, right: what messages begin and end with, apart from the space.
+        """
         messages = [
-            {"role": role, "content": f"{_PAD}\ue000{i}\ue001{_PAD}"}
+            {"role": role, "content": f"{left}{_SPACE}\ue000{i}\ue001{_SPACE}{right}"}
             for i, role in enumerate(roles)
         ]
         try:
@@ -126,9 +132,9 @@ class ChatTemplate:
             raise TokenizerError(
                 f"the model's chat template refuses messages of {', '.join(roles)}: {error}"
             ) from error
-        return text
+        return _PLACEHOLDER.split(text)
 
-    def _cut(self, rendered: str, roles: tuple[str, ...]) -> Skeleton:
+    def _cut(self, rendered: Iterator[str | Slot | Control], roles: tuple[str, ...]) -> Skeleton:
         """Runs and marks; an answer begins a run of its own, since its beginning is a prompt's end.
 
         What is learned: each answer, up to and with the control token that ends it.
@@ -141,34 +147,51 @@ class ChatTemplate:
         def end_run(*, at_control: bool) -> None:
             nonlocal place
             # Without a control token an answer ends with itself.
-            size = len(parts) if at_control or not answers else 1
+            size = len(parts) if at_control or not answers else 2
             for some, learned in ((parts[:size], answers), (parts[size:], False)):
                 if any(some):
                     skeleton.append(Run(tuple(some), place, learned))
                     place = "middle"
             parts.clear()
 
-        for part in self._parts(rendered):
+        for part in rendered:
             if isinstance(part, Control):
                 end_run(at_control=True)
                 skeleton.append(Mark(part.id, answers))
                 place, answers = "section", False
             elif isinstance(part, Slot) and (answers or roles[part.message] == "assistant"):
+                # A space before an answer is the answer's: prompts end without.
+                opening = parts.pop() if parts else ""
+                assert isinstance(opening, str), "messages do not touch: each is an answer's end"
+                words = opening.rstrip(" ")
+                parts.append(words)
                 end_run(at_control=False)
-                parts, answers = [part], roles[part.message] == "assistant"
+                parts, answers = [opening[len(words) :], part], roles[part.message] == "assistant"
             else:
                 parts.append(part)
         end_run(at_control=False)
         return tuple(skeleton)
 
-    def _parts(self, rendered: str) -> Iterator[str | Slot | Control]:
-        at = 0
-        for found in _PLACEHOLDER.finditer(rendered):
-            yield from self._split(rendered[at : found.start()])
-            left, number, right = found.groups()
-            yield Slot(int(number), _stripped(left), _stripped(right))
-            at = found.end()
-        yield from self._split(rendered[at:])
+    def _parts(
+        self, roles: tuple[str, ...], add_generation_prompt: bool
+    ) -> Iterator[str | Slot | Control]:
+        """What the template writes, and where messages stand in it, stripped in which way."""
+        plain = self._render(roles, add_generation_prompt)
+        before = self._render(roles, add_generation_prompt, left="\n")
+        after = self._render(roles, add_generation_prompt, right="\n")
+        if not len(plain) == len(before) == len(after):
+            raise TokenizerError(
+                "the model's chat template looks into the messages; it cannot be used"
+            )
+        yield from self._split(plain[0])
+        for at in range(1, len(plain), 4):
+            left, number, right, text = plain[at : at + 4]
+            yield Slot(
+                int(number),
+                "" if not left else "\n" if before[at - 1] == plain[at - 1] else None,
+                "" if not right else "\n" if after[at + 3] == text else None,
+            )
+            yield from self._split(text)
 
     def _split(self, text: str) -> Iterator[str | Control]:
         """The template's own text and control tokens."""
@@ -181,13 +204,6 @@ class ChatTemplate:
             yield control
             at, strips = found.end(), control.rstrip
         yield text[at:].lstrip() if strips else text[at:]
-
-
-def _stripped(left_over: str | None) -> str | None:
-    """Which characters were stripped: "" all white space, None none."""
-    if left_over is None:
-        return ""
-    return None if left_over == _PAD else "\n"
 
 
 def _compile(source: str) -> Any:

@@ -137,7 +137,9 @@ def test_what_needs_no_stretching_is_left_alone() -> None:
     assert longer.rope_scaling is not None
     assert longer.rope_scaling.factor == 4
     assert extend_context(longer, 2048) is longer
-    with pytest.raises(ModelError, match="stretched already, by yarn, .* to 4,096; give at most 2"):
+    with pytest.raises(
+        ModelError, match=r"stretched already, by yarn, .* to 4,096; give at most 2"
+    ):
         extend_context(longer, 4096)
 
 
