@@ -236,14 +236,12 @@ def _shown(value: Any) -> str:
 
 
 def _rope_parameters(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_scaling` of version 4, without empty keys."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key)
-        if rope is not None and not isinstance(rope, dict):
+    """`rope_scaling` of transformers 4, or `rope_parameters` of version 5, without empty keys."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
             raise ModelError(f"{path}: {key} is not an object")
-        if rope:
-            return {name: value for name, value in rope.items() if value is not None}
-    return {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as version 5 chooses
+    return {name: value for name, value in rope.items() if value is not None}
 
 
 def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, Any]:

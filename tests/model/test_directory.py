@@ -203,7 +203,7 @@ def test_a_folder_where_nothing_can_be_made_is_named(
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
         ({"rope_parameters": [1]}, "rope_parameters is not an object"),
-        ({"rope_parameters": None, "rope_scaling": "x"}, "rope_scaling is not an object"),
+        ({"rope_scaling": "x"}, "rope_scaling is not an object"),
         (
             {"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             "must be above 1 to be scaled",
