@@ -329,10 +329,12 @@ class Tokenizer:
         alone = fresh.get(self._adds_space, ("start",))
         line_end = self.encode("\n")
         texts = [text if place in alone or not text else f"\n{text}" for text, place in sections]
-        return [
-            ids if place in alone or not text else ids[len(line_end) :]
-            for ids, (text, place) in zip(self.encode_batch(texts), sections, strict=True)
-        ]
+        encoded = self.encode_batch(texts)
+        for at, (text, place) in enumerate(sections):
+            if text and place not in alone:
+                apart = encoded[at][: len(line_end)] == line_end
+                encoded[at] = encoded[at][len(line_end) :] if apart else self.encode(text)
+        return encoded
 
     @cached_property
     def _adds_space(self) -> Literal["never", "first", "each"]:
@@ -369,7 +371,7 @@ def _write(path: Path, text: str) -> None:
 
 def _is_control(name: str) -> bool:
     """Whether an added token that is not marked "special" is a tag, and not a word of text."""
-    return name[:1] in "<[" and name[-1:] in ">]" and not name.isspace() and bool(name)
+    return name.startswith(("<", "[")) and name.endswith((">", "]"))
 
 
 def _is_ours(directory: Path, bpe: BPE) -> bool:
