@@ -33,6 +33,9 @@ class ModelSettings(_Settings):
     rope_theta: float | None = None
     rms_norm_eps: float | None = None
     qk_norm: bool | None = None
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    shared_intermediate_size: int | None = None
 
     @field_validator("preset")
     @classmethod
@@ -58,6 +61,19 @@ class ModelSettings(_Settings):
             exclude={"init", "preset", "context", "rope_scaling"}, exclude_none=True
         )
         return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
+
+
+class LoRASettings(_Settings):
+    """Low-rank matrices that are trained while the model itself stays as it is."""
+
+    rank: int = Field(8, ge=1, description="Inner width of the matrices.")
+    alpha: float = Field(16.0, gt=0, description="They count alpha / rank times.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of their input that is dropped.")
+    targets: list[str] = Field(
+        default_factory=lambda: ["all"],
+        min_length=1,
+        description="Modules by name (q_proj) or group: attention, mlp, all.",
+    )
 
 
 class Source(_Settings):
@@ -90,6 +106,12 @@ class DataSettings(_Settings):
         default_factory=list, description="Held-out data; else a share of the sources."
     )
     validation_fraction: float = Field(0.005, ge=0, le=0.5, description="Share held out.")
+    general: list[str] = Field(
+        default_factory=list, description="Held out too: what is measured to see what is forgotten."
+    )
+    fill: dict[str, str] = Field(
+        default_factory=dict, description="What {{name}}, {{author}} and the like stand for."
+    )
     record_schema: SCHEMAS = Field("auto", description="Schema of the records, or 'auto'.")
     window: int = Field(512, ge=8, description="Tokens a training window.")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="More bad lines stop the run.")
@@ -127,6 +149,9 @@ class TrainingSettings(_Settings):
     batch: int = Field(64, ge=1, description="Windows an optimizer step.")
     micro_batch: int | None = Field(None, ge=1, description="Windows at once; None = by device.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    router_balance: float = Field(
+        0.01, ge=0, description="Weight of the loss that balances experts; dense models have none."
+    )
     compile: bool = Field(False, description="torch.compile: pays on long runs only.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     trackers: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(default_factory=list)
@@ -165,6 +190,7 @@ class Recipe(_Settings):
     seed: int = Field(0, ge=0)
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())
     data: DataSettings = Field(default_factory=lambda: DataSettings())
+    lora: LoRASettings | None = Field(None, description="Train adapters instead of the model.")
     optim: OptimSettings = Field(default_factory=lambda: OptimSettings())
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings())
     training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())

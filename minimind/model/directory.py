@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
@@ -13,14 +14,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minimind.config.model import ModelConfig, RopeKind, RopeScaling
+from minimind.config.model import MOE_FIELDS, ModelConfig, RopeKind, RopeScaling
 from minimind.errors import ModelError, ResourceError
 from minimind.model.transformer import Transformer
 
-_MODEL_TYPES = {"llama": False, "qwen3": True}  # and whether it has QK-norm
+_MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
+_MODEL_TYPES = ("llama", "qwen3", *_MOE_TYPES)
 _INDEX = "model.safetensors.index.json"
 _PLAIN_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
-_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
+FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
 class SavesItself(Protocol):
@@ -45,6 +47,13 @@ def resolve_model_directory(path: Path) -> Path:
             return place
     if not path.exists():
         raise ModelError(f"{path}: there is no such directory; give a model or run directory")
+    for place in (path, path / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path} holds a LoRA adapter and no model of its own: give the model that it was "
+                f"made for, with --adapter {path}, or make one of both with "
+                f"`minimind merge MODEL --adapter {path} --out DIR`"
+            )
     if (path / "checkpoints").is_dir():
         raise ModelError(
             f"{path} is a run that has not finished, so it has no model yet; "
@@ -64,21 +73,14 @@ def save_model(
     Raises ResourceError when it cannot be written, ModelError when something else is there.
     """
     size = sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
-    if directory.is_file() or (directory.is_dir() and not _may_replace(directory)):
-        raise ModelError(f"{directory} is there and is not a model; give another directory")
-    # Fixed names, so that what a killed process left is found and swept up here.
-    work, old = (directory.with_name(f".{directory.name}.{part}") for part in ("new", "old"))
-    try:
-        _put_back(old, directory)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    with written_whole(directory, "model", "config.json", size) as work:
         tensors = {
             name: tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
             for name, tensor in model.state_dict().items()
         }
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-        _write_json(work / "config.json", _config_json(model.config, tokenizer, dtype))
-        _write_json(
+        write_json(work / "config.json", _config_json(model.config, tokenizer, dtype))
+        write_json(
             work / "generation_config.json",
             {
                 "do_sample": True,
@@ -89,12 +91,32 @@ def save_model(
             },
         )
         tokenizer.save(work)
+
+
+@contextlib.contextmanager
+def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[Path]:
+    """A folder to write into, which then becomes `directory`; on an error nothing has changed.
+
+    What is there is replaced if it has the file `mark`, by which its `kind` is known, or is
+    empty.
+    Raises ModelError when something else is there, ResourceError, which says that `size` bytes
+    are needed, when it cannot be written.
+    """
+    if directory.is_file() or (directory.is_dir() and not _may_replace(directory, mark)):
+        raise ModelError(f"{directory} is there and is not a {kind}; give another directory")
+    # Fixed names, so that what a killed process left is found and swept up here.
+    work, old = (directory.with_name(f".{directory.name}.{part}") for part in ("new", "old"))
+    try:
+        _put_back(old, directory)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
         if directory.exists():
             os.replace(directory, old)
         os.replace(work, directory)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
-            f"{directory}: the model could not be written ({error}); it needs {size:,} bytes"
+            f"{directory}: the {kind} could not be written ({error}); it needs {size:,} bytes"
             + _free_space(directory)
         ) from error
     finally:
@@ -110,8 +132,8 @@ def _put_back(old: Path, directory: Path) -> None:
         os.replace(old, directory)
 
 
-def _may_replace(directory: Path) -> bool:
-    return (directory / "config.json").is_file() or not any(directory.iterdir())
+def _may_replace(directory: Path, mark: str) -> bool:
+    return (directory / mark).is_file() or not any(directory.iterdir())
 
 
 def _free_space(directory: Path) -> str:
@@ -119,18 +141,24 @@ def _free_space(directory: Path) -> str:
     return f", and {shutil.disk_usage(there).free:,} are free" if there else ""
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config_json(config: ModelConfig, tokenizer: SavesItself, dtype: str) -> dict[str, Any]:
     scaling, context = _rope_json(config)
-    shape = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling"})
+    shape = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling", *MOE_FIELDS})
+    kind = "qwen3" if config.qk_norm else "llama"
+    if config.num_local_experts:
+        kind = _MOE_TYPES[0]
+        shape |= config.model_dump(include=set(MOE_FIELDS))
+        # Left out, it would be 1 in transformers.
+        shape["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
     return (
         shape
         | {
             "architectures": [config.architecture],
-            "model_type": "qwen3" if config.qk_norm else "llama",
+            "model_type": kind,
             "max_position_embeddings": context,
             "hidden_act": "silu",
             "attention_bias": False,
@@ -177,12 +205,13 @@ def read_config(directory: Path) -> ModelConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise ModelError(
-            f"{path}: model_type {kind!r} is not supported; {' and '.join(_MODEL_TYPES)} are"
+            f"{path}: model_type {kind!r} is not supported; {', '.join(_MODEL_TYPES)} are"
         )
     rope = _rope_parameters(path, raw)
     _check_supported(path, raw)
-    fields = {key: raw[key] for key in ModelConfig.model_fields if raw.get(key) is not None}
-    fields["qk_norm"] = _MODEL_TYPES[kind]
+    known = ModelConfig.model_fields.keys() - (() if kind in _MOE_TYPES else MOE_FIELDS)
+    fields = {key: raw[key] for key in known if raw.get(key) is not None}
+    fields["qk_norm"] = kind == "qwen3"
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     fields.pop("rope_scaling", None)
     if (theta := rope.pop("rope_theta", raw.get("rope_theta"))) is not None:
@@ -197,12 +226,22 @@ def read_config(directory: Path) -> ModelConfig:
         required |= {"head_dim"}
     elif isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         fields.setdefault("head_dim", hidden // heads)
+    if kind in _MOE_TYPES:
+        required |= {"num_local_experts", "num_experts_per_tok"}
+        if not fields.get("num_local_experts", 1):
+            raise ModelError(f"{path}: num_local_experts is 0, and {kind} is a mixture of experts")
+        fields.setdefault("attention_multiplier", 1.0)  # as in transformers
+        if kind == "granitemoe":
+            fields["shared_intermediate_size"] = 0
     if missing := sorted(required - fields.keys()):
         raise ModelError(f"{path}: {', '.join(missing)} missing")
     try:
-        return ModelConfig.model_validate(fields, strict=True)
+        config = ModelConfig.model_validate(fields, strict=True)
     except ValidationError as error:
         raise ModelError(f"{path}: {_first(error)}") from error
+    if config.attention_multiplier == config.head_dim**-0.5:
+        config = config.model_copy(update={"attention_multiplier": None})
+    return config
 
 
 # What a model of these types may have and this code has not: the value under which it is absent.
@@ -376,8 +415,8 @@ def _check_tensors(path: Path, model: Transformer, found: dict[str, Any]) -> Non
             raise ModelError(
                 f"{path}: {name} has the shape {found[name].get_shape()}, config.json says {shape}"
             )
-        if found[name].get_dtype() not in _FLOATS:
+        if found[name].get_dtype() not in FLOATS:
             raise ModelError(
                 f"{path}: {name} is of the kind {found[name].get_dtype()}; "
-                f"only {', '.join(_FLOATS)} are read"
+                f"only {', '.join(FLOATS)} are read"
             )

@@ -34,6 +34,13 @@ SCALINGS: dict[str, dict[str, Any]] = {
 }
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": dict(qk_norm=True),
+    "granite": dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32),
+}
+
+
 @pytest.fixture(scope="module")
 def transformers() -> Any:
     found = pytest.importorskip("transformers")
@@ -52,16 +59,16 @@ def scaled(
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_beyond_the_original_context_are_those_of_transformers(
     name: str,
-    qk_norm: bool,
+    layout: str,
     transformers: Any,
     random_model: Callable[..., Transformer],
     tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:
-    ours = scaled(random_model, SCALINGS[name], qk_norm=qk_norm)
+    ours = scaled(random_model, SCALINGS[name], **LAYOUTS[layout])
     save_model(tmp_path / "model", ours, tokenizer)
     again = load_model(tmp_path / "model").eval()
     if "dynamic" in name or "linear" in name:
