@@ -84,7 +84,7 @@ def train(work: Path) -> None:
             },
             "optim": {"muon_lr": 0.02, "lr": 3e-3, "weight_decay": 0.0},
             "schedule": {"name": "wsd", "warmup": 0.03, "decay": 0.4, "final": 0.0},
-            "training": {"steps": 300, "batch": 16},
+            "training": {"steps": 300, "batch": 8},
             "validation": {"every": 150},
             "checkpoint": {"every": 100, "keep": 1},
         }
