@@ -12,6 +12,7 @@ with "assistant\\n" must have been trained on exactly that.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 from minimind.errors import TokenizerError
 from minimind.tokenizer.bpe import IM_END, IM_START, Tokenizer
@@ -63,7 +64,9 @@ def encode_chat(
     """
     if tokenizer.template:
         validate_messages(messages)
-        return _encode_by_template(tokenizer, [messages], add_generation_prompt)[0]
+        return _encode_by_template(
+            tokenizer, [messages], add_generation_prompt=add_generation_prompt
+        )[0]
     [(ids, mask)] = encode_chats(tokenizer, [messages])
     if add_generation_prompt:
         opening = _head(tokenizer, _ANSWERS)
@@ -72,21 +75,31 @@ def encode_chat(
 
 
 def encode_chats(
-    tokenizer: Tokenizer, conversations: Iterable[Sequence[Message]]
+    tokenizer: Tokenizer,
+    conversations: Iterable[Sequence[Message]],
+    *,
+    given: Iterable[int] | None = None,
 ) -> list[EncodedChat]:
-    """`encode_chat` for many conversations, on all cores, with the same errors."""
+    """`encode_chat` for many conversations, on all cores, with the same errors.
+
+    `given`: how many messages of each conversation are given, so that no answer among them is
+    the model's to produce.
+    """
     conversations = list(conversations)
     for messages in conversations:
         validate_messages(messages)
     if tokenizer.template:
-        return _encode_by_template(tokenizer, conversations)
+        return _encode_by_template(tokenizer, conversations, given=given)
     if not conversations:
         return []
     if not tokenizer.has_chat_tokens:
         raise TokenizerError(_NO_FORMAT)
     texts = iter(tokenizer.encode_batch([_text(m) for messages in conversations for m in messages]))
     answer_head, line_end = _head(tokenizer, _ANSWERS), tokenizer.encode("\n")
-    return [_join(tokenizer, messages, texts, answer_head, line_end) for messages in conversations]
+    return [
+        _join(tokenizer, messages, texts, answer_head, line_end, number)
+        for messages, number in zip(conversations, given or repeat(0), strict=False)
+    ]
 
 
 def refusal(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
@@ -106,7 +119,9 @@ def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
 def _encode_by_template(
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[Message]],
+    *,
     add_generation_prompt: bool = False,
+    given: Iterable[int] | None = None,
 ) -> list[EncodedChat]:
     """Conversations in the format of a model made elsewhere."""
     assert tokenizer.template is not None
@@ -120,13 +135,13 @@ def _encode_by_template(
         sections += [(p.fill(contents), p.place) for p in skeleton if isinstance(p, Run)]
     texts = iter(tokenizer.encode_sections(sections))
     encoded = []
-    for skeleton in skeletons:
+    for skeleton, number in zip(skeletons, given or repeat(0), strict=False):
         ids: list[int] = []
         mask: list[int] = []
         for part in skeleton:
             some = next(texts) if isinstance(part, Run) else [part.id]
             ids += some
-            mask += [int(part.learned)] * len(some)
+            mask += [int(part.answer is not None and part.answer >= number)] * len(some)
         encoded.append((ids, mask))
     return encoded
 
@@ -147,12 +162,14 @@ def _join(
     texts: Iterator[list[int]],
     answer_head: list[int],
     line_end: list[int],
+    given: int,
 ) -> EncodedChat:
     ids: list[int] = []
     mask: list[int] = []
-    for message in messages:
+    for number, message in enumerate(messages):
         answers = message["role"] == _ANSWERS
         head, text = answer_head if answers else [tokenizer.im_start], next(texts)
         ids += [*head, *text, tokenizer.im_end, *line_end]
-        mask += [0] * len(head) + [int(answers)] * (len(text) + 1) + [0] * len(line_end)
+        learned = int(answers and number >= given)
+        mask += [0] * len(head) + [learned] * (len(text) + 1) + [0] * len(line_end)
     return ids, mask

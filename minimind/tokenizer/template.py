@@ -53,7 +53,7 @@ class Run:
 
     parts: tuple[str | Slot, ...]
     place: Place
-    learned: bool
+    answer: int | None  # the message that it is, if that is an answer
 
     def fill(self, contents: Sequence[str]) -> str:
         return "".join(p if isinstance(p, str) else p.fill(contents[p.message]) for p in self.parts)
@@ -64,7 +64,7 @@ class Mark:
     """A control token of the template."""
 
     id: int
-    learned: bool
+    answer: int | None  # the message that it ends, if that is an answer
 
 
 Skeleton = tuple[Run | Mark, ...]
@@ -106,7 +106,7 @@ class ChatTemplate:
             skeleton = self.skeleton(("user", "assistant"))
         except TokenizerError:  # which whoever chats will be told
             return None
-        return next((p.id for p in skeleton if isinstance(p, Mark) and p.learned), None)
+        return next((p.id for p in skeleton if isinstance(p, Mark) and p.answer is not None), None)
 
     def _render(
         self, roles: tuple[str, ...], add_generation_prompt: bool, left: str = "", right: str = ""
@@ -137,36 +137,39 @@ class ChatTemplate:
     def _cut(self, rendered: Iterator[str | Slot | Control], roles: tuple[str, ...]) -> Skeleton:
         """Runs and marks; an answer begins a run of its own, since its beginning is a prompt's end.
 
-        What is learned: each answer, up to and with the control token that ends it.
+        To an answer belongs all up to and with the control token that ends it.
         """
         skeleton: list[Run | Mark] = []
         parts: list[str | Slot] = []
         place: Place = "start"
-        answers = False
+        answer: int | None = None  # whose run it is
 
         def end_run(*, at_control: bool) -> None:
             nonlocal place
             # Without a control token an answer ends with itself.
-            size = len(parts) if at_control or not answers else 2
-            for some, learned in ((parts[:size], answers), (parts[size:], False)):
+            size = len(parts) if at_control or answer is None else 2
+            for some, whose in ((parts[:size], answer), (parts[size:], None)):
                 if any(some):
-                    skeleton.append(Run(tuple(some), place, learned))
+                    skeleton.append(Run(tuple(some), place, whose))
                     place = "middle"
             parts.clear()
 
         for part in rendered:
             if isinstance(part, Control):
                 end_run(at_control=True)
-                skeleton.append(Mark(part.id, answers))
-                place, answers = "section", False
-            elif isinstance(part, Slot) and (answers or roles[part.message] == "assistant"):
+                skeleton.append(Mark(part.id, answer))
+                place, answer = "section", None
+            elif isinstance(part, Slot) and (
+                answer is not None or roles[part.message] == "assistant"
+            ):
                 # A space before an answer is the answer's: prompts end without.
                 opening = parts.pop() if parts else ""
                 assert isinstance(opening, str), "messages do not touch: each is an answer's end"
                 words = opening.rstrip(" ")
                 parts.append(words)
                 end_run(at_control=False)
-                parts, answers = [opening[len(words) :], part], roles[part.message] == "assistant"
+                parts = [opening[len(words) :], part]
+                answer = part.message if roles[part.message] == "assistant" else None
             else:
                 parts.append(part)
         end_run(at_control=False)

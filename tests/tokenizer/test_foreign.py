@@ -109,6 +109,19 @@ def test_answers_and_their_ends_are_learned_after_what_is_prompted_with(
 
 
 @pytest.mark.parametrize("name", CHATTING)
+def test_answers_that_are_given_are_not_learned(name: str, foreign_dir: Directory) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    messages = turns("问", "一", "再问", "二")
+    [(all_ids, both)] = encode_chats(tokenizer, [messages])
+    [(ids, last)] = encode_chats(tokenizer, [messages], given=[3])
+    assert ids == all_ids
+    learned = spelt(tokenizer, [i for i, m in zip(ids, last, strict=True) if m])
+    assert learned.strip(" ").startswith("二")
+    assert 0 < sum(last) < sum(both)
+    assert all(m <= n for m, n in zip(last, both, strict=True))
+
+
+@pytest.mark.parametrize("name", CHATTING)
 def test_no_message_can_make_a_control_token(name: str, foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
     tags = [*SHAPES[name]["special"], *SHAPES[name].get("tags", []), "<0x0A>", "[INST]", "\ue0001"]
