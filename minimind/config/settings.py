@@ -163,10 +163,28 @@ class CheckpointSettings(_Settings):
     keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
 
 
+class DPOSettings(_Settings):
+    """Direct preference optimisation, for the objective dpo alone."""
+
+    loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = "sigmoid"
+    beta: float = Field(
+        0.1, gt=0, description="How dear the start is; sigmoid_norm wants more, such as 5."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round."
+    )
+
+    @model_validator(mode="after")
+    def _only_sigmoids_are_smoothed(self) -> "DPOSettings":
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing goes with the sigmoid losses, not with ipo")
+        return self
+
+
 class Recipe(_Settings):
     """A whole stage: what is trained, from what, on what, how."""
 
-    objective: Literal["pretrain", "sft"]
+    objective: Literal["pretrain", "sft", "dpo"]
     out: str | None = Field(None, description="Run directory.")
     tokenizer: str | None = Field(None, description="Tokenizer directory; default: the model's.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
@@ -179,3 +197,4 @@ class Recipe(_Settings):
     training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())
     validation: ValidationSettings = Field(default_factory=lambda: ValidationSettings())
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
+    dpo: DPOSettings = Field(default_factory=lambda: DPOSettings())

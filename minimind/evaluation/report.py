@@ -113,6 +113,8 @@ def write_report(
     `by_subject`: (right, asked) of the quiz; `wrong`: question, answer, expected.
     """
     with_experts = [stage for stage in stages if _lines(stage.metrics, "expert_load/")]
+    preferring = [stage for stage in stages if _lines(stage.metrics, "rewards/")]
+    others = [stage for stage in stages if stage not in preferring]
     sections = [
         (
             "The eight questions",
@@ -132,15 +134,26 @@ def write_report(
             "Loss",
             "How surprised the model is by the next token, in nats: 0 would mean never. Good is a "
             "curve that falls fast, then slowly, with validation (text that is not trained on) "
-            "close to train. If validation rises while train falls, the model learns by heart.",
-            _plots(stages, "loss", "nats per token"),
+            "close to train. If validation rises while train falls, the model learns by heart. "
+            "Where general data has a line, its rise shows how much of that is being forgotten.",
+            _plots(others, "loss", "nats per token"),
         ),
         (
             "Bits per byte",
             "How many bits the model needs for each byte of text: the loss again, but in a unit "
             "that does not depend on the tokenizer. Lower is better. The dashed line is a model "
             "that knows only how often each token occurs; good is far below it.",
-            _plots(stages, "bits_per_byte", "bits per byte", from_zero=True),
+            _plots(others, "bits_per_byte", "bits per byte", from_zero=True),
+        ),
+        (
+            "Preferences",
+            "Learning which of two answers is better. The loss begins at 0.693, the logarithm of "
+            "2 (with ipo elsewhere), and should fall. The reward of an answer says how much "
+            "likelier than at the start it is now: good is a reward of the chosen answers above "
+            "that of the rejected ones. The accuracy is the share of pairs in which that is so. "
+            "Log-probabilities are nats an answer: those of the rejected ones should fall; where "
+            "those of the chosen ones fall far too, the model forgets how to talk.",
+            _preferences(preferring),
         ),
         (
             "Learning rate",
@@ -292,6 +305,17 @@ def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bo
         )
         + "</div>"
     )
+
+
+def _preferences(stages: Sequence[StageReport]) -> str:
+    """What is measured of pairs alone."""
+    figures = {
+        "loss": "loss per pair",
+        "rewards/": "reward",
+        "accuracy": "accuracy",
+        "logps/": "log-probability",
+    }
+    return "".join(_plots(stages, key, label) for key, label in figures.items())
 
 
 def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:

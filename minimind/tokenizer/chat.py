@@ -12,6 +12,7 @@ with "assistant\\n" must have been trained on exactly that.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 from minimind.tokenizer.bpe import IM_END, IM_START, Tokenizer
 
@@ -60,15 +61,25 @@ def encode_chat(
 
 
 def encode_chats(
-    tokenizer: Tokenizer, conversations: Iterable[Sequence[Message]]
+    tokenizer: Tokenizer,
+    conversations: Iterable[Sequence[Message]],
+    *,
+    given: Iterable[int] | None = None,
 ) -> list[EncodedChat]:
-    """`encode_chat` for many conversations, on all cores. Raises ValueError for bad messages."""
+    """`encode_chat` for many conversations, on all cores. Raises ValueError for bad messages.
+
+    `given`: how many messages of each conversation are given, so that no answer among them is
+    the model's to produce.
+    """
     conversations = list(conversations)
     for messages in conversations:
         validate_messages(messages)
     texts = iter(tokenizer.encode_batch([_text(m) for messages in conversations for m in messages]))
     answer_head, line_end = _head(tokenizer, _ANSWERS), tokenizer.encode("\n")
-    return [_join(tokenizer, messages, texts, answer_head, line_end) for messages in conversations]
+    return [
+        _join(tokenizer, messages, texts, answer_head, line_end, number)
+        for messages, number in zip(conversations, given or repeat(0), strict=False)
+    ]
 
 
 def _head(tokenizer: Tokenizer, role: str) -> list[int]:
@@ -87,12 +98,14 @@ def _join(
     texts: Iterator[list[int]],
     answer_head: list[int],
     line_end: list[int],
+    given: int,
 ) -> EncodedChat:
     ids: list[int] = []
     mask: list[int] = []
-    for message in messages:
+    for number, message in enumerate(messages):
         answers = message["role"] == _ANSWERS
         head, text = answer_head if answers else [tokenizer.im_start], next(texts)
         ids += [*head, *text, tokenizer.im_end, *line_end]
-        mask += [0] * len(head) + [int(answers)] * (len(text) + 1) + [0] * len(line_end)
+        learned = int(answers and number >= given)
+        mask += [0] * len(head) + [learned] * (len(text) + 1) + [0] * len(line_end)
     return ids, mask

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minimind.evaluation.report import StageReport, write_report
+from minimind.evaluation.report import StageReport, _lines, write_report
 
 Make = Callable[..., str]
 SECTIONS = [
@@ -218,6 +218,22 @@ def test_experts_are_shown_where_there_are_any(page: Make) -> None:
     assert html == page(stages=[stage(), stage("moe", lines)])
 
 
+def test_preferences_are_shown_where_there_are_any(page: Make) -> None:
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
+    figures = dict.fromkeys(names, 0.5)
+    lines = [train(step, **figures) for step in range(1, 20)] + [validation(19) | figures]
+    for line in lines:
+        del line["bits_per_byte"]
+    html = page(stages=[stage(), stage("dpo", lines)])
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert [name for name in titles if name not in SECTIONS] == ["Preferences"]
+    # Two of any stage, two of the other stage alone, four of the pairs.
+    assert html.count("<svg ") == 2 * 2 + 2 + 4
+    alone = page(stages=[stage("dpo", lines)])
+    assert "Nothing was measured" not in alone
+    assert "Bits per byte" not in re.findall("<h2>(.*?)</h2>", alone)
+
+
 def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
     alone = page(stages=[stage(metrics=[train(step) for step in range(1, 9)])])
     both = page(stages=[stage(metrics=[*map(train, range(1, 9)), validation(8)])])
@@ -252,3 +268,16 @@ def test_a_stage_is_read_from_its_run_directory(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"loss": 1.5}', encoding="utf-8")
     (tmp_path / "recipe.toml").write_text("# 一\n", encoding="utf-8")
     assert StageReport.read("sft", tmp_path) == StageReport("sft", {"loss": 1.5}, lines, "# 一\n")
+
+
+def test_general_data_has_a_line_of_its_own(page: Make) -> None:
+    general = {"general_loss": 2.0, "general_bits_per_byte": 0.7}
+    lines = [train(1), validation(1) | general, train(2), validation(2) | general]
+    found = _lines(lines, "loss")
+    assert found["general"] == [(1, 2.0), (2, 2.0)] and found.keys() == {
+        "train",
+        "validation",
+        "general",
+    }
+    assert _lines(lines, "bits_per_byte")["general"] == [(1, 0.7), (2, 0.7)]
+    assert page(stages=[stage("lora", lines)]) != page(stages=[stage("lora", lines[:1])])

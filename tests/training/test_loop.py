@@ -54,7 +54,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
-@pytest.mark.parametrize("objective", ["pretrain", "sft"])
+@pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_size_of_a_micro_batch_does_not_matter(
     tmp_path: Path, objective: str, optimizer: str, preset: str
