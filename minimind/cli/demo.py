@@ -248,7 +248,7 @@ def _examine(
                 for name, (right, count) in subjects.items()
             },
         },
-        "preferences": {key: dpo[key] for key in ("first_accuracy", "accuracy", "margin")},
+        "preferences": {key: dpo[key] for key in ("first_accuracy", "accuracy", "rewards/margin")},
         "identity": _CALLED | _who_it_is(out, device, results["identity"].summary),
         "eight": [
             {
