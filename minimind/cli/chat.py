@@ -12,16 +12,19 @@ import typer
 
 from minimind.cli.generate import (
     Adapter,
+    Context,
     Device,
     MaxNewTokens,
     Model,
     RepetitionPenalty,
+    RopeScaling,
     Seed,
     Temperature,
     TopK,
     TopP,
     plain,
     stdin_lines,
+    stretched,
 )
 from minimind.errors import MinimindError, ResourceError, UsageError
 
@@ -51,6 +54,8 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = None,
     device: Device = "auto",
+    context: Context = None,
+    rope_scaling: RopeScaling = None,
 ) -> None:
     """Talk with a model. Through a pipe, each line is a message."""
     from minimind.inference.conversation import fit_chat
@@ -59,12 +64,18 @@ def chat(
     from minimind.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
-    loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
-    context = loaded.config.max_position_embeddings
-    room_for_answer = min(max_new_tokens, context // 4)
+    loaded, tokenizer = load_for_inference(
+        model,
+        device,
+        adapter=adapter,
+        context=stretched(context, rope_scaling),
+        rope_scaling=rope_scaling,
+    )
+    most_tokens = loaded.config.max_position_embeddings
+    room_for_answer = min(max_new_tokens, most_tokens // 4)
 
     def answer(messages: "list[Message]", place: int) -> tuple[int, Iterator[str]]:
-        prompt, left_out = fit_chat(tokenizer, messages, context - room_for_answer)
+        prompt, left_out = fit_chat(tokenizer, messages, most_tokens - room_for_answer)
         return left_out, stream_text(
             loaded,
             tokenizer,

@@ -18,6 +18,10 @@ class ModelSettings(_Settings):
     """Where the model comes from: a directory to go on with, or a preset to start from zero."""
 
     init: str | None = Field(None, description="Model directory to start from.")
+    context: int | None = Field(None, ge=1, description="Stretch the context of `init` to this.")
+    rope_scaling: Literal["linear", "dynamic", "yarn"] | None = Field(
+        None, description="How the context is stretched; default: yarn."
+    )
     preset: str = Field("small", description="Named shape of a new model.")
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -40,9 +44,22 @@ class ModelSettings(_Settings):
             raise ValueError(f"it should be one of {', '.join(PRESETS)}")
         return preset
 
+    @model_validator(mode="after")
+    def _stretches_a_model(self) -> "ModelSettings":
+        if self.context and not self.init:
+            raise ValueError(
+                "context stretches the model that init names; "
+                "the context of a new model is max_position_embeddings"
+            )
+        if self.rope_scaling and not self.context:
+            raise ValueError("rope_scaling says how to reach a context; set context too")
+        return self
+
     def shape(self, vocab_size: int) -> ModelConfig:
         """The resolved shape of a new model with `vocab_size` words."""
-        own = self.model_dump(exclude={"init", "preset"}, exclude_none=True)
+        own = self.model_dump(
+            exclude={"init", "preset", "context", "rope_scaling"}, exclude_none=True
+        )
         return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
 
 

@@ -40,7 +40,7 @@ from minimind.data.read import BadLines, batches, list_files, read_records
 from minimind.data.schemas import Record, placeholders
 from minimind.errors import DataError, ResourceError
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import Message, encode_chats
+from minimind.tokenizer.chat import Message, encode_chats, refusal
 
 Kind = Literal["text", "chat", "pairs"]
 Split = Literal["train", "validation"]
@@ -319,6 +319,7 @@ def _fill(
             + (f" ({skipped:,} records of another kind)" if skipped else "")
             + (", each with chosen and rejected answers" if kind == "pairs" else "")
             + "; `minimind data inspect` shows what the files hold"
+            + _refused(files, tokenizer, described["schema"])
         )
     return counts | {
         "dtype": dtype,
@@ -330,6 +331,14 @@ def _fill(
         "skipped": skipped,
         "unfilled": dict(unfilled),
     }
+
+
+def _refused(files: list[Path], tokenizer: Tokenizer, schema: str) -> str:
+    """Why the first conversation does not fit the chat format of a model made elsewhere, if so."""
+    records = read_records(files, schema=schema, bad=BadLines())
+    first = next((talk for record in records for talk in _conversations(record)), None)
+    reason = first and refusal(tokenizer, first)
+    return f". The first conversation: {reason}" if reason else ""
 
 
 def _noted(records: Iterable[Record], unfilled: "Counter[str]") -> Iterator[Record]:
@@ -382,7 +391,12 @@ def _encode(
 ) -> tuple[dict[Split, _Documents], int, int]:
     """The documents of each side, how many records are of another kind, and the batch's mark."""
     batch, mark = marked
-    wanted = [record for record in batch if record.kind in _RECORDS[kind]]
+    wanted = [
+        record
+        for record in batch
+        if record.kind in _RECORDS[kind]
+        and not any(refusal(tokenizer, talk) for talk in _conversations(record))
+    ]
     talks = [(talk, record.num_shared) for record in wanted for talk in _conversations(record)]
     given = [number for _, number in talks]
     chats = iter(encode_chats(tokenizer, [talk for talk, _ in talks], given=given))
@@ -399,6 +413,8 @@ def _encode(
             documents.mask.fromlist(mask)
             if kind != "text":
                 documents.lengths.append(len(ids))
+        if record.text is not None:
+            documents.tokens.fromlist(tokenizer.text_start)
         for _ in split_long(record.text or ""):
             documents.tokens.fromlist(next(pieces))
         if kind == "text":

@@ -31,7 +31,7 @@ def continue_all(
     model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], *, max_new_tokens: int = 64
 ) -> list[str]:
     """A greedy continuation of each text."""
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.text_start + tokenizer.encode(text) for text in texts]
     return _complete(model, tokenizer, prompts, max_new_tokens, lambda done, total: None)
 
 
@@ -52,7 +52,7 @@ def _complete(
             [prompts[i] for i in chosen],
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=0),
-            stop_ids={tokenizer.im_end, tokenizer.end_of_text},
+            stop_ids=set(tokenizer.stop_ids),
         )
         for i, output in zip(chosen, outputs, strict=True):
             texts[i] = tokenizer.decode(output, skip_special_tokens=True).strip()

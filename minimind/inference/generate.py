@@ -31,7 +31,7 @@ def stream_text(
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_ids={tokenizer.im_end, tokenizer.end_of_text},
+        stop_ids=set(tokenizer.stop_ids),
         seed=seed,
     )
     return _as_text(tokens, StreamingDetokenizer(tokenizer, skip_special_tokens=True))

@@ -20,7 +20,7 @@ from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Wi
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
-from minimind.errors import ConfigError, DataError, TokenizerError
+from minimind.errors import ConfigError, DataError
 from minimind.model import (
     Transformer,
     apply_lora,
@@ -250,12 +250,9 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
         directory = resolve_model_directory(Path(recipe.model.init))
         tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
         model = load_model(directory, device=device)
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise TokenizerError(
-                f"{recipe.tokenizer or directory}: the tokenizer has {tokenizer.vocab_size:,} "
-                f"words and the model in {directory} {model.config.vocab_size:,}; "
-                "use the tokenizer that the model was trained with"
-            )
+        if recipe.model.context:
+            model.extend_context(recipe.model.context, recipe.model.rope_scaling)
+        tokenizer.check_model(Path(recipe.tokenizer or directory), model.config.vocab_size)
     elif recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer))
         model = new_model(recipe, tokenizer).to(device)
@@ -267,8 +264,8 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
     if recipe.data.window > model.config.max_position_embeddings:
         raise ConfigError(
             f"data.window ({recipe.data.window}) is longer than the model's context "
-            f"({model.config.max_position_embeddings}); lower it, or for a new model raise "
-            "model.max_position_embeddings"
+            f"({model.config.max_position_embeddings}); lower it, or raise "
+            + ("model.context" if recipe.model.init else "model.max_position_embeddings")
         )
     if recipe.lora:
         torch.manual_seed(recipe.seed)

@@ -19,6 +19,7 @@ SECTIONS = [
     "Learning rate",
     "Tokens per second",
     "Quiz by subject",
+    "A name of its own",
     "What the model wrote on the way",
     "Recipes",
 ]
@@ -54,6 +55,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Make:
             "before_training": "？？",
             "after_pretraining": "名字",
             "after_fine_tuning": "我叫MiniMind。",
+            "after_preferences": "我叫MiniMind。",
             "correct": True,
         }
         whole = {
@@ -62,6 +64,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Make:
             "cards": {"quiz": "91.0%"},
             "stages": [stage(), stage("sft")],
             "eight": [eight, eight | {"question": "泰山？", "correct": False}],
+            "identity": [
+                {
+                    "question": "你是何人？",
+                    "before": "我叫MiniMind。",
+                    "after": "我是小满。",
+                    "right": True,
+                }
+            ],
             "by_subject": {"河流": (3, 4), "山峰": (1, 4), "English": (4, 4)},
             "wrong": [{"question": "华山在哪？", "answer": "在山东。", "expected": "在陕西。"}],
         }
@@ -124,7 +134,7 @@ def test_all_sections_are_there_with_what_they_show(full: str) -> None:
         "1 wrong answers",
     ):
         assert shown in text, shown
-    assert full.count("✓</b>") == full.count("✗</b>") == 1
+    assert (full.count("✓</b>"), full.count("✗</b>")) == (2, 1)
 
 
 def test_there_is_a_plot_a_stage_and_it_needs_no_font(full: str) -> None:
@@ -157,8 +167,9 @@ def test_what_a_model_or_a_user_wrote_stays_text(page: Make) -> None:
             dict.fromkeys(
                 ("question", "before_training", "after_pretraining", "after_fine_tuning"), EVIL
             )
-            | {"correct": False}
+            | {"after_preferences": EVIL, "correct": False}
         ],
+        identity=[dict.fromkeys(("question", "before", "after"), EVIL) | {"right": False}],
         by_subject={EVIL: (1, 2)},
         wrong=[dict.fromkeys(("question", "answer", "expected"), EVIL)],
     )
@@ -242,8 +253,12 @@ def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
 
 
 def test_sections_without_content_are_left_out(page: Make) -> None:
-    html = page(eight=[], by_subject={}, wrong=[], stages=[stage(metrics=[train(1)])])
-    left = [name for name in SECTIONS if not name.startswith(("The eight", "Quiz", "What the"))]
+    html = page(eight=[], identity=[], by_subject={}, wrong=[], stages=[stage(metrics=[train(1)])])
+    left = [
+        name
+        for name in SECTIONS
+        if not name.startswith(("The eight", "Quiz", "A name", "What the"))
+    ]
     assert re.findall("<h2>(.*?)</h2>", html) == left
 
 

@@ -241,6 +241,12 @@ class Spoilt:
     def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
         return self.objective.figures(loss, sums)
 
+    def note(self, figures: dict[str, float]) -> str:
+        return self.objective.note(figures)
+
+    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+        return self.objective.warning(share, figures)
+
 
 def bad_gradient(loss: Tensor) -> Tensor:
     """The same loss, whose gradient is not a number."""

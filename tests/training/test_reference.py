@@ -183,7 +183,7 @@ def test_adapters_are_trained_with_their_base_as_the_reference(
     assert first["step"] == 0 and first["loss"] == pytest.approx(math.log(2), rel=1e-6)
     curve = losses(run)
     assert curve[0] == pytest.approx(math.log(2), rel=1e-6)
-    assert curve[-1] < 0.6
+    assert curve[-1] < 0.65
 
 
 def test_a_run_does_not_go_on_when_its_start_has_changed(
