@@ -11,9 +11,9 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,12 +30,23 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 _CHUNKS_A_STEP = 4  # of prompts, so that running texts go on meanwhile
 
 
+class Constraint(Protocol):
+    """What an answer has to look like: it says which tokens may come, and hears which one came."""
+
+    def allowed(self) -> Tensor:
+        """[vocab] bool, on the CPU; one token at the least."""
+
+    def advance(self, token: int) -> None:
+        """The token that was chosen, unless it ends the text."""
+
+
 @dataclass(frozen=True)
 class Request:
     """A text to go on with. stop: texts, stop_ids: tokens that end it; neither is shown.
 
     max_new_tokens: None = all the room that the context has. seed: None = another text each time.
     logprobs: log-probabilities of the tokens and of so many others, the likeliest; None = none.
+    constraint: serves this request alone.
     """
 
     prompt: Sequence[int]
@@ -45,6 +56,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,19 @@ class _Running:
             if self.sampling.changes_logits
             else None
         )
+        self.constraint = request.constraint
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.penalties is not None or self.constraint is not None
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """[vocab] what the next token is chosen by."""
+        if self.penalties is not None:
+            logits = self.penalties.apply(logits)
+        if self.constraint is not None:
+            logits = logits.masked_fill(~self.constraint.allowed().to(logits.device), -torch.inf)
+        return logits
 
 
 class Engine:
@@ -144,11 +169,13 @@ class Engine:
         *,
         slots: int = 16,
         context: int | None = None,
+        int8: bool = False,
     ) -> None:
+        """context: None = the model's. int8: smaller and less exact weights; see BatchedModel."""
         longest = model.config.max_position_embeddings
         self.tokenizer = tokenizer
         self.context = min(context or longest, longest)
-        self.model = BatchedModel(model, slots, self.context)
+        self.model = BatchedModel(model, slots, self.context, int8=int8)
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
@@ -185,6 +212,31 @@ class Engine:
             self._counts["requests"] += 1
             self._changed.notify()
         return completion
+
+    def stream_text(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None = None,
+    ) -> Generator[str]:
+        """What the model writes after `prompt` as it comes, to the end of a message or document.
+
+        Raises UsageError, at once, when the prompt does not fit into the context. Closing the
+        generator ends the request.
+        """
+        completion = self.submit(
+            Request(prompt, sampling, max_new_tokens, stop_ids=stop_ids(self.tokenizer), seed=seed)
+        )
+
+        def texts() -> Generator[str]:
+            try:
+                yield from (piece.text for piece in completion)
+            finally:
+                completion.cancel()
+
+        return texts()
 
     def _check(self, request: Request) -> None:
         if not request.prompt:
@@ -225,8 +277,11 @@ class Engine:
     def _work(self) -> None:
         with torch.inference_mode():
             while self._take_in():
-                if self._running:
+                try:
                     self._step()
+                except Exception as error:  # a bug, or no memory: whoever took part cannot go on
+                    for running in list(self._running):
+                        self._fail(running, error)
 
     def _take_in(self) -> bool:
         """Let requests go and come, waiting when there is nothing to do; False to end."""
@@ -271,13 +326,9 @@ class Engine:
         writing = sorted((r for r in self._running if r.read >= len(r.prompt)), key=_slot)
         singles = [Part(r.slot, r.length - 1, (r.last,)) for r in writing]
         chunks, ending = self._next_chunks()
-        try:
-            logits = self.model.forward(singles, [part for part, _ in chunks])
-        except Exception as error:  # out of memory, say: those who took part cannot go on
-            for running in writing + [running for _, running in chunks]:
-                if running in self._running:
-                    self._fail(running, error)
+        if not (singles or chunks):
             return
+        logits = self.model.forward(singles, [part for part, _ in chunks])
         rows = list(range(len(writing)))
         for place, (part, running) in enumerate(chunks):
             running.read += len(part.tokens)
@@ -306,13 +357,9 @@ class Engine:
     def _write(self, texts: Sequence["_Running"], logits: Tensor) -> None:
         """Choose the next token of each text: logits [texts, vocab]."""
         adjusted = logits
-        if any(text.penalties is not None for text in texts):
-            adjusted = torch.stack(
-                [
-                    row if text.penalties is None else text.penalties.apply(row)
-                    for text, row in zip(texts, logits.unbind(), strict=True)
-                ]
-            )
+        if any(text.changes_logits for text in texts):
+            rows = zip(texts, logits.unbind(), strict=True)
+            adjusted = torch.stack([text.adjusted(row) for text, row in rows])
         samplings = [text.sampling for text in texts]
         numbers = [0.0 if s.greedy else t.random.random() for s, t in zip(samplings, texts)]
         tokens = choose(adjusted, samplings, numbers)
@@ -356,6 +403,8 @@ class Engine:
         text.length += 1
         if text.penalties is not None:
             text.penalties.wrote(token)
+        if text.constraint is not None:
+            text.constraint.advance(token)
         text.text.push(token, logprob)
         if text.text.stopped:
             self._finish(text, "stop")
@@ -399,6 +448,11 @@ _BAD_NUMBERS = (
     "the model gives scores that are not numbers: its weights are damaged, or its "
     "training went wrong. Take another checkpoint, or copy the model again"
 )
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a message or a document."""
+    return frozenset({tokenizer.im_end, tokenizer.end_of_text})
 
 
 def _slot(running: _Running) -> int:
