@@ -301,7 +301,11 @@ class Engine:
             if running.completion._cancelled or closed:
                 self._finish(running, "cancelled")
         for completion in coming:
-            self._start(completion)
+            try:
+                self._start(completion)
+            except Exception as error:
+                completion.error = error
+                self._tell(completion, Piece("", finish_reason="error"))
         return not closed
 
     def _start(self, completion: Completion) -> None:
@@ -310,13 +314,13 @@ class Engine:
         shared = [_shared_chunks(held, prompt) for held in self._held]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self._free))
         read = shared[source]
+        slot = source if read and source in self._free else self._free[0]
+        running = _Running(completion, slot, read, self)
         with self._changed:
-            slot = source if read and source in self._free else self._free[0]
             self._free.remove(slot)
+            self._running.append(running)
             self._counts["prompt_tokens"] += len(prompt)
             self._counts["cached_tokens"] += read
-            running = _Running(completion, slot, read, self)
-            self._running.append(running)
         if slot != source and read:
             self.model.copy_prefix(source, slot, read)
         self._held[slot] = list(prompt[:read])
@@ -356,21 +360,32 @@ class Engine:
 
     def _write(self, texts: Sequence["_Running"], logits: Tensor) -> None:
         """Choose the next token of each text: logits [texts, vocab]."""
-        adjusted = logits
-        if any(text.changes_logits for text in texts):
-            rows = zip(texts, logits.unbind(), strict=True)
-            adjusted = torch.stack([text.adjusted(row) for text, row in rows])
+        adjusted = list(logits.unbind())
+        errors: dict[int, Exception] = {}
+        for row, text in enumerate(texts):
+            if text.changes_logits:
+                try:
+                    adjusted[row] = text.adjusted(logits[row])
+                except Exception as error:  # a constraint of its own
+                    errors[row] = error
+        changed = any(text.changes_logits for text in texts)
         samplings = [text.sampling for text in texts]
-        numbers = [0.0 if s.greedy else t.random.random() for s, t in zip(samplings, texts)]
-        tokens = choose(adjusted, samplings, numbers)
+        numbers = [
+            0.0 if text.sampling.greedy else text.random.random() for text in texts
+        ]
+        tokens = choose(torch.stack(adjusted) if changed else logits, samplings, numbers)
         # One transfer from the device; a sum is a number where all that was added is.
-        found = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
+        chosen, sums = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
         logprobs = self._logprobs(texts, logits, tokens)
         for row, text in enumerate(texts):
-            if not math.isfinite(found[1][row]):
-                self._fail(text, ModelError(_BAD_NUMBERS))
-            else:
-                self._go_on(text, int(found[0][row]), logprobs.get(row))
+            if row not in errors and not math.isfinite(sums[row]):
+                errors[row] = ModelError(_BAD_NUMBERS)
+            try:
+                if row in errors:
+                    raise errors[row]
+                self._go_on(text, int(chosen[row]), logprobs.get(row))
+            except Exception as error:
+                self._fail(text, error)
 
     def _logprobs(
         self, texts: Sequence["_Running"], logits: Tensor, tokens: Tensor
@@ -423,6 +438,8 @@ class Engine:
         self._tell(text.completion, Piece(*shown, finish_reason=reason))
 
     def _fail(self, text: "_Running", error: Exception) -> None:
+        if text not in self._running:
+            return
         self._leave(text)
         self._held[text.slot] = []
         self.model.wipe(text.slot)

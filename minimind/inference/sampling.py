@@ -140,8 +140,9 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float
     number = torch.tensor(uniform, device=logits.device)[:, None]
     place = torch.searchsorted(sums, number * sums[:, -1:], right=True)
     ranks = torch.arange(1, weights.shape[-1] + 1, device=logits.device)
-    last = ((weights > 0) * ranks).amax(-1, keepdim=True) - 1  # rounding may lead beyond it
-    return ids.gather(-1, torch.minimum(place, last))[:, 0]
+    last = ((weights > 0) * ranks).amax(-1, keepdim=True).sub_(1)
+    # Rounding may lead beyond the last; scores that are not numbers have none.
+    return ids.gather(-1, torch.minimum(place, last).clamp_(min=0))[:, 0]
 
 
 def candidates(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
