@@ -25,8 +25,6 @@ def merge(
 
     if out.resolve() == resolve_model_directory(model).resolve():
         raise UsageError(f"{out} is the model that the adapter was made for; give another --out")
-    merged, tokenizer = load_for_inference(
-        model, "cpu", adapter=adapter, dtype=torch.float32
-    )
+    merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter, dtype=torch.float32)
     save_model(out, merged, tokenizer)
     console.say(f"The merged model is in {out}. Try it: minimind chat {out}")

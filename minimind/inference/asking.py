@@ -24,9 +24,7 @@ def answer_all(
         encode_chat(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True)[0]
         for q in questions
     ]
-    outputs = write_all(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress
-    )
+    outputs = write_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
     return [tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
 
 

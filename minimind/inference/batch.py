@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.config.model import ModelConfig
 from minimind.errors import ResourceError
 from minimind.model import Transformer
 from minimind.model.experts import RoutedExperts
@@ -73,9 +72,7 @@ class BatchedModel:
     has.
     """
 
-    def __init__(
-        self, model: Transformer, slots: int, context: int, *, int8: bool = False
-    ) -> None:
+    def __init__(self, model: Transformer, slots: int, context: int, *, int8: bool = False) -> None:
         config, head = model.config, model.head_weight.detach()
         self.device, self.dtype = head.device, head.dtype
         self.slots, self.context, self.vocab_size = slots, context, config.vocab_size
@@ -257,7 +254,8 @@ def _norm_weight(norm: RMSNorm) -> Tensor:
     return norm.weight.detach().float()
 
 
-def _pack_layer(layer: Layer, pack: Callable[[Tensor], Linear]) -> _Layer:
+def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear]) -> _Layer:
+    assert isinstance(layer, Layer)
     attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     return _Layer(
@@ -298,7 +296,9 @@ def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear]) -> Linear:
     if module.router.layer.weight.device.type != "cpu":
         return lambda x: module(x[None])[0]
     router = _linear(module.router.layer.weight.detach().float())
-    matrices = zip(module.input_linear.weight.detach(), module.output_linear.weight.detach())
+    matrices = zip(
+        module.input_linear.weight.detach(), module.output_linear.weight.detach(), strict=True
+    )
     experts = [_swiglu(pack(into), pack(back)) for into, back in matrices]
 
     def forward(x: Tensor) -> Tensor:

@@ -291,7 +291,7 @@ class Engine:
             gone = [c for c in self._waiting if c._cancelled or self._closed]
             for completion in gone:
                 self._waiting.remove(completion)
-            coming = []
+            coming: list[Completion] = []
             while self._waiting and len(coming) < len(self._free):
                 coming.append(self._waiting.popleft())
             closed = self._closed
@@ -370,9 +370,7 @@ class Engine:
                     errors[row] = error
         changed = any(text.changes_logits for text in texts)
         samplings = [text.sampling for text in texts]
-        numbers = [
-            0.0 if text.sampling.greedy else text.random.random() for text in texts
-        ]
+        numbers = [0.0 if text.sampling.greedy else text.random.random() for text in texts]
         tokens = choose(torch.stack(adjusted) if changed else logits, samplings, numbers)
         # One transfer from the device; a sum is a number where all that was added is.
         chosen, sums = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
@@ -390,19 +388,21 @@ class Engine:
     def _logprobs(
         self, texts: Sequence["_Running"], logits: Tensor, tokens: Tensor
     ) -> dict[int, TokenLogprob]:
-        rows = [i for i, text in enumerate(texts) if text.completion.request.logprobs is not None]
+        wanted = [text.completion.request.logprobs for text in texts]
+        rows = [row for row, number in enumerate(wanted) if number is not None]
+        asked = [number for number in wanted if number is not None]
         if not rows:
             return {}
         scores = logits[rows].log_softmax(-1)
         own = scores.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-        most = max(texts[row].completion.request.logprobs or 0 for row in rows)
-        values, ids = (found.tolist() for found in scores.topk(min(most, scores.shape[-1])))
+        top = scores.topk(min(max(asked), scores.shape[-1]))
+        values, ids = top.values.tolist(), top.indices.tolist()
         chosen = tokens[rows].tolist()
         return {
             row: TokenLogprob(
                 chosen[place],
                 own[place],
-                tuple(zip(ids[place], values[place]))[: texts[row].completion.request.logprobs],
+                tuple(zip(ids[place], values[place], strict=True))[: asked[place]],
             )
             for place, row in enumerate(rows)
         }

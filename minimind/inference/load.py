@@ -26,7 +26,8 @@ def load_for_inference(
 ) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a model or run directory.
 
-    dtype: None = what the device is fastest in. A LoRA adapter (or its run directory) is merged into the weights: it costs no time afterwards.
+    dtype: None = what the device is fastest in. A LoRA adapter (or its run directory) is merged
+    into the weights: it costs no time afterwards.
 
     Raises ResourceError for a device that is not there, ModelError for what is no model or no
     adapter of it, and TokenizerError when the tokenizer is broken or not that of the model.

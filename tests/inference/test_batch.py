@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
+from minimind.config.settings import LoRASettings
 from minimind.errors import ResourceError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
 from minimind.model import PRESETS, ModelConfig, Transformer, apply_lora
-from minimind.config.settings import LoRASettings
 
 SHAPES = {
     "llama": {},

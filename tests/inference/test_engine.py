@@ -91,9 +91,7 @@ def test_half_of_the_requests_are_cut_off_and_nothing_stays_behind(
 ) -> None:
     """Row 23, without HTTP: they come at random times and half leave at a random token."""
     rng = random.Random(3)
-    wanted = {
-        i: tokens_of(alone.submit(Request(prompts[i], GREEDY, 30))) for i in range(0, 100, 2)
-    }
+    wanted = {i: tokens_of(alone.submit(Request(prompts[i], GREEDY, 30))) for i in range(0, 100, 2)}
     pieces: dict[int, list[Piece]] = defaultdict(list)
     completions: dict[int, Completion] = {}
     limits = {i: rng.randrange(0, 25) for i in range(1, 100, 2)}
@@ -233,9 +231,7 @@ def test_stop_strings_are_never_shown_in_part(
     assert text_of(engine.submit(never)) == text
 
 
-def test_stop_tokens_end_a_text_and_are_not_shown(
-    engine: Engine, prompts: list[list[int]]
-) -> None:
+def test_stop_tokens_end_a_text_and_are_not_shown(engine: Engine, prompts: list[list[int]]) -> None:
     ids = tokens_of(engine.submit(Request(prompts[0], GREEDY, 60)))
     stop = ids[20]
     completion = engine.submit(Request(prompts[0], GREEDY, 60, stop_ids=frozenset({stop})))
@@ -310,9 +306,7 @@ def test_streamed_text_is_the_decoded_text(
     for seed in range(5):
         request = Request(prompts[2], VARIED, 80, stop_ids=stops, seed=seed)
         ids = tokens_of(engine.submit(request))
-        pieces = list(
-            engine.stream_text(prompts[2], max_new_tokens=80, sampling=VARIED, seed=seed)
-        )
+        pieces = list(engine.stream_text(prompts[2], max_new_tokens=80, sampling=VARIED, seed=seed))
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
         assert len(pieces) > 5
 

@@ -91,9 +91,7 @@ def test_each_step_takes_the_samples_of_its_place_in_the_run(tmp_path: Path) -> 
         assert seen == list(range(40))
 
 
-def test_validation_and_samples_leave_training_alone(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_validation_and_samples_leave_training_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Validating every 5 or every 50 steps, writing in between or not: the same bits."""
 
     def written(model: Transformer) -> Callable[[], list[dict[str, str]]]:
