@@ -12,18 +12,21 @@ import typer
 
 from minimind.cli.generate import (
     Adapter,
+    Context,
     Device,
     Int8,
     MaxNewTokens,
     MinP,
     Model,
     RepetitionPenalty,
+    RopeScaling,
     Seed,
     Temperature,
     TopK,
     TopP,
     plain,
     stdin_lines,
+    stretched,
 )
 from minimind.errors import MinimindError, ResourceError, UsageError
 
@@ -55,6 +58,8 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     int8: Int8 = False,
+    context: Context = None,
+    rope_scaling: RopeScaling = None,
 ) -> None:
     """Talk with a model. Through a pipe, each line is a message."""
     from minimind.inference.conversation import fit_chat
@@ -63,7 +68,13 @@ def chat(
     from minimind.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, min_p)
-    loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
+    loaded, tokenizer = load_for_inference(
+        model,
+        device,
+        adapter=adapter,
+        context=stretched(context, rope_scaling),
+        rope_scaling=rope_scaling,
+    )
     size = sum(parameter.numel() for parameter in loaded.parameters())
     with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
         del loaded  # the engine has its own

@@ -25,7 +25,7 @@ from minimind.model import Transformer
 from minimind.model.experts import RoutedExperts
 from minimind.model.lora import LoRALinear
 from minimind.model.norm import RMSNorm
-from minimind.model.rope import rope_table
+from minimind.model.rope import depends_on_length, rope_table
 from minimind.model.transformer import Layer
 
 CHUNK = 64  # tokens of a prompt that are read together; a prefix is shared in whole chunks
@@ -37,11 +37,19 @@ Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of one text that go through the model together: slot, position of the first."""
+    """Tokens of one text that go through the model together: slot, position of the first.
+
+    text_length: as far as the text is known, for positions that are scaled by it; 0 = to here.
+    """
 
     slot: int
     start: int
     tokens: Sequence[int]
+    text_length: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text_length:
+            object.__setattr__(self, "text_length", self.start + len(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class BatchedModel:
         ends = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
         rows = len(tokens)
         where = torch.tensor([slots, positions], device=self.device)
-        cos, sin = self._angles(max(positions) + 1)[:, where[1]].unsqueeze(-2)
+        cos, sin = self._angles(parts).unsqueeze(-2)
         spans = self._spans(singles, chunks)
         x = self._embedding[torch.tensor(self._company(tokens), device=self.device)].float()
         if self._config.embedding_multiplier != 1:
@@ -149,17 +157,30 @@ class BatchedModel:
         """As many rows as products need, whose bits are then those of any number."""
         return rows * self._least_rows if len(rows) == 1 else rows
 
-    def _angles(self, length: int) -> Tensor:
-        """RoPE's cosines and sines [2, length or more, D], the sines with the sign of their half.
+    def reads_alike(self, length: int) -> bool:
+        """Whether a prompt of `length` tokens gives what a shorter one would that begins it."""
+        return not depends_on_length(self._config, length)
 
-        For as much of the context as is used: config.json may promise any length.
-        """
-        config = self._config
-        if self._turns.shape[1] < length:
-            size = min(max(512, 1 << (length - 1).bit_length()), self.context)
-            self._turns = rope_table(size, config.head_dim, config.rope_theta, self.device)
-            self._turns[1, :, : config.head_dim // 2] *= -1
-        return self._turns
+    def _angles(self, parts: Sequence[Part]) -> Tensor:
+        """RoPE's cosines and sines [2, N, D] of all rows, the sines with the sign of their half."""
+        config, half = self._config, self._config.head_dim // 2
+        ranges = [range(part.start, part.start + len(part.tokens)) for part in parts]
+        if not all(self.reads_alike(part.text_length) for part in parts):
+            tables = [
+                rope_table(config, torch.tensor(places, device=self.device), part.text_length)
+                for part, places in zip(parts, ranges, strict=True)
+            ]
+            angles = torch.cat(tables, dim=1)
+            angles[1, :, :half] *= -1
+            return angles
+        longest = max(places.stop for places in ranges)
+        # For as much of the context as is used: config.json may promise any length.
+        if self._turns.shape[1] < longest:
+            size = min(max(512, 1 << (longest - 1).bit_length()), self.context)
+            self._turns = rope_table(config, torch.arange(size, device=self.device), longest)
+            self._turns[1, :, :half] *= -1
+        rows = torch.tensor([p for places in ranges for p in places], device=self.device)
+        return self._turns[:, rows]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)

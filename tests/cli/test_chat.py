@@ -154,6 +154,18 @@ def test_the_oldest_turns_are_left_out_and_it_is_told_once(model_dir: Path, tmp_
     assert len(messages) == 25  # nothing is missing in what is saved
 
 
+def test_a_longer_context_sees_the_oldest_turns(model_dir: Path) -> None:
+    lines = "\n".join(["长江有多长？它流入哪里？"] * 12)
+    flags = [model_dir, "--temperature", 0, "--max-new-tokens", 20]
+    for options in ([], ["--rope-scaling", "dynamic"]):
+        done = run(*flags, "--context", 2048, *options, stdin=lines)
+        assert done.exit_code == 0, done.output
+        assert "left out" not in done.stderr
+    refused = run(*flags, "--rope-scaling", "linear", stdin=lines)
+    assert refused.exit_code == 1
+    assert "give --context N too" in refused.output
+
+
 def test_a_message_that_is_too_long_is_refused_with_figures(model_dir: Path) -> None:
     done = run(model_dir, "--max-new-tokens", 20, stdin=f"{'长江' * 400}\n你好\n")
     assert (done.exit_code, done.stdout) == (1, "")

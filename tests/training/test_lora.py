@@ -90,8 +90,10 @@ def test_it_leaves_an_adapter_and_the_base_as_it_was(
     assert changed == {*(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down"))}
 
 
-def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path) -> None:
-    job = nano_trainer(tmp_path, "sft", **lora_settings(optim__lr=0.05))
+@pytest.mark.parametrize("preset", ["nano", "nano-moe"])
+def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path, preset: str) -> None:
+    settings = lora_settings(optim__lr=0.05, model__preset=preset)
+    job = nano_trainer(tmp_path, "sft", **settings)
     before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
     train(job)
     for name, tensor in job.model.state_dict().items():
