@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,9 @@ from minimind.cli.generate import (
     Adapter,
     Context,
     Device,
+    Int8,
     MaxNewTokens,
+    MinP,
     Model,
     RepetitionPenalty,
     RopeScaling,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     # The messages and a number for the random choices -> how many messages no longer fitted into
     # the context, and the answer.
-    Answer = Callable[[list[Message], int], tuple[int, Iterator[str]]]
+    Answer = Callable[[list[Message], int], tuple[int, Generator[str]]]
 
 _HELP = """\
 /reset        forget what was said; the system message stays
@@ -50,20 +52,22 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = None,
     device: Device = "auto",
+    int8: Int8 = False,
     context: Context = None,
     rope_scaling: RopeScaling = None,
 ) -> None:
     """Talk with a model. Through a pipe, each line is a message."""
     from minimind.inference.conversation import fit_chat
-    from minimind.inference.generate import stream_text
+    from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
     from minimind.inference.sampling import Sampling
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, min_p)
     loaded, tokenizer = load_for_inference(
         model,
         device,
@@ -71,32 +75,31 @@ def chat(
         context=stretched(context, rope_scaling),
         rope_scaling=rope_scaling,
     )
-    most_tokens = loaded.config.max_position_embeddings
-    room_for_answer = min(max_new_tokens, most_tokens // 4)
+    size = sum(parameter.numel() for parameter in loaded.parameters())
+    with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
+        del loaded  # the engine has its own
+        room_for_answer = min(max_new_tokens, engine.context // 4)
 
-    def answer(messages: "list[Message]", place: int) -> tuple[int, Iterator[str]]:
-        prompt, left_out = fit_chat(tokenizer, messages, most_tokens - room_for_answer)
-        return left_out, stream_text(
-            loaded,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=None if seed is None else seed + place,
-        )
+        def answer(messages: "list[Message]", place: int) -> tuple[int, Generator[str]]:
+            prompt, left_out = fit_chat(tokenizer, messages, engine.context - room_for_answer)
+            return left_out, engine.stream_text(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=None if seed is None else seed + place,
+            )
 
-    conversation = _Conversation(answer, system)
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        size = sum(parameter.numel() for parameter in loaded.parameters())
-        where = loaded.head_weight.device.type
-        with_adapter = f" with {adapter}" if adapter else ""
-        told = f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
-        _tell(f"{told}. /help lists the commands.")
-        _in_terminal(conversation)
-    else:
-        for line in stdin_lines():
-            if not conversation.take(line.rstrip("\n")):
-                break
+        conversation = _Conversation(answer, system)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with_adapter = f" with {adapter}" if adapter else ""
+            where = engine.model.device.type
+            told = f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
+            _tell(f"{told}. /help lists the commands.")
+            _in_terminal(conversation)
+        else:
+            for line in stdin_lines():
+                if not conversation.take(line.rstrip("\n")):
+                    break
 
 
 def _in_terminal(conversation: "_Conversation") -> None:
@@ -186,6 +189,7 @@ class _Conversation:
                 print(piece, end="", flush=True)
                 said += piece
         finally:
+            pieces.close()  # an answer that is interrupted ends here
             print(flush=True)
             if said.strip():
                 self._turns += [question, {"role": "assistant", "content": said}]

@@ -22,14 +22,16 @@ def load_for_inference(
     device: str = "auto",
     *,
     adapter: Path | None = None,
+    dtype: torch.dtype | None = None,
     context: int | None = None,
     rope_scaling: RopeKind | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a model or run directory.
 
-    A LoRA adapter (or its run directory) is merged into the weights: it costs no time afterwards.
-    context: tokens that the model is to read; where it was made for fewer, its positions are
-    scaled, as `rope_scaling` says or in the best way that was measured.
+    dtype: None = what the device is fastest in. A LoRA adapter (or its run directory) is merged
+    into the weights: it costs no time afterwards. context: tokens that the model is to read;
+    where it was made for fewer, its positions are scaled, as `rope_scaling` says or in the best
+    way that was measured.
 
     Raises ResourceError for a device that is not there, ModelError for what is no model or
     adapter, and TokenizerError when the tokenizer is broken or not that of the model.
@@ -38,19 +40,28 @@ def load_for_inference(
     directory = resolve_model_directory(path)
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
     tokenizer.check_model(directory, config.vocab_size)
+    dtype = dtype or _dtype(chosen)
     if adapter is None:
-        model = load_model(directory, device=chosen, dtype=_dtype(chosen))
+        model = load_model(directory, device=chosen, dtype=dtype)
     else:
         model = load_model(directory, device=chosen)
         merge_adapter(model, resolve_adapter_directory(adapter))
-        model = model.to(_dtype(chosen))
+        model = model.to(dtype)
     if context is not None:
         model.extend_context(context, rope_scaling)
     return model.eval(), tokenizer
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """Measured on 2 CPU cores, `small`, one stream: 193 tokens/s in float32, 167 in bfloat16."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    """bfloat16 where the hardware multiplies it; benchmarks/records/decoding-speed.md: figures."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and _cpu_multiplies_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )

@@ -1,0 +1,364 @@
+"""A model's forward pass for many texts at once: packed weights and one cache for all.
+
+N rows (a row is one token of one text), H query heads, K key/value heads, D wide each; a slot is
+the place of one text in the cache.
+
+What a text's row comes to does not depend on the other rows. Every product of matrices is one
+whose rows are computed alike in a batch of any size: oneDNN's with weights packed beforehand is
+from two rows on (a single one takes another path, so it gets company), and attention is one small
+product a text, padded with words that weigh nothing. tests/inference/test_batch.py holds this
+to the bit.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.errors import ResourceError
+from minimind.model import Transformer
+from minimind.model.experts import RoutedExperts
+from minimind.model.lora import LoRALinear
+from minimind.model.norm import RMSNorm
+from minimind.model.rope import depends_on_length, rope_table
+from minimind.model.transformer import Layer
+
+CHUNK = 64  # tokens of a prompt that are read together; a prefix is shared in whole chunks
+_ROWS = 16  # a guess at how many there are, which oneDNN asks for
+_STEP = 64  # attention spans whole steps of this many positions
+
+Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one text that go through the model together: slot, position of the first.
+
+    text_length: as far as the text is known, for positions that are scaled by it; 0 = to here.
+    """
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    text_length: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text_length:
+            object.__setattr__(self, "text_length", self.start + len(self.tokens))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    feed_norm: Tensor
+    feed: Linear
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows that attend together: those of one part, or the single tokens of neighbouring slots."""
+
+    rows: slice
+    slots: slice
+    bias: Tensor  # [slots * K, H / K * tokens, positions]: 0 where a row may look, else -inf
+
+
+class BatchedModel:
+    """The weights of a model, packed, with room for `slots` texts of `context` tokens.
+
+    Of the model itself nothing is kept but the embedding. int8: matrices as 8-bit integers with
+    a scale for each output, on a CPU. Raises ResourceError when the room is more than the machine
+    has.
+    """
+
+    def __init__(self, model: Transformer, slots: int, context: int, *, int8: bool = False) -> None:
+        config, head = model.config, model.head_weight.detach()
+        self.device, self.dtype = head.device, head.dtype
+        self.slots, self.context, self.vocab_size = slots, context, config.vocab_size
+        self._config = config
+        self._embedding = model.model.embed_tokens.weight.detach()
+        self._norm = _norm_weight(model.model.norm)
+        pack = _int8 if int8 and self.device.type == "cpu" else _linear
+        self._least_rows = 1 if pack is _int8 else 2
+        self._head = pack(head)
+        self._layers = [_pack_layer(layer, pack) for layer in model.model.layers]
+        self._cache = self._allocate()
+        self._turns = torch.empty(2, 0, config.head_dim, device=self.device)
+
+    def _allocate(self) -> Tensor:
+        """[layers, 2, slots, K, context, D]: keys, values; on a CPU in float32, the faster one.
+
+        There, pages that were never written to take no memory.
+        """
+        config = self._config
+        shape = (
+            config.num_hidden_layers,
+            2,
+            self.slots,
+            config.num_key_value_heads,
+            -(-self.context // _STEP) * _STEP,
+            config.head_dim,
+        )
+        try:
+            if self.device.type == "cpu":
+                return torch.from_numpy(numpy.zeros(shape, dtype=numpy.float32))
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
+            size = math.prod(shape) * (4 if self.device.type == "cpu" else self.dtype.itemsize)
+            raise ResourceError(
+                f"{self.slots} texts of {self.context:,} tokens need {size / 2**30:.1f} GB of "
+                "memory, more than there is; take a shorter context, or fewer at a time"
+            ) from error
+
+    @torch.inference_mode()
+    def forward(self, singles: Sequence[Part], chunks: Sequence[Part]) -> Tensor:
+        """Logits [parts, vocab] float32 after the last token of each part, singles first.
+
+        singles: one token each, in the order of their slots. chunks: up to CHUNK tokens each,
+        begun at a multiple of CHUNK.
+        """
+        parts = [*singles, *chunks]
+        tokens = [token for part in parts for token in part.tokens]
+        positions = [p for part in parts for p in range(part.start, part.start + len(part.tokens))]
+        slots = [part.slot for part in parts for _ in part.tokens]
+        ends = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
+        rows = len(tokens)
+        where = torch.tensor([slots, positions], device=self.device)
+        cos, sin = self._angles(parts).unsqueeze(-2)
+        spans = self._spans(singles, chunks)
+        x = self._embedding[torch.tensor(self._company(tokens), device=self.device)].float()
+        if self._config.embedding_multiplier != 1:
+            x *= self._config.embedding_multiplier
+        scale = self._config.residual_multiplier
+        for layer, cache in zip(self._layers, self._cache, strict=True):
+            normed = self._normed(x, layer.input_norm)
+            qkv = layer.qkv(normed)[:rows]
+            mixed = normed.new_empty(len(normed), self._config.num_attention_heads * cos.shape[-1])
+            self._attend(qkv, layer, cache, where, cos, sin, spans, mixed)
+            x.add_(layer.out(mixed), alpha=scale)
+            x.add_(layer.feed(self._normed(x, layer.feed_norm)), alpha=scale)
+        if len(ends) < rows:
+            x = x[torch.tensor(self._company(ends), device=self.device)]
+        hidden = self._normed(x, self._norm)
+        if self._config.logits_scaling != 1:
+            hidden *= 1 / self._config.logits_scaling
+        return self._head(hidden)[: len(ends)].float()
+
+    def _company(self, rows: list[int]) -> list[int]:
+        """As many rows as products need, whose bits are then those of any number."""
+        return rows * self._least_rows if len(rows) == 1 else rows
+
+    def reads_alike(self, length: int) -> bool:
+        """Whether a prompt of `length` tokens gives what a shorter one would that begins it."""
+        return not depends_on_length(self._config, length)
+
+    def _angles(self, parts: Sequence[Part]) -> Tensor:
+        """RoPE's cosines and sines [2, N, D] of all rows, the sines with the sign of their half."""
+        config, half = self._config, self._config.head_dim // 2
+        ranges = [range(part.start, part.start + len(part.tokens)) for part in parts]
+        if not all(self.reads_alike(part.text_length) for part in parts):
+            tables = [
+                rope_table(config, torch.tensor(places, device=self.device), part.text_length)
+                for part, places in zip(parts, ranges, strict=True)
+            ]
+            angles = torch.cat(tables, dim=1)
+            angles[1, :, :half] *= -1
+            return angles
+        longest = max(places.stop for places in ranges)
+        # For as much of the context as is used: config.json may promise any length.
+        if self._turns.shape[1] < longest:
+            size = min(max(512, 1 << (longest - 1).bit_length()), self.context)
+            self._turns = rope_table(config, torch.arange(size, device=self.device), longest)
+            self._turns[1, :, :half] *= -1
+        rows = torch.tensor([p for places in ranges for p in places], device=self.device)
+        return self._turns[:, rows]
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        layer: _Layer,
+        cache: Tensor,
+        where: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        spans: Sequence[_Span],
+        mixed: Tensor,
+    ) -> None:
+        """Write keys and values of qkv [N, (H + 2K) * D] to the cache, what rows find to mixed."""
+        config = self._config
+        width, queries = config.head_dim, config.num_attention_heads
+        end_of_keys = queries + config.num_key_value_heads
+        heads = qkv.view(len(qkv), -1, width).float()
+        turned = heads[:, :end_of_keys]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = F.rms_norm(turned[:, :queries], (width,), layer.q_norm, config.rms_norm_eps)
+            k = F.rms_norm(turned[:, queries:], (width,), layer.k_norm, config.rms_norm_eps)
+            turned = torch.cat((q, k), dim=1)
+        # Not in one step: fused ones may round the ends of a row in another way.
+        turned = (turned * cos).add_(turned.roll(width // 2, -1).mul_(sin))
+        new = torch.cat((turned[:, queries:], heads[:, end_of_keys:]), dim=1)
+        cache[:, where[0], :, where[1]] = new.view(len(new), 2, -1, width).to(cache.dtype)
+        q = turned[:, :queries].to(cache.dtype)
+        for span in spans:
+            mixed[span.rows] = self._look(q[span.rows], cache[:, span.slots], span.bias)
+
+    def _look(self, q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
+        """Attention of q [rows, H, D] to cache [2, slots, K, positions, D] -> [rows, H * D]."""
+        _, slots, heads, _, width = cache.shape
+        length, groups = bias.shape[-1], q.shape[1] // heads
+        keys, values = cache[..., :length, :].flatten(1, 2)
+        single = len(q) == slots
+        if not single:  # tokens of one text, which all look at the same keys
+            q = q.view(-1, heads, groups, width).permute(1, 2, 0, 3)
+        q = q.reshape(slots * heads, -1, width)
+        scale = self._config.attention_multiplier or width**-0.5
+        weights = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=scale).softmax(-1)
+        out = torch.bmm(weights, values)
+        if not single:
+            out = out.view(heads, groups, -1, width).permute(2, 0, 1, 3)
+        return out.reshape(-1, heads * groups * width)
+
+    def _spans(self, singles: Sequence[Part], chunks: Sequence[Part]) -> list[_Span]:
+        heads = self._config.num_key_value_heads
+        spans, groups, row = [], self._config.num_attention_heads // heads, 0
+        for run in _neighbours(singles):
+            lengths = torch.tensor([part.start + 1 for part in run], device=self.device)
+            bias = self._bias(lengths, max(part.start + 1 for part in run))
+            bias = bias.repeat_interleave(heads, 0)[:, None].expand(-1, groups, -1)
+            slots = slice(run[0].slot, run[-1].slot + 1)
+            spans.append(_Span(slice(row, row + len(run)), slots, bias))
+            row += len(run)
+        for part in chunks:
+            end = part.start + len(part.tokens)
+            lengths = torch.arange(part.start + 1, end + 1, device=self.device)
+            bias = self._bias(lengths, end).repeat(groups, 1).expand(heads, -1, -1)
+            slots = slice(part.slot, part.slot + 1)
+            spans.append(_Span(slice(row, row + len(part.tokens)), slots, bias))
+            row += len(part.tokens)
+        return spans
+
+    def _bias(self, lengths: Tensor, longest: int) -> Tensor:
+        """[rows, positions]: 0 where a row of a text of so many tokens looks, else -inf."""
+        positions = torch.arange(-(-longest // _STEP) * _STEP, device=self.device)
+        bias = torch.zeros(len(lengths), len(positions), device=self.device)
+        bias.masked_fill_(positions >= lengths[:, None], -torch.inf)
+        return bias.to(self._cache.dtype)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Give the slot `target` what the slot `source` holds of its first `length` tokens."""
+        self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
+
+    def wipe(self, slot: int) -> None:
+        """Forget a slot: bad numbers would spoil the next text, even where it does not look."""
+        self._cache[:, :, slot] = 0
+
+
+def _neighbours(singles: Sequence[Part]) -> list[list[Part]]:
+    """Runs of slots that follow each other."""
+    runs: list[list[Part]] = []
+    for part in singles:
+        if runs and runs[-1][-1].slot + 1 == part.slot:
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
+
+
+def _norm_weight(norm: RMSNorm) -> Tensor:
+    return norm.weight.detach().float()
+
+
+def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear]) -> _Layer:
+    assert isinstance(layer, Layer)
+    attention = layer.self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return _Layer(
+        input_norm=_norm_weight(layer.input_layernorm),
+        qkv=pack(torch.cat([_matrix(projection) for projection in projections])),
+        q_norm=None if attention.q_norm is None else _norm_weight(attention.q_norm),
+        k_norm=None if attention.k_norm is None else _norm_weight(attention.k_norm),
+        out=pack(_matrix(attention.o_proj)),
+        feed_norm=_norm_weight(layer.post_attention_layernorm),
+        feed=_feed_forward(layer, pack),
+    )
+
+
+def _feed_forward(layer: Layer, pack: Callable[[Tensor], Linear]) -> Linear:
+    if layer.mlp is not None:
+        both = torch.cat([_matrix(layer.mlp.gate_proj), _matrix(layer.mlp.up_proj)])
+        return _swiglu(pack(both), pack(_matrix(layer.mlp.down_proj)))
+    assert layer.block_sparse_moe is not None
+    routed = _routed(layer.block_sparse_moe, pack)
+    if layer.shared_mlp is None:
+        return routed
+    shared = _swiglu(
+        pack(_matrix(layer.shared_mlp.input_linear)), pack(_matrix(layer.shared_mlp.output_linear))
+    )
+    return lambda x: routed(x) + shared(x)
+
+
+def _swiglu(gate_up: Linear, down: Linear) -> Linear:
+    def forward(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return down(F.silu(gate).mul_(up))
+
+    return forward
+
+
+def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear]) -> Linear:
+    """As `RoutedExperts` computes it, with a row's bits independent of the others."""
+    if module.router.layer.weight.device.type != "cpu":
+        return lambda x: module(x[None])[0]
+    router = _linear(module.router.layer.weight.detach().float())
+    matrices = zip(
+        module.input_linear.weight.detach(), module.output_linear.weight.detach(), strict=True
+    )
+    experts = [_swiglu(pack(into), pack(back)) for into, back in matrices]
+
+    def forward(x: Tensor) -> Tensor:
+        best, chosen = router(x.float()).topk(module.num_chosen, dim=-1)
+        weights = best.softmax(-1).to(x.dtype)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            if len(rows):
+                own = x[rows] if len(rows) > 1 else x[rows.expand(2)]
+                out[rows] += expert(own)[: len(rows)] * weights[rows, places, None]
+        return out
+
+    return forward
+
+
+def _matrix(module: nn.Linear) -> Tensor:
+    """The weight [out, in], with what an adapter that is being trained adds to it."""
+    return (module.merged() if isinstance(module, LoRALinear) else module.weight).detach()
+
+
+def _linear(weight: Tensor) -> Linear:
+    """A matrix as it is; on a CPU in oneDNN's own order, which it reads fastest."""
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        product = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: product(x, packed, None, "none", [], "")
+    return lambda x: F.linear(x, weight)
+
+
+def _int8(weight: Tensor) -> Linear:
+    """A matrix as integers from -127 to 127, with a scale for each output."""
+    scale = weight.float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    rounded = (weight.float() / scale[:, None]).round_().to(torch.int8)
+    scale = scale.to(weight.dtype)
+    product = torch.ops.aten._weight_int8pack_mm.default
+    return lambda x: product(x, rounded, scale)
