@@ -96,7 +96,7 @@ def measure(work: Path, out: Path) -> None:
     """Write OUT.json, OUT.svg and OUT.md."""
     from minimind.inference.load import load_for_inference
 
-    model, tokenizer = load_for_inference(work / "run", "cpu")
+    model, tokenizer = load_for_inference(work / "run", "cpu", dtype=torch.float32)
     plain = model.config
     texts = [json.loads(line)["text"] for line in (work / "held-out.jsonl").open("rb")]
     longest = LENGTHS[-1]

@@ -111,7 +111,7 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 def test_weights_and_files_come_back_as_they_were(name: str, make: Make, tmp_path: Path) -> None:
     directory = make(name, max_shard_size="40KB")
     assert len(list(directory.glob("*.safetensors"))) > 1
-    model, tokenizer = load_for_inference(directory, "cpu")
+    model, tokenizer = load_for_inference(directory, "cpu", dtype=torch.float32)
     assert model.head_weight.dtype == torch.float32
     save_model(tmp_path / "again", model, tokenizer, dtype=MODELS[name][3])
     before, after = tensors_of(directory), tensors_of(tmp_path / "again")
@@ -128,7 +128,7 @@ def test_weights_and_files_come_back_as_they_were(name: str, make: Make, tmp_pat
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name: str, make: Make) -> None:
     directory = make(name)
-    model, _ = load_for_inference(directory, "cpu")
+    model, _ = load_for_inference(directory, "cpu", dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
     ids = torch.randint(0, 500, (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -153,7 +153,7 @@ def test_a_model_is_tuned_given_back_and_talked_with(
     )
     result = run_stage(recipe, reporter=Told())
     assert result.model is not None
-    tuned, tokenizer = load_for_inference(result.model, "cpu")
+    tuned, tokenizer = load_for_inference(result.model, "cpu", dtype=torch.float32)
     assert tuned.head_weight.shape[0] > tokenizer.vocab_size
     assert not torch.equal(tuned.head_weight, load_model(directory).head_weight)
 
