@@ -172,7 +172,11 @@ def _cut(scaled: Tensor, limits: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """
     vocab = scaled.shape[-1]
     top_k, top_p, min_p = limits[:, :, None].unbind(1)
-    values, ids = scaled.topk(number) if number < vocab else scaled.sort(-1, descending=True)
+    some = scaled.topk(number).indices.sort(-1).values if number < vocab else None
+    values, ids = (scaled if some is None else scaled.gather(-1, some)).sort(
+        stable=True, dim=-1, descending=True
+    )  # of equal ones the first word comes first, as in a greedy choice
+    ids = ids if some is None else some.gather(-1, ids)
     best = values[:, :1]
     rank = torch.arange(number, device=scaled.device)
     weights = (values - best).exp().masked_fill(rank >= top_k, 0)

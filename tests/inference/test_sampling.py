@@ -152,6 +152,14 @@ def test_no_temperature_takes_the_likeliest(temperature: float) -> None:
     assert torch.equal(draw(logits, Sampling(temperature)), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("vocab", [40, 300])
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1, top_k=1), Sampling(1, top_p=1e-9)])
+def test_of_equal_tokens_the_first_is_the_best(sampling: Sampling, vocab: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randint(0, 40, (50, vocab)).float()
+    assert torch.equal(draw(logits, sampling), logits.argmax(-1))
+
+
 def test_the_penalty_turns_a_greedy_choice_too() -> None:
     logits = torch.tensor([2.0, 1.9, -1.0])
     for penalty, best in ((1.0, 0), (1.2, 1)):
