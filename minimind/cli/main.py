@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, tokenizer, train
+from minimind.cli import chat, data, demo, generate, serve, tokenizer, train
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -109,7 +109,15 @@ def _start(
     """
 
 
-for _verb in (demo.demo, train.pretrain, train.sft, train.train, chat.chat, generate.generate):
+for _verb in (
+    demo.demo,
+    train.pretrain,
+    train.sft,
+    train.train,
+    chat.chat,
+    generate.generate,
+    serve.serve,
+):
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")

@@ -23,6 +23,10 @@ class Sampling:
     top_p: float = 0.9
     top_k: int = 0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: object = None
 
     def __post_init__(self) -> None:
         for name, value, fits, what in (

@@ -1,0 +1,67 @@
+"""`minimind serve MODEL…`: models over HTTP, as OpenAI's API."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.cli.console import say
+from minimind.cli.generate import Device
+
+KEY_VARIABLE = "MINIMIND_API_KEY"
+
+
+def serve(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL…", help="Model or run directories, or a folder of them."),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; beyond this machine a key is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Key that requests must bring; several allowed. Or set {KEY_VARIABLE}, "
+            "which no list of processes shows.",
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages of this origin may ask from a browser."),
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, max=256, help="Answers written at once, by each model.")
+    ] = 16,
+    queue: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Answers that may wait; more get status 429.")
+    ] = 64,
+    device: Device = "auto",
+    end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
+) -> None:
+    """Serve models over HTTP, as OpenAI's API. Docs are at /docs."""
+    keys = api_key or [key for key in [os.environ.get(KEY_VARIABLE, "")] if key]
+
+    from minimind.serving import server
+    from minimind.serving.auth import check_exposure
+    from minimind.serving.limits import Limits
+    from minimind.serving.logs import log_to_stderr
+    from minimind.serving.models import find_models, load_served
+
+    check_exposure(host, keys)
+    directories = find_models(models)
+    listening = server.bind(host, port)
+    with server.ends_on_sigterm():
+        if end_with_stdin:
+            server.end_with_stdin()
+        served = {
+            name: load_served(name, directory, device, slots, queue)
+            for name, directory in directories.items()
+        }
+        for name in served:
+            say(f"{name}: {server.url_of(listening)}/v1")
+        log_to_stderr()
+        limits = Limits(queue=queue)
+        server.Server(served, keys=keys, origins=cors or [], limits=limits).serve_at(listening)

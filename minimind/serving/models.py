@@ -1,0 +1,105 @@
+"""The models that are served: each has an engine, a name and a queue of its own."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from minimind import __version__
+from minimind.errors import ModelError, UsageError
+from minimind.inference.engine import Engine
+from minimind.inference.json_object import JsonGrammar
+from minimind.inference.load import load_for_inference
+from minimind.model import resolve_model_directory
+from minimind.serving.limits import Queue
+from minimind.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One name under /v1/models."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    context: int  # tokens
+    created: int  # seconds since 1970, of its weights
+    fingerprint: str
+    queue: Queue
+
+    @cached_property
+    def json(self) -> JsonGrammar:
+        """What its tokens mean in an answer that is to be a JSON object."""
+        return JsonGrammar(self.tokenizer, self.stop_ids)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset({self.tokenizer.im_end, self.tokenizer.end_of_text})
+
+
+def find_models(paths: Sequence[Path]) -> dict[str, Path]:
+    """Name to model directory: of each path, or of each folder in it that is a model.
+
+    A model is named after its directory; the `model` of a run, after the run. Raises ModelError
+    where there is no model, UsageError when two have one name.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        for place in _models_at(path):
+            directory = resolve_model_directory(place).resolve()
+            name = directory.parent.name if directory.name == "model" else directory.name
+            if found.setdefault(name, directory) != directory:
+                raise UsageError(
+                    f"two models are called {name}: {found[name]} and {directory}; "
+                    "rename a directory, or serve them apart"
+                )
+    return found
+
+
+def _models_at(path: Path) -> list[Path]:
+    try:
+        resolve_model_directory(path)
+    except ModelError:
+        below = sorted(path.iterdir()) if path.is_dir() else []
+        models = [place for place in below if _is_model(place)]
+        if not models:
+            raise
+        return models
+    return [path]
+
+
+def _is_model(path: Path) -> bool:
+    if path.name.startswith("."):  # half written
+        return False
+    try:
+        resolve_model_directory(path)
+    except ModelError:
+        return False
+    return True
+
+
+def load_served(name: str, directory: Path, device: str, slots: int, waiting: int) -> ServedModel:
+    """A model that is ready to answer. Raises what `load_for_inference` raises."""
+    model, tokenizer = load_for_inference(directory, device)
+    weights = directory / "model.safetensors"
+    return ServedModel(
+        name=name,
+        engine=Engine(model, tokenizer, slots=slots),
+        tokenizer=tokenizer,
+        context=model.config.max_position_embeddings,
+        created=int((weights if weights.is_file() else directory).stat().st_mtime),
+        fingerprint=_fingerprint(directory, str(model.head_weight.device.type)),
+        queue=Queue(slots, waiting),
+    )
+
+
+def _fingerprint(directory: Path, device: str) -> str:
+    """Changes with whatever may change an answer to the same seed: weights, device, version."""
+    digest = hashlib.sha256(f"{__version__} {device}".encode())
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"fp_{digest.hexdigest()[:12]}"
