@@ -1,5 +1,6 @@
 """Conversations that grow longer than a model's context."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from minimind.errors import UsageError
@@ -18,11 +19,16 @@ def fit_chat(
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
-    for start in starts:
+
+    def prompt_from(start: int) -> list[int]:
         seen = [*system, *turns[start:]]
-        prompt, _ = encode_chat(tokenizer, seen, add_generation_prompt=True)
-        if len(prompt) <= most_tokens:
-            return prompt, start
+        return encode_chat(tokenizer, seen, add_generation_prompt=True)[0]
+
+    # By halving: a long conversation is not to be encoded once for each of its turns.
+    first = bisect_left(starts, True, key=lambda start: len(prompt_from(start)) <= most_tokens)
+    if first < len(starts):
+        return prompt_from(starts[first]), starts[first]
+    prompt = prompt_from(starts[-1])
     length = len(tokenizer.encode(turns[-1]["content"]))
     others = len(prompt) - length
     raise UsageError(

@@ -4,8 +4,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from minimind.errors import UsageError
+from minimind.inference.conversation import fit_chat
 from minimind.inference.engine import Completion, Piece, Request
 from minimind.inference.json_object import LEAST_TOKENS, JsonConstraint
 from minimind.inference.sampling import Sampling
@@ -22,12 +25,16 @@ from minimind.tokenizer.chat import encode_chat
 _SEEDS = 2**32
 
 
-def chat_requests(request: ChatRequest, model: ServedModel) -> list[Request]:
-    """What the engine is to do: one request for each choice. Raises APIError."""
-    _refuse_what_cannot_fit([m.text for m in request.messages], model, "messages")
-    roles = {"developer": "system"}
-    messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
-    prompt, _ = encode_chat(model.tokenizer, messages, add_generation_prompt=True)
+@dataclass(frozen=True)
+class Asked:
+    """What the engine is to do, in the order of the choices."""
+
+    requests: list[Request]
+    left_out: int = 0  # messages that the model does not see
+
+
+def ask_chat(request: ChatRequest, model: ServedModel) -> Asked:
+    """One request for each choice. Raises APIError."""
     if request.top_logprobs and not request.logprobs:
         raise APIError(
             400,
@@ -43,17 +50,38 @@ def chat_requests(request: ChatRequest, model: ServedModel) -> list[Request]:
             param="max_tokens",
             code="invalid_value",
         )
-    return _requests(
+    most = also if most is None else most
+    prompt, left_out = _chat_prompt(request, model, most)
+    requests = _requests(
         request,
         model,
         [prompt],
-        most_tokens=also if most is None else most,
+        most_tokens=most,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+    return Asked(requests, left_out)
 
 
-def completion_requests(request: CompletionRequest, model: ServedModel) -> list[Request]:
-    """What the engine is to do: for each prompt, one request for each choice. Raises APIError."""
+def _chat_prompt(
+    request: ChatRequest, model: ServedModel, most_tokens: int | None
+) -> tuple[list[int], int]:
+    """The prompt, and how many messages had to be left out of it."""
+    roles = {"developer": "system"}
+    messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
+    if request.truncation != "auto" or messages[-1]["role"] != "user":
+        _refuse_what_cannot_fit([m["content"] for m in messages], model, "messages")
+        return encode_chat(model.tokenizer, messages, add_generation_prompt=True)[0], 0
+    _refuse_what_cannot_fit([messages[-1]["content"]], model, "messages")
+    quarter = model.context // 4
+    room = quarter if most_tokens in (None, -1) else min(most_tokens, quarter)
+    try:
+        return fit_chat(model.tokenizer, messages, model.context - room)
+    except UsageError as error:
+        raise APIError(400, f"{error}.", param="messages", code="context_length_exceeded") from None
+
+
+def ask_completion(request: CompletionRequest, model: ServedModel) -> Asked:
+    """For each prompt, one request for each choice. Raises APIError."""
     if request.echo and request.logprobs is not None:
         raise APIError(
             400,
@@ -64,13 +92,10 @@ def completion_requests(request: CompletionRequest, model: ServedModel) -> list[
     for prompt in as_prompts(request):
         _refuse_what_cannot_fit([prompt] if isinstance(prompt, str) else [], model, "prompt")
     prompts = [_prompt_ids(prompt, model) for prompt in as_prompts(request)]
-    return _requests(
-        request,
-        model,
-        prompts,
-        most_tokens=request.max_tokens,
-        logprobs=request.logprobs,
+    requests = _requests(
+        request, model, prompts, most_tokens=request.max_tokens, logprobs=request.logprobs
     )
+    return Asked(requests)
 
 
 def as_prompts(request: CompletionRequest) -> list[str | list[int]]:

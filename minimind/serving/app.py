@@ -18,13 +18,14 @@ from starlette.types import ASGIApp
 
 from minimind import __version__
 from minimind.serving import chat, completions
-from minimind.serving.answers import Answers, chat_requests, completion_requests, stopping
+from minimind.serving.answers import Answers, Asked, ask_chat, ask_completion, stopping
 from minimind.serving.auth import RequireKey
-from minimind.serving.errors import APIError, answer_error, from_validation
+from minimind.serving.errors import APIError, failed, from_http, from_validation
 from minimind.serving.limits import LimitBody, Limits
+from minimind.serving.logs import FIGURES
 from minimind.serving.metrics import Metrics
 from minimind.serving.models import ServedModel
-from minimind.serving.observe import FIGURES, Observe
+from minimind.serving.observe import Observe
 from minimind.serving.schema import (
     ChatCompletion,
     ChatRequest,
@@ -35,7 +36,7 @@ from minimind.serving.schema import (
     Model,
     ModelList,
 )
-from minimind.serving.streaming import EventStream, unless_gone
+from minimind.serving.streaming import CLIENT_GONE, ClientGone, EventStream, unless_gone
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorAnswer, "description": "The request cannot be answered."},
@@ -84,9 +85,9 @@ class Service:
         model = self.find(body.model)
         chats = isinstance(body, ChatRequest)
         # In a thread: a long text keeps the tokenizer busy.
-        prepare: Any = chat_requests if chats else completion_requests
-        asked = await asyncio.to_thread(prepare, body, model)
-        answers = Answers(model, asked, body.choices)
+        prepare: Any = ask_chat if chats else ask_completion
+        asked: Asked = await asyncio.to_thread(prepare, body, model)
+        answers = Answers(model, asked.requests, body.choices)
         self._open.add(answers)
 
         def finish() -> None:
@@ -101,13 +102,14 @@ class Service:
             "system_fingerprint": model.fingerprint,
         }
         kind: Any = chat if chats else completions
+        headers = {"minimind-left-out": str(asked.left_out)} if asked.left_out else {}
         if body.stream:
-            return EventStream(kind.events(head, body, model, answers), finish)
+            return EventStream(kind.events(head, body, model, answers), finish, headers)
         try:
             done = await unless_gone(kind.whole(head, body, model, answers), request.receive)
         finally:
             finish()
-        return Response(done.model_dump_json(), media_type="application/json")
+        return Response(done.model_dump_json(), media_type="application/json", headers=headers)
 
     def _count(self, request: Request, model: ServedModel, answers: Answers) -> None:
         usage = answers.usage()
@@ -164,9 +166,8 @@ def create_app(
     )
     inner.include_router(_open_routes(service))
     inner.include_router(_routes(service, needs_key=bool(keys)))
-    inner.add_exception_handler(APIError, answer_error)  # type: ignore[arg-type]
-    inner.add_exception_handler(HTTPException, answer_error)  # type: ignore[arg-type]
-    inner.add_exception_handler(RequestValidationError, _refuse)  # type: ignore[arg-type]
+    for kind in (APIError, HTTPException, RequestValidationError, ClientGone, Exception):
+        inner.add_exception_handler(kind, _answer_error)
     app: ASGIApp = LimitBody(inner, limits=limits or Limits())
     app = RequireKey(app, keys=keys)
     if origins:
@@ -176,8 +177,17 @@ def create_app(
     return Observe(app, metrics=service.metrics)
 
 
-async def _refuse(request: Request, error: RequestValidationError) -> ASGIApp:
-    return from_validation(error.errors()).response()
+async def _answer_error(request: Request, error: Exception) -> Response:
+    match error:
+        case APIError():
+            return error.response()
+        case HTTPException():
+            return from_http(error).response()
+        case RequestValidationError():
+            return from_validation(error.errors()).response()
+        case ClientGone():
+            return Response(status_code=CLIENT_GONE)
+    return failed().response()
 
 
 def _open_routes(service: Service) -> APIRouter:

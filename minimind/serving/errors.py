@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp
 
 from minimind.serving.schema import UNSUPPORTED, ErrorAnswer, ErrorBody
 
@@ -34,7 +32,7 @@ class APIError(Exception):
             error=ErrorBody(message=message, type=kind, param=param, code=code)
         )
 
-    def response(self) -> ASGIApp:
+    def response(self) -> JSONResponse:
         """The same as a response."""
         return JSONResponse(self.answer.model_dump(), self.status, self.headers)
 
@@ -83,9 +81,6 @@ def _is_kind(part: str) -> bool:
     return part in ("str", "int") or part.startswith("constrained-") or "[" in part
 
 
-async def answer_error(request: Request, error: Exception) -> ASGIApp:
-    """The handler of the three kinds of errors that a route may raise."""
-    if isinstance(error, HTTPException):
-        return from_http(error).response()
-    assert isinstance(error, APIError)
-    return error.response()
+def failed() -> APIError:
+    """What a client is told of a mistake of ours."""
+    return APIError(500, "The service failed; its log says where.", code="internal_error")

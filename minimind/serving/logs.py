@@ -7,6 +7,7 @@ import time
 import traceback
 from typing import Any
 
+FIGURES = "minimind.figures"  # the key in an ASGI scope of what a route adds to its line
 LOGGER = logging.getLogger("minimind.serving")
 
 

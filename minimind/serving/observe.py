@@ -5,14 +5,12 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minimind.serving.errors import APIError
-from minimind.serving.logs import described, log
+from minimind.serving.errors import failed
+from minimind.serving.logs import FIGURES, described, log
 from minimind.serving.metrics import Metrics
-from minimind.serving.streaming import ClientGone
+from minimind.serving.streaming import CLIENT_GONE
 
-FIGURES = "minimind.figures"  # the key in an ASGI scope of what routes have to add to the log
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH")
-_CLIENT_GONE = 499  # as nginx calls it
 
 
 class Observe:
@@ -28,7 +26,7 @@ class Observe:
         began = time.monotonic()
         number = f"req_{uuid.uuid4().hex}"
         figures = scope[FIGURES] = {}
-        status = _CLIENT_GONE
+        status = CLIENT_GONE
 
         async def observed(message: Message) -> None:
             nonlocal status
@@ -39,13 +37,10 @@ class Observe:
 
         try:
             await self._app(scope, receive, observed)
-        except ClientGone:
-            pass
         except Exception as error:
             figures |= described(error)
-            if status == _CLIENT_GONE:
-                failed = APIError(500, "The service failed; its log says where.")
-                await failed.response()(scope, receive, observed)
+            if status == CLIENT_GONE:  # nothing has been answered
+                await failed().response()(scope, receive, observed)
         finally:
             self._tell(scope, number, status, time.monotonic() - began)
 

@@ -1,8 +1,8 @@
 """What the service takes and gives, in the words of OpenAI's API reference (platform.openai.com).
 
 Beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, -1 for "as long as the context allows",
-and `max_model_len` of a model. A field that is not here is refused, never passed over, unless its
-value asks for nothing.
+`truncation` (which OpenAI has elsewhere), and `max_model_len` of a model. A field that is not here
+is refused, never passed over, unless its value asks for nothing.
 """
 
 from typing import Annotated, Any, Literal
@@ -152,6 +152,11 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None,
+        description="auto: the oldest turns of a conversation that is too long are left out, and "
+        "the header minimind-left-out says how many messages.",
+    )
 
 
 Prompt = (

@@ -9,6 +9,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minimind.serving.errors import APIError
+from minimind.serving.logs import FIGURES
+
+CLIENT_GONE = 499  # the status in the log, as nginx has it; nobody hears it
 
 T = TypeVar("T")
 
@@ -29,9 +32,15 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[Mapping[str, Any]], finish: Callable[[], None]
+        self,
+        events: AsyncIterator[Mapping[str, Any]],
+        finish: Callable[[], None],
+        headers: Mapping[str, str],
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        # No proxy is to keep them or to wait for more of them.
+        super().__init__(
+            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
         del self.headers["content-length"]
         self._events = events
         self._finish = finish
@@ -39,6 +48,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(self._send_all(send), receive)
+        except ClientGone:
+            scope[FIGURES]["client_gone"] = True
         finally:
             self._finish()
 

@@ -171,9 +171,8 @@ def test_a_client_that_does_not_read_is_cut_off(serve_here: Callable[..., Any]) 
 def test_connections_are_bounded(serve_here: Callable[..., Any]) -> None:
     with serve_here(connections=3) as service:
         held = [connect(service) for _ in range(3)]
-        with connect(service) as one_more:
-            with contextlib.suppress(ConnectionResetError):
-                assert one_more.recv(1) == b""
+        with connect(service) as one_more, contextlib.suppress(ConnectionResetError):
+            assert one_more.recv(1) == b""
         for connection in held:
             connection.close()
         end = time.monotonic() + 20

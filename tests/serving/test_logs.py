@@ -3,7 +3,7 @@ import logging
 from pathlib import Path
 
 import httpx2 as httpx
-from conftest import serving
+from services import serving
 
 from minimind.serving.logs import JsonLines
 

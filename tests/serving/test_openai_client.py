@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -310,3 +311,26 @@ def test_async_clients_at_once(process: Any, client: OpenAI) -> None:
             return await asyncio.gather(*(stream(client) for _ in range(24)))
 
     assert asyncio.run(talk()) == [expected] * 24
+
+
+def test_the_oldest_turns_are_left_out_where_that_is_asked_for(client: OpenAI) -> None:
+    long = [ASKED[0], *[{"role": "user", "content": "长江" * 100}] * 40, ASKED[1]]
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        ask(client, messages=long)
+    raw = client.chat.completions.with_raw_response
+    answer = ask(raw_of(raw), messages=long, extra_body={"truncation": "auto"})
+    left_out = int(answer.headers["minimind-left-out"])
+    assert 0 < left_out < 40
+    same = [ASKED[0], *long[1 + left_out :]]
+    expected = ask(raw_of(raw), messages=same, extra_body={"truncation": "auto"})
+    assert "minimind-left-out" not in expected.headers
+    assert answer.parse().choices == expected.parse().choices
+    too_long = [{"role": "user", "content": "长江" * 2000}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, messages=too_long, extra_body={"truncation": "auto"})
+    assert caught.value.code == "context_length_exceeded"
+
+
+def raw_of(completions: Any) -> Any:
+    """Something that `ask` takes for a client."""
+    return SimpleNamespace(chat=SimpleNamespace(completions=completions))

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from conftest import wait_until
+from services import wait_until
 
 from minimind.serving.errors import APIError
 from minimind.serving.limits import Queue
@@ -58,9 +58,10 @@ def test_the_queue_counts() -> None:
 def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None:
     with serve_here(slots=1, queue=2) as service:
         url = f"{service.url}{CHAT}"
-        with httpx.Client() as client, client.stream(
-            "POST", url, json=asked(stream=True, max_tokens=-1, n=3)
-        ) as held:
+        with (
+            httpx.Client() as client,
+            client.stream("POST", url, json=asked(stream=True, max_tokens=-1, n=3)) as held,
+        ):
             lines = held.iter_lines()
             next(lines)
             refused = httpx.post(url, json=asked())
@@ -100,7 +101,7 @@ def test_nobody_starves(serve_here: Callable[..., Any]) -> None:
             stop.set()
             for pest in pests:
                 pest.result()
-        assert is_idle(service)
+        wait_until(lambda: is_idle(service))
 
 
 @pytest.mark.parametrize("streams", [True, False])

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import pytest
-from conftest import serving, wait_until
+from services import serving, wait_until
 
 ASKED = {
     "model": "tiny",
@@ -58,7 +58,7 @@ def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> None:
             error = json.loads(heard[-2].removeprefix("data: "))["error"]
             assert error["code"] == "stopping"
         wait_until(lambda: not any(child.is_running() for child in everyone))
-    events = [json.loads(line)["event"] for line in log.read_text().splitlines() if line[0] == "{"]
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines() if line[:1] == "{"]
     assert events[-1] == "ended"
 
 
