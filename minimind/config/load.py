@@ -266,13 +266,13 @@ def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def difference(here: Recipe, there: Recipe) -> list[str]:
-    """The settings in which two recipes differ, as lines for people."""
-    mine, theirs = _leaves(here.model_dump()), _leaves(there.model_dump())
+def difference(kept: Recipe, given: Recipe) -> list[str]:
+    """The settings in which a run's recipe and the one now given differ, as lines for people."""
+    before, now = _leaves(kept.model_dump()), _leaves(given.model_dump())
     return [
-        f"{key}: {_told(mine[key])} here, {_told(theirs[key])} there"
-        for key in mine
-        if mine[key] != theirs[key]
+        f"{key} was {_told(before[key])} and is now {_told(now[key])}"
+        for key in before
+        if before[key] != now[key]
     ]
 
 

@@ -4,9 +4,23 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# What only a mixture of experts has; other models' config.json leaves it out.
+MOE_FIELDS = (
+    "num_local_experts",
+    "num_experts_per_tok",
+    "shared_intermediate_size",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "attention_multiplier",
+)
+
 
 class ModelConfig(BaseModel):
-    """Shape of a dense decoder: RMSNorm first, SwiGLU, RoPE, grouped-query attention, no biases."""
+    """Shape of a decoder: RMSNorm first, SwiGLU, RoPE, grouped-query attention, no biases.
+
+    Dense, or a mixture of experts; `intermediate_size` is then the width of one routed expert.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,6 +36,14 @@ class ModelConfig(BaseModel):
     rms_norm_eps: float = Field(1e-5, gt=0)
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys (the Qwen3 layout).")
     tie_word_embeddings: bool = True
+    num_local_experts: int = Field(0, ge=0, description="Routed experts a layer; 0 = dense.")
+    num_experts_per_tok: int = Field(2, ge=1, description="Routed experts that a token uses.")
+    shared_intermediate_size: int = Field(0, ge=0, description="Width of all shared experts.")
+    # Of Granite models made elsewhere; ours have 1, and 1 / sqrt(head_dim) for attention.
+    embedding_multiplier: float = Field(1.0, gt=0)
+    residual_multiplier: float = Field(1.0, gt=0)
+    logits_scaling: float = Field(1.0, gt=0)
+    attention_multiplier: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
@@ -32,11 +54,37 @@ class ModelConfig(BaseModel):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
+        if self.num_local_experts:
+            if self.num_experts_per_tok > self.num_local_experts:
+                raise ValueError(
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) must not be more than "
+                    f"num_local_experts ({self.num_local_experts})"
+                )
+            if self.qk_norm:
+                raise ValueError("qk_norm does not go with num_local_experts: no class has both")
+        elif set(MOE_FIELDS) & self._given():
+            raise ValueError("num_local_experts is 0: a dense model has no settings of experts")
         return self
 
+    def _given(self) -> set[str]:
+        """Fields that are not as they are by default."""
+        fields = type(self).model_fields.items()
+        return {name for name, field in fields if getattr(self, name) != field.default}
+
     @property
-    def architecture(self) -> Literal["LlamaForCausalLM", "Qwen3ForCausalLM"]:
+    def active_intermediate_size(self) -> int:
+        """Width of all feed-forward that a token passes through in a layer."""
+        if not self.num_local_experts:
+            return self.intermediate_size
+        return self.num_experts_per_tok * self.intermediate_size + self.shared_intermediate_size
+
+    @property
+    def architecture(
+        self,
+    ) -> Literal["LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteMoeSharedForCausalLM"]:
         """The transformers class that runs this model as it is."""
+        if self.num_local_experts:
+            return "GraniteMoeSharedForCausalLM"
         return "Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"
 
 
@@ -45,6 +93,18 @@ PRESETS: dict[str, dict[str, int | float | bool]] = {
     "nano": dict(
         hidden_size=32,
         intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+    ),
+    "nano-moe": dict(  # as many parameters at work as in nano
+        hidden_size=32,
+        intermediate_size=16,
+        shared_intermediate_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -60,9 +120,33 @@ PRESETS: dict[str, dict[str, int | float | bool]] = {
         head_dim=64,
         max_position_embeddings=512,
     ),
+    "demo-moe": dict(  # as many parameters at work as in demo
+        hidden_size=256,
+        intermediate_size=176,
+        shared_intermediate_size=352,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+    ),
     "small": dict(
         hidden_size=512,
         intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=32,
+        max_position_embeddings=512,
+    ),
+    "moe": dict(  # two shared experts, side by side, and four routed ones
+        hidden_size=512,
+        intermediate_size=1408,
+        shared_intermediate_size=2816,
+        num_local_experts=4,
+        num_experts_per_tok=2,
         num_hidden_layers=8,
         num_attention_heads=16,
         num_key_value_heads=8,

@@ -29,6 +29,9 @@ class ModelSettings(_Settings):
     rope_theta: float | None = None
     rms_norm_eps: float | None = None
     qk_norm: bool | None = None
+    num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    shared_intermediate_size: int | None = None
 
     @field_validator("preset")
     @classmethod
@@ -110,6 +113,9 @@ class TrainingSettings(_Settings):
     batch: int = Field(64, ge=1, description="Windows an optimizer step.")
     micro_batch: int | None = Field(None, ge=1, description="Windows at once; None = by device.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    router_balance: float = Field(
+        0.01, ge=0, description="Weight of the loss that balances experts; dense models have none."
+    )
     compile: bool = Field(False, description="torch.compile: pays on long runs only.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     trackers: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(default_factory=list)

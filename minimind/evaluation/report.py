@@ -112,6 +112,7 @@ def write_report(
     `eight`: question, before_training, after_pretraining, after_fine_tuning, correct;
     `by_subject`: (right, asked) of the quiz; `wrong`: question, answer, expected.
     """
+    with_experts = [stage for stage in stages if _lines(stage.metrics, "expert_load/")]
     sections = [
         (
             "The eight questions",
@@ -152,6 +153,20 @@ def write_report(
             "How much text is read each second. Good is a flat line; a deep dip means that the "
             "machine was busy with something else.",
             _plots(stages, "tokens_per_second", "tokens per second", from_zero=True),
+        ),
+        (
+            "Expert load",
+            "The share of all choices of the router that falls on each expert, and the most and "
+            "least that any expert of any layer gets. Good is every line near the even share; one "
+            "at zero is an expert that learns nothing. No token is ever dropped.",
+            _plots(with_experts, "expert_load/", "share", from_zero=True),
+        ),
+        (
+            "Router entropy",
+            "How undecided the router is, in nats a token: the logarithm of the number of experts "
+            "means that it does not care, 0 that it always sees one expert alone. Good is a slow "
+            "fall while the load stays even.",
+            _plots(with_experts, "router_entropy", "nats per token", from_zero=True),
         ),
         (
             "Quiz by subject",
@@ -265,7 +280,9 @@ def _stage_table(stages: Sequence[StageReport]) -> str:
 
 
 def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bool = False) -> str:
-    """A plot a stage; a `key` that ends in a slash means every metric that begins so."""
+    """A plot a stage; a `key` that ends in a slash means all that begins so, in training."""
+    if not stages:
+        return ""
     return (
         "<div class=plots>"
         + "".join(
@@ -325,7 +342,7 @@ def _lines(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tup
     for line in metrics:
         for name, value in line.items():
             many = key.endswith("/")
-            wanted = name.startswith(key) if many else name == key
+            wanted = name.startswith(key) and line["kind"] == "train" if many else name == key
             if wanted and isinstance(value, int | float) and math.isfinite(value):
                 legend = name.removeprefix(key) if many else line["kind"]
                 found.setdefault(legend, []).append((line["step"], value))

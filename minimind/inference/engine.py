@@ -1,29 +1,68 @@
-"""Temporary: one thread, one request at a time."""
+"""One engine for chat, evaluation and the service: many texts decoded at once.
 
+Requests join and leave at any token (Yu et al. 2022, Orca). Each step reads some chunks of waiting
+prompts and writes one token of every running text; a long prompt is read a few chunks a step, so
+that running texts do not stall. What a prompt shares with a text that some slot still holds is
+copied, not read again.
+"""
+
+import math
 import queue
+import random
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
-from minimind.inference.detokenizer import StreamingDetokenizer
-from minimind.inference.generate import stream
-from minimind.inference.sampling import Sampling
+import torch
+from torch import Tensor
+
+from minimind.errors import ModelError, UsageError
+from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.sampling import Penalties, Sampling, choose
+from minimind.inference.text import TextStream
+from minimind.model import Transformer
+from minimind.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_CHUNKS_A_STEP = 4  # of prompts, so that running texts go on meanwhile
+
+
+class Constraint(Protocol):
+    """What an answer has to look like: it says which tokens may come, and hears which one came."""
+
+    def allowed(self) -> Tensor:
+        """[vocab] bool, on the CPU; one token at the least."""
+
+    def advance(self, token: int) -> None:
+        """The token that was chosen, unless it ends the text."""
 
 
 @dataclass(frozen=True)
 class Request:
+    """A text to go on with. stop: texts, stop_ids: tokens that end it; neither is shown.
+
+    max_new_tokens: None = all the room that the context has. seed: None = another text each time.
+    logprobs: log-probabilities of the tokens and of so many others, the likeliest; None = none.
+    constraint: serves this request alone.
+    """
+
     prompt: Sequence[int]
-    sampling: Sampling
+    sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     logprobs: int | None = None
-    constraint: object = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
+    """Natural logarithms of what the model itself gave, before temperature and penalties."""
+
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -31,98 +70,368 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
+    """What a text grew by; the last piece, and it alone, has a finish_reason."""
+
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None
-
-
-class Completion:
-    def __init__(self, request, deliver):
-        self.request, self._deliver = request, deliver
-        self._q = queue.Queue()
-        self.prompt_tokens, self.completion_tokens, self.cached_tokens = len(request.prompt), 0, 0
-        self.cancelled = False
-
-    def cancel(self):
-        self.cancelled = True
-
-    def put(self, piece):
-        (self._deliver or self._q.put)(piece)
-
-    def __iter__(self):
-        while True:
-            piece = self._q.get()
-            yield piece
-            if piece.finish_reason:
-                return
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
 class Stats:
+    """What an engine does now, and has done so far."""
+
     running: int
     waiting: int
+    free_slots: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+
+
+class Completion:
+    """A request on its way: iterate for its pieces, unless they are delivered.
+
+    cached_tokens: how many of the prompt's tokens were not read again. error: why it ended with
+    the finish_reason "error"; iterating raises it.
+    """
+
+    def __init__(
+        self, request: Request, room: int, deliver: Callable[[Piece], None] | None
+    ) -> None:
+        self.request = request
+        self.prompt_tokens = len(request.prompt)
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.error: Exception | None = None
+        self._room = room
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self._deliver = self._pieces.put if deliver is None else deliver
+        self._cancelled = False
+
+    def __iter__(self) -> Iterator[Piece]:
+        while True:
+            piece = self._pieces.get()
+            if self.error is not None:
+                raise self.error
+            yield piece
+            if piece.finish_reason is not None:
+                return
+
+    def cancel(self) -> None:
+        """Write no more of it; its last piece says so. Harmless when it has ended."""
+        self._cancelled = True
+
+
+class _Running:
+    """A text in a slot."""
+
+    def __init__(self, completion: Completion, slot: int, read: int, engine: "Engine") -> None:
+        request = completion.request
+        self.completion, self.slot, self.read = completion, slot, read
+        self.prompt, self.sampling = list(request.prompt), request.sampling
+        self.random = random.Random(request.seed)
+        self.text = TextStream(engine.tokenizer, request.stop)
+        self.length = len(self.prompt)
+        self.last = -1  # the token that was written last
+        self.penalties = (
+            Penalties(self.sampling, self.prompt, engine.model.vocab_size, engine.model.device)
+            if self.sampling.changes_logits
+            else None
+        )
+        self.constraint = request.constraint
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.penalties is not None or self.constraint is not None
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """[vocab] what the next token is chosen by."""
+        if self.penalties is not None:
+            logits = self.penalties.apply(logits)
+        if self.constraint is not None:
+            logits = logits.masked_fill(~self.constraint.allowed().to(logits.device), -torch.inf)
+        return logits
 
 
 class Engine:
-    def __init__(self, model, tokenizer, *, slots=16):
-        self._model, self._tok = model, tokenizer
-        self._q = queue.Queue()
-        self._running = 0
-        self._t = threading.Thread(target=self._work, daemon=True)
-        self._t.start()
+    """Decodes up to `slots` texts at a time; more requests wait for their turn, first come first.
 
-    def submit(self, request, deliver=None):
-        c = Completion(request, deliver)
-        self._q.put(c)
-        return c
+    Closing it, or leaving its `with` block, ends the requests that still run as cancelled.
+    """
 
-    def stats(self):
-        return Stats(self._running, self._q.qsize())
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 16,
+        context: int | None = None,
+    ) -> None:
+        longest = model.config.max_position_embeddings
+        self.tokenizer = tokenizer
+        self.context = min(context or longest, longest)
+        self.model = BatchedModel(model, slots, self.context)
+        self._free = list(range(slots))  # the longest unused first
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
+        self._waiting: deque[Completion] = deque()
+        self._running: list[_Running] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._counts = dict(requests=0, prompt_tokens=0, cached_tokens=0, tokens=0)
+        self._thread = threading.Thread(target=self._work, name="minimind-engine", daemon=True)
+        self._thread.start()
 
-    def close(self):
-        self._q.put(None)
-        self._t.join(1)
+    def __enter__(self) -> "Engine":
+        return self
 
-    def _work(self):
-        while (c := self._q.get()) is not None:
-            self._running = 1
-            try:
-                self._one(c)
-            except Exception:
-                import traceback
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
-                traceback.print_exc()
-                c.put(Piece("", finish_reason="error"))
-            self._running = 0
+    def submit(
+        self, request: Request, deliver: Callable[[Piece], None] | None = None
+    ) -> Completion:
+        """Put a request in line, from any thread.
 
-    def _one(self, c):
-        r = c.request
-        d = StreamingDetokenizer(self._tok, skip_special_tokens=True)
-        room = self._model.config.max_position_embeddings - len(r.prompt)
-        most = min(room, r.max_new_tokens or room)
-        held = ""
-        for t in stream(
-            self._model,
-            r.prompt,
-            max_new_tokens=most,
-            sampling=r.sampling,
-            stop_ids=set(r.stop_ids),
-            seed=r.seed,
-        ):
-            if c.cancelled:
-                c.put(Piece("", finish_reason="cancelled"))
-                return
-            c.completion_tokens += 1
-            held += d.push(t)
-            lp = ()
-            if r.logprobs is not None:
-                lp = (TokenLogprob(t, -1.0, tuple((i, -2.0) for i in range(r.logprobs))),)
-            for s in r.stop:
-                if s in held:
-                    c.put(Piece(held[: held.index(s)], (t,), lp, "stop"))
-                    return
-            keep = max([n for s in r.stop for n in range(len(s)) if held.endswith(s[:n])] or [0])
-            out, held = held[: len(held) - keep], held[len(held) - keep :]
-            c.put(Piece(out, (t,), lp))
-        c.put(Piece(held + d.finish(), (), (), "length" if c.completion_tokens == most else "stop"))
+        deliver is called with each piece in the engine's thread, where it must not block; without
+        it, iterate over the completion. Raises UsageError, at once, when the prompt is empty or
+        does not fit into the context.
+        """
+        self._check(request)
+        room = self.context - len(request.prompt)
+        if request.max_new_tokens is not None:
+            room = min(room, request.max_new_tokens)
+        completion = Completion(request, room, deliver)
+        with self._changed:
+            assert not self._closed, "the engine is closed"
+            self._waiting.append(completion)
+            self._counts["requests"] += 1
+            self._changed.notify()
+        return completion
+
+    def _check(self, request: Request) -> None:
+        if not request.prompt:
+            raise UsageError("the prompt is empty")
+        if len(request.prompt) >= self.context:
+            raise UsageError(
+                f"the prompt has {len(request.prompt):,} tokens and the model's context is "
+                f"{self.context:,}; shorten it"
+            )
+        for what, ids in (("prompt", request.prompt), ("logit_bias", request.sampling.logit_bias)):
+            if not all(0 <= token < self.model.vocab_size for token in ids):
+                raise UsageError(
+                    f"{what}: token ids go from 0 to {self.model.vocab_size - 1:,} in this model"
+                )
+        if request.max_new_tokens is not None and request.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 1 or more")
+
+    def stats(self) -> Stats:
+        """A look from any thread."""
+        with self._changed:
+            return Stats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                free_slots=len(self._free),
+                **self._counts,
+            )
+
+    def close(self) -> None:
+        """End all requests, and the engine's thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # All below runs in the engine's thread.
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while self._take_in():
+                if self._running:
+                    self._step()
+
+    def _take_in(self) -> bool:
+        """Let requests go and come, waiting when there is nothing to do; False to end."""
+        with self._changed:
+            while not (self._running or self._waiting or self._closed):
+                self._changed.wait()
+            gone = [c for c in self._waiting if c._cancelled or self._closed]
+            for completion in gone:
+                self._waiting.remove(completion)
+            coming = []
+            while self._waiting and len(coming) < len(self._free):
+                coming.append(self._waiting.popleft())
+            closed = self._closed
+        for completion in gone:
+            self._tell(completion, Piece("", finish_reason="cancelled"))
+        for running in list(self._running):
+            if running.completion._cancelled or closed:
+                self._finish(running, "cancelled")
+        for completion in coming:
+            self._start(completion)
+        return not closed
+
+    def _start(self, completion: Completion) -> None:
+        """Find a slot, and what of the prompt needs no reading."""
+        prompt = completion.request.prompt
+        shared = [_shared_chunks(held, prompt) for held in self._held]
+        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self._free))
+        read = shared[source]
+        with self._changed:
+            slot = source if read and source in self._free else self._free[0]
+            self._free.remove(slot)
+            self._counts["prompt_tokens"] += len(prompt)
+            self._counts["cached_tokens"] += read
+            running = _Running(completion, slot, read, self)
+            self._running.append(running)
+        if slot != source and read:
+            self.model.copy_prefix(source, slot, read)
+        self._held[slot] = list(prompt[:read])
+        completion.cached_tokens = read
+
+    def _step(self) -> None:
+        writing = sorted((r for r in self._running if r.read >= len(r.prompt)), key=_slot)
+        singles = [Part(r.slot, r.length - 1, (r.last,)) for r in writing]
+        chunks, ending = self._next_chunks()
+        try:
+            logits = self.model.forward(singles, [part for part, _ in chunks])
+        except Exception as error:  # out of memory, say: those who took part cannot go on
+            for running in writing + [running for _, running in chunks]:
+                if running in self._running:
+                    self._fail(running, error)
+            return
+        rows = list(range(len(writing)))
+        for place, (part, running) in enumerate(chunks):
+            running.read += len(part.tokens)
+            if len(part.tokens) == CHUNK:
+                self._held[running.slot] += part.tokens
+            if running.read >= len(running.prompt):
+                rows.append(len(writing) + place)
+        if rows:
+            chosen = logits if len(rows) == len(logits) else logits[rows]
+            self._write(writing + ending, chosen)
+
+    def _next_chunks(self) -> tuple[list[tuple[Part, "_Running"]], list["_Running"]]:
+        """Chunks of prompts to read in this step, first come first, and whose prompt then ends."""
+        chunks: list[tuple[Part, _Running]] = []
+        ending = []
+        for running in self._running:
+            start = running.read
+            while start < len(running.prompt) and len(chunks) < _CHUNKS_A_STEP:
+                tokens = running.prompt[start : start + CHUNK]
+                chunks.append((Part(running.slot, start, tokens), running))
+                start += len(tokens)
+                if start >= len(running.prompt):
+                    ending.append(running)
+        return chunks, ending
+
+    def _write(self, texts: Sequence["_Running"], logits: Tensor) -> None:
+        """Choose the next token of each text: logits [texts, vocab]."""
+        adjusted = logits
+        if any(text.changes_logits for text in texts):
+            rows = zip(texts, logits.unbind(), strict=True)
+            adjusted = torch.stack([text.adjusted(row) for text, row in rows])
+        samplings = [text.sampling for text in texts]
+        numbers = [0.0 if s.greedy else t.random.random() for s, t in zip(samplings, texts)]
+        tokens = choose(adjusted, samplings, numbers)
+        # One transfer from the device; a sum is a number where all that was added is.
+        found = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
+        logprobs = self._logprobs(texts, logits, tokens)
+        for row, text in enumerate(texts):
+            if not math.isfinite(found[1][row]):
+                self._fail(text, ModelError(_BAD_NUMBERS))
+            else:
+                self._go_on(text, int(found[0][row]), logprobs.get(row))
+
+    def _logprobs(
+        self, texts: Sequence["_Running"], logits: Tensor, tokens: Tensor
+    ) -> dict[int, TokenLogprob]:
+        rows = [i for i, text in enumerate(texts) if text.completion.request.logprobs is not None]
+        if not rows:
+            return {}
+        scores = logits[rows].log_softmax(-1)
+        own = scores.gather(-1, tokens[rows][:, None])[:, 0].tolist()
+        most = max(texts[row].completion.request.logprobs or 0 for row in rows)
+        values, ids = (found.tolist() for found in scores.topk(min(most, scores.shape[-1])))
+        chosen = tokens[rows].tolist()
+        return {
+            row: TokenLogprob(
+                chosen[place],
+                own[place],
+                tuple(zip(ids[place], values[place]))[: texts[row].completion.request.logprobs],
+            )
+            for place, row in enumerate(rows)
+        }
+
+    def _go_on(self, text: "_Running", token: int, logprob: TokenLogprob | None) -> None:
+        completion = text.completion
+        if token in completion.request.stop_ids:
+            self._finish(text, "stop")
+            return
+        completion.completion_tokens += 1
+        self._counts["tokens"] += 1
+        text.last = token
+        text.length += 1
+        if text.penalties is not None:
+            text.penalties.wrote(token)
+        if text.constraint is not None:
+            text.constraint.advance(token)
+        text.text.push(token, logprob)
+        if text.text.stopped:
+            self._finish(text, "stop")
+        elif completion.completion_tokens >= completion._room:
+            self._finish(text, "length")
+        elif shown := text.text.take():
+            self._show(text, Piece(*shown))
+
+    def _show(self, text: "_Running", piece: Piece) -> None:
+        if not self._tell(text.completion, piece):
+            text.completion._cancelled = True
+
+    def _finish(self, text: "_Running", reason: FinishReason) -> None:
+        self._leave(text)
+        shown = text.text.finish()
+        self._tell(text.completion, Piece(*shown, finish_reason=reason))
+
+    def _fail(self, text: "_Running", error: Exception) -> None:
+        self._leave(text)
+        self._held[text.slot] = []
+        self.model.wipe(text.slot)
+        text.completion.error = error
+        self._tell(text.completion, Piece("", finish_reason="error"))
+
+    def _leave(self, text: "_Running") -> None:
+        with self._changed:
+            self._running.remove(text)
+            self._free.append(text.slot)
+
+    def _tell(self, completion: Completion, piece: Piece) -> bool:
+        """Whether the piece was taken: a receiver that raises ends its own request alone."""
+        try:
+            completion._deliver(piece)
+        except Exception as error:
+            completion.error = error
+            return False
+        return True
+
+
+_BAD_NUMBERS = (
+    "the model gives scores that are not numbers: its weights are damaged, or its "
+    "training went wrong. Take another checkpoint, or copy the model again"
+)
+
+
+def _slot(running: _Running) -> int:
+    return running.slot
+
+
+def _shared_chunks(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens of the prompt a slot holds, in whole chunks; one at least is left to read."""
+    most = min(len(held), (len(prompt) - 1) // CHUNK * CHUNK)
+    shared = 0
+    while shared < most and list(prompt[shared : shared + CHUNK]) == held[shared : shared + CHUNK]:
+        shared += CHUNK
+    return shared

@@ -19,6 +19,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.scale = config.attention_multiplier  # of the scores; None = 1 / sqrt(head_dim)
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -46,15 +47,21 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
         if trains_on_cpu and 1 < q.shape[2] <= _PLAIN_UP_TO:
-            out = _plain_attention(q, k, v, mask)
+            out = _plain_attention(q, k, v, mask, self.scale or self.head_dim**-0.5)
         else:
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and not one, enable_gqa=one
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and not one,
+                scale=self.scale,
+                enable_gqa=one,
             )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The textbook formula, some queries at a time against the keys up to theirs.
 
     For short training windows on a CPU that is faster than torch's fused kernel;
@@ -63,7 +70,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     length = q.shape[2]
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
-    hidden, q = ~mask, q * q.shape[-1] ** -0.5
+    hidden, q = ~mask, q * scale
     parts = []
     for start in range(0, length, _QUERIES):
         here = slice(start, min(start + _QUERIES, length))

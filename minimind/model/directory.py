@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minimind.config.model import ModelConfig
+from minimind.config.model import MOE_FIELDS, ModelConfig
 from minimind.errors import ModelError, ResourceError
 from minimind.model.transformer import Transformer
 
-_MODEL_TYPES = {"llama": False, "qwen3": True}  # and whether it has QK-norm
+_MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
+_MODEL_TYPES = ("llama", "qwen3", *_MOE_TYPES)
 _FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
@@ -118,10 +119,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _config_json(config: ModelConfig, tokenizer: SavesItself, dtype: str) -> dict[str, Any]:
-    shape = config.model_dump(exclude={"qk_norm", "rope_theta"})
+    shape = config.model_dump(exclude={"qk_norm", "rope_theta", *MOE_FIELDS})
+    kind = "qwen3" if config.qk_norm else "llama"
+    if config.num_local_experts:
+        kind = _MOE_TYPES[0]
+        shape |= config.model_dump(include=set(MOE_FIELDS))
+        # Left out, it would be 1 in transformers.
+        shape["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
     return shape | {
         "architectures": [config.architecture],
-        "model_type": "qwen3" if config.qk_norm else "llama",
+        "model_type": kind,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -150,7 +157,7 @@ def read_config(directory: Path) -> ModelConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise ModelError(
-            f"{path}: model_type {kind!r} is not supported; {' and '.join(_MODEL_TYPES)} are"
+            f"{path}: model_type {kind!r} is not supported; {', '.join(_MODEL_TYPES)} are"
         )
     rope = raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -166,8 +173,9 @@ def read_config(directory: Path) -> ModelConfig:
     for key, is_set in unsupported.items():
         if is_set:
             raise ModelError(f"{path}: {key} is set to something that is not supported here")
-    fields = {key: raw[key] for key in ModelConfig.model_fields if raw.get(key) is not None}
-    fields["qk_norm"] = _MODEL_TYPES[kind]
+    known = ModelConfig.model_fields.keys() - (() if kind in _MOE_TYPES else MOE_FIELDS)
+    fields = {key: raw[key] for key in known if raw.get(key) is not None}
+    fields["qk_norm"] = kind == "qwen3"
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     if theta is not None:
@@ -181,14 +189,24 @@ def read_config(directory: Path) -> ModelConfig:
         required |= {"head_dim"}
     elif isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         fields.setdefault("head_dim", hidden // heads)
+    if kind in _MOE_TYPES:
+        required |= {"num_local_experts", "num_experts_per_tok"}
+        if not fields.get("num_local_experts", 1):
+            raise ModelError(f"{path}: num_local_experts is 0, and {kind} is a mixture of experts")
+        fields.setdefault("attention_multiplier", 1.0)  # as in transformers
+        if kind == "granitemoe":
+            fields["shared_intermediate_size"] = 0
     if missing := sorted(required - fields.keys()):
         raise ModelError(f"{path}: {', '.join(missing)} missing")
     try:
-        return ModelConfig.model_validate(fields, strict=True)
+        config = ModelConfig.model_validate(fields, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         what = ".".join(map(str, first["loc"])) or "the shape"
         raise ModelError(f"{path}: {what}: {first['msg']}") from error
+    if config.attention_multiplier == config.head_dim**-0.5:
+        config = config.model_copy(update={"attention_multiplier": None})
+    return config
 
 
 def load_model(

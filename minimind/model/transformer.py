@@ -1,7 +1,7 @@
 """The decoder: token embedding, layers of attention and feed-forward, and a tied head.
 
-Parameters are named as Hugging Face's Llama and Qwen3 classes name them, so that what is in
-memory is what is on disk.
+Parameters are named as Hugging Face's Llama, Qwen3 and GraniteMoeShared classes name them, so that
+what is in memory is what is on disk.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minimind.config.model import ModelConfig
 from minimind.model.attention import Attention
 from minimind.model.cache import KVCache
+from minimind.model.experts import RoutedExperts, Routing, SharedExperts
 from minimind.model.feed_forward import FeedForward
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rope_table
@@ -19,20 +20,43 @@ _INIT_STD = 0.02
 
 
 class Layer(nn.Module):
-    """Attention, then feed-forward, each behind a norm and added to the residual stream."""
+    """Attention, then feed-forward, each behind a norm and added to the residual stream.
+
+    Feed-forward is one for all tokens, or routed experts and as a rule shared ones.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.residual_multiplier = config.residual_multiplier
+        if not config.num_local_experts:
+            self.mlp = FeedForward(config)
+            return
+        self.block_sparse_moe = RoutedExperts(config)
+        if config.shared_intermediate_size:
+            self.shared_mlp = SharedExperts(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        routing: Routing | None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + _times(attended, self.residual_multiplier)
+        fed = self._feed_forward(self.post_attention_layernorm(x), routing)
+        return x + _times(fed, self.residual_multiplier)
+
+    def _feed_forward(self, x: Tensor, routing: Routing | None) -> Tensor:
+        if hasattr(self, "mlp"):
+            return self.mlp(x)
+        out = self.block_sparse_moe(x, routing)
+        return out + self.shared_mlp(x) if hasattr(self, "shared_mlp") else out
 
 
 class Decoder(nn.Module):
@@ -66,7 +90,9 @@ class Transformer(nn.Module):
         shrink = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                writes = name.endswith(
+                    ("o_proj.weight", "down_proj.weight", "output_linear.weight")
+                )
                 nn.init.normal_(parameter, std=_INIT_STD * (shrink if writes else 1.0))
 
     @property
@@ -74,14 +100,30 @@ class Transformer(nn.Module):
         """[vocab, hidden]."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that take part in each token: of the routed experts, those that it uses."""
+        config = self.config
+        everything = sum(parameter.numel() for parameter in self.parameters())
+        if not config.num_local_experts:
+            return everything
+        idle = config.num_local_experts - config.num_experts_per_tok
+        of_an_expert = 3 * config.hidden_size * config.intermediate_size
+        return everything - config.num_hidden_layers * idle * of_an_expert
+
     def forward(
-        self, tokens: Tensor, *, segments: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, hidden] after the last norm.
+        """Hidden states [B, T, hidden] after the last norm, ready for the head.
 
         tokens: [B, T] int64. segments: [B, T], a number for each conversation packed into
         a window, rising along it: attention and positions stop at its borders. cache: what was
-        read before; `tokens` go on from there.
+        read before; `tokens` go on from there. routing: collects what the routers decide.
         """
         past = cache.length if cache is not None else 0
         mask, positions = None, torch.arange(past, past + tokens.shape[1], device=tokens.device)
@@ -95,10 +137,11 @@ class Transformer(nn.Module):
             mask = _causal_mask(tokens.shape[1], past, tokens.device)[None, None]
         table = self._rope_table(past + tokens.shape[1], tokens.device)
         cos, sin = table[:, positions].unsqueeze(-2)
-        x = self.model.embed_tokens(tokens)
+        x = _times(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, mask, cache)
-        return self.model.norm(x)
+            x = layer(x, cos, sin, mask, cache, routing)
+        # Scaled here and not in the logits, which losses make for themselves, a few at a time.
+        return _times(self.model.norm(x), 1 / self.config.logits_scaling)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]."""
@@ -111,6 +154,10 @@ class Transformer(nn.Module):
             size = min(max(512, 1 << (length - 1).bit_length()), config.max_position_embeddings)
             self._rope = rope_table(size, config.head_dim, config.rope_theta, device)
         return self._rope
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
 
 
 def _causal_mask(length: int, past: int, device: torch.device) -> Tensor:

@@ -60,7 +60,7 @@ class Sums:
 
     def state(self) -> dict[str, Any]:
         """As JSON; single precision survives the way through Python's doubles exactly."""
-        more = {key: float(value) for key, value in self.more.items()}
+        more = {key: value.tolist() for key, value in self.more.items()}
         return {"loss": float(self.loss), "count": int(self.count), "more": more}
 
     @classmethod
@@ -71,7 +71,7 @@ class Sums:
 
     def figures(self, objective: Objective) -> dict[str, float]:
         mean = float(self.loss) / max(int(self.count), 1)
-        return objective.figures(mean, {key: float(value) for key, value in self.more.items()})
+        return objective.figures(mean, {key: value.tolist() for key, value in self.more.items()})
 
 
 @dataclass

@@ -9,7 +9,9 @@ from minimind.errors import ResourceError
 
 # Bytes, measured on a CPU in bf16 within a third: benchmarks/records/memory.md.
 _PER_PARAMETER = 20  # weights, gradient, moments, a copy in half precision
-_PER_WIDTH = 48  # what backward needs of a token in a layer, for each unit of the model's width
+_PER_WIDTH = 26  # what backward needs of a token in a layer, for each unit of the model's width
+_PER_INNER = 8  # for each unit of what feed-forward works in
+_PER_ROUTED = 12  # and for each unit of a token's copy that goes to an expert and comes back
 _PER_SCORE = 3  # and for each attention score, where scores are kept
 _PER_LOGIT = 16 * 1024  # for each word: the logits of a chunk of tokens and their gradient
 _TOKENS_AT_ONCE = {"cpu": 8192, "cuda": 32768, "mps": 8192}
@@ -20,7 +22,9 @@ def step_bytes(
 ) -> int:
     """Estimate of what training takes with `tokens` of windows of `window` tokens at once."""
     scores = config.num_attention_heads * window if device.type == "cpu" else 0
-    layer = _PER_WIDTH * config.hidden_size + _PER_SCORE * scores
+    routed = config.num_experts_per_tok * config.hidden_size if config.num_local_experts else 0
+    layer = _PER_WIDTH * config.hidden_size + _PER_INNER * config.active_intermediate_size
+    layer += _PER_ROUTED * routed + _PER_SCORE * scores
     activations = tokens * config.num_hidden_layers * layer
     return _PER_PARAMETER * num_parameters + activations + _PER_LOGIT * config.vocab_size
 

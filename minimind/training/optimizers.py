@@ -1,7 +1,7 @@
 """AdamW, and Muon for the matrices of the layers with AdamW for the rest."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,40 @@ class Muon:
     """Momentum whose every matrix is made orthogonal (Jordan et al. 2024, "Muon").
 
     Matrices of one shape go through the iteration together: on a CPU, and for small models on a
-    GPU, that is several times faster than one after the other.
+    GPU, that is several times faster than one after the other. A parameter may hold several: of
+    [experts, rows, columns] each expert's is a matrix, and those of `fused` have two above each
+    other, which go through as two.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimSettings) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        settings: OptimSettings,
+        *,
+        fused: Collection[nn.Parameter] = (),
+    ) -> None:
         self.lr = settings.muon_lr
         self._momentum, self._decay = settings.momentum, settings.weight_decay
-        self.groups: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        together = set(fused)
+        # By shape of the parameter, and rows of its matrices.
+        self.groups: dict[tuple[torch.Size, int], list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
-            self.groups[parameter.shape].append(parameter)
+            rows = parameter.shape[-2] // (2 if parameter in together else 1)
+            self.groups[parameter.shape, rows].append(parameter)
         self.buffers = {p: torch.zeros_like(p) for group in self.groups.values() for p in group}
 
     @torch.no_grad()
     def step(self) -> None:
         """One step along the orthogonalised Nesterov momentum, with decoupled weight decay."""
-        for (rows, columns), group in self.groups.items():
+        for (shape, rows), group in self.groups.items():
+            columns = shape[-1]
             buffers = [self.buffers[parameter] for parameter in group]
             gradients = [p.grad for p in group if p.grad is not None]
             assert len(gradients) == len(group), "all matrices take part in every loss"
             torch._foreach_lerp_(buffers, gradients, 1 - self._momentum)
             torch._foreach_lerp_(gradients, buffers, self._momentum)
-            updates = orthogonalise(torch.stack(gradients))
+            matrices = torch.stack(gradients).view(-1, rows, columns)
+            updates = orthogonalise(matrices).reshape(-1, *shape)
             scale = max(1.0, rows / columns) ** 0.5
             weights: list[Tensor] = list(group)
             torch._foreach_mul_(weights, 1 - self.lr * self._decay)
@@ -67,14 +80,16 @@ class Optimizers:
         by_muon = [
             p
             for p in trained
-            if settings.name == "muon" and p.ndim == 2 and ".layers." in f".{self._names[p]}"
+            if settings.name == "muon" and p.ndim >= 2 and ".layers." in f".{self._names[p]}"
         ]
         taken = set(by_muon)
+        # What a dense model has as gate_proj and up_proj.
+        fused = [p for p in by_muon if self._names[p].endswith(".input_linear.weight")]
         rest = [parameter for parameter in trained if parameter not in taken]
         decays = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay}
         plain = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
         self._settings = settings
-        self._muon = Muon(by_muon, settings) if by_muon else None
+        self._muon = Muon(by_muon, settings, fused=fused) if by_muon else None
         self._adamw = torch.optim.AdamW(
             [group for group in (decays, plain) if group["params"]],
             lr=settings.lr,

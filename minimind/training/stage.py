@@ -103,14 +103,18 @@ def prepare_stage(
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.batch
     )
+    active = model.num_active_parameters
+    at_work = f" ({active:,} at work on a token)" if active < num_parameters else ""
     reporter.say(
-        f"{num_parameters:,} parameters on {device} in "
+        f"{num_parameters:,} parameters{at_work} on {device} in "
         f"{precision.name}; {data.order.epoch_size:,} windows of {recipe.data.window} tokens "
         f"an epoch; {num_steps:,} steps of {recipe.training.batch} windows"
     )
     job = Trainer(
         model=model,
-        objective=NextToken(tokenizer.token_bytes, device),
+        objective=NextToken(
+            tokenizer.token_bytes, device, router_balance=recipe.training.router_balance
+        ),
         data=data,
         held_out=held_out,
         recipe=recipe,
@@ -168,8 +172,9 @@ def _keep_recipe(run: Path, recipe: Recipe) -> None:
     kept = run / "recipe.toml"
     begun = (run / "checkpoints").is_dir() or (run / "model").is_dir()
     if kept.is_file() and begun:  # else a mistake ended it early, and there is nothing to lose
-        here = load_recipe(kept).recipe.model_copy(update={"out": recipe.out})  # it may have moved
-        changes = difference(here, recipe)
+        begun_with = load_recipe(kept).recipe
+        # Only its place may have changed.
+        changes = difference(begun_with.model_copy(update={"out": recipe.out}), recipe)
         if changes:
             raise ConfigError(
                 f"{run} holds a run of another recipe: "
@@ -318,6 +323,8 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         "device": str(job.device),
         "precision": job.precision.name,
     } | outcome.validation
+    if (active := job.model.num_active_parameters) < summary["parameters"]:
+        summary["active_parameters"] = active
     return summary
 
 

@@ -96,9 +96,35 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
 
     # Another recipe in its place is refused; --fresh is how to mean it.
     message = place.error("train", "out/chat/recipe.toml", "training.steps=2")
-    assert message.startswith("out/chat holds a run of another recipe: training.steps: ")
+    assert message.startswith("out/chat holds a run of another recipe: training.steps was ")
     place.run_here("train", "out/chat/recipe.toml", "training.steps=2", "--fresh")
     assert json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))["steps"] == 2
+
+
+def test_a_mixture_of_experts_is_pretrained_tuned_and_asked(place: Place) -> None:
+    moe = ("model.preset=nano-moe", "training.log_every=2")
+    done = place.run_here(*place.pretrain, *moe, "--out", "out/moe")
+    assert "parameters (" in done.output and " at work on a token) on cpu" in done.output
+    place.run_here(*place.sft, "--model", "out/moe", "--out", "out/moe-chat")
+    for run in (place.folder / "out" / "moe", place.folder / "out" / "moe-chat"):
+        config = json.loads((run / "model" / "config.json").read_text("utf-8"))
+        assert config["architectures"] == ["GraniteMoeSharedForCausalLM"]
+        lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for kind in ("train", "validation"):
+            last = [line for line in lines if line["kind"] == kind][-1]
+            loads = [last[f"expert_load/{expert}"] for expert in range(4)]
+            assert sum(loads) == pytest.approx(1.0)
+            assert 0 <= last["expert_load/least"] <= min(loads)
+            assert max(loads) <= last["expert_load/most"] <= 0.5  # two of four for each token
+            assert 0 < last["router_entropy"] < 1.3863  # ln 4, rounded up
+            assert last["dropped_tokens"] == 0
+        figures = json.loads((run / "summary.json").read_text("utf-8"))
+        assert figures["active_parameters"] < figures["parameters"]
+    done = place.run_here("generate", "out/moe", "长江", "--device", "cpu", "--max-new-tokens", "9")
+    assert done.output.startswith("长江")
+    chat = ["chat", str(place.folder / "out" / "moe-chat"), "--device", "cpu"]
+    said = CliRunner().invoke(app, chat, input="你好\n", env=ENVIRONMENT)
+    assert said.exit_code == 0 and said.output
 
 
 def test_explain_shows_where_each_setting_came_from_and_needs_no_torch(place: Place) -> None:

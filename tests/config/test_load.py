@@ -74,7 +74,7 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("seed = 1979-05-27\n", ":2: seed = 1979-05-27 will not do: it should be"),
         ("optim = 3\n", ":2: optim = 3 will not do: it should be a group of settings"),
         ("[training]\nprecision = 'bf8'\n", "it should be 'auto', 'bf16', 'fp16' or 'fp32'"),
-        ("[model]\npreset = 'smal'\n", "it should be one of nano, demo, small, base"),
+        ("[model]\npreset = 'smal'\n", "it should be one of nano, nano-moe, demo"),
         ("[[data.sources]]\npath = 'a'\nwait = 2\n", ":2: data.sources.0.wait is not a setting"),
         (
             "[training]\nbatch = 10\nmicro_batch = 4\n",
@@ -167,7 +167,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 def test_packaged_recipes_load_and_survive_a_dump(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name).recipe
     assert recipe.objective in name.split("-")
-    shapes = {"pretrain-base": "base", "demo-pretrain": "demo"}
+    shapes = {"pretrain-base": "base", "pretrain-moe": "moe", "demo-pretrain": "demo"}
     assert recipe.model.preset == shapes.get(name, "small")
     again = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
     assert again == recipe
@@ -203,11 +203,11 @@ def test_toml_values() -> None:
 
 
 def test_difference_names_what_differs() -> None:
-    here = load_recipe("pretrain-small").recipe
-    there = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
-    assert difference(here, there) == [
-        'out: not set here, "x" there',
-        "optim.lr: 0.001 here, 0.002 there",
+    kept = load_recipe("pretrain-small").recipe
+    given = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
+    assert difference(kept, given) == [
+        'out was not set and is now "x"',
+        "optim.lr was 0.001 and is now 0.002",
     ]
 
 

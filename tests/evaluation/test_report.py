@@ -205,6 +205,19 @@ def test_a_number_that_is_none_does_not_spoil_its_neighbours(page: Make) -> None
         assert html == page(stages=[stage(metrics=metrics)])
 
 
+def test_experts_are_shown_where_there_are_any(page: Make) -> None:
+    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, 2, 3, "most", "least")}
+    figures = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance": 1.0}
+    lines = [train(step, **figures) for step in range(1, 20)]
+    lines.append(validation(19) | figures | {"expert_load/0": 9.0})
+    html = page(stages=[stage(), stage("moe", lines)])
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert [name for name in titles if name not in SECTIONS] == ["Expert load", "Router entropy"]
+    assert html.count("<svg ") == 4 * 2 + 2
+    lines[-1]["expert_load/0"] = 0.25  # the plot of the load is that of training
+    assert html == page(stages=[stage(), stage("moe", lines)])
+
+
 def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
     alone = page(stages=[stage(metrics=[train(step) for step in range(1, 9)])])
     both = page(stages=[stage(metrics=[*map(train, range(1, 9)), validation(8)])])

@@ -41,7 +41,7 @@ def prompts() -> list[str]:
 def random_model() -> Callable[..., Transformer]:
     """Make a model of a preset, of the layouts that are asked for."""
 
-    def make(preset: str, *, seed: int = 0, **changes: int | bool) -> Transformer:
+    def make(preset: str, *, seed: int = 0, **changes: int | float) -> Transformer:
         torch.manual_seed(seed)
         shape = PRESETS[preset] | {"vocab_size": 600, "max_position_embeddings": 512} | changes
         model = Transformer(ModelConfig(**shape)).eval()
@@ -49,10 +49,10 @@ def random_model() -> Callable[..., Transformer]:
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
                     parameter.uniform_(0.5, 1.5)
-                elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                elif name.endswith(("o_proj.weight", "down_proj.weight", "output_linear.weight")):
                     parameter.mul_(60)  # else the residual stream hides what the layers do
                 elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                    parameter.mul_(5 if preset == "nano" else 1)
+                    parameter.mul_(5 if preset.startswith("nano") else 1)
                 else:
                     parameter.mul_(6)
         return model

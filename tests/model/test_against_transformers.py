@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minimind.inference.generate import generate
 from minimind.inference.sampling import Sampling
@@ -18,6 +19,21 @@ LAYOUTS = {
     "nano-qwen3": ("nano", dict(seed=23, qk_norm=True)),
     "nano-untied": ("nano", dict(seed=4, tie_word_embeddings=False)),
     "nano-all-heads": ("nano", dict(seed=36, num_key_value_heads=4)),
+    "nano-moe": ("nano-moe", dict(seed=5)),
+    "nano-routed-moe": (  # no shared experts, and the multipliers of Granite
+        "nano-moe",
+        dict(
+            seed=5,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            shared_intermediate_size=0,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.7,
+            logits_scaling=1.7,
+            attention_multiplier=0.2,
+        ),
+    ),
+    "demo-moe": ("demo-moe", dict(seed=1)),
     "small-llama": ("small", dict(seed=2)),
     "small-qwen3": ("small", dict(seed=0, qk_norm=True)),
 }
@@ -31,9 +47,12 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _load_theirs(directory: Path) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="sdpa", dtype=torch.float32
     ).eval()
+    if theirs.config.model_type == "granitemoeshared":
+        theirs.set_experts_implementation("eager")  # its grouped products are 7e-6 off
+    return theirs
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -54,8 +73,8 @@ def test_the_class_is_one_that_transformers_ships(
     pair: tuple[str, Transformer, torch.nn.Module],
 ) -> None:
     name, ours, theirs = pair
-    wanted = "Qwen3ForCausalLM" if name.endswith("qwen3") else "LlamaForCausalLM"
-    assert type(theirs).__name__ == wanted
+    by_layout = {"qwen3": "Qwen3ForCausalLM", "moe": "GraniteMoeSharedForCausalLM"}
+    assert type(theirs).__name__ == by_layout.get(name.split("-")[-1], "LlamaForCausalLM")
     assert type(theirs).__module__.startswith("transformers.models.")
     count = sum(parameter.numel() for parameter in theirs.parameters())
     assert count == sum(parameter.numel() for parameter in ours.parameters())
@@ -80,7 +99,45 @@ def test_greedy_tokens_are_equal(
     pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
 ) -> None:
     name, ours, theirs = pair
-    number, length = (3, 48) if name.startswith("small") else (20, 256)
+    number, length = (20, 256) if name.startswith("nano") else (3, 48)
+    _check_greedy(ours, theirs, tokenizer, prompts, number, length)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_greedy_tokens_of_larger_ones_are_equal(
+    pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
+) -> None:
+    name, ours, theirs = pair
+    if name.startswith("nano"):
+        pytest.skip("done on each change")
+    _check_greedy(ours, theirs, tokenizer, prompts, 20, 256)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_the_mixture_of_experts_at_full_size(
+    random_model: Callable[..., Transformer],
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    tmp_path: Path,
+) -> None:
+    save_model(tmp_path / "model", random_model("moe", seed=3), tokenizer)
+    ours, theirs = load_model(tmp_path / "model").eval(), _load_theirs(tmp_path / "model")
+    ids = torch.tensor([tokenizer.encode(prompt)[:12] for prompt in prompts])
+    logits = ours.logits(ours(ids))
+    assert (logits - theirs(ids).logits).abs().max() <= 1e-4
+    _check_greedy(ours, theirs, tokenizer, prompts, 20, 256)
+
+
+def _check_greedy(
+    ours: Transformer,
+    theirs: torch.nn.Module,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    number: int,
+    length: int,
+) -> None:
     chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
     written = generate(
         ours, chosen, max_new_tokens=length, sampling=Sampling(temperature=0), stop_ids=set()
@@ -126,8 +183,10 @@ def test_the_tokenizer_gives_the_same_ids(
     assert (settings.temperature, settings.top_p) == (0.7, 0.9)
 
 
-@pytest.mark.parametrize("layout", ["llama", "qwen3"])
-def test_what_transformers_saves_is_read(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["llama", "qwen3", "granitemoe", "granitemoeshared"])
+def test_what_transformers_saves_is_read_and_written_bit_for_bit(
+    layout: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     shape = dict(
         vocab_size=600,
         hidden_size=32,
@@ -143,11 +202,33 @@ def test_what_transformers_saves_is_read(layout: str, tmp_path: Path) -> None:
     kinds = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "granitemoe": (transformers.GraniteMoeConfig, transformers.GraniteMoeForCausalLM),
+        "granitemoeshared": (
+            transformers.GraniteMoeSharedConfig,
+            transformers.GraniteMoeSharedForCausalLM,
+        ),
     }
+    if layout.startswith("granite"):  # with what IBM's models have
+        shape |= dict(num_local_experts=6, num_experts_per_tok=3, initializer_range=0.2)
+        shape |= dict(embedding_multiplier=12, residual_multiplier=0.22)
+        shape |= dict(attention_multiplier=0.0625, logits_scaling=6.0, rms_norm_eps=1e-5)
+    if layout == "granitemoeshared":
+        shape |= dict(shared_intermediate_size=48)
     config, kind = kinds[layout]
     theirs = kind(config(**shape)).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path).eval()
+    if layout.startswith("granite"):
+        theirs.set_experts_implementation("eager")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs").eval()
     ids = torch.arange(40)[None]
     with torch.inference_mode():
-        assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() <= 1e-5
+        wanted = theirs(ids).logits
+        assert wanted.std() > 0.01
+        assert (ours.logits(ours(ids)) - wanted).abs().max() <= 1e-5
+    save_model(tmp_path / "ours", ours, tokenizer)
+    before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = _load_theirs(tmp_path / "ours")
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, wanted)

@@ -47,14 +47,25 @@ def change(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("nano", {}),
+        ("nano", {"qk_norm": True}),
+        ("nano", {"tie_word_embeddings": False}),
+        ("nano-moe", {}),
+        ("nano-moe", {"shared_intermediate_size": 0, "logits_scaling": 6.0}),
+        ("nano-moe", {"attention_multiplier": 0.5, "tie_word_embeddings": False}),
+    ],
+)
 def test_a_model_comes_back_as_it_was(
     random_model: Callable[..., Transformer],
     tokenizer: Tokenizer,
     tmp_path: Path,
-    changes: dict[str, bool],
+    preset: str,
+    changes: dict[str, float],
 ) -> None:
-    model = random_model("nano", **changes)
+    model = random_model(preset, **changes)
     save_model(tmp_path / "made" / "model", model, tokenizer)
     loaded = load_model(tmp_path / "made" / "model")
     assert loaded.config == model.config
@@ -175,7 +186,7 @@ def test_a_folder_where_nothing_can_be_made_is_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; llama and qwen3 are"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; llama, qwen3, granitemoe"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"hidden_size": None}, "hidden_size missing"),
         ({"hidden_size": "32"}, "hidden_size: Input should be a valid integer"),
@@ -204,6 +215,51 @@ def test_a_configuration_that_does_not_fit_is_told(
     change(saved, **changes)
     with pytest.raises(ModelError, match=message):
         load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_local_experts": None}, "num_local_experts missing"),
+        ({"num_local_experts": 0}, "num_local_experts is 0"),
+        ({"num_local_experts": -4}, "num_local_experts: Input should be greater"),
+        ({"num_local_experts": 5}, r"has the shape \[4, 32\], config.json says \[5, 32\]"),
+        ({"num_local_experts": 10**30}, "promises more than any file can hold"),
+        ({"num_experts_per_tok": 5}, r"\(5\) must not be more than num_local_experts \(4\)"),
+        ({"shared_intermediate_size": 0}, "has unknown tensors: .*shared_mlp"),
+        ({"shared_intermediate_size": 64}, "has the shape"),
+        ({"logits_scaling": 0}, "logits_scaling: Input should be greater than 0"),
+        ({"attention_multiplier": "x"}, "attention_multiplier: Input should be a valid number"),
+        ({"head_dim": 0}, "head_dim: Input should be greater"),
+        ({"model_type": "granitemoe"}, "has unknown tensors: .*shared_mlp"),
+        ({"model_type": "llama"}, "lacks .*mlp"),
+    ],
+)
+def test_a_mixture_of_experts_that_does_not_fit_is_told(
+    random_model: Callable[..., Transformer],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    save_model(tmp_path / "model", random_model("nano-moe"), tokenizer)
+    change(tmp_path / "model", **changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path / "model")
+
+
+def test_only_a_mixture_of_experts_has_words_for_experts(
+    random_model: Callable[..., Transformer], saved: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = json.loads((saved / "config.json").read_text("utf-8"))
+    assert not any("expert" in key or "multiplier" in key for key in config)
+    save_model(tmp_path / "moe", random_model("nano-moe"), tokenizer)
+    config = json.loads((tmp_path / "moe" / "config.json").read_text("utf-8"))
+    assert config["architectures"] == ["GraniteMoeSharedForCausalLM"]
+    assert config["model_type"] == "granitemoeshared"
+    assert config["attention_multiplier"] == 8**-0.5  # without it transformers takes 1
+    change(tmp_path / "moe", attention_multiplier=None)
+    assert read_config(tmp_path / "moe").attention_multiplier == 1.0
 
 
 def test_defaults_are_those_of_transformers(saved: Path) -> None:

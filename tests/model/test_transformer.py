@@ -7,7 +7,8 @@ from minimind.model import PRESETS, KVCache, ModelConfig, Transformer
 
 
 @pytest.mark.parametrize(
-    ("preset", "count"), [("small", 26_878_464), ("base", 108_749_568), ("nano", 223_392)]
+    ("preset", "count"),
+    [("small", 26_878_464), ("base", 108_749_568), ("nano", 223_392), ("moe", 113_402_368)],
 )
 def test_parameter_counts(preset: str, count: int) -> None:
     with torch.device("meta"):
@@ -15,12 +16,29 @@ def test_parameter_counts(preset: str, count: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+def test_parameters_at_work_are_those_of_the_dense_model_of_their_width() -> None:
+    dense = PRESETS["small"] | {"intermediate_size": 5632}
+    with torch.device("meta"):
+        moe, as_wide = Transformer(ModelConfig(**PRESETS["moe"])), Transformer(ModelConfig(**dense))
+    routers = 8 * 4 * 512
+    assert moe.num_active_parameters == as_wide.num_active_parameters + routers
+    assert as_wide.num_active_parameters == sum(p.numel() for p in as_wide.parameters())
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("nano", {}),
+        ("nano", {"qk_norm": True}),
+        ("nano-moe", {}),
+        ("nano-moe", {"attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+    ],
+)
 @torch.inference_mode()
 def test_reading_with_a_cache_is_reading_at_once(
-    random_model: Callable[..., Transformer], qk_norm: bool
+    random_model: Callable[..., Transformer], preset: str, changes: dict[str, float]
 ) -> None:
-    model = random_model("nano", qk_norm=qk_norm)
+    model = random_model(preset, **changes)
     tokens = torch.randint(600, (3, 40))
     whole = model(tokens)
     cache = KVCache(model.config, 3, 40, device=tokens.device, dtype=torch.float32)
@@ -40,11 +58,12 @@ def test_a_cache_goes_on_with_some_sequences(random_model: Callable[..., Transfo
     torch.testing.assert_close(rest, model(tokens)[[2, 0], 12:], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 @pytest.mark.parametrize("training", [False, True])
 def test_conversations_in_one_window_do_not_see_each_other(
-    random_model: Callable[..., Transformer], training: bool
+    random_model: Callable[..., Transformer], training: bool, preset: str
 ) -> None:
-    model = random_model("nano")
+    model = random_model(preset)
     tokens = torch.randint(600, (2, 30))
     lengths = [[5, 24, 1], [11, 11, 8]]
     segments = torch.tensor([[i for i, n in enumerate(row) for _ in range(n)] for row in lengths])
@@ -56,11 +75,14 @@ def test_conversations_in_one_window_do_not_see_each_other(
         assert not torch.allclose(packed, model(tokens), atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("preset", "changes"), [("nano", {}), ("nano-moe", {"attention_multiplier": 0.3})]
+)
 def test_attention_of_training_and_of_reading_agree(
-    random_model: Callable[..., Transformer],
+    random_model: Callable[..., Transformer], preset: str, changes: dict[str, float]
 ) -> None:
     """On a CPU the former is written out, the latter is torch's own."""
-    model = random_model("nano")
+    model = random_model(preset, **changes)
     tokens = torch.randint(600, (2, 40))
     trained = model(tokens)
     assert trained.requires_grad

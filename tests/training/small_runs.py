@@ -93,7 +93,11 @@ def nano_trainer(
     assert recipe.training.steps and recipe.training.micro_batch
     return Trainer(
         model=Transformer(recipe.model.shape(VOCAB)),
-        objective=NextToken([0, *(1 + token % 3 for token in range(1, VOCAB))], device),
+        objective=NextToken(
+            [0, *(1 + token % 3 for token in range(1, VOCAB))],
+            device,
+            router_balance=recipe.training.router_balance,
+        ),
         data=mix,
         held_out=mix if held_out else None,
         recipe=recipe,

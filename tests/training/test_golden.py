@@ -20,7 +20,7 @@ from minimind.training.loop import train
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
-OBJECTIVES = ("pretrain", "sft")
+OBJECTIVES = ("pretrain", "sft", "pretrain-moe")
 
 
 def machine() -> dict[str, Any]:
@@ -48,7 +48,9 @@ def processor() -> str:
 
 
 def curve(run: Path, objective: str) -> list[float]:
-    train(nano_trainer(run, objective, training__steps=STEPS))
+    kind = objective.removesuffix("-moe")
+    preset = "nano" if kind == objective else "nano-moe"
+    train(nano_trainer(run, kind, training__steps=STEPS, model__preset=preset))
     return losses(run)
 
 

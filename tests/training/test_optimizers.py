@@ -130,6 +130,61 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= by_adamw
 
 
+def test_each_expert_goes_through_muon_on_its_own_and_gate_and_up_apart() -> None:
+    """As if each were a parameter of its own, which they are in a dense model."""
+    shapes = {"experts": (3, 32, 12), "down": (3, 12, 16), "shared": (32, 12)}
+    torch.manual_seed(4)
+    ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    settings = OptimSettings(muon_lr=0.02, weight_decay=0.1)
+    muon = Muon(ours.values(), settings, fused=[ours["experts"], ours["shared"]])
+
+    def parts(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        halves = [half for expert in tensors["experts"] for half in expert.chunk(2)]
+        return [*halves, *tensors["down"], *tensors["shared"].chunk(2)]
+
+    single = [nn.Parameter(part.detach().clone()) for part in parts(ours)]
+    alone = Muon(single, settings)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        gradients = {
+            name: torch.randn(shape, generator=generator) for name, shape in shapes.items()
+        }
+        for name, parameter in ours.items():
+            parameter.grad = gradients[name].clone()
+        for parameter, gradient in zip(single, parts(gradients), strict=True):
+            parameter.grad = gradient.clone()
+        muon.step()
+        alone.step()
+    assert len(single) == 11
+    for wanted, found in zip(single, parts(ours), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+
+def test_the_experts_of_a_model_are_fused_or_not_as_their_names_say() -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**(PRESETS["nano-moe"] | {"vocab_size": 97})))
+    optimizers = Optimizers(model, OptimSettings())
+    assert optimizers._muon is not None
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rows = {
+        names[p].removeprefix("model.layers.0."): rows
+        for (_, rows), group in optimizers._muon.groups.items()
+        for p in group
+        if ".layers.0." in names[p]
+    }
+    assert rows == {
+        **{
+            f"self_attn.{part}_proj.weight": size
+            for part, size in zip("qkvo", (32, 16, 16, 32), strict=True)
+        },
+        "block_sparse_moe.input_linear.weight": 16,
+        "block_sparse_moe.output_linear.weight": 32,
+        "shared_mlp.input_linear.weight": 32,
+        "shared_mlp.output_linear.weight": 32,
+        "block_sparse_moe.router.layer.weight": 4,
+    }
+
+
 def test_what_is_frozen_stays_and_has_no_state() -> None:
     model = nano()
     model.model.embed_tokens.requires_grad_(False)

@@ -84,7 +84,18 @@ def tuning(
     return Stage("sft", folder, lives, training__log_every=2, **settings)
 
 
-@pytest.mark.parametrize("name", ["pretraining", "tuning"])
+@pytest.fixture(scope="module")
+def routing(
+    corpus: Path, tokenizer_dir: Path, lives: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> Stage:
+    """A mixture of experts; half a line of metrics has sums of several numbers."""
+    folder, sources = tmp_path_factory.mktemp("routing"), [str(corpus / "text.jsonl")]
+    settings = {"data__sources": sources, "tokenizer": str(tokenizer_dir)}
+    settings |= {"model__preset": "nano-moe", "training__log_every": 2}
+    return Stage("pretrain", folder, lives, **settings)
+
+
+@pytest.mark.parametrize("name", ["pretraining", "tuning", "routing"])
 def test_ten_random_kills_change_nothing(
     name: str, request: pytest.FixtureRequest, lives: Lives, tmp_path: Path
 ) -> None:

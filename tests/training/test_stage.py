@@ -139,9 +139,9 @@ def test_a_run_of_another_recipe_stays_and_the_difference_is_named(recipe: Make,
     weights = (run / "model" / "model.safetensors").read_bytes()
     message = refused(recipe(optim__lr=0.5, training__steps=9), ConfigError)
     assert message.startswith(f"{run} holds a run of another recipe: ")
-    assert "optim.lr: 0.001 here, 0.5 there" in message
-    assert "training.steps: 5 here, 9 there" in message
-    assert message.count(" there") == 2
+    assert "optim.lr was 0.001 and is now 0.5" in message
+    assert "training.steps was 5 and is now 9" in message
+    assert message.count(" is now ") == 2
     assert "--fresh" in message
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert steps_done(run) == 5

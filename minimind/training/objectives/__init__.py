@@ -1,6 +1,6 @@
 """What a stage trains for. The loop knows an objective by these two methods alone."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,9 +14,9 @@ class Objective(Protocol):
     def loss(
         self, model: Transformer, batch: TensorBatch
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum of losses, how many there are, further sums by name), each a scalar."""
+        """(sum of losses, how many there are, further sums by name, of any shape)."""
         ...
 
-    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
-        """Figures for people, from the mean loss and the added-up sums."""
+    def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
+        """Figures for people, from the mean loss and the added-up sums (numbers, or lists)."""
         ...

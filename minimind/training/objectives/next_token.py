@@ -8,35 +8,57 @@ from torch import Tensor
 
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
+from minimind.model.experts import Routing
 from minimind.training.batch import TensorBatch
+from minimind.training.objectives.balance import balance_figures, balance_sums
 
 _CHUNK = 1024  # tokens whose logits exist at once
 
 
 class NextToken:
-    """Cross-entropy of each labelled token, in nats."""
+    """Cross-entropy of each labelled token, in nats; experts, if there are any, are balanced."""
 
-    def __init__(self, token_bytes: list[int], device: torch.device) -> None:
+    def __init__(
+        self, token_bytes: list[int], device: torch.device, *, router_balance: float = 0.0
+    ) -> None:
         """`token_bytes[id]`: UTF-8 bytes that the token stands for, 0 for control tokens."""
+        self._router_balance = router_balance
         self._token_bytes = torch.tensor(token_bytes, dtype=torch.float32, device=device)
 
     def loss(
         self, model: Transformer, batch: TensorBatch
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum over labelled tokens, their number, and the nats and bytes of those that are text."""
-        hidden = model(batch.tokens, segments=batch.segments)
+        """Sum over labelled tokens, their number, and the nats and bytes of those that are text.
+
+        Of a mixture of experts the first has the weighted balance loss in it.
+        """
+        routing = Routing() if model.config.num_local_experts else None
+        hidden = model(batch.tokens, segments=batch.segments, routing=routing)
         learned = batch.labels != IGNORED
         labels = batch.labels[learned]
         # Only what is learned goes through the head: in fine-tuning that is about half.
         losses = linear_cross_entropy(hidden[learned], model.head_weight, labels)
         num_bytes = self._token_bytes[labels]
         nats = (losses.detach() * (num_bytes > 0)).sum()
-        return losses.sum(), learned.sum(), {"nats": nats, "bytes": num_bytes.sum()}
+        total, sums = losses.sum(), {"nats": nats, "bytes": num_bytes.sum()}
+        if routing:
+            more = balance_sums(routing, learned, batch.segments)
+            total = total + self._router_balance * more["balance"][0]
+            sums |= {name: value.detach() for name, value in more.items()}
+        return total, learned.sum(), sums
 
-    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
-        """Mean loss in nats a token, and bits per byte of text (control tokens are none)."""
+    def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
+        """Mean loss in nats a token, and bits per byte of text (control tokens are none).
+
+        The loss is that of the tokens alone, so that it compares with a dense model's.
+        """
         num_bytes = max(sums["bytes"], 1.0)
-        return {"loss": loss, "bits_per_byte": sums["nats"] / math.log(2) / num_bytes}
+        bits = sums["nats"] / math.log(2) / num_bytes
+        if "balance" not in sums:
+            return {"loss": loss, "bits_per_byte": bits}
+        more = balance_figures(sums)
+        loss -= self._router_balance * more["balance"]
+        return {"loss": loss, "bits_per_byte": bits} | more
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
