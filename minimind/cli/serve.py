@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from minimind.cli.console import say
 from minimind.cli.generate import Device
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
@@ -53,7 +52,7 @@ def serve(
     check_exposure(host, keys)
     directories = find_models(models)
     listening = server.bind(host, port)
-    with server.ends_on_sigterm():
+    with server.ends_at_once():
         if end_with_stdin:
             server.end_with_stdin()
         served = {
@@ -61,7 +60,7 @@ def serve(
             for name, directory in directories.items()
         }
         for name in served:
-            say(f"{name}: {server.url_of(listening)}/v1")
+            print(f"{name}: {server.url_of(listening)}/v1", flush=True)
         log_to_stderr()
         limits = Limits(queue=queue)
         server.Server(served, keys=keys, origins=cors or [], limits=limits).serve_at(listening)

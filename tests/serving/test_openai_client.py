@@ -325,7 +325,7 @@ def test_the_oldest_turns_are_left_out_where_that_is_asked_for(client: OpenAI) -
     expected = ask(raw_of(raw), messages=same, extra_body={"truncation": "auto"})
     assert "minimind-left-out" not in expected.headers
     assert answer.parse().choices == expected.parse().choices
-    too_long = [{"role": "user", "content": "长江" * 2000}]
+    too_long = [{"role": "user", "content": "长江" * 3000}]
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, messages=too_long, extra_body={"truncation": "auto"})
     assert caught.value.code == "context_length_exceeded"
