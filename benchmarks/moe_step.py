@@ -69,6 +69,16 @@ def main() -> None:
 
         return run
 
+    def step(name: str) -> Callable[[], None]:
+        gradients = [p.grad for p in models[name].parameters()]
+
+        def run() -> None:
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            torch._foreach_mul_(gradients, 1 / (norm + 1e-6))
+            optimizers[name].step()
+
+        return run
+
     def layer(function: Callable[..., torch.Tensor]) -> Callable[[], None]:
         experts = models["moe"].model.layers[0].block_sparse_moe
         x = torch.randn(args.micro_batch * window, moe.hidden_size, device=device)
@@ -87,7 +97,7 @@ def main() -> None:
         return run
 
     micro = take_turns({name: micro_batch(name) for name in models}, args.rounds, device)
-    steps = take_turns({name: optimizers[name].step for name in models}, args.rounds, device)
+    steps = take_turns({name: step(name) for name in models}, args.rounds, device)
     layers = take_turns(
         {"sorted": layer(routed), "plain": layer(routed_plainly)}, args.rounds, device
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind.cli.generate import (
+    Adapter,
     Device,
     MaxNewTokens,
     Model,
@@ -41,6 +42,7 @@ _HELP = """\
 
 def chat(
     model: Model,
+    adapter: Adapter = None,
     system: Annotated[str, typer.Option(help="What the model is told before all else.")] = "",
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
@@ -57,7 +59,7 @@ def chat(
     from minimind.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
-    loaded, tokenizer = load_for_inference(model, device)
+    loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
     context = loaded.config.max_position_embeddings
     room_for_answer = min(max_new_tokens, context // 4)
 
@@ -76,7 +78,9 @@ def chat(
     if sys.stdin.isatty() and sys.stdout.isatty():
         size = sum(parameter.numel() for parameter in loaded.parameters())
         where = loaded.head_weight.device.type
-        _tell(f"{model}: {size / 1e6:.1f}M parameters, on {where}. /help lists the commands.")
+        with_adapter = f" with {adapter}" if adapter else ""
+        told = f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
+        _tell(f"{told}. /help lists the commands.")
         _in_terminal(conversation)
     else:
         for line in stdin_lines():

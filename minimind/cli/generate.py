@@ -11,6 +11,9 @@ import typer
 from minimind.errors import UsageError
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run directory.")]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="LoRA adapter, or the run that made it.")
+]
 Temperature = Annotated[
     float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")
 ]
@@ -34,6 +37,7 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it from stdin.")
     ],
+    adapter: Adapter = None,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     top_k: TopK = 0,
@@ -52,7 +56,7 @@ def generate(
     from minimind.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
-    loaded, tokenizer = load_for_inference(model, device)
+    loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
     pieces = stream_text(
         loaded,
         tokenizer,

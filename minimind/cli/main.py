@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, serve, tokenizer, train
+from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -110,13 +110,8 @@ def _start(
 
 
 for _verb in (
-    demo.demo,
-    train.pretrain,
-    train.sft,
-    train.train,
-    chat.chat,
-    generate.generate,
-    serve.serve,
+    *(demo.demo, train.pretrain, train.sft, train.lora, train.train, merge.merge),
+    *(chat.chat, generate.generate, serve.serve),
 ):
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -16,6 +16,13 @@ def serve(
         list[Path],
         typer.Argument(metavar="MODEL…", help="Model or run directories, or a folder of them."),
     ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A LoRA adapter of the one MODEL, served under a name of its own; several allowed.",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; beyond this machine a key is needed.")
     ] = "127.0.0.1",
@@ -47,10 +54,11 @@ def serve(
     from minimind.serving.auth import check_exposure
     from minimind.serving.limits import Limits
     from minimind.serving.logs import log_to_stderr
-    from minimind.serving.models import find_models, load_served
+    from minimind.serving.models import find_adapters, find_models, load_served
 
     check_exposure(host, keys)
     directories = find_models(models)
+    adapters = find_adapters(adapter or [], directories)
     listening = server.bind(host, port)
     with server.ends_at_once():
         if end_with_stdin:
@@ -59,6 +67,9 @@ def serve(
             name: load_served(name, directory, device, slots, queue)
             for name, directory in directories.items()
         }
+        for name, place in adapters.items():
+            [base] = directories.values()
+            served[name] = load_served(name, base, device, slots, queue, place)
         for name in served:
             print(f"{name}: {server.url_of(listening)}/v1", flush=True)
         log_to_stderr()

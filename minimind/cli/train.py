@@ -1,4 +1,4 @@
-"""`minimind pretrain`, `minimind sft`, and `minimind train RECIPE` behind them."""
+"""`minimind pretrain`, `minimind sft`, `minimind lora`, and `minimind train RECIPE` behind them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,6 +72,28 @@ def sft(
     flags = {"objective": "sft", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
     _stage(arguments, "sft-small", flags, fresh, resume, explain, dry_run, json)
+
+
+def lora(
+    arguments: Arguments = None,
+    model: Annotated[str | None, typer.Option(help="Model or run directory to adapt.")] = None,
+    data: Data = None,
+    out: Out = None,
+    device: Device = None,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    explain: Explain = False,
+    dry_run: DryRun = False,
+    json: Json = None,
+) -> None:
+    """Train a small adapter (LoRA) beside a model that stays as it is."""
+    flags = {"data.sources": data, "model.init": model, "out": out, "device": device}
+    if _resolve(arguments or [], "lora-small", flags).recipe.lora is None:
+        raise UsageError(
+            "the recipe trains the whole model; take one with a [lora] table, such as lora-small, "
+            "or set lora.rank=8"
+        )
+    _stage(arguments, "lora-small", flags, fresh, resume, explain, dry_run, json)
 
 
 def train(
@@ -164,11 +186,15 @@ def finish(result: "StageResult", json: Path | None) -> None:
     """Say how it ended; a stopped run ends with exit status 130 like any interrupted program."""
     if json:
         console.write_json(json, result.summary)
-    if result.model is None:
+    if not result.finished:
         done = result.summary["steps"]
         console.say(f"stopped after step {done:,}; the same command goes on from there")
         raise typer.Exit(130)
     console.show_figures(result.run.name, result.summary)
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""
-    console.say(f"The model is in {result.model}. Try it: minimind {verb} {result.run}{prompt}")
+    if result.adapter:
+        chosen = f"{result.summary['base']}{prompt} --adapter {result.run}"
+        console.say(f"The adapter is in {result.adapter}. Try it: minimind {verb} {chosen}")
+    else:
+        console.say(f"The model is in {result.model}. Try it: minimind {verb} {result.run}{prompt}")

@@ -17,7 +17,7 @@ def explain(resolved: ResolvedRecipe) -> Table:
     for key in setting_names():
         value: Any = values
         for part in key.split("."):
-            value = value[part]
+            value = None if value is None else value[part]  # a table that is not there
         origin = _origin(key, resolved.origins)
         row = (key, "" if value is None else toml_value(value), origin or "default")
         table.add_row(*map(Text, row), style=None if origin else "dim")
@@ -25,7 +25,10 @@ def explain(resolved: ResolvedRecipe) -> Table:
 
 
 def _origin(key: str, origins: dict[str, str]) -> str | None:
-    """Where the setting, or the whole group that holds it, was given."""
+    """Where the setting, what is in it, or the whole group that holds it, was given."""
+    within = [where for name, where in origins.items() if name.startswith(f"{key}.")]
+    if within:
+        return within[-1]
     while key not in origins and "." in key:
         key = key.rpartition(".")[0]
     return origins.get(key)

@@ -244,7 +244,8 @@ def _unknown(key: str) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?`, or nothing."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = [full for full in names if full.endswith(f".{name}")]  # the group left out
+    close = close or difflib.get_close_matches(name, names, n=1)
     if not close:  # the right name, or nearly, in the wrong group
         by_last = {name.rpartition(".")[2]: name for name in reversed(names)}
         close = difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)
@@ -270,9 +271,9 @@ def difference(kept: Recipe, given: Recipe) -> list[str]:
     """The settings in which a run's recipe and the one now given differ, as lines for people."""
     before, now = _leaves(kept.model_dump()), _leaves(given.model_dump())
     return [
-        f"{key} was {_told(before[key])} and is now {_told(now[key])}"
-        for key in before
-        if before[key] != now[key]
+        f"{key} was {_told(before.get(key))} and is now {_told(now.get(key))}"
+        for key in before | now
+        if before.get(key) != now.get(key)
     ]
 
 
@@ -300,10 +301,14 @@ def toml_value(value: Any) -> str:
     if isinstance(value, str):
         return '"' + "".join(map(_escaped, value)) + '"'
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {toml_value(v)}" for key, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     return str(value)  # a date, which no setting is, but which a recipe may hold by mistake
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def _escaped(character: str) -> str:

@@ -46,6 +46,19 @@ class ModelSettings(_Settings):
         return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
 
 
+class LoRASettings(_Settings):
+    """Low-rank matrices that are trained while the model itself stays as it is."""
+
+    rank: int = Field(8, ge=1, description="Inner width of the matrices.")
+    alpha: float = Field(16.0, gt=0, description="They count alpha / rank times.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of their input that is dropped.")
+    targets: list[str] = Field(
+        default_factory=lambda: ["all"],
+        min_length=1,
+        description="Modules by name (q_proj) or group: attention, mlp, all.",
+    )
+
+
 class Source(_Settings):
     """One part of the data: a file, folder or glob, and how many times an epoch sees it."""
 
@@ -76,6 +89,12 @@ class DataSettings(_Settings):
         default_factory=list, description="Held-out data; else a share of the sources."
     )
     validation_fraction: float = Field(0.005, ge=0, le=0.5, description="Share held out.")
+    general: list[str] = Field(
+        default_factory=list, description="Held out too: what is measured to see what is forgotten."
+    )
+    fill: dict[str, str] = Field(
+        default_factory=dict, description="What {{name}}, {{author}} and the like stand for."
+    )
     record_schema: SCHEMAS = Field("auto", description="Schema of the records, or 'auto'.")
     window: int = Field(512, ge=8, description="Tokens a training window.")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="More bad lines stop the run.")
@@ -154,6 +173,7 @@ class Recipe(_Settings):
     seed: int = Field(0, ge=0)
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())
     data: DataSettings = Field(default_factory=lambda: DataSettings())
+    lora: LoRASettings | None = Field(None, description="Train adapters instead of the model.")
     optim: OptimSettings = Field(default_factory=lambda: OptimSettings())
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings())
     training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())

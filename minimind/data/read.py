@@ -204,6 +204,14 @@ def read_records(
             raise DataError(f"{file}: there is no record in it; leave it out, or get it again")
 
 
+def first_record(path: str, schema: str = "auto") -> Record:
+    """The first record of what `path` means. Raises DataError when there is none."""
+    bad = BadLines()
+    for record in read_records(list_files(path), bad=bad, schema=schema):
+        return record
+    raise DataError(f"{path}: no line is a record; the first: {bad.first}")
+
+
 def read_texts(
     files: Iterable[Path], *, bad: BadLines, progress: Progress | None = None
 ) -> Iterator[str]:

@@ -7,12 +7,14 @@
     qa             {"q", "a"}, with "history" if there is any
     pairs          {"chosen": […], "rejected": […]}, or texts beside a "prompt"
 
+`{{name}}` and `{{author}}` in what is written stand for what a recipe's data.fill says.
 A field that goes by several names is looked for under each of them.
 """
 
 import ast
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +29,7 @@ _ROLE_OF |= {role: role for role in ROLES}
 _TURNS = ("messages", "conversations", "conversation")
 _QUESTION = ("q", "question", "prompt")
 _ANSWER = ("a", "answer", "response")
+_PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _CHOSEN, _REJECTED = ("chosen", "chose"), ("rejected", "reject")
 
 
@@ -64,8 +67,37 @@ class Record:
         whole = "\0".join([*self.texts, *roles]).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big")
 
+    def filled(self, fill: Mapping[str, str]) -> "Record":
+        """The same with each `{{key}}` in what is written replaced by its value."""
+        if not fill:
+            return self
+
+        def messages(given: list[Message] | None) -> list[Message] | None:
+            return given and [
+                {"role": message["role"], "content": fill_in(message["content"], fill)}
+                for message in given
+            ]
+
+        return replace(
+            self,
+            text=None if self.text is None else fill_in(self.text, fill),
+            messages=messages(self.messages),
+            chosen=messages(self.chosen),
+            rejected=messages(self.rejected),
+        )
+
     def _each_once(self) -> list[Message]:
         return self.messages or [*(self.chosen or []), *(self.rejected or [])[-1:]]
+
+
+def fill_in(text: str, fill: Mapping[str, str]) -> str:
+    """`text` with each `{{key}}` of which `fill` has the key replaced."""
+    return _PLACEHOLDER.sub(lambda found: fill.get(found[1], found[0]), text)
+
+
+def placeholders(text: str) -> set[str]:
+    """Those of `{{name}}` and `{{author}}` that are in the text."""
+    return {key for key in _PLACEHOLDER.findall(text) if key in ("name", "author")}
 
 
 def detect_schema(record: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +34,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from minimind.data.read import BadLines, batches, list_files, read_records
-from minimind.data.schemas import Record
+from minimind.data.schemas import Record, placeholders
 from minimind.errors import DataError, ResourceError
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import encode_chats
@@ -41,7 +42,7 @@ from minimind.tokenizer.chat import encode_chats
 Kind = Literal["text", "chat"]
 Split = Literal["train", "validation"]
 _SPLITS: tuple[Split, ...] = ("train", "validation")
-_FORMAT = 2
+_FORMAT = 3
 _SHARD_TOKENS = 1 << 27
 _PIECE = 1 << 18  # characters
 _AT_ONCE = 1 << 20  # characters
@@ -125,6 +126,7 @@ def open_store(
     *,
     kind: Kind,
     schema: str = "auto",
+    fill: Mapping[str, str] | None = None,
     validation_fraction: float = 0.0,
     max_bad_fraction: float = 0.05,
     folder: Path | None = None,
@@ -133,6 +135,7 @@ def open_store(
 ) -> TokenStore:
     """Find the token store of `path` (file, folder or glob), or make it, on all cores.
 
+    `fill` says what stands in the place of each `{{key}}` in the records.
     A store in the making by another process is waited for; one that is damaged is made again.
     `progress(done, total)` is called with bytes of input, `say(text)` with what a user should
     know. Raises DataError when the input cannot be read or has too many bad lines, and
@@ -143,6 +146,7 @@ def open_store(
         "format": _FORMAT,
         "kind": kind,
         "schema": schema,
+        "fill": dict(fill or {}),
         "validation_fraction": validation_fraction,
         "tokenizer_sha256": tokenizer.sha256,
         "files": [_describe(file) for file in files],
@@ -163,6 +167,11 @@ def open_store(
         say(f"{path}: {bad_lines:,} bad lines put aside in {store.manifest['bad_lines_file']}")
     if skipped:
         say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}")
+    for name, count in store.manifest["unfilled"].items():
+        say(
+            f"{path}: {count:,} records hold {{{{{name}}}}}, which nothing fills; "
+            f"give data.fill.{name}=…"
+        )
     return store
 
 
@@ -284,12 +293,13 @@ def _fill(
     limit = int(described["validation_fraction"] * 2**64)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     records = read_records(files, schema=described["schema"], bad=bad, progress=meter.add_read)
-    skipped = 0
+    records = (record.filled(described["fill"]) for record in records)
+    skipped, unfilled = 0, Counter[str]()
     progress(0, meter.total)
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_Writer(work, split, kind)) for split in _SPLITS}
         encode = partial(_encode, tokenizer=tokenizer, kind=kind, dtype=dtype, limit=limit)
-        marked = ((batch, meter.read) for batch in batches(records))
+        marked = ((batch, meter.read) for batch in batches(_noted(records, unfilled)))
         for documents, num_skipped, done in _ahead(encode, marked):
             skipped += num_skipped
             meter.done = done
@@ -313,7 +323,17 @@ def _fill(
         "bad_lines": bad.total,
         "bad_lines_file": str(bad.path) if bad.total else None,
         "skipped": skipped,
+        "unfilled": dict(unfilled),
     }
+
+
+def _noted(records: Iterable[Record], unfilled: "Counter[str]") -> Iterator[Record]:
+    """The records; in how many of them each placeholder is left is counted on the way."""
+    for record in records:
+        unfilled.update(
+            {key for text in record.texts if "{{" in text for key in placeholders(text)}
+        )
+        yield record
 
 
 def _hashed(file: Path, entry: dict[str, Any]) -> dict[str, Any]:

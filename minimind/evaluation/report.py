@@ -342,9 +342,12 @@ def _lines(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tup
     for line in metrics:
         for name, value in line.items():
             many = key.endswith("/")
-            wanted = name.startswith(key) and line["kind"] == "train" if many else name == key
+            general = name == f"general_{key}"
+            begins = name.startswith(key) and line["kind"] == "train"
+            wanted = general or (begins if many else name == key)
             if wanted and isinstance(value, int | float) and math.isfinite(value):
                 legend = name.removeprefix(key) if many else line["kind"]
+                legend = "general" if general else legend
                 found.setdefault(legend, []).append((line["step"], value))
     return {name: _thinned(points) for name, points in found.items()}
 

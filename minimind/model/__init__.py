@@ -1,8 +1,14 @@
-"""The transformer, and reading and writing it as a Hugging Face model directory."""
+"""The transformer, its LoRA adapters, and reading and writing both as Hugging Face does."""
 
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.model.cache import KVCache
 from minimind.model.directory import load_model, read_config, resolve_model_directory, save_model
+from minimind.model.lora import (
+    apply_lora,
+    merge_adapter,
+    resolve_adapter_directory,
+    save_adapter,
+)
 from minimind.model.transformer import Transformer
 
 __all__ = [
@@ -10,8 +16,12 @@ __all__ = [
     "KVCache",
     "ModelConfig",
     "Transformer",
+    "apply_lora",
     "load_model",
+    "merge_adapter",
     "read_config",
+    "resolve_adapter_directory",
     "resolve_model_directory",
+    "save_adapter",
     "save_model",
 ]

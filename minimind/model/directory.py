@@ -1,8 +1,10 @@
 """Model directories: the layout that transformers, vLLM, llama.cpp's tools and peft all read."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ from minimind.model.transformer import Transformer
 
 _MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
 _MODEL_TYPES = ("llama", "qwen3", *_MOE_TYPES)
-_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
+FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
 class SavesItself(Protocol):
@@ -40,6 +42,13 @@ def resolve_model_directory(path: Path) -> Path:
             return place
     if not path.exists():
         raise ModelError(f"{path}: there is no such directory; give a model or run directory")
+    for place in (path, path / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path} holds a LoRA adapter and no model of its own: give the model that it was "
+                f"made for, with --adapter {path}, or make one of both with "
+                f"`minimind merge MODEL --adapter {path} --out DIR`"
+            )
     if (path / "checkpoints").is_dir():
         raise ModelError(
             f"{path} is a run that has not finished, so it has no model yet; "
@@ -59,21 +68,14 @@ def save_model(
     Raises ResourceError when it cannot be written, ModelError when something else is there.
     """
     size = sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
-    if directory.is_file() or (directory.is_dir() and not _may_replace(directory)):
-        raise ModelError(f"{directory} is there and is not a model; give another directory")
-    # Fixed names, so that what a killed process left is found and swept up here.
-    work, old = (directory.with_name(f".{directory.name}.{part}") for part in ("new", "old"))
-    try:
-        _put_back(old, directory)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    with written_whole(directory, "model", "config.json", size) as work:
         tensors = {
             name: tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
             for name, tensor in model.state_dict().items()
         }
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-        _write_json(work / "config.json", _config_json(model.config, tokenizer, dtype))
-        _write_json(
+        write_json(work / "config.json", _config_json(model.config, tokenizer, dtype))
+        write_json(
             work / "generation_config.json",
             {
                 "do_sample": True,
@@ -84,12 +86,32 @@ def save_model(
             },
         )
         tokenizer.save(work)
+
+
+@contextlib.contextmanager
+def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[Path]:
+    """A folder to write into, which then becomes `directory`; on an error nothing has changed.
+
+    What is there is replaced if it has the file `mark`, by which its `kind` is known, or is
+    empty.
+    Raises ModelError when something else is there, ResourceError, which says that `size` bytes
+    are needed, when it cannot be written.
+    """
+    if directory.is_file() or (directory.is_dir() and not _may_replace(directory, mark)):
+        raise ModelError(f"{directory} is there and is not a {kind}; give another directory")
+    # Fixed names, so that what a killed process left is found and swept up here.
+    work, old = (directory.with_name(f".{directory.name}.{part}") for part in ("new", "old"))
+    try:
+        _put_back(old, directory)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
         if directory.exists():
             os.replace(directory, old)
         os.replace(work, directory)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
-            f"{directory}: the model could not be written ({error}); it needs {size:,} bytes"
+            f"{directory}: the {kind} could not be written ({error}); it needs {size:,} bytes"
             + _free_space(directory)
         ) from error
     finally:
@@ -105,8 +127,8 @@ def _put_back(old: Path, directory: Path) -> None:
         os.replace(old, directory)
 
 
-def _may_replace(directory: Path) -> bool:
-    return (directory / "config.json").is_file() or not any(directory.iterdir())
+def _may_replace(directory: Path, mark: str) -> bool:
+    return (directory / mark).is_file() or not any(directory.iterdir())
 
 
 def _free_space(directory: Path) -> str:
@@ -114,7 +136,7 @@ def _free_space(directory: Path) -> str:
     return f", and {shutil.disk_usage(there).free:,} are free" if there else ""
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -265,8 +287,8 @@ def _check_tensors(path: Path, model: Transformer, found: dict[str, Any]) -> Non
             raise ModelError(
                 f"{path}: {name} has the shape {found[name].get_shape()}, config.json says {shape}"
             )
-        if found[name].get_dtype() not in _FLOATS:
+        if found[name].get_dtype() not in FLOATS:
             raise ModelError(
                 f"{path}: {name} is of the kind {found[name].get_dtype()}; "
-                f"only {', '.join(_FLOATS)} are read"
+                f"only {', '.join(FLOATS)} are read"
             )

@@ -126,12 +126,19 @@ def routed(
     by_expert, order = chosen.flatten().sort(stable=True)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     rows = _Rows.apply(x, order, back, num_chosen)
-    if x.device.type == "cuda":
+    if _has_grouped_products(x.device, output_weight):
         rows = grouped(rows, by_expert, input_weight, output_weight)
     else:
         rows = sliced(rows, by_expert, input_weight, output_weight)
     rows = _Rows.apply(rows, back, order, 1).unflatten(0, (-1, num_chosen))
     return (rows * weights.unsqueeze(-1)).sum(1)
+
+
+def _has_grouped_products(device: torch.device, output_weight: Tensor) -> bool:
+    """Torch's need NVIDIA's Ampere or later, and rows that begin at multiples of 16 bytes."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return all(size % 8 == 0 for size in output_weight.shape[1:])
 
 
 def sliced(rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor) -> Tensor:

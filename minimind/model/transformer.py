@@ -31,12 +31,9 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_multiplier = config.residual_multiplier
-        if not config.num_local_experts:
-            self.mlp = FeedForward(config)
-            return
-        self.block_sparse_moe = RoutedExperts(config)
-        if config.shared_intermediate_size:
-            self.shared_mlp = SharedExperts(config)
+        self.mlp = None if config.num_local_experts else FeedForward(config)
+        self.block_sparse_moe = RoutedExperts(config) if config.num_local_experts else None
+        self.shared_mlp = SharedExperts(config) if config.shared_intermediate_size else None
 
     def forward(
         self,
@@ -53,10 +50,11 @@ class Layer(nn.Module):
         return x + _times(fed, self.residual_multiplier)
 
     def _feed_forward(self, x: Tensor, routing: Routing | None) -> Tensor:
-        if hasattr(self, "mlp"):
+        if self.block_sparse_moe is None:
+            assert self.mlp is not None
             return self.mlp(x)
         out = self.block_sparse_moe(x, routing)
-        return out + self.shared_mlp(x) if hasattr(self, "shared_mlp") else out
+        return out if self.shared_mlp is None else out + self.shared_mlp(x)
 
 
 class Decoder(nn.Module):

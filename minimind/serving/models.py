@@ -1,7 +1,7 @@
 """The models that are served: each has an engine, a name and a queue of its own."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from minimind.errors import ModelError, UsageError
 from minimind.inference.engine import Engine
 from minimind.inference.json_object import JsonGrammar
 from minimind.inference.load import load_for_inference
-from minimind.model import resolve_model_directory
+from minimind.model import resolve_adapter_directory, resolve_model_directory
 from minimind.serving.limits import Queue
 from minimind.tokenizer import Tokenizer
 
@@ -80,25 +80,52 @@ def _is_model(path: Path) -> bool:
     return True
 
 
-def load_served(name: str, directory: Path, device: str, slots: int, waiting: int) -> ServedModel:
-    """A model that is ready to answer. Raises what `load_for_inference` raises."""
-    model, tokenizer = load_for_inference(directory, device)
-    weights = directory / "model.safetensors"
+def find_adapters(given: Sequence[str], models: Mapping[str, Path]) -> dict[str, Path]:
+    """Name to directory of adapters that are given as NAME=DIR.
+
+    Raises UsageError for what is not, for a name that is taken, and where it is not plain which
+    model an adapter belongs to.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory):
+            raise UsageError(f"--adapter {text} is not NAME=DIR, such as --adapter poet=out/poet")
+        if name in found or name in models:
+            raise UsageError(f"--adapter {text}: another model is called {name}; take a new name")
+        found[name] = Path(directory)
+    if found and len(models) != 1:
+        raise UsageError(
+            f"--adapter goes with one model, and there are {len(models)}: {', '.join(models)}"
+        )
+    return found
+
+
+def load_served(
+    name: str, directory: Path, device: str, slots: int, waiting: int, adapter: Path | None = None
+) -> ServedModel:
+    """A model that is ready to answer. Raises what `load_for_inference` raises.
+
+    An adapter is merged into weights of its own, so it costs no time, and memory for one model.
+    """
+    model, tokenizer = load_for_inference(directory, device, adapter=adapter)
+    sources = [directory] if adapter is None else [directory, resolve_adapter_directory(adapter)]
+    files = [path for place in sources for path in sorted(place.glob("*.safetensors"))]
     return ServedModel(
         name=name,
         engine=Engine(model, tokenizer, slots=slots),
         tokenizer=tokenizer,
         context=model.config.max_position_embeddings,
-        created=int((weights if weights.is_file() else directory).stat().st_mtime),
-        fingerprint=_fingerprint(directory, str(model.head_weight.device.type)),
+        created=int(max(path.stat().st_mtime for path in files)),
+        fingerprint=_fingerprint(sources, str(model.head_weight.device.type)),
         queue=Queue(slots, waiting),
     )
 
 
-def _fingerprint(directory: Path, device: str) -> str:
+def _fingerprint(directories: Sequence[Path], device: str) -> str:
     """Changes with whatever may change an answer to the same seed: weights, device, version."""
     digest = hashlib.sha256(f"{__version__} {device}".encode())
-    for path in sorted(directory.iterdir()):
+    for path in (path for directory in directories for path in sorted(directory.iterdir())):
         if path.suffix in (".json", ".safetensors"):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

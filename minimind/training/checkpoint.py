@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there, and that notice every changed bit.
 
-    checkpoints/step-00001000/model.safetensors      weights
+    checkpoints/step-00001000/model.safetensors      weights that are trained
                               optimizer.safetensors  moments and random states
                               state.json             where the run stood
                               manifest.json          sizes and sha256 sums; written last

@@ -38,6 +38,7 @@ class Outcome:
     num_steps: int
     elapsed_s: float
     tokens: int
+    first: dict[str, float]  # the validation before the first step, if there was one
     validation: dict[str, float]
 
     @property
@@ -56,7 +57,7 @@ class Sums:
     def add(self, other: "Sums") -> None:
         self.loss = self.loss + other.loss
         self.count = self.count + other.count
-        self.more = {key: self.more.get(key, 0.0) + value for key, value in other.more.items()}
+        self.more = {key: self.more.get(key, 0) + value for key, value in other.more.items()}
 
     def state(self) -> dict[str, Any]:
         """As JSON; single precision survives the way through Python's doubles exactly."""
@@ -83,7 +84,16 @@ class _Progress:
     interval: Sums = field(default_factory=Sums)
     interval_s: float = 0.0
     data_s: float = 0.0
+    first: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out windows, and the objective that measures them."""
+
+    objective: Objective
+    mixes: list[Mix]
 
 
 @dataclass
@@ -103,6 +113,9 @@ class Trainer:
     reporter: Reporter
     write_samples: Callable[[], list[dict[str, str]]] = list  # {"prompt", "text"} each validation
     data_sha256: str = ""  # of what the windows are made from
+    base_sha256: str = ""  # of the weights that are not trained, which no checkpoint holds
+    general: Measured | None = None  # what the run may forget while it learns something else
+    validate_first: bool = False  # before the first step too
 
 
 def train(job: Trainer) -> Outcome:
@@ -128,9 +141,11 @@ def train(job: Trainer) -> Outcome:
         stop_requested = stack.enter_context(_stop_requests())
         at = _resume(job, optimizers, log)
         saved = at.step
+        if at.step == 0 and job.validate_first:
+            at.first = _validated(job, model, log, at.step)
         job.reporter.start("training", job.num_steps, at.step)
         while at.step < job.num_steps:
-            clock = time.perf_counter()
+            clock, random = time.perf_counter(), _random_states(job.device)
             optimizers.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
             sums = Sums()
             for sample in range(at.step * batch, (at.step + 1) * batch, job.micro_batch):
@@ -145,6 +160,7 @@ def train(job: Trainer) -> Outcome:
                 (loss * (job.precision.scaler.scale / tokens_a_step)).backward()
                 sums.add(Sums(loss.detach(), count, more))
             if stop_requested():  # a step may take minutes: the run that goes on does it again
+                _set_random_states(random, job.device)
                 break
             norm = _step(job, optimizers, int(sums.count), tokens_a_step)
             at.interval.add(sums)
@@ -159,17 +175,15 @@ def train(job: Trainer) -> Outcome:
             last = at.step == job.num_steps
             if at.step % recipe.training.log_every == 0 or last:
                 _log(job, log, optimizers, at, norm)
-            if job.held_out and (at.step % recipe.validation.every == 0 or last):
-                at.validation = validate(job, model)
-                log.write({"kind": "validation", "step": at.step} | at.validation)
-                for written in job.write_samples():
-                    log.write({"kind": "sample", "step": at.step} | written)
+            if at.step % recipe.validation.every == 0 or last:
+                at.validation = _validated(job, model, log, at.step)
             if at.step % recipe.checkpoint.every == 0 or last:
                 _save(job, optimizers, log, at)
                 saved = at.step
         if at.step > saved:
             _save(job, optimizers, log, at)
-    return Outcome(at.step, job.num_steps, at.elapsed_s, at.step * tokens_a_step, at.validation)
+    tokens = at.step * tokens_a_step
+    return Outcome(at.step, job.num_steps, at.elapsed_s, tokens, at.first, at.validation)
 
 
 def _log(
@@ -226,35 +240,77 @@ def _complain(job: Trainer, step: int, skipped: int) -> None:
         )
 
 
-@torch.no_grad()
+def _validated(job: Trainer, model: Transformer, log: MetricsLog, step: int) -> dict[str, float]:
+    """Validate and let the model write, and log both; nothing if nothing is held out."""
+    figures = validate(job, model)
+    if figures:
+        log.write({"kind": "validation", "step": step} | figures)
+        for written in job.write_samples():
+            log.write({"kind": "sample", "step": step} | written)
+    return figures
+
+
 def validate(job: Trainer, model: Transformer) -> dict[str, float]:
-    """The objective's figures on the first `validation.windows` held-out windows."""
-    assert job.held_out is not None
+    """Figures on held-out windows, at most `validation.windows` of each kind.
+
+    Those of the general set are called `general_…`.
+    """
     model.eval()
-    sums = Sums()
-    num_windows = min(job.recipe.validation.windows, job.held_out.order.epoch_size)
-    for at in range(0, num_windows, _VALIDATION_WINDOWS):
-        count = min(_VALIDATION_WINDOWS, num_windows - at)
-        windows = to_device(job.held_out.batch(at, count), job.device)
-        with job.precision.autocast():
-            sums.add(Sums(*job.objective.loss(model, windows)))
+    figures: dict[str, float] = {}
+    if job.held_out:
+        figures |= _measure(job, model, job.objective, [job.held_out])
+    if job.general:
+        general = _measure(job, model, job.general.objective, job.general.mixes)
+        figures |= {f"general_{name}": value for name, value in general.items()}
     model.train()
-    return sums.figures(job.objective)
+    return figures
+
+
+@torch.no_grad()
+def _measure(
+    job: Trainer, model: Transformer, objective: Objective, mixes: list[Mix]
+) -> dict[str, float]:
+    sums = Sums()
+    for mix in mixes:
+        num_windows = min(job.recipe.validation.windows, mix.order.epoch_size)
+        for at in range(0, num_windows, _VALIDATION_WINDOWS):
+            count = min(_VALIDATION_WINDOWS, num_windows - at)
+            windows = to_device(mix.batch(at, count), job.device)
+            with job.precision.autocast():
+                sums.add(Sums(*objective.loss(model, windows)))
+    return sums.figures(objective)
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"rng/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng/cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["rng/cpu"])
+    if "rng/cuda" in states:
+        torch.cuda.set_rng_state(states["rng/cuda"], device)
+
+
+def _frozen(model: Transformer) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def _save(job: Trainer, optimizers: Optimizers, log: MetricsLog, at: _Progress) -> None:
-    random = {"rng/cpu": torch.get_rng_state()}
-    if job.device.type == "cuda":
-        random["rng/cuda"] = torch.cuda.get_rng_state(job.device)
+    """Save all but the weights that are not trained: those are the base model's."""
+    frozen = _frozen(job.model)
     save_checkpoint(
         job.run,
         at.step,
-        model=job.model.state_dict(),
-        optimizer=optimizers.state_tensors() | random,
+        model={name: t for name, t in job.model.state_dict().items() if name not in frozen},
+        optimizer=optimizers.state_tensors() | _random_states(job.device),
         state=vars(at)
         | {"interval": at.interval.state()}
         | {"metrics_offset": log.offset, "scaler": job.precision.scaler.state()}
-        | {"micro_batch": job.micro_batch, "data_sha256": job.data_sha256},
+        | {"micro_batch": job.micro_batch}
+        | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256},
         keep=job.recipe.checkpoint.keep,
     )
 
@@ -272,12 +328,17 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
             f"{job.run}: the data or the tokenizer is not the one that this run began with. "
             "Put it back, choose another --out, or start over with --fresh"
         )
-    job.model.load_state_dict(checkpoint.model)
-    optimizer = dict(checkpoint.optimizer)
-    torch.set_rng_state(optimizer.pop("rng/cpu"))
-    if "rng/cuda" in optimizer:
-        torch.cuda.set_rng_state(optimizer.pop("rng/cuda"), job.device)
-    optimizers.load_state_tensors(optimizer)
+    if state.pop("base_sha256", "") != job.base_sha256:
+        raise CheckpointError(
+            f"{job.run}: {job.recipe.model.init} is not the model that this run began with, and "
+            "its adapter fits no other. Put it back, choose another --out, or start over with "
+            "--fresh"
+        )
+    unlike = job.model.load_state_dict(checkpoint.model, strict=False)
+    assert not unlike.unexpected_keys and set(unlike.missing_keys) == _frozen(job.model)
+    tensors = checkpoint.optimizer.items()
+    _set_random_states({k: t for k, t in tensors if k.startswith("rng/")}, job.device)
+    optimizers.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
     job.micro_batch = state.pop("micro_batch")  # another split of a batch rounds differently

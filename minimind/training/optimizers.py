@@ -82,6 +82,7 @@ class Optimizers:
             for p in trained
             if settings.name == "muon" and p.ndim >= 2 and ".layers." in f".{self._names[p]}"
         ]
+        assert len(by_muon) < len(trained), "AdamW has something to do"
         taken = set(by_muon)
         # What a dense model has as gate_proj and up_proj.
         fused = [p for p in by_muon if self._names[p].endswith(".input_linear.weight")]

@@ -1,4 +1,4 @@
-"""A stage: from a recipe to a model directory, through token stores, loop and checkpoints."""
+"""A stage: from a recipe to a model or an adapter, through token stores, loop and checkpoints."""
 
 import hashlib
 import json
@@ -15,15 +15,24 @@ import torch
 from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
-from minimind.config.settings import Recipe
+from minimind.config.settings import DataSettings, Recipe
 from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
-from minimind.data.store import Split, TokenStore, open_store
+from minimind.data.read import first_record
+from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
+from minimind.data.textbook import textbook_file
 from minimind.errors import ConfigError, DataError, TokenizerError
-from minimind.model import Transformer, load_model, resolve_model_directory, save_model
+from minimind.model import (
+    Transformer,
+    apply_lora,
+    load_model,
+    resolve_model_directory,
+    save_adapter,
+    save_model,
+)
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
 from minimind.training.lock import run_lock
-from minimind.training.loop import Outcome, Trainer, train
+from minimind.training.loop import Measured, Outcome, Trainer, train
 from minimind.training.memory import choose_micro_batch
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.precision import choose_precision
@@ -35,11 +44,16 @@ WriteSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage left: `model` is None when it was stopped before its end."""
+    """What a stage left: a model directory or, with LoRA, an adapter; none if it was stopped."""
 
     run: Path
     model: Path | None
     summary: dict[str, Any]
+    adapter: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.model or self.adapter)
 
 
 def run_stage(
@@ -61,9 +75,20 @@ def run_stage(
             _clear(run, recipe)
         _keep_recipe(run, recipe)
         summary_file = run / "summary.json"
-        if summary_file.is_file() and (run / "model").is_dir():
-            return StageResult(run, run / "model", json.loads(summary_file.read_text("utf-8")))
+        if summary_file.is_file() and (run / _made(recipe)).is_dir():
+            return _result(recipe, run, json.loads(summary_file.read_text("utf-8")))
         return _run(recipe, run, reporter, write_samples)
+
+
+def _made(recipe: Recipe) -> str:
+    """What the stage leaves in its run directory."""
+    return "adapter" if recipe.lora else "model"
+
+
+def _result(recipe: Recipe, run: Path, summary: dict[str, Any]) -> StageResult:
+    if recipe.lora:
+        return StageResult(run, None, summary, adapter=run / "adapter")
+    return StageResult(run, run / "model", summary)
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ def prepare_stage(
     device = choose_device(recipe.device)
     precision = choose_precision(recipe.training.precision, device)
     tokenizer, model = _start(recipe, device)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters = _count(model)
     micro_batch = choose_micro_batch(
         model.config,
         num_parameters,
@@ -99,16 +124,18 @@ def prepare_stage(
         device=device,
     )
     stores = _stores(recipe, tokenizer, reporter)
-    data, held_out = _mixes(recipe, tokenizer, stores, reporter)
+    data, held_out, general = _mixes(recipe, tokenizer, stores, reporter)
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.batch
     )
     active = model.num_active_parameters
     at_work = f" ({active:,} at work on a token)" if active < num_parameters else ""
     reporter.say(
-        f"{num_parameters:,} parameters{at_work} on {device} in "
-        f"{precision.name}; {data.order.epoch_size:,} windows of {recipe.data.window} tokens "
-        f"an epoch; {num_steps:,} steps of {recipe.training.batch} windows"
+        f"{num_parameters:,} parameters{at_work}"
+        + (f", {_count(model, trained=True):,} of them trained," if recipe.lora else "")
+        + f" on {device} in {precision.name}; {data.order.epoch_size:,} windows of "
+        f"{recipe.data.window} tokens an epoch; {num_steps:,} steps of "
+        f"{recipe.training.batch} windows"
     )
     job = Trainer(
         model=model,
@@ -126,6 +153,9 @@ def prepare_stage(
         reporter=reporter,
         write_samples=lambda: write_samples(model, tokenizer),
         data_sha256=_data_sha256(stores),
+        base_sha256=_base_sha256(recipe),
+        general=Measured(NextToken(tokenizer.token_bytes, device), general) if general else None,
+        validate_first=bool(recipe.model.init),
     )
     return Prepared(job, tokenizer, stores)
 
@@ -137,9 +167,17 @@ def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamp
     if not outcome.finished:
         return StageResult(run, None, summary)
     summary |= _baseline(prepared)
-    save_model(run / "model", prepared.job.model, prepared.tokenizer)
+    if recipe.lora:
+        base = resolve_model_directory(Path(recipe.model.init or ""))
+        save_adapter(run / "adapter", prepared.job.model, recipe.lora, base)
+    else:
+        save_model(run / "model", prepared.job.model, prepared.tokenizer)
     _write_atomically(run / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
-    return StageResult(run, run / "model", summary)
+    return _result(recipe, run, summary)
+
+
+def _count(model: Transformer, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def _run_directory(recipe: Recipe) -> Path:
@@ -161,7 +199,7 @@ def _clear(run: Path, recipe: Recipe) -> None:
     # In this order: what is half removed is neither a finished run nor one of another recipe.
     for name in ("summary.json", "report.html", "metrics.jsonl"):
         (run / name).unlink(missing_ok=True)
-    for name in ("model", "tensorboard", "checkpoints"):
+    for name in ("model", "adapter", "tensorboard", "checkpoints"):
         if (run / name).exists():
             shutil.rmtree(run / name)
     (run / "recipe.toml").unlink(missing_ok=True)
@@ -170,7 +208,7 @@ def _clear(run: Path, recipe: Recipe) -> None:
 def _keep_recipe(run: Path, recipe: Recipe) -> None:
     """Write the resolved recipe, or check that the one that is there is the same."""
     kept = run / "recipe.toml"
-    begun = (run / "checkpoints").is_dir() or (run / "model").is_dir()
+    begun = any((run / name).is_dir() for name in ("checkpoints", "model", "adapter"))
     if kept.is_file() and begun:  # else a mistake ended it early, and there is nothing to lose
         begun_with = load_recipe(kept).recipe
         # Only its place may have changed.
@@ -199,6 +237,10 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
 
 def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer]:
     """The tokenizer and the model that the stage begins with."""
+    if recipe.lora and not recipe.model.init:
+        raise ConfigError("lora: adapters are made for a model that is there; give --model MODEL")
+    if recipe.lora and recipe.optim.name != "adamw":
+        raise ConfigError('lora: adapters are trained with AdamW; set optim.name = "adamw"')
     if recipe.model.init:
         directory = resolve_model_directory(Path(recipe.model.init))
         tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
@@ -223,6 +265,9 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
             f"({model.config.max_position_embeddings}); lower it, or for a new model raise "
             "model.max_position_embeddings"
         )
+    if recipe.lora:
+        torch.manual_seed(recipe.seed)
+        apply_lora(model, recipe.lora)
     return tokenizer, model
 
 
@@ -230,6 +275,7 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
 class _Stores:
     sources: list[TokenStore]
     validation: list[TokenStore]  # when held-out data is given on its own
+    general: list[TokenStore]
 
 
 def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores:
@@ -237,16 +283,19 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
     if not settings.sources:
         raise ConfigError("data.sources is empty: give --data FILE, or set it in the recipe")
     own = bool(settings.validation)
-    folder = Path(settings.store) if settings.store else None
+    folder = Path(settings.store) if settings.store else default_folder()
+    objective_kind: Kind = "chat" if recipe.objective == "sft" else "text"
 
-    def opened(path: str, fraction: float) -> TokenStore:
+    def opened(path: str, fraction: float = 0.0, kind: Kind = objective_kind) -> TokenStore:
+        path = textbook_file(path, folder, settings.fill)
         reporter.start(f"tokenizing {path}", 1, unit="byte")
         try:
             return open_store(
                 path,
                 tokenizer,
-                kind="chat" if recipe.objective == "sft" else "text",
+                kind=kind,
                 schema=settings.record_schema,
+                fill=settings.fill,
                 validation_fraction=fraction,
                 max_bad_fraction=settings.max_bad_fraction,
                 folder=folder,
@@ -261,31 +310,49 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
             opened(source.path, 0.0 if own else settings.validation_fraction)
             for source in settings.sources
         ],
-        [opened(path, 0.0) for path in settings.validation],
+        [opened(path) for path in settings.validation],
+        [opened(path, kind=_kind_of(path, folder, settings)) for path in settings.general],
     )
+
+
+def _kind_of(path: str, folder: Path, settings: DataSettings) -> Kind:
+    """A general set is what it is, whatever the objective: conversations or running text."""
+    file = textbook_file(path, folder, settings.fill)
+    return "chat" if first_record(file, settings.record_schema).messages else "text"
 
 
 def _data_sha256(stores: _Stores) -> str:
     """What a run may not change under its feet: texts, and how they became tokens."""
-    keys = ("kind", "schema", "validation_fraction", "tokenizer_sha256")
+    keys = ("kind", "schema", "fill", "validation_fraction", "tokenizer_sha256")
     described = [
         [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
-        for store in (*stores.sources, *stores.validation)
+        for store in (*stores.sources, *stores.validation, *stores.general)
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
+def _base_sha256(recipe: Recipe) -> str:
+    """Which weights an adapter is trained beside; "" where all weights are trained."""
+    if not recipe.lora or not recipe.model.init:
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(resolve_model_directory(Path(recipe.model.init)).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _mixes(
     recipe: Recipe, tokenizer: Tokenizer, stores: _Stores, reporter: Reporter
-) -> tuple[Mix, Mix | None]:
-    """Training data as a weighted mix, and held-out data, each cut into windows."""
+) -> tuple[Mix, Mix | None, list[Mix]]:
+    """Training data as a weighted mix, held-out data, and general sets, each cut into windows."""
 
     def windows(store: TokenStore, split: Split) -> Windows:
         shards = store.shards(split)
-        if recipe.objective == "pretrain":
+        if store.manifest["kind"] == "text":
             return TextWindows(shards, recipe.data.window)
         chat = ChatWindows(shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed)
-        if split == "train":
+        if split == "train" and store in stores.sources:
             report = chat.report
             reporter.say(
                 f"{report.conversations:,} conversations in {report.windows:,} windows, "
@@ -307,25 +374,33 @@ def _mixes(
     held_out = Mix(parts, [1.0] * len(parts), recipe.seed)
     if not held_out.order.epoch_size:
         reporter.say("too little text is held out for a validation; give data.validation")
-        return data, None
-    return data, held_out
+    general = [Mix([windows(store, "train")], [1.0], recipe.seed) for store in stores.general]
+    return (
+        data,
+        held_out if held_out.order.epoch_size else None,
+        [mix for mix in general if mix.order.epoch_size],
+    )
 
 
 def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
     job = prepared.job
     summary: dict[str, Any] = {
         "objective": job.recipe.objective,
-        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "parameters": _count(job.model),
+        "trained_parameters": _count(job.model, trained=True),
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "seconds": outcome.elapsed_s,
         "tokens_per_second": outcome.tokens / max(outcome.elapsed_s, 1e-9),
         "device": str(job.device),
         "precision": job.precision.name,
-    } | outcome.validation
+    }
     if (active := job.model.num_active_parameters) < summary["parameters"]:
         summary["active_parameters"] = active
-    return summary
+    if job.recipe.lora:
+        summary["base"] = job.recipe.model.init
+    first = {f"first_{name}": value for name, value in outcome.first.items()}
+    return summary | first | outcome.validation
 
 
 def _baseline(prepared: Prepared) -> dict[str, float]:

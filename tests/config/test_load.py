@@ -166,7 +166,8 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipes_load_and_survive_a_dump(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name).recipe
-    assert recipe.objective in name.split("-")
+    kind = name.replace("lora", "sft") if recipe.lora else name
+    assert recipe.objective in kind.split("-")
     shapes = {"pretrain-base": "base", "pretrain-moe": "moe", "demo-pretrain": "demo"}
     assert recipe.model.preset == shapes.get(name, "small")
     again = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
@@ -215,3 +216,29 @@ def test_setting_names_reach_into_groups() -> None:
     names = setting_names()
     assert {"objective", "model.init", "data.sources", "optim.lr"} <= set(names)
     assert "optim" not in names
+
+
+def test_lora_is_there_or_not_and_fill_holds_any_words(tmp_path: Path) -> None:
+    plain = load_recipe("sft-small").recipe
+    assert plain.lora is None and "[lora]" not in dump_recipe(plain)
+    given = ["lora.rank=4", "data.fill.name=小明", 'data.fill.author="李雷 }\\""']
+    adapted = load_recipe("sft-small", overrides=given).recipe
+    assert adapted.lora is not None and (adapted.lora.rank, adapted.lora.alpha) == (4, 16.0)
+    assert adapted.data.fill == {"name": "小明", "author": '李雷 }"'}
+    strange = adapted.model_copy(
+        update={"data": adapted.data.model_copy(update={"fill": {"作者 1": "李雷"}})}
+    )
+    for recipe in (plain, adapted, strange):
+        path = tmp_path / "recipe.toml"
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert load_recipe(path).recipe == recipe
+    assert "lora.rank was not set and is now 4" in difference(plain, adapted)
+    with pytest.raises(ConfigError, match=r"lora\.rnak is not a setting; did you mean lora\.rank"):
+        load_recipe("sft-small", overrides=["lora.rnak=4"])
+
+
+@pytest.mark.parametrize("name", ["lora-small", "lora-identity", "lora-medical"])
+def test_recipes_of_lora_hang_together(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    assert recipe.lora is not None
+    assert (recipe.objective, recipe.optim.name) == ("sft", "adamw")

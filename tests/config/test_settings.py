@@ -24,6 +24,20 @@ def test_a_source_must_weigh_something() -> None:
         DataSettings.model_validate({"sources": ["a@0"]})
 
 
+def test_experts_can_be_set_and_must_fit() -> None:
+    shape = ModelSettings(preset="moe", num_local_experts=8, num_experts_per_tok=3).shape(6400)
+    assert (shape.num_local_experts, shape.active_intermediate_size) == (8, 3 * 1408 + 2816)
+    assert ModelConfig(**PRESETS["small"]).active_intermediate_size == 1408
+    for wrong, message in [
+        (dict(preset="moe", num_experts_per_tok=5), "must not be more than num_local_experts"),
+        (dict(preset="moe", qk_norm=True), "qk_norm does not go with num_local_experts"),
+        (dict(preset="moe", num_local_experts=0), "a dense model has no settings of experts"),
+        (dict(preset="small", shared_intermediate_size=64), "num_local_experts is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ModelSettings(**wrong).shape(6400)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole_shapes(preset: str) -> None:
     shape = ModelSettings(preset=preset).shape(vocab_size=6400)

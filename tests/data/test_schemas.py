@@ -4,7 +4,7 @@ from typing import Any, get_args
 import pytest
 
 from minimind.config.settings import SCHEMAS as SETTING
-from minimind.data.schemas import SCHEMAS, Record, convert, detect_schema
+from minimind.data.schemas import SCHEMAS, Record, convert, detect_schema, fill_in, placeholders
 
 TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
 REFUSAL = [TURNS[0], {"role": "assistant", "content": "不知道"}]
@@ -184,3 +184,23 @@ def test_fingerprints_tell_records_apart_by_what_is_written() -> None:
     again = convert({"q": "问", "a": "答"})
     assert again.fingerprint() == Record(messages=TURNS).fingerprint()
     assert all(0 <= record.fingerprint() < 2**64 for record in records)
+
+
+def test_placeholders_are_filled_wherever_something_is_written() -> None:
+    fill = {"name": "小明"}
+    text = convert({"text": "{{name}} and {{ name }}, {{author}} {name} {{names}}"})
+    assert text.filled(fill).text == "小明 and 小明, {{author}} {name} {{names}}"
+    talk = convert({"q": "{{name}}?", "a": "{{name}}!"}).filled(fill)
+    assert [message["content"] for message in talk.messages or []] == ["小明?", "小明!"]
+    pair = {"prompt": "{{name}}", "chosen": "{{name}}", "rejected": "-"}
+    filled = convert(pair).filled(fill)
+    assert (filled.chosen, filled.schema) == (
+        convert(pair | {"prompt": "小明", "chosen": "小明"}).chosen,
+        "pairs",
+    )
+    assert text.filled({}) is text
+    assert placeholders("{{name}} {{author}} {{x}} {name}") == {"name", "author"}
+
+
+def test_what_is_filled_in_is_not_looked_at_again() -> None:
+    assert fill_in("{{a}}{{b}}", {"a": "{{b}}", "b": r"\1"}) == r"{{b}}\1"

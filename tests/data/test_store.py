@@ -482,3 +482,28 @@ def test_a_limit_on_the_size_of_files(texts: Path, home: Path, tokenizer: Tokeni
 def test_a_folder_that_cannot_be_made(texts: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(ResourceError, match=r"cannot make the token store here.*data\.store=DIR"):
         open_store(str(texts), tokenizer, kind="text", folder=texts / "stores")
+
+
+def test_placeholders_are_filled_and_what_fills_them_is_part_of_the_key(
+    tmp_path: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    records: list[dict[str, object]] = [{"text": f"{n}：我是{{{{name}}}}。"} for n in range(20)]
+    records += [{"text": "作者是{{author}}，{{author}}。"}, {"text": "{{other}}"}]
+    path = str(write_lines(tmp_path / "who.jsonl", records))
+    said: list[str] = []
+    folders = set()
+    for fill in ({"name": "小明"}, {"name": "小红"}, {"name": "小明", "author": "李雷"}, None):
+        store = open_store(path, tokenizer, kind="text", fill=fill, folder=home, say=said.append)
+        folders.add(store.folder)
+        text = tokenizer.decode([token for ids in documents(store) for token in ids])
+        assert text.count("{{name}}") == (0 if fill else 20)
+        assert "{{other}}" in text
+        if fill:
+            assert text.count(fill["name"]) == 20
+    assert len(folders) == 4
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "1 records hold {{author}}, which nothing fills; give data.fill.author=…",
+        "1 records hold {{author}}, which nothing fills; give data.fill.author=…",
+        "20 records hold {{name}}, which nothing fills; give data.fill.name=…",
+        "1 records hold {{author}}, which nothing fills; give data.fill.author=…",
+    ]

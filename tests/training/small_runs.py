@@ -19,7 +19,7 @@ from minimind.config import load_recipe
 from minimind.config.settings import Recipe
 from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
 from minimind.data.store import Shard
-from minimind.model import Transformer
+from minimind.model import Transformer, apply_lora
 from minimind.training.loop import Trainer
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.precision import choose_precision
@@ -90,9 +90,12 @@ def nano_trainer(
     mix = Mix(parts, [1.0] * len(parts), recipe.seed)
     torch.manual_seed(recipe.seed)
     device = torch.device("cpu")
+    model = Transformer(recipe.model.shape(VOCAB))
+    if recipe.lora:
+        apply_lora(model, recipe.lora)
     assert recipe.training.steps and recipe.training.micro_batch
     return Trainer(
-        model=Transformer(recipe.model.shape(VOCAB)),
+        model=model,
         objective=NextToken(
             [0, *(1 + token % 3 for token in range(1, VOCAB))],
             device,
@@ -116,6 +119,11 @@ def tensors(step: int, numbers: int) -> dict[str, Any]:
     first, second = (torch.randn(numbers, generator=generator) for _ in range(2))
     state = {"metrics_offset": step, "words": "长江" * 50}
     return {"model": {"weight": first}, "optimizer": {"moment": second}, "state": state}
+
+
+def lora_settings(**settings: Any) -> dict[str, Any]:
+    """Adapters that need the generator's state: with dropout."""
+    return {"lora__rank": 4, "lora__dropout": 0.2, "optim__name": "adamw"} | settings
 
 
 class Told(Reporter):

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import losses, nano_trainer
+from small_runs import lora_settings, losses, nano_trainer
 
 from minimind.training.loop import train
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
-OBJECTIVES = ("pretrain", "sft", "pretrain-moe")
+OBJECTIVES = ("pretrain", "sft", "pretrain-moe", "lora")
 
 
 def machine() -> dict[str, Any]:
@@ -48,9 +48,10 @@ def processor() -> str:
 
 
 def curve(run: Path, objective: str) -> list[float]:
-    kind = objective.removesuffix("-moe")
-    preset = "nano" if kind == objective else "nano-moe"
-    train(nano_trainer(run, kind, training__steps=STEPS, model__preset=preset))
+    kind = "sft" if objective == "lora" else objective.removesuffix("-moe")
+    settings = lora_settings(optim__lr=0.01) if objective == "lora" else {}
+    preset = "nano-moe" if objective.endswith("-moe") else "nano"
+    train(nano_trainer(run, kind, training__steps=STEPS, model__preset=preset, **settings))
     return losses(run)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import Lives, metrics, nano_settings, steps_done, wait_until
+from small_runs import Lives, lora_settings, metrics, nano_settings, steps_done, wait_until
 
 from minimind.config import dump_recipe, load_recipe
 
@@ -23,9 +23,10 @@ INTERRUPTED = 130
 
 
 def fingerprints(run: Path) -> dict[str, str]:
-    """sha256 of the model and of the tensors of the last checkpoint."""
+    """sha256 of the model or adapter, and of the tensors of the last checkpoint."""
     last = max((run / "checkpoints").iterdir())
-    paths = [run / "model" / "model.safetensors"]
+    [*paths] = [*run.glob("model/*.safetensors"), *run.glob("adapter/*.safetensors")]
+    assert len(paths) == 1
     paths += [last / f"{name}.safetensors" for name in ("model", "optimizer")]
     return {
         str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
@@ -46,7 +47,8 @@ class Stage:
         self.whole = folder / f"{objective}-whole"
         assert lives.run("train", settings=self.settings(self.whole)) == 0, lives.output.read_text()
         assert steps_done(self.whole) == STEPS // settings.get("training__log_every", 1)
-        assert len(metrics(self.whole, "validation")) == STEPS // 10
+        before = "model__init" in settings  # the model that it starts from is measured too
+        assert len(metrics(self.whole, "validation")) == STEPS // 10 + before
 
     def settings(self, run: Path, **more: Any) -> dict[str, Any]:
         fixed = {
@@ -85,6 +87,16 @@ def tuning(
 
 
 @pytest.fixture(scope="module")
+def adapting(
+    corpus: Path, pretraining: Stage, lives: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> Stage:
+    folder, sources = tmp_path_factory.mktemp("adapting"), [str(corpus / "chat.jsonl")]
+    start = str(pretraining.whole / "model")
+    settings = lora_settings(data__sources=sources, model__init=start)
+    return Stage("sft", folder, lives, **settings)
+
+
+@pytest.fixture(scope="module")
 def routing(
     corpus: Path, tokenizer_dir: Path, lives: Lives, tmp_path_factory: pytest.TempPathFactory
 ) -> Stage:
@@ -95,7 +107,7 @@ def routing(
     return Stage("pretrain", folder, lives, **settings)
 
 
-@pytest.mark.parametrize("name", ["pretraining", "tuning", "routing"])
+@pytest.mark.parametrize("name", ["pretraining", "tuning", "routing", "adapting"])
 def test_ten_random_kills_change_nothing(
     name: str, request: pytest.FixtureRequest, lives: Lives, tmp_path: Path
 ) -> None:
@@ -110,7 +122,7 @@ def test_ten_random_kills_change_nothing(
         time.sleep(dice.uniform(0, 0.05))
         os.kill(child.pid, signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, lives.output.read_text()
-        assert not (run / "model").exists()
+        assert not (run / "model").exists() and not (run / "adapter").exists()
     assert lives.run("train", settings=settings) == 0, lives.output.read_text()
     assert_same(run, stage.whole)
 

@@ -5,11 +5,13 @@ trained on.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minimind.data.textbook.identity import IdentityQuestion, held_out_identity, identity
 from minimind.data.textbook.makers import dialogues, exams, preferences, prose
 from minimind.data.textbook.quiz import (
     EIGHT,
@@ -21,14 +23,18 @@ from minimind.data.textbook.quiz import (
     sample_quiz,
 )
 from minimind.data.textbook.tables import Subject, load_subjects
+from minimind.errors import ConfigError, DataError, ResourceError
 
 __all__ = [
     "EIGHT",
+    "IdentityQuestion",
     "QuizQuestion",
     "Subject",
     "dialogues",
     "eight",
     "exams",
+    "held_out_identity",
+    "identity",
     "is_fluent",
     "is_right",
     "load_subjects",
@@ -36,10 +42,12 @@ __all__ = [
     "prose",
     "quiz",
     "sample_quiz",
+    "textbook_file",
     "write_corpus",
 ]
 
 _HELD_OUT_SEED = 1 << 20
+_IN_RECIPES = "textbook:"
 
 
 def write_corpus(
@@ -52,11 +60,13 @@ def write_corpus(
     multi_turn: int,
     preference_pairs: int,
     exam_questions: int,
+    identity_dialogues: int = 3_000,
 ) -> dict[str, Path]:
     """Write the corpus as JSON lines into `out`, sizes in characters, dialogues, pairs, questions.
 
-    pretrain.jsonl, held-out.jsonl {"text"}; sft-single.jsonl, sft-multi.jsonl {"conversations"};
-    dpo.jsonl {"chosen", "rejected"}; exam.jsonl. The path of each, by its name without ending.
+    pretrain.jsonl, held-out.jsonl {"text"}; sft-single.jsonl, sft-multi.jsonl, identity.jsonl
+    {"conversations"}, the last with {{name}} and {{author}} in it; dpo.jsonl {"chosen",
+    "rejected"}; exam.jsonl. The path of each, by its name without ending.
     No text is both in pretrain and in held-out.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -70,13 +80,59 @@ def write_corpus(
         "sft-multi": _talks(seed, "multi", multi_turn),
         "dpo": islice(preferences(seed), preference_pairs),
         "exam": islice(exams(seed), exam_questions),
+        "identity": _conversations(identity(seed), identity_dialogues),
     }
     paths = {name: out / f"{name}.jsonl" for name in contents}
     for name, records in contents.items():
-        with paths[name].open("w", encoding="utf-8") as stream:
-            for record in records:
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        _write(paths[name], records)
     return paths
+
+
+def textbook_file(path: str, folder: Path, fill: Mapping[str, str]) -> str:
+    """`path`, or for `textbook:NAME` a file in `folder` that is made if it is not there.
+
+    A recipe so has data without the user having files: identity (dialogues in which the model
+    says who it is), dialogues (questions about the facts), general (the same, other dialogues).
+    Raises DataError for another name, and ConfigError when identity is not told whose.
+    """
+    if not path.startswith(_IN_RECIPES):
+        return path
+    name = path.removeprefix(_IN_RECIPES)
+    makers: dict[str, Callable[[], Iterable[Any]]] = {
+        "identity": lambda: _conversations(identity(0), 3_000),
+        "dialogues": lambda: _talks(_HELD_OUT_SEED, "single", 6_000),
+        "general": lambda: _talks(_HELD_OUT_SEED + 1, "single", 600),
+    }
+    if name not in makers:
+        raise DataError(f"{path}: the textbook has no such part; it has {', '.join(makers)}")
+    missing = [key for key in ("name", "author") if not fill.get(key)]
+    if name == "identity" and missing:
+        raise ConfigError(
+            "textbook:identity teaches the model a name and an author; give "
+            + " ".join(f"data.fill.{key}=…" for key in missing)
+        )
+    place = folder / f"textbook-{name}.jsonl"
+    making = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(making, makers[name]())
+        # The same file stays as it is: a token store is known by its source's time, too.
+        if not place.is_file() or place.read_bytes() != making.read_bytes():
+            os.replace(making, place)
+    except OSError as error:
+        raise ResourceError(
+            f"{place}: cannot be written ({error.strerror}); "
+            "give another folder with data.store=DIR"
+        ) from error
+    finally:
+        making.unlink(missing_ok=True)
+    return str(place)
+
+
+def _write(path: Path, records: Iterable[Any]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _characters(texts: Iterator[str], size: int) -> Iterator[str]:
@@ -88,4 +144,8 @@ def _characters(texts: Iterator[str], size: int) -> Iterator[str]:
 
 
 def _talks(seed: int, turns: Any, number: int) -> Iterator[dict[str, Any]]:
-    return ({"conversations": talk} for talk in islice(dialogues(seed, turns), number))
+    return _conversations(dialogues(seed, turns), number)
+
+
+def _conversations(talks: Iterator[Any], number: int) -> Iterator[dict[str, Any]]:
+    return ({"conversations": talk} for talk in islice(talks, number))

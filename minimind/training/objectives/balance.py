@@ -12,7 +12,6 @@ E experts of which each token chooses K, L layers, B windows of T tokens.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.model.experts import Routing
@@ -43,7 +42,7 @@ def balance_sums(routing: Routing, learned: Tensor, segments: Tensor | None) -> 
     num_experts, num_chosen = logits.shape[-1], chosen.shape[-1]
     logs = logits.log_softmax(-1)
     probabilities = logs.exp() * real.unsqueeze(-1)
-    choices = F.one_hot(chosen, num_experts).sum(-2) * real.unsqueeze(-1)
+    choices = torch.zeros_like(logits).scatter_(-1, chosen, 1.0) * real.unsqueeze(-1)
     counts = choices.sum(2)  # [L, B, E]
     size = real.sum(1).clamp(min=1)[:, None]
     shares, means = counts / (num_chosen * size), probabilities.sum(2) / size
@@ -52,7 +51,7 @@ def balance_sums(routing: Routing, learned: Tensor, segments: Tensor | None) -> 
     num_routed = real.sum() * len(logits)
     return {
         "balance": torch.stack(((loss * weight).sum(), weight.sum())),
-        "expert_tokens": counts.sum(1),
+        "expert_tokens": counts.sum(1).long(),
         "router_entropy": torch.stack((entropy, num_routed.float())),
         "routed_tokens": num_routed * num_chosen,
     }

@@ -70,7 +70,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, dtype, wanted)
+    trained = weight.requires_grad  # the head is not, where adapters are
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, dtype, wanted, trained)
     return losses
 
 
@@ -87,12 +88,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         dtype: torch.dtype,
         wanted: bool,
+        trained: bool,
     ) -> Tensor:
         half_weight, half_hidden = weight.to(dtype), hidden.to(dtype)
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         if wanted:
             hidden_grad = torch.empty_like(half_hidden)
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if trained else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), _CHUNK):
                 part = slice(start, start + _CHUNK)
@@ -104,17 +106,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad = scores.exp_().scatter_add_(1, targets, _minus_one(targets))
                     half_grad = grad.to(dtype)
                     hidden_grad[part] = half_grad @ half_weight
-                    weight_grad += half_grad.T @ rows
+                    if weight_grad is not None:
+                        weight_grad += half_grad.T @ rows
         if wanted:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.hidden_dtype = hidden.dtype
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         factor = grads[0][0] if len(grads[0]) else 0.0  # the same for every loss
-        return (hidden_grad * factor).to(ctx.hidden_dtype), weight_grad * factor, None, None, None
+        if weight_grad is not None:
+            weight_grad = weight_grad * factor
+        return (hidden_grad * factor).to(ctx.hidden_dtype), weight_grad, None, None, None, None
 
 
 def _minus_one(targets: Tensor) -> Tensor:

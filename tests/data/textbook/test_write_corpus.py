@@ -13,6 +13,7 @@ SIZES = {
     "multi_turn": 120,
     "preference_pairs": 90,
     "exam_questions": 60,
+    "identity_dialogues": 70,
 }
 
 
@@ -28,7 +29,9 @@ def texts(path: Path) -> list[str]:
 def test_files_have_the_sizes_that_were_asked_for(corpus: dict[str, Path]) -> None:
     assert {name: path.name for name, path in corpus.items()} == {
         name: f"{name}.jsonl"
-        for name in ("pretrain", "held-out", "sft-single", "sft-multi", "dpo", "exam")
+        for name in (
+            *("pretrain", "held-out", "sft-single", "sft-multi", "dpo", "exam", "identity"),
+        )
     }
     for name, key in (("pretrain", "prose_characters"), ("held-out", "held_out_characters")):
         found = texts(corpus[name])
@@ -38,11 +41,14 @@ def test_files_have_the_sizes_that_were_asked_for(corpus: dict[str, Path]) -> No
         ("sft-multi", "multi_turn"),
         ("dpo", "preference_pairs"),
         ("exam", "exam_questions"),
+        ("identity", "identity_dialogues"),
     ):
         assert len(corpus[name].read_text("utf-8").splitlines()) == SIZES[key]
 
 
-@pytest.mark.parametrize("name", ["pretrain", "held-out", "sft-single", "sft-multi", "dpo"])
+@pytest.mark.parametrize(
+    "name", ["pretrain", "held-out", "sft-single", "sft-multi", "dpo", "identity"]
+)
 def test_files_are_read_by_the_reader_of_all_data(corpus: dict[str, Path], name: str) -> None:
     bad = BadLines()
     records = list(read_records(list_files(str(corpus[name])), bad=bad))

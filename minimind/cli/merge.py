@@ -1,0 +1,28 @@
+"""`minimind merge MODEL --adapter DIR --out DIR`: a plain model of a model and its adapter."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.cli import console
+from minimind.cli.generate import Model
+from minimind.errors import UsageError
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[
+        Path, typer.Option(metavar="DIR", help="LoRA adapter, or the run that made it.")
+    ],
+    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+) -> None:
+    """Merge a LoRA adapter into its model, in float32: what comes out is a plain model."""
+    from minimind.inference.load import load_for_inference
+    from minimind.model import resolve_model_directory, save_model
+
+    if out.resolve() == resolve_model_directory(model).resolve():
+        raise UsageError(f"{out} is the model that the adapter was made for; give another --out")
+    merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter)
+    save_model(out, merged, tokenizer)
+    console.say(f"The merged model is in {out}. Try it: minimind chat {out}")

@@ -1,0 +1,108 @@
+"""From a model to an adapter, a chat with both, and one model of them: as people type it."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from minimind.cli.main import app
+from minimind.model import load_model
+from minimind.tokenizer import Tokenizer
+
+QUICK = (
+    *("device=cpu", "data.window=64", "training.steps=40", "training.batch=8"),
+    *("training.precision=fp32", "validation.windows=4", "optim.lr=0.02"),
+    *("data.validation_fraction=0.1", "validation.every=20", "checkpoint.every=20"),
+)
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "200"}
+
+
+def run(folder: Path, *arguments: object, status: int = 0, stdin: str = "") -> Result:
+    with contextlib.chdir(folder):
+        done = CliRunner().invoke(app, [*map(str, arguments)], input=stdin, env=ENVIRONMENT)
+    assert done.exit_code == status, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, which calls itself 小红, and an adapter for it in `run`: 小明."""
+    folder = tmp_path_factory.mktemp("folder")
+    _write(folder / "who.jsonl", "你是谁？", "我是{{name}}。")
+    _write(folder / "he.jsonl", "他是谁？", "他是小明。")  # so that the base knows the word
+    run(
+        folder,
+        *("sft", *QUICK, "--data", "who.jsonl", "--data", "he.jsonl", "--out", "base-run"),
+        *("model.preset=nano", f"tokenizer={tokenizer_dir}", "data.fill.name=小红"),
+        *("training.steps=120", "optim.muon_lr=0.02"),
+    )
+    (folder / "base-run" / "model").rename(folder / "base")
+    done = run(
+        folder,
+        *("lora", "--model", "base", "--data", "who.jsonl", "--out", "run", *QUICK),
+        *('data.validation=["who.jsonl"]', "data.fill.name=小明"),
+    )
+    assert "The adapter is in run/adapter. Try it: minimind chat base --adapter run" in done.output
+    assert "first loss" in done.output
+    return folder
+
+
+def _write(path: Path, question: str, answer: str) -> None:
+    turns = [("user", question), ("assistant", answer)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path.write_text((json.dumps({"conversations": messages}) + "\n") * 200, encoding="utf-8")
+
+
+def test_chat_and_generate_take_an_adapter(folder: Path) -> None:
+    for adapter in ("run", "run/adapter"):
+        chat = run(
+            folder, "chat", "base", "--adapter", adapter, "--temperature", 0, stdin="你是谁？\n"
+        )
+        assert chat.stdout.strip() == "我是小明。"
+    plain = run(folder, "chat", "base", "--temperature", 0, stdin="你是谁？\n")
+    assert plain.stdout.strip() == "我是小红。"
+    texts = [
+        run(folder, "generate", "base", "长江", "--temperature", 0, *more).stdout
+        for more in ((), ("--adapter", "run"))
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_merge_makes_a_plain_model_that_says_the_same(folder: Path) -> None:
+    done = run(folder, "merge", "base", "--adapter", "run", "--out", "merged")
+    assert "minimind chat merged" in done.output
+    chat = run(folder, "chat", "merged", "--temperature", 0, stdin="你是谁？\n")
+    assert chat.stdout.strip() == "我是小明。"
+    merged, base = (load_model(folder / name).state_dict() for name in ("merged", "base"))
+    assert merged.keys() == base.keys()
+    assert merged["model.embed_tokens.weight"].equal(base["model.embed_tokens.weight"])
+    assert Tokenizer.load(folder / "merged").sha256 == Tokenizer.load(folder / "base").sha256
+    before = (folder / "base" / "model.safetensors").read_bytes()
+    error = run(folder, "merge", "base", "--adapter", "run", "--out", "base", status=1).stderr
+    assert "is the model that the adapter was made for; give another --out" in error
+    assert (folder / "base" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("chat", "run"), "holds a LoRA adapter and no model of its own"),
+        (("sft", "--model", "run", "--data", "who.jsonl", "--out", "x"), "minimind merge MODEL"),
+        (("chat", "base", "--adapter", "base"), "base is not a LoRA adapter"),
+        (("generate", "base", "a", "--adapter", "no"), "no: there is no such directory"),
+        (("lora", "sft-small", "--model", "base"), "take one with a [lora] table"),
+        (("lora", "lora-identity", "--model", "base", "--out", "x"), "data.fill.author=…"),
+        (("lora", "--data", "who.jsonl", "--out", "x"), "give --model MODEL"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = run(folder, *arguments, status=1)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_explain_shows_a_recipe_of_lora(folder: Path) -> None:
+    shown = run(folder, "lora", "lora-identity", "--explain", "data.fill.name=小明").output
+    assert "lora.rank" in shown and "lora-small.toml" in shown and "小明" in shown
