@@ -20,7 +20,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=DIR",
-            help="A LoRA adapter of the one MODEL, served under a name of its own; several allowed.",
+            help="LoRA adapter of the one MODEL, served under a name of its own; several allowed.",
         ),
     ] = None,
     host: Annotated[

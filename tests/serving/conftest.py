@@ -7,9 +7,8 @@ import pytest
 # services.py is a module because the tests of the terminal client and of the page use it too.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from services import InProcess, Process, make_model, serving
+from services import InProcess, Process, save_models, serving
 
-from minimind.model import save_model
 from minimind.serving.limits import Limits
 from minimind.tokenizer import Tokenizer
 
@@ -17,10 +16,7 @@ from minimind.tokenizer import Tokenizer
 @pytest.fixture(scope="session")
 def models_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two runs, `tiny` and `other`."""
-    folder = tmp_path_factory.mktemp("served")
-    for name, seed in (("tiny", 1), ("other", 2)):
-        save_model(folder / name / "model", make_model(tokenizer, seed), tokenizer)
-    return folder
+    return save_models(tmp_path_factory.mktemp("served"), tokenizer)
 
 
 @pytest.fixture(scope="session")

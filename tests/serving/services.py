@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx2 as httpx
 import torch
 
-from minimind.model import PRESETS, ModelConfig, Transformer
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.serving.limits import Limits
 from minimind.serving.models import find_models, load_served
 from minimind.serving.server import Server, bind, url_of
@@ -35,6 +35,13 @@ def make_model(tokenizer: Tokenizer, seed: int) -> Transformer:
                 parameter.mul_(60 if writes else 6)
         model.head_weight[[tokenizer.im_end, tokenizer.end_of_text]] = 0
     return model
+
+
+def save_models(folder: Path, tokenizer: Tokenizer) -> Path:
+    """Two runs in `folder`, called `tiny` and `other`."""
+    for name, seed in (("tiny", 1), ("other", 2)):
+        save_model(folder / name / "model", make_model(tokenizer, seed), tokenizer)
+    return folder
 
 
 @dataclass
