@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,9 @@ import typer
 from minimind.cli.generate import (
     Adapter,
     Device,
+    Int8,
     MaxNewTokens,
+    MinP,
     RepetitionPenalty,
     Seed,
     Temperature,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     # The messages and a number for the random choices -> how many messages no longer fitted into
     # the context, and the answer.
-    Answer = Callable[[list[Message], int], tuple[int, Iterator[str]]]
+    Answer = Callable[[list[Message], int], tuple[int, Generator[str]]]
 
 _HELP = """\
 /reset        forget what was said; the system message stays
@@ -55,67 +57,77 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = None,
     device: Device = "auto",
+    int8: Int8 = False,
 ) -> None:
     """Talk with a model, here or at a service. Through a pipe, each line is a message."""
     if model is None and url is None:
         raise UsageError("give a MODEL, or the --url of a service")
-    if url is not None and (adapter is not None or device != "auto"):
-        raise UsageError("--adapter and --device are the service's to choose, not --url's")
-    settings = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    settings |= dict(repetition_penalty=repetition_penalty)
-    if url is None:
-        assert model is not None
-        answer, told = _from_model(model, adapter, device, max_new_tokens, seed, settings)
-    else:
-        answer, told = _from_service(url, model, max_new_tokens, seed, settings)
-    conversation = _Conversation(answer, system)
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        _tell(f"{told}. /help lists the commands.")
-        _in_terminal(conversation)
-    else:
-        for line in stdin_lines():
-            if not conversation.take(line.rstrip("\n")):
-                break
+    if url is not None and (adapter is not None or device != "auto" or int8):
+        raise UsageError("--adapter, --device and --int8 are the service's to choose, not --url's")
+    settings = dict(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        min_p=min_p,
+    )
+    with contextlib.ExitStack() as stack:
+        if url is None:
+            assert model is not None
+            here = _from_model(model, adapter, device, int8, max_new_tokens, seed, settings)
+            answer, told = stack.enter_context(here)
+        else:
+            answer, told = _from_service(url, model, max_new_tokens, seed, settings)
+        conversation = _Conversation(answer, system)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _tell(f"{told}. /help lists the commands.")
+            _in_terminal(conversation)
+        else:
+            for line in stdin_lines():
+                if not conversation.take(line.rstrip("\n")):
+                    break
 
 
+@contextlib.contextmanager
 def _from_model(
     model: Path,
     adapter: Path | None,
     device: str,
+    int8: bool,
     max_new_tokens: int,
     seed: int | None,
     settings: dict[str, Any],
-) -> "tuple[Answer, str]":
+) -> "Iterator[tuple[Answer, str]]":
     """What answers here, and what it is."""
     from minimind.inference.conversation import fit_chat
-    from minimind.inference.generate import stream_text
+    from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
     from minimind.inference.sampling import Sampling
 
     sampling = Sampling(**settings)
     loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
-    context = loaded.config.max_position_embeddings
-    room_for_answer = min(max_new_tokens, context // 4)
-
-    def answer(messages: "list[Message]", place: int) -> tuple[int, Iterator[str]]:
-        prompt, left_out = fit_chat(tokenizer, messages, context - room_for_answer)
-        return left_out, stream_text(
-            loaded,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=None if seed is None else seed + place,
-        )
-
     size = sum(parameter.numel() for parameter in loaded.parameters())
-    where = loaded.head_weight.device.type
-    with_adapter = f" with {adapter}" if adapter else ""
-    return answer, f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
+    with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
+        del loaded  # the engine has its own
+        room_for_answer = min(max_new_tokens, engine.context // 4)
+
+        def answer(messages: "list[Message]", place: int) -> tuple[int, Generator[str]]:
+            prompt, left_out = fit_chat(tokenizer, messages, engine.context - room_for_answer)
+            return left_out, engine.stream_text(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=None if seed is None else seed + place,
+            )
+
+        with_adapter = f" with {adapter}" if adapter else ""
+        where = engine.model.device.type
+        yield answer, f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
 
 
 def _from_service(
@@ -131,13 +143,13 @@ def _from_service(
         raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(found) or 'none'}")
     model = found[name]
     if not model.is_ours:  # which may refuse what OpenAI's API lacks
-        beyond = dict(top_k=0, repetition_penalty=1.0)
+        beyond = dict(top_k=0, repetition_penalty=1.0, min_p=0.0)
         if changed := [key for key, nothing in beyond.items() if settings[key] != nothing]:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
             raise UsageError(f"{flags}: only services of minimind know it")
         settings = {key: value for key, value in settings.items() if key not in beyond}
 
-    def answer(messages: "list[Message]", place: int) -> tuple[int, Iterator[str]]:
+    def answer(messages: "list[Message]", place: int) -> tuple[int, Generator[str]]:
         said = client.chat(
             model,
             messages,
@@ -150,7 +162,7 @@ def _from_service(
     return answer, f"{name} at {client.url}"
 
 
-def _closed_at_the_end(said: "RemoteAnswer") -> Iterator[str]:
+def _closed_at_the_end(said: "RemoteAnswer") -> Generator[str]:
     with said:
         yield from said
 
@@ -242,6 +254,7 @@ class _Conversation:
                 print(piece, end="", flush=True)
                 said += piece
         finally:
+            pieces.close()  # an answer that is interrupted ends here
             print(flush=True)
             if said.strip():
                 self._turns += [question, {"role": "assistant", "content": said}]

@@ -19,12 +19,18 @@ Temperature = Annotated[
 ]
 TopP = Annotated[float, typer.Option(help="Choose among words that make up this probability.")]
 TopK = Annotated[int, typer.Option(help="Choose among this many words; 0 = all.")]
+MinP = Annotated[
+    float, typer.Option(help="Leave out words below this share of the likeliest one's probability.")
+]
 RepetitionPenalty = Annotated[
     float, typer.Option(help="Above 1: words that were used become less likely.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")
+]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="Weights as 8-bit integers on a CPU: faster, less exact.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 
@@ -41,34 +47,33 @@ def generate(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     max_new_tokens: MaxNewTokens = 200,
     seed: Seed = None,
     device: Device = "auto",
+    int8: Int8 = False,
 ) -> None:
     """Go on with a text, as a pretrained model does."""
     text = plain("".join(stdin_lines()).rstrip("\n") if prompt == "-" else prompt)
     if not text:
         raise UsageError('the prompt is empty; give a text to go on with, such as "秦始皇是"')
 
-    from minimind.inference.generate import stream_text
+    from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
     from minimind.inference.sampling import Sampling
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, min_p)
     loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
-    pieces = stream_text(
-        loaded,
-        tokenizer,
-        tokenizer.encode(text),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-    )
-    print(text, end="", flush=True)
-    for piece in pieces:
-        print(plain(piece), end="", flush=True)
-    print()
+    with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
+        del loaded  # the engine has its own
+        pieces = engine.stream_text(
+            tokenizer.encode(text), max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+        )
+        print(text, end="", flush=True)
+        for piece in pieces:
+            print(plain(piece), end="", flush=True)
+        print()
 
 
 def plain(text: str) -> str:

@@ -18,11 +18,13 @@ def merge(
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
 ) -> None:
     """Merge a LoRA adapter into its model, in float32: what comes out is a plain model."""
+    import torch
+
     from minimind.inference.load import load_for_inference
     from minimind.model import resolve_model_directory, save_model
 
     if out.resolve() == resolve_model_directory(model).resolve():
         raise UsageError(f"{out} is the model that the adapter was made for; give another --out")
-    merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter)
+    merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter, dtype=torch.float32)
     save_model(out, merged, tokenizer)
     console.say(f"The merged model is in {out}. Try it: minimind chat {out}")

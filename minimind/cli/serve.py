@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minimind.cli.generate import Device
+from minimind.cli.generate import Device, Int8
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 
@@ -45,6 +45,7 @@ def serve(
         int, typer.Option(min=0, max=100_000, help="Answers that may wait; more get status 429.")
     ] = 64,
     device: Device = "auto",
+    int8: Int8 = False,
     end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
 ) -> None:
     """Serve models over HTTP, as OpenAI's API. Docs are at /docs."""
@@ -63,13 +64,16 @@ def serve(
     with server.ends_at_once():
         if end_with_stdin:
             server.end_with_stdin()
+        [base, *_] = directories.values()
+        named: dict[str, tuple[Path, Path | None]]
+        named = {name: (directory, None) for name, directory in directories.items()}
+        named |= {name: (base, place) for name, place in adapters.items()}
         served = {
-            name: load_served(name, directory, device, slots, queue)
-            for name, directory in directories.items()
+            name: load_served(
+                name, directory, place, device=device, int8=int8, slots=slots, waiting=queue
+            )
+            for name, (directory, place) in named.items()
         }
-        for name, place in adapters.items():
-            [base] = directories.values()
-            served[name] = load_served(name, base, device, slots, queue, place)
         for name in served:
             print(f"{name}: {server.url_of(listening)}/v1", flush=True)
         log_to_stderr()

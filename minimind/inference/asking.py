@@ -1,8 +1,8 @@
-"""Many short prompts at once, greedily: what evaluations and samples need."""
+"""Many short prompts at once: what evaluations and samples need."""
 
 from collections.abc import Callable, Sequence
 
-from minimind.inference.generate import generate
+from minimind.inference.engine import Engine, Request, stop_ids
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -24,7 +24,8 @@ def answer_all(
         encode_chat(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True)[0]
         for q in questions
     ]
-    return _complete(model, tokenizer, prompts, max_new_tokens, progress)
+    outputs = write_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    return [tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
 
 
 def continue_all(
@@ -32,29 +33,38 @@ def continue_all(
 ) -> list[str]:
     """A greedy continuation of each text."""
     prompts = [tokenizer.encode(text) for text in texts]
-    return _complete(model, tokenizer, prompts, max_new_tokens, lambda done, total: None)
+    outputs = write_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    return [tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
 
 
-def _complete(
+def write_all(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
+    *,
     max_new_tokens: int,
-    progress: Callable[[int, int], None],
-) -> list[str]:
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together
-    texts = [""] * len(prompts)
-    model.eval()
-    for at in range(0, len(order), _AT_ONCE):
-        chosen = order[at : at + _AT_ONCE]
-        outputs = generate(
-            model,
-            [prompts[i] for i in chosen],
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=0),
-            stop_ids={tokenizer.im_end, tokenizer.end_of_text},
-        )
-        for i, output in zip(chosen, outputs, strict=True):
-            texts[i] = tokenizer.decode(output, skip_special_tokens=True).strip()
-        progress(at + len(chosen), len(order))
-    return texts
+    sampling: Sampling | None = None,
+    stops: frozenset[int] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without the one that stopped it.
+
+    sampling: None = greedy. stops: None = the ends of messages and documents. Raises UsageError
+    when a prompt is empty or does not fit into the context.
+    """
+    if not prompts:
+        return []
+    stops = stop_ids(tokenizer) if stops is None else stops
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    with Engine(model, tokenizer, slots=min(_AT_ONCE, len(prompts)), context=longest) as engine:
+        completions = [
+            engine.submit(
+                Request(prompt, sampling or Sampling(temperature=0), max_new_tokens, stop_ids=stops)
+            )
+            for prompt in prompts
+        ]
+        outputs = []
+        for completion in completions:
+            outputs.append([token for piece in completion for token in piece.token_ids])
+            progress(len(outputs), len(prompts))
+    return outputs

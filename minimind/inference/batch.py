@@ -10,21 +10,29 @@ product a text, padded with words that weigh nothing. tests/inference/test_batch
 to the bit.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from minimind.errors import ResourceError
 from minimind.model import Transformer
-from minimind.model.feed_forward import FeedForward
+from minimind.model.experts import RoutedExperts
+from minimind.model.lora import LoRALinear
+from minimind.model.norm import RMSNorm
+from minimind.model.rope import rope_table
+from minimind.model.transformer import Layer
 
 CHUNK = 64  # tokens of a prompt that are read together; a prefix is shared in whole chunks
+_ROWS = 16  # a guess at how many there are, which oneDNN asks for
 _STEP = 64  # attention spans whole steps of this many positions
 
-Linear = Callable[[Tensor], Tensor]
+Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class _Layer:
     k_norm: Tensor | None
     out: Linear
     feed_norm: Tensor
-    feed: Callable[[Tensor], Tensor]
+    feed: Linear
 
 
 @dataclass(frozen=True)
@@ -57,46 +65,49 @@ class _Span:
 
 
 class BatchedModel:
-    """The weights of a model, packed, with room for `slots` texts of `context` tokens."""
+    """The weights of a model, packed, with room for `slots` texts of `context` tokens.
 
-    def __init__(self, model: Transformer, slots: int, context: int) -> None:
-        config = model.config
-        weight = model.head_weight
-        self.device, self.dtype = weight.device, weight.dtype
+    Of the model itself nothing is kept but the embedding. int8: matrices as 8-bit integers with
+    a scale for each output, on a CPU. Raises ResourceError when the room is more than the machine
+    has.
+    """
+
+    def __init__(self, model: Transformer, slots: int, context: int, *, int8: bool = False) -> None:
+        config, head = model.config, model.head_weight.detach()
+        self.device, self.dtype = head.device, head.dtype
         self.slots, self.context, self.vocab_size = slots, context, config.vocab_size
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
-        self._model = model
+        self._config = config
         self._embedding = model.model.embed_tokens.weight.detach()
-        self._norm = model.model.norm.weight.detach().float()
-        self._head = _linear(weight.detach())
-        self._layers = [self._pack(layer) for layer in model.model.layers]
-        # On a CPU float32 attention is the faster one, and pages of zeros cost nothing until used.
-        self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        self._norm = _norm_weight(model.model.norm)
+        pack = _int8 if int8 and self.device.type == "cpu" else _linear
+        self._head = pack(head)
+        self._layers = [_pack_layer(layer, pack) for layer in model.model.layers]
+        self._cache = self._allocate()
+        self._turns = torch.empty(2, 0, config.head_dim, device=self.device)
+
+    def _allocate(self) -> Tensor:
+        """[layers, slots, 2K, context, D]: keys, then values; on a CPU in float32, the faster one.
+
+        There, pages that were never written to take no memory.
+        """
+        config = self._config
         shape = (
             config.num_hidden_layers,
-            slots,
-            2 * self._kv_heads,  # keys, then values
-            -(-context // _STEP) * _STEP,
+            self.slots,
+            2 * config.num_key_value_heads,
+            -(-self.context // _STEP) * _STEP,
             config.head_dim,
         )
-        if self.device.type == "cpu":
-            self._cache = torch.from_numpy(numpy.zeros(shape, dtype=numpy.float32))
-        else:
-            self._cache = torch.zeros(shape, dtype=self._cache_dtype, device=self.device)
-
-    def _pack(self, layer: torch.nn.Module) -> _Layer:
-        attention, feed = layer.self_attn, layer.mlp
-        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        return _Layer(
-            input_norm=layer.input_layernorm.weight.detach().float(),
-            qkv=_linear(qkv.detach()),
-            q_norm=None if attention.q_norm is None else attention.q_norm.weight.detach().float(),
-            k_norm=None if attention.k_norm is None else attention.k_norm.weight.detach().float(),
-            out=_linear(attention.o_proj.weight.detach()),
-            feed_norm=layer.post_attention_layernorm.weight.detach().float(),
-            feed=_swiglu(feed),
-        )
+        try:
+            if self.device.type == "cpu":
+                return torch.from_numpy(numpy.zeros(shape, dtype=numpy.float32))
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
+            size = math.prod(shape) * (4 if self.device.type == "cpu" else self.dtype.itemsize)
+            raise ResourceError(
+                f"{self.slots} texts of {self.context:,} tokens need {size / 2**30:.1f} GB of "
+                "memory, more than there is; take a shorter context, or fewer at a time"
+            ) from error
 
     @torch.inference_mode()
     def forward(self, singles: Sequence[Part], chunks: Sequence[Part]) -> Tensor:
@@ -109,90 +120,99 @@ class BatchedModel:
         tokens = [token for part in parts for token in part.tokens]
         positions = [p for part in parts for p in range(part.start, part.start + len(part.tokens))]
         slots = [part.slot for part in parts for _ in part.tokens]
+        ends = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
         rows = len(tokens)
-        if rows == 1:
-            tokens = tokens * 2
-        spans = self._spans(singles, chunks)
         where = torch.tensor([slots, positions], device=self.device)
-        cos, sin = self._rope(where[1])
-        x = self._embedding[torch.tensor(tokens, device=self.device)].float()
-        for number, layer in enumerate(self._layers):
+        cos, sin = self._angles(max(positions) + 1)[:, where[1]].unsqueeze(-2)
+        spans = self._spans(singles, chunks)
+        x = self._embedding[torch.tensor(_company(tokens), device=self.device)].float()
+        if self._config.embedding_multiplier != 1:
+            x *= self._config.embedding_multiplier
+        scale = self._config.residual_multiplier
+        for layer, cache in zip(self._layers, self._cache, strict=True):
             normed = self._normed(x, layer.input_norm)
-            mixed = self._attend(number, layer, normed, rows, where, cos, sin, spans)
-            x += layer.out(mixed)
-            x += layer.feed(self._normed(x, layer.feed_norm))
-        ends, last = [], -1
-        for part in parts:
-            last += len(part.tokens)
-            ends.append(last)
-        x = x[torch.tensor(ends if len(ends) > 1 else ends * 2, device=self.device)]
-        return self._head(self._normed(x, self._norm))[: len(ends)].float()
+            qkv = layer.qkv(normed)[:rows]
+            mixed = normed.new_empty(len(normed), self._config.num_attention_heads * cos.shape[-1])
+            self._attend(qkv, layer, cache, where, cos, sin, spans, mixed)
+            x.add_(layer.out(mixed), alpha=scale)
+            x.add_(layer.feed(self._normed(x, layer.feed_norm)), alpha=scale)
+        if len(ends) < rows or rows == 1:
+            x = x[torch.tensor(_company(ends), device=self.device)]
+        hidden = self._normed(x, self._norm)
+        if self._config.logits_scaling != 1:
+            hidden *= 1 / self._config.logits_scaling
+        return self._head(hidden)[: len(ends)].float()
+
+    def _angles(self, length: int) -> Tensor:
+        """RoPE's cosines and sines [2, length or more, D], the sines with the sign of their half.
+
+        For as much of the context as is used: config.json may promise any length.
+        """
+        config = self._config
+        if self._turns.shape[1] < length:
+            size = min(max(512, 1 << (length - 1).bit_length()), self.context)
+            self._turns = rope_table(size, config.head_dim, config.rope_theta, self.device)
+            self._turns[1, :, : config.head_dim // 2] *= -1
+        return self._turns
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self._eps).to(self.dtype)
-
-    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        table = self._model._rope_table(self.context, self.device)
-        cos, sin = table[:, positions].unsqueeze(-2)
-        half = self._head_dim // 2
-        return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)
 
     def _attend(
         self,
-        number: int,
+        qkv: Tensor,
         layer: _Layer,
-        normed: Tensor,
-        rows: int,
+        cache: Tensor,
         where: Tensor,
         cos: Tensor,
         sin: Tensor,
         spans: Sequence[_Span],
-    ) -> Tensor:
-        """[N, hidden] -> [N, H * D], what each row finds in its text so far."""
-        width, queries = self._head_dim, self._heads
-        qkv = layer.qkv(normed)[:rows].view(rows, -1, width).float()
-        turned = qkv[:, : queries + self._kv_heads]
+        mixed: Tensor,
+    ) -> None:
+        """Write keys and values of qkv [N, (H + 2K) * D] to the cache, what rows find to mixed."""
+        config = self._config
+        width, queries = config.head_dim, config.num_attention_heads
+        end_of_keys = queries + config.num_key_value_heads
+        heads = qkv.view(len(qkv), -1, width).float()
+        turned = heads[:, :end_of_keys]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = turned[:, :queries], turned[:, queries:]
-            q = F.rms_norm(q, (width,), layer.q_norm, self._eps)
-            k = F.rms_norm(k, (width,), layer.k_norm, self._eps)
+            q = F.rms_norm(turned[:, :queries], (width,), layer.q_norm, config.rms_norm_eps)
+            k = F.rms_norm(turned[:, queries:], (width,), layer.k_norm, config.rms_norm_eps)
             turned = torch.cat((q, k), dim=1)
         turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
-        cache = self._cache[number]
-        new = torch.cat((turned[:, queries:], qkv[:, queries + self._kv_heads :]), dim=1)
-        cache[where[0], :, where[1]] = new.to(self._cache_dtype)
-        q = turned[:, :queries].to(self._cache_dtype)
-        mixed = torch.empty(len(normed), queries * width, dtype=self.dtype, device=self.device)
+        new = torch.cat((turned[:, queries:], heads[:, end_of_keys:]), dim=1)
+        cache[where[0], :, where[1]] = new.to(cache.dtype)
+        q = turned[:, :queries].to(cache.dtype)
         for span in spans:
             mixed[span.rows] = self._look(q[span.rows], cache[span.slots], span.bias)
-        return mixed
 
     def _look(self, q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
         """Attention of q [rows, H, D] to cache [slots, 2K, positions, D] -> [rows, H * D]."""
-        slots, heads, width = len(cache), self._kv_heads, self._head_dim
-        length, groups = bias.shape[-1], self._heads // heads
+        slots, heads, width = len(cache), self._config.num_key_value_heads, self._config.head_dim
+        length, groups = bias.shape[-1], q.shape[1] // heads
         keys = cache[:, :heads, :length].flatten(0, 1)
         values = cache[:, heads:, :length].flatten(0, 1)
         q = q.view(slots, -1, heads, groups, width).permute(0, 2, 3, 1, 4)
         q = q.reshape(slots * heads, -1, width)
-        scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=width**-0.5)
-        out = torch.bmm(scores.softmax(-1), values)
-        out = out.view(slots, heads, groups, -1, width).permute(0, 3, 1, 2, 4)
-        return out.reshape(-1, self._heads * width)
+        scale = self._config.attention_multiplier or width**-0.5
+        weights = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=scale).softmax(-1)
+        out = torch.bmm(weights, values).view(slots, heads, groups, -1, width)
+        return out.permute(0, 3, 1, 2, 4).reshape(-1, heads * groups * width)
 
     def _spans(self, singles: Sequence[Part], chunks: Sequence[Part]) -> list[_Span]:
-        spans, groups, row = [], self._heads // self._kv_heads, 0
+        heads = self._config.num_key_value_heads
+        spans, groups, row = [], self._config.num_attention_heads // heads, 0
         for run in _neighbours(singles):
             lengths = torch.tensor([part.start + 1 for part in run], device=self.device)
             bias = self._bias(lengths, max(part.start + 1 for part in run))
-            bias = bias.repeat_interleave(self._kv_heads, 0)[:, None].expand(-1, groups, -1)
+            bias = bias.repeat_interleave(heads, 0)[:, None].expand(-1, groups, -1)
             slots = slice(run[0].slot, run[-1].slot + 1)
             spans.append(_Span(slice(row, row + len(run)), slots, bias))
             row += len(run)
         for part in chunks:
             end = part.start + len(part.tokens)
             lengths = torch.arange(part.start + 1, end + 1, device=self.device)
-            bias = self._bias(lengths, end).repeat(groups, 1).expand(self._kv_heads, -1, -1)
+            bias = self._bias(lengths, end).repeat(groups, 1).expand(heads, -1, -1)
             slots = slice(part.slot, part.slot + 1)
             spans.append(_Span(slice(row, row + len(part.tokens)), slots, bias))
             row += len(part.tokens)
@@ -203,7 +223,7 @@ class BatchedModel:
         positions = torch.arange(-(-longest // _STEP) * _STEP, device=self.device)
         bias = torch.zeros(len(lengths), len(positions), device=self.device)
         bias.masked_fill_(positions >= lengths[:, None], -torch.inf)
-        return bias.to(self._cache_dtype)
+        return bias.to(self._cache.dtype)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give the slot `target` what the slot `source` holds of its first `length` tokens."""
@@ -225,24 +245,94 @@ def _neighbours(singles: Sequence[Part]) -> list[list[Part]]:
     return runs
 
 
+def _company(rows: list[int]) -> list[int]:
+    """Two rows at least."""
+    return rows if len(rows) > 1 else rows * 2
+
+
+def _norm_weight(norm: RMSNorm) -> Tensor:
+    return norm.weight.detach().float()
+
+
+def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear]) -> _Layer:
+    assert isinstance(layer, Layer)
+    attention = layer.self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return _Layer(
+        input_norm=_norm_weight(layer.input_layernorm),
+        qkv=pack(torch.cat([_matrix(projection) for projection in projections])),
+        q_norm=None if attention.q_norm is None else _norm_weight(attention.q_norm),
+        k_norm=None if attention.k_norm is None else _norm_weight(attention.k_norm),
+        out=pack(_matrix(attention.o_proj)),
+        feed_norm=_norm_weight(layer.post_attention_layernorm),
+        feed=_feed_forward(layer, pack),
+    )
+
+
+def _feed_forward(layer: Layer, pack: Callable[[Tensor], Linear]) -> Linear:
+    if layer.mlp is not None:
+        both = torch.cat([_matrix(layer.mlp.gate_proj), _matrix(layer.mlp.up_proj)])
+        return _swiglu(pack(both), pack(_matrix(layer.mlp.down_proj)))
+    assert layer.block_sparse_moe is not None
+    routed = _routed(layer.block_sparse_moe, pack)
+    if layer.shared_mlp is None:
+        return routed
+    shared = _swiglu(
+        pack(_matrix(layer.shared_mlp.input_linear)), pack(_matrix(layer.shared_mlp.output_linear))
+    )
+    return lambda x: routed(x) + shared(x)
+
+
+def _swiglu(gate_up: Linear, down: Linear) -> Linear:
+    def forward(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return down(F.silu(gate).mul_(up))
+
+    return forward
+
+
+def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear]) -> Linear:
+    """As `RoutedExperts` computes it, with a row's bits independent of the others."""
+    if module.router.layer.weight.device.type != "cpu":
+        return lambda x: module(x[None])[0]
+    router = _linear(module.router.layer.weight.detach().float())
+    matrices = zip(
+        module.input_linear.weight.detach(), module.output_linear.weight.detach(), strict=True
+    )
+    experts = [_swiglu(pack(into), pack(back)) for into, back in matrices]
+
+    def forward(x: Tensor) -> Tensor:
+        best, chosen = router(x.float()).topk(module.num_chosen, dim=-1)
+        weights = best.softmax(-1).to(x.dtype)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            if len(rows):
+                own = x[rows] if len(rows) > 1 else x[rows.expand(2)]
+                out[rows] += expert(own)[: len(rows)] * weights[rows, places, None]
+        return out
+
+    return forward
+
+
+def _matrix(module: nn.Linear) -> Tensor:
+    """The weight [out, in], with what an adapter that is being trained adds to it."""
+    return (module.merged() if isinstance(module, LoRALinear) else module.weight).detach()
+
+
 def _linear(weight: Tensor) -> Linear:
-    """x [N, in] -> [N, out]."""
+    """A matrix as it is; on a CPU in oneDNN's own order, which it reads fastest."""
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
         product = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: product(x, packed, None, "none", [], "")
     return lambda x: F.linear(x, weight)
 
 
-def _swiglu(feed: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    if not isinstance(feed, FeedForward):
-        return feed
-    inner = len(feed.gate_proj.weight)
-    gate_up = _linear(torch.cat([feed.gate_proj.weight, feed.up_proj.weight]).detach())
-    down = _linear(feed.down_proj.weight.detach())
-
-    def forward(x: Tensor) -> Tensor:
-        both = gate_up(x)
-        return down(F.silu(both[:, :inner]).mul_(both[:, inner:]))
-
-    return forward
+def _int8(weight: Tensor) -> Linear:
+    """A matrix as integers from -127 to 127, with a scale for each output."""
+    scale = weight.float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    rounded = (weight.float() / scale[:, None]).round_().to(torch.int8)
+    scale = scale.to(weight.dtype)
+    product = torch.ops.aten._weight_int8pack_mm.default
+    return lambda x: product(x, rounded, scale)

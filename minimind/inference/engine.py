@@ -11,7 +11,7 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -169,11 +169,13 @@ class Engine:
         *,
         slots: int = 16,
         context: int | None = None,
+        int8: bool = False,
     ) -> None:
+        """context: None = the model's. int8: smaller and less exact weights; see BatchedModel."""
         longest = model.config.max_position_embeddings
         self.tokenizer = tokenizer
         self.context = min(context or longest, longest)
-        self.model = BatchedModel(model, slots, self.context)
+        self.model = BatchedModel(model, slots, self.context, int8=int8)
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
@@ -210,6 +212,31 @@ class Engine:
             self._counts["requests"] += 1
             self._changed.notify()
         return completion
+
+    def stream_text(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | None = None,
+    ) -> Generator[str]:
+        """What the model writes after `prompt` as it comes, to the end of a message or document.
+
+        Raises UsageError, at once, when the prompt does not fit into the context. Closing the
+        generator ends the request.
+        """
+        completion = self.submit(
+            Request(prompt, sampling, max_new_tokens, stop_ids=stop_ids(self.tokenizer), seed=seed)
+        )
+
+        def texts() -> Generator[str]:
+            try:
+                yield from (piece.text for piece in completion)
+            finally:
+                completion.cancel()
+
+        return texts()
 
     def _check(self, request: Request) -> None:
         if not request.prompt:
@@ -250,8 +277,11 @@ class Engine:
     def _work(self) -> None:
         with torch.inference_mode():
             while self._take_in():
-                if self._running:
+                try:
                     self._step()
+                except Exception as error:  # a bug, or no memory: whoever took part cannot go on
+                    for running in list(self._running):
+                        self._fail(running, error)
 
     def _take_in(self) -> bool:
         """Let requests go and come, waiting when there is nothing to do; False to end."""
@@ -261,7 +291,7 @@ class Engine:
             gone = [c for c in self._waiting if c._cancelled or self._closed]
             for completion in gone:
                 self._waiting.remove(completion)
-            coming = []
+            coming: list[Completion] = []
             while self._waiting and len(coming) < len(self._free):
                 coming.append(self._waiting.popleft())
             closed = self._closed
@@ -271,7 +301,11 @@ class Engine:
             if running.completion._cancelled or closed:
                 self._finish(running, "cancelled")
         for completion in coming:
-            self._start(completion)
+            try:
+                self._start(completion)
+            except Exception as error:
+                completion.error = error
+                self._tell(completion, Piece("", finish_reason="error"))
         return not closed
 
     def _start(self, completion: Completion) -> None:
@@ -280,13 +314,13 @@ class Engine:
         shared = [_shared_chunks(held, prompt) for held in self._held]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self._free))
         read = shared[source]
+        slot = source if read and source in self._free else self._free[0]
+        running = _Running(completion, slot, read, self)
         with self._changed:
-            slot = source if read and source in self._free else self._free[0]
             self._free.remove(slot)
+            self._running.append(running)
             self._counts["prompt_tokens"] += len(prompt)
             self._counts["cached_tokens"] += read
-            running = _Running(completion, slot, read, self)
-            self._running.append(running)
         if slot != source and read:
             self.model.copy_prefix(source, slot, read)
         self._held[slot] = list(prompt[:read])
@@ -296,13 +330,9 @@ class Engine:
         writing = sorted((r for r in self._running if r.read >= len(r.prompt)), key=_slot)
         singles = [Part(r.slot, r.length - 1, (r.last,)) for r in writing]
         chunks, ending = self._next_chunks()
-        try:
-            logits = self.model.forward(singles, [part for part, _ in chunks])
-        except Exception as error:  # out of memory, say: those who took part cannot go on
-            for running in writing + [running for _, running in chunks]:
-                if running in self._running:
-                    self._fail(running, error)
+        if not (singles or chunks):
             return
+        logits = self.model.forward(singles, [part for part, _ in chunks])
         rows = list(range(len(writing)))
         for place, (part, running) in enumerate(chunks):
             running.read += len(part.tokens)
@@ -330,38 +360,49 @@ class Engine:
 
     def _write(self, texts: Sequence["_Running"], logits: Tensor) -> None:
         """Choose the next token of each text: logits [texts, vocab]."""
-        adjusted = logits
-        if any(text.changes_logits for text in texts):
-            rows = zip(texts, logits.unbind(), strict=True)
-            adjusted = torch.stack([text.adjusted(row) for text, row in rows])
+        adjusted = list(logits.unbind())
+        errors: dict[int, Exception] = {}
+        for row, text in enumerate(texts):
+            if text.changes_logits:
+                try:
+                    adjusted[row] = text.adjusted(logits[row])
+                except Exception as error:  # a constraint of its own
+                    errors[row] = error
+        changed = any(text.changes_logits for text in texts)
         samplings = [text.sampling for text in texts]
-        numbers = [0.0 if s.greedy else t.random.random() for s, t in zip(samplings, texts)]
-        tokens = choose(adjusted, samplings, numbers)
+        numbers = [0.0 if text.sampling.greedy else text.random.random() for text in texts]
+        tokens = choose(torch.stack(adjusted) if changed else logits, samplings, numbers)
         # One transfer from the device; a sum is a number where all that was added is.
-        found = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
+        chosen, sums = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
         logprobs = self._logprobs(texts, logits, tokens)
         for row, text in enumerate(texts):
-            if not math.isfinite(found[1][row]):
-                self._fail(text, ModelError(_BAD_NUMBERS))
-            else:
-                self._go_on(text, int(found[0][row]), logprobs.get(row))
+            if row not in errors and not math.isfinite(sums[row]):
+                errors[row] = ModelError(_BAD_NUMBERS)
+            try:
+                if row in errors:
+                    raise errors[row]
+                self._go_on(text, int(chosen[row]), logprobs.get(row))
+            except Exception as error:
+                self._fail(text, error)
 
     def _logprobs(
         self, texts: Sequence["_Running"], logits: Tensor, tokens: Tensor
     ) -> dict[int, TokenLogprob]:
-        rows = [i for i, text in enumerate(texts) if text.completion.request.logprobs is not None]
+        wanted = [text.completion.request.logprobs for text in texts]
+        rows = [row for row, number in enumerate(wanted) if number is not None]
+        asked = [number for number in wanted if number is not None]
         if not rows:
             return {}
         scores = logits[rows].log_softmax(-1)
         own = scores.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-        most = max(texts[row].completion.request.logprobs or 0 for row in rows)
-        values, ids = (found.tolist() for found in scores.topk(min(most, scores.shape[-1])))
+        top = scores.topk(min(max(asked), scores.shape[-1]))
+        values, ids = top.values.tolist(), top.indices.tolist()
         chosen = tokens[rows].tolist()
         return {
             row: TokenLogprob(
                 chosen[place],
                 own[place],
-                tuple(zip(ids[place], values[place]))[: texts[row].completion.request.logprobs],
+                tuple(zip(ids[place], values[place], strict=True))[: asked[place]],
             )
             for place, row in enumerate(rows)
         }
@@ -397,6 +438,8 @@ class Engine:
         self._tell(text.completion, Piece(*shown, finish_reason=reason))
 
     def _fail(self, text: "_Running", error: Exception) -> None:
+        if text not in self._running:
+            return
         self._leave(text)
         self._held[text.slot] = []
         self.model.wipe(text.slot)
@@ -422,6 +465,11 @@ _BAD_NUMBERS = (
     "the model gives scores that are not numbers: its weights are damaged, or its "
     "training went wrong. Take another checkpoint, or copy the model again"
 )
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a message or a document."""
+    return frozenset({tokenizer.im_end, tokenizer.end_of_text})
 
 
 def _slot(running: _Running) -> int:

@@ -18,11 +18,16 @@ from minimind.tokenizer import Tokenizer
 
 
 def load_for_inference(
-    path: Path, device: str = "auto", *, adapter: Path | None = None
+    path: Path,
+    device: str = "auto",
+    *,
+    adapter: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a model or run directory.
 
-    A LoRA adapter (or its run directory) is merged into the weights: it costs no time afterwards.
+    dtype: None = what the device is fastest in. A LoRA adapter (or its run directory) is merged
+    into the weights: it costs no time afterwards.
 
     Raises ResourceError for a device that is not there, ModelError for what is no model or no
     adapter of it, and TokenizerError when the tokenizer is broken or not that of the model.
@@ -36,17 +41,26 @@ def load_for_inference(
             f"{config.vocab_size:,}, so they do not belong together; copy here the tokenizer "
             "that the model was trained with"
         )
+    dtype = dtype or _dtype(chosen)
     if adapter is None:
-        model = load_model(directory, device=chosen, dtype=_dtype(chosen))
+        model = load_model(directory, device=chosen, dtype=dtype)
     else:
         model = load_model(directory, device=chosen)
         merge_adapter(model, resolve_adapter_directory(adapter))
-        model = model.to(_dtype(chosen))
+        model = model.to(dtype)
     return model.eval(), tokenizer
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """Measured on 2 CPU cores, `small`, one stream: 193 tokens/s in float32, 167 in bfloat16."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    """bfloat16 where the hardware multiplies it; benchmarks/records/decoding-speed.md: figures."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and _cpu_multiplies_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )

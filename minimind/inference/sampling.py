@@ -11,7 +11,7 @@ from minimind.errors import UsageError
 
 _GREEDY = 1e-5  # below this temperature logits overflow, and nothing but the best is ever chosen
 _LIKELIEST = 64  # words among which the choice mostly falls: finding them is cheaper than sorting
-_MOST_BIAS = 100.0  # OpenAI's limit: more than this decides a choice alone
+_MOST_BIAS = 100  # OpenAI's limit: more than this decides a choice alone
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,21 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        biases = self.logit_bias.values()
-        for name, value, fits, what in (
-            ("temperature", self.temperature, 0 <= self.temperature <= 100, "from 0 to 100"),
-            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top-k", self.top_k, self.top_k >= 0, "0 (all) or more"),
-            (
-                "repetition-penalty",
-                self.repetition_penalty,
-                0.01 <= self.repetition_penalty <= 100,
-                "from 0.01 to 100 (1 = none)",
-            ),
-            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("presence-penalty", self.presence_penalty, abs(self.presence_penalty) <= 2, "±2"),
-            ("frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2, "±2"),
-            (
-                "logit-bias",
-                next((b for b in biases if not abs(b) <= _MOST_BIAS), 0),
-                all(abs(b) <= _MOST_BIAS for b in biases),
-                f"from -{_MOST_BIAS:g} to {_MOST_BIAS:g}",
-            ),
+        wrong_bias = [bias for bias in self.logit_bias.values() if not abs(bias) <= _MOST_BIAS]
+        for name, value, least, most, note in (
+            ("temperature", self.temperature, 0, 100, ""),
+            ("repetition-penalty", self.repetition_penalty, 0.01, 100, " (1 = none)"),
+            ("min-p", self.min_p, 0, 1, ""),
+            ("presence-penalty", self.presence_penalty, -2, 2, ""),
+            ("frequency-penalty", self.frequency_penalty, -2, 2, ""),
+            ("logit-bias", next(iter(wrong_bias), 0), -_MOST_BIAS, _MOST_BIAS, ""),
         ):
-            if not fits:
-                raise UsageError(f"{name} is {value}; it must be {what}")
+            if not least <= value <= most:
+                raise UsageError(f"{name} is {value}; it must be from {least} to {most}{note}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise UsageError(f"top-k is {self.top_k}; it must be 0 (all) or more")
 
     @property
     def greedy(self) -> bool:
@@ -121,8 +113,10 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[floa
     drawn = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
     if not drawn:
         return logits.argmax(-1)
-    chosen = logits.argmax(-1) if len(drawn) < len(samplings) else logits.new_empty(
-        len(samplings), dtype=torch.int64
+    chosen = (
+        logits.argmax(-1)
+        if len(drawn) < len(samplings)
+        else logits.new_empty(len(samplings), dtype=torch.int64)
     )
     for cuts in (False, True):
         rows = [row for row in drawn if samplings[row].cuts == cuts]
@@ -140,8 +134,9 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float
     number = torch.tensor(uniform, device=logits.device)[:, None]
     place = torch.searchsorted(sums, number * sums[:, -1:], right=True)
     ranks = torch.arange(1, weights.shape[-1] + 1, device=logits.device)
-    last = ((weights > 0) * ranks).amax(-1, keepdim=True) - 1  # rounding may lead beyond it
-    return ids.gather(-1, torch.minimum(place, last))[:, 0]
+    last = ((weights > 0) * ranks).amax(-1, keepdim=True).sub_(1)
+    # Rounding may lead beyond the last; scores that are not numbers have none.
+    return ids.gather(-1, torch.minimum(place, last).clamp_(min=0))[:, 0]
 
 
 def candidates(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:

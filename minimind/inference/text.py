@@ -32,7 +32,7 @@ class TextStream:
             return None
         text, self._waiting = self._waiting[: self._sure], self._waiting[self._sure :]
         shown = [entry for entry in self._tokens if entry[0] < self._sure]
-        self._tokens = [(at - self._sure, *rest) for at, *rest in self._tokens[len(shown) :]]
+        self._tokens = [(at - self._sure, t, p) for at, t, p in self._tokens[len(shown) :]]
         self._sure = 0
         return text, tuple(e[1] for e in shown), tuple(e[2] for e in shown if e[2] is not None)
 

@@ -60,6 +60,10 @@ class LoRALinear(nn.Linear):
         low = F.linear(dropped, self.lora_A)
         return super().forward(input) + F.linear(low, self.lora_B) * self.scale
 
+    def merged(self) -> Tensor:
+        """[out, in], the one matrix that computes the same without dropout."""
+        return self.weight + (self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+
 
 def apply_lora(model: Transformer, settings: LoRASettings) -> Transformer:
     """Freeze the model and put a `LoRALinear` in the place of each module that is to be adapted.

@@ -102,7 +102,14 @@ def find_adapters(given: Sequence[str], models: Mapping[str, Path]) -> dict[str,
 
 
 def load_served(
-    name: str, directory: Path, device: str, slots: int, waiting: int, adapter: Path | None = None
+    name: str,
+    directory: Path,
+    adapter: Path | None = None,
+    *,
+    device: str,
+    slots: int,
+    waiting: int,
+    int8: bool = False,
 ) -> ServedModel:
     """A model that is ready to answer. Raises what `load_for_inference` raises.
 
@@ -113,18 +120,18 @@ def load_served(
     files = [path for place in sources for path in sorted(place.glob("*.safetensors"))]
     return ServedModel(
         name=name,
-        engine=Engine(model, tokenizer, slots=slots),
+        engine=Engine(model, tokenizer, slots=slots, int8=int8),
         tokenizer=tokenizer,
         context=model.config.max_position_embeddings,
         created=int(max(path.stat().st_mtime for path in files)),
-        fingerprint=_fingerprint(sources, str(model.head_weight.device.type)),
+        fingerprint=_fingerprint(sources, f"{model.head_weight.device.type} {int8}"),
         queue=Queue(slots, waiting),
     )
 
 
-def _fingerprint(directories: Sequence[Path], device: str) -> str:
-    """Changes with whatever may change an answer to the same seed: weights, device, version."""
-    digest = hashlib.sha256(f"{__version__} {device}".encode())
+def _fingerprint(directories: Sequence[Path], how: str) -> str:
+    """Changes with what may change an answer to the same seed: weights, how they run, version."""
+    digest = hashlib.sha256(f"{__version__} {how}".encode())
     for path in (path for directory in directories for path in sorted(directory.iterdir())):
         if path.suffix in (".json", ".safetensors"):
             with path.open("rb") as file:

@@ -2,7 +2,7 @@ import pytest
 
 from minimind.errors import UsageError
 from minimind.inference.asking import answer_all, continue_all
-from minimind.inference.generate import stream_text
+from minimind.inference.engine import Engine
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, encode_chat
@@ -21,14 +21,13 @@ def test_each_question_is_a_conversation_of_its_own(
         max_new_tokens=20,
         progress=lambda done, total: reported.append((done, total)),
     )
-    assert reported == [(64, 100), (100, 100)]
-    for question, answer in list(zip(QUESTIONS, answers, strict=True))[:5]:
-        messages = [{"role": "user", "content": question}]
-        prompt, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
-        pieces = stream_text(
-            model, tokenizer, prompt, max_new_tokens=20, sampling=Sampling(temperature=0)
-        )
-        assert answer == "".join(pieces).strip()
+    assert reported == [(done, 100) for done in range(1, 101)]
+    with Engine(model, tokenizer, slots=1) as engine:
+        for question, answer in list(zip(QUESTIONS, answers, strict=True))[:5]:
+            messages = [{"role": "user", "content": question}]
+            prompt, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
+            pieces = engine.stream_text(prompt, max_new_tokens=20, sampling=Sampling(temperature=0))
+            assert answer == "".join(pieces).strip()
     assert answers[:5] == answers[-5:]
     assert len(set(answers)) > 1
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minimind.errors import UsageError
-from minimind.inference.sampling import Sampling, choose, probabilities
+from minimind.inference.sampling import Penalties, Sampling, candidates, choose
 
 SETTINGS = [
     Sampling(temperature=1, top_p=1),
@@ -17,15 +17,42 @@ SETTINGS = [
     Sampling(temperature=1, top_p=1e-9),
     Sampling(temperature=1, top_p=1, top_k=1),
     Sampling(temperature=1, top_p=1, top_k=10**9),
+    Sampling(temperature=1, top_p=1, min_p=0.1),
+    Sampling(temperature=2, top_p=0.7, top_k=40, min_p=0.05),
+    Sampling(temperature=5, top_p=0.999),
+    Sampling(temperature=1, top_p=0.9, top_k=100),
+    Sampling(temperature=1, top_p=1, presence_penalty=0.5, frequency_penalty=-1.5),
+    Sampling(temperature=1, top_p=1, logit_bias={3: 5.0, 7: -100.0}),
 ]
+
+
+def probabilities(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """[B, vocab]: what is drawn, once `seen` [B, T] was written after the prompt [0]."""
+    rows = []
+    for row, tokens in zip(logits, seen.tolist(), strict=True):
+        penalties = Penalties(sampling, [0], len(row), logits.device)
+        for token in tokens:
+            penalties.wrote(token)
+        rows.append(penalties.apply(row))
+    ids, weights = candidates(torch.stack(rows), [sampling] * len(rows))
+    found = torch.zeros_like(logits).scatter(-1, ids, weights)
+    if ids.shape[-1] < logits.shape[-1]:  # padding must not have put anything down
+        assert (weights.sum(-1) - found.sum(-1)).abs().max() < 1e-5
+    return found / found.sum(-1, keepdim=True)
 
 
 def by_hand(logits: list[float], seen: list[int], sampling: Sampling) -> list[float]:
     """The same, one token after the other, in Python's own floats."""
     scores = list(logits)
-    for token in set(seen):
+    for token in {0, *seen}:
         penalty = sampling.repetition_penalty
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token in seen:
+        scores[token] -= sampling.frequency_penalty
+    for token in set(seen):
+        scores[token] -= sampling.presence_penalty
+    for token, bias in sampling.logit_bias.items():
+        scores[token] += bias
     scores = [score / sampling.temperature for score in scores]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     order = order[: sampling.top_k or None]
@@ -36,6 +63,7 @@ def by_hand(logits: list[float], seen: list[int], sampling: Sampling) -> list[fl
             break
         kept.append(i)
         mass += weights[i] / total
+    kept = [i for i in kept if weights[i] >= sampling.min_p]
     total = sum(weights[i] for i in kept)
     return [weights[i] / total if i in kept else 0.0 for i in range(len(scores))]
 
@@ -44,10 +72,9 @@ def by_hand(logits: list[float], seen: list[int], sampling: Sampling) -> list[fl
 def test_probabilities_are_those_of_the_definition(sampling: Sampling) -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
-    logits = torch.randn(20, 50) * 3
+    logits = torch.randn(20, 150) * 3
     seen = torch.tensor([rng.choices(range(50), k=8) for _ in range(20)])
     found = probabilities(logits, seen, sampling)
-    found /= found.sum(-1, keepdim=True)
     wanted = [by_hand(logits[i].tolist(), seen[i].tolist(), sampling) for i in range(20)]
     torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-5, rtol=1e-4)
 
@@ -57,6 +84,9 @@ def test_probabilities_are_those_of_transformers(sampling: Sampling) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     logits, seen = torch.randn(20, 300) * 3, torch.randint(300, (20, 30))
+    if sampling.presence_penalty or sampling.logit_bias:
+        pytest.skip("transformers has no such penalties")
+    seen[:, 0] = 0  # the prompt
     steps = [
         transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
         transformers.TemperatureLogitsWarper(float(sampling.temperature)),
@@ -64,43 +94,78 @@ def test_probabilities_are_those_of_transformers(sampling: Sampling) -> None:
     if sampling.top_k:
         steps.append(transformers.TopKLogitsWarper(sampling.top_k))
     steps.append(transformers.TopPLogitsWarper(float(sampling.top_p)))
+    if sampling.min_p:
+        steps.append(transformers.MinPLogitsWarper(sampling.min_p))
     theirs = logits
     for step in steps:
         theirs = step(seen, theirs)
     found = probabilities(logits, seen, sampling)
-    found /= found.sum(-1, keepdim=True)
     torch.testing.assert_close(found, theirs.softmax(-1), atol=1e-6, rtol=1e-4)
 
 
-def test_draws_follow_the_probabilities() -> None:
+def draw(logits: torch.Tensor, sampling: Sampling, seed: int = 0) -> torch.Tensor:
+    numbers = random.Random(seed)
+    return choose(logits, [sampling] * len(logits), [numbers.random() for _ in logits])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1, 0.95), Sampling(1, 1), Sampling(3, 1, 100)])
+def test_draws_follow_the_probabilities(sampling: Sampling) -> None:
     torch.manual_seed(0)
-    sampling = Sampling(temperature=1, top_p=0.95, repetition_penalty=1.2)
-    logits, seen = torch.randn(1, 30) * 2, torch.tensor([[3, 4, 5]])
-    draws = 20_000
-    generator = torch.Generator().manual_seed(0)
-    drawn = choose(logits.expand(draws, -1), seen.expand(draws, -1), sampling, generator)
-    shares = drawn.bincount(minlength=30) / draws
-    wanted = probabilities(logits, seen, sampling)[0]
+    logits, draws = torch.randn(1, 130) * 2, 20_000
+    shares = draw(logits.expand(draws, -1), sampling).bincount(minlength=130) / draws
+    ids, weights = candidates(logits, [sampling])
+    wanted = torch.zeros(1, 130).scatter_add(-1, ids, weights)[0]
     wanted /= wanted.sum()
-    assert (wanted == 0).any()
+    assert (wanted == 0).any() == sampling.cuts
     assert torch.equal(shares[wanted == 0], torch.zeros_like(shares[wanted == 0]))
     deviation = (wanted * (1 - wanted) / draws).sqrt()
     assert ((shares - wanted).abs() <= 5 * deviation).all()
 
 
+def test_a_row_is_chosen_as_if_it_were_alone() -> None:
+    """Whatever the others ask for; flat rows need all tokens in order, steep ones a few."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    logits = torch.randn(60, 300) * torch.logspace(-2, 1, 60)[:, None]
+    samplings = [rng.choice([*SETTINGS, Sampling(0)]) for _ in range(60)]
+    numbers = [rng.random() for _ in range(60)]
+    alone = [choose(logits[i : i + 1], [samplings[i]], [numbers[i]]).item() for i in range(60)]
+    for _ in range(5):
+        order = rng.sample(range(60), 40)
+        together = choose(logits[order], [samplings[i] for i in order], [numbers[i] for i in order])
+        assert together.tolist() == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_random_numbers_are_tokens_too(sampling: Sampling, number: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(30, 300) * 5
+    ids, weights = candidates(logits, [sampling] * 30)
+    chosen = choose(logits, [sampling] * 30, [number] * 30)
+    assert (weights.gather(-1, (ids == chosen[:, None]).int().argmax(-1)[:, None]) > 0).all()
+
+
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-9])
 def test_no_temperature_takes_the_likeliest(temperature: float) -> None:
     logits = torch.randn(10, 40) * 1000
-    seen, generator = torch.zeros(10, 1, dtype=torch.long), torch.Generator()
-    chosen = choose(logits, seen, Sampling(temperature), generator)
-    assert torch.equal(chosen, logits.argmax(-1))
+    assert torch.equal(draw(logits, Sampling(temperature)), logits.argmax(-1))
 
 
 def test_the_penalty_turns_a_greedy_choice_too() -> None:
-    logits, seen = torch.tensor([[2.0, 1.9, -1.0]]), torch.tensor([[0, 0, 2]])
-    generator = torch.Generator()
-    assert choose(logits, seen, Sampling(0, repetition_penalty=1.0), generator).item() == 0
-    assert choose(logits, seen, Sampling(0, repetition_penalty=1.2), generator).item() == 1
+    logits = torch.tensor([2.0, 1.9, -1.0])
+    for penalty, best in ((1.0, 0), (1.2, 1)):
+        sampling = Sampling(0, repetition_penalty=penalty)
+        penalties = Penalties(sampling, [0, 0, 2], 3, logits.device)
+        assert choose(penalties.apply(logits)[None], [sampling], [0.0]).item() == best
+
+
+def test_only_what_was_written_counts_for_presence_and_frequency() -> None:
+    sampling = Sampling(presence_penalty=2, frequency_penalty=0.5)
+    penalties = Penalties(sampling, [0, 0, 1], 3, torch.device("cpu"))
+    for token in (1, 2, 2):
+        penalties.wrote(token)
+    assert penalties.apply(torch.zeros(3)).tolist() == [0, -2.5, -3]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +181,10 @@ def test_the_penalty_turns_a_greedy_choice_too() -> None:
         ("repetition_penalty", 0),
         ("repetition_penalty", math.inf),
         ("repetition_penalty", math.nan),
+        ("min_p", -0.1),
+        ("min_p", math.nan),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.nan),
     ],
 )
 def test_values_out_of_range_are_named(setting: str, value: float) -> None:
@@ -123,10 +192,16 @@ def test_values_out_of_range_are_named(setting: str, value: float) -> None:
         Sampling(**{setting: value})
 
 
+def test_a_bias_out_of_range_is_named() -> None:
+    for bias in (101, -100.5, math.nan):
+        with pytest.raises(UsageError, match=f"logit-bias is {bias}; it must be from -100 to 100"):
+            Sampling(logit_bias={1: 5, 2: bias})
+
+
 @pytest.mark.parametrize(
     "sampling", [Sampling(100, 1, 0, 100), Sampling(100, 1e-9, 0, 0.01), Sampling(2e-5, 1, 3, 100)]
 )
 def test_the_ends_of_the_ranges_work(sampling: Sampling) -> None:
-    logits = torch.tensor([[1e4, -1e4, 0.0, 1.0]])
-    generator = torch.Generator().manual_seed(0)
-    assert choose(logits, torch.tensor([[0, 1]]), sampling, generator).item() in range(4)
+    penalties = Penalties(sampling, [0, 1], 4, torch.device("cpu"))
+    logits = penalties.apply(torch.tensor([1e4, -1e4, 0.0, 1.0]))
+    assert draw(logits[None], sampling).item() in range(4)

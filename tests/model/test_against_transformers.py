@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind.inference.generate import generate
-from minimind.inference.sampling import Sampling
+from minimind.inference.asking import write_all
 from minimind.model import Transformer, load_model, save_model
 from minimind.tokenizer import Tokenizer
 
@@ -139,9 +138,7 @@ def _check_greedy(
     length: int,
 ) -> None:
     chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
-    written = generate(
-        ours, chosen, max_new_tokens=length, sampling=Sampling(temperature=0), stop_ids=set()
-    )
+    written = write_all(ours, tokenizer, chosen, max_new_tokens=length, stops=frozenset())
     theirs.generation_config.eos_token_id = None
     ids = torch.tensor(chosen)
     output = theirs.generate(

@@ -102,7 +102,7 @@ class InProcess:
 
     def __init__(self, folder: Path, slots: int, limits: Limits, keys: Sequence[str]) -> None:
         self.models = {
-            name: load_served(name, directory, "cpu", slots, limits.queue)
+            name: load_served(name, directory, device="cpu", slots=slots, waiting=limits.queue)
             for name, directory in find_models([folder]).items()
         }
         listening = bind("127.0.0.1", 0)

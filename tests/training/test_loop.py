@@ -27,9 +27,10 @@ from torch import Tensor
 from minimind.data.packing import IGNORED, Batch, ChatWindows, Mix
 from minimind.data.store import Shard
 from minimind.errors import TrainingError
-from minimind.inference.generate import generate
+from minimind.inference.asking import write_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
+from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
 from minimind.training.objectives import Objective
@@ -90,15 +91,14 @@ def test_each_step_takes_the_samples_of_its_place_in_the_run(tmp_path: Path) -> 
         assert seen == list(range(40))
 
 
-def test_validation_and_samples_leave_training_alone(tmp_path: Path) -> None:
+def test_validation_and_samples_leave_training_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Validating every 5 or every 50 steps, writing in between or not: the same bits."""
 
     def written(model: Transformer) -> Callable[[], list[dict[str, str]]]:
         def write() -> list[dict[str, str]]:
             model.eval()
-            sampling, prompts = Sampling(temperature=1.0), [[1, 2, 3]]
-            [tokens] = generate(
-                model, prompts, max_new_tokens=5, sampling=sampling, stop_ids=set(), seed=3
+            [tokens] = write_all(
+                model, tokenizer, [[1, 2, 3]], max_new_tokens=5, sampling=Sampling(temperature=1.0)
             )
             model.train()
             return [{"prompt": "1 2 3", "text": " ".join(map(str, tokens))}]

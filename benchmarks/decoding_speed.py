@@ -1,0 +1,329 @@
+"""Decoding speed and memory: minimind's engine, transformers and llama.cpp, in one run.
+
+    pip install -c constraints.txt -e '.[bench]' gguf llama-cpp-python
+    python benchmarks/decoding_speed.py [--preset small] [--json FILE]
+
+The same random weights for all, greedy decoding, no stops. One stream: `--tokens` new tokens after
+a prompt of `--prompt` tokens. 16 streams: as many of each, with prompts that differ, at once;
+llama.cpp has its server's way of doing so, all sequences in one batch, driven here through its C
+interface. Reading the prompts counts. Each contender is a process of its own; they take turns, and
+the best of the rounds counts for each. Answering alone is how memory is measured: the peak of the
+process that has loaded the model and written one answer.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+CONTENDERS = {
+    "minimind bf16": dict(run="ours", dtype="bfloat16"),
+    "minimind int8": dict(run="ours", dtype="bfloat16", int8=True),
+    "minimind fp32": dict(run="ours", dtype="float32"),
+    "transformers fp32": dict(run="transformers", dtype="float32"),
+    "transformers bf16": dict(run="transformers", dtype="bfloat16"),
+    "llama.cpp F16": dict(run="llama", file="F16"),
+    "llama.cpp Q8_0": dict(run="llama", file="Q8_0"),
+}
+STREAMS = (1, 16)
+
+
+def main() -> None:
+    """Measure every contender, print a table, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        contender = dict(CONTENDERS[args.one])
+        run = globals()[contender.pop("run")]
+        (args.work / "figures.json").write_text(json.dumps(run(args, **contender)))
+        return
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
+    with tempfile.TemporaryDirectory() as work:
+        args.work = Path(work)
+        prepare(args)
+        for _ in range(args.rounds):
+            for name in args.only:
+                rounds[name].append(measure(name, args))
+                print(name, rounds[name][-1], flush=True)
+    best = {
+        name: {
+            key: (min if key == "peak_mb" else max)(one[key] for one in figures)
+            for key in figures[0]
+        }
+        for name, figures in rounds.items()
+    }
+    show(best)
+    if args.json:
+        record = {
+            "date": date.today().isoformat(),
+            "machine": machine(args),
+            "command": " ".join(["python", *sys.argv]),
+            "best": best,
+            "rounds": rounds,
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """One contender, in a process of its own."""
+    log = args.work / "log"
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--work", str(args.work)]
+    with log.open("w") as stream:
+        done = subprocess.run(command, stderr=stream, stdout=stream)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
+    return json.loads((args.work / "figures.json").read_text())
+
+
+def show(best: dict[str, dict[str, float]]) -> None:
+    """The table."""
+    print(f"\n{'':20} {'1 stream':>9} {'16 streams':>11} {'ratio':>6} {'peak MB':>8}   tokens/s")
+    for name, one in best.items():
+        print(
+            f"{name:20} {one['streams_1']:9,.0f} {one['streams_16']:11,.0f}"
+            f" {one['streams_16'] / one['streams_1']:6.1f} {one['peak_mb']:8,.0f}"
+        )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """A model directory with a tokenizer, and the same weights as GGUF."""
+    import torch
+
+    from minimind.data.textbook import prose
+    from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+    from minimind.tokenizer import train_tokenizer
+
+    sentences = prose(1)
+    tokenizer = train_tokenizer([next(sentences) for _ in range(20_000)])
+    torch.manual_seed(0)
+    shape = PRESETS[args.preset] | {"vocab_size": tokenizer.vocab_size}
+    model = Transformer(ModelConfig(**shape))
+    with torch.no_grad():  # at their first values the same word would always win
+        model.head_weight.mul_(5)
+    save_model(args.work / "model", model, tokenizer)
+    for kind in ("F16", "Q8_0"):
+        write_gguf(args.work / f"{kind}.gguf", model, kind)
+
+
+def prompts(args: argparse.Namespace, number: int) -> list[list[int]]:
+    """As many prompts, which differ from their first token on."""
+    import random
+
+    rng = random.Random(number)
+    return [[rng.randrange(1000, 6000) for _ in range(args.prompt)] for _ in range(number)]
+
+
+def timed(write, args: argparse.Namespace) -> dict[str, float]:
+    """tokens/s of `write`: prompts -> tokens written, for each number of streams, and memory."""
+    import psutil
+
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], psutil.Process().memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    write(prompts(args, 1))  # warms up
+    done.set()
+    watcher.join()
+    figures = {"peak_mb": max(peak[0], psutil.Process().memory_info().rss) / 2**20}
+    for streams in STREAMS:
+        rates = []
+        for _ in range(3):
+            started = time.perf_counter()
+            written = write(prompts(args, streams))
+            rates.append(written / (time.perf_counter() - started))
+            assert written == streams * args.tokens
+        figures[f"streams_{streams}"] = max(rates)
+    return figures
+
+
+def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, float]:
+    """The engine."""
+    import torch
+
+    from minimind.inference.engine import Engine, Request
+    from minimind.inference.load import load_for_inference
+    from minimind.inference.sampling import Sampling
+
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_for_inference(args.work / "model", "cpu", dtype=getattr(torch, dtype))
+    engine = Engine(model, tokenizer, slots=max(STREAMS), int8=int8)
+    del model
+
+    def write(prompts: list[list[int]]) -> int:
+        greedy = Sampling(temperature=0)
+        completions = [engine.submit(Request(p, greedy, args.tokens)) for p in prompts]
+        return sum(len(piece.token_ids) for one in completions for piece in one)
+
+    with engine:
+        return timed(write, args)
+
+
+def transformers(args: argparse.Namespace, dtype: str) -> dict[str, float]:
+    """`generate` of the class that the model directory names; many prompts are one batch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.work / "model", attn_implementation="sdpa", dtype=getattr(torch, dtype)
+    ).eval()
+    model.generation_config.eos_token_id = None
+
+    @torch.inference_mode()
+    def write(prompts: list[list[int]]) -> int:
+        ids = torch.tensor(prompts)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=args.tokens,
+            max_new_tokens=args.tokens,
+        )
+        return output[:, ids.shape[1] :].numel()
+
+    return timed(write, args)
+
+
+def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
+    """llama.cpp's own loop: all sequences in one batch, the likeliest token of each taken."""
+    import ctypes
+
+    import llama_cpp as lib
+    import numpy
+
+    lib.llama_backend_init()
+    quiet = lib.llama_log_callback(lambda *rest: None)
+    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    path = str(args.work / f"{file}.gguf").encode()
+    model = lib.llama_model_load_from_file(path, lib.llama_model_default_params())
+    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+
+    def write(prompts: list[list[int]]) -> int:
+        settings = lib.llama_context_default_params()
+        settings.n_ctx = len(prompts) * (args.prompt + args.tokens)
+        settings.n_seq_max = len(prompts)
+        settings.n_batch = settings.n_ctx
+        settings.n_threads = settings.n_threads_batch = args.threads
+        context = lib.llama_init_from_model(model, settings)
+        batch = lib.llama_batch_init(settings.n_ctx, 0, 1)
+
+        def step(rows: list[tuple[int, int, int, bool]]) -> None:
+            batch.n_tokens = len(rows)
+            for i, (token, position, sequence, wanted) in enumerate(rows):
+                batch.token[i], batch.pos[i] = token, position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+                batch.logits[i] = wanted
+            assert lib.llama_decode(context, batch) == 0
+
+        step(
+            [
+                (token, position, sequence, position == args.prompt - 1)
+                for sequence, prompt in enumerate(prompts)
+                for position, token in enumerate(prompt)
+            ]
+        )
+        at = [(s + 1) * args.prompt - 1 for s in range(len(prompts))]
+        for done in range(args.tokens):
+            tokens = []
+            for place in at:
+                logits = lib.llama_get_logits_ith(context, place)
+                tokens.append(int(numpy.ctypeslib.as_array(logits, (vocab,)).argmax()))
+            if done < args.tokens - 1:
+                step([(t, args.prompt + done, s, True) for s, t in enumerate(tokens)])
+                at = list(range(len(prompts)))
+        lib.llama_batch_free(batch)
+        lib.llama_free(context)
+        return len(prompts) * args.tokens
+
+    return timed(write, args)
+
+
+def write_gguf(path: Path, model, kind: str) -> None:
+    """The weights as llama.cpp reads them; no tokenizer, ids are all that is decoded here."""
+    import gguf
+    import numpy
+
+    config = model.config
+    assert not config.qk_norm and config.tie_word_embeddings and not config.num_local_experts
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_tokenizer_model("no_vocab")
+    layer_names = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    quantised = getattr(gguf.GGMLQuantizationType, kind)
+    for name, tensor in model.state_dict().items():
+        own = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
+        if name not in own:
+            _, _, number, rest = name.removesuffix(".weight").split(".", 3)
+            own[name] = f"blk.{number}.{layer_names[rest]}"
+        data = tensor.numpy()
+        if own[name].endswith(("attn_q", "attn_k")):  # llama.cpp turns neighbours, not halves
+            data = data.reshape(-1, 2, config.head_dim // 2, data.shape[1])
+            data = data.swapaxes(1, 2).reshape(-1, data.shape[-1])
+        data = numpy.ascontiguousarray(data)
+        if data.ndim == 1:
+            writer.add_tensor(f"{own[name]}.weight", data)
+        else:
+            packed = gguf.quants.quantize(data, quantised)
+            writer.add_tensor(f"{own[name]}.weight", packed, raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def machine(args: argparse.Namespace) -> str:
+    """Processor, cores, versions."""
+    import os
+    from importlib.metadata import version
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "llama-cpp-python")]
+    return f"{os.cpu_count()} cores, {args.threads} used, {model}, " + ", ".join(versions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The forward pass of many texts, held against the model's own and against itself."""
+
+import random
+
+import pytest
+import torch
+
+from minimind.config.settings import LoRASettings
+from minimind.errors import ResourceError
+from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.model import PRESETS, ModelConfig, Transformer, apply_lora
+
+SHAPES = {
+    "llama": {},
+    "qwen3": dict(qk_norm=True),
+    "untied, all heads": dict(tie_word_embeddings=False, num_key_value_heads=4),
+    "experts": dict(
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+        attention_multiplier=0.3,
+    ),
+    "routed experts alone": dict(num_local_experts=3, num_experts_per_tok=1),
+}
+VOCAB = 600
+
+
+def make(dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**PRESETS["nano"] | {"vocab_size": VOCAB} | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6) if parameter.ndim > 1 else parameter.add_(torch.rand_like(parameter))
+    return model.to(dtype).eval()
+
+
+def words(number: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=number)
+
+
+def chunks_of(slot: int, ids: list[int]) -> list[Part]:
+    return [Part(slot, at, ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_logits_are_those_of_the_model(shape: str) -> None:
+    model, ids = make(**SHAPES[shape]), words(200)
+    batch = BatchedModel(model, 3, 256)
+    wanted = model.logits(model(torch.tensor([ids])))[0]
+    assert wanted.std() > 0.1
+    read = batch.forward([], chunks_of(1, ids[:150]))
+    torch.testing.assert_close(read, wanted[[63, 127, 149]], atol=1e-4, rtol=1e-4)
+    for at in range(150, 200):
+        written = batch.forward([Part(1, at, ids[at : at + 1])], [])
+        torch.testing.assert_close(written[0], wanted[at], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_an_adapter_in_training_counts() -> None:
+    model = apply_lora(make(), LoRASettings(rank=4, targets=["all"]))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter)
+    ids = words(20)
+    wanted = model.logits(model(torch.tensor([ids])))[0, -1]
+    found = BatchedModel(model, 1, 64).forward([], chunks_of(0, ids))[0]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def trace(batch: BatchedModel, slot: int, ids: list[int], prompt: int) -> list[torch.Tensor]:
+    """Logits of one text on its own: of its prompt, read in chunks, and of each token then."""
+    rows = [batch.forward([], [part])[0] for part in chunks_of(slot, ids[:prompt])][-1:]
+    return rows + [
+        batch.forward([Part(slot, at, [ids[at]])], [])[0] for at in range(prompt, len(ids))
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("shape", ["llama", "experts", "wide"])
+def test_a_text_comes_to_the_same_bits_whoever_is_beside_it(
+    shape: str, kind: str, threads: int
+) -> None:
+    wide = dict(hidden_size=256, intermediate_size=1408, head_dim=32, num_attention_heads=8)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    model = make(dtype, **(wide if shape == "wide" else SHAPES[shape]))
+    rng, slots = random.Random(1), 9
+    texts = {slot: words(rng.randrange(70, 160), slot) for slot in range(slots)}
+    prompts = {slot: rng.randrange(1, 140) for slot in range(slots)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # Each alone, in a slot that is not the one it has in company.
+        lonely = BatchedModel(model, slots, 256, int8=kind == "int8")
+        alone = {s: trace(lonely, (s + 4) % slots, ids, prompts[s]) for s, ids in texts.items()}
+        together = BatchedModel(model, slots, 256, int8=kind == "int8")
+        seen: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(slots)}
+        at = dict.fromkeys(range(slots), 0)
+        while open_slots := [slot for slot in range(slots) if at[slot] < len(texts[slot])]:
+            singles, reading = [], []
+            for slot in open_slots:
+                if rng.random() < 0.3:  # not everybody takes part in every step
+                    continue
+                ids, start = texts[slot], at[slot]
+                if start >= min(prompts[slot], len(ids)):
+                    singles.append(Part(slot, start, ids[start : start + 1]))
+                else:
+                    end = min(start + CHUNK, prompts[slot], len(ids))
+                    reading.append(Part(slot, start, ids[start:end]))
+            if not singles + reading:
+                continue
+            logits = together.forward(singles, reading)
+            for part, row in zip(singles + reading, logits, strict=True):
+                at[part.slot] += len(part.tokens)
+                if at[part.slot] >= min(prompts[part.slot], len(texts[part.slot])):
+                    seen[part.slot].append(row)
+        for slot in range(slots):
+            assert len(seen[slot]) == len(alone[slot])
+            assert all(map(torch.equal, seen[slot], alone[slot])), slot
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_copied_prefix_is_the_prefix() -> None:
+    batch, ids = BatchedModel(make(), 3, 256), words(200)
+    wanted = trace(batch, 0, ids, 150)
+    batch.copy_prefix(0, 2, 2 * CHUNK)
+    rest = Part(2, 2 * CHUNK, ids[2 * CHUNK : 150])
+    found = [batch.forward([], [rest])[0]]
+    found += [batch.forward([Part(2, at, [ids[at]])], [])[0] for at in range(150, 200)]
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_integers_are_close_to_the_weights() -> None:
+    model, ids = make(), words(60)
+    exact, rounded = (BatchedModel(model, 1, 64, int8=int8) for int8 in (False, True))
+    wanted, found = (batch.forward([], chunks_of(0, ids))[0] for batch in (exact, rounded))
+    assert 0 < (found - wanted).norm() / wanted.norm() < 0.1
+
+
+def test_room_that_no_machine_has_is_told() -> None:
+    model = make(max_position_embeddings=10**12)
+    with pytest.raises(ResourceError, match=r"16 texts of 1,000,000,000,000 tokens need [\d.]+ GB"):
+        BatchedModel(model, 16, 10**12)
+
+
+def test_memory_is_taken_as_it_is_used() -> None:
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process()
+    before = process.memory_info().rss
+    batch = BatchedModel(make(max_position_embeddings=2**20), 16, 2**20)  # 8 GB if all is used
+    batch.forward([], chunks_of(0, words(64)))
+    assert process.memory_info().rss - before < 100 << 20
