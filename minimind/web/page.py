@@ -177,7 +177,7 @@ class Page:
             conversation.turns.append(Turn(asked.strip()))
             self._keep(conversation)
             st.session_state["answer"] = conversation.turns[-1].id
-        wanted = st.session_state.pop("answer", None)
+        wanted = st.session_state.get("answer")
         if not conversation.turns:
             st.markdown(f"### {self.say('empty')}")
         for number, turn in enumerate(conversation.turns):
@@ -280,6 +280,8 @@ class Page:
             for side, model in enumerate(models)
         ]
         try:
+            # Not before: a run that is broken off up to here is to be made good by the next one.
+            del st.session_state["answer"]
             self._follow(conversation, turn, writers, places)
         finally:
             for side, writer in enumerate(writers):
@@ -372,7 +374,7 @@ class _Writer:
 
 def _places(number: int) -> list[Any]:
     """Where answers stand: below their question, or beside each other."""
-    return list(st.columns(number)) if number > 1 else [st.container()]
+    return list(st.columns(number)) if number > 1 else [st.container() for _ in range(number)]
 
 
 def _paint(text: str) -> None:

@@ -73,6 +73,8 @@ def show_page(url: str, key: str | None, port: int) -> None:
         "server.port": port,
         "server.headless": "true",  # opens no browser, asks for no e-mail address
         "server.fileWatcherType": "none",
+        # Else a second run begins before the first has kept what it was writing.
+        "runner.fastReruns": "false",
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",

@@ -20,13 +20,11 @@ from minimind.serving.models import find_models, load_served
 from minimind.serving.server import Server, bind, url_of
 from minimind.tokenizer import Tokenizer
 
-CONTEXT = 2048
 
-
-def make_model(tokenizer: Tokenizer, seed: int) -> Transformer:
+def make_model(tokenizer: Tokenizer, seed: int, context: int) -> Transformer:
     """Its choices are varied, and it never stops by itself."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": CONTEXT}
+    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": context}
     model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,10 +35,10 @@ def make_model(tokenizer: Tokenizer, seed: int) -> Transformer:
     return model
 
 
-def save_models(folder: Path, tokenizer: Tokenizer) -> Path:
+def save_models(folder: Path, tokenizer: Tokenizer, context: int = 2048) -> Path:
     """Two runs in `folder`, called `tiny` and `other`."""
     for name, seed in (("tiny", 1), ("other", 2)):
-        save_model(folder / name / "model", make_model(tokenizer, seed), tokenizer)
+        save_model(folder / name / "model", make_model(tokenizer, seed, context), tokenizer)
     return folder
 
 

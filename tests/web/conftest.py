@@ -14,8 +14,8 @@ from minimind.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def models_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two runs, `tiny` and `other`."""
-    return save_models(tmp_path_factory.mktemp("served"), tokenizer)
+    """A folder of two runs, `tiny` and `other`, whose answers can be long enough to be stopped."""
+    return save_models(tmp_path_factory.mktemp("served"), tokenizer, context=8192)
 
 
 @pytest.fixture(scope="session")

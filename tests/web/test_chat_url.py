@@ -45,7 +45,7 @@ def test_it_answers_as_the_model_does_here_and_needs_no_torch(
 
 
 def test_a_talk_may_be_longer_than_the_context(process: Any) -> None:
-    lines = ("长江" * 400 + "\n") * 6
+    lines = ("长江" * 1600 + "\n") * 6
     done = chat("tiny", "--url", process.url, "--max-new-tokens", "3", stdin=lines)
     assert done.returncode == 0
     assert done.stderr.count("oldest turns are left out") == 1

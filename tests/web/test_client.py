@@ -48,7 +48,7 @@ def test_closing_ends_it_at_the_service(client: Client, process: Any) -> None:
 
 
 def test_turns_that_do_not_fit_are_left_out(client: Client) -> None:
-    long = [{"role": "user", "content": "长江" * 300}] * 20
+    long = [{"role": "user", "content": "长江" * 900}] * 20
     with client.chat(TINY, [*long, *ASKED], max_tokens=3) as answer:
         assert 0 < answer.left_out <= 20
 
