@@ -15,7 +15,9 @@ _SETS_TEXT = re.compile(
 )
 # Escaped, these are characters: HTML, links and images, formulas, directives, entities, fences.
 _REACHES_OUT = re.compile(r"[\\<\[\]!$:&~@]")
-_BARE_ADDRESS = re.compile(r"www\.", re.IGNORECASE)  # which becomes a link by itself
+# These become links by themselves, escaped or not, unless something invisible keeps them apart.
+_ADDRESS = re.compile(r"(?<=www)(?=\.)|(?<=[a-z]:)(?=//)|(?=@)", re.IGNORECASE)
+_JOINER = "\u2060"
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ def _prose(text: str) -> list[Part]:
 
 
 def _safe(text: str) -> str:
-    escaped = _REACHES_OUT.sub(r"\\\g<0>", text)
-    escaped = _BARE_ADDRESS.sub(lambda found: found[0][:3] + "\\.", escaped)
+    escaped = _REACHES_OUT.sub(r"\\\g<0>", _ADDRESS.sub(_JOINER, text))
     return escaped.replace("\n", "  \n")  # a line's end is meant
 
 

@@ -308,12 +308,12 @@ def test_injections_are_shown_as_text(url: str, browser: Browser, store: Store) 
     assert titles == {Conversation(turns=[Turn(text)]).title for text in INJECTIONS}
     # In words that are set, they do not run either.
     talk.turns = [
-        Turn("x", [Answer("tiny", f"**a** `b`\n\n{text}\n\n- c {text}\n\n```\n{text}\n```")])
-        for text in INJECTIONS
+        Turn("x", [Answer("tiny", f"**a** `b`\n\n{text}\n\n- c {text}")]) for text in INJECTIONS
     ]
+    talk.turns.append(Turn("x", [Answer("tiny", "```\n" + "\n".join(INJECTIONS) + "\n```")]))
     store.save(talk)
     browser.driver.refresh()
-    browser.wait(lambda: len(browser.messages()) == 60 and browser.find("code"))
+    browser.wait(lambda: len(browser.messages()) == 62 and browser.find("code"))
     assert browser.driver.title == "MiniMind"
     inside = '[data-testid="stChatMessageContent"]'
     for what in ("script", "img", "iframe", "a[href]", "style", "link", "form:not(.x)", "base"):

@@ -60,7 +60,7 @@ def test_each_side_hears_its_own_answers() -> None:
     first = said.messages(2, 0)
     assert [message["role"] for message in first] == ["system", "user", "assistant", "user"]
     assert first[2]["content"] == "六千多公里。"
-    assert said.messages(2, 1)[2]["content"] == "不知。"
+    assert said.messages(2, 1)[2]["content"] == "不知道。"
     assert said.messages(0, 0) == [
         {"role": "system", "content": "你是向导"},
         {"role": "user", "content": "长江有多长？"},
