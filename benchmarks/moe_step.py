@@ -6,6 +6,8 @@ Same attention, and feed-forward 2,816 + 2 * 1,408 = 5,632 wide for each token i
 what the training loop does: forward, backward, as many micro-batches as the recipe's batch has,
 then Muon and AdamW. Micro-batches of the contenders take turns, in one process, and so do their
 optimizer steps; a step is the median micro-batch times their number and the median optimizer step.
+Seconds are those of the clock, and those of the processor: on a machine that others use too, give
+--threads 1 and look at the latter, which waiting for them does not change.
 Beside it: one layer of routed experts, sorted by expert as in training, against the plain
 definition in which every expert reads every token.
 """
@@ -23,6 +25,7 @@ import torch
 from training_speed import machine
 
 from minimind.config import load_recipe
+from minimind.config.model import MOE_FIELDS
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.model.device import choose_device
 from minimind.model.experts import routed, routed_plainly
@@ -38,21 +41,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--micro-batch", type=int, default=8, help="windows at once")
     parser.add_argument("--preset", default="moe")
+    parser.add_argument("--layers", type=int, help="fewer, for a quick look")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     device = choose_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     precision = choose_precision("bf16", device)
     recipe = load_recipe("pretrain-moe").recipe
-    moe = ModelConfig(**PRESETS[args.preset])
-    dense = ModelConfig(
-        **{
-            key: value
-            for key, value in PRESETS[args.preset].items()
-            if key not in ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size")
-        }
-        | {"intermediate_size": moe.active_intermediate_size}
-    )
+    shape = PRESETS[args.preset] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    moe = ModelConfig(**shape)
+    as_wide = {key: value for key, value in shape.items() if key not in MOE_FIELDS}
+    dense = ModelConfig(**as_wide | {"intermediate_size": moe.active_intermediate_size})
     window, num_micro = recipe.data.window, recipe.training.batch // args.micro_batch
     torch.manual_seed(0)
     tokens = torch.randint(moe.vocab_size, (args.micro_batch, window + 1), device=device)
@@ -113,35 +115,47 @@ def main() -> None:
         record[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "active_parameters": model.num_active_parameters,
-            "micro_batch_s": round(statistics.median(micro[name]), 4),
-            "optimizer_s": round(statistics.median(steps[name]), 4),
-            "step_s": round(
-                num_micro * statistics.median(micro[name]) + statistics.median(steps[name]), 2
-            ),
         }
-    record["ratio"] = round(record["moe"]["step_s"] / record["dense"]["step_s"], 3)
-    ratios = [a / b for a, b in zip(micro["moe"], micro["dense"], strict=True)]
-    record["ratios_of_micro_batches"] = [round(ratio, 3) for ratio in ratios]
-    record["routed_layer_s"] = {
-        name: round(statistics.median(times), 4) for name, times in layers.items()
-    }
+    for clock in ("clock", "processor"):
+        one, opt, layer_s = (
+            {name: statistics.median(row[clock] for row in rows) for name, rows in which.items()}
+            for which in (micro, steps, layers)
+        )
+        step_s = {name: num_micro * one[name] + opt[name] for name in models}
+        ratios = [a[clock] / b[clock] for a, b in zip(micro["moe"], micro["dense"], strict=True)]
+        record[f"seconds_of_the_{clock}"] = {
+            "ratio_of_steps": round(step_s["moe"] / step_s["dense"], 3),
+            "ratios_of_micro_batches": [round(ratio, 3) for ratio in ratios],
+            "step": _rounded(step_s),
+            "micro_batch": _rounded(one),
+            "optimizer": _rounded(opt),
+            "routed_layer": _rounded(layer_s),
+        }
     print(json.dumps(record, indent=1))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
 def take_turns(
     work: dict[str, Callable[[], None]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
+) -> dict[str, list[dict[str, float]]]:
     """Seconds of each piece of work in each round, after one round that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, run in work.items():
             wait(device)
-            start = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             run()
             wait(device)
-            seconds[name].append(time.perf_counter() - start)
+            took = {
+                "clock": time.perf_counter() - clock,
+                "processor": time.process_time() - processor,
+            }
+            seconds[name].append(took)
     return {name: times[1:] for name, times in seconds.items()}
 
 

@@ -2,13 +2,18 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from minimind.tokenizer import Tokenizer, train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from foreign import make_tokenizer
 
 # Several threads on tiny matrices cost far more than they bring, above all on cores that are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,4 +62,17 @@ def tokenizer_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
     """The same tokenizer as a directory; not to be written to."""
     directory = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def foreign_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tokenizer as others make them, by the name of its shape; read only."""
+    made: dict[str, Path] = {}
+
+    def directory(name: str) -> Path:
+        if name not in made:
+            made[name] = make_tokenizer(name, tmp_path_factory.mktemp("foreign"), TEXTS)
+        return made[name]
+
     return directory

@@ -13,17 +13,20 @@ import typer
 
 from minimind.cli.generate import (
     Adapter,
+    Context,
     Device,
     Int8,
     MaxNewTokens,
     MinP,
     RepetitionPenalty,
+    RopeScaling,
     Seed,
     Temperature,
     TopK,
     TopP,
     plain,
     stdin_lines,
+    stretched,
 )
 from minimind.errors import MinimindError, ResourceError, UsageError
 
@@ -63,12 +66,17 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     int8: Int8 = False,
+    context: Context = None,
+    rope_scaling: RopeScaling = None,
 ) -> None:
     """Talk with a model, here or at a service. Through a pipe, each line is a message."""
     if model is None and url is None:
         raise UsageError("give a MODEL, or the --url of a service")
-    if url is not None and (adapter is not None or device != "auto" or int8):
-        raise UsageError("--adapter, --device and --int8 are the service's to choose, not --url's")
+    context = stretched(context, rope_scaling)
+    if url is not None and (adapter or device != "auto" or int8 or context):
+        raise UsageError(
+            "--adapter, --device, --int8 and --context are the service's to choose, not --url's"
+        )
     settings = dict(
         temperature=temperature,
         top_p=top_p,
@@ -79,7 +87,8 @@ def chat(
     with contextlib.ExitStack() as stack:
         if url is None:
             assert model is not None
-            here = _from_model(model, adapter, device, int8, max_new_tokens, seed, settings)
+            how = dict(device=device, adapter=adapter, context=context, rope_scaling=rope_scaling)
+            here = _from_model(model, how, int8, max_new_tokens, seed, settings)
             answer, told = stack.enter_context(here)
         else:
             answer, told = _from_service(url, model, max_new_tokens, seed, settings)
@@ -96,8 +105,7 @@ def chat(
 @contextlib.contextmanager
 def _from_model(
     model: Path,
-    adapter: Path | None,
-    device: str,
+    how: dict[str, Any],
     int8: bool,
     max_new_tokens: int,
     seed: int | None,
@@ -110,7 +118,7 @@ def _from_model(
     from minimind.inference.sampling import Sampling
 
     sampling = Sampling(**settings)
-    loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
+    loaded, tokenizer = load_for_inference(model, **how)
     size = sum(parameter.numel() for parameter in loaded.parameters())
     with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
         del loaded  # the engine has its own
@@ -125,7 +133,7 @@ def _from_model(
                 seed=None if seed is None else seed + place,
             )
 
-        with_adapter = f" with {adapter}" if adapter else ""
+        with_adapter = f" with {how['adapter']}" if how["adapter"] else ""
         where = engine.model.device.type
         yield answer, f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
 

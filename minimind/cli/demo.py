@@ -20,7 +20,12 @@ _STAGES = {
     "pretrain": "pretraining: what the words mean",
     "sft-single": "fine-tuning: answering a question",
     "sft-multi": "fine-tuning: talking in several turns",
+    "dpo": "preferences: of two answers, the better one",
+    "identity": "an adapter (LoRA): a name of its own",
 }
+_BEFORE = {"sft-single": "pretrain", "sft-multi": "sft-single", "dpo": "sft-multi"}
+_BEFORE |= {"identity": "dpo"}
+_CALLED = {"name": "小满", "author": "阿青"}  # what the adapter teaches the model to say
 _VOCAB_SIZE = 3200
 _SEED = 1
 _CORPUS = {
@@ -28,7 +33,7 @@ _CORPUS = {
     "held_out_characters": 60_000,
     "single_turn": 300_000,
     "multi_turn": 20_000,
-    "preference_pairs": 2_000,
+    "preference_pairs": 6_000,
     "exam_questions": 2_000,
 }
 _QUIZ_QUESTIONS = 400
@@ -38,7 +43,11 @@ _ANSWER_TOKENS = 64
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("out/demo"),
     model: Annotated[
-        str | None, typer.Option(help="Preset; default: demo on a CPU, small on a GPU.")
+        str | None,
+        typer.Option(
+            help="Preset; default: demo on a CPU, small on a GPU. moe: a mixture of experts, on a "
+            "CPU of the demo's size."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
@@ -48,28 +57,32 @@ def demo(
 
     started = time.perf_counter()
     chosen = choose_device(device)
-    preset = model or ("demo" if chosen.type == "cpu" else "small")
+    on_cpu = chosen.type == "cpu"
+    preset = model or ("demo" if on_cpu else "small")
+    if preset == "moe" and on_cpu:  # 113 million parameters would take days
+        preset = "demo-moe"
     corpus = out / "corpus"
     recipes = {stage: _recipe(stage, preset, str(chosen), out, corpus) for stage in _STAGES}
     if fresh:
         _clear(out)
     out.mkdir(parents=True, exist_ok=True)
 
-    console.heading("1/6", "the corpus: a textbook of its own")
+    last = len(_STAGES) + 3
+    console.heading(f"1/{last}", "the corpus: a textbook of its own")
     _corpus(corpus)
-    console.heading("2/6", "the tokenizer")
+    console.heading(f"2/{last}", "the tokenizer")
     _tokenizer(out, corpus)
     results = {}
     for number, (stage, title) in enumerate(_STAGES.items(), 3):
-        console.heading(f"{number}/6", title)
+        console.heading(f"{number}/{last}", title)
         results[stage] = _run(recipes[stage])
-    console.heading("6/6", "the quiz and the report")
+    console.heading(f"{last}/{last}", "the quiz and the report")
     summary_file = out / "summary.json"
     if summary_file.is_file():
         summary = json.loads(summary_file.read_text("utf-8"))
         console.say("finished before; --fresh starts over")
     else:
-        _publish(out, results["sft-multi"])
+        _publish(out, results["dpo"])
         summary = _examine(out, recipes, results, started)
     _show(out, summary)
 
@@ -120,21 +133,23 @@ def _tokenizer(out: Path, corpus: Path) -> None:
 def _recipe(stage: str, preset: str, device: str, out: Path, corpus: Path) -> "Recipe":
     from minimind.config import load_recipe
 
-    before = {"sft-single": "pretrain", "sft-multi": "sft-single"}.get(stage)
+    before = _BEFORE.get(stage)
     data = corpus / f"{stage}.jsonl"
-    start = {"model.init": str(out / before)} if before else {"model.preset": preset}
     flags: dict[str, Any] = {
         "out": str(out / stage),
         "tokenizer": str(out / "tokenizer"),
         "device": device,
         "data.store": str(out / "stores"),
-        "data.sources": [str(data)],
     }
+    flags |= {"model.init": str(out / before)} if before else {"model.preset": preset}
+    if stage == "identity":
+        return load_recipe("lora-identity", flags=flags | {"data.fill": _CALLED}).recipe
+    flags["data.sources"] = [str(data)]
     if stage == "pretrain":
         flags["data.validation"] = [str(corpus / "held-out.jsonl")]
     if stage == "sft-multi":  # what was learned before is kept by practising it on
         flags["data.sources"] = [f"{data}", f"{corpus / 'sft-single.jsonl'}@0.2"]
-    return load_recipe(f"demo-{stage}", flags=flags | start).recipe
+    return load_recipe(f"demo-{stage}", flags=flags).recipe
 
 
 def _run(recipe: "Recipe") -> "StageResult":
@@ -143,14 +158,18 @@ def _run(recipe: "Recipe") -> "StageResult":
 
     reporter = console.RichReporter()
     result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
-    if result.model is None:
+    if not result.finished:
         console.say("stopped; `minimind demo` again goes on from here")
         raise typer.Exit(130)
     summary = result.summary
+    held_out = (
+        f"{summary['accuracy']:.1%} of held-out pairs told apart"
+        if "accuracy" in summary
+        else f"{summary['bits_per_byte']:.3f} bits a byte held out"
+    )
     console.say(
         f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} a second), "
-        f"{summary['bits_per_byte']:.3f} bits a byte held out"
+        f"({summary['tokens_per_second']:,.0f} a second), {held_out}"
     )
     return result
 
@@ -168,70 +187,76 @@ def _publish(out: Path, last: "StageResult") -> None:
 def _examine(
     out: Path, recipes: dict[str, "Recipe"], results: dict[str, "StageResult"], started: float
 ) -> dict[str, Any]:
-    """The quiz, the eight questions at three moments, `summary.json` and `report.html`."""
+    """The quiz, the eight questions as each stage answers them, `summary.json`, `report.html`."""
     from minimind.data.textbook import eight, sample_quiz
     from minimind.evaluation.quiz import by_subject, mark
     from minimind.inference.asking import answer_all, continue_all
-    from minimind.model import load_model
+    from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
-    from minimind.tokenizer import Tokenizer
     from minimind.training.stage import new_model
 
-    device = choose_device(recipes["pretrain"].device)
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    questions = eight()
+    device = recipes["pretrain"].device
+    questions, quiz = eight(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
     asked = [question.question for question in questions]
-    untrained = new_model(recipes["pretrain"], tokenizer).to(device)
+    pretrained, tokenizer = load_for_inference(out / "pretrain", device)
+    untrained = new_model(recipes["pretrain"], tokenizer).to(choose_device(device))
     before = continue_all(untrained, tokenizer, asked, max_new_tokens=24)
-    pretrained = load_model(out / "pretrain" / "model", device=device)
     prompts = [f"问：{question}答：" for question in asked]
     between = [
         text.split("问：")[0]
         for text in continue_all(pretrained, tokenizer, prompts, max_new_tokens=_ANSWER_TOKENS)
     ]
-    final = load_model(out / "model", device=device)
-    after = mark(questions, answer_all(final, tokenizer, asked, max_new_tokens=_ANSWER_TOKENS))
-    quiz = sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
     reporter = console.RichReporter()
-    reporter.start("answering the quiz", len(quiz), unit="question")
-    answers = answer_all(
-        final,
-        tokenizer,
-        [question.question for question in quiz],
-        max_new_tokens=_ANSWER_TOKENS,
-        progress=reporter.progress,
-    )
-    reporter.stop()
-    marked = mark(quiz, answers)
+
+    def examined(run: Path) -> tuple[list["Marked"], list["Marked"]]:
+        """The eight questions and the quiz, asked and marked."""
+        model, _ = load_for_inference(run, device)
+        answers = answer_all(model, tokenizer, asked, max_new_tokens=_ANSWER_TOKENS)
+        reporter.start("answering the quiz", len(quiz), unit="question")
+        told = answer_all(
+            model,
+            tokenizer,
+            [question.question for question in quiz],
+            max_new_tokens=_ANSWER_TOKENS,
+            progress=reporter.progress,
+        )
+        reporter.stop()
+        return mark(questions, answers), mark(quiz, told)
+
+    tuned, marked_before = examined(out / "sft-multi")
+    after, marked = examined(out / "model")
     subjects = by_subject(marked)
+    measured = ("seconds", "tokens", "tokens_per_second", "bits_per_byte")
     stages = {
-        name: {
-            key: result.summary[key]
-            for key in ("seconds", "tokens", "tokens_per_second", "bits_per_byte")
-        }
+        name: {key: result.summary[key] for key in measured if key in result.summary}
         for name, result in results.items()
     }
+    dpo = results["dpo"].summary
     summary = {
         "training_seconds": sum(stage["seconds"] for stage in stages.values()),
         "total_seconds": time.perf_counter() - started,
-        "device": str(device),
+        "device": device,
         "parameters": results["pretrain"].summary["parameters"],
         "stages": stages,
         "unigram_bits_per_byte": results["pretrain"].summary["unigram_bits_per_byte"],
         "quiz": {
             "correct": sum(one.right for one in marked),
+            "correct_before_preferences": sum(one.right for one in marked_before),
             "questions": len(marked),
             "by_subject": {
                 name: {"correct": right, "questions": count}
                 for name, (right, count) in subjects.items()
             },
         },
+        "preferences": {key: dpo[key] for key in ("first_accuracy", "accuracy", "rewards/margin")},
+        "identity": _CALLED | _who_it_is(out, device, results["identity"].summary),
         "eight": [
             {
                 "question": question.question,
                 "before_training": before[i],
                 "after_pretraining": between[i],
-                "after_fine_tuning": after[i].answer,
+                "after_fine_tuning": tuned[i].answer,
+                "after_preferences": after[i].answer,
                 "correct": after[i].right and after[i].fluent,
             }
             for i, question in enumerate(questions)
@@ -240,6 +265,36 @@ def _examine(
     _report(out, summary, results, subjects, marked)
     console.write_json(out / "summary.json", summary)
     return summary
+
+
+def _who_it_is(out: Path, device: str, trained: dict[str, Any]) -> dict[str, Any]:
+    """Ways of asking who it is that were never trained on, without and with the adapter."""
+    from minimind.data.textbook import held_out_identity
+    from minimind.inference.asking import answer_all
+    from minimind.inference.load import load_for_inference
+
+    questions = held_out_identity()
+    said = []
+    for adapter in (None, out / "identity"):
+        model, tokenizer = load_for_inference(out / "model", device, adapter=adapter)
+        said.append(answer_all(model, tokenizer, [q.question for q in questions]))
+    answers = [
+        {
+            "question": q.question,
+            "before": before,
+            "after": after,
+            "right": q.is_right(after, _CALLED),
+        }
+        for q, before, after in zip(questions, *said, strict=True)
+    ]
+    return {
+        "correct": sum(answer["right"] for answer in answers),
+        "questions": len(answers),
+        # Of other questions: what it costs to learn a name.
+        "general_loss_before": trained["first_general_loss"],
+        "general_loss_after": trained["general_loss"],
+        "answers": answers,
+    }
 
 
 def _report(
@@ -252,6 +307,7 @@ def _report(
     from minimind.evaluation.report import StageReport, write_report
 
     right, count = summary["quiz"]["correct"], summary["quiz"]["questions"]
+    identity = summary["identity"]
     write_report(
         out / "report.html",
         title="minimind demo",
@@ -263,9 +319,12 @@ def _report(
             "of the eight": f"{sum(one['correct'] for one in summary['eight'])} right",
             "bits per byte": f"{summary['stages']['pretrain']['bits_per_byte']:.3f}",
             "unigram": f"{summary['unigram_bits_per_byte']:.3f}",
+            "pairs told apart": f"{summary['preferences']['accuracy']:.1%}",
+            "knows its name": f"{identity['correct'] / identity['questions']:.0%}",
         },
         stages=[StageReport.read(name, result.run) for name, result in results.items()],
         eight=summary["eight"],
+        identity=identity["answers"],
         by_subject=subjects,
         wrong=[
             {
@@ -284,12 +343,13 @@ def _show(out: Path, summary: dict[str, Any]) -> None:
     console.show(
         console.table(
             "The eight questions",
-            ["question", "after pretraining", "after fine-tuning", ""],
+            ["question", "after pretraining", "after fine-tuning", "after preferences", ""],
             (
                 [
                     one["question"],
                     one["after_pretraining"],
                     one["after_fine_tuning"],
+                    one["after_preferences"],
                     "✓" if one["correct"] else "✗",
                 ]
                 for one in summary["eight"]
@@ -297,6 +357,7 @@ def _show(out: Path, summary: dict[str, Any]) -> None:
         )
     )
     quiz, stages = summary["quiz"], summary["stages"]
+    preferences, identity = summary["preferences"], summary["identity"]
     rows = [
         ("parameters", summary["parameters"]),
         ("device", summary["device"]),
@@ -313,8 +374,18 @@ def _show(out: Path, summary: dict[str, Any]) -> None:
             f"{quiz['correct']} of {quiz['questions']} right "
             f"({quiz['correct'] / quiz['questions']:.1%})",
         ),
+        ("the same before preferences", f"{quiz['correct_before_preferences']} right"),
         ("the eight", f"{sum(one['correct'] for one in summary['eight'])} of 8 right"),
+        (
+            "pairs of answers told apart",
+            f"{preferences['accuracy']:.1%} (before: {preferences['first_accuracy']:.1%})",
+        ),
+        (
+            f"says that it is {identity['name']}, by {identity['author']}",
+            f"{identity['correct']} of {identity['questions']} ways of asking",
+        ),
     ]
     console.show(console.table("Summary", ["figure", "value"], rows, numbers=1))
     console.say(f"The report with all curves: {out / 'report.html'}")
     console.say(f"Chat with your model: minimind chat {out}")
+    console.say(f"And by its name: minimind chat {out} --adapter {out / 'identity'}")

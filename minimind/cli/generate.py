@@ -4,7 +4,7 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,14 @@ Int8 = Annotated[
     bool, typer.Option("--int8", help="Weights as 8-bit integers on a CPU: faster, less exact.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Context = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens the model can see; more than it was made for is stretched."),
+]
+RopeScaling = Annotated[
+    Literal["linear", "dynamic", "yarn"] | None,
+    typer.Option(help="How --context stretches the model; default: yarn."),
+]
 
 # A terminal obeys these; text has no use for them, line breaks and tabs apart.
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -53,6 +61,8 @@ def generate(
     seed: Seed = None,
     device: Device = "auto",
     int8: Int8 = False,
+    context: Context = None,
+    rope_scaling: RopeScaling = None,
 ) -> None:
     """Go on with a text, as a pretrained model does."""
     text = plain("".join(stdin_lines()).rstrip("\n") if prompt == "-" else prompt)
@@ -64,16 +74,32 @@ def generate(
     from minimind.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, min_p)
-    loaded, tokenizer = load_for_inference(model, device, adapter=adapter)
+    loaded, tokenizer = load_for_inference(
+        model,
+        device,
+        adapter=adapter,
+        context=stretched(context, rope_scaling),
+        rope_scaling=rope_scaling,
+    )
     with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
         del loaded  # the engine has its own
         pieces = engine.stream_text(
-            tokenizer.encode(text), max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+            tokenizer.text_start + tokenizer.encode(text),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
         )
         print(text, end="", flush=True)
         for piece in pieces:
             print(plain(piece), end="", flush=True)
         print()
+
+
+def stretched(context: int | None, rope_scaling: str | None) -> int | None:
+    """`context`. Raises UsageError for a kind of scaling without a context to reach."""
+    if rope_scaling and context is None:
+        raise UsageError("--rope-scaling says how to reach a context; give --context N too")
+    return context
 
 
 def plain(text: str) -> str:

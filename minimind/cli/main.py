@@ -110,8 +110,8 @@ def _start(
 
 
 for _verb in (
-    *(demo.demo, train.pretrain, train.sft, train.lora, train.train, merge.merge),
-    *(chat.chat, generate.generate, serve.serve, web.web),
+    *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
+    *(merge.merge, chat.chat, generate.generate, serve.serve, web.web),
 ):
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minimind.cli.generate import Device, Int8
+from minimind.cli.generate import Context, Device, Int8, RopeScaling, stretched
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
 
@@ -46,6 +46,8 @@ def serve(
     ] = 64,
     device: Device = "auto",
     int8: Int8 = False,
+    context: Context = None,
+    rope_scaling: RopeScaling = None,
     end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
 ) -> None:
     """Serve models over HTTP, as OpenAI's API. Docs are at /docs."""
@@ -58,6 +60,7 @@ def serve(
     from minimind.serving.models import find_adapters, find_models, load_served
 
     check_exposure(host, keys)
+    context = stretched(context, rope_scaling)
     directories = find_models(models)
     adapters = find_adapters(adapter or [], directories)
     listening = server.bind(host, port)
@@ -70,7 +73,15 @@ def serve(
         named |= {name: (base, place) for name, place in adapters.items()}
         served = {
             name: load_served(
-                name, directory, place, device=device, int8=int8, slots=slots, waiting=queue
+                name,
+                directory,
+                place,
+                device=device,
+                slots=slots,
+                waiting=queue,
+                int8=int8,
+                context=context,
+                rope_scaling=rope_scaling,
             )
             for name, (directory, place) in named.items()
         }

@@ -1,4 +1,4 @@
-"""`minimind pretrain`, `minimind sft`, `minimind lora`, and `minimind train RECIPE` behind them."""
+"""`minimind pretrain`, `sft`, `lora`, `dpo`, and `minimind train RECIPE` behind them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,6 +96,24 @@ def lora(
     _stage(arguments, "lora-small", flags, fresh, resume, explain, dry_run, json)
 
 
+def dpo(
+    arguments: Arguments = None,
+    model: Annotated[str | None, typer.Option(help="Model or run directory to start from.")] = None,
+    data: Data = None,
+    out: Out = None,
+    device: Device = None,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    explain: Explain = False,
+    dry_run: DryRun = False,
+    json: Json = None,
+) -> None:
+    """Make a chat model prefer the better of two answers (direct preference optimisation)."""
+    flags = {"objective": "dpo", "data.sources": data, "model.init": model}
+    flags |= {"out": out, "device": device}
+    _stage(arguments, "dpo-small", flags, fresh, resume, explain, dry_run, json)
+
+
 def train(
     arguments: Arguments = None,
     out: Out = None,
@@ -172,7 +190,7 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples
         from minimind.inference.asking import answer_all, continue_all
 
         prompts = recipe.validation.prompts
-        chat = recipe.objective == "sft"
+        chat = recipe.objective != "pretrain"
         texts = (answer_all if chat else continue_all)(model, tokenizer, prompts)
         model.train()
         for prompt, text in zip(prompts, texts, strict=True):

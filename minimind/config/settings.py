@@ -18,6 +18,10 @@ class ModelSettings(_Settings):
     """Where the model comes from: a directory to go on with, or a preset to start from zero."""
 
     init: str | None = Field(None, description="Model directory to start from.")
+    context: int | None = Field(None, ge=1, description="Stretch the context of `init` to this.")
+    rope_scaling: Literal["linear", "dynamic", "yarn"] | None = Field(
+        None, description="How the context is stretched; default: yarn."
+    )
     preset: str = Field("small", description="Named shape of a new model.")
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -40,9 +44,22 @@ class ModelSettings(_Settings):
             raise ValueError(f"it should be one of {', '.join(PRESETS)}")
         return preset
 
+    @model_validator(mode="after")
+    def _stretches_a_model(self) -> "ModelSettings":
+        if self.context and not self.init:
+            raise ValueError(
+                "context stretches the model that init names; "
+                "the context of a new model is max_position_embeddings"
+            )
+        if self.rope_scaling and not self.context:
+            raise ValueError("rope_scaling says how to reach a context; set context too")
+        return self
+
     def shape(self, vocab_size: int) -> ModelConfig:
         """The resolved shape of a new model with `vocab_size` words."""
-        own = self.model_dump(exclude={"init", "preset"}, exclude_none=True)
+        own = self.model_dump(
+            exclude={"init", "preset", "context", "rope_scaling"}, exclude_none=True
+        )
         return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
 
 
@@ -163,10 +180,28 @@ class CheckpointSettings(_Settings):
     keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
 
 
+class DPOSettings(_Settings):
+    """Direct preference optimisation, for the objective dpo alone."""
+
+    loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = "sigmoid"
+    beta: float = Field(
+        0.1, gt=0, description="How dear the start is; sigmoid_norm wants more, such as 5."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round."
+    )
+
+    @model_validator(mode="after")
+    def _only_sigmoids_are_smoothed(self) -> "DPOSettings":
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing goes with the sigmoid losses, not with ipo")
+        return self
+
+
 class Recipe(_Settings):
     """A whole stage: what is trained, from what, on what, how."""
 
-    objective: Literal["pretrain", "sft"]
+    objective: Literal["pretrain", "sft", "dpo"]
     out: str | None = Field(None, description="Run directory.")
     tokenizer: str | None = Field(None, description="Tokenizer directory; default: the model's.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
@@ -179,3 +214,4 @@ class Recipe(_Settings):
     training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())
     validation: ValidationSettings = Field(default_factory=lambda: ValidationSettings())
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
+    dpo: DPOSettings = Field(default_factory=lambda: DPOSettings())

@@ -18,6 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from minimind.tokenizer.chat import ROLES, Message
@@ -66,6 +67,21 @@ class Record:
         roles = [message["role"] for message in self._each_once()]
         whole = "\0".join([*self.texts, *roles]).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big")
+
+    def split_key(self) -> int:
+        """64 bits that decide whether it is held out.
+
+        Of a pair the prompt alone: what is learned of one pair must not be asked in another.
+        """
+        if self.kind != "pair":
+            return self.fingerprint()
+        return Record(messages=(self.chosen or [])[: self.num_shared]).fingerprint()
+
+    @property
+    def num_shared(self) -> int:
+        """How many messages a pair's sides begin with alike: the prompt."""
+        sides = zip(self.chosen or [], self.rejected or [], strict=False)
+        return sum(1 for _ in takewhile(lambda both: both[0] == both[1], sides))
 
     def filled(self, fill: Mapping[str, str]) -> "Record":
         """The same with each `{{key}}` in what is written replaced by its value."""
@@ -204,7 +220,11 @@ def _pairs(record: Mapping[str, Any]) -> Record:
         raise _missing(record, _CHOSEN if chosen is None else _REJECTED)
     prompt = _prompt(record)
     sides = [_answered(_side(prompt, side)) for side in (chosen, rejected)]
-    return Record(chosen=sides[0], rejected=sides[1])
+    pair = Record(chosen=sides[0], rejected=sides[1])
+    apart = [side[pair.num_shared :] for side in sides]
+    if any(apart) and not all(side and side[0]["role"] == "assistant" for side in apart):
+        raise ValueError("chosen and rejected are not answers to the same messages")
+    return pair
 
 
 def _prompt(record: Mapping[str, Any]) -> list[Message]:

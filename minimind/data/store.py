@@ -5,12 +5,15 @@
              <key>.making-…/          a store in the making; left only by a process that died
              <key>/manifest.json      what it was made from, counts; written last
                    train-00000.tokens token ids, uint16 (uint32 for vocabularies over 65,536)
-                   train-00000.mask   chat only: uint8, 1 where the model is to produce the token
+                   train-00000.mask   not of text: uint8, 1 where the model is to produce the token
                    train-00000.ends   int64, where each document ends
                    validation-…       the documents held out
 
+A preference pair is two documents, the chosen conversation and then the rejected one.
+
 A store holds one part of a mix. Which documents are held out depends on their text alone, so it
-is the same in any order of files, and copies of one document stay on one side.
+is the same in any order of files, and copies of one document stay on one side; so do the pairs
+of one prompt.
 """
 
 import contextlib
@@ -37,10 +40,11 @@ from minimind.data.read import BadLines, batches, list_files, read_records
 from minimind.data.schemas import Record, placeholders
 from minimind.errors import DataError, ResourceError
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import encode_chats
+from minimind.tokenizer.chat import Message, encode_chats, refusal
 
-Kind = Literal["text", "chat"]
+Kind = Literal["text", "chat", "pairs"]
 Split = Literal["train", "validation"]
+_RECORDS = {"text": ("text", "messages"), "chat": ("messages",), "pairs": ("pair",)}
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _FORMAT = 3
 _SHARD_TOKENS = 1 << 27
@@ -80,7 +84,7 @@ class TokenStore:
             for shard in self.manifest[split]["shards"]:
                 yield f"{shard['name']}.tokens", shard["tokens"] * width
                 yield f"{shard['name']}.ends", shard["documents"] * 8
-                if self.manifest["kind"] == "chat":
+                if self.manifest["kind"] != "text":
                     yield f"{shard['name']}.mask", shard["tokens"]
 
     def shards(self, split: Split) -> list[Shard]:
@@ -89,7 +93,7 @@ class TokenStore:
             Shard(
                 tokens=_map(self.folder / f"{shard['name']}.tokens", self.manifest["dtype"]),
                 mask=_map(self.folder / f"{shard['name']}.mask", "uint8")
-                if self.manifest["kind"] == "chat"
+                if self.manifest["kind"] != "text"
                 else None,
                 ends=_map(self.folder / f"{shard['name']}.ends", "int64"),
             )
@@ -176,7 +180,7 @@ def open_store(
 
 
 def _wanted(kind: Kind) -> str:
-    return "conversations" if kind == "chat" else "text"
+    return {"text": "text", "chat": "conversations", "pairs": "preference pairs"}[kind]
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -313,7 +317,9 @@ def _fill(
         raise DataError(
             f"{files[0]}{' and others' if len(files) > 1 else ''}: no {_wanted(kind)} found"
             + (f" ({skipped:,} records of another kind)" if skipped else "")
+            + (", each with chosen and rejected answers" if kind == "pairs" else "")
             + "; `minimind data inspect` shows what the files hold"
+            + _refused(files, tokenizer, described["schema"])
         )
     return counts | {
         "dtype": dtype,
@@ -325,6 +331,14 @@ def _fill(
         "skipped": skipped,
         "unfilled": dict(unfilled),
     }
+
+
+def _refused(files: list[Path], tokenizer: Tokenizer, schema: str) -> str:
+    """Why the first conversation does not fit the chat format of a model made elsewhere, if so."""
+    records = read_records(files, schema=schema, bad=BadLines())
+    first = next((talk for record in records for talk in _conversations(record)), None)
+    reason = first and refusal(tokenizer, first)
+    return f". The first conversation: {reason}" if reason else ""
 
 
 def _noted(records: Iterable[Record], unfilled: "Counter[str]") -> Iterator[Record]:
@@ -377,28 +391,44 @@ def _encode(
 ) -> tuple[dict[Split, _Documents], int, int]:
     """The documents of each side, how many records are of another kind, and the batch's mark."""
     batch, mark = marked
-    wanted = [r for r in batch if r.messages or (r.text is not None and kind == "text")]
-    chats = iter(encode_chats(tokenizer, [r.messages for r in wanted if r.messages]))
+    wanted = [
+        record
+        for record in batch
+        if record.kind in _RECORDS[kind]
+        and not any(refusal(tokenizer, talk) for talk in _conversations(record))
+    ]
+    talks = [(talk, record.num_shared) for record in wanted for talk in _conversations(record)]
+    given = [number for _, number in talks]
+    chats = iter(encode_chats(tokenizer, [talk for talk, _ in talks], given=given))
     texts = (record.text for record in wanted if record.text is not None)
     pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
     code = {"uint16": "H", "uint32": "I"}[dtype]
     sides: dict[Split, _Documents] = {split: _Documents(array(code)) for split in _SPLITS}
     for record in wanted:
-        documents = sides["validation" if record.fingerprint() < limit else "train"]
+        documents = sides["validation" if record.split_key() < limit else "train"]
         start = len(documents.tokens)
-        if record.messages:
+        for _ in _conversations(record):
             ids, mask = next(chats)
             documents.tokens.fromlist(ids)
             documents.mask.fromlist(mask)
+            if kind != "text":
+                documents.lengths.append(len(ids))
+        if record.text is not None:
+            documents.tokens.fromlist(tokenizer.text_start)
         for _ in split_long(record.text or ""):
             documents.tokens.fromlist(next(pieces))
         if kind == "text":
             documents.tokens.append(tokenizer.end_of_text)
-        documents.lengths.append(len(documents.tokens) - start)
+            documents.lengths.append(len(documents.tokens) - start)
         for text in record.texts:
             documents.characters += len(text)
             documents.num_bytes += len(text.encode("utf-8", "surrogatepass"))
     return sides, len(batch) - len(wanted), mark
+
+
+def _conversations(record: Record) -> list[list[Message]]:
+    """Those of one record: one, of a pair two, of running text none."""
+    return [side for side in (record.messages, record.chosen, record.rejected) if side is not None]
 
 
 def split_long(text: str) -> Iterator[str]:
@@ -434,7 +464,7 @@ class _Writer:
 
     def __init__(self, folder: Path, split: Split, kind: Kind) -> None:
         self._folder, self._split = folder, split
-        self._endings = ("tokens", "ends", "mask") if kind == "chat" else ("tokens", "ends")
+        self._endings = ("tokens", "ends", "mask") if kind != "text" else ("tokens", "ends")
         self._streams: list[BinaryIO] = []
         self._shards: list[dict[str, Any]] = []
         self._characters = self._num_bytes = 0

@@ -70,6 +70,7 @@ _PLOT_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "path",  # glyphs as shapes: no font is needed to see them
 }
+_MARKS = {True: "<b class=right>✓</b>", False: "<b class=wrong>✗</b>"}
 _MANY = 100  # points: from here on those of training are smoothed, and of validation a line
 _MAX_POINTS = 400
 _MAX_SAMPLES = 40
@@ -104,21 +105,26 @@ def write_report(
     cards: Mapping[str, str],
     stages: Sequence[StageReport],
     eight: Sequence[Mapping[str, Any]],
+    identity: Sequence[Mapping[str, Any]],
     by_subject: Mapping[str, tuple[int, int]],
     wrong: Sequence[Mapping[str, str]],
 ) -> None:
     """Write the page.
 
-    `eight`: question, before_training, after_pretraining, after_fine_tuning, correct;
+    `eight`: question, before_training, after_pretraining, after_fine_tuning, after_preferences,
+    correct; `identity`: question, before, after, right;
     `by_subject`: (right, asked) of the quiz; `wrong`: question, answer, expected.
     """
     with_experts = [stage for stage in stages if _lines(stage.metrics, "expert_load/")]
+    preferring = [stage for stage in stages if _lines(stage.metrics, "rewards/")]
+    others = [stage for stage in stages if stage not in preferring]
     sections = [
         (
             "The eight questions",
-            "The same questions at three moments. Before training the model writes noise; after "
+            "The same questions at four moments. Before training the model writes noise; after "
             "pretraining it knows words but seldom the answer; after fine-tuning it should answer "
-            "in one whole sentence. ✓ marks a last answer that is right and fluent.",
+            "in one whole sentence, and learning preferences should keep it so. ✓ marks a last "
+            "answer that is right and fluent.",
             _eight(eight),
         ),
         (
@@ -132,15 +138,26 @@ def write_report(
             "Loss",
             "How surprised the model is by the next token, in nats: 0 would mean never. Good is a "
             "curve that falls fast, then slowly, with validation (text that is not trained on) "
-            "close to train. If validation rises while train falls, the model learns by heart.",
-            _plots(stages, "loss", "nats per token"),
+            "close to train. If validation rises while train falls, the model learns by heart. "
+            "Where general data has a line, its rise shows how much of that is being forgotten.",
+            _plots(others, "loss", "nats per token"),
         ),
         (
             "Bits per byte",
             "How many bits the model needs for each byte of text: the loss again, but in a unit "
             "that does not depend on the tokenizer. Lower is better. The dashed line is a model "
             "that knows only how often each token occurs; good is far below it.",
-            _plots(stages, "bits_per_byte", "bits per byte", from_zero=True),
+            _plots(others, "bits_per_byte", "bits per byte", from_zero=True),
+        ),
+        (
+            "Preferences",
+            "Learning which of two answers is better. The loss begins at 0.693, the logarithm of "
+            "2 (with ipo elsewhere), and should fall. The reward of an answer says how much "
+            "likelier than at the start it is now: good is a reward of the chosen answers above "
+            "that of the rejected ones. The accuracy is the share of pairs in which that is so. "
+            "Log-probabilities are nats an answer: those of the rejected ones should fall; where "
+            "those of the chosen ones fall far too, the model forgets how to talk.",
+            _preferences(preferring),
         ),
         (
             "Learning rate",
@@ -173,6 +190,13 @@ def write_report(
             "Questions in words that were never trained on, the weakest subject first. Good is a "
             "long bar everywhere; a short bar shows what the model has not understood.",
             _subjects(by_subject) + _wrong(wrong),
+        ),
+        (
+            "A name of its own",
+            "Asked who it is, in words never trained on, without and with the adapter that LoRA "
+            "trained beside the model. ✓ marks an answer that says the name or the author that "
+            "was asked for.",
+            _identity(identity),
         ),
         (
             "What the model wrote on the way",
@@ -245,12 +269,23 @@ def _eight(rows: Sequence[Mapping[str, Any]]) -> str:
         "before_training": "before training",
         "after_pretraining": "after pretraining",
         "after_fine_tuning": "after fine-tuning",
+        "after_preferences": "after preferences",
     }
-    marks = {True: "<b class=right>✓</b>", False: "<b class=wrong>✗</b>"}
     return _table(
         ["question", *moments.values(), ""],
         (
-            [*(_text(row[key]) for key in ("question", *moments)), marks[row["correct"]]]
+            [*(_text(row[key]) for key in ("question", *moments)), _MARKS[row["correct"]]]
+            for row in rows
+        ),
+        kind="texts",
+    )
+
+
+def _identity(rows: Sequence[Mapping[str, Any]]) -> str:
+    return _table(
+        ["question", "without the adapter", "with it", ""],
+        (
+            [*(_text(row[key]) for key in ("question", "before", "after")), _MARKS[row["right"]]]
             for row in rows
         ),
         kind="texts",
@@ -292,6 +327,17 @@ def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bo
         )
         + "</div>"
     )
+
+
+def _preferences(stages: Sequence[StageReport]) -> str:
+    """What is measured of pairs alone."""
+    figures = {
+        "loss": "loss per pair",
+        "rewards/": "reward",
+        "accuracy": "accuracy",
+        "logps/": "log-probability",
+    }
+    return "".join(_plots(stages, key, label) for key, label in figures.items())
 
 
 def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from minimind.inference.engine import Engine, Request, stop_ids
+from minimind.inference.engine import Engine, Request
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def continue_all(
     model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], *, max_new_tokens: int = 64
 ) -> list[str]:
     """A greedy continuation of each text."""
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.text_start + tokenizer.encode(text) for text in texts]
     outputs = write_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     return [tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
 
@@ -54,7 +54,7 @@ def write_all(
     """
     if not prompts:
         return []
-    stops = stop_ids(tokenizer) if stops is None else stops
+    stops = frozenset(tokenizer.stop_ids) if stops is None else stops
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     with Engine(model, tokenizer, slots=min(_AT_ONCE, len(prompts)), context=longest) as engine:
         completions = [

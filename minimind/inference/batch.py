@@ -25,7 +25,7 @@ from minimind.model import Transformer
 from minimind.model.experts import RoutedExperts
 from minimind.model.lora import LoRALinear
 from minimind.model.norm import RMSNorm
-from minimind.model.rope import rope_table
+from minimind.model.rope import depends_on_length, rope_table
 from minimind.model.transformer import Layer
 
 CHUNK = 64  # tokens of a prompt that are read together; a prefix is shared in whole chunks
@@ -37,11 +37,19 @@ Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of one text that go through the model together: slot, position of the first."""
+    """Tokens of one text that go through the model together: slot, position of the first.
+
+    text_length: as far as the text is known, for positions that are scaled by it; 0 = to here.
+    """
 
     slot: int
     start: int
     tokens: Sequence[int]
+    text_length: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text_length:
+            object.__setattr__(self, "text_length", self.start + len(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -80,21 +88,23 @@ class BatchedModel:
         self._embedding = model.model.embed_tokens.weight.detach()
         self._norm = _norm_weight(model.model.norm)
         pack = _int8 if int8 and self.device.type == "cpu" else _linear
+        self._least_rows = 1 if pack is _int8 else 2
         self._head = pack(head)
         self._layers = [_pack_layer(layer, pack) for layer in model.model.layers]
         self._cache = self._allocate()
         self._turns = torch.empty(2, 0, config.head_dim, device=self.device)
 
     def _allocate(self) -> Tensor:
-        """[layers, slots, 2K, context, D]: keys, then values; on a CPU in float32, the faster one.
+        """[layers, 2, slots, K, context, D]: keys, values; on a CPU in float32, the faster one.
 
         There, pages that were never written to take no memory.
         """
         config = self._config
         shape = (
             config.num_hidden_layers,
+            2,
             self.slots,
-            2 * config.num_key_value_heads,
+            config.num_key_value_heads,
             -(-self.context // _STEP) * _STEP,
             config.head_dim,
         )
@@ -123,9 +133,9 @@ class BatchedModel:
         ends = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
         rows = len(tokens)
         where = torch.tensor([slots, positions], device=self.device)
-        cos, sin = self._angles(max(positions) + 1)[:, where[1]].unsqueeze(-2)
+        cos, sin = self._angles(parts).unsqueeze(-2)
         spans = self._spans(singles, chunks)
-        x = self._embedding[torch.tensor(_company(tokens), device=self.device)].float()
+        x = self._embedding[torch.tensor(self._company(tokens), device=self.device)].float()
         if self._config.embedding_multiplier != 1:
             x *= self._config.embedding_multiplier
         scale = self._config.residual_multiplier
@@ -136,24 +146,41 @@ class BatchedModel:
             self._attend(qkv, layer, cache, where, cos, sin, spans, mixed)
             x.add_(layer.out(mixed), alpha=scale)
             x.add_(layer.feed(self._normed(x, layer.feed_norm)), alpha=scale)
-        if len(ends) < rows or rows == 1:
-            x = x[torch.tensor(_company(ends), device=self.device)]
+        if len(ends) < rows:
+            x = x[torch.tensor(self._company(ends), device=self.device)]
         hidden = self._normed(x, self._norm)
         if self._config.logits_scaling != 1:
             hidden *= 1 / self._config.logits_scaling
         return self._head(hidden)[: len(ends)].float()
 
-    def _angles(self, length: int) -> Tensor:
-        """RoPE's cosines and sines [2, length or more, D], the sines with the sign of their half.
+    def _company(self, rows: list[int]) -> list[int]:
+        """As many rows as products need, whose bits are then those of any number."""
+        return rows * self._least_rows if len(rows) == 1 else rows
 
-        For as much of the context as is used: config.json may promise any length.
-        """
-        config = self._config
-        if self._turns.shape[1] < length:
-            size = min(max(512, 1 << (length - 1).bit_length()), self.context)
-            self._turns = rope_table(size, config.head_dim, config.rope_theta, self.device)
-            self._turns[1, :, : config.head_dim // 2] *= -1
-        return self._turns
+    def reads_alike(self, length: int) -> bool:
+        """Whether a prompt of `length` tokens gives what a shorter one would that begins it."""
+        return not depends_on_length(self._config, length)
+
+    def _angles(self, parts: Sequence[Part]) -> Tensor:
+        """RoPE's cosines and sines [2, N, D] of all rows, the sines with the sign of their half."""
+        config, half = self._config, self._config.head_dim // 2
+        ranges = [range(part.start, part.start + len(part.tokens)) for part in parts]
+        if not all(self.reads_alike(part.text_length) for part in parts):
+            tables = [
+                rope_table(config, torch.tensor(places, device=self.device), part.text_length)
+                for part, places in zip(parts, ranges, strict=True)
+            ]
+            angles = torch.cat(tables, dim=1)
+            angles[1, :, :half] *= -1
+            return angles
+        longest = max(places.stop for places in ranges)
+        # For as much of the context as is used: config.json may promise any length.
+        if self._turns.shape[1] < longest:
+            size = min(max(512, 1 << (longest - 1).bit_length()), self.context)
+            self._turns = rope_table(config, torch.arange(size, device=self.device), longest)
+            self._turns[1, :, :half] *= -1
+        rows = torch.tensor([p for places in ranges for p in places], device=self.device)
+        return self._turns[:, rows]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)
@@ -179,25 +206,29 @@ class BatchedModel:
             q = F.rms_norm(turned[:, :queries], (width,), layer.q_norm, config.rms_norm_eps)
             k = F.rms_norm(turned[:, queries:], (width,), layer.k_norm, config.rms_norm_eps)
             turned = torch.cat((q, k), dim=1)
-        turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin)
+        # Not in one step: fused ones may round the ends of a row in another way.
+        turned = (turned * cos).add_(turned.roll(width // 2, -1).mul_(sin))
         new = torch.cat((turned[:, queries:], heads[:, end_of_keys:]), dim=1)
-        cache[where[0], :, where[1]] = new.to(cache.dtype)
+        cache[:, where[0], :, where[1]] = new.view(len(new), 2, -1, width).to(cache.dtype)
         q = turned[:, :queries].to(cache.dtype)
         for span in spans:
-            mixed[span.rows] = self._look(q[span.rows], cache[span.slots], span.bias)
+            mixed[span.rows] = self._look(q[span.rows], cache[:, span.slots], span.bias)
 
     def _look(self, q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
-        """Attention of q [rows, H, D] to cache [slots, 2K, positions, D] -> [rows, H * D]."""
-        slots, heads, width = len(cache), self._config.num_key_value_heads, self._config.head_dim
+        """Attention of q [rows, H, D] to cache [2, slots, K, positions, D] -> [rows, H * D]."""
+        _, slots, heads, _, width = cache.shape
         length, groups = bias.shape[-1], q.shape[1] // heads
-        keys = cache[:, :heads, :length].flatten(0, 1)
-        values = cache[:, heads:, :length].flatten(0, 1)
-        q = q.view(slots, -1, heads, groups, width).permute(0, 2, 3, 1, 4)
+        keys, values = cache[..., :length, :].flatten(1, 2)
+        single = len(q) == slots
+        if not single:  # tokens of one text, which all look at the same keys
+            q = q.view(-1, heads, groups, width).permute(1, 2, 0, 3)
         q = q.reshape(slots * heads, -1, width)
         scale = self._config.attention_multiplier or width**-0.5
         weights = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=scale).softmax(-1)
-        out = torch.bmm(weights, values).view(slots, heads, groups, -1, width)
-        return out.permute(0, 3, 1, 2, 4).reshape(-1, heads * groups * width)
+        out = torch.bmm(weights, values)
+        if not single:
+            out = out.view(heads, groups, -1, width).permute(2, 0, 1, 3)
+        return out.reshape(-1, heads * groups * width)
 
     def _spans(self, singles: Sequence[Part], chunks: Sequence[Part]) -> list[_Span]:
         heads = self._config.num_key_value_heads
@@ -227,11 +258,11 @@ class BatchedModel:
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give the slot `target` what the slot `source` holds of its first `length` tokens."""
-        self._cache[:, target, :, :length] = self._cache[:, source, :, :length]
+        self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
 
     def wipe(self, slot: int) -> None:
         """Forget a slot: bad numbers would spoil the next text, even where it does not look."""
-        self._cache[:, slot] = 0
+        self._cache[:, :, slot] = 0
 
 
 def _neighbours(singles: Sequence[Part]) -> list[list[Part]]:
@@ -243,11 +274,6 @@ def _neighbours(singles: Sequence[Part]) -> list[list[Part]]:
         else:
             runs.append([part])
     return runs
-
-
-def _company(rows: list[int]) -> list[int]:
-    """Two rows at least."""
-    return rows if len(rows) > 1 else rows * 2
 
 
 def _norm_weight(norm: RMSNorm) -> Tensor:

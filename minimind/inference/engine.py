@@ -227,7 +227,13 @@ class Engine:
         generator ends the request.
         """
         completion = self.submit(
-            Request(prompt, sampling, max_new_tokens, stop_ids=stop_ids(self.tokenizer), seed=seed)
+            Request(
+                prompt,
+                sampling,
+                max_new_tokens,
+                stop_ids=frozenset(self.tokenizer.stop_ids),
+                seed=seed,
+            )
         )
 
         def texts() -> Generator[str]:
@@ -311,7 +317,8 @@ class Engine:
     def _start(self, completion: Completion) -> None:
         """Find a slot, and what of the prompt needs no reading."""
         prompt = completion.request.prompt
-        shared = [_shared_chunks(held, prompt) for held in self._held]
+        alike = self.model.reads_alike(len(prompt))
+        shared = [_shared_chunks(held, prompt) if alike else 0 for held in self._held]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self._free))
         read = shared[source]
         slot = source if read and source in self._free else self._free[0]
@@ -336,7 +343,7 @@ class Engine:
         rows = list(range(len(writing)))
         for place, (part, running) in enumerate(chunks):
             running.read += len(part.tokens)
-            if len(part.tokens) == CHUNK:
+            if len(part.tokens) == CHUNK and self.model.reads_alike(part.text_length):
                 self._held[running.slot] += part.tokens
             if running.read >= len(running.prompt):
                 rows.append(len(writing) + place)
@@ -352,7 +359,8 @@ class Engine:
             start = running.read
             while start < len(running.prompt) and len(chunks) < _CHUNKS_A_STEP:
                 tokens = running.prompt[start : start + CHUNK]
-                chunks.append((Part(running.slot, start, tokens), running))
+                part = Part(running.slot, start, tokens, len(running.prompt))
+                chunks.append((part, running))
                 start += len(tokens)
                 if start >= len(running.prompt):
                     ending.append(running)
@@ -465,11 +473,6 @@ _BAD_NUMBERS = (
     "the model gives scores that are not numbers: its weights are damaged, or its "
     "training went wrong. Take another checkpoint, or copy the model again"
 )
-
-
-def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end a message or a document."""
-    return frozenset({tokenizer.im_end, tokenizer.end_of_text})
 
 
 def _slot(running: _Running) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from minimind.errors import TokenizerError
+from minimind.config.model import RopeKind
 from minimind.model import (
     Transformer,
     load_model,
@@ -23,24 +23,23 @@ def load_for_inference(
     *,
     adapter: Path | None = None,
     dtype: torch.dtype | None = None,
+    context: int | None = None,
+    rope_scaling: RopeKind | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a model or run directory.
 
     dtype: None = what the device is fastest in. A LoRA adapter (or its run directory) is merged
-    into the weights: it costs no time afterwards.
+    into the weights: it costs no time afterwards. context: tokens that the model is to read;
+    where it was made for fewer, its positions are scaled, as `rope_scaling` says or in the best
+    way that was measured.
 
-    Raises ResourceError for a device that is not there, ModelError for what is no model or no
-    adapter of it, and TokenizerError when the tokenizer is broken or not that of the model.
+    Raises ResourceError for a device that is not there, ModelError for what is no model or
+    adapter, and TokenizerError when the tokenizer is broken or not that of the model.
     """
     chosen = choose_device(device)
     directory = resolve_model_directory(path)
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            f"{directory}: its tokenizer.json has {tokenizer.vocab_size:,} words and its model "
-            f"{config.vocab_size:,}, so they do not belong together; copy here the tokenizer "
-            "that the model was trained with"
-        )
+    tokenizer.check_model(directory, config.vocab_size)
     dtype = dtype or _dtype(chosen)
     if adapter is None:
         model = load_model(directory, device=chosen, dtype=dtype)
@@ -48,6 +47,8 @@ def load_for_inference(
         model = load_model(directory, device=chosen)
         merge_adapter(model, resolve_adapter_directory(adapter))
         model = model.to(dtype)
+    if context is not None:
+        model.extend_context(context, rope_scaling)
     return model.eval(), tokenizer
 
 

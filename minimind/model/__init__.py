@@ -9,6 +9,7 @@ from minimind.model.lora import (
     resolve_adapter_directory,
     save_adapter,
 )
+from minimind.model.rope import extend_context
 from minimind.model.transformer import Transformer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "Transformer",
     "apply_lora",
+    "extend_context",
     "load_model",
     "merge_adapter",
     "read_config",

@@ -3,22 +3,25 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minimind.config.model import MOE_FIELDS, ModelConfig
+from minimind.config.model import MOE_FIELDS, ModelConfig, RopeKind, RopeScaling
 from minimind.errors import ModelError, ResourceError
 from minimind.model.transformer import Transformer
 
 _MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
 _MODEL_TYPES = ("llama", "qwen3", *_MOE_TYPES)
+_INDEX = "model.safetensors.index.json"
+_PLAIN_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
@@ -26,9 +29,11 @@ class SavesItself(Protocol):
     """What is needed of a tokenizer here."""
 
     @property
-    def im_end(self) -> int: ...
+    def stop_ids(self) -> tuple[int, ...]: ...
     @property
     def end_of_text(self) -> int: ...
+    @property
+    def model_ids(self) -> dict[str, Any]: ...
     def save(self, directory: Path) -> None: ...
 
 
@@ -81,7 +86,7 @@ def save_model(
                 "do_sample": True,
                 "temperature": 0.7,
                 "top_p": 0.9,
-                "eos_token_id": [tokenizer.im_end, tokenizer.end_of_text],
+                "eos_token_id": list(tokenizer.stop_ids),
                 "pad_token_id": tokenizer.end_of_text,
             },
         )
@@ -141,30 +146,51 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _config_json(config: ModelConfig, tokenizer: SavesItself, dtype: str) -> dict[str, Any]:
-    shape = config.model_dump(exclude={"qk_norm", "rope_theta", *MOE_FIELDS})
+    scaling, context = _rope_json(config)
+    shape = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling", *MOE_FIELDS})
     kind = "qwen3" if config.qk_norm else "llama"
     if config.num_local_experts:
         kind = _MOE_TYPES[0]
         shape |= config.model_dump(include=set(MOE_FIELDS))
         # Left out, it would be 1 in transformers.
         shape["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
-    return shape | {
-        "architectures": [config.architecture],
-        "model_type": kind,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        # transformers 5 reads the first of each pair, older tools the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.im_end,
-        "pad_token_id": tokenizer.end_of_text,
-    }
+    return (
+        shape
+        | {
+            "architectures": [config.architecture],
+            "model_type": kind,
+            "max_position_embeddings": context,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            # transformers 5 reads the first of each pair, older tools the second.
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": scaling or None,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+        | tokenizer.model_ids
+    )
+
+
+def _rope_json(config: ModelConfig) -> tuple[dict[str, Any], int]:
+    """The scaling and `max_position_embeddings` as transformers understands them.
+
+    It takes `max_position_embeddings` for the original context under dynamic scaling, and knows no
+    key for it under linear scaling, which needs none.
+    """
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}, config.max_position_embeddings
+    written = scaling.model_dump(exclude_none=True)
+    if scaling.rope_type == "dynamic":
+        return written, written.pop("original_max_position_embeddings")
+    if scaling.rope_type == "linear":
+        del written["original_max_position_embeddings"]
+    return written, config.max_position_embeddings
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -181,27 +207,16 @@ def read_config(directory: Path) -> ModelConfig:
         raise ModelError(
             f"{path}: model_type {kind!r} is not supported; {', '.join(_MODEL_TYPES)} are"
         )
-    rope = raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{path}: rope_parameters is not an object")
-    unsupported = {
-        "rope_scaling": raw.get("rope_scaling"),
-        "rope_parameters.rope_type": rope.get("rope_type", "default") != "default",
-        "attention_bias": raw.get("attention_bias"),
-        "mlp_bias": raw.get("mlp_bias"),
-        "sliding_window": raw.get("use_sliding_window") and raw.get("sliding_window"),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-    }
-    for key, is_set in unsupported.items():
-        if is_set:
-            raise ModelError(f"{path}: {key} is set to something that is not supported here")
+    rope = _rope_parameters(path, raw)
+    _check_supported(path, raw)
     known = ModelConfig.model_fields.keys() - (() if kind in _MOE_TYPES else MOE_FIELDS)
     fields = {key: raw[key] for key in known if raw.get(key) is not None}
     fields["qk_norm"] = kind == "qwen3"
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if theta is not None:
+    fields.pop("rope_scaling", None)
+    if (theta := rope.pop("rope_theta", raw.get("rope_theta"))) is not None:
         fields["rope_theta"] = theta
+    fields |= _rope_fields(path, rope, fields.get("max_position_embeddings"))
     fields.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
@@ -223,12 +238,88 @@ def read_config(directory: Path) -> ModelConfig:
     try:
         config = ModelConfig.model_validate(fields, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        what = ".".join(map(str, first["loc"])) or "the shape"
-        raise ModelError(f"{path}: {what}: {first['msg']}") from error
+        raise ModelError(f"{path}: {_first(error)}") from error
     if config.attention_multiplier == config.head_dim**-0.5:
         config = config.model_copy(update={"attention_multiplier": None})
     return config
+
+
+# What a model of these types may have and this code has not: the value under which it is absent.
+_ABSENT: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (),
+}
+
+
+def _check_supported(path: Path, raw: dict[str, Any]) -> None:
+    """Raise ModelError for the first key whose value this code has no place for."""
+    for key, absent in _ABSENT.items():
+        value = raw.get(key)
+        if value is not None and value not in absent:
+            raise ModelError(f"{path}: {key} = {_shown(value)} is not supported here")
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise ModelError(f"{path}: layer_types is not a list")
+    for layer in layers:
+        if layer != "full_attention":
+            raise ModelError(f"{path}: layer_types with {_shown(layer)} is not supported here")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _rope_parameters(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` of transformers 4, or `rope_parameters` of version 5, without empty keys."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
+            raise ModelError(f"{path}: {key} is not an object")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # as version 5 chooses
+    return {name: value for name, value in rope.items() if value is not None}
+
+
+def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, Any]:
+    """`rope_scaling`, and `max_position_embeddings` where another is meant than is written."""
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    if kind == "default":
+        for key, value in rope.items():
+            raise ModelError(f"{path}: rope_parameters.{key} = {_shown(value)} is not supported")
+        return {}
+    if kind not in get_args(RopeKind):
+        raise ModelError(
+            f"{path}: rope_type = {_shown(kind)} is not supported here; "
+            f"{', '.join(get_args(RopeKind))} are"
+        )
+    factor = rope.get("factor")
+    sensible = isinstance(context, int) and abs(context) < 2**53
+    if sensible and isinstance(factor, int | float) and 1 <= factor <= 1e6:
+        if kind == "linear":  # its context is what is written
+            rope["original_max_position_embeddings"] = max(1, round(context / factor))
+        else:
+            rope.setdefault("original_max_position_embeddings", context)
+        if kind == "dynamic":  # its original context is what is written
+            context = round(context * factor)
+    try:
+        scaling = RopeScaling.model_validate(rope | {"rope_type": kind}, strict=True)
+    except ValidationError as error:
+        raise ModelError(f"{path}: {_first(error, 'rope_parameters')}") from error
+    return {"rope_scaling": scaling, "max_position_embeddings": context}
+
+
+def _first(error: ValidationError, within: str = "") -> str:
+    """The first complaint of pydantic, with its key and value."""
+    first = error.errors()[0]
+    what = ".".join(map(str, (*([within] if within else []), *first["loc"]))) or "the shape"
+    if first["type"] == "extra_forbidden":
+        return f"{what} = {_shown(first['input'])} is not supported here"
+    return f"{what}: {first['msg']}"
 
 
 def load_model(
@@ -236,27 +327,62 @@ def load_model(
 ) -> Transformer:
     """Read a model directory. Raises ModelError when its tensors do not fit its configuration."""
     config = read_config(directory)
-    path = directory / "model.safetensors"
-    if not path.is_file():
-        sharded = (directory / "model.safetensors.index.json").is_file()
-        raise ModelError(
-            f"{directory}: "
-            + ("sharded weights are not supported; save" if sharded else "there is no")
-            + " model.safetensors"
-            + (" as one file" if sharded else "; weights of other kinds are not read")
-        )
+    path = directory  # of the file at hand, for the message
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        with contextlib.ExitStack() as stack:
+            files: dict[str, Any] = {}  # tensor -> the open file that holds it
+            for path, names in _weight_files(directory).items():
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                held = set(file.keys())
+                if lost := sorted((names or held) - held):
+                    raise ModelError(f"{path}: it has no {lost[0]}, which the index says it has")
+                files |= dict.fromkeys(names or held, file)
+            path = _weights_name(directory)
+            slices = {name: file.get_slice(name) for name, file in files.items()}
             model = _empty_model(path, config, len(slices))
             _check_tensors(path, model, slices)
-            tensors = {n: file.get_tensor(n).to(device, dtype) for n in model.state_dict()}
+            tensors = {n: files[n].get_tensor(n).to(device, dtype) for n in model.state_dict()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path}: cannot be read as safetensors: {error}; copy it again"
         ) from error
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files of weights, and which tensors of each count; None: all.
+
+    Raises ModelError when there are none, or when the index leads out of the directory.
+    """
+    whole, index = directory / "model.safetensors", directory / _INDEX
+    if whole.is_file():
+        return {whole: None}
+    if not index.is_file():
+        raise ModelError(
+            f"{directory}: there is no model.safetensors; weights of other kinds are not read"
+        )
+    try:
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        files: dict[Path, set[str] | None] = {}
+        named: dict[str, set[str]] = {}
+        for tensor, name in places.items():
+            named.setdefault(name, set()).add(tensor)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: it is no index of weights; copy it again") from error
+    for name, tensors in named.items():
+        if not _PLAIN_NAME.fullmatch(str(name)):
+            raise ModelError(f"{index}: {_shown(name)} is not the name of a weights file beside it")
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory}: {name}, which the index names, is missing; copy it too")
+        files[directory / name] = tensors
+    return files
+
+
+def _weights_name(directory: Path) -> Path:
+    """What to name when the weights as a whole do not fit."""
+    whole = directory / "model.safetensors"
+    return whole if whole.is_file() else directory / _INDEX
 
 
 def _empty_model(path: Path, config: ModelConfig, number_of_tensors: int) -> Transformer:
@@ -275,8 +401,10 @@ def _empty_model(path: Path, config: ModelConfig, number_of_tensors: int) -> Tra
 def _check_tensors(path: Path, model: Transformer, found: dict[str, Any]) -> None:
     """Compare names, shapes and kinds with those in the file before anything is allocated."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    # A tied head is sometimes stored a second time; the embedding is what counts.
+    # A tied head is sometimes stored a second time; the embedding is what counts. Old files hold
+    # the frequencies of RoPE too, which follow from the configuration.
     extra = found.keys() - wanted.keys() - {"lm_head.weight"}
+    extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
     missing = wanted.keys() - found.keys()
     for what, names in (("lacks", missing), ("has unknown tensors:", extra)):
         if names:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.config.model import ModelConfig
+from minimind.config.model import ModelConfig, RopeKind
 from minimind.model.attention import Attention
 from minimind.model.cache import KVCache
 from minimind.model.experts import RoutedExperts, Routing, SharedExperts
 from minimind.model.feed_forward import FeedForward
 from minimind.model.norm import RMSNorm
-from minimind.model.rope import rope_table
+from minimind.model.rope import depends_on_length, extend_context, rope_table
 
 _INIT_STD = 0.02
 
@@ -133,8 +133,7 @@ class Transformer(nn.Module):
             positions = _positions_in(segments)
         elif past and tokens.shape[1] > 1:
             mask = _causal_mask(tokens.shape[1], past, tokens.device)[None, None]
-        table = self._rope_table(past + tokens.shape[1], tokens.device)
-        cos, sin = table[:, positions].unsqueeze(-2)
+        cos, sin = self.rope(positions, past + tokens.shape[1]).unsqueeze(-2)
         x = _times(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, cache, routing)
@@ -145,13 +144,27 @@ class Transformer(nn.Module):
         """[..., hidden] -> [..., vocab]."""
         return F.linear(hidden, self.head_weight)
 
-    def _rope_table(self, length: int, device: torch.device) -> Tensor:
-        """For as much of the context as is used: config.json may promise any length."""
+    def extend_context(self, context: int, kind: RopeKind | None = None) -> None:
+        """Read `context` tokens from now on. Raises ModelError when the model is stretched already.
+
+        kind: None = the best that was measured. Within the model's own context nothing changes.
+        """
+        self.config, self._rope = extend_context(self.config, context, kind), None
+
+    def rope(self, positions: Tensor, length: int) -> Tensor:
+        """Cosines and sines [2, ..., head_dim] at `positions` of texts of `length` tokens so far.
+
+        A table serves for as much of the context as is used: config.json may promise any length.
+        """
+        config, device = self.config, positions.device
+        if depends_on_length(config, length):
+            table = rope_table(config, positions.flatten(), length)
+            return table.unflatten(1, positions.shape)
         if self._rope is None or self._rope.device != device or self._rope.shape[1] < length:
-            config = self.config
             size = min(max(512, 1 << (length - 1).bit_length()), config.max_position_embeddings)
-            self._rope = rope_table(size, config.head_dim, config.rope_theta, device)
-        return self._rope
+            with torch.inference_mode(False):  # training may go on with it
+                self._rope = rope_table(config, torch.arange(size), length).to(device)
+        return self._rope[:, positions]
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

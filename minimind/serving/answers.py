@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minimind.errors import UsageError
+from minimind.errors import MinimindError, UsageError
 from minimind.inference.conversation import fit_chat
 from minimind.inference.engine import Completion, Piece, Request
 from minimind.inference.json_object import LEAST_TOKENS, JsonConstraint
@@ -70,7 +70,10 @@ def _chat_prompt(
     messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
     if request.truncation != "auto" or messages[-1]["role"] != "user":
         _refuse_what_cannot_fit([m["content"] for m in messages], model, "messages")
-        return encode_chat(model.tokenizer, messages, add_generation_prompt=True)[0], 0
+        try:
+            return encode_chat(model.tokenizer, messages, add_generation_prompt=True)[0], 0
+        except (ValueError, MinimindError) as error:  # its template takes no such conversation
+            raise APIError(400, f"{error}.", param="messages", code="invalid_value") from None
     _refuse_what_cannot_fit([messages[-1]["content"]], model, "messages")
     quarter = model.context // 4
     room = quarter if most_tokens in (None, -1) else min(most_tokens, quarter)
@@ -107,7 +110,8 @@ def as_prompts(request: CompletionRequest) -> list[str | list[int]]:
 def _prompt_ids(prompt: str | list[int], model: ServedModel) -> list[int]:
     if isinstance(prompt, str):
         # After nothing comes what begins a document.
-        return model.tokenizer.encode(prompt) or [model.tokenizer.end_of_text]
+        ids = model.tokenizer.text_start + model.tokenizer.encode(prompt)
+        return ids or [model.tokenizer.end_of_text]
     most = model.tokenizer.vocab_size
     if any(not 0 <= token < most for token in prompt):
         raise APIError(

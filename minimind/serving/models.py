@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from minimind import __version__
+from minimind.config.model import RopeKind
 from minimind.errors import ModelError, UsageError
 from minimind.inference.engine import Engine
 from minimind.inference.json_object import JsonGrammar
@@ -36,7 +37,7 @@ class ServedModel:
     @property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return frozenset({self.tokenizer.im_end, self.tokenizer.end_of_text})
+        return frozenset(self.tokenizer.stop_ids)
 
 
 def find_models(paths: Sequence[Path]) -> dict[str, Path]:
@@ -110,21 +111,27 @@ def load_served(
     slots: int,
     waiting: int,
     int8: bool = False,
+    context: int | None = None,
+    rope_scaling: RopeKind | None = None,
 ) -> ServedModel:
     """A model that is ready to answer. Raises what `load_for_inference` raises.
 
     An adapter is merged into weights of its own, so it costs no time, and memory for one model.
     """
-    model, tokenizer = load_for_inference(directory, device, adapter=adapter)
+    model, tokenizer = load_for_inference(
+        directory, device, adapter=adapter, context=context, rope_scaling=rope_scaling
+    )
     sources = [directory] if adapter is None else [directory, resolve_adapter_directory(adapter)]
     files = [path for place in sources for path in sorted(place.glob("*.safetensors"))]
+    how = f"{model.head_weight.device.type} {int8} {context} {rope_scaling}"
+    engine = Engine(model, tokenizer, slots=slots, int8=int8)
     return ServedModel(
         name=name,
-        engine=Engine(model, tokenizer, slots=slots, int8=int8),
+        engine=engine,
         tokenizer=tokenizer,
-        context=model.config.max_position_embeddings,
+        context=engine.context,
         created=int(max(path.stat().st_mtime for path in files)),
-        fingerprint=_fingerprint(sources, f"{model.head_weight.device.type} {int8}"),
+        fingerprint=_fingerprint(sources, how),
         queue=Queue(slots, waiting),
     )
 

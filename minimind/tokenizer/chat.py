@@ -12,14 +12,23 @@ with "assistant\\n" must have been trained on exactly that.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
+from minimind.errors import TokenizerError
 from minimind.tokenizer.bpe import IM_END, IM_START, Tokenizer
+from minimind.tokenizer.template import Run
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 EncodedChat = tuple[list[int], list[int]]  # ids, and 1 for each that the model is to produce
 
 ROLES = ("system", "user", "assistant", "tool")
 _ANSWERS = "assistant"
+
+_NO_FORMAT = (
+    f"the model's tokenizer has no chat template, nor {IM_START} and {IM_END} for ours, so it "
+    "cannot chat or be fine-tuned on conversations; `minimind pretrain` and `generate` need none. "
+    "Put its chat_template.jinja into its directory if there is one"
+)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -50,8 +59,14 @@ def encode_chat(
 ) -> EncodedChat:
     """(ids, mask): the mask is 1 on what the model is to produce, each answer and its end.
 
-    Raises ValueError for bad messages.
+    Raises ValueError for bad messages, and TokenizerError for what the model's own chat format
+    has no place for.
     """
+    if tokenizer.template:
+        validate_messages(messages)
+        return _encode_by_template(
+            tokenizer, [messages], add_generation_prompt=add_generation_prompt
+        )[0]
     [(ids, mask)] = encode_chats(tokenizer, [messages])
     if add_generation_prompt:
         opening = _head(tokenizer, _ANSWERS)
@@ -60,15 +75,75 @@ def encode_chat(
 
 
 def encode_chats(
-    tokenizer: Tokenizer, conversations: Iterable[Sequence[Message]]
+    tokenizer: Tokenizer,
+    conversations: Iterable[Sequence[Message]],
+    *,
+    given: Iterable[int] | None = None,
 ) -> list[EncodedChat]:
-    """`encode_chat` for many conversations, on all cores. Raises ValueError for bad messages."""
+    """`encode_chat` for many conversations, on all cores, with the same errors.
+
+    `given`: how many messages of each conversation are given, so that no answer among them is
+    the model's to produce.
+    """
     conversations = list(conversations)
     for messages in conversations:
         validate_messages(messages)
+    if tokenizer.template:
+        return _encode_by_template(tokenizer, conversations, given=given)
+    if not conversations:
+        return []
+    if not tokenizer.has_chat_tokens:
+        raise TokenizerError(_NO_FORMAT)
     texts = iter(tokenizer.encode_batch([_text(m) for messages in conversations for m in messages]))
     answer_head, line_end = _head(tokenizer, _ANSWERS), tokenizer.encode("\n")
-    return [_join(tokenizer, messages, texts, answer_head, line_end) for messages in conversations]
+    return [
+        _join(tokenizer, messages, texts, answer_head, line_end, number)
+        for messages, number in zip(conversations, given or repeat(0), strict=False)
+    ]
+
+
+def refusal(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
+    """Why the model's own chat format has no place for a conversation; ours has for all."""
+    try:
+        if tokenizer.template:
+            tokenizer.template.skeleton(_roles(messages))
+    except TokenizerError as error:
+        return str(error)
+    return None
+
+
+def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(message["role"] for message in messages)
+
+
+def _encode_by_template(
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    add_generation_prompt: bool = False,
+    given: Iterable[int] | None = None,
+) -> list[EncodedChat]:
+    """Conversations in the format of a model made elsewhere."""
+    assert tokenizer.template is not None
+    skeletons = [
+        tokenizer.template.skeleton(_roles(messages), add_generation_prompt)
+        for messages in conversations
+    ]
+    sections = []
+    for messages, skeleton in zip(conversations, skeletons, strict=True):
+        contents = [message["content"] for message in messages]
+        sections += [(p.fill(contents), p.place) for p in skeleton if isinstance(p, Run)]
+    texts = iter(tokenizer.encode_sections(sections))
+    encoded = []
+    for skeleton, number in zip(skeletons, given or repeat(0), strict=False):
+        ids: list[int] = []
+        mask: list[int] = []
+        for part in skeleton:
+            some = next(texts) if isinstance(part, Run) else [part.id]
+            ids += some
+            mask += [int(part.answer is not None and part.answer >= number)] * len(some)
+        encoded.append((ids, mask))
+    return encoded
 
 
 def _head(tokenizer: Tokenizer, role: str) -> list[int]:
@@ -87,12 +162,14 @@ def _join(
     texts: Iterator[list[int]],
     answer_head: list[int],
     line_end: list[int],
+    given: int,
 ) -> EncodedChat:
     ids: list[int] = []
     mask: list[int] = []
-    for message in messages:
+    for number, message in enumerate(messages):
         answers = message["role"] == _ANSWERS
         head, text = answer_head if answers else [tokenizer.im_start], next(texts)
         ids += [*head, *text, tokenizer.im_end, *line_end]
-        mask += [0] * len(head) + [int(answers)] * (len(text) + 1) + [0] * len(line_end)
+        learned = int(answers and number >= given)
+        mask += [0] * len(head) + [learned] * (len(text) + 1) + [0] * len(line_end)
     return ids, mask

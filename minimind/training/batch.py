@@ -9,12 +9,21 @@ from minimind.data.packing import Batch
 
 
 @dataclass(frozen=True)
+class TensorPairs:
+    """sequences: [B, T] int64; reference: [P, 2] float32, as `data.packing.Pairs` has them."""
+
+    sequences: Tensor
+    reference: Tensor
+
+
+@dataclass(frozen=True)
 class TensorBatch:
-    """tokens, labels: [B, T] int64; segments: [B, T] int32 or None."""
+    """tokens, labels: [B, T] int64; segments: [B, T] int32 or None; pairs of preference data."""
 
     tokens: Tensor
     labels: Tensor
     segments: Tensor | None
+    pairs: TensorPairs | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> TensorBatch:
@@ -23,8 +32,10 @@ def to_device(batch: Batch, device: torch.device) -> TensorBatch:
     def move(array: object) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    pairs = batch.pairs
     return TensorBatch(
         move(batch.tokens),
         move(batch.labels),
         None if batch.segments is None else move(batch.segments),
+        None if pairs is None else TensorPairs(move(pairs.sequences), move(pairs.reference)),
     )

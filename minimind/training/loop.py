@@ -27,7 +27,7 @@ from minimind.training.reporter import Reporter
 from minimind.training.schedule import lr_fraction
 
 _MAX_SKIPPED = 3  # steps with bad numbers in a row before the run halts
-_VALIDATION_WINDOWS = 8  # at once
+VALIDATION_WINDOWS = 8  # at once
 
 
 @dataclass
@@ -202,8 +202,10 @@ def _log(
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
         | {"data_share": at.data_s / at.interval_s},
     )
-    note = f"loss {figures['loss']:.3f} {rate / 1000:,.1f}k tokens/s"
+    note = f"{job.objective.note(figures)} {rate / 1000:,.1f}k tokens/s"
     job.reporter.progress(at.step, job.num_steps, note)
+    if warning := job.objective.warning(at.step / job.num_steps, figures):
+        job.reporter.say(warning)
     at.interval, at.interval_s, at.data_s = Sums(), 0.0, 0.0
 
 
@@ -273,8 +275,8 @@ def _measure(
     sums = Sums()
     for mix in mixes:
         num_windows = min(job.recipe.validation.windows, mix.order.epoch_size)
-        for at in range(0, num_windows, _VALIDATION_WINDOWS):
-            count = min(_VALIDATION_WINDOWS, num_windows - at)
+        for at in range(0, num_windows, VALIDATION_WINDOWS):
+            count = min(VALIDATION_WINDOWS, num_windows - at)
             windows = to_device(mix.batch(at, count), job.device)
             with job.precision.autocast():
                 sums.add(Sums(*objective.loss(model, windows)))
@@ -331,8 +333,8 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
     if state.pop("base_sha256", "") != job.base_sha256:
         raise CheckpointError(
             f"{job.run}: {job.recipe.model.init} is not the model that this run began with, and "
-            "its adapter fits no other. Put it back, choose another --out, or start over with "
-            "--fresh"
+            "what it has learned fits no other. Put it back, choose another --out, or start over "
+            "with --fresh"
         )
     unlike = job.model.load_state_dict(checkpoint.model, strict=False)
     assert not unlike.unexpected_keys and set(unlike.missing_keys) == _frozen(job.model)

@@ -70,17 +70,26 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def _is_map(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it holds matrices that send a layer's width to another.
+
+    Embeddings, a head and routers are tables, a row for each word or expert: orthogonalising them
+    helps nobody. For routers that was measured: benchmarks/records/moe-step.md.
+    """
+    in_a_layer = ".layers." in f".{name}" and not name.endswith(".router.layer.weight")
+    return in_a_layer and parameter.ndim >= 2
+
+
 class Optimizers:
     """The optimizers of a model as one."""
 
     def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         trained = [parameter for parameter in self._names if parameter.requires_grad]
-        # Embeddings (and a head) are tables, not maps: orthogonalising them helps nobody.
         by_muon = [
-            p
-            for p in trained
-            if settings.name == "muon" and p.ndim >= 2 and ".layers." in f".{self._names[p]}"
+            parameter
+            for parameter in trained
+            if settings.name == "muon" and _is_map(self._names[parameter], parameter)
         ]
         assert len(by_muon) < len(trained), "AdamW has something to do"
         taken = set(by_muon)

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
 from minimind.config.settings import DataSettings, Recipe
-from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
+from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
-from minimind.errors import ConfigError, DataError, TokenizerError
+from minimind.errors import ConfigError, DataError
 from minimind.model import (
     Transformer,
     apply_lora,
@@ -34,10 +34,15 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
 from minimind.training.memory import choose_micro_batch
+from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
+from minimind.training.objectives.preference import Preference
 from minimind.training.precision import choose_precision
+from minimind.training.reference import FILE as REFERENCE
+from minimind.training.reference import fill_references
 from minimind.training.reporter import Reporter
 
+_KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "dpo": "pairs"}
 # (model, tokenizer) -> {"prompt", "text"} for each prompt; decoding is not this room's business.
 WriteSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
 
@@ -139,9 +144,7 @@ def prepare_stage(
     )
     job = Trainer(
         model=model,
-        objective=NextToken(
-            tokenizer.token_bytes, device, router_balance=recipe.training.router_balance
-        ),
+        objective=_objective(recipe, tokenizer, device),
         data=data,
         held_out=held_out,
         recipe=recipe,
@@ -162,6 +165,8 @@ def prepare_stage(
 
 def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples) -> StageResult:
     prepared = prepare_stage(recipe, reporter=reporter, write_samples=write_samples)
+    if recipe.objective == "dpo":
+        fill_references(prepared.job)
     outcome = train(prepared.job)
     summary = _summary(prepared, outcome)
     if not outcome.finished:
@@ -197,7 +202,7 @@ def _clear(run: Path, recipe: Recipe) -> None:
                 f"{needed} would be removed by --fresh, and the run needs it; choose another --out"
             )
     # In this order: what is half removed is neither a finished run nor one of another recipe.
-    for name in ("summary.json", "report.html", "metrics.jsonl"):
+    for name in ("summary.json", "report.html", "metrics.jsonl", REFERENCE):
         (run / name).unlink(missing_ok=True)
     for name in ("model", "adapter", "tensorboard", "checkpoints"):
         if (run / name).exists():
@@ -245,12 +250,9 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
         directory = resolve_model_directory(Path(recipe.model.init))
         tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
         model = load_model(directory, device=device)
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise TokenizerError(
-                f"{recipe.tokenizer or directory}: the tokenizer has {tokenizer.vocab_size:,} "
-                f"words and the model in {directory} {model.config.vocab_size:,}; "
-                "use the tokenizer that the model was trained with"
-            )
+        if recipe.model.context:
+            model.extend_context(recipe.model.context, recipe.model.rope_scaling)
+        tokenizer.check_model(Path(recipe.tokenizer or directory), model.config.vocab_size)
     elif recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer))
         model = new_model(recipe, tokenizer).to(device)
@@ -262,8 +264,8 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
     if recipe.data.window > model.config.max_position_embeddings:
         raise ConfigError(
             f"data.window ({recipe.data.window}) is longer than the model's context "
-            f"({model.config.max_position_embeddings}); lower it, or for a new model raise "
-            "model.max_position_embeddings"
+            f"({model.config.max_position_embeddings}); lower it, or raise "
+            + ("model.context" if recipe.model.init else "model.max_position_embeddings")
         )
     if recipe.lora:
         torch.manual_seed(recipe.seed)
@@ -284,7 +286,7 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
         raise ConfigError("data.sources is empty: give --data FILE, or set it in the recipe")
     own = bool(settings.validation)
     folder = Path(settings.store) if settings.store else default_folder()
-    objective_kind: Kind = "chat" if recipe.objective == "sft" else "text"
+    objective_kind = _KINDS[recipe.objective]
 
     def opened(path: str, fraction: float = 0.0, kind: Kind = objective_kind) -> TokenStore:
         path = textbook_file(path, folder, settings.fill)
@@ -315,6 +317,13 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
     )
 
 
+def _objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Objective:
+    balance = recipe.training.router_balance
+    if recipe.objective == "dpo":
+        return Preference(recipe.dpo, router_balance=balance)
+    return NextToken(tokenizer.token_bytes, device, router_balance=balance)
+
+
 def _kind_of(path: str, folder: Path, settings: DataSettings) -> Kind:
     """A general set is what it is, whatever the objective: conversations or running text."""
     file = textbook_file(path, folder, settings.fill)
@@ -332,8 +341,8 @@ def _data_sha256(stores: _Stores) -> str:
 
 
 def _base_sha256(recipe: Recipe) -> str:
-    """Which weights an adapter is trained beside; "" where all weights are trained."""
-    if not recipe.lora or not recipe.model.init:
+    """Which weights an adapter is trained beside, or preferences start from; else ""."""
+    if not recipe.model.init or not (recipe.lora or recipe.objective == "dpo"):
         return ""
     digest = hashlib.sha256()
     for file in sorted(resolve_model_directory(Path(recipe.model.init)).glob("*.safetensors")):
@@ -351,15 +360,19 @@ def _mixes(
         shards = store.shards(split)
         if store.manifest["kind"] == "text":
             return TextWindows(shards, recipe.data.window)
-        chat = ChatWindows(shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed)
+        pairs = store.manifest["kind"] == "pairs"
+        packed = (PairWindows if pairs else ChatWindows)(
+            shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed
+        )
         if split == "train" and store in stores.sources:
-            report = chat.report
+            report = packed.report
+            alike = f", {report.identical:,} because both sides are the same" * pairs
             reporter.say(
-                f"{report.conversations:,} conversations in {report.windows:,} windows, "
-                f"{report.fill:.1%} full; {report.cut:,} cut at the window's end, "
-                f"{report.unsupervised:,} left out because no answer was left"
+                f"{report.conversations:,} {'pairs' if pairs else 'conversations'} in "
+                f"{report.windows:,} windows, {report.fill:.1%} full; {report.cut:,} cut at the "
+                f"window's end, {report.unsupervised:,} left out because no answer was left{alike}"
             )
-        return chat
+        return packed
 
     weights = [source.weight for source in recipe.data.sources]
     data = Mix([windows(store, "train") for store in stores.sources], weights, recipe.seed)

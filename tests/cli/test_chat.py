@@ -144,12 +144,26 @@ def test_a_conversation_is_added_on_a_line_of_its_own(model_dir: Path, tmp_path:
 def test_the_oldest_turns_are_left_out_and_it_is_told_once(model_dir: Path, tmp_path: Path) -> None:
     lines = ["长江有多长？它流入哪里？"] * 12
     file = tmp_path / "talk.jsonl"
-    flags = [model_dir, "--temperature", 0, "--max-new-tokens", 20, "--system", "你是向导"]
+    # Varied answers, of which none is blank: a blank one is not kept.
+    flags = [model_dir, "--temperature", 1, "--top-p", 1, "--seed", 1, "--max-new-tokens", 20]
+    flags += ["--system", "你是向导"]
     done = run(*flags, stdin="\n".join([*lines, f"/save {file}", "/reset", *lines]))
     assert done.exit_code == 0, done.output
     assert done.stderr.count("oldest turns are left out") == 2  # once a conversation
     [messages] = saved(file)
     assert len(messages) == 25  # nothing is missing in what is saved
+
+
+def test_a_longer_context_sees_the_oldest_turns(model_dir: Path) -> None:
+    lines = "\n".join(["长江有多长？它流入哪里？"] * 12)
+    flags = [model_dir, "--temperature", 0, "--max-new-tokens", 20]
+    for options in ([], ["--rope-scaling", "dynamic"]):
+        done = run(*flags, "--context", 2048, *options, stdin=lines)
+        assert done.exit_code == 0, done.output
+        assert "left out" not in done.stderr
+    refused = run(*flags, "--rope-scaling", "linear", stdin=lines)
+    assert refused.exit_code == 1
+    assert "give --context N too" in refused.output
 
 
 def test_a_message_that_is_too_long_is_refused_with_figures(model_dir: Path) -> None:

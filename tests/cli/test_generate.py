@@ -140,3 +140,23 @@ def test_what_is_wrong_is_said_in_one_line(
 )
 def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+def test_a_longer_context_is_written_to_the_end(model_dir: Path) -> None:
+    def written(*options: object) -> str:
+        done = run(model_dir, PROMPT, "--temperature", 0, "--max-new-tokens", 1000, *options)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    short = written()  # the model's context is 256
+    assert written("--context", 256) == written("--context", 100) == short
+    for kind in ("linear", "dynamic", "yarn"):
+        longer = written("--context", 600, "--rope-scaling", kind)
+        assert len(longer) > 1.5 * len(short)
+        assert longer.startswith(short.rstrip("\n\ufffd")) == (kind == "dynamic")
+
+
+def test_scaling_needs_a_context(model_dir: Path) -> None:
+    alone = run(model_dir, PROMPT, "--rope-scaling", "yarn")
+    assert alone.exit_code == 1
+    assert "give --context N too" in alone.output

@@ -26,6 +26,7 @@ class Place:
         self.folder = folder
         self.pretrain = ("pretrain", *NANO, "--data", "text.jsonl", "--tokenizer", str(tokenizer))
         self.sft = ("sft", *NANO, "--data", "chat.jsonl")
+        self.dpo = ("dpo", *NANO, "data.window=64", "--data", "pairs.jsonl")
 
     def run(self, *arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -69,6 +70,10 @@ def place(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Plac
             turns = [("user", f"第{number}段多长？"), ("assistant", f"{7 * number}公里。")]
             chat = [{"role": role, "content": content} for role, content in turns]
             stream.write(json.dumps({"conversations": chat}) + "\n")
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as stream:
+        for number in range(100):
+            pair = {"chosen": f"{7 * number}公里。", "rejected": "不知道。"}
+            stream.write(json.dumps({"prompt": f"第{number}段多长？"} | pair) + "\n")
     return Place(folder, tokenizer_dir)
 
 
@@ -87,6 +92,13 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
     assert "Try it: minimind chat out/chat" in done.stdout
     assert " conversations in " in done.stdout
     assert (place.folder / "out" / "chat" / "model" / "model.safetensors").is_file()
+
+    done = place.run_here(*place.dpo, "--model", "out/chat", "--out", "out/dpo")
+    assert " pairs in " in done.stdout and "reference log-probabilities" in done.stdout
+    assert "accuracy" in done.stdout and "rewards/margin" in done.stdout
+    assert "Try it: minimind chat out/dpo" in done.stdout
+    message = place.error(*place.dpo, "--model", "out/chat", "--out", "no", "--data", "chat.jsonl")
+    assert "chat.jsonl: no preference pairs found (100 records of another kind)" in message
 
     # What a run keeps is a recipe that `train` finds done.
     done = place.run_here("train", "out/chat/recipe.toml", "--json", "again.json")

@@ -53,3 +53,11 @@ def test_own_values_replace_those_of_the_preset() -> None:
 def test_heads_must_divide() -> None:
     with pytest.raises(ValidationError, match="must be a multiple of"):
         ModelSettings(num_attention_heads=6, num_key_value_heads=4).shape(vocab_size=300)
+
+
+def test_a_context_is_stretched_from_a_model() -> None:
+    with pytest.raises(ValidationError, match="context stretches the model that init names"):
+        ModelSettings(context=2048)
+    with pytest.raises(ValidationError, match="rope_scaling says how to reach a context"):
+        ModelSettings(init="out/run", rope_scaling="linear")
+    ModelSettings(init="out/run", context=2048, rope_scaling="linear")

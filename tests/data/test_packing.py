@@ -1,6 +1,6 @@
 import numpy as np
 
-from minimind.data.packing import IGNORED, ChatWindows, Mix, TextWindows
+from minimind.data.packing import IGNORED, ChatWindows, Mix, PairWindows, TextWindows
 from minimind.data.store import Shard
 
 PAD = 0
@@ -80,3 +80,87 @@ def test_a_mix_is_a_pure_function_of_the_position() -> None:
     whole = mix.batch(0, 50).tokens
     pieces = np.concatenate([mix.batch(at, 10).tokens for at in range(0, 50, 10)])
     assert (whole == pieces).all()
+
+
+def _pair_shard(pairs: list[tuple[int, int, int]], alike: set[int] = frozenset()) -> Shard:
+    """Pairs of a prompt and two answers of the given lengths; the sides of some are `alike`."""
+    tokens, masks = [], []
+    for number, (prompt, *answers) in enumerate(pairs):
+        for side, answer in enumerate(answers):
+            start = 1000 * (number + 1) + (500 * side if number not in alike else 0)
+            asked = np.arange(prompt) + 1000 * (number + 1)
+            tokens.append(np.concatenate([asked, np.arange(answer) + start + prompt]))
+            masks.append(np.arange(prompt + answer) >= prompt)
+    ends = np.cumsum([len(document) for document in tokens])
+    whole = np.concatenate(tokens).astype(np.uint16)
+    return Shard(whole, np.concatenate(masks).astype(np.uint8), ends)
+
+
+def test_both_sides_of_a_pair_stand_in_one_window_and_only_answers_are_labels() -> None:
+    pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
+    windows = PairWindows([_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad=PAD, seed=3)
+    assert windows.report.conversations == len(pairs)
+    assert windows.report.cut == windows.report.unsupervised == windows.report.identical == 0
+    assert len(windows) < len(pairs)
+    seen = []
+    for index in range(len(windows)):
+        tokens, labels, segments = windows.window(index)
+        count = len(windows.reference[windows.members(index)])
+        assert segments is not None and count == (segments.max() + 1) // 2
+        for pair in range(count):
+            sides = []
+            for segment in (2 * pair, 2 * pair + 1):
+                here, learned = tokens[segments == segment], labels[segments == segment]
+                answer = learned[learned != IGNORED]
+                assert (learned[-len(answer) :] == answer).all(), "the end of the conversation"
+                prompt = here[: len(here) + 1 - len(answer)].tolist()
+                sides.append((prompt, len(answer)))
+            assert sides[0][0] == sides[1][0], "both sides begin with the same prompt"
+            seen.append((len(sides[0][0]), sides[0][1], sides[1][1]))
+    assert sorted(seen) == sorted(pairs)
+
+
+def test_pairs_that_teach_nothing_are_left_out_and_long_ones_cut() -> None:
+    pairs = [
+        (5, 10, 10),  # fits
+        (5, 4, 60),  # the rejected side is cut to what the chosen one leaves free
+        (5, 60, 60),  # both are cut to half a window
+        (70, 5, 5),  # both answers are cut away
+        (5, 6, 6),  # both sides are the same
+        (30, 40, 3),  # the prompts take nearly all
+        (5, 40, 50),  # alike in what is left of them
+        (30, 3, 0),  # one says nothing
+    ]
+    windows = PairWindows([_pair_shard(pairs, alike={4, 6})], 64, pad=PAD, seed=0)
+    report = windows.report
+    assert (report.conversations, report.identical, report.unsupervised) == (8, 2, 2)
+    assert report.cut == 5
+    kept = {}
+    for index in range(len(windows)):
+        tokens, labels, segments = windows.window(index)
+        for segment in range(2 * len(windows.reference[windows.members(index)])):
+            here = segments == segment
+            number = int(tokens[here][0]) // 1000 - 1
+            kept.setdefault(number, []).append(int((labels[here] != IGNORED).sum()))
+    assert kept == {0: [10, 10], 1: [4, 52], 2: [28, 28], 5: [3, 3]}
+    assert len(windows.reference) == 4 and np.isnan(windows.reference).all()
+
+
+def test_a_batch_numbers_its_pairs_through_and_hands_on_their_reference() -> None:
+    pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
+    windows = PairWindows([_pair_shard(pairs)], 40, pad=PAD, seed=1)
+    windows.reference[:] = np.arange(12).reshape(6, 2)
+    for epochs in (range(3), range(3, 6)):
+        batch = Mix([windows], [1.0], seed=2).batch(epochs.start * len(windows), len(windows))
+        assert batch.pairs is not None and batch.segments is not None
+        assert sorted(batch.pairs.reference.flatten()) == list(range(12))
+        learned = batch.labels != IGNORED
+        numbers = batch.pairs.sequences[learned]
+        assert sorted(set(numbers.tolist())) == list(range(12))
+        assert (np.diff(numbers) >= 0).all(), "in the order of windows and segments"
+        for row, (_, index) in enumerate(
+            Mix([windows], [1.0], seed=2).order.locate(epochs.start * len(windows), len(windows))
+        ):
+            first = int(batch.pairs.sequences[row][batch.segments[row] == 0][0]) // 2
+            expected = windows.reference[windows.members(index)]
+            assert (batch.pairs.reference[first : first + len(expected)] == expected).all()

@@ -132,6 +132,12 @@ def test_the_setting_knows_the_same_schemas() -> None:
         ("auto", {"instruction": "问", "output": ""}, "an answer is empty"),
         ("auto", {"instruction": "问", "output": 3}, "the field output is not text"),
         ("auto", {"instruction": " ", "input": "", "output": "答"}, "the question is empty"),
+        (
+            "auto",
+            {"chosen": TURNS, "rejected": [{"role": "user", "content": "别的"}, TURNS[1]]},
+            "chosen and rejected are not answers to the same messages",
+        ),
+        ("auto", {"chosen": TURNS, "rejected": TURNS * 2}, "not answers to the same messages"),
         ("auto", {"q": "问", "a": "答", "history": "[1]"}, "history is not a list of pairs"),
         ("auto", {"q": "问", "a": "答", "history": "import os"}, "history is not a list of pairs"),
         ("auto", {"q": "问", "a": "答", "history": "[" * 9_999}, "history is not a list of pairs"),

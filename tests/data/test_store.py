@@ -64,6 +64,75 @@ def names(home: Path) -> list[str]:
     return sorted(path.name.partition(".")[2].partition("-")[0] for path in home.iterdir())
 
 
+# --- Preference pairs
+
+
+def pair_records(count: int) -> list[dict[str, object]]:
+    """Two pairs a prompt."""
+    return [
+        {
+            "conversations": [
+                {"role": "user", "content": f"第{number // 2}段在哪里？"},
+                {"role": "assistant", "content": "在西边。"},
+                {"role": "user", "content": "多长？"},
+            ],
+            "chosen": {"role": "assistant", "content": f"{number}公里。\n\n很长。"},
+            "rejected": {"role": "assistant", "content": f"我不知道{number % 3}。"},
+        }
+        for number in range(count)
+    ]
+
+
+def test_a_pair_is_two_documents_with_the_same_prompt_and_the_last_answers_masked(
+    tmp_path: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", pair_records(6))
+    store = open_store(str(path), tokenizer, kind="pairs", folder=home)
+    found = documents(store)
+    assert len(found) == 12
+    [shard] = store.shards("train")
+    assert shard.mask is not None
+    masks = np.split(np.asarray(shard.mask), shard.ends[:-1])
+    for number, record in enumerate(map(convert, pair_records(6))):
+        asked, _ = encode_chat(tokenizer, (record.chosen or [])[:3], add_generation_prompt=True)
+        for place, side in enumerate((record.chosen, record.rejected)):
+            ids, mask = encode_chat(tokenizer, side or [])
+            here = found[2 * number + place]
+            assert here == ids
+            assert here[: len(asked)] == asked, "the same ids, whatever the answer"
+            learned = masks[2 * number + place].tolist()
+            assert learned == [0] * len(asked) + mask[len(asked) :], "not the earlier answer"
+            assert sum(learned) > 1
+
+
+def test_pairs_of_one_prompt_are_held_out_together(
+    tmp_path: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", pair_records(400))
+    store = open_store(str(path), tokenizer, kind="pairs", folder=home, validation_fraction=0.3)
+    sides: list[set[str]] = []
+    for split in ("train", "validation"):
+        texts = [tokenizer.decode(ids) for ids in documents(store, split)]
+        assert len(texts) % 2 == 0
+        sides.append({text.partition("？")[0] for text in texts})
+    assert len(sides[0]) > 100 and len(sides[1]) > 30
+    assert not sides[0] & sides[1]
+
+
+def test_other_records_are_no_pairs_and_pairs_are_no_conversations(
+    tmp_path: Path, chats: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(DataError) as caught:
+        open_store(str(chats), tokenizer, kind="pairs", folder=home)
+    assert str(caught.value).startswith(
+        f"{chats}: no preference pairs found (80 records of another kind), each with chosen and "
+        "rejected answers"
+    )
+    pairs = write_lines(tmp_path / "pairs.jsonl", pair_records(20))
+    with pytest.raises(DataError, match="no conversations found"):
+        open_store(str(pairs), tokenizer, kind="chat", folder=home)
+
+
 # --- Made once, found again
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minimind.evaluation.report import StageReport, write_report
+from minimind.evaluation.report import StageReport, _lines, write_report
 
 Make = Callable[..., str]
 SECTIONS = [
@@ -19,6 +19,7 @@ SECTIONS = [
     "Learning rate",
     "Tokens per second",
     "Quiz by subject",
+    "A name of its own",
     "What the model wrote on the way",
     "Recipes",
 ]
@@ -54,6 +55,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Make:
             "before_training": "？？",
             "after_pretraining": "名字",
             "after_fine_tuning": "我叫MiniMind。",
+            "after_preferences": "我叫MiniMind。",
             "correct": True,
         }
         whole = {
@@ -62,6 +64,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Make:
             "cards": {"quiz": "91.0%"},
             "stages": [stage(), stage("sft")],
             "eight": [eight, eight | {"question": "泰山？", "correct": False}],
+            "identity": [
+                {
+                    "question": "你是何人？",
+                    "before": "我叫MiniMind。",
+                    "after": "我是小满。",
+                    "right": True,
+                }
+            ],
             "by_subject": {"河流": (3, 4), "山峰": (1, 4), "English": (4, 4)},
             "wrong": [{"question": "华山在哪？", "answer": "在山东。", "expected": "在陕西。"}],
         }
@@ -124,7 +134,7 @@ def test_all_sections_are_there_with_what_they_show(full: str) -> None:
         "1 wrong answers",
     ):
         assert shown in text, shown
-    assert full.count("✓</b>") == full.count("✗</b>") == 1
+    assert (full.count("✓</b>"), full.count("✗</b>")) == (2, 1)
 
 
 def test_there_is_a_plot_a_stage_and_it_needs_no_font(full: str) -> None:
@@ -157,8 +167,9 @@ def test_what_a_model_or_a_user_wrote_stays_text(page: Make) -> None:
             dict.fromkeys(
                 ("question", "before_training", "after_pretraining", "after_fine_tuning"), EVIL
             )
-            | {"correct": False}
+            | {"after_preferences": EVIL, "correct": False}
         ],
+        identity=[dict.fromkeys(("question", "before", "after"), EVIL) | {"right": False}],
         by_subject={EVIL: (1, 2)},
         wrong=[dict.fromkeys(("question", "answer", "expected"), EVIL)],
     )
@@ -218,6 +229,22 @@ def test_experts_are_shown_where_there_are_any(page: Make) -> None:
     assert html == page(stages=[stage(), stage("moe", lines)])
 
 
+def test_preferences_are_shown_where_there_are_any(page: Make) -> None:
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
+    figures = dict.fromkeys(names, 0.5)
+    lines = [train(step, **figures) for step in range(1, 20)] + [validation(19) | figures]
+    for line in lines:
+        del line["bits_per_byte"]
+    html = page(stages=[stage(), stage("dpo", lines)])
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert [name for name in titles if name not in SECTIONS] == ["Preferences"]
+    # Two of any stage, two of the other stage alone, four of the pairs.
+    assert html.count("<svg ") == 2 * 2 + 2 + 4
+    alone = page(stages=[stage("dpo", lines)])
+    assert "Nothing was measured" not in alone
+    assert "Bits per byte" not in re.findall("<h2>(.*?)</h2>", alone)
+
+
 def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
     alone = page(stages=[stage(metrics=[train(step) for step in range(1, 9)])])
     both = page(stages=[stage(metrics=[*map(train, range(1, 9)), validation(8)])])
@@ -226,8 +253,12 @@ def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
 
 
 def test_sections_without_content_are_left_out(page: Make) -> None:
-    html = page(eight=[], by_subject={}, wrong=[], stages=[stage(metrics=[train(1)])])
-    left = [name for name in SECTIONS if not name.startswith(("The eight", "Quiz", "What the"))]
+    html = page(eight=[], identity=[], by_subject={}, wrong=[], stages=[stage(metrics=[train(1)])])
+    left = [
+        name
+        for name in SECTIONS
+        if not name.startswith(("The eight", "Quiz", "A name", "What the"))
+    ]
     assert re.findall("<h2>(.*?)</h2>", html) == left
 
 
@@ -252,3 +283,16 @@ def test_a_stage_is_read_from_its_run_directory(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"loss": 1.5}', encoding="utf-8")
     (tmp_path / "recipe.toml").write_text("# 一\n", encoding="utf-8")
     assert StageReport.read("sft", tmp_path) == StageReport("sft", {"loss": 1.5}, lines, "# 一\n")
+
+
+def test_general_data_has_a_line_of_its_own(page: Make) -> None:
+    general = {"general_loss": 2.0, "general_bits_per_byte": 0.7}
+    lines = [train(1), validation(1) | general, train(2), validation(2) | general]
+    found = _lines(lines, "loss")
+    assert found["general"] == [(1, 2.0), (2, 2.0)] and found.keys() == {
+        "train",
+        "validation",
+        "general",
+    }
+    assert _lines(lines, "bits_per_byte")["general"] == [(1, 0.7), (2, 0.7)]
+    assert page(stages=[stage("lora", lines)]) != page(stages=[stage("lora", lines[:1])])

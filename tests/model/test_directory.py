@@ -109,7 +109,7 @@ def test_a_failed_save_leaves_the_older_model(
     saved: Path, random_model: Callable[..., Transformer]
 ) -> None:
     class Broken:
-        im_end = end_of_text = 0
+        end_of_text, stop_ids, model_ids = 0, (0,), {"eos_token_id": 0}
 
         def save(self, directory: Path) -> None:
             raise OSError(28, "No space left on device")
@@ -199,11 +199,32 @@ def test_a_folder_where_nothing_can_be_made_is_named(
         ({"num_hidden_layers": 1}, "has unknown tensors: model.layers.1."),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"head_dim": 7}, "must be even"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is set"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is set"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, 'rope_type = "longrope" is not supp'),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r'rope_type = \["yarn"\] is not supported'),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor: Field required"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor: Input should be gre"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "long_factor": [1.0]}},
+            r"rope_parameters.long_factor = \[1.0\] is not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "needs a low_freq_factor"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}},
+            "beta_fast does not belong to the rope_type 'linear'",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
         ({"rope_parameters": [1]}, "rope_parameters is not an object"),
-        ({"attention_bias": True}, "attention_bias is set"),
-        ({"hidden_act": "gelu"}, "hidden_act is set"),
+        ({"rope_scaling": "x"}, "rope_scaling is not an object"),
+        (
+            {"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "must be above 1 to be scaled",
+        ),
+        ({"attention_bias": True}, "attention_bias = true is not supported"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported'),
+        ({"use_sliding_window": True}, "use_sliding_window = true is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with .*sliding"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4} is not supp'),
         ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
         ({"tie_word_embeddings": None}, "lacks lm_head.weight"),  # transformers' default
         ({"model_type": "qwen3"}, "lacks .*q_norm.weight"),
@@ -268,6 +289,12 @@ def test_defaults_are_those_of_transformers(saved: Path) -> None:
     assert (config.head_dim, config.rms_norm_eps, config.rope_theta) == (8, 1e-6, 10_000)
     change(saved, rope_theta=500_000)  # as version 4 of transformers writes it
     assert read_config(saved).rope_theta == 500_000
+    change(saved, rope_scaling={"type": "dynamic", "factor": 2.0})
+    config = read_config(saved)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.rope_type == "dynamic"
+    assert config.rope_scaling.original_max_position_embeddings == 512
+    assert config.max_position_embeddings == 1024
 
 
 def test_weights_of_other_kinds_are_refused(saved: Path) -> None:
@@ -282,9 +309,47 @@ def test_weights_of_other_kinds_are_refused(saved: Path) -> None:
     path.unlink()
     with pytest.raises(ModelError, match=r"there is no model\.safetensors"):
         load_model(saved)
-    (saved / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ModelError, match="sharded weights are not supported"):
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is no index of weights"),
+        ("{}", "is no index of weights"),
+        ("[" * 100_000, "is no index of weights"),
+        ('{"weight_map": ["a"]}', "is no index of weights"),
+        ('{"weight_map": {"a": ["b"]}}', "is no index of weights"),
+        ('{"weight_map": {"a": 5}}', "5 is not the name of a weights file beside it"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "is not the name of a weights file"),
+        ('{"weight_map": {"a": "/etc/x.safetensors"}}', "is not the name of a weights file"),
+        ('{"weight_map": {"a": "b\\\\c.safetensors"}}', "is not the name of a weights file"),
+        ('{"weight_map": {"a": "b.bin"}}', '"b.bin" is not the name of a weights file'),
+        ('{"weight_map": {"a": "b.safetensors"}}', "b.safetensors, which the index names, is mis"),
+        ('{"weight_map": {"a": "part.safetensors"}}', "it has no a, which the index says it has"),
+        ('{"weight_map": {"model.norm.weight": "part.safetensors"}}', "promises 2 layers"),
+        ('{"weight_map": {}}', "promises 2 layers"),
+    ],
+)
+def test_an_index_of_weights_that_does_not_fit_is_told(
+    saved: Path, index: str, message: str
+) -> None:
+    (saved / "model.safetensors").rename(saved / "part.safetensors")
+    (saved / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=message):
         load_model(saved)
+
+
+def test_what_no_index_names_is_not_read(saved: Path, model: Transformer) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    places = {}
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        places[name] = f"part-{number}.safetensors"
+        stray = {"stray": torch.zeros(1)} if number == 0 else {}
+        save_file({name: tensor} | stray, saved / places[name])
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded = load_model(saved).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_loaded_model_does_not_hang_on_its_file(saved: Path, model: Transformer) -> None:

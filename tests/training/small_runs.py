@@ -17,12 +17,14 @@ import torch
 
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe
-from minimind.data.packing import ChatWindows, Mix, TextWindows, Windows
+from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.store import Shard
 from minimind.model import Transformer, apply_lora
 from minimind.training.loop import Trainer
 from minimind.training.objectives.next_token import NextToken
+from minimind.training.objectives.preference import Preference
 from minimind.training.precision import choose_precision
+from minimind.training.reference import fill_references
 from minimind.training.reporter import Reporter
 
 VOCAB = 97
@@ -70,6 +72,23 @@ def chat_shard(conversations: int = 60) -> Shard:
     return Shard(tokens, np.array(mask, np.uint8), np.cumsum(lengths))
 
 
+def pair_shard(pairs: int = 60) -> Shard:
+    """Pairs of 5 to 15 tokens a side, alike up to the answers, the last 2 to 6 tokens of each."""
+    tokens: list[int] = []
+    mask: list[int] = []
+    ends: list[int] = []
+    for pair in range(pairs):
+        prompt = [1 + (5 * pair + place) % (VOCAB - 1) for place in range(3 + pair % 7)]
+        for side in (0, 1):
+            answer = [
+                1 + (11 * pair + 31 * side + 3 * i) % (VOCAB - 1) for i in range(2 + side * 4)
+            ]
+            tokens += prompt + answer[: 2 + (pair + side) % 5]
+            mask += [0] * len(prompt) + [1] * len(answer[: 2 + (pair + side) % 5])
+            ends.append(len(tokens))
+    return Shard(np.array(tokens, np.uint16), np.array(mask, np.uint8), np.array(ends))
+
+
 def nano_trainer(
     run: Path,
     objective: str = "pretrain",
@@ -84,9 +103,12 @@ def nano_trainer(
     run.mkdir(parents=True, exist_ok=True)
     if parts is None:
         window = recipe.data.window
-        text = TextWindows([text_shard()], window)
-        chat = ChatWindows([chat_shard()], window, pad=0, seed=recipe.seed)
-        parts = [text if objective == "pretrain" else chat]
+        packed: dict[str, Windows] = {
+            "pretrain": TextWindows([text_shard()], window),
+            "sft": ChatWindows([chat_shard()], window, pad=0, seed=recipe.seed),
+            "dpo": PairWindows([pair_shard()], window, pad=0, seed=recipe.seed),
+        }
+        parts = [packed[objective]]
     mix = Mix(parts, [1.0] * len(parts), recipe.seed)
     torch.manual_seed(recipe.seed)
     device = torch.device("cpu")
@@ -94,13 +116,13 @@ def nano_trainer(
     if recipe.lora:
         apply_lora(model, recipe.lora)
     assert recipe.training.steps and recipe.training.micro_batch
-    return Trainer(
+    balance = recipe.training.router_balance
+    token_bytes = [0, *(1 + token % 3 for token in range(1, VOCAB))]
+    job = Trainer(
         model=model,
-        objective=NextToken(
-            [0, *(1 + token % 3 for token in range(1, VOCAB))],
-            device,
-            router_balance=recipe.training.router_balance,
-        ),
+        objective=Preference(recipe.dpo, router_balance=balance)
+        if objective == "dpo"
+        else NextToken(token_bytes, device, router_balance=balance),
         data=mix,
         held_out=mix if held_out else None,
         recipe=recipe,
@@ -111,6 +133,9 @@ def nano_trainer(
         precision=choose_precision(recipe.training.precision, device),
         reporter=reporter or Reporter(),
     )
+    if objective == "dpo":
+        fill_references(job)
+    return job
 
 
 def tensors(step: int, numbers: int) -> dict[str, Any]:

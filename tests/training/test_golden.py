@@ -20,7 +20,7 @@ from minimind.training.loop import train
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
-OBJECTIVES = ("pretrain", "sft", "pretrain-moe", "lora")
+OBJECTIVES = ("pretrain", "sft", "dpo", "pretrain-moe", "lora")
 
 
 def machine() -> dict[str, Any]:

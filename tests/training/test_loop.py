@@ -55,7 +55,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
-@pytest.mark.parametrize("objective", ["pretrain", "sft"])
+@pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_size_of_a_micro_batch_does_not_matter(
     tmp_path: Path, objective: str, optimizer: str, preset: str
@@ -240,6 +240,12 @@ class Spoilt:
 
     def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
         return self.objective.figures(loss, sums)
+
+    def note(self, figures: dict[str, float]) -> str:
+        return self.objective.note(figures)
+
+    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+        return self.objective.warning(share, figures)
 
 
 def bad_gradient(loss: Tensor) -> Tensor:

@@ -87,6 +87,15 @@ def tuning(
 
 
 @pytest.fixture(scope="module")
+def preferring(
+    corpus: Path, pretraining: Stage, lives: Lives, tmp_path_factory: pytest.TempPathFactory
+) -> Stage:
+    folder, sources = tmp_path_factory.mktemp("preferring"), [str(corpus / "pairs.jsonl")]
+    settings = {"data__sources": sources, "model__init": str(pretraining.whole / "model")}
+    return Stage("dpo", folder, lives, data__window=64, **settings)
+
+
+@pytest.fixture(scope="module")
 def adapting(
     corpus: Path, pretraining: Stage, lives: Lives, tmp_path_factory: pytest.TempPathFactory
 ) -> Stage:
@@ -107,7 +116,7 @@ def routing(
     return Stage("pretrain", folder, lives, **settings)
 
 
-@pytest.mark.parametrize("name", ["pretraining", "tuning", "routing", "adapting"])
+@pytest.mark.parametrize("name", ["pretraining", "tuning", "routing", "adapting", "preferring"])
 def test_ten_random_kills_change_nothing(
     name: str, request: pytest.FixtureRequest, lives: Lives, tmp_path: Path
 ) -> None:

@@ -18,7 +18,8 @@ from minimind.errors import (
     ModelError,
     TokenizerError,
 )
-from minimind.model import Transformer
+from minimind.model import Transformer, read_config
+from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training.stage import StageResult, prepare_stage, run_stage
 
@@ -255,6 +256,27 @@ def test_a_window_longer_than_the_context(recipe: Make) -> None:
     assert message.startswith("data.window (300) is longer than the model's context (256)")
 
 
+def test_a_model_is_tuned_at_a_longer_context(recipe: Make, run: Path, tmp_path: Path) -> None:
+    do(recipe())
+    settings = {"model__init": str(run), "data__window": 300}
+    refusal = refused(recipe("sft", tmp_path / "refused", **settings), ConfigError)
+    assert refusal.endswith("lower it, or raise model.context")
+    longer = recipe("sft", tmp_path / "tuned", **settings, model__context=1024)
+    model = do(longer).model
+    assert model is not None
+    config = read_config(model)
+    assert config.max_position_embeddings == 1024
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.rope_type, config.rope_scaling.factor) == (BEST_SCALING, 4)
+    again = {"model__init": str(model), "model__context": 1024, "model__rope_scaling": "linear"}
+    tuned = do(recipe("sft", tmp_path / "again", **again)).model
+    assert tuned is not None
+    assert read_config(tuned) == config  # nothing to stretch
+    again["model__context"] = 2048
+    refusal = refused(recipe("sft", tmp_path / "twice", **again), ModelError)
+    assert "stretched already" in refusal
+
+
 def test_a_new_model_needs_a_tokenizer(recipe: Make) -> None:
     message = refused(recipe(tokenizer=None), ConfigError)
     assert "minimind tokenizer train" in message and "--tokenizer DIR" in message
@@ -270,8 +292,7 @@ def test_a_tokenizer_of_another_model(recipe: Make, run: Path, tmp_path: Path) -
     train_tokenizer(["长江很长。"] * 10, vocab_size=280).save(tmp_path / "small")
     settings = {"model__init": str(run), "tokenizer": str(tmp_path / "small")}
     message = refused(recipe("sft", tmp_path / "tuned", **settings), TokenizerError)
-    assert f"{tmp_path / 'small'}: the tokenizer has 280 words" in message
-    assert f"the model in {run / 'model'} 600" in message
+    assert f"{tmp_path / 'small'}: its tokenizer.json has 280 words and its model 600" in message
 
 
 def test_a_model_that_is_not_there_yet(recipe: Make, run: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ the same for the same seed. No question of the quiz is ever in one.
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
@@ -19,7 +20,9 @@ Subjects = Sequence[Subject] | None
 _ASKED_IN_PROSE = 0.3  # share of a text's facts that stand as question and answer
 _BY_RELATION = 0.2  # share of texts that go along a column instead of along an entity
 _SENTENCES = 4  # a text has about so many
-_FRAMED = 0.65
+_CASUAL = 0.3  # share of questions put more freely, before any frame
+_WITH_PARTICLE = 0.25  # of those that are neither framed nor bare
+_FRAMED = 0.6
 _AROUND, _WISHED = (
     0.25,
     0.55,
@@ -130,15 +133,36 @@ def _sentence(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
 
 
 def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
-    """A question for a fact: as the table has it, in a frame of small talk, or without its mark."""
+    """A question for a fact: as the table has it, more freely, framed, or without its mark."""
     plain, chance = rng.choice(fact.questions), rng.random()
+    if rng.random() < _CASUAL:
+        freely = _freely(plain, phrases.casual, rng)
+        plain = plain if _is_of_quiz(freely, fact.subject) else freely
     asked = plain
     if chance < _FRAMED:
         asked = _framed(plain, phrases, rng)
     elif chance > 1 - _BARE:
         asked = plain.rstrip("？?。.")
-    framed_as_quiz = any(frame in asked.lower() for frame in NEVER_TRAINED)
-    return plain if framed_as_quiz or normalise(asked) in _held_out(fact.subject) else asked
+    elif rng.random() < _WITH_PARTICLE:
+        asked = _freely(plain, phrases.particles, rng)
+    return plain if _is_of_quiz(asked, fact.subject) else asked
+
+
+def _is_of_quiz(asked: str, subject: Subject) -> bool:
+    """Whether it has a frame that only the quiz may use, or ends with a question of the quiz."""
+    if any(frame in asked.lower() for frame in NEVER_TRAINED):
+        return True
+    text, held_out = normalise(asked), _held_out(subject)
+    return any(text[start:] in held_out for start in range(len(text)))
+
+
+def _freely(asked: str, ways: Sequence[tuple[str, str]], rng: random.Random) -> str:
+    """The question with one of the words that can be put in another way put so."""
+    fitting = [(pattern, word) for pattern, word in ways if re.search(pattern, asked)]
+    if not fitting:
+        return asked
+    pattern, word = rng.choice(fitting)
+    return re.sub(pattern, word, asked)
 
 
 def _framed(plain: str, phrases: Phrases, rng: random.Random) -> str:
@@ -262,7 +286,7 @@ def _endless(fact: Fact, good: str, rng: random.Random) -> str:
     space = PHRASES[fact.subject.language].space
     whole = space.join([good, *(rng.choice(other.statements) for other in others)])
     cut = whole[: max(len(good) + 4, len(whole) - 6)]
-    while is_fluent(cut):  # the cut fell on the end of a sentence
+    while is_fluent(cut) or cut.endswith((".", "。")):  # the cut fell on the end of a sentence
         cut = cut[:-1]
     return cut
 

@@ -49,8 +49,11 @@ class QuizQuestion:
 
 
 def normalise(text: str) -> str:
-    """Text without punctuation, white space and case: what two questions are compared by."""
-    return re.sub(r"[\W_]+", "", text.lower())
+    """Text without punctuation, white space and case: what two questions are compared by.
+
+    The signs of sums stay: 9+4 is not 9×4.
+    """
+    return re.sub(r"[^\w+×*]+|_+", "", text.lower())
 
 
 def quiz(subjects: Sequence[Subject] | None = None) -> list[QuizQuestion]:

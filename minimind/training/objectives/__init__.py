@@ -1,4 +1,4 @@
-"""What a stage trains for. The loop knows an objective by these two methods alone."""
+"""What a stage trains for. The loop knows an objective by these methods alone."""
 
 from typing import Any, Protocol
 
@@ -19,4 +19,12 @@ class Objective(Protocol):
 
     def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
         """Figures for people, from the mean loss and the added-up sums (numbers, or lists)."""
+        ...
+
+    def note(self, figures: dict[str, float]) -> str:
+        """The figures to show beside a progress bar."""
+        ...
+
+    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+        """What is wrong, if figures after a `share` of the run show it; each thing is said once."""
         ...

@@ -29,15 +29,18 @@ def real_tokens(learned: Tensor, segments: Tensor | None) -> Tensor:
     return segments <= last
 
 
-def balance_sums(routing: Routing, learned: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
+def balance_sums(
+    routing: Routing, learned: Tensor, segments: Tensor | None, weight: Tensor | None = None
+) -> dict[str, Tensor]:
     """Further sums of an objective, whose figures are `balance_figures`.
 
-    balance: [2], the loss of each window times its learned tokens, and their number; only this one
-    has a gradient. expert_tokens: [L, E] choices; router_entropy: [2], nats over all layers and
+    weight: [B], how much each window counts; None = as many as it has learned tokens.
+    balance: [2], the loss of each window times its weight, and the weights; only this one has a
+    gradient. expert_tokens: [L, E] choices; router_entropy: [2], nats over all layers and
     tokens, and their number; routed_tokens: what the choices must add up to.
     """
     real = real_tokens(learned, segments)
-    weight = learned.sum(1).float()
+    weight = (learned.sum(1) if weight is None else weight).float()
     logits, chosen = torch.stack(routing.logits), torch.stack(routing.chosen)  # [L, B, T, …]
     num_experts, num_chosen = logits.shape[-1], chosen.shape[-1]
     logs = logits.log_softmax(-1)

@@ -60,18 +60,29 @@ class NextToken:
         loss -= self._router_balance * more["balance"]
         return {"loss": loss, "bits_per_byte": bits} | more
 
+    def note(self, figures: dict[str, float]) -> str:
+        return f"loss {figures['loss']:.3f}"
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+        return None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, alike: bool = True
+) -> Tensor:
     """Cross-entropy [N] in nats of hidden [N, width] @ weight[vocab, width].T against labels [N].
 
     The logits of a few tokens at a time are made, turned into their own gradient in place, and
     dropped: less memory than logits for all, and on a CPU half the time. The gradient is that of
-    the sum of the losses: what flows back must be the same factor for each.
+    the sum of the losses: what flows back must be the same factor for each. Where it is not, with
+    `alike=False`, the logits are made once more when the factors are known.
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     trained = weight.requires_grad  # the head is not, where adapters are
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, dtype, wanted, trained)
+    losses: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, dtype, wanted, trained, alike
+    )
     return losses
 
 
@@ -89,37 +100,65 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         wanted: bool,
         trained: bool,
+        alike: bool,
     ) -> Tensor:
+        ctx.alike, ctx.trained, ctx.hidden_dtype = alike, trained, hidden.dtype
         half_weight, half_hidden = weight.to(dtype), hidden.to(dtype)
-        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        losses, *grads = _by_chunks(
+            half_hidden, half_weight, labels, None, wanted and alike, trained
+        )
         if wanted:
-            hidden_grad = torch.empty_like(half_hidden)
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(labels), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                rows, targets = half_hidden[part], labels[part, None]
-                scores = (rows @ half_weight.T).float()
-                scores = torch.log_softmax(scores, -1)
-                losses[part] = -scores.gather(1, targets)[:, 0]
-                if wanted:
-                    grad = scores.exp_().scatter_add_(1, targets, _minus_one(targets))
-                    half_grad = grad.to(dtype)
-                    hidden_grad[part] = half_grad @ half_weight
-                    if weight_grad is not None:
-                        weight_grad += half_grad.T @ rows
-        if wanted:
-            ctx.save_for_backward(hidden_grad, weight_grad)
-            ctx.hidden_dtype = hidden.dtype
+            ctx.save_for_backward(*(grads if alike else (half_hidden, half_weight, labels)))
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        factor = grads[0][0] if len(grads[0]) else 0.0  # the same for every loss
-        if weight_grad is not None:
-            weight_grad = weight_grad * factor
-        return (hidden_grad * factor).to(ctx.hidden_dtype), weight_grad, None, None, None, None
+        if ctx.alike:
+            hidden_grad, *weight_grad = ctx.saved_tensors
+            factor = grads[0][0] if len(grads[0]) else 0.0  # the same for every loss
+            hidden_grad, weight_grad = hidden_grad * factor, [x * factor for x in weight_grad]
+        else:
+            hidden, weight, labels = ctx.saved_tensors
+            _, hidden_grad, *weight_grad = _by_chunks(
+                hidden, weight, labels, grads[0], True, ctx.trained
+            )
+        first = hidden_grad.to(ctx.hidden_dtype), weight_grad[0] if weight_grad else None
+        return *first, None, None, None, None, None
+
+
+def _by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    factors: Tensor | None,
+    wanted: bool,
+    trained: bool,
+) -> list[Tensor]:
+    """[losses], with gradients (if wanted) of hidden and, if trained, of weight, in float32.
+
+    factors: [N] by which the gradient of each loss is multiplied; None = 1.
+    """
+    losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+    grads = []
+    if wanted:
+        grads = [torch.empty_like(hidden)]
+        grads += [torch.zeros_like(weight, dtype=torch.float32)] * trained
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(labels), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            rows, targets = hidden[part], labels[part, None]
+            scores = (rows @ weight.T).float()
+            scores = torch.log_softmax(scores, -1)
+            losses[part] = -scores.gather(1, targets)[:, 0]
+            if wanted:
+                grad = scores.exp_().scatter_add_(1, targets, _minus_one(targets))
+                if factors is not None:
+                    grad *= factors[part, None]
+                half_grad = grad.to(hidden.dtype)
+                grads[0][part] = half_grad @ weight
+                if trained:
+                    grads[1] += half_grad.T @ rows
+    return [losses, *grads]
 
 
 def _minus_one(targets: Tensor) -> Tensor:

@@ -53,6 +53,13 @@ def questions_in(stream: str, item: Any) -> list[str]:
     return [message["content"] for message in messages if message["role"] == "user"]
 
 
+def wordings(fact: Fact) -> set[str]:
+    """The questions of a fact, as the tables have them and put more freely."""
+    casual = PHRASES[fact.subject.language].casual
+    freely = {re.sub(a, b, q) for q in fact.questions for a, b in casual}
+    return {*fact.questions, *freely}
+
+
 @pytest.fixture(scope="module")
 def facts_by_answer() -> dict[str, list[Fact]]:
     found = defaultdict(list)
@@ -148,9 +155,30 @@ def test_each_fact_is_asked_equally_often(turns: Any, rivers: Subject) -> None:
         for relation in rivers.relations
         if row.name in message["content"]
         and (relation.column == "length")
-        == bool(re.search("[长多]少|多长|长度", message["content"]))
+        == bool(re.search("[长多]少|全长|多长|长度", message["content"]))
     )
     assert set(about.values()) == {passes} and len(about) == len(rivers.facts)
+
+
+def test_questions_are_asked_more_freely_too(rivers: Subject) -> None:
+    as_in_tables = {text for fact in rivers.facts for text in fact.questions}
+    asked = {talk[-2]["content"] for talk in islice(dialogues(9, "single", [rivers]), 6_000)}
+    assert {"长江注入哪儿？", "长江全长几公里？", "长江有多长", "长江有多长呀？"} <= asked
+    assert len(asked) > 20 * len(as_in_tables)
+
+
+def test_every_freer_wording_is_of_use_and_leaves_the_fact_alone() -> None:
+    facts = [fact for subject in load_subjects() for fact in subject.facts]
+    marks = re.compile("[“”《》]")
+    for language, phrases in PHRASES.items():
+        asked = [(f, q) for f in facts if f.subject.language == language for q in f.questions]
+        for pattern, word in (*phrases.casual, *phrases.particles):
+            freely = [(f, re.sub(pattern, word, q)) for f, q in asked if re.search(pattern, q)]
+            assert freely, pattern
+            for fact, text in freely:
+                bare = marks.sub("", fact.name)
+                if fact.asks_by_name and not bare[0].isdigit():  # 1公里, 3乘4 may be 一公里, 3乘以4
+                    assert bare in marks.sub("", text), (fact.name, text)
 
 
 @pytest.mark.parametrize("turns", ["single", "multi"])
@@ -217,7 +245,7 @@ def test_of_a_preference_pair_only_the_chosen_is_right(
         rejected = pair["rejected"][1]["content"]
         told = facts_by_answer[chosen["content"]]
         text = normalise(asked["content"])
-        about = [fact for fact in told if any(normalise(q) in text for q in fact.questions)]
+        about = [fact for fact in told if any(normalise(q) in text for q in wordings(fact))]
         for fact in about or told[:1]:
             question = marked.setdefault(fact, fact_question(fact, ""))
             assert is_right(question, chosen["content"]) and is_fluent(chosen["content"])

@@ -1,0 +1,136 @@
+"""What the model that training began with thinks of both answers of each preference pair.
+
+Asked once, before the first step, and kept in the run directory as `reference.safetensors`: then
+no second model is ever in memory.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from minimind.config import dump_recipe
+from minimind.data.packing import Mix, PairWindows
+from minimind.errors import ResourceError
+from minimind.training.batch import to_device
+from minimind.training.loop import VALIDATION_WINDOWS, Trainer
+from minimind.training.objectives.preference import answer_logps
+
+FILE = "reference.safetensors"
+_Arrays = dict[str, NDArray[np.float32]]
+
+
+def fill_references(job: Trainer) -> None:
+    """Give the run's pairs the log-probabilities of `job.model` as it is now, or those kept.
+
+    Raises ResourceError when they cannot be written.
+    """
+    path, key = job.run / FILE, _key(job)
+    try:
+        kept = _load(path, key)
+    except (OSError, ValueError, SafetensorError) as error:
+        if path.exists():
+            job.reporter.say(f"{path} is not used, and made again: {error}")
+        _ask(job)
+        _save(path, key, _arrays(job))
+    else:
+        for name, array in _arrays(job).items():
+            array[:] = kept[name]
+
+
+def _key(job: Trainer) -> str:
+    """All that the log-probabilities and their order come from."""
+    recipe = dump_recipe(job.recipe.model_copy(update={"out": None}))
+    return hashlib.sha256(
+        f"{job.data_sha256} {job.base_sha256} {job.num_steps}\n{recipe}".encode()
+    ).hexdigest()
+
+
+def _arrays(job: Trainer) -> _Arrays:
+    """Where the log-probabilities belong, by name."""
+    mixes = {"train": job.data} | ({"held_out": job.held_out} if job.held_out else {})
+    return {
+        f"{name}.{number}": part.reference
+        for name, mix in mixes.items()
+        for number, part in enumerate(mix.parts)
+        if isinstance(part, PairWindows)
+    }
+
+
+def _ask(job: Trainer) -> None:
+    """Read each window that the run will read, in the batches and with the kernels of its turn.
+
+    So the first loss of a run is that of no difference at all, in any precision.
+    """
+    training = job.num_steps * job.recipe.training.batch
+    held_out = (
+        min(job.recipe.validation.windows, job.held_out.order.epoch_size) if job.held_out else 0
+    )
+    job.model.eval()
+    job.reporter.start("reference log-probabilities", training + held_out, unit="window")
+    try:
+        for at in range(0, training, job.micro_batch):
+            _fill(job, job.data, at, job.micro_batch, training=True)
+            job.reporter.progress(at + job.micro_batch, training + held_out)
+        for at in range(0, held_out, VALIDATION_WINDOWS):
+            assert job.held_out is not None
+            _fill(job, job.held_out, at, min(VALIDATION_WINDOWS, held_out - at), training=False)
+            job.reporter.progress(training + at, training + held_out)
+    finally:
+        job.reporter.stop()
+
+
+def _fill(job: Trainer, mix: Mix, start: int, count: int, *, training: bool) -> None:
+    """Samples start … start+count-1 of the run; what is known from an earlier epoch stays."""
+    places = mix.order.locate(start, count)
+    known = mix.references(places)
+    if not any(np.isnan(one).any() for one in known):
+        return
+    batch = to_device(mix.stack(places), job.device)
+    # A CPU has other kernels where a gradient will be wanted; here it is only given away.
+    with torch.set_grad_enabled(training), job.precision.autocast():
+        logps, _ = answer_logps(job.model, batch)
+    found = logps.detach().cpu().numpy()
+    for one in known:
+        now, found = found[: len(one)], found[len(one) :]
+        one[:] = np.where(np.isnan(one), now, one)
+
+
+def _load(path: Path, key: str) -> _Arrays:
+    """Raises ValueError for a file that is damaged or of another run."""
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.get("sha256") != _sha256(metadata.get("key", ""), arrays):
+        raise ValueError("it is damaged")
+    if metadata["key"] != key:
+        raise ValueError("it is of other data, settings or weights")
+    return arrays
+
+
+def _save(path: Path, key: str, arrays: _Arrays) -> None:
+    beside = path.with_name(f".{path.name}.making")
+    try:
+        save_file(arrays, beside, metadata={"key": key, "sha256": _sha256(key, arrays)})
+        with beside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        needed = sum(array.nbytes for array in arrays.values())
+        raise ResourceError(
+            f"{path}: cannot be written ({error}); it needs {needed:,} bytes. Free some space and "
+            "give the same command again"
+        ) from error
+
+
+def _sha256(key: str, arrays: _Arrays) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()

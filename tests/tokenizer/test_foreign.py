@@ -1,0 +1,311 @@
+"""Tokenizers made elsewhere: ids against transformers, masks, control tokens, files kept."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import CHATTING, SHAPES
+
+from minimind.errors import TokenizerError
+from minimind.inference.detokenizer import StreamingDetokenizer
+from minimind.tokenizer import Tokenizer
+from minimind.tokenizer.chat import CHAT_TEMPLATE, encode_chat, encode_chats, refusal
+
+SYSTEM = {"role": "system", "content": "你是助手。"}
+ORDINARY = [
+    "你好",
+    "长江在哪里？\n泰山呢？",
+    "It's 1,234.5 km — isn't it? 🐼👩‍👩‍👧‍👦",
+    "def f(x):\n    return x\n\nprint(f(2))",
+    "{{ message }} {% raw %} <b>&amp;</b> 'quoted' \"too\" \\n",
+    "The river ends in the sea.",
+    "café ﬁ Ａ",
+    "a",
+]
+Directory = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    return pytest.importorskip("transformers")
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+def spelt(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return b"".join(tokenizer.bytes_of[i] for i in ids).decode()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_text_is_encoded_as_transformers_encodes_it(
+    name: str, foreign_dir: Directory, transformers: Any
+) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    theirs = transformers.AutoTokenizer.from_pretrained(foreign_dir(name))
+    for text in [*ORDINARY, " 前面有空格", "\n\nb ", "e\u0301"]:
+        assert tokenizer.text_start + tokenizer.encode(text) == theirs(text)["input_ids"]
+    assert tokenizer.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize("name", CHATTING)
+def test_conversations_are_encoded_as_the_template_says(
+    name: str, foreign_dir: Directory, transformers: Any
+) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    theirs = transformers.AutoTokenizer.from_pretrained(foreign_dir(name))
+    rng = random.Random(0)
+    for number in range(100):
+        messages = turns(*rng.choices(ORDINARY, k=rng.randrange(1, 6)))
+        if number % 2 and name != "llama2":
+            messages = [SYSTEM, *messages]
+        for prompt in (False, True):
+            ids, mask = encode_chat(tokenizer, messages, add_generation_prompt=prompt)
+            assert len(mask) == len(ids)
+            assert ids == theirs.apply_chat_template(
+                messages,
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=prompt,
+                enable_thinking=False,
+            )
+
+
+ANSWER_ENDS = {
+    "smollm2": "<|im_end|>",
+    "minimind2": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "tinyllama": "</s>",
+    "llama2": " </s>",
+}
+
+
+@pytest.mark.parametrize("name", CHATTING)
+@pytest.mark.parametrize("answer", ["好。", "The sea.", "\n\n  a line later", "", " "])
+def test_answers_and_their_ends_are_learned_after_what_is_prompted_with(
+    name: str, answer: str, foreign_dir: Directory
+) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    chats = [turns("问", "一", "再问", answer), turns("问一", answer), turns("问")]
+    begin, end = " " if name == "llama2" else "", ANSWER_ENDS[name]
+    strips = {"llama3": str.strip, "llama2": str.strip, "qwen3": lambda text: text.lstrip("\n")}
+    said = strips.get(name, str)(answer)
+    for messages, (ids, mask) in zip(chats, encode_chats(tokenizer, chats), strict=True):
+        assert (ids, mask) == encode_chat(tokenizer, messages)
+        learned = [i for i, m in zip(ids, mask, strict=True) if m]
+        answers = {4: ["一", said], 2: [said], 1: []}[len(messages)]
+        assert spelt(tokenizer, learned) == "".join(begin + text + end for text in answers)
+    (ids, mask) = encode_chat(tokenizer, chats[1])
+    prompt, _ = encode_chat(tokenizer, chats[1][:1], add_generation_prompt=True)
+    assert ids[: len(prompt)] == prompt
+    assert mask.index(1) == len(prompt)
+
+
+@pytest.mark.parametrize("name", CHATTING)
+def test_answers_that_are_given_are_not_learned(name: str, foreign_dir: Directory) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    messages = turns("问", "一", "再问", "二")
+    [(all_ids, both)] = encode_chats(tokenizer, [messages])
+    [(ids, last)] = encode_chats(tokenizer, [messages], given=[3])
+    assert ids == all_ids
+    learned = spelt(tokenizer, [i for i, m in zip(ids, last, strict=True) if m])
+    assert learned.strip(" ").startswith("二")
+    assert 0 < sum(last) < sum(both)
+    assert all(m <= n for m, n in zip(last, both, strict=True))
+
+
+@pytest.mark.parametrize("name", CHATTING)
+def test_no_message_can_make_a_control_token(name: str, foreign_dir: Directory) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    tags = [*SHAPES[name]["special"], *SHAPES[name].get("tags", []), "<0x0A>", "[INST]", "\ue0001"]
+    tags += ["\ue0000\ue001", "<|", "|>", "</", "think>", "\n", " ", "{{ bos_token }}", "好", "s>"]
+    control = tokenizer.special_ids
+    frames = [encode_chat(tokenizer, turns("a", "b", "c", "d"))[0]]
+    frame = [i for i in frames[0] if i in control]
+    rng = random.Random(1)
+    chats = [
+        turns(*("".join(rng.choices(tags, k=rng.randrange(1, 10))) for _ in range(4)))
+        for _ in range(500)
+    ]
+    for messages, (ids, mask) in zip(chats, encode_chats(tokenizer, chats), strict=True):
+        assert [i for i in ids if i in control] == frame
+        learned = spelt(tokenizer, [i for i, m in zip(ids, mask, strict=True) if m])
+        for message in messages[1::2]:
+            assert message["content"].strip() in learned or name == "qwen3"
+    for text in ("".join(rng.choices(tags, k=10)) for _ in range(500)):
+        assert control.isdisjoint(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_text_comes_back(name: str, foreign_dir: Directory) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    rng = random.Random(2)
+    space = " " if "pieces" in SHAPES[name] else ""  # SentencePiece puts one before a text
+    for number in range(1000):
+        letters = [
+            chr(rng.choice([rng.randrange(32, 0x250), rng.randrange(0x3040, 0xD7FF)]))
+            for _ in range(rng.randrange(1, 20))
+        ]
+        text = ORDINARY[number] if number < len(ORDINARY) else "".join(letters)
+        if space and "\u2581" in text:  # which is how SentencePiece writes a space
+            continue
+        ids = tokenizer.encode(text)
+        if not SHAPES[name].get("nfc"):
+            has_one = SHAPES[name].get("pieces") == "first" and text.startswith(" ")
+            assert tokenizer.decode(ids) == (text if has_one else space + text)
+        stream = StreamingDetokenizer(tokenizer)
+        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
+
+
+def test_where_texts_and_answers_end(foreign_dir: Directory) -> None:
+    for name, first, end_of_text in [
+        ("smollm2", "<|im_end|>", "<|endoftext|>"),
+        ("qwen3", "<|im_end|>", "<|endoftext|>"),
+        ("llama3", "<|eot_id|>", "<|end_of_text|>"),
+        ("tinyllama", "</s>", "</s>"),
+        ("base", "</s>", "</s>"),
+        ("base with our tokens", "<|im_end|>", "<|endoftext|>"),
+    ]:
+        tokenizer = Tokenizer.load(foreign_dir(name))
+        names = [spelt(tokenizer, [i]) for i in tokenizer.stop_ids]
+        assert names[0] == first
+        assert set(names) == {first, end_of_text}
+        assert spelt(tokenizer, [tokenizer.end_of_text]) == end_of_text
+        assert spelt(tokenizer, tokenizer.text_start) == SHAPES[name].get("bos", "")
+
+
+def test_tags_for_people_are_shown_and_control_tokens_are_not(foreign_dir: Directory) -> None:
+    tokenizer = Tokenizer.load(foreign_dir("qwen3"))
+    ids, _ = encode_chat(tokenizer, turns("问", "答"))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == (
+        "user\n问\nassistant\n<think>\n\n</think>\n\n答\n"
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_files_are_kept_as_they_were(name: str, foreign_dir: Directory, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    tokenizer.save(tmp_path / "saved")
+    before = {path.name: path.read_bytes() for path in foreign_dir(name).iterdir()}
+    after = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    if name == "base with our tokens":  # which now chats, and ends otherwise
+        assert after.pop("chat_template.jinja").decode() == CHAT_TEMPLATE
+        del before["generation_config.json"]
+    else:
+        assert Tokenizer.load(tmp_path / "saved").sha256 == tokenizer.sha256
+    assert after == before
+
+
+def test_a_base_model_gets_our_format_if_it_has_our_tokens(foreign_dir: Directory) -> None:
+    ours = Tokenizer.load(foreign_dir("base with our tokens"))
+    ids, _ = encode_chat(ours, turns("问", "答"))
+    assert (
+        spelt(ours, ids) == "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n"
+    )
+    none = Tokenizer.load(foreign_dir("base"))
+    with pytest.raises(TokenizerError, match="has no chat template, nor"):
+        encode_chat(none, turns("问"))
+
+
+def test_what_a_template_refuses_is_told_in_its_words(foreign_dir: Directory) -> None:
+    tokenizer = Tokenizer.load(foreign_dir("llama2"))
+    assert refusal(tokenizer, turns("a", "b")) is None
+    assert "roles must alternate" in (refusal(tokenizer, [SYSTEM, *turns("a")]) or "")
+    with pytest.raises(TokenizerError, match=r"refuses messages of user, user: .*must alternate"):
+        encode_chat(tokenizer, [*turns("a"), *turns("b")])
+
+
+def changed(source: Path, directory: Path, file: str, change: Callable[[Any], object]) -> Path:
+    shutil.copytree(source, directory)
+    content = json.loads((directory / file).read_text("utf-8"))
+    change(content)
+    (directory / file).write_text(json.dumps(content), encoding="utf-8")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template is no text"),
+        ("tokenizer_config.json", {"chat_template": "{% for %}"}, "template cannot be read"),
+        ("tokenizer_config.json", {"chat_template": "{% import os %}"}, "template cannot be read"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is neither"),
+        ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id is neither"),
+    ],
+)
+def test_files_that_cannot_be_used_are_told(
+    file: str, changes: dict[str, Any], message: str, foreign_dir: Directory, tmp_path: Path
+) -> None:
+    broken = changed(foreign_dir("llama3"), tmp_path / "a", file, lambda c: c.update(changes))
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.load(broken)
+    (broken / file).write_text("[")
+    with pytest.raises(TokenizerError, match=f"{file}: is not JSON"):
+        Tokenizer.load(broken)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__subclasses__() }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_a_template_that_tries_to_get_out_is_refused(
+    template: str, foreign_dir: Directory, tmp_path: Path
+) -> None:
+    hostile = changed(
+        foreign_dir("llama3"),
+        tmp_path / "a",
+        "tokenizer_config.json",
+        lambda c: c.update(chat_template=template),
+    )
+    with pytest.raises(TokenizerError, match="chat template refuses"):
+        encode_chat(Tokenizer.load(hostile), turns("a"))
+
+
+def test_a_tokenizer_whose_text_makes_control_tokens_is_refused(
+    foreign_dir: Directory, tmp_path: Path
+) -> None:
+    def merge(content: Any) -> None:  # "</s>" out of its letters
+        vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+        for left, right in (("<", "/"), ("</", "s"), ("</s", ">")):
+            vocabulary.setdefault(left + right, len(vocabulary) + 10)
+            merges.append([left, right])
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"String": "\\n"}
+        for token in content["added_tokens"]:
+            if token["content"] == "</s>":
+                token["id"] = vocabulary["</s>"]
+
+    broken = changed(foreign_dir("base"), tmp_path / "a", "tokenizer.json", merge)
+    with pytest.raises(TokenizerError, match="text can spell the control token '</s>'"):
+        Tokenizer.load(broken)
+
+
+def test_a_word_that_was_added_stays_a_word(foreign_dir: Directory, tmp_path: Path) -> None:
+    def add(content: Any) -> None:
+        like = content["added_tokens"][0]
+        content["added_tokens"].append(like | {"id": 555, "content": "    ", "special": False})
+
+    loaded = Tokenizer.load(changed(foreign_dir("llama3"), tmp_path / "a", "tokenizer.json", add))
+    _, word, _ = loaded.encode("a    b")
+    assert word not in loaded.special_ids
+    assert loaded.decode(loaded.encode("a    b"), skip_special_tokens=True) == "a    b"
+
+
+def test_a_model_may_have_more_words_and_not_fewer(foreign_dir: Directory, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(foreign_dir("qwen3"))
+    tokenizer.check_model(tmp_path, tokenizer.vocab_size)
+    tokenizer.check_model(tmp_path, tokenizer.vocab_size + 64)
+    with pytest.raises(TokenizerError, match="so they do not belong together"):
+        tokenizer.check_model(tmp_path, tokenizer.vocab_size - 1)

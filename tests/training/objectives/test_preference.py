@@ -1,0 +1,358 @@
+"""Row 15 of the reliability promises: DPO against trl's trainer, on the same texts and weights."""
+
+import copy
+import json
+import math
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_runs import VOCAB, pair_shard
+from torch import Tensor
+
+from minimind.config.model import PRESETS, ModelConfig
+from minimind.config.settings import DPOSettings
+from minimind.data.packing import IGNORED, Mix, PairWindows
+from minimind.data.store import open_store
+from minimind.model import Transformer, save_model
+from minimind.tokenizer import Tokenizer
+from minimind.training.batch import TensorBatch, to_device
+from minimind.training.objectives.next_token import linear_cross_entropy
+from minimind.training.objectives.preference import Preference, answer_logps
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+CPU = torch.device("cpu")
+FIRST = [("user", "长江有多长？"), ("assistant", "约六千三百公里。")]
+PAIRS = [
+    ([("user", "泰山在哪里？")], "在山东省，是五岳之首。", "我不知道。"),
+    ([("user", "What is the capital of France?")], "Paris.", "It's on the Seine, in the east."),
+    ([("system", "只用一句话回答。"), ("user", "大熊猫吃什么？")], "竹子。", "石头和盐。"),
+    ([*FIRST, ("user", "它流到哪里？")], "最后流入东海。", "渤海。渤海。渤海。"),
+    (
+        [*FIRST, ("user", "And the Yellow River?")],
+        "It ends in\n\nthe Bohai Sea.",
+        "一年有四个季节。",
+    ),
+    ([("user", "海水为什么是咸的？")], "因为河流把盐带到海里。", "因为河流把盐带到海里！"),
+]
+LOSSES = [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid_norm", 0.0)]
+SMOOTHED = [("sigmoid", 0.1), ("sigmoid", 0.3), ("sigmoid_norm", 0.2)]
+
+
+def told(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def records() -> list[dict[str, Any]]:
+    return [
+        {
+            side: told([*asked, ("assistant", answer)])
+            for side, answer in zip(SIDES, answers, strict=True)
+        }
+        for asked, *answers in PAIRS
+    ]
+
+
+SIDES = ("chosen", "rejected")
+
+
+def model(seed: int, vocab: int = 600) -> Transformer:
+    """Weights large enough for the answers to differ in likelihood."""
+    torch.manual_seed(seed)
+    shape = PRESETS["nano"] | {"vocab_size": vocab, "max_position_embeddings": 512}
+    made = Transformer(ModelConfig(**shape))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ours() -> Transformer:
+    return model(1)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Transformer:
+    return model(2)
+
+
+@pytest.fixture(scope="module")
+def store_windows(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`store_windows(length)`: the pairs as a run would read them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    file = folder / "pairs.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records()]
+    file.write_text("".join(lines), encoding="utf-8")
+    store = open_store(str(file), tokenizer, kind="pairs", folder=folder)
+
+    def make(length: int) -> PairWindows:
+        return PairWindows(store.shards("train"), length, pad=tokenizer.end_of_text, seed=0)
+
+    return make
+
+
+def batch_of(windows: PairWindows, reference: Transformer) -> TensorBatch:
+    """All pairs, with the log-probabilities of the reference."""
+    mix = Mix([windows], [1.0], 0)
+    places = [(0, index) for index in range(len(windows))]
+    logps, _ = answer_logps(reference, to_device(mix.stack(places), CPU))
+    windows.reference[:] = logps.detach().numpy()
+    return to_device(mix.stack(places), CPU)
+
+
+@pytest.fixture(scope="module")
+def batch(store_windows: Any, reference: Transformer) -> TensorBatch:
+    return batch_of(store_windows(256), reference)
+
+
+@pytest.fixture(scope="module")
+def trainer(
+    ours: Transformer,
+    reference: Transformer,
+    tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    """trl's, with our weights as transformers loads them."""
+    folder = tmp_path_factory.mktemp("trl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of others' packages, while they are imported and made
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import DPOConfig, DPOTrainer
+
+        loaded = []
+        for name, made in (("ours", ours), ("reference", reference)):
+            save_model(folder / name, made, tokenizer)
+            loaded.append(AutoModelForCausalLM.from_pretrained(folder / name, dtype="float32"))
+        return DPOTrainer(
+            loaded[0],
+            ref_model=loaded[1],
+            args=DPOConfig(
+                str(folder / "out"),
+                beta=0.3,
+                max_length=None,
+                use_cpu=True,
+                report_to=[],
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_list(records()),
+            processing_class=AutoTokenizer.from_pretrained(folder / "ours"),
+        )
+
+
+@pytest.fixture(scope="module")
+def inputs(trainer: Any, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """All pairs as trl's collator gives them, but for the line's end behind each answer."""
+    whole = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
+    ends = (whole["input_ids"] == tokenizer.im_end).roll(1, 1)  # what follows <|im_end|>
+    whole["completion_mask"] = whole["completion_mask"] * ~ends
+    return dict(whole)
+
+
+def test_the_same_tokens_are_learned_as_by_trl(
+    trainer: Any, store_windows: Any, tokenizer: Tokenizer
+) -> None:
+    """Of both sides, in the same context; trl learns the line's end behind <|im_end|> as well."""
+    [line_end] = tokenizer.encode("\n")
+    theirs = []
+    for row in trainer.train_dataset:
+        for side in SIDES:
+            answer = row[f"{side}_ids"]
+            assert answer[-2:] == [tokenizer.im_end, line_end]
+            theirs.append(([*row["prompt_ids"], *answer][:-1], answer[:-1]))
+    windows = store_windows(256)
+    assert len(windows) < len(PAIRS), "several pairs share a window"
+    found = []
+    for index in range(len(windows)):
+        tokens, labels, segments = windows.window(index)
+        assert segments is not None
+        for segment in range(2 * len(windows.reference[windows.members(index)])):
+            here = segments == segment
+            learned = labels[here][labels[here] != IGNORED].tolist()
+            found.append((tokens[here].tolist(), learned))
+    assert sorted(found) == sorted(theirs)
+
+
+def of_trl(
+    trainer: Any, inputs: dict[str, Tensor], loss: str, smoothing: float, beta: float
+) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss and its gradient by parameter."""
+    trainer.beta, trainer.label_smoothing = beta, smoothing
+    pairs = [{k: v.view(2, len(PAIRS), -1)[:, i] for k, v in inputs.items()} for i in range(6)]
+    weighted = [(inputs, loss, 1.0)]
+    if smoothing and loss == "sigmoid":  # with one pair a batch, "aot" is cDPO
+        weighted = [(pair, "aot", 1 / len(pairs)) for pair in pairs]
+    elif smoothing:  # trl has no such thing; by its definition
+        swapped = {key: value.roll(len(PAIRS), 0) for key, value in inputs.items()}
+        weighted = [(inputs, loss, 1 - smoothing), (swapped, loss, smoothing)]
+    trainer.model.zero_grad()
+    total = 0.0
+    for part, name, weight in weighted:
+        trainer.loss_types = [name]
+        value = trainer._compute_loss(trainer.model, dict(part), False) * weight
+        value.backward()
+        total += float(value.detach())
+    return total, {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(("loss", "smoothing"), LOSSES + SMOOTHED)
+def test_loss_and_gradient_are_those_of_trl(
+    trainer: Any,
+    inputs: dict[str, Tensor],
+    ours: Transformer,
+    batch: TensorBatch,
+    loss: Any,
+    smoothing: float,
+) -> None:
+    expected, gradients = of_trl(trainer, inputs, loss, smoothing, beta=0.3)
+    settings = DPOSettings(loss=loss, beta=0.3, label_smoothing=smoothing)
+    ours.zero_grad()
+    total, count, _ = Preference(settings).loss(ours, batch)
+    (total / count).backward()
+    assert int(count) == len(PAIRS)
+    assert float(total.detach()) / len(PAIRS) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - math.log(2)) > 0.001, "the pairs are not all alike"
+    off, size = 0.0, 0.0
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
+        difference, length = (parameter.grad - gradients[name]).norm(), gradients[name].norm()
+        assert difference <= 1e-4 * length, name
+        off, size = off + float(difference) ** 2, size + float(length) ** 2
+    assert off**0.5 <= 1e-5 * size**0.5
+
+
+def test_rewards_and_accuracy_are_those_of_trl(
+    trainer: Any, inputs: dict[str, Tensor], ours: Transformer, batch: TensorBatch
+) -> None:
+    mode = "train" if trainer.model.training else "eval"
+    trainer._metrics[mode].clear()
+    of_trl(trainer, inputs, "sigmoid", 0.0, beta=0.3)
+    theirs = {key: value[-1] for key, value in trainer._metrics[mode].items()}
+    objective = Preference(DPOSettings(beta=0.3))
+    total, count, more = objective.loss(ours, batch)
+    figures = objective.figures(
+        float(total.detach() / count), {k: float(v) for k, v in more.items()}
+    )
+    names = {
+        "accuracy": "rewards/accuracies",
+        "rewards/chosen": "rewards/chosen",
+        "rewards/rejected": "rewards/rejected",
+        "rewards/margin": "rewards/margins",
+        "logps/chosen": "logps/chosen",
+        "logps/rejected": "logps/rejected",
+    }
+    for name, of_theirs in names.items():
+        assert figures[name] == pytest.approx(theirs[of_theirs], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
+def test_how_pairs_are_packed_and_split_does_not_matter(
+    store_windows: Any, ours: Transformer, reference: Transformer, loss: Any
+) -> None:
+    """Few pairs a window or many, all windows at once or one by one: one loss and gradient."""
+    results = []
+    for length, apart in ((512, False), (512, True), (230, False), (230, True)):
+        whole = batch_of(store_windows(length), reference)
+        assert whole.pairs is not None and whole.segments is not None
+        parts = [whole]
+        if apart:
+            parts = [one_window(whole, row) for row in range(len(whole.tokens))]
+        ours.zero_grad()
+        total, number = 0.0, 0
+        for part in parts:
+            losses, count, _ = Preference(DPOSettings(loss=loss)).loss(ours, part)
+            (losses / len(PAIRS)).backward()
+            total, number = total + float(losses.detach()), number + int(count)
+        assert number == len(PAIRS)
+        grads = [p.grad.flatten() for p in ours.parameters() if p.grad is not None]
+        results.append((total, torch.cat(grads)))
+    for other, gradient in results[1:]:
+        assert other == pytest.approx(results[0][0], rel=1e-5)
+        assert (gradient - results[0][1]).norm() < 1e-5 * gradient.norm()
+
+
+def one_window(batch: TensorBatch, row: int) -> TensorBatch:
+    """One row of a batch, its pairs counted from 0."""
+    assert batch.pairs is not None and batch.segments is not None
+    learned = batch.pairs.sequences[row][batch.labels[row] != IGNORED]
+    first, last = int(learned.min()) // 2, int(learned.max()) // 2
+    pairs = replace(
+        batch.pairs,
+        sequences=batch.pairs.sequences[row : row + 1] - 2 * first,
+        reference=batch.pairs.reference[first : last + 1],
+    )
+    rows = (x[row : row + 1] for x in (batch.tokens, batch.labels, batch.segments))
+    return TensorBatch(*rows, pairs)
+
+
+def test_a_factor_for_each_loss_of_the_linear_cross_entropy() -> None:
+    torch.manual_seed(0)
+    results = []
+    for by_torch in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        hidden = torch.randn(2500, 24, generator=generator, requires_grad=True)
+        weight = torch.randn(VOCAB, 24, generator=generator, requires_grad=True)
+        labels = torch.randint(VOCAB, (2500,), generator=generator)
+        factors = torch.randn(2500, generator=generator)
+        if by_torch:
+            losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+        else:
+            losses = linear_cross_entropy(hidden, weight, labels, alike=False)
+        (losses * factors).sum().backward()
+        results.append((losses.detach(), hidden.grad, weight.grad))
+    for expected, found in zip(*results, strict=True):
+        assert expected is not None and found is not None
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_factor_for_each_loss_in_half_precision() -> None:
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 24, requires_grad=True) for n in (300, VOCAB))
+    labels, factors = torch.randint(VOCAB, (300,)), torch.randn(300)
+    (F.cross_entropy(hidden @ weight.T, labels, reduction="none") * factors).sum().backward()
+    expected = [copy.deepcopy(x.grad) for x in (hidden, weight)]
+    hidden.grad = weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = linear_cross_entropy(hidden, weight, labels, alike=False)
+    (losses * factors).sum().backward()
+    for there, here in zip(expected, (hidden.grad, weight.grad), strict=True):
+        assert there is not None and here is not None
+        assert (here - there).norm() < 0.02 * there.norm()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
+def test_a_loss_that_does_not_move_is_told_once(loss: Any) -> None:
+    objective = Preference(DPOSettings(loss=loss))
+    start = 25.0 if loss == "ipo" else math.log(2)
+    assert objective.warning(0.5, {"loss": start}) is None, "it holds the first step"
+    assert objective.warning(0.2, {"loss": start}) is None, "too early"
+    assert objective.warning(0.4, {"loss": 0.9 * start}) is None
+    assert "learning rate" in str(objective.warning(0.5, {"loss": 0.999 * start}))
+    assert objective.warning(0.6, {"loss": 0.999 * start}) is None
+
+
+def test_a_tie_is_half_right() -> None:
+    ours = model(3, VOCAB)
+    windows = PairWindows([pair_shard(8)], 32, pad=0, seed=0)
+    objective = Preference(DPOSettings())
+    total, count, more = objective.loss(ours, batch_of(windows, ours))
+    figures = objective.figures(
+        float(total.detach() / count), {k: float(v) for k, v in more.items()}
+    )
+    assert figures["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert figures["accuracy"] == 0.5
+    assert figures["rewards/margin"] == 0
+    assert 0 < figures["ranking_accuracy"] < 1
+    assert figures["logps/chosen"] < 0
+    assert np.isfinite(windows.reference).all()
+
+
+def test_settings_that_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="label_smoothing goes with the sigmoid losses"):
+        DPOSettings(loss="ipo", label_smoothing=0.1)
