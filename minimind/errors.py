@@ -8,6 +8,7 @@
     ├── ModelError          a model directory that is not one, or whose tensors do not fit
     ├── CheckpointError     no valid checkpoint, or one of another run
     ├── ResourceError       disk, memory or device: what is missing and what would do
+    ├── ServiceError        a service that is not there, refuses, or breaks off
     └── TrainingError       training cannot go on: bad numbers, empty supervision, a locked run
 
 Each message says what happened, in which file, key or line, and what to do next.
@@ -45,6 +46,10 @@ class CheckpointError(MinimindError):
 
 class ResourceError(MinimindError):
     """Too little disk or memory, or a device that is not there."""
+
+
+class ServiceError(MinimindError):
+    """A service that cannot be reached, refuses what is asked, or breaks off."""
 
 
 class TrainingError(MinimindError):

@@ -1,12 +1,13 @@
-"""`minimind chat MODEL`: talk with a model, in a terminal or through a pipe."""
+"""`minimind chat MODEL`: talk with a model, here or at a service, in a terminal or a pipe."""
 
 import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,6 @@ from minimind.cli.generate import (
     Int8,
     MaxNewTokens,
     MinP,
-    Model,
     RepetitionPenalty,
     RopeScaling,
     Seed,
@@ -32,6 +32,7 @@ from minimind.errors import MinimindError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from minimind.tokenizer.chat import Message
+    from minimind.web.client import Answer as RemoteAnswer
 
     # The messages and a number for the random choices -> how many messages no longer fitted into
     # the context, and the answer.
@@ -46,8 +47,15 @@ _HELP = """\
 
 
 def chat(
-    model: Model,
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="MODEL", help="Model or run directory; with --url, a model's name."),
+    ] = None,
     adapter: Adapter = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to the service there instead; its key is in MINIMIND_API_KEY."),
+    ] = None,
     system: Annotated[str, typer.Option(help="What the model is told before all else.")] = "",
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
@@ -61,20 +69,56 @@ def chat(
     context: Context = None,
     rope_scaling: RopeScaling = None,
 ) -> None:
-    """Talk with a model. Through a pipe, each line is a message."""
+    """Talk with a model, here or at a service. Through a pipe, each line is a message."""
+    if model is None and url is None:
+        raise UsageError("give a MODEL, or the --url of a service")
+    context = stretched(context, rope_scaling)
+    if url is not None and (adapter or device != "auto" or int8 or context):
+        raise UsageError(
+            "--adapter, --device, --int8 and --context are the service's to choose, not --url's"
+        )
+    settings = dict(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        min_p=min_p,
+    )
+    with contextlib.ExitStack() as stack:
+        if url is None:
+            assert model is not None
+            how = dict(device=device, adapter=adapter, context=context, rope_scaling=rope_scaling)
+            here = _from_model(model, how, int8, max_new_tokens, seed, settings)
+            answer, told = stack.enter_context(here)
+        else:
+            answer, told = _from_service(url, model, max_new_tokens, seed, settings)
+        conversation = _Conversation(answer, system)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _tell(f"{told}. /help lists the commands.")
+            _in_terminal(conversation)
+        else:
+            for line in stdin_lines():
+                if not conversation.take(line.rstrip("\n")):
+                    break
+
+
+@contextlib.contextmanager
+def _from_model(
+    model: Path,
+    how: dict[str, Any],
+    int8: bool,
+    max_new_tokens: int,
+    seed: int | None,
+    settings: dict[str, Any],
+) -> "Iterator[tuple[Answer, str]]":
+    """What answers here, and what it is."""
     from minimind.inference.conversation import fit_chat
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
     from minimind.inference.sampling import Sampling
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, min_p)
-    loaded, tokenizer = load_for_inference(
-        model,
-        device,
-        adapter=adapter,
-        context=stretched(context, rope_scaling),
-        rope_scaling=rope_scaling,
-    )
+    sampling = Sampling(**settings)
+    loaded, tokenizer = load_for_inference(model, **how)
     size = sum(parameter.numel() for parameter in loaded.parameters())
     with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
         del loaded  # the engine has its own
@@ -89,17 +133,46 @@ def chat(
                 seed=None if seed is None else seed + place,
             )
 
-        conversation = _Conversation(answer, system)
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            with_adapter = f" with {adapter}" if adapter else ""
-            where = engine.model.device.type
-            told = f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
-            _tell(f"{told}. /help lists the commands.")
-            _in_terminal(conversation)
-        else:
-            for line in stdin_lines():
-                if not conversation.take(line.rstrip("\n")):
-                    break
+        with_adapter = f" with {how['adapter']}" if how["adapter"] else ""
+        where = engine.model.device.type
+        yield answer, f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
+
+
+def _from_service(
+    url: str, wanted: Path | None, max_new_tokens: int, seed: int | None, settings: dict[str, Any]
+) -> "tuple[Answer, str]":
+    """What answers there, and what it is; torch is not imported."""
+    from minimind.web.client import KEY_VARIABLE, Client
+
+    client = Client(url, os.environ.get(KEY_VARIABLE))
+    found = {model.name: model for model in client.models()}
+    name = next(iter(found), "") if wanted is None else str(wanted)
+    if name not in found:
+        raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(found) or 'none'}")
+    model = found[name]
+    if not model.is_ours:  # which may refuse what OpenAI's API lacks
+        beyond = dict(top_k=0, repetition_penalty=1.0, min_p=0.0)
+        if changed := [key for key, nothing in beyond.items() if settings[key] != nothing]:
+            flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
+            raise UsageError(f"{flags}: only services of minimind know it")
+        settings = {key: value for key, value in settings.items() if key not in beyond}
+
+    def answer(messages: "list[Message]", place: int) -> tuple[int, Generator[str]]:
+        said = client.chat(
+            model,
+            messages,
+            max_tokens=max_new_tokens,
+            seed=None if seed is None else seed + place,
+            **settings,
+        )
+        return said.left_out, _closed_at_the_end(said)
+
+    return answer, f"{name} at {client.url}"
+
+
+def _closed_at_the_end(said: "RemoteAnswer") -> Generator[str]:
+    with said:
+        yield from said
 
 
 def _in_terminal(conversation: "_Conversation") -> None:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, merge, tokenizer, train
+from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -111,7 +111,7 @@ def _start(
 
 for _verb in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
-    *(merge.merge, chat.chat, generate.generate),
+    *(merge.merge, chat.chat, generate.generate, serve.serve, web.web),
 ):
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
 
+_ROUND = 64  # rows
+
 
 @dataclass
 class Routing:
@@ -148,13 +150,22 @@ def sliced(rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight:
     """
     counts = by_expert.bincount(minlength=len(input_weight)).tolist()
     parts = [
-        F.linear(_gated(F.linear(mine, into)), back)
+        F.linear(_gated(F.linear(_rounded(mine), into)), back)[: len(mine)]
         for mine, into, back in zip(
             rows.split(counts), input_weight.unbind(), output_weight.unbind(), strict=True
         )
         if len(mine)
     ]
     return torch.cat(parts)
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """With rows of zeros up to a round number, once there are many.
+
+    An expert has another number of tokens each time, and oneDNN keeps a megabyte for each number.
+    """
+    short = -len(rows) % _ROUND if len(rows) > _ROUND else 0
+    return F.pad(rows, (0, 0, 0, short)) if short else rows
 
 
 def grouped(rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.data.packing import IGNORED
@@ -13,6 +14,9 @@ from minimind.training.batch import TensorBatch
 from minimind.training.objectives.balance import balance_figures, balance_sums
 
 _CHUNK = 1024  # tokens whose logits exist at once
+_ROUND = (
+    64  # to a multiple of so many rows: each other number would take a megabyte of oneDNN's cache
+)
 
 
 class NextToken:
@@ -80,10 +84,13 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     trained = weight.requires_grad  # the head is not, where adapters are
+    number, short = len(labels), -len(labels) % _ROUND
+    if short:  # rows of zeros: they add nothing to any gradient
+        hidden, labels = F.pad(hidden, (0, 0, 0, short)), F.pad(labels, (0, short))
     losses: Tensor = _LinearCrossEntropy.apply(
         hidden, weight, labels, dtype, wanted, trained, alike
     )
-    return losses
+    return losses[:number]
 
 
 def _is_autocast(tensor: Tensor) -> bool:

@@ -1,0 +1,40 @@
+"""`minimind web [MODEL]`: a page to talk with models in."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minimind.errors import UsageError
+
+
+def web(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[MODEL…]", help="Model or run directories, or a folder of them."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to the service there instead; its key is in MINIMIND_API_KEY."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
+) -> None:
+    """Talk with models in a browser. The page is on this machine alone."""
+    if bool(models) == bool(url):
+        raise UsageError("give a MODEL, or the --url of a service")
+    if importlib.util.find_spec("streamlit") is None:
+        raise UsageError(
+            "the page needs streamlit: pip install -c constraints.txt -e '.[web]', "
+            "or pip install 'minimind[web]'"
+        )
+    from minimind.web import start
+    from minimind.web.client import KEY_VARIABLE, Client
+
+    if url:
+        Client(url)  # tells now what is no URL
+        start.show_page(url, os.environ.get(KEY_VARIABLE), port)
+    else:
+        with start.service(models or []) as (own_url, key):
+            start.show_page(own_url, key, port)

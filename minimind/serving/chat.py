@@ -1,0 +1,60 @@
+"""/v1/chat/completions: pieces of answers into OpenAI's objects, whole or as a stream."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from minimind.inference.engine import TokenLogprob
+from minimind.serving.answers import Answers
+from minimind.serving.logprobs import chat_logprobs
+from minimind.serving.models import ServedModel
+from minimind.serving.schema import AnswerMessage, ChatChoice, ChatCompletion, ChatRequest
+
+
+async def whole(
+    head: dict[str, Any], request: ChatRequest, model: ServedModel, answers: Answers
+) -> ChatCompletion:
+    """All choices, when the last of them is finished."""
+    texts = [""] * request.choices
+    tokens: list[list[TokenLogprob]] = [[] for _ in texts]
+    reasons: list[Any] = [None] * request.choices
+    async for index, piece in answers.pieces():
+        texts[index] += piece.text
+        tokens[index] += piece.logprobs
+        reasons[index] = piece.finish_reason
+    choices = [
+        ChatChoice(
+            index=index,
+            message=AnswerMessage(content=text),
+            logprobs=chat_logprobs(model.tokenizer, tokens[index]) if request.logprobs else None,
+            finish_reason=reasons[index],
+        )
+        for index, text in enumerate(texts)
+    ]
+    return ChatCompletion(**head, choices=choices, usage=answers.usage())
+
+
+async def events(
+    head: dict[str, Any], request: ChatRequest, model: ServedModel, answers: Answers
+) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a stream: the role, then the text, the reason of the end, the usage."""
+    head = head | {"object": "chat.completion.chunk"}
+    more: dict[str, Any] = {"usage": None} if request.wants_usage else {}
+
+    def chunk(
+        index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return head | {"choices": [choice]} | more
+
+    for index in range(request.choices):
+        yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+    async for index, piece in answers.pieces():
+        logprobs = None
+        if request.logprobs and piece.logprobs:
+            logprobs = chat_logprobs(model.tokenizer, piece.logprobs).model_dump()
+        if piece.text or logprobs:
+            yield chunk(index, {"content": piece.text}, logprobs)
+        if piece.finish_reason is not None:
+            yield chunk(index, {}, reason=piece.finish_reason)
+    if request.wants_usage:
+        yield head | {"choices": [], "usage": answers.usage().model_dump()}

@@ -1,0 +1,57 @@
+"""Log-probabilities in OpenAI's two shapes."""
+
+from collections.abc import Iterable
+
+from minimind.inference.engine import TokenLogprob
+from minimind.serving import schema
+from minimind.tokenizer import Tokenizer
+
+_LEAST = -9999.0  # JSON has no infinity, and this is what OpenAI writes for it
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> schema.ChatLogprobs:
+    """For /v1/chat/completions."""
+    return schema.ChatLogprobs(
+        content=[
+            schema.TokenLogprob(
+                **_described(tokenizer, token.token_id, token.logprob),
+                top_logprobs=[
+                    schema.TopLogprob(**_described(tokenizer, *other)) for other in token.top
+                ],
+            )
+            for token in tokens
+        ]
+    )
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Iterable[TokenLogprob], offset: int
+) -> schema.CompletionLogprobs:
+    """For /v1/completions; `offset` characters of text come before."""
+    found = schema.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    written = b""
+    for token in tokens:
+        found.tokens.append(_name(tokenizer, token.token_id))
+        found.token_logprobs.append(max(token.logprob, _LEAST))
+        likeliest = [*token.top, (token.token_id, token.logprob)] if token.top else []
+        found.top_logprobs.append(
+            {_name(tokenizer, other): max(logprob, _LEAST) for other, logprob in likeliest}
+        )
+        found.text_offset.append(offset + len(written.decode("utf-8", errors="ignore")))
+        written += tokenizer.bytes_of[token.token_id]
+    return found
+
+
+def _described(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object]:
+    word = tokenizer.bytes_of[token]
+    text = word.decode("utf-8", errors="replace")
+    return {"token": text, "logprob": max(logprob, _LEAST), "bytes": list(word)}
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str:
+    """Its text; where that is a part of a character, its bytes."""
+    word = tokenizer.bytes_of[token]
+    try:
+        return word.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in word)

@@ -1,0 +1,1 @@
+"""The web page: a client of the service over HTTP."""

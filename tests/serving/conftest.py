@@ -1,0 +1,37 @@
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+# services.py is a module because the tests of the terminal client and of the page use it too.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from services import InProcess, Process, save_models, serving
+
+from minimind.serving.limits import Limits
+from minimind.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def models_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two runs, `tiny` and `other`."""
+    return save_models(tmp_path_factory.mktemp("served"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def process(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Both models, without a key."""
+    log = tmp_path_factory.mktemp("log") / "service.log"
+    with serving(models_dir, log) as running:
+        yield running
+
+
+@pytest.fixture
+def serve_here(models_dir: Path) -> Callable[..., InProcess]:
+    """Make a service of `tiny`, with bounds of one's own; enter it to start it."""
+
+    def make(slots: int = 4, keys: Sequence[str] = (), **limits: float) -> InProcess:
+        return InProcess(models_dir / "tiny", slots, Limits(**limits), keys)  # type: ignore[arg-type]
+
+    return make

@@ -1,0 +1,120 @@
+"""Services to talk to: a real process for a package of tests, others inside the test's own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+import torch
+
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+from minimind.serving.limits import Limits
+from minimind.serving.models import find_models, load_served
+from minimind.serving.server import Server, bind, url_of
+from minimind.tokenizer import Tokenizer
+
+
+def make_model(tokenizer: Tokenizer, seed: int, context: int) -> Transformer:
+    """Its choices are varied, and it never stops by itself."""
+    torch.manual_seed(seed)
+    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": context}
+    model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.mul_(60 if writes else 6)
+        model.head_weight[[tokenizer.im_end, tokenizer.end_of_text]] = 0
+    return model
+
+
+def save_models(folder: Path, tokenizer: Tokenizer, context: int = 2048) -> Path:
+    """Two runs in `folder`, called `tiny` and `other`."""
+    for name, seed in (("tiny", 1), ("other", 2)):
+        save_model(folder / name / "model", make_model(tokenizer, seed, context), tokenizer)
+    return folder
+
+
+@dataclass
+class Process:
+    """A service in a process of its own."""
+
+    url: str
+    child: subprocess.Popen[str]
+    log: Path
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Its exit status, after that signal."""
+        self.child.send_signal(number)
+        return self.child.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, log: Path, *flags: str, **variables: str) -> Iterator[Process]:
+    """`minimind serve`, on a port that was free."""
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "minimind", "serve", str(folder), "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"} | variables,
+        ) as child,
+    ):
+        try:
+            assert child.stdout
+            line = child.stdout.readline()
+            assert line, log.read_text()
+            url = line.split()[-1].removesuffix("/v1")
+            wait_until(lambda: _is_up(url))
+            yield Process(url, child, log)
+        finally:
+            child.kill()
+
+
+def _is_up(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health").status_code == 200
+    return False
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
+    """Until it is so; fails after that time, which is long for what is waited for."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it never was so"
+        time.sleep(0.02)
+
+
+class InProcess:
+    """A service in a thread of this process, so that its bounds can be made small."""
+
+    def __init__(self, folder: Path, slots: int, limits: Limits, keys: Sequence[str]) -> None:
+        self.models = {
+            name: load_served(name, directory, device="cpu", slots=slots, waiting=limits.queue)
+            for name, directory in find_models([folder]).items()
+        }
+        listening = bind("127.0.0.1", 0)
+        self.url = url_of(listening)
+        self.address = listening.getsockname()
+        self.server = Server(self.models, keys=keys, limits=limits)
+        self._thread = threading.Thread(target=self.server.serve_at, args=(listening,))
+
+    def __enter__(self) -> "InProcess":
+        self._thread.start()
+        wait_until(lambda: self.server.started)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self._thread.join(timeout=20)
+        assert not self._thread.is_alive()

@@ -1,0 +1,110 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from typer.testing import CliRunner
+
+from minimind.cli.main import app
+from minimind.errors import UsageError
+from minimind.serving.auth import check_exposure, is_loopback
+
+KEY = "key-of-the-tests"
+
+
+@pytest.fixture
+def guarded(serve_here: Callable[..., Any]) -> Iterator[httpx.Client]:
+    with serve_here(keys=[KEY, "another"]) as service, httpx.Client(base_url=service.url) as client:
+        yield client
+
+
+def test_every_route_but_health_needs_a_key(guarded: httpx.Client) -> None:
+    as_usual = {"authorization": f"Bearer {KEY}"}
+    paths = list(guarded.get("/openapi.json", headers=as_usual).json()["paths"])
+    assert set(paths) > {"/health", "/metrics", "/v1/models", "/v1/chat/completions"}
+    paths += ["/docs", "/openapi.json", "/nowhere", "/health/", "//health", "/HEALTH"]
+    paths.remove("/health")
+    bad = ["", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer", f"Basic {KEY}", KEY, "Bearer é"]
+    for path in paths:
+        for method in ("GET", "POST", "OPTIONS", "DELETE"):
+            for key in bad:
+                answer = guarded.request(method, path, headers={"authorization": key.encode()})
+                assert answer.status_code == 401, (method, path, key)
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert guarded.get("/health").json() == {"status": "ok"}
+    for key in (KEY, "another"):
+        answer = guarded.get("/v1/models", headers={"authorization": f"bearer {key}"})
+        assert answer.status_code == 200
+
+
+def test_the_key_is_asked_for_before_the_body_is_read(serve_here: Callable[..., Any]) -> None:
+    with serve_here(keys=[KEY]) as service, httpx.Client(base_url=service.url) as client:
+        sent = 0
+
+        def body() -> Iterator[bytes]:
+            nonlocal sent
+            for _ in range(100):
+                sent += 1
+                yield b" " * 65536
+
+        try:
+            answer = client.post("/v1/chat/completions", content=body())
+        except httpx.TransportError:
+            return  # cut off while it was still sending
+        assert answer.status_code == 401
+
+
+def test_without_a_key_it_listens_on_this_machine_alone(
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.com"):
+        with pytest.raises(UsageError, match="needs a key"):
+            check_exposure(host, [])
+        check_exposure(host, [KEY])
+        done = CliRunner().invoke(app, ["serve", str(models_dir), "--host", host])
+        assert done.exit_code == 1
+        assert "MINIMIND_API_KEY" in done.stderr
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        check_exposure(host, [])
+        assert is_loopback(host)
+
+
+@pytest.mark.parametrize("key", ["", " ", " a", "a\n", "密钥"])
+def test_keys_that_no_header_can_bring_are_refused(key: str) -> None:
+    with pytest.raises(UsageError, match="key"):
+        check_exposure("127.0.0.1", ["good", key])
+
+
+def test_a_name_that_someone_points_here_does_not_reach_it(serve_here: Callable[..., Any]) -> None:
+    with serve_here() as service, httpx.Client(base_url=service.url) as client:
+        port = service.address[1]
+        for host, status in [
+            (f"127.0.0.1:{port}", 200),
+            (f"localhost:{port}", 200),
+            ("[::1]", 200),
+            ("evil.example", 403),
+            (f"127.0.0.1.evil.example:{port}", 403),
+        ]:
+            assert client.get("/v1/models", headers={"host": host}).status_code == status, host
+
+
+def test_pages_of_other_origins_get_nothing_unless_asked_for(
+    process: Any, models_dir: Path
+) -> None:
+    origin = {"origin": "https://page.example"}
+    asking = origin | {"access-control-request-method": "POST"}
+    answers = [
+        httpx.get(f"{process.url}/v1/models", headers=origin),
+        httpx.options(f"{process.url}/v1/chat/completions", headers=asking),
+        # A page may send this one without asking, so it must not be read as JSON.
+        httpx.post(
+            f"{process.url}/v1/chat/completions",
+            content=b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}]}',
+            headers=origin | {"content-type": "text/plain"},
+        ),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 405, 400]
+    assert not any("access-control-allow-origin" in answer.headers for answer in answers)

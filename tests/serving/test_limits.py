@@ -1,0 +1,181 @@
+"""Clients that send too much, too slowly, or something else than they said."""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+CHAT = "/v1/chat/completions"
+ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
+
+
+@pytest.fixture
+def quick(serve_here: Callable[..., Any]) -> Iterator[Any]:
+    with serve_here(
+        body_bytes=10_000, header_seconds=0.5, body_seconds=0.5, write_seconds=0.5
+    ) as service:
+        yield service
+
+
+def connect(service: Any) -> socket.socket:
+    return socket.create_connection(service.address, timeout=20)
+
+
+def answer_of(connection: socket.socket) -> tuple[int, Any]:
+    """Status and body, when the service has closed the connection."""
+    data = b""
+    while received := connection.recv(65536):
+        data += received
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    return int(head.split()[1]), json.loads(body)
+
+
+def is_well(service: Any) -> bool:
+    return httpx.get(f"{service.url}/health").status_code == 200
+
+
+def test_a_long_body_is_refused_by_its_declared_length(quick: Any) -> None:
+    with connect(quick) as connection:
+        # None of it is sent, so that it cannot have been read.
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10001\r\n\r\n".encode()
+        )
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (413, "request_too_large")
+    assert "10,000 bytes" in body["error"]["message"]
+
+
+def test_a_long_body_is_refused_while_it_comes(quick: Any) -> None:
+    with connect(quick) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n"
+            "content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+        )
+        for _ in range(11):
+            connection.sendall(b"3e8\r\n" + b" " * 1000 + b"\r\n")
+        status, body = answer_of(connection)  # the last chunk never came
+    assert (status, body["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_client_that_sends_on_still_sees_the_answer(quick: Any) -> None:
+    answer = httpx.post(f"{quick.url}{CHAT}", content=b" " * 5_000_000)
+    assert answer.status_code == 413
+
+
+def test_a_body_of_the_greatest_length_is_read(quick: Any) -> None:
+    body = json.dumps(ASKED | {"max_tokens": 2}).encode()
+    headers = {"content-type": "application/json"}
+    url = f"{quick.url}{CHAT}"
+    assert httpx.post(url, content=body.ljust(10_000), headers=headers).status_code == 200
+    assert httpx.post(url, content=body.ljust(10_001), headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: ",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "half of the headers", "less than it said"],
+)
+def test_a_slow_client_is_cut_off(quick: Any, sent: bytes) -> None:
+    with connect(quick) as connection:
+        connection.sendall(sent)
+        assert is_well(quick)
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (408, "request_timeout")
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_drop_now_and_then_gains_no_time(quick: Any) -> None:
+    began = time.monotonic()
+    with connect(quick) as connection, pytest.raises(OSError):
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        while time.monotonic() < began + 20:
+            time.sleep(0.1)
+            connection.sendall(b"x: y\r\n")
+    assert time.monotonic() < began + 20
+
+
+def test_more_than_it_said_is_not_taken_for_its_own(quick: Any) -> None:
+    with connect(quick) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            'content-length: 2\r\n\r\n{}{"model": "tiny"}\r\n\r\n'.encode()
+        )
+        data = b""
+        while received := connection.recv(65536):
+            data += received
+    assert data.startswith(b"HTTP/1.1 400")
+    assert data.count(b"HTTP/1.1") == data.count(b"HTTP/1.1 400") == 2
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "0x10", "5, 6", "９"])
+def test_lengths_that_are_none(quick: Any, length: str) -> None:
+    with connect(quick) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n".encode()
+        )
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+    assert is_well(quick)
+
+
+def test_deep_nesting_is_refused(quick: Any) -> None:
+    for body in (b"[" * 9_000, b'{"a":' * 1_800, b'{"model": ' + b"[" * 4000 + b"]" * 4000 + b"}"):
+        answer = httpx.post(
+            f"{quick.url}{CHAT}", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "invalid_json"
+        assert "recursion" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b'"a"', b"\xff", b'{"n": NaN}', b"1"])
+def test_what_is_no_json_object_is_refused(quick: Any, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{quick.url}{CHAT}", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_does_not_read_is_cut_off(serve_here: Callable[..., Any]) -> None:
+    with serve_here(slots=16, write_seconds=0.5) as service:
+        body = json.dumps(
+            ASKED
+            | {"stream": True, "max_tokens": -1, "n": 16, "logprobs": True, "top_logprobs": 20}
+        ).encode()
+        with connect(service) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(
+                f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            wait = service.server.server_state
+            end = time.monotonic() + 60
+            while wait.total_requests == 0 and wait.connections and time.monotonic() < end:
+                time.sleep(0.05)
+            while wait.connections and time.monotonic() < end:
+                time.sleep(0.05)
+            assert not wait.connections
+        assert is_well(service)
+
+
+def test_connections_are_bounded(serve_here: Callable[..., Any]) -> None:
+    with serve_here(connections=3) as service:
+        held = [connect(service) for _ in range(3)]
+        with connect(service) as one_more, contextlib.suppress(ConnectionResetError):
+            assert one_more.recv(1) == b""
+        for connection in held:
+            connection.close()
+        end = time.monotonic() + 20
+        while service.server.server_state.connections and time.monotonic() < end:
+            time.sleep(0.01)
+        assert is_well(service)

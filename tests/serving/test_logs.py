@@ -1,0 +1,61 @@
+import json
+import logging
+from pathlib import Path
+
+import httpx2 as httpx
+from services import serving
+
+from minimind.serving.logs import JsonLines
+
+SECRET = "秘密secret47"
+
+
+def test_what_users_write_is_in_no_log(models_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(models_dir, log, MINIMIND_API_KEY=f"key-{'secret47'}") as service:
+        key = {"authorization": "Bearer key-secret47"}
+        messages = [{"role": "user", "content": SECRET}]
+        good = {"model": "tiny", "messages": messages, "max_tokens": 3}
+        with httpx.Client(base_url=service.url, headers=key) as client:
+            for body in (
+                good,
+                good | {"stream": True},
+                good | {SECRET: 1},
+                good | {"temperature": SECRET},
+                good | {"model": SECRET},
+                {"model": "tiny", "messages": [{"role": SECRET, "content": SECRET}]},
+            ):
+                client.post("/v1/chat/completions", json=body)
+            client.post("/v1/completions", json={"model": "tiny", "prompt": SECRET, "user": SECRET})
+            client.post("/v1/chat/completions", content=SECRET.encode())
+            client.get(f"/v1/models/{SECRET}")
+            client.get(f"/{SECRET}?{SECRET}=1", headers={"user-agent": "secret47"})
+            client.request("SECRET47", "/v1/models")
+            client.get("/v1/models", headers={"authorization": "Bearer secret47"})
+            figures = client.get("/metrics").text
+        service.end()
+    text = log.read_text(encoding="utf-8")
+    assert "secret47" not in text.lower()
+    assert "secret47" not in figures.lower()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line["event"] for line in lines} == {"listening", "request", "stopping", "ended"}
+    requests = [line for line in lines if line["event"] == "request"]
+    assert [line["status"] for line in requests[1:8]] == [200, 200, 400, 400, 404, 400, 200]
+    first = requests[1]
+    assert first["route"] == "/v1/chat/completions"
+    assert first["completion_tokens"] == 3
+    assert first["prompt_tokens"] > 3
+    assert first["id"].startswith("req_")
+    assert first["model"] == "tiny"
+
+
+def test_of_an_exception_only_its_kind_and_place_are_told() -> None:
+    try:
+        raise ValueError(f"bad: {SECRET}")
+    except ValueError as error:
+        record = logging.LogRecord("a", 40, "a.py", 1, "failed", (), (type(error), error, None))
+    line = json.loads(JsonLines().format(record))
+    assert (line["event"], line["level"], line["exception"]) == ("failed", "error", "ValueError")
+    [place] = line["at"]
+    assert place.endswith("test_of_an_exception_only_its_kind_and_place_are_told")
+    assert "secret47" not in json.dumps(line)

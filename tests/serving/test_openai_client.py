@@ -1,0 +1,343 @@
+"""The official client against a real process (reliability: streams, n, seed, usage, errors)."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from minimind.inference.engine import Engine, Request
+from minimind.inference.load import load_for_inference
+from minimind.inference.sampling import Sampling
+from minimind.tokenizer import encode_chat
+
+ASKED: Any = [
+    {"role": "system", "content": "你是向导"},
+    {"role": "user", "content": "长江有多长？"},
+]
+
+
+@pytest.fixture
+def client(process: Any) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: OpenAI, **settings: Any) -> Any:
+    given = {"model": "tiny", "messages": ASKED, "temperature": 0, "max_tokens": 20}
+    return client.chat.completions.create(**given | settings)
+
+
+def test_models(client: OpenAI) -> None:
+    models = client.models.list().data
+    assert [model.id for model in models] == ["other", "tiny"]
+    assert client.models.retrieve("tiny") == models[1]
+    assert models[1].object == "model"
+    assert models[1].owned_by == "minimind"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nobody")
+    assert caught.value.code == "model_not_found"
+
+
+def test_an_answer_is_what_the_engine_writes(client: OpenAI, models_dir: Path) -> None:
+    done = ask(client)
+    model, tokenizer = load_for_inference(models_dir / "tiny", "cpu")
+    prompt, _ = encode_chat(tokenizer, ASKED, add_generation_prompt=True)
+    engine = Engine(model, tokenizer, slots=1)
+    stop_ids = frozenset({tokenizer.im_end, tokenizer.end_of_text})
+    asked = Request(prompt, Sampling(temperature=0), max_new_tokens=20, stop_ids=stop_ids)
+    expected = "".join(piece.text for piece in engine.submit(asked))
+    engine.close()
+    [choice] = done.choices
+    assert choice.message.content == expected
+    assert (choice.message.role, choice.finish_reason, choice.index) == ("assistant", "length", 0)
+    assert done.usage.prompt_tokens == len(prompt)
+    assert (done.usage.completion_tokens, done.usage.total_tokens) == (20, len(prompt) + 20)
+    assert done.object == "chat.completion"
+    assert done.model == "tiny"
+    assert done.id.startswith("chatcmpl-")
+    assert done.system_fingerprint.startswith("fp_")
+    assert done.system_fingerprint != ask(client, model="other").system_fingerprint
+    assert done._request_id.startswith("req_")
+
+
+def test_a_stream_is_shaped_as_openai_shapes_it(client: OpenAI) -> None:
+    whole = ask(client)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    first, *middle, last, usage = chunks
+    assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+    assert all(c.choices[0].delta.role is None and c.choices[0].delta.content for c in middle)
+    assert all(c.choices[0].finish_reason is None for c in [first, *middle])
+    text = "".join(c.choices[0].delta.content for c in middle)
+    assert text == whole.choices[0].message.content
+    assert len(middle) > 5  # as they come
+    assert last.choices[0].delta.model_dump(exclude_none=True) == {}
+    assert last.choices[0].finish_reason == "length"
+    assert usage.choices == []
+    assert usage.usage.completion_tokens == whole.usage.completion_tokens
+    assert usage.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({(c.id, c.created, c.model, c.system_fingerprint, c.object) for c in chunks}) == 1
+    assert first.object == "chat.completion.chunk"
+    assert [c.usage for c in ask(client, stream=True)][-1] is None  # only where it is asked for
+
+
+def test_the_bytes_of_a_stream(process: Any) -> None:
+    body = {"model": "tiny", "messages": ASKED, "max_tokens": 3, "stream": True}
+    response = httpx.post(f"{process.url}/v1/chat/completions", json=body)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-cache"
+    raw = response.content.decode()
+    *events, done, end = raw.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") and "\n" not in event for event in events)
+    choice = json.loads(events[0][6:])["choices"][0]
+    assert choice["finish_reason"] is None  # there, and null
+    assert choice["logprobs"] is None
+
+
+def test_many_choices_have_seeds_of_their_own(client: OpenAI) -> None:
+    settings: dict[str, Any] = {"n": 3, "seed": 5, "temperature": 1.5}
+    settings |= {"max_completion_tokens": 12, "logprobs": True}
+    first, again = (ask(client, max_tokens=None, **settings) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in again.choices]
+    other = ask(client, **settings | {"seed": 900}, max_tokens=None)
+    assert texts[0] != other.choices[0].message.content
+    written = sum(len(choice.logprobs.content) for choice in first.choices)
+    assert first.usage.completion_tokens == written  # of all three; the prompt counts once
+    assert first.usage.prompt_tokens == other.usage.prompt_tokens == ask(client).usage.prompt_tokens
+    streamed = ["", "", ""]
+    for chunk in ask(client, stream=True, max_tokens=None, **settings):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_stop_strings_are_not_shown(client: OpenAI) -> None:
+    text = ask(client).choices[0].message.content
+    stop = text[7:9]
+    for given in (stop, ["never said", stop]):
+        done = ask(client, stop=given)
+        assert done.choices[0].message.content == text[: text.index(stop)]
+        assert done.choices[0].finish_reason == "stop"
+        chunks = list(ask(client, stop=given, stream=True))
+        said = "".join(c.choices[0].delta.content or "" for c in chunks)
+        assert said == done.choices[0].message.content
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_logprobs_of_a_chat(client: OpenAI) -> None:
+    done = ask(client, logprobs=True, top_logprobs=3)
+    tokens = done.choices[0].logprobs.content
+    assert len(tokens) == 20
+    for token in tokens:
+        assert token.logprob == max(other.logprob for other in token.top_logprobs)  # greedy
+        assert len(token.top_logprobs) == 3
+        assert token.logprob <= 0
+    written = b"".join(bytes(token.bytes) for token in tokens)
+    assert written.decode(errors="replace") == done.choices[0].message.content
+    alone = ask(client, logprobs=True).choices[0].logprobs.content
+    assert [token.logprob for token in alone] == [token.logprob for token in tokens]
+    assert all(token.top_logprobs == [] for token in alone)
+    streamed = [
+        token
+        for chunk in ask(client, logprobs=True, top_logprobs=3, stream=True)
+        if chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == tokens
+    assert ask(client).choices[0].logprobs is None
+
+
+def test_logit_bias_bans_and_forces(client: OpenAI) -> None:
+    tokens = ask(client, logprobs=True).choices[0].logprobs.content
+    forced = ask(client, logit_bias={"300": 100}, max_tokens=4, logprobs=True)
+    said = forced.choices[0].logprobs.content
+    assert len({tuple(token.bytes) for token in said}) == 1
+    assert said[0].bytes != tokens[0].bytes
+    banned = ask(client, logit_bias={"300": -100}, max_tokens=20, logprobs=True)
+    assert all(token.bytes != said[0].bytes for token in banned.choices[0].logprobs.content)
+
+
+def test_minus_one_is_no_limit(client: OpenAI) -> None:
+    done = ask(client, max_tokens=-1)
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage.total_tokens == 2048
+
+
+def test_json_objects_are_objects(client: OpenAI) -> None:
+    for seed in range(8):
+        done = ask(
+            client,
+            response_format={"type": "json_object"},
+            temperature=1.5,
+            seed=seed,
+            max_tokens=10 + 10 * seed,
+        )
+        assert isinstance(json.loads(done.choices[0].message.content), dict)
+    assert ask(client, response_format={"type": "text"}).choices == ask(client).choices
+
+
+def test_roles_and_parts(client: OpenAI) -> None:
+    parts = [
+        {"role": "developer", "content": "你是向导"},
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("长江", "有多长？")]},
+    ]
+    assert ask(client, messages=parts).choices == ask(client).choices
+    answer = ask(client).choices[0].message
+    again = [*ASKED, answer.model_dump(), {"role": "user", "content": "然后呢？"}]
+    assert ask(client, messages=again).choices[0].message.content
+
+
+def test_completions(client: OpenAI) -> None:
+    given: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+    done = client.completions.create(prompt="长江", **given)
+    assert done.object == "text_completion"
+    assert done.choices[0].finish_reason == "length"
+    both = client.completions.create(prompt=["长江", "黄河"], echo=True, **given)
+    assert both.choices[0].text == "长江" + done.choices[0].text
+    assert both.choices[1].text.startswith("黄河")
+    assert both.usage
+    assert both.usage.completion_tokens == 16
+    chunks = list(client.completions.create(prompt="长江", stream=True, **given))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == done.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+    with_logprobs = client.completions.create(prompt="长江", logprobs=2, **given).choices[0]
+    logprobs = with_logprobs.logprobs
+    assert logprobs
+    assert logprobs.tokens
+    assert logprobs.token_logprobs
+    assert logprobs.top_logprobs
+    assert logprobs.text_offset
+    assert len(logprobs.tokens) == len(logprobs.text_offset) == 8
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert chosen == max(top.values())
+    assert logprobs.text_offset == sorted(logprobs.text_offset)
+    for unsaid in ({}, {"max_tokens": None}):
+        usage = client.completions.create(
+            model="tiny", prompt="长江", temperature=0, **unsaid
+        ).usage
+        assert usage
+        assert usage.completion_tokens == 16
+
+
+def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
+    given: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+    ids = tokenizer.encode("长江")
+    text = client.completions.create(prompt="长江", **given).choices[0].text
+    assert client.completions.create(prompt=ids, **given).choices[0].text == text
+    both = client.completions.create(prompt=[ids, ids], **given)
+    assert [choice.text for choice in both.choices] == [text, text]
+    with pytest.raises(openai.BadRequestError, match="token id"):
+        client.completions.create(prompt=[100_000], **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "param", "code", "said"),
+    [
+        ({"model": "nobody"}, "model", "model_not_found", "There are: other, tiny"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools"),
+        ({"extra_body": {"colour": 1}}, "colour", "unknown_parameter", "colour"),
+        ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2"),
+        ({"temperature": "1"}, "temperature", "invalid_value", "number"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value", "max_tokens"),
+        ({"n": 17}, "n", "invalid_value", "16"),
+        ({"messages": []}, "messages", "invalid_value", "at least 1"),
+        ({"messages": [{"role": "cook", "content": ""}]}, "messages.0.role", "invalid_value", ""),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value", "logprobs"),
+        ({"max_completion_tokens": 5}, "max_tokens", "invalid_value", "differ"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),
+        ({"logit_bias": {"60000": 1}}, "logit_bias", "invalid_value", "token id"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.type",
+            "invalid_value",
+            "json_object",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "长江 " * 1500}]},
+            "messages",
+            "context_length_exceeded",
+            "maximum context length is 2,048 tokens and the prompt has 3,",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "长江" * 100_000}]},
+            "messages",
+            "context_length_exceeded",
+            "at least",
+        ),
+    ],
+)
+def test_errors(client: OpenAI, settings: dict[str, Any], param: str, code: str, said: str) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, **settings)
+    error = caught.value
+    assert error.status_code == (404 if code == "model_not_found" else 400)
+    assert isinstance(error, openai.NotFoundError | openai.BadRequestError)
+    assert (error.param, error.code, error.type) == (param, code, "invalid_request_error")
+    assert isinstance(error.body, dict)
+    assert said in error.body["message"]
+    assert set(error.body) == {"message", "type", "param", "code"}
+
+
+def test_what_asks_for_nothing_is_let_pass(client: OpenAI) -> None:
+    nothing: dict[str, Any] = {
+        "tools": [],
+        "tool_choice": "none",
+        "store": False,
+        "service_tier": "auto",
+        "metadata": {},
+        "user": "somebody",
+        "top_p": 0,
+    }
+    assert ask(client, **nothing).choices == ask(client).choices
+
+
+def test_async_clients_at_once(process: Any, client: OpenAI) -> None:
+    expected = ask(client).choices[0].message.content
+
+    async def stream(client: AsyncOpenAI) -> str:
+        text = ""
+        async for chunk in await client.chat.completions.create(
+            model="tiny", messages=ASKED, temperature=0, max_tokens=20, stream=True
+        ):
+            text += chunk.choices[0].delta.content or ""
+        return text
+
+    async def talk() -> list[str]:
+        url = f"{process.url}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(stream(client) for _ in range(24)))
+
+    assert asyncio.run(talk()) == [expected] * 24
+
+
+def test_the_oldest_turns_are_left_out_where_that_is_asked_for(client: OpenAI) -> None:
+    long = [ASKED[0], *[{"role": "user", "content": "长江" * 100}] * 40, ASKED[1]]
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        ask(client, messages=long)
+    raw = client.chat.completions.with_raw_response
+    answer = ask(raw_of(raw), messages=long, extra_body={"truncation": "auto"})
+    left_out = int(answer.headers["minimind-left-out"])
+    assert 0 < left_out < 40
+    same = [ASKED[0], *long[1 + left_out :]]
+    expected = ask(raw_of(raw), messages=same, extra_body={"truncation": "auto"})
+    assert "minimind-left-out" not in expected.headers
+    assert answer.parse().choices == expected.parse().choices
+    too_long = [{"role": "user", "content": "长江" * 3000}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, messages=too_long, extra_body={"truncation": "auto"})
+    assert caught.value.code == "context_length_exceeded"
+
+
+def raw_of(completions: Any) -> Any:
+    """Something that `ask` takes for a client."""
+    return SimpleNamespace(chat=SimpleNamespace(completions=completions))

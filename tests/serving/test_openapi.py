@@ -1,0 +1,88 @@
+"""schemathesis makes requests out of our own OpenAPI, right ones and wrong ones."""
+
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks
+
+load_all_checks()
+
+_SHORT = 4  # tokens of an answer: it is the requests that are tried out here
+_WITHOUT_DATA = [("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models")]
+_WITH_DATA = [
+    ("GET", "/v1/models/{model}", "positive"),  # any name may be asked for
+    ("POST", "/v1/chat/completions", "positive"),
+    ("POST", "/v1/chat/completions", "negative"),
+    ("POST", "/v1/completions", "positive"),
+    ("POST", "/v1/completions", "negative"),
+]
+
+
+@pytest.fixture(scope="session")
+def schema(process: Any) -> Any:
+    found = schemathesis.openapi.from_url(f"{process.url}/openapi.json")
+    described = {(method.upper(), path) for path in found for method in found[path]}
+    assert described == {*_WITHOUT_DATA, *(operation[:2] for operation in _WITH_DATA)}
+    return found
+
+
+def with_short_answer(case: Any) -> None:
+    """Ask the same of a model that is there, and for few tokens; what is wrong stays wrong."""
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    if isinstance(body.get("model"), str):
+        body["model"] = "tiny"
+    for name in ("max_tokens", "max_completion_tokens"):
+        if type(body.get(name)) is int and (body[name] > _SHORT or body[name] == -1):
+            body[name] = _SHORT
+        elif name in body and body[name] is None:
+            del body[name]
+    if "max_completion_tokens" not in body:
+        body.setdefault("max_tokens", _SHORT)
+
+
+def try_out(process: Any, schema: Any, method: str, path: str, mode: str, examples: int) -> None:
+    session = requests.Session()
+    answered = []
+
+    # Some right requests cannot be answered, such as one for a token that the model does not have.
+    excluded = [CHECKS.get_one("positive_data_acceptance")]
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=schema[path][method].as_strategy(generation_mode=GenerationMode(mode)))
+    def check(case: Any) -> None:
+        with_short_answer(case)
+        response = case.call(base_url=process.url, session=session)
+        answered.append(response.status_code)
+        case.validate_response(response, excluded_checks=excluded)
+
+    check()
+    session.close()
+    assert len(answered) >= min(examples, 5)
+    if method == "POST" and mode == "positive":
+        assert 200 in answered
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), _WITH_DATA)
+def test_requests_that_are_made_up(
+    process: Any, schema: Any, method: str, path: str, mode: str
+) -> None:
+    try_out(process, schema, method, path, mode, examples=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "path", "mode"), _WITH_DATA)
+def test_five_hundred_requests_of_each_kind(
+    process: Any, schema: Any, method: str, path: str, mode: str
+) -> None:
+    try_out(process, schema, method, path, mode, examples=500)
+
+
+@pytest.mark.parametrize(("method", "path"), _WITHOUT_DATA)
+def test_requests_without_data(process: Any, schema: Any, method: str, path: str) -> None:
+    try_out(process, schema, method, path, "positive", examples=1)

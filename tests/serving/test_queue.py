@@ -1,0 +1,128 @@
+"""Overload, order, and clients that leave."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from services import wait_until
+
+from minimind.serving.errors import APIError
+from minimind.serving.limits import Queue
+
+CHAT = "/v1/chat/completions"
+HEADERS = {"content-type": "application/json"}
+
+
+def asked(**settings: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "你好"}]
+    return {"model": "tiny", "messages": messages, "temperature": 0} | settings
+
+
+def stats(service: Any) -> Any:
+    return service.models["tiny"].engine.stats()
+
+
+def is_idle(service: Any) -> bool:
+    return stats(service).running == stats(service).waiting == 0
+
+
+def test_the_queue_counts() -> None:
+    queue = Queue(slots=2, waiting=3)
+    queue.take(2)
+    assert queue.waiting == 0
+    queue.take(3)
+    assert queue.waiting == 3
+    with pytest.raises(APIError) as caught:
+        queue.take(1)
+    assert caught.value.status == 429
+    assert caught.value.headers == {"retry-after": "2"}  # a second each, two at once, four before
+    for _ in range(200):
+        queue.give_back(30.0)
+        queue.take(1)
+    with pytest.raises(APIError) as caught:
+        queue.take(1)
+    assert caught.value.headers == {"retry-after": "60"}
+    with pytest.raises(APIError) as caught:
+        queue.take(6)
+    assert caught.value.status == 400  # it would never fit
+    for _ in range(5):
+        queue.give_back(0.1)
+    queue.take(5)
+
+
+def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None:
+    with serve_here(slots=1, queue=2) as service:
+        url = f"{service.url}{CHAT}"
+        with (
+            httpx.Client() as client,
+            client.stream("POST", url, json=asked(stream=True, max_tokens=-1, n=3)) as held,
+        ):
+            lines = held.iter_lines()
+            next(lines)
+            refused = httpx.post(url, json=asked())
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert refused.json()["error"]["code"] == "queue_full"
+            never = httpx.post(url, json=asked(n=4))
+            assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+        wait_until(lambda: is_idle(service))
+        wait_until(lambda: service.models["tiny"].queue._taken == 0)
+        assert httpx.post(url, json=asked(max_tokens=2)).status_code == 200
+
+
+def test_nobody_starves(serve_here: Callable[..., Any]) -> None:
+    """Who came first is done first, however many ask at the same time and again."""
+    with serve_here(slots=1, queue=64) as service:
+        url = f"{service.url}{CHAT}"
+        ended: list[str] = []
+        stop = threading.Event()
+
+        def ask(name: str, tokens: int) -> None:
+            answer = httpx.post(url, json=asked(max_tokens=tokens), timeout=60)
+            assert answer.status_code == 200
+            ended.append(name)
+
+        def pester() -> None:
+            while not stop.is_set():
+                ask("pest", 10)
+
+        with ThreadPoolExecutor(9) as pool:
+            pests = [pool.submit(pester) for _ in range(8)]
+            wait_until(lambda: len(ended) > 20)
+            before = len(ended)
+            pool.submit(ask, "patient", 10).result()
+            assert len(ended[before:]) <= 3 * 8
+            stop.set()
+            for pest in pests:
+                pest.result()
+        wait_until(lambda: is_idle(service))
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_leaves_frees_its_slot(serve_here: Callable[..., Any], streams: bool) -> None:
+    with serve_here(slots=4) as service:
+        body = json.dumps(asked(stream=streams, max_tokens=-1, n=4)).encode()
+        with socket.create_connection(service.address) as connection:
+            connection.sendall(
+                f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            wait_until(lambda: stats(service).running > 0)
+        wait_until(lambda: is_idle(service))
+        answer = httpx.post(f"{service.url}{CHAT}", json=asked(max_tokens=3))
+        assert answer.status_code == 200
+        figures = httpx.get(f"{service.url}/metrics").text
+        written = next(
+            float(line.split()[-1])
+            for line in figures.splitlines()
+            if line.startswith("minimind_completion_tokens_total")
+        )
+        assert written < 4 * 2000  # it was not written to its end
+        assert 'route="/v1/chat/completions",status="499"' in figures or streams

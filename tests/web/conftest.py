@@ -1,0 +1,26 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# The services of those tests serve here too.
+sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
+
+from services import Process, save_models, serving
+
+from minimind.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def models_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two runs, `tiny` and `other`, whose answers can be long enough to be stopped."""
+    return save_models(tmp_path_factory.mktemp("served"), tokenizer, context=8192)
+
+
+@pytest.fixture(scope="session")
+def process(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Both models, with the key `secret`."""
+    log = tmp_path_factory.mktemp("log") / "service.log"
+    with serving(models_dir, log, MINIMIND_API_KEY="secret") as running:
+        yield running

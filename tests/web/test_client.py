@@ -1,0 +1,145 @@
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from services import wait_until
+
+from minimind.errors import ServiceError, UsageError
+from minimind.web.client import Client, ModelInfo
+
+ASKED = [{"role": "user", "content": "你好"}]
+TINY = ModelInfo("tiny", is_ours=True)
+
+
+@pytest.fixture
+def client(process: Any) -> Client:
+    return Client(process.url, "secret")
+
+
+def test_models(client: Client, process: Any) -> None:
+    found = [ModelInfo("other", is_ours=True), ModelInfo("tiny", is_ours=True)]
+    assert client.models() == found
+    assert Client(f"{process.url.removeprefix('http://')}/v1/", "secret").models() == found
+
+
+def test_an_answer_streams(client: Client) -> None:
+    with client.chat(TINY, ASKED, temperature=0, max_tokens=12) as answer:
+        pieces = list(answer)
+    assert len(pieces) > 3
+    assert (answer.finish_reason, answer.tokens, answer.left_out) == ("length", 12, 0)
+    with client.chat(TINY, ASKED, temperature=0, max_tokens=12, stop=None) as again:
+        assert list(again) == pieces
+
+
+def test_closing_ends_it_at_the_service(client: Client, process: Any) -> None:
+    def running() -> float:
+        key = {"authorization": "Bearer secret"}
+        figures = httpx.get(f"{process.url}/metrics", headers=key).text.splitlines()
+        [line] = [line for line in figures if line.startswith('minimind_running{model="tiny"')]
+        return float(line.split()[-1])
+
+    with client.chat(TINY, ASKED, temperature=0, max_tokens=-1) as answer:
+        next(iter(answer))
+    wait_until(lambda: running() == 0)
+
+
+def test_turns_that_do_not_fit_are_left_out(client: Client) -> None:
+    long = [{"role": "user", "content": "长江" * 900}] * 20
+    with client.chat(TINY, [*long, *ASKED], max_tokens=3) as answer:
+        assert 0 < answer.left_out <= 20
+
+
+def test_what_the_service_refuses_is_told(client: Client, process: Any) -> None:
+    with pytest.raises(ServiceError, match="404: The model 'nobody' does not exist"):
+        client.chat(ModelInfo("nobody", is_ours=True), ASKED)
+    with pytest.raises(ServiceError, match="400: Invalid value for 'temperature'"):
+        client.chat(TINY, ASKED, temperature=9)
+    for key in (None, "wrong"):
+        with pytest.raises(ServiceError, match="wants a key; set it in the variable"):
+            Client(process.url, key).models()
+    with pytest.raises(ServiceError, match=r"cannot be reached .* is it running"):
+        Client("http://127.0.0.1:9").models()
+
+
+@pytest.mark.parametrize("url", ["", "ftp://a", "http://", "file:///etc/passwd", "http://a/?b=1"])
+def test_what_is_no_url(url: str) -> None:
+    with pytest.raises(UsageError, match="is not the URL"):
+        Client(url)
+
+
+@pytest.fixture
+def other_service() -> Iterator[Callable[[int, bytes], Client]]:
+    """Something that is not ours: it answers everything with the same."""
+    servers = []
+
+    def start(status: int, body: bytes, **headers: str) -> Client:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("content-length") or 0))
+                heard.append(dict(self.headers))
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        heard: list[dict[str, str]] = []
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever).start()
+        servers.append(server)
+        client = Client(f"http://127.0.0.1:{server.server_port}", "secret")
+        client.heard = heard  # type: ignore[attr-defined]
+        return client
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+THEIRS = ModelInfo("gpt", is_ours=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "broke off"),
+        (b'data: {"choices": []}\n\n', "broke off"),
+        (b"data: {\n\n", "not JSON"),
+        (b'data: {"error": {"message": "too hot"}}\n\n', "too hot"),
+        (b'data: {"choices": [{"text": "a"}]}\n\n', "does not stream as OpenAI does"),
+        (b'data: {"choices": 5}\n\n', "does not stream as OpenAI does"),
+    ],
+)
+def test_a_service_that_does_not_keep_to_the_form(
+    other_service: Any, body: bytes, said: str
+) -> None:
+    with pytest.raises(ServiceError, match=said):
+        list(other_service(200, body).chat(THEIRS, ASKED))
+    with pytest.raises(ServiceError, match="does not speak OpenAI's API"):
+        other_service(200, body).models()
+
+
+def test_comments_and_other_fields_are_let_pass(other_service: Any) -> None:
+    events = [{"choices": [{"delta": {"content": text}}]} for text in ("a", "b")]
+    lines = "".join(f": wait\nevent: x\ndata: {json.dumps(event)}\n\n" for event in events)
+    client = other_service(200, (lines + "data: [DONE]\n\n").encode())
+    assert "".join(client.chat(THEIRS, ASKED)) == "ab"
+
+
+def test_a_key_is_not_carried_elsewhere(other_service: Any) -> None:
+    elsewhere = other_service(200, b'{"data": []}')
+    client = other_service(302, b"", location=f"{elsewhere.url}/models")
+    with pytest.raises(ServiceError, match="answers 302"):
+        client.models()
+    assert client.heard
+    assert not elsewhere.heard

@@ -1,0 +1,380 @@
+"""The page in a real browser."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from minimind.web.store import Answer, Conversation, Store, Turn
+
+_CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+_DRIVER = shutil.which("chromedriver")
+
+pytestmark = pytest.mark.skipif(
+    not (_CHROMIUM and _DRIVER),
+    reason="no Chromium here; on Debian: apt-get install chromium chromium-driver",
+)
+
+INJECTIONS = [
+    "<script>document.title='bad'</script>",
+    "<img src=x onerror=document.title='bad'>",
+    "<svg onload=document.title='bad'>",
+    "<svg><script>document.title='bad'</script></svg>",
+    "<iframe src=javascript:document.title='bad'></iframe>",
+    "<body onload=document.title='bad'>",
+    "<a href=javascript:document.title='bad'>a</a>",
+    "<details open ontoggle=document.title='bad'>",
+    "<style>*{display:none}</style>",
+    "<link rel=stylesheet href=//bad.example/a.css>",
+    "<meta http-equiv=refresh content=0;url=//bad.example>",
+    "<base href=//bad.example/>",
+    "<form action=//bad.example><input autofocus onfocus=document.title='bad'>",
+    "<math><mtext><img src=x onerror=document.title='bad'></mtext></math>",
+    "<!--><script>document.title='bad'</script>",
+    "</div></body></html><script>document.title='bad'</script>",
+    "\"><script>document.title='bad'</script>",
+    "'-document.title='bad'-'",
+    "javascript:document.title='bad'",
+    "[a](javascript:document.title='bad')",
+    "[a](data:text/html,<script>document.title='bad'</script>)",
+    "![a](http://bad.example/a.png)",
+    "![a](x\"onerror=\"document.title='bad')",
+    "[a]: javascript:document.title='bad'",
+    "<http://bad.example>",
+    "&lt;script&gt;document.title='bad'&lt;/script&gt;",
+    "$\\href{javascript:document.title='bad'}{a}$",
+    ":material/home: :red[a] :smile:",
+    "{{constructor.constructor('document.title=1')()}}",
+    "%3Cscript%3Edocument.title='bad'%3C/script%3E",
+]
+
+
+@contextlib.contextmanager
+def page_of(models_dir: Path, home: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`minimind web`, on a port that was free; its address and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        (home / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "minimind", "web", models_dir, "--port", str(port)],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"XDG_DATA_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        ) as process,
+    ):
+        try:
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=20)
+            finally:
+                process.kill()
+
+
+class Browser:
+    """Chromium, and the few things that are done with it here."""
+
+    def __init__(self, language: str = "en-US", width: int = 1200) -> None:
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = _CHROMIUM or ""
+        for flag in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            f"--lang={language}",
+        ):
+            options.add_argument(flag)
+        options.add_experimental_option("prefs", {"intl.accept_languages": language})
+        if width < 600:
+            metrics = {"width": width, "height": 800, "pixelRatio": 2.0}
+            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
+        else:
+            options.add_argument(f"--window-size={width},900")
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        service = webdriver.ChromeService(_DRIVER)
+        self.driver = webdriver.Chrome(options=options, service=service)
+
+    def open(self, url: str) -> None:
+        # The page's process may still be starting.
+        self.wait(lambda: self._is_there(url))
+        self.wait(lambda: self.find('[data-testid="stChatInputTextArea"]'))
+
+    def _is_there(self, url: str) -> bool:
+        from selenium.common.exceptions import WebDriverException
+
+        with contextlib.suppress(WebDriverException):
+            self.driver.get(url)
+            return True
+        return False
+
+    def find(self, css: str) -> list[Any]:
+        return self.driver.find_elements("css selector", css)
+
+    def button(self, css: str) -> Any:
+        return self.wait(lambda: self.find(f"{css} button"))[0]
+
+    def messages(self) -> list[str]:
+        """The text of all that is said."""
+        script = (
+            "return [...document.querySelectorAll('[data-testid=stChatMessageContent]')]"
+            ".map(e => e.innerText)"
+        )
+        return self.driver.execute_script(script)  # type: ignore[no-any-return]
+
+    def wait(self, is_so: Callable[[], Any], seconds: float = 60) -> Any:
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        end = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(StaleElementReferenceException):  # painted anew meanwhile
+                if found := is_so():
+                    return found
+            assert time.monotonic() < end, f"never so; the page says {self.messages()}"
+            time.sleep(0.05)
+
+    def ask(self, text: str) -> None:
+        [box] = self.wait(lambda: self.find('[data-testid="stChatInputTextArea"]'))
+        box.send_keys(text + "\n")
+
+    def wait_for_the_end(self) -> None:
+        self.wait(lambda: self.find('[class*="st-key-again-"]'))
+
+    def asked_for(self) -> set[str]:
+        """The hosts of all that it has fetched since this was asked last."""
+        urls = []
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                urls.append(message["params"]["request"]["url"])
+        return {url.split("/")[2] for url in urls if url.startswith(("http", "ws"))}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def url(models_dir: Path, home: Path) -> Iterator[str]:
+    with page_of(models_dir, home) as (found, _):
+        yield found
+
+
+@pytest.fixture
+def store(home: Path) -> Iterator[Store]:
+    """What the page keeps; emptied afterwards."""
+    folder = home / "minimind" / "conversations"
+    yield Store(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = Browser()
+    yield found
+    found.driver.quit()
+
+
+def test_it_answers_and_a_reload_loses_nothing(url: str, browser: Browser, store: Store) -> None:
+    browser.open(url)
+    browser.ask("长江有多长？")
+    browser.wait_for_the_end()
+    browser.wait(lambda: len(browser.messages()) == 2)
+    question, answer = browser.messages()
+    assert question == "长江有多长？"
+    assert "tokens/s" in answer
+    assert "other · " in answer  # the first model
+    [kept] = store.all()
+    assert kept.turns[0].answers[0].text
+    assert kept.turns[0].answers[0].tokens > 0
+    address = browser.driver.current_url
+    assert kept.id in address
+    browser.driver.refresh()
+    browser.wait(lambda: browser.messages() == [question, answer])
+    browser.ask("然后呢？")
+    browser.wait(lambda: len(browser.messages()) == 4)
+    browser.wait_for_the_end()
+    assert browser.messages()[:2] == [question, answer]
+    # Another one, and back.
+    next(b for b in browser.find("button") if "New conversation" in b.text).click()
+    browser.wait(lambda: not browser.messages())
+    browser.button(f".st-key-open-{kept.id}").click()
+    browser.wait(lambda: len(browser.messages()) == 4)
+
+
+def long_one(store: Store) -> Conversation:
+    """Its next answers take long."""
+    settings = {"max_tokens": -1, "temperature": 0.0}
+    turns = [Turn("你好", [Answer("tiny", "你好。", 2, 0.1, "stop")])]
+    found = Conversation(models=["tiny"], settings=settings, turns=turns)
+    store.save(found)
+    return found
+
+
+def test_an_answer_streams_and_can_be_stopped(url: str, browser: Browser, store: Store) -> None:
+    talk = long_one(store)
+    browser.open(f"{url}/?c={talk.id}")
+    browser.wait(lambda: len(browser.messages()) == 2)
+    browser.ask("说长一点")
+    seen = set()
+
+    def has_grown() -> bool:
+        found = browser.messages()
+        if len(found) == 4:
+            seen.add(len(found[3]))
+        return len(seen) >= 3
+
+    browser.wait(has_grown)
+    browser.button('[class*="st-key-stop-"]').click()
+    browser.wait_for_the_end()
+    browser.wait(lambda: "stopped" in browser.messages()[-1])
+    kept = store.load(talk.id)
+    assert kept
+    said = kept.turns[1].answers[0]
+    assert said.finish_reason is None
+    assert 0 < said.tokens < 8000  # the context has 8,192
+
+
+def test_regenerate_and_edit(url: str, browser: Browser, store: Store) -> None:
+    talk = Conversation(models=["tiny"], settings={"max_tokens": 12, "temperature": 1.5})
+    talk.turns = [
+        Turn("你好", [Answer("tiny", "旧的", 2)]),
+        Turn("再见", [Answer("tiny", "旧的", 2)]),
+    ]
+    store.save(talk)
+    browser.open(f"{url}/?c={talk.id}")
+    browser.button('[class*="st-key-again-"]').click()
+    browser.wait(lambda: len(browser.messages()) == 4 and "旧的" not in browser.messages()[3])
+    browser.wait_for_the_end()
+    assert "旧的" in browser.messages()[1]
+    browser.button(f".st-key-edit-{talk.turns[0].id}").click()
+    [box] = browser.wait(lambda: browser.find('[data-testid="stForm"] textarea'))
+    box.send_keys("！早上好")
+    next(b for b in browser.find('[data-testid="stForm"] button') if b.text == "Send").click()
+    browser.wait(lambda: browser.messages()[:1] == ["你好！早上好"])
+    browser.wait_for_the_end()
+    kept = store.load(talk.id)
+    assert kept
+    assert [turn.question for turn in kept.turns] == ["你好！早上好"]  # what came after is gone
+    assert kept.turns[0].answers[0].text not in ("", "旧的")
+
+
+def test_two_models_side_by_side(url: str, browser: Browser, store: Store) -> None:
+    talk = Conversation(models=["tiny", "other"], settings={"max_tokens": 10})
+    talk.turns = [Turn("你好", [Answer("tiny", "一"), Answer("other", "二")])]
+    store.save(talk)
+    browser.open(f"{url}/?c={talk.id}")
+    browser.wait(lambda: len(browser.messages()) == 3)
+    browser.ask("长江呢？")
+    browser.wait(lambda: len(browser.messages()) == 6)
+    browser.wait_for_the_end()
+    browser.wait(lambda: "other · " in browser.messages()[-1])
+    assert "tiny · " in browser.messages()[-2]
+    first, second = browser.find('[data-testid="stChatMessage"]')[-2:]
+    assert first.location["y"] == second.location["y"]
+    assert first.location["x"] + first.size["width"] <= second.location["x"]
+
+
+def test_injections_are_shown_as_text(url: str, browser: Browser, store: Store) -> None:
+    assert len(INJECTIONS) == 30
+    talk = Conversation(models=["tiny"], system=INJECTIONS[0], settings={"max_tokens": 2})
+    talk.turns = [Turn(text, [Answer(text, text, error=text)]) for text in INJECTIONS]
+    store.save(talk)
+    for text in INJECTIONS:  # their titles stand in the list
+        store.save(Conversation(turns=[Turn(text)]))
+    browser.open(f"{url}/?c={talk.id}")
+    browser.wait(lambda: len(browser.messages()) == 60)
+    browser.asked_for()
+    shown = browser.messages()
+    for place, text in enumerate(INJECTIONS):
+        assert shown[2 * place] == text
+        assert shown[2 * place + 1].count(text) >= 1
+    titles = {b.text for b in browser.find('[class*="st-key-open-"] button')}
+    assert titles == {Conversation(turns=[Turn(text)]).title for text in INJECTIONS}
+    # In words that are set, they do not run either.
+    talk.turns = [
+        Turn("x", [Answer("tiny", f"**a** `b`\n\n{text}\n\n- c {text}")]) for text in INJECTIONS
+    ]
+    talk.turns.append(Turn("x", [Answer("tiny", "```\n" + "\n".join(INJECTIONS) + "\n```")]))
+    store.save(talk)
+    browser.driver.refresh()
+    browser.wait(lambda: len(browser.messages()) == 62 and browser.find("code"))
+    assert browser.driver.title == "MiniMind"
+    inside = '[data-testid="stChatMessageContent"]'
+    for what in ("script", "img", "iframe", "a[href]", "style", "link", "form:not(.x)", "base"):
+        assert not browser.find(f"{inside} {what}"), what
+    host = url.removeprefix("http://")
+    assert browser.asked_for() <= {host}
+    # What is typed in goes the same way as what is kept.
+    browser.ask(INJECTIONS[1])
+    browser.wait(lambda: INJECTIONS[1] in browser.messages())
+    assert browser.driver.title == "MiniMind"
+
+
+def test_it_speaks_chinese_on_a_phone(url: str, store: Store) -> None:
+    talk = Conversation(models=["tiny"], settings={"max_tokens": 5})
+    words = ["长" * 300, "a" * 300]
+    talk.turns = [Turn(word, [Answer("tiny", word), Answer("other", word)]) for word in words]
+    store.save(talk)
+    phone = Browser("zh-CN", width=390)
+    try:
+        phone.open(f"{url}/?c={talk.id}")
+        phone.wait(lambda: len(phone.messages()) == 6)
+        [box] = phone.find('[data-testid="stChatInputTextArea"]')
+        assert box.get_attribute("placeholder") == "说点什么"
+        assert "重新生成" in phone.driver.page_source
+        wide = "return document.documentElement.scrollWidth"
+        assert phone.driver.execute_script(wide) <= 390  # nothing sticks out
+        for message in phone.find('[data-testid="stChatMessage"]'):
+            assert message.size["width"] <= 390
+    finally:
+        phone.driver.quit()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_service_ends_with_it(models_dir: Path, tmp_path: Path, number: int) -> None:
+    with page_of(models_dir, tmp_path) as (_, process):
+        page = psutil.Process(process.pid)
+        end = time.monotonic() + 60
+        while not (children := page.children(recursive=True)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert children
+        time.sleep(1)
+        process.send_signal(number)
+        process.wait(timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+
+
+def test_wrong_use_is_told(tmp_path: Path) -> None:
+    for flags, message in [
+        ([], "give a MODEL, or the --url of a service"),
+        (["a", "--url", "http://b"], "give a MODEL, or the --url of a service"),
+        (["--url", "ftp://b"], "is not the URL of a service"),
+        ([str(tmp_path / "none")], "there is no such directory"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-m", "minimind", "web", *flags],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"XDG_DATA_HOME": str(tmp_path)},
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
