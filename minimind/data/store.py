@@ -170,7 +170,8 @@ def open_store(
     if bad_lines:
         say(f"{path}: {bad_lines:,} bad lines put aside in {store.manifest['bad_lines_file']}")
     if skipped:
-        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}")
+        fit = " that fit the model's own chat template" if tokenizer.template else ""
+        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}{fit}")
     for name, count in store.manifest["unfilled"].items():
         say(
             f"{path}: {count:,} records hold {{{{{name}}}}}, which nothing fills; "
