@@ -166,7 +166,7 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
     """The engine."""
     import torch
 
-    from minimind.inference.engine import Engine, Request
+    from minimind.inference.engine import Engine, Piece, Request
     from minimind.inference.load import load_for_inference
     from minimind.inference.sampling import Sampling
 
@@ -176,9 +176,18 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
     del model
 
     def write(prompts: list[list[int]]) -> int:
-        greedy = Sampling(temperature=0)
-        completions = [engine.submit(Request(p, greedy, args.tokens)) for p in prompts]
-        return sum(len(piece.token_ids) for one in completions for piece in one)
+        written, ended = [], threading.Semaphore(0)
+
+        def take(piece: Piece) -> None:
+            written.extend(piece.token_ids)
+            if piece.finish_reason:
+                ended.release()
+
+        for prompt in prompts:
+            engine.submit(Request(prompt, Sampling(temperature=0), args.tokens), take)
+        for _ in prompts:
+            ended.acquire()
+        return len(written)
 
     with engine:
         return timed(write, args)

@@ -174,7 +174,8 @@ def open_store(
     if bad_lines:
         say(f"{path}: {bad_lines:,} bad lines put aside in {store.manifest['bad_lines_file']}")
     if skipped:
-        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}")
+        fit = " that fit the model's own chat template" if tokenizer.template else ""
+        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}{fit}")
     _check_filled(path, store)
     for word in store.manifest["unfilled"]:
         say(_unfilled(path, store, word))

@@ -316,17 +316,16 @@ def _stage_table(stages: Sequence[StageReport]) -> str:
 
 def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bool = False) -> str:
     """A plot a stage; a `key` that ends in a slash means all that begins so, in training."""
-    if not stages:
-        return ""
-    return (
-        "<div class=plots>"
-        + "".join(
-            f"<figure><figcaption>{_text(stage.name)}</figcaption>"
-            f"{_plot(stage, key, label, from_zero)}</figure>"
-            for stage in stages
-        )
-        + "</div>"
+    return _grid((stage.name, _plot(stage, key, label, from_zero)) for stage in stages)
+
+
+def _grid(plots: Iterable[tuple[str, str]]) -> str:
+    """Drawings side by side, each below its title; nothing if there are none."""
+    figures = "".join(
+        f"<figure><figcaption>{_text(title)}</figcaption>{drawing}</figure>"
+        for title, drawing in plots
     )
+    return f"<div class=plots>{figures}</div>" if figures else ""
 
 
 def _preferences(stages: Sequence[StageReport]) -> str:
@@ -337,7 +336,11 @@ def _preferences(stages: Sequence[StageReport]) -> str:
         "accuracy": "accuracy",
         "logps/": "log-probability",
     }
-    return "".join(_plots(stages, key, label) for key, label in figures.items())
+    return _grid(
+        (f"{stage.name}: {label}", _plot(stage, key, label, from_zero=False))
+        for stage in stages
+        for key, label in figures.items()
+    )
 
 
 def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:
@@ -395,7 +398,9 @@ def _lines(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tup
                 legend = name.removeprefix(key) if many else line["kind"]
                 legend = "general" if general else legend
                 found.setdefault(legend, []).append((line["step"], value))
-    return {name: _thinned(points) for name, points in found.items()}
+    # Training first, so that a kind has one colour in all plots.
+    ordered = sorted(found.items(), key=lambda line: line[0] != "train")
+    return {name: _thinned(points) for name, points in ordered}
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -6,6 +6,7 @@ that running texts do not stall. What a prompt shares with a text that some slot
 copied, not read again.
 """
 
+import atexit
 import math
 import queue
 import random
@@ -185,6 +186,7 @@ class Engine:
         self._counts = dict(requests=0, prompt_tokens=0, cached_tokens=0, tokens=0)
         self._thread = threading.Thread(target=self._work, name="minimind-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread amid torch's code would abort the process
 
     def __enter__(self) -> "Engine":
         return self
@@ -277,6 +279,7 @@ class Engine:
             self._changed.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            atexit.unregister(self.close)
 
     # All below runs in the engine's thread.
 

@@ -23,6 +23,7 @@ from minimind.serving.schema import (
 from minimind.tokenizer.chat import encode_chat
 
 _SEEDS = 2**32
+_COMPLETION_TOKENS = 16  # where nothing is said, as at OpenAI
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,8 @@ def ask_completion(request: CompletionRequest, model: ServedModel) -> Asked:
     for prompt in as_prompts(request):
         _refuse_what_cannot_fit([prompt] if isinstance(prompt, str) else [], model, "prompt")
     prompts = [_prompt_ids(prompt, model) for prompt in as_prompts(request)]
-    requests = _requests(
-        request, model, prompts, most_tokens=request.max_tokens, logprobs=request.logprobs
-    )
+    most = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    requests = _requests(request, model, prompts, most_tokens=most, logprobs=request.logprobs)
     return Asked(requests)
 
 

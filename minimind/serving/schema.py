@@ -174,7 +174,7 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: Prompt
-    max_tokens: Tokens | None = 16
+    max_tokens: Tokens | None = Field(None, description="16 unless given.")
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
 

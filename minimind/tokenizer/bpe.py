@@ -207,7 +207,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"{self._foreign.directory}: no token ends a text: neither generation_config.json "
                 "nor tokenizer_config.json names one (eos_token_id, eos_token) that is a control "
-                "token of tokenizer.json"
+                f"token of tokenizer.json{self._foreign.missing}"
             )
         return known[0]
 
@@ -390,6 +390,9 @@ def _is_ours(directory: Path, bpe: BPE) -> bool:
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return all(special.values()) and not (directory / "chat_template.jinja").is_file()
+    template = directory / "chat_template.jinja"
+    if template.is_file() and template.read_bytes() != CHAT_TEMPLATE.encode():
+        return False  # somebody has edited it, and transformers goes by this file
     return read_json(path, path.read_bytes()).get("chat_template") == CHAT_TEMPLATE
 
 

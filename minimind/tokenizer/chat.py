@@ -59,6 +59,7 @@ def encode_chat(
 ) -> EncodedChat:
     """(ids, mask): the mask is 1 on what the model is to produce, each answer and its end.
 
+    In a format made elsewhere not on answers that stand after another opening than a prompt's.
     Raises ValueError for bad messages, and TokenizerError for what the model's own chat format
     has no place for.
     """
@@ -103,12 +104,19 @@ def encode_chats(
 
 
 def refusal(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
-    """Why the model's own chat format has no place for a conversation; ours has for all."""
+    """Why a conversation is none to learn from in the model's own chat format; in ours all are."""
+    if not tokenizer.template:
+        return None
+    roles = _roles(messages)
     try:
-        if tokenizer.template:
-            tokenizer.template.skeleton(_roles(messages))
+        skeleton = tokenizer.template.skeleton(roles)
     except TokenizerError as error:
         return str(error)
+    if _ANSWERS in roles and not any(part.learned for part in skeleton):
+        return (
+            "the model's chat template opens no answer in it as it opens the answer that it asks "
+            "for (add_generation_prompt), so what is learned from it would be of no use"
+        )
     return None
 
 
@@ -123,7 +131,10 @@ def _encode_by_template(
     add_generation_prompt: bool = False,
     given: Iterable[int] | None = None,
 ) -> list[EncodedChat]:
-    """Conversations in the format of a model made elsewhere."""
+    """Conversations in the format of a model made elsewhere.
+
+    Only answers after what a prompt ends with are the model's to produce.
+    """
     assert tokenizer.template is not None
     skeletons = [
         tokenizer.template.skeleton(_roles(messages), add_generation_prompt)
@@ -141,7 +152,8 @@ def _encode_by_template(
         for part in skeleton:
             some = next(texts) if isinstance(part, Run) else [part.id]
             ids += some
-            mask += [int(part.answer is not None and part.answer >= number)] * len(some)
+            learned = part.answer is not None and part.learned and part.answer >= number
+            mask += [int(learned)] * len(some)
         encoded.append((ids, mask))
     return encoded
 

@@ -110,6 +110,13 @@ class ForeignFiles:
             ids += listed
         return ids
 
+    @property
+    def missing(self) -> str:
+        """For the end of a message: which files that say where texts end are not there."""
+        names = [n for n in ("tokenizer_config.json", _GENERATION) if n not in self.contents]
+        verb = "are" if len(names) > 1 else "is"
+        return f"; {' and '.join(names)} {verb} missing here: copy them too" if names else ""
+
     def _text(self, name: str) -> str:
         try:
             return self.contents[name].decode("utf-8")

@@ -79,8 +79,9 @@ def _ask(job: Trainer) -> None:
             job.reporter.progress(at + job.micro_batch, training + held_out)
         for at in range(0, held_out, VALIDATION_WINDOWS):
             assert job.held_out is not None
-            _fill(job, job.held_out, at, min(VALIDATION_WINDOWS, held_out - at), training=False)
-            job.reporter.progress(training + at, training + held_out)
+            count = min(VALIDATION_WINDOWS, held_out - at)
+            _fill(job, job.held_out, at, count, training=False)
+            job.reporter.progress(training + at + count, training + held_out)
     finally:
         job.reporter.stop()
 

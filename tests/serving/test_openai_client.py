@@ -221,7 +221,12 @@ def test_completions(client: OpenAI) -> None:
     for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert chosen == max(top.values())
     assert logprobs.text_offset == sorted(logprobs.text_offset)
-    assert client.completions.create(model="tiny", prompt="长江").usage.completion_tokens == 16  # type: ignore[union-attr]
+    for unsaid in ({}, {"max_tokens": None}):
+        usage = client.completions.create(
+            model="tiny", prompt="长江", temperature=0, **unsaid
+        ).usage
+        assert usage
+        assert usage.completion_tokens == 16
 
 
 def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:

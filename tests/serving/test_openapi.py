@@ -40,7 +40,9 @@ def with_short_answer(case: Any) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         if type(body.get(name)) is int and (body[name] > _SHORT or body[name] == -1):
             body[name] = _SHORT
-    if body.get("max_completion_tokens", 0) is None or "max_completion_tokens" not in body:
+        elif name in body and body[name] is None:
+            del body[name]
+    if "max_completion_tokens" not in body:
         body.setdefault("max_tokens", _SHORT)
 
 
