@@ -48,9 +48,10 @@ _NANO = {
 def nano_settings(objective: str, out: Path, **settings: Any) -> dict[str, Any]:
     """Settings by dotted key; `settings` are more of them, with `__` for the dots."""
     given = {key.replace("__", "."): value for key, value in settings.items()}
-    shape = {"model.preset": None} if "model.init" in given else {}  # it has its own
-    whole = _NANO | shape | {"objective": objective, "out": str(out)} | given
-    return {key: value for key, value in whole.items() if key not in shape or key in given}
+    nano = dict(_NANO)
+    if "model.init" in given:  # which has a shape of its own
+        del nano["model.preset"]
+    return nano | {"objective": objective, "out": str(out)} | given
 
 
 def nano_recipe(objective: str, out: Path, **settings: Any) -> Recipe:
