@@ -27,6 +27,7 @@ from minimind.cli.generate import (
     plain,
     stdin_lines,
     stretched,
+    tell_unstretched,
 )
 from minimind.errors import MinimindError, ResourceError, UsageError
 
@@ -119,6 +120,7 @@ def _from_model(
 
     sampling = Sampling(**settings)
     loaded, tokenizer = load_for_inference(model, **how)
+    tell_unstretched(loaded, how["context"])
     size = sum(parameter.numel() for parameter in loaded.parameters())
     with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
         del loaded  # the engine has its own

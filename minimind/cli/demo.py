@@ -33,7 +33,7 @@ _CORPUS = {
     "held_out_characters": 60_000,
     "single_turn": 300_000,
     "multi_turn": 20_000,
-    "preference_pairs": 6_000,
+    "preference_pairs": 12_000,
     "exam_questions": 2_000,
 }
 _QUIZ_QUESTIONS = 400

@@ -4,11 +4,14 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from minimind.errors import UsageError
+
+if TYPE_CHECKING:
+    from minimind.model import Transformer
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run directory.")]
 Adapter = Annotated[
@@ -81,6 +84,7 @@ def generate(
         context=stretched(context, rope_scaling),
         rope_scaling=rope_scaling,
     )
+    tell_unstretched(loaded, context)
     with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
         del loaded  # the engine has its own
         pieces = engine.stream_text(
@@ -100,6 +104,16 @@ def stretched(context: int | None, rope_scaling: str | None) -> int | None:
     if rope_scaling and context is None:
         raise UsageError("--rope-scaling says how to reach a context; give --context N too")
     return context
+
+
+def tell_unstretched(model: "Transformer", context: int | None) -> None:
+    """Say on stderr that a --context below the model's own changes nothing."""
+    own = model.config.max_position_embeddings
+    if context is not None and context < own:
+        print(
+            f"--context {context} changes nothing: the model reads {own:,} tokens as it is",
+            file=sys.stderr,
+        )
 
 
 def plain(text: str) -> str:

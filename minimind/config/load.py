@@ -15,6 +15,8 @@ from minimind.config.settings import Recipe
 from minimind.errors import ConfigError
 
 COMMAND_LINE, FLAG = "command line", "flag"
+_BECAUSE_OF_LORA = "because of lora"
+_ADAPTER_LR = 1e-3  # as in lora-small
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def load_recipe(
         _replace(values, origins, *_override(argument), COMMAND_LINE)
     for key, value in (flags or {}).items():
         _replace(values, origins, key, value, FLAG)
+    _optimize_adapters(values, origins)
     return ResolvedRecipe(_validate(values, origins), origins)
 
 
@@ -188,6 +191,21 @@ def _replace(
     for old in [name for name in origins if f"{name}.".startswith(f"{key}.")]:
         del origins[old]
     origins[key] = origin
+
+
+def _optimize_adapters(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Adapters that the command line asks for, in a recipe of Muon, take AdamW and its rate.
+
+    So a setting such as lora.rank=8 is enough; what the command line says of optim stands.
+    """
+    said = {key for key, origin in origins.items() if origin in (COMMAND_LINE, FLAG)}
+    optim = values.get("optim", {})
+    if not any(f"{key}.".startswith("lora.") for key in said) or not isinstance(optim, dict):
+        return
+    if optim.get("name", "muon") == "muon" and not {"optim", "optim.name"} & said:
+        for key, value in (("optim.name", "adamw"), ("optim.lr", _ADAPTER_LR)):
+            if key not in said:
+                _replace(values, origins, key, value, _BECAUSE_OF_LORA)
 
 
 def _validate(values: dict[str, Any], origins: dict[str, str]) -> Recipe:

@@ -29,13 +29,15 @@ class RopeScaling(BaseModel):
 
     rope_type: RopeKind
     factor: float = Field(ge=1, le=1e6, description="New context / original context.")
-    original_max_position_embeddings: int = Field(ge=1, description="Context of training.")
-    # YaRN alone
-    attention_factor: float | None = Field(None, gt=0)
-    beta_fast: float | None = Field(None, gt=0)
-    beta_slow: float | None = Field(None, gt=0)
-    mscale: float | None = Field(None, ge=0)
-    mscale_all_dim: float | None = Field(None, ge=0)
+    original_max_position_embeddings: int = Field(
+        ge=1, le=2**53, description="Context of training."
+    )
+    # YaRN alone; the bounds are far from any that is in use, and keep its logarithms finite
+    attention_factor: float | None = Field(None, gt=0, le=1e6)
+    beta_fast: float | None = Field(None, ge=1e-6, le=1e6)
+    beta_slow: float | None = Field(None, ge=1e-6, le=1e6)
+    mscale: float | None = Field(None, ge=0, le=1e6)
+    mscale_all_dim: float | None = Field(None, ge=0, le=1e6)
     truncate: bool | None = None
     # Llama 3 alone
     low_freq_factor: float | None = Field(None, gt=0)
@@ -98,8 +100,8 @@ class ModelConfig(BaseModel):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
-        if self.rope_scaling is not None and self.rope_theta <= 1:
-            raise ValueError(f"rope_theta ({self.rope_theta}) must be above 1 to be scaled")
+        if self.rope_scaling is not None and self.rope_theta < 1.1:  # its logarithm divides
+            raise ValueError(f"rope_theta ({self.rope_theta}) must be 1.1 or more to be scaled")
         if self.num_local_experts:
             if self.num_experts_per_tok > self.num_local_experts:
                 raise ValueError(

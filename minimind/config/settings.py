@@ -14,6 +14,9 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+_OF_ANY_MODEL = {"init", "context", "rope_scaling"}  # what is no part of a new model's shape
+
+
 class ModelSettings(_Settings):
     """Where the model comes from: a directory to go on with, or a preset to start from zero."""
 
@@ -55,11 +58,21 @@ class ModelSettings(_Settings):
             raise ValueError("rope_scaling says how to reach a context; set context too")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_shape(self) -> "ModelSettings":
+        given = self.model_dump(exclude=_OF_ANY_MODEL, exclude_none=True)
+        if self.preset == type(self).model_fields["preset"].default:
+            del given["preset"]
+        if self.init and given:
+            raise ValueError(
+                f"{', '.join(given)}: the model that init names has a shape of its own; "
+                f"leave {'them' if len(given) > 1 else 'it'} out, or init"
+            )
+        return self
+
     def shape(self, vocab_size: int) -> ModelConfig:
         """The resolved shape of a new model with `vocab_size` words."""
-        own = self.model_dump(
-            exclude={"init", "preset", "context", "rope_scaling"}, exclude_none=True
-        )
+        own = self.model_dump(exclude=_OF_ANY_MODEL | {"preset"}, exclude_none=True)
         return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
 
 

@@ -112,8 +112,8 @@ def fill_in(text: str, fill: Mapping[str, str]) -> str:
 
 
 def placeholders(text: str) -> set[str]:
-    """Those of `{{name}}` and `{{author}}` that are in the text."""
-    return {key for key in _PLACEHOLDER.findall(text) if key in ("name", "author")}
+    """The words that are in the text as `{{word}}`."""
+    return set(_PLACEHOLDER.findall(text)) if "{{" in text else set()
 
 
 def detect_schema(record: Mapping[str, Any]) -> str:

@@ -46,7 +46,9 @@ Kind = Literal["text", "chat", "pairs"]
 Split = Literal["train", "validation"]
 _RECORDS = {"text": ("text", "messages"), "chat": ("messages",), "pairs": ("pair",)}
 _SPLITS: tuple[Split, ...] = ("train", "validation")
-_FORMAT = 3
+_FORMAT = 4
+_IDENTITY = ("name", "author")  # what a recipe should fill; other {{words}} may be code
+_MOST_UNFILLED = 5
 _SHARD_TOKENS = 1 << 27
 _PIECE = 1 << 18  # characters
 _AT_ONCE = 1 << 20  # characters
@@ -159,9 +161,11 @@ def open_store(
     home = folder or default_folder()
     place = home / key
     if store := _open(place):
+        _check_filled(path, store)
         return store
     with _lock(home, key, lambda: say(f"waiting for another process that tokenizes {path}")):
         if store := _open(place):
+            _check_filled(path, store)
             return store
         if place.exists():
             say(f"the token store {place} is damaged; it is made again")
@@ -170,13 +174,42 @@ def open_store(
     if bad_lines:
         say(f"{path}: {bad_lines:,} bad lines put aside in {store.manifest['bad_lines_file']}")
     if skipped:
-        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}")
-    for name, count in store.manifest["unfilled"].items():
-        say(
-            f"{path}: {count:,} records hold {{{{{name}}}}}, which nothing fills; "
-            f"give data.fill.{name}=…"
-        )
+        fit = " that fit the model's own chat template" if tokenizer.template else ""
+        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}{fit}")
+    _check_filled(path, store)
+    for word in store.manifest["unfilled"]:
+        say(_unfilled(path, store, word))
     return store
+
+
+def _check_filled(path: str, store: TokenStore) -> None:
+    """Raise DataError for chats in which a name or an author is left where others are filled."""
+    if store.manifest["kind"] == "text" or not store.manifest["fill"]:
+        return
+    for word in _IDENTITY:
+        if word in store.manifest["unfilled"]:
+            keys = ", ".join(store.manifest["fill"])
+            raise DataError(f"{_unfilled(path, store, word)} (data.fill has {keys})")
+
+
+def _unfilled(path: str, store: TokenStore, word: str) -> str:
+    count = store.manifest["unfilled"][word]
+    return (
+        f"{path}: {count:,} records hold {{{{{word}}}}}, which nothing fills; "
+        f"give data.fill.{word}=…"
+    )
+
+
+def _left(words: "Counter[str]", kind: Kind, fill: Mapping[str, str]) -> dict[str, int]:
+    """In how many records each `{{word}}` is left: a name, an author, the most frequent others.
+
+    Others are of interest in chats that are filled; elsewhere they are code.
+    """
+    others = bool(fill) and kind != "text"
+    left = [word for word, _ in words.most_common() if word not in fill]
+    left = [word for word in left if others or word in _IDENTITY]
+    first = sorted(left, key=lambda word: word not in _IDENTITY)[:_MOST_UNFILLED]
+    return {word: words[word] for word in first}
 
 
 def _wanted(kind: Kind) -> str:
@@ -297,13 +330,13 @@ def _fill(
     limit = int(described["validation_fraction"] * 2**64)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     records = read_records(files, schema=described["schema"], bad=bad, progress=meter.add_read)
-    records = (record.filled(described["fill"]) for record in records)
-    skipped, unfilled = 0, Counter[str]()
+    skipped, words = 0, Counter[str]()
     progress(0, meter.total)
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_Writer(work, split, kind)) for split in _SPLITS}
         encode = partial(_encode, tokenizer=tokenizer, kind=kind, dtype=dtype, limit=limit)
-        marked = ((batch, meter.read) for batch in batches(_noted(records, unfilled)))
+        filled = _filled(records, described["fill"], words)
+        marked = ((batch, meter.read) for batch in batches(filled))
         for documents, num_skipped, done in _ahead(encode, marked):
             skipped += num_skipped
             meter.done = done
@@ -329,7 +362,8 @@ def _fill(
         "bad_lines": bad.total,
         "bad_lines_file": str(bad.path) if bad.total else None,
         "skipped": skipped,
-        "unfilled": dict(unfilled),
+        "filled": sorted(words.keys() & described["fill"].keys()),
+        "unfilled": _left(words, kind, described["fill"]),
     }
 
 
@@ -341,13 +375,14 @@ def _refused(files: list[Path], tokenizer: Tokenizer, schema: str) -> str:
     return f". The first conversation: {reason}" if reason else ""
 
 
-def _noted(records: Iterable[Record], unfilled: "Counter[str]") -> Iterator[Record]:
-    """The records; in how many of them each placeholder is left is counted on the way."""
+def _filled(
+    records: Iterable[Record], fill: Mapping[str, str], words: "Counter[str]"
+) -> Iterator[Record]:
+    """The records, filled; in how many of them each `{{word}}` stood is counted on the way."""
     for record in records:
-        unfilled.update(
-            {key for text in record.texts if "{{" in text for key in placeholders(text)}
-        )
-        yield record
+        found = {word for text in record.texts for word in placeholders(text)}
+        words.update(found)
+        yield record.filled(fill) if found else record
 
 
 def _hashed(file: Path, entry: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,12 @@ def fit_chat(
     prompt = prompt_from(starts[-1])
     length = len(tokenizer.encode(turns[-1]["content"]))
     others = len(prompt) - length
+    if others >= most_tokens:
+        raise UsageError(
+            f"the chat format{' with the system message' if system else ''} takes {others:,} "
+            f"tokens, and the prompt may have {most_tokens:,}: no message fits. Take a model of a "
+            "longer context" + (", or a shorter system message" if system else "")
+        )
     raise UsageError(
         f"the message has {length:,} tokens and at most {max(most_tokens - others, 0):,} fit: the "
         f"prompt may have {most_tokens:,}, of which {others:,} go to the chat format"

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from minimind.config.model import MOE_FIELDS, ModelConfig, RopeKind, RopeScaling
 from minimind.errors import ModelError, ResourceError
@@ -22,6 +23,7 @@ _MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared expe
 _MODEL_TYPES = ("llama", "qwen3", *_MOE_TYPES)
 _INDEX = "model.safetensors.index.json"
 _PLAIN_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
@@ -302,10 +304,11 @@ def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, An
     if sensible and isinstance(factor, int | float) and 1 <= factor <= 1e6:
         if kind == "linear":  # its context is what is written
             rope["original_max_position_embeddings"] = max(1, round(context / factor))
+        elif kind == "dynamic":  # what is written is its original one, whatever the key says
+            rope["original_max_position_embeddings"] = context
+            context = round(context * factor)
         else:
             rope.setdefault("original_max_position_embeddings", context)
-        if kind == "dynamic":  # its original context is what is written
-            context = round(context * factor)
     try:
         scaling = RopeScaling.model_validate(rope | {"rope_type": kind}, strict=True)
     except ValidationError as error:
@@ -350,6 +353,8 @@ def load_model(
             slices = {name: file.get_slice(name) for name, file in files.items()}
             model = _empty_model(path, config, len(slices))
             _check_tensors(path, model, slices)
+            if model.lm_head is None and _HEAD in files:
+                _check_tied(path, *(files[name].get_tensor(name) for name in (_HEAD, _EMBEDDING)))
         tensors = {n: _tensor(paths[n], n).to(device, dtype) for n in model.state_dict()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
@@ -410,9 +415,9 @@ def _empty_model(path: Path, config: ModelConfig, number_of_tensors: int) -> Tra
 def _check_tensors(path: Path, model: Transformer, found: dict[str, Any]) -> None:
     """Compare names, shapes and kinds with those in the file before anything is allocated."""
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    # A tied head is sometimes stored a second time; the embedding is what counts. Old files hold
-    # the frequencies of RoPE too, which follow from the configuration.
-    extra = found.keys() - wanted.keys() - {"lm_head.weight"}
+    # A tied head is sometimes stored a second time. Old files hold the frequencies of RoPE too,
+    # which follow from the configuration.
+    extra = found.keys() - wanted.keys() - {_HEAD}
     extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
     missing = wanted.keys() - found.keys()
     for what, names in (("lacks", missing), ("has unknown tensors:", extra)):
@@ -429,3 +434,12 @@ def _check_tensors(path: Path, model: Transformer, found: dict[str, Any]) -> Non
                 f"{path}: {name} is of the kind {found[name].get_dtype()}; "
                 f"only {', '.join(FLOATS)} are read"
             )
+
+
+def _check_tied(path: Path, head: Tensor, embedding: Tensor) -> None:
+    """Raise ModelError for a head that is said to be the embedding and is another matrix."""
+    if not torch.equal(head.to(embedding.dtype), embedding):
+        raise ModelError(
+            f"{path}: {_HEAD} is not {_EMBEDDING}, and config.json says that they are one "
+            "(tie_word_embeddings); set it to false there to use both, or take the head out"
+        )

@@ -201,7 +201,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{path}: peft_type {kind!r} is not supported; LORA is")
-    unsupported = [key for key in raw.keys() - _HARMLESS - _READ if raw[key]]
+    unsupported = [key for key in raw.keys() - _HARMLESS - _READ if not _is_unset(raw[key])]
     if raw.get("bias", "none") != "none":
         unsupported.append("bias")
     start = raw.get("init_lora_weights")
@@ -213,6 +213,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
             "here; merge the adapter with peft (merge_and_unload) and give the merged model"
         )
     return _checked(path, raw)
+
+
+def _is_unset(value: object) -> bool:
+    """Whether peft takes it for nothing; 0 is a number, such as that of a layer."""
+    return value is None or value is False or value in ([], {}, "")
 
 
 def _checked(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -278,6 +283,12 @@ def _check_tensors(
         for name, module in modules.items()
         for matrix, shape in zip(_MATRICES, _shapes(config, name, module), strict=True)
     }
+    for table in ("embed_tokens", "lm_head"):
+        if any(table in name.split(".") for name in found.keys() - wanted.keys()):
+            raise ModelError(
+                f"{path}: it changes {table}, which is not supported here; merge the adapter with "
+                "peft (merge_and_unload) and give the merged model"
+            )
     if not wanted:
         raise ModelError(f"{path}: the model has none of the modules that the adapter changes")
     unknown, missing = found.keys() - wanted.keys(), wanted.keys() - found.keys()

@@ -15,6 +15,7 @@ within what it has:
 import math
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from minimind.config.model import ModelConfig, RopeKind, RopeScaling
@@ -26,8 +27,8 @@ BEST_SCALING: RopeKind = "yarn"  # benchmarks/records/long-context.md has the fi
 def extend_context(config: ModelConfig, context: int, kind: RopeKind | None = None) -> ModelConfig:
     """The same model, made to read `context` tokens by scaling of this kind.
 
-    A context within the model's own needs no scaling. Raises ModelError for a model whose context
-    is stretched already.
+    A context within the model's own needs no scaling. Raises ModelError for one that is out of
+    reach, and for a model whose context is stretched already.
     """
     original = config.max_position_embeddings
     if context <= original:
@@ -38,21 +39,30 @@ def extend_context(config: ModelConfig, context: int, kind: RopeKind | None = No
             f"{config.rope_scaling.rope_type}, and cannot be stretched to {context:,}; "
             f"give at most {original:,}"
         )
-    scaling = RopeScaling(
-        rope_type=kind or BEST_SCALING,
-        factor=context / original,
-        original_max_position_embeddings=original,
-    )
-    return config.model_copy(update={"max_position_embeddings": context, "rope_scaling": scaling})
+    try:
+        scaling = RopeScaling(
+            rope_type=kind or BEST_SCALING,
+            factor=context / original,
+            original_max_position_embeddings=original,
+        )
+        changed = {"max_position_embeddings": context, "rope_scaling": scaling}
+        return ModelConfig.model_validate(config.model_dump() | changed)
+    except ValidationError as error:
+        what = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ModelError(
+            f"the model's context cannot be stretched from {original:,} tokens to {context:,}: "
+            f"{what}"
+        ) from None
 
 
-def rope_table(config: ModelConfig, positions: Tensor, length: int) -> Tensor:
-    """Cosines and sines of the angles at `positions` [T] of a text of `length` tokens so far.
+def rope_table(config: ModelConfig, positions: Tensor, length: int | Tensor) -> Tensor:
+    """Cosines and sines of the angles at `positions` [...] of a text of `length` tokens so far.
 
-    [2, T, head_dim], float32, on the device of `positions`.
+    length: one number, or [...] where each position is in a text of its own length.
+    [2, ..., head_dim], float32, on the device of `positions`.
     """
     frequencies, factor = rope_frequencies(config, length)
-    angles = positions.float()[:, None] * frequencies.to(positions.device)[None, :]
+    angles = positions.float()[..., None] * frequencies.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return torch.stack((angles.cos(), angles.sin())) * factor
 
@@ -67,10 +77,11 @@ def depends_on_length(config: ModelConfig, length: int) -> bool:
     )
 
 
-def rope_frequencies(config: ModelConfig, length: int) -> tuple[Tensor, float]:
+def rope_frequencies(config: ModelConfig, length: int | Tensor) -> tuple[Tensor, float]:
     """([head_dim / 2] angle a position, factor of cosines and sines), for `length` tokens so far.
 
-    On the CPU, in float32, step by step as transformers computes them.
+    In float32, step by step as transformers computes them, on the CPU; for lengths [...] that
+    dynamic scaling tells apart [..., head_dim / 2], where the lengths are.
     """
     base, scaling = config.rope_theta, config.rope_scaling
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
@@ -80,19 +91,25 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[Tensor, float]:
         case "linear":
             return 1.0 / (base**exponents) / scaling.factor, 1.0
         case "dynamic":
-            return 1.0 / (_dynamic_base(base, config.head_dim, scaling, length) ** exponents), 1.0
+            stretched = _dynamic_base(base, config.head_dim, scaling, length)
+            if isinstance(stretched, Tensor):
+                stretched, exponents = stretched[..., None], exponents.to(stretched.device)
+            return 1.0 / (stretched**exponents), 1.0
         case "yarn":
             return _yarn(base, exponents, scaling), _yarn_attention_factor(scaling)
         case "llama3":
             return _llama3(1.0 / (base**exponents), scaling), 1.0
 
 
-def _dynamic_base(base: float, head_dim: int, scaling: RopeScaling, length: int) -> float:
+def _dynamic_base(
+    base: float, head_dim: int, scaling: RopeScaling, length: int | Tensor
+) -> float | Tensor:
     """The base under which the slowest pair turns, over the whole text, as far as in training."""
     original, factor = scaling.original_max_position_embeddings, scaling.factor
     if head_dim == 2:
         return base  # the only pair turns once a position at any base
-    stretch = factor * max(length, original) / original - (factor - 1)
+    longest = length.clamp(min=original) if isinstance(length, Tensor) else max(length, original)
+    stretch = factor * longest / original - (factor - 1)
     return base * stretch ** (head_dim / (head_dim - 2))
 
 

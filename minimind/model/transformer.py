@@ -125,15 +125,16 @@ class Transformer(nn.Module):
         """
         past = cache.length if cache is not None else 0
         mask, positions = None, torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        lengths = None
         if segments is not None:
             assert cache is None, "packed windows are for training"
             mask = _causal_mask(tokens.shape[1], 0, tokens.device)[None, None] & (
                 segments[:, None, :, None] == segments[:, None, None, :]
             )
-            positions = _positions_in(segments)
+            positions, lengths = _places_in(segments)
         elif past and tokens.shape[1] > 1:
             mask = _causal_mask(tokens.shape[1], past, tokens.device)[None, None]
-        cos, sin = self.rope(positions, past + tokens.shape[1]).unsqueeze(-2)
+        cos, sin = self.rope(positions, past + tokens.shape[1], lengths).unsqueeze(-2)
         x = _times(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, cache, routing)
@@ -151,15 +152,15 @@ class Transformer(nn.Module):
         """
         self.config, self._rope = extend_context(self.config, context, kind), None
 
-    def rope(self, positions: Tensor, length: int) -> Tensor:
+    def rope(self, positions: Tensor, length: int, lengths: Tensor | None = None) -> Tensor:
         """Cosines and sines [2, ..., head_dim] at `positions` of texts of `length` tokens so far.
 
+        lengths: [...], of the text that each position is in, where several make up `length`.
         A table serves for as much of the context as is used: config.json may promise any length.
         """
         config, device = self.config, positions.device
         if depends_on_length(config, length):
-            table = rope_table(config, positions.flatten(), length)
-            return table.unflatten(1, positions.shape)
+            return rope_table(config, positions, length if lengths is None else lengths)
         if self._rope is None or self._rope.device != device or self._rope.shape[1] < length:
             size = min(max(512, 1 << (length - 1).bit_length()), config.max_position_embeddings)
             with torch.inference_mode(False):  # training may go on with it
@@ -176,8 +177,11 @@ def _causal_mask(length: int, past: int, device: torch.device) -> Tensor:
     return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
 
 
-def _positions_in(segments: Tensor) -> Tensor:
-    """[B, T] -> each token's position in its segment."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    return places - torch.where(starts, places, 0).cummax(dim=1).values
+def _places_in(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T] -> each token's position in its segment, and how long that is, each [B, T]."""
+    width = segments.shape[1]
+    places = torch.arange(width, device=segments.device).expand_as(segments)
+    borders = segments[:, 1:] != segments[:, :-1]
+    starts = torch.where(F.pad(borders, (1, 0), value=True), places, 0).cummax(dim=1).values
+    ends = torch.where(F.pad(borders, (0, 1), value=True), places + 1, width)
+    return places - starts, ends.flip(1).cummin(dim=1).values.flip(1) - starts

@@ -130,6 +130,12 @@ class Tokenizer:
                 f"{vocab_size:,}, so they do not belong together; use the tokenizer that the model "
                 "was trained with"
             )
+        outside = [i for i in (self._foreign.ends if self._foreign else ()) if i >= vocab_size]
+        if outside:
+            raise TokenizerError(
+                f"{directory}: eos_token_id {outside[0]:,} is outside the model's {vocab_size:,} "
+                "words; mend generation_config.json, or config.json"
+            )
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.

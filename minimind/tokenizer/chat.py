@@ -59,6 +59,7 @@ def encode_chat(
 ) -> EncodedChat:
     """(ids, mask): the mask is 1 on what the model is to produce, each answer and its end.
 
+    In a format made elsewhere not on answers that stand after another opening than a prompt's.
     Raises ValueError for bad messages, and TokenizerError for what the model's own chat format
     has no place for.
     """

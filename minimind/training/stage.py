@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
+from minimind.config.model import RopeKind
 from minimind.config.settings import DataSettings, Recipe
 from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.read import first_record
@@ -246,12 +247,18 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
         raise ConfigError("lora: adapters are made for a model that is there; give --model MODEL")
     if recipe.lora and recipe.optim.name != "adamw":
         raise ConfigError('lora: adapters are trained with AdamW; set optim.name = "adamw"')
+    if recipe.lora and recipe.model.context:
+        raise ConfigError(
+            f"lora: an adapter does not remember model.context={recipe.model.context}, and would "
+            "be used beside a model that is not stretched; stretch the model first, by "
+            "`minimind sft` with model.context, and give that one"
+        )
     if recipe.model.init:
         directory = resolve_model_directory(Path(recipe.model.init))
         tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
         model = load_model(directory, device=device)
         if recipe.model.context:
-            model.extend_context(recipe.model.context, recipe.model.rope_scaling)
+            _stretch(model, recipe.model.context, recipe.model.rope_scaling)
         tokenizer.check_model(Path(recipe.tokenizer or directory), model.config.vocab_size)
     elif recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer))
@@ -264,7 +271,8 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
     if recipe.data.window > model.config.max_position_embeddings:
         raise ConfigError(
             f"data.window ({recipe.data.window}) is longer than the model's context "
-            f"({model.config.max_position_embeddings}); lower it, or raise "
+            f"({model.config.max_position_embeddings}); lower it, or "
+            + ("stretch the model first, by `minimind sft` with " if recipe.lora else "raise ")
             + ("model.context" if recipe.model.init else "model.max_position_embeddings")
         )
     if recipe.lora:
@@ -273,11 +281,25 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
     return tokenizer, model
 
 
+def _stretch(model: Transformer, context: int, kind: RopeKind | None) -> None:
+    own = model.config.max_position_embeddings
+    if context < own:
+        raise ConfigError(
+            f"model.context={context} is within what the model reads as it is, {own} tokens; "
+            "leave it out"
+        )
+    model.extend_context(context, kind)
+
+
 @dataclass(frozen=True)
 class _Stores:
     sources: list[TokenStore]
     validation: list[TokenStore]  # when held-out data is given on its own
     general: list[TokenStore]
+
+    @property
+    def all(self) -> list[TokenStore]:
+        return [*self.sources, *self.validation, *self.general]
 
 
 def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores:
@@ -307,7 +329,7 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
         finally:
             reporter.stop()
 
-    return _Stores(
+    stores = _Stores(
         [
             opened(source.path, 0.0 if own else settings.validation_fraction)
             for source in settings.sources
@@ -315,6 +337,10 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
         [opened(path) for path in settings.validation],
         [opened(path, kind=_kind_of(path, folder, settings)) for path in settings.general],
     )
+    filled = [store.manifest["filled"] for store in stores.all]
+    for key in sorted(settings.fill.keys() - set().union(*filled)):
+        reporter.say(f"data.fill.{key} fills nothing: no record holds {{{{{key}}}}}")
+    return stores
 
 
 def _objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Objective:
@@ -335,7 +361,7 @@ def _data_sha256(stores: _Stores) -> str:
     keys = ("kind", "schema", "fill", "validation_fraction", "tokenizer_sha256")
     described = [
         [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
-        for store in (*stores.sources, *stores.validation, *stores.general)
+        for store in stores.all
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 

@@ -156,6 +156,11 @@ def test_a_longer_context_is_written_to_the_end(model_dir: Path) -> None:
         assert longer.startswith(short.rstrip("\n\ufffd")) == (kind == "dynamic")
 
 
+def test_a_shorter_context_is_told_of(model_dir: Path) -> None:
+    done = run(model_dir, PROMPT, "--max-new-tokens", 1, "--context", 100)
+    assert done.stderr == "--context 100 changes nothing: the model reads 256 tokens as it is\n"
+
+
 def test_scaling_needs_a_context(model_dir: Path) -> None:
     alone = run(model_dir, PROMPT, "--rope-scaling", "yarn")
     assert alone.exit_code == 1

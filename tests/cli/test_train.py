@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from minimind.cli.main import app
 
 NANO = (
-    *("device=cpu", "model.preset=nano", "data.window=32", "data.validation_fraction=0.1"),
+    *("device=cpu", "data.window=32", "data.validation_fraction=0.1"),
     *("training.steps=6", "training.batch=4", "training.precision=fp32", "validation.windows=4"),
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "200"}
@@ -24,7 +24,8 @@ class Place:
 
     def __init__(self, folder: Path, tokenizer: Path) -> None:
         self.folder = folder
-        self.pretrain = ("pretrain", *NANO, "--data", "text.jsonl", "--tokenizer", str(tokenizer))
+        self.pretrain = ("pretrain", *NANO, "model.preset=nano", "--data", "text.jsonl")
+        self.pretrain += ("--tokenizer", str(tokenizer))
         self.sft = ("sft", *NANO, "--data", "chat.jsonl")
         self.dpo = ("dpo", *NANO, "data.window=64", "--data", "pairs.jsonl")
 
@@ -97,6 +98,8 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
     assert " pairs in " in done.stdout and "reference log-probabilities" in done.stdout
     assert "accuracy" in done.stdout and "rewards/margin" in done.stdout
     assert "Try it: minimind chat out/dpo" in done.stdout
+    adapters = (*place.dpo, "--model", "out/chat", "--out", "out/dpo-lora", "lora.rank=2")
+    assert "The adapter is in out/dpo-lora/adapter" in place.run_here(*adapters).stdout
     message = place.error(*place.dpo, "--model", "out/chat", "--out", "no", "--data", "chat.jsonl")
     assert "chat.jsonl: no preference pairs found (100 records of another kind)" in message
 

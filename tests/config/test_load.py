@@ -242,3 +242,16 @@ def test_recipes_of_lora_hang_together(name: str) -> None:
     recipe = load_recipe(name).recipe
     assert recipe.lora is not None
     assert (recipe.objective, recipe.optim.name) == ("sft", "adamw")
+
+
+def test_adapters_asked_for_on_the_command_line_take_adamw() -> None:
+    asked = load_recipe("dpo-small", overrides=["lora.rank=8"])
+    assert (asked.recipe.optim.name, asked.recipe.optim.lr) == ("adamw", 1e-3)
+    assert asked.origins["optim.lr"] == "because of lora"
+    own = load_recipe("dpo-small", overrides=["lora.rank=8", "optim.lr=1e-4"]).recipe.optim
+    assert (own.name, own.lr) == ("adamw", 1e-4)
+    assert load_recipe("dpo-small").recipe.optim.name == "muon"
+    muon = load_recipe("dpo-small", overrides=["lora.rank=8", "optim.name=muon"]).recipe.optim
+    assert (muon.name, muon.lr) == ("muon", 5e-5)  # which the stage refuses
+    ours = load_recipe("lora-small", overrides=["lora.rank=8"])
+    assert "because of lora" not in ours.origins.values()

@@ -61,3 +61,12 @@ def test_a_context_is_stretched_from_a_model() -> None:
     with pytest.raises(ValidationError, match="rope_scaling says how to reach a context"):
         ModelSettings(init="out/run", rope_scaling="linear")
     ModelSettings(init="out/run", context=2048, rope_scaling="linear")
+
+
+def test_a_model_that_is_there_has_its_own_shape() -> None:
+    for given in ({"hidden_size": 64}, {"preset": "base"}, {"num_hidden_layers": 2}):
+        with pytest.raises(
+            ValidationError, match=f"{next(iter(given))}: the model that init names"
+        ):
+            ModelSettings(init="out/run", **given)  # type: ignore[arg-type]
+    ModelSettings(init="out/run", preset="small")  # the default, as a kept recipe holds it

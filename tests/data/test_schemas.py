@@ -205,7 +205,7 @@ def test_placeholders_are_filled_wherever_something_is_written() -> None:
         "pairs",
     )
     assert text.filled({}) is text
-    assert placeholders("{{name}} {{author}} {{x}} {name}") == {"name", "author"}
+    assert placeholders("{{name}} {{author}} {{x}} {name}") == {"name", "author", "x"}
 
 
 def test_what_is_filled_in_is_not_looked_at_again() -> None:

@@ -42,5 +42,5 @@ def test_a_message_that_does_not_fit_alone_is_refused_with_figures(
         fit_chat(tokenizer, [*opening, *TURNS], alone - 1)
     assert f"the message has {own} tokens and at most {own - 1} fit" in str(error.value)
     assert ("system message" in str(error.value)) == bool(opening)
-    with pytest.raises(UsageError, match="at most 0 fit"):
+    with pytest.raises(UsageError, match="the prompt may have 3: no message fits"):
         fit_chat(tokenizer, [*opening, *TURNS], 3)

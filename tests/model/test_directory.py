@@ -212,12 +212,20 @@ def test_a_folder_where_nothing_can_be_made_is_named(
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}},
             "beta_fast does not belong to the rope_type 'linear'",
         ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1e-320}},
+            "rope_parameters.beta_fast: Input should be greater",
+        ),
+        (
+            {"rope_theta": 1.0000001, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "must be 1.1 or more to be scaled",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
         ({"rope_parameters": [1]}, "rope_parameters is not an object"),
         ({"rope_scaling": "x"}, "rope_scaling is not an object"),
         (
             {"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "must be above 1 to be scaled",
+            "must be 1.1 or more to be scaled",
         ),
         ({"attention_bias": True}, "attention_bias = true is not supported"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported'),
@@ -295,6 +303,40 @@ def test_defaults_are_those_of_transformers(saved: Path) -> None:
     assert config.rope_scaling.rope_type == "dynamic"
     assert config.rope_scaling.original_max_position_embeddings == 512
     assert config.max_position_embeddings == 1024
+
+
+def test_a_tied_head_that_is_another_matrix_is_refused(saved: Path, model: Transformer) -> None:
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, path)
+    assert torch.equal(load_model(saved).head_weight, model.head_weight)
+    for other in (head + 1e-3, head[:-1].contiguous(), head.bfloat16()):
+        save_file(tensors | {"lm_head.weight": other}, path)
+        with pytest.raises(ModelError, match=r"lm_head\.weight is not .*\(tie_word_embeddings\)"):
+            load_model(saved)
+    save_file(tensors | {"lm_head.weight": head + 1e-3}, path)
+    change(saved, tie_word_embeddings=False)
+    assert torch.equal(load_model(saved).head_weight, head + 1e-3)
+
+
+def test_dynamic_scaling_starts_from_max_position_embeddings(
+    random_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As in transformers, whatever original_max_position_embeddings says."""
+    transformers = pytest.importorskip("transformers")
+    save_model(tmp_path / "model", random_model("nano", max_position_embeddings=64), tokenizer)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 32}
+    change(tmp_path / "model", rope_parameters=rope | {"rope_theta": 10_000.0}, rope_scaling=None)
+    ours = load_model(tmp_path / "model").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.randint(0, 600, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for length in (50, 200):
+            expected = theirs(ids[:, :length]).logits
+            assert (ours.logits(ours(ids[:, :length])) - expected).abs().max() <= 1e-4
+    save_model(tmp_path / "again", ours, tokenizer)
+    assert read_config(tmp_path / "again") == ours.config
 
 
 def test_weights_of_other_kinds_are_refused(saved: Path) -> None:

@@ -309,6 +309,7 @@ def test_an_adapter_replaces_an_adapter_and_nothing_else(adapter: Path, tmp_path
         ({"bias": "lora_only"}, "bias"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": 0}, "layers_to_transform"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"from_the_future": {"x": 1}}, "from_the_future"),
         ({"r": 0}, "r is missing"),
@@ -341,6 +342,11 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape(adapter: Path) -> 
     assert f"lacks {name}" in refused(adapter)
     save_file(tensors | {"base_model.model.strange.lora_A.weight": tensors[name].clone()}, path)
     assert "has tensors that the model lacks: base_model.model.strange" in refused(adapter)
+    for table in ("model.embed_tokens.lora_embedding_A", "lm_head.lora_A.weight"):
+        save_file(tensors | {f"base_model.model.{table}": tensors[name].clone()}, path)
+        assert f"changes {table.split('.')[-3 + ('embed' in table)]}, which is not" in refused(
+            adapter
+        )
     save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, path)
     assert "has the shape" in refused(adapter)
     save_file(tensors | {name: tensors[name].to(torch.int32)}, path)

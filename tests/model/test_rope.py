@@ -164,6 +164,35 @@ def test_yarn_keeps_fast_pairs_and_slows_the_slow_ones() -> None:
     assert (factor, sharper) == (1.0, 0.1 * math.log(4) + 1)
 
 
+def test_a_context_out_of_reach_is_told() -> None:
+    for config, context in [
+        (ModelConfig(max_position_embeddings=512), 2_000_000_000),
+        (ModelConfig(max_position_embeddings=512, rope_theta=1.0), 1024),
+    ]:
+        with pytest.raises(ModelError, match=r"cannot be stretched from 512 tokens to [\d,]+: "):
+            extend_context(config, context)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_a_packed_conversation_is_read_as_it_is_alone(
+    name: str, random_model: Callable[..., Transformer]
+) -> None:
+    """Under dynamic scaling too, whose angles go by the length of each conversation."""
+    model = scaled(random_model, SCALINGS[name])
+    lengths = (20, ORIGINAL, 100, 30)
+    ids = torch.randint(0, 600, (2, 256), generator=torch.Generator().manual_seed(0))
+    numbers = [number for number, length in enumerate(lengths) for _ in range(length)]
+    segments = torch.tensor([numbers + [9] * (256 - len(numbers)), [0] * 256])
+    with torch.inference_mode():
+        packed = model.logits(model(ids, segments=segments))
+        start = 0
+        for length in lengths:
+            alone = model.logits(model(ids[:1, start : start + length]))
+            assert (packed[:1, start : start + length] - alone).abs().max() <= 1e-4
+            start += length
+        assert (packed[1:] - model.logits(model(ids[1:]))).abs().max() <= 1e-4
+
+
 def test_training_goes_on_after_a_longer_text_was_written(
     random_model: Callable[..., Transformer],
 ) -> None:

@@ -100,7 +100,8 @@ def test_answers_and_their_ends_are_learned_after_what_is_prompted_with(
     for messages, (ids, mask) in zip(chats, encode_chats(tokenizer, chats), strict=True):
         assert (ids, mask) == encode_chat(tokenizer, messages)
         learned = [i for i, m in zip(ids, mask, strict=True) if m]
-        answers = {4: ["一", said], 2: [said], 1: []}[len(messages)]
+        # Qwen 3's prompts end with empty thoughts, which it puts before the last answer alone.
+        answers = {4: ["一"] * (name != "qwen3") + [said], 2: [said], 1: []}[len(messages)]
         assert spelt(tokenizer, learned) == "".join(begin + text + end for text in answers)
     (ids, mask) = encode_chat(tokenizer, chats[1])
     prompt, _ = encode_chat(tokenizer, chats[1][:1], add_generation_prompt=True)
@@ -117,7 +118,7 @@ def test_answers_that_are_given_are_not_learned(name: str, foreign_dir: Director
     assert ids == all_ids
     learned = spelt(tokenizer, [i for i, m in zip(ids, last, strict=True) if m])
     assert learned.strip(" ").startswith("二")
-    assert 0 < sum(last) < sum(both)
+    assert 0 < sum(last) < sum(both) or (name == "qwen3" and last == both)
     assert all(m <= n for m, n in zip(last, both, strict=True))
 
 
@@ -222,6 +223,87 @@ def test_what_a_template_refuses_is_told_in_its_words(foreign_dir: Directory) ->
         encode_chat(tokenizer, [*turns("a"), *turns("b")])
 
 
+def with_template(source: Path, directory: Path, template: str) -> Tokenizer:
+    shutil.copytree(source, directory)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return Tokenizer.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("m.content[:3]", "leaves out message 1"),
+        ("m.content[:3] ~ m.content", "shortens or changes"),
+        ("m.content[:4000]", "shortens or changes"),
+        ("m.content | upper", "shortens or changes"),
+        ("m.content | replace('e', '')", "shortens or changes"),
+        ("m.content | replace('\n', ' ')", "shortens or changes"),
+        ("m.content | tojson", "shortens or changes"),
+        ("m.content | e", "shortens or changes"),
+        ("m.content.strip(' ')", "shortens or changes"),
+        ("m.content[0].text", "leaves out message 1"),
+        ("m.role", "leaves out message 1"),
+        ("m.content if m.role != 'system'", "leaves out message 1 .* of the role system"),
+        ("m.content if loop.last", "leaves out message 1"),
+        ("'\ue0000\ue001' ~ m.content", "shortens or changes"),
+        ("'\ue00099\ue001' ~ m.content", "shortens or changes"),
+    ],
+)
+def test_templates_that_do_not_write_messages_as_they_are_are_refused(
+    written: str, reason: str, foreign_dir: Directory, tmp_path: Path
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        f"{{{{ {written} }}}}<|im_end|>\n{{% endfor %}}"
+    )
+    tokenizer = with_template(foreign_dir("qwen3"), tmp_path / "a", template)
+    messages = [SYSTEM, *turns("a")]
+    with pytest.raises(TokenizerError, match=reason):
+        encode_chat(tokenizer, messages)
+    assert refusal(tokenizer, messages)
+
+
+def test_answers_after_another_opening_than_a_prompts_are_none_to_learn_from(
+    foreign_dir: Directory, tmp_path: Path
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = with_template(foreign_dir("qwen3"), tmp_path / "a", template)
+    assert "opens no answer" in (refusal(tokenizer, turns("a", "b")) or "")
+    assert refusal(tokenizer, turns("a")) is None
+    _, mask = encode_chat(tokenizer, turns("a", "b"))
+    assert not any(mask)
+    assert spelt(tokenizer, [tokenizer.im_end]) == "<|im_end|>"
+    thinking = Tokenizer.load(foreign_dir("qwen3"))
+    assert refusal(thinking, turns("a", "b", "c", "d")) is None
+
+
+def test_a_template_of_ours_that_somebody_has_edited_counts(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    edited = with_template(
+        tokenizer_dir,
+        tmp_path / "a",
+        CHAT_TEMPLATE.replace("'<|im_start|>' +", "'<|im_start|>:' +"),
+    )
+    ids, _ = encode_chat(edited, turns("a"))
+    assert spelt(edited, ids) == "<|im_start|>:user\na<|im_end|>\n"
+    assert edited.sha256 != Tokenizer.load(tokenizer_dir).sha256
+    (tmp_path / "a" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    assert Tokenizer.load(tmp_path / "a").sha256 == Tokenizer.load(tokenizer_dir).sha256
+
+
+def test_files_that_say_where_texts_end_are_missed(foreign_dir: Directory, tmp_path: Path) -> None:
+    directory = shutil.copytree(foreign_dir("llama3"), tmp_path / "a")
+    for path in directory.iterdir():
+        if path.name != "tokenizer.json":
+            path.unlink()
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json .*missing here"):
+        Tokenizer.load(directory)
+
+
 def changed(source: Path, directory: Path, file: str, change: Callable[[Any], object]) -> Path:
     shutil.copytree(source, directory)
     content = json.loads((directory / file).read_text("utf-8"))
@@ -236,6 +318,7 @@ def changed(source: Path, directory: Path, file: str, change: Callable[[Any], ob
         ("tokenizer_config.json", {"chat_template": 5}, "chat_template is no text"),
         ("tokenizer_config.json", {"chat_template": "{% for %}"}, "template cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% import os %}"}, "template cannot be read"),
+        ("tokenizer_config.json", {"chat_template": "{% break %}"}, "template cannot be read"),
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is neither"),
         ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id is neither"),
     ],
@@ -259,6 +342,11 @@ def test_files_that_cannot_be_used_are_told(
         "{{ ''.__class__.__subclasses__() }}",
         "{{ 1 / 0 }}",
         "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}",
+        "{{ 'x' * 300000000 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     ],
 )
 def test_a_template_that_tries_to_get_out_is_refused(

@@ -48,7 +48,10 @@ _NANO = {
 def nano_settings(objective: str, out: Path, **settings: Any) -> dict[str, Any]:
     """Settings by dotted key; `settings` are more of them, with `__` for the dots."""
     given = {key.replace("__", "."): value for key, value in settings.items()}
-    return _NANO | {"objective": objective, "out": str(out)} | given
+    nano = dict(_NANO)
+    if "model.init" in given:  # which has a shape of its own
+        del nano["model.preset"]
+    return nano | {"objective": objective, "out": str(out)} | given
 
 
 def nano_recipe(objective: str, out: Path, **settings: Any) -> Recipe:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_runs import Told, lora_settings, losses, metrics, nano_recipe, nano_trainer
 
 from minimind.config.settings import Recipe
-from minimind.errors import CheckpointError, ConfigError, MinimindError, ModelError
+from minimind.errors import CheckpointError, ConfigError, DataError, MinimindError, ModelError
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model
 from minimind.training.loop import train
@@ -120,6 +120,9 @@ def test_what_lora_needs_is_said(recipe: Any, tokenizer_dir: Path) -> None:
     alone = recipe(model__init=None, tokenizer=str(tokenizer_dir))
     assert "give --model MODEL" in refused(alone, ConfigError)
     assert 'set optim.name = "adamw"' in refused(recipe(optim__name="muon"), ConfigError)
+    stretched = refused(recipe(model__context=1024), ConfigError)
+    assert "does not remember model.context=1024" in stretched
+    assert "stretch the model first" in refused(recipe(data__window=300), ConfigError)
     assert "did you mean mlp" in refused(recipe(lora__targets=["mpl"]), ConfigError)
 
 
@@ -227,11 +230,19 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
     data.write_text("\n".join(lines), encoding="utf-8")
     told = Told()
     given = {"data__sources": [str(data)], "data__validation_fraction": 0.0}
-    job = prepare_stage(recipe(data__fill={"name": "小明"}, **given), reporter=told)
+    fill = {"name": "小明", "autor": "李雷"}
+    for _ in range(2):  # a store that is there is told of as well
+        message = refused(recipe(data__fill=fill, **given), DataError)
+        assert "200 records hold {{author}}, which nothing fills; give data.fill.author" in message
+        assert message.endswith("(data.fill has name, autor)")
+    prepare_stage(recipe(**given), reporter=told)
+    assert len([line for line in told.lines if "which nothing fills" in line]) == 2
+    told = Told()
+    job = prepare_stage(recipe(data__fill=fill | {"author": "李雷"}, **given), reporter=told)
     text = job.tokenizer.decode(job.stores.sources[0].shards("train")[0].tokens[:40].tolist())
-    assert "小明" in text and "{{author}}" in text and "{{name}}" not in text
+    assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
-    assert "200 records hold {{author}}, which nothing fills; give data.fill.author=…" in line
+    assert line == "data.fill.autor fills nothing: no record holds {{autor}}"
 
 
 def test_the_textbooks_identity_needs_a_name_and_an_author(recipe: Any, place: Path) -> None:

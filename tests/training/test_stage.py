@@ -272,6 +272,9 @@ def test_a_model_is_tuned_at_a_longer_context(recipe: Make, run: Path, tmp_path:
     tuned = do(recipe("sft", tmp_path / "again", **again)).model
     assert tuned is not None
     assert read_config(tuned) == config  # nothing to stretch
+    again["model__context"] = 256
+    refusal = refused(recipe("sft", tmp_path / "shorter", **again), ConfigError)
+    assert "model.context=256 is within what the model reads as it is, 1024 tokens" in refusal
     again["model__context"] = 2048
     refusal = refused(recipe("sft", tmp_path / "twice", **again), ModelError)
     assert "stretched already" in refusal
