@@ -325,6 +325,13 @@ def _first(error: ValidationError, within: str = "") -> str:
     return f"{what}: {first['msg']}"
 
 
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor; what of the file was mapped into memory for it goes when it goes."""
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
 def load_model(
     directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
@@ -334,19 +341,21 @@ def load_model(
     try:
         with contextlib.ExitStack() as stack:
             files: dict[str, Any] = {}  # tensor -> the open file that holds it
+            paths: dict[str, Path] = {}
             for path, names in _weight_files(directory).items():
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 held = set(file.keys())
                 if lost := sorted((names or held) - held):
                     raise ModelError(f"{path}: it has no {lost[0]}, which the index says it has")
                 files |= dict.fromkeys(names or held, file)
+                paths |= dict.fromkeys(names or held, path)
             path = _weights_name(directory)
             slices = {name: file.get_slice(name) for name, file in files.items()}
             model = _empty_model(path, config, len(slices))
             _check_tensors(path, model, slices)
             if model.lm_head is None and _HEAD in files:
                 _check_tied(path, *(files[name].get_tensor(name) for name in (_HEAD, _EMBEDDING)))
-            tensors = {n: files[n].get_tensor(n).to(device, dtype) for n in model.state_dict()}
+        tensors = {n: _tensor(paths[n], n).to(device, dtype) for n in model.state_dict()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path}: cannot be read as safetensors: {error}; copy it again"
