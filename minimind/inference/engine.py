@@ -40,6 +40,10 @@ class Constraint(Protocol):
     def advance(self, token: int) -> None:
         """The token that was chosen, unless it ends the text."""
 
+    @property
+    def is_met(self) -> bool:
+        """Whether the answer is whole, which ends it."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -432,7 +436,7 @@ class Engine:
         if text.constraint is not None:
             text.constraint.advance(token)
         text.text.push(token, logprob)
-        if text.text.stopped:
+        if text.text.stopped or (text.constraint is not None and text.constraint.is_met):
             self._finish(text, "stop")
         elif completion.completion_tokens >= completion._room:
             self._finish(text, "length")

@@ -166,9 +166,8 @@ class _Node:
 class JsonGrammar:
     """The tokens of one tokenizer as seen by the automaton; what it finds out is kept."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._words = tokenizer.text_bytes_of
-        self._stop_ids = sorted(stop_ids)
         self._kept: Any = lru_cache(maxsize=64)(self._costs_after)
 
     def costs_after(self, state: State) -> Tensor:
@@ -185,9 +184,6 @@ class JsonGrammar:
 
     def _costs_after(self, state: State) -> Tensor:
         costs = torch.full((len(self._words),), _NEVER, dtype=torch.int16)
-        if state == DONE:
-            costs[self._stop_ids] = 0
-            return costs
         trie = self._trie
         if state.mode == "string":  # most tokens are text that changes nothing
             costs[self._plain] = cost(state)
@@ -256,3 +252,8 @@ class JsonConstraint:
         """One of them has been chosen."""
         self.state = self.grammar.after(self.state, token)
         self.tokens_left -= 1
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the object has closed."""
+        return self.state == DONE

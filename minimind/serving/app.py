@@ -193,6 +193,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 def _open_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
         """Whether the service takes requests; needs no key."""

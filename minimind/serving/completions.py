@@ -5,7 +5,7 @@ from typing import Any
 
 from minimind.inference.engine import TokenLogprob
 from minimind.serving.answers import Answers, as_prompts
-from minimind.serving.logprobs import completion_logprobs
+from minimind.serving.logprobs import TextOffsets, completion_logprobs
 from minimind.serving.models import ServedModel
 from minimind.serving.schema import Completion, CompletionChoice, CompletionRequest
 
@@ -28,7 +28,7 @@ async def whole(
             text=text,
             logprobs=None
             if request.logprobs is None
-            else completion_logprobs(model.tokenizer, tokens[index], 0),
+            else completion_logprobs(model.tokenizer, tokens[index], TextOffsets(model.tokenizer)),
             finish_reason=reasons[index],
         )
         for index, text in enumerate(texts)
@@ -51,13 +51,12 @@ async def events(
     for index, echo in enumerate(echoes):
         if echo:
             yield chunk(index, echo, None, None)
-    written = [0] * len(echoes)
+    offsets = [TextOffsets(model.tokenizer) for _ in echoes]
     async for index, piece in answers.pieces():
         logprobs = None
         if request.logprobs is not None and piece.logprobs:
-            found = completion_logprobs(model.tokenizer, piece.logprobs, written[index])
+            found = completion_logprobs(model.tokenizer, piece.logprobs, offsets[index])
             logprobs = found.model_dump()
-        written[index] += len(piece.text)
         if piece.text or logprobs or piece.finish_reason:
             yield chunk(index, piece.text, logprobs, piece.finish_reason)
     if request.wants_usage:

@@ -48,6 +48,9 @@ def from_validation(errors: Sequence[Any]) -> APIError:
     # Where a value may be of several kinds, each has its complaint; one that got further into the
     # value, or comes later in our lists, is about the kind that was meant.
     first = max(enumerate(errors), key=lambda e: (_is_wrong(e[1]), len(e[1]["loc"]), e[0]))[1]
+    if isinstance(first.get("input"), bytes):  # FastAPI reads no JSON out of another type
+        message = "The body is not sent as JSON: send it with 'content-type: application/json'."
+        return APIError(400, message, code="invalid_content_type")
     if first["type"] == "json_invalid" or first["loc"] == ("body",):
         why = first.get("ctx", {}).get("error", first["msg"])
         return APIError(400, f"The body is not a JSON object: {why}.", code="invalid_json")

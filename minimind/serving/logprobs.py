@@ -1,5 +1,6 @@
 """Log-probabilities in OpenAI's two shapes."""
 
+import codecs
 from collections.abc import Iterable
 
 from minimind.inference.engine import TokenLogprob
@@ -25,11 +26,10 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> schem
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Iterable[TokenLogprob], offset: int
+    tokenizer: Tokenizer, tokens: Iterable[TokenLogprob], offsets: "TextOffsets"
 ) -> schema.CompletionLogprobs:
-    """For /v1/completions; `offset` characters of text come before."""
+    """For /v1/completions; `offsets` has seen the tokens before these."""
     found = schema.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-    written = b""
     for token in tokens:
         found.tokens.append(_name(tokenizer, token.token_id))
         found.token_logprobs.append(max(token.logprob, _LEAST))
@@ -37,9 +37,35 @@ def completion_logprobs(
         found.top_logprobs.append(
             {_name(tokenizer, other): max(logprob, _LEAST) for other, logprob in likeliest}
         )
-        found.text_offset.append(offset + len(written.decode("utf-8", errors="ignore")))
-        written += tokenizer.bytes_of[token.token_id]
+        found.text_offset.append(offsets.push(token.token_id))
     return found
+
+
+class TextOffsets:
+    """Where in the text of one answer, as it is shown, each of its tokens begins."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._words = tokenizer.text_bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._length = 0
+
+    def push(self, token: int) -> int:
+        """The characters before the next token; one that it ends is not before it."""
+        word = self._words[token]
+        begun, _ = self._decoder.getstate()
+        # A character that is never finished is shown as U+FFFD.
+        begins = self._length + (bool(begun) and not _goes_on(begun, word[:1]))
+        self._length += len(self._decoder.decode(word))
+        return begins
+
+
+def _goes_on(begun: bytes, byte: bytes) -> bool:
+    """Whether the byte belongs to the character that has begun."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begun + byte)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _described(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object]:

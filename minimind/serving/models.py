@@ -32,7 +32,7 @@ class ServedModel:
     @cached_property
     def json(self) -> JsonGrammar:
         """What its tokens mean in an answer that is to be a JSON object."""
-        return JsonGrammar(self.tokenizer, self.stop_ids)
+        return JsonGrammar(self.tokenizer)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -50,13 +50,22 @@ def find_models(paths: Sequence[Path]) -> dict[str, Path]:
     for path in paths:
         for place in _models_at(path):
             directory = resolve_model_directory(place).resolve()
-            name = directory.parent.name if directory.name == "model" else directory.name
+            name = _name(place, directory)
             if found.setdefault(name, directory) != directory:
                 raise UsageError(
                     f"two models are called {name}: {found[name]} and {directory}; "
                     "rename a directory, or serve them apart"
                 )
     return found
+
+
+def _name(place: Path, directory: Path) -> str:
+    run = directory.parent
+    is_run = (
+        place.resolve() == run or (run / "recipe.toml").is_file() or (run / "checkpoints").is_dir()
+    )
+    # The root of the file system has no name.
+    return run.name if directory.name == "model" and is_run and run.name else directory.name
 
 
 def _models_at(path: Path) -> list[Path]:

@@ -7,7 +7,8 @@ is refused, never passed over, unless its value asks for nothing.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
 _MOST_STOPS = 4
@@ -59,18 +60,33 @@ LogitBias = Annotated[
 ]
 
 
+def _only_text(kind: Any) -> Any:
+    if isinstance(kind, str) and kind != "text":
+        raise PydanticCustomError("not_text", "only text parts are offered")
+    return kind
+
+
+def _text_or_parts(content: Any) -> Any:
+    if not isinstance(content, str | list):
+        raise PydanticCustomError("not_content", "it must be a string or a list of text parts")
+    return content
+
+
 class TextPart(_Strict):
     """A piece of a message's text."""
 
-    type: Literal["text"]
     text: str
+    # After `text`, which other kinds do not have: of two complaints the last one is told.
+    type: Annotated[Literal["text"], BeforeValidator(_only_text)]
 
 
 class Message(_Strict):
     """One message of a conversation; `developer` means `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(min_length=1)], BeforeValidator(_text_or_parts)
+    ]
 
     @model_validator(mode="before")
     @classmethod

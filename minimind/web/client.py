@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from minimind.errors import ServiceError, UsageError
 
@@ -37,8 +37,8 @@ class Client:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """Raises UsageError for what is no URL of a service."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        parts = _split(url if "//" in url else f"http://{url}")
+        if parts is None:
             raise UsageError(f"{url} is not the URL of a service, such as http://127.0.0.1:8000")
         path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{path}/v1"
@@ -89,6 +89,17 @@ class Client:
         except (ValueError, KeyError, TypeError):
             message = "it does not say why"
         return f"{self.url} answers {status}: {message}"
+
+
+def _split(url: str) -> SplitResult | None:
+    """Its parts; None where a service cannot have it."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 (reading it is what checks it)
+    except ValueError:
+        return None
+    fits = parts.scheme in ("http", "https") and parts.hostname and not parts.query
+    return parts if fits else None
 
 
 class Answer:

@@ -55,24 +55,29 @@ class Conversation:
 
     def messages(self, turn: int, side: int) -> list[dict[str, str]]:
         """What the model on that side is asked in that turn: all that it has heard and said."""
-        found = [{"role": "system", "content": self.system}] if self.system else []
-        for before in self.turns[:turn]:
-            said = before.answers[min(side, len(before.answers) - 1)] if before.answers else None
-            if said is not None and said.text:
-                found.append({"role": "user", "content": before.question})
-                found.append({"role": "assistant", "content": said.text})
-        return [*found, {"role": "user", "content": self.turns[turn].question}]
+        asked = {"role": "user", "content": self.turns[turn].question}
+        return [*self._system(), *self._answered(turn, side), asked]
 
     def as_training_data(self, side: int = 0) -> str:
-        """A line of JSON that `minimind sft` reads."""
-        if not self.turns:
+        """A line of JSON that `minimind sft` reads; nothing where nothing was answered."""
+        answered = self._answered(len(self.turns), side)
+        if not answered:
             return ""
-        messages = self.messages(len(self.turns) - 1, side)
-        last = self.turns[-1].answers
-        if last and last[min(side, len(last) - 1)].text:
-            text = last[min(side, len(last) - 1)].text
-            messages.append({"role": "assistant", "content": text})
+        messages = [*self._system(), *answered]
         return json.dumps({"conversations": messages}, ensure_ascii=False) + "\n"
+
+    def _system(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def _answered(self, turns: int, side: int) -> list[dict[str, str]]:
+        """Of the first `turns`, the questions that have an answer on that side, and the answers."""
+        found = []
+        for turn in self.turns[:turns]:
+            said = turn.answers[min(side, len(turn.answers) - 1)] if turn.answers else None
+            if said is not None and said.text:
+                found.append({"role": "user", "content": turn.question})
+                found.append({"role": "assistant", "content": said.text})
+        return found
 
 
 class Store:
@@ -104,7 +109,7 @@ class Store:
                 for t in found.pop("turns")
             ]
             return Conversation(**found, turns=turns)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
     def delete(self, id: str) -> None:

@@ -34,6 +34,8 @@ def test_every_route_but_health_needs_a_key(guarded: httpx.Client) -> None:
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert answer.json()["error"]["code"] == "invalid_api_key"
     assert guarded.get("/health").json() == {"status": "ok"}
+    head = guarded.head("/health")
+    assert (head.status_code, head.content) == (200, b"")
     for key in (KEY, "another"):
         answer = guarded.get("/v1/models", headers={"authorization": f"bearer {key}"})
         assert answer.status_code == 200
@@ -107,4 +109,5 @@ def test_pages_of_other_origins_get_nothing_unless_asked_for(
         ),
     ]
     assert [answer.status_code for answer in answers] == [200, 405, 400]
+    assert "content-type: application/json" in answers[-1].json()["error"]["message"]
     assert not any("access-control-allow-origin" in answer.headers for answer in answers)

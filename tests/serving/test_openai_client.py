@@ -183,6 +183,7 @@ def test_json_objects_are_objects(client: OpenAI) -> None:
             max_tokens=10 + 10 * seed,
         )
         assert isinstance(json.loads(done.choices[0].message.content), dict)
+        assert done.choices[0].finish_reason == "stop"
     assert ask(client, response_format={"type": "text"}).choices == ask(client).choices
 
 
@@ -221,6 +222,10 @@ def test_completions(client: OpenAI) -> None:
     for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert chosen == max(top.values())
     assert logprobs.text_offset == sorted(logprobs.text_offset)
+    chunks = list(client.completions.create(prompt="长江", logprobs=2, stream=True, **given))
+    told = [chunk.choices[0].logprobs for chunk in chunks]
+    offsets = [at for logprobs in told if logprobs for at in logprobs.text_offset or ()]
+    assert offsets == logprobs.text_offset
     for unsaid in ({}, {"max_tokens": None}):
         usage = client.completions.create(
             model="tiny", prompt="长江", temperature=0, **unsaid
@@ -252,6 +257,18 @@ def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
         ({"n": 17}, "n", "invalid_value", "16"),
         ({"messages": []}, "messages", "invalid_value", "at least 1"),
         ({"messages": [{"role": "cook", "content": ""}]}, "messages.0.role", "invalid_value", ""),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type",
+            "invalid_value",
+            "only text parts are offered",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None}]},
+            "messages.0.content",
+            "invalid_value",
+            "a string or a list of text parts",
+        ),
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value", "logprobs"),
         ({"max_completion_tokens": 5}, "max_tokens", "invalid_value", "differ"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),

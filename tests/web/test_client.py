@@ -65,7 +65,13 @@ def test_what_the_service_refuses_is_told(client: Client, process: Any) -> None:
         Client("http://127.0.0.1:9").models()
 
 
-@pytest.mark.parametrize("url", ["", "ftp://a", "http://", "file:///etc/passwd", "http://a/?b=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "ftp://a", "http://", "file:///etc/passwd", "http://a/?b=1",
+        "http://[::1", "http://127.0.0.1:99999", "http://a:b",
+    ],
+)  # fmt: skip
 def test_what_is_no_url(url: str) -> None:
     with pytest.raises(UsageError, match="is not the URL"):
         Client(url)

@@ -49,7 +49,7 @@ def test_names_that_lead_elsewhere_and_broken_files_are_nothing(tmp_path: Path) 
         assert store.load(name) is None
         store.delete(name)
     assert (tmp_path / f"{said.id}.json").exists()
-    for broken in ("", "{}", "[]", '{"turns": 5}', '{"turns": [], "more": 1}'):
+    for broken in ("", "{}", "[]", '{"turns": 5}', '{"turns": [], "more": 1}', '"a"', "5", "null"):
         (tmp_path / "in" / ("0" * 32 + ".json")).write_text(broken)
         assert store.load("0" * 32) is None
         assert [found.id for found in store.all()] == [said.id]
@@ -75,6 +75,16 @@ def test_what_is_exported_is_what_sft_reads(tmp_path: Path) -> None:
     assert not bad.total
     assert record.messages == [*talk().messages(2, 0), {"role": "assistant", "content": "东海。"}]
     assert Conversation().as_training_data() == ""
+
+
+def test_a_last_turn_without_an_answer_is_not_exported() -> None:
+    said = talk()
+    whole = said.as_training_data()
+    said.turns.append(Turn("然后呢？", [Answer("a", error="gone")]))
+    assert said.as_training_data() == whole
+    said.turns[-1].answers = []
+    assert said.as_training_data() == whole
+    assert Conversation(system="s", turns=[Turn("?")]).as_training_data() == ""
 
 
 def test_titles_are_short_and_on_one_line() -> None:

@@ -1,0 +1,19 @@
+from minimind.serving.logprobs import TextOffsets
+from minimind.tokenizer import Tokenizer
+
+
+def test_offsets_are_places_in_the_text(tokenizer: Tokenizer) -> None:
+    byte = {word: i for i, word in enumerate(tokenizer.bytes_of) if len(word) == 1}
+    river = "江".encode()
+    ids = [
+        *tokenizer.encode("a"),
+        tokenizer.im_end,  # not shown
+        *(byte[river[i : i + 1]] for i in range(3)),
+        byte[river[:1]],  # a character that nothing ends
+        byte[b"b"],
+        byte[river[1:2]],  # the middle of none
+        byte[b"c"],
+    ]
+    offsets = TextOffsets(tokenizer)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a江\ufffdb\ufffdc"
+    assert [offsets.push(token) for token in ids] == [0, 1, 1, 1, 1, 2, 3, 4, 5]
