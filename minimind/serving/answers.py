@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minimind.errors import MinimindError, UsageError
 from minimind.inference.conversation import fit_chat
-from minimind.inference.engine import Completion, Piece, Request
+from minimind.inference.engine import Completion, Piece, Request, TokenLogprob
 from minimind.inference.json_object import LEAST_TOKENS, JsonConstraint
 from minimind.inference.sampling import Sampling
 from minimind.serving.errors import APIError
@@ -24,6 +24,15 @@ from minimind.tokenizer.chat import encode_chat
 
 _SEEDS = 2**32
 _COMPLETION_TOKENS = 16  # where nothing is said, as at OpenAI
+
+
+@dataclass
+class Answered:
+    """A whole answer; tokens where log-probabilities were asked for, reason of its end."""
+
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    reason: Any = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +271,15 @@ class Answers:
                 )
             self._open -= piece.finish_reason is not None
             yield index, piece
+
+    async def gathered(self) -> list[Answered]:
+        """Every choice, when the last of them is finished. Raises APIError as `pieces` does."""
+        answered = [Answered() for _ in self._completions]
+        async for index, piece in self.pieces():
+            answered[index].text += piece.text
+            answered[index].tokens += piece.logprobs
+            answered[index].reason = piece.finish_reason
+        return answered
 
     def cancel(self) -> None:
         """Stop writing what is still open; the slots are free at the next token."""

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from minimind.inference.engine import TokenLogprob
 from minimind.serving.answers import Answers
 from minimind.serving.logprobs import chat_logprobs
 from minimind.serving.models import ServedModel
@@ -14,21 +13,14 @@ async def whole(
     head: dict[str, Any], request: ChatRequest, model: ServedModel, answers: Answers
 ) -> ChatCompletion:
     """All choices, when the last of them is finished."""
-    texts = [""] * request.choices
-    tokens: list[list[TokenLogprob]] = [[] for _ in texts]
-    reasons: list[Any] = [None] * request.choices
-    async for index, piece in answers.pieces():
-        texts[index] += piece.text
-        tokens[index] += piece.logprobs
-        reasons[index] = piece.finish_reason
     choices = [
         ChatChoice(
             index=index,
-            message=AnswerMessage(content=text),
-            logprobs=chat_logprobs(model.tokenizer, tokens[index]) if request.logprobs else None,
-            finish_reason=reasons[index],
+            message=AnswerMessage(content=one.text),
+            logprobs=chat_logprobs(model.tokenizer, one.tokens) if request.logprobs else None,
+            finish_reason=one.reason,
         )
-        for index, text in enumerate(texts)
+        for index, one in enumerate(await answers.gathered())
     ]
     return ChatCompletion(**head, choices=choices, usage=answers.usage())
 

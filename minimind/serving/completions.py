@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from minimind.inference.engine import TokenLogprob
 from minimind.serving.answers import Answers, as_prompts
 from minimind.serving.logprobs import TextOffsets, completion_logprobs
 from minimind.serving.models import ServedModel
@@ -14,24 +13,18 @@ async def whole(
     head: dict[str, Any], request: CompletionRequest, model: ServedModel, answers: Answers
 ) -> Completion:
     """All choices of all prompts, when the last of them is finished."""
-    echoes = _echoes(request, model)
-    texts = list(echoes)
-    tokens: list[list[TokenLogprob]] = [[] for _ in texts]
-    reasons: list[Any] = [None] * len(texts)
-    async for index, piece in answers.pieces():
-        texts[index] += piece.text
-        tokens[index] += piece.logprobs
-        reasons[index] = piece.finish_reason
     choices = [
         CompletionChoice(
             index=index,
-            text=text,
+            text=echo + one.text,
             logprobs=None
             if request.logprobs is None
-            else completion_logprobs(model.tokenizer, tokens[index], TextOffsets(model.tokenizer)),
-            finish_reason=reasons[index],
+            else completion_logprobs(model.tokenizer, one.tokens, TextOffsets(model.tokenizer)),
+            finish_reason=one.reason,
         )
-        for index, text in enumerate(texts)
+        for index, (echo, one) in enumerate(
+            zip(_echoes(request, model), await answers.gathered(), strict=True)
+        )
     ]
     return Completion(**head, choices=choices, usage=answers.usage())
 
