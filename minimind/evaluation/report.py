@@ -175,8 +175,14 @@ def write_report(
             "Expert load",
             "The share of all choices of the router that falls on each expert, and the most and "
             "least that any expert of any layer gets. Good is every line near the even share; one "
-            "at zero is an expert that learns nothing. No token is ever dropped.",
+            "at zero is an expert that learns nothing.",
             _plots(with_experts, "expert_load/", "share", from_zero=True),
+        ),
+        (
+            "Dropped tokens",
+            "Choices of the router that no expert has computed. Good is zero all along: tokens are "
+            "sorted by expert, so that none has to be left out when many want the same one.",
+            _plots(with_experts, "dropped_tokens", "choices"),
         ),
         (
             "Router entropy",

@@ -223,8 +223,9 @@ def test_experts_are_shown_where_there_are_any(page: Make) -> None:
     lines.append(validation(19) | figures | {"expert_load/0": 9.0})
     html = page(stages=[stage(), stage("moe", lines)])
     titles = re.findall("<h2>(.*?)</h2>", html)
-    assert [name for name in titles if name not in SECTIONS] == ["Expert load", "Router entropy"]
-    assert html.count("<svg ") == 4 * 2 + 2
+    own = ["Expert load", "Dropped tokens", "Router entropy"]
+    assert [name for name in titles if name not in SECTIONS] == own
+    assert html.count("<svg ") == 4 * 2 + 3
     lines[-1]["expert_load/0"] = 0.25  # the plot of the load is that of training
     assert html == page(stages=[stage(), stage("moe", lines)])
 
