@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
+from minimind.model.rows import short_of_round
 
-_ROUND = 64  # rows
+_MANY = 64  # rows from which on their number is rounded
 
 
 @dataclass
@@ -162,9 +163,9 @@ def sliced(rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight:
 def _rounded(rows: Tensor) -> Tensor:
     """With rows of zeros up to a round number, once there are many.
 
-    An expert has another number of tokens each time, and oneDNN keeps a megabyte for each number.
+    An expert has another number of tokens each time.
     """
-    short = -len(rows) % _ROUND if len(rows) > _ROUND else 0
+    short = short_of_round(len(rows)) if len(rows) > _MANY else 0
     return F.pad(rows, (0, 0, 0, short)) if short else rows
 
 

@@ -83,3 +83,27 @@ def balance_figures(sums: dict[str, Any]) -> dict[str, float]:
         | {"router_entropy": entropy / max(tokens, 1.0)}
         | {"dropped_tokens": sums["routed_tokens"] - sum(map(sum, layers))}
     )
+
+
+def with_balance(
+    total: Tensor,
+    coefficient: float,
+    routing: Routing,
+    learned: Tensor,
+    segments: Tensor | None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """An objective's sum of losses with that of balance in it, and what `balance_sums` gave."""
+    sums = balance_sums(routing, learned, segments, weight)
+    total = total + coefficient * sums["balance"][0]
+    return total, {name: value.detach() for name, value in sums.items()}
+
+
+def without_balance(
+    loss: float, coefficient: float, sums: dict[str, Any]
+) -> tuple[float, dict[str, float]]:
+    """The objective's mean loss alone, and `balance_figures`; for a dense model there are none."""
+    if "balance" not in sums:
+        return loss, {}
+    figures = balance_figures(sums)
+    return loss - coefficient * figures["balance"], figures

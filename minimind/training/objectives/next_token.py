@@ -10,13 +10,11 @@ from torch import Tensor
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.model.experts import Routing
+from minimind.model.rows import short_of_round
 from minimind.training.batch import TensorBatch
-from minimind.training.objectives.balance import balance_figures, balance_sums
+from minimind.training.objectives.balance import with_balance, without_balance
 
 _CHUNK = 1024  # tokens whose logits exist at once
-_ROUND = (
-    64  # to a multiple of so many rows: each other number would take a megabyte of oneDNN's cache
-)
 
 
 class NextToken:
@@ -46,9 +44,10 @@ class NextToken:
         nats = (losses.detach() * (num_bytes > 0)).sum()
         total, sums = losses.sum(), {"nats": nats, "bytes": num_bytes.sum()}
         if routing:
-            more = balance_sums(routing, learned, batch.segments)
-            total = total + self._router_balance * more["balance"][0]
-            sums |= {name: value.detach() for name, value in more.items()}
+            total, more = with_balance(
+                total, self._router_balance, routing, learned, batch.segments
+            )
+            sums |= more
         return total, learned.sum(), sums
 
     def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
@@ -58,10 +57,7 @@ class NextToken:
         """
         num_bytes = max(sums["bytes"], 1.0)
         bits = sums["nats"] / math.log(2) / num_bytes
-        if "balance" not in sums:
-            return {"loss": loss, "bits_per_byte": bits}
-        more = balance_figures(sums)
-        loss -= self._router_balance * more["balance"]
+        loss, more = without_balance(loss, self._router_balance, sums)
         return {"loss": loss, "bits_per_byte": bits} | more
 
     def note(self, figures: dict[str, float]) -> str:
@@ -84,7 +80,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     trained = weight.requires_grad  # the head is not, where adapters are
-    number, short = len(labels), -len(labels) % _ROUND
+    number, short = len(labels), short_of_round(len(labels))
     if short:  # rows of zeros: they add nothing to any gradient
         hidden, labels = F.pad(hidden, (0, 0, 0, short)), F.pad(labels, (0, short))
     losses: Tensor = _LinearCrossEntropy.apply(

@@ -24,7 +24,7 @@ from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.model.experts import Routing
 from minimind.training.batch import TensorBatch
-from minimind.training.objectives.balance import balance_figures, balance_sums
+from minimind.training.objectives.balance import with_balance, without_balance
 from minimind.training.objectives.next_token import linear_cross_entropy
 
 _JUDGED_AFTER = 0.3  # of the run
@@ -72,9 +72,10 @@ class Preference:
             assert batch.segments is not None, "pairs are packed"
             learned = batch.labels != IGNORED
             pairs = (torch.where(learned, batch.segments, -1).amax(1) + 1) // 2
-            balance = balance_sums(routing, learned, batch.segments, pairs)
-            total = total + self._router_balance * balance["balance"][0]
-            more |= {name: value.detach() for name, value in balance.items()}
+            total, balance = with_balance(
+                total, self._router_balance, routing, learned, batch.segments, pairs
+            )
+            more |= balance
         return total, count, more
 
     def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
@@ -87,10 +88,7 @@ class Preference:
         """
         means = {key: sums[key] / max(sums["pairs"], 1.0) for key in _SUMS}
         means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
-        if "balance" not in sums:
-            return {"loss": loss} | means
-        more = balance_figures(sums)
-        loss -= self._router_balance * more["balance"]
+        loss, more = without_balance(loss, self._router_balance, sums)
         return {"loss": loss} | means | more
 
     def note(self, figures: dict[str, float]) -> str:
