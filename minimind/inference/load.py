@@ -13,7 +13,7 @@ from minimind.model import (
     resolve_adapter_directory,
     resolve_model_directory,
 )
-from minimind.model.device import choose_device
+from minimind.model.device import choose_device, multiplies_bf16
 from minimind.tokenizer import Tokenizer
 
 
@@ -54,14 +54,5 @@ def load_for_inference(
 
 def _dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it; benchmarks/records/decoding-speed.md: figures."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and _cpu_multiplies_bf16()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    packs = device.type != "cpu" or torch.backends.mkldnn.is_available()
+    return torch.bfloat16 if packs and multiplies_bf16(device) else torch.float32

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minimind.errors import ResourceError
+from minimind.model.device import multiplies_bf16
 
 _GROW_AFTER = 2000  # good steps before the loss scale is doubled
 
@@ -63,7 +64,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
     Raises ResourceError for a precision that the device does not have.
     """
-    has_bf16 = _has_bf16(device)
+    has_bf16 = multiplies_bf16(device)
     if name == "auto":
         name = "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "fp32"
     if name == "fp16" and device.type != "cuda":
@@ -72,13 +73,3 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         raise ResourceError(f"{device} has no bf16; use training.precision=fp16")
     scaler = LossScaler(scale=2.0**16, enabled=True) if name == "fp16" else LossScaler()
     return Precision(name, device.type, scaler)
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # Without these instructions bf16 on a CPU is slower than float32.
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
-    return False

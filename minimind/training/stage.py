@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
 from minimind.config.model import RopeKind
-from minimind.config.settings import DataSettings, Recipe
+from minimind.config.settings import Recipe
 from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
@@ -329,13 +329,14 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
         finally:
             reporter.stop()
 
+    general = [textbook_file(path, folder, settings.fill) for path in settings.general]
     stores = _Stores(
         [
             opened(source.path, 0.0 if own else settings.validation_fraction)
             for source in settings.sources
         ],
         [opened(path) for path in settings.validation],
-        [opened(path, kind=_kind_of(path, folder, settings)) for path in settings.general],
+        [opened(path, kind=_kind_of(path, settings.record_schema)) for path in general],
     )
     filled = [store.manifest["filled"] for store in stores.all]
     for key in sorted(settings.fill.keys() - set().union(*filled)):
@@ -350,10 +351,9 @@ def _objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Ob
     return NextToken(tokenizer.token_bytes, device, router_balance=balance)
 
 
-def _kind_of(path: str, folder: Path, settings: DataSettings) -> Kind:
+def _kind_of(path: str, schema: str) -> Kind:
     """A general set is what it is, whatever the objective: conversations or running text."""
-    file = textbook_file(path, folder, settings.fill)
-    return "chat" if first_record(file, settings.record_schema).messages else "text"
+    return "chat" if first_record(path, schema).messages else "text"
 
 
 def _data_sha256(stores: _Stores) -> str:
