@@ -21,6 +21,7 @@ ASKED = {
     "max_tokens": -1,
     "n": 16,
     "stream": True,
+    "logit_bias": {"0": -100, "2": -100},  # the ends of texts and messages: it goes on and on
 }
 
 
