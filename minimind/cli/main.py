@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
@@ -12,13 +13,14 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web
+from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web, workers
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
     "too little memory{detail}. In training, lower training.micro_batch (windows at once) or "
     "data.window; else take a smaller model, or another --device"
 )
+_FIRST_TO_SPEAK_S = 2.0  # what several processes all run into is said once
 
 
 class _Verbs(TyperGroup):
@@ -59,6 +61,8 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def _fail(message: str) -> NoReturn:
+    if not workers.is_first_process():  # which says the same as a rule, and then all are ended
+        time.sleep(_FIRST_TO_SPEAK_S)
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from minimind.errors import CheckpointError, TrainingError
 from minimind.model import Transformer
 from minimind.training.batch import to_device
 from minimind.training.checkpoint import latest_checkpoint, save_checkpoint
+from minimind.training.distributed import ALONE, Workers
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.optimizers import Optimizers
@@ -58,6 +60,21 @@ class Sums:
         self.loss = self.loss + other.loss
         self.count = self.count + other.count
         self.more = {key: self.more.get(key, 0) + value for key, value in other.more.items()}
+
+    def over(self, workers: Workers, device: torch.device) -> None:
+        """Add up those of all processes. Double precision holds every number exactly."""
+        if workers.size == 1:
+            return
+        parts = [torch.as_tensor(part) for part in (self.loss, self.count, *self.more.values())]
+        sizes = [part.numel() for part in parts]
+        flat = torch.cat([part.to(device, torch.float64).flatten() for part in parts])
+        workers.sum([flat])
+        totals = [
+            total.view(part.shape).to(part.dtype)
+            for part, total in zip(parts, flat.split(sizes), strict=True)
+        ]
+        self.loss, self.count = totals[:2]
+        self.more = dict(zip(self.more, totals[2:], strict=True))
 
     def state(self) -> dict[str, Any]:
         """As JSON; single precision survives the way through Python's doubles exactly."""
@@ -116,19 +133,24 @@ class Trainer:
     base_sha256: str = ""  # of the weights that are not trained, which no checkpoint holds
     general: Measured | None = None  # what the run may forget while it learns something else
     validate_first: bool = False  # before the first step too
+    workers: Workers = ALONE  # the processes that share the work
 
 
 def train(job: Trainer) -> Outcome:
     """Train `job.model` in place, going on from the run's newest valid checkpoint.
 
     The data cursor is one integer, step * batch. The gradient of a step is the sum of all losses
-    over the number of losses, however the batch is split into micro-batches.
+    over the number of losses, however the batch is split into processes and micro-batches. The
+    first process alone validates, logs and saves; the others wait for it before the next step.
     Raises TrainingError when the numbers go bad, or when a batch has nothing to learn.
     """
     recipe, batch = job.recipe, job.recipe.training.batch
     optimizers = Optimizers(job.model, recipe.optim)
+    workers = job.workers
     log = MetricsLog(
-        job.run / "metrics.jsonl", trackers=recipe.training.trackers, name=job.run.name
+        job.run / "metrics.jsonl" if workers.is_first else Path(os.devnull),
+        trackers=recipe.training.trackers if workers.is_first else (),
+        name=job.run.name,
     )
     model = job.model
     if recipe.training.compile:
@@ -138,17 +160,17 @@ def train(job: Trainer) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(log))
         stack.callback(job.reporter.stop)
-        stop_requested = stack.enter_context(_stop_requests())
+        stop_requested = stack.enter_context(_stop_requests(workers))
         at = _resume(job, optimizers, log)
         saved = at.step
-        if at.step == 0 and job.validate_first:
+        if at.step == 0 and job.validate_first and workers.is_first:
             at.first = _validated(job, model, log, at.step)
         job.reporter.start("training", job.num_steps, at.step)
         while at.step < job.num_steps:
             clock, random = time.perf_counter(), _random_states(job.device)
             optimizers.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
             sums = Sums()
-            for sample in range(at.step * batch, (at.step + 1) * batch, job.micro_batch):
+            for sample in workers.share(at.step * batch, batch)[:: job.micro_batch]:
                 if stop_requested():
                     break
                 waiting = time.perf_counter()
@@ -162,6 +184,7 @@ def train(job: Trainer) -> Outcome:
             if stop_requested():  # a step may take minutes: the run that goes on does it again
                 _set_random_states(random, job.device)
                 break
+            sums.over(workers, job.device)
             norm = _step(job, optimizers, int(sums.count), tokens_a_step)
             at.interval.add(sums)
             at.step += 1
@@ -175,7 +198,7 @@ def train(job: Trainer) -> Outcome:
             last = at.step == job.num_steps
             if at.step % recipe.training.log_every == 0 or last:
                 _log(job, log, optimizers, at, norm)
-            if at.step % recipe.validation.every == 0 or last:
+            if (at.step % recipe.validation.every == 0 or last) and workers.is_first:
                 at.validation = _validated(job, model, log, at.step)
             if at.step % recipe.checkpoint.every == 0 or last:
                 _save(job, optimizers, log, at)
@@ -217,6 +240,7 @@ def _step(job: Trainer, optimizers: Optimizers, count: int, divisor: int) -> flo
             f"{job.run}: a whole batch has nothing to learn: no answer is left in its windows. "
             "Is data.window too short, or are the answers empty? `minimind data inspect` shows"
         )
+    job.workers.sum(gradients)
     scale = divisor / count / job.precision.scaler.scale
     norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
     finite = math.isfinite(norm)
@@ -290,9 +314,16 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
+def _all_random_states(job: Trainer) -> dict[str, Tensor]:
+    """[processes, bytes] of each kind."""
+    own = _random_states(job.device)
+    return {name: torch.stack(job.workers.gather(state)) for name, state in own.items()}
+
+
 def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["rng/cpu"])
-    if "rng/cuda" in states:
+    if "rng/cpu" in states:
+        torch.set_rng_state(states["rng/cpu"])
+    if "rng/cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["rng/cuda"], device)
 
 
@@ -302,28 +333,63 @@ def _frozen(model: Transformer) -> set[str]:
 
 def _save(job: Trainer, optimizers: Optimizers, log: MetricsLog, at: _Progress) -> None:
     """Save all but the weights that are not trained: those are the base model's."""
+    random = _all_random_states(job)
+    if not job.workers.is_first:
+        return
     frozen = _frozen(job.model)
     save_checkpoint(
         job.run,
         at.step,
         model={name: t for name, t in job.model.state_dict().items() if name not in frozen},
-        optimizer=optimizers.state_tensors() | _random_states(job.device),
+        optimizer=optimizers.state_tensors() | random,
         state=vars(at)
         | {"interval": at.interval.state()}
         | {"metrics_offset": log.offset, "scaler": job.precision.scaler.state()}
-        | {"micro_batch": job.micro_batch}
+        | {"micro_batch": job.micro_batch, "processes": job.workers.size}
         | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256},
         keep=job.recipe.checkpoint.keep,
     )
 
 
 def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
-    """Load the newest valid checkpoint, if there is one, and say where it stood."""
+    """Begin where the newest valid checkpoint stood, if there is one.
+
+    The first process reads it and the others learn it from there, so that it need not be on a
+    disk that all machines share.
+    """
     job.model.train()
+    workers = job.workers
+    if workers.rank:  # dropout is to draw other numbers in each process
+        torch.manual_seed(job.recipe.seed + workers.rank)
+    at, random = _load(job, optimizers, log) if workers.is_first else (_Progress(), {})
+    if workers.size > 1:
+        state = vars(at) | {"interval": at.interval.state()}
+        processes = {name: len(states) for name, states in random.items()}
+        state, job.micro_batch, scaler, processes = workers.tell(
+            [state, job.micro_batch, job.precision.scaler.state(), processes]
+        )
+        at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
+        job.precision.scaler.load(scaler)
+        workers.spread([*job.model.state_dict().values(), *optimizers.state_tensors().values()])
+        for name, own in _random_states(job.device).items():
+            if name in processes:
+                random.setdefault(name, torch.empty((processes[name], *own.shape), dtype=own.dtype))
+                workers.spread([random[name]])
+    # A process more than there were then goes on with the seed of its own.
+    rank = workers.rank  # a state of its own: torch crashes on a part of a larger tensor
+    mine = {name: states[rank].clone() for name, states in random.items() if rank < len(states)}
+    _set_random_states(mine, job.device)
+    return at
+
+
+def _load(
+    job: Trainer, optimizers: Optimizers, log: MetricsLog
+) -> tuple[_Progress, dict[str, Tensor]]:
+    """Load the newest valid checkpoint, if there is one: where it stood, and random states."""
     checkpoint = latest_checkpoint(job.run, warn=job.reporter.say)
     if checkpoint is None:
         log.truncate(0)
-        return _Progress()
+        return _Progress(), {}
     state = dict(checkpoint.state)
     if state.pop("data_sha256") != job.data_sha256:
         raise CheckpointError(
@@ -339,18 +405,23 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
     unlike = job.model.load_state_dict(checkpoint.model, strict=False)
     assert not unlike.unexpected_keys and set(unlike.missing_keys) == _frozen(job.model)
     tensors = checkpoint.optimizer.items()
-    _set_random_states({k: t for k, t in tensors if k.startswith("rng/")}, job.device)
     optimizers.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
-    job.micro_batch = state.pop("micro_batch")  # another split of a batch rounds differently
+    micro_batch = state.pop("micro_batch")
+    if state.pop("processes") == job.workers.size:
+        job.micro_batch = micro_batch  # another split of a batch rounds differently
     job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
-    return _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
+    at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
+    return at, {k: t for k, t in tensors if k.startswith("rng/")}
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask the loop to save and leave; a second one leaves at once."""
+def _stop_requests(workers: Workers) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask the loop to save and leave; a second one leaves at once.
+
+    One process that is asked is enough for all of them.
+    """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -364,7 +435,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     except ValueError:  # not the main thread: whoever runs us there handles signals
         before = {}
     try:
-        yield lambda: asked
+        yield lambda: workers.any(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -37,12 +37,15 @@ def choose_micro_batch(
     batch: int,
     window: int,
     device: torch.device,
+    sharers: int = 1,
 ) -> int:
     """Windows at once: what is asked for, or the largest divisor of `batch` that is quick and fits.
 
+    `sharers` processes share the device's memory.
     Raises ResourceError, with what would fit, when memory is too short.
     """
     free = free_bytes(device)
+    free = None if free is None else free // sharers
 
     def fits(windows: int) -> bool:
         if free is None:

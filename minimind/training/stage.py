@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
 from minimind.config.model import RopeKind
-from minimind.config.settings import Recipe
+from minimind.config.settings import Recipe, TrainingSettings
 from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
@@ -30,8 +30,8 @@ from minimind.model import (
     save_adapter,
     save_model,
 )
-from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
+from minimind.training.distributed import ALONE, Workers, join, own_device
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
 from minimind.training.memory import choose_micro_batch
@@ -71,19 +71,28 @@ def run_stage(
 ) -> StageResult:
     """Run the stage that `recipe` describes in `recipe.out`, or go on with it, or find it done.
 
+    Every process of a run that several share calls it; the first one does what is to be done once.
     Raises ConfigError when the run directory holds a run of another recipe, and whatever reading
     the data, the tokenizer and the model raises.
     """
     run = _run_directory(recipe)
-    run.mkdir(parents=True, exist_ok=True)
-    with run_lock(run):
-        if fresh:
-            _clear(run, recipe)
-        _keep_recipe(run, recipe)
-        summary_file = run / "summary.json"
-        if summary_file.is_file() and (run / _made(recipe)).is_dir():
-            return _result(recipe, run, json.loads(summary_file.read_text("utf-8")))
-        return _run(recipe, run, reporter, write_samples)
+    with join(recipe.device) as workers:
+        if not workers.is_first:
+            summary = workers.tell(None)
+            if summary is not None:
+                return _result(recipe, run, summary)
+            return _run(recipe, run, workers, Reporter(), lambda model, tokenizer: [])
+        run.mkdir(parents=True, exist_ok=True)
+        with run_lock(run):
+            if fresh:
+                _clear(run, recipe)
+            _keep_recipe(run, recipe)
+            summary_file = run / "summary.json"
+            made = summary_file.is_file() and (run / _made(recipe)).is_dir()
+            summary = workers.tell(json.loads(summary_file.read_text("utf-8")) if made else None)
+            if summary is not None:
+                return _result(recipe, run, summary)
+            return _run(recipe, run, workers, reporter, write_samples)
 
 
 def _made(recipe: Recipe) -> str:
@@ -111,13 +120,15 @@ def prepare_stage(
     *,
     reporter: Reporter,
     write_samples: WriteSamples = lambda model, tokenizer: [],
+    workers: Workers = ALONE,
 ) -> Prepared:
     """Do everything that comes before training: model, token stores, windows.
 
     Raises whatever reading the data, the tokenizer and the model raises.
     """
     run = _run_directory(recipe)
-    device = choose_device(recipe.device)
+    device = own_device(recipe.device, workers)
+    share = _share(recipe.training, workers)
     precision = choose_precision(recipe.training.precision, device)
     tokenizer, model = _start(recipe, device)
     num_parameters = _count(model)
@@ -125,9 +136,10 @@ def prepare_stage(
         model.config,
         num_parameters,
         asked=recipe.training.micro_batch,
-        batch=recipe.training.batch,
+        batch=share,
         window=recipe.data.window,
         device=device,
+        sharers=workers.local_size if device.type == "cpu" else 1,
     )
     stores = _stores(recipe, tokenizer, reporter)
     data, held_out, general = _mixes(recipe, tokenizer, stores, reporter)
@@ -139,6 +151,7 @@ def prepare_stage(
     reporter.say(
         f"{num_parameters:,} parameters{at_work}"
         + (f", {_count(model, trained=True):,} of them trained," if recipe.lora else "")
+        + (f" in {workers.size} processes" if workers.size > 1 else "")
         + f" on {device} in {precision.name}; {data.order.epoch_size:,} windows of "
         f"{recipe.data.window} tokens an epoch; {num_steps:,} steps of "
         f"{recipe.training.batch} windows"
@@ -160,18 +173,43 @@ def prepare_stage(
         base_sha256=_base_sha256(recipe),
         general=Measured(NextToken(tokenizer.token_bytes, device), general) if general else None,
         validate_first=bool(recipe.model.init),
+        workers=workers,
     )
     return Prepared(job, tokenizer, stores)
 
 
-def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples) -> StageResult:
-    prepared = prepare_stage(recipe, reporter=reporter, write_samples=write_samples)
+def _share(settings: TrainingSettings, workers: Workers) -> int:
+    """Windows of a batch that each process takes. Raises ConfigError if they are not as many."""
+    share, rest = divmod(settings.batch, workers.size)
+    if rest:
+        raise ConfigError(
+            f"training.batch={settings.batch} cannot be shared out evenly to {workers.size} "
+            "processes; choose a multiple, or another number of processes"
+        )
+    if settings.micro_batch and share % settings.micro_batch:
+        raise ConfigError(
+            f"training.micro_batch={settings.micro_batch}: each of {workers.size} processes takes "
+            f"{share} windows of a batch of {settings.batch}; choose a divisor of {share}"
+        )
+    return share
+
+
+def _run(
+    recipe: Recipe, run: Path, workers: Workers, reporter: Reporter, write_samples: WriteSamples
+) -> StageResult:
+    with workers.first_in_turn():  # the others find the token stores that it has made
+        prepared = prepare_stage(
+            recipe, reporter=reporter, write_samples=write_samples, workers=workers
+        )
+    prepared.job.micro_batch = workers.tell(prepared.job.micro_batch)
     if recipe.objective == "dpo":
         fill_references(prepared.job)
     outcome = train(prepared.job)
     summary = _summary(prepared, outcome)
     if not outcome.finished:
         return StageResult(run, None, summary)
+    if not workers.is_first:
+        return _result(recipe, run, summary)
     summary |= _baseline(prepared)
     if recipe.lora:
         base = resolve_model_directory(Path(recipe.model.init or ""))

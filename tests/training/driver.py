@@ -8,25 +8,30 @@ killed is never the process that runs the tests.
 
 import errno
 import json
+import math
 import os
 import resource
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch._dynamo  # which optimizers import when they are made: seconds, once here
-from small_runs import REFUSED, tensors
+from small_runs import REFUSED, nano_trainer, tensors
 
 from minimind.cli import console, main
 from minimind.config import load_recipe
+from minimind.data.packing import IGNORED, Batch, Mix
 from minimind.errors import ResourceError
 from minimind.training import checkpoint
+from minimind.training.distributed import join
 from minimind.training.lock import run_lock
+from minimind.training.loop import train as train_loop
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
 
@@ -88,6 +93,81 @@ def save(
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         print(error)
         sys.exit(REFUSED)
+
+
+def share(processes: int, **arguments: Any) -> None:
+    """Do `share_one` in several processes; when one fails the others are killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+    children = {}
+    for rank in range(processes):
+        children[os.fork()] = rank
+        if 0 in children:
+            os.environ |= {key: str(value) for key, value in shared.items()}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            _work(sys.argv[1], share_one, arguments)
+    while children:
+        pid, status = os.wait()
+        rank = children.pop(pid)
+        if status:
+            print(f"rank {rank} failed", flush=True)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            sys.exit(os.waitstatus_to_exitcode(status))
+
+
+def share_one(
+    run: str,
+    objective: str,
+    settings: dict[str, Any],
+    stop: list[int] | None = None,
+    spoil: tuple[int, list[int]] | None = None,
+    idle: Sequence[int] = (),
+) -> None:
+    """A run of `small_runs.nano_trainer` that several processes share.
+
+    Each leaves what it has seen, the steps and its weights in `samples-RANK` and so on.
+    stop: a rank, and the call of its objective at which it gets SIGTERM; spoil: one whose losses
+    are no numbers, and at which calls; idle: places in each batch where nothing is learned.
+    """
+    seen: list[tuple[int, int]] = []
+
+    class Recorded(Mix):
+        def batch(self, start: int, count: int) -> Batch:
+            seen.append((start, count))
+            batch = super().batch(start, count)
+            for row, sample in enumerate(batch.samples):
+                if sample % job.recipe.training.batch in idle:
+                    batch.labels[row] = IGNORED
+            return batch
+
+    class Shown(Reporter):
+        def say(self, text: str) -> None:
+            print(f"{workers.rank}: {text}", flush=True)
+
+    with join("cpu") as workers:
+        reporter = Shown() if workers.is_first else Reporter()
+        job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
+        job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
+        real, call = job.objective.loss, 0
+
+        def loss(*arguments: Any) -> Any:
+            nonlocal call
+            call += 1
+            if [workers.rank, call] == stop:
+                signal.raise_signal(signal.SIGTERM)
+            total, *others = real(*arguments)
+            bad = spoil and workers.rank == spoil[0] and call in spoil[1]
+            return total * math.nan if bad else total, *others
+
+        job.objective.loss = loss  # type: ignore[method-assign]
+        outcome = train_loop(job)
+        torch.save(job.model.state_dict(), Path(run) / f"weights-{workers.rank}")
+        (Path(run) / f"samples-{workers.rank}").write_text(json.dumps(seen))
+        (Path(run) / f"steps-{workers.rank}").write_text(str(outcome.steps))
 
 
 def _die() -> None:

@@ -20,6 +20,7 @@ from minimind.config.settings import Recipe
 from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.store import Shard
 from minimind.model import Transformer, apply_lora
+from minimind.training.distributed import ALONE, Workers
 from minimind.training.loop import Trainer
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
@@ -99,6 +100,7 @@ def nano_trainer(
     parts: list[Windows] | None = None,
     held_out: bool = False,
     reporter: Reporter | None = None,
+    workers: Workers = ALONE,
     **settings: Any,
 ) -> Trainer:
     """A run of 20 steps that needs no tokenizer, no files and no token store."""
@@ -135,6 +137,7 @@ def nano_trainer(
         device=device,
         precision=choose_precision(recipe.training.precision, device),
         reporter=reporter or Reporter(),
+        workers=workers,
     )
     if objective == "dpo":
         fill_references(job)
