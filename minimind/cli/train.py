@@ -158,11 +158,8 @@ def _stage(
     recipe = resolved.recipe
     if fresh and resume:
         raise UsageError("--fresh and --resume exclude each other; give one of them")
-    if (
-        resume
-        and workers.is_first_process()
-        and not (Path(recipe.out or "") / "recipe.toml").is_file()
-    ):
+    begun = Path(recipe.out or "") / "recipe.toml"
+    if resume and workers.is_first_process() and not begun.is_file():
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to go on with; leave out --resume")
     if (nproc or 1) > 1 and not dry_run and not workers.is_one_of_several():
