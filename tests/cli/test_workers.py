@@ -170,7 +170,6 @@ def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: P
     lost.kill()
     ends = [node.communicate(timeout=100) for node in nodes]
     assert all(node.returncode == 1 for node in nodes)
-    complaints = "".join(complaint for _, complaint in ends)
-    assert "process 0 of 0-1: another process of this run has ended; the same" in complaints
+    assert sum("SIGKILL" in complaint for _, complaint in ends) == 1  # its own node tells
     assert not other.is_running()
     assert list((run / "checkpoints").iterdir())
