@@ -5,20 +5,27 @@
                               state.json             where the run stood
                               manifest.json          sizes and sha256 sums; written last
 
-All of it is written into a hidden directory beside, flushed to the disk, then renamed.
+All of it is written into a hidden directory beside, flushed to the disk, then renamed: in a thread
+of its own, so that training waits for no more than a copy of the tensors in memory.
 """
 
+import contextlib
+import copy
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -40,6 +47,81 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+class CheckpointWriter:
+    """Saves the checkpoints of a run in the background, one at a time.
+
+    A write that fails raises its ResourceError here: at the next `check`, `save` or `wait`.
+    """
+
+    def __init__(self, run: Path, *, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self._copies: dict[str, Tensor] = {}  # in host memory; the same for every save
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        best: int | None = None,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy what is to be saved, and let `save_checkpoint` write it after calling `first`."""
+        self.wait()
+        copies = {
+            kind: {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors.items()}
+            for kind, tensors in (("model", model), ("optimizer", optimizer))
+        }
+        remembered, keep = copy.deepcopy(dict(state)), self._keep
+
+        def write() -> None:
+            try:
+                first()
+                save_checkpoint(self._run, step, **copies, state=remembered, keep=keep, best=best)
+            except BaseException as error:
+                self._error = error
+
+        # A daemon: who leaves at once, by a second Ctrl-C, does not wait for the disk.
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        # Memory that is new to the process costs more than the copy itself: it is kept.
+        if name not in self._copies:
+            self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return self._copies[name].copy_(tensor.detach())
+
+    def check(self) -> None:
+        """Raise what a write that is over has failed with; do not wait for one that is not."""
+        if self._thread and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once nothing is being written."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Wait, unless somebody leaves at once. What already goes wrong is not hidden."""
+        if kind is None:
+            self.wait()
+        elif not issubclass(kind, KeyboardInterrupt):
+            with contextlib.suppress(ResourceError):
+                self.wait()
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -48,8 +130,9 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`.
+    """Write the checkpoint of `step`; remove all but the newest `keep` and that of step `best`.
 
     Raises ResourceError when it cannot be written; older ones are untouched then.
     """
@@ -58,6 +141,9 @@ def save_checkpoint(
     needed = sum(t.numel() * t.element_size() for t in (*model.values(), *optimizer.values()))
     try:
         _sweep(home)  # of a run that was killed while saving
+        disk = shutil.disk_usage(run)
+        if disk.free < needed and disk.total:  # some network disks tell nothing but zeros
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # not half-way through
         work.mkdir(parents=True)
         for name, tensors in zip(_FILES, (model, optimizer), strict=False):
             whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -74,7 +160,7 @@ def save_checkpoint(
             os.replace(place, home / f"{_MAKING}{step:08}.damaged")
         os.replace(work, place)
         _flush(home)
-        for old in _outdated(home, step, keep):  # renamed first: none is ever there in part
+        for old in _outdated(home, step, keep, best):  # renamed first: none is ever there in part
             os.replace(old, home / f"{_MAKING}{old.name}")
     except (OSError, SafetensorError) as error:
         _sweep(home)
@@ -144,11 +230,11 @@ def _found(home: Path) -> list[Path]:
     return sorted(places, key=_step, reverse=True)
 
 
-def _outdated(home: Path, step: int, keep: int) -> list[Path]:
+def _outdated(home: Path, step: int, keep: int, best: int | None) -> list[Path]:
     """What goes once `step` is saved: old ones, and later ones, which were damaged."""
     found = _found(home)
     later = [place for place in found if _step(place) > step]
-    return later + found[len(later) + keep :]
+    return later + [place for place in found[len(later) + keep :] if _step(place) != best]
 
 
 def _sweep(home: Path) -> None:

