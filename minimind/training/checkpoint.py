@@ -20,6 +20,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -115,7 +116,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         """Wait, unless somebody leaves at once. What already goes wrong is not hidden."""
-        if kind is None:
+        if kind is None or issubclass(kind, OSError):  # a disk too full for metrics: ours says more
             self.wait()
         elif not issubclass(kind, KeyboardInterrupt):
             with contextlib.suppress(ResourceError):
@@ -193,29 +194,86 @@ def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint |
     return None
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """A checkpoint as it lies on the disk; `trouble` says what is wrong with it, if anything is."""
+
+    step: int
+    path: Path
+    saved: datetime
+    bytes: int
+    state: dict[str, Any]  # empty when it cannot be read
+    trouble: str
+
+
+def inspect_checkpoints(run: Path, *, thorough: bool) -> list[Inspected]:
+    """The checkpoints of a run, oldest first; `thorough`: read every byte, not sizes alone."""
+    inspected = []
+    for place in reversed(_found(run / "checkpoints")):
+        try:
+            trouble = _trouble(place, thorough)
+            files = [file.stat() for file in (place, *place.iterdir())]
+        except FileNotFoundError:  # a run that goes on has just removed it
+            continue
+        saved = datetime.fromtimestamp(max(file.st_mtime for file in files)).astimezone()
+        size = sum(file.st_size for file in files[1:])
+        try:
+            state = dict(json.loads((place / "state.json").read_bytes()))
+        except (OSError, ValueError, TypeError, RecursionError):
+            state = {}
+        inspected.append(Inspected(_step(place), place, saved, size, state, trouble))
+    return inspected
+
+
+def _trouble(place: Path, thorough: bool) -> str:
+    try:
+        _check_names(place)
+        if thorough:
+            _check_manifest(place, {name: _described(place / name) for name in _FILES})
+        else:
+            listed = json.loads((place / "manifest.json").read_bytes())["files"]
+            for name in _FILES:
+                if (place / name).stat().st_size != listed[name]["bytes"]:
+                    raise ValueError(f"{name} is not as long as manifest.json says")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
 def _load(place: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises ValueError with what is wrong."""
-    step = _step(place)
-    names = {file.name for file in place.iterdir()}
-    if wrong := names ^ {*_FILES, "manifest.json"}:
-        raise ValueError(f"{', '.join(sorted(wrong))}: missing, or does not belong here")
+    _check_names(place)
     contents = {name: (place / name).read_bytes() for name in _FILES}
-    sums = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
-    }
-    # Only the very bytes that we write: a bit that flips in the manifest is noticed too.
-    manifest = (place / "manifest.json").read_bytes()
-    if manifest != _manifest(step, sums).encode():
-        strange = [name for name in _FILES if str(sums[name]["sha256"]).encode() not in manifest]
-        raise ValueError(f"manifest.json does not describe {', '.join(strange) or place.name}")
+    _check_manifest(
+        place,
+        {
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in contents.items()
+        },
+    )
     return Checkpoint(
-        step,
+        _step(place),
         place,
         safetensors.torch.load(contents["model.safetensors"]),
         safetensors.torch.load(contents["optimizer.safetensors"]),
         json.loads(contents["state.json"]),
     )
+
+
+def _check_names(place: Path) -> None:
+    names = {file.name for file in place.iterdir()}
+    if wrong := names ^ {*_FILES, "manifest.json"}:
+        raise ValueError(f"{', '.join(sorted(wrong))}: missing, or does not belong here")
+
+
+def _check_manifest(place: Path, sums: Mapping[str, Any]) -> None:
+    """Only the very bytes that we write pass: a bit that flips in the manifest is noticed too."""
+    manifest = (place / "manifest.json").read_bytes()
+    if manifest != _manifest(_step(place), sums).encode():
+        strange = [name for name in _FILES if str(sums[name]["sha256"]).encode() not in manifest]
+        raise ValueError(f"manifest.json does not describe {', '.join(strange) or place.name}")
 
 
 def _step(place: Path) -> int:

@@ -1,5 +1,6 @@
 """`metrics.jsonl`: every figure of a run, a JSON object a line, and trackers fed with the same."""
 
+import contextlib
 import json
 import math
 import os
@@ -60,7 +61,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written; that was raised
+            self._stream.close()
         for _, close in self._trackers:
             close()
 
