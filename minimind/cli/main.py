@@ -12,7 +12,18 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web
+from minimind.cli import (
+    chat,
+    checkpoints,
+    data,
+    demo,
+    generate,
+    merge,
+    serve,
+    tokenizer,
+    train,
+    web,
+)
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -116,6 +127,7 @@ for _verb in (
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoints.app, name="checkpoints")
 
 
 def main() -> None:

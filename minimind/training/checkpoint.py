@@ -202,25 +202,22 @@ class Inspected:
     path: Path
     saved: datetime
     bytes: int
-    state: dict[str, Any]  # empty when it cannot be read
+    state: dict[str, Any]  # empty where there is trouble
     trouble: str
 
 
 def inspect_checkpoints(run: Path, *, thorough: bool) -> list[Inspected]:
-    """The checkpoints of a run, oldest first; `thorough`: read every byte, not sizes alone."""
+    """The checkpoints of a run, oldest first; `thorough`: read every byte, not only state.json."""
     inspected = []
     for place in reversed(_found(run / "checkpoints")):
         try:
             trouble = _trouble(place, thorough)
-            files = [file.stat() for file in (place, *place.iterdir())]
+            files = [file.stat() for file in place.iterdir()] if place.is_dir() else []
+            saved = datetime.fromtimestamp(place.stat().st_mtime).astimezone()
+            state = {} if trouble else json.loads((place / "state.json").read_bytes())
         except FileNotFoundError:  # a run that goes on has just removed it
             continue
-        saved = datetime.fromtimestamp(max(file.st_mtime for file in files)).astimezone()
-        size = sum(file.st_size for file in files[1:])
-        try:
-            state = dict(json.loads((place / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError):
-            state = {}
+        size = sum(file.st_size for file in files)
         inspected.append(Inspected(_step(place), place, saved, size, state, trouble))
     return inspected
 
@@ -232,10 +229,12 @@ def _trouble(place: Path, thorough: bool) -> str:
             _check_manifest(place, {name: _described(place / name) for name in _FILES})
         else:
             listed = json.loads((place / "manifest.json").read_bytes())["files"]
+            if listed["state.json"] != _described(place / "state.json"):
+                raise ValueError("manifest.json does not describe state.json")
             for name in _FILES:
                 if (place / name).stat().st_size != listed[name]["bytes"]:
                     raise ValueError(f"{name} is not as long as manifest.json says")
-    except FileNotFoundError:
+    except FileNotFoundError:  # all of it may be gone
         raise
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return str(error)

@@ -204,7 +204,7 @@ def _between_steps(
             return
         at.validation, at.validated = figures, at.step
         if better := _is_better(figures, at.best):
-            name = _judged_by(figures)
+            name = judged_by(figures)
             at.best = {"step": at.step, "figure": name, "value": figures[name]}
     settings = job.recipe.checkpoint
     due = at.step % settings.every == 0 or at.step == job.num_steps
@@ -218,15 +218,15 @@ def _validation_is_due(job: Trainer, at: _Progress) -> bool:
     return due and at.validated < at.step
 
 
-def _judged_by(figures: dict[str, float]) -> str:
-    """The figure that tells which validation is the best: the lowest is."""
+def judged_by(figures: dict[str, float]) -> str:
+    """Name of the figure by which validations are compared: the lowest is the best."""
     return "bits_per_byte" if "bits_per_byte" in figures else "loss"
 
 
 def _is_better(figures: dict[str, float], best: dict[str, Any]) -> bool:
     if not figures:
         return False
-    value = figures[_judged_by(figures)]
+    value = figures[judged_by(figures)]
     return math.isfinite(value) and (not best or value < best["value"])
 
 
