@@ -99,7 +99,13 @@ def hold(run: str) -> None:
 
 
 def save(
-    run: str, step: int, numbers: int, keep: int, point: int | None = None, how: str = "kill"
+    run: str,
+    step: int,
+    numbers: int,
+    keep: int,
+    best: int | None = None,
+    point: int | None = None,
+    how: str = "kill",
 ) -> None:
     """Save a checkpoint; at the `point`-th thing done to the disk, die or find the disk full."""
     if how == "limit":  # the system refuses to write beyond this byte of any file
@@ -107,7 +113,7 @@ def save(
     elif point is not None:
         _count_points(point, _die if how == "kill" else _disk_full)
     try:
-        checkpoint.save_checkpoint(Path(run), step, keep=keep, **tensors(step, numbers))
+        checkpoint.save_checkpoint(Path(run), step, keep=keep, best=best, **tensors(step, numbers))
     except ResourceError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         print(error)
