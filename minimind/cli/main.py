@@ -13,7 +13,19 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web, workers
+from minimind.cli import (
+    chat,
+    checkpoints,
+    data,
+    demo,
+    generate,
+    merge,
+    serve,
+    tokenizer,
+    train,
+    web,
+    workers,
+)
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -120,6 +132,7 @@ for _verb in (
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoints.app, name="checkpoints")
 
 
 def main() -> None:

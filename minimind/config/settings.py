@@ -191,6 +191,7 @@ class CheckpointSettings(_Settings):
 
     every: int = Field(500, ge=1, description="Steps between checkpoints; also at the end.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_best: bool = Field(True, description="Save and keep the best by validation too.")
 
 
 class DPOSettings(_Settings):

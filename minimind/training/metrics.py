@@ -1,5 +1,6 @@
 """`metrics.jsonl`: every figure of a run, a JSON object a line, and trackers fed with the same."""
 
+import contextlib
 import json
 import math
 import os
@@ -25,10 +26,12 @@ class MetricsLog:
 
     @property
     def offset(self) -> int:
-        """Bytes written so far, safe on disk."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Bytes written so far."""
         return self._stream.tell()
+
+    def sync(self) -> None:
+        """Wait until they are safe on the disk."""
+        os.fsync(self._stream.fileno())
 
     def truncate(self, offset: int) -> None:
         """Forget what was written after `offset`: a resumed run writes it again."""
@@ -58,7 +61,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written; that was raised
+            self._stream.close()
         for _, close in self._trackers:
             close()
 

@@ -477,7 +477,11 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
     if job.recipe.lora:
         summary["base"] = job.recipe.model.init
     first = {f"first_{name}": value for name, value in outcome.first.items()}
-    return summary | first | outcome.validation
+    best = outcome.best and {
+        "best_step": outcome.best["step"],
+        f"best_{outcome.best['figure']}": outcome.best["value"],
+    }
+    return summary | first | outcome.validation | best
 
 
 def _baseline(prepared: Prepared) -> dict[str, float]:

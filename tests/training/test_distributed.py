@@ -136,19 +136,23 @@ def test_two_processes_and_four_do_what_one_does(
 ) -> None:
     """Row 6: the same samples in the same order; losses and counts to rounding."""
     curves = []
-    settings = {"optim__muon_lr": 0.002} | settings
+    settings = {"optim__muon_lr": 0.002, "held_out": True, "validation__every": 4} | settings
+    validations = []
     for processes in (1, 2, 4):
         run = tmp_path / f"{processes}"
         share(lives, run, processes, objective, **settings)
         assert samples(run, processes) == list(range(32))
         assert_in_step(run, processes)
         curves.append(metrics(run, "train"))
+        validations.append([line["loss"] for line in metrics(run, "validation")])
     for curve in curves[1:]:
         assert [line["learned"] for line in curve] == [line["learned"] for line in curves[0]]
         assert curve[0].keys() == curves[0][0].keys()
         for name in ("loss", "grad_norm"):
             told = [line[name] for line in curve]
             assert told == pytest.approx([line[name] for line in curves[0]], rel=CLOSE)
+    for figures in validations[1:]:
+        assert figures == pytest.approx(validations[0], rel=CLOSE) and len(figures) == 2
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "lora"])

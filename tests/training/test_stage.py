@@ -77,6 +77,7 @@ def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> 
     assert summary["parameters"] == sum(tensor.numel() for tensor in weights.values())
     [validation] = metrics(run, "validation")
     assert summary["bits_per_byte"] == validation["bits_per_byte"]
+    assert (summary["best_step"], summary["best_bits_per_byte"]) == (5, summary["bits_per_byte"])
     assert 0 < summary["unigram_bits_per_byte"] < 8
     assert metrics(run, "sample") == [
         {"kind": "sample", "step": 5, "prompt": "长江", "text": "600"}
