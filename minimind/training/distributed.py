@@ -148,13 +148,12 @@ def join(device: str) -> Iterator[Workers]:
 
     Raises ConfigError or ResourceError for a device of which there is not one for each.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    if "RANK" not in os.environ:
         yield ALONE
         return
-    rank, local_rank, local_size = (
-        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
+    rank, size, local_rank = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    # DeepSpeed's launcher has a name of its own for it.
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
     own = own_device(device, Workers(rank, size, local_rank, local_size))
     if own.type == "cuda":
         torch.cuda.set_device(own)

@@ -21,9 +21,9 @@ from minimind.model import Transformer
 from minimind.training.batch import to_device
 from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
 from minimind.training.distributed import ALONE, Workers
+from minimind.training.engine import Engine, TorchEngine
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
-from minimind.training.optimizers import Optimizers
 from minimind.training.precision import Precision
 from minimind.training.reporter import Reporter
 from minimind.training.schedule import lr_fraction
@@ -146,7 +146,6 @@ def train(job: Trainer) -> Outcome:
     Raises TrainingError when the numbers go bad, or when a batch has nothing to learn.
     """
     recipe, batch = job.recipe, job.recipe.training.batch
-    optimizers = Optimizers(job.model, recipe.optim)
     workers = job.workers
     log = MetricsLog(
         job.run / "metrics.jsonl" if workers.is_first else Path(os.devnull),
@@ -156,6 +155,7 @@ def train(job: Trainer) -> Outcome:
     model = job.model
     if recipe.training.compile:
         model = cast(Transformer, torch.compile(job.model))
+    engine = _engine(job, model)
     tokens_a_step = batch * recipe.data.window
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(log))
@@ -165,16 +165,16 @@ def train(job: Trainer) -> Outcome:
         def stop_requested() -> bool:
             return workers.any(asked())
 
-        at = _resume(job, optimizers, log)
+        at = _resume(job, engine, log)
         writer = CheckpointWriter(job.run, keep=recipe.checkpoint.keep)
-        saving = _Saving(job, optimizers, log, stack.enter_context(writer), at.step)
+        saving = _Saving(job, engine, log, stack.enter_context(writer), at.step)
         if at.step == 0 and job.validate_first and workers.is_first:
             at.first = _validated(job, model, log, at.step, asked) or {}
         job.reporter.start("training", job.num_steps, at.step)
         _between_steps(job, model, log, saving, at, asked)
         while at.step < job.num_steps and not stop_requested():
             clock, random = time.perf_counter(), _random_states(job.device)
-            optimizers.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
+            engine.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
             sums = Sums()
             for sample in workers.share(at.step * batch, batch)[:: job.micro_batch]:
                 if stop_requested():
@@ -182,16 +182,15 @@ def train(job: Trainer) -> Outcome:
                 waiting = time.perf_counter()
                 windows = to_device(job.data.batch(sample, job.micro_batch), job.device)
                 at.data_s += time.perf_counter() - waiting
-                with job.precision.autocast():
-                    loss, count, more = job.objective.loss(model, windows)
+                loss, count, more = engine.loss(windows)
                 # A fixed divisor keeps fp16 in range; the true one is known after the last part.
-                (loss * (job.precision.scaler.scale / tokens_a_step)).backward()
+                engine.backward(loss * (job.precision.scaler.scale / tokens_a_step))
                 sums.add(Sums(loss.detach(), count, more))
             if stop_requested():  # a step may take minutes: the run that goes on does it again
                 _set_random_states(random, job.device)
                 break
             sums.over(workers, job.device)
-            norm = _step(job, optimizers, int(sums.count), tokens_a_step)
+            norm = _step(job, engine, int(sums.count), tokens_a_step)
             at.interval.add(sums)
             at.step += 1
             at.skipped = 0 if norm is not None else at.skipped + 1
@@ -201,7 +200,7 @@ def train(job: Trainer) -> Outcome:
             at.interval_s += seconds
             at.elapsed_s += seconds
             if at.step % recipe.training.log_every == 0 or at.step == job.num_steps:
-                _log(job, log, optimizers, at, norm)
+                _log(job, log, engine, at, norm)
             _between_steps(job, model, log, saving, at, asked)
         if at.step > saving.saved:
             saving.save(at)
@@ -227,6 +226,7 @@ def _between_steps(
     """
     better = False
     if _validation_is_due(job, at):
+        saving.engine.gather_weights()
         first = job.workers.is_first
         figures = _validated(job, model, log, at.step, asked) if first else None
         figures = job.workers.tell(figures)
@@ -260,9 +260,7 @@ def _is_better(figures: dict[str, float], best: dict[str, Any]) -> bool:
     return math.isfinite(value) and (not best or value < best["value"])
 
 
-def _log(
-    job: Trainer, log: MetricsLog, optimizers: Optimizers, at: _Progress, norm: float | None
-) -> None:
+def _log(job: Trainer, log: MetricsLog, engine: Engine, at: _Progress, norm: float | None) -> None:
     """One line of metrics on the steps since the last one, and the progress bar."""
     tokens_a_step = job.recipe.training.batch * job.recipe.data.window
     steps = (at.step - 1) % job.recipe.training.log_every + 1
@@ -272,7 +270,7 @@ def _log(
         {"kind": "train", "step": at.step, "tokens": at.step * tokens_a_step}
         | {"learned": int(at.interval.count), "grad_norm": norm}
         | figures
-        | {f"lr/{name}": lr for name, lr in optimizers.lrs().items()},
+        | {f"lr/{name}": lr for name, lr in engine.lrs().items()},
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
         | {"data_share": at.data_s / at.interval_s},
     )
@@ -283,25 +281,29 @@ def _log(
     at.interval, at.interval_s, at.data_s = Sums(), 0.0, 0.0
 
 
-def _step(job: Trainer, optimizers: Optimizers, count: int, divisor: int) -> float | None:
+def _engine(job: Trainer, compiled: Transformer) -> Engine:
+    settings = job.recipe.training
+    if settings.engine == "deepspeed":
+        from minimind.training.zero import ZeroEngine  # slow to import, and need not be there
+
+        return ZeroEngine(
+            job.model, job.recipe, job.objective, job.precision, job.workers, job.micro_batch
+        )
+    return TorchEngine(
+        job.model, compiled, job.recipe.optim, job.objective, job.precision, job.workers
+    )
+
+
+def _step(job: Trainer, engine: Engine, count: int, divisor: int) -> float | None:
     """One optimizer step: the gradient's norm, or None if it was bad and nothing was changed."""
-    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     if not count:
         raise TrainingError(
             f"{job.run}: a whole batch has nothing to learn: no answer is left in its windows. "
             "Is data.window too short, or are the answers empty? `minimind data inspect` shows"
         )
-    job.workers.sum(gradients)
-    scale = divisor / count / job.precision.scaler.scale
-    norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
-    finite = math.isfinite(norm)
-    if finite:
-        clip = min(1.0, job.recipe.optim.grad_clip / (norm + 1e-6))
-        torch._foreach_mul_(gradients, scale * clip)
-        optimizers.step()
-    job.precision.scaler.update(finite)
-    optimizers.zero_grad()
-    return norm if finite else None
+    norm = engine.step(divisor / count / job.precision.scaler.scale)
+    job.precision.scaler.update(math.isfinite(norm))
+    return norm if math.isfinite(norm) else None
 
 
 def _complain(job: Trainer, log: MetricsLog, at: _Progress) -> None:
@@ -409,7 +411,7 @@ class _Saving:
     """What a checkpoint is made of, who writes it, and the step of the latest one."""
 
     job: Trainer
-    optimizers: Optimizers
+    engine: Engine
     log: MetricsLog
     writer: CheckpointWriter
     saved: int
@@ -417,7 +419,8 @@ class _Saving:
     def save(self, at: _Progress) -> None:
         """Save all but the weights that are not trained: those are the base model's."""
         self.saved, job, frozen = at.step, self.job, _frozen(self.job.model)
-        optimizer = self.optimizers.state_tensors() | _all_random_states(job)
+        self.engine.gather_weights()
+        optimizer = self.engine.state_tensors() | _all_random_states(job)
         if not job.workers.is_first:
             return
         self.writer.save(
@@ -434,7 +437,7 @@ class _Saving:
         )
 
 
-def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
+def _resume(job: Trainer, engine: Engine, log: MetricsLog) -> _Progress:
     """Begin where the newest valid checkpoint stood, if there is one.
 
     The first process reads it and the others learn it from there, so that it need not be on a
@@ -444,7 +447,7 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
     workers = job.workers
     if workers.rank:  # dropout is to draw other numbers in each process
         torch.manual_seed(job.recipe.seed + workers.rank)
-    at, random = _load(job, optimizers, log) if workers.is_first else (_Progress(), {})
+    at, random = _load(job, engine, log) if workers.is_first else (_Progress(), {})
     if workers.size > 1:
         state = vars(at) | {"interval": at.interval.state()}
         processes = {name: len(states) for name, states in random.items()}
@@ -453,11 +456,11 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
         )
         at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
         job.precision.scaler.load(scaler)
-        workers.spread([*job.model.state_dict().values(), *optimizers.state_tensors().values()])
         for name, own in _random_states(job.device).items():
             if name in processes:
                 random.setdefault(name, torch.empty((processes[name], *own.shape), dtype=own.dtype))
                 workers.spread([random[name]])
+    engine.begin()
     # A process more than there were then goes on with the seed of its own.
     rank = workers.rank  # a state of its own: torch crashes on a part of a larger tensor
     mine = {name: states[rank].clone() for name, states in random.items() if rank < len(states)}
@@ -465,9 +468,7 @@ def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:
     return at
 
 
-def _load(
-    job: Trainer, optimizers: Optimizers, log: MetricsLog
-) -> tuple[_Progress, dict[str, Tensor]]:
+def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dict[str, Tensor]]:
     """Load the newest valid checkpoint, if there is one: where it stood, and random states."""
     checkpoint = latest_checkpoint(job.run, warn=job.reporter.say)
     if checkpoint is None:
@@ -488,7 +489,7 @@ def _load(
     unlike = job.model.load_state_dict(checkpoint.model, strict=False)
     assert not unlike.unexpected_keys and set(unlike.missing_keys) == _frozen(job.model)
     tensors = checkpoint.optimizer.items()
-    optimizers.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
+    engine.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
     micro_batch = state.pop("micro_batch")

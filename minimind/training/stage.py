@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def prepare_stage(
     run = _run_directory(recipe)
     device = own_device(recipe.device, workers)
     share = _share(recipe.training, workers)
+    _check_engine(recipe)
     precision = choose_precision(recipe.training.precision, device)
     tokenizer, model = _start(recipe, device)
     num_parameters = _count(model)
@@ -176,6 +178,25 @@ def prepare_stage(
         workers=workers,
     )
     return Prepared(job, tokenizer, stores)
+
+
+def _check_engine(recipe: Recipe) -> None:
+    """Raises ConfigError when DeepSpeed is asked for what it cannot do here."""
+    if recipe.training.engine != "deepspeed":
+        return
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "training.engine: deepspeed is not installed; pip install 'minimind[deepspeed]'"
+        )
+    if recipe.optim.name != "adamw":
+        raise ConfigError('training.engine: deepspeed trains by AdamW; set optim.name = "adamw"')
+    if recipe.training.compile:
+        raise ConfigError("training.engine: deepspeed does not go with training.compile")
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            "training.engine: deepspeed shares work among processes that are started together: "
+            "give --nproc N, or use torchrun or its own launcher"
+        )
 
 
 def _share(settings: TrainingSettings, workers: Workers) -> int:
