@@ -14,6 +14,7 @@ import copy
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -208,7 +209,8 @@ def _initialise(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # What it calls of torch has newer names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine

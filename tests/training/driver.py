@@ -30,7 +30,7 @@ from minimind.cli import console, main
 from minimind.config import load_recipe
 from minimind.data.packing import IGNORED, Batch, Mix
 from minimind.errors import ResourceError
-from minimind.training import checkpoint
+from minimind.training import checkpoint, zero
 from minimind.training.distributed import join
 from minimind.training.lock import run_lock
 from minimind.training.loop import train as train_loop
@@ -178,6 +178,7 @@ def share_one(
         def say(self, text: str) -> None:
             print(f"{workers.rank}: {text}", flush=True)
 
+    zero._KEPT_WHOLE = 0  # in a model of this size it would be everything
     with join("cpu") as workers:
         reporter = Shown() if workers.is_first else Reporter()
         job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
