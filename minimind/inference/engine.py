@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.load import on_one_core
 from minimind.inference.sampling import Penalties, Sampling, choose
 from minimind.inference.text import TextStream
 from minimind.model import Transformer
@@ -180,7 +181,9 @@ class Engine:
         longest = model.config.max_position_embeddings
         self.tokenizer = tokenizer
         self.context = min(context or longest, longest)
-        self.model = BatchedModel(model, slots, self.context, int8=int8)
+        self._num_threads = torch.get_num_threads()
+        with on_one_core():
+            self.model = BatchedModel(model, slots, self.context, int8=int8)
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
@@ -288,6 +291,7 @@ class Engine:
     # All below runs in the engine's thread.
 
     def _work(self) -> None:
+        torch.set_num_threads(self._num_threads)  # of this thread
         with torch.inference_mode():
             while self._take_in():
                 try:
