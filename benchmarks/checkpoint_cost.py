@@ -1,11 +1,12 @@
 """What saving costs training: steps with a save against steps without, in turns, in one process.
 
-    python benchmarks/checkpoint_cost.py [--rounds 4] [--json benchmarks/records/checkpoint-cost.json]
+    python benchmarks/checkpoint_cost.py [--rounds 5] [--json FILE]
 
-A round is one optimizer step of the recipe pretrain-small (65,536 tokens) with a save just before,
-whose writing goes on beside it, and one without. That is a save at every step, where the recipe
-saves at every 250th. Beside it: how long the loop waits in `save`, how long the thread writes, how
-long a save takes when the loop itself writes, and what memory the copies take.
+A round is 32 windows of 512 tokens and one optimizer step, as pretrain-small takes them (a quarter
+of its batch), with a save just before, whose writing goes on beside it, and the same without. The
+recipe saves after a thousand times as many tokens. Beside it: how long the loop waits in `save`,
+how long the thread writes, how long a save takes when the loop itself writes, and what memory the
+copies take.
 """
 
 import argparse
@@ -38,7 +39,8 @@ VOCAB = 6400
 def main() -> None:
     """Measure, print, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=32, help="windows between saves")
     parser.add_argument("--micro-batch", type=int, default=8, help="windows at once")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write the record here")
@@ -46,7 +48,7 @@ def main() -> None:
     device = choose_device(args.device)
     precision = choose_precision("auto", device)
     recipe = load_recipe("pretrain-small").recipe
-    window, batch = recipe.data.window, recipe.training.batch
+    window, batch = recipe.data.window, args.windows
     torch.manual_seed(0)
     model = Transformer(recipe.model.shape(VOCAB)).to(device)
     optimizers = Optimizers(model, recipe.optim)
@@ -80,56 +82,47 @@ def main() -> None:
         return time.perf_counter() - began
 
     step()
+    times: dict[str, list[float]] = {
+        name: [] for name in ("step_with_a_save", "step_without", "loop_waits_in_save")
+    }
     with tempfile.TemporaryDirectory() as name, CheckpointWriter(Path(name), keep=2) as writer:
         run, before = Path(name), resident_bytes()
-        writing: list[float] = []
-
-        def save(number: int) -> None:
-            began: list[float] = []
-            writer.save(number, **saved(), first=lambda: began.append(time.perf_counter()))
-            written.append((began, number))
-
-        written: list[tuple[list[float], int]] = []
-        save(1)
+        writer.save(1, **saved())
         copies = resident_bytes() - before
         writer.wait()
-        steps: dict[str, list[float]] = {"with a save": [], "without": []}
-        saves: list[float] = []
-        for round_ in range(args.rounds):
-            wait(device)
-            began = time.perf_counter()
-            save(round_ + 2)
-            saves.append(time.perf_counter() - began)
-            step()
-            wait(device)
-            steps["with a save"].append(time.perf_counter() - began)
+        for number in range(args.rounds):
+            waited = timed(lambda n=number: writer.save(2 + n, **saved()))
+            times["loop_waits_in_save"].append(waited)
+            times["step_with_a_save"].append(waited + timed(step))
             writer.wait()
-            steps["without"].append(timed(step))
-            done = run / "checkpoints" / f"step-{round_ + 2:08}"
-            ended = done.stat().st_ctime
-            writing.append(ended - (time.time() - (time.perf_counter() - written[-1][0][0])))
-        files = {file.name: file.stat().st_size for file in done.iterdir()}
-        itself = [
+            times["step_without"].append(timed(step))
+        times["thread_writes"] = [
+            timed(lambda n=n: (writer.save(100 + n, **saved()), writer.wait())) for n in range(3)
+        ]
+        times["loop_writes_itself"] = [
             timed(lambda n=n: save_checkpoint(run, 1000 + n, keep=2, **saved())) for n in range(3)
         ]
-    ratios = [a / b - 1 for a, b in zip(steps["with a save"], steps["without"], strict=True)]
-    every = recipe.checkpoint.every
-    cost = statistics.median(ratios)
+        newest = max((run / "checkpoints").iterdir())
+        size = sum(file.stat().st_size for file in newest.iterdir())
+    pairs = zip(times["step_with_a_save"], times["step_without"], strict=True)
+    extra = [a - b for a, b in pairs]
+    between = recipe.checkpoint.every * recipe.training.batch / batch  # rounds, in the recipe
+    cost, plain = statistics.median(extra), statistics.median(times["step_without"])
+    parameters = sum(p.numel() for p in model.parameters())
     record = {
         "date": date.today().isoformat(),
         "machine": f"{machine()}, {torch.get_num_threads()} threads, {device}",
         "command": " ".join(["python", *sys.argv]),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "checkpoint_bytes": sum(files.values()),
-        "bytes_a_parameter": sum(files.values()) / sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
+        "checkpoint_bytes": size,
+        "bytes_a_parameter": round(size / parameters, 2),
         "copies_resident_bytes": copies,
-        "step_s": {name: [round(s, 3) for s in all_s] for name, all_s in steps.items()},
-        "loop_waits_in_save_s": [round(s, 3) for s in saves],
-        "thread_writes_s": [round(s, 3) for s in writing],
-        "loop_writes_itself_s": [round(s, 3) for s in itself],
-        "share_of_time_when_saving_every_step": [round(ratio, 4) for ratio in ratios],
-        "median_share_when_saving_every_step": round(cost, 4),
-        f"median_share_when_saving_every_{every}_steps": round(cost / every, 6),
+        "tokens_between_saves": batch * window,
+        "seconds": {name: [round(s, 3) for s in all_s] for name, all_s in times.items()},
+        "seconds_a_save_costs": [round(s, 3) for s in extra],
+        "share_here": round(cost / plain, 4),
+        "share_in_the_recipe": round(cost / (plain * between), 6),
+        "least_seconds_between_saves_for_5_percent": round(cost / 0.05, 1),
     }
     print(json.dumps(record, indent=1))
     if args.json:
