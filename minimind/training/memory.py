@@ -9,6 +9,7 @@ from minimind.errors import ResourceError
 
 # Bytes, measured on a CPU in bf16 within a third: benchmarks/records/memory.md.
 _PER_PARAMETER = 20  # weights, gradient, moments, a copy in half precision
+_PER_COPY = 12  # weights and moments again, while a checkpoint of them is written
 _PER_WIDTH = 26  # what backward needs of a token in a layer, for each unit of the model's width
 _PER_INNER = 8  # for each unit of what feed-forward works in
 _PER_ROUTED = 12  # and for each unit of a token's copy that goes to an expert and comes back
@@ -26,7 +27,9 @@ def step_bytes(
     layer = _PER_WIDTH * config.hidden_size + _PER_INNER * config.active_intermediate_size
     layer += _PER_ROUTED * routed + _PER_SCORE * scores
     activations = tokens * config.num_hidden_layers * layer
-    return _PER_PARAMETER * num_parameters + activations + _PER_LOGIT * config.vocab_size
+    # The copy is in the machine's memory, which is the device's too but on a card of its own.
+    fixed = _PER_PARAMETER + (0 if device.type == "cuda" else _PER_COPY)
+    return fixed * num_parameters + activations + _PER_LOGIT * config.vocab_size
 
 
 def choose_micro_batch(

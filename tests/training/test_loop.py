@@ -34,6 +34,7 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
 from minimind.training.objectives import Objective
+from minimind.training.precision import LossScaler, Precision
 
 
 def files_of(run: Path, step: int) -> dict[str, bytes]:
@@ -230,7 +231,7 @@ def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_its_end(tmp_path
     settings |= {"validation__windows": 20, "training__micro_batch": 4}  # three at a time
     whole = tmp_path / "whole"
     ended = train(nano_trainer(whole, **settings))
-    for validation, call in ((1, 4), (2, 8), (3, 14)):  # its first, second and last part
+    for validation, call in ((1, 4), (2, 8), (3, 15)):  # its second, first and last part
         run = tmp_path / f"{validation}"
         job = nano_trainer(run, **settings)
         job.objective = Spoilt(job.objective, stop, {call})
@@ -298,6 +299,46 @@ def test_without_bits_per_byte_the_loss_tells_which_is_the_best(tmp_path: Path) 
     lines = {line["step"]: line["loss"] for line in metrics(tmp_path, "validation")}
     best = min(lines, key=lambda step: lines[step])
     assert outcome.best == {"step": best, "figure": "loss", "value": lines[best]}
+
+
+# Half precision: on a CPU, which can do fp16 too, only slowly; the very path of an older GPU.
+
+
+def fp16_run(
+    run: Path, steps: int, reporter: Told | None = None, scale: float = 2.0**40
+) -> Trainer:
+    job = nano_trainer(run, training__steps=steps, optim__lr=3e-3, reporter=reporter)
+    job.precision = Precision("fp16", "cpu", LossScaler(scale, enabled=True))
+    return job
+
+
+def test_training_in_fp16_learns_as_in_fp32(tmp_path: Path) -> None:
+    exact = nano_trainer(tmp_path / "fp32", training__steps=60, optim__lr=3e-3)
+    rough = fp16_run(tmp_path / "fp16", 60, scale=2.0**12)
+    train(exact)
+    train(rough)
+    assert rough.precision.scaler.good_steps == 60  # none was skipped
+    assert losses(rough.run) == pytest.approx(losses(exact.run), rel=0.02)
+    assert losses(rough.run)[-1] < losses(rough.run)[0] - 0.5
+
+
+def test_training_in_fp16_finds_its_scale(tmp_path: Path) -> None:
+    job = fp16_run(tmp_path, 50)
+    train(job)
+    assert 2.0**8 < job.precision.scaler.scale < 2.0**40
+    assert job.precision.scaler.good_steps > 5
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
+
+
+def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, stopped = fp16_run(tmp_path / "whole", 50), tmp_path / "stopped"
+    train(whole)
+    assert train(fp16_run(stopped, 50, Stopping(27))).steps == 27
+    again = fp16_run(stopped, 50)
+    again.precision.scaler.scale = 3.0  # what the checkpoint says counts
+    assert train(again).finished
+    assert again.precision.scaler == whole.precision.scaler
+    assert files_of(stopped, 50) == files_of(whole.run, 50)
 
 
 # Row 7: bad numbers.
