@@ -26,7 +26,7 @@ from training_speed import machine
 
 from minimind.tokenizer import train_tokenizer
 
-_RECORD = Path(__file__).parents[1] / "records" / "reliability.json"
+_RECORDS = Path(__file__).parents[1] / "records"
 
 
 def arguments(about: str, number: int) -> argparse.Namespace:
@@ -80,16 +80,19 @@ def said(done: int, of: int, note: str = "") -> None:
     print(f"{time.strftime('%H:%M:%S')} {done}/{of} {note}".rstrip(), flush=True)
 
 
-def record(row: str, args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Print the figures of a row and put them into the record."""
+def record(
+    row: str, args: argparse.Namespace, figures: dict[str, Any], file: str = "reliability"
+) -> None:
+    """Print the figures of a row and put them into a record."""
     print(json.dumps(figures, indent=1, ensure_ascii=False))
     if args.dry:
         return
-    whole = json.loads(_RECORD.read_text("utf-8")) if _RECORD.exists() else {}
+    path = _RECORDS / f"{file}.json"
+    whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
     whole[row] = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "date": date.today().isoformat(),
     } | figures
     text = json.dumps(dict(sorted(whole.items())), indent=1, ensure_ascii=False)
-    _RECORD.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")

@@ -268,3 +268,34 @@ class Lives:
         """End driver.py."""
         self.stop()
         self._process.communicate("")
+
+
+def share(lives: Lives, run: Path, processes: int, objective: str = "pretrain", **more: Any) -> str:
+    """Run some steps in several processes; what they have printed."""
+    events = {name: more.pop(name) for name in ("spoil", "stop", "idle") if name in more}
+    settings: dict[str, Any] = {"training__micro_batch": 1, "training__steps": 8} | more
+    status = lives.run(
+        "share",
+        processes=processes,
+        run=run,
+        objective=objective,
+        settings=settings,
+        **events,
+    )
+    said = lives.output.read_text()
+    assert status == 0, said
+    return said
+
+
+def samples(run: Path, processes: int, batch: int = 4) -> list[int]:
+    """What all have seen in steps that they finished, step by step, rank by rank."""
+    steps, seen = int((run / "steps-0").read_text()), []
+    for rank in range(processes):
+        reads = json.loads((run / f"samples-{rank}").read_text())
+        seen += [
+            (start // batch, rank, sample)
+            for start, count in reads
+            for sample in range(start, start + count)
+            if sample < steps * batch
+        ]
+    return [sample for _, _, sample in sorted(seen)]

@@ -1,12 +1,18 @@
 """Rows 2, 6 and 7 of the reliability promises where several processes share a run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import Lives, lora_settings, losses, metrics
+from small_runs import (
+    Lives,
+    lora_settings,
+    losses,
+    metrics,
+    samples,
+    share,
+)
 from test_loop import files_of
 from torch import Tensor
 
@@ -16,37 +22,6 @@ from minimind.training.distributed import Workers, _buckets, own_device
 from minimind.training.loop import Sums
 
 CLOSE = 1e-4
-
-
-def share(lives: Lives, run: Path, processes: int, objective: str = "pretrain", **more: Any) -> str:
-    """Run some steps in several processes; what they have printed."""
-    events = {name: more.pop(name) for name in ("spoil", "stop", "idle") if name in more}
-    settings: dict[str, Any] = {"training__micro_batch": 1, "training__steps": 8} | more
-    status = lives.run(
-        "share",
-        processes=processes,
-        run=run,
-        objective=objective,
-        settings=settings,
-        **events,
-    )
-    said = lives.output.read_text()
-    assert status == 0, said
-    return said
-
-
-def samples(run: Path, processes: int, batch: int = 4) -> list[int]:
-    """What all have seen in steps that they finished, step by step, rank by rank."""
-    steps, seen = int((run / "steps-0").read_text()), []
-    for rank in range(processes):
-        reads = json.loads((run / f"samples-{rank}").read_text())
-        seen += [
-            (start // batch, rank, sample)
-            for start, count in reads
-            for sample in range(start, start + count)
-            if sample < steps * batch
-        ]
-    return [sample for _, _, sample in sorted(seen)]
 
 
 def weights(run: Path, rank: int) -> dict[str, Tensor]:
@@ -70,12 +45,12 @@ def test_ten_thousand_cursors_are_shared_out_to_any_number_of_processes() -> Non
             [Workers(rank, size).share(cursor, batch) for rank in range(size)]
             for size in (1, 2, 3, 4)
         ]
-        for share in shares:
-            assert [sample for own in share for sample in own] == [*range(cursor, cursor + batch)]
+        for parts in shares:
+            assert [sample for own in parts for sample in own] == [*range(cursor, cursor + batch)]
         if cursor % (101 * batch) == 0:  # and so are the windows
             [whole] = [order.locate(own.start, len(own)) for own in shares[0]]
-            for share in shares[1:]:
-                assert [p for own in share for p in order.locate(own.start, len(own))] == whole
+            for parts in shares[1:]:
+                assert [p for own in parts for p in order.locate(own.start, len(own))] == whole
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:

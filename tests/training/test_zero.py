@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Lives, lora_settings, losses, metrics
-from test_distributed import assert_in_step, samples, share
+from small_runs import Lives, lora_settings, losses, metrics, samples, share
+from test_distributed import assert_in_step
 from test_loop import files_of
 
 from minimind.config import load_recipe
