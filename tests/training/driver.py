@@ -30,7 +30,7 @@ from minimind.cli import console, main
 from minimind.config import load_recipe
 from minimind.data.packing import IGNORED, Batch, Mix
 from minimind.errors import ResourceError
-from minimind.training import checkpoint, zero
+from minimind.training import checkpoint, distributed, zero
 from minimind.training.distributed import join
 from minimind.training.lock import run_lock
 from minimind.training.loop import train as train_loop
@@ -125,8 +125,12 @@ def save(
         sys.exit(REFUSED)
 
 
-def share(processes: int, **arguments: Any) -> None:
-    """Do `share_one` in several processes; when one fails the others are killed."""
+def share(processes: int, alone: bool = False, **arguments: Any) -> None:
+    """Do `share_one` in several processes; when one fails the others are killed.
+
+    alone: they are not, as on another machine.
+    """
+    distributed._KILLED_WITHIN_S = 0.1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -144,7 +148,8 @@ def share(processes: int, **arguments: Any) -> None:
         if status:
             print(f"rank {rank} failed", flush=True)
             for child in children:
-                os.kill(child, signal.SIGKILL)
+                if not alone:
+                    os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
             sys.exit(os.waitstatus_to_exitcode(status))
 
@@ -154,14 +159,16 @@ def share_one(
     objective: str,
     settings: dict[str, Any],
     stop: list[int] | None = None,
+    kill: list[int] | None = None,
     spoil: tuple[int, list[int]] | None = None,
     idle: Sequence[int] = (),
 ) -> None:
     """A run of `small_runs.nano_trainer` that several processes share.
 
     Each leaves what it has seen, the steps and its weights in `samples-RANK` and so on.
-    stop: a rank, and the call of its objective at which it gets SIGTERM; spoil: one whose losses
-    are no numbers, and at which calls; idle: places in each batch where nothing is learned.
+    stop: a rank, and the call of its objective at which it gets SIGTERM; kill: the same with
+    SIGKILL; spoil: one whose losses are no numbers, and at which calls; idle: places in each batch
+    where nothing is learned.
     """
     seen: list[tuple[int, int]] = []
 
@@ -190,6 +197,8 @@ def share_one(
             call += 1
             if [workers.rank, call] == stop:
                 signal.raise_signal(signal.SIGTERM)
+            if [workers.rank, call] == kill:
+                _die()
             total, *others = real(*arguments)
             bad = spoil and workers.rank == spoil[0] and call in spoil[1]
             return total * math.nan if bad else total, *others

@@ -1,5 +1,6 @@
 """Rows 2, 6 and 7 of the reliability promises where several processes share a run."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,28 @@ def test_as_many_processes_go_on_to_the_same_bits(
     assert metrics(run) == metrics(whole)
     assert files_of(run, 8) == files_of(whole, 8)
     assert_in_step(run, 2)
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "dpo"])
+def test_ten_random_kills_of_a_random_process_change_nothing(
+    lives: Lives, tmp_path: Path, objective: str
+) -> None:
+    """Row 1 for two processes; the one that is left is killed by whoever has started both."""
+    whole, run, dice = tmp_path / "whole", tmp_path / "run", random.Random(objective)
+    settings = {"training__steps": 40, "checkpoint__every": 3}
+    share(lives, whole, 2, objective, **settings)
+    for _ in range(10):
+        kill = (dice.randrange(2), dice.randrange(1, 14))
+        assert f"rank {kill[0]} failed" in share(lives, run, 2, objective, kill=kill, **settings)
+    share(lives, run, 2, objective, **settings)
+    assert metrics(run) == metrics(whole)
+    assert files_of(run, 40) == files_of(whole, 40)
+
+
+def test_one_that_nobody_ends_says_that_another_is_gone(lives: Lives, tmp_path: Path) -> None:
+    """As on another machine than the one where a process was lost."""
+    said = share(lives, tmp_path, 2, kill=(1, 5), alone=True)
+    assert "process 0 of 0-1: another process of this run has ended; the same command" in said
 
 
 def test_another_number_of_processes_goes_on(lives: Lives, tmp_path: Path) -> None:
