@@ -148,18 +148,15 @@ def test_as_many_processes_go_on_to_the_same_bits(
     assert_in_step(run, 2)
 
 
-@pytest.mark.parametrize("objective", ["pretrain", "dpo"])
-def test_ten_random_kills_of_a_random_process_change_nothing(
-    lives: Lives, tmp_path: Path, objective: str
-) -> None:
+def test_ten_random_kills_of_a_random_process_change_nothing(lives: Lives, tmp_path: Path) -> None:
     """Row 1 for two processes; the one that is left is killed by whoever has started both."""
-    whole, run, dice = tmp_path / "whole", tmp_path / "run", random.Random(objective)
+    whole, run, dice = tmp_path / "whole", tmp_path / "run", random.Random("kills")
     settings = {"training__steps": 40, "checkpoint__every": 3}
-    share(lives, whole, 2, objective, **settings)
+    share(lives, whole, 2, **settings)
     for _ in range(10):
         kill = (dice.randrange(2), dice.randrange(1, 14))
-        assert f"rank {kill[0]} failed" in share(lives, run, 2, objective, kill=kill, **settings)
-    share(lives, run, 2, objective, **settings)
+        assert f"rank {kill[0]} failed" in share(lives, run, 2, kill=kill, **settings)
+    share(lives, run, 2, **settings)
     assert metrics(run) == metrics(whole)
     assert files_of(run, 40) == files_of(whole, 40)
 
