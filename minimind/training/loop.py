@@ -286,9 +286,7 @@ def _engine(job: Trainer, compiled: Transformer) -> Engine:
     if settings.engine == "deepspeed":
         from minimind.training.zero import ZeroEngine  # slow to import, and need not be there
 
-        return ZeroEngine(
-            job.model, job.recipe, job.objective, job.precision, job.workers, job.micro_batch
-        )
+        return ZeroEngine(job.model, job.recipe, job.objective, job.precision, job.workers)
     return TorchEngine(
         job.model, compiled, job.recipe.optim, job.objective, job.precision, job.workers
     )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Wi
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
-from minimind.errors import ConfigError, DataError
+from minimind.errors import CheckpointError, ConfigError, DataError
 from minimind.model import (
     Transformer,
     apply_lora,
@@ -192,11 +193,6 @@ def _check_engine(recipe: Recipe) -> None:
         raise ConfigError('training.engine: deepspeed trains by AdamW; set optim.name = "adamw"')
     if recipe.training.compile:
         raise ConfigError("training.engine: deepspeed does not go with training.compile")
-    if "RANK" not in os.environ:
-        raise ConfigError(
-            "training.engine: deepspeed shares work among processes that are started together: "
-            "give --nproc N, or use torchrun or its own launcher"
-        )
 
 
 def _share(settings: TrainingSettings, workers: Workers) -> int:
@@ -218,9 +214,27 @@ def _share(settings: TrainingSettings, workers: Workers) -> int:
 def _run(
     recipe: Recipe, run: Path, workers: Workers, reporter: Reporter, write_samples: WriteSamples
 ) -> StageResult:
+    if recipe.training.engine == "deepspeed" and workers is ALONE:
+        raise ConfigError(
+            "training.engine: deepspeed shares work among processes that are started together: "
+            "give --nproc N, or use torchrun or DeepSpeed's own launcher"
+        )
+    begun_here = (run / "checkpoints").is_dir()
+    if workers.tell(begun_here) is False and begun_here:
+        raise CheckpointError(
+            f"{run} on {platform.node()} holds this run, and the first process, which is on "
+            "another machine, does not. Let that machine be the first (torchrun --node-rank 0), or "
+            "put the run on a disk that all share"
+        )
     with workers.first_in_turn():  # the others find the token stores that it has made
         prepared = prepare_stage(
             recipe, reporter=reporter, write_samples=write_samples, workers=workers
+        )
+    given = [dump_recipe(recipe.model_copy(update={"out": None})), prepared.job.data_sha256]
+    if workers.tell(given) != given:
+        raise ConfigError(
+            f"process {workers.rank} of 0-{workers.size - 1} on {platform.node()} was given other "
+            "settings or other data than the first one; give the same on every machine"
         )
     prepared.job.micro_batch = workers.tell(prepared.job.micro_batch)
     if recipe.objective == "dpo":

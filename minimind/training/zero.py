@@ -57,10 +57,9 @@ class ZeroEngine:
         objective: Objective,
         precision: Precision,
         workers: Workers,
-        micro_batch: int,
     ) -> None:
         self._model, self._recipe, self._objective = model, recipe, objective
-        self._precision, self._workers, self._micro_batch = precision, workers, micro_batch
+        self._precision, self._workers = precision, workers
         self._stage = recipe.training.zero_stage
         self._loaded: dict[str, Tensor] = {}
 
@@ -87,9 +86,8 @@ class ZeroEngine:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "train_micro_batch_size_per_gpu": self._micro_batch,
-            "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,  # a step ends where the loop says so
+            "train_micro_batch_size_per_gpu": 1,  # and this is of no matter then
             "gradient_clipping": self._recipe.optim.grad_clip,
             "zero_optimization": {
                 "stage": self._stage,

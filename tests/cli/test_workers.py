@@ -152,24 +152,45 @@ def test_a_mistake_is_told_once(training: list[str], start: Start, tmp_path: Pat
     )
 
 
-def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: Path) -> None:
-    """Two nodes that meet on this machine: each starts one process; one of them is lost."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run = tmp_path / "run"
-    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    meeting += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "minimind"]
-    command = [*meeting, *training, "--out", str(run)]
-    nodes = [start(*command, module="torch.distributed.run") for _ in range(2)]
-    wait_for_steps(run, 10, nodes[0])
-    ranks = [workers(node) for node in nodes]
+        return int(free.getsockname()[1])
+
+
+def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: Path) -> None:
+    """Two nodes that meet on this machine, a process and a folder each; one of them is lost."""
+
+    def nodes(*options: list[str]) -> list[subprocess.Popen[str]]:
+        return [
+            start(
+                *("--nnodes", "2", "--nproc-per-node", "1", *own),
+                *(*training, "--out", str(tmp_path / f"{number}")),
+                module="torch.distributed.run",
+            )
+            for number, own in enumerate(options)
+        ]
+
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    both = nodes(meeting, meeting)
+    runs = [tmp_path / "0", tmp_path / "1"]
+    while not any((run / "checkpoints" / "step-00000007").is_dir() for run in runs):
+        assert all(node.poll() is None for node in both), [node.communicate() for node in both]
+        time.sleep(0.02)
+    ranks = [workers(node) for node in both]
     assert sorted(rank for of in ranks for rank in of) == [0, 1]
-    [lost] = [of[1] for of in ranks if 1 in of]
     [other] = [of[0] for of in ranks if 0 in of]
+    [lost] = [of[1] for of in ranks if 1 in of]
     lost.kill()
-    ends = [node.communicate(timeout=100) for node in nodes]
-    assert all(node.returncode == 1 for node in nodes)
+    ends = [node.communicate(timeout=100) for node in both]
+    assert all(node.returncode == 1 for node in both)
     assert sum("SIGKILL" in complaint for _, complaint in ends) == 1  # its own node tells
     assert not other.is_running()
-    assert list((run / "checkpoints").iterdir())
+
+    # The run is where the first process was. Where it is not, it is not begun anew.
+    first = 0 if 0 in ranks[0] else 1
+    assert not (runs[1 - first] / "metrics.jsonl").exists()
+    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
+    both = nodes([*meeting, str(1 - first)], [*meeting, str(first)])
+    _, complaint = both[first].communicate(timeout=100)
+    assert f"error: {runs[first]} on " in complaint and "holds this run, and the first" in complaint
