@@ -12,7 +12,19 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web
+from minimind.cli import (
+    chat,
+    data,
+    demo,
+    doctor,
+    generate,
+    merge,
+    plan,
+    serve,
+    tokenizer,
+    train,
+    web,
+)
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -111,7 +123,7 @@ def _start(
 
 for _verb in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
-    *(merge.merge, chat.chat, generate.generate, serve.serve, web.web),
+    *(plan.plan, merge.merge, chat.chat, generate.generate, serve.serve, web.web, doctor.doctor),
 ):
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")
