@@ -116,7 +116,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         """Wait, unless somebody leaves at once. What already goes wrong is not hidden."""
-        if kind is None or issubclass(kind, OSError):  # a disk too full for metrics: ours says more
+        if kind is None or issubclass(kind, ResourceError):  # too full for metrics: ours says more
             self.wait()
         elif not issubclass(kind, KeyboardInterrupt):
             with contextlib.suppress(ResourceError):
