@@ -1,16 +1,19 @@
 """What saving costs training: steps with a save against steps without, in turns, in one process.
 
-    python benchmarks/checkpoint_cost.py [--rounds 5] [--json FILE]
+    python benchmarks/checkpoint_cost.py [--rounds 3] [--json FILE]
 
 A round is 32 windows of 512 tokens and one optimizer step, as pretrain-small takes them (a quarter
 of its batch), with a save just before, whose writing goes on beside it, and the same without. The
 recipe saves after a thousand times as many tokens. Beside it: how long the loop waits in `save`,
 how long the thread writes, how long a save takes when the loop itself writes, and what memory the
-copies take.
+copies take. Seconds are those of the clock, and those of the processor, which waiting for others
+on a machine that they use too does not change: what a save takes of them, copy, checksums and
+writing together, is all that it can take from training.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -39,7 +42,7 @@ VOCAB = 6400
 def main() -> None:
     """Measure, print, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=32, help="windows between saves")
     parser.add_argument("--micro-batch", type=int, default=8, help="windows at once")
     parser.add_argument("--device", default="auto")
@@ -74,40 +77,46 @@ def main() -> None:
             "state": {"step": 1},
         }
 
-    def timed(work: Callable[[], object]) -> float:
+    times: dict[str, dict[str, list[float]]] = {
+        name: {"clock": [], "processor": []}
+        for name in ("step", "step_beside_a_save", "loop_waits", "save", "loop_writes_itself")
+    }
+
+    def timed(name: str, work: Callable[[], object]) -> None:
         wait(device)
-        began = time.perf_counter()
+        clock, processor = time.perf_counter(), time.process_time()
         work()
         wait(device)
-        return time.perf_counter() - began
+        times[name]["clock"].append(time.perf_counter() - clock)
+        times[name]["processor"].append(time.process_time() - processor)
 
-    step()
-    times: dict[str, list[float]] = {
-        name: [] for name in ("step_with_a_save", "step_without", "loop_waits_in_save")
-    }
+    for _ in range(2):
+        step()
     with tempfile.TemporaryDirectory() as name, CheckpointWriter(Path(name), keep=2) as writer:
-        run, before = Path(name), resident_bytes()
-        writer.save(1, **saved())
-        copies = resident_bytes() - before
-        writer.wait()
-        for number in range(args.rounds):
-            waited = timed(lambda n=number: writer.save(2 + n, **saved()))
-            times["loop_waits_in_save"].append(waited)
-            times["step_with_a_save"].append(waited + timed(step))
+        run, before = Path(name), peak_bytes()
+
+        def save_and_wait(number: int) -> None:
+            writer.save(number, **saved())
             writer.wait()
-            times["step_without"].append(timed(step))
-        times["thread_writes"] = [
-            timed(lambda n=n: (writer.save(100 + n, **saved()), writer.wait())) for n in range(3)
-        ]
-        times["loop_writes_itself"] = [
-            timed(lambda n=n: save_checkpoint(run, 1000 + n, keep=2, **saved())) for n in range(3)
-        ]
+
+        for number in range(2, args.rounds + 2):
+            timed("loop_waits", lambda n=number: writer.save(n, **saved()))
+            timed("step_beside_a_save", step)
+            writer.wait()
+            timed("step", step)
+        for number in range(100, 105):
+            timed("save", lambda n=number: save_and_wait(n))
+            timed("loop_writes_itself", lambda n=number: save_checkpoint(run, n, keep=2, **saved()))
+        peak = peak_bytes()
         newest = max((run / "checkpoints").iterdir())
         size = sum(file.stat().st_size for file in newest.iterdir())
-    pairs = zip(times["step_with_a_save"], times["step_without"], strict=True)
-    extra = [a - b for a, b in pairs]
-    between = recipe.checkpoint.every * recipe.training.batch / batch  # rounds, in the recipe
-    cost, plain = statistics.median(extra), statistics.median(times["step_without"])
+    median = {
+        clock: {name: statistics.median(both[clock]) for name, both in times.items()}
+        for clock in ("clock", "processor")
+    }
+    between = recipe.checkpoint.every * recipe.training.batch / batch  # steps, in the recipe
+    by_clock, by_processor = median["clock"], median["processor"]
+    cost = by_clock["loop_waits"] + by_clock["step_beside_a_save"] - by_clock["step"]
     parameters = sum(p.numel() for p in model.parameters())
     record = {
         "date": date.today().isoformat(),
@@ -116,23 +125,33 @@ def main() -> None:
         "parameters": parameters,
         "checkpoint_bytes": size,
         "bytes_a_parameter": round(size / parameters, 2),
-        "copies_resident_bytes": copies,
-        "tokens_between_saves": batch * window,
-        "seconds": {name: [round(s, 3) for s in all_s] for name, all_s in times.items()},
-        "seconds_a_save_costs": [round(s, 3) for s in extra],
-        "share_here": round(cost / plain, 4),
-        "share_in_the_recipe": round(cost / (plain * between), 6),
-        "least_seconds_between_saves_for_5_percent": round(cost / 0.05, 1),
+        "peak_resident_bytes": {"before_the_first_save": before, "in_the_end": peak},
+        "tokens_a_step": batch * window,
+        "median_seconds": {
+            clock: {name: round(value, 3) for name, value in all_s.items()}
+            for clock, all_s in median.items()
+        },
+        "seconds": {
+            name: {clock: [round(value, 3) for value in all_s] for clock, all_s in both.items()}
+            for name, both in times.items()
+        },
+        "share_when_saving_every_step": {
+            "clock": round(cost / by_clock["step"], 4),
+            "processor": round(by_processor["save"] / by_processor["step"], 4),
+        },
+        "share_in_the_recipe": {
+            "clock": round(cost / by_clock["step"] / between, 6),
+            "processor": round(by_processor["save"] / by_processor["step"] / between, 6),
+        },
     }
     print(json.dumps(record, indent=1))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in use."""
-    lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+def peak_bytes() -> int:
+    """Most memory that this process has had in use."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts in KiB
 
 
 if __name__ == "__main__":

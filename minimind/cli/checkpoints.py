@@ -1,4 +1,4 @@
-"""`minimind checkpoints list RUN` and `minimind checkpoints verify RUN`."""
+"""`minimind checkpoints list RUN`, `verify RUN` and `extract RUN --out DIR`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,20 @@ def verify(run: Run, json: Json = None) -> None:
     damaged = _show(run, json, thorough=True)
     if damaged:
         raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Model or adapter directory to write.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the best.")] = None,
+) -> None:
+    """Make a model directory (of a LoRA run: an adapter) of a checkpoint, such as the best."""
+    from minimind.training.stage import extract_checkpoint
+
+    console.say(
+        f"What the run had learned by step {extract_checkpoint(run, step, out):,} is in {out}"
+    )
 
 
 def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
@@ -63,17 +77,12 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
 
 
 def _figures(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
-    """What is told of a checkpoint. The newest that can be read knows which is the best."""
+    """What is told of a checkpoint."""
+    from minimind.training.checkpoint import best_step
     from minimind.training.loop import judged_by
 
-    told = (other.state["best"] for other in reversed(there) if other.state.get("best"))
-    best: dict[str, Any] = next(told, {})
-    is_best = best.get("step") == one.step
     validation = one.state.get("validation") if one.state.get("validated") == one.step else None
-    if is_best:
-        shown = {best["figure"]: best["value"]}
-    else:
-        shown = {judged_by(validation): validation[judged_by(validation)]} if validation else {}
+    shown = {judged_by(validation): validation[judged_by(validation)]} if validation else {}
     return {
         "step": one.step,
         "path": str(one.path),
@@ -81,6 +90,6 @@ def _figures(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
         "bytes": one.bytes,
         "validation": shown,
         "newest": one is there[-1],
-        "best": is_best,
+        "best": one.step == best_step(there),
         "trouble": one.trouble,
     }

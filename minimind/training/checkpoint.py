@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -116,7 +116,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         """Wait, unless somebody leaves at once. What already goes wrong is not hidden."""
-        if kind is None or issubclass(kind, OSError):  # a disk too full for metrics: ours says more
+        if kind is None or issubclass(kind, ResourceError):  # too full for metrics: ours says more
             self.wait()
         elif not issubclass(kind, KeyboardInterrupt):
             with contextlib.suppress(ResourceError):
@@ -194,6 +194,15 @@ def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint |
     return None
 
 
+def load_checkpoint(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step. Raises CheckpointError with what is wrong with it."""
+    place = run / "checkpoints" / f"step-{step:08}"
+    try:
+        return _load(place)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{place} is damaged: {error}") from error
+
+
 @dataclass(frozen=True)
 class Inspected:
     """A checkpoint as it lies on the disk; `trouble` says what is wrong with it, if anything is."""
@@ -220,6 +229,12 @@ def inspect_checkpoints(run: Path, *, thorough: bool) -> list[Inspected]:
         size = sum(file.st_size for file in files)
         inspected.append(Inspected(_step(place), place, saved, size, state, trouble))
     return inspected
+
+
+def best_step(there: Sequence[Inspected]) -> int | None:
+    """Which step was the best by validation: the newest that can be read knows."""
+    best = (one.state.get("best") for one in reversed(there))
+    return next((int(known["step"]) for known in best if known), None)
 
 
 def _trouble(place: Path, thorough: bool) -> str:

@@ -33,6 +33,7 @@ from minimind.model import (
     save_model,
 )
 from minimind.tokenizer import Tokenizer
+from minimind.training.checkpoint import best_step, inspect_checkpoints, load_checkpoint
 from minimind.training.distributed import ALONE, Workers, join, own_device
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
@@ -556,3 +557,34 @@ def unigram_bits_per_byte(
     labels = held_out.batch(0, min(num_windows, held_out.order.epoch_size)).labels.reshape(-1)
     text = labels[bytes_of[labels] > 0]
     return float(bits_of[text].sum() / bytes_of[text].sum())
+
+
+def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
+    """Write the model, or the adapter, of a checkpoint of `run` to `out`; the best without `step`.
+
+    Returns its step. Raises CheckpointError when it is not there, damaged, or of another base.
+    """
+    there = inspect_checkpoints(run, thorough=False)
+    if step is None:
+        step = best_step(there)
+    if step is None:
+        raise CheckpointError(f"{run}: nothing tells which checkpoint is the best; give --step")
+    if step not in [one.step for one in there]:
+        kept = ", ".join(f"{one.step:,}" for one in there) or "none"
+        raise CheckpointError(f"{run}: there is no checkpoint of step {step:,}; kept are {kept}")
+    checkpoint = load_checkpoint(run, step)
+    recipe = load_recipe(run / "recipe.toml").recipe
+    if checkpoint.state["base_sha256"] != _base_sha256(recipe):
+        raise CheckpointError(
+            f"{run}: {recipe.model.init} is not the model that this run began with"
+        )
+    tokenizer, model = _start(recipe, torch.device("cpu"))
+    unlike = model.load_state_dict(checkpoint.model, strict=False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not unlike.unexpected_keys and not trained & set(unlike.missing_keys)
+    if recipe.lora:
+        base = resolve_model_directory(Path(recipe.model.init or ""))
+        save_adapter(out, model, recipe.lora, base)
+    else:
+        save_model(out, model, tokenizer)
+    return step

@@ -91,6 +91,14 @@ def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -
     assert "5 of 5 damaged" in done.output
 
 
+def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
+    done = run("extract", here, "--step", 15, "--out", "out")
+    assert done.exit_code == 1
+    assert done.stderr == (
+        "error: run: there is no checkpoint of step 15; kept are 10, 20, 25, 30\n"
+    )
+
+
 def test_no_run_and_no_checkpoints_are_said_in_one_line(here: Path) -> None:
     Path("empty").mkdir()
     for place in ("empty", "nowhere"):
