@@ -119,6 +119,7 @@ def nano_trainer(
     torch.manual_seed(recipe.seed)
     device = torch.device("cpu")
     model = Transformer(recipe.model.shape(VOCAB))
+    model.activation_checkpointing = recipe.training.activation_checkpointing
     if recipe.lora:
         apply_lora(model, recipe.lora)
     assert recipe.training.steps and recipe.training.micro_batch

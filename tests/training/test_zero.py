@@ -46,7 +46,7 @@ class TestZero:
     pytestmark = slow
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    @pytest.mark.parametrize("kind", ["pretrain", "moe", "lora", "dpo", "bf16", "clipped"])
+    @pytest.mark.parametrize("kind", ["pretrain", "moe", "lora", "dpo", "bf16", "clipped", "again"])
     def test_the_losses_are_those_of_our_own_engine(
         self, lives: Lives, tmp_path: Path, kind: str, stage: int
     ) -> None:
@@ -55,6 +55,7 @@ class TestZero:
         more: dict[str, Any] = {"held_out": True, "validation__every": 4}
         more |= {"moe": {"model__preset": "nano-moe"}, "lora": lora_settings()}.get(kind, {})
         more |= {"training__precision": "bf16"} if kind == "bf16" else {}
+        more |= {"training__activation_checkpointing": kind == "again"}
         more |= {"optim__grad_clip": 0.05} if kind == "clipped" else {}
         share(lives, tmp_path / "own", 2, objective, **ADAMW | more)
         share(lives, tmp_path / "zero", 2, objective, **zero(stage) | more)
