@@ -490,12 +490,12 @@ def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dic
     engine.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
-    micro_batch = state.pop("micro_batch")
-    if state.pop("processes") == job.workers.size:
+    micro_batch, processes = state.pop("micro_batch"), state.pop("processes", 1)
+    if processes == job.workers.size:
         job.micro_batch = micro_batch  # another split of a batch rounds differently
     job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
     at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
-    return at, {k: t for k, t in tensors if k.startswith("rng/")}
+    return at, {k: t.view(processes, -1) for k, t in tensors if k.startswith("rng/")}
 
 
 @contextlib.contextmanager

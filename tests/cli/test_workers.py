@@ -141,6 +141,15 @@ def test_stopped_orphaned_and_stopped_at_once(
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert int(saved[-1].removeprefix("step-")) == json.loads(last)["step"]
 
+    process = start(*command)
+    wait_for_steps(run, 3, process)
+    both = workers(process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert not any(worker.is_running() for worker in both.values())
+
 
 def test_a_mistake_is_told_once(training: list[str], start: Start, tmp_path: Path) -> None:
     process = start(*training, "--out", str(tmp_path / "run"), "--nproc", "3")
