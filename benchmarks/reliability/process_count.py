@@ -7,6 +7,8 @@ with as many runs as --number says, each stopped four times, by a signal to a ra
 random place, and gone on with by another number of processes each time; and with runs of 2 and of
 4 processes from the beginning to the end. Samples are compared by number and order, losses and
 norms of gradients line by line. LoRA is without dropout, which draws other numbers in each process.
+`micro_batch_of_…` is what no number of processes is to blame for: one process against itself, with
+its batches split into other parts.
 """
 
 import random
@@ -49,6 +51,13 @@ def main() -> None:
             assert wanted == list(range(STEPS * BATCH))
             figure = {"runs": 0, "stops": 0, "other_samples": 0, "worst_loss": 0.0}
             figure |= {"worst_grad_norm": 0.0}
+            for micro_batch in (2, 4):
+                split = settings | {"training__micro_batch": micro_batch}
+                share(shop.lives, shop.folder / "split", 1, objective, **split)
+                figure[f"micro_batch_of_{micro_batch}"] = farthest(
+                    whole, shop.folder / "split", "loss"
+                )
+                shutil.rmtree(shop.folder / "split")
             plans = [[2], [4], *(changes(dice) for _ in range(args.number))]
             for plan in plans:
                 run, seen = shop.folder / "run", []
