@@ -17,8 +17,10 @@ from minimind.cli import (
     checkpoints,
     data,
     demo,
+    doctor,
     generate,
     merge,
+    plan,
     serve,
     tokenizer,
     train,
@@ -122,7 +124,7 @@ def _start(
 
 for _verb in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
-    *(merge.merge, chat.chat, generate.generate, serve.serve, web.web),
+    *(plan.plan, merge.merge, chat.chat, generate.generate, serve.serve, web.web, doctor.doctor),
 ):
     app.command()(_verb)
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -42,7 +42,7 @@ def load_for_inference(
     directory = resolve_model_directory(path)
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
     tokenizer.check_model(directory, config.vocab_size)
-    dtype = dtype or _dtype(chosen)
+    dtype = dtype or inference_dtype(chosen)
     with on_one_core():
         if adapter is None:
             model = load_model(directory, device=chosen, dtype=dtype)
@@ -71,7 +71,7 @@ def on_one_core() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _dtype(device: torch.device) -> torch.dtype:
+def inference_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it; benchmarks/records/decoding-speed.md: figures."""
     packs = device.type != "cpu" or torch.backends.mkldnn.is_available()
     return torch.bfloat16 if packs and multiplies_bf16(device) else torch.float32

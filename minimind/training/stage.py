@@ -35,10 +35,11 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.checkpoint import best_step, inspect_checkpoints, load_checkpoint
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
-from minimind.training.memory import choose_micro_batch
+from minimind.training.memory import Footprint, choose_micro_batch
 from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
+from minimind.training.optimizers import count_moments
 from minimind.training.precision import choose_precision
 from minimind.training.reference import FILE as REFERENCE
 from minimind.training.reference import fill_references
@@ -123,11 +124,9 @@ def prepare_stage(
     tokenizer, model = _start(recipe, device)
     num_parameters = _count(model)
     micro_batch = choose_micro_batch(
-        model.config,
-        num_parameters,
+        footprint(recipe, model, device),
         asked=recipe.training.micro_batch,
         batch=recipe.training.batch,
-        window=recipe.data.window,
         device=device,
     )
     stores = _stores(recipe, tokenizer, reporter)
@@ -181,6 +180,19 @@ def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamp
         save_model(run / "model", prepared.job.model, prepared.tokenizer)
     _write_atomically(run / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
     return _result(recipe, run, summary)
+
+
+def footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footprint:
+    """What memory a step of the stage depends on."""
+    return Footprint(
+        model.config,
+        _count(model),
+        _count(model, trained=True),
+        count_moments(model, recipe.optim),
+        recipe.data.window,
+        device.type,
+        recipe.training.activation_checkpointing,
+    )
 
 
 def _count(model: Transformer, *, trained: bool = False) -> int:
@@ -279,6 +291,7 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
     if recipe.lora:
         torch.manual_seed(recipe.seed)
         apply_lora(model, recipe.lora)
+    model.activation_checkpointing = recipe.training.activation_checkpointing
     return tokenizer, model
 
 
