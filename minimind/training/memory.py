@@ -41,7 +41,7 @@ class Footprint:
         if self.activation_checkpointing:
             # What goes into each layer; the inside of one and its gradient; its weights' copies.
             kept, copied = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer, 2
-        # It is in the machine's memory, which is the device's too but on a card of its own.
+        # A checkpoint is written from a copy in the machine's memory; a card has its own.
         saved = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
         return {
             "weights": 4 * self.parameters,
