@@ -117,13 +117,57 @@ def test_more_than_it_said_is_not_taken_for_its_own(quick: Any) -> None:
     assert data.count(b"HTTP/1.1") == data.count(b"HTTP/1.1 400") == 2
 
 
-@pytest.mark.parametrize("length", ["-1", "1e3", "0x10", "5, 6", "９"])
-def test_lengths_that_are_none(quick: Any, length: str) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        *(f"content-length: {length}" for length in ["-1", "1e3", "0x10", "5, 6", "９"]),
+        "content-length: 5\r\ncontent-length: 6",
+        "transfer-encoding: gzip, chunked",
+        "no colon",
+        "bad\0name: x",
+        "x: " + "y" * 200_000,
+    ],
+)
+def test_what_is_not_http_is_refused(quick: Any, head: str) -> None:
+    with connect(quick) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n\r\n".encode())
+        status, body = answer_of(connection)
+    assert status in (400, 501)
+    assert body["error"]["code"] == "invalid_http"
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert is_well(quick)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"hello\r\n\r\n", b"GET / HTTP/9"]
+)
+def test_another_protocol_is_refused(quick: Any, sent: bytes) -> None:
+    with connect(quick) as connection:
+        connection.sendall(sent + b"\r\n\r\n")
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (400, "invalid_http")
+
+
+def test_a_body_of_two_lengths_is_refused(quick: Any) -> None:
     with connect(quick) as connection:
         connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n".encode()
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n"
+            "transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /health HTTP/1.1\r\n\r\n".encode()
         )
-        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (400, "invalid_http")
+
+
+def test_a_body_that_turns_bad_is_refused(quick: Any) -> None:
+    with connect(quick) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+            "5\r\nhello\r\n".encode()
+        )
+        time.sleep(0.1)
+        connection.sendall(b"what is this\r\n")
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (400, "invalid_http")
     assert is_well(quick)
 
 
