@@ -39,7 +39,8 @@ def with_short_answer(case: Any) -> None:
     if isinstance(body.get("model"), str):
         body["model"] = "tiny"
     for name in ("max_tokens", "max_completion_tokens"):
-        if type(body.get(name)) is int and (body[name] > _SHORT or body[name] == -1):
+        asked = body.get(name)
+        if type(asked) is int and (asked == -1 or _SHORT < asked < 2**31):  # more is wrong
             body[name] = _SHORT
         elif name in body and body[name] is None:
             del body[name]
