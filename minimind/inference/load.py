@@ -1,5 +1,7 @@
 """A model directory, made ready to write text."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,15 +43,32 @@ def load_for_inference(
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
     tokenizer.check_model(directory, config.vocab_size)
     dtype = dtype or _dtype(chosen)
-    if adapter is None:
-        model = load_model(directory, device=chosen, dtype=dtype)
-    else:
-        model = load_model(directory, device=chosen)
-        merge_adapter(model, resolve_adapter_directory(adapter))
-        model = model.to(dtype)
+    with on_one_core():
+        if adapter is None:
+            model = load_model(directory, device=chosen, dtype=dtype)
+        else:
+            model = load_model(directory, device=chosen)
+            merge_adapter(model, resolve_adapter_directory(adapter))
+            model = model.to(dtype)
     if context is not None:
         model.extend_context(context, rope_scaling)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Let torch work with one core, in this thread, so that it starts no helpers for it.
+
+    OpenMP gives each thread that calls torch helpers of its own. Where there are more of them than
+    cores they sleep between any two products instead of waiting at the ready, and an engine's step
+    takes twice as long; so whoever loads a model must not have any when the engine works.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _dtype(device: torch.device) -> torch.dtype:

@@ -34,6 +34,7 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
 from minimind.training.objectives import Objective
+from minimind.training.precision import LossScaler, Precision
 
 
 def files_of(run: Path, step: int) -> dict[str, bytes]:
@@ -217,6 +218,46 @@ def test_a_stop_in_the_middle_of_a_step_does_not_wait_for_its_end(
     assert train(nano_trainer(run, **settings)).finished
     assert metrics(run) == metrics(whole)
     assert files_of(run, 3) == files_of(whole, 3)
+
+
+# Half precision: on a CPU, which can do fp16 too, only slowly; the very path of an older GPU.
+
+
+def fp16_run(
+    run: Path, steps: int, reporter: Told | None = None, scale: float = 2.0**40
+) -> Trainer:
+    job = nano_trainer(run, training__steps=steps, optim__lr=3e-3, reporter=reporter)
+    job.precision = Precision("fp16", "cpu", LossScaler(scale, enabled=True))
+    return job
+
+
+def test_training_in_fp16_learns_as_in_fp32(tmp_path: Path) -> None:
+    exact = nano_trainer(tmp_path / "fp32", training__steps=60, optim__lr=3e-3)
+    rough = fp16_run(tmp_path / "fp16", 60, scale=2.0**12)
+    train(exact)
+    train(rough)
+    assert rough.precision.scaler.good_steps == 60  # none was skipped
+    assert losses(rough.run) == pytest.approx(losses(exact.run), rel=0.02)
+    assert losses(rough.run)[-1] < losses(rough.run)[0] - 0.5
+
+
+def test_training_in_fp16_finds_its_scale(tmp_path: Path) -> None:
+    job = fp16_run(tmp_path, 50)
+    train(job)
+    assert 2.0**8 < job.precision.scaler.scale < 2.0**40
+    assert job.precision.scaler.good_steps > 5
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
+
+
+def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, stopped = fp16_run(tmp_path / "whole", 50), tmp_path / "stopped"
+    train(whole)
+    assert train(fp16_run(stopped, 50, Stopping(27))).steps == 27
+    again = fp16_run(stopped, 50)
+    again.precision.scaler.scale = 3.0  # what the checkpoint says counts
+    assert train(again).finished
+    assert again.precision.scaler == whole.precision.scaler
+    assert files_of(stopped, 50) == files_of(whole.run, 50)
 
 
 # Row 7: bad numbers.
