@@ -4,34 +4,38 @@ from typing import Any
 
 import streamlit as st
 
-_HTML = '<button type="button"><span class="mark"></span><span class="label"></span></button>'
-# The looks of Streamlit's own tertiary buttons.
+_HTML = """
+<button type="button">
+  <span class="mark" aria-hidden="true"></span><span class="label"></span>
+</button>
+"""
+# The looks of Streamlit's own tertiary buttons; the marks are names of icons in its font.
 _CSS = """
 button {
   display: inline-flex; align-items: center; gap: 0.5rem; min-height: 2.5rem; padding: 0;
   border: none; background: none; cursor: pointer; white-space: nowrap;
-  font: inherit; color: var(--st-text-color);
+  font: inherit; font-size: 0.875rem; color: var(--st-text-color);
 }
 button:hover, button:focus-visible { color: var(--st-primary-color); }
-.mark { width: 1.1em; text-align: center; }
+.mark { font-family: "Material Symbols Rounded"; font-size: 1.25rem; width: 1em; overflow: hidden; }
 """
 # The text goes nowhere but to the clipboard: it is never made a part of the page.
 _JS = """
 export default function({ parentElement, data }) {
   const find = (css) => parentElement.querySelector(css);
   const show = (mark) => { find('.mark').textContent = mark; };
-  show('\\u2398');
+  show('content_copy');
   find('.label').textContent = data.label;
   let timer;
   find('button').onclick = async () => {
     try {
       await navigator.clipboard.writeText(data.text);
-      show('\\u2713');
+      show('check');
     } catch {
-      show('\\u2717');
+      show('close');
     }
     clearTimeout(timer);
-    timer = setTimeout(() => show('\\u2398'), 1500);
+    timer = setTimeout(() => show('content_copy'), 1500);
   };
   return () => clearTimeout(timer);
 }

@@ -29,6 +29,8 @@ _STYLE = """
 [class*="st-key-tools-"] { margin-top: -1rem; padding-left: 2.4rem; }
 /* Below an answer that is being written stands only what an earlier run has left. */
 [class*="st-key-stop-"] ~ * { display: none; }
+/* Above the field, also while the answer grows faster than the page scrolls. */
+[class*="st-key-stop-"] { position: sticky; bottom: 9rem; z-index: 1; }
 @media (max-width: 640px) {
   .block-container { padding-left: 0.8rem; padding-right: 0.8rem; }
 }

@@ -283,7 +283,7 @@ def test_a_copy_is_on_the_clipboard(url: str, browser: Browser, store: Store) ->
         button = browser.wait(lambda css=css: browser.shadow_buttons(css))[0]
         assert button.text.endswith(f"Copy {side + 1}")
         button.click()
-        browser.wait(lambda button=button: button.text.startswith("\u2713"))
+        browser.wait(lambda button=button: button.text.startswith("check"))
         read = "navigator.clipboard.readText().then(arguments[0])"
         assert browser.driver.execute_async_script(read) == text
 
