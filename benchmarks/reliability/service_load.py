@@ -234,10 +234,12 @@ def attackers(url: str, said: Any) -> None:
     nested = b'{"model":"tiny","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     long = body(messages=[{"role": "user", "content": "长" * 300_000}])
     many = body(messages=[{"role": "user", "content": "a"}] * 20_000)
+    wrong = body(messages=[{"role": "user", "content": [1] * 300_000}])
     keys = json.dumps({f"k{i}": i for i in range(60_000)}).encode()
     odd = {
         "a long text": head(len(long)) + long,
         "many messages": head(len(many)) + many,
+        "many mistakes": head(len(wrong)) + wrong,
         "many keys": head(len(keys)) + keys,
         "deep": head(len(deep)) + deep,
         "nested": head(len(nested)) + nested,

@@ -9,6 +9,9 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from pydantic import ValidationError
+
+from minimind.serving.schema import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
@@ -179,6 +182,34 @@ def test_deep_nesting_is_refused(quick: Any) -> None:
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "invalid_json"
         assert "recursion" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": [{"role": "user", "content": [1] * 100_000}]},
+        {"messages": [{f"k{i}": i for i in range(40)}] * 2000},
+        {"messages": [{f"k{i}": i for i in range(60_000)}]},
+        {"logit_bias": {str(i): "x" for i in range(60_000)}},
+        {"stop": [1] * 100_000},
+        {f"k{i}": i for i in range(60_000)},
+        {"prompt": ["a", 1] * 50_000},
+        {"prompt": [["a"] * 10_000] * 10},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_many_mistakes_are_few_complaints(process: Any, wrong: dict[str, Any]) -> None:
+    """Each complaint takes time in which nobody else is heard."""
+    kind = CompletionRequest if "prompt" in wrong else ChatRequest
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate(ASKED | wrong)
+    assert error.value.error_count() <= 50
+    path = "/v1/completions" if "prompt" in wrong else CHAT
+    answer = httpx.post(f"{process.url}{path}", json=ASKED | wrong)
+    assert answer.status_code == 400
+    if len(wrong) > 1:
+        told = "Invalid value for 'body': it has more than 256 keys."
+        assert answer.json()["error"]["message"] == told
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b'"a"', b"\xff", b'{"n": NaN}', b"1"])
