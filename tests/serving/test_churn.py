@@ -75,7 +75,8 @@ async def each_alone(url: str) -> list[str]:
 def try_out(service: Process, requests: int, at_once: int) -> None:
     alone = asyncio.run(each_alone(service.url))
     assert len(set(alone)) == len(PROMPTS)
-    asyncio.run(churn(service.url, at_once, at_once, alone))  # now all has its size
+    # The same once before: caches of kernels for each shape grow until all shapes have come.
+    asyncio.run(churn(service.url, requests, at_once, alone))
     process = psutil.Process(service.child.pid)
     before = process.memory_info().rss
     heard, left = asyncio.run(churn(service.url, requests, at_once, alone))
