@@ -266,7 +266,7 @@ def attackers(url: str, said: Any) -> None:
         try:
             chunked = "transfer-encoding: chunked\r\n\r\n"
             writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{chunked}".encode())
-            while True:
+            while not (reader.at_eof() or writer.transport.is_closing()):
                 writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
                 await writer.drain()
         finally:
@@ -280,7 +280,7 @@ def attackers(url: str, said: Any) -> None:
             for place in range(len(sent)):
                 writer.write(sent[place : place + 1])
                 await asyncio.sleep(0.2)
-                if reader.at_eof():
+                if reader.at_eof() or writer.transport.is_closing():
                     break
         finally:
             writer.close()
