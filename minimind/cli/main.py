@@ -28,7 +28,7 @@ from minimind.cli import (
     web,
     workers,
 )
-from minimind.errors import MinimindError
+from minimind.errors import MinimindError, is_out_of_memory
 
 _OUT_OF_MEMORY = (
     "too little memory{detail}. In training, lower training.micro_batch (windows at once) or "
@@ -69,7 +69,7 @@ def errors_as_messages() -> Iterator[None]:
             raise
         _fail(_system_error(error))
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _fail(_OUT_OF_MEMORY.format(detail=f" ({str(error).splitlines()[0]})"))
 
@@ -89,12 +89,6 @@ def _system_error(error: OSError) -> str:
             "what is finished is kept"
         )
     return f"{where}{error.strerror or error}"
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Torch tells it by a class of its own on GPUs, by words alone on CPUs and on Apple's."""
-    words = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
-    return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
 
 
 app = typer.Typer(

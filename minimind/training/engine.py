@@ -39,6 +39,10 @@ class Engine(Protocol):
         """
         ...
 
+    def discard(self) -> bool:
+        """Forget the gradients of a step that was not finished; False where that cannot be."""
+        ...
+
     def set_lr(self, fraction: float) -> None:
         """Set every learning rate to this share of its peak."""
         ...
@@ -102,6 +106,10 @@ class TorchEngine:
             self._optimizers.step()
         self._optimizers.zero_grad()
         return norm
+
+    def discard(self) -> bool:
+        self._optimizers.zero_grad()
+        return True
 
     def gather_weights(self) -> None:
         pass

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from minimind.config.settings import Recipe
 from minimind.data.packing import Mix
-from minimind.errors import CheckpointError, TrainingError
+from minimind.errors import CheckpointError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model import Transformer
 from minimind.training.batch import to_device
 from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
 from minimind.training.distributed import ALONE, Workers
 from minimind.training.engine import Engine, TorchEngine
+from minimind.training.memory import divisors
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
@@ -175,20 +176,14 @@ def train(job: Trainer) -> Outcome:
         while at.step < job.num_steps and not stop_requested():
             clock, random = time.perf_counter(), _random_states(job.device)
             engine.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
-            sums = Sums()
-            for sample in workers.share(at.step * batch, batch)[:: job.micro_batch]:
-                if stop_requested():
-                    break
-                waiting = time.perf_counter()
-                windows = to_device(job.data.batch(sample, job.micro_batch), job.device)
-                at.data_s += time.perf_counter() - waiting
-                loss, count, more = engine.loss(windows)
-                # A fixed divisor keeps fp16 in range; the true one is known after the last part.
-                engine.backward(loss * (job.precision.scaler.scale / tokens_a_step))
-                sums.add(Sums(loss.detach(), count, more))
+            sums = _accumulate(job, engine, at, stop_requested)
             if stop_requested():  # a step may take minutes: the run that goes on does it again
                 _set_random_states(random, job.device)
                 break
+            if sums is None:
+                _take_fewer(job, at)
+                _set_random_states(random, job.device)
+                continue
             sums.over(workers, job.device)
             norm = _step(job, engine, int(sums.count), tokens_a_step)
             at.interval.add(sums)
@@ -209,6 +204,58 @@ def train(job: Trainer) -> Outcome:
     return Outcome(
         at.step, job.num_steps, at.elapsed_s, tokens, at.first, at.validation, at.best, finished
     )
+
+
+def _accumulate(
+    job: Trainer, engine: Engine, at: _Progress, stop_requested: Callable[[], bool]
+) -> Sums | None:
+    """Losses and gradients of this process's share of a step, as far as no stop is asked for.
+
+    None when memory ran out in a process: then nothing of the step is left, and fewer windows at
+    once are to be tried.
+    """
+    batch = job.recipe.training.batch
+    # A fixed divisor keeps fp16 in range; the true one is known after the last part.
+    factor = job.precision.scaler.scale / (batch * job.recipe.data.window)
+    sums, short = Sums(), False
+    for sample in job.workers.share(at.step * batch, batch)[:: job.micro_batch]:
+        if stop_requested():
+            return sums
+        if short:  # the others have not heard of it yet
+            continue
+        waiting = time.perf_counter()
+        windows = to_device(job.data.batch(sample, job.micro_batch), job.device)
+        at.data_s += time.perf_counter() - waiting
+        try:
+            loss, count, more = engine.loss(windows)
+            engine.backward(loss * factor)
+            sums.add(Sums(loss.detach(), count, more))
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) or isinstance(error, MemoryError)):
+                raise
+            if not engine.discard():
+                raise
+            short = True
+    if not job.workers.any(short):
+        return sums
+    engine.discard()
+    return None
+
+
+def _take_fewer(job: Trainer, at: _Progress) -> None:
+    """Half as many windows at once, or the next number that divides a process's share."""
+    share = job.recipe.training.batch // job.workers.size
+    fewer = next((n for n in divisors(share) if n <= job.micro_batch // 2), None)
+    where = f"step {at.step + 1}: too little memory on {job.device} for {job.micro_batch} windows"
+    if fewer is None:
+        advice = "a smaller model or a shorter data.window"
+        if not job.recipe.training.activation_checkpointing:
+            advice = f"training.activation_checkpointing=true, {advice}"
+        raise ResourceError(f"{job.run}: {where} at once, and fewer there are not; take {advice}")
+    job.reporter.say(f"{where} at once; going on with {fewer}, the batch in more parts")
+    job.micro_batch = fewer
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _between_steps(

@@ -84,6 +84,9 @@ class ZeroEngine:
         if self._stage == 3 and not workers.is_first:
             model.to("meta")
 
+    def discard(self) -> bool:
+        return False  # in the middle of a backward pass the processes wait for each other
+
     def _settings(self) -> dict[str, Any]:
         return {
             "managed_gradient_accumulation": False,  # a step ends where the loop says so

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minimind.data.packing import IGNORED, Batch, ChatWindows, Mix
 from minimind.data.store import Shard
-from minimind.errors import TrainingError
+from minimind.errors import ResourceError, TrainingError
 from minimind.inference.asking import write_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
@@ -242,6 +242,54 @@ def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_its_end(tmp_path
         assert (again.finished, again.best) == (True, ended.best)
         assert metrics(run) == metrics(whole)
         assert files_of(run, 6) == files_of(whole, 6)
+
+
+# Running out of memory.
+
+
+def out_of_memory(loss: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -> None:
+    # With dropout, which must draw the same numbers again.
+    wanted = nano_trainer(tmp_path / "wanted", **lora_settings(training__micro_batch=2))
+    train(wanted)
+    reporter = Told()
+    job = nano_trainer(
+        tmp_path / "short", reporter=reporter, **lora_settings(training__micro_batch=4)
+    )
+    job.objective = Spoilt(job.objective, out_of_memory, {1})
+    train(job)
+    assert job.micro_batch == 2
+    assert metrics(job.run) == metrics(wanted.run)
+    assert files_of(job.run, 20) == files_of(wanted.run, 20)
+    assert "step 1: too little memory on cpu for 4 windows at once; going on with 2" in (
+        "\n".join(reporter.lines)
+    )
+
+
+def test_what_is_left_of_the_step_is_forgotten(tmp_path: Path) -> None:
+    """It ran out in the third of four parts of the second step."""
+    settings = {"training__batch": 8, "training__steps": 4, "training__micro_batch": 2}
+    job = nano_trainer(tmp_path / "short", **settings)
+    job.objective = Spoilt(job.objective, out_of_memory, {7})
+    train(job)
+    assert job.micro_batch == 1
+    found = losses(job.run)
+    train(nano_trainer(tmp_path / "wanted", **settings))
+    assert found == pytest.approx(losses(tmp_path / "wanted"), rel=1e-5)
+    assert found[0] == losses(tmp_path / "wanted")[0]
+    again = nano_trainer(tmp_path / "short", **settings)
+    train(again)
+    assert again.micro_batch == 1  # it is remembered
+
+
+def test_one_window_at_once_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
+    job = nano_trainer(tmp_path, training__micro_batch=1)
+    job.objective = Spoilt(job.objective, out_of_memory, {1})
+    with pytest.raises(ResourceError, match=r"training\.activation_checkpointing=true"):
+        train(job)
 
 
 # The best.
