@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from minimind import __version__
 from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web
+from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -114,6 +115,7 @@ for _verb in (
     *(merge.merge, chat.chat, generate.generate, serve.serve, web.web),
 ):
     app.command()(_verb)
+app.command("eval")(evaluate)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 
