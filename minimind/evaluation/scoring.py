@@ -16,8 +16,8 @@ from minimind.model import Transformer
 from minimind.model.cache import KVCache
 from minimind.model.rope import depends_on_length
 
-_TOKENS = 4096  # read at once
-_HELD = 8 * _TOKENS  # keys and values of so many at once
+_TOKENS = 2048  # read at once
+_HELD = 16 * _TOKENS  # keys and values of so many at once
 _LOGITS = 1 << 24  # numbers at once
 _WORTH_SHARING = 64  # tokens
 
