@@ -92,7 +92,7 @@ class Writing:
 
 def quiz_task(limit: int | None) -> Writing:
     """The textbook's: the same questions as the demo's summary."""
-    chosen = sample_quiz(_QUIZ, seed=_QUIZ_SEED)[:limit]
+    chosen = spread(sample_quiz(_QUIZ, seed=_QUIZ_SEED), limit)
 
     questions = [
         Written(q.question, q.question, q.answer, partial(is_right, q), subject=q.subject)
