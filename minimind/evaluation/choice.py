@@ -21,7 +21,7 @@ class Choice:
         self.exam, self._style = questions.exam, style
         self._shots = 0 if style == "chat" else shots
         self.name = f"{self.exam.name} ({style}{f', {self._shots} shots' if self._shots else ''})"
-        self.questions, self._examples = spread(questions.asked, limit), questions.examples
+        self.questions, self.examples = spread(questions.asked, limit), questions.examples
         self.bad = questions.bad
         self._sha256 = questions.sha256()
 
@@ -49,7 +49,7 @@ class Choice:
         left = [question for question in self.questions if question.id not in done]
 
         def deal_with(some: Sequence[Question]) -> list[Result]:
-            asked = [asker.ask(one, self._examples.get(one.subject, ())) for one in some]
+            asked = [asker.ask(one, self.examples.get(one.subject, ())) for one in some]
             scores = iter(scorer.score([row for one in asked for row in one.rows]))
             return [
                 _choice_result(question, one, list(itertools.islice(scores, len(one.rows))))

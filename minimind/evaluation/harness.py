@@ -57,10 +57,11 @@ def run_harness(
         task_manager=manager,
         log_samples=False,
     )
+    several = len(found["results"]) > 1
     metrics = {
-        f"{task}/{metric.removesuffix(',none')}" if len(found["results"]) > 1 else metric: value
+        f"{task}/{metric}" if several else metric: value
         for task, values in found["results"].items()
-        for metric, value in values.items()
+        for metric, value in ((name.removesuffix(",none"), v) for name, v in values.items())
         if isinstance(value, int | float) and "stderr" not in metric
     }
     summary = {"task": f"lm-eval:{name}", "model": directory.name, "settings": settings}

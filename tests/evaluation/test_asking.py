@@ -1,13 +1,17 @@
 """Prompts to the character: other programs' figures are compared with what they give."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from foreign import CHATTING
 
 from minimind.evaluation.asking import Asked, Asker, Style, choose
 from minimind.evaluation.exams import EXAMS, Exam, Question
 from minimind.evaluation.scoring import Scorer
 from minimind.model import Transformer
-from minimind.tokenizer import Tokenizer
+from minimind.tokenizer import Tokenizer, encode_chat
 
 QUESTION = Question("logic-0", "logic", " 泰山在哪里？ ", ("山东省", "四川", "青海", "北京"), 0)
 EXAMPLE = Question("logic-1", "logic", "长江最后流入____。", ("黄海", "东海", "南海", "渤海"), 1)
@@ -130,7 +134,15 @@ def test_an_answer_longer_than_the_context_is_cut_too(
     assert torch.isfinite(torch.tensor(Scorer(varied, 12).score(asked.rows))).all()
 
 
-def test_formats_without_a_system_message_do_without(foreign_dir: object) -> None:
-    from foreign import SHAPES
-
-    assert SHAPES
+@pytest.mark.parametrize("name", CHATTING)
+def test_letters_in_the_formats_of_others(foreign_dir: Callable[[str], Path], name: str) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    asked = ask(tokenizer, EXAMS["ceval"], "chat", QUESTION)
+    messages = [
+        {"role": "system", "content": "开始回答问题"},
+        {"role": "user", "content": " 泰山在哪里？ 。选择 A: 山东省, B: 四川, C: 青海, D: 北京"},
+    ][name == "llama2" :]  # whose format refuses a system message
+    prompt, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
+    for row, letter in zip(asked.rows, "ABCD", strict=True):
+        assert list(row.tokens[: row.start]) == prompt
+        assert tokenizer.decode(row.tokens[row.start :]).strip() == letter
