@@ -12,13 +12,23 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.generate import Adapter, Context, Device
-from minimind.errors import MinimindError, ServiceError, UsageError
+from minimind.errors import (
+    MinimindError,
+    ModelError,
+    ServiceError,
+    TokenizerError,
+    UsageError,
+)
+    MinimindError,
+    ServiceError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from minimind.evaluation.contamination import Contamination
     from minimind.evaluation.scoring import Scorer
     from minimind.evaluation.tasks import Task
-    from minimind.tokenizer import Tokenizer
+    from minimind.evaluation.words import Words
 
 _HARNESS = "lm-eval:"
 _CONNECTIONS = 8
@@ -160,7 +170,6 @@ class _Evaluation:
 
     def open(self, path: str, adapter: Path | None, context: int | None) -> _Examined | None:
         """A model; None when it is none, which is told."""
-        from minimind.evaluation.models import LocalModel
         from minimind.evaluation.run import file_name
 
         model: Any
@@ -170,7 +179,7 @@ class _Evaluation:
                     raise UsageError("--adapter and --context are for a service to choose")
                 model = _Service(path)
             else:
-                model = LocalModel(Path(path), self.device, adapter=adapter, context=context)
+                model = self._local(Path(path), adapter, context)
             identity = model.identity()
         except (MinimindError, OSError) as error:
             self.fail(path, error)
@@ -181,6 +190,22 @@ class _Evaluation:
             model.name = f"{name} {number}"
         self.figures[model.name] = {}
         return _Examined(model, self.out / file_name(model.name), identity)
+
+    def _local(self, path: Path, adapter: Path | None, context: int | None) -> Any:
+        """By our own reading; what that refuses, by transformers where it is installed."""
+        from minimind.evaluation.fallback import TransformersModel, is_installed
+        from minimind.evaluation.models import LocalModel
+
+        model = LocalModel(path, self.device, adapter=adapter, context=context)
+        try:
+            model.check()
+        except (ModelError, TokenizerError) as error:
+            if adapter or not is_installed():
+                raise
+            there = TransformersModel(model.directory, self.device, context=context)
+            console.say(f"{path}: read by transformers, because {error}")
+            return there
+        return model
 
     def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
         """One task, one model."""
@@ -358,7 +383,7 @@ class _Service:
         """Which service; whether its model is still the same nobody can tell."""
         return {"url": self._client.url, "model": self._model.name}
 
-    def scorer(self) -> "tuple[Scorer, Tokenizer]":
+    def scorer(self) -> "tuple[Scorer, Words]":
         """Raises UsageError."""
         raise UsageError(
             "a service gives no likelihoods; give a model directory, or take a task that is "

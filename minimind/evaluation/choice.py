@@ -44,8 +44,8 @@ class Choice:
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
         """One subject at a time, whose questions begin alike."""
-        scorer, tokenizer = model.scorer()
-        asker = Asker(tokenizer, self.exam, self._style, self._shots, scorer.context)
+        scorer, words = model.scorer()
+        asker = Asker(words, self.exam, self._style, self._shots, scorer.context)
         left = [question for question in self.questions if question.id not in done]
 
         def deal_with(some: Sequence[Question]) -> list[Result]:

@@ -145,7 +145,12 @@ def _arithmetic_files(name: str, places: Sequence[str]) -> list[Path]:
         path = Path(place).expanduser()
         if path.is_file():
             return [path]
-        for pattern in (f"{name}*.jsonl*", f"**/{name}*/test.jsonl", "**/test.jsonl"):
+        for pattern in (
+            f"{name}*.jsonl*",
+            f"{name}*.parquet",
+            f"**/{name}*/test.jsonl",
+            "**/test.jsonl",
+        ):
             if found := sorted(path.glob(pattern)):
                 return found[:1]
     raise DataError(
