@@ -19,10 +19,6 @@ from minimind.errors import (
     TokenizerError,
     UsageError,
 )
-    MinimindError,
-    ServiceError,
-    UsageError,
-)
 
 if TYPE_CHECKING:
     from minimind.evaluation.contamination import Contamination
