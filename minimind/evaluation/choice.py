@@ -39,8 +39,11 @@ class Choice:
         }
 
     def texts(self) -> dict[str, str]:
-        """The questions without their options, which other questions have too."""
-        return {question.id: question.question for question in self.questions}
+        """What is asked about: a passage, else the question without its options.
+
+        Others share options, and the questions about passages: what does the text say?
+        """
+        return {one.id: one.passage or one.question for one in self.questions}
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
         """One subject at a time, whose questions begin alike."""
