@@ -86,7 +86,8 @@ def evaluate(
         dict.fromkeys(task), dict(data=data or [], style=style, shots=shots, limit=limit)
     )
     found = evaluation.look_for(tasks, contamination or [])
-    for path in dict.fromkeys(models):
+    harness = [name for name in task if name.startswith(_HARNESS)]
+    for path in dict.fromkeys(models) if tasks or harness else ():
         examined = evaluation.open(path, adapter, context)
         if examined is not None:
             for name in dict.fromkeys(task):
@@ -285,8 +286,8 @@ class _Evaluation:
             _tell_faults(one)
         if figures:
             console.say(f"All figures, and each answer: {self.out}")
-        for failure in self.failures:
-            console.say(f"failed: {failure}")
+            for failure in self.failures:  # again, where it is not lost above the tables
+                console.say(f"failed: {failure}")
 
     def _show_parts(self, task: str, part: str, title: str) -> None:
         """A task's parts, a column a model."""

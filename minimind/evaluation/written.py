@@ -131,7 +131,7 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
             )
         )
     if not questions:
-        raise DataError(f"{', '.join(places)}: no question of {name} in it; {bad.first}")
+        raise DataError(f"{', '.join(places)}: no question of {name} in it {bad.first}".rstrip())
     return Writing(name, spread(questions, limit), longest, bad)
 
 

@@ -71,6 +71,18 @@ def test_what_is_published_is_downloaded_once(hub: str, tmp_path: Path) -> None:
     assert download("ceval", tmp_path / "data").read_bytes() == b"mine"
 
 
+def test_what_the_hub_does_not_have_is_told(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FILES", set())
+    done = get(tmp_path, hub, "cmmlu")
+    assert done.returncode == 1
+    assert "cmmlu: the hub does not give it (" in done.stderr
+    assert "404 Not Found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow  # the client tries again for half a minute
 def test_without_a_network_it_is_told_what_to_do(tmp_path: Path) -> None:
     done = get(tmp_path, "http://127.0.0.1:9", "ceval")
     assert done.returncode == 1
