@@ -12,7 +12,20 @@ import typer
 from typer.core import TyperGroup
 
 from minimind import __version__
-from minimind.cli import chat, data, demo, generate, merge, serve, tokenizer, train, web
+from minimind.cli import (
+    chat,
+    checkpoints,
+    data,
+    demo,
+    doctor,
+    generate,
+    merge,
+    plan,
+    serve,
+    tokenizer,
+    train,
+    web,
+)
 from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError
 
@@ -112,12 +125,13 @@ def _start(
 
 for _verb in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
-    *(merge.merge, chat.chat, generate.generate, serve.serve, web.web),
+    *(plan.plan, merge.merge, chat.chat, generate.generate, serve.serve, web.web, doctor.doctor),
 ):
     app.command()(_verb)
 app.command("eval")(evaluate)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoints.app, name="checkpoints")
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def lora(
 ) -> None:
     """Train a small adapter (LoRA) beside a model that stays as it is."""
     flags = {"data.sources": data, "model.init": model, "out": out, "device": device}
-    if _resolve(arguments or [], "lora-small", flags).recipe.lora is None:
+    if resolve(arguments or [], "lora-small", flags).recipe.lora is None:
         raise UsageError(
             "the recipe trains the whole model; take one with a [lora] table, such as lora-small, "
             "or set lora.rank=8"
@@ -139,7 +139,7 @@ def _stage(
     dry_run: bool,
     json: Path | None,
 ) -> None:
-    resolved = _resolve(arguments or [], standard_recipe, flags)
+    resolved = resolve(arguments or [], standard_recipe, flags)
     if explain:
         from minimind.config import explain as explanation
 
@@ -163,7 +163,7 @@ def _stage(
     finish(result, json)
 
 
-def _resolve(
+def resolve(
     arguments: list[str], standard_recipe: str | None, flags: dict[str, Any]
 ) -> "ResolvedRecipe":
     """Recipe, then KEY=VALUE, then flags: the later wins."""

@@ -162,6 +162,9 @@ class TrainingSettings(_Settings):
     batch: int = Field(64, ge=1, description="Windows an optimizer step.")
     micro_batch: int | None = Field(None, ge=1, description="Windows at once; None = by device.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    activation_checkpointing: bool = Field(
+        False, description="Keep little for backward and compute it again: slower, less memory."
+    )
     router_balance: float = Field(
         0.01, ge=0, description="Weight of the loss that balances experts; dense models have none."
     )
@@ -191,6 +194,7 @@ class CheckpointSettings(_Settings):
 
     every: int = Field(500, ge=1, description="Steps between checkpoints; also at the end.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_best: bool = Field(True, description="Save and keep the best by validation too.")
 
 
 class DPOSettings(_Settings):

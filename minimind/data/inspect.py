@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minimind.data.read import BadLines, Progress, batches, list_files, read_records
+from minimind.data.read import READ_AHEAD, BadLines, Progress, batches, list_files, read_records
 from minimind.data.schemas import Record
 from minimind.data.store import encode_pieces, split_long
 from minimind.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from minimind.tokenizer.chat import encode_chats
 
 _EXACT_BITS = 12
 _MOST_HASHES = 1 << 19
+_SAMPLE_FILES = 4  # that an estimate reads in
 _SAMPLE_LENGTH = 160  # characters
 # The blocks of ideographs of Unicode: the common ones first, then the extensions.
 _CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
@@ -189,6 +191,34 @@ def inspect_data(
                 found.tokens.add(length)
     found.samples = [sample for _, sample in sorted(kept, reverse=True)]
     return found
+
+
+def estimate_tokens(path: str, tokenizer: Tokenizer, schema: str = "auto") -> int:
+    """About how many tokens training would find in `path`, from the beginning of some files.
+
+    Raises DataError for files that cannot be read at all.
+    """
+    files = list_files(path)
+    sampled = files[:: -(-len(files) // _SAMPLE_FILES)]
+    found = [_sample_tokens(file, tokenizer, schema) for file in sampled]
+    tokens, seen = (sum(numbers) for numbers in zip(*found, strict=True))
+    return round(tokens * sum(file.stat().st_size for file in files) / max(seen, 1))
+
+
+def _sample_tokens(file: Path, tokenizer: Tokenizer, schema: str) -> tuple[int, int]:
+    """Tokens in a part of a file, and how many of its bytes that is; all of a small one."""
+    tokens = 0
+    # Files are read ahead, by the megabyte. Between two reads as much is used as was read.
+    reads: list[int] = []
+
+    def count(num_bytes: int) -> None:
+        reads.append(tokens)
+
+    for batch in batches(read_records([file], bad=BadLines(), schema=schema, progress=count)):
+        tokens += sum(_token_lengths(batch, tokenizer))
+        if len(reads) > 2:
+            return reads[2] - reads[1], READ_AHEAD
+    return tokens, file.stat().st_size
 
 
 def _count_chinese(text: str) -> int:

@@ -41,7 +41,7 @@ _MAX_LINE = 16 << 20  # bytes; a longer line is no record
 _MAX_ROW = 1 << 20  # characters of a CSV row of several lines; more is a quote that never ends
 _MAX_PACKED_PARQUET = 256 << 20  # bytes; Parquet is read from its end, so it is unpacked whole
 _MAX_DOCUMENT = 1 << 16  # characters of running text a record
-_BUFFER = 1 << 20
+READ_AHEAD = 1 << 20
 _PACKED = 1 << 12  # bytes of zstd at once; they may unpack to 30,000 times as many
 _BATCH_RECORDS = 512
 _BATCH_CHARACTERS = 1 << 20
@@ -307,7 +307,7 @@ def _line(error: BaseException) -> str:
 
 
 def _check_compression(file: Path, expected: str | None, stream: io.BufferedReader) -> None:
-    head = stream.peek(_BUFFER)
+    head = stream.peek(READ_AHEAD)
     if not head:
         raise DataError(f"{file}: the file is empty; leave it out, or get it again")
     found = next((name for name, magic in _MAGIC.items() if magic.match(head)), None)
@@ -324,7 +324,7 @@ def _check_compression(file: Path, expected: str | None, stream: io.BufferedRead
 
 
 def _check_text(file: Path, stream: io.BufferedReader) -> None:
-    head = stream.peek(_BUFFER)[:4096]
+    head = stream.peek(READ_AHEAD)[:4096]
     if not head:
         raise DataError(f"{file}: there is nothing in it; leave it out, or get it again")
     if head.startswith(b"PAR1"):
@@ -365,7 +365,7 @@ def _unpack(packed: io.BufferedReader, compression: str) -> io.BufferedReader:
 
 
 def _buffered(stream: Any) -> io.BufferedReader:
-    return io.BufferedReader(stream, _BUFFER)
+    return io.BufferedReader(stream, READ_AHEAD)
 
 
 def _unpack_zstd(packed: IO[bytes]) -> Iterator[bytes]:
@@ -421,7 +421,7 @@ def _raw_lines(stream: IO[bytes], first: bytes = b"") -> Iterator[tuple[int, byt
         if len(line) > _MAX_LINE:
             rest = line
             while rest and not rest.endswith(b"\n"):
-                rest = stream.readline(_BUFFER)
+                rest = stream.readline(READ_AHEAD)
         yield number, line
 
 
@@ -527,7 +527,7 @@ def _json_pieces(file: Path, stream: IO[bytes], first: bytes) -> Iterator[tuple[
     Raises DataError where it is not JSON: in a list nobody knows where the next member begins.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    chunks = chain([first], iter(lambda: stream.read(_BUFFER), b""))
+    chunks = chain([first], iter(lambda: stream.read(READ_AHEAD), b""))
     find_end = json.JSONDecoder().raw_decode
     text, at, line = "", 0, 1
     in_list = closed = False
@@ -702,7 +702,7 @@ def _parquet(
     number = 0
     try:
         # Without the two settings a whole row group is held, which may be all of the file.
-        table = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER)
+        table = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=READ_AHEAD)
         for batch in table.iter_batches(batch_size=256):
             for index in range(batch.num_rows):
                 number += 1

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.load import on_one_core
 from minimind.inference.sampling import Penalties, Sampling, choose
 from minimind.inference.text import TextStream
 from minimind.model import Transformer
@@ -180,16 +181,18 @@ class Engine:
         longest = model.config.max_position_embeddings
         self.tokenizer = tokenizer
         self.context = min(context or longest, longest)
-        self.model = BatchedModel(model, slots, self.context, int8=int8)
+        self._num_threads = torch.get_num_threads()
+        with on_one_core():
+            self.model = BatchedModel(model, slots, self.context, int8=int8)
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
         self._running: list[_Running] = []
-        self._changed = threading.Condition()
+        self._changed = _TURNS.changed
         self._closed = False
+        self._ended = threading.Event()
         self._counts = dict(requests=0, prompt_tokens=0, cached_tokens=0, tokens=0)
-        self._thread = threading.Thread(target=self._work, name="minimind-engine", daemon=True)
-        self._thread.start()
+        _TURNS.join(self)
         atexit.register(self.close)  # a thread amid torch's code would abort the process
 
     def __enter__(self) -> "Engine":
@@ -203,9 +206,9 @@ class Engine:
     ) -> Completion:
         """Put a request in line, from any thread.
 
-        deliver is called with each piece in the engine's thread, where it must not block; without
-        it, iterate over the completion. Raises UsageError, at once, when the prompt is empty or
-        does not fit into the context.
+        deliver is called with each piece in the thread that decodes, where it must not block;
+        without it, iterate over the completion. Raises UsageError, at once, when the prompt is
+        empty or does not fit into the context.
         """
         self._check(request)
         room = self.context - len(request.prompt)
@@ -277,30 +280,36 @@ class Engine:
             )
 
     def close(self) -> None:
-        """End all requests, and the engine's thread."""
+        """End all requests."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() is not _TURNS.thread:
+            self._ended.wait()
             atexit.unregister(self.close)
 
-    # All below runs in the engine's thread.
+    # All below runs in the thread that decodes.
 
-    def _work(self) -> None:
-        with torch.inference_mode():
-            while self._take_in():
-                try:
-                    self._step()
-                except Exception as error:  # a bug, or no memory: whoever took part cannot go on
-                    for running in list(self._running):
-                        self._fail(running, error)
+    def has_work(self) -> bool:
+        """Whether a turn would do anything."""
+        return bool(self._running or self._waiting or self._closed)
+
+    def turn(self) -> bool:
+        """Let requests go and come, and one step; False when the engine is closed."""
+        torch.set_num_threads(self._num_threads)  # of this thread
+        if not self._take_in():
+            self._ended.set()
+            return False
+        try:
+            self._step()
+        except Exception as error:  # a bug, or no memory: whoever took part cannot go on
+            for running in list(self._running):
+                self._fail(running, error)
+        return True
 
     def _take_in(self) -> bool:
-        """Let requests go and come, waiting when there is nothing to do; False to end."""
+        """Let requests go and come; False to end."""
         with self._changed:
-            while not (self._running or self._waiting or self._closed):
-                self._changed.wait()
             gone = [c for c in self._waiting if c._cancelled or self._closed]
             for completion in gone:
                 self._waiting.remove(completion)
@@ -475,6 +484,48 @@ class Engine:
             return False
         return True
 
+
+class _Turns:
+    """The thread that decodes, one for all engines of a process: they take turns, a step each.
+
+    Each thread that calls torch has helpers of its own, and two sets of them on the same cores
+    get in each other's way; see `on_one_core`.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.thread: threading.Thread | None = None  # while there are engines
+        self._engines: list[Engine] = []
+
+    def join(self, engine: Engine) -> None:
+        """Let an engine take turns from now on, until it is closed."""
+        with self.changed:
+            self._engines.append(engine)
+            if self.thread is None:
+                self.thread = threading.Thread(
+                    target=self._work, name="minimind-engine", daemon=True
+                )
+                self.thread.start()
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while ready := self._ready():
+            closed = [engine for engine in ready if not engine.turn()]
+            with self.changed:
+                self._engines = [engine for engine in self._engines if engine not in closed]
+
+    def _ready(self) -> list[Engine]:
+        """Wait for engines that have work; none when there are none left."""
+        with self.changed:
+            while not (ready := [engine for engine in self._engines if engine.has_work()]):
+                if not self._engines:
+                    self.thread = None
+                    break
+                self.changed.wait()
+            return ready
+
+
+_TURNS = _Turns()
 
 _BAD_NUMBERS = (
     "the model gives scores that are not numbers: its weights are damaged, or its "

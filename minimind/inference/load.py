@@ -1,5 +1,7 @@
 """A model directory, made ready to write text."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,19 +42,36 @@ def load_for_inference(
     directory = resolve_model_directory(path)
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
     tokenizer.check_model(directory, config.vocab_size)
-    dtype = dtype or _dtype(chosen)
-    if adapter is None:
-        model = load_model(directory, device=chosen, dtype=dtype)
-    else:
-        model = load_model(directory, device=chosen)
-        merge_adapter(model, resolve_adapter_directory(adapter))
-        model = model.to(dtype)
+    dtype = dtype or inference_dtype(chosen)
+    with on_one_core():
+        if adapter is None:
+            model = load_model(directory, device=chosen, dtype=dtype)
+        else:
+            model = load_model(directory, device=chosen)
+            merge_adapter(model, resolve_adapter_directory(adapter))
+            model = model.to(dtype)
     if context is not None:
         model.extend_context(context, rope_scaling)
     return model.eval(), tokenizer
 
 
-def _dtype(device: torch.device) -> torch.dtype:
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Let torch work with one core, in this thread, so that it starts no helpers for it.
+
+    OpenMP gives each thread that calls torch helpers of its own. Where there are more of them than
+    cores they sleep between any two products instead of waiting at the ready, and an engine's step
+    takes twice as long; so whoever loads a model must not have any when the engine works.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it; benchmarks/records/decoding-speed.md: figures."""
     packs = device.type != "cpu" or torch.backends.mkldnn.is_available()
     return torch.bfloat16 if packs and multiplies_bf16(device) else torch.float32

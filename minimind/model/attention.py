@@ -70,11 +70,11 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     length = q.shape[2]
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
-    hidden, q = ~mask, q * scale
+    hidden, q, least = ~mask, q * scale, torch.finfo(q.dtype).min
     parts = []
     for start in range(0, length, _QUERIES):
         here = slice(start, min(start + _QUERIES, length))
         scores = q[:, :, here] @ k[:, :, : here.stop].transpose(-1, -2)
-        scores = scores.masked_fill_(hidden[:, :, here, : here.stop], -1e9)
+        scores = scores.masked_fill_(hidden[:, :, here, : here.stop], least)
         parts.append(scores.softmax(-1, dtype=v.dtype) @ v[:, :, : here.stop])
     return torch.cat(parts, dim=2)

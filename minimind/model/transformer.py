@@ -7,6 +7,7 @@ what is in memory is what is on disk.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minimind.config.model import ModelConfig, RopeKind
 from minimind.model.attention import Attention
@@ -80,6 +81,7 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        self.activation_checkpointing = False  # in training; Chen et al. 2016, section 3
         self._rope: Tensor | None = None
         self._initialise()
 
@@ -137,7 +139,10 @@ class Transformer(nn.Module):
         cos, sin = self.rope(positions, past + tokens.shape[1], lengths).unsqueeze(-2)
         x = _times(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, mask, cache, routing)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, cache, routing, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, routing)
         # Scaled here and not in the logits, which losses make for themselves, a few at a time.
         return _times(self.model.norm(x), 1 / self.config.logits_scaling)
 

@@ -18,7 +18,7 @@ from minimind.data.packing import Mix
 from minimind.errors import CheckpointError, TrainingError
 from minimind.model import Transformer
 from minimind.training.batch import to_device
-from minimind.training.checkpoint import latest_checkpoint, save_checkpoint
+from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.optimizers import Optimizers
@@ -40,10 +40,8 @@ class Outcome:
     tokens: int
     first: dict[str, float]  # the validation before the first step, if there was one
     validation: dict[str, float]
-
-    @property
-    def finished(self) -> bool:
-        return self.steps == self.num_steps
+    best: dict[str, Any]  # "step" of the best validation and its "figure" and "value"
+    finished: bool
 
 
 @dataclass
@@ -84,8 +82,11 @@ class _Progress:
     interval: Sums = field(default_factory=Sums)
     interval_s: float = 0.0
     data_s: float = 0.0
+    skipped: int = 0  # steps with bad numbers, in a row
     first: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
+    validated: int = 0  # the step that `validation` is of
+    best: dict[str, Any] = field(default_factory=dict)  # "step", "figure", "value"
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,18 @@ def train(job: Trainer) -> Outcome:
     if recipe.training.compile:
         model = cast(Transformer, torch.compile(job.model))
     tokens_a_step = batch * recipe.data.window
-    skipped = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(log))
         stack.callback(job.reporter.stop)
         stop_requested = stack.enter_context(_stop_requests())
         at = _resume(job, optimizers, log)
-        saved = at.step
+        writer = CheckpointWriter(job.run, keep=recipe.checkpoint.keep)
+        saving = _Saving(job, optimizers, log, stack.enter_context(writer), at.step)
         if at.step == 0 and job.validate_first:
-            at.first = _validated(job, model, log, at.step)
+            at.first = _validated(job, model, log, at.step, stop_requested) or {}
         job.reporter.start("training", job.num_steps, at.step)
-        while at.step < job.num_steps:
+        _between_steps(job, model, log, saving, at, stop_requested)
+        while at.step < job.num_steps and not stop_requested():
             clock, random = time.perf_counter(), _random_states(job.device)
             optimizers.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
             sums = Sums()
@@ -165,25 +167,67 @@ def train(job: Trainer) -> Outcome:
             norm = _step(job, optimizers, int(sums.count), tokens_a_step)
             at.interval.add(sums)
             at.step += 1
-            skipped = 0 if norm is not None else skipped + 1
-            if skipped:
-                _complain(job, at.step, skipped)
+            at.skipped = 0 if norm is not None else at.skipped + 1
+            if at.skipped:
+                _complain(job, log, at)
             seconds = time.perf_counter() - clock
             at.interval_s += seconds
             at.elapsed_s += seconds
-
-            last = at.step == job.num_steps
-            if at.step % recipe.training.log_every == 0 or last:
+            if at.step % recipe.training.log_every == 0 or at.step == job.num_steps:
                 _log(job, log, optimizers, at, norm)
-            if at.step % recipe.validation.every == 0 or last:
-                at.validation = _validated(job, model, log, at.step)
-            if at.step % recipe.checkpoint.every == 0 or last:
-                _save(job, optimizers, log, at)
-                saved = at.step
-        if at.step > saved:
-            _save(job, optimizers, log, at)
+            _between_steps(job, model, log, saving, at, stop_requested)
+        if at.step > saving.saved:
+            saving.save(at)
+    finished = at.step == job.num_steps and not _validation_is_due(job, at)
     tokens = at.step * tokens_a_step
-    return Outcome(at.step, job.num_steps, at.elapsed_s, tokens, at.first, at.validation)
+    return Outcome(
+        at.step, job.num_steps, at.elapsed_s, tokens, at.first, at.validation, at.best, finished
+    )
+
+
+def _between_steps(
+    job: Trainer,
+    model: Transformer,
+    log: MetricsLog,
+    saving: "_Saving",
+    at: _Progress,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Validate and save, each when it is due.
+
+    A stop in the middle of a validation leaves it due, for the run that goes on.
+    """
+    better = False
+    if _validation_is_due(job, at):
+        figures = _validated(job, model, log, at.step, stop_requested)
+        if figures is None:
+            return
+        at.validation, at.validated = figures, at.step
+        if better := _is_better(figures, at.best):
+            name = judged_by(figures)
+            at.best = {"step": at.step, "figure": name, "value": figures[name]}
+    settings = job.recipe.checkpoint
+    due = at.step % settings.every == 0 or at.step == job.num_steps
+    if at.step > saving.saved and (due or (better and settings.keep_best)):
+        saving.save(at)
+    saving.writer.check()
+
+
+def _validation_is_due(job: Trainer, at: _Progress) -> bool:
+    due = at.step % job.recipe.validation.every == 0 or at.step == job.num_steps
+    return due and at.validated < at.step
+
+
+def judged_by(figures: dict[str, float]) -> str:
+    """Name of the figure by which validations are compared: the lowest is the best."""
+    return "bits_per_byte" if "bits_per_byte" in figures else "loss"
+
+
+def _is_better(figures: dict[str, float], best: dict[str, Any]) -> bool:
+    if not figures:
+        return False
+    value = figures[judged_by(figures)]
+    return math.isfinite(value) and (not best or value < best["value"])
 
 
 def _log(
@@ -229,40 +273,56 @@ def _step(job: Trainer, optimizers: Optimizers, count: int, divisor: int) -> flo
     return norm if finite else None
 
 
-def _complain(job: Trainer, step: int, skipped: int) -> None:
-    """Report a skipped step; too many in a row halt the run."""
+def _complain(job: Trainer, log: MetricsLog, at: _Progress) -> None:
+    """Report a skipped step and write its samples down; too many in a row halt the run."""
     batch = job.recipe.training.batch
-    where = f"step {step} (samples {(step - 1) * batch}-{step * batch - 1})"
+    samples = range((at.step - 1) * batch, at.step * batch)
+    where = f"step {at.step} (samples {samples[0]}-{samples[-1]})"
     job.reporter.say(f"{where}: the gradient is not finite; nothing was changed by it")
+    log.write({"kind": "skipped", "step": at.step, "samples": list(samples)})
     # With fp16 the first steps find the loss scale: that is no sign of bad numbers.
-    if skipped >= _MAX_SKIPPED and job.precision.scaler.scale <= 1.0:
+    if at.skipped >= _MAX_SKIPPED and job.precision.scaler.scale <= 1.0:
         raise TrainingError(
-            f"{job.run}: {skipped} steps in a row gave numbers that are not finite, up to {where}. "
-            "Try a lower optim.lr and optim.muon_lr, or training.precision=fp32"
+            f"{job.run}: {at.skipped} steps in a row gave numbers that are not finite, up to "
+            f"{where}. Try a lower optim.lr and optim.muon_lr, or training.precision=fp32"
         )
 
 
-def _validated(job: Trainer, model: Transformer, log: MetricsLog, step: int) -> dict[str, float]:
-    """Validate and let the model write, and log both; nothing if nothing is held out."""
-    figures = validate(job, model)
+def _validated(
+    job: Trainer,
+    model: Transformer,
+    log: MetricsLog,
+    step: int,
+    stop_requested: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Validate and let the model write, and log both; nothing if nothing is held out.
+
+    None, and nothing logged, when a stop was requested on the way.
+    """
+    figures = validate(job, model, stop_requested)
+    written = job.write_samples() if figures and not stop_requested() else []
+    if stop_requested():
+        return None
     if figures:
         log.write({"kind": "validation", "step": step} | figures)
-        for written in job.write_samples():
-            log.write({"kind": "sample", "step": step} | written)
+    for sample in written:
+        log.write({"kind": "sample", "step": step} | sample)
     return figures
 
 
-def validate(job: Trainer, model: Transformer) -> dict[str, float]:
+def validate(
+    job: Trainer, model: Transformer, stop_requested: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """Figures on held-out windows, at most `validation.windows` of each kind.
 
-    Those of the general set are called `general_…`.
+    Those of the general set are called `general_…`. A request to stop leaves the rest out.
     """
     model.eval()
     figures: dict[str, float] = {}
     if job.held_out:
-        figures |= _measure(job, model, job.objective, [job.held_out])
+        figures |= _measure(job, model, job.objective, [job.held_out], stop_requested)
     if job.general:
-        general = _measure(job, model, job.general.objective, job.general.mixes)
+        general = _measure(job, model, job.general.objective, job.general.mixes, stop_requested)
         figures |= {f"general_{name}": value for name, value in general.items()}
     model.train()
     return figures
@@ -270,12 +330,18 @@ def validate(job: Trainer, model: Transformer) -> dict[str, float]:
 
 @torch.no_grad()
 def _measure(
-    job: Trainer, model: Transformer, objective: Objective, mixes: list[Mix]
+    job: Trainer,
+    model: Transformer,
+    objective: Objective,
+    mixes: list[Mix],
+    stop_requested: Callable[[], bool],
 ) -> dict[str, float]:
     sums = Sums()
     for mix in mixes:
         num_windows = min(job.recipe.validation.windows, mix.order.epoch_size)
         for at in range(0, num_windows, VALIDATION_WINDOWS):
+            if stop_requested():
+                return {}
             count = min(VALIDATION_WINDOWS, num_windows - at)
             windows = to_device(mix.batch(at, count), job.device)
             with job.precision.autocast():
@@ -300,21 +366,32 @@ def _frozen(model: Transformer) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
-def _save(job: Trainer, optimizers: Optimizers, log: MetricsLog, at: _Progress) -> None:
-    """Save all but the weights that are not trained: those are the base model's."""
-    frozen = _frozen(job.model)
-    save_checkpoint(
-        job.run,
-        at.step,
-        model={name: t for name, t in job.model.state_dict().items() if name not in frozen},
-        optimizer=optimizers.state_tensors() | _random_states(job.device),
-        state=vars(at)
-        | {"interval": at.interval.state()}
-        | {"metrics_offset": log.offset, "scaler": job.precision.scaler.state()}
-        | {"micro_batch": job.micro_batch}
-        | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256},
-        keep=job.recipe.checkpoint.keep,
-    )
+@dataclass
+class _Saving:
+    """What a checkpoint is made of, who writes it, and the step of the latest one."""
+
+    job: Trainer
+    optimizers: Optimizers
+    log: MetricsLog
+    writer: CheckpointWriter
+    saved: int
+
+    def save(self, at: _Progress) -> None:
+        """Save all but the weights that are not trained: those are the base model's."""
+        job, frozen = self.job, _frozen(self.job.model)
+        self.writer.save(
+            at.step,
+            model={name: t for name, t in job.model.state_dict().items() if name not in frozen},
+            optimizer=self.optimizers.state_tensors() | _random_states(job.device),
+            state=vars(at)
+            | {"interval": at.interval.state()}
+            | {"metrics_offset": self.log.offset, "scaler": job.precision.scaler.state()}
+            | {"micro_batch": job.micro_batch}
+            | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256},
+            best=at.best.get("step") if job.recipe.checkpoint.keep_best else None,
+            first=self.log.sync,
+        )
+        self.saved = at.step
 
 
 def _resume(job: Trainer, optimizers: Optimizers, log: MetricsLog) -> _Progress:

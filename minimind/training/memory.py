@@ -1,69 +1,104 @@
 """How much memory a step takes, and how many windows at once fit."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from minimind.config.model import ModelConfig
 from minimind.errors import ResourceError
+from minimind.training.objectives.next_token import LOGITS_AT_ONCE
 
 # Bytes, measured on a CPU in bf16 within a third: benchmarks/records/memory.md.
-_PER_PARAMETER = 20  # weights, gradient, moments, a copy in half precision
 _PER_WIDTH = 26  # what backward needs of a token in a layer, for each unit of the model's width
 _PER_INNER = 8  # for each unit of what feed-forward works in
 _PER_ROUTED = 12  # and for each unit of a token's copy that goes to an expert and comes back
 _PER_SCORE = 3  # and for each attention score, where scores are kept
-_PER_LOGIT = 16 * 1024  # for each word: the logits of a chunk of tokens and their gradient
+_PER_LOGIT = 16  # for each word and token of a chunk: the logits and their gradient
 _TOKENS_AT_ONCE = {"cpu": 8192, "cuda": 32768, "mps": 8192}
 
 
-def step_bytes(
-    config: ModelConfig, num_parameters: int, tokens: int, window: int, device: torch.device
-) -> int:
-    """Estimate of what training takes with `tokens` of windows of `window` tokens at once."""
-    scores = config.num_attention_heads * window if device.type == "cpu" else 0
-    routed = config.num_experts_per_tok * config.hidden_size if config.num_local_experts else 0
-    layer = _PER_WIDTH * config.hidden_size + _PER_INNER * config.active_intermediate_size
-    layer += _PER_ROUTED * routed + _PER_SCORE * scores
-    activations = tokens * config.num_hidden_layers * layer
-    return _PER_PARAMETER * num_parameters + activations + _PER_LOGIT * config.vocab_size
+@dataclass(frozen=True)
+class Footprint:
+    """What decides how much memory a step takes: a model's shape, and how it is trained."""
+
+    config: ModelConfig
+    parameters: int
+    trained_parameters: int
+    moments: int  # numbers that the optimizer keeps
+    window: int
+    device_type: str
+    activation_checkpointing: bool = False
+
+    def parts(self, windows: int) -> dict[str, int]:
+        """Estimate, in bytes, of what a step takes with so many windows at once, by what it is."""
+        config, tokens = self.config, windows * self.window
+        scores = config.num_attention_heads * self.window if self.device_type == "cpu" else 0
+        routed = config.num_experts_per_tok * config.hidden_size if config.num_local_experts else 0
+        layer = _PER_WIDTH * config.hidden_size + _PER_INNER * config.active_intermediate_size
+        layer += _PER_ROUTED * routed + _PER_SCORE * scores
+        kept, copied = config.num_hidden_layers * layer, 4
+        if self.activation_checkpointing:
+            # What goes into each layer; the inside of one and its gradient; its weights' copies.
+            kept, copied = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer, 2
+        # A checkpoint is written from a copy in the machine's memory; a card has its own.
+        saved = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
+        return {
+            "weights": 4 * self.parameters,
+            "gradients": 4 * self.trained_parameters,
+            "optimizer": 4 * self.moments,
+            "copies in half precision": copied * self.parameters,
+            "copy that is saved": 4 * saved,
+            "activations": tokens * kept,
+            "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGITS_AT_ONCE),
+        }
+
+    def total(self, windows: int) -> int:
+        """The sum of the parts."""
+        return sum(self.parts(windows).values())
+
+    def fitting(self, batch: int, memory: int | None) -> int | None:
+        """Windows at once: the largest divisor of `batch` that fits into `memory` bytes (None =
+        no limit) and is not beyond what makes a device quick; None when not even one fits."""
+        most = max(1, _TOKENS_AT_ONCE[self.device_type] // self.window)
+        for windows in divisors(batch):
+            if windows <= most and (memory is None or self.total(windows) <= memory):
+                return windows
+        return None
+
+
+def divisors(number: int) -> list[int]:
+    """Largest first."""
+    return [n for n in range(number, 0, -1) if number % n == 0]
 
 
 def choose_micro_batch(
-    config: ModelConfig,
-    num_parameters: int,
-    *,
-    asked: int | None,
-    batch: int,
-    window: int,
-    device: torch.device,
+    footprint: Footprint, *, asked: int | None, batch: int, device: torch.device
 ) -> int:
     """Windows at once: what is asked for, or the largest divisor of `batch` that is quick and fits.
 
     Raises ResourceError, with what would fit, when memory is too short.
     """
     free = free_bytes(device)
-
-    def fits(windows: int) -> bool:
-        if free is None:
-            return True
-        return step_bytes(config, num_parameters, windows * window, window, device) <= free
-
-    divisors = [n for n in range(batch, 0, -1) if batch % n == 0]
-    most = max(1, _TOKENS_AT_ONCE[device.type] // window)
-    chosen = asked or next((n for n in divisors if n <= most and fits(n)), 1)
-    if fits(chosen):
+    fitting = footprint.fitting(batch, free)
+    if free is None or (asked is None and fitting):
+        return asked or fitting or 1
+    chosen = asked or 1
+    if footprint.total(chosen) <= free:
         return chosen
-    needed = step_bytes(config, num_parameters, chosen * window, window, device)
-    fitting = next((n for n in divisors if fits(n)), None)
-    advice = (
-        f"training.micro_batch={fitting} would fit"
-        if fitting
-        else "take a smaller model (model.preset) or a shorter data.window"
-    )
+    if fitting:
+        advice = f"training.micro_batch={fitting} would fit"
+    elif not footprint.activation_checkpointing:
+        advice = (
+            "try training.activation_checkpointing=true, "
+            "a smaller model (model.preset) or a shorter data.window"
+        )
+    else:
+        advice = "take a smaller model (model.preset) or a shorter data.window"
     raise ResourceError(
-        f"too little memory on {device}: {chosen} windows of {window} tokens at once need about "
-        f"{needed / 1e9:.1f} GB and {(free or 0) / 1e9:.1f} GB are free; {advice}"
+        f"too little memory on {device}: {chosen} windows of {footprint.window} tokens at once "
+        f"need about {footprint.total(chosen) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+        f"{advice}"
     )
 
 

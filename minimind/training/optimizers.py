@@ -11,6 +11,7 @@ from minimind.errors import CheckpointError
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
+_AT_ONCE = 1 << 23  # numbers that go through the iteration together, which needs four copies
 
 
 class Muon:
@@ -43,18 +44,23 @@ class Muon:
     def step(self) -> None:
         """One step along the orthogonalised Nesterov momentum, with decoupled weight decay."""
         for (shape, rows), group in self.groups.items():
-            columns = shape[-1]
-            buffers = [self.buffers[parameter] for parameter in group]
-            gradients = [p.grad for p in group if p.grad is not None]
-            assert len(gradients) == len(group), "all matrices take part in every loss"
-            torch._foreach_lerp_(buffers, gradients, 1 - self._momentum)
-            torch._foreach_lerp_(gradients, buffers, self._momentum)
-            matrices = torch.stack(gradients).view(-1, rows, columns)
-            updates = orthogonalise(matrices).reshape(-1, *shape)
-            scale = max(1.0, rows / columns) ** 0.5
-            weights: list[Tensor] = list(group)
-            torch._foreach_mul_(weights, 1 - self.lr * self._decay)
-            torch._foreach_add_(weights, list(updates.to(group[0].dtype)), alpha=-self.lr * scale)
+            at_once = max(1, _AT_ONCE // shape.numel())
+            for start in range(0, len(group), at_once):
+                self._step(shape, rows, group[start : start + at_once])
+
+    def _step(self, shape: torch.Size, rows: int, group: list[nn.Parameter]) -> None:
+        columns = shape[-1]
+        buffers = [self.buffers[parameter] for parameter in group]
+        gradients = [p.grad for p in group if p.grad is not None]
+        assert len(gradients) == len(group), "all matrices take part in every loss"
+        torch._foreach_lerp_(buffers, gradients, 1 - self._momentum)
+        torch._foreach_lerp_(gradients, buffers, self._momentum)
+        matrices = torch.stack(gradients).view(-1, rows, columns)
+        updates = orthogonalise(matrices).reshape(-1, *shape)
+        scale = max(1.0, rows / columns) ** 0.5
+        weights: list[Tensor] = list(group)
+        torch._foreach_mul_(weights, 1 - self.lr * self._decay)
+        torch._foreach_add_(weights, list(updates.to(group[0].dtype)), alpha=-self.lr * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -78,6 +84,15 @@ def _is_map(name: str, parameter: nn.Parameter) -> bool:
     """
     in_a_layer = ".layers." in f".{name}" and not name.endswith(".router.layer.weight")
     return in_a_layer and parameter.ndim >= 2
+
+
+def count_moments(model: nn.Module, settings: OptimSettings) -> int:
+    """How many numbers the optimizers keep: one for what Muon trains, two for the rest."""
+    return sum(
+        parameter.numel() * (1 if settings.name == "muon" and _is_map(name, parameter) else 2)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
 
 
 class Optimizers:

@@ -56,7 +56,9 @@ class Precision:
         if self.name == "fp32":
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
-        return torch.autocast(self.device_type, dtype)
+        # No cache: each weight is used once, and with activation checkpointing copies of all of
+        # them would be kept until the end of the forward pass.
+        return torch.autocast(self.device_type, dtype, cache_enabled=False)
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

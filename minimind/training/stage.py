@@ -21,7 +21,7 @@ from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Wi
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
-from minimind.errors import ConfigError, DataError
+from minimind.errors import CheckpointError, ConfigError, DataError
 from minimind.model import (
     Transformer,
     apply_lora,
@@ -32,12 +32,14 @@ from minimind.model import (
 )
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
+from minimind.training.checkpoint import best_step, inspect_checkpoints, load_checkpoint
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
-from minimind.training.memory import choose_micro_batch
+from minimind.training.memory import Footprint, choose_micro_batch
 from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
+from minimind.training.optimizers import count_moments
 from minimind.training.precision import choose_precision
 from minimind.training.reference import FILE as REFERENCE
 from minimind.training.reference import fill_references
@@ -122,11 +124,9 @@ def prepare_stage(
     tokenizer, model = _start(recipe, device)
     num_parameters = _count(model)
     micro_batch = choose_micro_batch(
-        model.config,
-        num_parameters,
+        footprint(recipe, model, device),
         asked=recipe.training.micro_batch,
         batch=recipe.training.batch,
-        window=recipe.data.window,
         device=device,
     )
     stores = _stores(recipe, tokenizer, reporter)
@@ -180,6 +180,19 @@ def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamp
         save_model(run / "model", prepared.job.model, prepared.tokenizer)
     _write_atomically(run / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
     return _result(recipe, run, summary)
+
+
+def footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footprint:
+    """What memory a step of the stage depends on."""
+    return Footprint(
+        model.config,
+        _count(model),
+        _count(model, trained=True),
+        count_moments(model, recipe.optim),
+        recipe.data.window,
+        device.type,
+        recipe.training.activation_checkpointing,
+    )
 
 
 def _count(model: Transformer, *, trained: bool = False) -> int:
@@ -278,6 +291,7 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
     if recipe.lora:
         torch.manual_seed(recipe.seed)
         apply_lora(model, recipe.lora)
+    model.activation_checkpointing = recipe.training.activation_checkpointing
     return tokenizer, model
 
 
@@ -439,7 +453,11 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
     if job.recipe.lora:
         summary["base"] = job.recipe.model.init
     first = {f"first_{name}": value for name, value in outcome.first.items()}
-    return summary | first | outcome.validation
+    best = outcome.best and {
+        "best_step": outcome.best["step"],
+        f"best_{outcome.best['figure']}": outcome.best["value"],
+    }
+    return summary | first | outcome.validation | best
 
 
 def _baseline(prepared: Prepared) -> dict[str, float]:
@@ -466,3 +484,34 @@ def unigram_bits_per_byte(
     labels = held_out.batch(0, min(num_windows, held_out.order.epoch_size)).labels.reshape(-1)
     text = labels[bytes_of[labels] > 0]
     return float(bits_of[text].sum() / bytes_of[text].sum())
+
+
+def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
+    """Write the model, or the adapter, of a checkpoint of `run` to `out`; the best without `step`.
+
+    Returns its step. Raises CheckpointError when it is not there, damaged, or of another base.
+    """
+    there = inspect_checkpoints(run, thorough=False)
+    if step is None:
+        step = best_step(there)
+    if step is None:
+        raise CheckpointError(f"{run}: nothing tells which checkpoint is the best; give --step")
+    if step not in [one.step for one in there]:
+        kept = ", ".join(f"{one.step:,}" for one in there) or "none"
+        raise CheckpointError(f"{run}: there is no checkpoint of step {step:,}; kept are {kept}")
+    checkpoint = load_checkpoint(run, step)
+    recipe = load_recipe(run / "recipe.toml").recipe
+    if checkpoint.state["base_sha256"] != _base_sha256(recipe):
+        raise CheckpointError(
+            f"{run}: {recipe.model.init} is not the model that this run began with"
+        )
+    tokenizer, model = _start(recipe, torch.device("cpu"))
+    unlike = model.load_state_dict(checkpoint.model, strict=False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not unlike.unexpected_keys and not trained & set(unlike.missing_keys)
+    if recipe.lora:
+        base = resolve_model_directory(Path(recipe.model.init or ""))
+        save_adapter(out, model, recipe.lora, base)
+    else:
+        save_model(out, model, tokenizer)
+    return step

@@ -405,10 +405,25 @@ def test_closing_ends_what_runs_and_what_waits(model: Transformer, tokenizer: To
     completions = [engine.submit(Request([5], GREEDY)) for _ in range(3)]
     next(iter(completions[0]))
     engine.close()
-    assert not engine._thread.is_alive()
     for completion in completions:
         assert list(completion)[-1].finish_reason == "cancelled"
     engine.close()
+
+
+def test_engines_share_one_thread(model: Transformer, tokenizer: Tokenizer) -> None:
+    def decoding() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name == "minimind-engine"]
+
+    before = decoding()  # of engines that other tests keep
+    with Engine(model, tokenizer) as one, Engine(model, tokenizer) as other:
+        asked = [e.submit(Request([5], GREEDY, 20)) for e in (one, other) for _ in range(3)]
+        assert len({tuple(tokens_of(completion)) for completion in asked}) == 1
+        assert len(decoding()) == 1
+    for _ in range(100):
+        if decoding() == before:
+            break
+        time.sleep(0.05)
+    assert decoding() == before
 
 
 def test_counts_are_kept(model: Transformer, tokenizer: Tokenizer) -> None:

@@ -3,7 +3,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from minimind.model import PRESETS, KVCache, ModelConfig, Transformer
+from minimind.config.settings import LoRASettings
+from minimind.model import PRESETS, KVCache, ModelConfig, Transformer, apply_lora
+from minimind.model.experts import Routing
+from minimind.training.precision import Precision
 
 
 @pytest.mark.parametrize(
@@ -118,3 +121,27 @@ def test_a_token_depends_on_those_before_it_alone(
     before, after = model(tokens), model(changed)
     torch.testing.assert_close(before[:, :12], after[:, :12])
     assert (before[:, 12:] - after[:, 12:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("shape", ["nano", "nano-moe"])
+@pytest.mark.parametrize(("adapters", "half"), [(False, False), (True, False), (False, True)])
+def test_activation_checkpointing_changes_no_bit(shape: str, adapters: bool, half: bool) -> None:
+    tokens = torch.randint(0, 50, (2, 16))
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(**(PRESETS[shape] | {"vocab_size": 50}))).train()
+        if adapters:  # dropout draws the same numbers when it is computed again
+            apply_lora(model, LoRASettings(dropout=0.5))
+        model.activation_checkpointing = checkpointing
+        routing = Routing() if shape == "nano-moe" else None
+        torch.manual_seed(1)
+        with Precision("bf16" if half else "fp32", "cpu").autocast():
+            loss = model.logits(model(tokens, routing=routing)).float().square().mean()
+        for logits in routing.logits if routing else ():  # as the balance loss uses them
+            loss = loss + logits.square().mean()
+        loss.backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found.append([loss.detach(), *(p.grad for p in trained if p.grad is not None)])
+        assert len(found[-1]) == len(trained) + 1
+    assert all(map(torch.equal, *found))

@@ -10,8 +10,10 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -54,11 +56,33 @@ def train(
     run_stage(load_recipe(None, flags=settings).recipe, reporter=Watched())
 
 
-def minimind(arguments: list[str], signals: dict[str, list[int]]) -> None:
-    """The command line, which at each of the given steps gets signals."""
+def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -> None:
+    """Run a stage; once a save of `step` or later has begun to write, leave `room` bytes free."""
+    run = Path(settings["out"])
+    real = os.mkdir
+
+    def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
+        real(path, *arguments, **options)
+        name = Path(path).name
+        if name.startswith(".making-") and int(name.removeprefix(".making-")) >= step:
+            os.mkdir = real
+            free = shutil.disk_usage(run).free
+            (run.parent / "ballast").write_bytes(bytes(max(0, free - room)))
+
+    os.mkdir = mkdir  # type: ignore[assignment]
+    try:
+        run_stage(load_recipe(None, flags=settings).recipe, reporter=Reporter())
+    except ResourceError as error:
+        print(error)
+        sys.exit(REFUSED)
+
+
+def minimind(arguments: list[str], signals: dict[str, list[int]], pause_s: float = 0.0) -> None:
+    """The command line, which at each of the given steps gets signals, and may pause at each."""
 
     class Signalling(console.RichReporter):
         def progress(self, done: int, total: int, note: str = "") -> None:
+            time.sleep(pause_s)
             for number in signals.get(str(done), []) if note else []:
                 os.kill(os.getpid(), number)
 
@@ -75,7 +99,13 @@ def hold(run: str) -> None:
 
 
 def save(
-    run: str, step: int, numbers: int, keep: int, point: int | None = None, how: str = "kill"
+    run: str,
+    step: int,
+    numbers: int,
+    keep: int,
+    best: int | None = None,
+    point: int | None = None,
+    how: str = "kill",
 ) -> None:
     """Save a checkpoint; at the `point`-th thing done to the disk, die or find the disk full."""
     if how == "limit":  # the system refuses to write beyond this byte of any file
@@ -83,7 +113,7 @@ def save(
     elif point is not None:
         _count_points(point, _die if how == "kill" else _disk_full)
     try:
-        checkpoint.save_checkpoint(Path(run), step, keep=keep, **tensors(step, numbers))
+        checkpoint.save_checkpoint(Path(run), step, keep=keep, best=best, **tensors(step, numbers))
     except ResourceError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         print(error)

@@ -14,7 +14,7 @@ from minimind.model.rows import short_of_round
 from minimind.training.batch import TensorBatch
 from minimind.training.objectives.balance import with_balance, without_balance
 
-_CHUNK = 1024  # tokens whose logits exist at once
+LOGITS_AT_ONCE = 1024  # tokens whose logits exist at once
 
 
 class NextToken:
@@ -147,8 +147,8 @@ def _by_chunks(
         grads = [torch.empty_like(hidden)]
         grads += [torch.zeros_like(weight, dtype=torch.float32)] * trained
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, len(labels), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, len(labels), LOGITS_AT_ONCE):
+            part = slice(start, start + LOGITS_AT_ONCE)
             rows, targets = hidden[part], labels[part, None]
             scores = (rows @ weight.T).float()
             scores = torch.log_softmax(scores, -1)

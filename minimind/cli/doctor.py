@@ -1,0 +1,113 @@
+"""`minimind doctor`: what this machine has, what will be used, what is missing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind.cli import console
+from minimind.cli.plan import size
+
+if TYPE_CHECKING:
+    from minimind.training.selftest import Check
+
+# What an extra brings, the module that shows it is there, and the line that installs it.
+_EXTRAS = {
+    "web": ("the chat page", "streamlit"),
+    "tensorboard": ("curves in TensorBoard", "tensorboard"),
+    "wandb": ("tracking with Weights & Biases", "wandb"),
+    "swanlab": ("tracking with SwanLab", "swanlab"),
+}
+
+
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    json: Annotated[Path | None, typer.Option("--json", help="Write it here too.")] = None,
+) -> None:
+    """Look at this machine: what it has, what will be used, what is missing, and a self-test.
+
+    The exit status is 1 when the self-test fails.
+    """
+    found = _machine(device)
+    console.show_figures("This machine", found)
+    extras = _missing_extras()
+    if extras:
+        rows = [(e["what"], e["install"]) for e in extras]
+        console.show(console.table("Not installed", ["for", "install with"], rows))
+    from minimind.training.selftest import selftest
+
+    checks = selftest(device)
+    _show(checks)
+    if json:
+        console.write_json(
+            json,
+            {"machine": found, "missing": extras, "checks": [vars(check) for check in checks]},
+        )
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+    console.say("All is well. Begin with: minimind demo")
+
+
+def _machine(device: str) -> dict[str, Any]:
+    import os
+    import platform
+    import shutil
+
+    import torch
+
+    from minimind import __version__
+    from minimind.inference.load import inference_dtype
+    from minimind.model.device import choose_device
+    from minimind.training.memory import free_bytes
+    from minimind.training.precision import choose_precision
+
+    chosen = choose_device(device)
+    free = free_bytes(chosen)
+    found: dict[str, Any] = {
+        "minimind": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "CUDA devices": torch.cuda.device_count(),
+        "Apple MPS": torch.backends.mps.is_available(),
+        "processor cores": os.cpu_count(),
+        "threads of torch": torch.get_num_threads(),
+        "free disk here": size(shutil.disk_usage(".").free),
+        "device": str(chosen),
+        "its free memory": "unknown" if free is None else size(free),
+        "precision of training": choose_precision("auto", chosen).name,
+        "precision of decoding": str(inference_dtype(chosen)).removeprefix("torch."),
+        "attention": "torch's scaled_dot_product_attention"
+        + (", plain up to 256 tokens of training" if chosen.type == "cpu" else ""),
+        "C++ compiler, for training.compile": _compiler() or "none",
+    }
+    if chosen.type == "cuda":
+        properties = torch.cuda.get_device_properties(chosen)
+        capability = f"{properties.major}.{properties.minor}"
+        found["GPU"] = f"{properties.name}, {size(properties.total_memory)}, sm {capability}"
+    return found
+
+
+def _compiler() -> str | None:
+    import os
+    import shutil
+
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _missing_extras() -> list[dict[str, str]]:
+    from importlib.util import find_spec
+
+    return [
+        {"what": what, "install": f"pip install -c constraints.txt -e '.[{extra}]'"}
+        for extra, (what, module) in _EXTRAS.items()
+        if find_spec(module) is None
+    ]
+
+
+def _show(checks: "list[Check]") -> None:
+    rows = [
+        (check.name, "passed" if check.passed else "FAILED", f"{check.seconds:.1f} s", check.note)
+        for check in checks
+    ]
+    console.show(console.table("Self-test", ["what", "", "time", ""], rows))

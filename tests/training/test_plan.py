@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import nano_recipe
+
+from minimind.model import PRESETS, ModelConfig, Transformer
+from minimind.tokenizer import Tokenizer
+from minimind.training.plan import flops_a_token, make_plan
+
+
+def test_a_plan_without_data_knows_the_model(tmp_path: Path) -> None:
+    plan = make_plan(nano_recipe("pretrain", tmp_path), seconds=0)
+    assert (plan.parameters, plan.data_tokens, plan.steps) == (223_392, None, None)
+    assert plan.tokens_per_second is plan.seconds is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_and_time_come_from_data_and_a_trial(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("长江是中国最长的河流。\n" * 500, encoding="utf-8")
+    plan = make_plan(
+        nano_recipe(
+            "pretrain",
+            tmp_path / "run",
+            tokenizer=str(tmp_path / "tokenizer"),
+            data__sources=[f"{texts}@2"],
+            data__validation_fraction=0.0,
+            training__epochs=3.0,
+        ),
+        seconds=0.2,
+    )
+    words = len(tokenizer.encode("长江是中国最长的河流。\n"))
+    assert plan.data_tokens == pytest.approx(2 * 500 * words, rel=0.05)
+    assert plan.steps == -(-3 * plan.data_tokens // (32 * 4))
+    assert plan.tokens == plan.steps * 32 * 4
+    assert plan.tokens_per_second and plan.seconds
+    assert plan.seconds == pytest.approx(plan.tokens / plan.tokens_per_second)
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_decides_the_micro_batch(tmp_path: Path) -> None:
+    recipe = nano_recipe("pretrain", tmp_path, training__batch=64, training__micro_batch=None)
+    roomy = make_plan(recipe, memory=64 << 30, seconds=0)
+    needed = next(
+        c["bytes"]
+        for c in roomy.choices
+        if c["micro_batch"] == 8 and not c["activation_checkpointing"]
+    )
+    assert roomy.micro_batch == 64
+    assert make_plan(recipe, memory=needed, seconds=0).micro_batch == 8
+    assert make_plan(recipe, memory=1 << 20, seconds=0).micro_batch is None
+
+
+@pytest.mark.parametrize("preset", ["small", "base"])
+def test_operations_are_those_that_torch_counts(preset: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = PRESETS[preset] | {"num_hidden_layers": 2}
+    model, tokens = Transformer(ModelConfig(**shape)), torch.zeros(1, 512, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(tokens)).sum().backward()
+    # Torch does not count a CPU's attention: each word with half a window of keys and values.
+    config, window = model.config, 512
+    attention = 2 * config.num_hidden_layers * config.hidden_size * window * 3
+    counted = counter.get_total_flops() / window
+    assert flops_a_token(model, window) == pytest.approx(counted + attention, rel=1e-3)
