@@ -123,7 +123,7 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
         bad.good += 1
         questions.append(
             Written(
-                str(row.get("id", f"{name}-{line}")),
+                f"{name}-{line}",
                 question,
                 answer,
                 partial(_ends_with, number),
