@@ -28,6 +28,7 @@ from minimind.cli import (
     web,
     workers,
 )
+from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError, is_out_of_memory
 
 _OUT_OF_MEMORY = (
@@ -126,6 +127,7 @@ for _verb in (
     *(plan.plan, merge.merge, chat.chat, generate.generate, serve.serve, web.web, doctor.doctor),
 ):
     app.command()(_verb)
+app.command("eval")(evaluate)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")
