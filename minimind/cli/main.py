@@ -25,6 +25,7 @@ from minimind.cli import (
     train,
     web,
 )
+from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError
 
 _OUT_OF_MEMORY = (
@@ -126,6 +127,7 @@ for _verb in (
     *(plan.plan, merge.merge, chat.chat, generate.generate, serve.serve, web.web, doctor.doctor),
 ):
     app.command()(_verb)
+app.command("eval")(evaluate)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 

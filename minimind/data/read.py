@@ -204,6 +204,22 @@ def read_records(
             raise DataError(f"{file}: there is no record in it; leave it out, or get it again")
 
 
+def read_objects(
+    files: Iterable[Path], *, bad: BadLines
+) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """(file, line, object) of files whose records are of other schemas than training data's.
+
+    Lines that are no objects are put aside; the caller counts the good ones. Raises DataError for
+    a file that cannot be read at all.
+    """
+    for file in files:
+        for line, value in _values(file, bad, lambda num_bytes: None):
+            if isinstance(value, dict):
+                yield file, line, value
+            else:
+                bad.add(file, line, f"a JSON {type(value).__name__} instead of an object", value)
+
+
 def first_record(path: str, schema: str = "auto") -> Record:
     """The first record of what `path` means. Raises DataError when there is none."""
     bad = BadLines()

@@ -1,0 +1,389 @@
+"""`minimind eval MODEL… --task TASK…`: how good models are, in figures."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minimind.cli import console
+from minimind.cli.generate import Adapter, Context, Device
+from minimind.errors import MinimindError, ServiceError, UsageError
+
+if TYPE_CHECKING:
+    from minimind.evaluation.contamination import Contamination
+    from minimind.evaluation.scoring import Scorer
+    from minimind.evaluation.tasks import Task
+    from minimind.tokenizer import Tokenizer
+
+_HARNESS = "lm-eval:"
+_CONNECTIONS = 8
+
+Figures = dict[str, Any]
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL", help="Model or run directories; URL or URL#NAME of a service."
+        ),
+    ],
+    task: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TASK",
+            help="bpb, ceval, cmmlu, mmlu, c3, choice:FILE.csv, gsm8k, cmath, quiz, or "
+            "lm-eval:NAME. NAME:PATH where its data is somewhere of its own. Give it again "
+            "for more.",
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR", help="Where the questions are; for bpb, the texts."),
+    ] = None,
+    style: Annotated[
+        Literal["chat", "letter", "answer"],
+        typer.Option(
+            help="Multiple choice: the letter after the chat prompt, the letter after solved "
+            "examples (as lm-eval asks), or the likelihood of whole answers."
+        ),
+    ] = "chat",
+    shots: Annotated[
+        int, typer.Option(min=0, help="Solved examples before a question, but not in a chat.")
+    ] = 5,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many questions of each task, from all over.")
+    ] = None,
+    contamination: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DATA", help="Training data to look for the questions in."),
+    ] = None,
+    adapter: Adapter = None,
+    context: Context = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Where results are kept; a stopped evaluation goes on from there.")
+    ] = Path("out/eval"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask everything again.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Examine models: bits per byte, exams, sums, and what of them was in the training data."""
+    if adapter and len(models) > 1:
+        raise UsageError("--adapter belongs to one model; give one MODEL")
+    evaluation = _Evaluation(out, fresh, json, limit, device)
+    tasks = evaluation.read_tasks(
+        dict.fromkeys(task), dict(data=data or [], style=style, shots=shots, limit=limit)
+    )
+    found = evaluation.look_for(tasks, contamination or [])
+    for path in dict.fromkeys(models):
+        examined = evaluation.open(path, adapter, context)
+        if examined is not None:
+            for name in dict.fromkeys(task):
+                if name.startswith(_HARNESS):
+                    evaluation.run_harness(examined, name)
+                elif name in tasks:
+                    evaluation.run(examined, tasks[name], found.get(name))
+    evaluation.show()
+    if evaluation.failures:
+        raise typer.Exit(1)
+
+
+@dataclass
+class _Examined:
+    """A model, where its results go, and what they depend on."""
+
+    model: Any
+    folder: Path
+    identity: Mapping[str, Any]
+
+
+@dataclass
+class _Evaluation:
+    """The figures so far, and what went wrong."""
+
+    out: Path
+    fresh: bool
+    json: Path | None
+    limit: int | None
+    device: str
+    figures: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Say it at once, and again at the end; the rest goes on."""
+        told = (
+            str(error) if isinstance(error, MinimindError) else f"{type(error).__name__}: {error}"
+        )
+        self.failures.append(f"{what}: {told}")
+        console.say(f"{what} failed: {told}")
+
+    def read_tasks(self, names: Mapping[str, None], how: dict[str, Any]) -> dict[str, "Task"]:
+        """Their questions. A task whose name is wrong is a mistake; one without data a failure."""
+        from minimind.evaluation.catalogue import make_task
+
+        tasks: dict[str, Task] = {}
+        for name in names:
+            if name.startswith(_HARNESS):
+                continue
+            try:
+                tasks[name] = make_task(name, **how)
+            except UsageError:
+                raise
+            except MinimindError as error:
+                self.fail(name, error)
+        return tasks
+
+    def look_for(
+        self, tasks: Mapping[str, "Task"], data: Sequence[str]
+    ) -> dict[str, "Contamination"]:
+        """Questions that stand in the training data."""
+        from minimind.evaluation.contamination import files_size, find_contamination
+
+        found = {}
+        for name, task in tasks.items():
+            if not data or not (texts := task.texts()):
+                continue
+            try:
+                with console.make_progress("byte") as bar:
+                    reading = bar.add_task(
+                        f"{task.name}: looking through the data", total=files_size(data), note=""
+                    )
+                    found[name] = find_contamination(texts, data, partial(bar.advance, reading))
+            except MinimindError as error:
+                self.fail(f"{name}: --contamination", error)
+        return found
+
+    def open(self, path: str, adapter: Path | None, context: int | None) -> _Examined | None:
+        """A model; None when it is none, which is told."""
+        from minimind.evaluation.models import LocalModel
+        from minimind.evaluation.run import file_name
+
+        model: Any
+        try:
+            if "://" in path:
+                if adapter or context:
+                    raise UsageError("--adapter and --context are for a service to choose")
+                model = _Service(path)
+            else:
+                model = LocalModel(Path(path), self.device, adapter=adapter, context=context)
+            identity = model.identity()
+        except (MinimindError, OSError) as error:
+            self.fail(path, error)
+            return None
+        name, number = model.name, 1
+        while model.name in self.figures:
+            number += 1
+            model.name = f"{name} {number}"
+        self.figures[model.name] = {}
+        return _Examined(model, self.out / file_name(model.name), identity)
+
+    def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
+        """One task, one model."""
+        from minimind.evaluation.run import evaluate
+
+        reporter = console.RichReporter()
+        title = f"{examined.model.name}: {task.name}"
+        reporter.start(title, len(task), unit=task.unit)
+        try:
+            self._keep(
+                examined,
+                evaluate(
+                    task,
+                    examined.model,
+                    examined.folder,
+                    identity=examined.identity,
+                    contamination=contamination,
+                    fresh=self.fresh,
+                    progress=reporter.progress,
+                ),
+            )
+        except Exception as error:
+            if isinstance(error, MemoryError):
+                raise
+            self.fail(title, error)
+        finally:
+            reporter.stop()
+
+    def run_harness(self, examined: _Examined, name: str) -> None:
+        """A task of lm-eval."""
+        from minimind.evaluation.harness import run_harness
+
+        title = f"{examined.model.name}: {name}"
+        console.say(title)
+        try:
+            directory = getattr(examined.model, "directory", None)
+            if directory is None:
+                raise UsageError("lm-eval is run on a model directory, not on a service")
+            self._keep(
+                examined,
+                run_harness(
+                    name.removeprefix(_HARNESS),
+                    directory,
+                    examined.folder,
+                    identity=examined.identity,
+                    adapter=examined.model.adapter,
+                    device=self.device,
+                    limit=self.limit,
+                    fresh=self.fresh,
+                ),
+            )
+        except Exception as error:
+            self.fail(title, error)
+
+    def _keep(self, examined: _Examined, figures: Figures) -> None:
+        self.figures[examined.model.name][figures["task"]] = figures
+        for path in filter(None, (self.out / "summary.json", self.json)):
+            console.write_json(path, {"models": self.figures})
+
+    def show(self) -> None:
+        """The tables, and what failed."""
+        figures = [one for tasks in self.figures.values() for one in tasks.values()]
+        if figures:
+            console.show(
+                console.table(
+                    "Results",
+                    ["model", "task", "score", "95 %", "chance", "correct / questions", "failed"],
+                    map(_row, figures),
+                    numbers=5,
+                )
+            )
+        self._show_contamination([one for one in figures if "contamination" in one])
+        for part, title in (("by_group", "by group"), ("by_source", "by source")):
+            for task in dict.fromkeys(one["task"] for one in figures if part in one):
+                self._show_parts(task, part, title)
+        for one in figures:
+            _tell_faults(one)
+        if figures:
+            console.say(f"All figures, and each answer: {self.out}")
+        for failure in self.failures:
+            console.say(f"failed: {failure}")
+
+    def _show_parts(self, task: str, part: str, title: str) -> None:
+        """A task's parts, a column a model."""
+        models = {
+            name: tasks[task][part]
+            for name, tasks in self.figures.items()
+            if part in tasks.get(task, {})
+        }
+        names = dict.fromkeys(name for parts in models.values() for name in parts)
+        rows = (
+            [name, *(_score(parts.get(name, {})) for parts in models.values())] for name in names
+        )
+        console.show(
+            console.table(f"{task}, {title}", [title[3:], *models], rows, numbers=len(models))
+        )
+
+    def _show_contamination(self, figures: Sequence[Figures]) -> None:
+        if not figures:
+            return
+        rows = [
+            (
+                one["model"],
+                one["task"],
+                one["contamination"]["found"],
+                one["contamination"]["too_short"],
+                _score(one),
+                _score(one["contamination"]["without"]),
+            )
+            for one in figures
+        ]
+        columns = ["model", "task", "in the data", "too short to tell", "score", "without them"]
+        console.show(console.table("Questions in the training data", columns, rows, numbers=4))
+
+
+def _row(one: Figures) -> list[object]:
+    low, high = one.get("interval") or (None, None)
+    asked = one.get("questions")
+    if "bits_per_byte" in one:
+        spread = "–" if low is None else f"{low:.4f} – {high:.4f}"
+        told = f"{one['documents']:,} documents"
+        return [one["model"], one["task"], _score(one), spread, None, told, one["failed"]]
+    spread = "–" if low is None else f"{low:.1%} – {high:.1%}"
+    chance = f"{one['chance']:.1%}" if "chance" in one else None
+    correct = None if asked is None else f"{one['correct']:,} / {asked:,}"
+    return [one["model"], one["task"], _score(one), spread, chance, correct, one.get("failed")]
+
+
+def _score(one: Figures) -> str:
+    if one.get("bits_per_byte") is not None:
+        return f"{one['bits_per_byte']:.4f} bits/byte"
+    if one.get("accuracy") is not None:
+        return f"{one['accuracy']:.2%}"
+    return ", ".join(f"{name} {console.figure(v)}" for name, v in one.get("metrics", {}).items())
+
+
+def _tell_faults(one: Figures) -> None:
+    title = f"{one['model']}: {one['task']}"
+    if one.get("failed"):
+        first = next(iter(one["errors"].items()))
+        console.say(f"{title}: {one['failed']:,} failed, the first: {first[0]}: {first[1]}")
+    if one.get("unreadable"):
+        console.say(
+            f"{title}: {one['unreadable']:,} lines are no questions or texts, the first: "
+            f"{one['first_unreadable']}"
+        )
+    if one.get("cut"):
+        console.say(
+            f"{title}: {one['cut']:,} questions are longer than the model reads; they were asked "
+            "without their beginning"
+        )
+    wanted, fewest = one.get("settings", {}).get("shots", 0), one.get("fewest_shots")
+    if wanted and fewest is not None and fewest < wanted:
+        console.say(f"{title}: of {wanted} examples, as few as {fewest} fitted into the context")
+
+
+class _Service:
+    """A model behind an OpenAI-compatible URL, which writes and gives no likelihoods."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ServiceError when nobody answers, UsageError when it lacks the model."""
+        from minimind.web.client import KEY_VARIABLE, Client
+
+        place, _, wanted = url.partition("#")
+        self._client = Client(place, os.environ.get(KEY_VARIABLE))
+        found = {model.name: model for model in self._client.models()}
+        name = wanted or next(iter(found), "")
+        if name not in found:
+            raise UsageError(
+                f"{self._client.url} has no model {name}; it has: {', '.join(found) or 'none'}"
+            )
+        self._model, self.name = found[name], name
+
+    def identity(self) -> dict[str, Any]:
+        """Which service; whether its model is still the same nobody can tell."""
+        return {"url": self._client.url, "model": self._model.name}
+
+    def scorer(self) -> "tuple[Scorer, Tokenizer]":
+        """Raises UsageError."""
+        raise UsageError(
+            "a service gives no likelihoods; give a model directory, or take a task that is "
+            "answered in words: quiz, gsm8k, cmath"
+        )
+
+    def answers(
+        self, questions: Sequence[str], max_new_tokens: int
+    ) -> Iterator[tuple[int, str | Exception]]:
+        """Some questions at once, as the service lets them wait."""
+
+        def ask(question: str) -> str:
+            messages = [{"role": "user", "content": question}]
+            with self._client.chat(
+                self._model, messages, max_tokens=max_new_tokens, temperature=0
+            ) as said:
+                return "".join(said).strip()
+
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            places = {pool.submit(ask, question): n for n, question in enumerate(questions)}
+            try:
+                for future in as_completed(places):
+                    try:
+                        yield places[future], future.result()
+                    except ServiceError as error:
+                        yield places[future], error
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,117 @@
+"""Exams of multiple choice as a task."""
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from minimind.evaluation.asking import Asked, Asker, Style, choose
+from minimind.evaluation.exams import LETTERS, Question, Questions, subject_info
+from minimind.evaluation.tasks import Model, Result, apart, share_right, spread
+
+_AT_ONCE = 256  # questions
+
+
+class Choice:
+    """An exam of multiple choice, asked in one of three styles."""
+
+    unit, main = "question", "accuracy"
+
+    def __init__(self, questions: Questions, style: Style, shots: int, limit: int | None) -> None:
+        self.exam, self._style = questions.exam, style
+        self._shots = 0 if style == "chat" else shots
+        self.name = f"{self.exam.name} ({style}{f', {self._shots} shots' if self._shots else ''})"
+        self.questions, self.examples = spread(questions.asked, limit), questions.examples
+        self.bad = questions.bad
+        self._sha256 = questions.sha256()
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def settings(self) -> dict[str, Any]:
+        """The questions too."""
+        return {
+            "task": self.exam.name,
+            "style": self._style,
+            "shots": self._shots,
+            "questions": len(self),
+            "sha256": self._sha256,
+        }
+
+    def texts(self) -> dict[str, str]:
+        """The questions without their options, which other questions have too."""
+        return {question.id: question.question for question in self.questions}
+
+    def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
+        """One subject at a time, whose questions begin alike."""
+        scorer, tokenizer = model.scorer()
+        asker = Asker(tokenizer, self.exam, self._style, self._shots, scorer.context)
+        left = [question for question in self.questions if question.id not in done]
+
+        def deal_with(some: Sequence[Question]) -> list[Result]:
+            asked = [asker.ask(one, self.examples.get(one.subject, ())) for one in some]
+            scores = iter(scorer.score([row for one in asked for row in one.rows]))
+            return [
+                _choice_result(question, one, list(itertools.islice(scores, len(one.rows))))
+                for question, one in zip(some, asked, strict=True)
+            ]
+
+        by_subject: dict[str, list[Question]] = {}
+        for question in left:
+            by_subject.setdefault(question.subject if self._shots else "", []).append(question)
+        for questions in by_subject.values():
+            yield from apart(questions, _AT_ONCE, deal_with, lambda question: question.id)
+
+    def summary(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Share of right ones by subject and group, with what guessing gives."""
+        by_id = {question.id: question for question in self.questions}
+        rows = [(by_id[result["id"]], result) for result in results]
+        by_subject: dict[str, list[tuple[Question, Result]]] = {}
+        by_group: dict[str, list[tuple[Question, Result]]] = {}
+        for question, result in rows:
+            by_subject.setdefault(question.subject, []).append((question, result))
+            group = subject_info(self.exam.name, question.subject).group
+            by_group.setdefault(group, []).append((question, result))
+        by_place = Counter(result["answer"] for _, result in rows)
+        return _share(rows) | {
+            "by_group": {name: _share(some) for name, some in sorted(by_group.items())},
+            "by_subject": {name: _share(some) for name, some in sorted(by_subject.items())},
+            "answers": dict(sorted(by_place.items())),
+            "fewest_shots": min((result["shots"] for _, result in rows), default=0),
+            "cut": sum(result.get("cut", False) for _, result in rows),
+        }
+
+    def tables(self, results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
+        """A row a question for each subject: its options, the right answer and the model's."""
+        by_id = {result["id"]: result for result in results}
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for question in self.questions:
+            result = by_id.get(question.id, {})
+            options = dict(zip(LETTERS, question.options, strict=False))
+            tables.setdefault(question.subject, []).append(
+                {"id": question.id, "question": question.question}
+                | {letter: options.get(letter, "") for letter in LETTERS[:4]}
+                | options
+                | {"answer": question.letter, "model_answer": result.get("answer", "")}
+                | {"right": int(result["right"]) if result else ""}
+            )
+        return tables
+
+
+def _choice_result(question: Question, asked: Asked, scores: list[float]) -> Result:
+    chosen = choose(asked, scores)
+    cut = {"cut": True} if asked.cut else {}
+    return {
+        "id": question.id,
+        "right": chosen == question.answer,
+        "answer": LETTERS[chosen],
+        "expected": question.letter,
+        "scores": scores,
+        "shots": asked.shots,
+    } | cut
+
+
+def _share(rows: Sequence[tuple[Question, Result]]) -> dict[str, Any]:
+    correct = sum(result["right"] for _, result in rows)
+    chances = [1 / len(question.options) for question, _ in rows]
+    return share_right(correct, len(rows)) | {"chance": sum(chances) / max(len(chances), 1)}

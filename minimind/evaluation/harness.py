@@ -1,0 +1,73 @@
+"""EleutherAI's lm-eval on a model directory: the extra `lm-eval`, and only here."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minimind.errors import UsageError
+from minimind.evaluation.run import file_name
+from minimind.model import resolve_adapter_directory
+from minimind.model.device import choose_device
+
+
+def run_harness(
+    name: str,
+    directory: Path,
+    folder: Path,
+    *,
+    identity: Mapping[str, Any],
+    adapter: Path | None = None,
+    device: str = "auto",
+    limit: int | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Figures of its task `name`; those in `folder` where it was done before.
+
+    It downloads its data, and asks with as many examples as the task itself says. Raises
+    UsageError when it is not installed or has no such task.
+    """
+    settings = {"task": f"lm-eval:{name}", "limit": limit, **identity}
+    path = folder / f"{file_name(f'lm-eval:{name}')}.json"
+    if path.is_file() and not fresh:
+        before = json.loads(path.read_text("utf-8"))
+        if before.get("settings") == settings:
+            return dict(before)
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UsageError(
+            f"lm-eval is not installed ({error}); "
+            "python -m pip install 'minimind[lm-eval]', then give the same command"
+        ) from error
+    manager = TaskManager()
+    if not manager.match_tasks([name]):
+        raise UsageError(f"lm-eval has no task {name}; `lm-eval ls tasks` lists them")
+    arguments = {"pretrained": str(directory), "dtype": "float32", "trust_remote_code": False}
+    if adapter:
+        arguments["peft"] = str(resolve_adapter_directory(adapter))
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=[name],
+        device=str(choose_device(device)),
+        batch_size=8,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+    )
+    several = len(found["results"]) > 1
+    metrics = {
+        f"{task}/{metric}" if several else metric: value
+        for task, values in found["results"].items()
+        for metric, value in ((name.removesuffix(",none"), v) for name, v in values.items())
+        if isinstance(value, int | float) and "stderr" not in metric
+    }
+    summary = {"task": f"lm-eval:{name}", "model": directory.name, "settings": settings}
+    summary |= {"metrics": metrics, "results": found["results"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps(summary, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8"
+    )
+    return summary

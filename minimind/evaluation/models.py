@@ -1,0 +1,135 @@
+"""Model directories made ready to be examined."""
+
+import hashlib
+import json
+import queue
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.evaluation.scoring import Scorer
+from minimind.inference.engine import Engine, Piece, Request
+from minimind.inference.load import load_for_inference
+from minimind.inference.sampling import Sampling
+from minimind.model import Transformer, resolve_adapter_directory, resolve_model_directory
+from minimind.tokenizer import Tokenizer, encode_chat
+
+_SLOTS = 64
+_PIECE = 1 << 16  # bytes of a weight file that are looked at, in so many places
+_PLACES = 64
+
+
+class LocalModel:
+    """A model or run directory. It is loaded when it is needed.
+
+    For likelihoods in float32, so that figures depend neither on the device nor on what stands
+    beside a question; to write in what the device is fastest in, as everywhere else.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: str = "auto",
+        *,
+        adapter: Path | None = None,
+        context: int | None = None,
+    ) -> None:
+        """Raises ModelError for what is no model or no adapter."""
+        self.directory = resolve_model_directory(path)
+        self.name = name_of(path) + (f" + {name_of(adapter)}" if adapter else "")
+        self.adapter, self.context = adapter, context
+        self._device = device
+        self._loaded: tuple[torch.dtype | None, Transformer, Tokenizer] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on."""
+        adapter = resolve_adapter_directory(self.adapter) if self.adapter else None
+        return {
+            "model": fingerprint(self.directory),
+            "adapter": fingerprint(adapter) if adapter else None,
+            "context": self.context,
+        }
+
+    def _load(self, dtype: torch.dtype | None) -> tuple[Transformer, Tokenizer]:
+        if self._loaded is None or self._loaded[0] != dtype:
+            self._loaded = None  # one at a time
+            model, tokenizer = load_for_inference(
+                self.directory,
+                self._device,
+                adapter=self.adapter,
+                dtype=dtype,
+                context=self.context,
+            )
+            self._loaded = dtype, model, tokenizer
+        return self._loaded[1], self._loaded[2]
+
+    def scorer(self) -> tuple[Scorer, Tokenizer]:
+        """In float32. With a --context below the model's own, windows are that long."""
+        model, tokenizer = self._load(torch.float32)
+        return Scorer(model, self.context), tokenizer
+
+    def answers(
+        self, questions: Sequence[str], max_new_tokens: int
+    ) -> Iterator[tuple[int, str | Exception]]:
+        """Greedy answers, each in a conversation of its own, as they end."""
+        model, tokenizer = self._load(None)
+        prompts = [
+            encode_chat(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True)[0]
+            for q in questions
+        ]
+        if not prompts:
+            return
+        longest = max(map(len, prompts)) + max_new_tokens
+        context = min(longest, self.context or longest)
+        texts: list[list[str]] = [[] for _ in prompts]
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        def take(number: int, piece: Piece) -> None:
+            """In the engine's thread."""
+            texts[number].append(piece.text)
+            if piece.finish_reason is not None:
+                ended.put(number)
+
+        slots = min(_SLOTS, len(prompts))
+        with Engine(model, tokenizer, slots=slots, context=context) as engine:
+            waiting = {}
+            for number, prompt in enumerate(prompts):
+                request = Request(
+                    prompt,
+                    Sampling(temperature=0),
+                    max_new_tokens,
+                    stop_ids=frozenset(tokenizer.stop_ids),
+                )
+                try:
+                    waiting[number] = engine.submit(request, partial(take, number))
+                except Exception as error:  # too long, as a rule; the others go on
+                    yield number, error
+            for _ in range(len(waiting)):
+                number = ended.get()
+                yield number, waiting[number].error or "".join(texts[number]).strip()
+
+
+def name_of(path: Path) -> str:
+    """What a model is called: its directory, or the run's whose model it is."""
+    parts = [part for part in path.resolve().parts if part not in ("model", "adapter")]
+    return parts[-1]
+
+
+def fingerprint(directory: Path) -> str:
+    """Tells models apart: their small files, and samples of their weights from all over."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*")):
+        if path.suffix not in (".json", ".safetensors", ".jinja") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            for place in range(_PLACES):
+                file.seek(max(size - _PIECE, 0) * place // (_PLACES - 1))
+                digest.update(file.read(_PIECE))
+                if size <= _PIECE:
+                    break
+    return digest.hexdigest()

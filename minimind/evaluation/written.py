@@ -1,0 +1,154 @@
+"""Questions that are answered in words: the quiz, and sums that are marked by their number."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minimind.data.read import BadLines, read_objects
+from minimind.data.textbook import is_right, sample_quiz
+from minimind.errors import DataError
+from minimind.evaluation.numbers import last_number
+from minimind.evaluation.tasks import MOST_FAULTS, Model, Result, share_right, spread, told
+
+_QUIZ = 400
+_QUIZ_SEED = 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """A question that is answered in words: `check` tells whether an answer is right."""
+
+    id: str
+    question: str
+    expected: str
+    check: Callable[[str], bool]
+    subject: str = ""
+
+
+class Writing:
+    """Questions that a model answers greedily in a conversation of their own."""
+
+    unit, main = "question", "accuracy"
+
+    def __init__(
+        self, name: str, questions: Sequence[Written], max_new_tokens: int, bad: BadLines
+    ) -> None:
+        self.name, self.bad = name, bad
+        self._questions, self._max_new_tokens = questions, max_new_tokens
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def settings(self) -> dict[str, Any]:
+        """The questions too."""
+        whole = json.dumps([(q.id, q.question, q.expected) for q in self._questions])
+        return {
+            "task": self.name,
+            "max_new_tokens": self._max_new_tokens,
+            "questions": len(self),
+            "sha256": hashlib.sha256(whole.encode()).hexdigest(),
+        }
+
+    def texts(self) -> dict[str, str]:
+        """The questions."""
+        return {question.id: question.question for question in self._questions}
+
+    def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
+        """In the order in which answers end."""
+        left = [question for question in self._questions if question.id not in done]
+        faults = 0
+        asked = [question.question for question in left]
+        for place, answer in model.answers(asked, self._max_new_tokens):
+            question = left[place]
+            result: Result = {"id": question.id}
+            if isinstance(answer, Exception):
+                faults += 1
+                if faults >= MOST_FAULTS:
+                    raise answer
+                yield result | {"error": told(answer)}
+                continue
+            faults = 0
+            right = question.check(answer)
+            yield result | {"right": right, "answer": answer, "expected": question.expected}
+
+    def summary(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Share of right answers, by subject where there are any."""
+        subject_of = {question.id: question.subject for question in self._questions}
+        table: dict[str, list[bool]] = {}
+        for result in results:
+            table.setdefault(subject_of[result["id"]], []).append(result["right"])
+        figures = share_right(sum(result["right"] for result in results), len(results))
+        if set(table) - {""}:
+            figures["by_subject"] = {
+                name: share_right(sum(marks), len(marks)) for name, marks in sorted(table.items())
+            }
+        return figures
+
+
+def quiz_task(limit: int | None) -> Writing:
+    """The textbook's: the same questions as the demo's summary."""
+    chosen = spread(sample_quiz(_QUIZ, seed=_QUIZ_SEED), limit)
+
+    questions = [
+        Written(q.question, q.question, q.answer, partial(is_right, q), subject=q.subject)
+        for q in chosen
+    ]
+    return Writing("quiz", questions, 64, BadLines())
+
+
+_ARITHMETIC = {  # fields of the question and of the answer, split, longest answer in tokens
+    "gsm8k": ("question", "answer", ("test",), 320),
+    "cmath": ("input", "golden", ("test", "cmath_dev"), 256),
+}
+
+
+def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writing:
+    """Marked by the last number of an answer, which has to be that of the published answer."""
+    asked, golden, splits, longest = _ARITHMETIC[name]
+    bad = BadLines()
+    questions = []
+    for _, line, row in read_objects(_arithmetic_files(name, places), bad=bad):
+        if row.get("split", splits[0]) not in splits:
+            continue
+        question, answer = row.get(asked), str(row.get(golden, "")).rpartition("####")[2].strip()
+        number = last_number(answer)
+        if not isinstance(question, str) or number is None:
+            bad.add(Path(name), line, f"no {asked}, or no number in {golden}", row)
+            continue
+        bad.good += 1
+        questions.append(
+            Written(
+                str(row.get("id", f"{name}-{line}")),
+                question,
+                answer,
+                partial(_ends_with, number),
+                subject=f"grade {row['grade']}" if "grade" in row else "",
+            )
+        )
+    if not questions:
+        raise DataError(f"{', '.join(places)}: no question of {name} in it; {bad.first}")
+    return Writing(name, spread(questions, limit), longest, bad)
+
+
+def _ends_with(number: Fraction, answer: str) -> bool:
+    return last_number(answer) == number
+
+
+def _arithmetic_files(name: str, places: Sequence[str]) -> list[Path]:
+    """The file of an exam in figures: <name>.jsonl, or test.jsonl as GSM8K is published."""
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_file():
+            return [path]
+        for pattern in (f"{name}*.jsonl*", f"**/{name}*/test.jsonl", "**/test.jsonl"):
+            if found := sorted(path.glob(pattern)):
+                return found[:1]
+    raise DataError(
+        f"{', '.join(places) or '--data'}: holds no {name}.jsonl; put it there, or name it: "
+        f"--task {name}:PATH. With a network, `minimind data get {name}` downloads it"
+    )

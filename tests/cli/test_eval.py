@@ -1,0 +1,196 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from minimind.cli.main import app
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+from minimind.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
+
+from services import save_models, serving
+
+HEADER = "question,A,B,C,D,answer\n"
+
+
+def run(folder: Path, *arguments: object, **variables: str) -> Result:
+    """In `folder`, where its results then are."""
+    words = ["eval", *map(str, arguments), "--out", str(folder / "out"), "--device", "cpu"]
+    return CliRunner().invoke(app, words, env={"COLUMNS": "200"} | variables)
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text("utf-8"))
+    return found["models"]
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two runs, `tiny` and `other`."""
+    return save_models(tmp_path_factory.mktemp("models"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exam") / "mine.csv"
+    ask = "第{}个问题是什么，请在下列各项中选出正确的一项？,甲,乙,丙,丁,{}\n"
+    rows = [ask.format(n, "ABCD"[n % 4]) for n in range(40)]
+    path.write_text(HEADER + "".join(rows), encoding="utf-8")
+    return path
+
+
+def test_two_models_and_several_tasks_side_by_side(
+    models: Path, exam: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "泰山在山东省。"}\n{"text": "长江流入东海。"}\n', encoding="utf-8")
+    tasks = ("--task", f"choice:{exam}", "--task", f"bpb:{text}", "--task", "quiz", "--limit", 6)
+    done = run(
+        tmp_path,
+        models / "tiny",
+        models / "other" / "model",
+        *tasks,
+        "--json",
+        tmp_path / "also.json",
+    )
+    assert done.exit_code == 0, done.output
+    found = figures(tmp_path)
+    assert json.loads((tmp_path / "also.json").read_text("utf-8"))["models"] == found
+    assert list(found) == ["tiny", "other"]
+    for name, tasks_of in found.items():
+        assert list(tasks_of) == ["mine (chat)", "bpb", "quiz"]
+        choice, bits, quiz = tasks_of.values()
+        assert choice["questions"] == quiz["questions"] == 6
+        assert f"{choice['correct']} / 6" in done.output
+        assert f"{bits['bits_per_byte']:.4f}" in done.output
+        assert (tmp_path / "out" / name / "mine-chat" / "mine.csv").is_file()
+    assert "mine (chat), by group" in done.output
+
+
+def test_the_same_again_asks_nothing(models: Path, exam: Path, tmp_path: Path) -> None:
+    words = (models / "tiny", "--task", f"choice:{exam}", "--style", "letter", "--shots", 0)
+    assert run(tmp_path, *words).exit_code == 0
+    first = figures(tmp_path)["tiny"]["mine (letter)"]
+    assert run(tmp_path, *words).exit_code == 0
+    second = figures(tmp_path)["tiny"]["mine (letter)"]
+    assert (first["asked_now"], second["asked_now"]) == (40, 0)
+    assert first["by_subject"] == second["by_subject"]
+
+
+def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """By SIGKILL, in a process of its own, in the middle of the questions."""
+    exam = tmp_path / "long.csv"
+    rows = [f"{'泰山在山东省。' * 20}{n}？,甲,乙,丙,丁,A\n" for n in range(3000)]
+    exam.write_text(HEADER + "".join(rows), encoding="utf-8")
+    shape = {"vocab_size": tokenizer.vocab_size}
+    save_model(tmp_path / "m", Transformer(ModelConfig(**PRESETS["nano"] | shape)), tokenizer)
+    words = [sys.executable, "-m", "minimind", "eval", "m", "--task", "choice:long.csv"]
+    words += ["--out", "out", "--device", "cpu"]
+    results = tmp_path / "out" / "m" / "long-chat.jsonl"
+    child = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, env=os.environ)
+    try:
+        while not results.is_file() or results.stat().st_size < 10_000:
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    content = results.read_bytes()
+    kept = content[: content.rfind(b"\n") + 1].splitlines()
+    assert 1 < len(kept) < 3001
+    done = run(tmp_path, tmp_path / "m", "--task", f"choice:{exam}")
+    assert done.exit_code == 0, done.output
+    found = figures(tmp_path)["m"]["long (chat)"]
+    assert (found["asked_now"], found["questions"]) == (3001 - len(kept), 3000)
+    lines = results.read_bytes().splitlines()
+    assert lines[: len(kept)] == kept
+    assert len({json.loads(line)["id"] for line in lines[1:]}) == 3000
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(models: Path, exam: Path, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    words = ("--task", "ceval", "--task", f"choice:{exam}", "--data", nothing)
+    done = run(tmp_path, tmp_path / "nowhere", models / "tiny", *words)
+    assert done.exit_code == 1
+    assert "no such directory" in done.output
+    assert "holds no ceval" in done.output
+    assert figures(tmp_path)["tiny"]["mine (chat)"]["questions"] == 40
+    assert "Traceback" not in done.output
+
+
+def test_another_model_of_the_same_name_is_refused(
+    models: Path, exam: Path, tmp_path: Path
+) -> None:
+    words = ("--task", f"choice:{exam}", "--limit", 5)
+    assert run(tmp_path, models / "tiny", *words).exit_code == 0
+    assert run(tmp_path, models / "tiny", *words[:-1], 6).exit_code == 1
+    refused = run(tmp_path, models / "tiny", *words, "--context", 64)
+    assert refused.exit_code == 1
+    assert "another evaluation (context differ)" in refused.output
+    assert run(tmp_path, models / "tiny", *words, "--context", 64, "--fresh").exit_code == 0
+
+
+def test_questions_in_the_training_data_are_told(models: Path, exam: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    said = "请听题：第7个问题是什么，请在下列各项中选出正确的一项？答：甲。"
+    data.write_text(json.dumps({"text": said}) + "\n", encoding="utf-8")
+    done = run(tmp_path, models / "tiny", "--task", f"choice:{exam}", "--contamination", data)
+    assert done.exit_code == 0, done.output
+    told = figures(tmp_path)["tiny"]["mine (chat)"]["contamination"]
+    assert told["found"] == 1
+    assert told["without"]["questions"] == 39
+    assert "Questions in the training data" in done.output
+    done = run(tmp_path, models / "tiny", "--task", f"choice:{exam}", "--contamination", "gone")
+    assert done.exit_code == 1
+    assert "there is no such file" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--task", "chess"), "--task chess: known are bpb, ceval"),
+        (("--task", "ceval"), "ceval needs its questions: --data DIR"),
+        (("--task", "choice"), "choice needs a file"),
+        (("--task", "bpb"), "bpb needs text"),
+    ],
+)
+def test_command_lines_that_do_not_fit_together(
+    models: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = run(tmp_path, models / "tiny", *words)
+    assert done.exit_code == 1
+    assert message in done.output
+    two = run(tmp_path, models / "tiny", models / "other", "--task", "quiz", "--adapter", "a")
+    assert (two.exit_code, "one MODEL" in two.output) == (1, True)
+
+
+def test_a_service_writes_and_gives_no_likelihoods(
+    models: Path, exam: Path, tmp_path: Path
+) -> None:
+    with serving(models, tmp_path / "log") as process:
+        url = f"{process.url}#other"
+        done = run(tmp_path, url, "--task", "quiz", "--task", f"choice:{exam}", "--limit", 9)
+    assert done.exit_code == 1
+    assert "a service gives no likelihoods" in done.output
+    there = figures(tmp_path)["other"]["quiz"]
+    assert there["questions"] == 9
+    here = run(tmp_path / "here", models / "other", "--task", "quiz", "--limit", 9)
+    assert here.exit_code == 0
+    said = [
+        json.loads(line)["answer"]
+        for folder in (tmp_path, tmp_path / "here")
+        for line in sorted((folder / "out" / "other" / "quiz.jsonl").read_text().splitlines()[1:])
+    ]
+    assert said[:9] == said[9:]
+    gone = run(tmp_path, process.url, "--task", "quiz")
+    assert gone.exit_code == 1
+    assert "cannot be reached" in gone.output

@@ -1,0 +1,42 @@
+"""A tiny random model, and a small exam."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from small_exams import make_ceval, make_varied
+
+from minimind.evaluation.models import LocalModel
+from minimind.model import Transformer, save_model
+from minimind.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def varied(tokenizer: Tokenizer) -> Transformer:
+    return make_varied(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def varied_dir(
+    varied: Transformer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run directory of the same; not to be written to."""
+    run = tmp_path_factory.mktemp("varied") / "tiny"
+    save_model(run / "model", varied, tokenizer)
+    return run
+
+
+@pytest.fixture
+def local(varied_dir: Path) -> LocalModel:
+    return LocalModel(varied_dir, "cpu")
+
+
+@pytest.fixture(scope="session")
+def ceval_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds `ceval-exam`, as its archive is unpacked."""
+    folder = tmp_path_factory.mktemp("exams")
+    make_ceval(folder / "ceval-exam")
+    return folder

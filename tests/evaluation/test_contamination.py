@@ -1,0 +1,104 @@
+import json
+import random
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from minimind.errors import DataError
+from minimind.evaluation import contamination
+from minimind.evaluation.contamination import find_contamination
+
+CHINESE = "甲公司在二零一五年十月投资了一个新的项目，此时应当要求乙公司编制哪一种预算？"
+ENGLISH = "Mark has a garden with flowers. He planted plants of three different colors in it."
+
+
+def write(path: Path, *texts: str) -> str:
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def found(tmp_path: Path, question: str, *texts: str) -> bool:
+    result = find_contamination({"q": question}, [write(tmp_path / "data.jsonl", *texts)])
+    assert not result.too_short
+    return "q" in result.found
+
+
+def test_a_window_of_characters_is_enough(tmp_path: Path) -> None:
+    plain = re.sub(r"\W", "", CHINESE)
+    assert len(plain) > 30
+    assert found(tmp_path, CHINESE, "前面" + plain[3:27] + "后面")
+    assert not found(tmp_path, CHINESE, "前面" + plain[3:26] + "后面")
+    assert not found(tmp_path, CHINESE, plain[:15], plain[15:])  # of two documents
+
+
+def test_case_punctuation_and_width_do_not_matter(tmp_path: Path) -> None:
+    assert found(tmp_path, CHINESE, "“" + "，".join(CHINESE) + "”")
+    wide = "已知函数ＡＢ１２３的图像经过原点并且在区间上单调递增"
+    assert found(tmp_path, wide, unicodedata.normalize("NFKC", wide).lower())
+
+
+def test_thirteen_words_of_english(tmp_path: Path) -> None:
+    words = re.findall(r"\w+", ENGLISH)
+    assert found(tmp_path, ENGLISH, "so " + "  ".join(words[1:14]).upper() + "!")
+    assert not found(tmp_path, ENGLISH, " ".join(words[1:13]) + " others")
+    assert not found(tmp_path, ENGLISH, " ".join(words[:8]), " ".join(words[8:]))
+
+
+def test_short_questions_must_be_there_whole(tmp_path: Path) -> None:
+    short = "王利发是老舍戏剧作品____中的主人公。"
+    assert found(tmp_path, short, "问：王利发是老舍戏剧作品中的主人公吗？")
+    assert not found(tmp_path, short, "王利发是老舍戏剧作品中的主人")
+    seven = "Who wrote the play about the teahouse?"
+    assert found(tmp_path, seven, "Tell me who wrote the play about the teahouse.")
+    assert not found(tmp_path, seven, "who wrote the play about the")
+
+
+def test_questions_too_short_to_tell_are_counted(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", "正确的是 which is right")
+    result = find_contamination({"a": "正确的是", "b": "which is right"}, [data])
+    assert result.too_short == {"a", "b"}
+    assert result.found == {}
+    assert result.figures()["too_short"] == 2
+
+
+def test_training_data_of_any_schema_and_its_file_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "1.jsonl", "别的")
+    turns = [{"role": "user", "content": CHINESE}, {"role": "assistant", "content": "零基预算"}]
+    path = tmp_path / "2.jsonl"
+    path.write_text(json.dumps({"conversations": turns}) + "\n[1]\n", encoding="utf-8")
+    reported: list[int] = []
+    result = find_contamination({"q": CHINESE}, [str(tmp_path)], reported.append)
+    assert result.found == {"q": str(path)}
+    assert result.bad_lines == 1
+    assert sum(reported) == contamination.files_size([str(tmp_path)])
+    with pytest.raises(DataError, match="no such file"):
+        find_contamination({"q": CHINESE}, [str(tmp_path / "3.jsonl")])
+
+
+def test_the_same_as_looking_for_each_window_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few characters, so that much is alike; a table of hashes so small that all collide."""
+    monkeypatch.setattr(contamination, "_PIECE", 300)
+    monkeypatch.setattr(contamination, "_CHARACTERS", contamination._Kind(6, 3))
+    rng = random.Random(0)
+
+    def text(length: int) -> str:
+        return "".join(rng.choice("山水火") for _ in range(length))
+
+    questions = {str(n): text(rng.randint(2, 14)) for n in range(150)}
+    texts = [text(rng.randint(1, 40)) for _ in range(60)]
+    result = find_contamination(questions, [write(tmp_path / "data.jsonl", *texts)])
+
+    def there(question: str) -> bool:
+        size = min(len(question), 6)
+        windows = [question[i : i + size] for i in range(len(question) - size + 1)]
+        return any(window in text for window in windows for text in texts)
+
+    expected = {name for name, q in questions.items() if len(q) >= 3 and there(q)}
+    assert set(result.found) == expected
+    assert 10 < len(expected) < 140
+    assert result.too_short == {name for name, q in questions.items() if len(q) < 3}
