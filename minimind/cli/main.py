@@ -25,6 +25,7 @@ from minimind.cli import (
     train,
     web,
 )
+from minimind.cli.compare import compare
 from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError
 
@@ -128,6 +129,7 @@ for _verb in (
 ):
     app.command()(_verb)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 
