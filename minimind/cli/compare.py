@@ -8,7 +8,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.generate import Context, Device, MaxNewTokens, plain
-from minimind.errors import MinimindError
+from minimind.errors import MinimindError, ServiceError
 
 if TYPE_CHECKING:
     from minimind.cli.models import Service
@@ -190,6 +190,12 @@ class _Comparison:
         finally:
             reporter.stop()
         verdict = {"name": service.name, **verdicts(trials, judged, list(answers))}
+        if verdict["failed"]:
+            missing = ServiceError(
+                f"{verdict['failed']:,} of {len(trials):,} replies did not come (the first: "
+                f"{verdict['first_error']}); the same command asks for them again"
+            )
+            self.fail(f"judge {service.name}", missing)
         self.judgement = {"judge": verdict, "trials": trials, "judged": judged}
         self._write()
 
