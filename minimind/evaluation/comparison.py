@@ -23,6 +23,7 @@ Figures = Mapping[str, Any]
 
 _MORE_STYLE = """
 .mini { font-size: .8rem; opacity: .8; white-space: normal; margin-top: .3rem; }
+.said { max-height: 18rem; overflow-y: auto; }
 .texts td:first-child { font-weight: 600; }
 .texts details { font-weight: 400; padding: .1rem .5rem; font-size: .85rem; }
 .span { position: relative; height: .9rem; min-width: 10rem; background: var(--soft);
@@ -306,7 +307,11 @@ def as_page(comparison: Mapping[str, Any]) -> str:
         cards["replies unreadable"] = f"{judge['unreadable']:,}"
         sections.insert(0, ("Ranking", f"{about_judge(judge)} {_JUDGED}", _ranking(comparison)))
     if rows := category_rows(comparison):
-        told = "The judge's mean score, and what is repeated." if judge else "What is repeated."
+        told = (
+            "The judge's mean score, and what is repeated."
+            if judge
+            else "The share that is repeated, by kind of question."
+        )
         head = ["category", "questions", *models]
         cells = ([_text(cell) for cell in row] for row in rows)
         numbers = range(1, len(head))
@@ -371,7 +376,8 @@ def _answer(answer: Figures | None, score: float | None) -> str:
     length, *flags = map(_text, answer_told(answer))
     told = [length] if score is None else [f"<b>{score:.1f}</b>", length]
     told += [f"<span class=wrong>{flag}</span>" for flag in flags]
-    return f"{_text(answer['answer'])}<div class=mini>{' · '.join(told)}</div>"
+    said = f"<div class=said>{_text(answer['answer'])}</div>"
+    return f"{said}<div class=mini>{' · '.join(told)}</div>"
 
 
 def _reasons(judged: Sequence[Figures]) -> str:

@@ -14,7 +14,7 @@ mixed_scripts  Share of answers of which a tenth or more of the words are in a s
 distinct_1, 2  Distinct words and bigrams of all answers together, over the number of words (Li et
                al. 2016). More words have fewer new ones among them: compare at like lengths.
 
-In scripts, fenced code counts for nothing: it is Latin in any language.
+In scripts, fenced code and single Latin letters count for nothing: any language has them.
 """
 
 import re
@@ -123,8 +123,9 @@ def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _scripts(text: str) -> Counter[Script]:
-    """How many of the words are of each script; digits and signs are of none."""
-    found = Counter(map(_script, words_of(_CODE.sub(" ", text))))
+    """How many of the words are of each script; digits, signs and an x or y are of none."""
+    words = words_of(_CODE.sub(" ", text))
+    found = Counter(_script(word) for word in words if not (len(word) == 1 and word.isascii()))
     del found["digits and signs"]
     return found
 

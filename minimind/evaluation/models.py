@@ -22,6 +22,7 @@ from minimind.tokenizer import Tokenizer, encode_chat
 
 _PIECE = 1 << 16  # bytes of a weight file that are looked at, in so many places
 _PLACES = 64
+_WARM_UP = 16  # tokens of an answer
 
 
 class LocalModel:
@@ -102,6 +103,7 @@ class LocalModel:
         slots = min(manner.at_once, len(prompts))
         with Engine(model, tokenizer, slots=slots, context=context) as engine:
             waiting = {}
+            _warm_up(engine, list(prompts.values())[:slots])
             before = time.perf_counter()
             for number, prompt in prompts.items():
                 request = Request(
@@ -129,6 +131,16 @@ class LocalModel:
                     ),
                 )
                 before = now
+
+
+def _warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Write a few words, so that speed is not that of first steps, which take far longer."""
+    # Without their first token, so that nothing of the prompts themselves is kept for later.
+    fitting = [prompt[1:] for prompt in prompts if 1 < len(prompt) < engine.context]
+    requests = [Request(prompt, Sampling(temperature=0), _WARM_UP) for prompt in fitting]
+    for completion in [engine.submit(request) for request in requests]:
+        for _ in completion:
+            pass
 
 
 def name_of(path: Path) -> str:

@@ -71,6 +71,7 @@ def test_distinct_words_and_bigrams_by_hand() -> None:
         ("长江有多长？", "长江 Волга 很长", False, True),
         ("长江有多长？", "6300", False, False),
         ("长江有多长？", "", False, False),
+        ("x + y = 4z，求 x 和 y。", "不知道。", False, False),
         ("1+1=?", "two", False, False),  # the question is of no script
         ("写一个程序。", "```python\nprint('hello world')\n```\n这样就行。", False, False),
         ("写一个程序。", "好的：\n```python\nprint('never closed')", False, False),
