@@ -76,7 +76,8 @@ def evaluate(
         dict.fromkeys(task), dict(data=data or [], style=style, shots=shots, limit=limit)
     )
     found = evaluation.look_for(tasks, contamination or [])
-    for path in dict.fromkeys(models):
+    harness = [name for name in task if name.startswith(_HARNESS)]
+    for path in dict.fromkeys(models) if tasks or harness else ():
         examined = evaluation.open(path, adapter, context)
         if examined is not None:
             for name in dict.fromkeys(task):
@@ -140,19 +141,23 @@ class _Evaluation:
         """Questions that stand in the training data."""
         from minimind.evaluation.contamination import files_size, find_contamination
 
-        found = {}
-        for name, task in tasks.items():
-            if not data or not (texts := task.texts()):
-                continue
-            try:
-                with console.make_progress("byte") as bar:
-                    reading = bar.add_task(
-                        f"{task.name}: looking through the data", total=files_size(data), note=""
-                    )
-                    found[name] = find_contamination(texts, data, partial(bar.advance, reading))
-            except MinimindError as error:
-                self.fail(f"{name}: --contamination", error)
-        return found
+        texts = {
+            f"{name}\0{key}": text
+            for name, task in tasks.items()
+            for key, text in task.texts().items()
+        }
+        if not data or not texts:
+            return {}
+        try:
+            with console.make_progress("byte") as bar:
+                reading = bar.add_task(
+                    "looking for the questions in the data", total=files_size(data), note=""
+                )
+                found = find_contamination(texts, data, partial(bar.advance, reading))
+        except MinimindError as error:
+            self.fail("--contamination", error)
+            return {}
+        return {name: found.part(f"{name}\0") for name, task in tasks.items() if task.texts()}
 
     def open(self, path: str, adapter: Path | None, context: int | None) -> _Examined | None:
         """A model; None when it is none, which is told."""
@@ -248,19 +253,21 @@ class _Evaluation:
             _tell_faults(one)
         if figures:
             console.say(f"All figures, and each answer: {self.out}")
-        for failure in self.failures:
-            console.say(f"failed: {failure}")
+            for failure in self.failures:  # again, where it is not lost above the tables
+                console.say(f"failed: {failure}")
 
     def _show_parts(self, task: str, part: str, title: str) -> None:
         """A task's parts, a column a model."""
         models = {
             name: tasks[task][part]
             for name, tasks in self.figures.items()
-            if part in tasks.get(task, {})
+            if len(tasks.get(task, {}).get(part, ())) > 1
         }
+        if not models:
+            return
         names = dict.fromkeys(name for parts in models.values() for name in parts)
         rows = (
-            [name, *(_score(parts.get(name, {})) for parts in models.values())] for name in names
+            [name, *(_part(parts.get(name, {})) for parts in models.values())] for name in names
         )
         console.show(
             console.table(f"{task}, {title}", [title[3:], *models], rows, numbers=len(models))
@@ -303,6 +310,17 @@ def _score(one: Figures) -> str:
     if one.get("accuracy") is not None:
         return f"{one['accuracy']:.2%}"
     return ", ".join(f"{name} {console.figure(v)}" for name, v in one.get("metrics", {}).items())
+
+
+def _part(one: Figures) -> str:
+    """A score with what it rests on."""
+    if one.get("accuracy") is None:
+        return _score(one)
+    low, high = one["interval"]
+    told = (
+        f"{one['accuracy']:.1%} ({low:.0%} – {high:.0%}), {one['correct']:,} / {one['questions']:,}"
+    )
+    return told + (f", chance {one['chance']:.0%}" if "chance" in one else "")
 
 
 def _tell_faults(one: Figures) -> None:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind.errors import MinimindError, UsageError
+from minimind.cli import console
+from minimind.errors import MinimindError, ModelError, TokenizerError, UsageError
 
 if TYPE_CHECKING:
-    from minimind.evaluation.models import LocalModel
     from minimind.evaluation.scoring import Scorer
     from minimind.evaluation.tasks import Answer, Manner
-    from minimind.tokenizer import Tokenizer
+    from minimind.evaluation.words import Words
     from minimind.tokenizer.chat import Message
 
 CONNECTIONS = 8
@@ -26,15 +26,13 @@ def open_model(
     adapter: Path | None = None,
     context: int | None = None,
     taken: Container[str] = (),
-) -> "LocalModel | Service":
+) -> Any:
     """DIR, DIR+ADAPTER, URL or URL#NAME; of a name that is not yet taken.
 
     Raises ModelError for what is no model or no adapter, ServiceError when nobody answers, and
     UsageError for a service without that model.
     """
-    from minimind.evaluation.models import LocalModel
-
-    model: LocalModel | Service
+    model: Any
     if "://" in place:
         if adapter or context:
             raise UsageError("--adapter and --context are for a service to choose")
@@ -43,11 +41,28 @@ def open_model(
         directory, beside = _split(place)
         if adapter and beside:
             raise UsageError(f"{place} names an adapter already; leave out --adapter")
-        model = LocalModel(directory, device, adapter=adapter or beside, context=context)
+        model = _local(directory, device, adapter or beside, context)
     name, number = model.name, 1
     while model.name in taken:
         number += 1
         model.name = f"{name} {number}"
+    return model
+
+
+def _local(directory: Path, device: str, adapter: Path | None, context: int | None) -> Any:
+    """By our own reading; what that refuses, by transformers where it is installed."""
+    from minimind.evaluation.fallback import TransformersModel, is_installed
+    from minimind.evaluation.models import LocalModel
+
+    model = LocalModel(directory, device, adapter=adapter, context=context)
+    try:
+        model.check()
+    except (ModelError, TokenizerError) as error:
+        if adapter or not is_installed():
+            raise
+        there = TransformersModel(model.directory, device, context=context)
+        console.say(f"{directory}: read by transformers, because {error}")
+        return there
     return model
 
 
@@ -85,7 +100,7 @@ class Service:
         """Which service; whether its model is still the same nobody can tell."""
         return {"url": self._client.url, "model": self._model.name}
 
-    def scorer(self) -> "tuple[Scorer, Tokenizer]":
+    def scorer(self) -> "tuple[Scorer, Words]":
         """Raises UsageError."""
         raise UsageError(
             "a service gives no likelihoods; give a model directory, or take a task that is "

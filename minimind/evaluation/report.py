@@ -129,8 +129,9 @@ def write_report(
         ),
         (
             "Stages",
-            "Each stage starts from the model that the one before has left. Loss and bits per "
-            "byte are those on held-out data at the end. Fine-tuning counts the answers alone, so "
+            "Each stage starts from the model that the one before has left, at its last step; the "
+            "best step is that of the best validation. Loss and bits per byte are those on "
+            "held-out data at the end. Fine-tuning counts the answers alone, so "
             "its figures say nothing when put beside those of pretraining.",
             _stage_table(stages),
         ),
@@ -306,6 +307,7 @@ def _stage_table(stages: Sequence[StageReport]) -> str:
     columns = [
         ("parameters", "parameters", ",d"),
         ("steps", "steps", ",d"),
+        ("best step", "best_step", ",d"),
         ("tokens", "tokens", ",d"),
         ("seconds", "seconds", ",.0f"),
         ("tokens/s", "tokens_per_second", ",.0f"),
