@@ -7,30 +7,20 @@ compare.html   the same as a self-contained page
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from minimind.errors import ResourceError
 from minimind.evaluation.judge import Trial
+from minimind.evaluation.pages import Bar, Cell, Folded, Page, Table, to_html, to_markdown
 from minimind.evaluation.prompts import Talk
-from minimind.evaluation.report import _STYLE, _folded, _table, _text
 from minimind.evaluation.tasks import Result
 
 Figures = Mapping[str, Any]
 
-_MORE_STYLE = """
-.mini { font-size: .8rem; opacity: .8; white-space: normal; margin-top: .3rem; }
-.said { max-height: 18rem; overflow-y: auto; }
-.texts td:first-child { font-weight: 600; }
-.texts details { font-weight: 400; padding: .1rem .5rem; font-size: .85rem; }
-.span { position: relative; height: .9rem; min-width: 10rem; background: var(--soft);
-        border-radius: .3rem; margin-top: .35rem; }
-.span i { position: absolute; height: 100%; border-radius: .3rem; background: #3b8ad880; }
-.span b { position: absolute; width: 3px; height: 100%; margin-left: -1.5px; background: #3b8ad8; }
-"""
+_SAID = ("question", "answers as they were shown", "reason")
 _EXPLAINED = (
     "Lengths are means. Speed is that of all questions together, eight at a time. Repeated: the "
     "share of 4-grams that an answer holds a second time or more. Never end: answers that the "
@@ -135,10 +125,11 @@ def compared(
 
 def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
     """The three files. Raises ResourceError when they cannot be written."""
+    page = as_page(comparison)
     files = {
         "compare.json": json.dumps(comparison, ensure_ascii=False, indent=1) + "\n",
-        "compare.md": as_markdown(comparison),
-        "compare.html": as_page(comparison),
+        "compare.md": to_markdown(page, "", {}),
+        "compare.html": to_html(page),
     }
     for name, text in files.items():
         part = folder / f"{name}.part"
@@ -231,164 +222,73 @@ def answer_told(answer: Figures) -> list[str]:
     return told + [flag for flag, raised in flags.items() if raised]
 
 
-def as_markdown(comparison: Mapping[str, Any]) -> str:
-    """All of it."""
-    models = list(comparison["models"])
-    number = len(comparison["questions"])
-    parts = [
-        f"# {', '.join(map(_inline, models))}",
-        f"{number:,} question{'s' * (number != 1)}, {settings_told(comparison)}.",
-        _markdown_table(["", *models], figure_rows(comparison)),
-        _EXPLAINED,
-    ]
-    if comparison["judge"]:
-        parts += ["## Ranking", _markdown_table(list(RANKING), ranking_rows(comparison))]
-        parts += [_inline(about_judge(comparison["judge"])), _JUDGED]
-    if rows := category_rows(comparison):
-        head = ["category", "questions", *models]
-        parts += ["## By category", _markdown_table(head, rows)]
-    parts.append("## Answers")
-    scores = (comparison["judge"] or {}).get("by_question", {})
-    for place, one in enumerate(comparison["questions"], start=1):
-        parts += [f"### {place}", _quoted(one["question"])]
-        for model, answer in one["answers"].items():
-            if "error" in answer:
-                parts.append(f"**{_inline(model)}** failed: {_inline(answer['error'])}")
-                continue
-            told = answer_told(answer)
-            if model in scores.get(one["id"], {}):
-                told.insert(0, f"score {scores[one['id']][model]:.1f}")
-            parts += [f"**{_inline(model)}** ({', '.join(told)})", _fenced(answer["answer"])]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(_inline, line))} |" for line in lines)
-
-
-def _inline(text: str) -> str:
-    """Text that stays text on one line of Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
-
-
-def _quoted(text: str) -> str:
-    return "\n".join(f"> {_inline(line)}  " for line in text.splitlines())
-
-
-def _fenced(text: str) -> str:
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def as_page(comparison: Mapping[str, Any]) -> str:
-    """All of it, self-contained."""
-    models = list(comparison["models"])
-    judge = comparison["judge"]
-    cards = {
-        "models": f"{len(models):,}",
-        "questions": f"{len(comparison['questions']):,}",
-    }
-    sections = [
-        (
-            "Figures",
-            _EXPLAINED,
-            _table(
-                ["", *models],
-                ([_text(cell) for cell in row] for row in figure_rows(comparison)),
-                numbers=range(1, len(models) + 1),
-            ),
-        )
-    ]
+def as_page(comparison: Mapping[str, Any]) -> Page:
+    """All of it, to be drawn."""
+    models, judge = list(comparison["models"]), comparison["judge"]
+    cards = {"models": f"{len(models):,}", "questions": f"{len(comparison['questions']):,}"}
+    page = Page(", ".join(models), f"Side by side: {settings_told(comparison)}.", cards)
     if judge:
         if "agreement" in judge:
             cards["decided alike both ways"] = share(judge["agreement"])
         cards["replies unreadable"] = f"{judge['unreadable']:,}"
-        sections.insert(0, ("Ranking", f"{about_judge(judge)} {_JUDGED}", _ranking(comparison)))
-    if rows := category_rows(comparison):
-        told = (
-            "The judge's mean score, and what is repeated."
-            if judge
-            else "The share that is repeated, by kind of question."
+        pairs = zip(ranking_rows(comparison), judge["ranking"], strict=True)
+        ranking: list[list[Cell]] = [[*row, Bar(one["score"] / 100)] for row, one in pairs]
+        page.add(
+            "Ranking",
+            f"{about_judge(judge)} {_JUDGED}",
+            Table([*RANKING, "0 – 100"], ranking, numbers=(2, 3, 4)),
+            Folded("What the judge said", Table(_SAID, _reasons(comparison), kind="texts")),
         )
-        head = ["category", "questions", *models]
-        cells = ([_text(cell) for cell in row] for row in rows)
-        numbers = range(1, len(head))
-        sections.append(("By category", told, _table(head, cells, numbers=numbers)))
-    told = "The same questions to each model, each in a conversation of its own."
-    sections.append(("Answers", told, _answers(comparison)))
-    drawn = "".join(
-        f"<div class=card>{_text(name)}<b>{_text(value)}</b></div>" for name, value in cards.items()
+    numbers = range(1, len(models) + 1)
+    page.add("Figures", _EXPLAINED, Table(["", *models], figure_rows(comparison), numbers))
+    head = ["category", "questions", *models]
+    page.add(
+        "By category",
+        "What is repeated by kind of question" + (", after the judge's score." if judge else "."),
+        Table(head, category_rows(comparison), range(1, len(head))),
     )
-    body = "\n".join(
-        f"<h2>{name}</h2><p class=faint>{_text(explanation)}</p>{content}"
-        for name, explanation, content in sections
-        if content
+    page.add(
+        "Answers",
+        "The same questions to each model, each in a conversation of its own.",
+        *_answers(comparison),
     )
-    title = _text(", ".join(models))
-    return (
-        '<!doctype html><html lang="zh-Hans"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}{_MORE_STYLE}</style>"
-        f"<h1>{title}</h1><p class=faint>Side by side: {_text(settings_told(comparison))}.</p>"
-        f"<div class=cards>{drawn}</div>{body}</html>\n"
-    )
+    return page
 
 
-def _ranking(comparison: Mapping[str, Any]) -> str:
-    rows = []
-    for row, one in zip(ranking_rows(comparison), comparison["judge"]["ranking"], strict=True):
-        low, high = one["score_interval"]
-        drawing = (
-            f"<div class=span><i style='left:{low:.1f}%;width:{high - low:.1f}%'></i>"
-            f"<b style='left:{one['score']:.1f}%'></b></div>"
-        )
-        rows.append([*map(_text, row), drawing])
-    return _table([*RANKING, "0 – 100"], rows, numbers=(2, 3, 4))
-
-
-def _answers(comparison: Mapping[str, Any]) -> str:
+def _answers(comparison: Mapping[str, Any]) -> list[Table | Folded]:
     """A table; where there are categories one each, folded."""
-    groups: dict[str, list[list[str]]] = {}
     scores = (comparison["judge"] or {}).get("by_question", {})
+    groups: dict[str, list[list[str]]] = {}
     for one in comparison["questions"]:
-        cells = [
-            _answer(one["answers"].get(model), scores.get(one["id"], {}).get(model))
-            for model in comparison["models"]
-        ]
-        row = [_text(one["question"]) + _reasons(one["judged"]), *cells]
-        groups.setdefault(one["category"], []).append(row)
+        own = scores.get(one["id"], {})
+        cells = [_answer(one["answers"].get(m), own.get(m)) for m in comparison["models"]]
+        groups.setdefault(one["category"], []).append([one["question"], *cells])
     head = ["question", *comparison["models"]]
-    tables = {name: _table(head, rows, kind="texts") for name, rows in groups.items()}
-    if len(tables) == 1:
-        return next(iter(tables.values()))
-    return "".join(
-        _folded(f"{name or '–'}: {len(groups[name]):,}", table) for name, table in tables.items()
-    )
+    if len(groups) == 1:
+        return [Table(head, rows, kind="texts") for rows in groups.values()]
+    return [
+        Folded(f"{name or '–'}: {len(rows):,}", Table(head, rows, kind="texts"))
+        for name, rows in groups.items()
+    ]
 
 
 def _answer(answer: Figures | None, score: float | None) -> str:
     if answer is None:
-        return "<div class=mini>not asked yet</div>"
+        return "(not asked yet)"
     if "error" in answer:
-        return f"<div class='mini wrong'>failed: {_text(answer['error'])}</div>"
-    length, *flags = map(_text, answer_told(answer))
-    told = [length] if score is None else [f"<b>{score:.1f}</b>", length]
-    told += [f"<span class=wrong>{flag}</span>" for flag in flags]
-    said = f"<div class=said>{_text(answer['answer'])}</div>"
-    return f"{said}<div class=mini>{' · '.join(told)}</div>"
+        return f"(failed: {answer['error']})"
+    told = answer_told(answer)
+    if score is not None:
+        told.insert(0, f"score {score:.1f}")
+    return f"{answer['answer']}\n\n({', '.join(told)})"
 
 
-def _reasons(judged: Sequence[Figures]) -> str:
-    lines = []
-    for one in judged:
-        if "scores" in one:
-            pairs = zip(one["models"], one["scores"], strict=True)
-            told = ", ".join(f"{_text(model)} {score:g}" for model, score in pairs)
-            lines.append(f"<p><b>{told}.</b> {_text(one['reason'])}</p>")
-        else:
-            told = _text(", ".join(one["models"]))
-            why = _text(one.get("unreadable") or one.get("error"))
-            lines.append(f"<p><b>{told}:</b> no verdict: {why}</p>")
-    return f"<details><summary>judge</summary>{''.join(lines)}</details>" if lines else ""
+def _reasons(comparison: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for one in comparison["questions"]:
+        for said in one["judged"]:
+            models, scores = said["models"], said.get("scores", ())
+            told = [f"{model}: {score:g}" for model, score in zip(models, scores, strict=False)]
+            reason = said.get("reason") or f"(no verdict: {said.get('unreadable', 'failed')})"
+            rows.append([one["question"], "\n".join(told or models), reason])
+    return rows
