@@ -173,14 +173,16 @@ class _Comparison:
             for model, results in self.results.items()
         }
         trials = make_trials(list(self.talk.prompts.values()), answers)
+        identity = service.identity()
+        where = file_name(f"{service.name} {identity['url']}")
         reporter = console.RichReporter()
         reporter.start(f"judge {service.name}", len(trials), unit="verdict")
         try:
             judged = judge(
                 lambda messages: service.answer(messages, max_tokens=_VERDICT, temperature=0).text,
                 trials,
-                self.out / f"judge-{file_name(service.name)}.jsonl",
-                identity=service.identity(),
+                self.out / f"judge-{where}.jsonl",
+                identity=identity,
                 fresh=self.fresh,
                 progress=reporter.progress,
             )
