@@ -242,28 +242,28 @@ class _Comparison:
             ranking_rows,
         )
 
-        models = list(self.figures)
+        models = [plain(model) for model in self.figures]
         questions = self.compared["questions"]
 
         def shown(answer: dict[str, Any] | None) -> str:
             if answer is None or "error" in answer:
-                return "–" if answer is None else f"failed: {answer['error']}"
+                return "–" if answer is None else plain(f"failed: {answer['error']}")
             text = plain(answer["answer"])
             cut = "…" if len(text) > _EXCERPT else ""
             return f"{text[:_EXCERPT]}{cut}\n({', '.join(answer_told(answer))})"
 
         rows = [
-            [one["question"], *(shown(one["answers"].get(model)) for model in models)]
+            [plain(one["question"]), *(shown(one["answers"].get(model)) for model in self.figures)]
             for one in questions[:_SHOWN]
         ]
         title = "Answers" if len(questions) <= _SHOWN else f"The first {_SHOWN} answers"
         console.show(console.table(title, ["question", *models], rows))
         rows = figure_rows(self.compared)
         console.show(console.table("Figures", ["", *models], rows, numbers=len(models)))
-        if rows := category_rows(self.compared):
+        if rows := [[*map(plain, row)] for row in category_rows(self.compared)]:
             head = ["category", "questions", *models]
             console.show(console.table("By category", head, rows, numbers=len(head) - 1))
         if self.compared["judge"]:
-            rows = ranking_rows(self.compared)
+            rows = [[*map(plain, row)] for row in ranking_rows(self.compared)]
             console.show(console.table("Ranking", list(RANKING), rows, numbers=3))
-            console.say(about_judge(self.compared["judge"]))
+            console.say(plain(about_judge(self.compared["judge"])))

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from minimind.evaluation.tasks import Task
 
 _HARNESS = "lm-eval:"
-_CONNECTIONS = 8
 
 Figures = dict[str, Any]
 

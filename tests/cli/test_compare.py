@@ -99,7 +99,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(models: Path, tmp_path: Path) -
         {"question": "泰山在哪里？", "category": "地理"},
         {"nothing": "here"},
         {"question": "长江" * 3000, "category": "地理"},
-        {"turns": ["Why is the sea salty?"], "category": "science"},
+        {"turns": ["\x1b[31mWhy is the sea salty?"], "category": "sci\x1bence"},
     ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{torn", "utf-8")
     words = ("--prompts", questions, "--max-new-tokens", 8)
@@ -115,6 +115,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(models: Path, tmp_path: Path) -
     assert ["error" in answer for answer in answers] == [False, True, False]
     assert (found["models"]["tiny"]["answers"], found["models"]["tiny"]["failed"]) == (2, 1)
     assert "By category" in done.output
+    assert "\x1b" not in done.output
 
 
 def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
