@@ -1,8 +1,6 @@
 """`minimind eval MODEL… --task TASK…`: how good models are, in figures."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,22 +10,13 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.generate import Adapter, Context, Device
-from minimind.errors import (
-    MinimindError,
-    ModelError,
-    ServiceError,
-    TokenizerError,
-    UsageError,
-)
+from minimind.errors import MinimindError, UsageError
 
 if TYPE_CHECKING:
     from minimind.evaluation.contamination import Contamination
-    from minimind.evaluation.scoring import Scorer
     from minimind.evaluation.tasks import Task
-    from minimind.evaluation.words import Words
 
 _HARNESS = "lm-eval:"
-_CONNECTIONS = 8
 
 Figures = dict[str, Any]
 
@@ -43,9 +32,9 @@ def evaluate(
         list[str],
         typer.Option(
             metavar="TASK",
-            help="bpb, ceval, cmmlu, mmlu, c3, choice:FILE.csv, gsm8k, cmath, quiz, or "
-            "lm-eval:NAME. NAME:PATH where its data is somewhere of its own. Give it again "
-            "for more.",
+            help="bpb, ceval, cmmlu, mmlu, c3, choice:FILE.csv, gsm8k, cmath, quiz, "
+            "degeneration, or lm-eval:NAME. NAME:PATH where its data is somewhere of its own. "
+            "Give it again for more.",
         ),
     ],
     data: Annotated[
@@ -171,42 +160,19 @@ class _Evaluation:
 
     def open(self, path: str, adapter: Path | None, context: int | None) -> _Examined | None:
         """A model; None when it is none, which is told."""
+        from minimind.cli.models import open_model
         from minimind.evaluation.run import file_name
 
-        model: Any
         try:
-            if "://" in path:
-                if adapter or context:
-                    raise UsageError("--adapter and --context are for a service to choose")
-                model = _Service(path)
-            else:
-                model = self._local(Path(path), adapter, context)
+            model = open_model(
+                path, self.device, adapter=adapter, context=context, taken=self.figures
+            )
             identity = model.identity()
         except (MinimindError, OSError) as error:
             self.fail(path, error)
             return None
-        name, number = model.name, 1
-        while model.name in self.figures:
-            number += 1
-            model.name = f"{name} {number}"
         self.figures[model.name] = {}
         return _Examined(model, self.out / file_name(model.name), identity)
-
-    def _local(self, path: Path, adapter: Path | None, context: int | None) -> Any:
-        """By our own reading; what that refuses, by transformers where it is installed."""
-        from minimind.evaluation.fallback import TransformersModel, is_installed
-        from minimind.evaluation.models import LocalModel
-
-        model = LocalModel(path, self.device, adapter=adapter, context=context)
-        try:
-            model.check()
-        except (ModelError, TokenizerError) as error:
-            if adapter or not is_installed():
-                raise
-            there = TransformersModel(model.directory, self.device, context=context)
-            console.say(f"{path}: read by transformers, because {error}")
-            return there
-        return model
 
     def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
         """One task, one model."""
@@ -333,7 +299,7 @@ def _row(one: Figures) -> list[object]:
         return [one["model"], one["task"], _score(one), spread, None, told, one["failed"]]
     spread = "–" if low is None else f"{low:.1%} – {high:.1%}"
     chance = f"{one['chance']:.1%}" if "chance" in one else None
-    correct = None if asked is None else f"{one['correct']:,} / {asked:,}"
+    correct = None if "correct" not in one else f"{one['correct']:,} / {asked:,}"
     return [one["model"], one["task"], _score(one), spread, chance, correct, one.get("failed")]
 
 
@@ -374,55 +340,3 @@ def _tell_faults(one: Figures) -> None:
     wanted, fewest = one.get("settings", {}).get("shots", 0), one.get("fewest_shots")
     if wanted and fewest is not None and fewest < wanted:
         console.say(f"{title}: of {wanted} examples, as few as {fewest} fitted into the context")
-
-
-class _Service:
-    """A model behind an OpenAI-compatible URL, which writes and gives no likelihoods."""
-
-    def __init__(self, url: str) -> None:
-        """Raises ServiceError when nobody answers, UsageError when it lacks the model."""
-        from minimind.web.client import KEY_VARIABLE, Client
-
-        place, _, wanted = url.partition("#")
-        self._client = Client(place, os.environ.get(KEY_VARIABLE))
-        found = {model.name: model for model in self._client.models()}
-        name = wanted or next(iter(found), "")
-        if name not in found:
-            raise UsageError(
-                f"{self._client.url} has no model {name}; it has: {', '.join(found) or 'none'}"
-            )
-        self._model, self.name = found[name], name
-
-    def identity(self) -> dict[str, Any]:
-        """Which service; whether its model is still the same nobody can tell."""
-        return {"url": self._client.url, "model": self._model.name}
-
-    def scorer(self) -> "tuple[Scorer, Words]":
-        """Raises UsageError."""
-        raise UsageError(
-            "a service gives no likelihoods; give a model directory, or take a task that is "
-            "answered in words: quiz, gsm8k, cmath"
-        )
-
-    def answers(
-        self, questions: Sequence[str], max_new_tokens: int
-    ) -> Iterator[tuple[int, str | Exception]]:
-        """Some questions at once, as the service lets them wait."""
-
-        def ask(question: str) -> str:
-            messages = [{"role": "user", "content": question}]
-            with self._client.chat(
-                self._model, messages, max_tokens=max_new_tokens, temperature=0
-            ) as said:
-                return "".join(said).strip()
-
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            places = {pool.submit(ask, question): n for n, question in enumerate(questions)}
-            try:
-                for future in as_completed(places):
-                    try:
-                        yield places[future], future.result()
-                    except ServiceError as error:
-                        yield places[future], error
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)

@@ -28,6 +28,7 @@ from minimind.cli import (
     web,
     workers,
 )
+from minimind.cli.compare import compare
 from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError, is_out_of_memory
 
@@ -128,6 +129,7 @@ for _verb in (
 ):
     app.command()(_verb)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -7,11 +7,12 @@ from minimind.evaluation.asking import Style
 from minimind.evaluation.bits import Bits
 from minimind.evaluation.choice import Choice
 from minimind.evaluation.exams import read_exam
+from minimind.evaluation.prompts import degeneration_task
 from minimind.evaluation.tasks import Task
 from minimind.evaluation.written import arithmetic_task, quiz_task
 
 EXAM_TASKS = ("ceval", "cmmlu", "mmlu", "c3", "choice")
-TASKS = ("bpb", *EXAM_TASKS, "gsm8k", "cmath", "quiz", "lm-eval:NAME")
+TASKS = ("bpb", *EXAM_TASKS, "gsm8k", "cmath", "quiz", "degeneration", "lm-eval:NAME")
 
 
 def make_task(
@@ -32,6 +33,8 @@ def make_task(
         return Bits(places, limit)
     if name == "quiz":
         return quiz_task(limit)
+    if name == "degeneration":
+        return degeneration_task(place, limit)
     if name in ("gsm8k", "cmath"):
         return arithmetic_task(name, places, limit)
     if name not in EXAM_TASKS:

@@ -3,6 +3,8 @@
 They are slower, for nothing that questions begin with is shared; figures are the same kind.
 """
 
+import itertools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind.errors import ModelError, TokenizerError
+from minimind.errors import MinimindError, ModelError, TokenizerError
 from minimind.evaluation.models import fingerprint, name_of
 from minimind.evaluation.scoring import Row, Scorer
+from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import Words
 from minimind.model.cache import KVCache
 from minimind.model.device import choose_device
@@ -67,27 +70,53 @@ class TransformersModel:
         return _Scorer(self._model, self.context), _Words(self._tokenizer, self.directory)
 
     def answers(
-        self, questions: Sequence[str], max_new_tokens: int
-    ) -> Iterator[tuple[int, str | Exception]]:
-        """Greedy answers, a few at once, those of one length together."""
+        self, questions: Sequence[str], manner: Manner
+    ) -> Iterator[tuple[int, Answer | Exception]]:
+        """A few at once, those of one length together; what is drawn, one by one."""
         words = _Words(self._tokenizer, self.directory)
-        prompts = [words.prompt([{"role": "user", "content": q}]) for q in questions]
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        prompts: dict[int, list[int]] = {}
+        for place, question in enumerate(questions):
+            try:
+                prompts[place] = words.prompt([{"role": "user", "content": question}])
+            except MinimindError as error:
+                yield place, error
+        order = sorted(prompts, key=lambda place: len(prompts[place]))
+        at_once = min(_AT_ONCE, manner.at_once) if manner.temperature == 0 else 1
+        before = time.perf_counter()
         while order:
             length = len(prompts[order[0]])
-            some = [place for place in order[:_AT_ONCE] if len(prompts[place]) == length]
+            some = [place for place in order[:at_once] if len(prompts[place]) == length]
             order = order[len(some) :]
-            tokens = torch.tensor([prompts[place] for place in some], device=self._model.device)
-            with torch.inference_mode():
-                written = self._model.generate(
-                    tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=words.text_end,
-                )
-            for place, ids in zip(some, written[:, length:].tolist(), strict=True):
-                yield place, self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+            written = self._write([prompts[place] for place in some], questions[some[0]], manner)
+            for place, ids in zip(some, written, strict=True):
+                now = time.perf_counter()
+                text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+                ended = len(ids) < manner.max_new_tokens
+                yield place, Answer(text, len(ids), ended, now - before)
+                before = now
+
+    def _write(
+        self, prompts: Sequence[Sequence[int]], question: str, manner: Manner
+    ) -> list[list[int]]:
+        """New tokens of prompts of one length, without the one that stopped them."""
+        tokens = torch.tensor(prompts, device=self._model.device)
+        drawn: dict[str, Any] = {"do_sample": False}
+        if manner.temperature:
+            torch.manual_seed(manner.seed_of(question))
+            drawn = {"do_sample": True, "top_k": 0, "top_p": manner.top_p}
+            drawn["temperature"] = manner.temperature
+        stops = self._model.generation_config.eos_token_id
+        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        with torch.inference_mode():
+            written = self._model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=manner.max_new_tokens,
+                pad_token_id=_Words(self._tokenizer, self.directory).text_end,
+                **drawn,
+            )
+        rows = written[:, tokens.shape[1] :].tolist()
+        return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
 
 
 class _Scorer(Scorer):

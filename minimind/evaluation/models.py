@@ -3,6 +3,7 @@
 import hashlib
 import json
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
+from minimind.errors import MinimindError
 from minimind.evaluation.scoring import Scorer
+from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import OwnWords, Words
 from minimind.inference.engine import Engine, Piece, Request
 from minimind.inference.load import load_for_inference
@@ -18,9 +21,9 @@ from minimind.inference.sampling import Sampling
 from minimind.model import Transformer, resolve_adapter_directory, resolve_model_directory
 from minimind.tokenizer import Tokenizer, encode_chat
 
-_SLOTS = 64
 _PIECE = 1 << 16  # bytes of a weight file that are looked at, in so many places
 _PLACES = 64
+_WARM_UP = 16  # tokens of an answer
 
 
 class LocalModel:
@@ -77,36 +80,43 @@ class LocalModel:
         return Scorer(model, self.context), OwnWords(tokenizer)
 
     def answers(
-        self, questions: Sequence[str], max_new_tokens: int
-    ) -> Iterator[tuple[int, str | Exception]]:
-        """Greedy answers, each in a conversation of its own, as they end."""
+        self, questions: Sequence[str], manner: Manner
+    ) -> Iterator[tuple[int, Answer | Exception]]:
+        """Each in a conversation of its own, as they end."""
         model, tokenizer = self._load(None)
-        prompts = [
-            encode_chat(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True)[0]
-            for q in questions
-        ]
+        prompts: dict[int, list[int]] = {}
+        for number, question in enumerate(questions):
+            asked = [{"role": "user", "content": question}]
+            try:
+                prompts[number] = encode_chat(tokenizer, asked, add_generation_prompt=True)[0]
+            except MinimindError as error:
+                yield number, error
         if not prompts:
             return
-        longest = max(map(len, prompts)) + max_new_tokens
+        longest = max(map(len, prompts.values())) + manner.max_new_tokens
         context = min(longest, self.context or longest)
-        texts: list[list[str]] = [[] for _ in prompts]
+        sampling = Sampling(manner.temperature, manner.top_p)
+        pieces: dict[int, list[Piece]] = {number: [] for number in prompts}
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
         def take(number: int, piece: Piece) -> None:
             """In the engine's thread."""
-            texts[number].append(piece.text)
+            pieces[number].append(piece)
             if piece.finish_reason is not None:
                 ended.put(number)
 
-        slots = min(_SLOTS, len(prompts))
+        slots = min(manner.at_once, len(prompts))
         with Engine(model, tokenizer, slots=slots, context=context) as engine:
             waiting = {}
-            for number, prompt in enumerate(prompts):
+            _warm_up(engine, list(prompts.values())[:slots])
+            before = time.perf_counter()
+            for number, prompt in prompts.items():
                 request = Request(
                     prompt,
-                    Sampling(temperature=0),
-                    max_new_tokens,
+                    sampling,
+                    manner.max_new_tokens,
                     stop_ids=frozenset(tokenizer.stop_ids),
+                    seed=manner.seed_of(questions[number]),
                 )
                 try:
                     waiting[number] = engine.submit(request, partial(take, number))
@@ -114,7 +124,28 @@ class LocalModel:
                     yield number, error
             for _ in range(len(waiting)):
                 number = ended.get()
-                yield number, waiting[number].error or "".join(texts[number]).strip()
+                completion, now = waiting[number], time.perf_counter()
+                yield (
+                    number,
+                    completion.error
+                    or Answer(
+                        "".join(piece.text for piece in pieces[number]).strip(),
+                        completion.completion_tokens,
+                        pieces[number][-1].finish_reason == "stop",
+                        now - before,
+                    ),
+                )
+                before = now
+
+
+def _warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Write a few words, so that speed is not that of first steps, which take far longer."""
+    # Without their first token, so that nothing of the prompts themselves is kept for later.
+    fitting = [prompt[1:] for prompt in prompts if 1 < len(prompt) < engine.context]
+    requests = [Request(prompt, Sampling(temperature=0), _WARM_UP) for prompt in fitting]
+    for completion in [engine.submit(request) for request in requests]:
+        for _ in completion:
+            pass
 
 
 def name_of(path: Path) -> str:

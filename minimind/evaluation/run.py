@@ -44,7 +44,7 @@ def evaluate(
     results = {} if fresh else read_results(path, header)
     done = {name for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()
-    with _writing(path, header, keep=bool(results)) as write:
+    with writing(path, header, keep=bool(results)) as write:
         progress(before, len(task))
         for result in task.run(model, done):
             write(result)
@@ -110,7 +110,7 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _writing(
+def writing(
     path: Path, header: Mapping[str, Any], *, keep: bool
 ) -> Iterator[Callable[[Result], None]]:
     """Something that adds a line to the file; what is there is kept up to its last whole line."""

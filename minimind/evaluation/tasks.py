@@ -5,7 +5,10 @@ again when an evaluation goes on.
 """
 
 import itertools
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from minimind.data.read import BadLines
@@ -16,7 +19,40 @@ from minimind.evaluation.words import Words
 
 Result = dict[str, Any]
 T = TypeVar("T")
+R = TypeVar("R")
 MOST_FAULTS = 10  # one after the other; then it is not the questions
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How answers are written; temperature 0 takes the likeliest word each time.
+
+    at_once: how many questions are answered together, at the most.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    at_once: int = 64
+
+    top_p = 0.9  # as in `minimind chat`
+
+    def seed_of(self, question: str) -> int:
+        """A question's own, wherever it stands among others."""
+        return (self.seed + zlib.crc32(question.encode("utf-8", "replace"))) % 2**32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote. Its length in tokens, and whether it came to its end, where it is known.
+
+    seconds: since the answer before it came, or since the first question was asked.
+    """
+
+    text: str
+    tokens: int | None = None
+    ended: bool | None = None
+    seconds: float = 0.0
 
 
 class Model(Protocol):
@@ -28,8 +64,8 @@ class Model(Protocol):
         """What gives likelihoods."""
 
     def answers(
-        self, questions: Sequence[str], max_new_tokens: int
-    ) -> Iterator[tuple[int, str | Exception]]:
+        self, questions: Sequence[str], manner: Manner
+    ) -> Iterator[tuple[int, Answer | Exception]]:
         """(place of the question, the model's answer or why there is none) as they come."""
 
 
@@ -94,6 +130,22 @@ def apart(
                 if faults >= MOST_FAULTS:
                     raise
                 yield {"id": name_of(item), "error": told(error)}
+
+
+def asked_together(
+    ask: Callable[[T], R], items: Sequence[T], at_once: int
+) -> Iterator[tuple[int, R | MinimindError]]:
+    """(place of the item, what `ask` gives or why it does not) as they come, from threads."""
+    with ThreadPoolExecutor(at_once) as pool:
+        places = {pool.submit(ask, item): place for place, item in enumerate(items)}
+        try:
+            for future in as_completed(places):
+                try:
+                    yield places[future], future.result()
+                except MinimindError as error:
+                    yield places[future], error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def told(error: Exception) -> str:

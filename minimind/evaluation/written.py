@@ -13,7 +13,15 @@ from minimind.data.read import BadLines, read_objects
 from minimind.data.textbook import is_right, sample_quiz
 from minimind.errors import DataError
 from minimind.evaluation.numbers import last_number
-from minimind.evaluation.tasks import MOST_FAULTS, Model, Result, share_right, spread, told
+from minimind.evaluation.tasks import (
+    MOST_FAULTS,
+    Manner,
+    Model,
+    Result,
+    share_right,
+    spread,
+    told,
+)
 
 _QUIZ = 400
 _QUIZ_SEED = 1
@@ -63,7 +71,7 @@ class Writing:
         left = [question for question in self._questions if question.id not in done]
         faults = 0
         asked = [question.question for question in left]
-        for place, answer in model.answers(asked, self._max_new_tokens):
+        for place, answer in model.answers(asked, Manner(self._max_new_tokens)):
             question = left[place]
             result: Result = {"id": question.id}
             if isinstance(answer, Exception):
@@ -73,8 +81,8 @@ class Writing:
                 yield result | {"error": told(answer)}
                 continue
             faults = 0
-            right = question.check(answer)
-            yield result | {"right": right, "answer": answer, "expected": question.expected}
+            right = question.check(answer.text)
+            yield result | {"right": right, "answer": answer.text, "expected": question.expected}
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Share of right answers, by subject where there are any."""

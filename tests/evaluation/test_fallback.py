@@ -1,5 +1,6 @@
 """Models by transformers: of those that both can read, the same figures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.fallback import TransformersModel
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.scoring import windows
+from minimind.evaluation.tasks import Answer, Manner
 from minimind.model.device import multiplies_bf16
 from minimind.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
+GREEDY = Manner(8)
 TEXT = '{"text": "泰山在山东省，泰山的日出很美。"}\n{"text": "Why is the sea salty?"}\n'
 
 
@@ -48,16 +51,27 @@ def test_texts_come_out_alike(
     assert task.summary(list(task.run(model, ())))["bytes"] == 66
 
 
+def answers(
+    model: LocalModel | TransformersModel, asked: list[str], manner: Manner = GREEDY
+) -> dict[int, Answer | Exception]:
+    """Without the time that they took."""
+    found = model.answers(asked, manner)
+    return {place: replace(one, seconds=0) for place, one in found if isinstance(one, Answer)}
+
+
 def test_answers_come_out_alike(varied_dir: Path, local: LocalModel) -> None:
     """Where no two words are as likely: to the end by both, whatever is asked beside it."""
     model = TransformersModel(varied_dir / "model", "cpu")
     asked = ["泰山在哪里？", "Why?", "长江？"]
-    said = dict(model.answers(asked, 8))
+    said = answers(model, asked)
     assert sorted(said) == [0, 1, 2]
     for place, question in enumerate(asked):
-        assert dict(model.answers([question], 8)) == {0: said[place]}
+        assert answers(model, [question]) == {0: said[place]}
     if not multiplies_bf16(torch.device("cpu")):  # ours writes in float32 then
-        assert dict(local.answers(asked, 8)) == said
+        assert answers(local, asked) == said
+    drawn = Manner(8, temperature=1, seed=3)
+    assert answers(model, asked, drawn)[1] == answers(model, asked[1:2], drawn)[0]
+    assert answers(model, asked, drawn) != said
 
 
 def test_a_kind_that_is_not_ours_to_read(ceval_dir: Path, tmp_path: Path) -> None:

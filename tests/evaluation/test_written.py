@@ -9,6 +9,7 @@ from minimind.errors import DataError, ServiceError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.quiz import mark
+from minimind.evaluation.tasks import Answer, Manner
 from minimind.inference.asking import answer_all
 from minimind.inference.load import load_for_inference
 
@@ -37,11 +38,12 @@ class Scripted:
         raise AssertionError
 
     def answers(
-        self, questions: Sequence[str], max_new_tokens: int
-    ) -> Iterator[tuple[int, str | Exception]]:
+        self, questions: Sequence[str], manner: Manner
+    ) -> Iterator[tuple[int, Answer | Exception]]:
         self.asked += questions
-        assert max_new_tokens > 0
-        yield from reversed(list(enumerate(self._answers)))
+        assert manner.max_new_tokens > 0
+        for place, said in reversed(list(enumerate(self._answers))):
+            yield place, Answer(said) if isinstance(said, str) else said
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:

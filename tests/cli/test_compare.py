@@ -1,0 +1,262 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from minimind.cli.main import app
+from minimind.config.settings import LoRASettings
+from minimind.data.textbook import EIGHT
+from minimind.model import apply_lora, load_model, save_adapter
+from minimind.model.lora import LoRALinear
+from minimind.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
+
+from judges import Judge, longer_is_better
+from services import save_models, serving
+
+
+def run(folder: Path, *arguments: object, **variables: str) -> Result:
+    """In `folder`, where its results then are."""
+    words = ["compare", *map(str, arguments), "--out", str(folder / "out"), "--device", "cpu"]
+    return CliRunner().invoke(app, words, env={"COLUMNS": "160"} | variables)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text("utf-8"))
+    return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()[1:]]
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two runs, `tiny` and `other`."""
+    return save_models(tmp_path_factory.mktemp("models"), tokenizer)
+
+
+def test_the_eight_questions_to_two_models(models: Path, tmp_path: Path) -> None:
+    words = (models / "tiny", models / "other" / "model", "--max-new-tokens", 20)
+    done = run(tmp_path, *words, "--json", tmp_path / "also.json")
+    assert done.exit_code == 0, done.output
+    found = written(tmp_path)
+    assert json.loads((tmp_path / "also.json").read_text("utf-8")) == found
+    assert list(found["models"]) == ["tiny", "other"]
+    assert [one["question"] for one in found["questions"]] == list(EIGHT)
+    for name, figures in found["models"].items():
+        assert (figures["answers"], figures["failed"], figures["tokens"]) == (8, 0, 20)
+        assert figures["never_end"] == 1
+        said = {
+            line["id"]: line["answer"] for line in lines(tmp_path / "out" / name / "answers.jsonl")
+        }
+        assert said == {one["id"]: one["answers"][name]["answer"] for one in found["questions"]}
+    for page in ("compare.html", "compare.md"):
+        assert EIGHT[0] in (tmp_path / "out" / page).read_text("utf-8")
+    assert "100.0% (68% – 100%)" in done.output
+    again = run(tmp_path, *words)
+    assert again.exit_code == 0
+    assert written(tmp_path)["questions"] == found["questions"]
+    for name in ("tiny", "other"):
+        assert len(lines(tmp_path / "out" / name / "answers.jsonl")) == 8
+
+
+def test_a_model_with_an_adapter_beside_it_without(models: Path, tmp_path: Path) -> None:
+    directory = models / "tiny" / "model"
+    model = load_model(directory)
+    torch.manual_seed(0)
+    apply_lora(model, LoRASettings())
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                module.lora_B.normal_()
+    save_adapter(tmp_path / "mine" / "adapter", model, LoRASettings(), directory)
+    words = ("--limit", 2, "--max-new-tokens", 12)
+    done = run(tmp_path, models / "tiny", f"{models / 'tiny'}+{tmp_path / 'mine'}", *words)
+    assert done.exit_code == 0, done.output
+    found = written(tmp_path)
+    assert list(found["models"]) == ["tiny", "tiny + mine"]
+    for one in found["questions"]:
+        assert one["answers"]["tiny"]["answer"] != one["answers"]["tiny + mine"]["answer"]
+    wrong = run(tmp_path, f"{models / 'tiny'}+{tmp_path / 'none'}", *words)
+    assert wrong.exit_code == 1
+    assert "none" in wrong.output
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(models: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    rows = [
+        {"question": "泰山在哪里？", "category": "地理"},
+        {"nothing": "here"},
+        {"question": "长江" * 3000, "category": "地理"},
+        {"turns": ["\x1b[31mWhy is the sea salty?"], "category": "sci\x1bence"},
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{torn", "utf-8")
+    words = ("--prompts", questions, "--max-new-tokens", 8)
+    done = run(tmp_path, tmp_path / "nowhere", models / "tiny", "http://127.0.0.1:9", *words)
+    assert done.exit_code == 1
+    assert "no such directory" in done.output
+    assert "cannot be reached" in done.output
+    assert "2 lines are no questions" in done.output
+    assert "tiny: 1 failed" in done.output
+    assert "Traceback" not in done.output
+    found = written(tmp_path)
+    answers = [one["answers"]["tiny"] for one in found["questions"]]
+    assert ["error" in answer for answer in answers] == [False, True, False]
+    assert (found["models"]["tiny"]["answers"], found["models"]["tiny"]["failed"]) == (2, 1)
+    assert "By category" in done.output
+    assert "\x1b" not in done.output
+
+
+def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """By SIGKILL, in a process of its own, in the middle of the answers."""
+    questions = tmp_path / "q.txt"
+    questions.write_text("".join(f"第{n}个问题？\n" for n in range(300)), encoding="utf-8")
+    save_models(tmp_path, tokenizer)
+    words = ["tiny", "--prompts", "q.txt", "--max-new-tokens", "40", "--temperature", "1"]
+    words = [sys.executable, "-m", "minimind", "compare", *words, "--out", "out", "--device", "cpu"]
+    results = tmp_path / "out" / "tiny" / "answers.jsonl"
+    child = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, env=os.environ)
+    try:
+        while not results.is_file() or results.stat().st_size < 4_000:
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    content = results.read_bytes()
+    kept = content[: content.rfind(b"\n") + 1].splitlines()
+    assert 1 < len(kept) < 301
+    words = [tmp_path / "tiny", "--prompts", questions, "--max-new-tokens", 40, "--temperature", 1]
+    assert run(tmp_path, *words).exit_code == 0
+    found = results.read_bytes().splitlines()
+    assert found[: len(kept)] == kept
+    assert len(found) == 301
+    assert written(tmp_path)["models"]["tiny"]["answers"] == 300
+    # The same answers as without a stop.
+    assert run(tmp_path / "whole", *words).exit_code == 0
+    whole = lines(tmp_path / "whole" / "out" / "tiny" / "answers.jsonl")
+    assert {one["id"]: one["answer"] for one in whole} == {
+        one["id"]: one["answer"] for one in lines(results)
+    }
+
+
+def test_other_questions_or_ways_are_refused(models: Path, tmp_path: Path) -> None:
+    words = (models / "tiny", "--limit", 2, "--max-new-tokens", 4)
+    assert run(tmp_path, *words).exit_code == 0
+    refused = run(tmp_path, *words, "--temperature", 0.5)
+    assert refused.exit_code == 1
+    assert "another evaluation" in refused.output
+    assert written(tmp_path)["settings"]["temperature"] == 0
+    assert run(tmp_path, *words, "--temperature", 0.5, "--fresh").exit_code == 0
+    assert written(tmp_path)["settings"]["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--temperature", "3"), "less than or equal to 2"),
+        (("--prompts", "gone.txt"), "no such file"),
+        (("--prompts", __file__), "unknown kind of file"),
+    ],
+)
+def test_bad_input(models: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    done = run(tmp_path, models / "tiny", *words)
+    assert done.exit_code in (1, 2)
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_judge_ranks_by_what_it_likes(models: Path, tmp_path: Path) -> None:
+    words = (models / "tiny", models / "other", "--max-new-tokens", 20)
+    with Judge(longer_is_better) as judge:
+        done = run(
+            tmp_path, *words, "--judge", judge.url, MINIMIND_JUDGE_API_KEY="j", MINIMIND_API_KEY="k"
+        )
+        assert done.exit_code == 0, done.output
+        found = written(tmp_path)
+        assert len(judge.asked) == 16
+        assert set(judge.keys) == {"Bearer j"}
+        assert run(tmp_path, *words, "--judge", judge.url).exit_code == 0
+        assert len(judge.asked) == 16
+    lengths = {
+        name: [min(one["answers"][name]["characters"], 100) for one in found["questions"]]
+        for name in ("tiny", "other")
+    }
+    verdict = found["judge"]
+    assert verdict["agreement"] == 1
+    assert {row["model"]: row["score"] for row in verdict["ranking"]} == {
+        name: pytest.approx(sum(own) / 8) for name, own in lengths.items()
+    }
+    best = max(lengths, key=lambda name: sum(lengths[name]))
+    assert verdict["ranking"][0]["model"] == best
+    won = [(a > b) + (a == b) / 2 for a, b in zip(*lengths.values(), strict=True)]
+    wins = {row["model"]: row["wins"] for row in verdict["ranking"]}
+    assert wins["tiny"] == pytest.approx(sum(won) / 8)
+    assert "decided alike both ways round" in done.output
+    for page in ("compare.html", "compare.md"):
+        assert "Ranking" in (tmp_path / "out" / page).read_text("utf-8")
+    assert "The longer, the better." in (tmp_path / "out" / "compare.html").read_text("utf-8")
+
+
+def test_a_judge_that_breaks_off_is_asked_again_for_the_rest(models: Path, tmp_path: Path) -> None:
+    words = (models / "tiny", models / "other", "--limit", 3, "--max-new-tokens", 5)
+    broken = True
+
+    def say(messages: list[dict[str, str]]) -> str:
+        if broken and "长江" in messages[-1]["content"]:
+            raise RuntimeError("overloaded")
+        return longer_is_better(messages)
+
+    with Judge(say) as judge:
+        first = run(tmp_path, *words, "--judge", f"{judge.url}#judge")
+        assert first.exit_code == 1
+        assert "2 of 6 replies did not come" in first.output
+        assert "overloaded" in first.output
+        broken = False
+        second = run(tmp_path, *words, "--judge", f"{judge.url}#judge")
+        assert (second.exit_code, len(judge.asked)) == (0, 8)
+    assert written(tmp_path)["judge"]["read"] == 6
+    missing = run(tmp_path, *words, "--judge", "http://127.0.0.1:9")
+    assert missing.exit_code == 1
+    assert "--judge http://127.0.0.1:9 failed" in missing.output
+    assert written(tmp_path)["models"]
+
+
+def test_services_answer_as_directories_and_a_small_model_is_no_judge(
+    models: Path, tmp_path: Path
+) -> None:
+    words = ("--limit", 3, "--max-new-tokens", 12, "--temperature", 1, "--seed", 5)
+    with serving(models, tmp_path / "log") as process:
+        place = f"{process.url}#other"
+        done = run(tmp_path, place, models / "other", *words, "--judge", f"{process.url}#tiny")
+    assert done.exit_code == 0, done.output
+    found = written(tmp_path)
+    there, here = found["models"]
+    assert (there, here) == ("other", "other 2")
+    for one in found["questions"]:
+        assert one["answers"][there] == one["answers"][here]
+    verdict = found["judge"]
+    assert (verdict["trials"], verdict["read"], verdict["unreadable"]) == (6, 0, 6)
+    assert verdict["ranking"] == []
+    assert "6 were not the JSON" in done.output
+
+
+def test_degeneration_is_a_task_of_eval(models: Path, tmp_path: Path) -> None:
+    words = ["eval", str(models / "tiny"), "--task", "degeneration", "--limit", "2"]
+    words += ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "out" / "tiny" / "degeneration.json").read_text("utf-8"))
+    assert (figures["answers"], figures["never_end"]) == (2, 1)
+    assert "never_end 1" in done.output

@@ -1,0 +1,137 @@
+import math
+
+import pytest
+
+from minimind.evaluation.degeneration import (
+    Answered,
+    describe,
+    distinct_share,
+    is_in_other_script,
+    is_mixed,
+    repeated_share,
+    summarise,
+    words_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("长江ABC 12km。", ["长", "江", "abc", "12km", "。"]),
+        ("I'm here_now!", ["i", "'", "m", "here", "_", "now", "!"]),
+        ("ひらカナ漢字", list("ひらカナ漢字")),
+        ("Привет, мир", ["привет", ",", "мир"]),
+        ("𠀀中\n", ["𠀀", "中"]),
+        (" \n", []),
+    ],
+)
+def test_words_are_characters_of_chinese_and_runs_of_letters_elsewhere(
+    text: str, words: list[str]
+) -> None:
+    assert words_of(text) == words
+
+
+@pytest.mark.parametrize(
+    ("words", "n", "share"),
+    [
+        ("", 4, 0),
+        ("abc", 4, 0),  # no 4-gram
+        ("abcd", 4, 0),
+        ("abcdabcd", 4, 1 / 5),  # abcd bcda cdab dabc abcd
+        ("aaaaaaa", 4, 3 / 4),  # 4 of which 1 is distinct
+        ("abab", 2, 1 / 3),  # ab ba ab
+        ("abab", 1, 1 / 2),
+    ],
+)
+def test_what_is_repeated_by_hand(words: str, n: int, share: float) -> None:
+    assert repeated_share(list(words), n) == pytest.approx(share)
+
+
+def test_an_answer_that_goes_round_repeats_nearly_all() -> None:
+    assert repeated_share(words_of("泰山很高。" * 50)) == pytest.approx(1 - 5 / 247)
+
+
+def test_distinct_words_and_bigrams_by_hand() -> None:
+    texts = [list("abab"), list("abc")]  # a b c of 7 words; ab ba bc of 7 words
+    assert distinct_share(texts, 1) == pytest.approx(3 / 7)
+    assert distinct_share(texts, 2) == pytest.approx(3 / 7)
+    assert distinct_share([list("abcd")], 2) == pytest.approx(3 / 4)  # over words, not bigrams
+    assert distinct_share([[], []], 1) is None
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "other", "mixed"),
+    [
+        ("长江有多长？", "长江全长约6300公里。", False, False),
+        ("长江有多长？", "The Yangtze is very long.", True, False),
+        ("How long is it?", "它很长。", True, False),
+        ("长江有多长？", "长江 is very long, 约六千三百公里。", False, True),
+        ("什么是CPU？", "CPU是电脑的大脑，CPU很快。", False, False),  # the question says it
+        ("长江有多长？", "长江是中国最长的一条大河，全长约六千三百公里，DNA。", False, False),
+        ("长江有多长？", "长江 Волга 很长", False, True),
+        ("长江有多长？", "6300", False, False),
+        ("长江有多长？", "", False, False),
+        ("x + y = 4z，求 x 和 y。", "不知道。", False, False),
+        ("1+1=?", "two", False, False),  # the question is of no script
+        ("写一个程序。", "```python\nprint('hello world')\n```\n这样就行。", False, False),
+        ("写一个程序。", "好的：\n```python\nprint('never closed')", False, False),
+    ],
+)
+def test_languages_that_are_mixed_up(question: str, answer: str, other: bool, mixed: bool) -> None:
+    assert is_in_other_script(question, answer) is other
+    assert is_mixed(question, answer) is mixed
+
+
+def test_a_tenth_of_the_words_is_mixed() -> None:
+    assert is_mixed("问", "字" * 9 + "word")
+    assert not is_mixed("问", "字" * 10 + "word")
+
+
+def test_figures_of_one_answer() -> None:
+    assert describe(Answered("问", "啊啊啊啊啊", ended=False)) == {
+        "repeated": 0.5,
+        "never_ends": True,
+        "empty": False,
+        "other_script": False,
+        "mixed_scripts": False,
+    }
+    assert describe(Answered("问", " ", ended=None))["never_ends"] is None
+
+
+def test_figures_of_many_by_hand() -> None:
+    answers = [
+        Answered("问", "啊啊啊啊啊", ended=False),  # 2 4-grams, 1 distinct
+        Answered("问", "好。", ended=True),
+        Answered("问", "yes", ended=None),
+        Answered("问", "", ended=True),
+    ]
+    figures = summarise(answers)
+    assert figures["answers"] == 4
+    assert figures["repeated"] == pytest.approx(0.5 / 4)
+    assert figures["never_end"] == pytest.approx(1 / 3)  # of one it is not known
+    assert figures["empty"] == figures["other_script"] == 1 / 4
+    assert figures["mixed_scripts"] == 0
+    assert figures["distinct_1"] == pytest.approx(4 / 8)  # 啊 好 。 yes
+    assert figures["distinct_2"] == pytest.approx(2 / 8)  # 啊啊 好。
+    low, high = figures["intervals"]["repeated"]
+    assert (low, high) == (0, pytest.approx(0.375, abs=0.126))
+    assert all(0 <= low <= high <= 1 for low, high in figures["intervals"].values())
+
+
+def test_nothing_known_is_none() -> None:
+    figures = summarise([])
+    assert figures.pop("answers") == 0
+    assert figures.pop("intervals") == {}
+    assert set(figures.values()) == {None}
+    assert summarise([Answered("问", "好", ended=None)])["never_end"] is None
+
+
+def test_the_interval_of_many_answers_is_that_of_their_mean() -> None:
+    """Held against the normal distribution's."""
+    answers = [Answered("问", "啊" * (5 if n % 3 else 3)) for n in range(600)]
+    figures = summarise(answers)
+    error = 1.96 * math.sqrt((1 / 2) ** 2 * (2 / 3) * (1 / 3) / 600)
+    assert figures["repeated"] == pytest.approx(1 / 3)
+    assert figures["intervals"]["repeated"] == pytest.approx(
+        (1 / 3 - error, 1 / 3 + error), abs=error / 5
+    )

@@ -1,0 +1,224 @@
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.errors import ServiceError, UsageError
+from minimind.evaluation.judge import Trial, judge, make_trials, verdicts
+from minimind.evaluation.prompts import Prompt
+from minimind.tokenizer.chat import Message
+
+ME = {"url": "1"}
+TWO = Trial(Prompt("1", "甲？"), ("a", "b"), ("一", "二"))
+
+
+def reply(*scores: float, reason: str = "因为") -> str:
+    named = dict(zip("AB", scores, strict=False))
+    return json.dumps({"reason": reason, **named}, ensure_ascii=False)
+
+
+def answers_of(messages: Sequence[Message]) -> list[str]:
+    """The answers that a judge is shown."""
+    parts = messages[-1]["content"].split("[answer ")[1:]
+    return [part.split("]\n", 1)[1].split("\n[end of answer")[0] for part in parts]
+
+
+def by_length(messages: Sequence[Message]) -> str:
+    return reply(*(min(len(answer), 100) for answer in answers_of(messages)))
+
+
+def judged(ask: Any, answers: dict[str, dict[str, str]], path: Path) -> dict[str, Any]:
+    prompts = [Prompt(name, f"问题{name}") for name in next(iter(answers.values()))]
+    trials = make_trials(prompts, answers)
+    return verdicts(trials, judge(ask, trials, path, identity=ME), list(answers))
+
+
+def lengths(seed: int, mean: int, questions: int = 40) -> dict[str, str]:
+    rng = random.Random(seed)
+    return {str(n): "字" * rng.randint(mean - 9, mean + 9) for n in range(questions)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"reason": "好", "A": 80, "B": 59.5}',
+        ' \n{"A": 80, "B": 59.5, "reason": "好"}\n',
+        '```json\n{"reason": "好", "A": 80, "B": 59.5}\n```',
+        '<think>A is {"A": 1}</think>\n\n```\n{"reason": "好", "A": 80, "B": 59.5}\n```',
+    ],
+)
+def test_replies_as_they_were_asked_for(text: str) -> None:
+    assert TWO.read(text) == ("好", [80.0, 59.5])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A is better: 80 to 60.",
+        'Here it is: {"reason": "好", "A": 80, "B": 60}',
+        '{"reason": "好", "A": 80}',
+        '{"reason": "好", "A": 80, "B": 60, "C": 1}',
+        '{"reason": "好", "A": "80", "B": 60}',
+        '{"reason": "好", "A": true, "B": 60}',
+        '{"reason": "好", "A": 101, "B": 60}',
+        '{"reason": "好", "A": -1, "B": 60}',
+        '{"reason": "好", "A": NaN, "B": 60}',
+        '{"reason": "好", "A": 80, "A": 90, "B": 60}',
+        '{"reason": " ", "A": 80, "B": 60}',
+        '{"reason": ["好"], "A": 80, "B": 60}',
+        '[{"reason": "好", "A": 80, "B": 60}]',
+        '{"reason": "好", "A": 80, "B": 6',
+        "[" * 100_000,
+    ],
+)
+def test_other_replies_are_not_guessed_at(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        TWO.read(text)
+
+
+def test_every_pair_is_shown_both_ways_round() -> None:
+    answers = {name: {"1": name * 3, "2": name} for name in "abc"}
+    del answers["c"]["2"]
+    trials = make_trials([Prompt("1", "甲？"), Prompt("2", "乙？")], answers)
+    shown = [(trial.prompt.id, *trial.models) for trial in trials]
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    assert sorted(shown) == sorted(
+        [("1", *order) for pair in pairs for order in (pair, pair[::-1])]
+        + [("2", "a", "b"), ("2", "b", "a")]
+    )
+    assert all(t.answers == tuple(answers[m][t.prompt.id] for m in t.models) for t in trials)
+    assert make_trials([Prompt("1", "甲？"), Prompt("2", "乙？")], answers) == trials
+
+
+def test_which_way_round_comes_first_is_drawn() -> None:
+    prompts = [Prompt(str(n), "问") for n in range(200)]
+    same = {str(n): "答" for n in range(200)}
+    first = [trial.models[0] for trial in make_trials(prompts, {"a": same, "b": same})[::2]]
+    assert 70 < first.count("a") < 130
+
+
+def test_a_judge_sees_texts_in_order_and_an_empty_answer() -> None:
+    messages = Trial(Prompt("1", "为什么？"), ("a", "b"), ("{x}", "")).messages()
+    assert answers_of(messages) == ["{x}", "(no word)"]
+    assert "为什么？" in messages[1]["content"]
+    assert '{"reason": "…", "A": 0-100, "B": 0-100}' in messages[1]["content"]
+
+
+def test_who_writes_more_wins_with_a_judge_of_length(tmp_path: Path) -> None:
+    answers = {"short": lengths(1, 20), "long": lengths(2, 70), "middle": lengths(3, 45)}
+    figures = judged(by_length, answers, tmp_path / "j")
+    assert (figures["trials"], figures["read"], figures["failed"]) == (240, 240, 0)
+    assert [row["model"] for row in figures["ranking"]] == ["long", "middle", "short"]
+    for rank, row in enumerate(figures["ranking"], start=1):
+        own = [len(text) for text in answers[row["model"]].values()]
+        mean = sum(own) / 40
+        assert row["score"] == pytest.approx(mean)
+        error = math.sqrt(sum((x - mean) ** 2 for x in own)) / 40
+        assert row["score_interval"] == pytest.approx(
+            (mean - 1.96 * error, mean + 1.96 * error), abs=error / 3
+        )
+        assert (row["rank"], row["rank_interval"], row["questions"]) == (rank, [rank, rank], 40)
+    assert [row["wins"] for row in figures["ranking"]] == [1, 0.5, 0]
+    assert (figures["pairs"], figures["agreement"], figures["first_preferred"]) == (120, 1, 0.5)
+    assert figures["by_question"]["7"] == {m: len(texts["7"]) for m, texts in answers.items()}
+
+
+def test_a_judge_who_likes_the_first_says_nothing_of_the_models(tmp_path: Path) -> None:
+    answers = {"a": lengths(1, 20), "b": lengths(2, 70)}
+    figures = judged(lambda messages: reply(90, 30), answers, tmp_path / "j")
+    assert (figures["agreement"], figures["first_preferred"]) == (0, 1)
+    assert figures["agreement_interval"][0] == 0
+    assert [(row["score"], row["wins"], row["rank"]) for row in figures["ranking"]] == [
+        (60, 0.5, 1),
+        (60, 0.5, 1),
+    ]
+
+
+def test_ties_agree_and_share_the_win(tmp_path: Path) -> None:
+    answers = {"a": lengths(1, 20), "b": lengths(2, 20)}
+    figures = judged(lambda messages: reply(50, 50), answers, tmp_path / "j")
+    assert (figures["agreement"], figures["first_preferred"]) == (1, None)
+    assert [row["wins"] for row in figures["ranking"]] == [0.5, 0.5]
+
+
+def test_intervals_hold_the_truth_and_ranks_are_unsure_where_it_is_close(tmp_path: Path) -> None:
+    """Scores are drawn around a known mean, which 95 % intervals hold about as often."""
+    rng = random.Random(5)
+    held = unsure = 0
+    for trial in range(60):
+        means = {"a": 50.0, "b": 51.0}
+        answers = {
+            m: {str(n): f"{rng.gauss(mean, 10)}" for n in range(30)} for m, mean in means.items()
+        }
+        figures = judged(
+            lambda messages: reply(*map(float, answers_of(messages))),
+            answers,
+            tmp_path / f"{trial}",
+        )
+        for row in figures["ranking"]:
+            low, high = row["score_interval"]
+            held += low <= means[row["model"]] <= high
+            unsure += row["rank_interval"] == [1, 2]
+    assert 106 <= held <= 120
+    assert unsure > 90
+
+
+def test_a_pair_counts_once_it_was_read_both_ways_round(tmp_path: Path) -> None:
+    def half(messages: Sequence[Message]) -> str:
+        first = answers_of(messages)[0]
+        return "A, clearly." if first == "长长" else by_length(messages)
+
+    figures = judged(half, {"a": {"1": "短"}, "b": {"1": "长长"}}, tmp_path / "j")
+    assert (figures["read"], figures["unreadable"]) == (1, 1)
+    assert figures["unreadable_because"] == {"not JSON: Expecting value": 1}
+    assert figures["ranking"] == []
+    assert "agreement" not in figures
+    kept = [json.loads(line) for line in (tmp_path / "j").read_text("utf-8").splitlines()[1:]]
+    assert {line.get("reply") for line in kept} == {None, "A, clearly."}
+
+
+def test_one_model_alone_is_scored(tmp_path: Path) -> None:
+    figures = judged(by_length, {"a": {"1": "短", "2": "长长长"}}, tmp_path / "j")
+    assert (figures["trials"], figures["read"]) == (2, 2)
+    assert [(row["score"], row["wins"]) for row in figures["ranking"]] == [(2, None)]
+    assert "pairs" not in figures
+
+
+def test_what_was_judged_is_not_asked_again(tmp_path: Path) -> None:
+    asked: list[Sequence[Message]] = []
+
+    def ask(messages: Sequence[Message]) -> str:
+        asked.append(messages)
+        if len(asked) == 3:
+            raise ServiceError("gone")
+        return by_length(messages)
+
+    path = tmp_path / "j"
+    answers = {"a": lengths(1, 20, 4), "b": lengths(2, 30, 4)}
+    first = judged(ask, answers, path)
+    assert (first["read"], first["failed"], first["first_error"]) == (7, 1, "gone")
+    second = judged(ask, answers, path)
+    assert (len(asked), second["read"], second["failed"]) == (9, 8, 0)
+    answers["a"]["2"] = "改了"
+    assert judged(ask, answers, path)["read"] == 8
+    assert len(asked) == 11
+    answers["c"] = lengths(3, 40, 4)
+    assert judged(ask, answers, path)["trials"] == 24
+    assert len(asked) == 27
+    trials = make_trials([Prompt("1", "甲？")], answers)
+    with pytest.raises(UsageError, match="another evaluation"):
+        judge(ask, trials, path, identity={"url": "2"})
+
+
+def test_a_judge_that_fails_again_and_again_is_asked_no_more(tmp_path: Path) -> None:
+    def ask(messages: Sequence[Message]) -> str:
+        raise ServiceError("no luck")
+
+    figures = judged(ask, {"a": lengths(1, 20), "b": lengths(2, 30)}, tmp_path / "j")
+    assert (figures["read"], figures["failed"], figures["first_error"]) == (0, 80, "no luck")
+    assert len((tmp_path / "j").read_text("utf-8").splitlines()) == 11
