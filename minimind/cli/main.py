@@ -21,6 +21,7 @@ from minimind.cli import (
     merge,
     plan,
     serve,
+    sweep,
     tokenizer,
     train,
     web,
@@ -124,7 +125,16 @@ def _start(
 
 for _verb in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
-    *(plan.plan, merge.merge, chat.chat, generate.generate, serve.serve, web.web, doctor.doctor),
+    *(
+        sweep.sweep,
+        plan.plan,
+        merge.merge,
+        chat.chat,
+        generate.generate,
+        serve.serve,
+        web.web,
+        doctor.doctor,
+    ),
 ):
     app.command()(_verb)
 app.command("eval")(evaluate)

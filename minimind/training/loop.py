@@ -19,6 +19,7 @@ from minimind.errors import CheckpointError, TrainingError
 from minimind.model import Transformer
 from minimind.training.batch import to_device
 from minimind.training.checkpoint import latest_checkpoint, save_checkpoint
+from minimind.training.memory import forget_peak, peak_bytes
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.optimizers import Optimizers
@@ -140,6 +141,7 @@ def train(job: Trainer) -> Outcome:
         stack.callback(job.reporter.stop)
         stop_requested = stack.enter_context(_stop_requests())
         at = _resume(job, optimizers, log)
+        forget_peak(job.device)
         saved = at.step
         if at.step == 0 and job.validate_first:
             at.first = _validated(job, model, log, at.step)
@@ -200,7 +202,8 @@ def _log(
         | figures
         | {f"lr/{name}": lr for name, lr in optimizers.lrs().items()},
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
-        | {"data_share": at.data_s / at.interval_s},
+        | {"data_share": at.data_s / at.interval_s}
+        | {"peak_memory_bytes": peak_bytes(job.device)},
     )
     note = f"{job.objective.note(figures)} {rate / 1000:,.1f}k tokens/s"
     job.reporter.progress(at.step, job.num_steps, note)

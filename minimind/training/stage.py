@@ -34,7 +34,7 @@ from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
-from minimind.training.memory import Footprint, choose_micro_batch
+from minimind.training.memory import Footprint, choose_micro_batch, peak_bytes
 from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
@@ -446,6 +446,7 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         "tokens_per_second": outcome.tokens / max(outcome.elapsed_s, 1e-9),
         "device": str(job.device),
         "precision": job.precision.name,
+        "peak_memory_bytes": peak_bytes(job.device),
     }
     if (active := job.model.num_active_parameters) < summary["parameters"]:
         summary["active_parameters"] = active
