@@ -20,6 +20,7 @@ from minimind.cli import (
     generate,
     merge,
     plan,
+    report,
     serve,
     sweep,
     tokenizer,
@@ -124,17 +125,9 @@ def _start(
 
 
 for _verb in (
-    *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
-    *(
-        sweep.sweep,
-        plan.plan,
-        merge.merge,
-        chat.chat,
-        generate.generate,
-        serve.serve,
-        web.web,
-        doctor.doctor,
-    ),
+    *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
+    *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
+    doctor.doctor,
 ):
     app.command()(_verb)
 app.command("eval")(evaluate)

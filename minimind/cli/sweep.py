@@ -104,11 +104,40 @@ def _watcher(bar: Any) -> Any:
 def _finish(
     out: Path, settings: dict[str, dict[str, Any]], outcomes: "Outcomes", json: Path | None
 ) -> None:
-    figures = {"settings": settings, "failed": outcomes.failed}
-    console.write_json(out / "sweep.json", figures)
+    """What was varied for `report` to find, the table, the fits, the report, and what failed."""
+    from minimind.evaluation.report import make_report
+
+    told = {"settings": settings, "failed": outcomes.failed}
+    console.write_json(out / "sweep.json", told)
+    if outcomes.finished:
+        made = make_report([out])
+        made.write(out / "report.html")
+        for path in filter(None, (out / "summary.json", json)):
+            console.write_json(path, told | made.figures)
+        columns = ["parameters", "tokens", "seconds", "tokens_per_second", "loss", "bits_per_byte"]
+        rows = [
+            (name, *(made.figures["runs"].get(name, {}).get(column) for column in columns))
+            for name in settings
+            if name in outcomes.finished
+        ]
+        titles = [column.replace("_", " ") for column in columns]
+        console.show(console.table("Sweep", ["run", *titles], rows, numbers=len(columns)))
+        for kind, fits in made.figures.get("fits", {}).items():
+            for axis, fit in fits.items():
+                console.say(f"{kind}, loss by {axis}: {_law(fit)}")
+        console.say(f"The report with all curves: {out / 'report.html'}")
     for name, failure in outcomes.failed.items():
         console.say(f"failed: {name}: {failure}")
     if outcomes.stopped:
         raise typer.Exit(130)
     if outcomes.failed:
         raise typer.Exit(1)
+
+
+def _law(fit: dict[str, Any]) -> str:
+    if "reason" in fit:
+        return str(fit["reason"])
+    return (
+        f"{fit['floor']:.3g} + {fit['scale']:.4g} / x^{fit['exponent']:.3g}, "
+        f"R² {fit['r_squared']:.3f} of {fit['points']} points"
+    )

@@ -1,0 +1,146 @@
+"""Drawings as SVG that takes the colour of the text around it and needs no font."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+_INK = "#010203"  # stands for the page's own text colour, which a plot cannot know
+_COLORS = ["#3b8ad8", "#e8772e", "#2a9d5c", "#b065c9", "#c9a227", "#d9583b", "#3aa6a6", "#8c6d5a"]
+_STYLE: dict[Any, Any] = {
+    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
+    **{f"axes.{part}": _INK for part in ("edgecolor", "labelcolor")},
+    **{f"axes.spines.{side}": False for side in ("top", "right")},
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.prop_cycle": f"cycler('color', {_COLORS})",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "svg.fonttype": "path",  # glyphs as shapes: no font is needed to see them
+}
+_MANY = 100  # points: from here on those of training are smoothed, and of validation a line
+_MAX_POINTS = 400
+_FEW_NAMES = 4  # more do not fit into the drawing
+Kind = Literal["train", "measured", "points", "fit"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: `train` is smoothed, `measured` has a dot a point, `points` no line, `fit` is
+    dashed."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    kind: Kind = "measured"
+
+
+def draw(
+    lines: Sequence[Line],
+    x: str,
+    y: str,
+    *,
+    salt: str,
+    from_zero: bool = False,
+    logarithmic: bool = False,
+    level: tuple[str, float] | None = None,
+) -> str:
+    """The drawing, an <svg> without a namespace; `level` is a dashed horizontal line.
+
+    The same lines and `salt` give the same bytes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    aside = len(lines) > _FEW_NAMES
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+        figure = Figure(figsize=(6.6, 3.2) if aside else (4.4, 3), layout="constrained")
+        axes = figure.subplots()
+        for number, line in enumerate(lines):
+            _add(axes, line, f"C{number}", "--" if number >= len(_COLORS) else "-")
+        if level:
+            name, value = level
+            axes.axhline(value, ls="--", lw=1.2, color=_INK, alpha=0.6, label=name)
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.15)
+        if logarithmic:
+            _logarithmic(axes)
+        else:
+            if from_zero:
+                axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+            axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if max(value for line in lines for _, value in line.points) >= 1000:
+                axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        if aside:
+            figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        elif len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(frameon=False, fontsize=9)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    drawing = buffer.getvalue()
+    drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
+    return drawing.replace(_INK, "currentColor")
+
+
+def as_file(drawing: str) -> str:
+    """The drawing as an SVG file of its own, in a grey that is seen on white and on black."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return drawing.replace("<svg", f"<svg {names}", 1).replace("currentColor", "#808080")
+
+
+def _add(axes: Any, line: Line, color: str, style: str) -> None:
+    points = thinned(line.points)
+    across, values = [at for at, _ in points], [value for _, value in points]
+    if line.kind == "fit":
+        axes.plot(across, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=line.name)
+    elif line.kind == "points":
+        axes.plot(across, values, ls="", marker="o", ms=4.5, color=color, label=line.name)
+    else:
+        many = len(points) >= _MANY
+        dots = "o" if len(points) == 1 or (line.kind == "measured" and not many) else ""
+        if many and line.kind == "train":
+            axes.plot(across, values, lw=0.8, alpha=0.35, color=color)
+            values = smoothed(values)
+        axes.plot(
+            across, values, marker=dots, ms=3.5, lw=1.6, ls=style, color=color, label=line.name
+        )
+
+
+def _logarithmic(axes: Any) -> None:
+    """Both axes, with numbers where one needs them even within one decade."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set(xscale="log", yscale="log")
+    for axis, formatter in (
+        (axes.xaxis, EngFormatter(sep="")),
+        (axes.yaxis, ScalarFormatter()),
+    ):
+        low, high = axis.get_view_interval()
+        subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 5 * low else _FINE
+        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+        axis.set_major_formatter(formatter)
+        axis.set_minor_formatter(NullFormatter())
+
+
+_FINE = tuple(round(1 + step / 4, 2) for step in range(36))
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `_MAX_POINTS`, each the mean of as many neighbours: a long run has a small page."""
+    size = -(-len(points) // _MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)] if points else []
+    return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and its neighbours, as many before as after: the curve has no lag."""
+    last, reach = len(values) - 1, len(values) // 40
+    near = [min(reach, i, last - i) for i in range(len(values))]
+    return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
