@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-WIDTHS = {2: (224, 600), 4: (160, 424), 6: (128, 352), 8: (112, 296), 16: (80, 216)}
+WIDTHS = {2: (128, 344), 4: (96, 216), 6: (80, 168), 8: (64, 176), 16: (48, 104)}
 HEAD_DIM = 16
 SEEDS = (0, 1)
 RECIPE = """\
@@ -40,16 +40,16 @@ decay = 0.4
 final = 0.0
 
 [training]
-steps = 150
-batch = 16
-log_every = 5
+steps = 250
+batch = 8
+log_every = 10
 
 [validation]
 every = 25
-windows = 192
+windows = 256
 
 [checkpoint]
-every = 25
+every = 50
 keep = 1
 """
 
@@ -72,7 +72,7 @@ def train(work: Path, data: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer, recipe = work / "tokenizer", work / "recipe.toml"
     if not tokenizer.is_dir():
-        size = ["--vocab-size", "4096", "--sample-mb", "3"]
+        size = ["--vocab-size", "2048", "--sample-mb", "3"]
         subprocess.run(
             [*minimind, "tokenizer", "train", *data, *size, "--out", str(tokenizer)], check=True
         )

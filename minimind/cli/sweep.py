@@ -114,7 +114,7 @@ def _finish(
         made.write(out / "report.html")
         for path in filter(None, (out / "summary.json", json)):
             console.write_json(path, told | made.figures)
-        columns = ["parameters", "tokens", "seconds", "tokens_per_second", "loss", "bits_per_byte"]
+        columns = ["parameters", "tokens", "seconds", "loss", "bits_per_byte"]
         rows = [
             (name, *(made.figures["runs"].get(name, {}).get(column) for column in columns))
             for name in settings

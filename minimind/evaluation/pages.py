@@ -29,12 +29,12 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(-
 td { white-space: pre-wrap; }
 th { font-weight: 600; }
 .figures th, .figures td { white-space: nowrap; }
+.figures td:first-child { white-space: normal; min-width: 8rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
          gap: 1rem; }
-.wide { grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); }
-.wide figure { max-width: 56rem; }
+.wide { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 figure { margin: 0; max-width: 38rem; border: 1px solid var(--line); border-radius: .6rem;
          padding: .5rem; }
 figcaption { font-weight: 600; text-align: center; }
@@ -86,7 +86,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plots:
-    """(title, drawing) side by side; wide ones have their legend beside them."""
+    """(title, drawing) side by side; wide ones have a long legend."""
 
     plots: Sequence[tuple[str, str]]
     wide: bool = False

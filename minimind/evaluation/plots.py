@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -23,7 +24,7 @@ _STYLE: dict[Any, Any] = {
 }
 _MANY = 100  # points: from here on those of training are smoothed, and of validation a line
 _MAX_POINTS = 400
-_FEW_NAMES = 4  # more do not fit into the drawing
+_FEW_NAMES, _LONG_NAME = 4, 28  # more or longer ones do not fit into the drawing
 Kind = Literal["train", "measured", "points", "fit"]
 
 
@@ -55,9 +56,12 @@ def draw(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    aside = len(lines) > _FEW_NAMES
+    names, longest = len(lines), max(len(line.name) for line in lines)
+    below = names > _FEW_NAMES or longest > _LONG_NAME
+    columns = 2 if longest <= _LONG_NAME else 1
+    size = (5.5, 3.2 + 0.19 * -(-names // columns)) if below else (4.4, 3)
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
-        figure = Figure(figsize=(6.6, 3.2) if aside else (4.4, 3), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for number, line in enumerate(lines):
             _add(axes, line, f"C{number}", "--" if number >= len(_COLORS) else "-")
@@ -77,13 +81,15 @@ def draw(
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             if max(value for line in lines for _, value in line.points) >= 1000:
                 axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        if aside:
-            figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        if below:
+            figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
         elif len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        with warnings.catch_warnings():  # a name in letters that the font lacks
+            warnings.filterwarnings("ignore", "Glyph")
+            figure.savefig(buffer, format="svg", metadata=nothing)
     drawing = buffer.getvalue()
     drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
     return drawing.replace(_INK, "currentColor")
@@ -95,22 +101,25 @@ def as_file(drawing: str) -> str:
     return drawing.replace("<svg", f"<svg {names}", 1).replace("currentColor", "#808080")
 
 
+def _label(name: str) -> str:
+    """A name as matplotlib shows it as it is: not as a formula, and not hidden."""
+    return re.sub("^_", " _", name.replace("$", r"\$"))
+
+
 def _add(axes: Any, line: Line, color: str, style: str) -> None:
-    points = thinned(line.points)
+    points, label = thinned(line.points), _label(line.name)
     across, values = [at for at, _ in points], [value for _, value in points]
     if line.kind == "fit":
-        axes.plot(across, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=line.name)
+        axes.plot(across, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=label)
     elif line.kind == "points":
-        axes.plot(across, values, ls="", marker="o", ms=4.5, color=color, label=line.name)
+        axes.plot(across, values, ls="", marker="o", ms=4.5, color=color, label=label)
     else:
         many = len(points) >= _MANY
         dots = "o" if len(points) == 1 or (line.kind == "measured" and not many) else ""
         if many and line.kind == "train":
             axes.plot(across, values, lw=0.8, alpha=0.35, color=color)
             values = smoothed(values)
-        axes.plot(
-            across, values, marker=dots, ms=3.5, lw=1.6, ls=style, color=color, label=line.name
-        )
+        axes.plot(across, values, marker=dots, ms=3.5, lw=1.6, ls=style, color=color, label=label)
 
 
 def _logarithmic(axes: Any) -> None:

@@ -266,7 +266,9 @@ def _plots(
         level = ("unigram", levels[group]) if group in levels else None
         salt = f"{key} {axis} {group}"
         drawing = draw(lines, _AXES[axis], label, salt=salt, from_zero=from_zero, level=level)
-        plots.append(_Plot(f"{group}: {name}" if name else group, drawing, len(lines)))
+        title = f"{group}: {name}" if name else group
+        title += ", by time" if axis == "seconds" else ""
+        plots.append(_Plot(title, drawing, len(lines)))
     return plots
 
 
@@ -301,7 +303,7 @@ def _stage_table(found: Found, price: float | None) -> Table:
         ("tokens/s", "tokens_per_second", ",.0f"),
         ("loss", "loss", ".3f"),
         ("bits/byte", "bits_per_byte", ".3f"),
-        ("unigram bits/byte", "unigram_bits_per_byte", ".3f"),
+        ("unigram", "unigram_bits_per_byte", ".3f"),
         ("peak memory", "", ""),
         *([("cost", "", "")] if price is not None else []),
     ]
@@ -357,11 +359,11 @@ def _cards(found: Found, price: float | None) -> dict[str, str]:
     if eight := found.demo.get("eight"):
         cards["of the eight"] = f"{sum(one['correct'] for one in eight)} right"
     pretrained = [run for run in found.runs if run.kind == "pretrain"]
-    bits = {run.name: _number(run.figures, "bits_per_byte") for run in pretrained}
-    measured = {name: value for name, value in bits.items() if value is not None}
+    bits = [_number(run.figures, "bits_per_byte") for run in pretrained]
+    measured = [value for value in bits if value is not None]
     if measured:
-        best = min(measured, key=lambda name: measured[name])
-        cards["bits per byte" if len(measured) == 1 else f"best: {best}"] = f"{measured[best]:.3f}"
+        name = "bits per byte" if len(measured) == 1 else "best bits per byte"
+        cards[name] = f"{min(measured):.3f}"
     if len(pretrained) == 1:
         unigram = _number(pretrained[0].figures, "unigram_bits_per_byte")
         cards |= {} if unigram is None else {"unigram": f"{unigram:.3f}"}
