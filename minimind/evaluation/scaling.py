@@ -41,7 +41,7 @@ def fit_power_law(points: Sequence[Point]) -> PowerLaw | str:
 
     From 5 points on a floor is sought too.
     """
-    x, loss = (numpy.array(column, float) for column in zip(*points, strict=True) or ((), ()))
+    x, loss = numpy.array(points, float).reshape(-1, 2).T
     distinct = len(set(x.tolist()))
     if distinct < FEWEST:
         return f"no fit: {distinct} different values, and {FEWEST} are the fewest"
