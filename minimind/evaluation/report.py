@@ -99,7 +99,7 @@ class _Curve:
 
 
 def _has(run: Run, key: str) -> bool:
-    return bool(run.curves(key, "tokens"))
+    return any(name.startswith(key) for line in run.metrics for name in line)
 
 
 _CURVES = [

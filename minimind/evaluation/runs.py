@@ -3,7 +3,7 @@
 import json
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,56 +41,61 @@ class Run:
 
     @property
     def figures(self) -> Figures:
-        """The summary; of a run that is not finished, what its last lines tell."""
-        if self.finished:
-            return self.summary
+        """The summary; what it lacks, or all if there is none yet, from the newest lines."""
         found: Figures = {}
         for line in self.metrics:
             if line["kind"] == "train":
-                found |= {"steps": line["step"], "tokens": line.get("tokens")}
-                found |= {"seconds": line.get("elapsed_s")}
-                found |= {"peak_memory_bytes": line.get("peak_memory_bytes")}
+                found |= {"steps": line["step"], "seconds": line.get("elapsed_s")}
+                found |= {key: line.get(key) for key in ("tokens", "peak_memory_bytes")}
             elif line["kind"] == "validation":
                 found |= {key: line.get(key) for key in ("loss", "bits_per_byte", "accuracy")}
-        if found.get("seconds") and found.get("tokens"):
+        found = {key: value for key, value in found.items() if _is_number(value)}
+        if found.get("seconds") and "tokens" in found:
             found["tokens_per_second"] = found["tokens"] / found["seconds"]
-        return self.summary | {key: value for key, value in found.items() if value is not None}
+        return found | self.summary
 
     def curves(self, key: str, axis: Axis) -> dict[str, list[tuple[float, float]]]:
         """(tokens or seconds, value) of each line of a plot, by its name in the legend.
 
         A `key` that ends in a slash means all that begins so, in training.
         """
-        found: dict[str, list[tuple[float, float]]] = {}
-        place = self._place(axis)
-        if place is None:
-            return {}
+        found: dict[str, list[tuple[int, float]]] = {}
+        many = key.endswith("/")
         for line in self.metrics:
             for name, value in line.items():
-                many = key.endswith("/")
                 general = name == f"general_{key}"
                 begins = name.startswith(key) and line["kind"] == "train"
                 wanted = general or (begins if many else name == key)
                 if wanted and _is_number(value):
                     legend = name.removeprefix(key) if many else line["kind"]
                     legend = "general" if general else legend
-                    found.setdefault(legend, []).append((place(line["step"]), float(value)))
+                    found.setdefault(legend, []).append((line["step"], float(value)))
         # Training first, so that a kind has one colour in all plots.
-        return dict(sorted(found.items(), key=lambda line: line[0] != "train"))
+        ordered = sorted(found.items(), key=lambda line: line[0] != "train")
+        steps, places = self._places(axis)
+        if len(steps) < 2:
+            return {}
+        return {
+            name: list(
+                zip(
+                    numpy.interp([step for step, _ in points], steps, places).tolist(),
+                    (value for _, value in points),
+                    strict=True,
+                )
+            )
+            for name, points in ordered
+        }
 
-    def _place(self, axis: Axis) -> Callable[[int], float] | None:
-        """Where a step stands on the axis: only lines of training tell tokens and seconds."""
+    def _places(self, axis: Axis) -> tuple[list[int], list[float]]:
+        """Steps, and where they stand on the axis: only lines of training tell tokens and time."""
         key = "tokens" if axis == "tokens" else "elapsed_s"
         known = {0: 0.0} | {
             line["step"]: float(line[key])
             for line in self.metrics
             if line["kind"] == "train" and _is_number(line.get(key))
         }
-        if len(known) < 2:
-            return None
         steps = sorted(known)
-        places = [known[step] for step in steps]
-        return lambda step: float(numpy.interp(step, steps, places))
+        return steps, [known[step] for step in steps]
 
 
 def _is_number(value: object) -> bool:
