@@ -54,3 +54,9 @@ class ServiceError(MinimindError):
 
 class TrainingError(MinimindError):
     """Training that cannot go on: bad numbers, nothing to learn from, a run in use."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch tells it by a class of its own on GPUs, by words alone on CPUs and on Apple's."""
+    words = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)

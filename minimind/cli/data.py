@@ -1,4 +1,4 @@
-"""`minimind data inspect`."""
+"""`minimind data inspect` and `minimind data get`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,12 +9,7 @@ import typer
 from minimind.cli import console
 from minimind.errors import UsageError
 
-app = typer.Typer(help="Look into data.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Look into data."""  # with this, `inspect` stays a verb of its own while it is the only one
+app = typer.Typer(help="Look into data, and download exams.", no_args_is_help=True)
 
 
 @app.command()
@@ -57,6 +52,18 @@ def inspect(
     _show(parts, total)
     if json:
         console.write_json(json, {"data": parts, "total": total})
+
+
+@app.command()
+def get(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="ceval, cmmlu, mmlu, gsm8k.")],
+    out: Annotated[Path, typer.Option(help="Where to put it.")] = Path("data"),
+) -> None:
+    """Download published exams for `minimind eval --data`, where there is a network."""
+    from minimind.data.hub import download
+
+    for name in names:
+        console.say(f"{name}: {download(name, out)}")
 
 
 def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:

@@ -12,13 +12,19 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.generate import Adapter, Context, Device
-from minimind.errors import MinimindError, ServiceError, UsageError
+from minimind.errors import (
+    MinimindError,
+    ModelError,
+    ServiceError,
+    TokenizerError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from minimind.evaluation.contamination import Contamination
     from minimind.evaluation.scoring import Scorer
     from minimind.evaluation.tasks import Task
-    from minimind.tokenizer import Tokenizer
+    from minimind.evaluation.words import Words
 
 _HARNESS = "lm-eval:"
 _CONNECTIONS = 8
@@ -80,7 +86,8 @@ def evaluate(
         dict.fromkeys(task), dict(data=data or [], style=style, shots=shots, limit=limit)
     )
     found = evaluation.look_for(tasks, contamination or [])
-    for path in dict.fromkeys(models):
+    harness = [name for name in task if name.startswith(_HARNESS)]
+    for path in dict.fromkeys(models) if tasks or harness else ():
         examined = evaluation.open(path, adapter, context)
         if examined is not None:
             for name in dict.fromkeys(task):
@@ -144,23 +151,26 @@ class _Evaluation:
         """Questions that stand in the training data."""
         from minimind.evaluation.contamination import files_size, find_contamination
 
-        found = {}
-        for name, task in tasks.items():
-            if not data or not (texts := task.texts()):
-                continue
-            try:
-                with console.make_progress("byte") as bar:
-                    reading = bar.add_task(
-                        f"{task.name}: looking through the data", total=files_size(data), note=""
-                    )
-                    found[name] = find_contamination(texts, data, partial(bar.advance, reading))
-            except MinimindError as error:
-                self.fail(f"{name}: --contamination", error)
-        return found
+        texts = {
+            f"{name}\0{key}": text
+            for name, task in tasks.items()
+            for key, text in task.texts().items()
+        }
+        if not data or not texts:
+            return {}
+        try:
+            with console.make_progress("byte") as bar:
+                reading = bar.add_task(
+                    "looking for the questions in the data", total=files_size(data), note=""
+                )
+                found = find_contamination(texts, data, partial(bar.advance, reading))
+        except MinimindError as error:
+            self.fail("--contamination", error)
+            return {}
+        return {name: found.part(f"{name}\0") for name, task in tasks.items() if task.texts()}
 
     def open(self, path: str, adapter: Path | None, context: int | None) -> _Examined | None:
         """A model; None when it is none, which is told."""
-        from minimind.evaluation.models import LocalModel
         from minimind.evaluation.run import file_name
 
         model: Any
@@ -170,7 +180,7 @@ class _Evaluation:
                     raise UsageError("--adapter and --context are for a service to choose")
                 model = _Service(path)
             else:
-                model = LocalModel(Path(path), self.device, adapter=adapter, context=context)
+                model = self._local(Path(path), adapter, context)
             identity = model.identity()
         except (MinimindError, OSError) as error:
             self.fail(path, error)
@@ -181,6 +191,22 @@ class _Evaluation:
             model.name = f"{name} {number}"
         self.figures[model.name] = {}
         return _Examined(model, self.out / file_name(model.name), identity)
+
+    def _local(self, path: Path, adapter: Path | None, context: int | None) -> Any:
+        """By our own reading; what that refuses, by transformers where it is installed."""
+        from minimind.evaluation.fallback import TransformersModel, is_installed
+        from minimind.evaluation.models import LocalModel
+
+        model = LocalModel(path, self.device, adapter=adapter, context=context)
+        try:
+            model.check()
+        except (ModelError, TokenizerError) as error:
+            if adapter or not is_installed():
+                raise
+            there = TransformersModel(model.directory, self.device, context=context)
+            console.say(f"{path}: read by transformers, because {error}")
+            return there
+        return model
 
     def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
         """One task, one model."""
@@ -260,19 +286,21 @@ class _Evaluation:
             _tell_faults(one)
         if figures:
             console.say(f"All figures, and each answer: {self.out}")
-        for failure in self.failures:
-            console.say(f"failed: {failure}")
+            for failure in self.failures:  # again, where it is not lost above the tables
+                console.say(f"failed: {failure}")
 
     def _show_parts(self, task: str, part: str, title: str) -> None:
         """A task's parts, a column a model."""
         models = {
             name: tasks[task][part]
             for name, tasks in self.figures.items()
-            if part in tasks.get(task, {})
+            if len(tasks.get(task, {}).get(part, ())) > 1
         }
+        if not models:
+            return
         names = dict.fromkeys(name for parts in models.values() for name in parts)
         rows = (
-            [name, *(_score(parts.get(name, {})) for parts in models.values())] for name in names
+            [name, *(_part(parts.get(name, {})) for parts in models.values())] for name in names
         )
         console.show(
             console.table(f"{task}, {title}", [title[3:], *models], rows, numbers=len(models))
@@ -317,6 +345,17 @@ def _score(one: Figures) -> str:
     return ", ".join(f"{name} {console.figure(v)}" for name, v in one.get("metrics", {}).items())
 
 
+def _part(one: Figures) -> str:
+    """A score with what it rests on."""
+    if one.get("accuracy") is None:
+        return _score(one)
+    low, high = one["interval"]
+    told = (
+        f"{one['accuracy']:.1%} ({low:.0%} – {high:.0%}), {one['correct']:,} / {one['questions']:,}"
+    )
+    return told + (f", chance {one['chance']:.0%}" if "chance" in one else "")
+
+
 def _tell_faults(one: Figures) -> None:
     title = f"{one['model']}: {one['task']}"
     if one.get("failed"):
@@ -358,7 +397,7 @@ class _Service:
         """Which service; whether its model is still the same nobody can tell."""
         return {"url": self._client.url, "model": self._model.name}
 
-    def scorer(self) -> "tuple[Scorer, Tokenizer]":
+    def scorer(self) -> "tuple[Scorer, Words]":
         """Raises UsageError."""
         raise UsageError(
             "a service gives no likelihoods; give a model directory, or take a task that is "

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 from minimind import __version__
 from minimind.cli import (
     chat,
+    checkpoints,
     data,
     demo,
     doctor,
@@ -26,14 +28,16 @@ from minimind.cli import (
     tokenizer,
     train,
     web,
+    workers,
 )
 from minimind.cli.eval import evaluate
-from minimind.errors import MinimindError
+from minimind.errors import MinimindError, is_out_of_memory
 
 _OUT_OF_MEMORY = (
     "too little memory{detail}. In training, lower training.micro_batch (windows at once) or "
     "data.window; else take a smaller model, or another --device"
 )
+_FIRST_TO_SPEAK_S = 2.0  # what several processes all run into is said once
 
 
 class _Verbs(TyperGroup):
@@ -68,12 +72,14 @@ def errors_as_messages() -> Iterator[None]:
             raise
         _fail(_system_error(error))
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _fail(_OUT_OF_MEMORY.format(detail=f" ({str(error).splitlines()[0]})"))
 
 
 def _fail(message: str) -> NoReturn:
+    if not workers.is_first_process():  # which says the same as a rule, and then all are ended
+        time.sleep(_FIRST_TO_SPEAK_S)
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1)
 
@@ -86,12 +92,6 @@ def _system_error(error: OSError) -> str:
             "what is finished is kept"
         )
     return f"{where}{error.strerror or error}"
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Torch tells it by a class of its own on GPUs, by words alone on CPUs and on Apple's."""
-    words = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
-    return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
 
 
 app = typer.Typer(
@@ -133,6 +133,7 @@ for _verb in (
 app.command("eval")(evaluate)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoints.app, name="checkpoints")
 
 
 def main() -> None:

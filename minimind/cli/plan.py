@@ -62,7 +62,7 @@ def _show(made: "Plan") -> None:
     if made.trained_parameters != made.parameters:
         rows.append(("of them trained", made.trained_parameters))
     rows += [
-        ("device", f"{made.device}, {made.precision}"),
+        ("device", f"{made.device}, {made.precision}".removesuffix(", ?")),
         ("tokens of the data, about", made.data_tokens),
         ("steps", made.steps),
         ("windows a step", f"{made.batch} of {made.window} tokens"),

@@ -14,7 +14,9 @@ KEY_VARIABLE = "MINIMIND_API_KEY"
 def serve(
     models: Annotated[
         list[Path],
-        typer.Argument(metavar="MODEL…", help="Model or run directories, or a folder of them."),
+        typer.Argument(
+            metavar="MODEL…", help="Models, runs or LoRA adapters, or a folder of them."
+        ),
     ],
     adapter: Annotated[
         list[str] | None,
@@ -61,21 +63,16 @@ def serve(
 
     check_exposure(host, keys)
     context = stretched(context, rope_scaling)
-    directories = find_models(models)
-    adapters = find_adapters(adapter or [], directories)
+    sources = find_models(models)
+    sources |= find_adapters(adapter or [], sources)
     listening = server.bind(host, port)
     with server.ends_at_once():
         if end_with_stdin:
             server.end_with_stdin()
-        [base, *_] = directories.values()
-        named: dict[str, tuple[Path, Path | None]]
-        named = {name: (directory, None) for name, directory in directories.items()}
-        named |= {name: (base, place) for name, place in adapters.items()}
         served = {
             name: load_served(
                 name,
-                directory,
-                place,
+                source,
                 device=device,
                 slots=slots,
                 waiting=queue,
@@ -83,7 +80,7 @@ def serve(
                 context=context,
                 rope_scaling=rope_scaling,
             )
-            for name, (directory, place) in named.items()
+            for name, source in sources.items()
         }
         for name in served:
             print(f"{name}: {server.url_of(listening)}/v1", flush=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind.cli import console
+from minimind.cli import console, workers
 from minimind.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ Explain = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Prepare everything, say what would be done, and stop.")
 ]
+Nproc = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, help="Processes on this machine that share the work."),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the final figures here too.")]
 
 
@@ -44,6 +48,7 @@ def pretrain(
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory.")] = None,
     out: Out = None,
     device: Device = None,
+    nproc: Nproc = None,
     fresh: Fresh = False,
     resume: Resume = False,
     explain: Explain = False,
@@ -53,7 +58,7 @@ def pretrain(
     """Train a new model on running text."""
     flags = {"objective": "pretrain", "data.sources": data, "tokenizer": tokenizer}
     flags |= {"out": out, "device": device}
-    _stage(arguments, "pretrain-small", flags, fresh, resume, explain, dry_run, json)
+    _stage(arguments, "pretrain-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def sft(
@@ -62,6 +67,7 @@ def sft(
     data: Data = None,
     out: Out = None,
     device: Device = None,
+    nproc: Nproc = None,
     fresh: Fresh = False,
     resume: Resume = False,
     explain: Explain = False,
@@ -71,7 +77,7 @@ def sft(
     """Fine-tune a model on conversations, single and multi turn."""
     flags = {"objective": "sft", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
-    _stage(arguments, "sft-small", flags, fresh, resume, explain, dry_run, json)
+    _stage(arguments, "sft-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def lora(
@@ -80,6 +86,7 @@ def lora(
     data: Data = None,
     out: Out = None,
     device: Device = None,
+    nproc: Nproc = None,
     fresh: Fresh = False,
     resume: Resume = False,
     explain: Explain = False,
@@ -93,7 +100,7 @@ def lora(
             "the recipe trains the whole model; take one with a [lora] table, such as lora-small, "
             "or set lora.rank=8"
         )
-    _stage(arguments, "lora-small", flags, fresh, resume, explain, dry_run, json)
+    _stage(arguments, "lora-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def dpo(
@@ -102,6 +109,7 @@ def dpo(
     data: Data = None,
     out: Out = None,
     device: Device = None,
+    nproc: Nproc = None,
     fresh: Fresh = False,
     resume: Resume = False,
     explain: Explain = False,
@@ -111,13 +119,14 @@ def dpo(
     """Make a chat model prefer the better of two answers (direct preference optimisation)."""
     flags = {"objective": "dpo", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
-    _stage(arguments, "dpo-small", flags, fresh, resume, explain, dry_run, json)
+    _stage(arguments, "dpo-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def train(
     arguments: Arguments = None,
     out: Out = None,
     device: Device = None,
+    nproc: Nproc = None,
     fresh: Fresh = False,
     resume: Resume = False,
     explain: Explain = False,
@@ -126,13 +135,14 @@ def train(
 ) -> None:
     """Run the stage that a recipe describes."""
     flags = {"out": out, "device": device}
-    _stage(arguments, None, flags, fresh, resume, explain, dry_run, json)
+    _stage(arguments, None, flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def _stage(
     arguments: list[str] | None,
     standard_recipe: str | None,
     flags: dict[str, Any],
+    nproc: int | None,
     fresh: bool,
     resume: bool,
     explain: bool,
@@ -145,14 +155,20 @@ def _stage(
 
         console.show(explanation(resolved))
         return
-    from minimind.training.stage import prepare_stage, run_stage
-
     recipe = resolved.recipe
     if fresh and resume:
         raise UsageError("--fresh and --resume exclude each other; give one of them")
-    if resume and not (Path(recipe.out or "") / "recipe.toml").is_file():
+    begun = Path(recipe.out or "") / "recipe.toml"
+    if resume and workers.is_first_process() and not begun.is_file():
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to go on with; leave out --resume")
+    if (nproc or 1) > 1 and not dry_run and not workers.is_one_of_several():
+        workers.run_workers(nproc or 1)
+        return
+    workers.end_with_starter()
+    console.console.quiet = not workers.is_first_process()
+    from minimind.training.stage import prepare_stage, run_stage
+
     reporter = console.RichReporter()
     if dry_run:
         prepare_stage(recipe, reporter=reporter)
@@ -210,12 +226,12 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples
 
 def finish(result: "StageResult", json: Path | None) -> None:
     """Say how it ended; a stopped run ends with exit status 130 like any interrupted program."""
-    if json:
+    if json and workers.is_first_process():
         console.write_json(json, result.summary)
     if not result.finished:
         done = result.summary["steps"]
         console.say(f"stopped after step {done:,}; the same command goes on from there")
-        raise typer.Exit(130)
+        raise typer.Exit(workers.INTERRUPTED)
     console.show_figures(result.run.name, result.summary)
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""

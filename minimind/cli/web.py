@@ -13,7 +13,9 @@ from minimind.errors import UsageError
 def web(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[MODEL…]", help="Model or run directories, or a folder of them."),
+        typer.Argument(
+            metavar="[MODEL…]", help="Models, runs or LoRA adapters, or a folder of them."
+        ),
     ] = None,
     url: Annotated[
         str | None,

@@ -168,6 +168,12 @@ class TrainingSettings(_Settings):
     router_balance: float = Field(
         0.01, ge=0, description="Weight of the loss that balances experts; dense models have none."
     )
+    engine: Literal["torch", "deepspeed"] = Field(
+        "torch", description="Who takes the steps; deepspeed shares out what each process holds."
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="What deepspeed shares out: moments; 2: gradients too; 3: weights too."
+    )
     compile: bool = Field(False, description="torch.compile: pays on long runs only.")
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     trackers: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(default_factory=list)
@@ -194,6 +200,7 @@ class CheckpointSettings(_Settings):
 
     every: int = Field(500, ge=1, description="Steps between checkpoints; also at the end.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_best: bool = Field(True, description="Save and keep the best by validation too.")
 
 
 class DPOSettings(_Settings):

@@ -16,8 +16,7 @@ from typing import Literal, get_args
 from minimind.errors import TokenizerError
 from minimind.evaluation.exams import LETTERS, Exam, Question, subject_info
 from minimind.evaluation.scoring import Row
-from minimind.tokenizer import Tokenizer, encode_chat
-from minimind.tokenizer.chat import Message
+from minimind.evaluation.words import Words
 
 Style = Literal["chat", "letter", "answer"]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -51,10 +50,8 @@ class Asked:
 class Asker:
     """Writes prompts of one style for one exam. context: the most tokens that a model reads."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, exam: Exam, style: Style, shots: int, context: int
-    ) -> None:
-        self._tokenizer, self._exam, self._style = tokenizer, exam, style
+    def __init__(self, words: Words, exam: Exam, style: Style, shots: int, context: int) -> None:
+        self._words, self._exam, self._style = words, exam, style
         self._shots, self._context = shots, context
         self._letters: dict[str, tuple[int, ...]] = {}  # of the chat prompt's answers
 
@@ -79,26 +76,18 @@ class Asker:
         messages = [{"role": "user", "content": said}]
         system = {"role": "system", "content": _SYSTEM[language]}
         try:
-            prompt, _ = self._encode([system, *messages])
+            prompt = self._words.prompt([system, *messages])
         except TokenizerError:  # some formats have no place for a system message
-            prompt, _ = self._encode(messages)
+            prompt = self._words.prompt(messages)
         ends = [self._letter(letter) for letter in LETTERS[: len(question.options)]]
         rows = tuple(Row((*prompt, *end), len(prompt)) for end in ends)
         asked = Asked(rows, (1,) * len(rows))
         fits = max(len(row.tokens) for row in rows) <= self._context + 1
         return asked if fits else self._cut(asked)
 
-    def _encode(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        return encode_chat(self._tokenizer, messages, add_generation_prompt=True)
-
     def _letter(self, letter: str) -> tuple[int, ...]:
-        """The letter as the answer that a conversation has it in, without what ends it."""
         if letter not in self._letters:
-            talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
-            ids, mask = encode_chat(self._tokenizer, talk)
-            stops = self._tokenizer.stop_ids
-            own = [i for i, learned in zip(ids, mask, strict=True) if learned and i not in stops]
-            self._letters[letter] = tuple(own or self._tokenizer.encode(letter))
+            self._letters[letter] = tuple(self._words.answer(letter))
         return self._letters[letter]
 
     def _plain(self, question: Question, examples: Sequence[Question]) -> Asked:
@@ -106,9 +95,9 @@ class Asker:
         parts += [f"{self._block(one)} {self._ends(one)[one.answer]}\n\n" for one in examples]
         prompt = "".join(parts) + self._block(question)
         ends = self._ends(question)
-        start = self._tokenizer.text_start
+        start = self._words.text_start
         # An end is encoded as it stands after the prompt and taken from there, as lm-eval does.
-        [said, *whole] = self._tokenizer.encode_batch([prompt, *(f"{prompt} {e}" for e in ends)])
+        [said, *whole] = self._words.encode_batch([prompt, *(f"{prompt} {e}" for e in ends)])
         length = len(start) + len(said)
         rows = tuple(Row((*start, *said, *ids[len(said) :]), length) for ids in whole)
         by_bytes = self._style == "answer"

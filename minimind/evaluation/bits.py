@@ -65,11 +65,11 @@ class Bits:
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
         """Read again from the files."""
-        scorer, tokenizer = model.scorer()
-        start = tokenizer.text_start or [tokenizer.end_of_text]
+        scorer, words = model.scorer()
+        start = words.text_start or [words.text_end]
 
         def deal_with(some: Sequence[tuple[str, str]]) -> list[Result]:
-            encoded = tokenizer.encode_batch([text for _, text in some])
+            encoded = words.encode_batch([text for _, text in some])
             rows = [windows(ids, start, scorer.context) for ids in encoded]
             scores = iter(scorer.score([row for of_one in rows for row in of_one]))
             return [

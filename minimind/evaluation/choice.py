@@ -39,13 +39,16 @@ class Choice:
         }
 
     def texts(self) -> dict[str, str]:
-        """The questions without their options, which other questions have too."""
-        return {question.id: question.question for question in self.questions}
+        """What is asked about: a passage, else the question without its options.
+
+        Others share options, and the questions about passages: what does the text say?
+        """
+        return {one.id: one.passage or one.question for one in self.questions}
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
         """One subject at a time, whose questions begin alike."""
-        scorer, tokenizer = model.scorer()
-        asker = Asker(tokenizer, self.exam, self._style, self._shots, scorer.context)
+        scorer, words = model.scorer()
+        asker = Asker(words, self.exam, self._style, self._shots, scorer.context)
         left = [question for question in self.questions if question.id not in done]
 
         def deal_with(some: Sequence[Question]) -> list[Result]:

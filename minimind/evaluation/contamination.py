@@ -49,6 +49,15 @@ class Contamination:
     characters: int = 0
     bad_lines: int = 0
 
+    def part(self, prefix: str) -> "Contamination":
+        """Of the questions whose names begin so, under the rest of their names."""
+        return Contamination(
+            {n.removeprefix(prefix): f for n, f in self.found.items() if n.startswith(prefix)},
+            {n.removeprefix(prefix) for n in self.too_short if n.startswith(prefix)},
+            self.characters,
+            self.bad_lines,
+        )
+
     def figures(self) -> dict[str, Any]:
         """For JSON."""
         return {

@@ -19,9 +19,10 @@ import string
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def _questions(exam: Exam, files: Sequence[tuple[str | None, str, Path]]) -> Questions:
-    found = Questions(exam)
+    found, ids = Questions(exam), Counter[str]()
     for split, subject, path in files:
         rows = _csv_rows(path, found.bad) if _format(path) == ".csv" else _records(path, found.bad)
         for line, row in rows:
@@ -230,6 +231,9 @@ def _questions(exam: Exam, files: Sequence[tuple[str | None, str, Path]]) -> Que
                 found.bad.add(path, line, str(error), row)
                 continue
             found.bad.good += 1
+            ids[question.id] += 1
+            if ids[question.id] > 1:  # results go by it
+                question = replace(question, id=f"{question.id} ({ids[question.id]})")
             if belongs == exam.split:
                 found.asked.append(question)
             else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from minimind.evaluation.scoring import Scorer
+from minimind.evaluation.words import OwnWords, Words
 from minimind.inference.engine import Engine, Piece, Request
 from minimind.inference.load import load_for_inference
 from minimind.inference.sampling import Sampling
@@ -44,6 +45,10 @@ class LocalModel:
         self._device = device
         self._loaded: tuple[torch.dtype | None, Transformer, Tokenizer] | None = None
 
+    def check(self) -> None:
+        """Raises ModelError or TokenizerError when it is of a kind that we do not read."""
+        self._load(torch.float32)
+
     def identity(self) -> dict[str, Any]:
         """What results depend on."""
         adapter = resolve_adapter_directory(self.adapter) if self.adapter else None
@@ -66,10 +71,10 @@ class LocalModel:
             self._loaded = dtype, model, tokenizer
         return self._loaded[1], self._loaded[2]
 
-    def scorer(self) -> tuple[Scorer, Tokenizer]:
+    def scorer(self) -> tuple[Scorer, Words]:
         """In float32. With a --context below the model's own, windows are that long."""
         model, tokenizer = self._load(torch.float32)
-        return Scorer(model, self.context), tokenizer
+        return Scorer(model, self.context), OwnWords(tokenizer)
 
     def answers(
         self, questions: Sequence[str], max_new_tokens: int

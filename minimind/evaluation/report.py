@@ -73,8 +73,9 @@ def make_report(places: Sequence[Path], *, price: float | None = None) -> Report
 _ABOUT = {
     "Problems": "What could not be read, or is not finished. All the rest of this page is of what "
     "is there.",
-    "Stages": "Each stage starts from the model that the one before has left. Loss and bits per "
-    "byte are those on held-out data at the end. Fine-tuning counts the answers alone, so "
+    "Stages": "Each stage starts from the model that the one before has left, at its last step; "
+    "the best step is that of the best validation. Loss and bits per byte are those on held-out "
+    "data at the end. Fine-tuning counts the answers alone, so "
     "its figures say nothing when put beside those of pretraining.",
     "Several": "One line a run. Loss and bits per byte are those on held-out data at the end; runs "
     "with other tokenizers are compared by bits per byte alone, and any two only on the same data.",
@@ -298,6 +299,7 @@ def _stage_table(found: Found, price: float | None) -> Table:
     columns = [
         ("parameters", "parameters", ",.0f"),
         ("steps", "steps", ",.0f"),
+        ("best step", "best_step", ",.0f"),
         ("tokens", "tokens", ",.0f"),
         ("seconds", "seconds", ",.0f"),
         ("tokens/s", "tokens_per_second", ",.0f"),

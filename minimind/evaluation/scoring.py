@@ -37,6 +37,7 @@ class Scorer:
         longest = model.config.max_position_embeddings
         self.model, self.context = model, min(context or longest, longest)
         self._device = model.head_weight.device
+        self._vocab_size = model.config.vocab_size
 
     def score(self, rows: Sequence[Row]) -> list[float]:
         """The natural logarithm of what the scored tokens of each row come to, together.
@@ -68,7 +69,7 @@ class Scorer:
 
     def _shared(self, rows: Sequence[Row]) -> tuple[KVCache | None, int]:
         """What all rows begin with, read once: its keys and values, and its length."""
-        if len(rows) < 2 or self._depends_on_length(rows):
+        if len(rows) < 2 or self._depends_on_length(max(len(row.tokens) for row in rows)):
             return None, 0
         first, last = min(row.tokens for row in rows), max(row.tokens for row in rows)
         pairs = zip(first, last, strict=False)
@@ -80,8 +81,8 @@ class Scorer:
         self.model(self._tensor([first[:length]]), cache=cache)
         return cache, length
 
-    def _depends_on_length(self, rows: Sequence[Row]) -> bool:
-        return depends_on_length(self.model.config, max(len(row.tokens) for row in rows))
+    def _depends_on_length(self, length: int) -> bool:
+        return depends_on_length(self.model.config, length)
 
     def _cache(self, batch: int, length: int) -> KVCache:
         weight = self.model.head_weight
@@ -104,7 +105,7 @@ class Scorer:
     ) -> bool:
         """Whether `read` may be the last of so many rows in a batch that begins with `longest`."""
         width = len(longest)
-        if depends_on_length(self.model.config, width):  # padding would change its frequencies
+        if self._depends_on_length(width):  # padding would change its frequencies
             return len(read) == width and rows * width <= _TOKENS
         return rows * (width - prefix) <= _TOKENS and rows * width <= _HELD
 
@@ -129,14 +130,17 @@ class Scorer:
             for number, (at, row) in enumerate(rows)
             for position in range(row.start, len(row.tokens))
         ]
-        step = max(_LOGITS // self.model.config.vocab_size, 1)
+        step = max(_LOGITS // self._vocab_size, 1)
         sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         for first in range(0, len(places), step):
             at, position, token, number = self._tensor(places[first : first + step]).unbind(1)
-            scores = self.model.logits(hidden[at, position]).float().log_softmax(-1)
+            scores = self._logits(hidden[at, position]).float().log_softmax(-1)
             own = scores.gather(1, token[:, None])[:, 0]
             sums.index_add_(0, number.cpu(), own.cpu().double())
         return sums.tolist()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
 
     def _tensor(self, numbers: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(numbers, device=self._device)

@@ -12,7 +12,7 @@ from minimind.data.read import BadLines
 from minimind.errors import MinimindError
 from minimind.evaluation.scoring import Scorer
 from minimind.evaluation.statistics import wilson_interval
-from minimind.tokenizer import Tokenizer
+from minimind.evaluation.words import Words
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class Model(Protocol):
 
     name: str
 
-    def scorer(self) -> tuple[Scorer, Tokenizer]:
+    def scorer(self) -> tuple[Scorer, Words]:
         """What gives likelihoods."""
 
     def answers(

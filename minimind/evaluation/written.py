@@ -123,7 +123,7 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
         bad.good += 1
         questions.append(
             Written(
-                str(row.get("id", f"{name}-{line}")),
+                f"{name}-{line}",
                 question,
                 answer,
                 partial(_ends_with, number),
@@ -131,7 +131,7 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
             )
         )
     if not questions:
-        raise DataError(f"{', '.join(places)}: no question of {name} in it; {bad.first}")
+        raise DataError(f"{', '.join(places)}: no question of {name} in it {bad.first}".rstrip())
     return Writing(name, spread(questions, limit), longest, bad)
 
 
@@ -145,7 +145,12 @@ def _arithmetic_files(name: str, places: Sequence[str]) -> list[Path]:
         path = Path(place).expanduser()
         if path.is_file():
             return [path]
-        for pattern in (f"{name}*.jsonl*", f"**/{name}*/test.jsonl", "**/test.jsonl"):
+        for pattern in (
+            f"{name}*.jsonl*",
+            f"{name}*.parquet",
+            f"**/{name}*/test.jsonl",
+            "**/test.jsonl",
+        ):
             if found := sorted(path.glob(pattern)):
                 return found[:1]
     raise DataError(

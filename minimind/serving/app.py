@@ -7,10 +7,11 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -158,7 +159,7 @@ def create_app(
 
     origins: the web pages that may ask from a browser (CORS); none unless given.
     """
-    inner = FastAPI(
+    inner = FastAPIOffline(  # its /docs asks no other host for its scripts
         title="minimind",
         version=__version__,
         description="OpenAI's API for models that were trained with minimind.",

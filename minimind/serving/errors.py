@@ -51,10 +51,11 @@ def from_validation(errors: Sequence[Any]) -> APIError:
     if isinstance(first.get("input"), bytes):  # FastAPI reads no JSON out of another type
         message = "The body is not sent as JSON: send it with 'content-type: application/json'."
         return APIError(400, message, code="invalid_content_type")
-    if first["type"] == "json_invalid" or first["loc"] == ("body",):
+    is_object = first["loc"] != ("body",) or first["type"] == "too_many_keys"
+    if first["type"] == "json_invalid" or not is_object:
         why = first.get("ctx", {}).get("error", first["msg"])
         return APIError(400, f"The body is not a JSON object: {why}.", code="invalid_json")
-    field = ".".join(str(part) for part in _of_the_sender(first["loc"]))
+    field = ".".join(str(part) for part in _of_the_sender(first["loc"])) or "body"
     name = field.partition(".")[0]
     if first["type"] == "extra_forbidden":
         if name in UNSUPPORTED:

@@ -23,14 +23,16 @@ class Limits:
     grace_seconds: float = 2  # that running answers get when the service is to end
 
 
-_DRAIN_SECONDS = 1.0
+# What comes after a refusal is read and forgotten for so long: a connection that is closed before
+# would be reset, and the client would never see the answer.
+DRAIN_SECONDS = 1.0
 
 
 class LimitBody:
     """ASGI middleware: reads the whole body within its bounds, before anything looks into it.
 
     413 for one that is too long, at once where its length is declared; 408 for one that is too
-    slow.
+    slow; 400 for one whose length is declared in two ways.
     """
 
     def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
@@ -52,8 +54,13 @@ class LimitBody:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None when the client went away."""
         most = self._limits.body_bytes
-        declared = Headers(scope=scope).get("content-length", "0")
-        if int(declared) > most:  # digits alone: the parser has seen to it
+        headers = Headers(scope=scope)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy in front may go by the other one, and take a part of it for the next request.
+            raise APIError(400, "The length of the body is given twice.", code="invalid_http")
+        if (
+            int(headers.get("content-length", "0")) > most
+        ):  # digits alone: the parser has seen to it
             raise _too_long(most)
         body = bytearray()
         try:
@@ -78,11 +85,7 @@ def _too_long(most: int) -> APIError:
 
 
 async def _refuse(error: APIError, receive: Receive, send: Send) -> None:
-    """Answer, and close the connection, on which the rest of the body may still be coming.
-
-    What comes within a second is read and forgotten: a connection that is closed before would
-    be reset, and the client would never see the answer.
-    """
+    """Answer, and close the connection, on which the rest of the body may still be coming."""
     body = error.answer.model_dump_json().encode()
     headers = [
         (b"content-type", b"application/json"),
@@ -92,7 +95,7 @@ async def _refuse(error: APIError, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     try:
-        async with asyncio.timeout(_DRAIN_SECONDS):
+        async with asyncio.timeout(DRAIN_SECONDS):
             while (await receive()).get("more_body", False):
                 pass
     except TimeoutError:

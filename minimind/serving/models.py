@@ -1,7 +1,9 @@
 """The models that are served: each has an engine, a name and a queue of its own."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,81 +42,124 @@ class ServedModel:
         return frozenset(self.tokenizer.stop_ids)
 
 
-def find_models(paths: Sequence[Path]) -> dict[str, Path]:
-    """Name to model directory: of each path, or of each folder in it that is a model.
+@dataclass(frozen=True)
+class Source:
+    """What a served model is made of: a model directory, and a LoRA adapter where there is one."""
 
-    A model is named after its directory; the `model` of a run, after the run. Raises ModelError
-    where there is no model, UsageError when two have one name.
+    model: Path
+    adapter: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.adapter or self.model)
+
+
+def find_models(paths: Sequence[Path]) -> dict[str, Source]:
+    """Name to source: of each path, or of each folder in it, that is a model or an adapter.
+
+    Each is named after its directory, or the link to it; the `model` or `adapter` of a run, after
+    the run. Raises ModelError where there is none, or where an adapter's model is not there;
+    UsageError when two have one name.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Source] = {}
     for path in paths:
-        for place in _models_at(path):
-            directory = resolve_model_directory(place).resolve()
-            name = _name(place, directory)
-            if found.setdefault(name, directory) != directory:
+        for place in _places_at(path):
+            name, source = _source_at(place)
+            if found.setdefault(name, source) != source:
                 raise UsageError(
-                    f"two models are called {name}: {found[name]} and {directory}; "
+                    f"two models are called {name}: {found[name]} and {source}; "
                     "rename a directory, or serve them apart"
                 )
     return found
 
 
-def _name(place: Path, directory: Path) -> str:
-    run = directory.parent
-    is_run = (
-        place.resolve() == run or (run / "recipe.toml").is_file() or (run / "checkpoints").is_dir()
-    )
-    # The root of the file system has no name.
-    return run.name if directory.name == "model" and is_run and run.name else directory.name
-
-
-def _models_at(path: Path) -> list[Path]:
-    try:
-        resolve_model_directory(path)
-    except ModelError:
-        below = sorted(path.iterdir()) if path.is_dir() else []
-        models = [place for place in below if _is_model(place)]
-        if not models:
-            raise
-        return models
-    return [path]
+def _places_at(path: Path) -> list[Path]:
+    if _is_model(path) or _is_adapter(path):
+        return [path]
+    below = sorted(path.iterdir()) if path.is_dir() else []
+    seen = [place for place in below if not place.name.startswith(".")]  # those are half written
+    places = [place for place in seen if _is_model(place) or _is_adapter(place)]
+    if not places:
+        resolve_model_directory(path)  # says what there is instead
+    return places
 
 
 def _is_model(path: Path) -> bool:
-    if path.name.startswith("."):  # half written
-        return False
+    return _leads(resolve_model_directory, path)
+
+
+def _is_adapter(path: Path) -> bool:
+    return _leads(resolve_adapter_directory, path)
+
+
+def _leads(resolve: Callable[[Path], Path], path: Path) -> bool:
     try:
-        resolve_model_directory(path)
-    except ModelError:
+        resolve(path)
+    except (ModelError, OSError):  # what cannot be read is none
         return False
     return True
 
 
-def find_adapters(given: Sequence[str], models: Mapping[str, Path]) -> dict[str, Path]:
-    """Name to directory of adapters that are given as NAME=DIR.
+def _source_at(place: Path) -> tuple[str, Source]:
+    place = Path(os.path.abspath(place))  # links are kept: a model goes by the name of its link
+    if _is_model(place):
+        directory = resolve_model_directory(place)
+        return _name(place, directory), Source(directory.resolve())
+    directory = resolve_adapter_directory(place)
+    return _name(place, directory), Source(_base_of(place, directory), directory.resolve())
+
+
+def _name(place: Path, directory: Path) -> str:
+    run = directory.parent
+    is_run = place == run or (run / "recipe.toml").is_file() or (run / "checkpoints").is_dir()
+    is_part = is_run and directory.name in ("model", "adapter")
+    # The root of the file system has no name.
+    return run.name if is_part and run.name else directory.name
+
+
+def _base_of(place: Path, directory: Path) -> Path:
+    """The model that an adapter was made for: where it says or, if both were moved, beside it."""
+    try:
+        said = json.loads((directory / "adapter_config.json").read_text("utf-8"))
+        base = Path(said["base_model_name_or_path"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        base = Path()
+    beside = place.parent / (base.parent.name if base.name == "model" else base.name)
+    for candidate in (base, beside):
+        if base.name and _is_model(candidate):
+            return resolve_model_directory(candidate).resolve()
+    where = f"{base} and {beside}" if base.name else "its adapter_config.json does not say where"
+    raise ModelError(
+        f"{place} is a LoRA adapter, and the model that it was made for is not there ({where}): "
+        f"serve it as `minimind serve MODEL --adapter {_name(place, directory)}={place}`"
+    )
+
+
+def find_adapters(given: Sequence[str], models: Mapping[str, Source]) -> dict[str, Source]:
+    """Name to source of adapters that are given as NAME=DIR.
 
     Raises UsageError for what is not, for a name that is taken, and where it is not plain which
     model an adapter belongs to.
     """
-    found: dict[str, Path] = {}
+    bases = {name: source.model for name, source in models.items() if source.adapter is None}
+    if given and len(bases) != 1:
+        raise UsageError(
+            f"--adapter goes with one model, and there are {len(bases)}: {', '.join(bases)}"
+        )
+    found: dict[str, Source] = {}
     for text in given:
         name, equals, directory = text.partition("=")
         if not (name and equals and directory):
             raise UsageError(f"--adapter {text} is not NAME=DIR, such as --adapter poet=out/poet")
         if name in found or name in models:
             raise UsageError(f"--adapter {text}: another model is called {name}; take a new name")
-        found[name] = Path(directory)
-    if found and len(models) != 1:
-        raise UsageError(
-            f"--adapter goes with one model, and there are {len(models)}: {', '.join(models)}"
-        )
+        [base] = bases.values()
+        found[name] = Source(base, Path(directory))
     return found
 
 
 def load_served(
     name: str,
-    directory: Path,
-    adapter: Path | None = None,
+    source: Source,
     *,
     device: str,
     slots: int,
@@ -128,10 +173,11 @@ def load_served(
     An adapter is merged into weights of its own, so it costs no time, and memory for one model.
     """
     model, tokenizer = load_for_inference(
-        directory, device, adapter=adapter, context=context, rope_scaling=rope_scaling
+        source.model, device, adapter=source.adapter, context=context, rope_scaling=rope_scaling
     )
-    sources = [directory] if adapter is None else [directory, resolve_adapter_directory(adapter)]
-    files = [path for place in sources for path in sorted(place.glob("*.safetensors"))]
+    adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
+    places = [source.model, *adapters]
+    files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
     how = f"{model.head_weight.device.type} {int8} {context} {rope_scaling}"
     engine = Engine(model, tokenizer, slots=slots, int8=int8)
     return ServedModel(
@@ -140,7 +186,7 @@ def load_served(
         tokenizer=tokenizer,
         context=engine.context,
         created=int(max(path.stat().st_mtime for path in files)),
-        fingerprint=_fingerprint(sources, how),
+        fingerprint=_fingerprint(places, how),
         queue=Queue(slots, waiting),
     )
 

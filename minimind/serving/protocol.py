@@ -1,19 +1,17 @@
 """HTTP over a connection that cannot be held for ever."""
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from minimind.serving.limits import Limits
+from minimind.serving.errors import APIError
+from minimind.serving.limits import DRAIN_SECONDS, Limits
 
-_TIMEOUT = (
-    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
-)
-_TIMEOUT_BODY = (
-    b'{"error":{"message":"The request was not complete in time.",'
-    b'"type":"invalid_request_error","param":null,"code":"request_timeout"}}'
-)
+_TIMEOUT = APIError(408, "The request was not complete in time.", code="request_timeout")
+_MALFORMED = APIError(400, "This is not a valid HTTP request.", code="invalid_http")
 
 
 def bounded_protocol(limits: Limits) -> type[H11Protocol]:
@@ -24,6 +22,7 @@ def bounded_protocol(limits: Limits) -> type[H11Protocol]:
     class Bounded(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
         _write_timer: asyncio.TimerHandle | None = None
+        _refused = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -38,6 +37,8 @@ def bounded_protocol(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return
             before = self.cycle
             if self._timer is None and (before is None or before.response_complete):
                 self._expect_request()
@@ -59,10 +60,27 @@ def bounded_protocol(limits: Limits) -> type[H11Protocol]:
             self._timer = self.loop.call_later(limits.header_seconds, self._too_slow)
 
         def _too_slow(self) -> None:
-            if not self.transport.is_closing():
-                length = f"content-length: {len(_TIMEOUT_BODY)}\r\n\r\n".encode()
-                self.transport.write(_TIMEOUT + length + _TIMEOUT_BODY)
+            self._refuse(_TIMEOUT)
+
+        def send_400_response(self, msg: str) -> None:
+            # Into the middle of an answer nothing else can be said.
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self._refuse(_MALFORMED)
+            else:
                 self.transport.close()
+
+        def _refuse(self, error: APIError) -> None:
+            if not (self._refused or self.transport.is_closing()):
+                self._refused = True
+                body = error.answer.model_dump_json().encode()
+                self.transport.write(
+                    f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+                    "content-type: application/json\r\nconnection: close\r\n"
+                    f"content-length: {len(body)}\r\n\r\n".encode()
+                    + body
+                )
+                self.transport.write_eof()
+                self.loop.call_later(DRAIN_SECONDS, self.transport.abort)
 
         @staticmethod
         def _stop(timer: asyncio.TimerHandle | None) -> None:

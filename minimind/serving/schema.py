@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 MOST_CHOICES = 16
 _MOST_STOPS = 4
 _MOST_BIASES = 1024
+_MOST_KEYS = 256  # of one object
 
 # Parameters of OpenAI's that are known here and not offered, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -42,21 +43,37 @@ class _Strict(BaseModel):
     # Strict: a number in quotes is a mistake of the sender's, not a number.
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_many_keys(cls, value: Any) -> Any:
+        return _few(value, _MOST_KEYS)
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def _few(value: Any, most: int) -> Any:
+    """Raise for an object of too many keys: each wrong one would be a complaint of its own, and a
+    hundred thousand complaints would keep everybody waiting. Lists stop at the first (fail_fast).
+    """
+    if isinstance(value, dict) and len(value) > most:
+        raise PydanticCustomError("too_many_keys", f"it has more than {most:,} keys")
+    return value
 
 
 Tokens = Literal[-1] | Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = (
     Annotated[str, Field(min_length=1, max_length=1000)]
     | Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=_MOST_STOPS)
+        list[Annotated[str, Field(min_length=1, max_length=1000)]],
+        Field(fail_fast=True, max_length=_MOST_STOPS),
     ]
 )
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=_MOST_BIASES),
+    BeforeValidator(lambda value: _few(value, _MOST_BIASES)),
 ]
 
 
@@ -85,7 +102,8 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(min_length=1)], BeforeValidator(_text_or_parts)
+        str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)],
+        BeforeValidator(_text_or_parts),
     ]
 
     @model_validator(mode="before")
@@ -162,7 +180,7 @@ class _Request(_Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=2048)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -177,11 +195,11 @@ class ChatRequest(_Request):
 
 Prompt = (
     str
-    | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
-    | Annotated[list[int], Field(min_length=1)]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_CHOICES)]
+    | Annotated[list[int], Field(fail_fast=True, min_length=1)]
     | Annotated[
-        list[Annotated[list[int], Field(min_length=1)]],
-        Field(min_length=1, max_length=MOST_CHOICES),
+        list[Annotated[list[int], Field(fail_fast=True, min_length=1)]],
+        Field(fail_fast=True, min_length=1, max_length=MOST_CHOICES),
     ]
 )
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from minimind.errors import TrainingError
+
+_LOOKS = 25  # at who holds a lock, a fiftieth of a second apart
 
 
 @contextlib.contextmanager
@@ -37,8 +40,24 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def _told(holder: Path) -> str:
+    for _ in range(_LOOKS):  # it may only just be beginning, with the note of one that was killed
+        try:
+            who = json.loads(holder.read_text("utf-8"))
+            if who["machine"] != platform.node() or _is_alive(who["pid"]):
+                return f"process {who['pid']} on {who['machine']} since {who['since']}"
+        except (OSError, ValueError, KeyError):
+            pass
+        time.sleep(0.02)
+    return "another process"
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where asking is killing
+        return True
     try:
-        who = json.loads(holder.read_text("utf-8"))
-        return f"process {who['pid']} on {who['machine']} since {who['since']}"
-    except (OSError, ValueError, KeyError):  # it is only just beginning, or ending
-        return "another process"
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True

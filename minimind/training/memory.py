@@ -42,11 +42,14 @@ class Footprint:
         if self.activation_checkpointing:
             # What goes into each layer; the inside of one and its gradient; its weights' copies.
             kept, copied = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer, 2
+        # A checkpoint is written from a copy in the machine's memory; a card has its own.
+        saved = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
         return {
             "weights": 4 * self.parameters,
             "gradients": 4 * self.trained_parameters,
             "optimizer": 4 * self.moments,
             "copies in half precision": copied * self.parameters,
+            "copy that is saved": 4 * saved,
             "activations": tokens * kept,
             "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGITS_AT_ONCE),
         }
@@ -71,13 +74,15 @@ def divisors(number: int) -> list[int]:
 
 
 def choose_micro_batch(
-    footprint: Footprint, *, asked: int | None, batch: int, device: torch.device
+    footprint: Footprint, *, asked: int | None, batch: int, device: torch.device, sharers: int = 1
 ) -> int:
     """Windows at once: what is asked for, or the largest divisor of `batch` that is quick and fits.
 
+    `sharers` processes share the device's memory.
     Raises ResourceError, with what would fit, when memory is too short.
     """
     free = free_bytes(device)
+    free = None if free is None else free // sharers
     fitting = footprint.fitting(batch, free)
     if free is None or (asked is None and fitting):
         return asked or fitting or 1

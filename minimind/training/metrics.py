@@ -1,13 +1,14 @@
 """`metrics.jsonl`: every figure of a run, a JSON object a line, and trackers fed with the same."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind.errors import ConfigError
+from minimind.errors import ConfigError, ResourceError
 
 # (figures, step): hands figures to a tracker; and what closes it.
 _Tracker = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
@@ -21,14 +22,27 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, trackers: Sequence[str] = (), name: str = "run") -> None:
         self._trackers = [_open_tracker(tracker, path.parent, name) for tracker in trackers]
-        self._stream = path.open("ab")
+        self._path, self._stream = path, path.open("ab")
 
     @property
     def offset(self) -> int:
-        """Bytes written so far, safe on disk."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Bytes written so far."""
         return self._stream.tell()
+
+    def sync(self) -> None:
+        """Wait until they are safe on the disk. Raises ResourceError if they cannot be."""
+        with self._errors_as_ours():
+            os.fsync(self._stream.fileno())
+
+    @contextlib.contextmanager
+    def _errors_as_ours(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ResourceError(
+                f"{self._path}: cannot be written ({error}). Checkpoints are whole: free some "
+                "space and give the same command again"
+            ) from error
 
     def truncate(self, offset: int) -> None:
         """Forget what was written after `offset`: a resumed run writes it again."""
@@ -39,15 +53,16 @@ class MetricsLog:
     def write(self, figures: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """Append one line: what the run's seed and data decide, then what the clock does.
 
-        Numbers that are not finite become null: JSON has no others.
+        Numbers that are not finite become null: JSON has no others. Raises ResourceError.
         """
         line: dict[str, Any] = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in (dict(figures) | dict(timing or {})).items()
         }
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-        self._stream.write(text.encode() + b"\n")
-        self._stream.flush()
+        with self._errors_as_ours():
+            self._stream.write(text.encode() + b"\n")
+            self._stream.flush()
         numbers = {
             f"{line['kind']}/{key}": float(value)
             for key, value in line.items()
@@ -58,7 +73,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written; that was raised
+            self._stream.close()
         for _, close in self._trackers:
             close()
 

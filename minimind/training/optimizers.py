@@ -86,6 +86,29 @@ def _is_map(name: str, parameter: nn.Parameter) -> bool:
     return in_a_layer and parameter.ndim >= 2
 
 
+def adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone (Loshchilov and Hutter 2019)."""
+    every = list(parameters)
+    decays = {"params": [p for p in every if p.ndim >= 2], "weight_decay": settings.weight_decay}
+    plain = {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW(
+        [group for group in (decays, plain) if group["params"]],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=every[0].device.type in ("cpu", "cuda", "mps"),
+    )
+
+
+def new_state(parameter: Tensor) -> dict[str, Tensor]:
+    """What AdamW remembers of a parameter before its first step."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
 def count_moments(model: nn.Module, settings: OptimSettings) -> int:
     """How many numbers the optimizers keep: one for what Muon trains, two for the rest."""
     return sum(
@@ -111,24 +134,11 @@ class Optimizers:
         # What a dense model has as gate_proj and up_proj.
         fused = [p for p in by_muon if self._names[p].endswith(".input_linear.weight")]
         rest = [parameter for parameter in trained if parameter not in taken]
-        decays = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay}
-        plain = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
         self._settings = settings
         self._muon = Muon(by_muon, settings, fused=fused) if by_muon else None
-        self._adamw = torch.optim.AdamW(
-            [group for group in (decays, plain) if group["params"]],
-            lr=settings.lr,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            fused=rest[0].device.type in ("cpu", "cuda", "mps"),
-        )
+        self._adamw = adamw(rest, settings)
         # State from the start, so that a checkpoint of step 0 has the same tensors as any.
-        for parameter in rest:
-            self._adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self._adamw.state.update({parameter: new_state(parameter) for parameter in rest})
 
     def set_lr(self, fraction: float) -> None:
         """Set every learning rate to this share of its peak."""

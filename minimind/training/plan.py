@@ -14,6 +14,7 @@ from minimind.config.settings import Recipe
 from minimind.data.inspect import estimate_tokens
 from minimind.data.store import default_folder
 from minimind.data.textbook import textbook_file
+from minimind.errors import ResourceError
 from minimind.model import Transformer, apply_lora, load_model, resolve_model_directory
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
@@ -65,12 +66,14 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     """Plan the stage of `recipe`: the micro-batch that fits into `memory` bytes (None = what is
     free on the device), and the time from a trial of about so many seconds (0 = no trial).
 
+    With `memory` given the device may be one that another machine has; then there is no trial.
     Raises what loading the tokenizer, the model and the data raises.
     """
-    device = choose_device(recipe.device)
-    precision = choose_precision(recipe.training.precision, device)
+    device, is_here = _device(recipe.device, elsewhere=memory is not None)
+    precision = choose_precision(recipe.training.precision, device).name if is_here else "?"
     tokenizer, model = _model(recipe)
-    model = model.to(device)
+    if is_here:
+        model = model.to(device)
     asked, training = footprint(recipe, model, device), recipe.training
     given = memory if memory is not None else free_bytes(device)
     room = None if given is None else given - _PROCESS[device.type]
@@ -83,7 +86,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         steps = max(1, math.ceil(windows / training.batch))
     tokens = steps * training.batch * recipe.data.window if steps else None
     rate = None
-    if seconds and micro_batch and (memory is None or fits(asked, micro_batch, free_bytes(device))):
+    if seconds and is_here and micro_batch and _fits(asked, micro_batch, free_bytes(device)):
         rate = _rate(recipe, model, device, micro_batch, seconds)
     parts = asked.parts(micro_batch or 1)
     return Plan(
@@ -91,7 +94,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         active_parameters=model.num_active_parameters,
         trained_parameters=asked.trained_parameters,
         device=str(device),
-        precision=precision.name,
+        precision=precision,
         window=recipe.data.window,
         batch=training.batch,
         micro_batch=micro_batch,
@@ -126,8 +129,17 @@ def _round_numbers(batch: int) -> list[int]:
     return shown
 
 
-def fits(asked: Footprint, micro_batch: int, memory: int | None) -> bool:
-    """Whether a step of so many windows at once fits into `memory` bytes, None = no limit."""
+def _device(name: str, *, elsewhere: bool) -> tuple[torch.device, bool]:
+    """The device, and whether this machine has it. Raises ResourceError where it must have it."""
+    try:
+        return choose_device(name), True
+    except ResourceError:
+        if not elsewhere or name.partition(":")[0] not in _PROCESS:
+            raise
+        return torch.device(name), False
+
+
+def _fits(asked: Footprint, micro_batch: int, memory: int | None) -> bool:
     return memory is None or asked.total(micro_batch) <= memory
 
 

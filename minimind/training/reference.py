@@ -18,6 +18,7 @@ from minimind.config import dump_recipe
 from minimind.data.packing import Mix, PairWindows
 from minimind.errors import ResourceError
 from minimind.training.batch import to_device
+from minimind.training.distributed import Workers
 from minimind.training.loop import VALIDATION_WINDOWS, Trainer
 from minimind.training.objectives.preference import answer_logps
 
@@ -30,17 +31,35 @@ def fill_references(job: Trainer) -> None:
 
     Raises ResourceError when they cannot be written.
     """
-    path, key = job.run / FILE, _key(job)
+    path, key, arrays = job.run / FILE, _key(job), _arrays(job)
+    if not job.workers.tell(job.workers.is_first and _take_kept(job, path, key, arrays)):
+        _ask(job)
+        _put_together(job.workers, arrays)
+        if job.workers.is_first:
+            _save(path, key, arrays)
+    job.workers.spread([torch.from_numpy(array) for array in arrays.values()])
+
+
+def _take_kept(job: Trainer, path: Path, key: str, arrays: _Arrays) -> bool:
+    """Fill the arrays from the file; False if there is none that fits."""
     try:
         kept = _load(path, key)
     except (OSError, ValueError, SafetensorError) as error:
         if path.exists():
             job.reporter.say(f"{path} is not used, and made again: {error}")
-        _ask(job)
-        _save(path, key, _arrays(job))
-    else:
-        for name, array in _arrays(job).items():
-            array[:] = kept[name]
+        return False
+    for name, array in arrays.items():
+        array[:] = kept[name]
+    return True
+
+
+def _put_together(workers: Workers, arrays: _Arrays) -> None:
+    """Give each pair what the processes that asked found; the mean, if several did."""
+    for array in arrays.values() if workers.size > 1 else ():
+        found = torch.from_numpy(array)
+        values, askers = found.nan_to_num(), (~found.isnan()).float()
+        workers.sum([values, askers])
+        found.copy_(values / askers)
 
 
 def _key(job: Trainer) -> str:
@@ -63,20 +82,24 @@ def _arrays(job: Trainer) -> _Arrays:
 
 
 def _ask(job: Trainer) -> None:
-    """Read each window that the run will read, in the batches and with the kernels of its turn.
+    """Read each window that this process will read, in the batches and kernels of its turn.
 
     So the first loss of a run is that of no difference at all, in any precision.
     """
-    training = job.num_steps * job.recipe.training.batch
+    batch, workers = job.recipe.training.batch, job.workers
+    training = job.num_steps * batch // workers.size
     held_out = (
-        min(job.recipe.validation.windows, job.held_out.order.epoch_size) if job.held_out else 0
+        min(job.recipe.validation.windows, job.held_out.order.epoch_size)
+        if job.held_out and workers.is_first
+        else 0
     )
     job.model.eval()
     job.reporter.start("reference log-probabilities", training + held_out, unit="window")
     try:
-        for at in range(0, training, job.micro_batch):
-            _fill(job, job.data, at, job.micro_batch, training=True)
-            job.reporter.progress(at + job.micro_batch, training + held_out)
+        for step in range(job.num_steps):
+            for sample in workers.share(step * batch, batch)[:: job.micro_batch]:
+                _fill(job, job.data, sample, job.micro_batch, training=True)
+            job.reporter.progress((step + 1) * batch // workers.size, training + held_out)
         for at in range(0, held_out, VALIDATION_WINDOWS):
             assert job.held_out is not None
             count = min(VALIDATION_WINDOWS, held_out - at)

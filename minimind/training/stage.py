@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
 from minimind.config.model import RopeKind
-from minimind.config.settings import Recipe
+from minimind.config.settings import Recipe, TrainingSettings
 from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
-from minimind.errors import ConfigError, DataError
+from minimind.errors import CheckpointError, ConfigError, DataError
 from minimind.model import (
     Transformer,
     apply_lora,
@@ -30,8 +32,9 @@ from minimind.model import (
     save_adapter,
     save_model,
 )
-from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
+from minimind.training.checkpoint import best_step, inspect_checkpoints, load_checkpoint
+from minimind.training.distributed import ALONE, Workers, join, own_device
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
 from minimind.training.memory import Footprint, choose_micro_batch, peak_bytes
@@ -72,19 +75,28 @@ def run_stage(
 ) -> StageResult:
     """Run the stage that `recipe` describes in `recipe.out`, or go on with it, or find it done.
 
+    Every process of a run that several share calls it; the first one does what is to be done once.
     Raises ConfigError when the run directory holds a run of another recipe, and whatever reading
     the data, the tokenizer and the model raises.
     """
     run = _run_directory(recipe)
-    run.mkdir(parents=True, exist_ok=True)
-    with run_lock(run):
-        if fresh:
-            _clear(run, recipe)
-        _keep_recipe(run, recipe)
-        summary_file = run / "summary.json"
-        if summary_file.is_file() and (run / _made(recipe)).is_dir():
-            return _result(recipe, run, json.loads(summary_file.read_text("utf-8")))
-        return _run(recipe, run, reporter, write_samples)
+    with join(recipe.device) as workers:
+        if not workers.is_first:
+            summary = workers.tell(None)
+            if summary is not None:
+                return _result(recipe, run, summary)
+            return _run(recipe, run, workers, Reporter(), lambda model, tokenizer: [])
+        run.mkdir(parents=True, exist_ok=True)
+        with run_lock(run):
+            if fresh:
+                _clear(run, recipe)
+            _keep_recipe(run, recipe)
+            summary_file = run / "summary.json"
+            made = summary_file.is_file() and (run / _made(recipe)).is_dir()
+            summary = workers.tell(json.loads(summary_file.read_text("utf-8")) if made else None)
+            if summary is not None:
+                return _result(recipe, run, summary)
+            return _run(recipe, run, workers, reporter, write_samples)
 
 
 def _made(recipe: Recipe) -> str:
@@ -112,21 +124,25 @@ def prepare_stage(
     *,
     reporter: Reporter,
     write_samples: WriteSamples = lambda model, tokenizer: [],
+    workers: Workers = ALONE,
 ) -> Prepared:
     """Do everything that comes before training: model, token stores, windows.
 
     Raises whatever reading the data, the tokenizer and the model raises.
     """
     run = _run_directory(recipe)
-    device = choose_device(recipe.device)
+    device = own_device(recipe.device, workers)
+    share = _share(recipe.training, workers)
+    _check_engine(recipe)
     precision = choose_precision(recipe.training.precision, device)
     tokenizer, model = _start(recipe, device)
     num_parameters = _count(model)
     micro_batch = choose_micro_batch(
         footprint(recipe, model, device),
         asked=recipe.training.micro_batch,
-        batch=recipe.training.batch,
+        batch=share,
         device=device,
+        sharers=workers.local_size if device.type == "cpu" else 1,
     )
     stores = _stores(recipe, tokenizer, reporter)
     data, held_out, general = _mixes(recipe, tokenizer, stores, reporter)
@@ -138,6 +154,7 @@ def prepare_stage(
     reporter.say(
         f"{num_parameters:,} parameters{at_work}"
         + (f", {_count(model, trained=True):,} of them trained," if recipe.lora else "")
+        + (f" in {workers.size} processes" if workers.size > 1 else "")
         + f" on {device} in {precision.name}; {data.order.epoch_size:,} windows of "
         f"{recipe.data.window} tokens an epoch; {num_steps:,} steps of "
         f"{recipe.training.batch} windows"
@@ -159,18 +176,75 @@ def prepare_stage(
         base_sha256=_base_sha256(recipe),
         general=Measured(NextToken(tokenizer.token_bytes, device), general) if general else None,
         validate_first=bool(recipe.model.init),
+        workers=workers,
     )
     return Prepared(job, tokenizer, stores)
 
 
-def _run(recipe: Recipe, run: Path, reporter: Reporter, write_samples: WriteSamples) -> StageResult:
-    prepared = prepare_stage(recipe, reporter=reporter, write_samples=write_samples)
+def _check_engine(recipe: Recipe) -> None:
+    """Raises ConfigError when DeepSpeed is asked for what it cannot do here."""
+    if recipe.training.engine != "deepspeed":
+        return
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "training.engine: deepspeed is not installed; pip install 'minimind[deepspeed]'"
+        )
+    if recipe.optim.name != "adamw":
+        raise ConfigError('training.engine: deepspeed trains by AdamW; set optim.name = "adamw"')
+    if recipe.training.compile:
+        raise ConfigError("training.engine: deepspeed does not go with training.compile")
+
+
+def _share(settings: TrainingSettings, workers: Workers) -> int:
+    """Windows of a batch that each process takes. Raises ConfigError if they are not as many."""
+    share, rest = divmod(settings.batch, workers.size)
+    if rest:
+        raise ConfigError(
+            f"training.batch={settings.batch} cannot be shared out evenly to {workers.size} "
+            "processes; choose a multiple, or another number of processes"
+        )
+    if settings.micro_batch and share % settings.micro_batch:
+        raise ConfigError(
+            f"training.micro_batch={settings.micro_batch}: each of {workers.size} processes takes "
+            f"{share} windows of a batch of {settings.batch}; choose a divisor of {share}"
+        )
+    return share
+
+
+def _run(
+    recipe: Recipe, run: Path, workers: Workers, reporter: Reporter, write_samples: WriteSamples
+) -> StageResult:
+    if recipe.training.engine == "deepspeed" and workers is ALONE:
+        raise ConfigError(
+            "training.engine: deepspeed shares work among processes that are started together: "
+            "give --nproc N, or use torchrun or DeepSpeed's own launcher"
+        )
+    begun_here = (run / "checkpoints").is_dir()
+    if workers.tell(begun_here) is False and begun_here:
+        raise CheckpointError(
+            f"{run} on {platform.node()} holds this run, and the first process, which is on "
+            "another machine, does not. Let that machine be the first (torchrun --node-rank 0), or "
+            "put the run on a disk that all share"
+        )
+    with workers.first_in_turn():  # the others find the token stores that it has made
+        prepared = prepare_stage(
+            recipe, reporter=reporter, write_samples=write_samples, workers=workers
+        )
+    given = [dump_recipe(recipe.model_copy(update={"out": None})), prepared.job.data_sha256]
+    if workers.tell(given) != given:
+        raise ConfigError(
+            f"process {workers.rank} of 0-{workers.size - 1} on {platform.node()} was given other "
+            "settings or other data than the first one; give the same on every machine"
+        )
+    prepared.job.micro_batch = workers.tell(prepared.job.micro_batch)
     if recipe.objective == "dpo":
         fill_references(prepared.job)
     outcome = train(prepared.job)
     summary = _summary(prepared, outcome)
     if not outcome.finished:
         return StageResult(run, None, summary)
+    if not workers.is_first:
+        return _result(recipe, run, summary)
     summary |= _baseline(prepared)
     if recipe.lora:
         base = resolve_model_directory(Path(recipe.model.init or ""))
@@ -453,7 +527,11 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
     if job.recipe.lora:
         summary["base"] = job.recipe.model.init
     first = {f"first_{name}": value for name, value in outcome.first.items()}
-    return summary | first | outcome.validation
+    best = outcome.best and {
+        "best_step": outcome.best["step"],
+        f"best_{outcome.best['figure']}": outcome.best["value"],
+    }
+    return summary | first | outcome.validation | best
 
 
 def _baseline(prepared: Prepared) -> dict[str, float]:
@@ -480,3 +558,34 @@ def unigram_bits_per_byte(
     labels = held_out.batch(0, min(num_windows, held_out.order.epoch_size)).labels.reshape(-1)
     text = labels[bytes_of[labels] > 0]
     return float(bits_of[text].sum() / bytes_of[text].sum())
+
+
+def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
+    """Write the model, or the adapter, of a checkpoint of `run` to `out`; the best without `step`.
+
+    Returns its step. Raises CheckpointError when it is not there, damaged, or of another base.
+    """
+    there = inspect_checkpoints(run, thorough=False)
+    if step is None:
+        step = best_step(there)
+    if step is None:
+        raise CheckpointError(f"{run}: nothing tells which checkpoint is the best; give --step")
+    if step not in [one.step for one in there]:
+        kept = ", ".join(f"{one.step:,}" for one in there) or "none"
+        raise CheckpointError(f"{run}: there is no checkpoint of step {step:,}; kept are {kept}")
+    checkpoint = load_checkpoint(run, step)
+    recipe = load_recipe(run / "recipe.toml").recipe
+    if checkpoint.state["base_sha256"] != _base_sha256(recipe):
+        raise CheckpointError(
+            f"{run}: {recipe.model.init} is not the model that this run began with"
+        )
+    tokenizer, model = _start(recipe, torch.device("cpu"))
+    unlike = model.load_state_dict(checkpoint.model, strict=False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not unlike.unexpected_keys and not trained & set(unlike.missing_keys)
+    if recipe.lora:
+        base = resolve_model_directory(Path(recipe.model.init or ""))
+        save_adapter(out, model, recipe.lora, base)
+    else:
+        save_model(out, model, tokenizer)
+    return step

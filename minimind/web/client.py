@@ -1,6 +1,8 @@
 """A client of any service that speaks OpenAI's API, with nothing but Python's own HTTP."""
 
+import contextlib
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,6 +109,11 @@ class Answer:
 
     def __init__(self, response: HTTPResponse, url: str) -> None:
         self._response = response
+        # A handle of its own: that of the response may be closed, and be another's, at any time.
+        self._connection = None
+        if not response.isclosed():
+            kind = (socket.AF_INET, socket.SOCK_STREAM)
+            self._connection = socket.fromfd(response.fileno(), *kind)
         self._url = url
         self.finish_reason: str | None = None
         self.tokens: int | None = None  # that it has, once it is finished
@@ -119,8 +126,16 @@ class Answer:
         self.close()
 
     def close(self) -> None:
-        """Break the connection; the service then frees its slot."""
+        """Close the connection; the service then frees its slot."""
         self._response.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    def break_off(self) -> None:
+        """End the connection under another thread, which may be waiting for the next piece."""
+        with contextlib.suppress(OSError):  # it has ended already
+            if self._connection is not None:
+                self._connection.shutdown(socket.SHUT_RDWR)
 
     def __iter__(self) -> Iterator[str]:
         """Raises ServiceError when the service breaks off."""

@@ -12,6 +12,7 @@ from streamlit.delta_generator import DeltaGenerator
 from minimind.errors import ServiceError
 from minimind.web.client import KEY_VARIABLE, Client, ModelInfo
 from minimind.web.client import Answer as Stream
+from minimind.web.clipboard import copy_button
 from minimind.web.markdown import label, parts_of
 from minimind.web.start import URL_VARIABLE
 from minimind.web.store import Answer, Conversation, Store, Turn
@@ -26,6 +27,10 @@ _STYLE = """
 [data-testid="stText"] { white-space: pre-wrap; overflow-wrap: anywhere; font-family: inherit; }
 [data-testid="stMarkdownContainer"] { overflow-wrap: anywhere; }
 [class*="st-key-tools-"] { margin-top: -1rem; padding-left: 2.4rem; }
+/* Below an answer that is being written stands only what an earlier run has left. */
+[class*="st-key-stop-"] ~ * { display: none; }
+/* Above the field, also while the answer grows faster than the page scrolls. */
+[class*="st-key-stop-"] { position: sticky; bottom: 9rem; z-index: 1; }
 @media (max-width: 640px) {
   .block-container { padding-left: 0.8rem; padding-right: 0.8rem; }
 }
@@ -113,12 +118,18 @@ class Page:
         return [first, second]
 
     def _settings(self, conversation: Conversation, is_ours: bool) -> dict[str, Any]:
-        key, was = conversation.id, conversation.settings
+        key, was = conversation.id, conversation.settings  # whose file may be written by hand
 
         def slide(name: str, most: float, default: float, least: float = 0.0) -> float:
             hint = self.say("temperature hint") if name == "temperature" else None
-            at = float(was.get(name, default))
+            at = was.get(name)
+            at = default if at is None else float(min(max(at, least), most))
             return st.slider(self.say(name), least, most, at, 0.05, key=f"{name} {key}", help=hint)
+
+        def whole(name: str, least: int, most: int, default: int | None) -> int | None:
+            at = was.get(name, default)
+            at = None if at is None else int(min(max(at, least), most))
+            return st.number_input(self.say(name), least, most, at, key=f"{name} {key}")
 
         found: dict[str, Any] = {
             "temperature": slide("temperature", 2.0, 0.7),
@@ -126,22 +137,18 @@ class Page:
         }
         if is_ours:
             found["min_p"] = slide("min_p", 1.0, 0.0)
-            found["top_k"] = st.number_input(
-                self.say("top_k"), 0, 100_000, was.get("top_k", 0), key=f"top_k {key}"
-            )
+            found["top_k"] = whole("top_k", 0, 100_000, 0)
             found["repetition_penalty"] = slide("repetition_penalty", 2.0, 1.0, 0.5)
-        found["max_tokens"] = st.number_input(
-            self.say("max_tokens"), -1, 100_000, was.get("max_tokens", 512), key=f"most {key}"
-        )
-        found["seed"] = st.number_input(
-            self.say("seed"), 0, 2**31, was.get("seed"), key=f"seed {key}"
-        )
+        found["max_tokens"] = whole("max_tokens", -1, 100_000, 512)
+        found["seed"] = whole("seed", 0, 2**31, None)
         if found["max_tokens"] == 0 or (found["max_tokens"] == -1 and not is_ours):
             found["max_tokens"] = None
         return found
 
     def _list_conversations(self, conversation: Conversation) -> None:
         saved = self.store.all()
+        for path in self.store.put_aside():
+            st.warning(f"{self.say('put aside')} {label(str(path))}")
         if not saved:
             return
         st.subheader(self.say("conversations"), anchor=False)
@@ -174,18 +181,20 @@ class Page:
     def _talk(self, conversation: Conversation, models: Sequence[ModelInfo]) -> None:
         asked = st.chat_input(self.say("say"), key="question")
         if asked and asked.strip():
+            st.session_state.pop("editing", None)
             conversation.turns.append(Turn(asked.strip()))
             self._keep(conversation)
             st.session_state["answer"] = conversation.turns[-1].id
         wanted = st.session_state.get("answer")
         if not conversation.turns:
             st.markdown(f"### {self.say('empty')}")
+        is_writing = any(turn.id == wanted for turn in conversation.turns)
         for number, turn in enumerate(conversation.turns):
             self._question(conversation, number)
             if turn.id == wanted:
                 self._write(conversation, number, models)
             else:
-                self._answers(conversation, number)
+                self._answers(conversation, number, is_writing)
 
     def _keep(self, conversation: Conversation) -> None:
         self.store.save(conversation)
@@ -219,7 +228,7 @@ class Page:
         st.session_state["answer"] = conversation.turns[number].id
         st.rerun()
 
-    def _answers(self, conversation: Conversation, number: int) -> None:
+    def _answers(self, conversation: Conversation, number: int, is_writing: bool) -> None:
         turn = conversation.turns[number]
         for side, place in enumerate(_places(len(turn.answers))):
             with place, st.chat_message("assistant"):
@@ -230,23 +239,28 @@ class Page:
                 if answer.left_out:
                     st.caption(self.say("left out"))
                 st.caption(self._figures(answer))
-        self._tools(conversation, number)
+        self._tools(conversation, number, is_writing)
 
-    def _tools(self, conversation: Conversation, number: int) -> None:
+    def _tools(self, conversation: Conversation, number: int, is_writing: bool) -> None:
+        """What can be done with a turn: all but copying would break off an answer."""
         turn = conversation.turns[number]
         with st.container(horizontal=True, gap="small", key=f"tools-{turn.id}"):
             for side, answer in enumerate(turn.answers):
                 if answer.text:
                     title = self.say("copy") + (f" {side + 1}" if len(turn.answers) > 1 else "")
-                    with st.popover(title, icon=":material/content_copy:", type="tertiary"):
-                        st.code(answer.text, language=None, wrap_lines=True)
+                    copy_button(title, answer.text, key=f"copy-{side}-{turn.id}")
             if st.button(
-                self.say("edit"), icon=":material/edit:", type="tertiary", key=f"edit-{turn.id}"
+                self.say("edit"),
+                icon=":material/edit:",
+                type="tertiary",
+                key=f"edit-{turn.id}",
+                disabled=is_writing,
             ):
                 st.session_state["editing"] = turn.id
                 st.rerun()
-            last = number == len(conversation.turns) - 1
-            if last and st.button(
+            if number < len(conversation.turns) - 1:
+                st.empty()  # in the place of the button that stood here when this turn was the last
+            elif st.button(
                 self.say("regenerate"),
                 icon=":material/refresh:",
                 type="tertiary",
@@ -346,11 +360,11 @@ class _Writer:
         try:
             self._stream = self._client.chat(self._model, self._messages, **self._settings)
             self._answer.left_out = self._stream.left_out
+            if self._closed:  # before there was a stream to close
+                self._stream.break_off()
             for piece in self._stream:
                 self._pieces.append(piece)
                 self._answer.seconds = time.monotonic() - began
-                if self._closed:
-                    break
             self._answer.finish_reason = None if self._closed else self._stream.finish_reason
         except ServiceError as error:
             if not self._closed:
@@ -368,8 +382,10 @@ class _Writer:
         return self._answer
 
     def close(self) -> None:
-        """Have no more of it written."""
+        """Have no more of it written, and none of it if it is still waiting for its turn."""
         self._closed = True
+        if self._stream is not None:
+            self._stream.break_off()
 
 
 def _places(number: int) -> list[Any]:

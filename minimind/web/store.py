@@ -1,5 +1,6 @@
 """Conversations on the user's own disk, one JSON file each."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,15 +9,20 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 _NAME = re.compile(r"[0-9a-f]{32}")
+_ASIDE = ".broken"
 _TITLE_LENGTH = 40
+_CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass
 class Answer:
     """What one model said to a question."""
+
+    __pydantic_config__ = _CHECKS
 
     model: str
     text: str = ""
@@ -31,6 +37,8 @@ class Answer:
 class Turn:
     """A question and its answers: one, or one of each model side by side."""
 
+    __pydantic_config__ = _CHECKS
+
     question: str
     answers: list[Answer] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -40,11 +48,13 @@ class Turn:
 class Conversation:
     """Everything that makes up a conversation."""
 
+    __pydantic_config__ = _CHECKS
+
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     updated: float = field(default_factory=time.time)
     system: str = ""
     models: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, int | float | None] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
 
     @property
@@ -58,13 +68,14 @@ class Conversation:
         asked = {"role": "user", "content": self.turns[turn].question}
         return [*self._system(), *self._answered(turn, side), asked]
 
-    def as_training_data(self, side: int = 0) -> str:
-        """A line of JSON that `minimind sft` reads; nothing where nothing was answered."""
-        answered = self._answered(len(self.turns), side)
-        if not answered:
-            return ""
-        messages = [*self._system(), *answered]
-        return json.dumps({"conversations": messages}, ensure_ascii=False) + "\n"
+    def as_training_data(self) -> str:
+        """Lines of JSON that `minimind sft` reads: one for each model that was talked with side by
+        side. Nothing where nothing was answered.
+        """
+        sides = range(max((len(turn.answers) for turn in self.turns), default=0))
+        talks = [talk for side in sides if (talk := self._answered(len(self.turns), side))]
+        lines = [{"conversations": [*self._system(), *talk]} for talk in talks]
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _system(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -78,6 +89,9 @@ class Conversation:
                 found.append({"role": "user", "content": turn.question})
                 found.append({"role": "assistant", "content": said.text})
         return found
+
+
+_CONVERSATION = TypeAdapter(Conversation)
 
 
 class Store:
@@ -99,18 +113,26 @@ class Store:
         os.replace(part, path)
 
     def load(self, id: str) -> Conversation | None:
-        """None for one that is not there, or that cannot be read."""
+        """None for one that is not there, or that cannot be read: it is put aside then."""
         if not _NAME.fullmatch(id):
             return None
+        path = self._path(id)
         try:
-            found = json.loads(self._path(id).read_text("utf-8"))
-            turns = [
-                Turn(t["question"], [Answer(**a) for a in t["answers"]], t["id"])
-                for t in found.pop("turns")
-            ]
-            return Conversation(**found, turns=turns)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = _CONVERSATION.validate_json(path.read_bytes())
+        except OSError:
             return None
+        except ValidationError:
+            found = None
+        # By one id two turns would be one on the page, and by another id it would be another file.
+        if found and found.id == id and len({turn.id for turn in found.turns}) == len(found.turns):
+            return found
+        with contextlib.suppress(OSError):
+            path.rename(path.with_suffix(f".{uuid.uuid4().hex[:8]}{_ASIDE}"))
+        return None
+
+    def put_aside(self) -> list[Path]:
+        """The files that could not be read, which their owner may mend or remove."""
+        return sorted(self._folder.glob(f"*{_ASIDE}"))
 
     def delete(self, id: str) -> None:
         """Remove it; no harm if it is not there."""

@@ -42,6 +42,10 @@ _WORDS: dict[str, tuple[str, str]] = {
         "The oldest messages are left out: the conversation is longer than the model can see.",
         "对话超过了模型能看到的长度，最早的消息已省略。",
     ),
+    "put aside": (
+        "A conversation could not be read. Its file is kept as it is:",
+        "有一个对话无法读取，它的文件原样保留在：",
+    ),
     "no models": ("The service has no models.", "服务里没有模型。"),
     "again": ("Try again", "重试"),
 }

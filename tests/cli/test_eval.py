@@ -72,7 +72,25 @@ def test_two_models_and_several_tasks_side_by_side(
         assert f"{choice['correct']} / 6" in done.output
         assert f"{bits['bits_per_byte']:.4f}" in done.output
         assert (tmp_path / "out" / name / "mine-chat" / "mine.csv").is_file()
-    assert "mine (chat), by group" in done.output
+    assert "by group" not in done.output  # there is but one
+
+
+def test_groups_are_shown_with_their_intervals(models: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{subject}-{n}", "subject": subject, "split": "val", "question": f"问题{n}？"}
+        | {"A": "甲", "B": "乙", "C": "丙", "D": "丁", "answer": "A"}
+        for subject in ("law", "operating_system")
+        for n in range(4)
+    ]
+    (tmp_path / "ceval.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = run(tmp_path, models / "tiny", models / "other", "--task", "ceval", "--data", tmp_path)
+    assert done.exit_code == 0, done.output
+    _, _, told = done.output.partition("ceval (chat), by group")
+    groups = figures(tmp_path)["tiny"]["ceval (chat)"]["by_group"]
+    assert list(groups) == ["STEM", "humanities"]
+    for group in groups.values():
+        assert f"{group['accuracy']:.1%} (" in told
+        assert f"{group['correct']} / 4, chance 25%" in told
 
 
 def test_the_same_again_asks_nothing(models: Path, exam: Path, tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def test_json_is_a_list_or_one_value_after_the_other(
 ) -> None:
     signs = ' ] } { [ , “好” \\ " '
     lines = [{"text": f"{n}{signs}" + "字" * (n % 50), "n": [n, None]} for n in range(400)]
-    monkeypatch.setattr(read, "_BUFFER", 97)  # so that records lie across its borders
+    monkeypatch.setattr(read, "READ_AHEAD", 97)  # so that records lie across its borders
     path = tmp_path / "a.json"
     path.write_text(write(lines), encoding="utf-8", newline="")
     assert [record.text for record in records_of(path)] == [line["text"] for line in lines]

@@ -514,7 +514,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(
     texts: Path, small_disk: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_module, "_BUFFER", 1 << 10)
+    monkeypatch.setattr(read_module, "READ_AHEAD", 1 << 10)
     monkeypatch.setattr(read_module, "_BATCH_RECORDS", 100)
     with pytest.raises(ResourceError) as caught:
         open_store(str(texts), tokenizer, kind="text", folder=small_disk)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_exams import make_ceval, make_varied, write_table
+from small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
+from minimind.evaluation.asking import Asker
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.choice import Choice
 from minimind.evaluation.exams import LETTERS, Question
 from minimind.evaluation.harness import run_harness
 from minimind.evaluation.models import LocalModel
+from minimind.evaluation.words import OwnWords
 from minimind.model import save_model
 from minimind.tokenizer import Tokenizer
 
@@ -41,8 +43,6 @@ def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 def make_exam(name: str, folder: Path) -> Path:
     if name == "ceval":
         return make_ceval(folder / "ceval")
-    from small_exams import CHINESE, EXAMPLES
-
     header = ["", "Question", "A", "B", "C", "D", "Answer"]
     for subject, questions in (("anatomy", CHINESE[:3]), ("logical", CHINESE[3:])):
         write_table(folder / "cmmlu" / "test" / f"{subject}.csv", questions, header)
@@ -124,9 +124,8 @@ def test_each_question_has_the_same_likelihoods(
         assert result["right"] == expected[name]["right"]
         assert result["shots"] == shots
     assert len({tuple(result["scores"]) for result in ours.values()}) == 7
-    from minimind.evaluation.asking import Asker
 
-    asker = Asker(tokenizer, task.exam, "letter", shots, 2048)
+    asker = Asker(OwnWords(tokenizer), task.exam, "letter", shots, 2048)
     for question in task.questions:
         row = asker.ask(question, task.examples[question.subject]).rows[0]
         assert tokenizer.decode(row.tokens[: row.start]) == expected[question.id]["prompt"]

@@ -10,6 +10,7 @@ from foreign import CHATTING
 from minimind.evaluation.asking import Asked, Asker, Style, choose
 from minimind.evaluation.exams import EXAMS, Exam, Question
 from minimind.evaluation.scoring import Scorer
+from minimind.evaluation.words import OwnWords
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, encode_chat
 
@@ -27,7 +28,7 @@ def ask(
     shots: int = 5,
     context: int = 2048,
 ) -> Asked:
-    return Asker(tokenizer, exam, style, shots, context).ask(question, examples)
+    return Asker(OwnWords(tokenizer), exam, style, shots, context).ask(question, examples)
 
 
 def texts(tokenizer: Tokenizer, asked: Asked) -> list[tuple[str, str]]:

@@ -64,8 +64,8 @@ def test_a_fault_in_one_question_is_told_and_the_rest_goes_on(
     ceval_dir: Path, local: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = ceval(ceval_dir, "chat")
-    _, tokenizer = local.scorer()
-    bad = tuple(tokenizer.encode("渤海"))
+    _, words = local.scorer()
+    bad = tuple(words.encode_batch(["渤海"])[0])
     score = Scorer.score
 
     def failing(self: Scorer, rows: list[Row]) -> list[float]:

@@ -62,6 +62,9 @@ def test_questions_too_short_to_tell_are_counted(tmp_path: Path) -> None:
     assert result.too_short == {"a", "b"}
     assert result.found == {}
     assert result.figures()["too_short"] == 2
+    assert find_contamination({"x:a": "正确的是", "y:a": "否"}, [data]).part("x:").too_short == {
+        "a"
+    }
 
 
 def test_training_data_of_any_schema_and_its_file_is_told(tmp_path: Path) -> None:

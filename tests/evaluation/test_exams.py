@@ -119,6 +119,12 @@ def test_rows_that_are_no_questions_are_put_aside(tmp_path: Path) -> None:
     }
 
 
+def test_an_id_that_comes_twice_is_two_questions(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("id,question,A,B,answer\n1,a,1,2,A\n1,b,1,2,B\n", encoding="utf-8")
+    assert [q.id for q in read_exam("choice", [str(path)]).asked] == ["mine-1", "mine-1 (2)"]
+
+
 def test_what_is_not_there_or_not_text_is_told(tmp_path: Path, ceval_dir: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_exam("ceval", [str(tmp_path / "nowhere")])

@@ -100,8 +100,8 @@ class InProcess:
 
     def __init__(self, folder: Path, slots: int, limits: Limits, keys: Sequence[str]) -> None:
         self.models = {
-            name: load_served(name, directory, device="cpu", slots=slots, waiting=limits.queue)
-            for name, directory in find_models([folder]).items()
+            name: load_served(name, source, device="cpu", slots=slots, waiting=limits.queue)
+            for name, source in find_models([folder]).items()
         }
         listening = bind("127.0.0.1", 0)
         self.url = url_of(listening)

@@ -66,25 +66,29 @@ async def churn(url: str, requests: int, at_once: int, alone: list[str]) -> tupl
     return heard, left
 
 
-def try_out(service: Process, requests: int, at_once: int) -> None:
-    async def each_alone() -> list[str]:
-        async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
-            return [await listen(client, prompt, None) or "" for prompt in range(len(PROMPTS))]
+async def each_alone(url: str) -> list[str]:
+    """The answer to each prompt while nothing else is asked."""
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        return [await listen(client, prompt, None) or "" for prompt in range(len(PROMPTS))]
 
-    alone = asyncio.run(each_alone())
+
+def try_out(service: Process, requests: int, at_once: int) -> None:
+    alone = asyncio.run(each_alone(service.url))
     assert len(set(alone)) == len(PROMPTS)
-    asyncio.run(churn(service.url, at_once, at_once, alone))  # now all has its size
+    # The same once before: caches of kernels for each shape grow until all shapes have come.
+    asyncio.run(churn(service.url, requests, at_once, alone))
     process = psutil.Process(service.child.pid)
     before = process.memory_info().rss
     heard, left = asyncio.run(churn(service.url, requests, at_once, alone))
     assert heard + left == requests
     assert min(heard, left) > requests / 4
-    wait_until(lambda: _figure(service, "running") == _figure(service, "waiting") == 0)
+    wait_until(lambda: figure(service, "running") == figure(service, "waiting") == 0)
     assert process.memory_info().rss - before < 64 * 2**20
-    assert asyncio.run(each_alone()) == alone
+    assert asyncio.run(each_alone(service.url)) == alone
 
 
-def _figure(service: Process, name: str) -> float:
+def figure(service: Process, name: str) -> float:
+    """One of /metrics."""
     figures = httpx.get(f"{service.url}/metrics").text.splitlines()
     [line] = [line for line in figures if line.startswith(f'minimind_{name}{{model="tiny"}}')]
     return float(line.split()[-1])

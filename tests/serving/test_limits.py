@@ -9,6 +9,9 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from pydantic import ValidationError
+
+from minimind.serving.schema import ChatRequest, CompletionRequest
 
 CHAT = "/v1/chat/completions"
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
@@ -117,13 +120,57 @@ def test_more_than_it_said_is_not_taken_for_its_own(quick: Any) -> None:
     assert data.count(b"HTTP/1.1") == data.count(b"HTTP/1.1 400") == 2
 
 
-@pytest.mark.parametrize("length", ["-1", "1e3", "0x10", "5, 6", "９"])
-def test_lengths_that_are_none(quick: Any, length: str) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        *(f"content-length: {length}" for length in ["-1", "1e3", "0x10", "5, 6", "９"]),
+        "content-length: 5\r\ncontent-length: 6",
+        "transfer-encoding: gzip, chunked",
+        "no colon",
+        "bad\0name: x",
+        "x: " + "y" * 200_000,
+    ],
+)
+def test_what_is_not_http_is_refused(quick: Any, head: str) -> None:
+    with connect(quick) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n\r\n".encode())
+        status, body = answer_of(connection)
+    assert status in (400, 501)
+    assert body["error"]["code"] == "invalid_http"
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert is_well(quick)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"hello\r\n\r\n", b"GET / HTTP/9"]
+)
+def test_another_protocol_is_refused(quick: Any, sent: bytes) -> None:
+    with connect(quick) as connection:
+        connection.sendall(sent + b"\r\n\r\n")
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (400, "invalid_http")
+
+
+def test_a_body_of_two_lengths_is_refused(quick: Any) -> None:
     with connect(quick) as connection:
         connection.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n".encode()
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n"
+            "transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /health HTTP/1.1\r\n\r\n".encode()
         )
-        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (400, "invalid_http")
+
+
+def test_a_body_that_turns_bad_is_refused(quick: Any) -> None:
+    with connect(quick) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+            "5\r\nhello\r\n".encode()
+        )
+        time.sleep(0.1)
+        connection.sendall(b"what is this\r\n")
+        status, body = answer_of(connection)
+    assert (status, body["error"]["code"]) == (400, "invalid_http")
     assert is_well(quick)
 
 
@@ -135,6 +182,34 @@ def test_deep_nesting_is_refused(quick: Any) -> None:
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "invalid_json"
         assert "recursion" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": [{"role": "user", "content": [1] * 100_000}]},
+        {"messages": [{f"k{i}": i for i in range(40)}] * 2000},
+        {"messages": [{f"k{i}": i for i in range(60_000)}]},
+        {"logit_bias": {str(i): "x" for i in range(60_000)}},
+        {"stop": [1] * 100_000},
+        {f"k{i}": i for i in range(60_000)},
+        {"prompt": ["a", 1] * 50_000},
+        {"prompt": [["a"] * 10_000] * 10},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_many_mistakes_are_few_complaints(process: Any, wrong: dict[str, Any]) -> None:
+    """Each complaint takes time in which nobody else is heard."""
+    kind = CompletionRequest if "prompt" in wrong else ChatRequest
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate(ASKED | wrong)
+    assert error.value.error_count() <= 50
+    path = "/v1/completions" if "prompt" in wrong else CHAT
+    answer = httpx.post(f"{process.url}{path}", json=ASKED | wrong)
+    assert answer.status_code == 400
+    if len(wrong) > 1:
+        told = "Invalid value for 'body': it has more than 256 keys."
+        assert answer.json()["error"]["message"] == told
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b'"a"', b"\xff", b'{"n": NaN}', b"1"])

@@ -1,8 +1,35 @@
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx2 as httpx
 import pytest
+import torch
+from services import InProcess, make_model
 
-from minimind.serving.models import find_models
+from minimind.config.settings import LoRASettings
+from minimind.errors import ModelError, UsageError
+from minimind.model import apply_lora, load_model, merge_adapter, save_adapter, save_model
+from minimind.model.lora import LoRALinear
+from minimind.serving.limits import Limits
+from minimind.serving.models import Source, find_adapters, find_models
+from minimind.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., None]:
+    """Make empty files, or adapters of the model in `base`, as far as they are looked at here."""
+
+    def files(*paths: str, base: object = None) -> None:
+        for path in paths:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            said = json.dumps({"base_model_name_or_path": base}) if base else ""
+            (tmp_path / path).write_text(said)
+
+    return files
 
 
 @pytest.mark.parametrize(
@@ -15,8 +42,137 @@ from minimind.serving.models import find_models
         (["a/config.json", "recipe.toml"], "a", "a"),
     ],
 )
-def test_names(tmp_path: Path, made: list[str], given: str, name: str) -> None:
-    for path in made:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
+def test_names(
+    tmp_path: Path, make: Callable[..., None], made: list[str], given: str, name: str
+) -> None:
+    make(*made)
     assert list(find_models([tmp_path / given])) == [name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_a_link_gives_its_own_name(
+    tmp_path: Path, make: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("runs/3/model/config.json", "runs/3/recipe.toml", "plain/config.json")
+    (tmp_path / "in").mkdir()
+    for link, target in [("run", "runs/3"), ("best", "runs/3/model"), ("other", "plain")]:
+        (tmp_path / "in" / link).symlink_to(tmp_path / target)
+        found = find_models([tmp_path / "in" / link])
+        expected = tmp_path / ("plain" if link == "other" else "runs/3/model")
+        assert found == {link: Source(expected.resolve())}
+    assert list(find_models([tmp_path / "in"])) == ["best", "other", "run"]
+    assert list(find_models([tmp_path / "in/run/model"])) == ["run"]
+    monkeypatch.chdir(tmp_path / "runs/3")
+    assert list(find_models([Path()])) == list(find_models([Path("model")])) == ["3"]
+
+
+def test_a_folder_of_models_runs_and_adapters(tmp_path: Path, make: Callable[..., None]) -> None:
+    make("in/chat/model/config.json", "in/chat/recipe.toml", "in/plain/config.json")
+    make("in/poet/adapter/adapter_config.json", base=str(tmp_path / "in/chat/model"))
+    make("in/bare/adapter_config.json", base=str(tmp_path / "far"))
+    make("far/config.json")
+    # An unfinished run, one that is being written, a folder of something else, a file.
+    make("in/begun/checkpoints/1", "in/.new/config.json", "in/data/a.jsonl", "in/notes.txt")
+    chat, far = tmp_path / "in/chat/model", tmp_path / "far"
+    assert find_models([tmp_path / "in"]) == {
+        "bare": Source(far, tmp_path / "in/bare"),
+        "chat": Source(chat),
+        "plain": Source(tmp_path / "in/plain"),
+        "poet": Source(chat, tmp_path / "in/poet/adapter"),
+    }
+    assert find_models([tmp_path / "in/poet"]) == {
+        "poet": Source(chat, tmp_path / "in/poet/adapter")
+    }
+    assert list(find_models([tmp_path / "in/chat", tmp_path / "in/poet"])) == ["chat", "poet"]
+
+
+def test_a_folder_that_was_moved_keeps_its_adapters(
+    tmp_path: Path, make: Callable[..., None]
+) -> None:
+    make("in/chat/model/config.json", "in/plain/config.json")
+    make("in/poet/adapter/adapter_config.json", base="/gone/out/chat/model")
+    make("in/bare/adapter_config.json", base="somebody/plain")
+    shutil.move(tmp_path / "in", tmp_path / "moved")
+    found = find_models([tmp_path / "moved"])
+    assert found["poet"].model == tmp_path / "moved/chat/model"
+    assert found["bare"].model == tmp_path / "moved/plain"
+
+
+@pytest.mark.parametrize("base", ["/gone/chat/model", "..", ".", "/", "a" * 5000, "a\0b", 5, [1]])
+def test_an_adapter_without_its_model_is_told(
+    tmp_path: Path, make: Callable[..., None], base: object
+) -> None:
+    make("in/plain/config.json")
+    make("in/poet/adapter/adapter_config.json", base=base)
+    with pytest.raises(ModelError, match=r"in/poet is a LoRA adapter, .*--adapter poet=.*in/poet"):
+        find_models([tmp_path / "in"])
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"null", b"\xff", b"{}", b"[" * 100_000])
+def test_a_broken_adapter_is_told(tmp_path: Path, make: Callable[..., None], broken: bytes) -> None:
+    make("in/plain/config.json", "in/poet/adapter_config.json")
+    (tmp_path / "in/poet/adapter_config.json").write_bytes(broken)
+    with pytest.raises(ModelError, match=r"poet is a LoRA adapter.*does not say where"):
+        find_models([tmp_path / "in"])
+
+
+def test_what_is_wrong_with_a_folder_is_told(tmp_path: Path, make: Callable[..., None]) -> None:
+    make("a/chat/config.json", "b/chat/config.json", "c/data/x.jsonl", "d/checkpoints/1")
+    make("e/chat/adapter_config.json", base=str(tmp_path / "a/chat"))
+    for second in ("b", "e"):
+        with pytest.raises(
+            UsageError, match=rf"two models are called chat: .*a/chat.*{second}/chat"
+        ):
+            find_models([tmp_path / "a", tmp_path / second])
+    assert len(find_models([tmp_path / "a", tmp_path / "a/chat"])) == 1  # one, named twice
+    for folder, told in [("c", "is not a model dir"), ("d", "not finished"), ("no", "no such dir")]:
+        with pytest.raises(ModelError, match=told):
+            find_models([tmp_path / folder])
+
+
+def test_adapters_by_name(tmp_path: Path, make: Callable[..., None]) -> None:
+    make("in/chat/config.json")
+    make("in/poet/adapter_config.json", base=str(tmp_path / "in/chat"))
+    models = find_models([tmp_path / "in"])
+    chat = models["chat"].model
+    assert find_adapters(["a=x", "b=y=z"], models) == {
+        "a": Source(chat, Path("x")),
+        "b": Source(chat, Path("y=z")),
+    }
+    for given, told in [
+        (["a"], "is not NAME=DIR"),
+        (["=a"], "is not NAME=DIR"),
+        (["poet=x"], "another model is called poet"),
+        (["a=x", "a=y"], "another model is called a"),
+    ]:
+        with pytest.raises(UsageError, match=told):
+            find_adapters(given, models)
+    with pytest.raises(UsageError, match=r"there are 2: chat, two"):
+        find_adapters(["a=x"], models | {"two": Source(tmp_path)})
+    assert find_adapters([], models | {"two": Source(tmp_path)}) == {}
+
+
+def test_models_and_adapters_of_a_folder_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chat = tmp_path / "chat" / "model"
+    save_model(chat, make_model(tokenizer, seed=1, context=256), tokenizer)
+    settings = LoRASettings(rank=4)
+    adapted = apply_lora(load_model(chat), settings)
+    for module in adapted.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B, std=0.5)
+    save_adapter(tmp_path / "poet" / "adapter", adapted, settings, chat)
+    merged = load_model(chat)
+    merge_adapter(merged, tmp_path / "poet" / "adapter")
+    save_model(tmp_path / "merged", merged, tokenizer)
+    with InProcess(tmp_path, 2, Limits(), ()) as service:
+        listed = httpx.get(f"{service.url}/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["chat", "merged", "poet"]
+        assert len({model.fingerprint for model in service.models.values()}) == 3
+
+        def answer(model: str) -> Any:
+            asked = {"model": model, "prompt": "长江", "max_tokens": 20, "temperature": 0}
+            answered = httpx.post(f"{service.url}/v1/completions", json=asked).json()
+            assert answered["model"] == model
+            return answered["choices"][0]["text"]
+
+        assert answer("poet") == answer("merged") != answer("chat")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def read_to_the_end(url: str, heard: list[str], begun: threading.Barrier) -> Non
         heard.extend(line for line in lines if line)
 
 
-def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> None:
+def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> float:
+    """Seconds from the signal to the end of the process."""
     with serving(models_dir, log, "--slots", "4") as service:
         streams: list[list[str]] = [[], [], []]
         begun = threading.Barrier(len(streams) + 1)
@@ -48,8 +50,10 @@ def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> None:
         begun.wait()
         everyone = [psutil.Process(service.child.pid)]
         everyone += everyone[0].children(recursive=True)
+        began = time.monotonic()
         service.child.send_signal(number)
         status = service.child.wait(timeout=5)
+        took = time.monotonic() - began
         assert status == (0 if number == signal.SIGTERM else 130)
         for thread in threads:
             thread.join(timeout=5)
@@ -61,6 +65,7 @@ def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> None:
         wait_until(lambda: not any(child.is_running() for child in everyone))
     events = [json.loads(line)["event"] for line in log.read_text().splitlines() if line[:1] == "{"]
     assert events[-1] == "ended"
+    return took
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
@@ -70,8 +75,8 @@ def test_it_ends_in_the_middle_of_streams(models_dir: Path, tmp_path: Path, numb
 
 @pytest.mark.slow
 def test_it_ends_fifty_times(models_dir: Path, tmp_path: Path) -> None:
-    for time in range(50):
-        number = signal.SIGTERM if time % 2 else signal.SIGINT
+    for times in range(50):
+        number = signal.SIGTERM if times % 2 else signal.SIGINT
         stop_in_the_middle(models_dir, tmp_path / "log", number)
 
 

@@ -8,25 +8,32 @@ killed is never the process that runs the tests.
 
 import errno
 import json
+import math
 import os
 import resource
+import shutil
 import signal
+import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch._dynamo  # which optimizers import when they are made: seconds, once here
-from small_runs import REFUSED, tensors
+from small_runs import REFUSED, nano_trainer, tensors
 
 from minimind.cli import console, main
 from minimind.config import load_recipe
+from minimind.data.packing import IGNORED, Batch, Mix
 from minimind.errors import ResourceError
-from minimind.training import checkpoint
+from minimind.training import checkpoint, distributed, zero
+from minimind.training.distributed import join
 from minimind.training.lock import run_lock
+from minimind.training.loop import train as train_loop
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
 
@@ -54,11 +61,33 @@ def train(
     run_stage(load_recipe(None, flags=settings).recipe, reporter=Watched())
 
 
-def minimind(arguments: list[str], signals: dict[str, list[int]]) -> None:
-    """The command line, which at each of the given steps gets signals."""
+def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -> None:
+    """Run a stage; once a save of `step` or later has begun to write, leave `room` bytes free."""
+    run = Path(settings["out"])
+    real = os.mkdir
+
+    def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
+        real(path, *arguments, **options)
+        name = Path(path).name
+        if name.startswith(".making-") and int(name.removeprefix(".making-")) >= step:
+            os.mkdir = real
+            free = shutil.disk_usage(run).free
+            (run.parent / "ballast").write_bytes(bytes(max(0, free - room)))
+
+    os.mkdir = mkdir  # type: ignore[assignment]
+    try:
+        run_stage(load_recipe(None, flags=settings).recipe, reporter=Reporter())
+    except ResourceError as error:
+        print(error)
+        sys.exit(REFUSED)
+
+
+def minimind(arguments: list[str], signals: dict[str, list[int]], pause_s: float = 0.0) -> None:
+    """The command line, which at each of the given steps gets signals, and may pause at each."""
 
     class Signalling(console.RichReporter):
         def progress(self, done: int, total: int, note: str = "") -> None:
+            time.sleep(pause_s)
             for number in signals.get(str(done), []) if note else []:
                 os.kill(os.getpid(), number)
 
@@ -75,7 +104,13 @@ def hold(run: str) -> None:
 
 
 def save(
-    run: str, step: int, numbers: int, keep: int, point: int | None = None, how: str = "kill"
+    run: str,
+    step: int,
+    numbers: int,
+    keep: int,
+    best: int | None = None,
+    point: int | None = None,
+    how: str = "kill",
 ) -> None:
     """Save a checkpoint; at the `point`-th thing done to the disk, die or find the disk full."""
     if how == "limit":  # the system refuses to write beyond this byte of any file
@@ -83,11 +118,96 @@ def save(
     elif point is not None:
         _count_points(point, _die if how == "kill" else _disk_full)
     try:
-        checkpoint.save_checkpoint(Path(run), step, keep=keep, **tensors(step, numbers))
+        checkpoint.save_checkpoint(Path(run), step, keep=keep, best=best, **tensors(step, numbers))
     except ResourceError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         print(error)
         sys.exit(REFUSED)
+
+
+def share(processes: int, alone: bool = False, **arguments: Any) -> None:
+    """Do `share_one` in several processes; when one fails the others are killed.
+
+    alone: they are not, as on another machine.
+    """
+    distributed._KILLED_WITHIN_S = 0.1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+    children = {}
+    for rank in range(processes):
+        children[os.fork()] = rank
+        if 0 in children:
+            os.environ |= {key: str(value) for key, value in shared.items()}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+            _work(sys.argv[1], share_one, arguments)
+    while children:
+        pid, status = os.wait()
+        rank = children.pop(pid)
+        if status:
+            print(f"rank {rank} failed", flush=True)
+            for child in children:
+                if not alone:
+                    os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            sys.exit(os.waitstatus_to_exitcode(status))
+
+
+def share_one(
+    run: str,
+    objective: str,
+    settings: dict[str, Any],
+    stop: list[int] | None = None,
+    kill: list[int] | None = None,
+    spoil: tuple[int, list[int]] | None = None,
+    idle: Sequence[int] = (),
+) -> None:
+    """A run of `small_runs.nano_trainer` that several processes share.
+
+    Each leaves what it has seen, the steps and its weights in `samples-RANK` and so on.
+    stop: a rank, and the call of its objective at which it gets SIGTERM; kill: the same with
+    SIGKILL; spoil: one whose losses are no numbers, and at which calls; idle: places in each batch
+    where nothing is learned.
+    """
+    seen: list[tuple[int, int]] = []
+
+    class Recorded(Mix):
+        def batch(self, start: int, count: int) -> Batch:
+            seen.append((start, count))
+            batch = super().batch(start, count)
+            for row, sample in enumerate(batch.samples):
+                if sample % job.recipe.training.batch in idle:
+                    batch.labels[row] = IGNORED
+            return batch
+
+    class Shown(Reporter):
+        def say(self, text: str) -> None:
+            print(f"{workers.rank}: {text}", flush=True)
+
+    zero._KEPT_WHOLE = 0  # in a model of this size it would be everything
+    with join("cpu") as workers:
+        reporter = Shown() if workers.is_first else Reporter()
+        job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
+        job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
+        real, call = job.objective.loss, 0
+
+        def loss(*arguments: Any) -> Any:
+            nonlocal call
+            call += 1
+            if [workers.rank, call] == stop:
+                signal.raise_signal(signal.SIGTERM)
+            if [workers.rank, call] == kill:
+                _die()
+            total, *others = real(*arguments)
+            bad = spoil and workers.rank == spoil[0] and call in spoil[1]
+            return total * math.nan if bad else total, *others
+
+        job.objective.loss = loss  # type: ignore[method-assign]
+        outcome = train_loop(job)
+        torch.save(job.model.state_dict(), Path(run) / f"weights-{workers.rank}")
+        (Path(run) / f"samples-{workers.rank}").write_text(json.dumps(seen))
+        (Path(run) / f"steps-{workers.rank}").write_text(str(outcome.steps))
 
 
 def _die() -> None:

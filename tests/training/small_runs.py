@@ -20,6 +20,7 @@ from minimind.config.settings import Recipe
 from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.store import Shard
 from minimind.model import Transformer, apply_lora
+from minimind.training.distributed import ALONE, Workers
 from minimind.training.loop import Trainer
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
@@ -28,6 +29,7 @@ from minimind.training.reference import fill_references
 from minimind.training.reporter import Reporter
 
 VOCAB = 97
+EVENTS = ("spoil", "stop", "kill", "alone", "idle")  # what `share` has done to a run
 REFUSED = 3  # exit status of a save that was refused
 # What the clock and the machine put in metrics.jsonl.
 _CLOCK = ("elapsed_s", "tokens_per_second", "data_share", "peak_memory_bytes")
@@ -100,6 +102,7 @@ def nano_trainer(
     parts: list[Windows] | None = None,
     held_out: bool = False,
     reporter: Reporter | None = None,
+    workers: Workers = ALONE,
     **settings: Any,
 ) -> Trainer:
     """A run of 20 steps that needs no tokenizer, no files and no token store."""
@@ -117,6 +120,7 @@ def nano_trainer(
     torch.manual_seed(recipe.seed)
     device = torch.device("cpu")
     model = Transformer(recipe.model.shape(VOCAB))
+    model.activation_checkpointing = recipe.training.activation_checkpointing
     if recipe.lora:
         apply_lora(model, recipe.lora)
     assert recipe.training.steps and recipe.training.micro_batch
@@ -136,6 +140,7 @@ def nano_trainer(
         device=device,
         precision=choose_precision(recipe.training.precision, device),
         reporter=reporter or Reporter(),
+        workers=workers,
     )
     if objective == "dpo":
         fill_references(job)
@@ -266,3 +271,34 @@ class Lives:
         """End driver.py."""
         self.stop()
         self._process.communicate("")
+
+
+def share(lives: Lives, run: Path, processes: int, objective: str = "pretrain", **more: Any) -> str:
+    """Run some steps in several processes; what they have printed."""
+    events = {name: more.pop(name) for name in EVENTS if name in more}
+    settings: dict[str, Any] = {"training__micro_batch": 1, "training__steps": 8} | more
+    status = lives.run(
+        "share",
+        processes=processes,
+        run=run,
+        objective=objective,
+        settings=settings,
+        **events,
+    )
+    said = lives.output.read_text()
+    assert (status == 0) != ("kill" in events), said
+    return said
+
+
+def samples(run: Path, processes: int, batch: int = 4) -> list[int]:
+    """What all have seen in steps that they finished, step by step, rank by rank."""
+    steps, seen = int((run / "steps-0").read_text()), []
+    for rank in range(processes):
+        reads = json.loads((run / f"samples-{rank}").read_text())
+        seen += [
+            (start // batch, rank, sample)
+            for start, count in reads
+            for sample in range(start, start + count)
+            if sample < steps * batch
+        ]
+    return [sample for _, _, sample in sorted(seen)]

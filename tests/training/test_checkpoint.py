@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +19,21 @@ import torch
 from small_runs import REFUSED, Lives, tensors
 
 from minimind.errors import CheckpointError, ResourceError
-from minimind.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from minimind.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    inspect_checkpoints,
+    latest_checkpoint,
+    save_checkpoint,
+)
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 NUMBERS = 3000  # in each of the two tensors: 12 kB a file
 BYTES = 24_000
 
 
-def save(run: Path, step: int, keep: int = 2) -> Path:
-    return save_checkpoint(run, step, keep=keep, **tensors(step, NUMBERS))
+def save(run: Path, step: int, keep: int = 2, best: int | None = None) -> Path:
+    return save_checkpoint(run, step, keep=keep, best=best, **tensors(step, NUMBERS))
 
 
 def latest(run: Path) -> tuple[Checkpoint, list[str]]:
@@ -101,6 +108,14 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert latest(tmp_path)[0].step == 100_000_000
     save(tmp_path, 100_000_001, keep=1)
     assert names(tmp_path) == ["step-100000001"]
+
+
+def test_the_best_is_kept_until_there_is_a_better_one(tmp_path: Path) -> None:
+    kept = [(3, 3, "3"), (6, 3, "3 6"), (9, 3, "3 9"), (12, 12, "12"), (15, 12, "12 15")]
+    kept += [(18, 15, "15 18"), (21, None, "21")]
+    for step, best, left in kept:
+        save(tmp_path, step, keep=1, best=best)
+        assert names(tmp_path) == [f"step-{int(number):08}" for number in left.split()]
 
 
 def test_what_killed_saves_left_is_removed_by_the_next(run: Path) -> None:
@@ -264,6 +279,131 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new_one_whole(
     assert found == sorted(found), "once the new one is there, it stays"
 
 
+@pytest.mark.parametrize("best", [7, 21])
+def test_a_kill_anywhere_leaves_a_best_one(
+    saved: Path, tmp_path: Path, lives: Lives, best: int
+) -> None:
+    """The best was 7, and stays so or becomes 21: whichever is the newest, its best is there."""
+    found = []
+    for point in itertools.count():
+        run = shutil.copytree(saved, tmp_path / f"{point}")
+        options = {"step": 21, "numbers": NUMBERS, "keep": 1, "best": best}
+        status = lives.run("save", run=run, point=point, **options)
+        if status == 0:
+            break
+        checkpoint, said = latest(run)
+        assert not said
+        found.append(checkpoint.step)
+        [wanted] = [
+            one
+            for one in inspect_checkpoints(run, thorough=True)
+            if one.step == (best if checkpoint.step == 21 else 7)
+        ]
+        assert not wanted.trouble
+        shutil.rmtree(run)
+    assert set(found) == {14, 21}
+    assert names(run) == ([] if best == 21 else ["step-00000007"]) + ["step-00000021"]
+
+
+# The background: who saves goes on at once, with tensors that may change.
+
+
+class Gate:
+    """Holds a write back until it is opened."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+
+    def __call__(self) -> None:
+        assert self._open.wait(60)
+
+    def open(self) -> None:
+        self._open.set()
+
+    def open_soon(self) -> None:
+        threading.Timer(0.1, self.open).start()
+
+
+def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path: Path) -> None:
+    gate, given = Gate(), tensors(7, NUMBERS)
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.save(7, **given, first=gate)
+        writer.check()  # which does not wait
+        assert not (tmp_path / "checkpoints").exists()
+        given["model"]["weight"].zero_()
+        given["optimizer"]["moment"].zero_()
+        given["state"]["words"] = "other"
+        gate.open()
+    assert_whole(latest(tmp_path)[0])
+
+
+def test_one_is_written_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with CheckpointWriter(tmp_path, keep=9) as writer:
+        for step in (7, 14, 21):
+            gate = Gate()
+            writer.save(step, **tensors(step, NUMBERS), first=gate)
+            assert names(tmp_path) == [f"step-{s:08}" for s in (7, 14, 21) if s < step]
+            gate.open_soon()
+    assert names(tmp_path) == ["step-00000007", "step-00000014", "step-00000021"]
+    assert latest(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("asked", ["check", "save", "wait"])
+def test_what_a_write_fails_with_is_raised_where_training_goes_on(
+    run: Path, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(run, keep=2)
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: fail())
+        writer.save(21, **tensors(21, NUMBERS))
+        assert writer._thread
+        writer._thread.join()
+    with pytest.raises(ResourceError, match=r"Input/output error.*Older checkpoints are") as caught:
+        {
+            "check": writer.check,
+            "wait": writer.wait,
+            "save": lambda: writer.save(28, **tensors(28, NUMBERS)),
+        }[asked]()
+    assert_refused(run, str(caught.value))
+    writer.save(28, **tensors(28, NUMBERS))
+    writer.wait()
+    assert latest(run)[0].step == 28
+
+
+def test_an_error_waits_for_the_write_and_is_not_hidden(tmp_path: Path) -> None:
+    gate = Gate()
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.save(7, **tensors(7, NUMBERS), first=gate)
+        gate.open_soon()
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["step-00000007"]
+
+
+def test_who_leaves_at_once_does_not_wait(tmp_path: Path) -> None:
+    gate = Gate()
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path, keep=2) as writer:
+        writer.save(7, **tensors(7, NUMBERS), first=gate)
+        raise KeyboardInterrupt
+    assert not (tmp_path / "checkpoints").exists()
+    gate.open()
+    writer.wait()  # so that nothing outlives the test
+
+
+def test_a_disk_too_full_for_the_metrics_is_told_by_what_a_checkpoint_needs(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with (
+        pytest.raises(ResourceError, match="it needs 24,000 bytes"),
+        CheckpointWriter(tmp_path, keep=2) as writer,
+    ):
+        writer.save(7, **tensors(7, NUMBERS))
+        raise ResourceError("metrics.jsonl: cannot be written")
+
+
 # Row 5: the disk is full, anywhere.
 
 
@@ -345,17 +485,34 @@ def test_a_real_small_disk(tmp_path: Path) -> None:
         assert latest(run)[0].step == 21
 
 
-def test_a_folder_that_cannot_be_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The superuser may write anywhere, and runs many checks: the system's answer is made up."""
+def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
+    disk, room = tmp_path / "disk", 20 << 10
+    with small_disk(disk, 256 << 10):
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+        (disk / "ballast").write_bytes(bytes(free - room))
+        (disk / "checkpoints").touch()  # in the way of who would begin
+        with pytest.raises(ResourceError, match=f"No space left.* and {room:,} are free"):
+            save(disk, 7)
+        (disk / "ballast").unlink()
+        with pytest.raises(ResourceError, match=r"File exists|Not a directory"):
+            save(disk, 7)
 
-    def refuse(*arguments: object, **options: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "mkdir", refuse)
-        with pytest.raises(ResourceError, match="Read-only file system") as caught:
+def test_a_folder_that_cannot_be_written(saved: Path, tmp_path: Path) -> None:
+    """The superuser may write anywhere but on a disk that is read only."""
+    with contextlib.ExitStack() as stack:
+        if os.geteuid():
+            run = shutil.copytree(saved, tmp_path / "run")
+            (run / "checkpoints").chmod(0o500)
+            stack.callback((run / "checkpoints").chmod, 0o700)
+        else:
+            disk = tmp_path / "disk"
+            stack.enter_context(small_disk(disk, 256 << 10))
+            run = shutil.copytree(saved, disk / "run")
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(ResourceError, match=r"Read-only file system|Permission") as caught:
             save(run, 21)
-    assert_refused(run, str(caught.value))
+        assert_refused(run, str(caught.value))
 
 
 def test_the_state_is_plain_json(run: Path) -> None:

@@ -55,3 +55,16 @@ def test_another_process_is_named_and_leaves_nothing_when_it_is_killed(
     assert holder.wait() == -signal.SIGKILL
     with run_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock.json").read_text()
+
+
+def test_the_note_of_one_that_was_killed_names_nobody(tmp_path: Path, lives: Lives) -> None:
+    holder = lives.start("hold", run=tmp_path)
+    holder.wait_for("held")
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    note = (tmp_path / ".lock.json").read_text()
+    assert str(holder.pid) in note
+    with run_lock(tmp_path):
+        (tmp_path / ".lock.json").write_text(note)  # as before the one that holds it wrote its own
+        with pytest.raises(TrainingError, match="in use by another process"), run_lock(tmp_path):
+            pytest.fail("two hold it")

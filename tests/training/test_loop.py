@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minimind.data.packing import IGNORED, Batch, ChatWindows, Mix
 from minimind.data.store import Shard
-from minimind.errors import TrainingError
+from minimind.errors import ResourceError, TrainingError
 from minimind.inference.asking import write_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
@@ -220,6 +220,135 @@ def test_a_stop_in_the_middle_of_a_step_does_not_wait_for_its_end(
     assert files_of(run, 3) == files_of(whole, 3)
 
 
+def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_its_end(tmp_path: Path) -> None:
+    """A validation may take minutes too. The run that goes on begins with it."""
+
+    def stop(loss: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    settings: dict[str, Any] = {"held_out": True, "training__steps": 6, "validation__every": 2}
+    settings |= {"validation__windows": 20, "training__micro_batch": 4}  # three at a time
+    whole = tmp_path / "whole"
+    ended = train(nano_trainer(whole, **settings))
+    for validation, call in ((1, 4), (2, 8), (3, 15)):  # its second, first and last part
+        run = tmp_path / f"{validation}"
+        job = nano_trainer(run, **settings)
+        job.objective = Spoilt(job.objective, stop, {call})
+        outcome = train(job)
+        assert (outcome.steps, outcome.finished) == (2 * validation, False)
+        assert len(metrics(run, "validation")) == validation - 1
+        again = train(nano_trainer(run, **settings))
+        assert (again.finished, again.best) == (True, ended.best)
+        assert metrics(run) == metrics(whole)
+        assert files_of(run, 6) == files_of(whole, 6)
+
+
+# Running out of memory.
+
+
+def out_of_memory(loss: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -> None:
+    # With dropout, which must draw the same numbers again.
+    wanted = nano_trainer(tmp_path / "wanted", **lora_settings(training__micro_batch=2))
+    train(wanted)
+    reporter = Told()
+    job = nano_trainer(
+        tmp_path / "short", reporter=reporter, **lora_settings(training__micro_batch=4)
+    )
+    job.objective = Spoilt(job.objective, out_of_memory, {1})
+    train(job)
+    assert job.micro_batch == 2
+    assert metrics(job.run) == metrics(wanted.run)
+    assert files_of(job.run, 20) == files_of(wanted.run, 20)
+    assert "step 1: too little memory on cpu for 4 windows at once; going on with 2" in (
+        "\n".join(reporter.lines)
+    )
+
+
+def test_what_is_left_of_the_step_is_forgotten(tmp_path: Path) -> None:
+    """It ran out in the third of four parts of the second step."""
+    settings = {"training__batch": 8, "training__steps": 4, "training__micro_batch": 2}
+    job = nano_trainer(tmp_path / "short", **settings)
+    job.objective = Spoilt(job.objective, out_of_memory, {7})
+    train(job)
+    assert job.micro_batch == 1
+    found = losses(job.run)
+    train(nano_trainer(tmp_path / "wanted", **settings))
+    assert found == pytest.approx(losses(tmp_path / "wanted"), rel=1e-5)
+    assert found[0] == losses(tmp_path / "wanted")[0]
+    again = nano_trainer(tmp_path / "short", **settings)
+    train(again)
+    assert again.micro_batch == 1  # it is remembered
+
+
+def test_one_window_at_once_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
+    job = nano_trainer(tmp_path, training__micro_batch=1)
+    job.objective = Spoilt(job.objective, out_of_memory, {1})
+    with pytest.raises(ResourceError, match=r"training\.activation_checkpointing=true"):
+        train(job)
+
+
+# The best.
+
+
+@dataclass
+class Judged:
+    """An objective whose validations come out as given."""
+
+    objective: Objective
+    model: Transformer
+    values: list[float]
+
+    def loss(
+        self, model: Transformer, batch: TensorBatch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return self.objective.loss(model, batch)
+
+    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        figures = self.objective.figures(loss, sums)
+        judged = {} if self.model.training else {"bits_per_byte": self.values.pop(0)}
+        return figures | judged
+
+    def note(self, figures: dict[str, float]) -> str:
+        return ""
+
+    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "left"), [(True, [8, 20, 22]), (False, [20, 22])], ids=["kept", "not-kept"]
+)
+def test_the_best_by_validation_is_saved_and_kept(
+    tmp_path: Path, keep_best: bool, left: list[int]
+) -> None:
+    settings: dict[str, Any] = {"training__steps": 22, "validation__every": 4}
+    settings |= {"checkpoint__every": 5, "checkpoint__keep_best": keep_best}
+    values = [3.0, 2.0, math.nan, 2.5, 2.0, 4.0]  # of steps 4, 8, 12, 16, 20, 22
+    for stops in ((), (9, 21)):
+        run = tmp_path / f"{len(stops)}"
+        to_come = list(values)
+        for stop in (*stops, None):
+            job = nano_trainer(run, held_out=True, reporter=Stopping(stop), **settings)
+            job.objective = Judged(job.objective, job.model, to_come)
+            outcome = train(job)
+        assert outcome.best == {"step": 8, "figure": "bits_per_byte", "value": 2.0}
+        saved = sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+        assert saved == (left if not stops else sorted({*left, 21} - {20}))
+
+
+def test_without_bits_per_byte_the_loss_tells_which_is_the_best(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"training__steps": 30, "optim__lr": 3e-3}
+    outcome = train(nano_trainer(tmp_path, "dpo", held_out=True, **settings))
+    lines = {line["step"]: line["loss"] for line in metrics(tmp_path, "validation")}
+    best = min(lines, key=lambda step: lines[step])
+    assert outcome.best == {"step": best, "figure": "loss", "value": lines[best]}
+
+
 # Half precision: on a CPU, which can do fp16 too, only slowly; the very path of an older GPU.
 
 
@@ -294,10 +423,16 @@ def bad_gradient(loss: Tensor) -> Tensor:
     return loss + (loss * 0.0).sqrt() * 0.0
 
 
+def endless_gradient(loss: Tensor) -> Tensor:
+    """The same loss, whose gradient is infinite."""
+    return loss + (loss - loss.detach()) * 1e38 * 1e38
+
+
 SPOILS: dict[str, Callable[[Tensor], Tensor]] = {
     "loss-nan": lambda loss: loss * math.nan,
     "loss-inf": lambda loss: loss * math.inf,
     "gradient": bad_gradient,
+    "gradient-inf": endless_gradient,
 }
 
 
@@ -309,10 +444,8 @@ def spoilt(run: Path, spoil: str, calls: set[int], **settings: Any) -> tuple[Tra
     return job, told
 
 
-@pytest.mark.parametrize(
-    ("spoil", "calls"),
-    [("loss-nan", {9}), ("loss-inf", {10}), ("gradient", {9}), ("gradient", {9, 10})],
-)
+@pytest.mark.parametrize("calls", [{9}, {10}, {9, 10}], ids=["first", "second", "both"])
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_a_bad_step_changes_nothing_and_is_told(
     tmp_path: Path, spoil: str, calls: set[int]
 ) -> None:
@@ -323,6 +456,8 @@ def test_a_bad_step_changes_nothing_and_is_told(
     assert told.lines == [
         "step 5 (samples 16-19): the gradient is not finite; nothing was changed by it"
     ]
+    written = [{"kind": "skipped", "step": 5, "samples": [16, 17, 18, 19]}]
+    assert metrics(tmp_path, "skipped") == written
     assert [line["step"] for line in metrics(tmp_path, "train") if line["grad_norm"] is None] == [5]
     assert all(t.isfinite().all() for t in job.model.state_dict().values())
 
@@ -347,6 +482,16 @@ def test_the_third_halts_the_run_with_the_reason(tmp_path: Path) -> None:
     assert not told.open, "a progress bar that is left open hides the cursor"
     assert files_of(tmp_path, 6) == files_of(tmp_path, 4)
     assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_they_are_counted_over_an_interruption(tmp_path: Path) -> None:
+    job, _ = spoilt(tmp_path, "loss-nan", {9, 11})
+    job.reporter = Stopping(6)
+    assert train(job).steps == 6
+    again, _ = spoilt(tmp_path, "loss-nan", {1})
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* up to step 7"):
+        train(again)
+    assert [line["step"] for line in metrics(tmp_path, "skipped")] == [5, 6, 7]
 
 
 # Row 11: nothing to learn.

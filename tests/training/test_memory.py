@@ -35,6 +35,13 @@ def test_frozen_weights_have_no_gradients() -> None:
     assert adapters.parts(1)["optimizer"] == 8000
 
 
+def test_a_save_takes_a_copy_where_there_is_no_memory_but_the_machines() -> None:
+    card = footprint().parts(4)
+    machine = replace(footprint(), device_type="cpu").parts(4)
+    assert card["copy that is saved"] == 0
+    assert machine["copy that is saved"] == 12 * 26_878_464  # weights and both moments
+
+
 def test_computing_activations_again_saves_most_of_them() -> None:
     kept, again = footprint("base"), footprint("base", again=True)
     assert again.parts(4)["activations"] < kept.parts(4)["activations"] / 4

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.errors import ConfigError
+from minimind.errors import ConfigError, ResourceError
 from minimind.training.metrics import MetricsLog
 
 
@@ -89,3 +89,11 @@ def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(
     with pytest.raises(ConfigError, match=expected):
         MetricsLog(path, trackers=[tracker])
     assert not path.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_a_full_disk_is_told() -> None:
+    log = MetricsLog(Path("/dev/full"))
+    with pytest.raises(ResourceError, match=r"/dev/full: cannot be written \(.*No space left"):
+        log.write({"kind": "train", "step": 1})
+    log.close()

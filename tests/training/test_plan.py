@@ -4,6 +4,8 @@ import pytest
 import torch
 from small_runs import nano_recipe
 
+from minimind.config import load_recipe
+from minimind.errors import ResourceError
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer
 from minimind.training.plan import flops_a_token, make_plan
@@ -51,6 +53,28 @@ def test_memory_decides_the_micro_batch(tmp_path: Path) -> None:
     assert roomy.micro_batch == 64
     assert make_plan(recipe, memory=needed, seconds=0).micro_batch == 8
     assert make_plan(recipe, memory=1 << 20, seconds=0).micro_batch is None
+
+
+def test_a_device_of_another_machine_can_be_planned_for(tmp_path: Path) -> None:
+    recipe = nano_recipe("pretrain", tmp_path, device="cuda:9")
+    plan = make_plan(recipe, memory=2 << 30)
+    assert (plan.device, plan.tokens_per_second) == ("cuda:9", None)
+    with pytest.raises(ResourceError, match="cuda:9 is not there"):
+        make_plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("pretrain-small", "training.micro_batch=8"),
+        ("pretrain-base", "training.activation_checkpointing=true"),
+    ],
+)
+def test_a_gpu_of_2_gb_is_enough(name: str, setting: str) -> None:
+    recipe = load_recipe(name, overrides=[setting], flags={"device": "cuda:9"}).recipe
+    plan = make_plan(recipe, memory=2 << 30)
+    assert plan.micro_batch
+    assert sum(plan.memory.values()) <= 2 << 30
 
 
 @pytest.mark.parametrize("preset", ["small", "base"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import Told, losses, metrics, nano_recipe, steps_done
+from small_runs import Told, lora_settings, losses, metrics, nano_recipe, steps_done
 
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe
@@ -21,7 +21,7 @@ from minimind.errors import (
 from minimind.model import Transformer, read_config
 from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
-from minimind.training.stage import StageResult, prepare_stage, run_stage
+from minimind.training.stage import StageResult, extract_checkpoint, prepare_stage, run_stage
 
 
 @pytest.fixture
@@ -77,6 +77,7 @@ def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> 
     assert summary["parameters"] == sum(tensor.numel() for tensor in weights.values())
     [validation] = metrics(run, "validation")
     assert summary["bits_per_byte"] == validation["bits_per_byte"]
+    assert (summary["best_step"], summary["best_bits_per_byte"]) == (5, summary["bits_per_byte"])
     assert 0 < summary["unigram_bits_per_byte"] < 8
     assert metrics(run, "sample") == [
         {"kind": "sample", "step": 5, "prompt": "长江", "text": "600"}
@@ -97,6 +98,48 @@ def test_sft_starts_from_the_model_of_a_run(recipe: Make, run: Path, tmp_path: P
     [line] = [line for line in told.lines if "conversations" in line]
     assert "0 left out because no answer was left" in line
     assert Tokenizer.load(tuned / "model").sha256 == Tokenizer.load(run / "model").sha256
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "lora", "dpo"])
+def test_a_checkpoint_becomes_a_model_or_an_adapter(
+    recipe: Make, run: Path, corpus: Path, tmp_path: Path, kind: str
+) -> None:
+    do(recipe())
+    settings: dict[str, Any] = {"checkpoint__every": 1, "checkpoint__keep": 9}
+    if kind != "pretrain":
+        settings["model__init"] = str(run)
+    if kind == "lora":
+        settings |= lora_settings()
+    if kind == "dpo":
+        settings |= {"data__sources": [str(corpus / "pairs.jsonl")], "data__window": 64}
+    again = tmp_path / "again"
+    result = do(recipe("sft" if kind == "lora" else kind, again, **settings))
+    made, weights = result.model or result.adapter, []
+    assert made and result.summary["best_step"] == 5
+    for step in (None, 5, 2):
+        out = tmp_path / f"{step}"
+        assert extract_checkpoint(again, step, out) == (step or 5)
+        files = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert files.keys() == {path.name for path in made.iterdir()}
+        weights.append(next(files[name] for name in files if name.endswith("model.safetensors")))
+    assert weights[0] == weights[1] == (made / next(iter(made.glob("*.safetensors")))).read_bytes()
+    assert weights[2] != weights[0]
+
+
+def test_a_checkpoint_that_is_not_there_or_damaged_becomes_nothing(
+    recipe: Make, run: Path, tmp_path: Path
+) -> None:
+    do(recipe(data__validation_fraction=0.0))
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3; kept are 5"):
+        extract_checkpoint(run, 3, out)
+    with pytest.raises(CheckpointError, match="nothing tells which checkpoint is the best"):
+        extract_checkpoint(run, None, out)
+    weights = run / "checkpoints" / "step-00000005" / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"step-00000005 is damaged: .*model.safetensors"):
+        extract_checkpoint(run, 5, out)
+    assert not out.exists()
 
 
 def test_epochs_give_the_number_of_steps(recipe: Make) -> None:

@@ -2,14 +2,15 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-from services import wait_until
+from services import serving, wait_until
 
 from minimind.errors import ServiceError, UsageError
-from minimind.web.client import Client, ModelInfo
+from minimind.web.client import Answer, Client, ModelInfo
 
 ASKED = [{"role": "user", "content": "你好"}]
 TINY = ModelInfo("tiny", is_ours=True)
@@ -45,6 +46,45 @@ def test_closing_ends_it_at_the_service(client: Client, process: Any) -> None:
     with client.chat(TINY, ASKED, temperature=0, max_tokens=-1) as answer:
         next(iter(answer))
     wait_until(lambda: running() == 0)
+
+
+def test_it_can_be_broken_off_by_another_thread(models_dir: Path, tmp_path: Path) -> None:
+    """Also one that waits for its turn: it gives up its place in the queue."""
+
+    def figures() -> list[int]:
+        lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return [
+            int(float(found[f'minimind_{name}{{model="tiny"}}'])) for name in ("running", "waiting")
+        ]
+
+    with serving(models_dir / "tiny", tmp_path / "log", "--slots", "1") as service:
+        client = Client(service.url)
+        ends: list[object] = []
+
+        def read(answer: Answer) -> None:
+            try:
+                ends.append("".join(answer))
+            except ServiceError as error:
+                ends.append(error)
+
+        answers = [
+            client.chat(
+                TINY, ASKED, temperature=0, max_tokens=-1, logit_bias={"0": -100, "2": -100}
+            )
+            for _ in range(2)
+        ]
+        threads = [threading.Thread(target=read, args=(answer,)) for answer in answers]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: figures() == [1, 1])
+        for place, left in ((1, [1, 0]), (0, [0, 0])):
+            answers[place].break_off()
+            threads[place].join(timeout=20)
+            assert not threads[place].is_alive()
+            wait_until(lambda left=left: figures() == left)  # type: ignore[misc]
+        assert all(isinstance(end, ServiceError) for end in ends)
+        answers[0].break_off()  # no harm
 
 
 def test_turns_that_do_not_fit_are_left_out(client: Client) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import psutil
 import pytest
+from services import serving, wait_until
 
 from minimind.web.store import Answer, Conversation, Store, Turn
 
@@ -61,14 +63,14 @@ INJECTIONS = [
 
 
 @contextlib.contextmanager
-def page_of(models_dir: Path, home: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`minimind web`, on a port that was free; its address and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
         (home / "log").open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "minimind", "web", models_dir, "--port", str(port)],
+            [sys.executable, "-m", "minimind", "web", *map(str, flags), "--port", str(port)],
             stdout=log,
             stderr=log,
             env=os.environ | {"XDG_DATA_HOME": str(home), "OMP_NUM_THREADS": "1"},
@@ -128,6 +130,22 @@ class Browser:
     def button(self, css: str) -> Any:
         return self.wait(lambda: self.find(f"{css} button"))[0]
 
+    def press(self, css: str) -> None:
+        """A button that moves while an answer grows above it, or that is out of sight."""
+        self.driver.execute_script("arguments[0].click()", self.button(css))
+
+    def alive(self, css: str) -> int:
+        """How many such buttons can be seen and pressed."""
+        return sum(b.is_displayed() and b.is_enabled() for b in self.find(f"{css} button"))
+
+    def shadow_buttons(self, css: str) -> list[Any]:
+        """Those of a component, which keeps its elements apart from the page's."""
+        script = (
+            "return [...document.querySelectorAll(arguments[0] + ' *')].map(e => e.shadowRoot)"
+            ".filter(Boolean).flatMap(r => [...r.querySelectorAll('button')])"
+        )
+        return self.driver.execute_script(script, css)  # type: ignore[no-any-return]
+
     def messages(self) -> list[str]:
         """The text of all that is said."""
         script = (
@@ -171,7 +189,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(models_dir: Path, home: Path) -> Iterator[str]:
-    with page_of(models_dir, home) as (found, _):
+    with page_of(models_dir, home=home) as (found, _):
         yield found
 
 
@@ -248,6 +266,128 @@ def test_an_answer_streams_and_can_be_stopped(url: str, browser: Browser, store:
     said = kept.turns[1].answers[0]
     assert said.finish_reason is None
     assert 0 < said.tokens < 8000  # the context has 8,192
+
+
+def test_a_copy_is_on_the_clipboard(url: str, browser: Browser, store: Store) -> None:
+    texts = ["一 <b>x</b>\n\n- 二 [a](b)\n", "</script>\"'`${1}"]
+    talk = Conversation(models=["tiny", "other"])
+    talk.turns = [Turn("你好", [Answer("tiny", texts[0]), Answer("other", texts[1])])]
+    store.save(talk)
+    browser.driver.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
+    )
+    browser.open(f"{url}/?c={talk.id}")
+    for side, text in enumerate(texts):
+        css = f".st-key-copy-{side}-{talk.turns[0].id}"
+        button = browser.wait(lambda css=css: browser.shadow_buttons(css))[0]
+        assert button.text.endswith(f"Copy {side + 1}")
+        button.click()
+        browser.wait(lambda button=button: button.text.startswith("check"))
+        read = "navigator.clipboard.readText().then(arguments[0])"
+        assert browser.driver.execute_async_script(read) == text
+
+
+def test_nothing_else_can_be_done_while_an_answer_is_written(
+    url: str, browser: Browser, store: Store
+) -> None:
+    talk = long_one(store)
+    talk.turns.append(Turn("说长一点", [Answer("tiny", "好。", 2, 0.1, "stop")]))
+    store.save(talk)
+    browser.open(f"{url}/?c={talk.id}")
+    # An early question is asked anew: what came after must be gone at once.
+    browser.button(f".st-key-edit-{talk.turns[0].id}").click()
+    [box] = browser.wait(lambda: browser.find('[data-testid="stForm"] textarea'))
+    box.send_keys("！")
+    next(b for b in browser.find('[data-testid="stForm"] button') if b.text == "Send").click()
+    browser.wait(lambda: browser.find('[class*="st-key-stop-"] button'))
+    assert (
+        browser.alive('[class*="st-key-again-"]') == browser.alive('[class*="st-key-edit-"]') == 0
+    )
+    assert len([m for m in browser.find('[data-testid="stChatMessage"]') if m.is_displayed()]) == 2
+    browser.press('[class*="st-key-stop-"]')
+    browser.wait_for_the_end()
+    # A further question: the buttons of the turn before are dead until it is answered.
+    browser.wait(lambda: browser.alive('[class*="st-key-edit-"]') == 1)
+    browser.ask("再说")
+    browser.wait(lambda: browser.find('[class*="st-key-stop-"] button'))
+    browser.wait(lambda: len(browser.messages()) == 4)
+    assert (
+        browser.alive('[class*="st-key-again-"]') == browser.alive('[class*="st-key-edit-"]') == 0
+    )
+    browser.press('[class*="st-key-stop-"]')
+    browser.wait(lambda: browser.alive('[class*="st-key-edit-"]') == 2)
+    assert browser.alive('[class*="st-key-again-"]') == 1
+    # And the same answer once more.
+    browser.press('[class*="st-key-again-"]')
+    browser.wait(lambda: browser.find('[class*="st-key-stop-"] button'))
+    assert (
+        browser.alive('[class*="st-key-again-"]') == browser.alive('[class*="st-key-edit-"]') == 0
+    )
+    browser.press('[class*="st-key-stop-"]')
+    browser.wait_for_the_end()
+
+
+def test_stop_and_a_closed_tab_leave_nothing_at_the_service(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    def figures() -> list[int]:
+        lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return [int(float(found[f'minimind_{n}{{model="tiny"}}'])) for n in ("running", "waiting")]
+
+    store = Store(tmp_path / "minimind" / "conversations")
+    talks = [long_one(store) for _ in range(2)]
+    first = Browser()
+    with (
+        serving(models_dir / "tiny", tmp_path / "service.log", "--slots", "1") as service,
+        page_of("--url", service.url, home=tmp_path) as (url, _),
+    ):
+        driver = first.driver
+        try:
+            first.open(f"{url}/?c={talks[0].id}")
+            first.ask("说长一点")
+            first.wait(lambda: figures() == [1, 0])
+            driver.switch_to.new_window("tab")
+            first.open(f"{url}/?c={talks[1].id}")
+            first.ask("说长一点")
+            first.wait(lambda: figures() == [1, 1])  # it waits for its turn
+            first.press('[class*="st-key-stop-"]')
+            first.wait(lambda: figures() == [1, 0])
+            first.wait_for_the_end()
+            driver.switch_to.window(driver.window_handles[0])
+            driver.close()
+            wait_until(lambda: figures() == [0, 0])
+        finally:
+            driver.quit()
+    said = store.load(talks[0].id)
+    assert said
+    assert said.turns[-1].answers[0].text  # what had been said is kept
+
+
+def test_a_broken_conversation_is_told_and_kept(url: str, browser: Browser, store: Store) -> None:
+    talk = long_one(store)
+    path = store._folder / f"{talk.id}.json"
+    path.write_text('{"turns": [{"question": 5}]}')
+    browser.open(f"{url}/?c={talk.id}")
+    [told] = browser.wait(lambda: browser.find('[data-testid="stAlert"]'))
+    [aside] = store.put_aside()
+    assert told.text == f"A conversation could not be read. Its file is kept as it is: {aside}"
+    assert aside.read_text() == '{"turns": [{"question": 5}]}'
+    browser.ask("你好")
+    browser.wait_for_the_end()
+
+
+def test_settings_of_a_file_are_brought_within_bounds(
+    url: str, browser: Browser, store: Store
+) -> None:
+    settings = {"temperature": 99, "top_p": -1.0, "top_k": 2.5, "max_tokens": 5, "seed": -3}
+    talk = Conversation(models=["tiny"], settings=settings, turns=[Turn("你好", [])])
+    store.save(talk)
+    browser.open(f"{url}/?c={talk.id}")
+    browser.wait(lambda: len(browser.messages()) == 1)
+    browser.button('[class*="st-key-again-"]').click()
+    browser.wait(lambda: "5 tokens" in browser.messages()[-1])
 
 
 def test_regenerate_and_edit(url: str, browser: Browser, store: Store) -> None:
@@ -350,7 +490,7 @@ def test_it_speaks_chinese_on_a_phone(url: str, store: Store) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_service_ends_with_it(models_dir: Path, tmp_path: Path, number: int) -> None:
-    with page_of(models_dir, tmp_path) as (_, process):
+    with page_of(models_dir, home=tmp_path) as (_, process):
         page = psutil.Process(process.pid)
         end = time.monotonic() + 60
         while not (children := page.children(recursive=True)) and time.monotonic() < end:

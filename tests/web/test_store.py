@@ -1,5 +1,8 @@
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +44,7 @@ def test_nobody_else_can_read_it(tmp_path: Path) -> None:
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
-def test_names_that_lead_elsewhere_and_broken_files_are_nothing(tmp_path: Path) -> None:
+def test_names_that_lead_elsewhere_are_nothing(tmp_path: Path) -> None:
     store, said = Store(tmp_path / "in"), talk()
     store.save(said)
     (tmp_path / f"{said.id}.json").write_bytes((tmp_path / "in" / f"{said.id}.json").read_bytes())
@@ -49,10 +52,57 @@ def test_names_that_lead_elsewhere_and_broken_files_are_nothing(tmp_path: Path) 
         assert store.load(name) is None
         store.delete(name)
     assert (tmp_path / f"{said.id}.json").exists()
-    for broken in ("", "{}", "[]", '{"turns": 5}', '{"turns": [], "more": 1}', '"a"', "5", "null"):
-        (tmp_path / "in" / ("0" * 32 + ".json")).write_text(broken)
-        assert store.load("0" * 32) is None
+
+
+def kept_as_json() -> dict[str, Any]:
+    return asdict(talk())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"", b"{", b"{}", b"[]", b'"a"', b"5", b"null", b"\xff\xfe", b"[" * 100_000,
+        b'{"id": "00000000000000000000000000000000", "updated": NaN}',
+    ],
+)  # fmt: skip
+def test_a_broken_file_is_put_aside_as_it_is(tmp_path: Path, broken: bytes) -> None:
+    store, said = Store(tmp_path), talk()
+    store.save(said)
+    id = "0" * 32
+    for times in (1, 2):
+        (tmp_path / f"{id}.json").write_bytes(broken)
+        assert store.load(id) is None
         assert [found.id for found in store.all()] == [said.id]
+        assert [path.read_bytes() for path in store.put_aside()] == [broken] * times
+    assert not (tmp_path / f"{id}.json").exists()
+    store.save(Conversation(id=id))  # its place is free
+    assert store.load(id)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"id": "../../evil"}, {"id": "0" * 32}, {"id": 5}, {"updated": "now"}, {"updated": None},
+        {"system": 5}, {"models": "tiny"}, {"models": [5]}, {"settings": []},
+        {"settings": {"temperature": "hot"}}, {"settings": {"seed": True}}, {"more": 1},
+        {"turns": 5}, {"turns": [5]}, {"turns": [{"question": "a"}, {"question": 5}]},
+        {"turns": [{"question": "a", "id": "x"}, {"question": "b", "id": "x"}]},
+        {"turns": [{"question": "a", "answers": {}}]},
+        {"turns": [{"question": "a", "answers": [{"model": "m", "text": 5}]}]},
+        {"turns": [{"question": "a", "answers": [{"model": "m", "tokens": "5"}]}]},
+        {"turns": [{"question": "a", "answers": [{"model": "m", "more": 5}]}]},
+    ],
+)  # fmt: skip
+def test_fields_of_the_wrong_kind_are_found(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    store, kept = Store(tmp_path), kept_as_json()
+    path = tmp_path / f"{kept['id']}.json"
+    path.write_text(json.dumps(kept))
+    assert store.load(kept["id"])
+    path.write_text(json.dumps(kept | wrong))
+    assert store.load(kept["id"]) is None
+    [aside] = store.put_aside()
+    assert json.loads(aside.read_text()) == kept | wrong
+    assert aside.name.startswith(kept["id"])
 
 
 def test_each_side_hears_its_own_answers() -> None:
@@ -68,12 +118,20 @@ def test_each_side_hears_its_own_answers() -> None:
 
 
 def test_what_is_exported_is_what_sft_reads(tmp_path: Path) -> None:
+    said = talk()
     path = tmp_path / "talk.jsonl"
-    path.write_text(talk().as_training_data(), encoding="utf-8")
+    path.write_text(said.as_training_data(), encoding="utf-8")
     bad = BadLines()
-    [record] = read_records([path], bad=bad)
+    first, second = read_records([path], bad=bad)
     assert not bad.total
-    assert record.messages == [*talk().messages(2, 0), {"role": "assistant", "content": "东海。"}]
+    # Each model's talk as it was: what it has heard and said itself.
+    end = {"role": "assistant", "content": "东海。"}
+    assert first.messages == [*said.messages(2, 0), end]
+    assert second.messages == [*said.messages(2, 1), end]
+    assert {m["content"] for m in second.messages} >= {"不知道。", "东海。"}
+    for turn in said.turns:
+        del turn.answers[1:]
+    assert len(said.as_training_data().splitlines()) == 1
     assert Conversation().as_training_data() == ""
 
 

@@ -1,0 +1,162 @@
+"""What saving costs training: steps with a save against steps without, in turns, in one process.
+
+    python benchmarks/checkpoint_cost.py [--rounds 2] [--threads 1] [--json FILE]
+
+A round is one optimizer step of `small` on 8 windows of 512 tokens, with a save just before, whose
+writing goes on beside it, and the same without. The recipe pretrain-small saves after 4,000 times
+as many tokens. Beside it: how long the loop waits in `save`,
+how long the thread writes, how long a save takes when the loop itself writes, and what memory the
+copies take. Seconds are those of the clock, and those of the processor, which waiting for others
+on a machine that they use too does not change: what a save takes of them, copy, checksums and
+writing together, is all that it can take from training. With more threads than cores are free,
+threads that wait for each other count as busy: there give --threads 1.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_step import wait
+from training_speed import machine
+
+from minimind.config import load_recipe
+from minimind.model import Transformer
+from minimind.model.device import choose_device
+from minimind.training.batch import TensorBatch
+from minimind.training.checkpoint import CheckpointWriter, save_checkpoint
+from minimind.training.objectives.next_token import NextToken
+from minimind.training.optimizers import Optimizers
+from minimind.training.precision import choose_precision
+
+VOCAB = 6400
+
+
+def main() -> None:
+    """Measure, print, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=8, help="windows between saves")
+    parser.add_argument("--micro-batch", type=int, default=8, help="windows at once")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    precision = choose_precision("auto", device)
+    recipe = load_recipe("pretrain-small").recipe
+    window, batch = recipe.data.window, args.windows
+    torch.manual_seed(0)
+    model = Transformer(recipe.model.shape(VOCAB)).to(device)
+    optimizers = Optimizers(model, recipe.optim)
+    objective = NextToken([1] * VOCAB, device)
+    tokens = torch.randint(VOCAB, (args.micro_batch, window + 1), device=device)
+    windows = TensorBatch(tokens[:, :-1], tokens[:, 1:], None)
+
+    def step() -> None:
+        for _ in range(batch // args.micro_batch):
+            with precision.autocast():
+                loss, _, _ = objective.loss(model, windows)
+            (loss / (batch * window)).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        torch._foreach_mul_(gradients, 1 / (norm + 1e-6))
+        optimizers.step()
+        optimizers.zero_grad()
+
+    def saved() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizers.state_tensors(),
+            "state": {"step": 1},
+        }
+
+    times: dict[str, dict[str, list[float]]] = {
+        name: {"clock": [], "processor": []}
+        for name in ("step", "step_beside_a_save", "loop_waits", "save", "loop_writes_itself")
+    }
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        wait(device)
+        clock, processor = time.perf_counter(), time.process_time()
+        work()
+        wait(device)
+        times[name]["clock"].append(time.perf_counter() - clock)
+        times[name]["processor"].append(time.process_time() - processor)
+
+    for _ in range(2):
+        step()
+    with tempfile.TemporaryDirectory() as name, CheckpointWriter(Path(name), keep=2) as writer:
+        run, before = Path(name), peak_bytes()
+
+        def save_and_wait(number: int) -> None:
+            writer.save(number, **saved())
+            writer.wait()
+
+        for number in range(2, args.rounds + 2):
+            timed("loop_waits", lambda n=number: writer.save(n, **saved()))
+            timed("step_beside_a_save", step)
+            writer.wait()
+            timed("step", step)
+        for number in range(100, 105):
+            timed("save", lambda n=number: save_and_wait(n))
+            timed("loop_writes_itself", lambda n=number: save_checkpoint(run, n, keep=2, **saved()))
+        peak = peak_bytes()
+        newest = max((run / "checkpoints").iterdir())
+        size = sum(file.stat().st_size for file in newest.iterdir())
+    median = {
+        clock: {name: statistics.median(both[clock]) for name, both in times.items()}
+        for clock in ("clock", "processor")
+    }
+    between = recipe.checkpoint.every * recipe.training.batch / batch  # steps, in the recipe
+    by_clock, by_processor = median["clock"], median["processor"]
+    cost = by_clock["loop_waits"] + by_clock["step_beside_a_save"] - by_clock["step"]
+    parameters = sum(p.numel() for p in model.parameters())
+    record = {
+        "date": date.today().isoformat(),
+        "machine": f"{machine()}, {torch.get_num_threads()} threads, {device}",
+        "command": " ".join(["python", *sys.argv]),
+        "parameters": parameters,
+        "checkpoint_bytes": size,
+        "bytes_a_parameter": round(size / parameters, 2),
+        "peak_resident_bytes": {"before_the_first_save": before, "in_the_end": peak},
+        "tokens_a_step": batch * window,
+        "median_seconds": {
+            clock: {name: round(value, 3) for name, value in all_s.items()}
+            for clock, all_s in median.items()
+        },
+        "seconds": {
+            name: {clock: [round(value, 3) for value in all_s] for clock, all_s in both.items()}
+            for name, both in times.items()
+        },
+        "share_when_saving_every_step": {
+            "clock": round(cost / by_clock["step"], 4),
+            "processor": round(by_processor["save"] / by_processor["step"], 4),
+        },
+        "share_in_the_recipe": {
+            "clock": round(cost / by_clock["step"] / between, 6),
+            "processor": round(by_processor["save"] / by_processor["step"] / between, 6),
+        },
+    }
+    print(json.dumps(record, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had in use."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts in KiB
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""How long C-Eval's 1,346 questions take: `minimind eval`, each way of asking.
+
+    python benchmarks/eval_speed.py --data DIR --tokenizer DIR [--preset small] [--json FILE]
+
+Random weights: the time does not depend on what a model knows. `--data` holds C-Eval, `--tokenizer`
+a tokenizer of the preset's size, for the number of tokens does depend on it. The whole command
+counts, loading and writing included; processor seconds, all cores added up, are given too, for
+other work on the machine changes them less.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+STYLES = (("chat", 0), ("letter", 0), ("letter", 5), ("answer", 0))
+
+
+def main() -> None:
+    """Measure, print a table, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the record here")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        model = Path(work) / "model"
+        parameters, context = prepare(args.preset, args.tokenizer, model)
+        for style, shots in STYLES:
+            rows.append(measure(args, model, Path(work) / "out", style, shots))
+            print("{style:7} {shots} shots  {seconds:6.1f} s  {processor_seconds:6.1f} s of the "
+                  "processor  {correct} / {questions}".format(**rows[-1]), flush=True)  # fmt: skip
+    record = {
+        "date": date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+        "threads": args.threads,
+        "preset": args.preset,
+        "parameters": parameters,
+        "context": context,
+        "load_average": os.getloadavg(),
+        "rows": rows,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def prepare(preset: str, tokenizer: Path, model: Path) -> tuple[int, int]:
+    """A model directory of random weights; its parameters and context."""
+    import torch
+
+    from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+    from minimind.tokenizer import Tokenizer
+
+    words = Tokenizer.load(tokenizer)
+    torch.manual_seed(0)
+    made = Transformer(ModelConfig(**PRESETS[preset] | {"vocab_size": words.vocab_size}))
+    save_model(model, made, words)
+    return sum(p.numel() for p in made.parameters()), made.config.max_position_embeddings
+
+
+def measure(
+    args: argparse.Namespace, model: Path, out: Path, style: str, shots: int
+) -> dict[str, object]:
+    """One evaluation in a process of its own."""
+    command = [sys.executable, "-m", "minimind", "eval", str(model), "--task", "ceval"]
+    command += ["--data", args.data, "--style", style, "--shots", str(shots)]
+    command += ["--out", str(out), "--device", "cpu"]
+    before, started = os.times(), time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    seconds, after = time.perf_counter() - started, os.times()
+    used = after.children_user + after.children_system
+    used -= before.children_user + before.children_system
+    [figures] = json.loads((out / "summary.json").read_text("utf-8"))["models"].values()
+    [task] = figures.values()
+    return {
+        "style": style,
+        "shots": shots,
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(used, 1),
+        "correct": task["correct"],
+        "questions": task["questions"],
+        "fewest_shots": task["fewest_shots"],
+        "cut": task["cut"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What the long reliability commands share: the small stages of the tests, and the record.
+
+Real processes train the smallest model. One process imports torch and forks for each life, which
+takes milliseconds: what is killed has its own memory, its own files and its own lock.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "training"))
+
+import torch
+from small_runs import Lives
+from stages import Stage, make_stage, write_corpus
+from training_speed import machine
+
+from minimind.tokenizer import train_tokenizer
+
+_RECORDS = Path(__file__).parents[1] / "records"
+
+
+def arguments(about: str, number: int) -> argparse.Namespace:
+    """--number (how often), --seed, --dry (no record)."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("--number", type=int, default=number, help="how often")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry", action="store_true", help="leave the record alone")
+    return parser.parse_args()
+
+
+@dataclass
+class Workshop:
+    """A folder with data, a tokenizer and stages that are made when they are asked for."""
+
+    folder: Path
+    lives: Lives
+
+    def __post_init__(self) -> None:
+        self._made: dict[str, Stage] = {}
+        (self.folder / "corpus").mkdir()
+        self._corpus = write_corpus(self.folder / "corpus")
+        lines = (self._corpus / "text.jsonl").read_text("utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        train_tokenizer(texts, vocab_size=400).save(self.folder / "tokenizer")
+
+    def stage(self, kind: str) -> Stage:
+        """The stage of a kind, and the run of it that nothing has interrupted."""
+        if kind not in self._made:
+            start = self.stage("pretrain").whole if kind not in ("pretrain", "moe") else None
+            folder = self.folder / kind
+            folder.mkdir()
+            self._made[kind] = make_stage(
+                kind, self._corpus, self.folder / "tokenizer", start, folder, self.lives
+            )
+        return self._made[kind]
+
+
+@contextlib.contextmanager
+def workshop() -> Iterator[Workshop]:
+    """Everything is removed in the end."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="minimind-reliability-") as name:
+        folder = Path(name)
+        with contextlib.closing(Lives(folder / "output")) as lives:
+            yield Workshop(folder, lives)
+
+
+def said(done: int, of: int, note: str = "") -> None:
+    """One line of progress, which a log keeps."""
+    print(f"{time.strftime('%H:%M:%S')} {done}/{of} {note}".rstrip(), flush=True)
+
+
+def record(
+    row: str, args: argparse.Namespace, figures: dict[str, Any], file: str = "reliability"
+) -> None:
+    """Print the figures of a row and put them into a record."""
+    print(json.dumps(figures, indent=1, ensure_ascii=False))
+    if args.dry:
+        return
+    path = _RECORDS / f"{file}.json"
+    whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    whole[row] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "date": date.today().isoformat(),
+    } | figures
+    text = json.dumps(dict(sorted(whole.items())), indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,61 @@
+"""Row 10: two `minimind train` on one directory at the same moment, 50 times.
+
+    python benchmarks/reliability/races.py [--number 50]
+
+One trains; the other is told which process holds the run, and changes nothing. Each second time
+the directory is one whose holder was killed, and still bears its name. The end is compared, bit by
+bit, with that of a run that was alone.
+"""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+
+from common import arguments, record, said, workshop
+from small_runs import Lives
+from stages import assert_same
+
+
+def main() -> None:
+    """Race, compare, record."""
+    args = arguments(__doc__ or "", 50)
+    dice = random.Random(args.seed)
+    count = {"races": 0, "one_refused": 0, "holder_named": 0, "both_ran": 0, "different": 0}
+    with workshop() as shop, contextlib.closing(Lives(shop.folder / "other")) as other:
+        stage, run = shop.stage("pretrain"), shop.folder / "run"
+        both = [shop.lives, other]
+        for number in range(args.number):
+            if number % 2:
+                run.mkdir()
+                killed = shop.lives.start("hold", run=run)
+                killed.wait_for("held")
+                os.kill(killed.pid, signal.SIGKILL)
+                killed.wait()
+            dice.shuffle(both)
+            command = stage.arguments(run)
+            racers = [lives.start("minimind", arguments=command, signals={}) for lives in both]
+            ends = [racer.wait() for racer in racers]
+            told = [lives.output.read_text() for lives in both]
+            count["races"] += 1
+            count["both_ran"] += ends == [0, 0]
+            if sorted(ends) == [0, 1]:
+                loser = ends.index(1)
+                count["one_refused"] += f"error: {run} is in use by" in told[loser]
+                holder = re.search(r"in use by process (\d+) on \S+ since ", told[loser])
+                winner = racers[1 - loser].pid
+                count["holder_named"] += holder is not None and int(holder[1]) == winner
+            try:
+                assert_same(run, stage.whole)
+            except AssertionError as error:
+                count["different"] += 1
+                print(f"{ends}: {error}", flush=True)
+            shutil.rmtree(run)
+            said(number + 1, args.number)
+    record("10 races", args, count)
+
+
+if __name__ == "__main__":
+    main()

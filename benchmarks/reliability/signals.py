@@ -1,0 +1,82 @@
+"""Row 3: 100 stops by SIGTERM or Ctrl-C at random moments; each third time a second one follows.
+
+    python benchmarks/reliability/signals.py [--number 100]
+
+After one, `minimind train` saves and leaves with status 130, within 10 s; after a second it leaves
+at once. Then the same command goes on, is stopped again or ends; the end is compared, bit by bit,
+with that of a run that nothing stopped.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from common import arguments, record, said, workshop
+from small_runs import steps_done, wait_until
+from stages import INTERRUPTED, KINDS, STEPS, assert_same
+
+LIMIT_S = 10.0
+STOPS = 4  # of one run
+
+
+def until(run: Path, log_every: int, step: int) -> Callable[[], bool]:
+    """Whether a run that goes on has reached a step, and has done one more than before."""
+    before = steps_done(run)
+    return lambda: steps_done(run) >= max(step // log_every, before + 1)
+
+
+def main() -> None:
+    """Stop, go on, compare, record."""
+    args = arguments(__doc__ or "", 100)
+    dice = random.Random(args.seed)
+    took: dict[str, list[float]] = {"SIGINT": [], "SIGTERM": [], "a second one": []}
+    runs = different = late = 0
+    with workshop() as shop:
+        while (done := sum(map(len, took.values()))) < args.number:
+            stage = shop.stage(KINDS[runs % len(KINDS)])
+            run = shop.folder / "run"
+            command = stage.arguments(run)
+            for step in sorted(dice.sample(range(1, STEPS - 30), STOPS)):
+                child = shop.lives.start("minimind", arguments=command, signals={}, pause_s=0.02)
+                wait_until(until(run, stage.more.get("training__log_every", 1), step))
+                time.sleep(dice.uniform(0, 0.05))
+                number = dice.choice([signal.SIGINT, signal.SIGTERM])
+                twice = sum(map(len, took.values())) % 3 == 2
+                began = time.perf_counter()
+                os.kill(child.pid, number)
+                if twice:
+                    time.sleep(dice.uniform(0, 0.002))
+                    with contextlib.suppress(ProcessLookupError):  # the first was enough
+                        os.kill(child.pid, dice.choice([signal.SIGINT, signal.SIGTERM]))
+                status = child.wait()
+                seconds = time.perf_counter() - began
+                # The second may come when the first has led out of the loop that handles it.
+                assert status == INTERRUPTED or (twice and status), shop.lives.output.read_text()
+                took["a second one" if twice else number.name].append(seconds)
+                late += seconds > LIMIT_S
+            stage.finish(run)
+            runs += 1
+            try:
+                assert_same(run, stage.whole)
+            except AssertionError as error:
+                different += 1
+                print(f"{stage.objective}: {error}", flush=True)
+            shutil.rmtree(run)
+            said(done + STOPS, args.number)
+    seconds = {
+        name: {"stops": len(all_s), "median_s": median(all_s), "most_s": max(all_s)}
+        for name, all_s in took.items()
+    }
+    figures = {"stops": sum(map(len, took.values())), "later_than_10_s": late}
+    figures |= {"runs": runs, "different": different, "seconds": seconds}
+    record("3 signals", args, figures)
+
+
+if __name__ == "__main__":
+    main()

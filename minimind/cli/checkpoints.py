@@ -1,0 +1,95 @@
+"""`minimind checkpoints list RUN`, `verify RUN` and `extract RUN --out DIR`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind.cli import console
+from minimind.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from minimind.training.checkpoint import Inspected
+
+app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
+
+
+@app.command("list")
+def list_checkpoints(run: Run, json: Json = None) -> None:
+    """Show what is kept: step, date, size, validation, and whether a file is missing or cut."""
+    _show(run, json, thorough=False)
+
+
+@app.command()
+def verify(run: Run, json: Json = None) -> None:
+    """The same, but read every byte; exit with status 1 if a checkpoint is damaged."""
+    damaged = _show(run, json, thorough=True)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Model or adapter directory to write.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the best.")] = None,
+) -> None:
+    """Make a model directory (of a LoRA run: an adapter) of a checkpoint, such as the best."""
+    from minimind.training.stage import extract_checkpoint
+
+    console.say(
+        f"What the run had learned by step {extract_checkpoint(run, step, out):,} is in {out}"
+    )
+
+
+def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
+    """Print the table; how many are damaged."""
+    from minimind.training.checkpoint import inspect_checkpoints
+
+    there = inspect_checkpoints(run, thorough=thorough)
+    if not there:
+        raise CheckpointError(
+            f"{run}: there are no checkpoints; give a run directory, one that has saved something"
+        )
+    figures = [_figures(one, there) for one in there]
+    rows = [
+        [
+            one["step"],
+            one["saved"].replace("T", " ")[:19],
+            f"{one['bytes'] / 1e6:,.1f}",
+            ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in one["validation"].items()),
+            ", ".join(name for name in ("newest", "best") if one[name]),
+            one["trouble"] or ("whole" if thorough else "complete"),
+        ]
+        for one in figures
+    ]
+    columns = ["step", "saved", "MB", "validation", "", "state"]
+    console.show(console.table(str(run), columns, rows))
+    damaged = sum(bool(one["trouble"]) for one in figures)
+    if json:
+        console.write_json(json, {"run": str(run), "read": thorough, "checkpoints": figures})
+    if damaged:
+        console.say(f"{damaged} of {len(there)} damaged; the run goes on from the newest whole one")
+    return damaged
+
+
+def _figures(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
+    """What is told of a checkpoint."""
+    from minimind.training.checkpoint import best_step
+    from minimind.training.loop import judged_by
+
+    validation = one.state.get("validation") if one.state.get("validated") == one.step else None
+    shown = {judged_by(validation): validation[judged_by(validation)]} if validation else {}
+    return {
+        "step": one.step,
+        "path": str(one.path),
+        "saved": one.saved.isoformat(timespec="seconds"),
+        "bytes": one.bytes,
+        "validation": shown,
+        "newest": one is there[-1],
+        "best": one.step == best_step(there),
+        "trouble": one.trouble,
+    }

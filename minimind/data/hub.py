@@ -1,0 +1,66 @@
+"""Published data sets by name, downloaded from the Hugging Face hub: the extra `hub`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Published:
+    """One file of a data set on the hub, and what it is called here."""
+
+    repository: str
+    file: str
+    name: str
+
+    @property
+    def url(self) -> str:
+        """Where a browser finds it."""
+        return f"https://huggingface.co/datasets/{self.repository}/resolve/main/{self.file}"
+
+
+PUBLISHED = {
+    "ceval": Published("ceval/ceval-exam", "ceval-exam.zip", "ceval-exam.zip"),
+    "cmmlu": Published("haonan-li/cmmlu", "cmmlu_v1_0_1.zip", "cmmlu_v1_0_1.zip"),
+    "mmlu": Published("cais/mmlu", "data.tar", "mmlu.tar"),
+    "gsm8k": Published("openai/gsm8k", "main/test-00000-of-00001.parquet", "gsm8k.parquet"),
+}
+
+
+def download(name: str, folder: Path) -> Path:
+    """The file of a published data set, in `folder`; one that is there is not downloaded again.
+
+    Raises UsageError for an unknown name or a missing library, DataError when the hub does not
+    give it.
+    """
+    if name not in PUBLISHED:
+        raise UsageError(f"{name} is not known; known are {', '.join(PUBLISHED)}")
+    published = PUBLISHED[name]
+    place = folder / published.name
+    if place.is_file():
+        return place
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise UsageError(
+            "downloading needs huggingface_hub: python -m pip install 'minimind[hub]'. "
+            f"Or put {published.url} into {folder} yourself"
+        ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = hf_hub_download(
+            published.repository, published.file, repo_type="dataset", local_dir=folder
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # The library's own words run over many lines, which begin with what happened.
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "no answer")
+        raise DataError(
+            f"{name}: the hub does not give it ({reason}). Is there a network? Where the hub "
+            "cannot be reached, HF_ENDPOINT names a mirror; or download "
+            f"{published.url} elsewhere and put it into {folder}"
+        ) from error
+    if Path(found) != place:
+        Path(found).replace(place)
+    return place

@@ -1,0 +1,205 @@
+"""Several processes of the real command: killed, stopped, orphaned, on two machines; row 6."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+INTERRUPTED = 130
+TEXT = "第{0}段长{1}公里，最后流入东海。Part {0} of the river is {1} kilometres long. " * 3
+
+
+@pytest.fixture(scope="module")
+def training(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of an endless run of the smallest model; a run directory is still to be given."""
+    folder = tmp_path_factory.mktemp("workers")
+    texts = (json.dumps({"text": TEXT.format(n, 7 * n)}, ensure_ascii=False) for n in range(200))
+    (folder / "text.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    settings = {
+        "model.preset": "nano",
+        "data.window": 32,
+        "data.store": folder / "stores",
+        "training.batch": 4,
+        "training.micro_batch": 1,
+        "training.precision": "fp32",
+        "training.steps": 100_000,
+        "training.log_every": 1,
+        "checkpoint.every": 7,
+        "schedule.warmup": 0,
+    }
+    flags = ["--data", folder / "text.jsonl", "--tokenizer", tokenizer_dir, "--device", "cpu"]
+    given = [f"{key}={value}" for key, value in settings.items()]
+    return ["-m", "minimind", "pretrain", *map(str, flags), *given]
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts python with arguments; what still runs in the end is killed, with its children."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*arguments: str, module: str = "") -> subprocess.Popen[str]:
+            started = [sys.executable, *(["-m", module] if module else []), *arguments]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    started,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(end, process)
+            return process
+
+        yield begin
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    process.kill()
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> int:
+    """Until the run has made so many more steps than it had; how many it has then."""
+
+    def done() -> int:
+        path = run / "metrics.jsonl"
+        return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
+
+    wanted = done() + steps
+    while done() < wanted:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return done()
+
+
+def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The processes that train, by rank."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+
+
+def test_one_that_is_killed_takes_the_others_with_it_and_the_run_goes_on(
+    training: list[str], start: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [*training, "--out", str(run), "--nproc", "2"]
+    for victim in (1, 0):
+        process = start(*command)
+        wait_for_steps(run, 10, process)
+        both = workers(process)
+        both[victim].kill()
+        said, complaint = process.communicate(timeout=60)  # it takes a second
+        assert process.returncode == 1
+        assert complaint == (
+            f"error: process {victim} of 0-1 was ended by SIGKILL (the system does so when memory "
+            "is short); the others were stopped. The same command goes on from the last "
+            "checkpoint\n"
+        )
+        assert ("going on from step" in said) == (victim == 0)
+        assert not any(worker.is_running() for worker in both.values())
+    process = start(*training, "--out", str(run))  # and so does one process alone
+    wait_for_steps(run, 5, process)
+    process.send_signal(signal.SIGTERM)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, complaint
+    assert "going on from step" in said
+
+
+def test_stopped_orphaned_and_stopped_at_once(
+    training: list[str], start: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [*training, "--out", str(run), "--nproc", "2"]
+    process = start(*command)
+    wait_for_steps(run, 10, process)
+    both = workers(process)
+    process.kill()
+    psutil.wait_procs(both.values())  # pytest's time limit ends it if they stay
+
+    process = start(*command)
+    wait_for_steps(run, 10, process)
+    process.send_signal(signal.SIGINT)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, complaint
+    assert said.count("stopped after step") == 1 and complaint == ""
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    assert int(saved[-1].removeprefix("step-")) == json.loads(last)["step"]
+
+    process = start(*command)
+    wait_for_steps(run, 3, process)
+    both = workers(process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert not any(worker.is_running() for worker in both.values())
+
+
+def test_a_mistake_is_told_once(training: list[str], start: Start, tmp_path: Path) -> None:
+    process = start(*training, "--out", str(tmp_path / "run"), "--nproc", "3")
+    _, complaint = process.communicate()
+    assert process.returncode == 1
+    assert complaint == (
+        "error: training.batch=4 cannot be shared out evenly to 3 processes; choose a multiple, "
+        "or another number of processes\n"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: Path) -> None:
+    """Two nodes that meet on this machine, a process and a folder each; one of them is lost."""
+
+    def nodes(*options: list[str]) -> list[subprocess.Popen[str]]:
+        return [
+            start(
+                *("--nnodes", "2", "--nproc-per-node", "1", *own),
+                *(*training, "--out", str(tmp_path / f"{number}")),
+                module="torch.distributed.run",
+            )
+            for number, own in enumerate(options)
+        ]
+
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    both = nodes(meeting, meeting)
+    runs = [tmp_path / "0", tmp_path / "1"]
+    while not any((run / "checkpoints" / "step-00000007").is_dir() for run in runs):
+        assert all(node.poll() is None for node in both), [node.communicate() for node in both]
+        time.sleep(0.02)
+    ranks = [workers(node) for node in both]
+    assert sorted(rank for of in ranks for rank in of) == [0, 1]
+    [other] = [of[0] for of in ranks if 0 in of]
+    [lost] = [of[1] for of in ranks if 1 in of]
+    lost.kill()
+    ends = [node.communicate(timeout=100) for node in both]
+    assert all(node.returncode == 1 for node in both)
+    assert sum("SIGKILL" in complaint for _, complaint in ends) == 1  # its own node tells
+    assert not other.is_running()
+
+    # The run is where the first process was. Where it is not, it is not begun anew.
+    first = 0 if 0 in ranks[0] else 1
+    assert not (runs[1 - first] / "metrics.jsonl").exists()
+    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
+    both = nodes([*meeting, str(1 - first)], [*meeting, str(first)])
+    _, complaint = both[first].communicate(timeout=100)
+    assert f"error: {runs[first]} on " in complaint and "holds this run, and the first" in complaint

@@ -1,0 +1,140 @@
+"""Stages on files, killed and gone on with: for tests of a minute and benchmarks of an hour."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from small_runs import Lives, lora_settings, metrics, nano_settings, steps_done
+
+from minimind.config import dump_recipe, load_recipe
+
+STEPS = 60
+INTERRUPTED = 130
+
+
+def write_corpus(folder: Path) -> Path:
+    """Write text.jsonl (400 short texts), chat.jsonl and pairs.jsonl (200 each) into `folder`."""
+    rivers, places = ("长江", "黄河", "珠江", "淮河", "汉江"), ("东海", "渤海", "南海", "洪泽湖")
+    texts, chats, pairs = [], [], []
+    for number in range(200):
+        river, place = rivers[number % 5], places[number % 4]
+        texts.append(f"{river}很长，第{number}段长{number * 7}公里。{river}最后流入{place}。")
+        texts.append(f"Part {number} of the river is {number * 3} kilometres long.")
+        turns = [("user", f"{river}的第{number}段有多长？"), ("assistant", f"{number * 7}公里。")]
+        if number % 3 == 0:
+            turns += [("user", "它流到哪里？"), ("assistant", f"流入{place}。")]
+        chats.append([{"role": role, "content": content} for role, content in turns])
+        asked, wrong = turns[0][1], ("不知道。", f"{number * 9}米。{place}。")[number % 2]
+        pairs.append({"prompt": asked, "chosen": turns[1][1], "rejected": wrong})
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    with (folder / "chat.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"conversations": chat}) + "\n" for chat in chats)
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(pair) + "\n" for pair in pairs)
+    return folder
+
+
+def fingerprints(run: Path) -> dict[str, str]:
+    """sha256 of the model or adapter, and of the tensors of the last checkpoint."""
+    last = max((run / "checkpoints").iterdir())
+    [*paths] = [*run.glob("model/*.safetensors"), *run.glob("adapter/*.safetensors")]
+    assert len(paths) == 1
+    paths += [last / f"{name}.safetensors" for name in ("model", "optimizer")]
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    }
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """The same bits in weights and moments, the same metrics, the same best step."""
+    assert fingerprints(run) == fingerprints(other)
+    assert metrics(run) == metrics(other)
+    assert saved_steps(run) == saved_steps(other)
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps whose checkpoints are there, whole or not."""
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+class Stage:
+    """One stage on files: its settings, and the run that was never interrupted."""
+
+    def __init__(self, objective: str, folder: Path, lives: Lives, **settings: Any) -> None:
+        self.objective, self.folder, self.lives = objective, folder, lives
+        self.more = settings
+        self.whole = folder / f"{objective}-whole"
+        assert lives.run("train", settings=self.settings(self.whole)) == 0, lives.output.read_text()
+        assert steps_done(self.whole) == STEPS // settings.get("training__log_every", 1)
+        before = "model__init" in settings  # the model that it starts from is measured too
+        assert len(metrics(self.whole, "validation")) == STEPS // 10 + before
+
+    def settings(self, run: Path, **more: Any) -> dict[str, Any]:
+        fixed = {
+            "training__steps": STEPS,
+            "checkpoint__every": 7,
+            "data__store": str(self.folder / "stores"),
+            "data__validation_fraction": 0.1,
+        }
+        return nano_settings(self.objective, run, **fixed, **self.more, **more)
+
+    def arguments(self, run: Path) -> list[str]:
+        """The same as a command line."""
+        recipe = self.folder / "recipe.toml"
+        recipe.write_text(dump_recipe(load_recipe(None, flags=self.settings(run)).recipe))
+        return ["train", str(recipe)]
+
+    def finish(self, run: Path) -> None:
+        """Go on with a run to its end."""
+        settings = self.settings(run)
+        assert self.lives.run("train", settings=settings) == 0, self.lives.output.read_text()
+
+
+KINDS = ("pretrain", "moe", "sft", "lora", "dpo")
+
+
+def make_stage(
+    kind: str, corpus: Path, tokenizer: Path, start: Path | None, folder: Path, lives: Lives
+) -> Stage:
+    """The whole run of a kind; `start`: the run whose model it begins with, if it needs one."""
+    text, chat, pairs = ([str(corpus / f"{name}.jsonl")] for name in ("text", "chat", "pairs"))
+    new = {"data__sources": text, "tokenizer": str(tokenizer)}
+    old = {"model__init": str(start and start / "model")}
+    match kind:
+        case "pretrain":
+            return Stage("pretrain", folder, lives, **new)
+        case "moe":  # half a line of metrics has sums of several numbers
+            more = {"model__preset": "nano-moe", "training__log_every": 2}
+            return Stage("pretrain", folder, lives, **new, **more)
+        case "sft":  # a checkpoint of an odd step holds half a line of metrics
+            return Stage("sft", folder, lives, training__log_every=2, data__sources=chat, **old)
+        case "lora":
+            return Stage("sft", folder, lives, **lora_settings(data__sources=chat, **old))
+        case "dpo":
+            return Stage("dpo", folder, lives, data__window=64, data__sources=pairs, **old)
+    raise ValueError(kind)
+
+
+def kill_on_the_way(stage: Stage, run: Path, dice: random.Random, kills: int) -> int:
+    """Begin a run, kill it soon after each of so many random steps, and let the last one finish.
+
+    Returns how many were killed in the middle of a save.
+    """
+    saving = 0
+    settings = stage.settings(run)
+    for step in sorted(dice.sample(range(1, STEPS - 8), kills)):
+        child = stage.lives.start("train", settings=settings, pause_at=step)
+        child.wait_for("reached")
+        time.sleep(dice.uniform(0, 0.05))
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, stage.lives.output.read_text()
+        assert not (run / "model").exists() and not (run / "adapter").exists()
+        saving += any((run / "checkpoints").glob(".making-*"))
+    stage.finish(run)
+    return saving

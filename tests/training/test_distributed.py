@@ -1,0 +1,217 @@
+"""Rows 2, 6 and 7 of the reliability promises where several processes share a run."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import (
+    Lives,
+    lora_settings,
+    losses,
+    metrics,
+    samples,
+    share,
+)
+from test_loop import files_of
+from torch import Tensor
+
+from minimind.data.order import Order
+from minimind.errors import ConfigError
+from minimind.training.distributed import Workers, _buckets, own_device
+from minimind.training.loop import Sums
+
+CLOSE = 1e-4
+
+
+def weights(run: Path, rank: int) -> dict[str, Tensor]:
+    return dict(torch.load(run / f"weights-{rank}", weights_only=True))
+
+
+def assert_in_step(run: Path, processes: int) -> None:
+    """All processes have the same weights, to the bit."""
+    first = weights(run, 0)
+    for rank in range(1, processes):
+        other = weights(run, rank)
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_ten_thousand_cursors_are_shared_out_to_any_number_of_processes() -> None:
+    """Row 2: the shares of 1, 2, 3 and 4 processes, one after the other, are the same samples."""
+    order = Order((700, 45), (1.0, 2.5), seed=3)
+    batch = 12
+    for cursor in range(0, 10_000 * batch, batch):
+        shares = [
+            [Workers(rank, size).share(cursor, batch) for rank in range(size)]
+            for size in (1, 2, 3, 4)
+        ]
+        for parts in shares:
+            assert [sample for own in parts for sample in own] == [*range(cursor, cursor + batch)]
+        if cursor % (101 * batch) == 0:  # and so are the windows
+            [whole] = [order.locate(own.start, len(own)) for own in shares[0]]
+            for parts in shares[1:]:
+                assert [p for own in parts for p in order.locate(own.start, len(own))] == whole
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+    from minimind.config.settings import TrainingSettings
+    from minimind.training.stage import _share
+
+    assert _share(TrainingSettings(batch=12), Workers(0, 3)) == 4
+    with pytest.raises(ConfigError, match=r"training\.batch=10 .* evenly to 4 processes"):
+        _share(TrainingSettings(batch=10), Workers(0, 4))
+    with pytest.raises(ConfigError, match=r"micro_batch=4: each of 4 processes takes 2 windows"):
+        _share(TrainingSettings(batch=8, micro_batch=4), Workers(0, 4))
+
+
+def test_each_process_needs_a_device_of_its_own() -> None:
+    assert own_device("cpu", Workers(1, 2, 1, 2)) == torch.device("cpu")
+    assert own_device("cpu", Workers()) == torch.device("cpu")
+    if torch.cuda.device_count() >= 2:
+        assert own_device("cuda", Workers(1, 2, 1, 2)) == torch.device("cuda", 1)
+        with pytest.raises(ConfigError, match="device=cuda:1: 2 processes need a device each"):
+            own_device("cuda:1", Workers(1, 2, 1, 2))
+
+
+def test_buckets_keep_order_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minimind.training.distributed._BUCKET", 10)
+    sizes = [3, 4, 5, 20, 1, 9, 0, 1]
+    tensors = [torch.zeros(size) for size in sizes]
+    buckets = [[tensor.numel() for tensor in bucket] for bucket in _buckets(tensors)]
+    assert buckets == [[3, 4], [5], [20], [1, 9, 0], [1]]
+
+
+def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers stay whole, whatever their type, and shapes stay what they are."""
+
+    def double(self: Workers, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.mul_(2)
+
+    monkeypatch.setattr(Workers, "sum", double)
+    more = {"tokens": torch.tensor([[1 << 40, 1], [2, 3]]), "nats": torch.tensor(0.1)}
+    sums = Sums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), more)
+    sums.over(Workers(0, 2), torch.device("cpu"))
+    assert int(sums.count) == 2 * ((1 << 24) + 1)
+    assert sums.more["tokens"].tolist() == [[1 << 41, 2], [4, 6]]
+    assert float(sums.loss) == 3.0 and sums.more["nats"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("pretrain", {}),
+        ("pretrain", {"model__preset": "nano-moe", "training__log_every": 3}),
+        ("sft", {"optim__name": "adamw"}),
+        ("dpo", {}),
+    ],
+)
+def test_two_processes_and_four_do_what_one_does(
+    lives: Lives, tmp_path: Path, objective: str, settings: dict[str, Any]
+) -> None:
+    """Row 6: the same samples in the same order; losses and counts to rounding."""
+    curves = []
+    settings = {"optim__muon_lr": 0.002, "held_out": True, "validation__every": 4} | settings
+    validations = []
+    for processes in (1, 2, 4):
+        run = tmp_path / f"{processes}"
+        share(lives, run, processes, objective, **settings)
+        assert samples(run, processes) == list(range(32))
+        assert_in_step(run, processes)
+        curves.append(metrics(run, "train"))
+        validations.append([line["loss"] for line in metrics(run, "validation")])
+    for curve in curves[1:]:
+        assert [line["learned"] for line in curve] == [line["learned"] for line in curves[0]]
+        assert curve[0].keys() == curves[0][0].keys()
+        for name in ("loss", "grad_norm"):
+            told = [line[name] for line in curve]
+            assert told == pytest.approx([line[name] for line in curves[0]], rel=CLOSE)
+    for figures in validations[1:]:
+        assert figures == pytest.approx(validations[0], rel=CLOSE) and len(figures) == 2
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "lora"])
+def test_as_many_processes_go_on_to_the_same_bits(
+    lives: Lives, tmp_path: Path, objective: str
+) -> None:
+    """Row 1 for two processes; dropout draws other numbers in each, and the same ones again."""
+    kind, settings = ("sft", lora_settings()) if objective == "lora" else (objective, {})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    share(lives, whole, 2, kind, **settings)
+    # Two micro-batches a step: the first stop is between them, in the process that is not first.
+    for stop in ((1, 6), (0, 5)):
+        share(lives, run, 2, kind, stop=stop, **settings)
+    share(lives, run, 2, kind, **settings)
+    assert metrics(run) == metrics(whole)
+    assert files_of(run, 8) == files_of(whole, 8)
+    assert_in_step(run, 2)
+
+
+def test_ten_random_kills_of_a_random_process_change_nothing(lives: Lives, tmp_path: Path) -> None:
+    """Row 1 for two processes; the one that is left is killed by whoever has started both."""
+    whole, run, dice = tmp_path / "whole", tmp_path / "run", random.Random("kills")
+    settings = {"training__steps": 40, "checkpoint__every": 3}
+    share(lives, whole, 2, **settings)
+    for _ in range(10):
+        kill = (dice.randrange(2), dice.randrange(1, 14))
+        assert f"rank {kill[0]} failed" in share(lives, run, 2, kill=kill, **settings)
+    share(lives, run, 2, **settings)
+    assert metrics(run) == metrics(whole)
+    assert files_of(run, 40) == files_of(whole, 40)
+
+
+def test_one_that_nobody_ends_says_that_another_is_gone(lives: Lives, tmp_path: Path) -> None:
+    """As on another machine than the one where a process was lost."""
+    said = share(lives, tmp_path, 2, kill=(1, 5), alone=True)
+    assert "process 0 of 0-1: another process of this run has ended; the same command" in said
+
+
+def test_another_number_of_processes_goes_on(lives: Lives, tmp_path: Path) -> None:
+    """Row 6, from 1 to 2 to 1: the same samples, losses within 1e-4 of those of one process."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = {"training__steps": 30, "optim__muon_lr": 0.002}
+    share(lives, whole, 1, **settings)
+    seen = []
+    for processes, stop in ((1, (0, 41)), (2, (1, 21)), (1, None)):
+        said = share(lives, run, processes, stop=stop, **settings)
+        seen += samples(run, processes)
+    assert "going on from step 20" in said
+    assert seen == list(range(120))
+    assert losses(run) == pytest.approx(losses(whole), rel=CLOSE)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(lives: Lives, tmp_path: Path) -> None:
+    for number, stop in enumerate([(0, 7), (1, 8), (2, 9)]):
+        run = tmp_path / f"{number}"
+        share(lives, run, 4, stop=stop, training__batch=8, training__steps=20)
+        steps = {int((run / f"steps-{rank}").read_text()) for rank in range(4)}
+        assert len(steps) == 1 and steps < {3, 4}
+        [saved] = (run / "checkpoints").iterdir()
+        assert saved.name == f"step-{steps.pop():08}"
+
+
+def test_bad_numbers_of_one_process_are_skipped_by_all(lives: Lives, tmp_path: Path) -> None:
+    """Row 7: one rank's NaN; two micro-batches a step, so that calls 9 and 10 are of step 5."""
+    settings = {"checkpoint__every": 1, "checkpoint__keep": 99}
+    said = share(lives, tmp_path, 2, spoil=(1, [9]), **settings)
+    assert said == (
+        "0: step 5 (samples 16-19): the gradient is not finite; nothing was changed by it\n"
+    )
+    assert files_of(tmp_path, 5)["model"] == files_of(tmp_path, 4)["model"]
+    assert files_of(tmp_path, 5) == files_of(tmp_path, 4)
+    assert files_of(tmp_path, 6) != files_of(tmp_path, 5)
+    assert_in_step(tmp_path, 2)
+
+
+def test_a_process_with_nothing_to_learn_takes_part(lives: Lives, tmp_path: Path) -> None:
+    """The latter half of each batch, which is all that the second of two processes has."""
+    settings = {"idle": [2, 3], "optim__muon_lr": 0.002}
+    for processes in (1, 2):
+        share(lives, tmp_path / f"{processes}", processes, "sft", **settings)
+    alone, together = (metrics(tmp_path / f"{processes}", "train") for processes in (1, 2))
+    assert [line["learned"] for line in together] == [line["learned"] for line in alone]
+    assert [line["loss"] for line in together] == pytest.approx(
+        [line["loss"] for line in alone], rel=CLOSE
+    )
+    assert_in_step(tmp_path / "2", 2)
