@@ -38,6 +38,8 @@ def sweep(
     places = device_settings(devices.split(",")) if devices else [("", {})]
     flags |= {"device": places[0][0]}
     planned, settings, broken = _plan(arguments or [], flags, out)
+    # What was varied is there for `report` before the first run is finished.
+    console.write_json(out / "sweep.json", {"settings": settings, "failed": broken})
     console.say(f"{len(planned)} runs in {out}")
     with console.make_progress("step") as bar:
         outcomes = run_all(
@@ -104,7 +106,7 @@ def _watcher(bar: Any) -> Any:
 def _finish(
     out: Path, settings: dict[str, dict[str, Any]], outcomes: "Outcomes", json: Path | None
 ) -> None:
-    """What was varied for `report` to find, the table, the fits, the report, and what failed."""
+    """The table, the fits, the report, and what failed."""
     from minimind.evaluation.report import make_report
 
     told = {"settings": settings, "failed": outcomes.failed}
