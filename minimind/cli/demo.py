@@ -90,9 +90,9 @@ def demo(
 
 
 def _clear(out: Path) -> None:
-    for name in ("corpus", "tokenizer", "stores", "model", *_STAGES):
+    for name in ("corpus", "tokenizer", "stores", "model", "report-plots", *_STAGES):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("summary.json", "report.html"):
+    for name in ("summary.json", "report.html", "report.md"):
         (out / name).unlink(missing_ok=True)
 
 
