@@ -143,7 +143,7 @@ def _page(figures: dict[str, Any]) -> str:
     ]
     noise = (
         f"Two seeds of a shape differ by {max(spreads):.3f} at the most "
-        f"({len(spreads)} shapes have two)."
+        f"({len(spreads)} of the five have two)."
         if spreads
         else "There is one seed a shape, so nothing says how much of this is chance."
     )
@@ -154,7 +154,8 @@ def _page(figures: dict[str, Any]) -> str:
         "",
         "Five shapes of about 0.4 million parameters without embeddings, from 2 wide layers to 16 "
         f"narrow ones, each trained on the same {figures['tokens']:,} tokens of Chinese text "
-        f"({', '.join(figures['data'])}; a tokenizer of {VOCAB:,} words trained on it) with the "
+        "(encyclopaedia, web pages, news and essays: "
+        f"{', '.join(figures['data'])}; a tokenizer of {VOCAB:,} words trained on it) with the "
         "same recipe and seeds, by `minimind sweep`. Held-out loss in nats a token, mean over the "
         "seeds; lower is better. A model that knows only how often each token occurs has "
         f"{figures['unigram_bits_per_byte']:.3f} bits per byte.",
@@ -186,7 +187,7 @@ def _page(figures: dict[str, Any]) -> str:
         "timed beside other work on the machine, so that the seconds in `shape-study.json` do not "
         "compare the shapes' speed.",
         "",
-        "With a GPU the same command answers it: `model={…},{…}` with wider shapes, more steps.",
+        "With a GPU the same command, given wider shapes and more steps, can ask that.",
     ]
     return "\n".join(lines) + "\n"
 

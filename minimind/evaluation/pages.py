@@ -29,7 +29,7 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(-
 td { white-space: pre-wrap; }
 th { font-weight: 600; }
 .figures th, .figures td { white-space: nowrap; }
-.figures td:first-child { white-space: normal; min-width: 8rem; }
+.figures td:first-child { white-space: normal; min-width: 11rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));

@@ -54,7 +54,8 @@ def make_report(places: Sequence[Path], *, price: float | None = None) -> Report
     page = Page(f"minimind: {title}", _lead(found), _cards(found, price))
     page.add("Problems", _ABOUT["Problems"], Problems(_problems(found)))
     _add_demo_answers(page, found.demo)
-    page.add("Stages", _ABOUT["Several" if several else "Stages"], _stage_table(found, price))
+    name = "Runs" if several else "Stages"
+    page.add(name, _ABOUT[name], _stage_table(found, price))
     if several:
         figures["fits"] = _add_scaling(page, found)
     _add_curves(page, found.chains)
@@ -77,7 +78,7 @@ _ABOUT = {
     "the best step is that of the best validation. Loss and bits per byte are those on held-out "
     "data at the end. Fine-tuning counts the answers alone, so "
     "its figures say nothing when put beside those of pretraining.",
-    "Several": "One line a run. Loss and bits per byte are those on held-out data at the end; runs "
+    "Runs": "One line a run. Loss and bits per byte are those on held-out data at the end; runs "
     "with other tokenizers are compared by bits per byte alone, and any two only on the same data.",
     "Samples": "The same prompts continued at each evaluation. Good is text that grows from "
     "repeated words into sentences, and from sentences into true ones.",
@@ -319,12 +320,13 @@ def _stage_table(found: Found, price: float | None) -> Table:
             return "–" if cost is None else f"{cost:,.2f}"
         return _figure(run.figures, key, form)
 
+    columns = [c for c in columns if any(cell(run, *c) != "–" for run in found.runs)]
     rows: list[list[Cell]] = []
-    for chain in found.chains:
-        for run in chain:
-            name = run.name if run.finished else f"{run.name} (not finished)"
-            rows.append([name, *(cell(run, *column) for column in columns)])
-    return Table(["stage", *(title for title, _, _ in columns)], rows, range(1, len(columns) + 1))
+    for run in found.runs:
+        name = run.name if run.finished else f"{run.name} (not finished)"
+        rows.append([name, *(cell(run, *column) for column in columns)])
+    head = ["run" if len(found.chains) > 1 else "stage", *(title for title, _, _ in columns)]
+    return Table(head, rows, range(1, len(head)))
 
 
 def _problems(found: Found) -> list[str]:

@@ -179,6 +179,7 @@ def find(places: Sequence[Path]) -> Found:
     """Read everything in the places: run directories, folders of them, results of exams."""
     found = Found()
     folders: dict[Path, None] = {}
+    failed: dict[str, str] = {}
     for place in places:
         if place.name == "model" and _is_run(place.parent):
             place = place.parent
@@ -194,13 +195,17 @@ def find(places: Sequence[Path]) -> Found:
         swept = _read(place / "sweep.json")
         if isinstance(swept.get("settings"), dict):
             found.swept |= swept["settings"]
-            failed = swept.get("failed", {})
-            found.failed += [f"{name}: {why}" for name, why in failed.items()]
+            told = swept.get("failed")
+            failed |= told if isinstance(told, dict) else {}
         if not place.exists():
             found.missing.append(f"{place}: there is nothing")
         elif not inside and not exams:
             found.missing.append(f"{place}: holds no run and no results of exams")
-    runs = [read_run(folder) for folder in _with_origins(folders)]
+    order = {name: number for number, name in enumerate(found.swept)}
+    in_order = sorted(folders, key=lambda folder: order.get(folder.name, len(order)))
+    runs = [read_run(folder) for folder in _with_origins(in_order)]
+    mended = {run.name for run in runs if run.finished}  # since the sweep told of them
+    found.failed = [f"{name}: {why}" for name, why in failed.items() if name not in mended]
     found.chains = _chains(runs)
     _name_apart(found.chains)
     return found

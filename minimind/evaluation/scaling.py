@@ -15,6 +15,7 @@ FEWEST = 3  # points for a fit
 _FEWEST_WITH_FLOOR = 5  # it has three numbers to find
 _LEAST_RANGE = 2.0  # largest x over smallest
 _ROUNDS, _FLOORS = 5, 101
+_NO_FLOOR = 1e-6  # of the lowest loss
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def fit_power_law(points: Sequence[Point]) -> PowerLaw | str:
         near = numpy.linspace(best[1] - step, best[1] + step, 21)
         floors = near[(near >= 0) & (near < loss.min())] if step else floors
     error, floor, scale, exponent = best
+    if floor < _NO_FLOOR * loss.min():
+        error, floor, scale, exponent = _fit(x, loss, 0.0)
     if exponent <= 0:
         return "no fit: the loss does not fall"
     spread = float(((numpy.log(loss) - numpy.log(loss).mean()) ** 2).sum())
