@@ -53,6 +53,7 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> None:
     """Make a corpus and a tokenizer, pretrain, fine-tune, examine, report: a model of your own."""
+    from minimind.evaluation.report import make_report
     from minimind.model.device import choose_device
 
     started = time.perf_counter()
@@ -84,13 +85,14 @@ def demo(
     else:
         _publish(out, results["dpo"])
         summary = _examine(out, recipes, results, started)
+    make_report([out]).write(out / "report.html")
     _show(out, summary)
 
 
 def _clear(out: Path) -> None:
-    for name in ("corpus", "tokenizer", "stores", "model", *_STAGES):
+    for name in ("corpus", "tokenizer", "stores", "model", "report-plots", *_STAGES):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("summary.json", "report.html"):
+    for name in ("summary.json", "report.html", "report.md"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -187,7 +189,7 @@ def _publish(out: Path, last: "StageResult") -> None:
 def _examine(
     out: Path, recipes: dict[str, "Recipe"], results: dict[str, "StageResult"], started: float
 ) -> dict[str, Any]:
-    """The quiz, the eight questions as each stage answers them, `summary.json`, `report.html`."""
+    """The quiz, the eight questions as each stage answers them, `summary.json`."""
     from minimind.data.textbook import eight, sample_quiz
     from minimind.evaluation.quiz import by_subject, mark
     from minimind.inference.asking import answer_all, continue_all
@@ -247,6 +249,15 @@ def _examine(
                 name: {"correct": right, "questions": count}
                 for name, (right, count) in subjects.items()
             },
+            "wrong": [
+                {
+                    "question": one.question.question,
+                    "answer": one.answer,
+                    "expected": one.question.answer,
+                }
+                for one in marked
+                if not one.right
+            ],
         },
         "preferences": {key: dpo[key] for key in ("first_accuracy", "accuracy", "rewards/margin")},
         "identity": _CALLED | _who_it_is(out, device, results["identity"].summary),
@@ -262,7 +273,6 @@ def _examine(
             for i, question in enumerate(questions)
         ],
     }
-    _report(out, summary, results, subjects, marked)
     console.write_json(out / "summary.json", summary)
     return summary
 
@@ -295,47 +305,6 @@ def _who_it_is(out: Path, device: str, trained: dict[str, Any]) -> dict[str, Any
         "general_loss_after": trained["general_loss"],
         "answers": answers,
     }
-
-
-def _report(
-    out: Path,
-    summary: dict[str, Any],
-    results: dict[str, "StageResult"],
-    subjects: dict[str, tuple[int, int]],
-    marked: list["Marked"],
-) -> None:
-    from minimind.evaluation.report import StageReport, write_report
-
-    right, count = summary["quiz"]["correct"], summary["quiz"]["questions"]
-    identity = summary["identity"]
-    write_report(
-        out / "report.html",
-        title="minimind demo",
-        lead=f"A GPT of {summary['parameters']:,} parameters, trained from nothing on "
-        f"{summary['device']} in {summary['training_seconds'] / 60:.1f} minutes.",
-        cards={
-            "training": f"{summary['training_seconds']:,.0f} s",
-            "quiz": f"{right / count:.1%}",
-            "of the eight": f"{sum(one['correct'] for one in summary['eight'])} right",
-            "bits per byte": f"{summary['stages']['pretrain']['bits_per_byte']:.3f}",
-            "unigram": f"{summary['unigram_bits_per_byte']:.3f}",
-            "pairs told apart": f"{summary['preferences']['accuracy']:.1%}",
-            "knows its name": f"{identity['correct'] / identity['questions']:.0%}",
-        },
-        stages=[StageReport.read(name, result.run) for name, result in results.items()],
-        eight=summary["eight"],
-        identity=identity["answers"],
-        by_subject=subjects,
-        wrong=[
-            {
-                "question": one.question.question,
-                "answer": one.answer,
-                "expected": one.question.answer,
-            }
-            for one in marked
-            if not one.right
-        ],
-    )
 
 
 def _show(out: Path, summary: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ from minimind.cli import (
     generate,
     merge,
     plan,
+    report,
     serve,
+    sweep,
     tokenizer,
     train,
     web,
@@ -124,8 +126,9 @@ def _start(
 
 
 for _verb in (
-    *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train),
-    *(plan.plan, merge.merge, chat.chat, generate.generate, serve.serve, web.web, doctor.doctor),
+    *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
+    *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
+    doctor.doctor,
 ):
     app.command()(_verb)
 app.command("eval")(evaluate)

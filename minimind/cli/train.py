@@ -185,6 +185,15 @@ def resolve(
     """Recipe, then KEY=VALUE, then flags: the later wins."""
     from minimind.config import load_recipe
 
+    name, overrides = recipe_and_settings(arguments, standard_recipe)
+    given = {key: value for key, value in flags.items() if value}
+    return load_recipe(name, overrides=overrides, flags=given)
+
+
+def recipe_and_settings(
+    arguments: list[str], standard_recipe: str | None = None
+) -> tuple[str, list[str]]:
+    """The recipe that is named, or the standard one, and the KEY=VALUE arguments."""
     overrides = [argument for argument in arguments if "=" in argument]
     recipes = [argument for argument in arguments if "=" not in argument]
     if len(recipes) > 1:
@@ -195,8 +204,7 @@ def resolve(
     name = recipes[0] if recipes else standard_recipe
     if name is None:
         raise UsageError("which recipe? Give a TOML file, or a name such as pretrain-small")
-    given = {key: value for key, value in flags.items() if value}
-    return load_recipe(name, overrides=overrides, flags=given)
+    return name, overrides
 
 
 def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples":

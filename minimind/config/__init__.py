@@ -1,6 +1,7 @@
 """Recipes and settings: everything a run can be told."""
 
 from minimind.config.explain import explain
+from minimind.config.grid import Variant, variants
 from minimind.config.load import (
     ResolvedRecipe,
     difference,
@@ -16,9 +17,11 @@ __all__ = [
     "ModelConfig",
     "Recipe",
     "ResolvedRecipe",
+    "Variant",
     "difference",
     "dump_recipe",
     "explain",
     "load_recipe",
     "packaged_recipes",
+    "variants",
 ]

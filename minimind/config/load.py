@@ -43,7 +43,7 @@ def load_recipe(
     if name is not None:
         values, origins = _read(find_recipe(str(name)), ())
     for argument in overrides:
-        _replace(values, origins, *_override(argument), COMMAND_LINE)
+        _replace(values, origins, *parse_override(argument), COMMAND_LINE)
     for key, value in (flags or {}).items():
         _replace(values, origins, key, value, FLAG)
     _optimize_adapters(values, origins)
@@ -82,7 +82,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[
     values = _parse(path, text)
     lines = _key_lines(text)
     parent = values.pop("extends", None)
-    origins = {key: f"{_shown(path)}:{_line(key, lines)}" for key in _leaves(values)}
+    origins = {key: f"{_shown(path)}:{_line(key, lines)}" for key in leaves(values)}
     if parent is None:
         return values, origins
     where = f"{_shown(path)}:{_line('extends', lines)}"
@@ -146,15 +146,15 @@ def _line(key: str, lines: Mapping[str, int]) -> int:
     return lines.get(key, 1)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted keys; lists and empty tables are leaves."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[prefix + key] = value
-    return leaves
+            found[prefix + key] = value
+    return found
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(argument: str) -> tuple[str, Any]:
+def parse_override(argument: str) -> tuple[str, Any]:
     """`key=value`, the value as TOML writes it; a bare word is a string."""
     key, equals, text = argument.partition("=")
     if not key.strip() or not equals:
@@ -287,7 +287,7 @@ def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def difference(kept: Recipe, given: Recipe) -> list[str]:
     """The settings in which a run's recipe and the one now given differ, as lines for people."""
-    before, now = _leaves(kept.model_dump()), _leaves(given.model_dump())
+    before, now = leaves(kept.model_dump()), leaves(given.model_dump())
     return [
         f"{key} was {_told(before.get(key))} and is now {_told(now.get(key))}"
         for key in before | now

@@ -1,456 +1,628 @@
-"""`report.html`: one self-contained page that shows what a run did."""
+"""`report.html` and `report.md`: what runs did, from what they have left in their directories."""
 
-import html
-import io
-import json
-import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8882; --good: #2a9d5c; --bad: #d9583b; }
-* { box-sizing: border-box; }
-body { font: 16px/1.6 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
-       "Noto Sans SC", sans-serif;
-       max-width: 66rem; margin: 0 auto; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.8rem; margin: 1rem 0 .2rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .2rem; }
-p { margin: 0 0 .9rem; max-width: 48rem; }
-.faint { opacity: .75; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem;
-         margin: 1.2rem 0; }
-.card { border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .9rem; }
-.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
-         vertical-align: top; }
-td { white-space: pre-wrap; }
-th { font-weight: 600; }
-.figures th, .figures td { white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr));
-         gap: 1rem; }
-figure { margin: 0; max-width: 38rem; border: 1px solid var(--line); border-radius: .6rem;
-         padding: .5rem; }
-figcaption { font-weight: 600; text-align: center; }
-figure svg { display: block; width: 100%; height: auto; }
-.bar { background: var(--soft); border-radius: .3rem; height: .9rem; min-width: 5rem;
-       margin-top: .35rem; }
-.bar i { display: block; height: 100%; border-radius: .3rem; background: var(--good); }
-.right { color: var(--good); } .wrong { color: var(--bad); }
-details { border: 1px solid var(--line); border-radius: .6rem; padding: .4rem .9rem;
-          margin: .6rem 0; }
-summary { cursor: pointer; }
-pre { overflow-x: auto; font-size: .85rem; white-space: pre-wrap; }
-.texts { table-layout: fixed; }
-.texts th.number { width: 5rem; } .texts th:empty { width: 2.5rem; }
-@media (max-width: 42rem) {
-  .texts, .texts tbody, .texts tr, .texts td { display: block; width: auto; }
-  .texts tr:first-child { display: none; }
-  .texts tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
-  .texts td { border: 0; padding: .1rem 0; text-align: left; }
-  .texts td::before { content: attr(data-name); display: block; font-size: .78rem; opacity: .7; }
-}
-"""
-_INK = "#010203"  # stands for the page's own text colour, which a plot cannot know
-_PLOT_STYLE: dict[Any, Any] = {
-    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
-    **{f"axes.{part}": _INK for part in ("edgecolor", "labelcolor")},
-    **{f"axes.spines.{side}": False for side in ("top", "right")},
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "axes.prop_cycle": "cycler('color', ['#3b8ad8', '#e8772e', '#2a9d5c', '#b065c9'])",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "svg.fonttype": "path",  # glyphs as shapes: no font is needed to see them
-}
-_MARKS = {True: "<b class=right>✓</b>", False: "<b class=wrong>✗</b>"}
-_MANY = 100  # points: from here on those of training are smoothed, and of validation a line
-_MAX_POINTS = 400
+from minimind.errors import DataError
+from minimind.evaluation.pages import Bar, Cell, Folded, Page, Plots, Problems, Table, Title, write
+from minimind.evaluation.plots import Line, draw
+from minimind.evaluation.runs import Axis, Figures, Found, Run, find
+from minimind.evaluation.scaling import Point, PowerLaw, fit_power_law, frontier
+
 _MAX_SAMPLES = 40
+_AXES: dict[Axis, str] = {"tokens": "tokens", "seconds": "seconds of training"}
+_FEW_LINES = 4  # more need a wide drawing
 
 
 @dataclass
-class StageReport:
-    """One stage as the report shows it; `metrics` are the lines of metrics.jsonl."""
+class Report:
+    """A page, the same as figures for programs, and what could not be read.
 
-    name: str
-    summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    recipe: str
-
-    @classmethod
-    def read(cls, name: str, run: Path) -> "StageReport":
-        """From a finished run directory."""
-        lines = (run / "metrics.jsonl").read_text("utf-8").split("\n")
-        return cls(
-            name,
-            json.loads((run / "summary.json").read_text("utf-8")),
-            [json.loads(line) for line in lines if line],
-            (run / "recipe.toml").read_text("utf-8"),
-        )
-
-
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    lead: str,
-    cards: Mapping[str, str],
-    stages: Sequence[StageReport],
-    eight: Sequence[Mapping[str, Any]],
-    identity: Sequence[Mapping[str, Any]],
-    by_subject: Mapping[str, tuple[int, int]],
-    wrong: Sequence[Mapping[str, str]],
-) -> None:
-    """Write the page.
-
-    `eight`: question, before_training, after_pretraining, after_fine_tuning, after_preferences,
-    correct; `identity`: question, before, after, right;
-    `by_subject`: (right, asked) of the quiz; `wrong`: question, answer, expected.
+    It is complete when every place held something, be it damaged.
     """
-    with_experts = [stage for stage in stages if _lines(stage.metrics, "expert_load/")]
-    preferring = [stage for stage in stages if _lines(stage.metrics, "rewards/")]
-    others = [stage for stage in stages if stage not in preferring]
-    sections = [
-        (
-            "The eight questions",
-            "The same questions at four moments. Before training the model writes noise; after "
-            "pretraining it knows words but seldom the answer; after fine-tuning it should answer "
-            "in one whole sentence, and learning preferences should keep it so. ✓ marks a last "
-            "answer that is right and fluent.",
-            _eight(eight),
-        ),
-        (
-            "Stages",
-            "Each stage starts from the model that the one before has left, at its last step; the "
-            "best step is that of the best validation. Loss and bits per byte are those on "
-            "held-out data at the end. Fine-tuning counts the answers alone, so "
-            "its figures say nothing when put beside those of pretraining.",
-            _stage_table(stages),
-        ),
-        (
-            "Loss",
-            "How surprised the model is by the next token, in nats: 0 would mean never. Good is a "
-            "curve that falls fast, then slowly, with validation (text that is not trained on) "
-            "close to train. If validation rises while train falls, the model learns by heart. "
-            "Where general data has a line, its rise shows how much of that is being forgotten.",
-            _plots(others, "loss", "nats per token"),
-        ),
-        (
-            "Bits per byte",
-            "How many bits the model needs for each byte of text: the loss again, but in a unit "
-            "that does not depend on the tokenizer. Lower is better. The dashed line is a model "
-            "that knows only how often each token occurs; good is far below it.",
-            _plots(others, "bits_per_byte", "bits per byte", from_zero=True),
-        ),
-        (
-            "Preferences",
-            "Learning which of two answers is better. The loss begins at 0.693, the logarithm of "
-            "2 (with ipo elsewhere), and should fall. The reward of an answer says how much "
-            "likelier than at the start it is now: good is a reward of the chosen answers above "
-            "that of the rejected ones. The accuracy is the share of pairs in which that is so. "
-            "Log-probabilities are nats an answer: those of the rejected ones should fall; where "
-            "those of the chosen ones fall far too, the model forgets how to talk.",
-            _preferences(preferring),
-        ),
-        (
-            "Learning rate",
-            "How big a step each update of the weights may take. Good is a short rise, so that "
-            "the start is calm, and a fall at the end, so that the model settles.",
-            _plots(stages, "lr/", "learning rate", from_zero=True),
-        ),
-        (
-            "Tokens per second",
-            "How much text is read each second. Good is a flat line; a deep dip means that the "
-            "machine was busy with something else.",
-            _plots(stages, "tokens_per_second", "tokens per second", from_zero=True),
-        ),
-        (
-            "Expert load",
-            "The share of all choices of the router that falls on each expert, and the most and "
-            "least that any expert of any layer gets. Good is every line near the even share; one "
-            "at zero is an expert that learns nothing.",
-            _plots(with_experts, "expert_load/", "share", from_zero=True),
-        ),
-        (
-            "Dropped tokens",
-            "Choices of the router that no expert has computed. Good is zero all along: tokens are "
-            "sorted by expert, so that none has to be left out when many want the same one.",
-            _plots(with_experts, "dropped_tokens", "choices"),
-        ),
-        (
-            "Router entropy",
-            "How undecided the router is, in nats a token: the logarithm of the number of experts "
-            "means that it does not care, 0 that it always sees one expert alone. Good is a slow "
-            "fall while the load stays even.",
-            _plots(with_experts, "router_entropy", "nats per token", from_zero=True),
-        ),
-        (
-            "Quiz by subject",
-            "Questions in words that were never trained on, the weakest subject first. Good is a "
-            "long bar everywhere; a short bar shows what the model has not understood.",
-            _subjects(by_subject) + _wrong(wrong),
-        ),
-        (
-            "A name of its own",
-            "Asked who it is, in words never trained on, without and with the adapter that LoRA "
-            "trained beside the model. ✓ marks an answer that says the name or the author that "
-            "was asked for.",
-            _identity(identity),
-        ),
-        (
-            "What the model wrote on the way",
-            "The same prompts continued at each evaluation. Good is text that grows from "
-            "repeated words into sentences, and from sentences into true ones.",
-            "".join(map(_samples, stages)),
-        ),
-        (
-            "Recipes",
-            "Every setting of each stage. Given such a file, minimind train runs the stage again.",
-            "".join(_folded(s.name, f"<pre>{_text(s.recipe)}</pre>") for s in stages),
-        ),
-    ]
-    figures = "".join(
-        f"<div class=card>{_text(name)}<b>{_text(value)}</b></div>" for name, value in cards.items()
-    )
-    body = "\n".join(
-        f"<h2>{name}</h2><p class=faint>{_text(explanation)}</p>{content}"
-        for name, explanation, content in sections
-        if content
-    )
-    page = (
-        '<!doctype html><html lang="zh-Hans"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{_text(title)}</h1><p class=faint>{_text(lead)}</p><div class=cards>{figures}</div>"
-        f"{body}</html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
+
+    page: Page
+    figures: Figures
+    problems: list[str]
+    complete: bool
+
+    def write(self, path: Path) -> None:
+        """The page at `path`, and Markdown beside it."""
+        write(self.page, path)
 
 
-def _text(value: object) -> str:
-    """Text that stays text in a page; control characters, which HTML forbids, as �."""
-    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", str(value)))
+def make_report(places: Sequence[Path], *, price: float | None = None) -> Report:
+    """A report of what is in the places; `price` is that of an hour of training.
 
-
-def _folded(summary: str, content: str) -> str:
-    return f"<details><summary>{_text(summary)}</summary>{content}</details>"
-
-
-def _table(
-    head: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    numbers: Collection[int] = (),
-    kind: str = "figures",
-) -> str:
-    """A table whose cells are HTML; `numbers` are the columns set right.
-
-    Of kind "texts" its columns are equally wide, and on a phone each cell has a line of its own.
-    Without rows there is none.
+    One chain of runs is shown stage by stage, several on the same axes. Raises DataError when
+    there is nothing in any of them.
     """
-    marks = [" class=number" * (i in numbers) for i in range(len(head))]
-    names = [_text(name) for name in head]
-    lines = ["".join(f"<th{m}>{n}</th>" for m, n in zip(marks, names, strict=True))]
-    lines += [
-        "".join(
-            f'<td{m} data-name="{n}">{c}</td>' for m, n, c in zip(marks, names, row, strict=True)
-        )
-        for row in rows
+    found = find(places)
+    if not found.chains and not found.exams:
+        raise DataError("; ".join(found.missing) or "no run is given")
+    title = " · ".join(place.resolve().name for place in places[:4])
+    title += f" and {len(places) - 4} more" if len(places) > 4 else ""
+    runs = found.runs
+    several = len(found.chains) > 1
+    figures: Figures = {
+        "runs": {run.name: _run_figures(run, price) for run in runs},
+        "exams": found.exams,
+        "problems": _problems(found),
+    }
+    page = Page(f"minimind: {title}", _lead(found), _cards(found, price))
+    page.add("Problems", _ABOUT["Problems"], Problems(_problems(found)))
+    _add_demo_answers(page, found.demo)
+    name = "Runs" if several else "Stages"
+    page.add(name, _ABOUT[name], _stage_table(found, price))
+    if several:
+        figures["fits"] = _add_scaling(page, found)
+    _add_curves(page, found.chains)
+    _add_exams(page, found.exams)
+    _add_demo_quiz(page, found.demo)
+    page.add(
+        "What the model wrote on the way",
+        _ABOUT["Samples"],
+        *(block for run in runs for block in _samples(run)),
+    )
+    recipes = [Folded(run.name, run.recipe) for run in runs if run.recipe]
+    page.add("Recipes", _ABOUT["Recipes"], *recipes)
+    return Report(page, figures, _problems(found), complete=not found.missing)
+
+
+_ABOUT = {
+    "Problems": "What could not be read, or is not finished. All the rest of this page is of what "
+    "is there.",
+    "Stages": "Each stage starts from the model that the one before has left, at its last step; "
+    "the best step is that of the best validation. Loss and bits per byte are those on held-out "
+    "data at the end. Fine-tuning counts the answers alone, so "
+    "its figures say nothing when put beside those of pretraining.",
+    "Runs": "One line a run. Loss and bits per byte are those on held-out data at the end; runs "
+    "with other tokenizers are compared by bits per byte alone, and any two only on the same data.",
+    "Samples": "The same prompts continued at each evaluation. Good is text that grows from "
+    "repeated words into sentences, and from sentences into true ones.",
+    "Recipes": "Every setting of each stage. Given such a file, minimind train runs the stage "
+    "again.",
+}
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A section with a figure of metrics.jsonl; `of` says which runs have it."""
+
+    title: str
+    about: str
+    key: str
+    label: str
+    axes: tuple[Axis, ...] = ("tokens",)
+    from_zero: bool = False
+    of: Callable[[Run], bool] = lambda run: run.kind != "dpo" and not _has(run, "rewards/")
+
+
+def _has(run: Run, key: str) -> bool:
+    return any(name.startswith(key) for line in run.metrics for name in line)
+
+
+_CURVES = [
+    _Curve(
+        "Loss",
+        "How surprised the model is by the next token, in nats: 0 would mean never. Good is a "
+        "curve that falls fast, then slowly, with validation (text that is not trained on) "
+        "close to train. If validation rises while train falls, the model learns by heart. "
+        "Where general data has a line, its rise shows how much of that is being forgotten.",
+        "loss",
+        "nats per token",
+        ("tokens", "seconds"),
+    ),
+    _Curve(
+        "Bits per byte",
+        "How many bits the model needs for each byte of text: the loss again, but in a unit "
+        "that does not depend on the tokenizer. Lower is better. The dashed line is a model "
+        "that knows only how often each token occurs; good is far below it.",
+        "bits_per_byte",
+        "bits per byte",
+        ("tokens", "seconds"),
+        from_zero=True,
+    ),
+    _Curve(
+        "Learning rate",
+        "How big a step each update of the weights may take. Good is a short rise, so that "
+        "the start is calm, and a fall at the end, so that the model settles.",
+        "lr/",
+        "learning rate",
+        from_zero=True,
+        of=lambda run: True,
+    ),
+    _Curve(
+        "Tokens per second",
+        "How much text is read each second. Good is a flat line; a deep dip means that the "
+        "machine was busy with something else.",
+        "tokens_per_second",
+        "tokens per second",
+        from_zero=True,
+        of=lambda run: True,
+    ),
+    _Curve(
+        "Memory",
+        "The most that was in use at once up to then: of tensors on a GPU, elsewhere of the whole "
+        "process. Good is a line that stays flat after the first steps.",
+        "peak_memory_bytes",
+        "bytes",
+        from_zero=True,
+        of=lambda run: _has(run, "peak_memory_bytes"),
+    ),
+    _Curve(
+        "Expert load",
+        "The share of all choices of the router that falls on each expert, and the most and "
+        "least that any expert of any layer gets. Good is every line near the even share; one "
+        "at zero is an expert that learns nothing.",
+        "expert_load/",
+        "share",
+        from_zero=True,
+        of=lambda run: _has(run, "expert_load/"),
+    ),
+    _Curve(
+        "Dropped tokens",
+        "Choices of the router that no expert has computed. Good is zero all along: tokens are "
+        "sorted by expert, so that none has to be left out when many want the same one.",
+        "dropped_tokens",
+        "choices",
+        of=lambda run: _has(run, "expert_load/"),
+    ),
+    _Curve(
+        "Router entropy",
+        "How undecided the router is, in nats a token: the logarithm of the number of experts "
+        "means that it does not care, 0 that it always sees one expert alone. Good is a slow "
+        "fall while the load stays even.",
+        "router_entropy",
+        "nats per token",
+        from_zero=True,
+        of=lambda run: _has(run, "expert_load/"),
+    ),
+]
+_PREFERENCES = {
+    "loss": "loss per pair",
+    "rewards/": "reward",
+    "accuracy": "accuracy",
+    "logps/": "log-probability",
+}
+_ABOUT_PREFERENCES = (
+    "Learning which of two answers is better. The loss begins at 0.693, the logarithm of "
+    "2 (with ipo elsewhere), and should fall. The reward of an answer says how much "
+    "likelier than at the start it is now: good is a reward of the chosen answers above "
+    "that of the rejected ones. The accuracy is the share of pairs in which that is so. "
+    "Log-probabilities are nats an answer: those of the rejected ones should fall; where "
+    "those of the chosen ones fall far too, the model forgets how to talk."
+)
+
+
+def _add_curves(page: Page, chains: Sequence[Sequence[Run]]) -> None:
+    several = len(chains) > 1
+    runs = [run for chain in chains for run in chain]
+    for curve in _CURVES:
+        wanted = [run for run in runs if curve.of(run)]
+        plots = [
+            plot
+            for axis in curve.axes
+            for plot in _plots(wanted, several, curve.key, curve.label, axis, curve.from_zero)
+        ]
+        page.add(curve.title, curve.about, _grid(plots))
+        if curve.key == "bits_per_byte":
+            pairs = [run for run in runs if _has(run, "rewards/")]
+            plots = [
+                plot
+                for key, label in _PREFERENCES.items()
+                for plot in _plots(pairs, several, key, label, "tokens", name=label)
+            ]
+            page.add("Preferences", _ABOUT_PREFERENCES, _grid(plots))
+
+
+@dataclass(frozen=True)
+class _Plot:
+    title: str
+    drawing: str
+    lines: int
+
+
+def _grid(plots: Sequence[_Plot]) -> Plots | None:
+    """Side by side; what has a long legend needs room."""
+    if not plots:
+        return None
+    return Plots([(p.title, p.drawing) for p in plots], any(p.lines > _FEW_LINES for p in plots))
+
+
+def _plots(
+    runs: Sequence[Run],
+    several: bool,
+    key: str,
+    label: str,
+    axis: Axis,
+    from_zero: bool = False,
+    name: str = "",
+) -> list[_Plot]:
+    """A plot a stage; of several chains a plot a kind of stage, with a line a run."""
+    groups: dict[str, list[Line]] = {}
+    levels: dict[str, float] = {}
+    for run in runs:
+        curves = run.curves(key, axis)
+        if not several:
+            groups[run.name] = [
+                Line(kind, points, "train" if kind != "validation" else "measured")
+                for kind, points in curves.items()
+            ]
+            unigram = run.summary.get("unigram_bits_per_byte")
+            if key == "bits_per_byte" and isinstance(unigram, int | float):
+                levels[run.name] = unigram
+        elif key.endswith("/"):
+            for kind, points in curves.items():
+                groups.setdefault(f"{run.kind} {kind}", []).append(Line(run.name, points, "train"))
+        elif curves:
+            kind = "validation" if "validation" in curves else next(iter(curves))
+            line = Line(run.name, curves[kind], "measured" if kind == "validation" else "train")
+            groups.setdefault(run.kind, []).append(line)
+    plots = []
+    for group, lines in groups.items():
+        if not lines:
+            continue
+        level = ("unigram", levels[group]) if group in levels else None
+        salt = f"{key} {axis} {group}"
+        drawing = draw(lines, _AXES[axis], label, salt=salt, from_zero=from_zero, level=level)
+        title = f"{group}: {name}" if name else group
+        title += ", by time" if axis == "seconds" else ""
+        plots.append(_Plot(title, drawing, len(lines)))
+    return plots
+
+
+def _number(figures: Mapping[str, Any], key: str) -> float | None:
+    """A figure, None where it is missing or no number."""
+    value = figures.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
+    value = _number(figures, key)
+    return "–" if value is None else format(value, form)
+
+
+def _cost(figures: Mapping[str, Any], price: float | None) -> float | None:
+    seconds = _number(figures, "seconds")
+    return None if price is None or seconds is None else seconds / 3600 * price
+
+
+def _run_figures(run: Run, price: float | None) -> Figures:
+    cost = _cost(run.figures, price)
+    more = {} if cost is None else {"cost": cost}
+    return {"kind": run.kind, "finished": run.finished, **run.figures, **more}
+
+
+def _stage_table(found: Found, price: float | None) -> Table:
+    columns = [
+        ("parameters", "parameters", ",.0f"),
+        ("steps", "steps", ",.0f"),
+        ("best step", "best_step", ",.0f"),
+        ("tokens", "tokens", ",.0f"),
+        ("seconds", "seconds", ",.0f"),
+        ("tokens/s", "tokens_per_second", ",.0f"),
+        ("loss", "loss", ".3f"),
+        ("bits/byte", "bits_per_byte", ".3f"),
+        ("unigram", "unigram_bits_per_byte", ".3f"),
+        ("peak memory", "", ""),
+        *([("cost", "", "")] if price is not None else []),
     ]
-    if len(lines) == 1:
-        return ""
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<div class=scroll><table class={kind}>{body}</table></div>"
+
+    def cell(run: Run, title: str, key: str, form: str) -> str:
+        if title == "peak memory":
+            peak = _number(run.figures, "peak_memory_bytes")
+            return "–" if peak is None else f"{peak / (1 << 20):,.0f} MB"
+        if title == "cost":
+            cost = _cost(run.figures, price)
+            return "–" if cost is None else f"{cost:,.2f}"
+        return _figure(run.figures, key, form)
+
+    columns = [c for c in columns if any(cell(run, *c) != "–" for run in found.runs)]
+    rows: list[list[Cell]] = []
+    for run in found.runs:
+        name = run.name if run.finished else f"{run.name} (not finished)"
+        rows.append([name, *(cell(run, *column) for column in columns)])
+    head = ["run" if len(found.chains) > 1 else "stage", *(title for title, _, _ in columns)]
+    return Table(head, rows, range(1, len(head)))
 
 
-def _eight(rows: Sequence[Mapping[str, Any]]) -> str:
+def _problems(found: Found) -> list[str]:
+    of_runs = [f"{run.name}: {problem}" for run in found.runs for problem in run.problems]
+    return [*found.missing, *found.failed, *of_runs]
+
+
+def _lead(found: Found) -> str:
+    if len(found.chains) != 1:
+        return f"{len(found.chains)} runs side by side." if found.chains else "Results of exams."
+    first = found.chains[0][0]
+    figures, training = first.figures, _seconds(found)
+    whole = _number(figures, "parameters")
+    size = f"A GPT of {whole:,.0f} parameters" if whole else "A GPT"
+    return f"{size}, trained on {figures.get('device', '–')} in {training / 60:.1f} minutes."
+
+
+def _seconds(found: Found) -> float:
+    return sum(_number(run.figures, "seconds") or 0.0 for run in found.runs)
+
+
+def _cards(found: Found, price: float | None) -> dict[str, str]:
+    """The figures that one looks for first."""
+    cards: dict[str, str] = {}
+    if found.chains:
+        cards["training"] = f"{_seconds(found):,.0f} s"
+        tokens = sum(_number(run.figures, "tokens") or 0 for run in found.runs)
+        cards["tokens"] = f"{tokens / 1e6:,.1f} M" if tokens >= 1e5 else f"{tokens:,.0f}"
+    if price is not None:
+        cards["cost"] = f"{_seconds(found) / 3600 * price:,.2f}"
+    quiz = found.demo.get("quiz", {})
+    if quiz.get("questions"):
+        cards["quiz"] = f"{quiz['correct'] / quiz['questions']:.1%}"
+    if eight := found.demo.get("eight"):
+        cards["of the eight"] = f"{sum(one['correct'] for one in eight)} right"
+    pretrained = [run for run in found.runs if run.kind == "pretrain"]
+    bits = [_number(run.figures, "bits_per_byte") for run in pretrained]
+    measured = [value for value in bits if value is not None]
+    if measured:
+        name = "bits per byte" if len(measured) == 1 else "best bits per byte"
+        cards[name] = f"{min(measured):.3f}"
+    if len(pretrained) == 1:
+        unigram = _number(pretrained[0].figures, "unigram_bits_per_byte")
+        cards |= {} if unigram is None else {"unigram": f"{unigram:.3f}"}
+    if "accuracy" in found.demo.get("preferences", {}):
+        cards["pairs told apart"] = f"{found.demo['preferences']['accuracy']:.1%}"
+    identity = found.demo.get("identity", {})
+    if identity.get("questions"):
+        cards["knows its name"] = f"{identity['correct'] / identity['questions']:.0%}"
+    return cards
+
+
+def _samples(run: Run) -> list[Title | Table]:
+    """A row an evaluation, the last always among them; a column a prompt."""
+    by_step: dict[int, dict[str, str]] = {}
+    for line in run.metrics:
+        if line["kind"] == "sample":
+            texts = by_step.setdefault(line["step"], {})
+            texts[str(line.get("prompt", ""))] = str(line.get("text", ""))
+    if not by_step:
+        return []
+    prompts = list(dict.fromkeys(prompt for texts in by_step.values() for prompt in texts))
+    every = max(1, -(-len(by_step) // _MAX_SAMPLES))
+    shown = list(by_step.items())[::-every][::-1]
+    rows = [[f"{step:,}", *(texts.get(prompt, "") for prompt in prompts)] for step, texts in shown]
+    return [Title(run.name), Table(["step", *prompts], rows, (0,), "texts")]
+
+
+# What only several runs have.
+
+_ABOUT_SCALING = (
+    "How the loss falls with more parameters, tokens and time, both axes logarithmic, with a power "
+    "law where one can be fitted. By parameters, a point is a finished run. By tokens and time, "
+    "the fit is through the lowest loss that any of the runs had reached by then, without the "
+    "first tenth: of a run whose learning rate has not fallen yet, that is above what a run of "
+    "just that length would give. R² says how much of the loss's logarithm the law explains, of "
+    "these runs; beyond them it is a guess."
+)
+_SYMBOLS = {"parameters": "N", "tokens": "D", "seconds": "t"}
+
+
+def _add_scaling(page: Page, found: Found) -> Figures:
+    """Loss by parameters, tokens, time and what was varied; the fits as figures."""
+    runs = [run for run in found.runs if run.kind in ("pretrain", "sft")]
+    kinds = {kind: [run for run in runs if run.kind == kind] for kind in ("pretrain", "sft")}
+    figures: Figures = {}
+    for kind, some in kinds.items():
+        if len(some) < 2:
+            continue
+        one_tokenizer = len({run.settings.get("tokenizer") for run in some}) == 1
+        key, unit = ("loss", "nats per token") if one_tokenizer else ("bits_per_byte",) * 2
+        unit = unit.replace("_", " ")
+        ends = [
+            (float(size), float(loss))
+            for run in some
+            if run.finished
+            and (size := _number(run.figures, "parameters"))
+            and (loss := _number(run.figures, key))
+        ]
+        by_axis = {"parameters": ends}
+        measured: dict[str, list[Line]] = {"parameters": [Line("runs", ends, "points")]}
+        for axis in _AXES:
+            lines = [
+                Line(run.name, [p for p in curves["validation"] if p[0] > 0])
+                for run in some
+                if "validation" in (curves := run.curves(key, axis))
+            ]
+            measured[axis] = [line for line in lines if line.points]
+            by_axis[axis] = _late([line.points for line in measured[axis]])
+        fits = {axis: fit_power_law(points) for axis, points in by_axis.items()}
+        plots = [
+            _scaling_plot(axis, measured[axis], by_axis[axis], fit, unit, kind)
+            for axis, fit in fits.items()
+            if measured[axis] and any(line.points for line in measured[axis])
+        ]
+        rows: list[list[Cell]] = [_fit_row(axis, fit) for axis, fit in fits.items()]
+        table = Table(["by", "power law", "R²", "points"], rows, (2, 3))
+        page.add(f"Scaling: {kind}", _ABOUT_SCALING, table, _grid(plots))
+        page.add(
+            f"By setting: {kind}",
+            "The loss at the end by each setting that was varied, a point a run. Where several "
+            "settings change together, their plots show the same runs.",
+            _grid(_setting_plots(some, found.swept, key, unit)),
+            _setting_table(some, found.swept, key),
+        )
+        figures[kind] = {
+            axis: vars(fit) if isinstance(fit, PowerLaw) else {"reason": fit}
+            for axis, fit in fits.items()
+        }
+    return figures
+
+
+def _late(curves: Sequence[Sequence[Point]]) -> list[Point]:
+    """The frontier without the first tenth of the axis, where warming up says little."""
+    points = frontier(curves)
+    return [point for point in points if point[0] >= 0.1 * points[-1][0]]
+
+
+def _fit_row(axis: str, fit: PowerLaw | str) -> list[Cell]:
+    name = axis if axis == "parameters" else _AXES["tokens" if axis == "tokens" else "seconds"]
+    if isinstance(fit, str):
+        return [name, fit, "–", "–"]
+    return [name, fit.formula(_SYMBOLS[axis]), f"{fit.r_squared:.3f}", str(fit.points)]
+
+
+def _scaling_plot(
+    axis: str,
+    measured: Sequence[Line],
+    points: Sequence[Point],
+    fit: PowerLaw | str,
+    unit: str,
+    kind: str,
+) -> _Plot:
+    lines = list(measured)
+    if isinstance(fit, PowerLaw):
+        low, high = min(x for x, _ in points), max(x for x, _ in points)
+        steps = [low * (high / low) ** (step / 40) for step in range(41)]
+        lines.append(Line(fit.formula(_SYMBOLS[axis]), [(x, fit.at(x)) for x in steps], "fit"))
+    across = axis if axis != "seconds" else _AXES["seconds"]
+    salt = f"scaling {kind} {axis}"
+    drawing = draw(lines, across, unit, salt=salt, logarithmic=True)
+    return _Plot(f"by {across}", drawing, len(lines))
+
+
+def _setting_plots(
+    runs: Sequence[Run], swept: Mapping[str, Figures], key: str, unit: str
+) -> list[_Plot]:
+    plots = []
+    for setting in _varied(runs, swept):
+        points = [
+            (float(value), loss)
+            for run in runs
+            if (value := _number(swept.get(run.name, {}), setting)) is not None
+            and (loss := _number(run.figures, key)) is not None
+            and run.finished
+        ]
+        if len({x for x, _ in points}) > 1 and setting != "seed":
+            line = Line("runs", sorted(points), "points")
+            plots.append(_Plot(setting, draw([line], setting, unit, salt=f"by {setting}"), 1))
+    return plots
+
+
+def _setting_table(runs: Sequence[Run], swept: Mapping[str, Figures], key: str) -> Table | None:
+    settings = _varied(runs, swept)
+    rows: list[list[Cell]] = [
+        [
+            run.name,
+            *(str(swept.get(run.name, {}).get(setting, "–")) for setting in settings),
+            _figure(run.figures, key, ".4f"),
+        ]
+        for run in runs
+    ]
+    head = ["run", *settings, key.replace("_", " ")]
+    return Table(head, rows, range(1, len(head))) if settings else None
+
+
+def _varied(runs: Sequence[Run], swept: Mapping[str, Figures]) -> list[str]:
+    return list(dict.fromkeys(key for run in runs for key in swept.get(run.name, {})))
+
+
+# Exams, and what the demo alone has.
+
+
+def _add_exams(page: Page, exams: Sequence[Figures]) -> None:
+    rows: list[list[Cell]] = []
+    for one in exams:
+        low, high = one.get("interval") or (None, None)
+        correct, asked = _number(one, "correct"), _number(one, "questions")
+        bits, share = _number(one, "bits_per_byte"), _number(one, "accuracy")
+        if bits is not None:
+            spread = "–" if low is None else f"{low:.4f} – {high:.4f}"
+            score, told = f"{bits:.4f} bits/byte", f"{_figure(one, 'documents', ',.0f')} documents"
+        elif share is not None:
+            spread = "–" if low is None else f"{low:.1%} – {high:.1%}"
+            score, told = f"{share:.2%}", f"{correct or 0:,.0f} / {asked or 0:,.0f}"
+        else:
+            metrics = one.get("metrics") or {}
+            score = ", ".join(f"{name} {_figure(metrics, name, '.4g')}" for name in metrics) or "–"
+            spread = told = "–"
+        rows.append([str(one["model"]), str(one["task"]), score, spread])
+        rows[-1] += [_figure(one, "chance", ".1%"), told, _figure(one, "failed", ",.0f")]
+    head = ["model", "task", "score", "95 %", "chance", "correct / questions", "failed"]
+    by_group: list[Title | Table] = []
+    for one in exams:
+        groups = one.get("by_group")
+        if isinstance(groups, dict) and groups:
+            by_group.append(Title(f"{one['model']}: {one['task']}"))
+            shares = {
+                name: (int(_number(g, "correct") or 0), int(_number(g, "questions") or 0))
+                for name, g in groups.items()
+            }
+            by_group.append(_shares("group", shares))
+    page.add(
+        "Exams",
+        "Results of minimind eval. A score is worth its interval: two that overlap are not told "
+        "apart. Beside it is what guessing gives.",
+        Table(head, rows, range(2, 7)),
+        *by_group,
+    )
+
+
+def _shares(name: str, parts: Mapping[str, tuple[int, int]]) -> Table:
+    """Right of asked as bars, the weakest first."""
+    ordered = sorted(parts.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
+    rows: list[list[Cell]] = []
+    for part, (right, asked) in ordered:
+        share = right / max(asked, 1)
+        rows.append([part, Bar(share), f"{right}/{asked}", f"{share:.0%}"])
+    return Table([name, "", "right", ""], rows, (2, 3))
+
+
+def _add_demo_answers(page: Page, demo: Figures) -> None:
     moments = {
         "before_training": "before training",
         "after_pretraining": "after pretraining",
         "after_fine_tuning": "after fine-tuning",
         "after_preferences": "after preferences",
     }
-    return _table(
-        ["question", *moments.values(), ""],
-        (
-            [*(_text(row[key]) for key in ("question", *moments)), _MARKS[row["correct"]]]
-            for row in rows
-        ),
-        kind="texts",
-    )
-
-
-def _identity(rows: Sequence[Mapping[str, Any]]) -> str:
-    return _table(
-        ["question", "without the adapter", "with it", ""],
-        (
-            [*(_text(row[key]) for key in ("question", "before", "after")), _MARKS[row["right"]]]
-            for row in rows
-        ),
-        kind="texts",
-    )
-
-
-def _stage_table(stages: Sequence[StageReport]) -> str:
-    def cell(stage: StageReport, key: str, form: str) -> str:
-        value = stage.summary.get(key)
-        return "–" if value is None else format(value, form)
-
-    columns = [
-        ("parameters", "parameters", ",d"),
-        ("steps", "steps", ",d"),
-        ("best step", "best_step", ",d"),
-        ("tokens", "tokens", ",d"),
-        ("seconds", "seconds", ",.0f"),
-        ("tokens/s", "tokens_per_second", ",.0f"),
-        ("loss", "loss", ".3f"),
-        ("bits/byte", "bits_per_byte", ".3f"),
-        ("unigram bits/byte", "unigram_bits_per_byte", ".3f"),
+    rows: list[list[Cell]] = [
+        [*(str(row.get(key, "")) for key in ("question", *moments)), bool(row.get("correct"))]
+        for row in demo.get("eight", [])
     ]
-    return _table(
-        ["stage", *(title for title, _, _ in columns)],
-        ([_text(s.name), *(cell(s, key, form) for _, key, form in columns)] for s in stages),
-        numbers=range(1, len(columns) + 1),
+    page.add(
+        "The eight questions",
+        "The same questions at four moments. Before training the model writes noise; after "
+        "pretraining it knows words but seldom the answer; after fine-tuning it should answer "
+        "in one whole sentence, and learning preferences should keep it so. ✓ marks a last "
+        "answer that is right and fluent.",
+        Table(["question", *moments.values(), ""], rows, kind="texts"),
     )
 
 
-def _plots(stages: Sequence[StageReport], key: str, label: str, *, from_zero: bool = False) -> str:
-    """A plot a stage; a `key` that ends in a slash means all that begins so, in training."""
-    return _grid((stage.name, _plot(stage, key, label, from_zero)) for stage in stages)
-
-
-def _grid(plots: Iterable[tuple[str, str]]) -> str:
-    """Drawings side by side, each below its title; nothing if there are none."""
-    figures = "".join(
-        f"<figure><figcaption>{_text(title)}</figcaption>{drawing}</figure>"
-        for title, drawing in plots
-    )
-    return f"<div class=plots>{figures}</div>" if figures else ""
-
-
-def _preferences(stages: Sequence[StageReport]) -> str:
-    """What is measured of pairs alone."""
-    figures = {
-        "loss": "loss per pair",
-        "rewards/": "reward",
-        "accuracy": "accuracy",
-        "logps/": "log-probability",
+def _add_demo_quiz(page: Page, demo: Figures) -> None:
+    quiz = demo.get("quiz", {})
+    by_subject = {
+        name: (one["correct"], one["questions"]) for name, one in quiz.get("by_subject", {}).items()
     }
-    return _grid(
-        (f"{stage.name}: {label}", _plot(stage, key, label, from_zero=False))
-        for stage in stages
-        for key, label in figures.items()
-    )
-
-
-def _plot(stage: StageReport, key: str, label: str, from_zero: bool) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    lines = _lines(stage.metrics, key)
-    unigram = stage.summary.get("unigram_bits_per_byte") if key == "bits_per_byte" else None
-    if not lines:
-        return "<p class=faint>Nothing was measured.</p>"
-    with matplotlib.rc_context(_PLOT_STYLE | {"svg.hashsalt": f"{key} {stage.name}"}):
-        figure = Figure(figsize=(4.4, 3), layout="constrained")
-        axes = figure.subplots()
-        for name, points in lines.items():
-            steps, values = [step for step, _ in points], [value for _, value in points]
-            many = len(points) >= _MANY
-            dots = "o" if len(points) == 1 or (name == "validation" and not many) else ""
-            if many and name == "train":
-                axes.plot(steps, values, lw=0.8, alpha=0.35, color="C0")
-                values = _smoothed(values)
-            axes.plot(steps, values, marker=dots, ms=3.5, lw=1.6, label=name)
-        if unigram:
-            axes.axhline(unigram, ls="--", lw=1.2, color=_INK, alpha=0.6, label="unigram")
-        if from_zero:
-            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-        axes.set(xlabel="step", ylabel=label)
-        axes.grid(alpha=0.15)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if max(value for points in lines.values() for _, value in points) >= 1000:
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        if len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend(frameon=False, fontsize=9)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    drawing = buffer.getvalue()
-    drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
-    return drawing.replace(_INK, "currentColor")
-
-
-def _lines(metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each line of a plot, by its name in the legend."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for line in metrics:
-        for name, value in line.items():
-            many = key.endswith("/")
-            general = name == f"general_{key}"
-            begins = name.startswith(key) and line["kind"] == "train"
-            wanted = general or (begins if many else name == key)
-            if wanted and isinstance(value, int | float) and math.isfinite(value):
-                legend = name.removeprefix(key) if many else line["kind"]
-                legend = "general" if general else legend
-                found.setdefault(legend, []).append((line["step"], value))
-    # Training first, so that a kind has one colour in all plots.
-    ordered = sorted(found.items(), key=lambda line: line[0] != "train")
-    return {name: _thinned(points) for name, points in ordered}
-
-
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `_MAX_POINTS`, each the mean of as many neighbours: a long run has a small page."""
-    size = -(-len(points) // _MAX_POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value and its neighbours, as many before as after: the curve has no lag."""
-    last, reach = len(values) - 1, len(values) // 40
-    near = [min(reach, i, last - i) for i in range(len(values))]
-    return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
-
-
-def _subjects(by_subject: Mapping[str, tuple[int, int]]) -> str:
-    def row(name: str, right: int, asked: int) -> list[str]:
-        share = right / asked
-        bar = f"<div class=bar><i style='width:{share:.0%}'></i></div>"
-        return [_text(name), bar, f"{right}/{asked}", f"{share:.0%}"]
-
-    ordered = sorted(by_subject.items(), key=lambda item: item[1][0] / item[1][1])
-    rows = (row(name, right, asked) for name, (right, asked) in ordered)
-    return _table(["subject", "", "right", ""], rows, numbers=(2, 3))
-
-
-def _wrong(wrong: Sequence[Mapping[str, str]]) -> str:
     head = ["question", "answer", "expected"]
-    table = _table(head, ([_text(one[key]) for key in head] for one in wrong), kind="texts")
-    return _folded(f"{len(wrong):,} wrong answers", table) if wrong else ""
-
-
-def _samples(stage: StageReport) -> str:
-    """A row an evaluation, the last always among them; a column a prompt."""
-    by_step: dict[int, dict[str, str]] = {}
-    for line in stage.metrics:
-        if line["kind"] == "sample":
-            by_step.setdefault(line["step"], {})[line["prompt"]] = line["text"]
-    prompts = list(dict.fromkeys(prompt for texts in by_step.values() for prompt in texts))
-    every = max(1, -(-len(by_step) // _MAX_SAMPLES))
-    shown = list(by_step.items())[::-every][::-1]
-    rows = ([f"{step:,}", *(_text(texts.get(p, "")) for p in prompts)] for step, texts in shown)
-    table = _table(["step", *prompts], rows, numbers=(0,), kind="texts")
-    return table and f"<h3>{_text(stage.name)}</h3>{table}"
+    wrong: list[list[Cell]] = [[str(one[key]) for key in head] for one in quiz.get("wrong", [])]
+    page.add(
+        "Quiz by subject",
+        "Questions in words that were never trained on, the weakest subject first. Good is a "
+        "long bar everywhere; a short bar shows what the model has not understood.",
+        _shares("subject", by_subject),
+        Folded(f"{len(wrong):,} wrong answers", Table(head, wrong, kind="texts"))
+        if wrong
+        else None,
+    )
+    answers: list[list[Cell]] = [
+        [*(str(row[key]) for key in ("question", "before", "after")), bool(row["right"])]
+        for row in demo.get("identity", {}).get("answers", [])
+    ]
+    page.add(
+        "A name of its own",
+        "Asked who it is, in words never trained on, without and with the adapter that LoRA "
+        "trained beside the model. ✓ marks an answer that says the name or the author that "
+        "was asked for.",
+        Table(["question", "without the adapter", "with it", ""], answers, kind="texts"),
+    )

@@ -22,7 +22,7 @@ from minimind.training.batch import to_device
 from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
 from minimind.training.distributed import ALONE, Workers
 from minimind.training.engine import Engine, TorchEngine
-from minimind.training.memory import divisors
+from minimind.training.memory import divisors, forget_peak, peak_bytes
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
@@ -167,6 +167,7 @@ def train(job: Trainer) -> Outcome:
             return workers.any(asked())
 
         at = _resume(job, engine, log)
+        forget_peak(job.device)
         writer = CheckpointWriter(job.run, keep=recipe.checkpoint.keep)
         saving = _Saving(job, engine, log, stack.enter_context(writer), at.step)
         if at.step == 0 and job.validate_first and workers.is_first:
@@ -319,7 +320,8 @@ def _log(job: Trainer, log: MetricsLog, engine: Engine, at: _Progress, norm: flo
         | figures
         | {f"lr/{name}": lr for name, lr in engine.lrs().items()},
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
-        | {"data_share": at.data_s / at.interval_s},
+        | {"data_share": at.data_s / at.interval_s}
+        | {"peak_memory_bytes": peak_bytes(job.device)},
     )
     note = f"{job.objective.note(figures)} {rate / 1000:,.1f}k tokens/s"
     job.reporter.progress(at.step, job.num_steps, note)

@@ -1,5 +1,6 @@
 """How much memory a step takes, and how many windows at once fit."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,3 +122,22 @@ def free_bytes(device: torch.device) -> int | None:
         return min(free, int(limit) - int(used) + cached)
     except (OSError, ValueError, StopIteration):
         return free
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory that was in use at once: of tensors on a GPU since `forget_peak`, elsewhere
+    of the whole process since it began. None where the system does not tell. Waits for nothing."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most << 10
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to measure anew, where that can be done."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -50,7 +50,7 @@ class MetricsLog:
             self._stream.truncate(offset)
             self._stream.seek(offset)
 
-    def write(self, figures: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
+    def write(self, figures: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """Append one line: what the run's seed and data decide, then what the clock does.
 
         Numbers that are not finite become null: JSON has no others. Raises ResourceError.

@@ -37,7 +37,7 @@ from minimind.training.checkpoint import best_step, inspect_checkpoints, load_ch
 from minimind.training.distributed import ALONE, Workers, join, own_device
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
-from minimind.training.memory import Footprint, choose_micro_batch
+from minimind.training.memory import Footprint, choose_micro_batch, peak_bytes
 from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
@@ -289,9 +289,9 @@ def _clear(run: Path, recipe: Recipe) -> None:
                 f"{needed} would be removed by --fresh, and the run needs it; choose another --out"
             )
     # In this order: what is half removed is neither a finished run nor one of another recipe.
-    for name in ("summary.json", "report.html", "metrics.jsonl", REFERENCE):
+    for name in ("summary.json", "report.html", "report.md", "metrics.jsonl", REFERENCE):
         (run / name).unlink(missing_ok=True)
-    for name in ("model", "adapter", "tensorboard", "checkpoints"):
+    for name in ("model", "adapter", "tensorboard", "report-plots", "checkpoints"):
         if (run / name).exists():
             shutil.rmtree(run / name)
     (run / "recipe.toml").unlink(missing_ok=True)
@@ -520,6 +520,7 @@ def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
         "tokens_per_second": outcome.tokens / max(outcome.elapsed_s, 1e-9),
         "device": str(job.device),
         "precision": job.precision.name,
+        "peak_memory_bytes": peak_bytes(job.device),
     }
     if (active := job.model.num_active_parameters) < summary["parameters"]:
         summary["active_parameters"] = active

@@ -7,10 +7,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import sample, train, usual_metrics, validation, write_run
 
-from minimind.evaluation.report import StageReport, _lines, write_report
+from minimind.errors import DataError
+from minimind.evaluation.report import make_report
 
-Make = Callable[..., str]
+EVIL = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\x00\x1b[0m\ufffd\n第二行"
+SHOWN = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\ufffd\ufffd[0m\ufffd\n第二行"
+DEMO = {
+    "stages": {},
+    "quiz": {
+        "correct": 8,
+        "questions": 12,
+        "by_subject": {
+            "河流": {"correct": 3, "questions": 4},
+            "山峰": {"correct": 1, "questions": 4},
+            "English": {"correct": 4, "questions": 4},
+        },
+        "wrong": [{"question": "华山在哪？", "answer": "在山东。", "expected": "在陕西。"}],
+    },
+    "eight": [
+        {
+            "question": "你叫什么名字？",
+            "before_training": "？？",
+            "after_pretraining": "名字",
+            "after_fine_tuning": "我叫MiniMind。",
+            "after_preferences": "我叫MiniMind。",
+            "correct": right,
+        }
+        for right in (True, False)
+    ],
+    "identity": {
+        "correct": 1,
+        "questions": 1,
+        "answers": [{"question": "你是何人？", "before": "我。", "after": "小满。", "right": True}],
+    },
+}
 SECTIONS = [
     "The eight questions",
     "Stages",
@@ -18,74 +50,14 @@ SECTIONS = [
     "Bits per byte",
     "Learning rate",
     "Tokens per second",
+    "Memory",
     "Quiz by subject",
     "A name of its own",
     "What the model wrote on the way",
     "Recipes",
 ]
-EVIL = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\x00\x1b[0m\ufffd\n第二行"
-
-
-def train(step: int, **more: Any) -> dict[str, Any]:
-    figures = {"loss": 9 / step, "bits_per_byte": 3 / step, "tokens_per_second": 5e4 + step}
-    return {"kind": "train", "step": step, "lr/adamw": 3e-4, "lr/muon": 2e-2} | figures | more
-
-
-def validation(step: int) -> dict[str, Any]:
-    return {"kind": "validation", "step": step, "loss": 9.5 / step, "bits_per_byte": 3.2 / step}
-
-
-def sample(step: int, text: str) -> dict[str, Any]:
-    return {"kind": "sample", "step": step, "prompt": "长江是", "text": text}
-
-
-def stage(name: str = "pretrain", metrics: list[dict[str, Any]] | None = None) -> StageReport:
-    whole = [*map(train, range(1, 60)), validation(30), validation(59), sample(59, "中国的河。")]
-    summary = {"parameters": 1234567, "seconds": 61.7, "loss": 0.16, "unigram_bits_per_byte": 2.25}
-    return StageReport(name, summary, whole if metrics is None else metrics, "[model]\nwidth = 8\n")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """`page(…)`: the page of a full report, of which any part can be given."""
-
-    def make(**parts: Any) -> str:
-        eight = {
-            "question": "你叫什么名字？",
-            "before_training": "？？",
-            "after_pretraining": "名字",
-            "after_fine_tuning": "我叫MiniMind。",
-            "after_preferences": "我叫MiniMind。",
-            "correct": True,
-        }
-        whole = {
-            "title": "my run",
-            "lead": "A small model.",
-            "cards": {"quiz": "91.0%"},
-            "stages": [stage(), stage("sft")],
-            "eight": [eight, eight | {"question": "泰山？", "correct": False}],
-            "identity": [
-                {
-                    "question": "你是何人？",
-                    "before": "我叫MiniMind。",
-                    "after": "我是小满。",
-                    "right": True,
-                }
-            ],
-            "by_subject": {"河流": (3, 4), "山峰": (1, 4), "English": (4, 4)},
-            "wrong": [{"question": "华山在哪？", "answer": "在山东。", "expected": "在陕西。"}],
-        }
-        file = tmp_path_factory.mktemp("report") / "report.html"
-        write_report(file, **(whole | parts))
-        return file.read_text("utf-8")
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def full(page: Make) -> str:
-    """The page of the full report."""
-    return page()
+PER_STAGE = 2 + 2 + 1 + 1 + 1  # plots
+Page = Callable[..., str]
 
 
 class Elements(HTMLParser):
@@ -115,31 +87,51 @@ class Elements(HTMLParser):
         self.text += data
 
 
+def page_of(*places: Path, price: float | None = None) -> str:
+    out = places[0].parent / "page" / "report.html"
+    make_report(places, price=price).write(out)
+    return out.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `minimind demo` leaves it, two stages long."""
+    folder = tmp_path_factory.mktemp("whole") / "demo"
+    write_run(folder / "zz-pretrain")
+    write_run(folder / "sft", init="elsewhere/zz-pretrain", objective="sft")
+    (folder / "summary.json").write_text(json.dumps(DEMO), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full(demo: Path) -> str:
+    return page_of(demo)
+
+
+def titles(page: str) -> list[str]:
+    return re.findall("<h2>(.*?)</h2>", page)
+
+
 def test_all_sections_are_there_with_what_they_show(full: str) -> None:
-    assert re.findall("<h2>(.*?)</h2>", full) == SECTIONS
+    assert titles(full) == SECTIONS
     # Below each title is a sentence for learners.
     assert len(re.findall(r"</h2><p class=faint>[A-Z][^<]{60,}\.</p>", full)) == len(SECTIONS)
     text = Elements(full).text
-    for shown in (
-        "my run",
-        "A small model.",
-        "91.0%",
-        "我叫MiniMind。",
-        "1,234,567",
-        "2.250",
-        "中国的河。",
-        "width = 8",
-        "华山在哪？",
-        "在陕西。",
-        "1 wrong answers",
-    ):
-        assert shown in text, shown
+    shown = ("minimind: demo", "1,234,567", "2.250", "256 MB", "中国的河。", "hidden_size = 8")
+    for one in (*shown, "我叫MiniMind。", "华山在哪？", "在陕西。", "1 wrong answers", "66.7%"):
+        assert one in text, one
     assert (full.count("✓</b>"), full.count("✗</b>")) == (2, 1)
+    assert "Problems" not in text
 
 
-def test_there_is_a_plot_a_stage_and_it_needs_no_font(full: str) -> None:
+def test_stages_stand_in_the_order_in_which_they_were_trained(full: str) -> None:
+    captions = re.findall("<figcaption>(.*?)</figcaption>", full)
+    assert captions[:4] == ["zz-pretrain", "sft", "zz-pretrain, by time", "sft, by time"]
+    assert len(captions) == PER_STAGE * 2
+
+
+def test_plots_need_no_font(full: str) -> None:
     plots = re.findall("<figure>(.*?)</figure>", full, re.S)
-    assert len(plots) == 4 * 2
     assert all("<path" in plot and "<text" not in plot for plot in plots)
     assert "currentColor" in full and "#010203" not in full
 
@@ -156,28 +148,23 @@ def test_the_page_needs_nothing_from_elsewhere(full: str) -> None:
     assert len(full.encode()) < 1_000_000
 
 
-def test_what_a_model_or_a_user_wrote_stays_text(page: Make) -> None:
-    metrics = [train(1), sample(1, EVIL), sample(1, EVIL) | {"prompt": EVIL}]
-    html = page(
-        title=EVIL,
-        lead=EVIL,
-        cards={EVIL: EVIL},
-        stages=[StageReport(EVIL, {}, metrics, EVIL)],
-        eight=[
-            dict.fromkeys(
-                ("question", "before_training", "after_pretraining", "after_fine_tuning"), EVIL
-            )
-            | {"after_preferences": EVIL, "correct": False}
-        ],
-        identity=[dict.fromkeys(("question", "before", "after"), EVIL) | {"right": False}],
-        by_subject={EVIL: (1, 2)},
-        wrong=[dict.fromkeys(("question", "answer", "expected"), EVIL)],
+def test_what_a_model_or_a_user_wrote_stays_text(tmp_path: Path) -> None:
+    metrics = [train(1), sample(1, EVIL), sample(1, EVIL, prompt=EVIL)]
+    write_run(tmp_path / "runs" / "one", metrics, more=f"# {EVIL}\n".replace("\n第", "\n# 第"))
+    told = json.loads(json.dumps(DEMO).replace(json.dumps("我叫MiniMind。"), json.dumps(EVIL)))
+    told["quiz"]["by_subject"] = {EVIL: {"correct": 1, "questions": 2}}
+    (tmp_path / "runs" / "summary.json").write_text(json.dumps(told), encoding="utf-8")
+    (tmp_path / "runs" / "ceval.json").write_text(
+        json.dumps({"task": EVIL, "model": EVIL, "settings": {}, "metrics": {EVIL: 1.0}})
     )
+    html = page_of(tmp_path / "runs")
     elements = Elements(html)
     assert not {"script", "img"} & {tag for tag, _ in elements.tags}
-    shown = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\ufffd\ufffd[0m\ufffd\n第二行"
-    assert elements.text.count(shown) >= 15
+    assert elements.text.count(SHOWN) >= 10
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", html)
+    markdown = (tmp_path / "page" / "report.md").read_text("utf-8")
+    outside = re.sub("```.*?```", "", markdown, flags=re.S)
+    assert "<script" not in outside and "<img" not in outside and "&lt;script" in outside
 
 
 def test_the_weakest_subject_comes_first(full: str) -> None:
@@ -196,104 +183,186 @@ def test_the_weakest_subject_comes_first(full: str) -> None:
         [train(10), train(20), validation(20)],
         [train(10, loss=math.nan, bits_per_byte=math.inf), train(20, loss=None)],
         [train(10, **{"lr/adamw": 0.0, "lr/muon": 0.0, "tokens_per_second": 0.0})],
+        [train(10, loss="high", tokens="many", elapsed_s=[])],
         [{"kind": "train", "step": 0, "loss": 7}],
     ],
-    ids=["none", "one", "validation", "few", "not finite", "zero", "step 0"],
+    ids=["none", "one", "validation", "few", "not finite", "zero", "words", "step 0"],
 )
-def test_few_lines_of_metrics_are_enough(page: Make, metrics: list[dict[str, Any]]) -> None:
-    html = page(stages=[StageReport("pretrain", {}, metrics, "")])
-    plots = html.count("<svg ") + html.count("Nothing was measured.")
-    assert plots == 4
-    assert html.count("<svg ") > 0 or not metrics
+def test_few_or_odd_lines_of_metrics_are_enough(
+    tmp_path: Path, metrics: list[dict[str, Any]]
+) -> None:
+    html = page_of(write_run(tmp_path / "one", metrics))
+    Elements(html)
+    assert {"Stages", "Recipes"} <= set(titles(html))
 
 
-def test_a_number_that_is_none_does_not_spoil_its_neighbours(page: Make) -> None:
+def test_a_number_that_is_none_does_not_spoil_its_neighbours(tmp_path: Path) -> None:
     metrics = [*map(train, range(1, 400))]
-    for odd in (math.nan, math.inf, None):
+    pages = set()
+    for number, odd in enumerate((math.nan, math.inf, None, "no")):
         metrics[200] = train(201, loss=odd)
-        html = page(stages=[stage(metrics=metrics)])
-        del metrics[200]["loss"]
-        assert html == page(stages=[stage(metrics=metrics)])
+        if odd == "no":
+            del metrics[200]["loss"]
+        pages.add(page_of(write_run(tmp_path / str(number) / "one", metrics)))
+    assert len(pages) == 1
 
 
-def test_experts_are_shown_where_there_are_any(page: Make) -> None:
-    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, 2, 3, "most", "least")}
+def test_experts_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "most", "least")}
     figures = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance": 1.0}
     lines = [train(step, **figures) for step in range(1, 20)]
-    lines.append(validation(19) | figures | {"expert_load/0": 9.0})
-    html = page(stages=[stage(), stage("moe", lines)])
-    titles = re.findall("<h2>(.*?)</h2>", html)
+    html = page_of(write_run(tmp_path / "moe", lines))
     own = ["Expert load", "Dropped tokens", "Router entropy"]
-    assert [name for name in titles if name not in SECTIONS] == own
-    assert html.count("<svg ") == 4 * 2 + 3
-    lines[-1]["expert_load/0"] = 0.25  # the plot of the load is that of training
-    assert html == page(stages=[stage(), stage("moe", lines)])
+    assert [name for name in titles(html) if name not in SECTIONS] == own
+    assert html.count("<svg ") == PER_STAGE + 3
 
 
-def test_preferences_are_shown_where_there_are_any(page: Make) -> None:
+def test_preferences_are_shown_where_there_are_any(tmp_path: Path) -> None:
     names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
     figures = dict.fromkeys(names, 0.5)
-    lines = [train(step, **figures) for step in range(1, 20)] + [validation(19) | figures]
+    lines = [train(step, **figures) for step in range(1, 20)] + [validation(19, **figures)]
     for line in lines:
         del line["bits_per_byte"]
-    html = page(stages=[stage(), stage("dpo", lines)])
-    titles = re.findall("<h2>(.*?)</h2>", html)
-    assert [name for name in titles if name not in SECTIONS] == ["Preferences"]
-    # Two of any stage, two of the other stage alone, four of the pairs.
-    assert html.count("<svg ") == 2 * 2 + 2 + 4
-    alone = page(stages=[stage("dpo", lines)])
-    assert "Nothing was measured" not in alone
-    assert "Bits per byte" not in re.findall("<h2>(.*?)</h2>", alone)
+    html = page_of(write_run(tmp_path / "dpo", lines, objective="dpo"))
+    assert [name for name in titles(html) if name not in SECTIONS] == ["Preferences"]
+    assert not {"Loss", "Bits per byte"} & set(titles(html))
+    assert html.count("<svg ") == 4 + 3
 
 
-def test_a_stage_without_validation_shows_training_alone(page: Make) -> None:
-    alone = page(stages=[stage(metrics=[train(step) for step in range(1, 9)])])
-    both = page(stages=[stage(metrics=[*map(train, range(1, 9)), validation(8)])])
-    assert alone.count("<svg ") == both.count("<svg ") == 4
-    assert len(both) > len(alone)
-
-
-def test_sections_without_content_are_left_out(page: Make) -> None:
-    html = page(eight=[], identity=[], by_subject={}, wrong=[], stages=[stage(metrics=[train(1)])])
-    left = [
-        name
-        for name in SECTIONS
-        if not name.startswith(("The eight", "Quiz", "A name", "What the"))
-    ]
-    assert re.findall("<h2>(.*?)</h2>", html) == left
-
-
-def test_a_long_run_has_a_small_page_that_shows_its_end(page: Make) -> None:
+def test_a_long_run_has_a_small_page_that_shows_its_end(tmp_path: Path) -> None:
     metrics = [train(step, loss=3 + math.sin(step**2)) for step in range(10, 300_000, 10)]
     for step in range(1_000, 300_000, 1_000):
         metrics += [validation(step), sample(step, f"到了{step}步。" + "很长的话。" * 60)]
-    html = page(stages=[stage(metrics=metrics)])
-    assert len(html.encode()) < 250_000
+    html = page_of(write_run(tmp_path / "long", metrics))
+    assert len(html.encode()) < 400_000
     assert "到了299000步。" in html
     assert 20 <= html.count("到了") <= 40
 
 
-def test_the_same_run_gives_the_same_bytes(page: Make, full: str) -> None:
-    assert page() == full
+def test_the_same_runs_give_the_same_bytes(demo: Path, full: str) -> None:
+    assert page_of(demo) == full
 
 
-def test_a_stage_is_read_from_its_run_directory(tmp_path: Path) -> None:
-    lines = [train(10), sample(10, "第一行\u2028还是第一行")]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    (tmp_path / "summary.json").write_text('{"loss": 1.5}', encoding="utf-8")
-    (tmp_path / "recipe.toml").write_text("# 一\n", encoding="utf-8")
-    assert StageReport.read("sft", tmp_path) == StageReport("sft", {"loss": 1.5}, lines, "# 一\n")
+def test_an_hour_has_a_price(demo: Path, tmp_path: Path) -> None:
+    report = make_report([demo], price=36.0)
+    assert report.page.cards["cost"] == "1.23"  # 2 * 61.7 s, a cent a second
+    assert math.isclose(report.figures["runs"]["sft"]["cost"], 0.617)
+    assert "cost" not in make_report([demo]).page.cards
 
 
-def test_general_data_has_a_line_of_its_own(page: Make) -> None:
-    general = {"general_loss": 2.0, "general_bits_per_byte": 0.7}
-    lines = [train(1), validation(1) | general, train(2), validation(2) | general]
-    found = _lines(lines, "loss")
-    assert found["general"] == [(1, 2.0), (2, 2.0)] and found.keys() == {
-        "train",
-        "validation",
-        "general",
-    }
-    assert _lines(lines, "bits_per_byte")["general"] == [(1, 0.7), (2, 0.7)]
-    assert page(stages=[stage("lora", lines)]) != page(stages=[stage("lora", lines[:1])])
+def test_a_stage_brings_those_that_it_came_from(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "here" / "base")
+    write_run(tmp_path / "there" / "chat", init=f"{base}/model", objective="sft")
+    report = make_report([tmp_path / "there" / "chat"])
+    assert list(report.figures["runs"]) == ["base", "chat"]
+    assert "runs side by side" not in report.page.lead
+
+
+def test_several_runs_share_their_axes(tmp_path: Path) -> None:
+    for number in range(3):
+        metrics = [*usual_metrics(), validation(59, loss=2.0 + number)]
+        size = {"parameters": 10**number * 1000, "loss": 5.0 * 10 ** (-0.1 * number)}
+        write_run(tmp_path / "runs" / f"n{number}", metrics, **size)
+    swept = {f"n{number}": {"optim.lr": number, "seed": number} for number in range(3)}
+    told = {"settings": swept, "failed": {"n4": "killed by SIGKILL"}}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(told))
+    report = make_report([tmp_path / "runs"])
+    assert report.page.lead == "3 runs side by side."
+    by_title = {section.title: section for section in report.page.sections}
+    [loss] = by_title["Loss"].blocks
+    assert [title for title, _ in loss.plots] == ["pretrain", "pretrain, by time"]
+    fit = report.figures["fits"]["pretrain"]["parameters"]
+    assert math.isclose(fit["exponent"], 0.1, rel_tol=1e-6) and fit["points"] == 3
+    _, settings, table = (
+        by_title["By setting: pretrain"].blocks[0],
+        *by_title["By setting: pretrain"].blocks,
+    )
+    assert [title for title, _ in settings.plots] == ["optim.lr"]
+    assert table.head == ["run", "optim.lr", "seed", "loss"]
+    assert report.figures["problems"] == ["n4: killed by SIGKILL"] and report.complete
+
+
+def test_runs_that_differ_in_nothing_get_no_fit(tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / "runs" / name)
+    fits = make_report([tmp_path / "runs"]).figures["fits"]["pretrain"]
+    assert fits["parameters"]["reason"].startswith("no fit: 1 different values")
+
+
+def test_exams_are_found_in_the_run_or_beside_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    exam = {"task": "ceval", "model": "run", "settings": {}, "accuracy": 0.27, "correct": 363}
+    exam |= {"questions": 1346, "interval": [0.247, 0.294], "chance": 0.25, "failed": 0}
+    exam["by_group"] = {"STEM": {"correct": 3, "questions": 10, "accuracy": 0.3}}
+    bits = {"task": "bpb", "model": "run", "settings": {}, "bits_per_byte": 1.5, "documents": 7}
+    for place, figures in ((run / "eval" / "run", exam), (tmp_path / "apart" / "run", bits)):
+        place.mkdir(parents=True)
+        (place / f"{figures['task']}.json").write_text(json.dumps(figures))
+    text = Elements(page_of(run, tmp_path / "apart")).text
+    for shown in ("27.00%", "24.7% – 29.4%", "363 / 1,346", "1.5000 bits/byte", "STEM", "3/10"):
+        assert shown in text, shown
+    alone = make_report([tmp_path / "apart"])
+    assert [section.title for section in alone.page.sections] == ["Exams"]
+
+
+def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs / "good")
+    half = write_run(runs / "half", finished=False, more="[training]\nsteps = 100\n")
+    with (half / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'\xff{"kind"\n[1]\n{"kind": "train", "step": 60, "lo')
+    broken = write_run(runs / "broken")
+    (broken / "summary.json").write_text('{"loss": ')
+    (broken / "recipe.toml").write_text("[[[")
+    bare = runs / "bare"
+    bare.mkdir()
+    (bare / "recipe.toml").write_text('objective = "pretrain"\n')
+    report = make_report([runs, tmp_path / "nowhere"])
+    assert report.figures["problems"] == [
+        f"{tmp_path / 'nowhere'}: there is nothing",
+        "bare: metrics.jsonl is missing",
+        "bare: not finished: no steps are logged",
+        report.figures["problems"][3],
+        "broken: summary.json: not the figures of a run",
+        "broken: not finished: 59 steps are logged",
+        "half: metrics.jsonl: 3 lines cannot be read",
+        "half: not finished: 59 of 100 steps are logged",
+    ]
+    assert report.figures["problems"][3].startswith("broken: recipe.toml: not TOML")
+    assert not report.complete
+    assert report.figures["runs"]["half"]["tokens"] == 59 * 32 * 4
+    assert report.figures["runs"]["half"]["bits_per_byte"] == 3.2 / 59
+    report.write(tmp_path / "report.html")
+    text = Elements((tmp_path / "report.html").read_text("utf-8")).text
+    assert "half (not finished)" in text and text.count("cannot be read") == 1
+
+
+def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is nothing"):
+        make_report([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="holds no run and no results of exams"):
+        make_report([tmp_path])
+
+
+def test_markdown_says_the_same_and_has_its_plots_beside_it(demo: Path, tmp_path: Path) -> None:
+    report = make_report([demo])
+    stale = tmp_path / "all-plots" / "099.svg"
+    stale.parent.mkdir()
+    stale.write_text("old")
+    report.write(tmp_path / "all.html")
+    markdown = (tmp_path / "all.md").read_text("utf-8")
+    assert re.findall("^## (.*)$", markdown, re.M) == SECTIONS
+    for shown in ("1,234,567", "华山在哪？", "| 河流 | 3/4 | 75% |", "hidden_size = 8"):
+        assert shown in markdown, shown
+    named = re.findall(r"!\[[^]]*\]\((all-plots/[0-9]+\.svg)\)", markdown)
+    assert len(named) == PER_STAGE * 2 and not stale.exists()
+    for name in named:
+        drawing = (tmp_path / name).read_text("utf-8")
+        assert drawing.startswith("<svg xmlns=") and "currentColor" not in drawing
+
+
+def test_names_of_any_letters_go_into_plots(tmp_path: Path) -> None:
+    for name in ("_第一$x$", "第二{", "a^b$"):
+        write_run(tmp_path / "runs" / name)
+    text = Elements(page_of(tmp_path / "runs")).text
+    assert "_第一$x$" in text

@@ -31,7 +31,8 @@ from minimind.training.reporter import Reporter
 VOCAB = 97
 EVENTS = ("spoil", "stop", "kill", "alone", "idle")  # what `share` has done to a run
 REFUSED = 3  # exit status of a save that was refused
-_CLOCK = ("elapsed_s", "tokens_per_second", "data_share")  # what the clock puts in metrics.jsonl
+# What the clock and the machine put in metrics.jsonl.
+_CLOCK = ("elapsed_s", "tokens_per_second", "data_share", "peak_memory_bytes")
 _NANO = {
     "device": "cpu",
     "seed": 7,

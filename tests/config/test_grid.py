@@ -1,0 +1,74 @@
+import pytest
+
+from minimind.config import variants
+from minimind.config.grid import split_values
+from minimind.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("4", ["4"]),
+        ("4,8, 16", ["4", "8", "16"]),
+        ('["a", "b"]', ['["a", "b"]']),
+        ('["a,b"],["c"]', ['["a,b"]', '["c"]']),
+        ('"a,b"', ['"a,b"']),
+        ("'a,b','c\"'", ["'a,b'", "'c\"'"]),
+        (r'"a\",b",c', [r'"a\",b"', "c"]),
+        ("{a = [1, 2], b = 3},{a = []}", ["{a = [1, 2], b = 3}", "{a = []}"]),
+        ("it's,ok", ["it's", "ok"]),
+        ("北京,上海", ["北京", "上海"]),
+    ],
+)
+def test_commas_outside_of_brackets_and_quotes_part_values(text: str, values: list[str]) -> None:
+    assert split_values(text) == values
+
+
+def test_all_combinations_the_last_setting_changing_fastest() -> None:
+    made = variants(["model.num_hidden_layers=2,4", "training.steps=9", "optim.lr=1e-3,2e-3"])
+    assert [one.overrides for one in made] == [
+        ["model.num_hidden_layers=2", "training.steps=9", "optim.lr=1e-3"],
+        ["model.num_hidden_layers=2", "training.steps=9", "optim.lr=2e-3"],
+        ["model.num_hidden_layers=4", "training.steps=9", "optim.lr=1e-3"],
+        ["model.num_hidden_layers=4", "training.steps=9", "optim.lr=2e-3"],
+    ]
+    assert made[1].settings == {"model.num_hidden_layers": 2, "optim.lr": 2e-3}
+    assert made[1].name == "num_hidden_layers-2-lr-0.002"
+
+
+def test_without_several_values_there_is_one_variant() -> None:
+    [one] = variants(["optim.lr=1e-3"])
+    assert (one.name, one.settings, one.overrides) == ("variant", {}, ["optim.lr=1e-3"])
+    assert len(variants([])) == 1
+
+
+def test_settings_that_change_together_are_named_by_what_is_needed() -> None:
+    tables = (
+        "{num_hidden_layers = 2, hidden_size = 64, head_dim = 16},"
+        "{num_hidden_layers = 8, hidden_size = 32, head_dim = 16}"
+    )
+    first, second = variants([f"model={tables}"])
+    assert (first.name, second.name) == ("num_hidden_layers-2", "num_hidden_layers-8")
+    assert second.settings == {"model.num_hidden_layers": 8, "model.hidden_size": 32}
+
+
+def test_names_are_different_and_fit_to_name_folders() -> None:
+    made = variants(['data.sources=["a/b.jsonl"],["a:b.jsonl"]', "model.init=../x y,/x/y"])
+    names = [one.name for one in made]
+    assert len(set(names)) == 4
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-") for name in names)
+    same_last = variants(["validation.every=1,2", "checkpoint.every=3,4"])
+    assert same_last[0].name == "validation.every-1-checkpoint.every-3"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["optim.lr=1,"], "a value is missing beside a comma"),
+        (["optim.lr=1,1"], "a value is given twice"),
+        (["optim.lr=1", "optim.lr=2"], "optim.lr is given twice"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(overrides: list[str], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        variants(overrides)
