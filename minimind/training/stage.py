@@ -343,8 +343,6 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
         directory = resolve_model_directory(Path(recipe.model.init))
         tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
         model = load_model(directory, device=device)
-        if recipe.model.context:
-            _stretch(model, recipe.model.context, recipe.model.rope_scaling)
         tokenizer.check_model(Path(recipe.tokenizer or directory), model.config.vocab_size)
     elif recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer))
@@ -354,6 +352,18 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
             "tokenizer is not set: a new model needs one. Make it with "
             "`minimind tokenizer train DATA --out DIR` and give --tokenizer DIR"
         )
+    fit_context(recipe, model)
+    if recipe.lora:
+        torch.manual_seed(recipe.seed)
+        apply_lora(model, recipe.lora)
+    model.activation_checkpointing = recipe.training.activation_checkpointing
+    return tokenizer, model
+
+
+def fit_context(recipe: Recipe, model: Transformer) -> None:
+    """Stretch the model's context as the recipe says. Raises ConfigError for longer windows."""
+    if recipe.model.context:
+        _stretch(model, recipe.model.context, recipe.model.rope_scaling)
     if recipe.data.window > model.config.max_position_embeddings:
         raise ConfigError(
             f"data.window ({recipe.data.window}) is longer than the model's context "
@@ -361,11 +371,6 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
             + ("stretch the model first, by `minimind sft` with " if recipe.lora else "raise ")
             + ("model.context" if recipe.model.init else "model.max_position_embeddings")
         )
-    if recipe.lora:
-        torch.manual_seed(recipe.seed)
-        apply_lora(model, recipe.lora)
-    model.activation_checkpointing = recipe.training.activation_checkpointing
-    return tokenizer, model
 
 
 def _stretch(model: Transformer, context: int, kind: RopeKind | None) -> None:
