@@ -570,13 +570,20 @@ def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
     Returns its step. Raises CheckpointError when it is not there, damaged, or of another base.
     """
     there = inspect_checkpoints(run, thorough=False)
-    if step is None:
-        step = best_step(there)
-    if step is None:
-        raise CheckpointError(f"{run}: nothing tells which checkpoint is the best; give --step")
+    if not there:
+        raise CheckpointError(
+            f"{run}: there are no checkpoints; give a run directory that has some"
+        )
+    kept = ", ".join(f"{one.step:,}" for one in there)
+    best = best_step(there) if step is None else None
+    if step is None and best is None:
+        raise CheckpointError(
+            f"{run}: nothing tells which checkpoint is the best; give --step, one of {kept}"
+        )
+    step = best if step is None else step
     if step not in [one.step for one in there]:
-        kept = ", ".join(f"{one.step:,}" for one in there) or "none"
-        raise CheckpointError(f"{run}: there is no checkpoint of step {step:,}; kept are {kept}")
+        which = f"step {step:,}" + ", the best that is known" * (best is not None)
+        raise CheckpointError(f"{run}: there is no checkpoint of {which}; kept are {kept}")
     checkpoint = load_checkpoint(run, step)
     recipe = load_recipe(run / "recipe.toml").recipe
     if checkpoint.state["base_sha256"] != _base_sha256(recipe):
