@@ -404,7 +404,15 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
 
     def opened(path: str, fraction: float = 0.0, kind: Kind = objective_kind) -> TokenStore:
         path = textbook_file(path, folder, settings.fill)
-        reporter.start(f"tokenizing {path}", 1, unit="byte")
+        begun = False
+
+        def progress(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:  # not of a store that is there
+                reporter.start(f"tokenizing {path}", total, unit="byte")
+                begun = True
+            reporter.progress(done, total)
+
         try:
             return open_store(
                 path,
@@ -415,7 +423,7 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
                 validation_fraction=fraction,
                 max_bad_fraction=settings.max_bad_fraction,
                 folder=folder,
-                progress=reporter.progress,
+                progress=progress,
                 say=reporter.say,
             )
         finally:
