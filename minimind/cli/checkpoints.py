@@ -72,7 +72,8 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     if json:
         console.write_json(json, {"run": str(run), "read": thorough, "checkpoints": figures})
     if damaged:
-        console.say(f"{damaged} of {len(there)} damaged; the run goes on from the newest whole one")
+        left = "goes on from the newest whole one" if damaged < len(there) else "cannot go on"
+        console.say(f"{damaged} of {len(there)} damaged; the run {left}")
     return damaged
 
 

@@ -102,7 +102,9 @@ class _Rate(ProgressColumn):
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
+        speed = task.speed
+        if task.finished and task.elapsed:  # of all of it: the last of it may have come in a burst
+            speed = (task.completed - task.fields.get("before", 0)) / task.elapsed
         if not speed:
             return Text("")
         if speed >= 1:
@@ -140,7 +142,7 @@ class RichReporter(Reporter):
     def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
         self.stop()
         self._bar = make_progress(unit)
-        self._task = self._bar.add_task(title, total=total, completed=done, note="")
+        self._task = self._bar.add_task(title, total=total, completed=done, before=done, note="")
         self._bar.start()
 
     def progress(self, done: int, total: int, note: str = "") -> None:

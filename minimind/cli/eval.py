@@ -115,6 +115,7 @@ class _Evaluation:
         told = (
             str(error) if isinstance(error, MinimindError) else f"{type(error).__name__}: {error}"
         )
+        told = told.removeprefix(f"{what}: ")  # models and files begin with their own name
         self.failures.append(f"{what}: {told}")
         console.say(f"{what} failed: {told}")
 
@@ -294,7 +295,8 @@ def _row(one: Figures) -> list[object]:
     low, high = one.get("interval") or (None, None)
     asked = one.get("questions")
     if "bits_per_byte" in one:
-        spread = "–" if low is None else f"{low:.4f} – {high:.4f}"
+        alone = low is None or one["documents"] == 1  # which says nothing of others
+        spread = "–" if alone else f"{low:.4f} – {high:.4f}"
         told = f"{one['documents']:,} documents"
         return [one["model"], one["task"], _score(one), spread, None, told, one["failed"]]
     spread = "–" if low is None else f"{low:.1%} – {high:.1%}"
@@ -339,4 +341,7 @@ def _tell_faults(one: Figures) -> None:
         )
     wanted, fewest = one.get("settings", {}).get("shots", 0), one.get("fewest_shots")
     if wanted and fewest is not None and fewest < wanted:
-        console.say(f"{title}: of {wanted} examples, as few as {fewest} fitted into the context")
+        console.say(
+            f"{title}: some questions had {fewest} examples before them, not {wanted}: there are "
+            "no more, or no more fit into the context"
+        )

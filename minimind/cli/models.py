@@ -60,7 +60,10 @@ def _local(directory: Path, device: str, adapter: Path | None, context: int | No
     except (ModelError, TokenizerError) as error:
         if adapter or not is_installed():
             raise
-        there = TransformersModel(model.directory, device, context=context)
+        try:
+            there = TransformersModel(model.directory, device, context=context)
+        except ModelError as other:
+            raise ModelError(f"{error}; {other}") from other
         console.say(f"{directory}: read by transformers, because {error}")
         return there
     return model

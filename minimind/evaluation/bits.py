@@ -98,7 +98,7 @@ class Bits:
 
 def _bits(results: Sequence[Result]) -> dict[str, Any]:
     if not results:
-        return {"bits_per_byte": None, "interval": (0.0, math.inf), "documents": 0}
+        return {"bits_per_byte": None, "interval": None, "documents": 0}
     bits = [result["nats"] / math.log(2) for result in results]
     sizes = [result["bytes"] for result in results]
     return {

@@ -14,7 +14,7 @@ from minimind.config.settings import Recipe
 from minimind.data.inspect import estimate_tokens
 from minimind.data.store import default_folder
 from minimind.data.textbook import textbook_file
-from minimind.errors import ResourceError
+from minimind.errors import DataError, ResourceError
 from minimind.model import Transformer, apply_lora, load_model, resolve_model_directory
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from minimind.training.memory import Footprint, divisors, free_bytes
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
-from minimind.training.stage import footprint
+from minimind.training.stage import fit_context, footprint
 
 _VOCAB = 6400  # of a tokenizer that is not there yet
 # What a process takes beside tensors: torch itself, and on a GPU its context and libraries.
@@ -167,6 +167,7 @@ def _model(recipe: Recipe) -> tuple[Tokenizer | None, Transformer]:
         model = load_model(directory, device=torch.device("cpu"))
     else:
         model = Transformer(recipe.model.shape(tokenizer.vocab_size if tokenizer else _VOCAB))
+    fit_context(recipe, model)
     if recipe.lora:
         apply_lora(model, recipe.lora)
     model.activation_checkpointing = recipe.training.activation_checkpointing
@@ -186,6 +187,11 @@ def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
         )
         for source in data.sources
     ]
+    if not sum(counts):
+        raise DataError(
+            f"{', '.join(source.path for source in data.sources)}: there is nothing to train on; "
+            "`minimind data inspect` shows what the files hold"
+        )
     return round(sum(counts) * (1 if data.validation else 1 - data.validation_fraction))
 
 

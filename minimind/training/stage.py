@@ -343,8 +343,6 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
         directory = resolve_model_directory(Path(recipe.model.init))
         tokenizer = Tokenizer.load(Path(recipe.tokenizer) if recipe.tokenizer else directory)
         model = load_model(directory, device=device)
-        if recipe.model.context:
-            _stretch(model, recipe.model.context, recipe.model.rope_scaling)
         tokenizer.check_model(Path(recipe.tokenizer or directory), model.config.vocab_size)
     elif recipe.tokenizer:
         tokenizer = Tokenizer.load(Path(recipe.tokenizer))
@@ -354,6 +352,18 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
             "tokenizer is not set: a new model needs one. Make it with "
             "`minimind tokenizer train DATA --out DIR` and give --tokenizer DIR"
         )
+    fit_context(recipe, model)
+    if recipe.lora:
+        torch.manual_seed(recipe.seed)
+        apply_lora(model, recipe.lora)
+    model.activation_checkpointing = recipe.training.activation_checkpointing
+    return tokenizer, model
+
+
+def fit_context(recipe: Recipe, model: Transformer) -> None:
+    """Stretch the model's context as the recipe says. Raises ConfigError for longer windows."""
+    if recipe.model.context:
+        _stretch(model, recipe.model.context, recipe.model.rope_scaling)
     if recipe.data.window > model.config.max_position_embeddings:
         raise ConfigError(
             f"data.window ({recipe.data.window}) is longer than the model's context "
@@ -361,11 +371,6 @@ def _start(recipe: Recipe, device: torch.device) -> tuple[Tokenizer, Transformer
             + ("stretch the model first, by `minimind sft` with " if recipe.lora else "raise ")
             + ("model.context" if recipe.model.init else "model.max_position_embeddings")
         )
-    if recipe.lora:
-        torch.manual_seed(recipe.seed)
-        apply_lora(model, recipe.lora)
-    model.activation_checkpointing = recipe.training.activation_checkpointing
-    return tokenizer, model
 
 
 def _stretch(model: Transformer, context: int, kind: RopeKind | None) -> None:
@@ -399,7 +404,15 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
 
     def opened(path: str, fraction: float = 0.0, kind: Kind = objective_kind) -> TokenStore:
         path = textbook_file(path, folder, settings.fill)
-        reporter.start(f"tokenizing {path}", 1, unit="byte")
+        begun = False
+
+        def progress(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:  # not of a store that is there
+                reporter.start(f"tokenizing {path}", total, unit="byte")
+                begun = True
+            reporter.progress(done, total)
+
         try:
             return open_store(
                 path,
@@ -410,7 +423,7 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
                 validation_fraction=fraction,
                 max_bad_fraction=settings.max_bad_fraction,
                 folder=folder,
-                progress=reporter.progress,
+                progress=progress,
                 say=reporter.say,
             )
         finally:
@@ -566,13 +579,20 @@ def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
     Returns its step. Raises CheckpointError when it is not there, damaged, or of another base.
     """
     there = inspect_checkpoints(run, thorough=False)
-    if step is None:
-        step = best_step(there)
-    if step is None:
-        raise CheckpointError(f"{run}: nothing tells which checkpoint is the best; give --step")
+    if not there:
+        raise CheckpointError(
+            f"{run}: there are no checkpoints; give a run directory that has some"
+        )
+    kept = ", ".join(f"{one.step:,}" for one in there)
+    best = best_step(there) if step is None else None
+    if step is None and best is None:
+        raise CheckpointError(
+            f"{run}: nothing tells which checkpoint is the best; give --step, one of {kept}"
+        )
+    step = best if step is None else step
     if step not in [one.step for one in there]:
-        kept = ", ".join(f"{one.step:,}" for one in there) or "none"
-        raise CheckpointError(f"{run}: there is no checkpoint of step {step:,}; kept are {kept}")
+        which = f"step {step:,}" + ", the best that is known" * (best is not None)
+        raise CheckpointError(f"{run}: there is no checkpoint of {which}; kept are {kept}")
     checkpoint = load_checkpoint(run, step)
     recipe = load_recipe(run / "recipe.toml").recipe
     if checkpoint.state["base_sha256"] != _base_sha256(recipe):

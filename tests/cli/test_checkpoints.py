@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_found_by_reading_alone(here: Path) -> None:
     assert run("list", here).exit_code == 0
     done, told = figures("verify", here)
     assert done.exit_code == 1
-    assert "1 of 4 damaged" in done.output
+    assert "1 of 4 damaged; the run goes on from the newest whole one" in done.output
     assert [step for step, one in told.items() if one["trouble"]] == [20]
     assert told[20]["trouble"] == "manifest.json does not describe model.safetensors"
     assert told[20]["best"], "the ones after it remember"
@@ -88,7 +88,7 @@ def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -
     assert "state.json: missing" in told[10]["trouble"]
     assert "optimizer.safetensors" in told[25]["trouble"]
     assert "state.json" in told[30]["trouble"]
-    assert "5 of 5 damaged" in done.output
+    assert "5 of 5 damaged; the run cannot go on" in done.output
 
 
 def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
@@ -97,6 +97,14 @@ def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
     assert done.stderr == (
         "error: run: there is no checkpoint of step 15; kept are 10, 20, 25, 30\n"
     )
+    shutil.rmtree(here / "checkpoints" / "step-00000020")
+    done = run("extract", here, "--out", "out")
+    assert done.stderr == (
+        "error: run: there is no checkpoint of step 20, the best that is known; "
+        "kept are 10, 25, 30\n"
+    )
+    done = run("extract", "nowhere", "--out", "out")
+    assert done.stderr.startswith("error: nowhere: there are no checkpoints; give a run directory")
 
 
 def test_no_run_and_no_checkpoints_are_said_in_one_line(here: Path) -> None:

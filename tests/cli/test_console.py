@@ -1,4 +1,6 @@
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,17 @@ def test_progress_shows_count_and_note(unit: str, capsys: pytest.CaptureFixture[
     assert "a line between\n" in out
     assert "loss 2.5" in out
     assert ("1,500/2,000" if unit == "step" else "1.5/2.0 kB") in out
+
+
+def test_the_rate_at_the_end_is_that_of_all_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = console.RichReporter()
+    reporter.start("asking", 510, done=500, unit="question")
+    time.sleep(0.2)
+    for done in range(501, 511):  # all at once
+        reporter.progress(done, 510)
+    reporter.stop()
+    rate = re.search(r"([\d.,]+) questions/s", capsys.readouterr().out)
+    assert rate and 0 < float(rate[1].replace(",", "")) <= 10 / 0.2
 
 
 def test_progress_without_a_total_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,3 +212,23 @@ def test_a_service_writes_and_gives_no_likelihoods(
     gone = run(tmp_path, process.url, "--task", "quiz")
     assert gone.exit_code == 1
     assert "cannot be reached" in gone.output
+
+
+def test_what_is_no_model_is_named_once_with_all_reasons(
+    models: Path, exam: Path, tmp_path: Path
+) -> None:
+    broken, nowhere = tmp_path / "broken", tmp_path / "nowhere"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    tasks = ("--task", f"choice:{exam}", "--limit", 4, "--style", "letter")
+    done = run(tmp_path, broken, nowhere, models / "tiny", *tasks)
+    assert done.exit_code == 1
+    lines = done.output.splitlines()
+    for path in (broken, nowhere):
+        told = next(line for line in lines if line.startswith(f"failed: {path}: "))
+        assert not told.startswith(f"failed: {path}: {path}: ")
+    told = next(line for line in lines if line.startswith(f"{broken} failed: "))
+    ours, _, theirs = told.partition("nor can transformers load it: ")
+    assert "is not a tokenizer directory" in ours
+    assert theirs
+    assert "some questions had 0 examples before them, not 5: there are no more" in done.output

@@ -5,7 +5,7 @@ import torch
 from small_runs import nano_recipe
 
 from minimind.config import load_recipe
-from minimind.errors import ResourceError
+from minimind.errors import ConfigError, DataError, ResourceError
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer
 from minimind.training.plan import flops_a_token, make_plan
@@ -53,6 +53,20 @@ def test_memory_decides_the_micro_batch(tmp_path: Path) -> None:
     assert roomy.micro_batch == 64
     assert make_plan(recipe, memory=needed, seconds=0).micro_batch == 8
     assert make_plan(recipe, memory=1 << 20, seconds=0).micro_batch is None
+
+
+def test_windows_longer_than_the_context_are_told_as_in_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.window \(2048\) is longer .*max_position"):
+        make_plan(nano_recipe("pretrain", tmp_path, data__window=2048))
+
+
+def test_data_without_a_record_is_not_planned_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": 5}\n{bad\n', encoding="utf-8")
+    made = {"tokenizer": str(tmp_path / "tokenizer"), "data__sources": [str(bad)]}
+    with pytest.raises(DataError, match=r"bad.jsonl: there is nothing to train on"):
+        make_plan(nano_recipe("pretrain", tmp_path / "run", **made), seconds=0)
 
 
 def test_a_device_of_another_machine_can_be_planned_for(tmp_path: Path) -> None:
