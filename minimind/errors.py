@@ -56,6 +56,11 @@ class TrainingError(MinimindError):
     """Training that cannot go on: bad numbers, nothing to learn from, a run in use."""
 
 
+def install_line(extra: str) -> str:
+    """How to install one of this project's extras, in a checkout of it."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Torch tells it by a class of its own on GPUs, by words alone on CPUs and on Apple's."""
     words = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")

@@ -7,6 +7,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.plan import size
+from minimind.errors import install_line
 
 if TYPE_CHECKING:
     from minimind.training.selftest import Check
@@ -17,6 +18,9 @@ _EXTRAS = {
     "tensorboard": ("curves in TensorBoard", "tensorboard"),
     "wandb": ("tracking with Weights & Biases", "wandb"),
     "swanlab": ("tracking with SwanLab", "swanlab"),
+    "hub": ("downloading exams", "huggingface_hub"),
+    "lm-eval": ("tasks of EleutherAI's harness", "lm_eval"),
+    "deepspeed": ("DeepSpeed's ZeRO", "deepspeed"),
 }
 
 
@@ -99,7 +103,7 @@ def _missing_extras() -> list[dict[str, str]]:
     from importlib.util import find_spec
 
     return [
-        {"what": what, "install": f"pip install -c constraints.txt -e '.[{extra}]'"}
+        {"what": what, "install": install_line(extra)}
         for extra, (what, module) in _EXTRAS.items()
         if find_spec(module) is None
     ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minimind.errors import UsageError
+from minimind.errors import UsageError, install_line
 
 
 def web(
@@ -27,10 +27,7 @@ def web(
     if bool(models) == bool(url):
         raise UsageError("give a MODEL, or the --url of a service")
     if importlib.util.find_spec("streamlit") is None:
-        raise UsageError(
-            "the page needs streamlit: pip install -c constraints.txt -e '.[web]', "
-            "or pip install 'minimind[web]'"
-        )
+        raise UsageError(f"the page needs streamlit: {install_line('web')}")
     from minimind.web import start
     from minimind.web.client import KEY_VARIABLE, Client
 

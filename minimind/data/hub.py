@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.errors import DataError, UsageError
+from minimind.errors import DataError, UsageError, install_line
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def download(name: str, folder: Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise UsageError(
-            "downloading needs huggingface_hub: python -m pip install 'minimind[hub]'. "
+            f"downloading needs huggingface_hub: {install_line('hub')}. "
             f"Or put {published.url} into {folder} yourself"
         ) from None
     try:

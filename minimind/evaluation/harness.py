@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minimind.errors import UsageError
+from minimind.errors import UsageError, install_line
 from minimind.evaluation.run import file_name
 from minimind.model import resolve_adapter_directory
 from minimind.model.device import choose_device
@@ -38,8 +38,8 @@ def run_harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError(
-            f"lm-eval is not installed ({error}); "
-            "python -m pip install 'minimind[lm-eval]', then give the same command"
+            f"lm-eval is not installed ({error}); {install_line('lm-eval')}, then give the same "
+            "command"
         ) from error
     manager = TaskManager()
     if not manager.match_tasks([name]):

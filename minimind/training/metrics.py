@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind.errors import ConfigError, ResourceError
+from minimind.errors import ConfigError, ResourceError, install_line
 
 # (figures, step): hands figures to a tracker; and what closes it.
 _Tracker = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
@@ -86,7 +86,7 @@ def _open_tracker(tracker: str, run: Path, name: str) -> _Tracker:
         )
     except ImportError:
         raise ConfigError(
-            f"training.trackers: {tracker} is not installed; pip install 'minimind[{tracker}]'"
+            f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
         ) from None
 
 

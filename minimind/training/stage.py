@@ -23,7 +23,7 @@ from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Wi
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
-from minimind.errors import CheckpointError, ConfigError, DataError
+from minimind.errors import CheckpointError, ConfigError, DataError, install_line
 from minimind.model import (
     Transformer,
     apply_lora,
@@ -187,7 +187,7 @@ def _check_engine(recipe: Recipe) -> None:
         return
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            "training.engine: deepspeed is not installed; pip install 'minimind[deepspeed]'"
+            f"training.engine: deepspeed is not installed; {install_line('deepspeed')}"
         )
     if recipe.optim.name != "adamw":
         raise ConfigError('training.engine: deepspeed trains by AdamW; set optim.name = "adamw"')

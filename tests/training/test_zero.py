@@ -11,11 +11,11 @@ from test_distributed import assert_in_step
 from test_loop import files_of
 
 from minimind.config import load_recipe
-from minimind.errors import ConfigError
+from minimind.errors import ConfigError, install_line
 from minimind.training.stage import _check_engine
 
 needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="pip install 'minimind[deepspeed]'"
+    find_spec("deepspeed") is None, reason=install_line("deepspeed")
 )
 # The first use of DeepSpeed compiles for a minute.
 slow = [pytest.mark.slow, pytest.mark.timeout(1200), needs_deepspeed]
@@ -37,7 +37,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, installed: bool = True, **settings:
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "pip install 'minimind[deepspeed]'" in refusal(monkeypatch, installed=False)
+    assert install_line("deepspeed") in refusal(monkeypatch, installed=False)
     assert 'optim.name = "adamw"' in refusal(monkeypatch, **{"optim.name": "muon"})
     assert "training.compile" in refusal(monkeypatch, **{"training.compile": True})
 
