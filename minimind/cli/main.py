@@ -81,7 +81,12 @@ def errors_as_messages() -> Iterator[None]:
 def _fail(message: str) -> NoReturn:
     if not workers.is_first_process():  # which says the same as a rule, and then all are ended
         time.sleep(_FIRST_TO_SPEAK_S)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if workers.is_one_of_several():
+        # What the processes talk through has threads of its own. They end with the run; after an
+        # error they are still there, and while Python shuts down they would abort it now and then.
+        sys.stdout.flush()
+        os._exit(1)
     raise typer.Exit(1)
 
 
