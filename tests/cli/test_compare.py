@@ -1,9 +1,5 @@
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
 
 from judges import Judge, longer_is_better
+from killing import kill_amid
 from services import save_models, serving
 
 
@@ -124,18 +121,9 @@ def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
     questions.write_text("".join(f"第{n}个问题？\n" for n in range(300)), encoding="utf-8")
     save_models(tmp_path, tokenizer)
     words = ["tiny", "--prompts", "q.txt", "--max-new-tokens", "40", "--temperature", "1"]
-    words = [sys.executable, "-m", "minimind", "compare", *words, "--out", "out", "--device", "cpu"]
+    words = ["compare", *words, "--out", "out", "--device", "cpu"]
     results = tmp_path / "out" / "tiny" / "answers.jsonl"
-    child = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, env=os.environ)
-    try:
-        while not results.is_file() or results.stat().st_size < 4_000:
-            assert child.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    content = results.read_bytes()
-    kept = content[: content.rfind(b"\n") + 1].splitlines()
+    kept = kill_amid(words, tmp_path, results, 4_000)
     assert 1 < len(kept) < 301
     words = [tmp_path / "tiny", "--prompts", questions, "--max-new-tokens", 40, "--temperature", 1]
     assert run(tmp_path, *words).exit_code == 0

@@ -1,9 +1,5 @@
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from minimind.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
 
+from killing import kill_amid
 from services import save_models, serving
 
 HEADER = "question,A,B,C,D,answer\n"
@@ -110,19 +107,9 @@ def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
     exam.write_text(HEADER + "".join(rows), encoding="utf-8")
     shape = {"vocab_size": tokenizer.vocab_size}
     save_model(tmp_path / "m", Transformer(ModelConfig(**PRESETS["nano"] | shape)), tokenizer)
-    words = [sys.executable, "-m", "minimind", "eval", "m", "--task", "choice:long.csv"]
-    words += ["--out", "out", "--device", "cpu"]
+    words = ["eval", "m", "--task", "choice:long.csv", "--out", "out", "--device", "cpu"]
     results = tmp_path / "out" / "m" / "long-chat.jsonl"
-    child = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, env=os.environ)
-    try:
-        while not results.is_file() or results.stat().st_size < 10_000:
-            assert child.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    content = results.read_bytes()
-    kept = content[: content.rfind(b"\n") + 1].splitlines()
+    kept = kill_amid(words, tmp_path, results, 10_000)
     assert 1 < len(kept) < 3001
     done = run(tmp_path, tmp_path / "m", "--task", f"choice:{exam}")
     assert done.exit_code == 0, done.output
