@@ -8,12 +8,10 @@ from typing import Any
 
 from minimind.data.read import BadLines, list_files, read_texts
 from minimind.errors import DataError, UsageError
-from minimind.evaluation.scoring import windows
+from minimind.evaluation.scoring import Row, windows
 from minimind.evaluation.statistics import ratio_interval
-from minimind.evaluation.tasks import Model, Result, apart
+from minimind.evaluation.tasks import Model, Result, results_of, scored
 from minimind.tokenizer.bpe import without_surrogates
-
-_DOCUMENTS_AT_ONCE = 64
 
 
 class Bits:
@@ -67,23 +65,19 @@ class Bits:
         """Read again from the files."""
         scorer, words = model.scorer()
         start = words.text_start or [words.text_end]
-
-        def deal_with(some: Sequence[tuple[str, str]]) -> list[Result]:
-            encoded = words.encode_batch([text for _, text in some])
-            rows = [windows(ids, start, scorer.context) for ids in encoded]
-            scores = iter(scorer.score([row for of_one in rows for row in of_one]))
-            return [
-                {
-                    "id": name,
-                    "nats": -sum(itertools.islice(scores, len(of_one))),
-                    "bytes": len(text.encode()),
-                    "tokens": len(ids),
-                }
-                for (name, text), ids, of_one in zip(some, encoded, rows, strict=True)
-            ]
-
         left = (one for one in self._documents(BadLines()) if one[0] not in done)
-        yield from apart(left, _DOCUMENTS_AT_ONCE, deal_with, lambda one: one[0])
+
+        def ask(document: tuple[str, str]) -> tuple[int, Sequence[Row]]:
+            [ids] = words.encode_batch([document[1]])
+            return len(ids), windows(ids, start, scorer.context)
+
+        def result(text: str, tokens: int, scores: Sequence[float]) -> Result:
+            return {"nats": -sum(scores), "bytes": len(text.encode()), "tokens": tokens}
+
+        return results_of(
+            (name, found if isinstance(found, Exception) else result(text, *found))
+            for (name, text), found in scored(scorer, left, ask)
+        )
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Of all, and of each file."""

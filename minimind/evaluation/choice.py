@@ -1,15 +1,13 @@
 """Exams of multiple choice as a task."""
 
-import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from minimind.evaluation.asking import Asked, Asker, Style, choose
 from minimind.evaluation.exams import LETTERS, Question, Questions, subject_info
-from minimind.evaluation.tasks import Model, Result, apart, share_right, spread
-
-_AT_ONCE = 256  # questions
+from minimind.evaluation.scoring import Row
+from minimind.evaluation.tasks import Model, Result, results_of, scored, share_right, spread
 
 
 class Choice:
@@ -46,24 +44,20 @@ class Choice:
         return {one.id: one.passage or one.question for one in self.questions}
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
-        """One subject at a time, whose questions begin alike."""
+        """One subject after the other, for its questions begin alike."""
         scorer, words = model.scorer()
         asker = Asker(words, self.exam, self._style, self._shots, scorer.context)
         left = [question for question in self.questions if question.id not in done]
+        left.sort(key=lambda question: question.subject)
 
-        def deal_with(some: Sequence[Question]) -> list[Result]:
-            asked = [asker.ask(one, self.examples.get(one.subject, ())) for one in some]
-            scores = iter(scorer.score([row for one in asked for row in one.rows]))
-            return [
-                _choice_result(question, one, list(itertools.islice(scores, len(one.rows))))
-                for question, one in zip(some, asked, strict=True)
-            ]
+        def ask(question: Question) -> tuple[Asked, Sequence[Row]]:
+            asked = asker.ask(question, self.examples.get(question.subject, ()))
+            return asked, asked.rows
 
-        by_subject: dict[str, list[Question]] = {}
-        for question in left:
-            by_subject.setdefault(question.subject if self._shots else "", []).append(question)
-        for questions in by_subject.values():
-            yield from apart(questions, _AT_ONCE, deal_with, lambda question: question.id)
+        return results_of(
+            (one.id, found if isinstance(found, Exception) else _choice_result(one, *found))
+            for one, found in scored(scorer, left, ask)
+        )
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Share of right ones by subject and group, with what guessing gives."""
@@ -105,7 +99,6 @@ def _choice_result(question: Question, asked: Asked, scores: list[float]) -> Res
     chosen = choose(asked, scores)
     cut = {"cut": True} if asked.cut else {}
     return {
-        "id": question.id,
         "right": chosen == question.answer,
         "answer": LETTERS[chosen],
         "expected": question.letter,

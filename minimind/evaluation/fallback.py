@@ -4,8 +4,9 @@ They are slower, for nothing that questions begin with is shared; figures are th
 """
 
 import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from minimind.evaluation.models import fingerprint, name_of
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import Words
-from minimind.model.cache import KVCache
+from minimind.inference.engine import BAD_NUMBERS
 from minimind.model.device import choose_device
 from minimind.tokenizer.chat import Message
 
 _AT_ONCE = 8  # answers
+_ITEMS = 64  # whose likelihoods are asked for together
+_TOKENS = 2048  # read at once
 
 
 def is_installed() -> bool:
@@ -119,31 +122,61 @@ class TransformersModel:
         return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
 
 
-class _Scorer(Scorer):
-    """The same arithmetic over another model's logits, which are made for all tokens."""
+class _Scorer:
+    """Rows of like length in batches, padded on the right, where a causal model does not look."""
 
     def __init__(self, model: Any, context: int | None) -> None:
         longest = getattr(model.config, "max_position_embeddings", None) or 2048
-        self._their = model
         self.context = min(context or longest, longest)
-        self._device = model.device
-        self._vocab_size = model.config.vocab_size
+        self._model = model
 
-    def _depends_on_length(self, length: int) -> bool:
-        return False
+    def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:
+        """Many items at once; where that goes wrong, each alone, for it may be one's fault."""
+        remaining = iter(items)
+        while some := list(itertools.islice(remaining, _ITEMS)):
+            try:
+                found = self._scores(some)
+            except Exception:
+                found = [self._alone(rows) for rows in some]
+            yield from found
 
-    def _shared(self, rows: Sequence[Row]) -> tuple[KVCache | None, int]:
-        return None, 0
+    def _alone(self, rows: Sequence[Row]) -> list[float] | Exception:
+        try:
+            return self._scores([rows])[0]
+        except Exception as error:
+            return error
 
-    def _hidden(
-        self, batch: Sequence[tuple[int, ...]], prefix: int, cache: KVCache | None
-    ) -> Tensor:
+    def _scores(self, items: Sequence[Sequence[Row]]) -> list[list[float] | Exception]:
+        wanted: dict[tuple[int, ...], list[Row]] = {}  # by what is read of it
+        for row in itertools.chain(*items):
+            wanted.setdefault(row.tokens[:-1], []).append(row)
+        reads = sorted(wanted, key=len, reverse=True)
+        scores: dict[Row, float] = {}
+        while reads:
+            at_once = max(_TOKENS // len(reads[0]), 1)
+            batch, reads = reads[:at_once], reads[at_once:]
+            for read, logits in zip(batch, self._logits(batch), strict=True):
+                scores |= {row: _log_likelihood(logits, row) for row in wanted[read]}
+        return [_checked([scores[row] for row in rows]) for rows in items]
+
+    @torch.inference_mode()
+    def _logits(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
+        """[reads, tokens of the first, vocab]; the first is the longest."""
         width = len(batch[0])
-        tokens = self._tensor([[*read, *[0] * (width - len(read))] for read in batch])
-        return self._their(tokens, use_cache=False).logits
+        padded = [[*read, *[0] * (width - len(read))] for read in batch]
+        tokens = torch.tensor(padded, device=self._model.device)
+        return self._model(tokens, use_cache=False).logits
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return hidden
+
+def _log_likelihood(logits: Tensor, row: Row) -> float:
+    """logits: [tokens, vocab], of the row and what pads it."""
+    where = torch.arange(row.start - 1, len(row.tokens) - 1, device=logits.device)
+    tokens = torch.tensor(row.tokens[row.start :], device=logits.device)
+    return float(logits[where].float().log_softmax(-1).double()[range(len(tokens)), tokens].sum())
+
+
+def _checked(scores: list[float]) -> list[float] | Exception:
+    return scores if all(map(math.isfinite, scores)) else ModelError(BAD_NUMBERS)
 
 
 class _Words:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minimind.errors import MinimindError
-from minimind.evaluation.scoring import Scorer
+from minimind.evaluation.scoring import EngineScorer, Scorer
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import OwnWords, Words
 from minimind.inference.engine import Engine, Piece, Request
@@ -77,7 +77,7 @@ class LocalModel:
     def scorer(self) -> tuple[Scorer, Words]:
         """In float32. With a --context below the model's own, windows are that long."""
         model, tokenizer = self._load(torch.float32)
-        return Scorer(model, self.context), OwnWords(tokenizer)
+        return EngineScorer(model, tokenizer, self.context), OwnWords(tokenizer)
 
     def answers(
         self, questions: Sequence[str], manner: Manner

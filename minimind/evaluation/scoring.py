@@ -1,25 +1,19 @@
-"""How likely a model holds texts to be: many at once, each as if it stood alone.
+"""How likely a model holds texts to be: many at once, each as if it stood alone."""
 
-Rows are sorted by length and padded on the right, where a causal model does not look. What all rows
-of a call begin with, such as the examples before each question of a subject, is read once.
-"""
-
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from minimind.errors import ModelError
+from minimind.inference.engine import Completion, Engine, Scoring
 from minimind.model import Transformer
-from minimind.model.cache import KVCache
 from minimind.model.rope import depends_on_length
+from minimind.tokenizer import Tokenizer
 
-_TOKENS = 2048  # read at once
-_HELD = 16 * _TOKENS  # keys and values of so many at once
-_LOGITS = 1 << 24  # numbers at once
-_WORTH_SHARING = 64  # tokens
+_SLOTS = 32
+_TOKENS = 64 * 512  # of all slots together
+_ROOM = 512  # tokens of a slot to begin with, for a context may be far longer than any question
+_AHEAD = 64  # items that are in line, so that the engine never waits for words
 
 
 @dataclass(frozen=True)
@@ -30,120 +24,90 @@ class Row:
     start: int
 
 
-class Scorer:
-    """Scores rows with one model. context: None = the model's own."""
+class Scorer(Protocol):
+    """What gives likelihoods. context: as many tokens of a row as the model reads."""
 
-    def __init__(self, model: Transformer, context: int | None = None) -> None:
-        longest = model.config.max_position_embeddings
-        self.model, self.context = model, min(context or longest, longest)
-        self._device = model.head_weight.device
-        self._vocab_size = model.config.vocab_size
+    context: int
 
-    def score(self, rows: Sequence[Row]) -> list[float]:
-        """The natural logarithm of what the scored tokens of each row come to, together.
+    def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:
+        """For each item, in their order, what the model gives its rows, or why there is nothing.
 
-        Raises ModelError when the model gives what is no number.
+        Of each row, the natural logarithm of what its scored tokens come to, together. Items are
+        taken as they are needed, some ahead; one without rows has no scores.
         """
-        for row in rows:
-            assert 0 < row.start < len(row.tokens) <= self.context + 1, "a row that does not fit"
-        # Rows that differ in what is written last, as letters do, are read once.
-        reads = sorted({row.tokens[:-1] for row in rows}, key=lambda read: (-len(read), read))
-        wanted: dict[tuple[int, ...], list[int]] = {}
+
+
+class EngineScorer:
+    """By the engine. context: None = the model's own."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, context: int | None = None
+    ) -> None:
+        longest = model.config.max_position_embeddings
+        self.context = min(context or longest, longest)
+        self._model, self._tokenizer = model, tokenizer
+
+    def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:
+        """See Scorer."""
+        asked: deque[list[_Asked]] = deque()
+        engine = self._engine(_ROOM)
+        try:
+            for rows in items:
+                longest = max((len(row.tokens) - 1 for row in rows), default=0)
+                if longest > engine.context:
+                    while asked:
+                        yield _collect(asked.popleft())
+                    engine.close()
+                    engine = self._engine(longest)
+                asked.append(self._ask(engine, rows))
+                if len(asked) > _AHEAD:
+                    yield _collect(asked.popleft())
+            while asked:
+                yield _collect(asked.popleft())
+        finally:
+            engine.close()
+
+    def _engine(self, longest: int) -> Engine:
+        room = min(max(_ROOM, 1 << (longest - 1).bit_length()), self.context)
+        slots = min(max(_TOKENS // room, 1), _SLOTS)
+        return Engine(self._model, self._tokenizer, slots=slots, context=room)
+
+    def _ask(self, engine: Engine, rows: Sequence[Row]) -> "list[_Asked]":
+        """Rows that begin alike are ends of one text, unless their length counts."""
+        together: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, row in enumerate(rows):
-            wanted.setdefault(row.tokens[:-1], []).append(number)
-        scores = [0.0] * len(rows)
-        with torch.inference_mode():
-            cache, prefix = self._shared(rows)
-            for batch in self._batches(reads, prefix):
-                hidden = self._hidden(batch, prefix, cache)
-                asked = [(at, number) for at, read in enumerate(batch) for number in wanted[read]]
-                sums = self._sums(hidden, [(at, rows[number]) for at, number in asked], prefix)
-                for (_, number), value in zip(asked, sums, strict=True):
-                    scores[number] = value
-        if not all(value == value and abs(value) != float("inf") for value in scores):
-            raise ModelError(
-                "the model gives scores that are not numbers: its weights are damaged, or its "
-                "training went wrong. Take another checkpoint, or copy the model again"
-            )
-        return scores
-
-    def _shared(self, rows: Sequence[Row]) -> tuple[KVCache | None, int]:
-        """What all rows begin with, read once: its keys and values, and its length."""
-        if len(rows) < 2 or self._depends_on_length(max(len(row.tokens) for row in rows)):
-            return None, 0
-        first, last = min(row.tokens for row in rows), max(row.tokens for row in rows)
-        pairs = zip(first, last, strict=False)
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        length = min(alike, min(row.start for row in rows) - 1)
-        if length < _WORTH_SHARING:
-            return None, 0
-        cache = self._cache(1, length)
-        self.model(self._tensor([first[:length]]), cache=cache)
-        return cache, length
-
-    def _depends_on_length(self, length: int) -> bool:
-        return depends_on_length(self.model.config, length)
-
-    def _cache(self, batch: int, length: int) -> KVCache:
-        weight = self.model.head_weight
-        return KVCache(self.model.config, batch, length, device=weight.device, dtype=weight.dtype)
-
-    def _batches(
-        self, reads: Sequence[tuple[int, ...]], prefix: int
-    ) -> list[list[tuple[int, ...]]]:
-        """Neighbours in length, as many as make up `_TOKENS` with their padding."""
-        batches: list[list[tuple[int, ...]]] = []
-        for read in reads:
-            if batches and self._fits(len(batches[-1]) + 1, batches[-1][0], read, prefix):
-                batches[-1].append(read)
-            else:
-                batches.append([read])
-        return batches
-
-    def _fits(
-        self, rows: int, longest: tuple[int, ...], read: tuple[int, ...], prefix: int
-    ) -> bool:
-        """Whether `read` may be the last of so many rows in a batch that begins with `longest`."""
-        width = len(longest)
-        if self._depends_on_length(width):  # padding would change its frequencies
-            return len(read) == width and rows * width <= _TOKENS
-        return rows * (width - prefix) <= _TOKENS and rows * width <= _HELD
-
-    def _hidden(
-        self, batch: Sequence[tuple[int, ...]], prefix: int, cache: KVCache | None
-    ) -> Tensor:
-        """[rows, tokens after the prefix, hidden]."""
-        width = len(batch[0])
-        tokens = self._tensor([[*read, *[0] * (width - len(read))][prefix:] for read in batch])
-        if cache is None:
-            return self.model(tokens)
-        own = self._cache(len(batch), width)
-        own.keys[:, :, :, :prefix] = cache.keys
-        own.values[:, :, :, :prefix] = cache.values
-        own.length = prefix
-        return self.model(tokens, cache=own)
-
-    def _sums(self, hidden: Tensor, rows: Sequence[tuple[int, Row]], prefix: int) -> list[float]:
-        """For each (place in the batch, row) the sum over its scored tokens."""
-        places = [
-            (at, position - 1 - prefix, row.tokens[position], number)
-            for number, (at, row) in enumerate(rows)
-            for position in range(row.start, len(row.tokens))
+            assert 0 < row.start < len(row.tokens) <= self.context + 1, "a row that does not fit"
+            length = len(row.tokens) - 1
+            own = length if depends_on_length(self._model.config, length) else 0
+            together.setdefault((row.tokens[: row.start], own), []).append(number)
+        return [
+            _Asked(numbers, engine.submit(Scoring(prompt, [_end(rows[n]) for n in numbers])))
+            for (prompt, _), numbers in together.items()
         ]
-        step = max(_LOGITS // self._vocab_size, 1)
-        sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
-        for first in range(0, len(places), step):
-            at, position, token, number = self._tensor(places[first : first + step]).unbind(1)
-            scores = self._logits(hidden[at, position]).float().log_softmax(-1)
-            own = scores.gather(1, token[:, None])[:, 0]
-            sums.index_add_(0, number.cpu(), own.cpu().double())
-        return sums.tolist()
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
 
-    def _tensor(self, numbers: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(numbers, device=self._device)
+@dataclass(frozen=True)
+class _Asked:
+    """Some rows of an item, by their numbers, on their way."""
+
+    numbers: Sequence[int]
+    completion: Completion
+
+
+def _end(row: Row) -> tuple[int, ...]:
+    return row.tokens[row.start :]
+
+
+def _collect(parts: Sequence[_Asked]) -> list[float] | Exception:
+    scores: dict[int, float] = {}
+    for part in parts:
+        try:
+            for _ in part.completion:
+                pass
+        except Exception as error:
+            return error
+        scores.update(zip(part.numbers, part.completion.scores, strict=True))
+    return [scores[number] for number in sorted(scores)]
 
 
 def windows(tokens: Sequence[int], start: Sequence[int], context: int) -> list[Row]:

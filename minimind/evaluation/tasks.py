@@ -4,8 +4,8 @@ A result is a JSON object with the item's `id`; one that has an `error` gave non
 again when an evaluation goes on.
 """
 
-import itertools
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from minimind.data.read import BadLines
 from minimind.errors import MinimindError
-from minimind.evaluation.scoring import Scorer
+from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.statistics import wilson_interval
 from minimind.evaluation.words import Words
 
@@ -100,36 +100,48 @@ def share_right(correct: int, questions: int) -> dict[str, Any]:
     }
 
 
-def apart(
-    items: Iterable[T],
-    at_once: int,
-    deal_with: Callable[[Sequence[T]], list[Result]],
-    name_of: Callable[[T], str],
-) -> Iterator[Result]:
-    """Results of many items at once; where that goes wrong, of each one alone.
+def results_of(found: Iterable[tuple[str, Result | Exception]]) -> Iterator[Result]:
+    """Of (id, what came of the item or why nothing did).
 
     Raises the fault of an item when those before it had one too: it is not the items' then.
     """
     faults = 0
-    remaining = iter(items)
-    while some := list(itertools.islice(remaining, at_once)):
-        try:
-            results = deal_with(some)
-        except Exception:
-            pass
+    for name, one in found:
+        if isinstance(one, Exception):
+            faults += 1
+            if faults >= MOST_FAULTS:
+                raise one
+            yield {"id": name, "error": told(one)}
         else:
             faults = 0
-            yield from results
-            continue
-        for item in some:
+            yield {"id": name, **one}
+
+
+def scored(
+    scorer: Scorer, items: Iterable[T], ask: Callable[[T], tuple[R, Sequence[Row]]]
+) -> Iterator[tuple[T, tuple[R, list[float]] | Exception]]:
+    """Each item, in their order, with what `ask` makes of it and the scores of its rows."""
+    waiting: deque[tuple[T, R | Exception]] = deque()
+
+    def rows() -> Iterator[Sequence[Row]]:
+        for item in items:
             try:
-                yield from deal_with([item])
-                faults = 0
+                asked, of_it = ask(item)
             except Exception as error:
-                faults += 1
-                if faults >= MOST_FAULTS:
-                    raise
-                yield {"id": name_of(item), "error": told(error)}
+                waiting.append((item, error))
+                yield ()
+            else:
+                waiting.append((item, asked))
+                yield of_it
+
+    for scores in scorer.score(rows()):
+        item, asked = waiting.popleft()
+        if isinstance(asked, Exception):
+            yield item, asked
+        elif isinstance(scores, Exception):
+            yield item, scores
+        else:
+            yield item, (asked, scores)
 
 
 def asked_together(

@@ -14,13 +14,13 @@ from minimind.data.textbook import is_right, sample_quiz
 from minimind.errors import DataError
 from minimind.evaluation.numbers import last_number
 from minimind.evaluation.tasks import (
-    MOST_FAULTS,
+    Answer,
     Manner,
     Model,
     Result,
+    results_of,
     share_right,
     spread,
-    told,
 )
 
 _QUIZ = 400
@@ -36,6 +36,14 @@ class Written:
     expected: str
     check: Callable[[str], bool]
     subject: str = ""
+
+    def mark(self, answer: Answer) -> Result:
+        """Whether the answer is right, and both."""
+        return {
+            "right": self.check(answer.text),
+            "answer": answer.text,
+            "expected": self.expected,
+        }
 
 
 class Writing:
@@ -69,20 +77,12 @@ class Writing:
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
         """In the order in which answers end."""
         left = [question for question in self._questions if question.id not in done]
-        faults = 0
         asked = [question.question for question in left]
-        for place, answer in model.answers(asked, Manner(self._max_new_tokens)):
-            question = left[place]
-            result: Result = {"id": question.id}
-            if isinstance(answer, Exception):
-                faults += 1
-                if faults >= MOST_FAULTS:
-                    raise answer
-                yield result | {"error": told(answer)}
-                continue
-            faults = 0
-            right = question.check(answer.text)
-            yield result | {"right": right, "answer": answer.text, "expected": question.expected}
+        answers = model.answers(asked, Manner(self._max_new_tokens))
+        return results_of(
+            (left[place].id, answer if isinstance(answer, Exception) else left[place].mark(answer))
+            for place, answer in answers
+        )
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Share of right answers, by subject where there are any."""

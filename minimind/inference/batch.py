@@ -40,12 +40,14 @@ class Part:
     """Tokens of one text that go through the model together: slot, position of the first.
 
     text_length: as far as the text is known, for positions that are scaled by it; 0 = to here.
+    wanted: of how many of the last tokens logits are asked for.
     """
 
     slot: int
     start: int
     tokens: Sequence[int]
     text_length: int = 0
+    wanted: int = 1
 
     def __post_init__(self) -> None:
         if not self.text_length:
@@ -121,16 +123,22 @@ class BatchedModel:
 
     @torch.inference_mode()
     def forward(self, singles: Sequence[Part], chunks: Sequence[Part]) -> Tensor:
-        """Logits [parts, vocab] float32 after the last token of each part, singles first.
+        """Logits [wanted, vocab] float32, those of each part in its order, singles first.
 
-        singles: one token each, in the order of their slots. chunks: up to CHUNK tokens each,
-        begun at a multiple of CHUNK.
+        singles: one token each, in the order of their slots. chunks: up to CHUNK tokens each. No
+        two parts are of the same places of a slot; of parts that follow each other, the later one
+        sees the earlier one.
         """
         parts = [*singles, *chunks]
         tokens = [token for part in parts for token in part.tokens]
         positions = [p for part in parts for p in range(part.start, part.start + len(part.tokens))]
         slots = [part.slot for part in parts for _ in part.tokens]
-        ends = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
+        ends = accumulate(len(part.tokens) for part in parts)
+        wanted = [
+            row
+            for part, end in zip(parts, ends, strict=True)
+            for row in range(end - part.wanted, end)
+        ]
         rows = len(tokens)
         where = torch.tensor([slots, positions], device=self.device)
         cos, sin = self._angles(parts).unsqueeze(-2)
@@ -144,14 +152,17 @@ class BatchedModel:
             qkv = layer.qkv(normed)[:rows]
             mixed = normed.new_empty(len(normed), self._config.num_attention_heads * cos.shape[-1])
             self._attend(qkv, layer, cache, where, cos, sin, spans, mixed)
+            if layer is self._layers[-1] and len(wanted) < rows:  # all are in the cache now
+                if not wanted:
+                    return x.new_empty(0, self.vocab_size)
+                some = torch.tensor(self._company(wanted), device=self.device)
+                x, mixed = x[some], mixed[some]
             x.add_(layer.out(mixed), alpha=scale)
             x.add_(layer.feed(self._normed(x, layer.feed_norm)), alpha=scale)
-        if len(ends) < rows:
-            x = x[torch.tensor(self._company(ends), device=self.device)]
         hidden = self._normed(x, self._norm)
         if self._config.logits_scaling != 1:
             hidden *= 1 / self._config.logits_scaling
-        return self._head(hidden)[: len(ends)].float()
+        return self._head(hidden)[: len(wanted)].float()
 
     def _company(self, rows: list[int]) -> list[int]:
         """As many rows as products need, whose bits are then those of any number."""

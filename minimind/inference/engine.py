@@ -3,7 +3,9 @@
 Requests join and leave at any token (Yu et al. 2022, Orca). Each step reads some chunks of waiting
 prompts and writes one token of every running text; a long prompt is read a few chunks a step, so
 that running texts do not stall. What a prompt shares with a text that some slot still holds is
-copied, not read again.
+copied, not read again, and what it shares with one that is being read just now is waited for.
+
+A request may also have ends of a text weighed, of which nothing is written: exams ask so.
 """
 
 import atexit
@@ -12,9 +14,10 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from itertools import islice
+from typing import Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,7 +32,10 @@ from minimind.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
-_CHUNKS_A_STEP = 4  # of prompts, so that running texts go on meanwhile
+_READ_BESIDE = 4 * CHUNK  # tokens that a step reads where texts are written, so that they go on
+_READ_ALONE = 8 * CHUNK  # and where none is; more are no faster,
+_READ_BY_GPU = 32 * CHUNK  # but there
+_LOGITS = 1 << 24  # numbers that a step makes of what it reads, unless a single chunk needs more
 
 
 class Constraint(Protocol):
@@ -63,6 +69,22 @@ class Request:
     seed: int | None = None
     logprobs: int | None = None
     constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Ends that a text may have, to be weighed: nothing is written. Each has a token at the least.
+
+    Where positions are scaled by a text's length, the longest end's counts for all.
+    """
+
+    prompt: Sequence[int]
+    ends: Sequence[Sequence[int]]
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read: of an end, all but the last."""
+        return len(self.prompt) + max(map(len, self.ends)) - 1
 
 
 @dataclass(frozen=True)
@@ -100,17 +122,19 @@ class Stats:
 class Completion:
     """A request on its way: iterate for its pieces, unless they are delivered.
 
-    cached_tokens: how many of the prompt's tokens were not read again. error: why it ended with
-    the finish_reason "error"; iterating raises it.
+    cached_tokens: how many of the prompt's tokens were not read again. scores: of a Scoring that
+    has ended, the natural logarithm of how likely each end is after the prompt. error: why it ended
+    with the finish_reason "error"; iterating raises it.
     """
 
     def __init__(
-        self, request: Request, room: int, deliver: Callable[[Piece], None] | None
+        self, request: Request | Scoring, room: int, deliver: Callable[[Piece], None] | None
     ) -> None:
         self.request = request
         self.prompt_tokens = len(request.prompt)
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.scores: list[float] = []
         self.error: Exception | None = None
         self._room = room
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
@@ -131,13 +155,43 @@ class Completion:
         self._cancelled = True
 
 
-class _Running:
-    """A text in a slot."""
+@dataclass(frozen=True)
+class _Reading:
+    """A part of a text that is to be read.
 
-    def __init__(self, completion: Completion, slot: int, read: int, engine: "Engine") -> None:
-        request = completion.request
-        self.completion, self.slot, self.read = completion, slot, read
-        self.prompt, self.sampling = list(request.prompt), request.sampling
+    scored: (which of the logits that are wanted, token, which end of the text it belongs to).
+    """
+
+    part: Part
+    scored: Sequence[tuple[int, int, int]] = ()
+
+
+class _Running:
+    """A text in a slot, and what of it is still to be read."""
+
+    def __init__(self, completion: Completion, slot: int, readings: Iterable[_Reading]) -> None:
+        self.completion, self.slot = completion, slot
+        self.prompt = list(completion.request.prompt)
+        self.readings = deque(readings)
+
+
+class _Scored(_Running):
+    """One whose ends are weighed."""
+
+    def __init__(self, completion: Completion, slot: int, read: int, request: Scoring) -> None:
+        super().__init__(completion, slot, _scoring_readings(slot, read, request))
+        self.scores = [0.0] * len(request.ends)
+
+
+class _Writing(_Running):
+    """One that is gone on with."""
+
+    def __init__(
+        self, completion: Completion, slot: int, read: int, request: Request, engine: "Engine"
+    ) -> None:
+        length = len(request.prompt)
+        super().__init__(completion, slot, _prompt_readings(slot, read, request.prompt, length))
+        self.request, self.sampling = request, request.sampling
         self.random = random.Random(request.seed)
         self.text = TextStream(engine.tokenizer, request.stop)
         self.length = len(self.prompt)
@@ -202,18 +256,22 @@ class Engine:
         self.close()
 
     def submit(
-        self, request: Request, deliver: Callable[[Piece], None] | None = None
+        self, request: Request | Scoring, deliver: Callable[[Piece], None] | None = None
     ) -> Completion:
         """Put a request in line, from any thread.
 
         deliver is called with each piece in the thread that decodes, where it must not block;
-        without it, iterate over the completion. Raises UsageError, at once, when the prompt is
-        empty or does not fit into the context.
+        without it, iterate over the completion. Of a Scoring there is one piece, which says that
+        its scores are there. Raises UsageError, at once, when the prompt is empty or does not fit
+        into the context.
         """
-        self._check(request)
         room = self.context - len(request.prompt)
-        if request.max_new_tokens is not None:
-            room = min(room, request.max_new_tokens)
+        if isinstance(request, Scoring):
+            self._check_scoring(request)
+        else:
+            self._check(request)
+            if request.max_new_tokens is not None:
+                room = min(room, request.max_new_tokens)
         completion = Completion(request, room, deliver)
         with self._changed:
             assert not self._closed, "the engine is closed"
@@ -261,13 +319,26 @@ class Engine:
                 f"the prompt has {len(request.prompt):,} tokens and the model's context is "
                 f"{self.context:,}; shorten it"
             )
-        for what, ids in (("prompt", request.prompt), ("logit_bias", request.sampling.logit_bias)):
-            if not all(0 <= token < self.model.vocab_size for token in ids):
-                raise UsageError(
-                    f"{what}: token ids go from 0 to {self.model.vocab_size - 1:,} in this model"
-                )
+        self._check_tokens("prompt", request.prompt)
+        self._check_tokens("logit_bias", request.sampling.logit_bias)
         if request.max_new_tokens is not None and request.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 1 or more")
+
+    def _check_scoring(self, request: Scoring) -> None:
+        assert request.prompt and request.ends and all(request.ends), "nothing to weigh"
+        if request.length > self.context:
+            raise UsageError(
+                f"the text has {request.length:,} tokens before its last and the model's context "
+                f"is {self.context:,}; shorten it"
+            )
+        for what, ids in (("prompt", request.prompt), *(("end", end) for end in request.ends)):
+            self._check_tokens(what, ids)
+
+    def _check_tokens(self, what: str, ids: Iterable[int]) -> None:
+        if not all(0 <= token < self.model.vocab_size for token in ids):
+            raise UsageError(
+                f"{what}: token ids go from 0 to {self.model.vocab_size - 1:,} in this model"
+            )
 
     def stats(self) -> Stats:
         """A look from any thread."""
@@ -313,76 +384,124 @@ class Engine:
             gone = [c for c in self._waiting if c._cancelled or self._closed]
             for completion in gone:
                 self._waiting.remove(completion)
-            coming: list[Completion] = []
-            while self._waiting and len(coming) < len(self._free):
-                coming.append(self._waiting.popleft())
             closed = self._closed
         for completion in gone:
             self._tell(completion, Piece("", finish_reason="cancelled"))
         for running in list(self._running):
             if running.completion._cancelled or closed:
                 self._finish(running, "cancelled")
-        for completion in coming:
+        with self._changed:  # more of them may wait by now, and have their turn too
+            first = list(islice(self._waiting, len(self._held)))
+        for completion in first:
+            if not self._free:
+                break
             try:
                 self._start(completion)
             except Exception as error:
+                with self._changed:
+                    self._waiting.remove(completion)
                 completion.error = error
                 self._tell(completion, Piece("", finish_reason="error"))
         return not closed
 
     def _start(self, completion: Completion) -> None:
-        """Find a slot, and what of the prompt needs no reading."""
-        prompt = completion.request.prompt
-        alike = self.model.reads_alike(len(prompt))
+        """Find a slot, and what of the prompt needs no reading; not yet where that grows."""
+        request = completion.request
+        prompt = request.prompt
+        length = request.length if isinstance(request, Scoring) else len(prompt)
+        alike = self.model.reads_alike(length)
         shared = [_shared_chunks(held, prompt) if alike else 0 for held in self._held]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self._free))
         read = shared[source]
+        coming = [self._coming(other) if alike else () for other in self._running]
+        if any(_shared_chunks(other, prompt) > read for other in coming):
+            return
         slot = source if read and source in self._free else self._free[0]
-        running = _Running(completion, slot, read, self)
-        with self._changed:
-            self._free.remove(slot)
-            self._running.append(running)
-            self._counts["prompt_tokens"] += len(prompt)
-            self._counts["cached_tokens"] += read
+        running = (
+            _Scored(completion, slot, read, request)
+            if isinstance(request, Scoring)
+            else _Writing(completion, slot, read, request, self)
+        )
         if slot != source and read:
             self.model.copy_prefix(source, slot, read)
         self._held[slot] = list(prompt[:read])
         completion.cached_tokens = read
+        with self._changed:
+            self._waiting.remove(completion)
+            self._free.remove(slot)
+            self._running.append(running)
+            self._counts["prompt_tokens"] += len(prompt)
+            self._counts["cached_tokens"] += read
+
+    def _coming(self, running: "_Running") -> Sequence[int]:
+        """What the slot of a text will hold when its prompt is read."""
+        if not running.readings:
+            return ()
+        shares = self.model.reads_alike(running.readings[0].part.text_length)
+        return running.prompt if shares else ()
 
     def _step(self) -> None:
-        writing = sorted((r for r in self._running if r.read >= len(r.prompt)), key=_slot)
-        singles = [Part(r.slot, r.length - 1, (r.last,)) for r in writing]
-        chunks, ending = self._next_chunks()
+        texts = sorted((r for r in self._running if _is_written(r)), key=_slot)
+        singles = [Part(text.slot, text.length - 1, (text.last,)) for text in texts]
+        chunks = self._next_chunks()
         if not (singles or chunks):
             return
-        logits = self.model.forward(singles, [part for part, _ in chunks])
-        rows = list(range(len(writing)))
-        for place, (part, running) in enumerate(chunks):
-            running.read += len(part.tokens)
-            if len(part.tokens) == CHUNK and self.model.reads_alike(part.text_length):
-                self._held[running.slot] += part.tokens
-            if running.read >= len(running.prompt):
-                rows.append(len(writing) + place)
+        logits = self.model.forward(singles, [reading.part for _, reading in chunks])
+        rows = list(range(len(texts)))
+        scored: list[tuple[_Scored, int, int, int]] = []
+        row = len(texts)
+        for running, reading in chunks:
+            self._hold(running, reading.part)
+            if isinstance(running, _Scored):
+                scored += [(running, row + at, token, n) for at, token, n in reading.scored]
+            elif isinstance(running, _Writing) and reading.part.wanted:
+                rows.append(row)
+                texts.append(running)
+            row += reading.part.wanted
+        if scored:
+            self._weigh(scored, logits)
         if rows:
-            chosen = logits if len(rows) == len(logits) else logits[rows]
-            self._write(writing + ending, chosen)
+            self._write(texts, logits if len(rows) == len(logits) else logits[rows])
 
-    def _next_chunks(self) -> tuple[list[tuple[Part, "_Running"]], list["_Running"]]:
-        """Chunks of prompts to read in this step, first come first, and whose prompt then ends."""
-        chunks: list[tuple[Part, _Running]] = []
-        ending = []
+    def _next_chunks(self) -> list[tuple["_Running", _Reading]]:
+        """What is read of which text in this step, first come first."""
+        chunks: list[tuple[_Running, _Reading]] = []
+        most = _READ_ALONE if self.model.device.type == "cpu" else _READ_BY_GPU
+        if any(map(_is_written, self._running)):
+            most = _READ_BESIDE
+        tokens = numbers = 0
         for running in self._running:
-            start = running.read
-            while start < len(running.prompt) and len(chunks) < _CHUNKS_A_STEP:
-                tokens = running.prompt[start : start + CHUNK]
-                part = Part(running.slot, start, tokens, len(running.prompt))
-                chunks.append((part, running))
-                start += len(tokens)
-                if start >= len(running.prompt):
-                    ending.append(running)
-        return chunks, ending
+            end = 0
+            # Another end of a text takes the place of the one before it: in another step.
+            while running.readings and (part := running.readings[0].part).start >= end:
+                end = part.start + len(part.tokens)
+                tokens += len(part.tokens)
+                numbers += part.wanted * self.model.vocab_size
+                if chunks and (tokens > most or numbers > _LOGITS):
+                    return chunks
+                chunks.append((running, running.readings.popleft()))
+        return chunks
 
-    def _write(self, texts: Sequence["_Running"], logits: Tensor) -> None:
+    def _hold(self, running: "_Running", part: Part) -> None:
+        """Remember what was read where it is a whole chunk of a prompt that others may share."""
+        whole = len(part.tokens) == CHUNK and part.start + CHUNK <= len(running.prompt)
+        if whole and self.model.reads_alike(part.text_length):
+            self._held[running.slot] += part.tokens
+
+    def _weigh(self, scored: Sequence[tuple["_Scored", int, int, int]], logits: Tensor) -> None:
+        """Add what tokens come to: (text, row of the logits, token, which end) each."""
+        where = torch.tensor([entry[1:3] for entry in scored], device=logits.device)
+        found = logits.log_softmax(-1)[where[:, 0], where[:, 1]].tolist()
+        for (text, _, _, end), score in zip(scored, found, strict=True):
+            text.scores[end] += score
+        for text in dict.fromkeys(entry[0] for entry in scored):
+            if not all(map(math.isfinite, text.scores)):
+                self._fail(text, ModelError(BAD_NUMBERS))
+            elif not text.readings:
+                text.completion.scores = text.scores
+                self._finish(text, "stop")
+
+    def _write(self, texts: Sequence["_Writing"], logits: Tensor) -> None:
         """Choose the next token of each text: logits [texts, vocab]."""
         adjusted = list(logits.unbind())
         errors: dict[int, Exception] = {}
@@ -401,7 +520,7 @@ class Engine:
         logprobs = self._logprobs(texts, logits, tokens)
         for row, text in enumerate(texts):
             if row not in errors and not math.isfinite(sums[row]):
-                errors[row] = ModelError(_BAD_NUMBERS)
+                errors[row] = ModelError(BAD_NUMBERS)
             try:
                 if row in errors:
                     raise errors[row]
@@ -410,9 +529,9 @@ class Engine:
                 self._fail(text, error)
 
     def _logprobs(
-        self, texts: Sequence["_Running"], logits: Tensor, tokens: Tensor
+        self, texts: Sequence["_Writing"], logits: Tensor, tokens: Tensor
     ) -> dict[int, TokenLogprob]:
-        wanted = [text.completion.request.logprobs for text in texts]
+        wanted = [text.request.logprobs for text in texts]
         rows = [row for row, number in enumerate(wanted) if number is not None]
         asked = [number for number in wanted if number is not None]
         if not rows:
@@ -431,9 +550,9 @@ class Engine:
             for place, row in enumerate(rows)
         }
 
-    def _go_on(self, text: "_Running", token: int, logprob: TokenLogprob | None) -> None:
+    def _go_on(self, text: "_Writing", token: int, logprob: TokenLogprob | None) -> None:
         completion = text.completion
-        if token in completion.request.stop_ids:
+        if token in text.request.stop_ids:
             self._finish(text, "stop")
             return
         completion.completion_tokens += 1
@@ -452,13 +571,13 @@ class Engine:
         elif shown := text.text.take():
             self._show(text, Piece(*shown))
 
-    def _show(self, text: "_Running", piece: Piece) -> None:
+    def _show(self, text: "_Writing", piece: Piece) -> None:
         if not self._tell(text.completion, piece):
             text.completion._cancelled = True
 
     def _finish(self, text: "_Running", reason: FinishReason) -> None:
         self._leave(text)
-        shown = text.text.finish()
+        shown = text.text.finish() if isinstance(text, _Writing) else ("", (), ())
         self._tell(text.completion, Piece(*shown, finish_reason=reason))
 
     def _fail(self, text: "_Running", error: Exception) -> None:
@@ -527,7 +646,7 @@ class _Turns:
 
 _TURNS = _Turns()
 
-_BAD_NUMBERS = (
+BAD_NUMBERS = (
     "the model gives scores that are not numbers: its weights are damaged, or its "
     "training went wrong. Take another checkpoint, or copy the model again"
 )
@@ -535,6 +654,43 @@ _BAD_NUMBERS = (
 
 def _slot(running: _Running) -> int:
     return running.slot
+
+
+def _is_written(running: _Running) -> TypeGuard[_Writing]:
+    """Whether its prompt is read, and a token of it is written in each step."""
+    return isinstance(running, _Writing) and not running.readings
+
+
+def _prompt_readings(
+    slot: int, read: int, prompt: Sequence[int], text_length: int
+) -> Iterator[_Reading]:
+    """A prompt in chunks, from the token `read` on; logits are wanted after its last."""
+    for start in range(read, len(prompt), CHUNK):
+        tokens = prompt[start : start + CHUNK]
+        wanted = int(start + len(tokens) == len(prompt))
+        yield _Reading(Part(slot, start, tokens, text_length, wanted))
+
+
+def _scoring_readings(slot: int, read: int, request: Scoring) -> Iterator[_Reading]:
+    """The prompt, then each end without its last token, all in the same places behind it."""
+    *before, last = _prompt_readings(slot, read, request.prompt, request.length)
+    yield from before
+    yield _Reading(last.part, [(0, end[0], number) for number, end in enumerate(request.ends)])
+    by_beginning: dict[tuple[int, ...], list[int]] = {}  # letters may differ in the last alone
+    for number, end in enumerate(request.ends):
+        by_beginning.setdefault(tuple(end[:-1]), []).append(number)
+    for tokens, numbers in by_beginning.items():
+        for at in range(0, len(tokens), CHUNK):
+            chunk = tokens[at : at + CHUNK]
+            place = len(request.prompt) + at
+            yield _Reading(
+                Part(slot, place, chunk, request.length, len(chunk)),
+                [
+                    (row, request.ends[number][at + row + 1], number)
+                    for number in numbers
+                    for row in range(len(chunk))
+                ],
+            )
 
 
 def _shared_chunks(held: Sequence[int], prompt: Sequence[int]) -> int:
