@@ -5,13 +5,14 @@
 
 lm-eval's own task files give its prompts, its `hf` model its likelihoods; only where the questions
 lie is another place, files made of ours instead of a hub. Questions that do not fit into the
-model's context with all their examples are left out: lm-eval cuts them elsewhere. The same on small
-files is a test, tests/evaluation/test_against_lm_eval.py.
+model's context with all their examples are left out: lm-eval cuts them elsewhere. On small files
+tests/evaluation/test_against_lm_eval.py does the same.
 """
 
 import argparse
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,27 @@ def main() -> None:
     apart = max(
         abs(one - other)
         for name in whole
-        for one, other in zip(ours[name]["scores"], theirs[name][0], strict=True)
+        for one, other in zip(ours[name]["scores"], theirs[name].scores, strict=True)
     )
-    same = sum(ours[name]["right"] == theirs[name][1] for name in whole)
-    print(f"{args.exam}, {args.shots} shots: {len(whole):,} of {len(ours):,} questions compared")
-    print(f"log-probabilities are at most {apart:.1e} apart; {same:,} are marked alike")
+    same = sum(ours[name]["right"] == theirs[name].right for name in whole)
+    right = sum(ours[n]["right"] for n in whole), sum(theirs[n].right for n in whole)
+    print(f"{args.exam}, {args.shots} shots: {len(whole):,} of {len(ours):,} questions of "
+          f"{len(subjects)} subjects compared")  # fmt: skip
+    print(f"log-probabilities are at most {apart:.1e} apart; {same:,} are marked alike; "
+          f"right: {right[0]:,} by minimind, {right[1]:,} by lm-eval")  # fmt: skip
 
 
-def by_lm_eval(
-    task: Choice, model: Path, shots: int, work: Path
-) -> dict[str, tuple[list[float], bool]]:
-    """For each question the letters' log-probabilities, and whether its answer is right."""
+@dataclass(frozen=True)
+class Theirs:
+    """What lm-eval makes of a question: each letter's log-probability, and whether it is right."""
+
+    prompt: str
+    scores: list[float]
+    right: bool
+
+
+def by_lm_eval(task: Choice, model: Path, shots: int, work: Path) -> dict[str, Theirs]:
+    """All questions by lm-eval, by id. work: a folder for the files that it reads."""
     exam, manager = task.exam.name, TaskManager()
     by_subject: dict[str, list[Question]] = {}
     for question in task.questions:
@@ -87,13 +98,21 @@ def by_lm_eval(
         bootstrap_iters=0,
     )
     return {
-        by_subject[name.removeprefix(PREFIX[exam])][sample["doc_id"]].id: (
+        by_subject[name.removeprefix(PREFIX[exam])][sample["doc_id"]].id: Theirs(
+            _prompt(sample["arguments"]),
             [float(response[0][0]) for response in sample["resps"]],
             bool(sample["acc"]),
         )
         for name, samples in found["samples"].items()
         for sample in samples
     }
+
+
+def _prompt(arguments: Any) -> str:
+    """What stands before the first letter; lm-eval has two ways of logging it."""
+    if isinstance(arguments, dict):
+        return arguments["gen_args_0"]["arg_0"]
+    return arguments[0][0]
 
 
 def records(exam: str, path: Path, questions: list[Question]) -> str:

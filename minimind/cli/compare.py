@@ -214,12 +214,10 @@ class _Comparison:
         if self.compared:
             self._show_tables()
         if self.talk.bad.total:
-            console.say(
-                plain(
-                    f"{self.talk.bad.total:,} lines are no questions, the first: "
-                    f"{self.talk.bad.first}"
-                )
+            told = console.count(
+                self.talk.bad.total, "line is no question", "lines are no questions"
             )
+            console.say(plain(f"{told}, the first: {self.talk.bad.first}"))
         for name, figures in self.figures.items():
             if figures["first_error"]:
                 console.say(

@@ -67,6 +67,11 @@ def figure(value: object) -> str:
     return str(value)
 
 
+def count(number: int, one: str, more: str) -> str:
+    """How many there are, as one or as more of them are called."""
+    return f"{number:,} {one if number == 1 else more}"
+
+
 def show_figures(title: str, figures: Mapping[str, Any]) -> None:
     """Print the plain figures of a summary as a table; nested ones are for the JSON alone."""
     plain = [

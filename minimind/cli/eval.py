@@ -85,7 +85,7 @@ def evaluate(
                 elif name in tasks:
                     evaluation.run(examined, tasks[name], found.get(name))
     evaluation.show()
-    if evaluation.failures:
+    if not evaluation.is_whole():
         raise typer.Exit(1)
 
 
@@ -233,9 +233,16 @@ class _Evaluation:
         for path in filter(None, (self.out / "summary.json", self.json)):
             console.write_json(path, {"models": self.figures})
 
+    def is_whole(self) -> bool:
+        """Whether nothing failed, not a single question either."""
+        return not (self.failures or any(one.get("failed") for one in self._all_figures()))
+
+    def _all_figures(self) -> list[Figures]:
+        return [one for tasks in self.figures.values() for one in tasks.values()]
+
     def show(self) -> None:
         """The tables, and what failed."""
-        figures = [one for tasks in self.figures.values() for one in tasks.values()]
+        figures = self._all_figures()
         if figures:
             console.show(
                 console.table(
@@ -297,7 +304,7 @@ def _row(one: Figures) -> list[object]:
     if "bits_per_byte" in one:
         alone = low is None or one["documents"] == 1  # which says nothing of others
         spread = "–" if alone else f"{low:.4f} – {high:.4f}"
-        told = f"{one['documents']:,} documents"
+        told = console.count(one["documents"], "document", "documents")
         return [one["model"], one["task"], _score(one), spread, None, told, one["failed"]]
     spread = "–" if low is None else f"{low:.1%} – {high:.1%}"
     chance = f"{one['chance']:.1%}" if "chance" in one else None
@@ -331,17 +338,21 @@ def _tell_faults(one: Figures) -> None:
         console.say(f"{title}: {one['failed']:,} failed, the first: {first[0]}: {first[1]}")
     if one.get("unreadable"):
         console.say(
-            f"{title}: {one['unreadable']:,} lines are no questions or texts, the first: "
-            f"{one['first_unreadable']}"
+            f"{title}: "
+            + console.count(
+                one["unreadable"], "line is no question or text", "lines are no questions or texts"
+            )
+            + f", the first: {one['first_unreadable']}"
         )
     if one.get("cut"):
         console.say(
-            f"{title}: {one['cut']:,} questions are longer than the model reads; they were asked "
-            "without their beginning"
+            f"{title}: asked without its beginning, for that is more than the model reads: "
+            + console.count(one["cut"], "question", "questions")
         )
     wanted, fewest = one.get("settings", {}).get("shots", 0), one.get("fewest_shots")
     if wanted and fewest is not None and fewest < wanted:
+        had = console.count(fewest, "example", "examples")
         console.say(
-            f"{title}: some questions had {fewest} examples before them, not {wanted}: there are "
-            "no more, or no more fit into the context"
+            f"{title}: some questions had {had} before them, not {wanted}: there are no more, or "
+            "no more fit into the context"
         )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
@@ -130,6 +131,35 @@ def test_what_fails_is_told_and_the_rest_goes_on(models: Path, exam: Path, tmp_p
     assert "holds no ceval" in done.output
     assert figures(tmp_path)["tiny"]["mine (chat)"]["questions"] == 40
     assert "Traceback" not in done.output
+
+
+def test_questions_that_fail_end_the_command_with_1_when_all_is_written(
+    exam: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A word's embedding is damaged: the question that has it fails, and no other."""
+    shape = {"vocab_size": tokenizer.vocab_size, "tie_word_embeddings": False}
+    model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
+    with exam.open(encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    bad = tokenizer.encode("$")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = float("nan")
+    save_model(tmp_path / "damaged", model, tokenizer)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "泰山在山东省。"}\n{}\n', encoding="utf-8")
+    (tmp_path / "mine.csv").write_text("\n".join([*lines, "$？,甲,乙,丙,丁,A"]) + "\n", "utf-8")
+    tasks = ("--task", f"choice:{tmp_path / 'mine.csv'}", "--task", f"bpb:{text}")
+    done = run(tmp_path, tmp_path / "damaged", *tasks)
+    assert done.exit_code == 1
+    assert "1 failed, the first: mine-42: the model gives scores that are not numbers" in (
+        " ".join(done.output.split())
+    )
+    assert "1 document " in done.output
+    assert "1 line is no question or text, the first: " in done.output
+    choice, bits = figures(tmp_path)["damaged"].values()
+    assert (choice["failed"], choice["questions"], bits["documents"]) == (1, 40, 1)
+    again = run(tmp_path, tmp_path / "damaged", *tasks, "--limit", 10)
+    assert again.exit_code == 1
 
 
 def test_another_model_of_the_same_name_is_refused(

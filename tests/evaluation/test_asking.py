@@ -9,7 +9,7 @@ from foreign import CHATTING
 
 from minimind.evaluation.asking import Asked, Asker, Style, choose
 from minimind.evaluation.exams import EXAMS, Exam, Question
-from minimind.evaluation.scoring import Scorer
+from minimind.evaluation.scoring import EngineScorer
 from minimind.evaluation.words import OwnWords
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, encode_chat
@@ -122,7 +122,8 @@ def test_a_question_that_does_not_fit_loses_its_beginning(
         assert len(row.tokens) <= 13
         assert row.tokens == full.tokens[-len(row.tokens) :]
         assert row.tokens[row.start :] == full.tokens[full.start :]
-    assert len(Scorer(varied, 12).score(asked.rows)) == 4
+    [scores] = EngineScorer(varied, tokenizer, 12).score([asked.rows])
+    assert isinstance(scores, list) and len(scores) == 4
 
 
 def test_an_answer_longer_than_the_context_is_cut_too(
@@ -132,7 +133,8 @@ def test_an_answer_longer_than_the_context_is_cut_too(
     asked = ask(tokenizer, EXAMS["ceval"], "answer", long, context=12)
     assert asked.cut
     assert all(0 < row.start < len(row.tokens) <= 13 for row in asked.rows)
-    assert torch.isfinite(torch.tensor(Scorer(varied, 12).score(asked.rows))).all()
+    [scores] = EngineScorer(varied, tokenizer, 12).score([asked.rows])
+    assert isinstance(scores, list) and torch.isfinite(torch.tensor(scores)).all()
 
 
 @pytest.mark.parametrize("name", CHATTING)

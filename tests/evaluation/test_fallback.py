@@ -12,7 +12,7 @@ from minimind.errors import ModelError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.fallback import TransformersModel
 from minimind.evaluation.models import LocalModel
-from minimind.evaluation.scoring import windows
+from minimind.evaluation.scoring import Row, windows
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.model.device import multiplies_bf16
 from minimind.tokenizer import Tokenizer
@@ -45,10 +45,22 @@ def test_texts_come_out_alike(
     ids = words.encode_batch(texts)
     assert ids == tokenizer.encode_batch(texts)
     rows = [row for text in ids for row in windows(text, [tokenizer.end_of_text], 64)]
-    assert scorer.score(rows) == pytest.approx(local.scorer()[0].score(rows), abs=1e-3)
+    [ours], [theirs] = local.scorer()[0].score([rows]), scorer.score([rows])
+    assert theirs == pytest.approx(ours, abs=1e-3)
     (tmp_path / "a.jsonl").write_text(TEXT, encoding="utf-8")
     task = make_task(f"bpb:{tmp_path / 'a.jsonl'}")
     assert task.summary(list(task.run(model, ())))["bytes"] == 66
+
+
+def test_a_fault_in_one_item_is_its_own(varied_dir: Path) -> None:
+    """A word that the model does not have, beside items that are read together with it."""
+    scorer, _ = TransformersModel(varied_dir / "model", "cpu").scorer()
+    items = [[Row((1, 2, 3), 1)], [Row((1, 99_999, 3), 1)], [Row((4, 5, 6, 7), 2)]]
+    first, wrong, last = scorer.score(items)
+    assert isinstance(wrong, IndexError)
+    assert [first, last] == [
+        pytest.approx(one) for [one] in map(scorer.score, (items[:1], items[2:]))
+    ]
 
 
 def answers(

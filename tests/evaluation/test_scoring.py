@@ -1,12 +1,16 @@
 import random
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from small_exams import make_varied
+from torch import Tensor
 
 from minimind.errors import ModelError
-from minimind.evaluation.scoring import Row, Scorer, windows
-from minimind.model import PRESETS, ModelConfig, Transformer
+from minimind.evaluation.scoring import EngineScorer, Row, windows
+from minimind.inference.batch import BatchedModel, Part
+from minimind.model import PRESETS, Transformer
 from minimind.tokenizer import Tokenizer
 
 
@@ -28,51 +32,130 @@ def random_rows(vocab_size: int, number: int, prefix: int, longest: int) -> list
     return rows
 
 
+def scores_of(scorer: EngineScorer, rows: Sequence[Row]) -> list[float]:
+    """Of rows that belong together."""
+    [scores] = scorer.score([rows])
+    assert isinstance(scores, list), scores
+    return scores
+
+
 @pytest.mark.parametrize("prefix", [0, 20, 100])
 @pytest.mark.parametrize("shape", ["nano", "nano-moe"])
 def test_many_rows_score_as_each_alone(
     tokenizer: Tokenizer, prefix: int, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minimind.evaluation.scoring._TOKENS", 300)  # several batches
-    monkeypatch.setattr("minimind.evaluation.scoring._LOGITS", 10_000)  # several slices
+    monkeypatch.setattr("minimind.inference.engine._LOGITS", 10_000)  # a few words at a time
     model = make_varied(tokenizer, **{k: v for k, v in PRESETS[shape].items()})
-    rows = random_rows(tokenizer.vocab_size, 30, prefix, 60)
+    rows = random_rows(tokenizer.vocab_size, 30, prefix, 100)
     letters = [Row((*rows[0].tokens[:-1], letter), len(rows[0].tokens) - 1) for letter in range(4)]
-    rows += letters
-    scores = Scorer(model).score(rows)
-    assert scores == pytest.approx([alone(model, row) for row in rows], abs=1e-4)
-    assert scores != pytest.approx([scores[0]] * len(rows))
+    scorer = EngineScorer(model, tokenizer)
+    wanted = [alone(model, row) for row in (*rows, *letters)]
+    assert scores_of(scorer, [*rows, *letters]) == pytest.approx(wanted, abs=1e-4)
+    found = list(scorer.score([*([row] for row in rows), [], letters]))
+    assert [len(scores) for scores in found if isinstance(scores, list)] == [*[1] * 30, 0, 4]
+    flat = [score for scores in found if isinstance(scores, list) for score in scores]
+    assert flat == pytest.approx(wanted, abs=1e-4)
+    assert flat != pytest.approx([wanted[0]] * len(wanted))
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", ["nano", "nano-moe"])
+def test_scores_have_the_same_bits_whatever_is_asked_beside_them(
+    tokenizer: Tokenizer, shape: str, threads: int, request: pytest.FixtureRequest
+) -> None:
+    """Prompts of all lengths, of which some begin alike, with ends of one word and of many."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    rng = random.Random(0)
+    model = make_varied(tokenizer, **{k: v for k, v in PRESETS[shape].items()})
+    scorer = EngineScorer(model, tokenizer)
+    shared = tuple(rng.choices(range(600), k=130))
+    items = []
+    for number in range(24):
+        begins = shared[: rng.choice((0, 70, 130))]
+        prompt = (*begins, *rng.choices(range(600), k=rng.randrange(1, 60)))
+        longest = 2 if number % 3 else 66
+        ends = [rng.choices(range(600), k=rng.randrange(1, longest)) for _ in range(4)]
+        items.append([Row((*prompt, *end), len(prompt)) for end in ends])
+    together = list(scorer.score(items))
+    assert [list(scorer.score([item])) for item in items] == [[scores] for scores in together]
+    assert list(scorer.score(items[::-1])) == together[::-1]
 
 
 def test_what_rows_begin_with_is_read_once(
     varied: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    forward = Transformer.forward
+    forward = BatchedModel.forward
 
-    def counting(self: Transformer, tokens: torch.Tensor, **others: object) -> torch.Tensor:
-        read.append(tokens.numel())
-        return forward(self, tokens, **others)  # type: ignore[arg-type]
+    def counting(self: BatchedModel, singles: Sequence[Part], chunks: Sequence[Part]) -> Tensor:
+        read.append(sum(len(part.tokens) for part in chunks))
+        return forward(self, singles, chunks)
 
-    monkeypatch.setattr(Transformer, "forward", counting)
-    rows = [Row((*range(200), a, b), 201) for a in range(5) for b in range(3)]
-    Scorer(varied).score(rows)
-    assert sum(read) == 200 + 5
+    monkeypatch.setattr(BatchedModel, "forward", counting)
+    examples = tuple(range(128))  # in whole chunks: what is left of one is read again
+    items = [[Row((*examples, *[a] * 30, a, b), 159) for b in range(3)] for a in range(5)]
+    list(EngineScorer(varied, tokenizer).score(items))
+    assert sum(read) == 128 + 5 * 31
+    assert len(read) == 2
+    read.clear()
+    words = [Row((*examples[:30], *[a] * 4), 30) for a in range(5)]
+    list(EngineScorer(varied, tokenizer).score([words]))
+    assert sum(read) == 30 + 5 * 3  # and what the ends of one text follow, once
+
+
+def test_a_text_that_is_longer_than_those_before_it(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is made as it is needed, for a context may be far longer than any question."""
+    monkeypatch.setattr("minimind.evaluation.scoring._ROOM", 16)
+    model = make_varied(tokenizer, context=2048)
+    rng = random.Random(2)
+    texts = [tuple(rng.choices(range(600), k=k)) for k in (5, 12, 300, 17, 18, 2049, 9)]
+    rows = [Row(text, 3) for text in texts]
+    found = list(EngineScorer(model, tokenizer).score([row] for row in rows))
+    assert [scores for [scores] in map(_whole, found)] == pytest.approx(  # type: ignore[misc]
+        [alone(model, row) for row in rows], rel=1e-5
+    )
+
+
+def _whole(scores: list[float] | Exception) -> list[float]:
+    assert isinstance(scores, list), scores
+    return scores
 
 
 def test_scaling_that_depends_on_the_length_sees_each_text_alone(tokenizer: Tokenizer) -> None:
     model = make_varied(tokenizer, context=64)
     model.extend_context(256, "dynamic")
     rows = random_rows(tokenizer.vocab_size, 12, 70, 50)
-    assert Scorer(model).score(rows) == pytest.approx([alone(model, r) for r in rows], abs=1e-4)
+    rows += [Row((*rows[0].tokens[:80], *[9] * more), 80) for more in range(1, 30)]
+    wanted = [alone(model, row) for row in rows]
+    assert scores_of(EngineScorer(model, tokenizer), rows) == pytest.approx(wanted, abs=1e-4)
 
 
-def test_scores_that_are_no_numbers_are_told(tokenizer: Tokenizer) -> None:
-    model = Transformer(ModelConfig(**PRESETS["nano"] | {"vocab_size": tokenizer.vocab_size}))
+def test_scores_that_are_no_numbers_are_that_items_fault_alone(tokenizer: Tokenizer) -> None:
+    """One word's embedding is damaged; whoever reads it has no scores."""
+    model = make_varied(tokenizer, tie_word_embeddings=False)
+    bad = 17
+    rows = random_rows(16, 40, 70, 60)
+    wanted = list(EngineScorer(model, tokenizer).score([row] for row in rows))
     with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="not numbers"):
-        Scorer(model).score([Row((1, 2, 3), 1)])
+        model.model.embed_tokens.weight[bad] = float("nan")
+    damaged = [
+        [Row((*row.tokens[:at], bad, *row.tokens[at:]), 72)] for row in rows for at in (3, 70)
+    ]
+    items = [
+        item for row, two in zip(rows, batched(damaged), strict=True) for item in ([row], *two)
+    ]
+    found = list(EngineScorer(model, tokenizer).score(items))
+    assert found[::3] == wanted
+    for error in (*found[1::3], *found[2::3]):
+        assert isinstance(error, ModelError)
+        assert "not numbers" in str(error)
+
+
+def batched(items: list[list[Row]]) -> list[list[list[Row]]]:
+    return [items[at : at + 2] for at in range(0, len(items), 2)]
 
 
 @pytest.mark.parametrize("context", [2, 7, 16, 1000])
@@ -89,7 +172,7 @@ def test_windows_score_each_token_once(length: int, context: int) -> None:
     assert all(row.start >= context // 2 for row in rows[1:])
 
 
-def test_a_context_below_the_models_own_holds(varied: Transformer) -> None:
-    assert Scorer(varied).context == 512
-    assert Scorer(varied, 16).context == 16
-    assert Scorer(varied, 9999).context == 512
+def test_a_context_below_the_models_own_holds(varied: Transformer, tokenizer: Tokenizer) -> None:
+    assert EngineScorer(varied, tokenizer).context == 512
+    assert EngineScorer(varied, tokenizer, 16).context == 16
+    assert EngineScorer(varied, tokenizer, 9999).context == 512

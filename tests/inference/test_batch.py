@@ -60,6 +60,22 @@ def test_logits_are_those_of_the_model(shape: str) -> None:
 
 
 @torch.inference_mode()
+def test_logits_are_those_that_are_wanted() -> None:
+    """Of a text whose chunks begin anywhere, and of another that has none to give."""
+    model, ids = make(), words(150)
+    batch = BatchedModel(model, 3, 256)
+    wanted = model.logits(model(torch.tensor([ids])))[0]
+    parts = [Part(1, 0, ids[:30], wanted=0), Part(0, 0, ids[:64], wanted=0)]
+    parts += [Part(1, 30, ids[30:90], wanted=60), Part(1, 90, ids[90:100], wanted=3)]
+    read = batch.forward([], parts)
+    torch.testing.assert_close(read, wanted[[*range(30, 90), 97, 98, 99]], atol=1e-4, rtol=1e-4)
+    nothing = batch.forward([], [Part(1, 100, ids[100:120], wanted=0)])
+    assert nothing.shape == (0, VOCAB)
+    written = batch.forward([Part(1, 120, [ids[120]])], [Part(0, 64, ids[64:128], wanted=2)])
+    torch.testing.assert_close(written, wanted[[120, 126, 127]], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
 def test_an_adapter_in_training_counts() -> None:
     model = apply_lora(make(), LoRASettings(rank=4, targets=["all"]))
     for name, parameter in model.named_parameters():

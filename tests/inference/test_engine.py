@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minimind.errors import ModelError, UsageError
-from minimind.inference.engine import Completion, Engine, Piece, Request
+from minimind.inference.engine import Completion, Engine, Piece, Request, Scoring
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -204,6 +204,78 @@ def test_a_prefix_that_was_read_is_not_read_again(
     whole = engine.submit(Request(shared[:128], GREEDY, 1))
     tokens_of(whole)
     assert whole.cached_tokens == 64
+
+
+def test_a_prefix_that_is_being_read_is_waited_for(engine: Engine, alone: Engine) -> None:
+    shared = random.Random(10).choices(range(600), k=200)
+    requests = [Request(shared + [n] * 5, GREEDY, 9) for n in range(5)]
+    other = Request([n % 600 for n in range(200)], GREEDY, 9)  # which need not wait
+    wanted = [tokens_of(alone.submit(request)) for request in (*requests, other)]
+    completions = [engine.submit(request) for request in (*requests, other)]
+    assert [tokens_of(completion) for completion in completions] == wanted
+    assert [c.cached_tokens for c in completions] == [0, 192, 192, 192, 192, 0]
+
+
+def test_what_is_waited_for_may_be_cancelled(model: Transformer, tokenizer: Tokenizer) -> None:
+    """In the middle of its prompt: the next one reads on from there."""
+    shared = random.Random(11).choices(range(600), k=250)
+    with Engine(model, tokenizer, slots=2) as engine:
+        writing = engine.submit(Request([5], GREEDY, 250))  # so that few chunks are read at once
+        next(iter(writing))
+        first = engine.submit(Request([*shared, 1], GREEDY, 3))
+        second = engine.submit(Request([*shared, 2], GREEDY, 3))
+        first.cancel()
+        assert len(tokens_of(second)) == 3
+        writing.cancel()
+    assert first.completion_tokens <= 3
+
+
+def score(model: Transformer, prompt: list[int], end: list[int]) -> float:
+    with torch.inference_mode():
+        logits = model.logits(model(torch.tensor([prompt + end[:-1]])))[0].double()
+    rows = logits.log_softmax(-1)[len(prompt) - 1 :]
+    return float(rows[range(len(end)), end].sum())
+
+
+def test_ends_are_weighed_while_others_are_written(
+    engine: Engine, alone: Engine, model: Transformer, prompts: list[list[int]]
+) -> None:
+    rng = random.Random(12)
+    scorings, lengths = [], (1, 1, 2, 2, 70)
+    for prompt in prompts[:20]:
+        ends = [rng.choices(range(600), k=k) for k in lengths]
+        ends.append([ends[2][0], 7])  # differs from another end in its last token alone
+        scorings.append(Scoring(prompt, ends))
+    requests = [Request(prompt, GREEDY, 20) for prompt in prompts[10:30]]
+    wanted = [tokens_of(alone.submit(request)) for request in requests]
+    solo = [scores_of(alone.submit(scoring)) for scoring in scorings]
+    mixed = [engine.submit(one) for pair in zip(scorings, requests, strict=True) for one in pair]
+    assert [scores_of(completion) for completion in mixed[::2]] == solo  # the same bits
+    assert [tokens_of(completion) for completion in mixed[1::2]] == wanted
+    for scoring, scores in zip(scorings, solo, strict=True):
+        expected = [score(model, list(scoring.prompt), list(end)) for end in scoring.ends]
+        assert scores == pytest.approx(expected, abs=1e-3)
+    assert is_idle(engine)
+
+
+def scores_of(completion: Completion) -> list[float]:
+    [piece] = completion
+    assert (piece.text, piece.token_ids, piece.finish_reason) == ("", (), "stop")
+    assert completion.completion_tokens == 0
+    return completion.scores
+
+
+def test_weighing_that_is_cancelled_or_cannot_be(engine: Engine) -> None:
+    completion = engine.submit(Scoring([5] * 200, [[6] * 50] * 200))
+    completion.cancel()
+    assert [piece.finish_reason for piece in completion] == ["cancelled"]
+    assert completion.scores == []
+    assert len(scores_of(engine.submit(Scoring([5] * CONTEXT, [[6], [7]])))) == 2
+    with pytest.raises(UsageError, match=f"the text has {CONTEXT + 1} tokens before its last"):
+        engine.submit(Scoring([5] * CONTEXT, [[6], [6, 7]]))
+    with pytest.raises(UsageError, match="end: token ids go from 0 to 599"):
+        engine.submit(Scoring([5], [[6], [600]]))
+    assert is_idle(engine)
 
 
 def test_a_seed_gives_the_same_text_whoever_is_beside_it(
