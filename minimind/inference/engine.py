@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.graphs import GraphedModel
 from minimind.inference.load import on_one_core
 from minimind.inference.sampling import Penalties, Sampling, choose
 from minimind.inference.text import TextStream
@@ -184,6 +185,7 @@ class Engine:
         self._num_threads = torch.get_num_threads()
         with on_one_core():
             self.model = BatchedModel(model, slots, self.context, int8=int8)
+        self._steps = GraphedModel(self.model)
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
@@ -355,7 +357,7 @@ class Engine:
         chunks, ending = self._next_chunks()
         if not (singles or chunks):
             return
-        logits = self.model.forward(singles, [part for part, _ in chunks])
+        logits = self._steps.forward(singles, [part for part, _ in chunks])
         rows = list(range(len(writing)))
         for place, (part, running) in enumerate(chunks):
             running.read += len(part.tokens)
