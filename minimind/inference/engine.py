@@ -8,8 +8,10 @@ copied, not read again.
 
 import atexit
 import math
+import os
 import queue
 import random
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -528,6 +530,19 @@ class _Turns:
 
 
 _TURNS = _Turns()
+
+
+def step_back() -> None:
+    """Let other threads, which take less, go before the one that decodes; where there is Linux.
+
+    To be called once there is an engine and before it decodes: what helps a thread is as nice as
+    the thread was when it was first helped.
+    """
+    if sys.platform == "linux" and _TURNS.thread is not None and _TURNS.thread.native_id:
+        os.setpriority(os.PRIO_PROCESS, _TURNS.thread.native_id, _NICENESS)
+
+
+_NICENESS = 5  # benchmarks/records/service-reliability.md has what it brings
 
 _BAD_NUMBERS = (
     "the model gives scores that are not numbers: its weights are damaged, or its "

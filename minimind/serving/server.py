@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from minimind.errors import ResourceError
+from minimind.inference.engine import step_back
 from minimind.serving.app import Service, create_app
 from minimind.serving.limits import Limits
 from minimind.serving.logs import log
@@ -80,10 +81,6 @@ class Server(uvicorn.Server):
     def serve_at(self, listening: socket.socket) -> None:
         """Serve until SIGTERM, Ctrl-C, or `should_exit`."""
         log("listening", url=url_of(listening), models=list(self._service.models))
-        # What is there now stays, torch's modules above all. To search it for garbage, as Python
-        # does once in a while, takes 180 ms, in which nobody is answered.
-        gc.collect()
-        gc.freeze()
         try:
             self.run(sockets=[listening])
         finally:
@@ -97,6 +94,17 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.call_later(self._limits.grace_seconds, self._service.cancel_all)
         await super().shutdown(sockets)
+
+
+def answer_first() -> None:
+    """Let the event loop wait for nothing long in this process, whose models are loaded.
+
+    What is there stays, torch's modules above all: to search it for garbage, as Python does once in
+    a while, took 180 ms. And decoding would keep all cores.
+    """
+    gc.collect()
+    gc.freeze()
+    step_back()
 
 
 @contextlib.contextmanager
