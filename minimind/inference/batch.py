@@ -24,7 +24,7 @@ from minimind.errors import ResourceError
 from minimind.model import Transformer
 from minimind.model.experts import RoutedExperts, routed_plainly
 from minimind.model.lora import LoRALinear
-from minimind.model.norm import RMSNorm
+from minimind.model.norm import RMSNorm, normed_on_cpu
 from minimind.model.rope import depends_on_length, rope_table
 from minimind.model.transformer import Layer
 
@@ -92,6 +92,7 @@ class BatchedModel:
         self._head = pack(head)
         self._layers = [_pack_layer(layer, pack, slots) for layer in model.model.layers]
         self._cache = self._allocate()
+        self._places = self._cache.permute(0, 2, 4, 1, 3, 5).unbind()  # [slots, positions, 2, K, D]
         self._turns = torch.empty(2, 0, config.head_dim, device=self.device)
 
     def _allocate(self) -> Tensor:
@@ -179,12 +180,18 @@ class BatchedModel:
     ) -> None:
         """Change x [at least rows, hidden]; where: slots and positions [2, rows] of its rows."""
         cos, sin = angles.unsqueeze(-2)
+        places = tuple(where)
+        seen = [self._seen(span) for span in spans]
         scale = self._config.residual_multiplier
-        for layer, cache in zip(self._layers, self._cache, strict=True):
+        for number, layer in enumerate(self._layers):
             normed = self._normed(x, layer.input_norm)
-            qkv = layer.qkv(normed)[:rows]
-            mixed = normed.new_empty(len(normed), self._config.num_attention_heads * cos.shape[-1])
-            self._attend(qkv, layer, cache, where, cos, sin, spans, mixed)
+            heads = self._turned(layer.qkv(normed)[:rows], layer, cos, sin)
+            queries = heads[:, : self._config.num_attention_heads].to(self._cache.dtype)
+            new = heads[:, self._config.num_attention_heads :].unflatten(1, (2, -1))
+            self._places[number][places] = new.to(self._cache.dtype)
+            mixed = normed.new_empty(len(normed), queries[0].numel())
+            for span, layers in zip(spans, seen, strict=True):
+                mixed[span.rows] = self._look(queries[span.rows], *layers[number], span.bias)
             x.add_(layer.out(mixed), alpha=scale)
             x.add_(layer.feed(self._normed(x, layer.feed_norm)), alpha=scale)
 
@@ -230,46 +237,42 @@ class BatchedModel:
             self._turns[1, :, : self._config.head_dim // 2] *= -1
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)
+        if x.device.type != "cpu":
+            return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)
+        return normed_on_cpu(x, self._config.rms_norm_eps)[0].mul_(weight).to(self.dtype)
 
-    def _attend(
-        self,
-        qkv: Tensor,
-        layer: _Layer,
-        cache: Tensor,
-        where: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        spans: Sequence[_Span],
-        mixed: Tensor,
-    ) -> None:
-        """Write keys and values of qkv [N, (H + 2K) * D] to the cache, what rows find to mixed."""
+    def _turned(self, qkv: Tensor, layer: _Layer, cos: Tensor, sin: Tensor) -> Tensor:
+        """qkv [N, (H + 2K) * D] -> [N, H + 2K, D] float32, queries and keys by their positions."""
         config = self._config
         width, queries = config.head_dim, config.num_attention_heads
-        end_of_keys = queries + config.num_key_value_heads
         heads = qkv.view(len(qkv), -1, width).float()
-        turned = heads[:, :end_of_keys]
+        turned = heads[:, : queries + config.num_key_value_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = F.rms_norm(turned[:, :queries], (width,), layer.q_norm, config.rms_norm_eps)
-            k = F.rms_norm(turned[:, queries:], (width,), layer.k_norm, config.rms_norm_eps)
-            turned = torch.cat((q, k), dim=1)
+            for some, norm in (
+                (turned[:, :queries], layer.q_norm),
+                (turned[:, queries:], layer.k_norm),
+            ):
+                some.copy_(F.rms_norm(some, (width,), norm, config.rms_norm_eps))
         # Not in one step: fused ones may round the ends of a row in another way.
-        turned = (turned * cos).add_(turned.roll(width // 2, -1).mul_(sin))
-        new = torch.cat((turned[:, queries:], heads[:, end_of_keys:]), dim=1)
-        cache[:, where[0], :, where[1]] = new.view(len(new), 2, -1, width).to(cache.dtype)
-        q = turned[:, :queries].to(cache.dtype)
-        for span in spans:
-            mixed[span.rows] = self._look(q[span.rows], cache[:, span.slots], span.bias)
+        half = turned.roll(width // 2, -1).mul_(sin)
+        turned.mul_(cos).add_(half)
+        return heads
 
-    def _look(self, q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
-        """Attention of q [rows, H, D] to cache [2, slots, K, positions, D] -> [rows, H * D]."""
-        _, slots, heads, _, width = cache.shape
-        length, groups = bias.shape[-1], q.shape[1] // heads
-        keys, values = cache[..., :length, :].flatten(1, 2)
-        single = len(q) == slots
-        if not single:  # tokens of one text, which all look at the same keys
+    def _seen(self, span: _Span) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [slots * K, positions, D] of each layer that a span looks at: views."""
+        part = self._cache[:, :, span.slots, :, : span.bias.shape[-1]].flatten(2, 3)
+        return list(zip(*part.unbind(1), strict=True))
+
+    def _look(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attention of q [rows, H, D] to keys and values [slots * K, positions, D].
+
+        [rows, H * D]: a row of each slot, or tokens of one text, which all look at the same keys.
+        """
+        heads, width = self._config.num_key_value_heads, q.shape[-1]
+        groups, single = q.shape[1] // heads, len(q) * heads == len(keys)
+        if not single:
             q = q.view(-1, heads, groups, width).permute(1, 2, 0, 3)
-        q = q.reshape(slots * heads, -1, width)
+        q = q.reshape(len(keys), -1, width)
         scale = self._config.attention_multiplier or width**-0.5
         weights = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=scale).softmax(-1)
         out = torch.bmm(weights, values)
