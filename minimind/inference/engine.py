@@ -400,8 +400,9 @@ class Engine:
         samplings = [text.sampling for text in texts]
         numbers = [0.0 if text.sampling.greedy else text.random.random() for text in texts]
         tokens = choose(torch.stack(adjusted) if changed else logits, samplings, numbers)
-        # One transfer from the device; a sum is a number where all that was added is.
-        chosen, sums = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
+        # One transfer from the device; a sum is a number where all that was added is. Token ids are
+        # far below 2**24, up to where single precision holds them; Apple's MPS has no other.
+        chosen, sums = torch.stack((tokens.float(), logits.sum(-1))).tolist()
         logprobs = self._logprobs(texts, logits, tokens)
         for row, text in enumerate(texts):
             if row not in errors and not math.isfinite(sums[row]):
