@@ -172,7 +172,8 @@ def _log_likelihood(logits: Tensor, row: Row) -> float:
     """logits: [tokens, vocab], of the row and what pads it."""
     where = torch.arange(row.start - 1, len(row.tokens) - 1, device=logits.device)
     tokens = torch.tensor(row.tokens[row.start :], device=logits.device)
-    return float(logits[where].float().log_softmax(-1).double()[range(len(tokens)), tokens].sum())
+    own = logits[where].float().log_softmax(-1).gather(1, tokens[:, None])
+    return sum(own[:, 0].tolist())
 
 
 def _checked(scores: list[float]) -> list[float] | Exception:
