@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from minimind.errors import UsageError
 from minimind.inference.engine import Completion, Engine, Scoring
 from minimind.model import Transformer
 from minimind.model.rope import depends_on_length
@@ -49,7 +50,7 @@ class EngineScorer:
 
     def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:
         """See Scorer."""
-        asked: deque[list[_Asked]] = deque()
+        asked: deque[list[_Asked] | UsageError] = deque()
         engine = self._engine(_ROOM)
         try:
             for rows in items:
@@ -59,7 +60,10 @@ class EngineScorer:
                         yield _collect(asked.popleft())
                     engine.close()
                     engine = self._engine(longest)
-                asked.append(self._ask(engine, rows))
+                try:
+                    asked.append(self._ask(engine, rows))
+                except UsageError as error:  # a token that the model does not have
+                    asked.append(error)
                 if len(asked) > _AHEAD:
                     yield _collect(asked.popleft())
             while asked:
@@ -98,7 +102,9 @@ def _end(row: Row) -> tuple[int, ...]:
     return row.tokens[row.start :]
 
 
-def _collect(parts: Sequence[_Asked]) -> list[float] | Exception:
+def _collect(parts: Sequence[_Asked] | UsageError) -> list[float] | Exception:
+    if isinstance(parts, UsageError):
+        return parts
     scores: dict[int, float] = {}
     for part in parts:
         try:

@@ -7,7 +7,7 @@ import torch
 from small_exams import make_varied
 from torch import Tensor
 
-from minimind.errors import ModelError
+from minimind.errors import ModelError, UsageError
 from minimind.evaluation.scoring import EngineScorer, Row, windows
 from minimind.inference.batch import BatchedModel, Part
 from minimind.model import PRESETS, Transformer
@@ -152,6 +152,15 @@ def test_scores_that_are_no_numbers_are_that_items_fault_alone(tokenizer: Tokeni
     for error in (*found[1::3], *found[2::3]):
         assert isinstance(error, ModelError)
         assert "not numbers" in str(error)
+
+
+def test_a_word_that_the_model_does_not_have_is_that_items_fault_alone(
+    varied: Transformer, tokenizer: Tokenizer
+) -> None:
+    items = [[Row((1, 2, 3), 1)], [Row((1, 2, 600), 1)], [Row((4, 5, 6, 7), 2)]]
+    first, wrong, last = EngineScorer(varied, tokenizer).score(items)
+    assert isinstance(wrong, UsageError)
+    assert [first, last] == list(EngineScorer(varied, tokenizer).score([items[0], items[2]]))
 
 
 def batched(items: list[list[Row]]) -> list[list[list[Row]]]:
