@@ -85,5 +85,6 @@ def serve(
         for name in served:
             print(f"{name}: {server.url_of(listening)}/v1", flush=True)
         log_to_stderr()
+        server.answer_first()
         limits = Limits(queue=queue)
         server.Server(served, keys=keys, origins=cors or [], limits=limits).serve_at(listening)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from minimind.errors import ResourceError
 from minimind.model import Transformer
-from minimind.model.experts import RoutedExperts
+from minimind.model.experts import RoutedExperts, routed_plainly
 from minimind.model.lora import LoRALinear
-from minimind.model.norm import RMSNorm
+from minimind.model.norm import RMSNorm, normed_on_cpu
 from minimind.model.rope import depends_on_length, rope_table
 from minimind.model.transformer import Layer
 
@@ -90,14 +90,16 @@ class BatchedModel:
         pack = _int8 if int8 and self.device.type == "cpu" else _linear
         self._least_rows = 1 if pack is _int8 else 2
         self._head = pack(head)
-        self._layers = [_pack_layer(layer, pack) for layer in model.model.layers]
+        self._layers = [_pack_layer(layer, pack, slots) for layer in model.model.layers]
         self._cache = self._allocate()
+        self._places = self._cache.permute(0, 2, 4, 1, 3, 5).unbind()  # [slots, positions, 2, K, D]
         self._turns = torch.empty(2, 0, config.head_dim, device=self.device)
 
     def _allocate(self) -> Tensor:
-        """[layers, 2, slots, K, context, D]: keys, values; on a CPU in float32, the faster one.
+        """[layers, 2, slots, K, positions, D]: keys, values; on a CPU in float32, the faster one.
 
-        There, pages that were never written to take no memory.
+        One position at the least is beyond the context, for `step`. On a CPU, pages that were
+        never written to take no memory.
         """
         config = self._config
         shape = (
@@ -105,7 +107,7 @@ class BatchedModel:
             2,
             self.slots,
             config.num_key_value_heads,
-            -(-self.context // _STEP) * _STEP,
+            (self.context // _STEP + 1) * _STEP,
             config.head_dim,
         )
         try:
@@ -133,25 +135,71 @@ class BatchedModel:
         ends = [end - 1 for end in accumulate(len(part.tokens) for part in parts)]
         rows = len(tokens)
         where = torch.tensor([slots, positions], device=self.device)
-        cos, sin = self._angles(parts).unsqueeze(-2)
         spans = self._spans(singles, chunks)
-        x = self._embedding[torch.tensor(self._company(tokens), device=self.device)].float()
-        if self._config.embedding_multiplier != 1:
-            x *= self._config.embedding_multiplier
-        scale = self._config.residual_multiplier
-        for layer, cache in zip(self._layers, self._cache, strict=True):
-            normed = self._normed(x, layer.input_norm)
-            qkv = layer.qkv(normed)[:rows]
-            mixed = normed.new_empty(len(normed), self._config.num_attention_heads * cos.shape[-1])
-            self._attend(qkv, layer, cache, where, cos, sin, spans, mixed)
-            x.add_(layer.out(mixed), alpha=scale)
-            x.add_(layer.feed(self._normed(x, layer.feed_norm)), alpha=scale)
+        x = self._embedded(torch.tensor(self._company(tokens), device=self.device))
+        self._through_layers(x, rows, where, self._angles(parts), spans)
         if len(ends) < rows:
             x = x[torch.tensor(self._company(ends), device=self.device)]
+        return self._logits(x)[: len(ends)]
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
+        """Logits [n, vocab] float32 after a token [n] each at positions [n] of the first n slots.
+
+        Nothing in it waits for the device, and shapes depend on n and span alone, so that it can
+        be a CUDA graph. span: positions that are looked at, as many as the longest text has at
+        the least. A slot without a token gets any, at the position `context`, where no text is.
+        """
+        assert self._turns.shape[1] > self.context, "see prepare_steps"
+        rows, heads = len(tokens), self._config.num_key_value_heads
+        where = torch.stack((torch.arange(rows, device=self.device), positions))
+        bias = self._bias(positions + 1, span).repeat_interleave(heads, 0)[:, None]
+        groups = self._config.num_attention_heads // heads
+        spans = [_Span(slice(0, rows), slice(0, rows), bias.expand(-1, groups, -1))]
+        x = self._embedded(tokens if rows >= self._least_rows else tokens.expand(self._least_rows))
+        self._through_layers(x, rows, where, self._turns[:, positions], spans)
+        return self._logits(x)[:rows]
+
+    def prepare_steps(self) -> None:
+        """Make what `step` needs and must not make itself."""
+        self._grow_turns(self.context + 1)
+
+    @property
+    def positions(self) -> int:
+        """How many the cache has."""
+        return self._cache.shape[-2]
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        x = self._embedding[tokens].float()
+        if self._config.embedding_multiplier != 1:
+            x *= self._config.embedding_multiplier
+        return x
+
+    def _through_layers(
+        self, x: Tensor, rows: int, where: Tensor, angles: Tensor, spans: Sequence[_Span]
+    ) -> None:
+        """Change x [at least rows, hidden]; where: slots and positions [2, rows] of its rows."""
+        cos, sin = angles.unsqueeze(-2)
+        places = tuple(where)
+        seen = [self._seen(span) for span in spans]
+        scale = self._config.residual_multiplier
+        for number, layer in enumerate(self._layers):
+            normed = self._normed(x, layer.input_norm)
+            heads = self._turned(layer.qkv(normed)[:rows], layer, cos, sin)
+            queries = heads[:, : self._config.num_attention_heads].to(self._cache.dtype)
+            new = heads[:, self._config.num_attention_heads :].unflatten(1, (2, -1))
+            self._places[number][places] = new.to(self._cache.dtype)
+            mixed = normed.new_empty(len(normed), queries[0].numel())
+            for span, layers in zip(spans, seen, strict=True):
+                mixed[span.rows] = self._look(queries[span.rows], *layers[number], span.bias)
+            x.add_(layer.out(mixed), alpha=scale)
+            x.add_(layer.feed(self._normed(x, layer.feed_norm)), alpha=scale)
+
+    def _logits(self, x: Tensor) -> Tensor:
         hidden = self._normed(x, self._norm)
         if self._config.logits_scaling != 1:
             hidden *= 1 / self._config.logits_scaling
-        return self._head(hidden)[: len(ends)].float()
+        return self._head(hidden).float()
 
     def _company(self, rows: list[int]) -> list[int]:
         """As many rows as products need, whose bits are then those of any number."""
@@ -173,56 +221,58 @@ class BatchedModel:
             angles = torch.cat(tables, dim=1)
             angles[1, :, :half] *= -1
             return angles
-        longest = max(places.stop for places in ranges)
-        # For as much of the context as is used: config.json may promise any length.
-        if self._turns.shape[1] < longest:
-            size = min(max(512, 1 << (longest - 1).bit_length()), self.context)
-            self._turns = rope_table(config, torch.arange(size, device=self.device), longest)
-            self._turns[1, :, :half] *= -1
+        self._grow_turns(max(places.stop for places in ranges))
         rows = torch.tensor([p for places in ranges for p in places], device=self.device)
         return self._turns[:, rows]
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)
+    def _grow_turns(self, longest: int) -> None:
+        """For as much of the context as is used: config.json may promise any length.
 
-    def _attend(
-        self,
-        qkv: Tensor,
-        layer: _Layer,
-        cache: Tensor,
-        where: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        spans: Sequence[_Span],
-        mixed: Tensor,
-    ) -> None:
-        """Write keys and values of qkv [N, (H + 2K) * D] to the cache, what rows find to mixed."""
+        For texts of which it does not matter how long they are.
+        """
+        if self._turns.shape[1] < longest:
+            size = min(max(512, 1 << (longest - 1).bit_length()), self.context + 1)
+            places = torch.arange(size, device=self.device)
+            self._turns = rope_table(self._config, places, length=1)
+            self._turns[1, :, : self._config.head_dim // 2] *= -1
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps).to(self.dtype)
+        return normed_on_cpu(x, self._config.rms_norm_eps)[0].mul_(weight).to(self.dtype)
+
+    def _turned(self, qkv: Tensor, layer: _Layer, cos: Tensor, sin: Tensor) -> Tensor:
+        """qkv [N, (H + 2K) * D] -> [N, H + 2K, D] float32, queries and keys by their positions."""
         config = self._config
         width, queries = config.head_dim, config.num_attention_heads
-        end_of_keys = queries + config.num_key_value_heads
         heads = qkv.view(len(qkv), -1, width).float()
-        turned = heads[:, :end_of_keys]
+        turned = heads[:, : queries + config.num_key_value_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = F.rms_norm(turned[:, :queries], (width,), layer.q_norm, config.rms_norm_eps)
-            k = F.rms_norm(turned[:, queries:], (width,), layer.k_norm, config.rms_norm_eps)
-            turned = torch.cat((q, k), dim=1)
+            for some, norm in (
+                (turned[:, :queries], layer.q_norm),
+                (turned[:, queries:], layer.k_norm),
+            ):
+                some.copy_(F.rms_norm(some, (width,), norm, config.rms_norm_eps))
         # Not in one step: fused ones may round the ends of a row in another way.
-        turned = (turned * cos).add_(turned.roll(width // 2, -1).mul_(sin))
-        new = torch.cat((turned[:, queries:], heads[:, end_of_keys:]), dim=1)
-        cache[:, where[0], :, where[1]] = new.view(len(new), 2, -1, width).to(cache.dtype)
-        q = turned[:, :queries].to(cache.dtype)
-        for span in spans:
-            mixed[span.rows] = self._look(q[span.rows], cache[:, span.slots], span.bias)
+        half = turned.roll(width // 2, -1).mul_(sin)
+        turned.mul_(cos).add_(half)
+        return heads
 
-    def _look(self, q: Tensor, cache: Tensor, bias: Tensor) -> Tensor:
-        """Attention of q [rows, H, D] to cache [2, slots, K, positions, D] -> [rows, H * D]."""
-        _, slots, heads, _, width = cache.shape
-        length, groups = bias.shape[-1], q.shape[1] // heads
-        keys, values = cache[..., :length, :].flatten(1, 2)
-        single = len(q) == slots
-        if not single:  # tokens of one text, which all look at the same keys
+    def _seen(self, span: _Span) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [slots * K, positions, D] of each layer that a span looks at: views."""
+        part = self._cache[:, :, span.slots, :, : span.bias.shape[-1]].flatten(2, 3)
+        return list(zip(*part.unbind(1), strict=True))
+
+    def _look(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attention of q [rows, H, D] to keys and values [slots * K, positions, D].
+
+        [rows, H * D]: a row of each slot, or tokens of one text, which all look at the same keys.
+        """
+        heads, width = self._config.num_key_value_heads, q.shape[-1]
+        groups, single = q.shape[1] // heads, len(q) * heads == len(keys)
+        if not single:
             q = q.view(-1, heads, groups, width).permute(1, 2, 0, 3)
-        q = q.reshape(slots * heads, -1, width)
+        q = q.reshape(len(keys), -1, width)
         scale = self._config.attention_multiplier or width**-0.5
         weights = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=scale).softmax(-1)
         out = torch.bmm(weights, values)
@@ -280,7 +330,7 @@ def _norm_weight(norm: RMSNorm) -> Tensor:
     return norm.weight.detach().float()
 
 
-def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear]) -> _Layer:
+def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear], slots: int) -> _Layer:
     assert isinstance(layer, Layer)
     attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -291,16 +341,16 @@ def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear]) -> _Layer:
         k_norm=None if attention.k_norm is None else _norm_weight(attention.k_norm),
         out=pack(_matrix(attention.o_proj)),
         feed_norm=_norm_weight(layer.post_attention_layernorm),
-        feed=_feed_forward(layer, pack),
+        feed=_feed_forward(layer, pack, slots),
     )
 
 
-def _feed_forward(layer: Layer, pack: Callable[[Tensor], Linear]) -> Linear:
+def _feed_forward(layer: Layer, pack: Callable[[Tensor], Linear], slots: int) -> Linear:
     if layer.mlp is not None:
         both = torch.cat([_matrix(layer.mlp.gate_proj), _matrix(layer.mlp.up_proj)])
         return _swiglu(pack(both), pack(_matrix(layer.mlp.down_proj)))
     assert layer.block_sparse_moe is not None
-    routed = _routed(layer.block_sparse_moe, pack)
+    routed = _routed(layer.block_sparse_moe, pack, slots)
     if layer.shared_mlp is None:
         return routed
     shared = _swiglu(
@@ -317,10 +367,10 @@ def _swiglu(gate_up: Linear, down: Linear) -> Linear:
     return forward
 
 
-def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear]) -> Linear:
-    """As `RoutedExperts` computes it, with a row's bits independent of the others."""
+def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear], slots: int) -> Linear:
+    """As `RoutedExperts` computes it; on a CPU with a row's bits independent of the others."""
     if module.router.layer.weight.device.type != "cpu":
-        return lambda x: module(x[None])[0]
+        return _routed_on_device(module, slots)
     router = _linear(module.router.layer.weight.detach().float())
     matrices = zip(
         module.input_linear.weight.detach(), module.output_linear.weight.detach(), strict=True
@@ -337,6 +387,20 @@ def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear]) -> Linear:
                 own = x[rows] if len(rows) > 1 else x[rows.expand(2)]
                 out[rows] += expert(own)[: len(rows)] * weights[rows, places, None]
         return out
+
+    return forward
+
+
+def _routed_on_device(module: RoutedExperts, few: int) -> Linear:
+    """For few rows by all experts: that is no slower, and the device is never waited for."""
+    router = module.router.layer.weight.detach().float()
+    into, back = module.input_linear.weight.detach(), module.output_linear.weight.detach()
+
+    def forward(x: Tensor) -> Tensor:
+        if len(x) > few:
+            return module(x[None])[0]
+        best, chosen = F.linear(x.float(), router).topk(module.num_chosen, dim=-1)
+        return routed_plainly(x, chosen, best.softmax(-1).to(x.dtype), into, back)
 
     return forward
 

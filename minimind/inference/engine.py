@@ -8,8 +8,10 @@ copied, not read again.
 
 import atexit
 import math
+import os
 import queue
 import random
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.graphs import GraphedModel
 from minimind.inference.load import on_one_core
 from minimind.inference.sampling import Penalties, Sampling, choose
 from minimind.inference.text import TextStream
@@ -184,6 +187,7 @@ class Engine:
         self._num_threads = torch.get_num_threads()
         with on_one_core():
             self.model = BatchedModel(model, slots, self.context, int8=int8)
+        self._steps = GraphedModel(self.model)
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
@@ -355,7 +359,7 @@ class Engine:
         chunks, ending = self._next_chunks()
         if not (singles or chunks):
             return
-        logits = self.model.forward(singles, [part for part, _ in chunks])
+        logits = self._steps.forward(singles, [part for part, _ in chunks])
         rows = list(range(len(writing)))
         for place, (part, running) in enumerate(chunks):
             running.read += len(part.tokens)
@@ -396,8 +400,9 @@ class Engine:
         samplings = [text.sampling for text in texts]
         numbers = [0.0 if text.sampling.greedy else text.random.random() for text in texts]
         tokens = choose(torch.stack(adjusted) if changed else logits, samplings, numbers)
-        # One transfer from the device; a sum is a number where all that was added is.
-        chosen, sums = torch.stack((tokens.double(), logits.sum(-1).double())).tolist()
+        # One transfer from the device; a sum is a number where all that was added is. Token ids are
+        # far below 2**24, up to where single precision holds them; Apple's MPS has no other.
+        chosen, sums = torch.stack((tokens.float(), logits.sum(-1))).tolist()
         logprobs = self._logprobs(texts, logits, tokens)
         for row, text in enumerate(texts):
             if row not in errors and not math.isfinite(sums[row]):
@@ -526,6 +531,19 @@ class _Turns:
 
 
 _TURNS = _Turns()
+
+
+def step_back() -> None:
+    """Let other threads, which take less, go before the one that decodes; where there is Linux.
+
+    To be called once there is an engine and before it decodes: what helps a thread is as nice as
+    the thread was when it was first helped.
+    """
+    if sys.platform == "linux" and _TURNS.thread is not None and _TURNS.thread.native_id:
+        os.setpriority(os.PRIO_PROCESS, _TURNS.thread.native_id, _NICENESS)
+
+
+_NICENESS = 5  # benchmarks/records/service-reliability.md has what it brings
 
 _BAD_NUMBERS = (
     "the model gives scores that are not numbers: its weights are damaged, or its "

@@ -28,6 +28,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
 
 
+def normed_on_cpu(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x [..., width] with a root mean square of 1, what it was multiplied by [..., 1])."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale, scale
+
+
 class _RMSNormOnCPU(torch.autograd.Function):
     """The same in fewer passes over memory: torch puts it together from small steps on a CPU.
 
@@ -36,9 +43,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * scale
+        normed, scale = normed_on_cpu(x, eps)
         ctx.save_for_backward(normed, scale, weight)
         return (normed * weight).to(dtype)
 

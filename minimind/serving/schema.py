@@ -110,7 +110,7 @@ class Message(_Strict):
     @classmethod
     def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
         # Clients send an answer back as they got it.
-        return _without(value, dict.fromkeys(_MESSAGE_EXTRAS, (None, [])))
+        return _without(value, _MESSAGE_EXTRAS)
 
     @property
     def text(self) -> str:
@@ -120,7 +120,9 @@ class Message(_Strict):
         return "".join(part.text for part in self.content)
 
 
-_MESSAGE_EXTRAS = ("name", "refusal", "tool_calls", "function_call", "audio", "annotations")
+_MESSAGE_EXTRAS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("name", "refusal", "tool_calls", "function_call", "audio", "annotations"), (None, [])
+)
 
 
 class StreamOptions(_Strict):
@@ -214,17 +216,19 @@ class CompletionRequest(_Request):
 
 
 def _without(value: Any, asking_nothing: dict[str, tuple[Any, ...]]) -> Any:
+    """The object as it is but for keys whose values ask for nothing."""
     if not isinstance(value, dict):
         return value
-    return {
-        key: item
-        for key, item in value.items()
+    left_out = {
+        key
+        for key in asking_nothing.keys() & value.keys()
         # `is` the same type too: in Python False == 0 and 1 == True.
-        if not any(
-            item == nothing and type(item) is type(nothing)
-            for nothing in asking_nothing.get(key, ())
+        if any(
+            value[key] == nothing and type(value[key]) is type(nothing)
+            for nothing in asking_nothing[key]
         )
     }
+    return {key: value[key] for key in value if key not in left_out} if left_out else value
 
 
 # Answers

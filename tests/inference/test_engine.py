@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from devices import NoDoubles
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.engine import Completion, Engine, Piece, Request
@@ -437,3 +438,21 @@ def test_counts_are_kept(model: Transformer, tokenizer: Tokenizer) -> None:
         64,
         14,
     )
+
+
+def test_nothing_is_in_double_precision(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which Apple's MPS does not have. The engine runs on a CPU here, and is watched."""
+    samplings = [GREEDY, VARIED, Sampling(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01)]
+    samplings += [Sampling(repetition_penalty=1.2, presence_penalty=0.5, logit_bias={5: 2.0})]
+    with Engine(model, tokenizer, slots=4) as engine:
+        turn = engine.turn
+
+        def watched() -> bool:
+            with NoDoubles():
+                return turn()
+
+        monkeypatch.setattr(engine, "turn", watched)
+        requests = [Request(list(range(3, 90)), one, 8, logprobs=3) for one in samplings]
+        assert [len(tokens) for tokens in write(engine, *requests)] == [8] * 4

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from pydantic import ValidationError
+from services import Process
 
 from minimind.serving.schema import ChatRequest, CompletionRequest
 
@@ -254,3 +257,18 @@ def test_connections_are_bounded(serve_here: Callable[..., Any]) -> None:
         while service.server.server_state.connections and time.monotonic() < end:
             time.sleep(0.01)
         assert is_well(service)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness")
+def test_decoding_steps_back_behind_answering(process: Process) -> None:
+    """Of the service's threads, those that decode are nicer than the first, which answers."""
+    answer = httpx.post(f"{process.url}/v1/completions", json={"model": "tiny", "prompt": "长江"})
+    assert answer.status_code == 200
+    tasks = Path(f"/proc/{process.child.pid}/task")
+    nice = {int(task.name): nice_of(task / "stat") for task in tasks.iterdir()}
+    assert nice.pop(process.child.pid) < max(nice.values())
+
+
+def nice_of(stat: Path) -> int:
+    """Field 19 of 41; the second, a name in brackets, may have spaces."""
+    return int(stat.read_text().rpartition(")")[2].split()[16])

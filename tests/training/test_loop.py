@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import NoDoubles
 from safetensors.torch import load_file
 from small_runs import (
     VOCAB,
@@ -41,6 +42,18 @@ def files_of(run: Path, step: int) -> dict[str, bytes]:
     """The tensors of a checkpoint as they are on disk."""
     place = run / "checkpoints" / f"step-{step:08}"
     return {name: (place / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo", "lora", "moe"])
+def test_nothing_is_in_double_precision(tmp_path: Path, objective: str) -> None:
+    """Which Apple's MPS does not have. A run on a CPU is watched, with its validations."""
+    kind = {"lora": "sft", "moe": "pretrain"}.get(objective, objective)
+    settings = lora_settings() if objective == "lora" else {}
+    preset = "nano-moe" if objective == "moe" else "nano"
+    settings |= {"training__steps": 3, "validation__every": 1, "model__preset": preset}
+    job = nano_trainer(tmp_path, kind, held_out=True, **settings)
+    with NoDoubles():
+        assert train(job).finished
 
 
 def test_it_learns(tmp_path: Path) -> None:
