@@ -12,7 +12,7 @@ from minimind.errors import CheckpointError
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _WIDE = 1.5  # columns / rows from which fewer products are done by the Gram matrix
-_AT_ONCE = 1 << 23  # numbers that go through the iteration together, which needs four copies
+_AT_ONCE = 1 << 22  # numbers that go through the iteration together, which needs four copies
 
 
 class Muon:
@@ -61,20 +61,20 @@ class Muon:
         scale = max(1.0, rows / columns) ** 0.5
         weights: list[Tensor] = list(group)
         torch._foreach_mul_(weights, 1 - self.lr * self._decay)
-        torch._foreach_add_(weights, list(updates.to(group[0].dtype)), alpha=-self.lr * scale)
+        torch._foreach_add_(weights, list(updates), alpha=-self.lr * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Send each [rows, columns] of [n, rows, columns] near the closest matrix whose singular
-    values are all 1: five steps of a quintic Newton-Schulz iteration, in float32.
+    values are all 1: five steps of a quintic Newton-Schulz iteration, in the float32 of weights.
 
-    In bf16 it would turn the last bit of a gradient, which any other order of adding turns, into
-    losses 1e-3 apart, be it only in its last steps: benchmarks/records/process-count.md. The
-    products are those of float32 unless somebody tells torch to take TF32 or less for them, which
-    this project does not.
+    In bf16, be it in the last steps alone, a last bit of a gradient, which any other order of
+    adding turns, becomes a loss that is 1e-3 another: benchmarks/records/process-count.md. On
+    NVIDIA's GPUs torch multiplies float32 in TF32, which has few bits more than bf16, only where
+    it is told to; nothing here does.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).float()
+    x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = _by_gram(x) if x.shape[-1] > _WIDE * x.shape[-2] else _plain(x)
     return x.mT if tall else x
