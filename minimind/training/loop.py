@@ -26,7 +26,7 @@ from minimind.training.memory import divisors, forget_peak, peak_bytes
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
-from minimind.training.reporter import Reporter
+from minimind.training.reporter import Reporter, counted
 from minimind.training.schedule import lr_fraction
 
 _MAX_SKIPPED = 3  # steps with bad numbers in a row before the run halts
@@ -247,7 +247,8 @@ def _take_fewer(job: Trainer, at: _Progress) -> None:
     """Half as many windows at once, or the next number that divides a process's share."""
     share = job.recipe.training.batch // job.workers.size
     fewer = next((n for n in divisors(share) if n <= job.micro_batch // 2), None)
-    where = f"step {at.step + 1}: too little memory on {job.device} for {job.micro_batch} windows"
+    windows = counted(job.micro_batch, "window")
+    where = f"step {at.step + 1}: too little memory on {job.device} for {windows}"
     if fewer is None:
         advice = "a smaller model or a shorter data.window"
         if not job.recipe.training.activation_checkpointing:

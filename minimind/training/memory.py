@@ -9,6 +9,7 @@ import torch
 from minimind.config.model import ModelConfig
 from minimind.errors import ResourceError
 from minimind.training.objectives.next_token import LOGITS_AT_ONCE
+from minimind.training.reporter import counted
 
 # Bytes, measured on a CPU in bf16 within a third: benchmarks/records/memory.md.
 _PER_WIDTH = 26  # what backward needs of a token in a layer, for each unit of the model's width
@@ -99,9 +100,9 @@ def choose_micro_batch(
     else:
         advice = "take a smaller model (model.preset) or a shorter data.window"
     raise ResourceError(
-        f"too little memory on {device}: {chosen} windows of {footprint.window} tokens at once "
-        f"need about {footprint.total(chosen) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-        f"{advice}"
+        f"too little memory on {device}: {counted(chosen, 'window')} of {footprint.window} tokens "
+        f"at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "
+        f"{free / 1e9:.1f} GB are free; {advice}"
     )
 
 
