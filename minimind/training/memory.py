@@ -1,5 +1,6 @@
 """How much memory a step takes, and how many windows at once fit."""
 
+import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,14 @@ def peak_bytes(device: torch.device) -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody uses any more: what refers to itself in circles, if anything does, and
+    what torch keeps of a GPU's memory to use it again, which cuBLAS and NCCL cannot have."""
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def forget_peak(device: torch.device) -> None:

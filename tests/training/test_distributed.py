@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minimind.data.order import Order
 from minimind.errors import ConfigError
-from minimind.training.distributed import Workers, _buckets, own_device
+from minimind.training.distributed import Workers, _buckets, join, own_device
 from minimind.training.loop import Sums
 
 CLOSE = 1e-4
@@ -72,6 +72,20 @@ def test_each_process_needs_a_device_of_its_own() -> None:
         assert own_device("cuda", Workers(1, 2, 1, 2)) == torch.device("cuda", 1)
         with pytest.raises(ConfigError, match="device=cuda:1: 2 processes need a device each"):
             own_device("cuda:1", Workers(1, 2, 1, 2))
+
+
+def test_short_memory_is_not_taken_for_a_process_that_is_gone() -> None:
+    said = "NCCL error: unhandled cuda error, Last error: Cuda failure 2 'out of memory'"
+    with pytest.raises(RuntimeError, match="Cuda failure 2"), Workers(0, 2)._company():
+        raise RuntimeError(said)
+
+
+def test_a_rank_that_no_launcher_has_given_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ConfigError, match="LOCAL_RANK is not: start several"), join("cpu"):
+        pass
 
 
 def test_buckets_keep_order_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
