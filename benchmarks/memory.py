@@ -51,7 +51,7 @@ def measure(preset: str, windows: int, window: int, checkpointing: bool, optimiz
 
     from minimind.config.settings import OptimSettings
     from minimind.model import PRESETS, ModelConfig, Transformer
-    from minimind.training.batch import TensorBatch
+    from minimind.training.batch import TensorBatch, learned_places
     from minimind.training.memory import Footprint
     from minimind.training.objectives.next_token import NextToken
     from minimind.training.optimizers import Optimizers, count_moments
@@ -69,7 +69,9 @@ def measure(preset: str, windows: int, window: int, checkpointing: bool, optimiz
     for _ in range(2):
         tokens = torch.randint(0, config.vocab_size, (windows, window))
         with Precision("bf16", "cpu").autocast():
-            loss, _, _ = objective.loss(model, TensorBatch(tokens, tokens, None))
+            loss, _, _ = objective.loss(
+                model, TensorBatch(tokens, tokens, None, learned_places(tokens))
+            )
         loss.backward()
         optimizers.step()
         optimizers.zero_grad()

@@ -29,7 +29,7 @@ from minimind.config.model import MOE_FIELDS
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.model.device import choose_device
 from minimind.model.experts import routed, routed_plainly
-from minimind.training.batch import TensorBatch
+from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
@@ -58,7 +58,7 @@ def main() -> None:
     window, num_micro = recipe.data.window, recipe.training.batch // args.micro_batch
     torch.manual_seed(0)
     tokens = torch.randint(moe.vocab_size, (args.micro_batch, window + 1), device=device)
-    batch = TensorBatch(tokens[:, :-1], tokens[:, 1:], None)
+    batch = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, learned_places(tokens[:, 1:]))
     objective = NextToken([1] * moe.vocab_size, device, router_balance=0.01)
     models = {"moe": Transformer(moe).to(device), "dense": Transformer(dense).to(device)}
     optimizers = {name: Optimizers(model, recipe.optim) for name, model in models.items()}

@@ -62,6 +62,7 @@ def install_line(extra: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch tells it by a class of its own on GPUs, by words alone on CPUs and on Apple's."""
-    words = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
+    """Torch tells it by a class of its own where it is its allocator on a GPU that fails; by words
+    alone on CPUs, on Apple's, and where CUDA, cuBLAS or NCCL below it find no room."""
+    words = ("DefaultCPUAllocator", "not enough memory", "out of memory", "_ALLOC_FAILED")
     return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)

@@ -21,13 +21,14 @@ from small_runs import lora_settings, metrics, samples, share
 
 STEPS, BATCH = 60, 8
 CLOSE = 1e-4
-# Muon's bf16 makes much of a last bit; with smaller steps it shows whether anything else differs.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", {"optim__muon_lr": 0.002}),
     "pretrain-muon-0.02": ("pretrain", {"optim__muon_lr": 0.02}),
     "pretrain-adamw": ("pretrain", {"optim__name": "adamw"}),
     "moe": ("pretrain", {"optim__muon_lr": 0.002, "model__preset": "nano-moe"}),
+    "moe-muon-0.02": ("pretrain", {"optim__muon_lr": 0.02, "model__preset": "nano-moe"}),
     "sft": ("sft", {"optim__muon_lr": 0.002}),
+    "sft-muon-0.02": ("sft", {"optim__muon_lr": 0.02}),
     "lora": ("sft", lora_settings(lora__dropout=0.0)),
     "dpo": ("dpo", {"optim__name": "adamw"}),
 }

@@ -8,6 +8,7 @@ import typer
 from minimind.cli import console
 from minimind.cli.train import Arguments, Data, Device, resolve
 from minimind.errors import UsageError
+from minimind.training.reporter import counted
 
 if TYPE_CHECKING:
     from minimind.training.plan import Plan
@@ -77,7 +78,7 @@ def _show(made: "Plan") -> None:
         rows.append(("time in all", duration(made.seconds)))
     console.show(console.table("Plan", ["figure", "value"], rows, numbers=1))
     parts = [(name, size(part)) for name, part in made.memory.items()]
-    title = f"Memory with {made.micro_batch or 1} windows at once"
+    title = f"Memory with {counted(made.micro_batch or 1, 'window')} at once"
     console.show(console.table(title, ["part", "size"], [*parts, ("in all", size(total))], 1))
     by_windows: dict[object, list[str]] = {}
     for choice in made.choices:
@@ -101,8 +102,8 @@ def _verdict(made: "Plan") -> str:
         need = sum(made.memory.values())
         if made.memory_given is not None and need > made.memory_given:
             return (
-                f"{made.micro_batch} windows at once, as the recipe says, do not fit; "
-                "take one of the table that does"
+                f"It does not fit with {counted(made.micro_batch, 'window')} at once, as the "
+                "recipe says; take a number of the table that does"
             )
         again = " training.activation_checkpointing=true" * made.activation_checkpointing
         return f"It fits with training.micro_batch={made.micro_batch}{again}"

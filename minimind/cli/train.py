@@ -225,13 +225,13 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples
 
 
 def finish(result: "StageResult", json: Path | None) -> None:
-    """Say how it ended; a stopped run ends with exit status 130 like any interrupted program."""
+    """Say how it ended; a stopped run ends with the exit status that `workers.stopped` says."""
     if json and workers.is_first_process():
         console.write_json(json, result.summary)
     if not result.finished:
         done = result.summary["steps"]
         console.say(f"stopped after step {done:,}; the same command goes on from there")
-        raise typer.Exit(workers.INTERRUPTED)
+        raise typer.Exit(workers.stopped())
     console.show_figures(result.run.name, result.summary)
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""

@@ -31,6 +31,14 @@ def is_one_of_several() -> bool:
     return "RANK" in os.environ
 
 
+def stopped() -> int:
+    """Exit status of a run that was asked to stop and has saved: that of any interrupted program.
+
+    torchrun would take it for a failure, and bury under a page of text what the run has said.
+    """
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else INTERRUPTED
+
+
 def run_workers(number: int) -> None:
     """Run this command line in `number` processes, wait, and end as they do.
 

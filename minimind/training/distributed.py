@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimind.errors import ConfigError, ResourceError, TrainingError
+from minimind.errors import ConfigError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model.device import choose_device
 
 _BUCKET = 1 << 23  # numbers sent at once: 32 MiB
@@ -110,7 +110,7 @@ class Workers:
 
     @contextlib.contextmanager
     def _company(self) -> Iterator[None]:
-        """Raise TrainingError when another process is gone.
+        """Raise TrainingError when another process is gone; short memory stays what torch tells.
 
         Whoever started this process sees that too, says which one it was, and ends this one: with
         a message of its own it waits, for it may be on another machine.
@@ -118,6 +118,8 @@ class Workers:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_KILLED_WITHIN_S)
@@ -146,14 +148,22 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def join(device: str) -> Iterator[Workers]:
     """Meet the processes that were started together with this one; alone if none were.
 
-    Raises ConfigError or ResourceError for a device of which there is not one for each.
+    Raises ConfigError or ResourceError for a device of which there is not one for each, ConfigError
+    when somebody else than a launcher has set RANK.
     """
     if "RANK" not in os.environ:
         yield ALONE
         return
-    rank, size, local_rank = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    # DeepSpeed's launcher has a name of its own for it.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+    told = os.environ
+    try:
+        rank, size, local_rank = (int(told[x]) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        # DeepSpeed's launcher has a name of its own for it.
+        local_size = int(told.get("LOCAL_WORLD_SIZE") or told["LOCAL_SIZE"])
+    except KeyError as error:
+        raise ConfigError(
+            f"RANK is set and {error.args[0]} is not: start several processes by torchrun or "
+            "--nproc, and one without RANK"
+        ) from None
     own = own_device(device, Workers(rank, size, local_rank, local_size))
     if own.type == "cuda":
         torch.cuda.set_device(own)

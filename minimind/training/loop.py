@@ -22,11 +22,11 @@ from minimind.training.batch import to_device
 from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
 from minimind.training.distributed import ALONE, Workers
 from minimind.training.engine import Engine, TorchEngine
-from minimind.training.memory import divisors, forget_peak, peak_bytes
+from minimind.training.memory import divisors, forget_peak, peak_bytes, release
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
-from minimind.training.reporter import Reporter
+from minimind.training.reporter import Reporter, counted
 from minimind.training.schedule import lr_fraction
 
 _MAX_SKIPPED = 3  # steps with bad numbers in a row before the run halts
@@ -244,10 +244,16 @@ def _accumulate(
 
 
 def _take_fewer(job: Trainer, at: _Progress) -> None:
-    """Half as many windows at once, or the next number that divides a process's share."""
+    """Half as many windows at once, or the next number that divides a process's share.
+
+    Only here is what filled the memory out of reach: an error that is being handled holds on to
+    the frames that it passed, and they to all that they computed.
+    """
+    release(job.device)
     share = job.recipe.training.batch // job.workers.size
     fewer = next((n for n in divisors(share) if n <= job.micro_batch // 2), None)
-    where = f"step {at.step + 1}: too little memory on {job.device} for {job.micro_batch} windows"
+    windows = counted(job.micro_batch, "window")
+    where = f"step {at.step + 1}: too little memory on {job.device} for {windows}"
     if fewer is None:
         advice = "a smaller model or a shorter data.window"
         if not job.recipe.training.activation_checkpointing:
@@ -255,8 +261,6 @@ def _take_fewer(job: Trainer, at: _Progress) -> None:
         raise ResourceError(f"{job.run}: {where} at once, and fewer there are not; take {advice}")
     job.reporter.say(f"{where} at once; going on with {fewer}, the batch in more parts")
     job.micro_batch = fewer
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _between_steps(

@@ -1,5 +1,6 @@
 """How much memory a step takes, and how many windows at once fit."""
 
+import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from minimind.config.model import ModelConfig
 from minimind.errors import ResourceError
 from minimind.training.objectives.next_token import LOGITS_AT_ONCE
+from minimind.training.reporter import counted
 
 # Bytes, measured on a CPU in bf16 within a third: benchmarks/records/memory.md.
 _PER_WIDTH = 26  # what backward needs of a token in a layer, for each unit of the model's width
@@ -99,9 +101,9 @@ def choose_micro_batch(
     else:
         advice = "take a smaller model (model.preset) or a shorter data.window"
     raise ResourceError(
-        f"too little memory on {device}: {chosen} windows of {footprint.window} tokens at once "
-        f"need about {footprint.total(chosen) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-        f"{advice}"
+        f"too little memory on {device}: {counted(chosen, 'window')} of {footprint.window} tokens "
+        f"at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "
+        f"{free / 1e9:.1f} GB are free; {advice}"
     )
 
 
@@ -135,6 +137,14 @@ def peak_bytes(device: torch.device) -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody uses any more: what refers to itself in circles, if anything does, and
+    what torch keeps of a GPU's memory to use it again, which cuBLAS and NCCL cannot have."""
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def forget_peak(device: torch.device) -> None:

@@ -11,7 +11,8 @@ from minimind.errors import CheckpointError
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
-_AT_ONCE = 1 << 23  # numbers that go through the iteration together, which needs four copies
+_WIDE = 1.5  # columns / rows from which fewer products are done by the Gram matrix
+_AT_ONCE = 1 << 22  # numbers that go through the iteration together, which needs four copies
 
 
 class Muon:
@@ -60,20 +61,50 @@ class Muon:
         scale = max(1.0, rows / columns) ** 0.5
         weights: list[Tensor] = list(group)
         torch._foreach_mul_(weights, 1 - self.lr * self._decay)
-        torch._foreach_add_(weights, list(updates.to(group[0].dtype)), alpha=-self.lr * scale)
+        torch._foreach_add_(weights, list(updates), alpha=-self.lr * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Send each [rows, columns] of [n, rows, columns] near the closest matrix whose singular
-    values are all 1: five steps of a quintic Newton-Schulz iteration, in bf16."""
-    a, b, c = _NEWTON_SCHULZ
+    values are all 1: five steps of a quintic Newton-Schulz iteration, in the float32 of weights.
+
+    In bf16, be it in the last steps alone, a last bit of a gradient, which any other order of
+    adding turns, becomes a loss that is 1e-3 another: benchmarks/records/process-count.md. On
+    NVIDIA's GPUs torch multiplies float32 in TF32, which has few bits more than bf16, only where
+    it is told to; nothing here does.
+    """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = _by_gram(x) if x.shape[-1] > _WIDE * x.shape[-2] else _plain(x)
+    return x.mT if tall else x
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Each step is x <- a x + b (x xT) x + c (x xT)^2 x."""
+    a, b, c = _NEWTON_SCHULZ
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    """The same with products of the short sides alone, but for the first and the last.
+
+    A step is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x xT, which becomes p g p;
+    all these commute, so that the steps make one factor.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    gram, factor = x @ x.mT, None
+    for step in range(_NEWTON_SCHULZ_STEPS):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = p if factor is None else p @ factor
+        if step < _NEWTON_SCHULZ_STEPS - 1:
+            gram = p @ gram @ p
+    assert factor is not None
+    return factor @ x
 
 
 def _is_map(name: str, parameter: nn.Parameter) -> bool:

@@ -204,10 +204,11 @@ def _rate(
     optimizers = Optimizers(model, recipe.optim)
     objective = NextToken([1] * config.vocab_size, device)
     tokens = torch.randint(config.vocab_size, (micro_batch, window), device=device)
+    windows = TensorBatch(tokens, tokens, None, torch.arange(tokens.numel(), device=device))
 
     def micro_step() -> None:
         with precision.autocast():
-            loss, count, _ = objective.loss(model, TensorBatch(tokens, tokens, None))
+            loss, count, _ = objective.loss(model, windows)
         (loss / count).backward()
 
     model.train()

@@ -15,3 +15,8 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line (or a few) worth reading."""
+
+
+def counted(number: int, what: str) -> str:
+    """`1 window`, `2,000 windows`."""
+    return f"{number:,} {what}" + "s" * (number != 1)

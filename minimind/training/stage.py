@@ -23,7 +23,7 @@ from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Wi
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
-from minimind.errors import CheckpointError, ConfigError, DataError, install_line
+from minimind.errors import CheckpointError, ConfigError, DataError, ModelError, install_line
 from minimind.model import (
     Transformer,
     apply_lora,
@@ -45,7 +45,7 @@ from minimind.training.optimizers import count_moments
 from minimind.training.precision import choose_precision
 from minimind.training.reference import FILE as REFERENCE
 from minimind.training.reference import fill_references
-from minimind.training.reporter import Reporter
+from minimind.training.reporter import Reporter, counted
 
 _KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "dpo": "pairs"}
 # (model, tokenizer) -> {"prompt", "text"} for each prompt; decoding is not this room's business.
@@ -155,9 +155,9 @@ def prepare_stage(
         f"{num_parameters:,} parameters{at_work}"
         + (f", {_count(model, trained=True):,} of them trained," if recipe.lora else "")
         + (f" in {workers.size} processes" if workers.size > 1 else "")
-        + f" on {device} in {precision.name}; {data.order.epoch_size:,} windows of "
-        f"{recipe.data.window} tokens an epoch; {num_steps:,} steps of "
-        f"{recipe.training.batch} windows"
+        + f" on {device} in {precision.name}; {counted(data.order.epoch_size, 'window')} of "
+        f"{recipe.data.window} tokens an epoch; {counted(num_steps, 'step')} of "
+        f"{counted(recipe.training.batch, 'window')}"
     )
     job = Trainer(
         model=model,
@@ -206,7 +206,8 @@ def _share(settings: TrainingSettings, workers: Workers) -> int:
     if settings.micro_batch and share % settings.micro_batch:
         raise ConfigError(
             f"training.micro_batch={settings.micro_batch}: each of {workers.size} processes takes "
-            f"{share} windows of a batch of {settings.batch}; choose a divisor of {share}"
+            f"{counted(share, 'window')} of a batch of {settings.batch}; "
+            f"choose a divisor of {share}"
         )
     return share
 
@@ -494,9 +495,10 @@ def _mixes(
             report = packed.report
             alike = f", {report.identical:,} because both sides are the same" * pairs
             reporter.say(
-                f"{report.conversations:,} {'pairs' if pairs else 'conversations'} in "
-                f"{report.windows:,} windows, {report.fill:.1%} full; {report.cut:,} cut at the "
-                f"window's end, {report.unsupervised:,} left out because no answer was left{alike}"
+                f"{counted(report.conversations, 'pair' if pairs else 'conversation')} in "
+                f"{counted(report.windows, 'window')}, {report.fill:.1%} full; {report.cut:,} cut "
+                f"at the window's end, {report.unsupervised:,} left out because no answer was "
+                f"left{alike}"
             )
         return packed
 
@@ -576,8 +578,13 @@ def unigram_bits_per_byte(
 def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
     """Write the model, or the adapter, of a checkpoint of `run` to `out`; the best without `step`.
 
-    Returns its step. Raises CheckpointError when it is not there, damaged, or of another base.
+    Returns its step. Raises CheckpointError when it is not there, damaged, or of another base,
+    ModelError when there is something in `out`.
     """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ModelError(
+            f"{out} is there already and would be lost; give another --out, or remove it first"
+        )
     there = inspect_checkpoints(run, thorough=False)
     if not there:
         raise CheckpointError(

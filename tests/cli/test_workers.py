@@ -203,3 +203,28 @@ def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: P
     both = nodes([*meeting, str(1 - first)], [*meeting, str(first)])
     _, complaint = both[first].communicate(timeout=100)
     assert f"error: {runs[first]} on " in complaint and "holds this run, and the first" in complaint
+
+
+@pytest.mark.parametrize("signalled", ["one that trains", "torchrun"])
+def test_a_stop_under_torchrun_is_no_failure(
+    training: list[str], start: Start, tmp_path: Path, signalled: str
+) -> None:
+    """All save and leave with status 0. What torchrun makes of a signal to itself is its own."""
+    run = tmp_path / "run"
+    options = ["--standalone", "--nproc-per-node", "2"]
+    process = start(*options, *training, "--out", str(run), module="torch.distributed.run")
+    wait_for_steps(run, 10, process)
+    both = workers(process)
+    if signalled == "torchrun":
+        process.send_signal(signal.SIGTERM)
+    else:
+        both[1].send_signal(signal.SIGTERM)
+    said, complaint = process.communicate(timeout=60)
+    assert said.count("stopped after step") == 1
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    assert int(saved[-1].removeprefix("step-")) == json.loads(last)["step"]
+    if signalled == "torchrun":
+        assert "SignalException" in complaint and "ChildFailedError" not in complaint
+    else:
+        assert process.returncode == 0, complaint

@@ -15,6 +15,7 @@ def test_the_same_numbers_as_tensors() -> None:
     assert batch.labels.tolist() == labels.tolist()
     assert batch.segments is not None
     assert batch.segments.tolist() == segments.tolist()
+    assert batch.learned.tolist() == [1, 3, 5]
 
 
 def test_running_text_has_no_segments() -> None:

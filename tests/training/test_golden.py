@@ -24,13 +24,12 @@ OBJECTIVES = ("pretrain", "sft", "dpo", "pretrain-moe", "lora")
 
 
 def machine() -> dict[str, Any]:
-    """What decides the last bits of a sum. Muon computes in bf16, for which AMX has its own way."""
+    """What decides the last bits of a sum."""
     return {
         "machine": platform.machine(),
         "system": platform.system(),
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "amx": getattr(torch.cpu, "_is_amx_tile_supported", bool)(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

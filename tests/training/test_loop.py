@@ -1,9 +1,11 @@
 """The loop on runs in memory; rows 7 (for one process) and 11 of the reliability promises."""
 
 import copy
+import gc
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from minimind.training.batch import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
 from minimind.training.objectives import Objective
 from minimind.training.precision import LossScaler, Precision
+from minimind.training.reporter import Reporter
 
 
 def files_of(run: Path, step: int) -> dict[str, bytes]:
@@ -296,6 +299,75 @@ def test_what_is_left_of_the_step_is_forgotten(tmp_path: Path) -> None:
     again = nano_trainer(tmp_path / "short", **settings)
     train(again)
     assert again.micro_batch == 1  # it is remembered
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])
+def test_what_filled_the_memory_is_gone_before_it_goes_on(
+    tmp_path: Path, where: str, again: bool
+) -> None:
+    """Everything that the failed part has computed, while collecting garbage is left to us."""
+    computed: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    class Looking(Reporter):
+        def say(self, text: str) -> None:
+            if "too little memory" in text:
+                alive.append(sum(one() is not None for one in computed))
+
+    def keep(module: torch.nn.Module, given: object, out: Tensor) -> None:
+        if not alive:
+            computed.append(weakref.ref(out))
+
+    def spoil(loss: Tensor) -> Tensor:
+        if where == "forward":
+            return out_of_memory(loss)
+        layer = job.model.model.layers[0]
+        layer.register_full_backward_pre_hook(lambda *_: fail())
+        return loss
+
+    def fail() -> None:
+        if not alive:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    job = nano_trainer(
+        tmp_path,
+        reporter=Looking(),
+        training__steps=2,
+        training__micro_batch=4,
+        training__activation_checkpointing=again,
+    )
+    for layer in job.model.model.layers:
+        layer.register_forward_hook(keep)
+    job.objective = Spoilt(job.objective, spoil, {1})
+    gc.disable()
+    try:
+        train(job)
+    finally:
+        gc.enable()
+    assert job.micro_batch == 2 and len(computed) >= 2
+    assert alive == [0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.04 GB, max allowed: 5.10 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_short_memory_is_known_by_whatever_tells_it(tmp_path: Path, error: RuntimeError) -> None:
+    def fail(loss: Tensor) -> Tensor:
+        raise error
+
+    job = nano_trainer(tmp_path, training__steps=2, training__micro_batch=4)
+    job.objective = Spoilt(job.objective, fail, {1})
+    train(job)
+    assert job.micro_batch == 2
 
 
 def test_one_window_at_once_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:

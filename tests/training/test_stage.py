@@ -21,6 +21,7 @@ from minimind.errors import (
 from minimind.model import Transformer, read_config
 from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from minimind.training.reporter import counted
 from minimind.training.stage import StageResult, extract_checkpoint, prepare_stage, run_stage
 
 
@@ -88,6 +89,17 @@ def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> 
     assert not told.open
 
 
+def test_one_is_not_told_as_many(recipe: Make) -> None:
+    told = Told()
+    do(recipe(training__steps=1, training__batch=1, training__micro_batch=1), told)
+    assert any(line.endswith("; 1 step of 1 window") for line in told.lines), told.lines
+    assert [counted(n, "window") for n in (0, 1, 2000)] == [
+        "0 windows",
+        "1 window",
+        "2,000 windows",
+    ]
+
+
 def test_sft_starts_from_the_model_of_a_run(recipe: Make, run: Path, tmp_path: Path) -> None:
     do(recipe(optim__lr=0.01, training__steps=20))
     told = Told()
@@ -119,11 +131,24 @@ def test_a_checkpoint_becomes_a_model_or_an_adapter(
     for step in (None, 5, 2):
         out = tmp_path / f"{step}"
         assert extract_checkpoint(again, step, out) == (step or 5)
-        files = {path.name: path.read_bytes() for path in out.iterdir()}
+        files = files_in(out)
         assert files.keys() == {path.name for path in made.iterdir()}
         weights.append(next(files[name] for name in files if name.endswith("model.safetensors")))
     assert weights[0] == weights[1] == (made / next(iter(made.glob("*.safetensors")))).read_bytes()
     assert weights[2] != weights[0]
+    before = files_in(out)
+    recipe_file = again / "recipe.toml"
+    for there in (out, made, recipe_file):
+        with pytest.raises(ModelError, match=r"is there already .* another --out, or remove it"):
+            extract_checkpoint(again, 5, there)
+    assert files_in(out) == before and recipe_file.is_file()
+    out = tmp_path / "empty"
+    out.mkdir()
+    assert extract_checkpoint(again, 2, out) == 2 and files_in(out) == before
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_checkpoint_that_is_not_there_or_damaged_becomes_nothing(

@@ -35,20 +35,20 @@ class NextToken:
         Of a mixture of experts the first has the weighted balance loss in it.
         """
         routing = Routing() if model.config.num_local_experts else None
-        hidden = model(batch.tokens, segments=batch.segments, routing=routing)
-        learned = batch.labels != IGNORED
-        labels = batch.labels[learned]
+        hidden = model(batch.tokens, segments=batch.segments, routing=routing).flatten(0, 1)
+        labels = batch.labels.flatten()[batch.learned]
         # Only what is learned goes through the head: in fine-tuning that is about half.
-        losses = linear_cross_entropy(hidden[learned], model.head_weight, labels)
+        losses = linear_cross_entropy(hidden[batch.learned], model.head_weight, labels)
         num_bytes = self._token_bytes[labels]
         nats = (losses.detach() * (num_bytes > 0)).sum()
         total, sums = losses.sum(), {"nats": nats, "bytes": num_bytes.sum()}
         if routing:
+            learned = batch.labels != IGNORED
             total, more = with_balance(
                 total, self._router_balance, routing, learned, batch.segments
             )
             sums |= more
-        return total, learned.sum(), sums
+        return total, torch.tensor(len(labels)), sums
 
     def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
         """Mean loss in nats a token, and bits per byte of text (control tokens are none).

@@ -120,12 +120,11 @@ def answer_logps(
     """([P, 2] log-probability in nats, [P, 2] number of tokens) of both answers of each pair."""
     assert batch.pairs is not None, "windows of preference pairs"
     hidden = model(batch.tokens, segments=batch.segments, routing=routing).flatten(0, 1)
-    labels = batch.labels.flatten()
-    places = (labels != IGNORED).nonzero()[:, 0]
+    labels = batch.labels.flatten()[batch.learned]
     losses = linear_cross_entropy(
-        hidden.index_select(0, places), model.head_weight, labels[places], alike=False
+        hidden.index_select(0, batch.learned), model.head_weight, labels, alike=False
     )
-    answers = batch.pairs.sequences.flatten()[places]
+    answers = batch.pairs.sequences.flatten()[batch.learned]
     nothing = losses.new_zeros(2 * len(batch.pairs.reference))
     logps = nothing.index_add(0, answers, -losses)
     lengths = nothing.index_add(0, answers, torch.ones_like(losses))

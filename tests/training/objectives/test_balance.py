@@ -9,7 +9,7 @@ from minimind.config.model import PRESETS, ModelConfig
 from minimind.data.packing import IGNORED, ChatWindows, Mix
 from minimind.model import Transformer
 from minimind.model.experts import Routing
-from minimind.training.batch import TensorBatch, to_device
+from minimind.training.batch import TensorBatch, learned_places, to_device
 from minimind.training.objectives.balance import balance_figures, balance_sums, real_tokens
 from minimind.training.objectives.next_token import NextToken
 
@@ -146,7 +146,7 @@ def objective(router_balance: float) -> NextToken:
 def window() -> TensorBatch:
     torch.manual_seed(2)
     tokens, labels = torch.randint(VOCAB, (2, 3, 32))
-    return TensorBatch(tokens, labels, None)
+    return TensorBatch(tokens, labels, None, learned_places(labels))
 
 
 def test_the_objective_adds_it_and_shows_the_loss_without_it() -> None:

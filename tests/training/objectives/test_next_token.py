@@ -9,7 +9,7 @@ from torch import Tensor
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
-from minimind.training.batch import TensorBatch
+from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken, linear_cross_entropy
 
 WIDTH = 24
@@ -107,7 +107,11 @@ def labelled(shares: list[float]) -> TensorBatch:
     torch.manual_seed(2)
     tokens, labels = torch.randint(VOCAB, (2, len(shares), 32))
     learned = torch.rand(len(shares), 32) < torch.tensor(shares)[:, None]
-    return TensorBatch(tokens, torch.where(learned, labels, IGNORED), None)
+    return of(tokens, torch.where(learned, labels, IGNORED))
+
+
+def of(tokens: Tensor, labels: Tensor) -> TensorBatch:
+    return TensorBatch(tokens, labels, None, learned_places(labels))
 
 
 def gradient(of: Transformer) -> Tensor:
@@ -156,7 +160,7 @@ def test_parts_add_up_to_the_whole_however_uneven() -> None:
         ours = model()
         total, number = 0.0, 0
         for at in range(0, len(shares), size):
-            part = TensorBatch(batch.tokens[at : at + size], batch.labels[at : at + size], None)
+            part = of(batch.tokens[at : at + size], batch.labels[at : at + size])
             loss, count, _ = objective().loss(ours, part)
             (loss / 192).backward()
             total, number = total + float(loss.detach()), number + int(count)

@@ -20,7 +20,7 @@ from minimind.data.packing import IGNORED, Mix, PairWindows
 from minimind.data.store import open_store
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
-from minimind.training.batch import TensorBatch, to_device
+from minimind.training.batch import TensorBatch, learned_places, to_device
 from minimind.training.objectives.next_token import linear_cross_entropy
 from minimind.training.objectives.preference import Preference, answer_logps
 
@@ -314,7 +314,7 @@ def one_window(batch: TensorBatch, row: int) -> TensorBatch:
         reference=batch.pairs.reference[first : last + 1],
     )
     rows = (x[row : row + 1] for x in (batch.tokens, batch.labels, batch.segments))
-    return TensorBatch(*rows, pairs)
+    return TensorBatch(*rows, learned_places(batch.labels[row]), pairs)
 
 
 def test_a_factor_for_each_loss_of_the_linear_cross_entropy() -> None:
