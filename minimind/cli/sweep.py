@@ -32,8 +32,11 @@ def sweep(
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Train variants of a recipe and compare them: loss by parameters, tokens and time."""
+    from minimind.model.device import choose_device
     from minimind.training.sweep import device_settings, run_all
 
+    for device in devices.split(",") if devices else ():
+        choose_device(device)  # else each run would fail for the same reason
     flags: dict[str, Any] = {"data.sources": data, "tokenizer": tokenizer}
     places = device_settings(devices.split(",")) if devices else [("", {})]
     flags |= {"device": places[0][0]}

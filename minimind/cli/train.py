@@ -158,8 +158,9 @@ def _stage(
     recipe = resolved.recipe
     if fresh and resume:
         raise UsageError("--fresh and --resume exclude each other; give one of them")
-    begun = Path(recipe.out or "") / "recipe.toml"
-    if resume and workers.is_first_process() and not begun.is_file():
+    # A recipe is there too when a start has failed, and checkpoints are what a run goes on from.
+    begun = any((Path(recipe.out or "") / "checkpoints").glob("step-*"))
+    if resume and workers.is_first_process() and not begun:
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to go on with; leave out --resume")
     if (nproc or 1) > 1 and not dry_run and not workers.is_one_of_several():

@@ -8,20 +8,29 @@ from minimind.errors import DataError, UsageError, install_line
 
 @dataclass(frozen=True)
 class Published:
-    """One file of a data set on the hub, and what it is called here."""
+    """One file of a data set on the hub, what it is called here, and in which commit it is."""
 
     repository: str
     file: str
     name: str
+    revision: str = "main"
 
     @property
     def url(self) -> str:
         """Where a browser finds it."""
-        return f"https://huggingface.co/datasets/{self.repository}/resolve/main/{self.file}"
+        there = f"{self.repository}/resolve/{self.revision}/{self.file}"
+        return f"https://huggingface.co/datasets/{there}"
 
 
 PUBLISHED = {
-    "ceval": Published("ceval/ceval-exam", "ceval-exam.zip", "ceval-exam.zip"),
+    # The commit with which its conversion to another layout began, of which nobody knows whether it
+    # leaves the archive.
+    "ceval": Published(
+        "ceval/ceval-exam",
+        "ceval-exam.zip",
+        "ceval-exam.zip",
+        "1577cea73fafe135738871aca0d5339994dbb41d",
+    ),
     "cmmlu": Published("haonan-li/cmmlu", "cmmlu_v1_0_1.zip", "cmmlu_v1_0_1.zip"),
     "mmlu": Published("cais/mmlu", "data.tar", "mmlu.tar"),
     "gsm8k": Published("openai/gsm8k", "main/test-00000-of-00001.parquet", "gsm8k.parquet"),
@@ -51,7 +60,11 @@ def download(name: str, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found = hf_hub_download(
-            published.repository, published.file, repo_type="dataset", local_dir=folder
+            published.repository,
+            published.file,
+            repo_type="dataset",
+            revision=published.revision,
+            local_dir=folder,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         # The library's own words run over many lines, which begin with what happened.

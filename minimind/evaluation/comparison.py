@@ -51,7 +51,7 @@ def _with_interval(name: str) -> Callable[[Figures], str]:
         if name not in figures["intervals"]:
             return share(figures[name])
         low, high = figures["intervals"][name]
-        return f"{share(figures[name])} ({low:.0%} – {high:.0%})"
+        return f"{share(figures[name])} ({share(low)} – {share(high)})"
 
     return cell
 

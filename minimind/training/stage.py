@@ -276,7 +276,10 @@ def _count(model: Transformer, *, trained: bool = False) -> int:
 def _run_directory(recipe: Recipe) -> Path:
     if recipe.out is None:
         raise ConfigError("out is not set: where should the run be kept? Give --out DIR")
-    return Path(recipe.out)
+    run = Path(recipe.out)
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file; --out names the directory of a run")
+    return run
 
 
 def _clear(run: Path, recipe: Recipe) -> None:

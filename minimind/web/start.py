@@ -3,12 +3,13 @@
 import contextlib
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minimind.errors import ServiceError
+from minimind.errors import ResourceError, ServiceError
 from minimind.web.client import KEY_VARIABLE
 from minimind.web.store import data_folder
 
@@ -65,6 +66,16 @@ def show_page(url: str, key: str | None, port: int) -> None:
     """Serve the page on this machine, as a client of that service, until it is stopped."""
     from streamlit.web import cli
 
+    try:
+        with socket.socket() as place:
+            if os.name == "posix":  # a page that has just ended is no reason
+                place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise ResourceError(
+            f"cannot listen at 127.0.0.1, port {port}: {error.strerror or error}. "
+            "Give another --port, or stop what listens there"
+        ) from error
     os.environ[URL_VARIABLE] = url
     if key is not None:
         os.environ[KEY_VARIABLE] = key

@@ -120,3 +120,8 @@ def test_a_numbered_gpu_is_the_only_one_that_its_process_sees(
     with pytest.raises(UsageError, match="devices of one kind"):
         device_settings(["cuda:0", "cpu"])
     assert device_settings(["cpu", "cpu"]) == [("cpu", {})] * 2
+
+
+def test_a_device_that_is_not_there_is_told_once(place: Path) -> None:
+    said = run(place, *NANO, "--tokenizer", "tokenizer", "--devices", "cuda:77", status=1)
+    assert said.count("device cuda:77 is not there") == 1

@@ -196,10 +196,15 @@ def test_a_device_that_is_not_there(place: Place) -> None:
     message = place.error(*place.pretrain, "--out", "no4", "--device", "cuda:77")
     assert message.startswith("device cuda:77 is not there; this machine has: cpu")
     assert "--device auto" in message
+    (place.folder / "file").write_text("")
+    assert place.error(*place.pretrain, "--out", "file").startswith("file is a file; --out")
 
 
 def test_arguments_that_do_not_fit_together(place: Place) -> None:
     assert "no run to go on with" in place.error(*place.pretrain, "--out", "no5", "--resume")
+    assert place.error(*place.pretrain, "--out", "failed", "--data", "gone.jsonl")
+    # A start that failed has left its recipe, and is no run.
+    assert "no run to go on with" in place.error(*place.pretrain, "--out", "failed", "--resume")
     assert "exclude each other" in place.error(
         *place.pretrain, "--out", "no5", "--resume", "--fresh"
     )

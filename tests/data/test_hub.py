@@ -15,7 +15,7 @@ from minimind.errors import UsageError
 
 pytest.importorskip("huggingface_hub")
 CONTENT = b"PK the archive" * 100
-FILES = {f"/datasets/{p.repository}/resolve/main/{p.file}" for p in PUBLISHED.values()}
+FILES = {f"/datasets/{p.repository}/resolve/{p.revision}/{p.file}" for p in PUBLISHED.values()}
 
 
 class _Hub(BaseHTTPRequestHandler):

@@ -503,8 +503,12 @@ def test_its_service_ends_with_it(models_dir: Path, tmp_path: Path, number: int)
         assert not alive
 
 
-def test_wrong_use_is_told(tmp_path: Path) -> None:
+def test_wrong_use_is_told(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    request.addfinalizer(taken.close)
+    port = taken.getsockname()[1]
     for flags, message in [
+        (["--url", "http://127.0.0.1:9", "--port", str(port)], f"port {port}: Address already"),
         ([], "give a MODEL, or the --url of a service"),
         (["a", "--url", "http://b"], "give a MODEL, or the --url of a service"),
         (["--url", "ftp://b"], "is not the URL of a service"),
