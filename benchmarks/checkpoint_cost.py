@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_step import wait
-from training_speed import machine
 
+from benchmarks.moe_step import wait
+from benchmarks.training_speed import machine
 from minimind.config import load_recipe
 from minimind.model import Transformer
 from minimind.model.device import choose_device

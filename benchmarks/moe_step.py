@@ -22,8 +22,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from training_speed import machine
 
+from benchmarks.training_speed import machine
 from minimind.config import load_recipe
 from minimind.config.model import MOE_FIELDS
 from minimind.model import PRESETS, ModelConfig, Transformer

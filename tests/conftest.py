@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,10 +9,7 @@ import pytest
 import torch
 
 from minimind.tokenizer import Tokenizer, train_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from foreign import make_tokenizer
+from tests.support.foreign import make_tokenizer
 
 # Several threads on tiny matrices cost far more than they bring, above all on cores that are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

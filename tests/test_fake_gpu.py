@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 
 def driven(what: str) -> dict[str, int | str]:
-    script = Path(__file__).with_name("fake_gpu.py")
-    done = subprocess.run([sys.executable, script, what], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.fake_gpu", what], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
 

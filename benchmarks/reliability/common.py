@@ -16,15 +16,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "training"))
-
 import torch
-from small_runs import Lives
-from stages import Stage, make_stage, write_corpus
-from training_speed import machine
 
+from benchmarks.training_speed import machine
 from minimind.tokenizer import train_tokenizer
+from tests.support.small_runs import Lives
+from tests.support.stages import Stage, make_stage, write_corpus
 
 _RECORDS = Path(__file__).parents[1] / "records"
 

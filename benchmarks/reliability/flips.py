@@ -7,8 +7,7 @@ Of the newest checkpoint of a real run: a random file of the four, a random bit 
 
 import random
 
-from common import arguments, record, said, workshop
-
+from benchmarks.reliability.common import arguments, record, said, workshop
 from minimind.training.checkpoint import Checkpoint, latest_checkpoint
 
 

@@ -13,11 +13,10 @@ import re
 import shutil
 import subprocess
 
-from common import arguments, record, said, workshop
-from small_runs import REFUSED
-from stages import KINDS, assert_same, saved_steps
-
+from benchmarks.reliability.common import arguments, record, said, workshop
 from minimind.training.checkpoint import inspect_checkpoints
+from tests.support.small_runs import REFUSED
+from tests.support.stages import KINDS, assert_same, saved_steps
 
 DISK = 64 << 20
 

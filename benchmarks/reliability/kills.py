@@ -12,8 +12,8 @@ import random
 import shutil
 from itertools import cycle
 
-from common import arguments, record, said, workshop
-from stages import KINDS, assert_same, kill_on_the_way
+from benchmarks.reliability.common import arguments, record, said, workshop
+from tests.support.stages import KINDS, assert_same, kill_on_the_way
 
 KILLS = 10  # of one run
 

@@ -16,8 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common import arguments, record, said, workshop
-from small_runs import lora_settings, metrics, samples, share
+from benchmarks.reliability.common import arguments, record, said, workshop
+from tests.support.small_runs import lora_settings, metrics, samples, share
 
 STEPS, BATCH = 60, 8
 CLOSE = 1e-4

@@ -14,9 +14,9 @@ import re
 import shutil
 import signal
 
-from common import arguments, record, said, workshop
-from small_runs import Lives
-from stages import assert_same
+from benchmarks.reliability.common import arguments, record, said, workshop
+from tests.support.small_runs import Lives
+from tests.support.stages import assert_same
 
 
 def main() -> None:

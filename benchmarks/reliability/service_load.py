@@ -31,15 +31,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "serving"))
-
 import httpx2 as httpx
 import psutil
-from services import Process, serving, wait_until
-from test_churn import churn, each_alone, figure
-from test_shutdown import stop_in_the_middle
-from training_speed import machine
+
+from benchmarks.training_speed import machine
+from tests.support.clients import churn, each_alone, figure, stop_in_the_middle
+from tests.support.services import Process, serving, wait_until
 
 RECORD = Path(__file__).parents[1] / "records" / "service-reliability"
 CHAT = "/v1/chat/completions"

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from common import arguments, record, said, workshop
-from small_runs import steps_done, wait_until
-from stages import INTERRUPTED, KINDS, STEPS, assert_same
+from benchmarks.reliability.common import arguments, record, said, workshop
+from tests.support.small_runs import steps_done, wait_until
+from tests.support.stages import INTERRUPTED, KINDS, STEPS, assert_same
 
 LIMIT_S = 10.0
 STOPS = 4  # of one run

@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,9 @@ from minimind.data.textbook import EIGHT
 from minimind.model import apply_lora, load_model, save_adapter
 from minimind.model.lora import LoRALinear
 from minimind.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
-
-from judges import Judge, longer_is_better
-from killing import kill_amid
-from services import save_models, serving
+from tests.support.judges import Judge, longer_is_better
+from tests.support.killing import kill_amid
+from tests.support.services import save_models, serving
 
 
 def run(folder: Path, *arguments: object, **variables: str) -> Result:

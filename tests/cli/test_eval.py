@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,8 @@ from typer.testing import CliRunner, Result
 from minimind.cli.main import app
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
-
-from killing import kill_amid
-from services import save_models, serving
+from tests.support.killing import kill_amid
+from tests.support.services import save_models, serving
 
 HEADER = "question,A,B,C,D,answer\n"
 

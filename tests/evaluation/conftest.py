@@ -1,17 +1,13 @@
 """A tiny random model, and a small exam."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from small_exams import make_ceval, make_varied
-
 from minimind.evaluation.models import LocalModel
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
+from tests.support.small_exams import make_ceval, make_varied
 
 
 @pytest.fixture(scope="session")

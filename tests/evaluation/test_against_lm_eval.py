@@ -5,11 +5,9 @@ lie is another place, a file here instead of a hub. Needs the extra `lm-eval`.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
 from minimind.evaluation.asking import Asker
 from minimind.evaluation.catalogue import make_task
@@ -19,10 +17,10 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.words import OwnWords
 from minimind.model import save_model
 from minimind.tokenizer import Tokenizer
+from tests.support.small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 lm_eval = pytest.importorskip("lm_eval")
-by_lm_eval = pytest.importorskip("against_lm_eval").by_lm_eval
+from benchmarks.against_lm_eval import by_lm_eval  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

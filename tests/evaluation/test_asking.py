@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import CHATTING
 
 from minimind.evaluation.asking import Asked, Asker, Style, choose
 from minimind.evaluation.exams import EXAMS, Exam, Question
@@ -13,6 +12,7 @@ from minimind.evaluation.scoring import EngineScorer
 from minimind.evaluation.words import OwnWords
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, encode_chat
+from tests.support.foreign import CHATTING
 
 QUESTION = Question("logic-0", "logic", " 泰山在哪里？ ", ("山东省", "四川", "青海", "北京"), 0)
 EXAMPLE = Question("logic-1", "logic", "长江最后流入____。", ("黄海", "东海", "南海", "渤海"), 1)

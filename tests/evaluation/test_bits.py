@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_exams import make_varied
 
 from minimind.errors import DataError, UsageError
 from minimind.evaluation.bits import Bits
 from minimind.evaluation.models import LocalModel
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from tests.support.small_exams import make_varied
 
 TEXTS = [
     "泰山在山东省，泰山的日出很美。",

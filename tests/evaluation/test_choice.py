@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_exams import CHINESE, make_varied
 
 from minimind.errors import ModelError
 from minimind.evaluation.asking import Style
@@ -11,6 +10,7 @@ from minimind.evaluation.choice import Choice
 from minimind.evaluation.models import LocalModel
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
+from tests.support.small_exams import CHINESE, make_varied
 
 
 def ceval(folder: Path, style: Style = "letter", **others: int) -> Choice:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from small_exams import CHINESE, EXAMPLES, write_table
 
 from minimind.errors import DataError
 from minimind.evaluation.exams import Question, Questions, read_exam, subject_info, subjects
+from tests.support.small_exams import CHINESE, EXAMPLES, write_table
 
 IN_ORDER = [*CHINESE[4:], *CHINESE[:4]]  # accountant, logic
 

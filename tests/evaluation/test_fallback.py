@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import make_tokenizer
-from small_exams import CHINESE
 
 from minimind.errors import ModelError
 from minimind.evaluation.catalogue import make_task
@@ -16,6 +14,8 @@ from minimind.evaluation.scoring import Row, windows
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.model.device import multiplies_bf16
 from minimind.tokenizer import Tokenizer
+from tests.support.foreign import make_tokenizer
+from tests.support.small_exams import CHINESE
 
 transformers = pytest.importorskip("transformers")
 GREEDY = Manner(8)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import sample, train, usual_metrics, validation, write_run
 
 from minimind.errors import DataError
 from minimind.evaluation.report import make_report
+from tests.support.run_folders import sample, train, usual_metrics, validation, write_run
 
 EVIL = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\x00\x1b[0m\ufffd\n第二行"
 SHOWN = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\ufffd\ufffd[0m\ufffd\n第二行"

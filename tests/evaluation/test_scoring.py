@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from small_exams import make_varied
 from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
@@ -12,6 +11,7 @@ from minimind.evaluation.scoring import EngineScorer, Row, windows
 from minimind.inference.batch import BatchedModel, Part
 from minimind.model import PRESETS, Transformer
 from minimind.tokenizer import Tokenizer
+from tests.support.small_exams import make_varied
 
 
 def alone(model: Transformer, row: Row) -> float:

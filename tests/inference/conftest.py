@@ -1,6 +1,5 @@
 """A tiny random model, and its directory."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="package")

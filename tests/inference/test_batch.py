@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from tiny import SHAPES, chunks_of, make, words
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ResourceError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
 from minimind.model import apply_lora
+from tests.support.tiny import SHAPES, chunks_of, make, words
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,13 +10,13 @@ from functools import partial
 
 import pytest
 import torch
-from devices import NoDoubles
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.engine import Completion, Engine, Piece, Request, Scoring
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
+from tests.support.devices import NoDoubles
 
 GREEDY = Sampling(temperature=0)
 VARIED = Sampling(temperature=1, top_p=1)

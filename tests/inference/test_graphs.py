@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import SHAPES, VOCAB, chunks_of, make, words
 
 from minimind.inference.batch import BatchedModel, Part
 from minimind.inference.graphs import GraphedModel, frame, rows_of
+from tests.support.tiny import SHAPES, VOCAB, chunks_of, make, words
 
 
 @pytest.mark.parametrize("shape", SHAPES)

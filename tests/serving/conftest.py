@@ -1,16 +1,11 @@
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-# services.py is a module because the tests of the terminal client and of the page use it too.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from services import InProcess, Process, save_models, serving
-
 from minimind.serving.limits import Limits
 from minimind.tokenizer import Tokenizer
+from tests.support.services import InProcess, Process, save_models, serving
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from pydantic import ValidationError
-from services import Process
 
 from minimind.serving.schema import ChatRequest, CompletionRequest
+from tests.support.services import Process
 
 CHAT = "/v1/chat/completions"
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}

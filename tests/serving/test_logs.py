@@ -3,9 +3,9 @@ import logging
 from pathlib import Path
 
 import httpx2 as httpx
-from services import serving
 
 from minimind.serving.logs import JsonLines
+from tests.support.services import serving
 
 SECRET = "秘密secret47"
 

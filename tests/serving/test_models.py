@@ -8,7 +8,6 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import torch
-from services import InProcess, make_model
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ModelError, UsageError
@@ -17,6 +16,7 @@ from minimind.model.lora import LoRALinear
 from minimind.serving.limits import Limits
 from minimind.serving.models import Source, find_adapters, find_models
 from minimind.tokenizer import Tokenizer
+from tests.support.services import InProcess, make_model
 
 
 @pytest.fixture

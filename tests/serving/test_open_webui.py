@@ -14,7 +14,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import torch
-from services import Process, serving, wait_until
+
+from tests.support.services import Process, serving, wait_until
 
 _VERSION = "0.12.4"
 _PYTHONS = ((3, 11), (3, 12))  # that this version of it runs on

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from services import wait_until
 
 from minimind.serving.errors import APIError
 from minimind.serving.limits import Queue
+from tests.support.services import wait_until
 
 CHAT = "/v1/chat/completions"
 HEADERS = {"content-type": "application/json"}

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,58 +12,9 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import pytest
-from services import serving, wait_until
 
-ASKED = {
-    "model": "tiny",
-    "messages": [{"role": "user", "content": "你好"}],
-    "max_tokens": -1,
-    "n": 16,
-    "stream": True,
-    "logit_bias": {"0": -100, "2": -100},  # the ends of texts and messages: it goes on and on
-}
-
-
-def read_to_the_end(url: str, heard: list[str], begun: threading.Barrier) -> None:
-    with httpx.Client(timeout=30) as client, client.stream("POST", url, json=ASKED) as answer:
-        lines = answer.iter_lines()
-        heard.append(next(lines))
-        begun.wait()
-        heard.extend(line for line in lines if line)
-
-
-def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> float:
-    """Seconds from the signal to the end of the process."""
-    with serving(models_dir, log, "--slots", "4") as service:
-        streams: list[list[str]] = [[], [], []]
-        begun = threading.Barrier(len(streams) + 1)
-        threads = [
-            threading.Thread(
-                target=read_to_the_end, args=(f"{service.url}/v1/chat/completions", heard, begun)
-            )
-            for heard in streams
-        ]
-        for thread in threads:
-            thread.start()
-        begun.wait()
-        everyone = [psutil.Process(service.child.pid)]
-        everyone += everyone[0].children(recursive=True)
-        began = time.monotonic()
-        service.child.send_signal(number)
-        status = service.child.wait(timeout=5)
-        took = time.monotonic() - began
-        assert status == (0 if number == signal.SIGTERM else 130)
-        for thread in threads:
-            thread.join(timeout=5)
-            assert not thread.is_alive()
-        for heard in streams:  # each was told, and none was left hanging
-            assert heard[-1] == "data: [DONE]"
-            error = json.loads(heard[-2].removeprefix("data: "))["error"]
-            assert error["code"] == "stopping"
-        wait_until(lambda: not any(child.is_running() for child in everyone))
-    events = [json.loads(line)["event"] for line in log.read_text().splitlines() if line[:1] == "{"]
-    assert events[-1] == "ended"
-    return took
+from tests.support.clients import ASKED, stop_in_the_middle
+from tests.support.services import serving, wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign import CHATTING, SHAPES
 
 from minimind.errors import TokenizerError
 from minimind.inference.detokenizer import StreamingDetokenizer
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import CHAT_TEMPLATE, encode_chat, encode_chats, refusal
+from tests.support.foreign import CHATTING, SHAPES
 
 SYSTEM = {"role": "system", "content": "你是助手。"}
 ORDINARY = [

@@ -1,16 +1,12 @@
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# small_runs.py is a module because golden figures are written, and children run, without pytest.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from small_runs import Lives
-from stages import write_corpus
+from tests.support.small_runs import Lives
+from tests.support.stages import write_corpus
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import REFUSED, Lives, tensors
 
 from minimind.errors import CheckpointError, ResourceError
 from minimind.training.checkpoint import (
@@ -26,6 +25,7 @@ from minimind.training.checkpoint import (
     latest_checkpoint,
     save_checkpoint,
 )
+from tests.support.small_runs import REFUSED, Lives, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 NUMBERS = 3000  # in each of the two tensors: 12 kB a file

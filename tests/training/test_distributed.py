@@ -6,35 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import (
-    Lives,
-    lora_settings,
-    losses,
-    metrics,
-    samples,
-    share,
-)
-from test_loop import files_of
 from torch import Tensor
 
 from minimind.data.order import Order
 from minimind.errors import ConfigError
 from minimind.training.distributed import Workers, _buckets, join, own_device
 from minimind.training.loop import Sums
+from tests.support.small_runs import (
+    Lives,
+    assert_in_step,
+    files_of,
+    lora_settings,
+    losses,
+    metrics,
+    samples,
+    share,
+)
 
 CLOSE = 1e-4
-
-
-def weights(run: Path, rank: int) -> dict[str, Tensor]:
-    return dict(torch.load(run / f"weights-{rank}", weights_only=True))
-
-
-def assert_in_step(run: Path, processes: int) -> None:
-    """All processes have the same weights, to the bit."""
-    first = weights(run, 0)
-    for rank in range(1, processes):
-        other = weights(run, rank)
-        assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_ten_thousand_cursors_are_shared_out_to_any_number_of_processes() -> None:

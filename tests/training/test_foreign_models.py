@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from small_runs import Told, nano_recipe
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
@@ -17,6 +16,7 @@ from minimind.inference.load import load_for_inference
 from minimind.model import load_model, save_model
 from minimind.tokenizer import Tokenizer, encode_chat
 from minimind.training.stage import run_stage
+from tests.support.small_runs import Told, nano_recipe
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import lora_settings, losses, nano_trainer
 
 from minimind.training.loop import train
+from tests.support.small_runs import lora_settings, losses, nano_trainer
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50

@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from small_runs import Lives
 
 from minimind.errors import TrainingError
 from minimind.training.lock import run_lock
+from tests.support.small_runs import Lives
 
 
 def test_a_lock_is_given_back(tmp_path: Path) -> None:

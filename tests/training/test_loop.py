@@ -13,18 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from devices import NoDoubles
 from safetensors.torch import load_file
-from small_runs import (
-    VOCAB,
-    Told,
-    chat_shard,
-    lora_settings,
-    losses,
-    metrics,
-    nano_trainer,
-    text_shard,
-)
 from torch import Tensor
 
 from minimind.data.packing import IGNORED, Batch, ChatWindows, Mix
@@ -39,12 +28,18 @@ from minimind.training.loop import Trainer, train
 from minimind.training.objectives import Objective
 from minimind.training.precision import LossScaler, Precision
 from minimind.training.reporter import Reporter
-
-
-def files_of(run: Path, step: int) -> dict[str, bytes]:
-    """The tensors of a checkpoint as they are on disk."""
-    place = run / "checkpoints" / f"step-{step:08}"
-    return {name: (place / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+from tests.support.devices import NoDoubles
+from tests.support.small_runs import (
+    VOCAB,
+    Told,
+    chat_shard,
+    files_of,
+    lora_settings,
+    losses,
+    metrics,
+    nano_trainer,
+    text_shard,
+)
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo", "lora", "moe"])

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import Told, lora_settings, losses, metrics, nano_recipe, nano_trainer
 
 from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError, DataError, MinimindError, ModelError
@@ -16,6 +15,7 @@ from minimind.inference.load import load_for_inference
 from minimind.model import load_model
 from minimind.training.loop import train
 from minimind.training.stage import StageResult, prepare_stage, run_stage
+from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, nano_trainer
 
 
 @pytest.fixture(scope="module")

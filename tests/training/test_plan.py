@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import nano_recipe
 
 from minimind.config import load_recipe
 from minimind.errors import ConfigError, DataError, ResourceError
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer
 from minimind.training.plan import flops_a_token, make_plan
+from tests.support.small_runs import nano_recipe
 
 
 def test_a_plan_without_data_knows_the_model(tmp_path: Path) -> None:

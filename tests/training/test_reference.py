@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from small_runs import Told, losses, metrics, nano_recipe, nano_trainer, pair_shard
 
 from minimind.config.settings import Recipe
 from minimind.data.packing import PairWindows
@@ -19,6 +18,7 @@ from minimind.training import reference
 from minimind.training.loop import Trainer, train
 from minimind.training.reference import fill_references
 from minimind.training.stage import StageResult, run_stage
+from tests.support.small_runs import Told, losses, metrics, nano_recipe, nano_trainer, pair_shard
 
 
 def kept(run: Path) -> dict[str, np.ndarray]:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_runs import Lives, metrics, steps_done, wait_until
-from stages import INTERRUPTED, KINDS, Stage, assert_same, kill_on_the_way, make_stage
+
+from tests.support.small_runs import Lives, metrics, steps_done, wait_until
+from tests.support.stages import INTERRUPTED, KINDS, Stage, assert_same, kill_on_the_way, make_stage
 
 KILLS = 10
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import Told, lora_settings, losses, metrics, nano_recipe, steps_done
 
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe
@@ -23,6 +22,7 @@ from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training.reporter import counted
 from minimind.training.stage import StageResult, extract_checkpoint, prepare_stage, run_stage
+from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, steps_done
 
 
 @pytest.fixture

@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Lives, lora_settings, losses, metrics, samples, share
-from test_distributed import assert_in_step
-from test_loop import files_of
 
 from minimind.config import load_recipe
 from minimind.errors import ConfigError, install_line
 from minimind.training.stage import _check_engine
+from tests.support.small_runs import (
+    Lives,
+    assert_in_step,
+    files_of,
+    lora_settings,
+    losses,
+    metrics,
+    samples,
+    share,
+)
 
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason=install_line("deepspeed")

@@ -1,15 +1,10 @@
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# The services of those tests serve here too.
-sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
-
-from services import Process, save_models, serving
-
 from minimind.tokenizer import Tokenizer
+from tests.support.services import Process, save_models, serving
 
 
 @pytest.fixture(scope="session")

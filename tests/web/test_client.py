@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from services import serving, wait_until
 
 from minimind.errors import ServiceError, UsageError
 from minimind.web.client import Answer, Client, ModelInfo
+from tests.support.services import serving, wait_until
 
 ASKED = [{"role": "user", "content": "你好"}]
 TINY = ModelInfo("tiny", is_ours=True)

@@ -16,9 +16,9 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import pytest
-from services import serving, wait_until
 
 from minimind.web.store import Answer, Conversation, Store, Turn
+from tests.support.services import serving, wait_until
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _DRIVER = shutil.which("chromedriver")

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from small_runs import VOCAB, chat_shard
 from torch import Tensor
 
 from minimind.config.model import PRESETS, ModelConfig
@@ -12,6 +11,7 @@ from minimind.model.experts import Routing
 from minimind.training.batch import TensorBatch, learned_places, to_device
 from minimind.training.objectives.balance import balance_figures, balance_sums, real_tokens
 from minimind.training.objectives.next_token import NextToken
+from tests.support.small_runs import VOCAB, chat_shard
 
 EXPERTS, CHOSEN = 5, 2
 

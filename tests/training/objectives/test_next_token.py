@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import VOCAB
 from torch import Tensor
 
 from minimind.config.model import PRESETS, ModelConfig
@@ -11,6 +10,7 @@ from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken, linear_cross_entropy
+from tests.support.small_runs import VOCAB
 
 WIDTH = 24
 

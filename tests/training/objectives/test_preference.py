@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import VOCAB, pair_shard
 from torch import Tensor
 
 from minimind.config.model import PRESETS, ModelConfig
@@ -23,6 +22,7 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch, learned_places, to_device
 from minimind.training.objectives.next_token import linear_cross_entropy
 from minimind.training.objectives.preference import Preference, answer_logps
+from tests.support.small_runs import VOCAB, pair_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 CPU = torch.device("cpu")

@@ -233,7 +233,7 @@ class Lives:
         self.output = output  # what the latest one has printed
         self.running: Child | None = None
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("driver.py"), output],
+            [sys.executable, "-m", "tests.support.driver", output],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -302,3 +302,21 @@ def samples(run: Path, processes: int, batch: int = 4) -> list[int]:
             if sample < steps * batch
         ]
     return [sample for _, _, sample in sorted(seen)]
+
+
+def files_of(run: Path, step: int) -> dict[str, bytes]:
+    """The tensors of a checkpoint as they are on disk."""
+    place = run / "checkpoints" / f"step-{step:08}"
+    return {name: (place / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+
+
+def weights(run: Path, rank: int) -> dict[str, torch.Tensor]:
+    return dict(torch.load(run / f"weights-{rank}", weights_only=True))
+
+
+def assert_in_step(run: Path, processes: int) -> None:
+    """All processes have the same weights, to the bit."""
+    first = weights(run, 0)
+    for rank in range(1, processes):
+        other = weights(run, rank)
+        assert all(torch.equal(first[name], other[name]) for name in first)

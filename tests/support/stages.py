@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from small_runs import Lives, lora_settings, metrics, nano_settings, steps_done
-
 from minimind.config import dump_recipe, load_recipe
+from tests.support.small_runs import Lives, lora_settings, metrics, nano_settings, steps_done
 
 STEPS = 60
 INTERRUPTED = 130

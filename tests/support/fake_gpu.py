@@ -1,6 +1,8 @@
 """A GPU that is not there: training steps and decoding with tensors that say they are on one.
 
-    python tests/fake_gpu.py training|inference|faults    {"work": how often it waits for the GPU}
+    python -m tests.support.fake_gpu training|inference|faults
+
+prints {"work": how often it waits for the GPU}.
 
 Torch's FakeTensorMode runs every operation on shapes and devices alone. One that mixes the GPU with
 the CPU raises, and so does one whose shape depends on numbers; each number that is asked for
@@ -26,9 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-for folder in ("training", "inference"):
-    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 GPU = "fakegpu"
 
@@ -99,7 +98,7 @@ def _to_gpu(batch: Any, device: torch.device) -> Any:
 
 def training() -> dict[str, Callable[[], int]]:
     """A step of each objective, and a validation; waits of the step alone."""
-    from small_runs import lora_settings
+    from tests.support.small_runs import lora_settings
 
     return {
         "pretrain": lambda: _step("pretrain"),
@@ -114,12 +113,11 @@ def training() -> dict[str, Callable[[], int]]:
 
 
 def _step(objective: str, **settings: Any) -> int:
-    from small_runs import nano_trainer
-
     from minimind.model import Transformer, apply_lora
     from minimind.training import loop
     from minimind.training.objectives.next_token import NextToken
     from minimind.training.precision import Precision
+    from tests.support.small_runs import nano_trainer
 
     with tempfile.TemporaryDirectory() as run:
         job = nano_trainer(Path(run), objective, held_out=True, **settings)
@@ -149,7 +147,7 @@ def _step(objective: str, **settings: Any) -> int:
 
 def inference() -> dict[str, Callable[[], int]]:
     """The engine's reading and writing of several texts, for every shape of model."""
-    from tiny import SHAPES
+    from tests.support.tiny import SHAPES
 
     def work(shape: str) -> Callable[[], int]:
         return lambda: _decode(**SHAPES[shape])
@@ -158,10 +156,9 @@ def inference() -> dict[str, Callable[[], int]]:
 
 
 def _decode(**shape: Any) -> int:
-    from tiny import VOCAB, chunks_of, words
-
     from minimind.inference.batch import BatchedModel, Part
     from minimind.model import PRESETS, ModelConfig, Transformer
+    from tests.support.tiny import VOCAB, chunks_of, words
 
     with FakeGPU() as mode:
         config = ModelConfig(**PRESETS["nano"] | {"vocab_size": VOCAB} | shape)

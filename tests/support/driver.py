@@ -1,6 +1,8 @@
 """What `small_runs.Lives` starts: processes that train or save, and are killed on the way.
 
-    python driver.py OUTPUT    reads {"work", "arguments"} a line; answers {"pid"}, then {"status"}
+    python -m tests.support.driver OUTPUT
+
+reads {"work", "arguments"} per line and answers {"pid"}, then {"status"}.
 
 One process imports torch and forks for each piece of work: that takes milliseconds, and what is
 killed is never the process that runs the tests.
@@ -24,7 +26,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch._dynamo  # which optimizers import when they are made: seconds, once here
-from small_runs import REFUSED, nano_trainer, tensors
 
 from minimind.cli import console, main
 from minimind.config import load_recipe
@@ -36,6 +37,7 @@ from minimind.training.lock import run_lock
 from minimind.training.loop import train as train_loop
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
+from tests.support.small_runs import REFUSED, nano_trainer, tensors
 
 
 def train(
