@@ -1,0 +1,20 @@
+# CPU image: docker build -t minimind . && docker run --rm -it -v "$PWD/out:/work/out" minimind demo
+# For an NVIDIA GPU see Dockerfile.cuda.
+FROM python:3.12-slim
+
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY minimind ./minimind
+COPY recipes ./recipes
+# PyTorch's own index has the CPU build; the default one on PyPI brings gigabytes of CUDA libraries.
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
+    -c constraints.txt '.[web]'
+
+# A user of its own: files in mounted folders do not belong to root. Override with --user "$(id -u)".
+RUN useradd --create-home --uid 1000 minimind && mkdir /work && chown minimind /work
+USER minimind
+WORKDIR /work
+ENV MINIMIND_CACHE=/work/.cache
+EXPOSE 8000 8501
+ENTRYPOINT ["minimind"]
+CMD ["--help"]
