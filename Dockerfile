@@ -1,4 +1,4 @@
-# CPU image: docker build -t minimind . && docker run --rm -it -v "$PWD/out:/work/out" minimind demo
+# CPU image: docker build -t minimind . && docker run --rm -it -v "$PWD/out:/data/out" minimind demo
 # For an NVIDIA GPU see Dockerfile.cuda.
 FROM python:3.12-slim
 
@@ -11,10 +11,10 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
     -c constraints.txt '.[web]'
 
 # A user of its own: files in mounted folders do not belong to root. Override with --user "$(id -u)".
-RUN useradd --create-home --uid 1000 minimind && mkdir /work && chown minimind /work
+RUN useradd --create-home --uid 1000 minimind && mkdir /data && chown minimind /data
 USER minimind
-WORKDIR /work
-ENV MINIMIND_CACHE=/work/.cache
+WORKDIR /data
+ENV MINIMIND_CACHE=/data/.cache
 EXPOSE 8000 8501
 ENTRYPOINT ["minimind"]
 CMD ["--help"]
