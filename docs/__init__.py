@@ -1,0 +1,1 @@
+"""The documentation site, its build and its generated pages."""

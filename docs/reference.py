@@ -1,0 +1,160 @@
+"""Generate the reference pages from the code: command line, recipe settings.
+
+    python -m docs.reference
+
+Descriptions stand in the code in English. Their Chinese is in `docs/translations.toml`, and a
+missing or left-over entry there is an error, so that the two languages cannot drift apart.
+"""
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from typer.core import TyperCommand, TyperGroup
+
+from minimind.cli.main import app
+from minimind.config.settings import Recipe
+
+DOCS = Path(__file__).parent
+_WIDTH = 88  # columns of the help texts, whatever the terminal
+_NOTE = {
+    "en": "This page is generated from the code; `make format` rewrites it.",
+    "zh": "本页由代码自动生成，运行 `make format` 即可更新。",
+}
+
+
+def pages() -> dict[str, str]:
+    """Return each generated page by its path below `docs/`."""
+    translations = tomllib.loads((DOCS / "translations.toml").read_text("utf-8"))
+    made = {}
+    for lang in ("en", "zh"):
+        made[f"{lang}/reference/cli.md"] = _cli_page(lang)
+        made[f"{lang}/reference/settings.md"] = _settings_page(lang, translations["settings"])
+    return made
+
+
+def stale_pages(docs: Path = DOCS) -> list[str]:
+    """Return the generated pages below `docs` that differ from what the code gives now."""
+    return sorted(
+        name
+        for name, text in pages().items()
+        if not (docs / name).is_file() or (docs / name).read_text("utf-8") != text
+    )
+
+
+def write_pages(docs: Path = DOCS) -> None:
+    """Write every generated page."""
+    for name, text in pages().items():
+        (docs / name).parent.mkdir(parents=True, exist_ok=True)
+        (docs / name).write_text(text, "utf-8")
+
+
+def _cli_page(lang: str) -> str:
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    title = {"en": "Command line", "zh": "命令行"}[lang]
+    root = _context(command, "minimind")
+    parts = [f"# {title}\n\n{_NOTE[lang]}\n\n{_help_block(command, root)}"]
+    for context, level in _commands(command, root, 2):
+        parts.append(f"{'#' * level} minimind {context.command_path.partition(' ')[2]}\n\n"
+                     f"{_help_block(context.command, context)}")  # fmt: skip
+    return "\n".join(parts)
+
+
+def _commands(
+    group: TyperGroup, parent: typer.Context, level: int
+) -> Iterator[tuple[typer.Context, int]]:
+    for name, command in group.commands.items():
+        assert isinstance(command, TyperGroup | TyperCommand)
+        context = _context(command, name, parent)
+        yield context, level
+        if isinstance(command, TyperGroup):
+            yield from _commands(command, context, level + 1)
+
+
+def _context(
+    command: TyperGroup | TyperCommand, name: str, parent: typer.Context | None = None
+) -> typer.Context:
+    return typer.Context(command, info_name=name, parent=parent, terminal_width=_WIDTH)
+
+
+def _help_block(command: Any, context: typer.Context) -> str:
+    lines = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    return f"```text\n{lines}\n```\n"
+
+
+def _settings_page(lang: str, translations: dict[str, str]) -> str:
+    fields = dict(settings())
+    left_over = translations.keys() - fields.keys()
+    missing = {key for key, field in fields.items() if field.description} - translations.keys()
+    if lang == "zh" and (left_over or missing):
+        raise ValueError(
+            f"docs/translations.toml: missing {sorted(missing)}, left over {sorted(left_over)}"
+        )
+    title, head = {
+        "en": ("Recipe settings", "| setting | type | default | meaning |"),
+        "zh": ("配方设置", "| 设置 | 类型 | 默认值 | 含义 |"),
+    }[lang]
+    lines = [f"# {title}", "", _NOTE[lang], ""]
+    section = None
+    for key, field in fields.items():
+        name = key.partition(".")[0] if "." in key else ""
+        if name != section:
+            section = name
+            heading = f"`[{name}]`" if name else {"en": "Top level", "zh": "顶层设置"}[lang]
+            lines += [""] * bool(lines[-1]) + [f"## {heading}", "", head, "|---|---|---|---|"]
+        meaning = translations.get(key, "") if lang == "zh" else field.description or ""
+        lines.append(f"| `{key}` | {_type(field)} | {_default(field)} | {_cell(meaning)} |")
+    return "\n".join(lines) + "\n"
+
+
+def settings() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting of a recipe by its full name, top-level ones first."""
+    tables = []
+    for name, field in Recipe.model_fields.items():
+        if (model := _settings_model(field.annotation)) is not None:
+            tables.append((name, model))
+        else:
+            yield name, field
+    for name, model in tables:
+        for key, field in model.model_fields.items():
+            yield f"{name}.{key}", field
+
+
+def _settings_model(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _type(field: FieldInfo) -> str:
+    text = getattr(field.annotation, "__name__", None) if not get_args(field.annotation) else None
+    text = text or str(field.annotation)
+    for old, new in (("typing.", ""), ("minimind.config.settings.", ""), ("NoneType", "None")):
+        text = text.replace(old, new)
+    if text.startswith("Literal["):
+        return " · ".join(f"`{value}`" for value in get_args(field.annotation))
+    if "Annotated[Source" in text:
+        text = "list[Source]"
+    return f"`{text.removesuffix(' | None')}`"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "–"
+    return "–" if value is None else f"`{_cell(str(value))}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    write_pages()
