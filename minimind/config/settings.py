@@ -1,17 +1,30 @@
 """Every setting of a run: one small class a concern, put together by `Recipe`."""
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from minimind.config.model import PRESETS, ModelConfig
 
-SCHEMAS = Literal["auto", "text", "conversations", "messages", "sharegpt", "alpaca", "qa", "pairs"]
+SCHEMAS = Literal[
+    "auto",
+    "text",
+    "conversations",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "qa",
+    "prompt_completion",
+    "pairs",
+]
 
 
 class _Settings(BaseModel):
     # Strict: "64" is no number and `true` no 1; what a recipe says is what the run does.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 _OF_ANY_MODEL = {"init", "context", "rope_scaling"}  # what is no part of a new model's shape
@@ -89,17 +102,28 @@ class LoRASettings(_Settings):
     )
 
 
-class Source(_Settings):
-    """One part of the data: a file, folder or glob, and how many times an epoch sees it."""
+class DataFile(_Settings):
+    """Data by path (a file, folder or glob), and the schema of its records."""
 
     path: str
+    record_schema: SCHEMAS = Field("auto", alias="schema")  # pydantic models have a `schema`
+
+
+class Source(DataFile):
+    """One part of the training data, and how many times an epoch sees it."""
+
     weight: float = Field(1.0, gt=0, description="3 = seen three times an epoch, 0.5 = half.")
 
 
+def _data_file(value: object) -> object:
+    """Accept `"path"` where a table is meant."""
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _source(value: object) -> object:
-    """Accept `"path"` and `"path@weight"` where a table is meant."""
-    if not isinstance(value, str):
-        return value
+    """Accept `"path"` and `"path@weight"` where a table is meant; a path that exists is a path."""
+    if not isinstance(value, str) or os.path.exists(os.path.expanduser(value)):
+        return _data_file(value)
     path, at, weight = value.rpartition("@")
     if at:
         try:
@@ -113,19 +137,20 @@ class DataSettings(_Settings):
     """What is read, and how it is cut into windows."""
 
     sources: list[Annotated[Source, BeforeValidator(_source)]] = Field(
-        default_factory=list, description='Data: "path", "path@weight", or {path, weight}.'
+        default_factory=list,
+        description='Data: "path", "path@weight", or {path, weight, schema}.',
     )
-    validation: list[str] = Field(
-        default_factory=list, description="Held-out data; else a share of the sources."
+    validation: list[Annotated[DataFile, BeforeValidator(_data_file)]] = Field(
+        default_factory=list,
+        description='Held-out data: "path" or {path, schema}; else a share of the sources.',
     )
     validation_fraction: float = Field(0.005, ge=0, le=0.5, description="Share held out.")
-    general: list[str] = Field(
+    general: list[Annotated[DataFile, BeforeValidator(_data_file)]] = Field(
         default_factory=list, description="Held out too: what is measured to see what is forgotten."
     )
     fill: dict[str, str] = Field(
         default_factory=dict, description="What {{name}}, {{author}} and the like stand for."
     )
-    record_schema: SCHEMAS = Field("auto", description="Schema of the records, or 'auto'.")
     window: int = Field(512, ge=8, description="Tokens a training window.")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="More bad lines stop the run.")
     store: str | None = Field(None, description="Folder of token stores; default: the cache.")

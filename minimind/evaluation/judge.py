@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from minimind.data.read import parse_json
+from minimind.data.strict_json import parse_json
 from minimind.errors import MinimindError
 from minimind.evaluation.prompts import Prompt
 from minimind.evaluation.run import read_results, writing

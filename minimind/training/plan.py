@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from minimind.config.settings import Recipe
-from minimind.data.inspect import estimate_tokens
+from minimind.data.estimate import estimate_tokens
 from minimind.data.store import default_folder
 from minimind.data.textbook import textbook_file
 from minimind.errors import DataError, ResourceError
@@ -23,7 +23,7 @@ from minimind.training.memory import Footprint, divisors, free_bytes
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
-from minimind.training.stage import fit_context, footprint
+from minimind.training.stage import KINDS, fit_context, footprint
 
 _VOCAB = 6400  # of a tokenizer that is not there yet
 # What a process takes beside tensors: torch itself, and on a GPU its context and libraries.
@@ -183,7 +183,11 @@ def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
     counts = [
         source.weight
         * estimate_tokens(
-            textbook_file(source.path, folder, data.fill), tokenizer, data.record_schema
+            textbook_file(source.path, folder, data.fill),
+            tokenizer,
+            kind=KINDS[recipe.objective],
+            schema=source.record_schema,
+            fill=data.fill,
         )
         for source in data.sources
     ]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from minimind.config import difference, dump_recipe, load_recipe
 from minimind.config.model import RopeKind
-from minimind.config.settings import Recipe, TrainingSettings
+from minimind.config.settings import DataFile, Recipe, TrainingSettings
 from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
@@ -47,7 +47,7 @@ from minimind.training.reference import FILE as REFERENCE
 from minimind.training.reference import fill_references
 from minimind.training.reporter import Reporter, counted
 
-_KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "dpo": "pairs"}
+KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "dpo": "pairs"}
 # (model, tokenizer) -> {"prompt", "text"} for each prompt; decoding is not this room's business.
 WriteSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
 
@@ -404,10 +404,12 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
         raise ConfigError("data.sources is empty: give --data FILE, or set it in the recipe")
     own = bool(settings.validation)
     folder = Path(settings.store) if settings.store else default_folder()
-    objective_kind = _KINDS[recipe.objective]
+    objective_kind = KINDS[recipe.objective]
 
-    def opened(path: str, fraction: float = 0.0, kind: Kind = objective_kind) -> TokenStore:
-        path = textbook_file(path, folder, settings.fill)
+    def opened(
+        source: DataFile, fraction: float = 0.0, kind: Kind | None = objective_kind
+    ) -> TokenStore:
+        path = textbook_file(source.path, folder, settings.fill)
         begun = False
 
         def progress(done: int, total: int) -> None:
@@ -421,8 +423,8 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
             return open_store(
                 path,
                 tokenizer,
-                kind=kind,
-                schema=settings.record_schema,
+                kind=kind or _kind_of(path, source.record_schema),
+                schema=source.record_schema,
                 fill=settings.fill,
                 validation_fraction=fraction,
                 max_bad_fraction=settings.max_bad_fraction,
@@ -433,14 +435,13 @@ def _stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> _Stores
         finally:
             reporter.stop()
 
-    general = [textbook_file(path, folder, settings.fill) for path in settings.general]
     stores = _Stores(
         [
-            opened(source.path, 0.0 if own else settings.validation_fraction)
+            opened(source, 0.0 if own else settings.validation_fraction)
             for source in settings.sources
         ],
-        [opened(path) for path in settings.validation],
-        [opened(path, kind=_kind_of(path, settings.record_schema)) for path in general],
+        [opened(source) for source in settings.validation],
+        [opened(source, kind=None) for source in settings.general],
     )
     filled = [store.manifest["filled"] for store in stores.all]
     for key in sorted(settings.fill.keys() - set().union(*filled)):

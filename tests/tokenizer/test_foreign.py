@@ -114,7 +114,7 @@ def test_answers_that_are_given_are_not_learned(name: str, foreign_dir: Director
     tokenizer = Tokenizer.load(foreign_dir(name))
     messages = turns("问", "一", "再问", "二")
     [(all_ids, both)] = encode_chats(tokenizer, [messages])
-    [(ids, last)] = encode_chats(tokenizer, [messages], given=[3])
+    [(ids, last)] = encode_chats(tokenizer, [messages], unsupervised=[range(3)])
     assert ids == all_ids
     learned = spelt(tokenizer, [i for i, m in zip(ids, last, strict=True) if m])
     assert learned.strip(" ").startswith("二")
