@@ -1,8 +1,8 @@
 """How many tokens training would find in data, from a part of it.
 
-Up to 16 files are read, evenly over the bytes of all, and of these 32 MiB in all; so data of that
-size is read from end to end. Of the records read, an even sample of two million characters is
-tokenized. Records are counted, filled and left out as in training.
+Up to 16 files are read, evenly over the bytes of all, and 32 MiB of these together: data of that
+size from end to end, of larger files the beginning. Of the records read, an even sample of two
+million characters is tokenized. Records are counted, filled and left out as in training.
 """
 
 from bisect import bisect_right
@@ -83,8 +83,10 @@ class _Sample:
             self.read, self.characters = file.stat().st_size, self._seen
 
     def _progress(self, num_bytes: int) -> None:
-        # When more is read, what was read before has become records, but for the last line.
-        self.read, self.characters = self._taken, self._seen
+        # When more is read, what was read before has become records, but for the last line. Of one
+        # that is longer than a read, the first read is nearest to the end of the record before.
+        if self._seen > self.characters:
+            self.read, self.characters = self._taken, self._seen
         self._taken += num_bytes
 
     def _add(self, number: int, record: Record, most: int) -> None:
