@@ -1,5 +1,6 @@
 """`minimind pretrain`, `sft`, `lora`, `dpo`, and `minimind train RECIPE` behind them."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,8 +196,8 @@ def recipe_and_settings(
     arguments: list[str], standard_recipe: str | None = None
 ) -> tuple[str, list[str]]:
     """The recipe that is named, or the standard one, and the KEY=VALUE arguments."""
-    overrides = [argument for argument in arguments if "=" in argument]
-    recipes = [argument for argument in arguments if "=" not in argument]
+    recipes = [one for one in arguments if "=" not in one or os.path.isfile(one)]
+    overrides = [one for one in arguments if one not in recipes]
     if len(recipes) > 1:
         raise UsageError(
             f"two recipes are given, {recipes[0]} and {recipes[1]}. If one is data: repeat --data "

@@ -212,4 +212,6 @@ def test_arguments_that_do_not_fit_together(place: Place) -> None:
     assert "two recipes are given, a.jsonl and b.jsonl" in place.error(
         "pretrain", "a.jsonl", "b.jsonl"
     )
+    (place.folder / "lr=3.toml").write_text("objective = 'pretrain'\nwait = 1\n")
+    assert "lr=3.toml:2: wait is not a setting" in place.error("train", "lr=3.toml")
     assert "--out DIR" in place.error(*place.pretrain)

@@ -128,16 +128,16 @@ def test_override_values_are_toml_or_bare_strings() -> None:
     overrides = [
         "model.preset=base",
         "training.compile=true",
-        'data.sources=["a.jsonl", "b.jsonl@0.5", {path = "c@d", weight = 2}]',
+        'data.sources=["a.jsonl", "b.jsonl@0.5", {path = "c@d", weight = 2, schema="qa"}]',
         "out=it's here",
     ]
     recipe = load_recipe("pretrain-small", overrides=overrides).recipe
     assert (recipe.model.preset, recipe.training.compile) == ("base", True)
     assert recipe.out == "it's here"
-    assert [(s.path, s.weight) for s in recipe.data.sources] == [
-        ("a.jsonl", 1.0),
-        ("b.jsonl", 0.5),
-        ("c@d", 2.0),
+    assert [(s.path, s.weight, s.record_schema) for s in recipe.data.sources] == [
+        ("a.jsonl", 1.0, "auto"),
+        ("b.jsonl", 0.5, "auto"),
+        ("c@d", 2.0, "qa"),
     ]
 
 
