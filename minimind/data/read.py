@@ -27,6 +27,7 @@ import zstandard
 
 from minimind.data.schemas import Record, convert
 from minimind.errors import DataError, ResourceError
+from minimind.paths import expand_user
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -135,7 +136,7 @@ def list_files(path: str) -> list[Path]:
 
     Hidden files are not looked at. Raises DataError when there are none.
     """
-    place = Path(path).expanduser()
+    place = expand_user(path)
     try:
         if place.is_file():
             return [place]

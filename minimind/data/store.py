@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from minimind.data.read import BadLines, batches, list_files, read_records
 from minimind.data.schemas import Record, placeholders
 from minimind.errors import DataError, ResourceError
+from minimind.paths import cache_folder
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import Message, encode_chats, refusal
 
@@ -121,9 +122,7 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 
 def default_folder() -> Path:
     """Where token stores are kept: `$MINIMIND_CACHE/stores`, or the user's cache folder."""
-    cache = os.environ.get("MINIMIND_CACHE")
-    root = Path(cache) if cache else Path.home() / ".cache" / "minimind"
-    return root / "stores"
+    return cache_folder() / "stores"
 
 
 def open_store(

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minimind.errors import ResourceError, ServiceError
+from minimind.paths import data_folder
 from minimind.web.client import KEY_VARIABLE
-from minimind.web.store import data_folder
 
 URL_VARIABLE = "MINIMIND_URL"
 _END_SECONDS = 6

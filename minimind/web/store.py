@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import re
-import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from minimind.paths import data_folder
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _ASIDE = ".broken"
@@ -147,14 +148,3 @@ class Store:
 
     def _path(self, id: str) -> Path:
         return self._folder / f"{id}.json"
-
-
-def data_folder() -> Path:
-    """Where programs of this user keep their data."""
-    if sys.platform == "win32":
-        place = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        place = "~/Library/Application Support"
-    else:
-        place = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(place).expanduser() / "minimind"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minimind.data.read import BadLines, read_records
-from minimind.web.store import Answer, Conversation, Store, Turn, data_folder
+from minimind.web.store import Answer, Conversation, Store, Turn
 
 
 def talk() -> Conversation:
@@ -150,11 +150,3 @@ def test_titles_are_short_and_on_one_line() -> None:
     long = Conversation(turns=[Turn("长" * 100)]).title
     assert (len(long), long[-1]) == (40, "…")
     assert Conversation().title == ""
-
-
-def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert data_folder() == tmp_path / "minimind"
-    monkeypatch.delenv("XDG_DATA_HOME")
-    assert data_folder() == Path.home() / ".local/share/minimind"
