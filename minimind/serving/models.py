@@ -148,6 +148,9 @@ def find_adapters(given: Sequence[str], models: Mapping[str, Source]) -> dict[st
         )
     found: dict[str, Source] = {}
     for text in given:
+        if Path(text).exists():  # an equals sign in its name separates nothing
+            named = shell_words("--adapter", f"NAME={text}")
+            raise UsageError(f"--adapter {text} is a path without a name for it; write {named}")
         name, equals, directory = text.partition("=")
         if not (name and equals and directory):
             raise UsageError(f"--adapter {text} is not NAME=DIR, such as --adapter poet=out/poet")
