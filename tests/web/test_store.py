@@ -1,5 +1,7 @@
 import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,62 @@ def talk() -> Conversation:
 
 def test_what_is_kept_is_what_was_said(tmp_path: Path) -> None:
     store, said = Store(tmp_path / "new"), talk()
-    assert store.all() == []
+    assert store.ids() == []
     store.save(said)
     assert store.load(said.id) == said
     other = Conversation(turns=[Turn("半个字符 \ud83d")])
     store.save(other)
-    assert [found.id for found in store.all()] == [other.id, said.id]  # the last used first
+    assert store.ids() == [other.id, said.id]  # the last used first
+    assert [store.title(id) for id in store.ids()] == ["半个字符 ?", said.title]
+    said.turns[0].question = "它有多宽？"
     store.save(said)
-    assert [found.id for found in store.all()] == [said.id, other.id]
+    assert store.ids() == [said.id, other.id]
+    assert store.title(said.id) == "它有多宽？"
     store.delete(said.id)
     store.delete(said.id)
     assert store.load(said.id) is None
+
+
+class Reads:
+    """Counts how often Python opens a file in a folder."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.number = 0
+        sys.addaudithook(self._see)
+
+    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and self.folder and str(arguments[0]).startswith(str(self.folder)):
+            self.number += 1
+
+    def of(self, act: Callable[[], object], folder: Path) -> int:
+        """How many opens `act` makes."""
+        self.folder, self.number = folder, 0
+        act()
+        self.folder = None
+        return self.number
+
+
+READS = Reads()
+
+
+def test_no_file_is_read_for_the_list_and_each_title_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(500):
+        store.save(Conversation(turns=[Turn(f"第{number}个")]))
+
+    def first_page() -> list[str | None]:
+        return [store.title(id) for id in store.ids()[:20]]
+
+    assert READS.of(store.ids, tmp_path) == 0
+    assert READS.of(first_page, tmp_path) == 20
+    assert READS.of(first_page, tmp_path) == 0
+    assert first_page() == [f"第{499 - place}个" for place in range(20)]
+    changed = store.load(store.ids()[-1])
+    assert changed
+    store.save(changed)
+    assert READS.of(first_page, tmp_path) == 1
+    assert first_page()[:2] == ["第0个", "第499个"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
@@ -72,7 +119,8 @@ def test_a_broken_file_is_put_aside_as_it_is(tmp_path: Path, broken: bytes) -> N
     for times in (1, 2):
         (tmp_path / f"{id}.json").write_bytes(broken)
         assert store.load(id) is None
-        assert [found.id for found in store.all()] == [said.id]
+        assert store.title(id) is None
+        assert store.ids() == [said.id]
         assert [path.read_bytes() for path in store.put_aside()] == [broken] * times
     assert not (tmp_path / f"{id}.json").exists()
     store.save(Conversation(id=id))  # its place is free
