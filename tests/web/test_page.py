@@ -458,6 +458,8 @@ def test_injections_are_shown_as_text(url: str, browser: Browser, store: Store) 
     for place, text in enumerate(INJECTIONS):
         assert shown[2 * place] == text
         assert shown[2 * place + 1].count(text) >= 1
+    browser.press(".st-key-more")
+    browser.wait(lambda: len(browser.find('[class*="st-key-open-"] button')) == 31)
     titles = {b.text for b in browser.find('[class*="st-key-open-"] button')}
     assert titles == {Conversation(turns=[Turn(text)]).title for text in INJECTIONS}
     # In words that are set, they do not run either.
