@@ -1,7 +1,5 @@
 import json
 import os
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import pytest
 
 from minimind.data.read import BadLines, read_records
 from minimind.web.store import Answer, Conversation, Store, Turn
+from tests.support.reads import opens
 
 
 def talk() -> Conversation:
@@ -41,29 +40,6 @@ def test_what_is_kept_is_what_was_said(tmp_path: Path) -> None:
     assert store.load(said.id) is None
 
 
-class Reads:
-    """Counts how often Python opens a file in a folder."""
-
-    def __init__(self) -> None:
-        self.folder: Path | None = None
-        self.number = 0
-        sys.addaudithook(self._see)
-
-    def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and self.folder and str(arguments[0]).startswith(str(self.folder)):
-            self.number += 1
-
-    def of(self, act: Callable[[], object], folder: Path) -> int:
-        """How many opens `act` makes."""
-        self.folder, self.number = folder, 0
-        act()
-        self.folder = None
-        return self.number
-
-
-READS = Reads()
-
-
 def test_no_file_is_read_for_the_list_and_each_title_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for number in range(500):
@@ -72,14 +48,14 @@ def test_no_file_is_read_for_the_list_and_each_title_once(tmp_path: Path) -> Non
     def first_page() -> list[str | None]:
         return [store.title(id) for id in store.ids()[:20]]
 
-    assert READS.of(store.ids, tmp_path) == 0
-    assert READS.of(first_page, tmp_path) == 20
-    assert READS.of(first_page, tmp_path) == 0
+    assert opens(store.ids, tmp_path) == 0
+    assert opens(first_page, tmp_path) == 20
+    assert opens(first_page, tmp_path) == 0
     assert first_page() == [f"第{499 - place}个" for place in range(20)]
     changed = store.load(store.ids()[-1])
     assert changed
     store.save(changed)
-    assert READS.of(first_page, tmp_path) == 1
+    assert opens(first_page, tmp_path) == 1
     assert first_page()[:2] == ["第0个", "第499个"]
 
 
