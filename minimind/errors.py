@@ -15,6 +15,11 @@ Each message says what happened, in which file, key or line, and what to do next
 The command line prints the message alone and exits with status 1; a traceback means a bug of ours.
 """
 
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 
 class MinimindError(Exception):
     """Base of every error that a user can cause or mend."""
@@ -54,6 +59,13 @@ class ServiceError(MinimindError):
 
 class TrainingError(MinimindError):
     """Training that cannot go on: bad numbers, nothing to learn from, a run in use."""
+
+
+def shell_words(*words: str | Path) -> str:
+    """Words of a suggested command, quoted so that they can be pasted into a shell."""
+    # A path that begins with a dash would be read as an option.
+    safe = [f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w) for w in words]
+    return subprocess.list2cmdline(safe) if sys.platform == "win32" else shlex.join(safe)
 
 
 def install_line(extra: str) -> str:

@@ -30,6 +30,7 @@ from minimind.cli.generate import (
     tell_unstretched,
 )
 from minimind.errors import MinimindError, ResourceError, UsageError
+from minimind.paths import expand_user
 
 if TYPE_CHECKING:
     from minimind.tokenizer.chat import Message
@@ -70,7 +71,7 @@ def chat(
     context: Context = None,
     rope_scaling: RopeScaling = None,
 ) -> None:
-    """Talk with a model, here or at a service. Through a pipe, each line is a message."""
+    """Talk with a model, here or at a service. In a pipe or a file, each line is a message."""
     if model is None and url is None:
         raise UsageError("give a MODEL, or the --url of a service")
     context = stretched(context, rope_scaling)
@@ -98,8 +99,10 @@ def chat(
             _tell(f"{told}. /help lists the commands.")
             _in_terminal(conversation)
         else:
+            # Commands are for whoever types; in a pipe or a file each line is a message.
+            take = conversation.take if sys.stdin.isatty() else conversation.say
             for line in stdin_lines():
-                if not conversation.take(line.rstrip("\n")):
+                if not take(line.rstrip("\n")):
                     break
 
 
@@ -224,9 +227,7 @@ class _Conversation:
     def take(self, line: str) -> bool:
         """Do what one line asks for; False to leave."""
         if not line.startswith("/"):
-            if line.strip():
-                self._say(plain(line.strip()))
-            return True
+            return self.say(line)
         command, _, argument = line.partition(" ")
         argument = plain(argument.strip())
         match command.rstrip():
@@ -244,13 +245,18 @@ class _Conversation:
                 known = ", ".join(row[: row.index("  ")] for row in _HELP.splitlines())
                 raise UsageError(
                     f"{unknown} is not a command; there are {known}. "
-                    "Begin with a space to say it to the model"
+                    "Begin the line with a space to send it to the model"
                 )
         return True
 
-    def _say(self, text: str) -> None:
-        """One turn; if it is interrupted, what was said of the answer is kept."""
-        question = {"role": "user", "content": text}
+    def say(self, line: str) -> bool:
+        """Send a line to the model, unless it is empty; always True.
+
+        If the answer is interrupted, what was written of it is kept.
+        """
+        question = {"role": "user", "content": plain(line.strip())}
+        if not question["content"]:
+            return True
         seen = [*self._opening(), *self._turns[self._first :], question]
         left_out, pieces = self._answer(seen, len(self._turns))
         if left_out and not self._first:
@@ -268,6 +274,7 @@ class _Conversation:
             print(flush=True)
             if said.strip():
                 self._turns += [question, {"role": "assistant", "content": said}]
+        return True
 
     def _opening(self) -> "list[Message]":
         return [{"role": "system", "content": self._system}] if self._system else []
@@ -281,12 +288,12 @@ class _Conversation:
         path = Path(name if Path(name).suffix else name + ".jsonl")
         line = json.dumps({"conversations": self._opening() + self._turns}, ensure_ascii=False)
         try:
-            path = path.expanduser()
+            path = expand_user(path)
             with path.open("ab+") as file:
                 if file.tell() and _last_byte(file) != b"\n":
                     file.write(b"\n")
                 file.write(line.encode("utf-8", "replace") + b"\n")
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise ResourceError(f"{path}: cannot be written: {error}") from error
         _tell(f"saved to {path}")
 

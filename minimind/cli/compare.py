@@ -119,11 +119,11 @@ class _Comparison:
 
     def ask(self, place: str) -> None:
         """All questions to one model, but for those that it has answered."""
-        from minimind.cli.models import open_model
+        from minimind.cli.models import is_service, open_model
         from minimind.evaluation.run import evaluate, file_name, read_results
 
         try:
-            context = None if "://" in place else self.context
+            context = None if is_service(place) else self.context
             model = open_model(place, self.device, context=context, taken=self.figures)
             identity = model.identity()
         except (MinimindError, OSError) as error:

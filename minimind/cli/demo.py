@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console
+from minimind.errors import shell_words
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -161,7 +162,7 @@ def _run(recipe: "Recipe") -> "StageResult":
     reporter = console.RichReporter()
     result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
     if not result.finished:
-        console.say("stopped; `minimind demo` again goes on from here")
+        console.say("stopped; the same command continues from here")
         raise typer.Exit(130)
     summary = result.summary
     held_out = (
@@ -356,5 +357,6 @@ def _show(out: Path, summary: dict[str, Any]) -> None:
     ]
     console.show(console.table("Summary", ["figure", "value"], rows, numbers=1))
     console.say(f"The report with all curves: {out / 'report.html'}")
-    console.say(f"Chat with your model: minimind chat {out}")
-    console.say(f"And by its name: minimind chat {out} --adapter {out / 'identity'}")
+    console.say(f"Chat with your model: minimind {shell_words('chat', out)}")
+    named = shell_words("chat", out, "--adapter", out / "identity")
+    console.say(f"And by its name: minimind {named}")

@@ -1,6 +1,5 @@
 """`minimind generate MODEL PROMPT`: go on with a text."""
 
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,13 +121,15 @@ def plain(text: str) -> str:
 
 
 def stdin_lines() -> Iterator[str]:
-    """The lines of standard input as they come. Raises UsageError when they are not text."""
-    assert isinstance(sys.stdin, io.TextIOWrapper)
-    sys.stdin.reconfigure(errors="strict")
-    try:
-        yield from sys.stdin
-    except UnicodeDecodeError:
-        raise UsageError(
-            f"standard input is not {sys.stdin.encoding} text; convert it first, "
-            "for example with: iconv -f gb18030 -t utf-8"
-        ) from None
+    """Lines of standard input as they come. Raises UsageError for bytes that are not text."""
+    encoding = sys.stdin.encoding
+    # Decoded line by line: a text stream decodes ahead, and its errors name no line.
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode(encoding)
+        except UnicodeDecodeError:
+            raise UsageError(
+                f"standard input, line {number}: not {encoding} text; convert it first, "
+                "for example with: iconv -f gb18030 -t utf-8"
+            ) from None
+        yield text.removeprefix("\ufeff" if number == 1 else "")

@@ -7,7 +7,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.generate import Model
-from minimind.errors import UsageError
+from minimind.errors import UsageError, shell_words
 
 
 def merge(
@@ -27,4 +27,4 @@ def merge(
         raise UsageError(f"{out} is the model that the adapter was made for; give another --out")
     merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter, dtype=torch.float32)
     save_model(out, merged, tokenizer)
-    console.say(f"The merged model is in {out}. Try it: minimind chat {out}")
+    console.say(f"The merged model is in {out}. Try it: minimind {shell_words('chat', out)}")

@@ -33,7 +33,7 @@ def open_model(
     UsageError for a service without that model.
     """
     model: Any
-    if "://" in place:
+    if is_service(place):
         if adapter or context:
             raise UsageError("--adapter and --context are for a service to choose")
         model = Service(place)
@@ -69,12 +69,21 @@ def _local(directory: Path, device: str, adapter: Path | None, context: int | No
     return model
 
 
+def is_service(place: str) -> bool:
+    """Whether a model is named by the URL of its service; an existing path is always a path."""
+    return "://" in place and not Path(place).exists()
+
+
 def _split(place: str) -> tuple[Path, Path | None]:
-    """A directory, and the adapter that is named after a plus sign, unless it is of its name."""
-    directory, plus, adapter = place.rpartition("+")
-    if not plus or Path(place).exists() or not Path(directory).exists():
+    """A directory, and the adapter named after a plus sign unless that sign is part of a path."""
+    splits = [
+        (Path(place[:at]), Path(place[at + 1 :]))
+        for at, sign in enumerate(place)
+        if sign == "+" and at and Path(place[:at]).exists()
+    ]
+    if not splits or Path(place).exists():
         return Path(place), None
-    return Path(directory), Path(adapter)
+    return max(splits, key=lambda split: split[1].exists())
 
 
 class Service:

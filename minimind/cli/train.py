@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console, workers
-from minimind.errors import UsageError
+from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
     from minimind.config import ResolvedRecipe
@@ -238,7 +238,8 @@ def finish(result: "StageResult", json: Path | None) -> None:
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""
     if result.adapter:
-        chosen = f"{result.summary['base']}{prompt} --adapter {result.run}"
-        console.say(f"The adapter is in {result.adapter}. Try it: minimind {verb} {chosen}")
+        command = shell_words(verb, Path(result.summary["base"]), "--adapter", result.run)
+        console.say(f"The adapter is in {result.adapter}. Try it: minimind {command}{prompt}")
     else:
-        console.say(f"The model is in {result.model}. Try it: minimind {verb} {result.run}{prompt}")
+        command = shell_words(verb, result.run)
+        console.say(f"The model is in {result.model}. Try it: minimind {command}{prompt}")

@@ -29,6 +29,7 @@ import zstandard
 from minimind.data.schemas import Record, convert
 from minimind.data.strict_json import check_characters, parse_json
 from minimind.errors import DataError, ResourceError
+from minimind.paths import expand_user
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -139,10 +140,7 @@ def list_files(path: str) -> list[Path]:
     A name that exists is itself, whatever it looks like: with a folder `[v1]` there, `[v1]/*.jsonl`
     means the files in it. Hidden files are not looked at. Raises DataError when there are none.
     """
-    try:
-        place = Path(path).expanduser()
-    except RuntimeError as error:  # no home folder is known
-        raise DataError(f"{path}: {error}; give the path without ~") from error
+    place = expand_user(path)
     try:
         if place.is_file():
             return [place]

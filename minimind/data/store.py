@@ -47,6 +47,7 @@ from minimind.data.read import BadLines, batches, list_files, read_records
 from minimind.data.schemas import Record, count_unused, placeholders
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError
+from minimind.paths import cache_folder
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import refusal
 
@@ -126,9 +127,7 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 
 def default_folder() -> Path:
     """Where token stores are kept: `$MINIMIND_CACHE/stores`, or the user's cache folder."""
-    cache = os.environ.get("MINIMIND_CACHE")
-    root = Path(cache) if cache else Path.home() / ".cache" / "minimind"
-    return root / "stores"
+    return cache_folder() / "stores"
 
 
 def open_store(

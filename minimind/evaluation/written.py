@@ -22,6 +22,7 @@ from minimind.evaluation.tasks import (
     share_right,
     spread,
 )
+from minimind.paths import expand_user
 
 _QUIZ = 400
 _QUIZ_SEED = 1
@@ -150,7 +151,7 @@ def _ends_with(number: Fraction, answer: str) -> bool:
 def _arithmetic_files(name: str, places: Sequence[str]) -> list[Path]:
     """The file of an exam in figures: <name>.jsonl, or test.jsonl as GSM8K is published."""
     for place in places:
-        path = Path(place).expanduser()
+        path = expand_user(place)
         if path.is_file():
             return [path]
         for pattern in (

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind.config.model import MOE_FIELDS, ModelConfig, RopeKind, RopeScaling
-from minimind.errors import ModelError, ResourceError
+from minimind.errors import ModelError, ResourceError, shell_words
 from minimind.model.transformer import Transformer
 
 _MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
@@ -51,10 +51,11 @@ def resolve_model_directory(path: Path) -> Path:
         raise ModelError(f"{path}: there is no such directory; give a model or run directory")
     for place in (path, path / "adapter"):
         if (place / "adapter_config.json").is_file():
+            adapter = shell_words("--adapter", path)
             raise ModelError(
                 f"{path} holds a LoRA adapter and no model of its own: give the model that it was "
-                f"made for, with --adapter {path}, or make one of both with "
-                f"`minimind merge MODEL --adapter {path} --out DIR`"
+                f"made for, with {adapter}, or make one of both with "
+                f"`minimind merge MODEL {adapter} --out DIR`"
             )
     if (path / "checkpoints").is_dir():
         raise ModelError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minimind import __version__
 from minimind.config.model import RopeKind
-from minimind.errors import ModelError, UsageError
+from minimind.errors import ModelError, UsageError, shell_words
 from minimind.inference.engine import Engine
 from minimind.inference.json_object import JsonGrammar
 from minimind.inference.load import load_for_inference
@@ -127,10 +127,11 @@ def _base_of(place: Path, directory: Path) -> Path:
     for candidate in (base, beside):
         if base.name and _is_model(candidate):
             return resolve_model_directory(candidate).resolve()
+    named = shell_words("--adapter", f"{_name(place, directory)}={place}")
     where = f"{base} and {beside}" if base.name else "its adapter_config.json does not say where"
     raise ModelError(
         f"{place} is a LoRA adapter, and the model that it was made for is not there ({where}): "
-        f"serve it as `minimind serve MODEL --adapter {_name(place, directory)}={place}`"
+        f"serve it as `minimind serve MODEL {named}`"
     )
 
 
@@ -147,6 +148,9 @@ def find_adapters(given: Sequence[str], models: Mapping[str, Source]) -> dict[st
         )
     found: dict[str, Source] = {}
     for text in given:
+        if Path(text).exists():  # an equals sign in its name separates nothing
+            named = shell_words("--adapter", f"NAME={text}")
+            raise UsageError(f"--adapter {text} is a path without a name for it; write {named}")
         name, equals, directory = text.partition("=")
         if not (name and equals and directory):
             raise UsageError(f"--adapter {text} is not NAME=DIR, such as --adapter poet=out/poet")

@@ -69,6 +69,22 @@ def test_the_command_as_people_type_it(model_dir: Path) -> None:
     assert done.stdout.decode().replace("\r\n", "\n") == wanted
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "cp1252"])
+def test_a_file_gets_utf_8_whatever_the_system_says(
+    encoding: str, model_dir: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / "text").open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "minimind", "generate", model_dir, "-", "--max-new-tokens", "1"],
+            input=f"{PROMPT}é\n".encode(),
+            stdout=file,
+            env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+            timeout=120,
+        )
+    assert done.returncode == 0
+    assert (tmp_path / "text").read_text("utf-8").startswith(f"{PROMPT}é")
+
+
 def test_the_settings_reach_the_choice(model_dir: Path) -> None:
     greedy = run(model_dir, PROMPT, "--temperature", 0).stdout
     assert run(model_dir, PROMPT, "--top-k", 1).stdout == greedy
@@ -115,7 +131,7 @@ def test_what_is_wrong_is_said_in_one_line(
     for arguments, stdin, message in [
         ([model_dir, ""], "", "the prompt is empty; give a text to go on with"),
         ([model_dir, "-"], "\n", "the prompt is empty"),
-        ([model_dir, "-"], PROMPT.encode("gb18030"), "standard input is not utf-8 text"),
+        ([model_dir, "-"], PROMPT.encode("gb18030"), "standard input, line 1: not utf-8 text"),
         ([model_dir, "长江" * 500], "", "tokens and the model's context is 256; shorten it"),
         ([model_dir, "a", "--temperature", "-1"], "", "temperature is -1.0; it must be"),
         ([model_dir, "a", "--top-p", "2"], "", "top-p is 2.0; it must be"),
