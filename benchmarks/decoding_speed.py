@@ -8,9 +8,9 @@ a prompt of `--prompt` tokens. 16 streams: as many of each, with prompts that di
 llama.cpp has its server's way of doing so, all sequences in one batch, driven here through its C
 interface. Reading the prompts counts; loading a model and allocating its KV cache does not, for any
 of them. Each contender is a process of its own; they take turns. A round is the median of three
-repetitions, the table shows the median over the rounds and their spread. Tokens a second of the processor, all cores added up, are
-given too: other work on the machine changes them far less. Memory is the peak of the process up to
-its first answer.
+repetitions, the table shows the median over the rounds and their spread. Tokens per second of the
+processor, all cores added up, are given too: other work on the machine changes them far less.
+Memory is the peak of the process up to its first answer.
 """
 
 import argparse
@@ -94,9 +94,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
     """Print medians over the rounds, with the spread below each."""
     for what, suffix in (("second", ""), ("processor second", "_a_processor_second")):
-        print(
-            f"\ntokens per {what:16} {'1 stream':>13} {'16 streams':>13} {'ratio':>6} {'peak MB':>8}"
-        )
+        print(f"\ntokens per {what:16} {'1 stream':>13} {'16 streams':>13}  ratio  peak MB")
         for name, one in figures.items():
             alone, together = one[f"streams_1{suffix}"], one[f"streams_16{suffix}"]
             print(
