@@ -381,7 +381,7 @@ def test_requests_that_cannot_be_are_told_before_anything_is_written(engine: Eng
         (Request([600], GREEDY), "prompt: token ids go from 0 to 599 in this model"),
         (Request([-1], GREEDY), "prompt: token ids go from 0 to 599"),
         (Request([5], Sampling(logit_bias={600: 1})), "logit_bias: token ids go from 0 to 599"),
-        (Request([5], GREEDY, 0), "max_new_tokens is 0; it must be 1 or more"),
+        (Request([5], GREEDY, -1), "max_new_tokens is -1; it must be 0 or more"),
     ]:
         with pytest.raises(UsageError, match=message):
             engine.submit(request)
