@@ -1,12 +1,14 @@
 """Generation defaults of a model: its generation_config.json, read as vLLM reads it."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.sampling import Sampling
+from minimind.model import resolve_model_directory
 
 _INTEGERS = ("top_k", "max_new_tokens")
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -19,13 +21,18 @@ class GenerationDefaults:
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
 
+    def sampling_with(self, settings: Mapping[str, Any]) -> Sampling:
+        """Replace what is not None among the settings. Raises UsageError for bad values."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        return replace(self.sampling, **given)
+
 
 def read_generation_defaults(directory: Path) -> GenerationDefaults:
-    """Read them from a model directory; neutral sampling (temperature 1) where it says nothing.
+    """Read them from a model or run directory; neutral sampling where it says nothing.
 
-    Raises ModelError for a value that is out of range.
+    Raises ModelError for a value that is out of range, and for what is no model.
     """
-    path = directory / "generation_config.json"
+    path = resolve_model_directory(directory) / "generation_config.json"
     if not path.is_file():
         return GenerationDefaults()
     try:

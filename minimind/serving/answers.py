@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from minimind.errors import MinimindError, UsageError
@@ -211,7 +211,7 @@ def _requests(
 
 
 def _sampling(request: ChatRequest | CompletionRequest, model: ServedModel) -> Sampling:
-    given: dict[str, Any] = {
+    settings = {
         "temperature": request.temperature,
         # A nucleus of nothing is the likeliest token alone.
         "top_p": None if request.top_p is None else max(request.top_p, 1e-9),
@@ -222,8 +222,7 @@ def _sampling(request: ChatRequest | CompletionRequest, model: ServedModel) -> S
         "frequency_penalty": request.frequency_penalty,
         "logit_bias": _logit_bias(request, model),
     }
-    changed = {name: value for name, value in given.items() if value is not None}
-    return replace(model.defaults.sampling, **changed)
+    return model.defaults.sampling_with(settings)
 
 
 def _logit_bias(
