@@ -59,11 +59,11 @@ def chat(
         typer.Option(help="Talk to the service there instead; its key is in MINIMIND_API_KEY."),
     ] = None,
     system: Annotated[str, typer.Option(help="What the model is told before all else.")] = "",
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = None,
     device: Device = "auto",
@@ -117,11 +117,11 @@ def _from_model(
 ) -> "Iterator[tuple[Answer, str]]":
     """What answers here, and what it is."""
     from minimind.inference.conversation import fit_chat
+    from minimind.inference.defaults import read_generation_defaults
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
-    from minimind.inference.sampling import Sampling
 
-    sampling = Sampling(**settings)
+    sampling = read_generation_defaults(model).sampling_with(settings)
     loaded, tokenizer = load_for_inference(model, **how)
     tell_unstretched(loaded, how["context"])
     size = sum(parameter.numel() for parameter in loaded.parameters())
@@ -155,9 +155,10 @@ def _from_service(
     if name not in found:
         raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(found) or 'none'}")
     model = found[name]
+    settings = {key: value for key, value in settings.items() if value is not None}
     if not model.is_ours:  # which may refuse what OpenAI's API lacks
         beyond = dict(top_k=0, repetition_penalty=1.0, min_p=0.0)
-        if changed := [key for key, nothing in beyond.items() if settings[key] != nothing]:
+        if changed := [key for key, noop in beyond.items() if settings.get(key, noop) != noop]:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
             raise UsageError(f"{flags}: only services of minimind know it")
         settings = {key: value for key, value in settings.items() if key not in beyond}

@@ -16,16 +16,31 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run direc
 Adapter = Annotated[
     Path | None, typer.Option(metavar="DIR", help="LoRA adapter, or the run that made it.")
 ]
+# Where they are not given, the model's generation_config.json decides, then OpenAI's default.
 Temperature = Annotated[
-    float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")
+    float | None,
+    typer.Option(help="Sampling temperature; 0 is greedy decoding. [default: the model's, or 1]"),
 ]
-TopP = Annotated[float, typer.Option(help="Choose among words that make up this probability.")]
-TopK = Annotated[int, typer.Option(help="Choose among this many words; 0 = all.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Nucleus (top-p) sampling threshold. [default: the model's, or 1]"),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Keep only the k most likely tokens; 0 = all. [default: the model's, or 0]"),
+]
 MinP = Annotated[
-    float, typer.Option(help="Leave out words below this share of the likeliest one's probability.")
+    float | None,
+    typer.Option(
+        help="Drop tokens below this fraction of the top token's probability. "
+        "[default: the model's, or 0]"
+    ),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: words that were used become less likely.")
+    float | None,
+    typer.Option(
+        help="Above 1: penalize tokens that already appeared. [default: the model's, or 1]"
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
 Seed = Annotated[
@@ -54,11 +69,11 @@ def generate(
         str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it from stdin.")
     ],
     adapter: Adapter = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     max_new_tokens: MaxNewTokens = 200,
     seed: Seed = None,
     device: Device = "auto",
@@ -71,11 +86,19 @@ def generate(
     if not text:
         raise UsageError('the prompt is empty; give a text to go on with, such as "秦始皇是"')
 
+    from minimind.inference.defaults import read_generation_defaults
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
-    from minimind.inference.sampling import Sampling
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, min_p)
+    sampling = read_generation_defaults(model).sampling_with(
+        dict(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            min_p=min_p,
+        )
+    )
     loaded, tokenizer = load_for_inference(
         model,
         device,

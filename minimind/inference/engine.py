@@ -22,6 +22,7 @@ from itertools import islice
 from typing import Literal, Protocol, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
@@ -38,21 +39,29 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 _READ_BESIDE = 4 * CHUNK  # tokens that a step reads where texts are written, so that they go on
 _READ_ALONE = 8 * CHUNK  # and where none is; more are no faster,
 _READ_BY_GPU = 32 * CHUNK  # but there
+_MASK_SECONDS = 0.002  # so long an idle step waits for a grammar's mask; then others have a turn
 _LOGITS = 1 << 24  # numbers that a step makes of what it reads, unless a single chunk needs more
 
 
 class Constraint(Protocol):
-    """What an answer has to look like: it says which tokens may come, and hears which one came."""
+    """Restricts which tokens an answer may have. Masks are computed in another thread."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for the next mask, and return whether it is there."""
 
     def allowed(self) -> Tensor:
-        """[vocab] bool, on the CPU; one token at the least."""
+        """[n] bool, on the CPU; tokens from n on are not allowed. Wait until it is computed."""
 
     def advance(self, token: int) -> None:
-        """The token that was chosen, unless it ends the text."""
+        """Append the token that was chosen, unless it ends the text."""
 
     @property
     def is_met(self) -> bool:
-        """Whether the answer is whole, which ends it."""
+        """Whether the answer is complete, which ends it."""
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the next mask is there and allows no token, which ends the answer as cut."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Request:
 
     max_new_tokens: None = all the room that the context has. seed: None = another text each time.
     logprobs: log-probabilities of the tokens and of so many others, the likeliest; None = none.
+    prompt_logprobs: the same of the prompt, whose first token has none; it is then read whole.
     constraint: serves this request alone.
     """
 
@@ -71,6 +81,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
 
 
@@ -101,12 +112,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a text grew by; the last piece, and it alone, has a finish_reason."""
+    """What a text grew by; the last piece, and it alone, has a finish_reason.
+
+    prompt_logprobs: of all tokens of the prompt but the first, in the first piece that has any.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,8 +208,11 @@ class _Writing(_Running):
         self, completion: Completion, slot: int, read: int, request: Request, engine: "Engine"
     ) -> None:
         length = len(request.prompt)
-        super().__init__(completion, slot, _prompt_readings(slot, read, request.prompt, length))
+        scored = request.prompt_logprobs is not None
+        readings = _prompt_readings(slot, read, request.prompt, length, scored)
+        super().__init__(completion, slot, readings)
         self.request, self.sampling = request, request.sampling
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.random = random.Random(request.seed)
         self.text = TextStream(engine.tokenizer, request.stop)
         self.length = len(self.prompt)
@@ -215,7 +233,9 @@ class _Writing(_Running):
         if self.penalties is not None:
             logits = self.penalties.apply(logits)
         if self.constraint is not None:
-            logits = logits.masked_fill(~self.constraint.allowed().to(logits.device), -torch.inf)
+            allowed = self.constraint.allowed().to(logits.device)
+            masked = logits[: len(allowed)].masked_fill(~allowed, -torch.inf)
+            logits = F.pad(masked, (0, len(logits) - len(allowed)), value=-torch.inf)
         return logits
 
 
@@ -325,8 +345,8 @@ class Engine:
             )
         self._check_tokens("prompt", request.prompt)
         self._check_tokens("logit_bias", request.sampling.logit_bias)
-        if request.max_new_tokens is not None and request.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 1 or more")
+        if request.max_new_tokens is not None and request.max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 0 or more")
 
     def _check_scoring(self, request: Scoring) -> None:
         assert request.prompt and request.ends and all(request.ends), "nothing to weigh"
@@ -413,7 +433,8 @@ class Engine:
         request = completion.request
         prompt = request.prompt
         length = request.length if isinstance(request, Scoring) else len(prompt)
-        alike = self.model.reads_alike(length)
+        scored = isinstance(request, Request) and request.prompt_logprobs is not None
+        alike = self.model.reads_alike(length) and not scored
         shared = [_shared_chunks(held, prompt) if alike else 0 for held in self._held]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self._free))
         read = shared[source]
@@ -445,7 +466,7 @@ class Engine:
         return running.prompt if shares else ()
 
     def _step(self) -> None:
-        texts = sorted((r for r in self._running if _is_written(r)), key=_slot)
+        texts = self._unblocked(sorted((r for r in self._running if _is_written(r)), key=_slot))
         singles = [Part(text.slot, text.length - 1, (text.last,)) for text in texts]
         chunks = self._next_chunks()
         if not (singles or chunks):
@@ -455,17 +476,37 @@ class Engine:
         scored: list[tuple[_Scored, int, int, int]] = []
         row = len(texts)
         for running, reading in chunks:
+            if running not in self._running:  # its part before this one had no valid scores
+                row += reading.part.wanted
+                continue
             self._hold(running, reading.part)
             if isinstance(running, _Scored):
                 scored += [(running, row + at, token, n) for at, token, n in reading.scored]
             elif isinstance(running, _Writing) and reading.part.wanted:
-                rows.append(row)
-                texts.append(running)
+                if running.request.prompt_logprobs is not None:
+                    self._score_prompt(running, reading.part, logits[row:])
+                is_last = reading.part.start + len(reading.part.tokens) == running.length
+                if is_last and running.completion._room == 0:
+                    self._finish(running, "length")
+                elif is_last and running in self._running:
+                    rows.append(row + reading.part.wanted - 1)
+                    texts.append(running)
             row += reading.part.wanted
         if scored:
             self._weigh(scored, logits)
         if rows:
             self._write(texts, logits if len(rows) == len(logits) else logits[rows])
+
+    def _unblocked(self, texts: "Sequence[_Writing]") -> "list[_Writing]":
+        """The texts that need not wait for a mask: those that do sit out this step."""
+        constraints = [text.constraint for text in texts if text.constraint is not None]
+        if len(constraints) == len(self._running):  # and there is nothing else to do
+            any(constraint.wait(_MASK_SECONDS) for constraint in constraints)
+        ready = [text for text in texts if text.constraint is None or text.constraint.wait(0)]
+        for text in ready:
+            if text.constraint is not None and text.constraint.is_stuck:
+                self._finish(text, "length")
+        return [text for text in ready if text in self._running]
 
     def _next_chunks(self) -> list[tuple["_Running", _Reading]]:
         """What is read of which text in this step, first come first."""
@@ -505,6 +546,18 @@ class Engine:
                 text.completion.scores = text.scores
                 self._finish(text, "stop")
 
+    def _score_prompt(self, text: "_Writing", part: Part, logits: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens after each of the part's: logits of these."""
+        following = text.prompt[part.start + 1 : part.start + 1 + part.wanted]
+        number = text.request.prompt_logprobs or 0
+        scores = logits[: len(following)].log_softmax(-1)
+        tokens = torch.tensor(following, dtype=torch.int64, device=scores.device)
+        text.prompt_logprobs += _token_logprobs(scores, tokens, [number] * len(following))
+        if not all(math.isfinite(token.logprob) for token in text.prompt_logprobs):
+            self._fail(text, ModelError(BAD_NUMBERS))
+        elif part.start + len(part.tokens) == text.length:
+            self._show(text, Piece("", prompt_logprobs=tuple(text.prompt_logprobs)))
+
     def _write(self, texts: Sequence["_Writing"], logits: Tensor) -> None:
         """Choose the next token of each text: logits [texts, vocab]."""
         adjusted = list(logits.unbind())
@@ -541,19 +594,8 @@ class Engine:
         asked = [number for number in wanted if number is not None]
         if not rows:
             return {}
-        scores = logits[rows].log_softmax(-1)
-        own = scores.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-        top = scores.topk(min(max(asked), scores.shape[-1]))
-        values, ids = top.values.tolist(), top.indices.tolist()
-        chosen = tokens[rows].tolist()
-        return {
-            row: TokenLogprob(
-                chosen[place],
-                own[place],
-                tuple(zip(ids[place], values[place], strict=True))[: asked[place]],
-            )
-            for place, row in enumerate(rows)
-        }
+        found = _token_logprobs(logits[rows].log_softmax(-1), tokens[rows], asked)
+        return dict(zip(rows, found, strict=True))
 
     def _go_on(self, text: "_Writing", token: int, logprob: TokenLogprob | None) -> None:
         completion = text.completion
@@ -680,13 +722,28 @@ def _is_written(running: _Running) -> TypeGuard[_Writing]:
 
 
 def _prompt_readings(
-    slot: int, read: int, prompt: Sequence[int], text_length: int
+    slot: int, read: int, prompt: Sequence[int], text_length: int, scored: bool = False
 ) -> Iterator[_Reading]:
-    """A prompt in chunks, from the token `read` on; logits are wanted after its last."""
+    """A prompt in chunks, from the token `read` on; logits are wanted after its last.
+
+    scored: and after all others.
+    """
     for start in range(read, len(prompt), CHUNK):
         tokens = prompt[start : start + CHUNK]
-        wanted = int(start + len(tokens) == len(prompt))
+        wanted = len(tokens) if scored else int(start + len(tokens) == len(prompt))
         yield _Reading(Part(slot, start, tokens, text_length, wanted))
+
+
+def _token_logprobs(
+    scores: Tensor, tokens: Tensor, numbers: Sequence[int]
+) -> Iterator[TokenLogprob]:
+    """Log-probabilities of a token for each row of scores, and of so many most likely ones."""
+    own = scores.gather(-1, tokens[:, None])[:, 0].tolist()
+    top = scores.topk(min(max(numbers, default=0), scores.shape[-1]))
+    values, ids = top.values.tolist(), top.indices.tolist()
+    for row, token in enumerate(tokens.tolist()):
+        most_likely = zip(ids[row], values[row], strict=True)
+        yield TokenLogprob(token, own[row], tuple(most_likely)[: numbers[row]])
 
 
 def _scoring_readings(slot: int, read: int, request: Scoring) -> Iterator[_Reading]:

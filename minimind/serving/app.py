@@ -27,11 +27,10 @@ from minimind.serving.logs import FIGURES
 from minimind.serving.metrics import Metrics
 from minimind.serving.models import ServedModel
 from minimind.serving.observe import Observe
+from minimind.serving.requests import ChatRequest, CompletionRequest
 from minimind.serving.schema import (
     ChatCompletion,
-    ChatRequest,
     Completion,
-    CompletionRequest,
     ErrorAnswer,
     Health,
     Model,

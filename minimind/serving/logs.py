@@ -48,7 +48,8 @@ def log_to_stderr() -> None:
     """Set up the loggers of this process that speaks of the service."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in (LOGGER.name, "uvicorn"):
+    logging.captureWarnings(True)  # which else are plain text among the lines
+    for name in (LOGGER.name, "uvicorn", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
     LOGGER.setLevel(logging.INFO)

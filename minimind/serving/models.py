@@ -5,14 +5,14 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from minimind import __version__
 from minimind.config.model import RopeKind
 from minimind.errors import ModelError, UsageError, shell_words
+from minimind.inference.defaults import GenerationDefaults, read_generation_defaults
 from minimind.inference.engine import Engine
-from minimind.inference.json_object import JsonGrammar
+from minimind.inference.grammar import GrammarCompiler
 from minimind.inference.load import load_for_inference
 from minimind.model import resolve_adapter_directory, resolve_model_directory
 from minimind.serving.limits import Queue
@@ -30,11 +30,8 @@ class ServedModel:
     created: int  # seconds since 1970, of its weights
     fingerprint: str
     queue: Queue
-
-    @cached_property
-    def json(self) -> JsonGrammar:
-        """What its tokens mean in an answer that is to be a JSON object."""
-        return JsonGrammar(self.tokenizer)
+    defaults: GenerationDefaults
+    grammars: GrammarCompiler
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -192,6 +189,8 @@ def load_served(
         created=int(max(path.stat().st_mtime for path in files)),
         fingerprint=_fingerprint(places, how),
         queue=Queue(slots, waiting),
+        defaults=read_generation_defaults(source.model),
+        grammars=GrammarCompiler(tokenizer),
     )
 
 

@@ -3,20 +3,18 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
-from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from minimind.cli.chat import chat
 from minimind.cli.main import app
 from minimind.data.read import BadLines, read_records
-from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
@@ -290,12 +288,27 @@ def test_what_is_wrong_is_said_in_one_line(model_dir: Path, tmp_path: Path) -> N
     assert "standard input, line 1: not utf-8 text" in done.stderr
 
 
-def test_the_defaults_are_those_of_sampling() -> None:
-    of_verb, of_sampling = signature(chat).parameters, signature(Sampling).parameters
-    shared = of_verb.keys() & of_sampling.keys()
-    assert len(shared) == 5
-    for name in shared:
-        assert of_verb[name].default == of_sampling[name].default
+def test_the_defaults_are_those_of_the_model(
+    model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def said(place: Path, **settings: float) -> str:
+        named = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
+        flags = ["--seed", 3, "--max-new-tokens", 30, *(part for pair in named for part in pair)]
+        done = run(place, *flags, stdin="长江有多长？\n")
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    ours = dict(temperature=0.7, top_p=0.9)
+    neutral = dict(temperature=1, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
+    assert said(model_dir) == said(model_dir, **ours) != said(model_dir, **neutral)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    own = dict(temperature=1.3, top_k=9, min_p=0.01, repetition_penalty=1.2)
+    (other / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    assert said(other) == said(other, **own)
+    assert said(other, top_k=0) == said(other, **own | dict(top_k=0))
+    (other / "generation_config.json").unlink()
+    assert said(other) == said(other, **neutral)
 
 
 # The command, in a terminal of its own, so that Ctrl-C comes from the terminal.

@@ -1,16 +1,16 @@
+import json
 import os
+import shutil
 import subprocess
 import sys
-from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from minimind.cli.generate import generate, plain
+from minimind.cli.generate import plain
 from minimind.cli.main import app
-from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
@@ -92,12 +92,27 @@ def test_the_settings_reach_the_choice(model_dir: Path) -> None:
     assert run(model_dir, PROMPT, "--temperature", 0, "--repetition-penalty", 5).stdout != greedy
 
 
-def test_the_defaults_are_those_of_sampling() -> None:
-    of_verb, of_sampling = signature(generate).parameters, signature(Sampling).parameters
-    shared = of_verb.keys() & of_sampling.keys()
-    assert len(shared) == 5
-    for name in shared:
-        assert of_verb[name].default == of_sampling[name].default
+def test_the_defaults_are_those_of_the_model(
+    model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def said(place: Path, **settings: float) -> str:
+        named = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
+        flags = ["--seed", 3, "--max-new-tokens", 30, *(part for pair in named for part in pair)]
+        done = run(place, PROMPT, *flags)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    ours = dict(temperature=0.7, top_p=0.9)
+    neutral = dict(temperature=1, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
+    assert said(model_dir) == said(model_dir, **ours) != said(model_dir, **neutral)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    own = dict(temperature=1.3, top_k=9, min_p=0.01, repetition_penalty=1.2)
+    (other / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    assert said(other) == said(other, **own)
+    assert said(other, top_k=0) == said(other, **own | dict(top_k=0))
+    (other / "generation_config.json").unlink()
+    assert said(other) == said(other, **neutral)
 
 
 def test_nothing_in_a_text_steers_the_terminal(
