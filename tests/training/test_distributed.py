@@ -11,7 +11,7 @@ from torch import Tensor
 from minimind.data.order import Order
 from minimind.errors import ConfigError
 from minimind.training.distributed import Workers, _buckets, join, own_device
-from minimind.training.loop import Sums
+from minimind.training.sums import Sums
 from tests.support.small_runs import (
     Lives,
     assert_in_step,
