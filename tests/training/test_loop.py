@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 import math
-import os
 import signal
 import threading
 import weakref
@@ -37,6 +36,7 @@ from minimind.training.reporter import Reporter
 from tests.support.devices import NoDoubles
 from tests.support.small_runs import (
     VOCAB,
+    Stopping,
     Told,
     chat_shard,
     files_of,
@@ -294,18 +294,6 @@ def test_the_gradient_is_clipped(tmp_path: Path) -> None:
 
 
 # Being asked to stop.
-
-
-class Stopping(Told):
-    """Asks for a stop after a step, as Ctrl-C does."""
-
-    def __init__(self, step: int | None, number: signal.Signals = signal.SIGINT) -> None:
-        super().__init__()
-        self._step, self._number = step, number
-
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        if done == self._step:
-            os.kill(os.getpid(), self._number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
