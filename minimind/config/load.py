@@ -3,7 +3,7 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -46,6 +46,7 @@ def load_recipe(
         _replace(values, origins, *parse_override(argument), COMMAND_LINE)
     for key, value in (flags or {}).items():
         _replace(values, origins, key, value, FLAG)
+    _drop_inherited_decay(values, origins, _from_command_line(origins))
     _optimize_adapters(values, origins)
     return ResolvedRecipe(_validate(values, origins), origins)
 
@@ -93,7 +94,26 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[
     except ConfigError as error:
         raise ConfigError(f"{where}: extends = {toml_value(parent)}: {error}") from None
     base, base_origins = _read(parent_path, (*children, path.resolve()))
-    return _merged(base, values), base_origins | origins
+    merged, merged_origins = _merged(base, values), base_origins | origins
+    _drop_inherited_decay(merged, merged_origins, origins)
+    return merged, merged_origins
+
+
+def _drop_inherited_decay(
+    values: dict[str, Any], origins: dict[str, str], said: Collection[str]
+) -> None:
+    """Drop the decay of an inherited WSD schedule where `said`, the keys of a recipe that extends
+    it or of the command line, chooses cosine and says nothing of decay."""
+    schedule = values.get("schedule")
+    if not isinstance(schedule, dict) or schedule.get("name") != "cosine":
+        return
+    if "schedule.name" in said and "schedule.decay" not in said:
+        schedule.pop("decay", None)
+        origins.pop("schedule.decay", None)
+
+
+def _from_command_line(origins: Mapping[str, str]) -> set[str]:
+    return {key for key, origin in origins.items() if origin in (COMMAND_LINE, FLAG)}
 
 
 def _shown(path: Path) -> str:
@@ -198,7 +218,7 @@ def _optimize_adapters(values: dict[str, Any], origins: dict[str, str]) -> None:
 
     So a setting such as lora.rank=8 is enough; what the command line says of optim stands.
     """
-    said = {key for key, origin in origins.items() if origin in (COMMAND_LINE, FLAG)}
+    said = _from_command_line(origins)
     optim = values.get("optim", {})
     if not any(f"{key}.".startswith("lora.") for key in said) or not isinstance(optim, dict):
         return

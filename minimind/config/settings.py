@@ -1,7 +1,7 @@
 """Every setting of a run: one small class a concern, put together by `Recipe`."""
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -175,8 +175,32 @@ class ScheduleSettings(_Settings):
 
     name: Literal["cosine", "wsd"] = "cosine"
     warmup: float = Field(0.02, ge=0, le=1, description="Share of the steps that warm up.")
-    decay: float = Field(0.2, ge=0, le=1, description="Share of the steps that decay (WSD).")
-    final: float = Field(0.1, ge=0, le=1, description="Last learning rate, as a share of the peak.")
+    decay: float | None = Field(
+        None, ge=0, le=1, description="Share of the steps that decay; WSD only, 0.2 if not set."
+    )
+    final: float = Field(
+        0.1, ge=0, le=1, description="Share of the peak that the step after the last would have."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wsd_decays(cls, values: Any) -> Any:
+        is_wsd = isinstance(values, dict) and values.get("name") == "wsd"
+        return values | {"decay": 0.2} if is_wsd and values.get("decay") is None else values
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleSettings":
+        if self.name == "cosine" and self.decay is not None:
+            raise ValueError(
+                f"decay ({self.decay}) belongs to WSD, and the schedule is cosine; "
+                'leave decay out, or set name = "wsd"'
+            )
+        if self.decay is not None and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup ({self.warmup}) and decay ({self.decay}) are shares of the same steps "
+                "and add up to more than 1; lower one of them"
+            )
+        return self
 
 
 class TrainingSettings(_Settings):

@@ -20,6 +20,11 @@ Loss = tuple[Tensor, Tensor, dict[str, Tensor]]  # as an objective gives it
 class Engine(Protocol):
     """The loop knows an engine by these methods alone; all processes call them, in one order."""
 
+    @property
+    def replicates(self) -> bool:
+        """True if each process has the whole model between steps, so that each can validate."""
+        ...
+
     def begin(self) -> None:
         """Let all processes start with the first one's weights and states, once it has loaded."""
         ...
@@ -66,6 +71,8 @@ class Engine(Protocol):
 
 class TorchEngine:
     """Every process holds everything: weights, gradients and moments."""
+
+    replicates = True
 
     def __init__(
         self,

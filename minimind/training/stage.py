@@ -293,7 +293,9 @@ def _clear(run: Path, recipe: Recipe) -> None:
                 f"{needed} would be removed by --fresh, and the run needs it; choose another --out"
             )
     # In this order: what is half removed is neither a finished run nor one of another recipe.
-    for name in ("summary.json", "report.html", "report.md", "metrics.jsonl", REFERENCE):
+    tracker_ids = ("wandb-run-id", "swanlab-run-id")
+    reports = ("report.html", "report.md", "metrics.jsonl")
+    for name in ("summary.json", *reports, REFERENCE, *tracker_ids):
         (run / name).unlink(missing_ok=True)
     for name in ("model", "adapter", "tensorboard", "report-plots", "checkpoints"):
         if (run / name).exists():

@@ -61,6 +61,7 @@ class ZeroEngine:
         self._model, self._recipe, self._objective = model, recipe, objective
         self._precision, self._workers = precision, workers
         self._stage = recipe.training.zero_stage
+        self.replicates = self._stage < 3
         self._loaded: dict[str, Tensor] = {}
 
     def begin(self) -> None:

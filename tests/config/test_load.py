@@ -80,6 +80,15 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
             "[training]\nbatch = 10\nmicro_batch = 4\n",
             ":4: training: batch (10) must be a multiple",
         ),
+        (
+            "[schedule]\nname = 'cosine'\ndecay = 0.3\n",
+            ":4: schedule: decay (0.3) belongs to WSD, and the schedule is cosine; leave decay out",
+        ),
+        (
+            "[schedule]\nname = 'wsd'\nwarmup = 0.9\n",
+            ":4: schedule: warmup (0.9) and decay (0.2) are shares of the same steps and add up to "
+            "more than 1; lower one of them",
+        ),
         ("[model]\nnum_attention_heads = 3\n", ":3: model: num_attention_heads (3) must be"),
         ("[model]\nhidden_size = 0\n", ":3: model.hidden_size = 0 will not do: it should be"),
         ("[optim\nlr = 1\n", ":2: not TOML: "),
@@ -173,6 +182,26 @@ def test_packaged_recipes_load_and_survive_a_dump(name: str, tmp_path: Path) -> 
     again = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
     assert again == recipe
     assert difference(again, recipe) == []
+
+
+def test_the_decay_of_an_inherited_wsd_schedule_goes_when_cosine_is_chosen(tmp_path: Path) -> None:
+    """In a recipe that extends it or on the command line; a decay given beside it is refused."""
+    assert load_recipe("pretrain-small").recipe.schedule.decay == 0.4
+    chosen = load_recipe("pretrain-small", overrides=["schedule.name=cosine"])
+    assert (chosen.recipe.schedule.name, chosen.recipe.schedule.decay) == ("cosine", None)
+    assert "schedule.decay" not in chosen.origins
+    path = tmp_path / "mine.toml"
+    write(path, "extends = 'pretrain-small'\nschedule.name = 'cosine'\n")
+    assert load_recipe(path).recipe.schedule == chosen.recipe.schedule
+    path = write(path, dump_recipe(chosen.recipe))
+    assert load_recipe(path).recipe == chosen.recipe
+    again = load_recipe(path, overrides=["schedule.name=wsd"]).recipe
+    assert again.schedule.decay == 0.2
+    for overrides in (["schedule.decay=0.3"], ["schedule.decay=0.3", "schedule.name=cosine"]):
+        with pytest.raises(ConfigError, match=r"command line: schedule: decay \(0.3\) belongs to"):
+            load_recipe(path, overrides=overrides)
+    whole = ['schedule={name="wsd",decay=0.3}', "schedule.name=cosine"]
+    assert load_recipe(path, overrides=whole).recipe.schedule.decay is None
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

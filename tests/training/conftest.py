@@ -22,3 +22,12 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
         pytest.skip("this system does not fork")
     with contextlib.closing(Lives(tmp_path_factory.mktemp("lives") / "output")) as lives:
         yield lives
+
+
+@pytest.fixture
+def ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number TensorBoard's files from 0: within a second it reads .10 before .9."""
+    from tensorboard.summary.writer import event_file_writer
+
+    counter = event_file_writer.AtomicCounter(0)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
