@@ -19,7 +19,7 @@ from minimind.data.packing import Mix
 from minimind.errors import CheckpointError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model import Transformer
 from minimind.training.batch import to_device
-from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
+from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint, restore_weights
 from minimind.training.distributed import ALONE, Workers
 from minimind.training.engine import Engine, TorchEngine
 from minimind.training.memory import divisors, forget_peak, peak_bytes, release
@@ -537,10 +537,14 @@ def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dic
             "what it has learned fits no other. Put it back, choose another --out, or start over "
             "with --fresh"
         )
-    unlike = job.model.load_state_dict(checkpoint.model, strict=False)
-    assert not unlike.unexpected_keys and set(unlike.missing_keys) == _frozen(job.model)
-    tensors = checkpoint.optimizer.items()
-    engine.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
+    restore_weights(job.model, checkpoint)
+    random = checkpoint.optimizer.select(lambda name: name.startswith("rng/"))
+    try:
+        engine.load_state_tensors(checkpoint.optimizer.select(lambda name: name not in random))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: {error}; choose another --out, or start over with --fresh"
+        ) from error
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
     micro_batch, processes = state.pop("micro_batch"), state.pop("processes", 1)
@@ -548,7 +552,7 @@ def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dic
         job.micro_batch = micro_batch  # another split of a batch rounds differently
     job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
     at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
-    return at, {k: t.view(processes, -1) for k, t in tensors if k.startswith("rng/")}
+    return at, {name: states.view(processes, -1) for name, states in random.items()}
 
 
 @contextlib.contextmanager

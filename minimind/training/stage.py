@@ -32,8 +32,14 @@ from minimind.model import (
     save_adapter,
     save_model,
 )
+from minimind.model.directory import is_empty, is_stray
 from minimind.tokenizer import Tokenizer
-from minimind.training.checkpoint import best_step, inspect_checkpoints, load_checkpoint
+from minimind.training.checkpoint import (
+    best_step,
+    inspect_checkpoints,
+    load_checkpoint,
+    restore_weights,
+)
 from minimind.training.distributed import ALONE, Workers, join, own_device
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
@@ -476,6 +482,8 @@ def _base_sha256(recipe: Recipe) -> str:
         return ""
     digest = hashlib.sha256()
     for file in sorted(resolve_model_directory(Path(recipe.model.init)).glob("*.safetensors")):
+        if is_stray(file.name):
+            continue
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -584,7 +592,7 @@ def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
     Returns its step. Raises CheckpointError when it is not there, damaged, or of another base,
     ModelError when there is something in `out`.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and not is_empty(out)):
         raise ModelError(
             f"{out} is there already and would be lost; give another --out, or remove it first"
         )
@@ -610,9 +618,7 @@ def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
             f"{run}: {recipe.model.init} is not the model that this run began with"
         )
     tokenizer, model = _start(recipe, torch.device("cpu"))
-    unlike = model.load_state_dict(checkpoint.model, strict=False)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert not unlike.unexpected_keys and not trained & set(unlike.missing_keys)
+    restore_weights(model, checkpoint)
     if recipe.lora:
         base = resolve_model_directory(Path(recipe.model.init or ""))
         save_adapter(out, model, recipe.lora, base)

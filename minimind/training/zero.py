@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from minimind.training.batch import TensorBatch
 from minimind.training.distributed import Workers
 from minimind.training.engine import Loss
 from minimind.training.objectives import Objective
-from minimind.training.optimizers import adamw, new_state
+from minimind.training.optimizers import OTHER_STATE, adamw, new_state
 from minimind.training.precision import Precision
 
 _KEPT_WHOLE = 100_000  # parameters of fewer numbers are not worth sending around in stage 3
@@ -61,7 +62,7 @@ class ZeroEngine:
         self._model, self._recipe, self._objective = model, recipe, objective
         self._precision, self._workers = precision, workers
         self._stage = recipe.training.zero_stage
-        self._loaded: dict[str, Tensor] = {}
+        self._loaded: Mapping[str, Tensor] = {}
 
     def begin(self) -> None:
         workers, model = self._workers, self._model
@@ -150,12 +151,12 @@ class ZeroEngine:
                     tensors[f"{moment}/{name}"] = whole
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         own = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         shapes = {f"{moment}/{name}": p.shape for name, p in own.items() for moment in _MOMENTS}
         shapes |= {f"step/{name}": torch.Size() for name in own}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise CheckpointError("the optimizer's state belongs to another model or optimizer")
+            raise CheckpointError(OTHER_STATE)
         self._loaded = tensors
 
     def _spread_states(self, device: torch.device) -> None:

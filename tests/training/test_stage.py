@@ -144,6 +144,7 @@ def test_a_checkpoint_becomes_a_model_or_an_adapter(
     assert files_in(out) == before and recipe_file.is_file()
     out = tmp_path / "empty"
     out.mkdir()
+    (out / ".DS_Store").touch()
     assert extract_checkpoint(again, 2, out) == 2 and files_in(out) == before
 
 
