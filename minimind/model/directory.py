@@ -120,6 +120,8 @@ def save_model(
 def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[Path]:
     """A folder to write into, which then becomes `directory`; on an error nothing has changed.
 
+    Its files are on the disk, not in a cache, before it takes that name.
+
     What is there is replaced if it has the file `mark`, by which its `kind` is known, or is
     empty.
     Raises ModelError when something else is there, ResourceError, which says that `size` bytes
@@ -134,9 +136,13 @@ def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
+        for file in work.rglob("*"):
+            flush(file)
+        flush(work)
         if directory.exists():
             os.replace(directory, old)
         os.replace(work, directory)
+        flush(directory.parent)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{directory}: the {kind} could not be written ({error}); it needs {size:,} bytes"

@@ -18,12 +18,12 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from minimind.errors import CheckpointError, ResourceError
 from minimind.model.directory import flush, is_stray
+from minimind.training.run import checkpoints, step_of, unreadable
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-_NAME = re.compile(r"step-(\d{8,})")
 _MAKING = ".making-"
 _DAMAGED = ".damaged-"
 
@@ -101,20 +101,27 @@ class CheckpointWriter:
         optimizer: Mapping[str, Tensor],
         state: Mapping[str, Any],
         best: int | None = None,
+        protect: Collection[int] = (),
         first: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy what is to be saved, and let `save_checkpoint` write it after calling `first`."""
         self.wait()
-        copies = {
-            kind: {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors.items()}
-            for kind, tensors in (("model", model), ("optimizer", optimizer))
-        }
-        remembered, keep = copy.deepcopy(dict(state)), self._keep
+        write_copies = partial(
+            save_checkpoint,
+            self._run,
+            step,
+            model={name: self._copy(f"model/{name}", t) for name, t in model.items()},
+            optimizer={name: self._copy(f"optimizer/{name}", t) for name, t in optimizer.items()},
+            state=copy.deepcopy(dict(state)),
+            keep=self._keep,
+            best=best,
+            protect=protect,
+        )
 
         def write() -> None:
             try:
                 first()
-                save_checkpoint(self._run, step, **copies, state=remembered, keep=keep, best=best)
+                write_copies()
             except BaseException as error:
                 self._error = error
 
@@ -165,8 +172,10 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    protect: Collection[int] = (),
 ) -> Path:
-    """Write the checkpoint of `step`; remove all but the newest `keep` and that of step `best`.
+    """Write the checkpoint of `step`; remove all but the newest `keep`, that of step `best` and
+    those of the steps in `protect`.
 
     Those of the same and of later steps were skipped as damaged when the run was resumed: they are
     renamed. Raises ResourceError when it cannot be written; older ones are untouched then.
@@ -196,9 +205,10 @@ def save_checkpoint(
             set_aside(place)
         os.replace(work, place)
         flush(home)
-        for later in [other for other in _found(home) if _step(other) > step]:
+        for later in [other for other in checkpoints(run) if step_of(other) > step]:
             set_aside(later)
-        for old in [other for other in _found(home)[keep:] if _step(other) != best]:
+        needed_still = {best, *protect}
+        for old in [o for o in checkpoints(run)[keep:] if step_of(o) not in needed_still]:
             os.replace(old, home / f"{_MAKING}{old.name}")  # first: none is ever there in part
     except (OSError, SafetensorError) as error:
         _sweep(home)
@@ -212,11 +222,9 @@ def save_checkpoint(
     return place
 
 
-def set_aside(place: Path) -> Path:
+def set_aside(place: Path, prefix: str = _DAMAGED) -> None:
     """Rename a checkpoint, so that no run resumes from it; what it holds stays."""
-    aside = _unused(place.with_name(f"{_DAMAGED}{place.name}"))
-    os.replace(place, aside)
-    return aside
+    os.replace(place, _unused(place.with_name(f"{prefix}{place.name}")))
 
 
 def _unused(place: Path) -> Path:
@@ -231,7 +239,7 @@ def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint |
     `warn` receives a line for each that is damaged and skipped. Raises CheckpointError when all
     are damaged, and when one cannot be read at the moment.
     """
-    found = _found(run / "checkpoints")
+    found = checkpoints(run)
     for place in found:
         try:
             return _load(place, warn)
@@ -290,7 +298,7 @@ class Inspected:
 def inspect_checkpoints(run: Path, *, thorough: bool) -> list[Inspected]:
     """The checkpoints of a run, oldest first; `thorough`: read every byte, not only state.json."""
     inspected = []
-    for place in reversed(_found(run / "checkpoints")):
+    for place in reversed(checkpoints(run)):
         trouble, size, state, unknown = "", 0, {}, []
         try:
             saved = datetime.fromtimestamp(place.stat().st_mtime).astimezone()
@@ -303,7 +311,7 @@ def inspect_checkpoints(run: Path, *, thorough: bool) -> list[Inspected]:
             continue
         except (_Damage, CheckpointError, OSError) as error:
             trouble = str(error)
-        one = Inspected(_step(place), place, saved, size, state, trouble, tuple(unknown))
+        one = Inspected(step_of(place), place, saved, size, state, trouble, tuple(unknown))
         inspected.append(one)
     return inspected
 
@@ -311,6 +319,12 @@ def inspect_checkpoints(run: Path, *, thorough: bool) -> list[Inspected]:
 def damaged_checkpoints(run: Path) -> list[Path]:
     """The checkpoints that were set aside."""
     return sorted((run / "checkpoints").glob(f"{_DAMAGED}step-*"))
+
+
+def newest_state(run: Path) -> dict[str, Any] | None:
+    """The state in the newest checkpoint that looks complete; None if there is none."""
+    there = inspect_checkpoints(run, thorough=False)
+    return next((one.state for one in reversed(there) if not one.trouble), None)
 
 
 def best_step(there: Sequence[Inspected]) -> int | None:
@@ -331,11 +345,11 @@ def _load(place: Path, warn: Callable[[str], None]) -> Checkpoint:
             warn(f"{place}: {', '.join(unknown)} does not belong to a checkpoint and is not used")
         state = json.loads((place / "state.json").read_bytes())
         model, optimizer = (TensorFile(place / name) for name in _FILES[:2])
-        return Checkpoint(_step(place), place, model, optimizer, state)
+        return Checkpoint(step_of(place), place, model, optimizer, state)
     except FileNotFoundError as error:
         raise _Damage(str(error)) from error
     except (OSError, SafetensorError) as error:
-        raise _unreadable(place, error) from error
+        raise unreadable(place, error) from error
 
 
 def _verify(place: Path, thorough: bool) -> None:
@@ -361,16 +375,9 @@ def _verify(place: Path, thorough: bool) -> None:
     except (NotADirectoryError, IsADirectoryError) as error:
         raise _Damage(str(error)) from error
     except OSError as error:
-        raise _unreadable(place, error) from error
+        raise unreadable(place, error) from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _Damage(f"manifest.json cannot be used: {error}") from error
-
-
-def _unreadable(place: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{place} cannot be read: {error}. Nothing was changed. Give the same command again when "
-        "it can be read; to resume from an older checkpoint, move this one away"
-    )
 
 
 def _unknown_files(place: Path) -> list[str]:
@@ -384,24 +391,9 @@ def _unknown_files(place: Path) -> list[str]:
 def _check_manifest(place: Path, sums: Mapping[str, Any]) -> None:
     """Only the very bytes that we write pass: a bit that flips in the manifest is noticed too."""
     manifest = (place / "manifest.json").read_bytes()
-    if manifest != _manifest(_step(place), sums).encode():
+    if manifest != _manifest(step_of(place), sums).encode():
         strange = [name for name in _FILES if str(sums[name]["sha256"]).encode() not in manifest]
         raise _Damage(f"manifest.json does not describe {', '.join(strange) or place.name}")
-
-
-def _step(place: Path) -> int:
-    return int(place.name.removeprefix("step-"))
-
-
-def _found(home: Path) -> list[Path]:
-    """Checkpoints by name, newest first."""
-    try:
-        places = [place for place in home.iterdir() if _NAME.fullmatch(place.name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise _unreadable(home, error) from error
-    return sorted(places, key=_step, reverse=True)
 
 
 def _sweep(home: Path) -> None:

@@ -26,6 +26,7 @@ from minimind.training.memory import divisors, forget_peak, peak_bytes, release
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
+from minimind.training.prolong import stable_steps
 from minimind.training.reporter import Reporter, counted
 from minimind.training.schedule import lr_fraction
 
@@ -99,6 +100,7 @@ class _Progress:
     elapsed_s: float = 0.0
     interval: Sums = field(default_factory=Sums)
     interval_s: float = 0.0
+    interval_steps: int = 0
     data_s: float = 0.0
     skipped: int = 0  # steps with bad numbers, in a row
     first: dict[str, float] = field(default_factory=dict)
@@ -194,6 +196,7 @@ def train(job: Trainer) -> Outcome:
                 _complain(job, log, at)
             seconds = time.perf_counter() - clock
             at.interval_s += seconds
+            at.interval_steps += 1
             at.elapsed_s += seconds
             if at.step % recipe.training.log_every == 0 or at.step == job.num_steps:
                 _log(job, log, engine, at, norm)
@@ -289,7 +292,8 @@ def _between_steps(
             name = judged_by(figures)
             at.best = {"step": at.step, "figure": name, "value": figures[name]}
     settings = job.recipe.checkpoint
-    due = at.step % settings.every == 0 or at.step == job.num_steps
+    ends = (job.num_steps, stable_steps(job.num_steps, job.recipe.schedule))
+    due = at.step % settings.every == 0 or at.step in ends
     if at.step > saving.saved and (due or (better and settings.keep_best)):
         saving.save(at)
     saving.writer.check()
@@ -315,8 +319,7 @@ def _is_better(figures: dict[str, float], best: dict[str, Any]) -> bool:
 def _log(job: Trainer, log: MetricsLog, engine: Engine, at: _Progress, norm: float | None) -> None:
     """One line of metrics on the steps since the last one, and the progress bar."""
     tokens_a_step = job.recipe.training.batch * job.recipe.data.window
-    steps = (at.step - 1) % job.recipe.training.log_every + 1
-    rate = steps * tokens_a_step / at.interval_s
+    rate = at.interval_steps * tokens_a_step / at.interval_s
     figures = at.interval.figures(job.objective)
     log.write(
         {"kind": "train", "step": at.step, "tokens": at.step * tokens_a_step}
@@ -329,9 +332,10 @@ def _log(job: Trainer, log: MetricsLog, engine: Engine, at: _Progress, norm: flo
     )
     note = f"{job.objective.note(figures)} {rate / 1000:,.1f}k tokens/s"
     job.reporter.progress(at.step, job.num_steps, note)
-    if warning := job.objective.warning(at.step / job.num_steps, figures):
+    has_first_step = at.step == at.interval_steps  # whose loss is that of no training
+    if not has_first_step and (warning := job.objective.warning(at.step / job.num_steps, figures)):
         job.reporter.say(warning)
-    at.interval, at.interval_s, at.data_s = Sums(), 0.0, 0.0
+    at.interval, at.interval_s, at.interval_steps, at.data_s = Sums(), 0.0, 0, 0.0
 
 
 def _engine(job: Trainer, compiled: Transformer) -> Engine:
@@ -437,6 +441,8 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"rng/cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["rng/cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["rng/mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -451,6 +457,8 @@ def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
         torch.set_rng_state(states["rng/cpu"])
     if "rng/cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["rng/cuda"], device)
+    if "rng/mps" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["rng/mps"])
 
 
 def _frozen(model: Transformer) -> set[str]:
@@ -470,6 +478,7 @@ class _Saving:
     def save(self, at: _Progress) -> None:
         """Save all but the weights that are not trained: those are the base model's."""
         self.saved, job, frozen = at.step, self.job, _frozen(self.job.model)
+        recipe = job.recipe
         self.engine.gather_weights()
         optimizer = self.engine.state_tensors() | _all_random_states(job)
         if not job.workers.is_first:
@@ -482,8 +491,10 @@ class _Saving:
             | {"interval": at.interval.state()}
             | {"metrics_offset": self.log.offset, "scaler": job.precision.scaler.state()}
             | {"micro_batch": job.micro_batch, "processes": job.workers.size}
-            | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256},
-            best=at.best.get("step") if job.recipe.checkpoint.keep_best else None,
+            | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256}
+            | {"num_steps": job.num_steps, "config": job.model.config.model_dump()},
+            best=at.best.get("step") if recipe.checkpoint.keep_best else None,
+            protect=[stable] if (stable := stable_steps(job.num_steps, recipe.schedule)) else [],
             first=self.log.sync,
         )
 
@@ -531,12 +542,8 @@ def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dic
             f"{job.run}: the data or the tokenizer is not the one that this run began with. "
             "Put it back, choose another --out, or start over with --fresh"
         )
-    if state.pop("base_sha256", "") != job.base_sha256:
-        raise CheckpointError(
-            f"{job.run}: {job.recipe.model.init} is not the model that this run began with, and "
-            "what it has learned fits no other. Put it back, choose another --out, or start over "
-            "with --fresh"
-        )
+    for checked in ("base_sha256", "config"):  # when the model was built
+        state.pop(checked, None)
     restore_weights(job.model, checkpoint)
     random = checkpoint.optimizer.select(lambda name: name.startswith("rng/"))
     try:
@@ -547,9 +554,12 @@ def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dic
         ) from error
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
+    if (planned := state.pop("num_steps", job.num_steps)) != job.num_steps:
+        steps = {"from_steps": planned, "to_steps": job.num_steps}
+        log.write({"kind": "prolonged", "step": checkpoint.step} | steps)
     micro_batch, processes = state.pop("micro_batch"), state.pop("processes", 1)
-    if processes == job.workers.size:
-        job.micro_batch = micro_batch  # another split of a batch rounds differently
+    if processes == job.workers.size:  # another split of a batch rounds differently
+        job.micro_batch = min(job.micro_batch, micro_batch)
     job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
     at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
     return at, {name: states.view(processes, -1) for name, states in random.items()}

@@ -28,7 +28,8 @@ from minimind.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tests.support.small_runs import REFUSED, Lives, tensors
+from minimind.training.loop import train
+from tests.support.small_runs import REFUSED, Lives, nano_trainer, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 NUMBERS = 3000  # in each of the two tensors: 12 kB a file
@@ -591,6 +592,69 @@ def test_a_folder_that_cannot_be_written(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(ResourceError, match=r"Read-only file system|Permission") as caught:
             save(run, 21)
         assert_refused(run, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"model__num_hidden_layers": 1}, "its weights belong to a model of another shape"),
+        ({"model__intermediate_size": 192}, "its weights belong to a model of another shape"),
+        ({"optim__name": "adamw"}, "the optimizer's state belongs to another model or optimizer"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_an_error(
+    tmp_path: Path, other: dict[str, Any], message: str
+) -> None:
+    train(nano_trainer(tmp_path, training__steps=2))
+    with pytest.raises(CheckpointError) as caught:
+        train(nano_trainer(tmp_path, training__steps=2, **other))
+    assert str(caught.value).startswith(f"{tmp_path / 'checkpoints' / 'step-00000002'}: {message}")
+    assert "choose another --out, or start over with --fresh" in str(caught.value)
+
+
+RESUME = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from minimind.training.checkpoint import latest_checkpoint, restore_weights
+
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.ones(1 << 20)) for _ in range(32))
+
+model, moments = Held(), {f"m/{n}": torch.ones(1 << 20) for n in range(32)}
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+status = Path("/proc/self/status")
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if key in line)
+
+before = kilobytes("VmRSS")
+checkpoint = latest_checkpoint(Path(sys.argv[1]), warn=print)
+restore_weights(model, checkpoint)
+for name, tensor in moments.items():
+    tensor.copy_(checkpoint.optimizer[name])
+assert float(model.layers[31][5]) == 31.0 and float(moments["m/31"][5]) == 62.0
+print((kilobytes("VmHWM") - before) << 10)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory in other units")
+def test_resuming_takes_one_tensor_more_than_training(tmp_path: Path) -> None:
+    """256 MiB of tensors, of 4 MiB each, are read into a process that holds as many."""
+    save_checkpoint(
+        tmp_path,
+        5,
+        model={f"layers.{n}": torch.full((1 << 20,), float(n)) for n in range(32)},
+        optimizer={f"m/{n}": torch.full((1 << 20,), 2.0 * n) for n in range(32)},
+        state={},
+        keep=1,
+    )
+    command = [sys.executable, "-c", RESUME, str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(printed) <= 16 << 20
 
 
 def test_the_state_is_plain_json(run: Path) -> None:

@@ -5,7 +5,6 @@ import torch
 
 from minimind.errors import ResourceError
 from minimind.model import PRESETS, ModelConfig, Transformer
-from minimind.training import memory
 from minimind.training.memory import Footprint, choose_micro_batch
 from minimind.training.optimizers import count_moments
 
@@ -67,13 +66,12 @@ def test_the_largest_divisor_that_fits_is_taken() -> None:
     ],
 )
 def test_too_little_memory_is_told_with_what_would_do(
-    monkeypatch: pytest.MonkeyPatch, asked: int | None, again: bool, advice: str
+    asked: int | None, again: bool, advice: str
 ) -> None:
     small = footprint(again=again)
     free = small.total(8) if asked else small.total(1) - 1
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     with pytest.raises(ResourceError, match=advice):
-        choose_micro_batch(small, asked=asked, batch=32, device=CPU)
+        choose_micro_batch(small, asked=asked, batch=32, device=CPU, free=free)
 
 
 def test_moments_are_what_the_optimizers_keep() -> None:

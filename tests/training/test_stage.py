@@ -8,12 +8,10 @@ import pytest
 from safetensors.torch import load_file
 
 from minimind.config import load_recipe
-from minimind.config.settings import Recipe
 from minimind.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    MinimindError,
     ModelError,
     TokenizerError,
 )
@@ -21,44 +19,9 @@ from minimind.model import Transformer, read_config
 from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training.reporter import counted
-from minimind.training.stage import StageResult, extract_checkpoint, prepare_stage, run_stage
-from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, steps_done
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> "Make":
-    """Makes recipes of five steps of pretraining in `run`."""
-
-    def make(objective: str = "pretrain", out: Path = run, **settings: Any) -> Recipe:
-        file = corpus / ("text.jsonl" if objective == "pretrain" else "chat.jsonl")
-        given = {
-            "data__sources": [str(file)],
-            "data__store": str(tmp_path / "stores"),
-            "data__validation_fraction": 0.1,
-            "tokenizer": str(tokenizer_dir) if objective == "pretrain" else None,
-            "training__steps": 5,
-        }
-        return nano_recipe(objective, out, **given | settings)
-
-    return make
-
-
-Make = Any  # (objective, out, **settings) -> Recipe
-
-
-def do(recipe: Recipe, told: Told | None = None, **options: Any) -> StageResult:
-    return run_stage(recipe, reporter=told or Told(), **options)
-
-
-def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:
-    with pytest.raises(error) as caught:
-        do(recipe, **options)
-    return str(caught.value)
+from minimind.training.stage import extract_checkpoint, prepare_stage
+from tests.support.small_runs import Told, lora_settings, losses, metrics, steps_done
+from tests.support.stages import Make, do, refused
 
 
 def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> None:
