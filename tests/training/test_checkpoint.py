@@ -28,7 +28,7 @@ from minimind.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from minimind.training.loop import train
+from minimind.training.loop import _random_states, _set_random_states, train
 from tests.support.small_runs import REFUSED, Lives, nano_trainer, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -610,6 +610,33 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_an_error(
         train(nano_trainer(tmp_path, training__steps=2, **other))
     assert str(caught.value).startswith(f"{tmp_path / 'checkpoints' / 'step-00000002'}: {message}")
     assert "choose another --out, or start over with --fresh" in str(caught.value)
+
+
+class FakeGenerator:
+    """The part of torch.mps that knows the random generator of an Apple GPU."""
+
+    def __init__(self) -> None:
+        self.state = torch.arange(4, dtype=torch.uint8)
+
+    def get_rng_state(self) -> torch.Tensor:
+        return self.state.clone()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.state = state.clone()
+
+
+def test_apples_generator_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, mps = FakeGenerator(), torch.device("mps")
+    monkeypatch.setattr(torch, "mps", fake)
+    states = _random_states(mps)
+    assert set(states) == {"rng/cpu", "rng/mps"}
+    before = fake.get_rng_state()
+    fake.state += 1
+    _set_random_states(states, mps)
+    assert torch.equal(fake.state, before)
+    fake.state += 1
+    _set_random_states({"rng/mps": before}, torch.device("cpu"))
+    assert not torch.equal(fake.state, before), "a run that was resumed on another device"
 
 
 RESUME = """

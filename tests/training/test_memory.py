@@ -74,6 +74,29 @@ def test_too_little_memory_is_told_with_what_would_do(
         choose_micro_batch(small, asked=asked, batch=32, device=CPU, free=free)
 
 
+@pytest.mark.parametrize(
+    ("saved", "asked", "fits", "chosen"),
+    [(8, None, 16, 8), (8, 4, 16, 4), (8, 16, 32, 8), (8, None, 2, 2), (8, 8, 2, 2), (1, 8, 4, 1)],
+)
+def test_on_resume_the_smallest_of_saved_asked_and_fitting_is_taken(
+    saved: int, asked: int | None, fits: int, chosen: int
+) -> None:
+    small = footprint()
+    given = {"asked": asked, "batch": 32, "device": CPU, "saved": saved}
+    assert choose_micro_batch(small, free=small.total(fits), **given) == chosen
+    assert choose_micro_batch(small, free=None, **given) == min(saved, asked or saved)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_too_little_memory_on_resume_advises_only_what_a_begun_run_may_change(again: bool) -> None:
+    small = footprint(again=again)
+    with pytest.raises(ResourceError) as caught:
+        free = small.total(1) - 1
+        choose_micro_batch(small, asked=None, batch=8, device=CPU, saved=4, free=free)
+    assert "model.preset" not in str(caught.value) and "data.window" not in str(caught.value)
+    assert ("training.activation_checkpointing=true" in str(caught.value)) != again
+
+
 def test_moments_are_what_the_optimizers_keep() -> None:
     from minimind.config.settings import OptimSettings
     from minimind.training.optimizers import Optimizers

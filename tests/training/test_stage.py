@@ -18,6 +18,8 @@ from minimind.errors import (
 from minimind.model import Transformer, read_config
 from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from minimind.training import plan as planning
+from minimind.training import stage
 from minimind.training.reporter import counted
 from minimind.training.stage import extract_checkpoint, prepare_stage
 from tests.support.small_runs import Told, lora_settings, losses, metrics, steps_done
@@ -129,6 +131,44 @@ def test_a_checkpoint_that_is_not_there_or_damaged_becomes_nothing(
     with pytest.raises(CheckpointError, match=r"step-00000005 is damaged: .*model.safetensors"):
         extract_checkpoint(run, 5, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_free_memory_is_measured_before_the_weights_are_there(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The footprint counts the weights: what is free must not lack them a second time."""
+    module: Any = {"train": stage, "plan": planning}[verb]
+    events: list[str] = []
+    for name in ("free_bytes", "build_model"):
+
+        def recorded(*arguments: Any, real: Any = getattr(module, name), **options: Any) -> Any:
+            events.append(real.__name__)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, recorded)
+    if verb == "train":
+        prepare_stage(recipe(), reporter=Told())
+    else:
+        planning.make_plan(recipe(), seconds=0)
+    assert events == ["free_bytes", "build_model"]
+
+
+def test_the_baseline_counts_a_source_as_often_as_an_epoch_sees_it(
+    recipe: Make, corpus: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "zzzz qqqq zzzz qqqq. "}\n' * 400, encoding="utf-8")
+    texts = str(corpus / "text.jsonl")
+
+    def baseline(name: str, *sources: str) -> float:
+        settings = {"data__sources": list(sources), "data__validation": [texts]}
+        result = do(recipe(out=tmp_path / name, **settings, training__steps=1))
+        return float(result.summary["unigram_bits_per_byte"])
+
+    equal, rare = baseline("equal", texts, str(other)), baseline("rare", texts, f"{other}@0.01")
+    assert rare < equal - 0.05, "the held-out text is like the first source"
+    assert rare == pytest.approx(baseline("none", texts), rel=0.01)
 
 
 def test_epochs_give_the_number_of_steps(recipe: Make) -> None:
