@@ -12,6 +12,7 @@ from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
+TOKENIZER = ".tokenizer"  # in a run: a copy, for when the original was removed or re-made
 _LENGTH = {"training.steps", "training.epochs"}
 
 
@@ -83,8 +84,7 @@ def clear(run: Path, recipe: Recipe) -> None:
     Raises ConfigError when the stage is to begin with what would be removed.
     """
     for needed in (recipe.model.init, recipe.tokenizer):
-        removed = (run, run / "model", run / "tokenizer")
-        if needed and Path(needed).resolve() in [place.resolve() for place in removed]:
+        if needed and Path(needed).resolve() in (run.resolve(), (run / "model").resolve()):
             raise ConfigError(
                 f"{needed} would be removed by --fresh, and the run needs it; choose another --out"
             )
@@ -92,7 +92,7 @@ def clear(run: Path, recipe: Recipe) -> None:
     names = ("summary.json", "report.html", "report.md", "metrics.jsonl", "reference.safetensors")
     for name in names:
         (run / name).unlink(missing_ok=True)
-    for name in ("model", "adapter", "tensorboard", "report-plots", "tokenizer", "checkpoints"):
+    for name in ("model", "adapter", "tensorboard", "report-plots", TOKENIZER, "checkpoints"):
         if (run / name).exists():
             shutil.rmtree(run / name)
     (run / "recipe.toml").unlink(missing_ok=True)

@@ -49,6 +49,7 @@ from minimind.training.prolong import prolong
 from minimind.training.reference import fill_references
 from minimind.training.reporter import Reporter, counted
 from minimind.training.run import (
+    TOKENIZER,
     changes_length,
     checkpoints,
     clear,
@@ -145,38 +146,26 @@ def prepare_stage(
     saved = newest_state(run) or {}
     base = _check_base(recipe, run, saved)
     tokenizer, model = _start(recipe, run, device, saved)
-    num_parameters = count_parameters(model)
-    saved_micro_batch = saved.get("micro_batch") if saved.get("processes") == workers.size else None
+    asked = recipe.training.micro_batch
+    before = saved.get("micro_batch") if saved.get("processes") == workers.size else None
     micro_batch = choose_micro_batch(
         footprint(recipe, model, device),
-        asked=recipe.training.micro_batch,
-        saved=saved_micro_batch,
+        asked=asked,
+        saved=before,
         batch=share,
         device=device,
         free=free,
         sharers=workers.local_size if device.type == "cpu" else 1,
     )
-    if saved_micro_batch and micro_batch < min(
-        saved_micro_batch, recipe.training.micro_batch or saved_micro_batch
-    ):
+    if before and micro_batch < min(before, asked or before):
         reporter.say(
-            f"{counted(micro_batch, 'window')} at once instead of {saved_micro_batch}: "
+            f"{counted(micro_batch, 'window')} at once instead of {before}: "
             f"no more fit into the memory that is free on {device}"
         )
     stores = open_stores(recipe, tokenizer, reporter)
     data, held_out, general = build_mixes(recipe, tokenizer, stores, reporter)
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.batch
-    )
-    active = model.num_active_parameters
-    at_work = f" ({active:,} at work on a token)" if active < num_parameters else ""
-    reporter.say(
-        f"{num_parameters:,} parameters{at_work}"
-        + (f", {count_parameters(model, trained=True):,} of them trained," if recipe.lora else "")
-        + (f" in {workers.size} processes" if workers.size > 1 else "")
-        + f" on {device} in {precision.name}; {counted(data.order.epoch_size, 'window')} of "
-        f"{recipe.data.window} tokens an epoch; {counted(num_steps, 'step')} of "
-        f"{counted(recipe.training.batch, 'window')}"
     )
     job = Trainer(
         model=model,
@@ -197,7 +186,23 @@ def prepare_stage(
         validate_first=bool(recipe.model.init),
         workers=workers,
     )
+    _report(job)
     return Prepared(job, tokenizer, stores)
+
+
+def _report(job: Trainer) -> None:
+    """Say in one line what will be trained, on what, and for how long."""
+    recipe, number = job.recipe, count_parameters(job.model)
+    active = job.model.num_active_parameters
+    job.reporter.say(
+        f"{number:,} parameters"
+        + (f" ({active:,} at work on a token)" if active < number else "")
+        + (f", {count_parameters(job.model, trained=True):,} of them trained," * bool(recipe.lora))
+        + f" in {job.workers.size} processes" * (job.workers.size > 1)
+        + f" on {job.device} in {job.precision.name}; "
+        f"{counted(job.data.order.epoch_size, 'window')} of {recipe.data.window} tokens an epoch; "
+        f"{counted(job.num_steps, 'step')} of {counted(recipe.training.batch, 'window')}"
+    )
 
 
 def _check_base(recipe: Recipe, run: Path, saved: dict[str, Any]) -> str:
@@ -216,7 +221,7 @@ def _check_base(recipe: Recipe, run: Path, saved: dict[str, Any]) -> str:
         raise CheckpointError(f"{run} needs the model that it began with: {error}. {advice}") from (
             error
         )
-    if saved and saved["base_sha256"] != base:
+    if saved and saved.get("base_sha256") != base:
         raise CheckpointError(
             f"{run}: {recipe.model.init} is not the model that this run began with, and what was "
             f"trained beside it fits no other. {advice}"
@@ -228,7 +233,7 @@ def _start(
     recipe: Recipe, run: Path, device: torch.device, saved: dict[str, Any]
 ) -> tuple[Tokenizer, Transformer]:
     """The tokenizer and the model that the stage begins with, or is resumed with."""
-    tokenizer = load_tokenizer(recipe, run / "tokenizer" if saved else None)
+    tokenizer = load_tokenizer(recipe, run / TOKENIZER if saved else None)
     config = None if needs_base(recipe) else saved.get("config")
     model = build_model(recipe, tokenizer, device, saved=config)
     if tokenizer is None:
@@ -317,7 +322,7 @@ def _record(prepared: Prepared, changes: dict[str, str]) -> None:
         job.reporter.say(f"changed since {job.run} began: {'; '.join(operation)}")
     write_recipe(job.run, job.recipe)
     if not checkpoints(job.run):
-        prepared.tokenizer.save(job.run / "tokenizer")
+        prepared.tokenizer.save(job.run / TOKENIZER)
 
 
 def _run_directory(recipe: Recipe) -> Path:

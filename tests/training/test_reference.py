@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_a_rate_that_is_too_small_is_told(tmp_path: Path) -> None:
         settings = {"optim__lr": lr, "optim__muon_lr": lr, "reporter": reporter}
         train(nano_trainer(tmp_path / f"{lr}", "dpo", training__steps=40, **settings))
         assert sum("nothing is learned" in line for line in reporter.lines) == told
+
+
+def test_the_first_line_after_a_resume_is_judged_like_any(tmp_path: Path) -> None:
+    """Only a line that includes the first step, which has not learned yet, is not judged."""
+
+    class Stop(Told):
+        def progress(self, done: int, total: int, note: str = "") -> None:
+            if note and done == 20:
+                signal.raise_signal(signal.SIGINT)
+
+    settings = {"training__steps": 40, "training__log_every": 20}
+    settings |= {"optim__lr": 1e-9, "optim__muon_lr": 1e-9}
+    first, second = Stop(), Told()
+    assert train(nano_trainer(tmp_path, "dpo", reporter=first, **settings)).steps == 20
+    assert train(nano_trainer(tmp_path, "dpo", reporter=second, **settings)).steps == 40
+    warned = [sum("nothing is learned" in line for line in x.lines) for x in (first, second)]
+    assert warned == [0, 1]
 
 
 def test_several_epochs_and_a_weighted_mix_keep_to_the_reference(tmp_path: Path) -> None:

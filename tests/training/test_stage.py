@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,13 @@ def test_free_memory_is_measured_before_the_weights_are_there(
     """The footprint counts the weights: what is free must not lack them a second time."""
     module: Any = {"train": stage, "plan": planning}[verb]
     events: list[str] = []
+
+    def recorded(real: Any, *arguments: Any, **options: Any) -> Any:
+        events.append(real.__name__)
+        return real(*arguments, **options)
+
     for name in ("free_bytes", "build_model"):
-
-        def recorded(*arguments: Any, real: Any = getattr(module, name), **options: Any) -> Any:
-            events.append(real.__name__)
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(module, name, recorded)
+        monkeypatch.setattr(module, name, partial(recorded, getattr(module, name)))
     if verb == "train":
         prepare_stage(recipe(), reporter=Told())
     else:
