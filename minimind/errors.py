@@ -68,9 +68,11 @@ def shell_words(*words: str | Path) -> str:
     return subprocess.list2cmdline(safe) if sys.platform == "win32" else shlex.join(safe)
 
 
-def install_line(extra: str) -> str:
-    """How to install one of this project's extras, in a checkout of it."""
-    return f"pip install -c constraints.txt -e '.[{extra}]'"
+def install_line(extra: str, package: Path = Path(__file__).parent) -> str:
+    """The command that installs one of this project's extras, in a checkout or from a wheel."""
+    if (package.parent / "constraints.txt").is_file():
+        return f"pip install -c constraints.txt -e '.[{extra}]'"
+    return f"pip install 'minimind[{extra}]'"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.errors import shell_words
+from minimind.errors import install_line, shell_words
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="another shell")
@@ -39,3 +39,9 @@ def test_plain_names_stay_plain_and_a_dash_is_no_option() -> None:
 def test_windows_has_quotes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "win32")
     assert shell_words("chat", Path("我的 模型[1]")) == 'chat "我的 模型[1]"'
+
+
+def test_an_extra_is_installed_as_the_package_was(tmp_path: Path) -> None:
+    assert install_line("wandb") == "pip install -c constraints.txt -e '.[wandb]'"
+    wheel = tmp_path / "site-packages" / "minimind"
+    assert install_line("wandb", wheel) == "pip install 'minimind[wandb]'"

@@ -196,7 +196,7 @@ def _examine(
     from minimind.inference.asking import answer_all, continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
-    from minimind.training.stage import new_model
+    from minimind.training.build import new_model
 
     device = recipes["pretrain"].device
     questions, quiz = eight(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)

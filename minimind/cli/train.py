@@ -159,8 +159,9 @@ def _stage(
     recipe = resolved.recipe
     if fresh and resume:
         raise UsageError("--fresh and --resume exclude each other; give one of them")
-    # A recipe is there too when a start has failed, and checkpoints are what a run goes on from.
-    begun = any((Path(recipe.out or "") / "checkpoints").glob("step-*"))
+    from minimind.training.run import has_begun
+
+    begun = recipe.out is not None and has_begun(Path(recipe.out))
     if resume and workers.is_first_process() and not begun:
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to go on with; leave out --resume")

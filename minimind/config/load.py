@@ -5,13 +5,14 @@ import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from minimind.config.settings import Recipe
+from minimind.config.settings import Recipe, Role
 from minimind.errors import ConfigError
 
 COMMAND_LINE, FLAG = "command line", "flag"
@@ -293,26 +294,49 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def setting_names() -> list[str]:
     """Every dotted key that a recipe may set."""
-    return _names(Recipe)
+    return list(setting_roles())
 
 
-def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    names: list[str] = []
+@cache
+def setting_roles() -> dict[str, Role]:
+    """The role of each setting, by dotted key."""
+    return _roles(Recipe)
+
+
+def _roles(model: type[BaseModel], prefix: str = "") -> dict[str, Role]:
+    roles: dict[str, Role] = {}
     for name, field in model.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        names += _names(inner, f"{prefix}{name}.") if inner else [prefix + name]
-    return names
+        if inner:
+            roles |= _roles(inner, f"{prefix}{name}.")
+        else:
+            [roles[prefix + name]] = (mark for mark in field.metadata if isinstance(mark, Role))
+    return roles
 
 
-def difference(kept: Recipe, given: Recipe) -> list[str]:
-    """The settings in which a run's recipe and the one now given differ, as lines for people."""
+def difference(kept: Recipe, given: Recipe) -> dict[str, str]:
+    """The settings in which a run's recipe and the one now given differ, as text by dotted key."""
     before, now = leaves(kept.model_dump()), leaves(given.model_dump())
-    return [
-        f"{key} was {_told(before.get(key))} and is now {_told(now.get(key))}"
+    return {
+        key: f"{key} was {_told(before.get(key))} and is now {_told(now.get(key))}"
         for key in before | now
         if before.get(key) != now.get(key)
-    ]
+    }
+
+
+def role_of(key: str) -> Role:
+    """The role of a setting or of an entry in one; a group that is absent counts as identity."""
+    roles = setting_roles()
+    while key not in roles and "." in key:
+        key = key.rpartition(".")[0]
+    return roles.get(key, Role.IDENTITY)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what the run computes, by dotted key."""
+    values = leaves(recipe.model_dump())
+    return {key: value for key, value in values.items() if role_of(key) is Role.IDENTITY}
 
 
 def _told(value: Any) -> str:

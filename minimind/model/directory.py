@@ -27,6 +27,27 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
 
 
+def is_stray(name: str) -> bool:
+    """True for a file that file managers and network disks leave in folders: .DS_Store, .nfs…"""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def is_empty(directory: Path) -> bool:
+    """True if a directory holds nothing but stray files."""
+    return all(is_stray(file.name) for file in directory.iterdir())
+
+
+def flush(path: Path) -> None:
+    """Ask the system to put a file, or a directory's list of names, on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows flushes names by itself
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class SavesItself(Protocol):
     """What is needed of a tokenizer here."""
 
@@ -100,6 +121,8 @@ def save_model(
 def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[Path]:
     """A folder to write into, which then becomes `directory`; on an error nothing has changed.
 
+    Its files are on the disk, not in a cache, before it takes that name.
+
     What is there is replaced if it has the file `mark`, by which its `kind` is known, or is
     empty.
     Raises ModelError when something else is there, ResourceError, which says that `size` bytes
@@ -114,9 +137,13 @@ def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
+        for file in work.rglob("*"):
+            flush(file)
+        flush(work)
         if directory.exists():
             os.replace(directory, old)
         os.replace(work, directory)
+        flush(directory.parent)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{directory}: the {kind} could not be written ({error}); it needs {size:,} bytes"
@@ -136,7 +163,7 @@ def _put_back(old: Path, directory: Path) -> None:
 
 
 def _may_replace(directory: Path, mark: str) -> bool:
-    return (directory / mark).is_file() or not any(directory.iterdir())
+    return (directory / mark).is_file() or is_empty(directory)
 
 
 def _free_space(directory: Path) -> str:

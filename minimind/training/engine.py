@@ -1,6 +1,7 @@
 """What takes a training step: losses, gradients, optimizers, and how processes share them."""
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -60,7 +61,7 @@ class Engine(Protocol):
         """Everything the optimizers remember, by `<what>/<parameter>`."""
         ...
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """In the first process, before `begin`: take over what `state_tensors` gave."""
         ...
 

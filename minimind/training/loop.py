@@ -21,13 +21,14 @@ from minimind.data.packing import Mix
 from minimind.errors import CheckpointError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model import Transformer
 from minimind.training.batch import Prefetcher, to_device
-from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
+from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint, restore_weights
 from minimind.training.distributed import ALONE, Workers
 from minimind.training.engine import Engine, TorchEngine
 from minimind.training.memory import divisors, forget_peak, peak_bytes, release
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
+from minimind.training.prolong import stable_steps
 from minimind.training.reporter import Reporter, counted
 from minimind.training.schedule import lr_fraction
 from minimind.training.sums import Sums
@@ -320,7 +321,8 @@ def _between_steps(
             name = judged_by(figures)
             at.best = {"step": at.step, "figure": name, "value": figures[name]}
     settings = job.recipe.checkpoint
-    due = at.step % settings.every == 0 or at.step == job.num_steps
+    ends = (job.num_steps, stable_steps(job.num_steps, job.recipe.schedule))
+    due = at.step % settings.every == 0 or at.step in ends
     if at.step > saving.saved and (due or (better and settings.keep_best)):
         saving.save(at)
     saving.writer.check()
@@ -515,6 +517,8 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"rng/cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["rng/cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["rng/mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -529,6 +533,8 @@ def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
         torch.set_rng_state(states["rng/cpu"])
     if "rng/cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["rng/cuda"], device)
+    if "rng/mps" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["rng/mps"])
 
 
 def _frozen(model: Transformer) -> set[str]:
@@ -548,6 +554,7 @@ class _Saving:
     def save(self, at: _Progress) -> None:
         """Save all but the weights that are not trained: those are the base model's."""
         self.saved, job, frozen = at.step, self.job, _frozen(self.job.model)
+        recipe = job.recipe
         self.engine.gather_weights()
         optimizer = self.engine.state_tensors() | _all_random_states(job)
         if not job.workers.is_first:
@@ -560,8 +567,10 @@ class _Saving:
             | {"interval": at.interval.state()}
             | {"metrics_offset": self.log.offset, "scaler": job.precision.scaler.state()}
             | {"micro_batch": job.micro_batch, "processes": job.workers.size}
-            | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256},
-            best=at.best.get("step") if job.recipe.checkpoint.keep_best else None,
+            | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256}
+            | {"num_steps": job.num_steps, "config": job.model.config.model_dump()},
+            best=at.best.get("step") if recipe.checkpoint.keep_best else None,
+            protect=[stable] if (stable := stable_steps(job.num_steps, recipe.schedule)) else [],
             first=self.log.sync,
         )
 
@@ -609,24 +618,27 @@ def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dic
             f"{job.run}: the data or the tokenizer is not the one that this run began with. "
             "Put it back, choose another --out, or start over with --fresh"
         )
-    if state.pop("base_sha256", "") != job.base_sha256:
+    for checked in ("base_sha256", "config"):  # when the model was built
+        state.pop(checked, None)
+    restore_weights(job.model, checkpoint)
+    random = checkpoint.optimizer.select(lambda name: name.startswith("rng/"))
+    try:
+        engine.load_state_tensors(checkpoint.optimizer.select(lambda name: name not in random))
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{job.run}: {job.recipe.model.init} is not the model that this run began with, and "
-            "what it has learned fits no other. Put it back, choose another --out, or start over "
-            "with --fresh"
-        )
-    unlike = job.model.load_state_dict(checkpoint.model, strict=False)
-    assert not unlike.unexpected_keys and set(unlike.missing_keys) == _frozen(job.model)
-    tensors = checkpoint.optimizer.items()
-    engine.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
+            f"{checkpoint.path}: {error}; choose another --out, or start over with --fresh"
+        ) from error
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
+    if (planned := state.pop("num_steps", job.num_steps)) != job.num_steps:
+        steps = {"from_steps": planned, "to_steps": job.num_steps}
+        log.write({"kind": "prolonged", "step": checkpoint.step} | steps)
     micro_batch, processes = state.pop("micro_batch"), state.pop("processes", 1)
-    if processes == job.workers.size:
-        job.micro_batch = micro_batch  # another split of a batch rounds differently
+    if processes == job.workers.size:  # another split of a batch rounds differently
+        job.micro_batch = min(job.micro_batch, micro_batch)
     job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
     at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
-    return at, {k: t.view(processes, -1) for k, t in tensors if k.startswith("rng/")}
+    return at, {name: states.view(processes, -1) for name, states in random.items()}
 
 
 @contextlib.contextmanager

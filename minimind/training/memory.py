@@ -76,22 +76,40 @@ def divisors(number: int) -> list[int]:
 
 
 def choose_micro_batch(
-    footprint: Footprint, *, asked: int | None, batch: int, device: torch.device, sharers: int = 1
+    footprint: Footprint,
+    *,
+    asked: int | None,
+    batch: int,
+    device: torch.device,
+    free: int | None,
+    sharers: int = 1,
+    saved: int | None = None,
 ) -> int:
     """Windows at once: what is asked for, or the largest divisor of `batch` that is quick and fits.
 
-    `sharers` processes share the device's memory.
+    `free`: bytes on the device before the model was there, None if unknown; `sharers` processes
+    share them. `saved`: the micro-batch of the checkpoint from which the run is resumed: then the
+    smallest of it, what is asked for and what fits is taken.
     Raises ResourceError, with what would fit, when memory is too short.
     """
-    free = free_bytes(device)
     free = None if free is None else free // sharers
     fitting = footprint.fitting(batch, free)
+    if saved:
+        wanted = min(saved, asked or saved)
+        if free is None or footprint.total(wanted) <= free:
+            return wanted
+        if fitting:
+            return min(fitting, wanted)
     if free is None or (asked is None and fitting):
         return asked or fitting or 1
-    chosen = asked or 1
+    chosen = 1 if saved else asked or 1
     if footprint.total(chosen) <= free:
         return chosen
-    if fitting:
+    if saved:
+        advice = "free some memory"
+        if not footprint.activation_checkpointing:
+            advice += ", or try training.activation_checkpointing=true"
+    elif fitting:
         advice = f"training.micro_batch={fitting} would fit"
     elif not footprint.activation_checkpointing:
         advice = (

@@ -5,6 +5,7 @@ no second model is ever in memory.
 """
 
 import hashlib
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minimind.config import dump_recipe
+from minimind.config import identity
 from minimind.data.packing import Mix, PairWindows
 from minimind.errors import ResourceError
 from minimind.training.batch import to_device
@@ -65,9 +66,9 @@ def _put_together(workers: Workers, arrays: _Arrays) -> None:
 
 def _key(job: Trainer) -> str:
     """All that the log-probabilities and their order come from."""
-    recipe = dump_recipe(job.recipe.model_copy(update={"out": None}))
+    settings = json.dumps(identity(job.recipe), sort_keys=True)
     return hashlib.sha256(
-        f"{job.data_sha256} {job.base_sha256} {job.num_steps}\n{recipe}".encode()
+        f"{job.data_sha256} {job.base_sha256} {job.num_steps}\n{settings}".encode()
     ).hexdigest()
 
 

@@ -28,6 +28,6 @@ class Objective(Protocol):
     def warning(self, share: float, figures: dict[str, float]) -> str | None:
         """What is wrong, if figures after a `share` of the run show it; each thing is said once.
 
-        Never called with the figures of the first step, before which nothing has changed.
+        Not called with figures that include the first step.
         """
         ...
