@@ -204,10 +204,10 @@ def _accumulate(
             return sums
         if short:  # the others have not heard of it yet
             continue
-        waiting = time.perf_counter()
-        windows = to_device(batches.batch(part, after), job.device)
-        at.data_s += time.perf_counter() - waiting
         try:
+            waiting = time.perf_counter()
+            windows = to_device(batches.batch(part, after), job.device)
+            at.data_s += time.perf_counter() - waiting
             loss, count, more = engine.loss(windows)
             engine.backward(loss * factor)
             sums.add(Sums(loss.detach(), count, more, windows.num_tokens))
