@@ -1,6 +1,7 @@
 """More steps for a run that was planned for fewer."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from minimind.config import load_recipe
@@ -14,6 +15,7 @@ from minimind.training.schedule import lr_fraction
 _DECAYED = ".decayed-"
 
 
+@cache
 def stable_steps(num_steps: int, schedule: ScheduleSettings) -> int | None:
     """Steps before the learning rate decays under WSD; None for other schedules.
 
