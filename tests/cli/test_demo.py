@@ -84,7 +84,6 @@ README_COMMANDS = [
     "minimind checkpoints verify out/small",
     "minimind checkpoints extract out/small --out out/best",
     "minimind pretrain pretrain-base optim.lr=5e-4 training.batch=64 --explain",
-    'minimind plan --data "texts/*.jsonl.zst" --tokenizer out/tokenizer',
     "minimind plan pretrain-base --device cuda --memory 2GB",
     "minimind chat out/demo --adapter out/me",
     "minimind chat out/small-chat --context 2048",
