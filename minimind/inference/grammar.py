@@ -4,10 +4,12 @@ Before each token a mask marks those that the grammar allows. A mask is computed
 while the model computes the logits that it will be applied to.
 """
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 MAX_DEPTH = 64  # nested objects and arrays: parsers refuse more, at 100 or at 1,000 levels
+CHECK_SECONDS = 10
 # Without a bound some models write spaces until the limit.
 _OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
 _LIMITS = LLParserLimits(verbose_errors=False)
@@ -49,6 +52,8 @@ class GrammarCompiler:
             text = LLMatcher.grammar_from_json_schema(dict(schema), overrides=_OPTIONS)
         except ValueError as error:
             raise UsageError(_one_line(str(error))) from None
+        if schema is not ANY_OBJECT and (reason := _unsupported_reason(text)):
+            raise UsageError(_one_line(reason))
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise UsageError(_one_line(matcher.get_error()))
@@ -111,6 +116,19 @@ class GrammarConstraint:
             allowed[too_deep] = 0
         self.is_stuck = not allowed.any()
         return torch.from_numpy(allowed.view(np.bool_))
+
+
+@lru_cache(256)
+def _unsupported_reason(grammar: str) -> str:
+    """Why a grammar cannot be used; empty if it can. See grammar_check."""
+    command = [sys.executable, "-m", "minimind.inference.grammar_check"]
+    try:
+        done = subprocess.run(
+            command, input=grammar.encode(), capture_output=True, timeout=CHECK_SECONDS, check=True
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return "it is too complex: compiling it takes too long, or too much memory"
+    return done.stdout.decode()
 
 
 class _Nesting:

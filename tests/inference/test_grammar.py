@@ -13,6 +13,7 @@ import torch
 from pydantic_core import from_json
 
 from minimind.errors import UsageError
+from minimind.inference import grammar as grammar_module
 from minimind.inference.engine import Engine, Piece, Request
 from minimind.inference.grammar import MAX_DEPTH, Grammar, GrammarCompiler
 from minimind.inference.sampling import Sampling
@@ -20,6 +21,7 @@ from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 from tests.support.foreign import SHAPES, make_tokenizer
+from tests.support.small_exams import make_varied
 
 _PERSON = {
     "type": "object",
@@ -168,6 +170,27 @@ def test_schemas_that_cannot_be_enforced_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def _chain(length: int) -> dict[str, Any]:
+    """A schema of references to references."""
+    links: dict[str, Any] = {"last": {"type": "null"}}
+    for n in range(length):
+        following = {"$ref": f"#/$defs/{n + 1 if n + 1 < length else 'last'}"}
+        links[str(n)] = {"anyOf": [following, {"type": "array", "items": following}]}
+    return {"$defs": links, "$ref": "#/$defs/0"}
+
+
+def test_a_schema_that_breaks_the_compiler_breaks_nothing_else(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "CHECK_SECONDS", 3)
+    compiler = GrammarCompiler(tokenizer)
+    assert walk(compiler.compile(_chain(50)), tokenizer, 1)
+    patterns = [{"pattern": f"(a|b)*{n}(c|d){{30}}"} for n in range(40)]
+    for hostile in (_chain(5000), {"type": "string", "allOf": patterns}):
+        with pytest.raises(UsageError, match="too complex"):
+            compiler.compile(hostile)
+
+
 def test_the_text_that_a_grammar_dictates_is_tokenized_as_usual(tokenizer: Tokenizer) -> None:
     """A model that was trained on whole words is not made to spell them."""
     constant = {"const": "长江是中国最长的河流"}
@@ -265,3 +288,17 @@ def test_llguidance_writes_nothing_to_stderr(
     assert not feed(compiler.compile(), tokenizer, '{"a": tru').is_met
     sys.stderr.flush()
     assert capfd.readouterr().err == ""
+
+
+def test_rows_of_the_model_without_a_token_are_never_sampled(tokenizer: Tokenizer) -> None:
+    """Embedding tables of models made elsewhere are often padded."""
+    model = make_varied(tokenizer, vocab_size=tokenizer.vocab_size + 21)
+    grammar = GrammarCompiler(tokenizer).compile({"type": "array", "items": {"type": "integer"}})
+    with Engine(model, tokenizer, slots=1) as engine:
+        for seed in range(3):
+            request = Request(
+                [5], Sampling(temperature=2), 12, seed=seed, constraint=grammar.start()
+            )
+            ids = [token for piece in engine.submit(request) for token in piece.token_ids]
+            assert ids
+            assert max(ids) < tokenizer.vocab_size
