@@ -260,7 +260,9 @@ class Engine:
         self.context = min(context or longest, longest)
         self._num_threads = torch.get_num_threads()
         with on_one_core():
-            self.model = BatchedModel(model, slots, self.context, int8=int8)
+            self.model = BatchedModel(
+                model, slots, self.context, int8=int8, threads=self._num_threads
+            )
         self._steps = GraphedModel(self.model)
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot

@@ -53,7 +53,7 @@ class Process:
     def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit status, after that signal."""
         self.child.send_signal(number)
-        return self.child.wait(timeout=20)
+        return self.child.wait(timeout=120)
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _is_up(url: str) -> bool:
     return False
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
     """Until it is so; fails after that time, which is long for what is waited for."""
     end = time.monotonic() + seconds
     while not is_so():
@@ -116,5 +116,5 @@ class InProcess:
 
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
-        self._thread.join(timeout=20)
+        self._thread.join(timeout=120)
         assert not self._thread.is_alive()
