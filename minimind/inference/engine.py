@@ -22,6 +22,7 @@ from itertools import islice
 from typing import Literal, Protocol, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
@@ -45,7 +46,11 @@ class Constraint(Protocol):
     """What an answer has to look like: it says which tokens may come, and hears which one came."""
 
     def allowed(self) -> Tensor:
-        """[vocab] bool, on the CPU; one token at the least."""
+        """[n] bool, on the CPU; one token at the least.
+
+        n: as many as the tokenizer has, or as the model has rows (`engine.model.vocab_size`). Ids
+        beyond n are not allowed, and ids without a token never are.
+        """
 
     def advance(self, token: int) -> None:
         """The token that was chosen, unless it ends the text."""
@@ -92,7 +97,12 @@ class Scoring:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithms of what the model itself gave, before temperature and penalties."""
+    """Natural logarithms of what the model itself gave, before temperature and penalties.
+
+    Normalised over every row of the embedding, as transformers and vLLM do. Where the model has
+    more rows than the tokenizer has tokens, ids without a token are never chosen nor in `top`, so
+    the probabilities of all tokens add up to a little less than 1.
+    """
 
     token_id: int
     logprob: float
@@ -126,8 +136,8 @@ class Completion:
     """A request on its way: iterate for its pieces, unless they are delivered.
 
     cached_tokens: how many of the prompt's tokens were not read again. scores: of a Scoring that
-    has ended, the natural logarithm of how likely each end is after the prompt. error: why it ended
-    with the finish_reason "error"; iterating raises it.
+    has ended, the natural logarithm of how likely each end is after the prompt, normalised as in
+    TokenLogprob. error: why it ended with the finish_reason "error"; iterating raises it.
     """
 
     def __init__(
@@ -215,7 +225,9 @@ class _Writing(_Running):
         if self.penalties is not None:
             logits = self.penalties.apply(logits)
         if self.constraint is not None:
-            logits = logits.masked_fill(~self.constraint.allowed().to(logits.device), -torch.inf)
+            allowed = self.constraint.allowed()
+            allowed = F.pad(allowed, (0, len(logits) - len(allowed)))  # False
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         return logits
 
 
@@ -242,6 +254,8 @@ class Engine:
         with on_one_core():
             self.model = BatchedModel(model, slots, self.context, int8=int8)
         self._steps = GraphedModel(self.model)
+        self._num_ids = min(tokenizer.vocab_size, self.model.vocab_size)
+        self._without_token = self._ids_without_token()
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
@@ -252,6 +266,12 @@ class Engine:
         self._counts = dict(requests=0, prompt_tokens=0, cached_tokens=0, tokens=0)
         _TURNS.join(self)
         atexit.register(self.close)  # a thread amid torch's code would abort the process
+
+    def _ids_without_token(self) -> Tensor | None:
+        """[rows of the embedding] bool: ids that must not be chosen; None where there are none."""
+        without = torch.ones(self.model.vocab_size, dtype=torch.bool)
+        without[[token for token in self.tokenizer.token_ids if token < self._num_ids]] = False
+        return without.to(self.model.device) if without.any() else None
 
     def __enter__(self) -> "Engine":
         return self
@@ -339,10 +359,8 @@ class Engine:
             self._check_tokens(what, ids)
 
     def _check_tokens(self, what: str, ids: Iterable[int]) -> None:
-        if not all(0 <= token < self.model.vocab_size for token in ids):
-            raise UsageError(
-                f"{what}: token ids go from 0 to {self.model.vocab_size - 1:,} in this model"
-            )
+        if not all(0 <= token < self._num_ids for token in ids):
+            raise UsageError(f"{what}: token ids go from 0 to {self._num_ids - 1:,} in this model")
 
     def stats(self) -> Stats:
         """A look from any thread."""
@@ -507,18 +525,19 @@ class Engine:
 
     def _write(self, texts: Sequence["_Writing"], logits: Tensor) -> None:
         """Choose the next token of each text: logits [texts, vocab]."""
-        adjusted = list(logits.unbind())
+        choices = self._choices(logits)
+        adjusted = list(choices.unbind())
         errors: dict[int, Exception] = {}
         for row, text in enumerate(texts):
             if text.changes_logits:
                 try:
-                    adjusted[row] = text.adjusted(logits[row])
+                    adjusted[row] = text.adjusted(choices[row])
                 except Exception as error:  # a constraint of its own
                     errors[row] = error
         changed = any(text.changes_logits for text in texts)
         samplings = [text.sampling for text in texts]
         numbers = [0.0 if text.sampling.greedy else text.random.random() for text in texts]
-        tokens = choose(torch.stack(adjusted) if changed else logits, samplings, numbers)
+        tokens = choose(torch.stack(adjusted) if changed else choices, samplings, numbers)
         # One transfer from the device; a sum is a number where all that was added is. Token ids are
         # far below 2**24, up to where single precision holds them; Apple's MPS has no other.
         chosen, sums = torch.stack((tokens.float(), logits.sum(-1))).tolist()
@@ -533,6 +552,15 @@ class Engine:
             except Exception as error:
                 self._fail(text, error)
 
+    def _choices(self, scores: Tensor) -> Tensor:
+        """`scores` [..., vocab] with -inf for the ids that have no token.
+
+        The one place where they are masked: whatever chooses or lists tokens goes through here.
+        """
+        if self._without_token is None:
+            return scores
+        return scores.masked_fill(self._without_token, -torch.inf)
+
     def _logprobs(
         self, texts: Sequence["_Writing"], logits: Tensor, tokens: Tensor
     ) -> dict[int, TokenLogprob]:
@@ -543,7 +571,8 @@ class Engine:
             return {}
         scores = logits[rows].log_softmax(-1)
         own = scores.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-        top = scores.topk(min(max(asked), scores.shape[-1]))
+        number = min(max(asked), len(self.tokenizer.token_ids), scores.shape[-1])
+        top = self._choices(scores).topk(number)
         values, ids = top.values.tolist(), top.indices.tolist()
         chosen = tokens[rows].tolist()
         return {

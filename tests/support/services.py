@@ -21,10 +21,14 @@ from minimind.serving.server import Server, bind, url_of
 from minimind.tokenizer import Tokenizer
 
 
-def make_model(tokenizer: Tokenizer, seed: int, context: int) -> Transformer:
-    """Its choices are varied, and it never stops by itself."""
+def make_model(tokenizer: Tokenizer, seed: int, context: int, padding: int = 0) -> Transformer:
+    """Its choices are varied, and it never stops by itself.
+
+    padding: rows of the embedding beyond the tokenizer's ids; the model prefers them to any token.
+    """
     torch.manual_seed(seed)
-    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": context}
+    rows = tokenizer.vocab_size + padding
+    shape = {"vocab_size": rows, "max_position_embeddings": context}
     model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -32,6 +36,7 @@ def make_model(tokenizer: Tokenizer, seed: int, context: int) -> Transformer:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter.mul_(60 if writes else 6)
         model.head_weight[[tokenizer.im_end, tokenizer.end_of_text]] = 0
+        model.head_weight[tokenizer.vocab_size :] *= 3
     return model
 
 
