@@ -87,4 +87,5 @@ def serve(
         log_to_stderr()
         server.answer_first()
         limits = Limits(queue=queue)
-        server.Server(served, keys=keys, origins=cors or [], limits=limits).serve_at(listening)
+        running = server.Server(served, keys=keys, origins=cors or [], limits=limits)
+        raise SystemExit(running.serve_at(listening))

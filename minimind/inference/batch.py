@@ -331,9 +331,12 @@ class BatchedModel:
         """Give the slot `target` what the slot `source` holds of its first `length` tokens."""
         self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
 
-    def wipe(self, slot: int) -> None:
-        """Forget a slot: bad numbers would spoil the next text, even where it does not look."""
-        self._cache[:, :, slot] = 0
+    def wipe(self, slot: int, length: int) -> None:
+        """Write zeros to the first `length` positions of a slot, and so to no others' memory.
+
+        Numbers that are not finite would damage the next text, even where it does not look.
+        """
+        self._cache[:, :, slot, :, :length] = 0
 
 
 def _neighbours(singles: Sequence[Part]) -> list[list[Part]]:

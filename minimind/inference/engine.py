@@ -9,6 +9,7 @@ A request may also have ends of a text weighed, of which nothing is written: exa
 """
 
 import atexit
+import contextlib
 import math
 import os
 import queue
@@ -40,6 +41,7 @@ _READ_BESIDE = 4 * CHUNK  # tokens that a step reads where texts are written, so
 _READ_ALONE = 8 * CHUNK  # and where none is; more are no faster,
 _READ_BY_GPU = 32 * CHUNK  # but there
 _LOGITS = 1 << 24  # numbers that a step makes of what it reads, unless a single chunk needs more
+_CLOSE_SECONDS = 10.0  # a step of a large model on a CPU takes that long; a hung device never ends
 
 
 class Constraint(Protocol):
@@ -167,6 +169,12 @@ class Completion:
         """Write no more of it; its last piece says so. Harmless when it has ended."""
         self._cancelled = True
 
+    def _end_with(self, error: BaseException) -> None:
+        """Deliver the last piece of a request that ends with an error."""
+        self.error = _as_exception(error)
+        with contextlib.suppress(Exception):
+            self._deliver(Piece("", finish_reason="error"))
+
 
 @dataclass(frozen=True)
 class _Reading:
@@ -186,6 +194,7 @@ class _Running:
         self.completion, self.slot = completion, slot
         self.prompt = list(completion.request.prompt)
         self.readings = deque(readings)
+        self.used = 0  # positions of the slot that it has written to, or is about to
 
 
 class _Scored(_Running):
@@ -235,6 +244,11 @@ class Engine:
     """Decodes up to `slots` texts at a time; more requests wait for their turn, first come first.
 
     Closing it, or leaving its `with` block, ends the requests that still run as cancelled.
+
+    An error of one request (scores that are not numbers, its constraint, its receiver) ends that
+    request alone. Any other error inside a step stops the engine, for the state of the device and
+    the cache is then unknown: `failure` holds the error, and all requests, those that are submitted
+    later too, end with the finish_reason "error".
     """
 
     def __init__(
@@ -262,6 +276,7 @@ class Engine:
         self._running: list[_Running] = []
         self._changed = _TURNS.changed
         self._closed = False
+        self._failure: Exception | None = None
         self._ended = threading.Event()
         self._counts = dict(requests=0, prompt_tokens=0, cached_tokens=0, tokens=0)
         _TURNS.join(self)
@@ -287,7 +302,8 @@ class Engine:
         deliver is called with each piece in the thread that decodes, where it must not block;
         without it, iterate over the completion. Of a Scoring there is one piece, which says that
         its scores are there. Raises UsageError, at once, when the prompt is empty or does not fit
-        into the context.
+        into the context. Of an engine that has stopped with an error the request ends with that
+        error.
         """
         room = self.context - len(request.prompt)
         if isinstance(request, Scoring):
@@ -299,10 +315,19 @@ class Engine:
         completion = Completion(request, room, deliver)
         with self._changed:
             assert not self._closed, "the engine is closed"
-            self._waiting.append(completion)
             self._counts["requests"] += 1
-            self._changed.notify()
+            failure = self._failure
+            if failure is None:
+                self._waiting.append(completion)
+                self._changed.notify()
+        if failure is not None:
+            completion._end_with(failure)
         return completion
+
+    @property
+    def failure(self) -> Exception | None:
+        """The error that stopped the engine; None while it works."""
+        return self._failure
 
     def stream_text(
         self,
@@ -372,13 +397,14 @@ class Engine:
                 **self._counts,
             )
 
-    def close(self) -> None:
-        """End all requests."""
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """End all requests; return after `seconds` even where a step never ends."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         if threading.current_thread() is not _TURNS.thread:
-            self._ended.wait()
+            if not self._ended.wait(seconds):
+                self._stop(TimeoutError(f"the step at hand has not ended within {seconds:g} s"))
             atexit.unregister(self.close)
 
     # All below runs in the thread that decodes.
@@ -388,17 +414,27 @@ class Engine:
         return bool(self._running or self._waiting or self._closed)
 
     def turn(self) -> bool:
-        """Let requests go and come, and one step; False when the engine is closed."""
-        torch.set_num_threads(self._num_threads)  # of this thread
-        if not self._take_in():
-            self._ended.set()
-            return False
+        """Let requests go and come, and one step; False when the engine is closed or has failed."""
         try:
-            self._step()
-        except Exception as error:  # a bug, or no memory: whoever took part cannot go on
-            for running in list(self._running):
-                self._fail(running, error)
-        return True
+            torch.set_num_threads(self._num_threads)  # of this thread
+            if self._take_in():
+                self._step()
+                return True
+        except BaseException as error:  # a panic in Rust is not an Exception
+            self._stop(error)
+        self._ended.set()
+        return False
+
+    def _stop(self, error: BaseException) -> None:
+        """End every request with an error. Leaves the device alone: any call may fail there."""
+        failure = _as_exception(error)
+        with self._changed:
+            self._failure = failure
+            ended = [*(running.completion for running in self._running), *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for completion in ended:
+            completion._end_with(failure)
 
     def _take_in(self) -> bool:
         """Let requests go and come; False to end."""
@@ -411,19 +447,14 @@ class Engine:
             self._tell(completion, Piece("", finish_reason="cancelled"))
         for running in list(self._running):
             if running.completion._cancelled or closed:
-                self._finish(running, "cancelled")
+                with self._own_fault(running):
+                    self._finish(running, "cancelled")
         with self._changed:  # more of them may wait by now, and have their turn too
             first = list(islice(self._waiting, len(self._held)))
         for completion in first:
             if not self._free:
                 break
-            try:
-                self._start(completion)
-            except Exception as error:
-                with self._changed:
-                    self._waiting.remove(completion)
-                completion.error = error
-                self._tell(completion, Piece("", finish_reason="error"))
+            self._start(completion)
         return not closed
 
     def _start(self, completion: Completion) -> None:
@@ -439,11 +470,20 @@ class Engine:
         if any(_shared_chunks(other, prompt) > read for other in coming):
             return
         slot = source if read and source in self._free else self._free[0]
-        running = (
-            _Scored(completion, slot, read, request)
-            if isinstance(request, Scoring)
-            else _Writing(completion, slot, read, request, self)
-        )
+        try:
+            running = (
+                _Scored(completion, slot, read, request)
+                if isinstance(request, Scoring)
+                else _Writing(completion, slot, read, request, self)
+            )
+        except torch.AcceleratorError:
+            raise
+        except BaseException as error:  # its own, such as a panic in the tokenizer
+            with self._changed:
+                self._waiting.remove(completion)
+            completion._end_with(error)
+            return
+        running.used = read
         if slot != source and read:
             self.model.copy_prefix(source, slot, read)
         self._held[slot] = list(prompt[:read])
@@ -465,6 +505,8 @@ class Engine:
     def _step(self) -> None:
         texts = sorted((r for r in self._running if _is_written(r)), key=_slot)
         singles = [Part(text.slot, text.length - 1, (text.last,)) for text in texts]
+        for text in texts:
+            text.used = text.length
         chunks = self._next_chunks()
         if not (singles or chunks):
             return
@@ -502,6 +544,7 @@ class Engine:
                 if chunks and (tokens > most or numbers > _LOGITS):
                     return chunks
                 chunks.append((running, running.readings.popleft()))
+                running.used = max(running.used, end)
         return chunks
 
     def _hold(self, running: "_Running", part: Part) -> None:
@@ -527,13 +570,10 @@ class Engine:
         """Choose the next token of each text: logits [texts, vocab]."""
         choices = self._choices(logits)
         adjusted = list(choices.unbind())
-        errors: dict[int, Exception] = {}
         for row, text in enumerate(texts):
             if text.changes_logits:
-                try:
+                with self._own_fault(text):
                     adjusted[row] = text.adjusted(choices[row])
-                except Exception as error:  # a constraint of its own
-                    errors[row] = error
         changed = any(text.changes_logits for text in texts)
         samplings = [text.sampling for text in texts]
         numbers = [0.0 if text.sampling.greedy else text.random.random() for text in texts]
@@ -543,14 +583,22 @@ class Engine:
         chosen, sums = torch.stack((tokens.float(), logits.sum(-1))).tolist()
         logprobs = self._logprobs(texts, logits, tokens)
         for row, text in enumerate(texts):
-            if row not in errors and not math.isfinite(sums[row]):
-                errors[row] = ModelError(BAD_NUMBERS)
-            try:
-                if row in errors:
-                    raise errors[row]
+            if text.completion.error is not None:  # it has failed above
+                continue
+            with self._own_fault(text):
+                if not math.isfinite(sums[row]):
+                    raise ModelError(BAD_NUMBERS)
                 self._go_on(text, int(chosen[row]), logprobs.get(row))
-            except Exception as error:
-                self._fail(text, error)
+
+    @contextlib.contextmanager
+    def _own_fault(self, running: "_Running") -> Iterator[None]:
+        """End a request alone with what is raised here, unless the device is at fault."""
+        try:
+            yield
+        except torch.AcceleratorError:
+            raise
+        except BaseException as error:  # a panic in Rust is not an Exception
+            self._fail(running, error)
 
     def _choices(self, scores: Tensor) -> Tensor:
         """`scores` [..., vocab] with -inf for the ids that have no token.
@@ -610,18 +658,17 @@ class Engine:
             text.completion._cancelled = True
 
     def _finish(self, text: "_Running", reason: FinishReason) -> None:
-        self._leave(text)
         shown = text.text.finish() if isinstance(text, _Writing) else ("", (), ())
+        self._leave(text)
         self._tell(text.completion, Piece(*shown, finish_reason=reason))
 
-    def _fail(self, text: "_Running", error: Exception) -> None:
+    def _fail(self, text: "_Running", error: BaseException) -> None:
         if text not in self._running:
             return
+        self.model.wipe(text.slot, text.used)  # first: where the device fails, all requests do
         self._leave(text)
         self._held[text.slot] = []
-        self.model.wipe(text.slot)
-        text.completion.error = error
-        self._tell(text.completion, Piece("", finish_reason="error"))
+        text.completion._end_with(error)
 
     def _leave(self, text: "_Running") -> None:
         with self._changed:
@@ -679,6 +726,17 @@ class _Turns:
 
 
 _TURNS = _Turns()
+
+
+def describe(error: BaseException) -> str:
+    """The kind of an error and the first line of its message, on one line."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])[:300]
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """The error itself, or what stands for one that is no Exception, such as a panic in Rust."""
+    return error if isinstance(error, Exception) else RuntimeError(describe(error))
 
 
 def step_back() -> None:

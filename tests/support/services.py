@@ -110,7 +110,7 @@ class InProcess:
         }
         listening = bind("127.0.0.1", 0)
         self.url = url_of(listening)
-        self.address = listening.getsockname()
+        self.address = listening[0].getsockname()
         self.server = Server(self.models, keys=keys, limits=limits)
         self._thread = threading.Thread(target=self.server.serve_at, args=(listening,))
 
