@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.capacity import MAX_SLOTS, CacheSizer, usable_bytes
 from minimind.inference.graphs import GraphedModel
 from minimind.inference.load import on_one_core
 from minimind.inference.sampling import Penalties, Sampling, choose
@@ -241,7 +242,7 @@ class _Writing(_Running):
 
 
 class Engine:
-    """Decodes up to `slots` texts at a time; more requests wait for their turn, first come first.
+    """Decodes as many texts at a time as its cache has slots; more requests wait, in their order.
 
     Closing it, or leaving its `with` block, ends the requests that still run as cancelled.
 
@@ -256,14 +257,24 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer,
         *,
-        slots: int = 16,
+        slots: int | None = None,
+        max_slots: int = MAX_SLOTS,
         context: int | None = None,
         int8: bool = False,
+        usable: int | None = None,
     ) -> None:
-        """context: None = the model's. int8: smaller and less exact weights; see BatchedModel."""
-        longest = model.config.max_position_embeddings
+        """Allocate a KV cache of what is given and, where it is None, of what fits into memory.
+
+        slots: None = up to `max_slots`. context: None = the model's own, as far as memory allows.
+        usable: bytes of the cache at most; None = what is free. int8: smaller and less exact
+        weights; see BatchedModel. Raises ResourceError, with values that fit, for a cache that
+        does not.
+        """
         self.tokenizer = tokenizer
-        self.context = min(context or longest, longest)
+        sizer = CacheSizer(model, usable_bytes([model]) if usable is None else usable)
+        size = sizer.size(slots, max_slots, context)
+        slots, self.context = size.slots, size.context
+        self.cache_bytes = sizer.bytes(slots, self.context)
         self._num_threads = torch.get_num_threads()
         with on_one_core():
             self.model = BatchedModel(model, slots, self.context, int8=int8)

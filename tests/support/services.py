@@ -16,7 +16,7 @@ import torch
 
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.serving.limits import Limits
-from minimind.serving.models import find_models, load_served
+from minimind.serving.models import find_models, load_models
 from minimind.serving.server import Server, bind, url_of
 from minimind.tokenizer import Tokenizer
 
@@ -80,13 +80,13 @@ def serving(folder: Path, log: Path, *flags: str, **variables: str) -> Iterator[
             line = child.stdout.readline()
             assert line, log.read_text()
             url = line.split()[-1].removesuffix("/v1")
-            wait_until(lambda: _is_up(url))
+            wait_until(lambda: is_up(url))
             yield Process(url, child, log)
         finally:
             child.kill()
 
 
-def _is_up(url: str) -> bool:
+def is_up(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(f"{url}/health").status_code == 200
     return False
@@ -104,10 +104,9 @@ class InProcess:
     """A service in a thread of this process, so that its bounds can be made small."""
 
     def __init__(self, folder: Path, slots: int, limits: Limits, keys: Sequence[str]) -> None:
-        self.models = {
-            name: load_served(name, source, device="cpu", slots=slots, waiting=limits.queue)
-            for name, source in find_models([folder]).items()
-        }
+        self.models = load_models(
+            find_models([folder]), device="cpu", slots=slots, waiting=limits.queue
+        )
         listening = bind("127.0.0.1", 0)
         self.url = url_of(listening)
         self.address = listening[0].getsockname()
