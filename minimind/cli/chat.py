@@ -25,9 +25,9 @@ from minimind.cli.generate import (
     TopK,
     TopP,
     plain,
+    report_short_context,
     stdin_lines,
     stretched,
-    tell_unstretched,
 )
 from minimind.errors import MinimindError, ResourceError, UsageError
 from minimind.paths import expand_user
@@ -123,9 +123,9 @@ def _from_model(
 
     sampling = read_generation_defaults(model).sampling_with(settings)
     loaded, tokenizer = load_for_inference(model, **how)
-    tell_unstretched(loaded, how["context"])
     size = sum(parameter.numel() for parameter in loaded.parameters())
-    with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
+    with Engine(loaded, tokenizer, slots=1, context=how["context"], int8=int8) as engine:
+        report_short_context(engine, loaded, how["context"])
         del loaded  # the engine has its own
         room_for_answer = min(max_new_tokens, engine.context // 4)
 

@@ -10,6 +10,7 @@ import typer
 from minimind.errors import UsageError
 
 if TYPE_CHECKING:
+    from minimind.inference.engine import Engine
     from minimind.model import Transformer
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run directory.")]
@@ -52,7 +53,11 @@ Int8 = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens the model can see; more than it was made for is stretched."),
+    typer.Option(
+        min=1,
+        help="Context length in tokens, shorter or longer than the model's own; beyond it RoPE "
+        "scaling is used. Default: the model's own, as far as free memory allows.",
+    ),
 ]
 RopeScaling = Annotated[
     Literal["linear", "dynamic", "yarn"] | None,
@@ -106,8 +111,8 @@ def generate(
         context=stretched(context, rope_scaling),
         rope_scaling=rope_scaling,
     )
-    tell_unstretched(loaded, context)
-    with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
+    with Engine(loaded, tokenizer, slots=1, context=context, int8=int8) as engine:
+        report_short_context(engine, loaded, context)
         del loaded  # the engine has its own
         pieces = engine.stream_text(
             tokenizer.text_start + tokenizer.encode(text),
@@ -128,12 +133,13 @@ def stretched(context: int | None, rope_scaling: str | None) -> int | None:
     return context
 
 
-def tell_unstretched(model: "Transformer", context: int | None) -> None:
-    """Say on stderr that a --context below the model's own changes nothing."""
+def report_short_context(engine: "Engine", model: "Transformer", context: int | None) -> None:
+    """Say on stderr that free memory has made the context shorter than the model's own."""
     own = model.config.max_position_embeddings
-    if context is not None and context < own:
+    if context is None and engine.context < own:
         print(
-            f"--context {context} changes nothing: the model reads {own:,} tokens as it is",
+            f"free memory allows a context of {engine.context:,} tokens; "
+            f"the model's own is {own:,}",
             file=sys.stderr,
         )
 

@@ -57,6 +57,12 @@ class TransformersModel:
         except Exception as error:  # whatever its files make of it
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{directory}: nor can transformers load it: {reason}") from error
+        longest = _longest_of(model)
+        if context is not None and context > longest:
+            raise ModelError(
+                f"{directory}: transformers reads {longest:,} tokens of it, and {context:,} are "
+                f"asked for; give a context of at most {longest}"
+            )
         self._model = model.to(chosen).eval()
 
     def identity(self) -> dict[str, Any]:
@@ -122,12 +128,15 @@ class TransformersModel:
         return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
 
 
+def _longest_of(model: Any) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 2048
+
+
 class _Scorer:
     """Rows of like length in batches, padded on the right, where a causal model does not look."""
 
     def __init__(self, model: Any, context: int | None) -> None:
-        longest = getattr(model.config, "max_position_embeddings", None) or 2048
-        self.context = min(context or longest, longest)
+        self.context = context or _longest_of(model)
         self._model = model
 
     def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:

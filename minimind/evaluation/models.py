@@ -106,7 +106,7 @@ class LocalModel:
                 ended.put(number)
 
         slots = min(manner.at_once, len(prompts))
-        with Engine(model, tokenizer, slots=slots, context=context) as engine:
+        with Engine(model, tokenizer, max_slots=slots, context=context) as engine:
             waiting = {}
             _warm_up(engine, list(prompts.values())[:slots])
             before = time.perf_counter()

@@ -30,7 +30,7 @@ from minimind.model.rope import depends_on_length, rope_table
 from minimind.model.transformer import Layer
 
 CHUNK = 64  # tokens of a prompt that are read together; a prefix is shared in whole chunks
-_STEP = 64  # attention spans whole steps of this many positions
+CACHE_STEP = 64  # attention spans whole steps of this many positions
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class BatchedModel:
             config.num_attention_heads // config.num_key_value_heads,
             config.head_dim,
             slots=slots,
-            step=_STEP,
+            step=CACHE_STEP,
             threads=threads,
         )
         self.batch_invariant = pack.batch_invariant
@@ -118,8 +118,7 @@ class BatchedModel:
     def _allocate(self) -> Tensor:
         """[layers, 2, slots, K, positions, D]: keys, values; on a CPU in float32, the faster one.
 
-        One position at the least is beyond the context, for `step`. On a CPU, pages that were
-        never written to take no memory.
+        On a CPU, pages that were never written to take no memory.
         """
         config = self._config
         shape = (
@@ -127,7 +126,7 @@ class BatchedModel:
             2,
             self.slots,
             config.num_key_value_heads,
-            (self.context // _STEP + 1) * _STEP,
+            cache_positions(self.context),
             config.head_dim,
         )
         try:
@@ -137,8 +136,9 @@ class BatchedModel:
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             size = math.prod(shape) * (4 if self.device.type == "cpu" else self.dtype.itemsize)
             raise ResourceError(
-                f"{self.slots} texts of {self.context:,} tokens need {size / 2**30:.1f} GB of "
-                "memory, more than there is; take a shorter context, or fewer at a time"
+                f"too little memory on {self.device}: a KV cache of {self.slots} × "
+                f"{self.context:,} tokens needs {size / 1e9:.1f} GB; give --context "
+                f"{max(self.context // 2, 1)} or less"
             ) from error
 
     @torch.inference_mode()
@@ -340,7 +340,7 @@ class BatchedModel:
 
     def _bias(self, lengths: Tensor, longest: int) -> Tensor:
         """[rows, positions]: 0 where a row of a text of so many tokens looks, else -inf."""
-        positions = torch.arange(-(-longest // _STEP) * _STEP, device=self.device)
+        positions = torch.arange(-(-longest // CACHE_STEP) * CACHE_STEP, device=self.device)
         bias = torch.zeros(len(lengths), len(positions), device=self.device)
         bias.masked_fill_(positions >= lengths[:, None], -torch.inf)
         return bias.to(self._cache.dtype)
@@ -349,9 +349,17 @@ class BatchedModel:
         """Give the slot `target` what the slot `source` holds of its first `length` tokens."""
         self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
 
-    def wipe(self, slot: int) -> None:
-        """Forget a slot: bad numbers would spoil the next text, even where it does not look."""
-        self._cache[:, :, slot] = 0
+    def wipe(self, slot: int, length: int) -> None:
+        """Write zeros to the first `length` positions of a slot, and so to no others' memory.
+
+        Numbers that are not finite would damage the next text, even where it does not look.
+        """
+        self._cache[:, :, slot, :, :length] = 0
+
+
+def cache_positions(context: int) -> int:
+    """Positions of a slot: whole steps, with one at the least beyond the context, for `step`."""
+    return (context // CACHE_STEP + 1) * CACHE_STEP
 
 
 def _neighbours(singles: Sequence[Part]) -> list[list[Part]]:

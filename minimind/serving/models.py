@@ -10,6 +10,7 @@ from pathlib import Path
 from minimind import __version__
 from minimind.config.model import RopeKind
 from minimind.errors import ModelError, UsageError, shell_words
+from minimind.inference.capacity import usable_bytes
 from minimind.inference.defaults import GenerationDefaults, read_generation_defaults
 from minimind.inference.engine import Engine
 from minimind.inference.grammar import GrammarCompiler
@@ -26,12 +27,29 @@ class ServedModel:
     name: str
     engine: Engine
     tokenizer: Tokenizer
-    context: int  # tokens
+    own_context: int  # tokens that it can read, which free memory may make fewer here
     created: int  # seconds since 1970, of its weights
     fingerprint: str
     queue: Queue
     defaults: GenerationDefaults
     grammars: GrammarCompiler
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        return self.engine.context
+
+    @property
+    def cache(self) -> str:
+        """The size of its KV cache, as it is shown when the service starts."""
+        engine = self.engine
+        shown = (
+            f"KV cache of {engine.model.slots} × {engine.context:,} tokens "
+            f"({engine.cache_bytes / 1e9:.1f} GB)"
+        )
+        if engine.context == self.own_context:
+            return shown
+        return f"{shown}; the model can read {self.own_context:,}"
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -158,40 +176,56 @@ def find_adapters(given: Sequence[str], models: Mapping[str, Source]) -> dict[st
     return found
 
 
-def load_served(
-    name: str,
-    source: Source,
+def load_models(
+    sources: Mapping[str, Source],
     *,
     device: str,
-    slots: int,
-    waiting: int,
+    slots: int | None = None,
+    waiting: int = 64,
     int8: bool = False,
     context: int | None = None,
     rope_scaling: RopeKind | None = None,
-) -> ServedModel:
-    """A model that is ready to answer. Raises what `load_for_inference` raises.
+) -> dict[str, ServedModel]:
+    """Models that are ready to answer, by name. Raises what `load_for_inference` and Engine raise.
 
-    An adapter is merged into weights of its own, so it costs no time, and memory for one model.
+    Their KV caches share the memory that is free once all weights are loaded, in equal parts;
+    slots, context: as in Engine. An adapter is merged into weights of its own, so it costs no time,
+    and memory for one model.
     """
-    model, tokenizer = load_for_inference(
-        source.model, device, adapter=source.adapter, context=context, rope_scaling=rope_scaling
-    )
-    adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
-    places = [source.model, *adapters]
-    files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
-    how = f"{model.head_weight.device.type} {int8} {context} {rope_scaling}"
-    engine = Engine(model, tokenizer, slots=slots, int8=int8)
-    return ServedModel(
-        name=name,
-        engine=engine,
-        tokenizer=tokenizer,
-        context=engine.context,
-        created=int(max(path.stat().st_mtime for path in files)),
-        fingerprint=_fingerprint(places, how),
-        queue=Queue(slots, waiting),
-        defaults=read_generation_defaults(source.model),
-        grammars=GrammarCompiler(tokenizer),
-    )
+    loaded = {
+        name: load_for_inference(
+            source.model, device, adapter=source.adapter, context=context, rope_scaling=rope_scaling
+        )
+        for name, source in sources.items()
+    }
+    usable = usable_bytes([model for model, _ in loaded.values()])
+    served: dict[str, ServedModel] = {}
+    for name, source in sources.items():
+        model, tokenizer = loaded.pop(name)  # the engine has its own weights
+        engine = Engine(
+            model,
+            tokenizer,
+            slots=slots,
+            context=context,
+            int8=int8,
+            usable=None if usable is None else usable // len(sources),
+        )
+        how = f"{model.head_weight.device.type} {int8} {context} {rope_scaling}"
+        adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
+        places = [source.model, *adapters]
+        files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
+        served[name] = ServedModel(
+            name=name,
+            engine=engine,
+            tokenizer=tokenizer,
+            own_context=model.config.max_position_embeddings,
+            created=int(max(path.stat().st_mtime for path in files)),
+            fingerprint=_fingerprint(places, how),
+            queue=Queue(engine.model.slots, waiting),
+            defaults=read_generation_defaults(source.model),
+            grammars=GrammarCompiler(tokenizer),
+        )
+    return served
 
 
 def _fingerprint(directories: Sequence[Path], how: str) -> str:

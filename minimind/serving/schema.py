@@ -127,9 +127,10 @@ class ModelList(_Answer):
 
 
 class Health(_Answer):
-    """Whether the service takes requests."""
+    """Whether the service takes requests; reason: the error after which it takes none."""
 
-    status: Literal["ok", "stopping"]
+    status: Literal["ok", "stopping", "failed"]
+    reason: str | None = None
 
 
 class ErrorBody(_Answer):

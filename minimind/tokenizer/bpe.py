@@ -196,6 +196,11 @@ class Tokenizer:
         return max(self._bpe.get_vocab().values()) + 1
 
     @cached_property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that have a token: all below `vocab_size`, except in a vocabulary with gaps."""
+        return frozenset(self._bpe.get_vocab().values())
+
+    @cached_property
     def end_of_text(self) -> int:
         """Id of the token between documents, which also pads."""
         if (found := self._control_id(END_OF_TEXT)) is not None:

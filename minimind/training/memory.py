@@ -3,7 +3,6 @@
 import gc
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -123,25 +122,6 @@ def choose_micro_batch(
         f"at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "
         f"{free / 1e9:.1f} GB are free; {advice}"
     )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on the device, None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
-    try:  # a container may be allowed less; what it caches of files can be given back
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{x}").read_text("ascii") for x in ("max", "current"))
-        stat = (group / "memory.stat").read_text("ascii").splitlines()
-        cached = next(int(line.split()[1]) for line in stat if line.startswith("file "))
-        return min(free, int(limit) - int(used) + cached)
-    except (OSError, ValueError, StopIteration):
-        return free
 
 
 def peak_bytes(device: torch.device) -> int | None:

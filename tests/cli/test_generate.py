@@ -180,16 +180,14 @@ def test_a_longer_context_is_written_to_the_end(model_dir: Path) -> None:
         return done.stdout
 
     short = written()  # the model's context is 256
-    assert written("--context", 256) == written("--context", 100) == short
+    assert written("--context", 256) == short
+    shorter = written("--context", 100).rstrip("\n\ufffd")
+    assert short.startswith(shorter)
+    assert len(PROMPT) < len(shorter) < len(short) / 2
     for kind in ("linear", "dynamic", "yarn"):
         longer = written("--context", 600, "--rope-scaling", kind)
         assert len(longer) > 1.5 * len(short)
         assert longer.startswith(short.rstrip("\n\ufffd")) == (kind == "dynamic")
-
-
-def test_a_shorter_context_is_told_of(model_dir: Path) -> None:
-    done = run(model_dir, PROMPT, "--max-new-tokens", 1, "--context", 100)
-    assert done.stderr == "--context 100 changes nothing: the model reads 256 tokens as it is\n"
 
 
 def test_scaling_needs_a_context(model_dir: Path) -> None:

@@ -145,7 +145,7 @@ def test_integers_are_close_to_the_weights() -> None:
 
 def test_room_that_no_machine_has_is_told() -> None:
     model = make(max_position_embeddings=10**12)
-    with pytest.raises(ResourceError, match=r"16 texts of 1,000,000,000,000 tokens need [\d.]+ GB"):
+    with pytest.raises(ResourceError, match=r"16 × 1,000,000,000,000 tokens needs [\d.]+ GB"):
         BatchedModel(model, 16, 10**12)
 
 
