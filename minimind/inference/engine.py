@@ -55,8 +55,8 @@ class Constraint(Protocol):
     def allowed(self) -> Tensor:
         """[n] bool, on the CPU; at least one is True. Wait until the mask is computed.
 
-        n: as many as the tokenizer has tokens, or as the model has rows (`engine.model.vocab_size`).
-        Ids from n on are not allowed, and ids without a token never are.
+        n: the size of the tokenizer, or the number of the model's rows. Ids from n on are not
+        allowed, and ids without a token never are.
         """
 
     def advance(self, token: int) -> None:

@@ -30,6 +30,7 @@ from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
 from minimind.training.prolong import stable_steps
 from minimind.training.reporter import Reporter, counted
+from minimind.training.run import has_begun
 from minimind.training.schedule import lr_fraction
 from minimind.training.sums import Sums
 
@@ -241,10 +242,15 @@ def take_fewer(job: Trainer, where: str) -> None:
     windows = counted(job.micro_batch, "window")
     where = f"{where}: too little memory on {job.device} for {windows}"
     if fewer is None:
-        advice = "a smaller model or a shorter data.window"
+        # A run that has begun keeps its model and its sequence length.
+        advice = [
+            "free some memory" if has_begun(job.run) else "a smaller model, a shorter data.window"
+        ]
         if not job.recipe.training.activation_checkpointing:
-            advice = f"training.activation_checkpointing=true, {advice}"
-        raise ResourceError(f"{job.run}: {where} at once, and fewer there are not; take {advice}")
+            advice.insert(0, "training.activation_checkpointing=true")
+        raise ResourceError(
+            f"{job.run}: {where}, the smallest micro-batch; try {' or '.join(advice)}"
+        )
     job.reporter.say(f"{where} at once; going on with {fewer}, the batch in more parts")
     job.micro_batch = fewer
 

@@ -16,11 +16,11 @@ from minimind.data.store import default_folder
 from minimind.data.textbook import textbook_file
 from minimind.errors import DataError, ResourceError
 from minimind.model import Transformer
-from minimind.model.device import choose_device
+from minimind.model.device import choose_device, free_bytes
 from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch
 from minimind.training.build import KINDS, build_model, footprint, load_tokenizer
-from minimind.training.memory import divisors, free_bytes
+from minimind.training.memory import divisors
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision

@@ -17,6 +17,7 @@ from minimind.config.settings import Recipe, TrainingSettings
 from minimind.data.packing import Mix
 from minimind.errors import CheckpointError, ConfigError, ModelError
 from minimind.model import Transformer, resolve_model_directory, save_adapter, save_model
+from minimind.model.device import free_bytes
 from minimind.model.directory import is_empty
 from minimind.tokenizer import Tokenizer
 from minimind.training.build import (
@@ -42,7 +43,7 @@ from minimind.training.checkpoint import (
 from minimind.training.distributed import ALONE, Workers, join, own_device
 from minimind.training.lock import run_lock
 from minimind.training.loop import Measured, Outcome, Trainer, train
-from minimind.training.memory import choose_micro_batch, free_bytes, peak_bytes
+from minimind.training.memory import choose_micro_batch, peak_bytes
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.precision import choose_precision
 from minimind.training.prolong import prolong

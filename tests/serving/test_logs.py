@@ -87,13 +87,3 @@ def test_of_an_exception_only_its_kind_and_place_are_told() -> None:
     [place] = line["at"]
     assert place.endswith("test_of_an_exception_only_its_kind_and_place_are_told")
     assert "secret47" not in json.dumps(line)
-
-
-def test_warnings_of_libraries_are_lines_of_it_too() -> None:
-    code = "import warnings; from minimind.serving.logs import log_to_stderr; log_to_stderr(); "
-    code += "warnings.warn('careful')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    [line] = done.stderr.splitlines()
-    told = json.loads(line)
-    assert told["level"] == "warning"
-    assert "careful" in told["event"]
