@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from minimind.data.read import BadLines, read_objects
 from minimind.data.textbook import is_right, sample_quiz
 from minimind.errors import DataError
-from minimind.evaluation.numbers import last_number
+from minimind.evaluation.numbers import is_same_number, last_number
 from minimind.evaluation.tasks import (
     Answer,
     Manner,
@@ -116,7 +115,7 @@ _ARITHMETIC = {  # fields of the question and of the answer, split, longest answ
 
 
 def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writing:
-    """Marked by the last number of an answer, which has to be that of the published answer."""
+    """Math word problems, scored by the final number of an answer."""
     asked, golden, splits, longest = _ARITHMETIC[name]
     bad = BadLines()
     questions = []
@@ -124,8 +123,7 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
         if row.get("split", splits[0]) not in splits:
             continue
         question, answer = row.get(asked), str(row.get(golden, "")).rpartition("####")[2].strip()
-        number = last_number(answer)
-        if not isinstance(question, str) or number is None:
+        if not isinstance(question, str) or last_number(answer) is None:
             bad.add(Path(name), line, f"no {asked}, or no number in {golden}", row)
             continue
         bad.good += 1
@@ -134,17 +132,13 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
                 f"{name}-{line}",
                 question,
                 answer,
-                partial(_ends_with, number),
+                partial(is_same_number, answer),
                 subject=f"grade {row['grade']}" if "grade" in row else "",
             )
         )
     if not questions:
         raise DataError(f"{', '.join(places)}: no question of {name} in it {bad.first}".rstrip())
     return Writing(name, spread(questions, limit), longest, bad)
-
-
-def _ends_with(number: Fraction, answer: str) -> bool:
-    return last_number(answer) == number
 
 
 def _arithmetic_files(name: str, places: Sequence[str]) -> list[Path]:

@@ -77,6 +77,13 @@ def test_cmath_by_grade_without_its_distractors(tmp_path: Path) -> None:
         make_task("cmath", data=[str(tmp_path)])
 
 
+def test_an_endless_number_is_a_wrong_answer_and_no_error(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k.jsonl", [GSM8K[0], GSM8K[1]])
+    task = make_task("gsm8k", data=[str(tmp_path)])
+    results = list(task.run(Scripted("7" * 5000, "1e999999999"), ()))  # type: ignore[arg-type]
+    assert [result["right"] for result in results] == [False, False]
+
+
 def test_faults_are_results_until_there_are_too_many(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k.jsonl", [GSM8K[0] | {"id": str(n)} for n in range(30)])
     task = make_task("gsm8k", data=[str(tmp_path)])
