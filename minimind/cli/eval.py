@@ -177,6 +177,7 @@ class _Evaluation:
 
     def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
         """One task, one model."""
+        from minimind.cli.models import report_dropped
         from minimind.evaluation.run import evaluate
 
         reporter = console.RichReporter()
@@ -201,6 +202,7 @@ class _Evaluation:
             self.fail(title, error)
         finally:
             reporter.stop()
+        report_dropped(examined.model)
 
     def run_harness(self, examined: _Examined, name: str) -> None:
         """A task of lm-eval."""

@@ -143,7 +143,10 @@ def is_same_number(expected: str, answer: str) -> bool:
         return False
     if first.value == second.value:
         return True
-    shares = [one.value / (100 if one.percent else 1) for one in (first, second)]
+    shares = [
+        value / (100 if percent else 1)
+        for value, percent in ((first.value, first.percent), (second.value, second.percent))
+    ]
     return first.percent != second.percent and shares[0] == shares[1]
 
 
