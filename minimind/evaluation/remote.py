@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from minimind import __version__
 from minimind.errors import MinimindError, ServiceError, UsageError, install_line
 from minimind.evaluation.tasks import Answer, Manner, asked_together, told
 from minimind.tokenizer.chat import Message
@@ -70,7 +71,7 @@ class Service:
 
     def identity(self) -> dict[str, Any]:
         """Return what is known of the model; whether its weights changed cannot be known."""
-        return {"url": self.url, "model": self._model}
+        return {"version": __version__, "url": self.url, "model": self._model}
 
     def scorer(self) -> "tuple[Scorer, Words]":
         """Raise UsageError."""

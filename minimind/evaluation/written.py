@@ -48,7 +48,7 @@ class Written:
 class Writing:
     """Questions that a model answers greedily in a conversation of their own."""
 
-    unit, main = "question", "accuracy"
+    unit = "question"
 
     def __init__(
         self, name: str, questions: Sequence[Written], max_new_tokens: int, bad: BadLines

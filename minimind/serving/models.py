@@ -14,7 +14,7 @@ from minimind.errors import ModelError, UsageError
 from minimind.inference.engine import Engine
 from minimind.inference.json_object import JsonGrammar
 from minimind.inference.load import load_for_inference
-from minimind.model import resolve_adapter_directory, resolve_model_directory
+from minimind.model import fingerprint, resolve_adapter_directory, resolve_model_directory
 from minimind.serving.limits import Queue
 from minimind.tokenizer import Tokenizer
 
@@ -178,7 +178,10 @@ def load_served(
     adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
     places = [source.model, *adapters]
     files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
-    how = f"{model.head_weight.device.type} {int8} {context} {rope_scaling}"
+    head = model.head_weight
+    # What may change an answer to the same seed beside the weights.
+    how = f"{__version__} {head.device.type} {head.dtype} {int8} {context} {rope_scaling}"
+    digest = hashlib.sha256(f"{how} {fingerprint(*places)}".encode()).hexdigest()
     engine = Engine(model, tokenizer, slots=slots, int8=int8)
     return ServedModel(
         name=name,
@@ -186,16 +189,6 @@ def load_served(
         tokenizer=tokenizer,
         context=engine.context,
         created=int(max(path.stat().st_mtime for path in files)),
-        fingerprint=_fingerprint(places, how),
+        fingerprint=f"fp_{digest[:12]}",
         queue=Queue(slots, waiting),
     )
-
-
-def _fingerprint(directories: Sequence[Path], how: str) -> str:
-    """Changes with what may change an answer to the same seed: weights, how they run, version."""
-    digest = hashlib.sha256(f"{__version__} {how}".encode())
-    for path in (path for directory in directories for path in sorted(directory.iterdir())):
-        if path.suffix in (".json", ".safetensors"):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"fp_{digest.hexdigest()[:12]}"
