@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.read import BadLines, read_objects
-from minimind.data.textbook import is_right, sample_quiz
+from minimind.data.textbook import is_fluent, is_right, sample_quiz
 from minimind.errors import DataError
 from minimind.evaluation.numbers import is_same_number, last_number
 from minimind.evaluation.tasks import (
@@ -28,18 +28,23 @@ _QUIZ_SEED = 1
 
 @dataclass(frozen=True)
 class Written:
-    """A question that is answered in words: `check` tells whether an answer is right."""
+    """A question that is answered in words.
+
+    check: whether an answer is right; fluency: whether it is fluent, None where it is not measured.
+    """
 
     id: str
     question: str
     expected: str
     check: Callable[[str], bool]
     subject: str = ""
+    fluency: Callable[[str], bool] | None = None
 
     def mark(self, answer: Answer) -> Result:
-        """Whether the answer is right, and both."""
+        """The answer with its scores."""
         return {
             "right": self.check(answer.text),
+            **({"fluent": self.fluency(answer.text)} if self.fluency else {}),
             "answer": answer.text,
             "expected": self.expected,
         }
@@ -90,6 +95,8 @@ class Writing:
         for result in results:
             table.setdefault(subject_of[result["id"]], []).append(result["right"])
         figures = share_right(sum(result["right"] for result in results), len(results))
+        if any("fluent" in result for result in results):
+            figures["fluent"] = sum(result["fluent"] for result in results)
         if set(table) - {""}:
             figures["by_subject"] = {
                 name: share_right(sum(marks), len(marks)) for name, marks in sorted(table.items())
@@ -98,11 +105,11 @@ class Writing:
 
 
 def quiz_task(limit: int | None) -> Writing:
-    """The textbook's: the same questions as the demo's summary."""
+    """The textbook's quiz, by keyword match, with fluency beside it; the demo's questions."""
     chosen = spread(sample_quiz(_QUIZ, seed=_QUIZ_SEED), limit)
 
     questions = [
-        Written(q.question, q.question, q.answer, partial(is_right, q), subject=q.subject)
+        Written(q.question, q.question, q.answer, partial(is_right, q), q.subject, is_fluent)
         for q in chosen
     ]
     return Writing("quiz", questions, 64, BadLines())

@@ -1,13 +1,15 @@
-"""`minimind demo`, whole, with models far too small to learn much."""
+"""`minimind demo`, whole, with models far too small to learn much; its clock."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from minimind.cli.demo import timed
+
 STAGES = ("pretrain", "sft-single", "sft-multi", "dpo", "identity")
 
 
@@ -22,6 +24,7 @@ def demo(folder: Path, model: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-moe"])
 def test_the_whole_road(tmp_path: Path, model: str) -> None:
     first = demo(tmp_path, model)
@@ -30,6 +33,9 @@ def test_the_whole_road(tmp_path: Path, model: str) -> None:
     assert set(summary["stages"]) == set(STAGES)
     assert summary["stages"]["pretrain"]["bits_per_byte"] < summary["unigram_bits_per_byte"]
     assert summary["quiz"]["questions"] == 400
+    assert 0 <= summary["quiz"]["fluent"] <= 400
+    assert summary["total_seconds"] >= summary["training_seconds"]
+    assert [{"correct", "fluent"} <= set(one) for one in summary["eight"]] == [True] * 8
     assert summary["preferences"]["accuracy"] > summary["preferences"]["first_accuracy"]
     assert len(summary["identity"]["answers"]) == summary["identity"]["questions"] > 20
     answers = ("before_training", "after_pretraining", "after_fine_tuning", "after_preferences")
@@ -48,3 +54,23 @@ def test_the_whole_road(tmp_path: Path, model: str) -> None:
     assert "finished before" in again
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == model_time
     assert again[again.index("Summary") :] == first[first.index("Summary") :]
+
+
+def test_the_time_of_earlier_starts_counts(tmp_path: Path) -> None:
+    """Of one that ended and of one that was killed, up to the last line of its metrics."""
+    path = tmp_path / "time.json"
+    path.write_text(json.dumps({"seconds": 1_000.0}), encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt), timed(tmp_path) as total:
+        assert total() >= 1_000
+        raise KeyboardInterrupt
+    kept = json.loads(path.read_text("utf-8"))
+    assert kept.keys() == {"seconds"} and kept["seconds"] >= 1_000
+    path.write_text(json.dumps({"seconds": 1_000.0, "began": 5_000.0}), encoding="utf-8")
+    (tmp_path / "pretrain").mkdir()
+    metrics = tmp_path / "pretrain" / "metrics.jsonl"
+    metrics.write_text("{}\n")
+    os.utime(path, (5_000, 5_000))
+    os.utime(metrics, (5_300, 5_300))
+    with timed(tmp_path) as total:
+        assert total() >= 1_300
+        assert json.loads(path.read_text("utf-8"))["seconds"] == 1_300

@@ -178,7 +178,7 @@ def test_an_item_has_one_line(ceval_dir: Path, local: LocalModel, tmp_path: Path
     assert again["asked_now"] == 0
     found = lines(tmp_path)
     assert sorted(one["id"] for one in found[1:]) == sorted(one["id"] for one in results)
-    assert found[1] == results[0]
+    assert results[0] in found
 
 
 def test_names(varied_dir: Path) -> None:

@@ -107,6 +107,10 @@ def test_the_quiz_is_the_demos(local: LocalModel, varied_dir: Path) -> None:
     assert sum(one.right for one in mark(chosen, said)) == sum(
         result["right"] for result in results.values()
     )
+    assert sum(one.fluent for one in mark(chosen, said)) == sum(
+        result["fluent"] for result in results.values()
+    )
+    assert task.summary(list(results.values()))["fluent"] == 0  # random weights
     [last] = task.run(local, set(results) - {chosen[3].question})
     assert last["id"] == chosen[3].question
 

@@ -11,14 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minimind.data.textbook.fluency import is_fluent
 from minimind.data.textbook.identity import IdentityQuestion, held_out_identity, identity
 from minimind.data.textbook.makers import dialogues, exams, preferences, prose
 from minimind.data.textbook.quiz import (
     EIGHT,
     QuizQuestion,
     eight,
-    is_fluent,
     is_right,
+    is_well_formed,
     quiz,
     sample_quiz,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "identity",
     "is_fluent",
     "is_right",
+    "is_well_formed",
     "load_subjects",
     "preferences",
     "prose",
