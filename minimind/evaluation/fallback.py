@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind import __version__
 from minimind.errors import MinimindError, ModelError, TokenizerError
-from minimind.evaluation.models import fingerprint, name_of
+from minimind.evaluation.models import name_of, name_of_device
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import Words
 from minimind.inference.engine import BAD_NUMBERS
+from minimind.model import fingerprint
 from minimind.model.device import choose_device
 from minimind.tokenizer.chat import Message
 
@@ -66,12 +68,17 @@ class TransformersModel:
         self._model = model.to(chosen).eval()
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on."""
+        """Return all that results depend on beside the task."""
+        from transformers import __version__ as theirs
+
         return {
+            "version": __version__,
             "model": fingerprint(self.directory),
             "adapter": None,
             "context": self.context,
-            "by": "transformers",
+            "by": f"transformers {theirs}",
+            "device": name_of_device(self._model.device),
+            "dtype": "float32",
         }
 
     def scorer(self) -> tuple[Scorer, Words]:

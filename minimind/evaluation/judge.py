@@ -138,7 +138,7 @@ def judge(
     left = [t for t in wanted.values() if "error" in results.get(t.id, {"error": ""})]
     done, faults = len(wanted) - len(left), 0
     progress(done, len(wanted))
-    with writing(path, header, keep=bool(results)) as write:
+    with writing(path, header, results.values()) as write:
         for place, reply in asked_together(lambda trial: ask(trial.messages()), left, at_once):
             name = left[place].id
             results[name] = {"id": name, **_result(left[place], reply)}

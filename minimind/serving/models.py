@@ -15,7 +15,7 @@ from minimind.inference.defaults import GenerationDefaults, read_generation_defa
 from minimind.inference.engine import Engine
 from minimind.inference.grammar import GrammarCompiler
 from minimind.inference.load import load_for_inference
-from minimind.model import resolve_adapter_directory, resolve_model_directory
+from minimind.model import fingerprint, resolve_adapter_directory, resolve_model_directory
 from minimind.serving.limits import Queue
 from minimind.tokenizer import Tokenizer
 
@@ -210,29 +210,22 @@ def load_models(
             int8=int8,
             usable=None if usable is None else usable // len(sources),
         )
-        how = f"{model.head_weight.device.type} {int8} {context} {rope_scaling}"
         adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
         places = [source.model, *adapters]
         files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
+        head = model.head_weight
+        # What may change an answer to the same seed, besides the weights.
+        how = f"{__version__} {head.device.type} {head.dtype} {int8} {context} {rope_scaling}"
+        digest = hashlib.sha256(f"{how} {fingerprint(*places)}".encode()).hexdigest()
         served[name] = ServedModel(
             name=name,
             engine=engine,
             tokenizer=tokenizer,
             own_context=model.config.max_position_embeddings,
             created=int(max(path.stat().st_mtime for path in files)),
-            fingerprint=_fingerprint(places, how),
+            fingerprint=f"fp_{digest[:12]}",
             queue=Queue(engine.model.slots, waiting),
             defaults=read_generation_defaults(source.model),
             grammars=GrammarCompiler(tokenizer),
         )
     return served
-
-
-def _fingerprint(directories: Sequence[Path], how: str) -> str:
-    """Changes with what may change an answer to the same seed: weights, how they run, version."""
-    digest = hashlib.sha256(f"{__version__} {how}".encode())
-    for path in (path for directory in directories for path in sorted(directory.iterdir())):
-        if path.suffix in (".json", ".safetensors"):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"fp_{digest.hexdigest()[:12]}"

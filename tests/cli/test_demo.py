@@ -1,7 +1,8 @@
-"""`minimind demo`, whole, with models far too small to learn much, and the README's commands."""
+"""`minimind demo`, whole, with models far too small to learn much; its clock; README commands."""
 
 import contextlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import minimind
 from minimind.cli import demo as verb
+from minimind.cli.demo import timed
 from minimind.cli.main import app
 
 STAGES = ("pretrain", "sft-single", "sft-multi", "dpo", "identity")
@@ -39,6 +41,9 @@ def test_the_whole_road(tmp_path: Path, model: str) -> None:
     assert set(summary["stages"]) == set(STAGES)
     assert summary["stages"]["pretrain"]["bits_per_byte"] < summary["unigram_bits_per_byte"]
     assert summary["quiz"]["questions"] == 400
+    assert 0 <= summary["quiz"]["fluent"] <= 400
+    assert summary["total_seconds"] >= summary["training_seconds"]
+    assert [{"correct", "fluent"} <= set(one) for one in summary["eight"]] == [True] * 8
     assert summary["preferences"]["accuracy"] > summary["preferences"]["first_accuracy"]
     assert len(summary["identity"]["answers"]) == summary["identity"]["questions"] > 20
     answers = ("before_training", "after_pretraining", "after_fine_tuning", "after_preferences")
@@ -147,3 +152,23 @@ def test_commands_of_the_readme_run(few_steps: tuple[Path, Result]) -> None:
             [_, *words] = shlex.split(command)
             done = CliRunner().invoke(app, words, input="长江有多长？\n")
             assert done.exit_code == 0, f"{command}: {done.output}"
+
+
+def test_the_time_of_earlier_starts_counts(tmp_path: Path) -> None:
+    """Of one that ended and of one that was killed, up to the last line of its metrics."""
+    path = tmp_path / "time.json"
+    path.write_text(json.dumps({"seconds": 1_000.0}), encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt), timed(tmp_path) as total:
+        assert total() >= 1_000
+        raise KeyboardInterrupt
+    kept = json.loads(path.read_text("utf-8"))
+    assert kept.keys() == {"seconds"} and kept["seconds"] >= 1_000
+    path.write_text(json.dumps({"seconds": 1_000.0, "began": 5_000.0}), encoding="utf-8")
+    (tmp_path / "pretrain").mkdir()
+    metrics = tmp_path / "pretrain" / "metrics.jsonl"
+    metrics.write_text("{}\n")
+    os.utime(path, (5_000, 5_000))
+    os.utime(metrics, (5_300, 5_300))
+    with timed(tmp_path) as total:
+        assert total() >= 1_300
+        assert json.loads(path.read_text("utf-8"))["seconds"] == 1_300

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.stamps import sha256_of
+from minimind.data.textbook.fluency import is_fluent
 from minimind.data.textbook.identity import IdentityQuestion, held_out_identity, identity
 from minimind.data.textbook.makers import dialogues, exams, preferences, prose
 from minimind.data.textbook.quiz import (
     EIGHT,
     QuizQuestion,
     eight,
-    is_fluent,
     is_right,
+    is_well_formed,
     quiz,
     sample_quiz,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "identity",
     "is_fluent",
     "is_right",
+    "is_well_formed",
     "load_subjects",
     "preferences",
     "prose",
