@@ -242,17 +242,21 @@ def take_fewer(job: Trainer, where: str) -> None:
     windows = counted(job.micro_batch, "window")
     where = f"{where}: too little memory on {job.device} for {windows}"
     if fewer is None:
-        # A run that has begun keeps its model and its sequence length.
-        advice = [
-            "free some memory" if has_begun(job.run) else "a smaller model, a shorter data.window"
-        ]
-        if not job.recipe.training.activation_checkpointing:
-            advice.insert(0, "training.activation_checkpointing=true")
-        raise ResourceError(
-            f"{job.run}: {where}, the smallest micro-batch; try {' or '.join(advice)}"
-        )
+        raise ResourceError(f"{job.run}: {where}; {_memory_advice(job)}")
     job.reporter.say(f"{where} at once; going on with {fewer}, the batch in more parts")
     job.micro_batch = fewer
+
+
+def _memory_advice(job: Trainer, *, training: bool = True) -> str:
+    """Return what helps when a single sequence does not fit and the same run accepts."""
+    ways = []
+    if training and not job.recipe.training.activation_checkpointing:
+        ways.append("set training.activation_checkpointing=true")
+    if not has_begun(job.run):  # a run that has begun keeps its model and its sequence length
+        ways.append("take a smaller model or a shorter data.window")
+    return ", ".join(
+        [*ways, "or free memory on the device" if ways else "free memory on the device"]
+    )
 
 
 def fits_in_memory(workers: Workers, work: Callable[[], None]) -> bool:
@@ -295,10 +299,8 @@ def evaluated(
         release(job.device)
         where = f"too little memory on {job.device} to evaluate {counted(size, 'window')} at once"
         if size == 1:
-            raise ResourceError(
-                f"{job.run}: {where}, which is the least; take a smaller model or a shorter "
-                "data.window, or free memory on the device"
-            )
+            advice = _memory_advice(job, training=False)
+            raise ResourceError(f"{job.run}: {where}, which is the least; {advice}")
         job.max_eval_batch = size // 2
         job.reporter.say(f"{where}; {counted(size // 2, 'window')} from now on")
 
