@@ -13,13 +13,9 @@ from minimind.serving.errors import APIError
 
 HEALTH = "/health"
 # A browser sends no key with a page, and the docs hold no secret; requests made from them need it.
-DOCS = (
-    "/docs",
-    "/openapi.json",
-    "/static-offline-docs/swagger-ui.css",
-    "/static-offline-docs/swagger-ui-bundle.js",
-    "/static-offline-docs/favicon.png",
-)
+DOCS = {"/docs", "/openapi.json"}
+DOCS |= {f"/static-offline-docs/{name}" for name in ("swagger-ui.css", "favicon.png")}
+DOCS.add("/static-offline-docs/swagger-ui-bundle.js")
 
 
 def check_exposure(host: str, keys: Sequence[str]) -> None:
