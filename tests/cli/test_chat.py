@@ -1,4 +1,6 @@
 import codecs
+import contextlib
+import io
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,16 +26,35 @@ def run(*arguments: object, stdin: str | bytes = "") -> Result:
     return CliRunner().invoke(app, ["chat", *map(str, arguments)], input=stdin)
 
 
-def typed(*arguments: object, lines: str) -> Result:
+@dataclass
+class Typed:
+    """What a command left that read from a terminal."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+def typed(*arguments: object, lines: str) -> Typed:
     """Run chat with lines that come from a terminal, where commands are known."""
     pytest.importorskip("termios", reason="pseudo-terminals are POSIX")
     ours, theirs = os.openpty()
     os.write(ours, lines.encode() + b"\n\x04")  # Ctrl-D
-    try:
-        with open(theirs, "rb") as terminal:
-            return CliRunner().invoke(app, ["chat", *map(str, arguments)], input=terminal)
-    finally:
-        os.close(ours)
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        open(theirs, encoding="utf-8") as terminal,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("sys.stdin", terminal)
+        status = app(["chat", *map(str, arguments)], standalone_mode=False)
+    os.close(ours)
+    return Typed(status or 0, out.getvalue(), errors.getvalue())
 
 
 def make_model(tokenizer: Tokenizer, context: int = 256) -> Transformer:
@@ -195,7 +217,7 @@ def test_commands_that_cannot_be_done_are_told(model_dir: Path, tmp_path: Path) 
         (f"/save {tmp_path / 'talk.jsonl'}", "nothing was said yet"),
         (f"你好\n/save {tmp_path}.d/talk.jsonl", "talk.jsonl: cannot be written: "),
         (f"你好\n/save {tmp_path / 'file' / 'talk.jsonl'}", "cannot be written: "),
-        ("你好\n/save ~nobody-of-that-name/talk.jsonl", "cannot be written: "),
+        ("你好\n/save ~nobody-of-that-name/talk.jsonl", "no home directory is known for it"),
     ]:
         done = typed(model_dir, "--max-new-tokens", 2, lines=lines)
         assert done.exit_code == 1, lines
