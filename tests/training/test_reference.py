@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from minimind.config.settings import Recipe
@@ -224,4 +223,4 @@ def test_conversations_are_refused_and_pairs_without_answers_left_out(
     assert "202 pairs in" in said
     assert "1 left out because no answer was left, 1 because both sides are the same" in said
     assert all(math.isfinite(loss) for loss in losses(run))
-    assert torch.isfinite(torch.tensor([line["learned"] for line in metrics(run, "train")])).all()
+    assert min(line["learned"] for line in metrics(run, "train")) > 0
