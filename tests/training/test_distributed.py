@@ -176,10 +176,10 @@ def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
-        ("pretrain", {}),  # with Muon at the rate that it has where nothing is said, 0.02
+        ("pretrain", {}),
         ("pretrain", {"model__preset": "nano-moe", "training__log_every": 3}),
         ("sft", {"optim__name": "adamw"}),
-        ("dpo", {"optim__muon_lr": 0.002}),
+        ("dpo", {}),
     ],
 )
 def test_two_processes_and_four_do_what_one_does(
