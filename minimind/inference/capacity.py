@@ -16,8 +16,7 @@ _ENOUGH = 8192  # tokens of context that are kept as long as giving up slots hel
 _SHARE = {"cpu": 0.8, "cuda": 0.9, "mps": 0.8}
 _ADVISED = 0.75  # of what fits now: it may be less when the advice is followed
 # What `batch.py` concatenates on a GPU; on a CPU it reorders every matrix into a copy.
-_CONCATENATED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
-_CONCATENATED += ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+_CONCATENATED = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "mlp.gate", "mlp.up"))
 
 
 @dataclass(frozen=True)
