@@ -392,6 +392,19 @@ def load_model(
     return model.requires_grad_(True)
 
 
+def stored_dtype(directory: Path) -> str:
+    """The torch dtype that a model directory's weights are stored in: its embedding's.
+
+    float32 stands for wider kinds. Raises ModelError where there are no weights.
+    """
+    for path, names in _weight_files(directory).items():
+        with safe_open(path, framework="pt") as file:
+            if _EMBEDDING in (names or set(file.keys())):
+                stored = file.get_slice(_EMBEDDING).get_dtype()
+                return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+    raise ModelError(f"{directory}: its weights have no {_EMBEDDING}")
+
+
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """The files of weights, and which tensors of each count; None: all.
 
