@@ -62,7 +62,7 @@ _NUMBER = re.compile(
     | (?P<yuan>{_ARABIC})元(?P<jiao>\d)角(?:(?P<fen>\d)分)?
     | (?P<left>{_AMOUNT})(?:(?P<gap>\s?):(?P=gap)|\s?比\s?)(?P<right>{_AMOUNT})
     | (?P<whole2>{_AMOUNT})(?:\s*又\s*|\s+(?:and\s+)?)(?P<above2>\d+)\s*/\s*(?P<below2>\d+)
-    | (?P<above3>{_ARABIC})\s*/\s*(?P<below3>(?:[\d,]+)(?:\.\d+)?)
+    | (?P<above3>{_ARABIC})\s*/\s*(?P<below3>(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?)
     | (?P<half>{_AMOUNT})\s*(?:个|小时|年|天|斤|米|千克|公斤|月|倍|块|瓶|杯|升)半(?![径圆])
     | (?P<base>{_ARABIC})(?:\s*[×x*·⋅]\s*10(?P<ten>{_POWER})|(?P<power>{_POWER})
         |[eE](?P<e>[+-]?\d+)(?!\w))

@@ -43,6 +43,9 @@ def test_every_labelled_answer(kind: str) -> None:
         ("The answer is one hundred twenty-three.", "123"),
         ("-2 3/4%", "-11/4"),
         ("12㎝", "12"),
+        ("1/2,3/4", "3/4"),
+        ("3/,", "3"),
+        ("1,000/1,250", "4/5"),
         ("2 or 1/0", "2"),
     ],
 )
