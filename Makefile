@@ -1,6 +1,7 @@
 # make demo    from nothing to a model of your own, and a chat with it
 # make test    every check: style, types, imports, help pages, tests
 # make slow    the tests that take minutes
+# make test-lm-eval   likelihoods and prompts against EleutherAI's lm-eval, in .venv-lm-eval
 # make format  put the style right
 # Another interpreter: make PYTHON=python3.12 test
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow format
+.PHONY: demo test slow test-lm-eval format
 
 demo: $(READY)
 	$(BIN)/minimind demo
@@ -23,6 +24,15 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow --timeout 3600
+
+test-lm-eval: .venv-lm-eval/.ready
+	.venv-lm-eval/bin/pytest -m slow --timeout 3600 tests/evaluation/test_against_lm_eval.py
+
+.venv-lm-eval/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[test,lm-eval]'
+	@touch $@
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -70,8 +70,13 @@ class Theirs:
     right: bool
 
 
-def by_lm_eval(task: Choice, model: Path, shots: int, work: Path) -> dict[str, Theirs]:
-    """All questions by lm-eval, by id. work: a folder for the files that it reads."""
+def by_lm_eval(
+    task: Choice, model: Path, shots: int, work: Path, service: str | None = None
+) -> dict[str, Theirs]:
+    """All questions by lm-eval, by id. work: a folder for the files that it reads.
+
+    service: the URL of a service of the model, which is then asked in place of lm-eval's own code.
+    """
     exam, manager = task.exam.name, TaskManager()
     by_subject: dict[str, list[Question]] = {}
     for question in task.questions:
@@ -86,9 +91,13 @@ def by_lm_eval(task: Choice, model: Path, shots: int, work: Path) -> dict[str, T
         where = {"dataset_path": "json", "dataset_name": None}
         where |= {"dataset_kwargs": {"data_files": files, "cache_dir": str(work / "cache")}}
         tasks.append(load_yaml(entry.yaml_path) | where)
+    arguments: dict[str, Any] = {"pretrained": str(model), "dtype": "float32"}
+    if service is not None:
+        url = f"{service}/v1/completions"
+        arguments = {"model": "tiny", "base_url": url, "tokenizer": str(model)}
     found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(model), "dtype": "float32"},
+        model="hf" if service is None else "local-completions",
+        model_args=arguments,
         device="cpu",
         batch_size=16,
         tasks=tasks,

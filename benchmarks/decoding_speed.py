@@ -6,15 +6,19 @@
 The same random weights for all, greedy decoding, no stops. One stream: `--tokens` new tokens after
 a prompt of `--prompt` tokens. 16 streams: as many of each, with prompts that differ, at once;
 llama.cpp has its server's way of doing so, all sequences in one batch, driven here through its C
-interface. Reading the prompts counts. Each contender is a process of its own; they take turns, and
-the best of the rounds counts for each. Tokens a second of the processor, all cores added up, are
-given too: other work on the machine changes them far less. Memory is the peak of the process up to
-its first answer.
+interface. Reading the prompts counts; loading a model and allocating its KV cache does not, for any
+of them. Each contender is a process of its own; they take turns. A round is the median of three
+repetitions, the table shows the median over the rounds and their spread. Tokens per second of the
+processor, all cores added up, are given too: other work on the machine changes them far less.
+Memory is the peak of the process up to its first answer.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +26,8 @@ import threading
 import time
 from datetime import date
 from pathlib import Path
+
+from benchmarks.rounds import over_rounds, spread
 
 CONTENDERS = {
     "minimind bf16": dict(run="ours", dtype="bfloat16"),
@@ -42,7 +48,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -61,20 +67,14 @@ def main() -> None:
             for name in args.only:
                 rounds[name].append(measure(name, args))
                 print(name, rounds[name][-1], flush=True)
-    best = {
-        name: {
-            key: (min if key == "peak_mb" else max)(one[key] for one in figures)
-            for key in figures[0]
-        }
-        for name, figures in rounds.items()
-    }
-    show(best)
+    figures = over_rounds(rounds)
+    show(figures)
     if args.json:
         record = {
             "date": date.today().isoformat(),
             "machine": machine(args),
             "command": " ".join(["python", *sys.argv]),
-            "best": best,
+            "over_rounds": figures,
             "rounds": rounds,
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -91,17 +91,16 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     return json.loads((args.work / "figures.json").read_text())
 
 
-def show(best: dict[str, dict[str, float]]) -> None:
-    """The table."""
+def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print medians over the rounds, with the spread below each."""
     for what, suffix in (("second", ""), ("processor second", "_a_processor_second")):
-        print(
-            f"\ntokens a {what:18} {'1 stream':>9} {'16 streams':>11} {'ratio':>6} {'peak MB':>8}"
-        )
-        for name, one in best.items():
+        print(f"\ntokens per {what:16} {'1 stream':>13} {'16 streams':>13}  ratio  peak MB")
+        for name, one in figures.items():
             alone, together = one[f"streams_1{suffix}"], one[f"streams_16{suffix}"]
             print(
-                f"{name:27} {alone:9,.0f} {together:11,.0f} {together / alone:6.1f}"
-                f" {one['peak_mb']:8,.0f}"
+                f"{name:27} {alone['median']:13,.0f} {together['median']:13,.0f}"
+                f" {together['median'] / alone['median']:6.1f} {one['peak_mb']['median']:8,.0f}\n"
+                f"{'':27} {spread(alone):>13} {spread(together):>13}"
             )
 
 
@@ -133,8 +132,12 @@ def prompts(args: argparse.Namespace, number: int) -> list[list[int]]:
     return [[rng.randrange(1000, 6000) for _ in range(args.prompt)] for _ in range(number)]
 
 
-def timed(write, args: argparse.Namespace) -> dict[str, float]:
-    """tokens/s of `write`: prompts -> tokens written, for each number of streams, and memory."""
+def timed(open_writer, args: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second for each number of streams, and memory.
+
+    open_writer: a context manager that allocates for a number of streams, outside the timed part,
+    and gives `write`: prompts -> number of tokens written.
+    """
     import psutil
 
     peak, done = [0], threading.Event()
@@ -145,20 +148,23 @@ def timed(write, args: argparse.Namespace) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    write(prompts(args, 1))  # warms up
+    with open_writer(1) as write:
+        write(prompts(args, 1))
     done.set()
     watcher.join()
     figures = {"peak_mb": max(peak[0], psutil.Process().memory_info().rss) / 2**20}
     for streams in STREAMS:
         seconds, processor = [], []
-        for _ in range(3):
-            started = time.perf_counter(), time.process_time()
-            written = write(prompts(args, streams))
-            seconds.append(time.perf_counter() - started[0])
-            processor.append(time.process_time() - started[1])
-            assert written == streams * args.tokens
-        figures[f"streams_{streams}"] = written / min(seconds)
-        figures[f"streams_{streams}_a_processor_second"] = written / min(processor)
+        with open_writer(streams) as write:
+            write(prompts(args, streams))  # warms up
+            for _ in range(3):
+                started = time.perf_counter(), time.process_time()
+                written = write(prompts(args, streams))
+                seconds.append(time.perf_counter() - started[0])
+                processor.append(time.process_time() - started[1])
+                assert written == streams * args.tokens
+        figures[f"streams_{streams}"] = written / statistics.median(seconds)
+        figures[f"streams_{streams}_a_processor_second"] = written / statistics.median(processor)
     return figures
 
 
@@ -190,7 +196,7 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
         return len(written)
 
     with engine:
-        return timed(write, args)
+        return timed(lambda streams: contextlib.nullcontext(write), args)
 
 
 def transformers(args: argparse.Namespace, dtype: str) -> dict[str, float]:
@@ -216,11 +222,11 @@ def transformers(args: argparse.Namespace, dtype: str) -> dict[str, float]:
         )
         return output[:, ids.shape[1] :].numel()
 
-    return timed(write, args)
+    return timed(lambda streams: contextlib.nullcontext(write), args)
 
 
 def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
-    """llama.cpp's own loop: all sequences in one batch, the likeliest token of each taken."""
+    """Greedy decoding with llama.cpp: all sequences in one batch."""
     import ctypes
 
     import llama_cpp as lib
@@ -233,29 +239,37 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
     model = lib.llama_model_load_from_file(path, lib.llama_model_default_params())
     vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
-    def write(prompts: list[list[int]]) -> int:
+    @contextlib.contextmanager
+    def open_writer(streams: int):
         settings = lib.llama_context_default_params()
-        settings.n_ctx = len(prompts) * (args.prompt + args.tokens)
-        settings.n_seq_max = len(prompts)
+        settings.n_ctx = streams * (args.prompt + args.tokens)
+        settings.n_seq_max = streams
         settings.n_batch = settings.n_ctx
         settings.n_threads = settings.n_threads_batch = args.threads
         context = lib.llama_init_from_model(model, settings)
         batch = lib.llama_batch_init(settings.n_ctx, 0, 1)
+        yield functools.partial(write, context, batch)
+        lib.llama_batch_free(batch)
+        lib.llama_free(context)
 
-        def step(rows: list[tuple[int, int, int, bool]]) -> None:
-            batch.n_tokens = len(rows)
-            for i, (token, position, sequence, wanted) in enumerate(rows):
-                batch.token[i], batch.pos[i] = token, position
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-                batch.logits[i] = wanted
-            assert lib.llama_decode(context, batch) == 0
+    def step(context, batch, rows: list[tuple[int, int, int, bool]]) -> None:
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = wanted
+        assert lib.llama_decode(context, batch) == 0
 
+    def write(context, batch, prompts: list[list[int]]) -> int:
+        lib.llama_memory_clear(lib.llama_get_memory(context), False)  # as a server reuses it
         step(
+            context,
+            batch,
             [
                 (token, position, sequence, position == args.prompt - 1)
                 for sequence, prompt in enumerate(prompts)
                 for position, token in enumerate(prompt)
-            ]
+            ],
         )
         at = [(s + 1) * args.prompt - 1 for s in range(len(prompts))]
         for done in range(args.tokens):
@@ -264,13 +278,12 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
                 logits = lib.llama_get_logits_ith(context, place)
                 tokens.append(int(numpy.ctypeslib.as_array(logits, (vocab,)).argmax()))
             if done < args.tokens - 1:
-                step([(t, args.prompt + done, s, True) for s, t in enumerate(tokens)])
+                rows = [(t, args.prompt + done, s, True) for s, t in enumerate(tokens)]
+                step(context, batch, rows)
                 at = list(range(len(prompts)))
-        lib.llama_batch_free(batch)
-        lib.llama_free(context)
         return len(prompts) * args.tokens
 
-    return timed(write, args)
+    return timed(open_writer, args)
 
 
 def write_gguf(path: Path, model, kind: str) -> None:

@@ -5,8 +5,9 @@
 
 Same shape, same tokenizer, same documents, same tokens a step at most. The baseline is what most
 people run: `Trainer` on `LlamaForCausalLM`, a document a row, cut at the window and padded to the
-longest of the batch (or, "-fixed", to the window). Only tokens that are learned count. Each
-contender is a process of its own; they take turns, and the best of the rounds counts for each.
+longest of the batch (or, "-fixed", to the window). Only supervised tokens count. Each contender is
+a process of its own; they take turns. For each of them a round is the median over its steps, the
+first left out, and the table shows the median over the rounds and their spread.
 """
 
 import argparse
@@ -20,8 +21,10 @@ import sys
 import tempfile
 import time
 from datetime import date
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+
+from benchmarks.rounds import over_rounds, spread
 
 CONTENDERS = ("minimind", "trainer-bf16", "trainer", "trainer-bf16-fixed")
 
@@ -34,7 +37,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--rows", type=int, default=16, help="windows, or documents, a step")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -59,26 +62,24 @@ def main() -> None:
                     sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
                 rounds[name].append(json.loads((args.work / "figures.json").read_text()))
                 print(name, rounds[name][-1], flush=True)
-    best = {
-        name: max(figures, key=lambda one: one["real_tokens_per_second"])
-        for name, figures in rounds.items()
-    }
-    own = best["minimind"]["real_tokens_per_second"]
-    print(f"\n{'contender':20} {'real tokens/s':>14} {'fill':>7} {'peak MB':>8} {'ours':>9}")
-    for name, one in best.items():
+    figures = over_rounds(rounds)
+    own = figures["minimind"]["real_tokens_per_second"]["median"]
+    head = f"{'real tokens/s':>14} {'spread':>15} {'fill':>7} {'peak MB':>8} {'ours':>9}"
+    print(f"\n{'contender':20} {head}")
+    for name, one in figures.items():
         rate = one["real_tokens_per_second"]
         print(
-            f"{name:20} {rate:14,.0f} {one['fill']:7.1%} {one['peak_rss_mb']:8,.0f}"
-            f" {own / rate:7.2f} x"
+            f"{name:20} {rate['median']:14,.0f} {spread(rate):>15} {one['fill']['median']:7.1%}"
+            f" {one['peak_rss_mb']['median']:8,.0f} {own / rate['median']:7.2f} x"
         )
-    print(f"data loading: {best['minimind']['data_share']:.2%} of a step")
+    print(f"data loading: {figures['minimind']['data_share']['median']:.2%} of a step")
     if args.json:
         record = {
             "date": date.today().isoformat(),
             "machine": machine(),
             "command": " ".join(["python", *sys.argv]),
             "documents": [Path(file).name for file in args.data] or "textbook prose",
-            "best": best,
+            "over_rounds": figures,
             "rounds": rounds,
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -166,13 +167,13 @@ def trainer(args: argparse.Namespace) -> dict[str, float]:
                     padding="max_length" if fixed else False,
                 )
             )
-    seen: list[tuple[float, int, int]] = []
+    seen: list[tuple[int, int]] = []
 
     class Counting(DataCollatorForLanguageModeling):
         def torch_call(self, examples):
             batch = super().torch_call(examples)
             real = int(batch["attention_mask"].sum())
-            seen.append((time.perf_counter(), real, batch["attention_mask"].numel()))
+            seen.append((real, batch["attention_mask"].numel()))
             return batch
 
     ends: list[float] = []
@@ -200,10 +201,11 @@ def trainer(args: argparse.Namespace) -> dict[str, float]:
         callbacks=[Clock()],
     ).train()
     counted = seen[1 : len(ends)]  # the first one warms up
-    real, padded = (sum(column) for column in list(zip(*counted, strict=True))[1:])
+    seconds = [end - before for before, end in pairwise(ends)]
+    rates = [real / s for (real, _), s in zip(counted, seconds, strict=True)]
     return {
-        "real_tokens_per_second": real / (ends[-1] - ends[0]),
-        "fill": real / padded,
+        "real_tokens_per_second": statistics.median(rates),
+        "fill": sum(real for real, _ in counted) / sum(padded for _, padded in counted),
     }
 
 

@@ -15,6 +15,11 @@ Each message says what happened, in which file, key or line, and what to do next
 The command line prints the message alone and exits with status 1; a traceback means a bug of ours.
 """
 
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 
 class MinimindError(Exception):
     """Base of every error that a user can cause or mend."""
@@ -56,9 +61,18 @@ class TrainingError(MinimindError):
     """Training that cannot go on: bad numbers, nothing to learn from, a run in use."""
 
 
-def install_line(extra: str) -> str:
-    """How to install one of this project's extras, in a checkout of it."""
-    return f"pip install -c constraints.txt -e '.[{extra}]'"
+def shell_words(*words: str | Path) -> str:
+    """Words of a suggested command, quoted so that they can be pasted into a shell."""
+    # A path that begins with a dash would be read as an option.
+    safe = [f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w) for w in words]
+    return subprocess.list2cmdline(safe) if sys.platform == "win32" else shlex.join(safe)
+
+
+def install_line(extra: str, package: Path = Path(__file__).parent) -> str:
+    """The command that installs one of this project's extras, in a checkout or from a wheel."""
+    if (package.parent / "constraints.txt").is_file():
+        return f"pip install -c constraints.txt -e '.[{extra}]'"
+    return f"pip install 'minimind[{extra}]'"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

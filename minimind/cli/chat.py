@@ -25,11 +25,12 @@ from minimind.cli.generate import (
     TopK,
     TopP,
     plain,
+    report_short_context,
     stdin_lines,
     stretched,
-    tell_unstretched,
 )
 from minimind.errors import MinimindError, ResourceError, UsageError
+from minimind.paths import expand_user
 
 if TYPE_CHECKING:
     from minimind.tokenizer.chat import Message
@@ -58,11 +59,11 @@ def chat(
         typer.Option(help="Talk to the service there instead; its key is in MINIMIND_API_KEY."),
     ] = None,
     system: Annotated[str, typer.Option(help="What the model is told before all else.")] = "",
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     max_new_tokens: MaxNewTokens = 512,
     seed: Seed = None,
     device: Device = "auto",
@@ -70,7 +71,7 @@ def chat(
     context: Context = None,
     rope_scaling: RopeScaling = None,
 ) -> None:
-    """Talk with a model, here or at a service. Through a pipe, each line is a message."""
+    """Talk with a model, here or at a service. In a pipe or a file, each line is a message."""
     if model is None and url is None:
         raise UsageError("give a MODEL, or the --url of a service")
     context = stretched(context, rope_scaling)
@@ -98,8 +99,10 @@ def chat(
             _tell(f"{told}. /help lists the commands.")
             _in_terminal(conversation)
         else:
+            # Commands are for whoever types; in a pipe or a file each line is a message.
+            take = conversation.take if sys.stdin.isatty() else conversation.say
             for line in stdin_lines():
-                if not conversation.take(line.rstrip("\n")):
+                if not take(line.rstrip("\n")):
                     break
 
 
@@ -114,15 +117,15 @@ def _from_model(
 ) -> "Iterator[tuple[Answer, str]]":
     """What answers here, and what it is."""
     from minimind.inference.conversation import fit_chat
+    from minimind.inference.defaults import read_generation_defaults
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
-    from minimind.inference.sampling import Sampling
 
-    sampling = Sampling(**settings)
+    sampling = read_generation_defaults(model).sampling_with(settings)
     loaded, tokenizer = load_for_inference(model, **how)
-    tell_unstretched(loaded, how["context"])
     size = sum(parameter.numel() for parameter in loaded.parameters())
-    with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
+    with Engine(loaded, tokenizer, slots=1, context=how["context"], int8=int8) as engine:
+        report_short_context(engine, loaded, how["context"])
         del loaded  # the engine has its own
         room_for_answer = min(max_new_tokens, engine.context // 4)
 
@@ -152,9 +155,10 @@ def _from_service(
     if name not in found:
         raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(found) or 'none'}")
     model = found[name]
+    settings = {key: value for key, value in settings.items() if value is not None}
     if not model.is_ours:  # which may refuse what OpenAI's API lacks
         beyond = dict(top_k=0, repetition_penalty=1.0, min_p=0.0)
-        if changed := [key for key, nothing in beyond.items() if settings[key] != nothing]:
+        if changed := [key for key, noop in beyond.items() if settings.get(key, noop) != noop]:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
             raise UsageError(f"{flags}: only services of minimind know it")
         settings = {key: value for key, value in settings.items() if key not in beyond}
@@ -224,9 +228,7 @@ class _Conversation:
     def take(self, line: str) -> bool:
         """Do what one line asks for; False to leave."""
         if not line.startswith("/"):
-            if line.strip():
-                self._say(plain(line.strip()))
-            return True
+            return self.say(line)
         command, _, argument = line.partition(" ")
         argument = plain(argument.strip())
         match command.rstrip():
@@ -244,13 +246,18 @@ class _Conversation:
                 known = ", ".join(row[: row.index("  ")] for row in _HELP.splitlines())
                 raise UsageError(
                     f"{unknown} is not a command; there are {known}. "
-                    "Begin with a space to say it to the model"
+                    "Begin the line with a space to send it to the model"
                 )
         return True
 
-    def _say(self, text: str) -> None:
-        """One turn; if it is interrupted, what was said of the answer is kept."""
-        question = {"role": "user", "content": text}
+    def say(self, line: str) -> bool:
+        """Send a line to the model, unless it is empty; always True.
+
+        If the answer is interrupted, what was written of it is kept.
+        """
+        question = {"role": "user", "content": plain(line.strip())}
+        if not question["content"]:
+            return True
         seen = [*self._opening(), *self._turns[self._first :], question]
         left_out, pieces = self._answer(seen, len(self._turns))
         if left_out and not self._first:
@@ -268,6 +275,7 @@ class _Conversation:
             print(flush=True)
             if said.strip():
                 self._turns += [question, {"role": "assistant", "content": said}]
+        return True
 
     def _opening(self) -> "list[Message]":
         return [{"role": "system", "content": self._system}] if self._system else []
@@ -281,12 +289,12 @@ class _Conversation:
         path = Path(name if Path(name).suffix else name + ".jsonl")
         line = json.dumps({"conversations": self._opening() + self._turns}, ensure_ascii=False)
         try:
-            path = path.expanduser()
+            path = expand_user(path)
             with path.open("ab+") as file:
                 if file.tell() and _last_byte(file) != b"\n":
                     file.write(b"\n")
                 file.write(line.encode("utf-8", "replace") + b"\n")
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise ResourceError(f"{path}: cannot be written: {error}") from error
         _tell(f"saved to {path}")
 

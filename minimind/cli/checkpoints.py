@@ -47,7 +47,7 @@ def extract(
 
 def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     """Print the table; how many are damaged."""
-    from minimind.training.checkpoint import inspect_checkpoints
+    from minimind.training.checkpoint import damaged_checkpoints, inspect_checkpoints
 
     there = inspect_checkpoints(run, thorough=thorough)
     if not there:
@@ -74,6 +74,12 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     if damaged:
         left = "goes on from the newest whole one" if damaged < len(there) else "cannot go on"
         console.say(f"{damaged} of {len(there)} damaged; the run {left}")
+    for one in there:
+        if one.unknown:
+            console.say(f"{one.path}: {', '.join(one.unknown)} does not belong to a checkpoint")
+    if aside := damaged_checkpoints(run):
+        names = ", ".join(place.name for place in aside)
+        console.say(f"set aside in {run / 'checkpoints'} because they were damaged: {names}")
     return damaged
 
 

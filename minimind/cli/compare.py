@@ -11,8 +11,8 @@ from minimind.cli.generate import Context, Device, MaxNewTokens, plain
 from minimind.errors import MinimindError, ServiceError
 
 if TYPE_CHECKING:
-    from minimind.cli.models import Service
     from minimind.evaluation.prompts import Talk
+    from minimind.evaluation.remote import Service
     from minimind.evaluation.tasks import Result
 
 _AT_ONCE = 8  # questions, of a directory as of a service, so that their speeds say the same
@@ -109,21 +109,21 @@ class _Comparison:
 
     def open_judge(self, url: str) -> "Service | None":
         """Before anything is asked, so that a mistake is told at once."""
-        from minimind.cli.models import Service
+        from minimind.cli.models import open_service
 
         try:
-            return Service(url, key_variables=[_JUDGE_KEY])
+            return open_service(url, _JUDGE_KEY)
         except MinimindError as error:
             self.fail(f"--judge {url}", error)
             return None
 
     def ask(self, place: str) -> None:
         """All questions to one model, but for those that it has answered."""
-        from minimind.cli.models import open_model
+        from minimind.cli.models import is_service, open_model, report_dropped
         from minimind.evaluation.run import evaluate, file_name, read_results
 
         try:
-            context = None if "://" in place else self.context
+            context = None if is_service(place) else self.context
             model = open_model(place, self.device, context=context, taken=self.figures)
             identity = model.identity()
         except (MinimindError, OSError) as error:
@@ -147,6 +147,7 @@ class _Comparison:
             self.fail(model.name, error)
         finally:
             reporter.stop()
+        report_dropped(model)
         try:
             header = self.talk.settings() | identity
             results = read_results(folder / "answers.jsonl", header)
@@ -165,6 +166,7 @@ class _Comparison:
 
     def judge(self, service: "Service") -> None:
         """Every pair of answers, but for those that were judged."""
+        from minimind.cli.models import report_dropped
         from minimind.evaluation.judge import judge, make_trials, verdicts
         from minimind.evaluation.run import file_name
 
@@ -191,6 +193,7 @@ class _Comparison:
             return
         finally:
             reporter.stop()
+        report_dropped(service)
         verdict = {"name": service.name, **verdicts(trials, judged, list(answers))}
         if verdict["failed"]:
             missing = ServiceError(

@@ -1,4 +1,4 @@
-"""`minimind data inspect` and `minimind data get`."""
+"""`minimind data inspect`, `get` and `stores`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from minimind.cli import console
 from minimind.errors import UsageError
 
-app = typer.Typer(help="Look into data, and download exams.", no_args_is_help=True)
+app = typer.Typer(help="Inspect data, download exams, list token stores.", no_args_is_help=True)
 
 
 @app.command()
@@ -60,10 +60,61 @@ def get(
     out: Annotated[Path, typer.Option(help="Where to put it.")] = Path("data"),
 ) -> None:
     """Download published exams for `minimind eval --data`, where there is a network."""
-    from minimind.data.hub import download
+    from minimind.data.hub import PUBLISHED, download
 
     for name in names:
-        console.say(f"{name}: {download(name, out)}")
+        place = download(name, out)
+        moving = "" if PUBLISHED[name].is_pinned else " (the newest version, not a fixed one)"
+        console.say(f"{name}: {place}{moving}")
+
+
+@app.command()
+def stores(
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY", help="Stores by key; default: all.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of token stores; default: the cache.")
+    ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove them; training makes them again.")
+    ] = False,
+) -> None:
+    """List the token stores on this machine, or remove them."""
+    from datetime import datetime
+
+    from minimind.data.store import default_folder
+    from minimind.data.store_list import list_stores, remove_store
+
+    home = store or default_folder()
+    found = list_stores(home)
+    for key in keys or []:
+        if not any(one.key.startswith(key) for one in found):
+            raise UsageError(f"{home} holds no store {key}; leave out KEY to list those it holds")
+    chosen = [one for one in found if not keys or one.key.startswith(tuple(keys))]
+    rows = [
+        [
+            one.key[:8],
+            one.kind,
+            one.tokens,
+            f"{one.num_bytes / 1e6:,.1f}",
+            f"{datetime.fromtimestamp(one.made):%Y-%m-%d %H:%M}",
+            "\n".join([*one.files[:3], *(["…"] if len(one.files) > 3 else [])]),
+        ]
+        for one in chosen
+    ]
+    columns = ["key", "kind", "tokens", "MB", "made", "data"]
+    if rows:
+        console.show(console.table(f"Token stores in {home}", columns, rows))
+    removed = [one for one in chosen if remove and remove_store(home, one.key)]
+    for one in chosen if remove else []:
+        if one not in removed:
+            console.say(f"{one.key} is being made by another process, and was not removed")
+    verb, some = ("removed", removed) if remove else ("in all", chosen)
+    megabytes = sum(one.num_bytes for one in some) / 1e6
+    console.say(
+        f"{home}: {verb} {console.count(len(some), 'store', 'stores')}, {megabytes:,.1f} MB"
+    )
 
 
 def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
@@ -98,6 +149,17 @@ def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
         ]
         columns = ["first seen in", "reason", "lines"]
         console.show(console.table("Bad lines", columns, reasons, numbers=1))
+    if total["unused_keys"]:
+        unused = [
+            [number, key, count]
+            for number, figures in zip(rows, parts.values(), strict=False)
+            for key, count in figures["unused_keys"].items()
+        ]
+        columns = ["#", "key", "records"]
+        console.show(console.table("Keys that are not used", columns, unused))
+    for reason, count in total["skipped"].items():
+        left_out = console.count(count, "record", "records")
+        console.say(f"tokens are without {left_out}: {reason}")
     for number, figures in zip(rows, parts.values(), strict=False):
         for sample in figures["samples"]:
             console.say(f"\n#{number}: {sample}")

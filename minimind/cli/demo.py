@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind.cli import console
+from minimind.errors import shell_words
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -38,6 +41,7 @@ _CORPUS = {
 }
 _QUIZ_QUESTIONS = 400
 _ANSWER_TOKENS = 64
+_MOMENTS = ("after pretraining", "after fine-tuning", "after preferences")
 
 
 def demo(
@@ -56,7 +60,6 @@ def demo(
     from minimind.evaluation.report import make_report
     from minimind.model.device import choose_device
 
-    started = time.perf_counter()
     chosen = choose_device(device)
     on_cpu = chosen.type == "cpu"
     preset = model or ("demo" if on_cpu else "small")
@@ -67,7 +70,17 @@ def demo(
     if fresh:
         _clear(out)
     out.mkdir(parents=True, exist_ok=True)
+    with timed(out) as total_seconds:
+        summary = _all_steps(out, recipes, total_seconds)
+    make_report([out]).write(out / "report.html")
+    _show(out, summary)
 
+
+def _all_steps(
+    out: Path, recipes: dict[str, "Recipe"], total_seconds: Callable[[], float]
+) -> dict[str, Any]:
+    """Do what was not done before; return the summary."""
+    corpus = out / "corpus"
     last = len(_STAGES) + 3
     console.heading(f"1/{last}", "the corpus: a textbook of its own")
     _corpus(corpus)
@@ -80,19 +93,43 @@ def demo(
     console.heading(f"{last}/{last}", "the quiz and the report")
     summary_file = out / "summary.json"
     if summary_file.is_file():
-        summary = json.loads(summary_file.read_text("utf-8"))
         console.say("finished before; --fresh starts over")
-    else:
-        _publish(out, results["dpo"])
-        summary = _examine(out, recipes, results, started)
-    make_report([out]).write(out / "report.html")
-    _show(out, summary)
+        summary: dict[str, Any] = json.loads(summary_file.read_text("utf-8"))
+        return summary
+    _publish(out, results["dpo"])
+    return _examine(out, recipes, results, total_seconds)
+
+
+@contextmanager
+def timed(out: Path) -> Iterator[Callable[[], float]]:
+    """Yield a function that returns the seconds spent on the demo, earlier starts included.
+
+    `time.json` holds the seconds of earlier starts and when the running one began. One that was
+    killed is counted up to the last line of its metrics.
+    """
+    path = out / "time.json"
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {"seconds": 0.0}
+    before = known["seconds"]
+    if (began := known.get("began")) is not None:
+        seen = [one.stat().st_mtime for one in (path, *out.glob("*/metrics.jsonl"))]
+        before += max(0.0, max(seen) - began)
+    started, clock = time.time(), time.perf_counter()
+
+    def total() -> float:
+        seconds: float = before + time.perf_counter() - clock
+        return seconds
+
+    console.write_json(path, {"seconds": before, "began": started})
+    try:
+        yield total
+    finally:
+        console.write_json(path, {"seconds": total()})
 
 
 def _clear(out: Path) -> None:
     for name in ("corpus", "tokenizer", "stores", "model", "report-plots", *_STAGES):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("summary.json", "report.html", "report.md"):
+    for name in ("summary.json", "time.json", "report.html", "report.md"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -161,7 +198,7 @@ def _run(recipe: "Recipe") -> "StageResult":
     reporter = console.RichReporter()
     result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
     if not result.finished:
-        console.say("stopped; `minimind demo` again goes on from here")
+        console.say("stopped; the same command continues from here")
         raise typer.Exit(130)
     summary = result.summary
     held_out = (
@@ -187,7 +224,10 @@ def _publish(out: Path, last: "StageResult") -> None:
 
 
 def _examine(
-    out: Path, recipes: dict[str, "Recipe"], results: dict[str, "StageResult"], started: float
+    out: Path,
+    recipes: dict[str, "Recipe"],
+    results: dict[str, "StageResult"],
+    total_seconds: Callable[[], float],
 ) -> dict[str, Any]:
     """The quiz, the eight questions as each stage answers them, `summary.json`."""
     from minimind.data.textbook import eight, sample_quiz
@@ -195,7 +235,7 @@ def _examine(
     from minimind.inference.asking import answer_all, continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
-    from minimind.training.stage import new_model
+    from minimind.training.build import new_model
 
     device = recipes["pretrain"].device
     questions, quiz = eight(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
@@ -236,13 +276,15 @@ def _examine(
     dpo = results["dpo"].summary
     summary = {
         "training_seconds": sum(stage["seconds"] for stage in stages.values()),
-        "total_seconds": time.perf_counter() - started,
+        "total_seconds": total_seconds(),
         "device": device,
         "parameters": results["pretrain"].summary["parameters"],
         "stages": stages,
         "unigram_bits_per_byte": results["pretrain"].summary["unigram_bits_per_byte"],
         "quiz": {
+            # By keywords; see minimind/data/textbook/quiz.py and fluency.py.
             "correct": sum(one.right for one in marked),
+            "fluent": sum(one.fluent for one in marked),
             "correct_before_preferences": sum(one.right for one in marked_before),
             "questions": len(marked),
             "by_subject": {
@@ -268,7 +310,8 @@ def _examine(
                 "after_pretraining": between[i],
                 "after_fine_tuning": tuned[i].answer,
                 "after_preferences": after[i].answer,
-                "correct": after[i].right and after[i].fluent,
+                "correct": after[i].right,
+                "fluent": after[i].fluent,
             }
             for i, question in enumerate(questions)
         ],
@@ -307,19 +350,24 @@ def _who_it_is(out: Path, device: str, trained: dict[str, Any]) -> dict[str, Any
     }
 
 
+def _marks(one: dict[str, Any]) -> list[str]:
+    """The scores of one of the eight answers; a demo of an earlier version has no fluency."""
+    return [{True: "✓", False: "✗", None: "–"}[one.get(name)] for name in ("correct", "fluent")]
+
+
 def _show(out: Path, summary: dict[str, Any]) -> None:
     """The eight answers, the summary table, and how to go on."""
     console.show(
         console.table(
             "The eight questions",
-            ["question", "after pretraining", "after fine-tuning", "after preferences", ""],
+            ["question", *_MOMENTS, "keywords", "fluent"],
             (
                 [
                     one["question"],
                     one["after_pretraining"],
                     one["after_fine_tuning"],
                     one["after_preferences"],
-                    "✓" if one["correct"] else "✗",
+                    *_marks(one),
                 ]
                 for one in summary["eight"]
             ),
@@ -340,11 +388,12 @@ def _show(out: Path, summary: dict[str, Any]) -> None:
         ("bits per byte, unigram model", round(summary["unigram_bits_per_byte"], 3)),
         (
             "quiz, words never trained on",
-            f"{quiz['correct']} of {quiz['questions']} right "
+            f"{quiz['correct']} of {quiz['questions']} match the keywords "
             f"({quiz['correct'] / quiz['questions']:.1%})",
         ),
-        ("the same before preferences", f"{quiz['correct_before_preferences']} right"),
-        ("the eight", f"{sum(one['correct'] for one in summary['eight'])} of 8 right"),
+        ("quiz, fluent answers", f"{quiz.get('fluent', '–')} of {quiz['questions']}"),
+        ("the same before preferences", f"{quiz['correct_before_preferences']} match the keywords"),
+        ("the eight", f"{sum(one['correct'] for one in summary['eight'])} of 8 match the keywords"),
         (
             "pairs of answers told apart",
             f"{preferences['accuracy']:.1%} (before: {preferences['first_accuracy']:.1%})",
@@ -356,5 +405,6 @@ def _show(out: Path, summary: dict[str, Any]) -> None:
     ]
     console.show(console.table("Summary", ["figure", "value"], rows, numbers=1))
     console.say(f"The report with all curves: {out / 'report.html'}")
-    console.say(f"Chat with your model: minimind chat {out}")
-    console.say(f"And by its name: minimind chat {out} --adapter {out / 'identity'}")
+    console.say(f"Chat with your model: minimind {shell_words('chat', out)}")
+    named = shell_words("chat", out, "--adapter", out / "identity")
+    console.say(f"And by its name: minimind {named}")

@@ -61,8 +61,7 @@ def _machine(device: str) -> dict[str, Any]:
 
     from minimind import __version__
     from minimind.inference.load import inference_dtype
-    from minimind.model.device import choose_device
-    from minimind.training.memory import free_bytes
+    from minimind.model.device import choose_device, free_bytes
     from minimind.training.precision import choose_precision
 
     chosen = choose_device(device)

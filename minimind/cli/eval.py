@@ -177,6 +177,7 @@ class _Evaluation:
 
     def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
         """One task, one model."""
+        from minimind.cli.models import report_dropped
         from minimind.evaluation.run import evaluate
 
         reporter = console.RichReporter()
@@ -201,6 +202,7 @@ class _Evaluation:
             self.fail(title, error)
         finally:
             reporter.stop()
+        report_dropped(examined.model)
 
     def run_harness(self, examined: _Examined, name: str) -> None:
         """A task of lm-eval."""
@@ -244,14 +246,13 @@ class _Evaluation:
         """The tables, and what failed."""
         figures = self._all_figures()
         if figures:
-            console.show(
-                console.table(
-                    "Results",
-                    ["model", "task", "score", "95 %", "chance", "correct / questions", "failed"],
-                    map(_row, figures),
-                    numbers=5,
-                )
-            )
+            columns = ["model", "task", "score", "95 %", "chance", "correct / questions", "failed"]
+            rows = [_row(one) for one in figures]
+            if any("fluent" in one for one in figures):
+                columns.append("fluent")
+                for row, one in zip(rows, figures, strict=True):
+                    row.append(f"{one['fluent']:,}" if "fluent" in one else None)
+            console.show(console.table("Results", columns, rows, numbers=len(columns) - 2))
         self._show_contamination([one for one in figures if "contamination" in one])
         for part, title in (("by_group", "by group"), ("by_source", "by source")):
             for task in dict.fromkeys(one["task"] for one in figures if part in one):
@@ -316,7 +317,8 @@ def _score(one: Figures) -> str:
     if one.get("bits_per_byte") is not None:
         return f"{one['bits_per_byte']:.4f} bits/byte"
     if one.get("accuracy") is not None:
-        return f"{one['accuracy']:.2%}"
+        kind = " by keywords" if "fluent" in one else ""
+        return f"{one['accuracy']:.2%}{kind}"
     return ", ".join(f"{name} {console.figure(v)}" for name, v in one.get("metrics", {}).items())
 
 

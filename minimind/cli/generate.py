@@ -1,6 +1,5 @@
 """`minimind generate MODEL PROMPT`: go on with a text."""
 
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +10,38 @@ import typer
 from minimind.errors import UsageError
 
 if TYPE_CHECKING:
+    from minimind.inference.engine import Engine
     from minimind.model import Transformer
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run directory.")]
 Adapter = Annotated[
     Path | None, typer.Option(metavar="DIR", help="LoRA adapter, or the run that made it.")
 ]
+# Where they are not given, the model's generation_config.json decides, then OpenAI's default.
 Temperature = Annotated[
-    float, typer.Option(help="0 always takes the likeliest word; higher is more varied.")
+    float | None,
+    typer.Option(help="Sampling temperature; 0 is greedy decoding. [default: the model's, or 1]"),
 ]
-TopP = Annotated[float, typer.Option(help="Choose among words that make up this probability.")]
-TopK = Annotated[int, typer.Option(help="Choose among this many words; 0 = all.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Nucleus (top-p) sampling threshold. [default: the model's, or 1]"),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Keep only the k most likely tokens; 0 = all. [default: the model's, or 0]"),
+]
 MinP = Annotated[
-    float, typer.Option(help="Leave out words below this share of the likeliest one's probability.")
+    float | None,
+    typer.Option(
+        help="Drop tokens below this fraction of the top token's probability. "
+        "[default: the model's, or 0]"
+    ),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1: words that were used become less likely.")
+    float | None,
+    typer.Option(
+        help="Above 1: penalize tokens that already appeared. [default: the model's, or 1]"
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")]
 Seed = Annotated[
@@ -38,7 +53,11 @@ Int8 = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens the model can see; more than it was made for is stretched."),
+    typer.Option(
+        min=1,
+        help="Context length in tokens, shorter or longer than the model's own; beyond it RoPE "
+        "scaling is used. Default: the model's own, as far as free memory allows.",
+    ),
 ]
 RopeScaling = Annotated[
     Literal["linear", "dynamic", "yarn"] | None,
@@ -55,11 +74,11 @@ def generate(
         str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it from stdin.")
     ],
     adapter: Adapter = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     max_new_tokens: MaxNewTokens = 200,
     seed: Seed = None,
     device: Device = "auto",
@@ -72,11 +91,19 @@ def generate(
     if not text:
         raise UsageError('the prompt is empty; give a text to go on with, such as "秦始皇是"')
 
+    from minimind.inference.defaults import read_generation_defaults
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
-    from minimind.inference.sampling import Sampling
 
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, min_p)
+    sampling = read_generation_defaults(model).sampling_with(
+        dict(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            min_p=min_p,
+        )
+    )
     loaded, tokenizer = load_for_inference(
         model,
         device,
@@ -84,8 +111,8 @@ def generate(
         context=stretched(context, rope_scaling),
         rope_scaling=rope_scaling,
     )
-    tell_unstretched(loaded, context)
-    with Engine(loaded, tokenizer, slots=1, int8=int8) as engine:
+    with Engine(loaded, tokenizer, slots=1, context=context, int8=int8) as engine:
+        report_short_context(engine, loaded, context)
         del loaded  # the engine has its own
         pieces = engine.stream_text(
             tokenizer.text_start + tokenizer.encode(text),
@@ -106,12 +133,13 @@ def stretched(context: int | None, rope_scaling: str | None) -> int | None:
     return context
 
 
-def tell_unstretched(model: "Transformer", context: int | None) -> None:
-    """Say on stderr that a --context below the model's own changes nothing."""
+def report_short_context(engine: "Engine", model: "Transformer", context: int | None) -> None:
+    """Say on stderr that free memory has made the context shorter than the model's own."""
     own = model.config.max_position_embeddings
-    if context is not None and context < own:
+    if context is None and engine.context < own:
         print(
-            f"--context {context} changes nothing: the model reads {own:,} tokens as it is",
+            f"free memory allows a context of {engine.context:,} tokens; "
+            f"the model's own is {own:,}",
             file=sys.stderr,
         )
 
@@ -122,13 +150,15 @@ def plain(text: str) -> str:
 
 
 def stdin_lines() -> Iterator[str]:
-    """The lines of standard input as they come. Raises UsageError when they are not text."""
-    assert isinstance(sys.stdin, io.TextIOWrapper)
-    sys.stdin.reconfigure(errors="strict")
-    try:
-        yield from sys.stdin
-    except UnicodeDecodeError:
-        raise UsageError(
-            f"standard input is not {sys.stdin.encoding} text; convert it first, "
-            "for example with: iconv -f gb18030 -t utf-8"
-        ) from None
+    """Lines of standard input as they come. Raises UsageError for bytes that are not text."""
+    encoding = sys.stdin.encoding
+    # Decoded line by line: a text stream decodes ahead, and its errors name no line.
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode(encoding)
+        except UnicodeDecodeError:
+            raise UsageError(
+                f"standard input, line {number}: not {encoding} text; convert it first, "
+                "for example with: iconv -f gb18030 -t utf-8"
+            ) from None
+        yield text.removeprefix("\ufeff" if number == 1 else "")

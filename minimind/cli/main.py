@@ -143,9 +143,19 @@ app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")
 
 
+def _use_utf_8() -> None:
+    """Make pipes and files UTF-8 on every platform; a terminal keeps its own encoding."""
+    # A terminal that lacks a character shows "?" for it rather than stopping the run.
+    for stream, errors in (
+        (sys.stdin, "strict"),
+        (sys.stdout, "replace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
+
+
 def main() -> None:
     """Run the command line."""
-    # A terminal that lacks a character shows "?" for it rather than stopping the run.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    _use_utf_8()
     app(prog_name="minimind")

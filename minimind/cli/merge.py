@@ -1,13 +1,13 @@
 """`minimind merge MODEL --adapter DIR --out DIR`: a plain model of a model and its adapter."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from minimind.cli import console
 from minimind.cli.generate import Model
-from minimind.errors import UsageError
+from minimind.errors import UsageError, shell_words
 
 
 def merge(
@@ -16,15 +16,20 @@ def merge(
         Path, typer.Option(metavar="DIR", help="LoRA adapter, or the run that made it.")
     ],
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Precision of the weights that are written; default: the MODEL's."),
+    ] = None,
 ) -> None:
-    """Merge a LoRA adapter into its model, in float32: what comes out is a plain model."""
+    """Merge a LoRA adapter into its model; the sums are formed in float32."""
     import torch
 
     from minimind.inference.load import load_for_inference
     from minimind.model import resolve_model_directory, save_model
+    from minimind.model.directory import stored_dtype
 
     if out.resolve() == resolve_model_directory(model).resolve():
         raise UsageError(f"{out} is the model that the adapter was made for; give another --out")
     merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter, dtype=torch.float32)
-    save_model(out, merged, tokenizer)
-    console.say(f"The merged model is in {out}. Try it: minimind chat {out}")
+    save_model(out, merged, tokenizer, dtype=dtype or stored_dtype(resolve_model_directory(model)))
+    console.say(f"The merged model is in {out}. Try it: minimind {shell_words('chat', out)}")

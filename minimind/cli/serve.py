@@ -41,8 +41,13 @@ def serve(
         typer.Option(metavar="ORIGIN", help="Web pages of this origin may ask from a browser."),
     ] = None,
     slots: Annotated[
-        int, typer.Option(min=1, max=256, help="Answers written at once, by each model.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            min=1,
+            max=256,
+            help="Maximum concurrent sequences per model; default: up to 16, as memory allows.",
+        ),
+    ] = None,
     queue: Annotated[
         int, typer.Option(min=0, max=100_000, help="Answers that may wait; more get status 429.")
     ] = 64,
@@ -59,7 +64,7 @@ def serve(
     from minimind.serving.auth import check_exposure
     from minimind.serving.limits import Limits
     from minimind.serving.logs import log_to_stderr
-    from minimind.serving.models import find_adapters, find_models, load_served
+    from minimind.serving.models import find_adapters, find_models, load_models
 
     check_exposure(host, keys)
     context = stretched(context, rope_scaling)
@@ -69,22 +74,21 @@ def serve(
     with server.ends_at_once():
         if end_with_stdin:
             server.end_with_stdin()
-        served = {
-            name: load_served(
-                name,
-                source,
-                device=device,
-                slots=slots,
-                waiting=queue,
-                int8=int8,
-                context=context,
-                rope_scaling=rope_scaling,
-            )
-            for name, source in sources.items()
-        }
+        log_to_stderr()
+        served = load_models(
+            sources,
+            device=device,
+            slots=slots,
+            waiting=queue,
+            int8=int8,
+            context=context,
+            rope_scaling=rope_scaling,
+        )
         for name in served:
             print(f"{name}: {server.url_of(listening)}/v1", flush=True)
-        log_to_stderr()
+        for name, model in served.items():
+            print(f"{name}: {model.cache}", flush=True)
         server.answer_first()
         limits = Limits(queue=queue)
-        server.Server(served, keys=keys, origins=cors or [], limits=limits).serve_at(listening)
+        running = server.Server(served, keys=keys, origins=cors or [], limits=limits)
+        raise SystemExit(running.serve_at(listening))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind.cli import console
-from minimind.errors import UsageError
+from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
     from minimind.data.read import BadLines
@@ -52,7 +52,7 @@ def train(
     if tokenizer.vocab_size < vocab_size:
         console.say(f"The text has pairs for only {tokenizer.vocab_size:,} words.")
     console.say(f"A tokenizer of {tokenizer.vocab_size:,} words is in {out}.")
-    console.say(f"Look into it: minimind tokenizer inspect {out}")
+    console.say(f"Look into it: minimind {shell_words('tokenizer', 'inspect', out)}")
 
 
 @app.command()

@@ -1,12 +1,13 @@
 """`minimind pretrain`, `sft`, `lora`, `dpo`, and `minimind train RECIPE` behind them."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minimind.cli import console, workers
-from minimind.errors import UsageError
+from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
     from minimind.config import ResolvedRecipe
@@ -158,8 +159,9 @@ def _stage(
     recipe = resolved.recipe
     if fresh and resume:
         raise UsageError("--fresh and --resume exclude each other; give one of them")
-    # A recipe is there too when a start has failed, and checkpoints are what a run goes on from.
-    begun = any((Path(recipe.out or "") / "checkpoints").glob("step-*"))
+    from minimind.training.run import has_begun
+
+    begun = recipe.out is not None and has_begun(Path(recipe.out))
     if resume and workers.is_first_process() and not begun:
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to go on with; leave out --resume")
@@ -195,8 +197,8 @@ def recipe_and_settings(
     arguments: list[str], standard_recipe: str | None = None
 ) -> tuple[str, list[str]]:
     """The recipe that is named, or the standard one, and the KEY=VALUE arguments."""
-    overrides = [argument for argument in arguments if "=" in argument]
-    recipes = [argument for argument in arguments if "=" not in argument]
+    recipes = [one for one in arguments if "=" not in one or os.path.isfile(one)]
+    overrides = [one for one in arguments if one not in recipes]
     if len(recipes) > 1:
         raise UsageError(
             f"two recipes are given, {recipes[0]} and {recipes[1]}. If one is data: repeat --data "
@@ -237,7 +239,8 @@ def finish(result: "StageResult", json: Path | None) -> None:
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""
     if result.adapter:
-        chosen = f"{result.summary['base']}{prompt} --adapter {result.run}"
-        console.say(f"The adapter is in {result.adapter}. Try it: minimind {verb} {chosen}")
+        command = shell_words(verb, Path(result.summary["base"]), "--adapter", result.run)
+        console.say(f"The adapter is in {result.adapter}. Try it: minimind {command}{prompt}")
     else:
-        console.say(f"The model is in {result.model}. Try it: minimind {verb} {result.run}{prompt}")
+        command = shell_words(verb, result.run)
+        console.say(f"The model is in {result.model}. Try it: minimind {command}{prompt}")

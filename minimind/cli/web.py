@@ -23,7 +23,7 @@ def web(
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
 ) -> None:
-    """Talk with models in a browser. The page is on this machine alone."""
+    """Talk with models in a browser: a page on this machine, behind a token in its address."""
     if bool(models) == bool(url):
         raise UsageError("give a MODEL, or the --url of a service")
     if importlib.util.find_spec("streamlit") is None:

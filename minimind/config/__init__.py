@@ -6,22 +6,27 @@ from minimind.config.load import (
     ResolvedRecipe,
     difference,
     dump_recipe,
+    identity,
     load_recipe,
     packaged_recipes,
+    role_of,
 )
 from minimind.config.model import PRESETS, ModelConfig
-from minimind.config.settings import Recipe
+from minimind.config.settings import Recipe, Role
 
 __all__ = [
     "PRESETS",
     "ModelConfig",
     "Recipe",
     "ResolvedRecipe",
+    "Role",
     "Variant",
     "difference",
     "dump_recipe",
     "explain",
+    "identity",
     "load_recipe",
     "packaged_recipes",
+    "role_of",
     "variants",
 ]

@@ -1,13 +1,16 @@
 """Variants of a recipe: settings with several values, `key=a,b,c`, and all their combinations.
 
-Values are those of any override, as TOML writes them; a comma outside of brackets and quotes
-parts two of them. So `data.window=64,128` gives two variants, `validation.prompts=["a", "b"]` one,
-and `model={hidden_size = 256, num_hidden_layers = 2},{hidden_size = 128, num_hidden_layers = 8}`
+Values are those of any override, as TOML writes them, separated by commas outside of brackets and
+quotes; a path that exists is one value, whatever its name. So `data.window=64,128` gives two
+variants, `validation.prompts=["a", "b"]` one, and
+`model={hidden_size = 256, num_hidden_layers = 2},{hidden_size = 128, num_hidden_layers = 8}`
 two in which several settings change together (the braces hold the whole [model] of a recipe).
 """
 
 import itertools
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +53,7 @@ def variants(overrides: Sequence[str]) -> list[Variant]:
     axes: list[list[str]] = []
     for override in overrides:
         key, _, text = override.partition("=")
-        values = split_values(text)
+        values = [text] if os.path.exists(text) else split_values(text)
         if len(values) > 1 and not all(values):
             raise ConfigError(f"{override}: a value is missing beside a comma")
         if len(set(values)) < len(values):
@@ -69,15 +72,26 @@ def variants(overrides: Sequence[str]) -> list[Variant]:
     needed = _needed(told, varied)
     names = [_name({key: settings.get(key) for key in needed}) for settings in told]
     return [
-        Variant(
-            name if names.count(name) == 1 else f"{name}-{number}",
-            {key: settings.get(key) for key in varied},
-            combination,
-        )
-        for number, (name, settings, combination) in enumerate(
-            zip(names, told, combinations, strict=True), 1
-        )
+        Variant(name, {key: settings.get(key) for key in varied}, combination)
+        for name, settings, combination in zip(_distinct(names), told, combinations, strict=True)
     ]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the names that come several times; upper and lower case may be one directory."""
+    times = Counter(name.casefold() for name in names)
+    taken = {name for name, count in times.items() if count == 1}
+    distinct = []
+    for place, name in enumerate(names, 1):
+        numbered = (f"{name}-{number}" for number in itertools.count(place))
+        chosen = (
+            name
+            if times[name.casefold()] == 1
+            else next(candidate for candidate in numbered if candidate.casefold() not in taken)
+        )
+        taken.add(chosen.casefold())
+        distinct.append(chosen)
+    return distinct
 
 
 def _settings(combination: Sequence[str]) -> dict[str, Any]:

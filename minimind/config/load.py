@@ -3,15 +3,16 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from minimind.config.settings import Recipe
+from minimind.config.settings import Recipe, Role
 from minimind.errors import ConfigError
 
 COMMAND_LINE, FLAG = "command line", "flag"
@@ -46,6 +47,7 @@ def load_recipe(
         _replace(values, origins, *parse_override(argument), COMMAND_LINE)
     for key, value in (flags or {}).items():
         _replace(values, origins, key, value, FLAG)
+    _drop_inherited_decay(values, origins, _from_command_line(origins))
     _optimize_adapters(values, origins)
     return ResolvedRecipe(_validate(values, origins), origins)
 
@@ -93,7 +95,26 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[
     except ConfigError as error:
         raise ConfigError(f"{where}: extends = {toml_value(parent)}: {error}") from None
     base, base_origins = _read(parent_path, (*children, path.resolve()))
-    return _merged(base, values), base_origins | origins
+    merged, merged_origins = _merged(base, values), base_origins | origins
+    _drop_inherited_decay(merged, merged_origins, origins)
+    return merged, merged_origins
+
+
+def _drop_inherited_decay(
+    values: dict[str, Any], origins: dict[str, str], said: Collection[str]
+) -> None:
+    """Drop the decay of an inherited WSD schedule where `said`, the keys of a recipe that extends
+    it or of the command line, chooses cosine and says nothing of decay."""
+    schedule = values.get("schedule")
+    if not isinstance(schedule, dict) or schedule.get("name") != "cosine":
+        return
+    if "schedule.name" in said and "schedule.decay" not in said:
+        schedule.pop("decay", None)
+        origins.pop("schedule.decay", None)
+
+
+def _from_command_line(origins: Mapping[str, str]) -> set[str]:
+    return {key for key, origin in origins.items() if origin in (COMMAND_LINE, FLAG)}
 
 
 def _shown(path: Path) -> str:
@@ -198,7 +219,7 @@ def _optimize_adapters(values: dict[str, Any], origins: dict[str, str]) -> None:
 
     So a setting such as lora.rank=8 is enough; what the command line says of optim stands.
     """
-    said = {key for key, origin in origins.items() if origin in (COMMAND_LINE, FLAG)}
+    said = _from_command_line(origins)
     optim = values.get("optim", {})
     if not any(f"{key}.".startswith("lora.") for key in said) or not isinstance(optim, dict):
         return
@@ -273,26 +294,49 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def setting_names() -> list[str]:
     """Every dotted key that a recipe may set."""
-    return _names(Recipe)
+    return list(setting_roles())
 
 
-def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    names: list[str] = []
+@cache
+def setting_roles() -> dict[str, Role]:
+    """The role of each setting, by dotted key."""
+    return _roles(Recipe)
+
+
+def _roles(model: type[BaseModel], prefix: str = "") -> dict[str, Role]:
+    roles: dict[str, Role] = {}
     for name, field in model.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
         inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        names += _names(inner, f"{prefix}{name}.") if inner else [prefix + name]
-    return names
+        if inner:
+            roles |= _roles(inner, f"{prefix}{name}.")
+        else:
+            [roles[prefix + name]] = (mark for mark in field.metadata if isinstance(mark, Role))
+    return roles
 
 
-def difference(kept: Recipe, given: Recipe) -> list[str]:
-    """The settings in which a run's recipe and the one now given differ, as lines for people."""
+def difference(kept: Recipe, given: Recipe) -> dict[str, str]:
+    """The settings in which a run's recipe and the one now given differ, as text by dotted key."""
     before, now = leaves(kept.model_dump()), leaves(given.model_dump())
-    return [
-        f"{key} was {_told(before.get(key))} and is now {_told(now.get(key))}"
+    return {
+        key: f"{key} was {_told(before.get(key))} and is now {_told(now.get(key))}"
         for key in before | now
         if before.get(key) != now.get(key)
-    ]
+    }
+
+
+def role_of(key: str) -> Role:
+    """The role of a setting or of an entry in one; a group that is absent counts as identity."""
+    roles = setting_roles()
+    while key not in roles and "." in key:
+        key = key.rpartition(".")[0]
+    return roles.get(key, Role.IDENTITY)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what the run computes, by dotted key."""
+    values = leaves(recipe.model_dump())
+    return {key: value for key, value in values.items() if role_of(key) is Role.IDENTITY}
 
 
 def _told(value: Any) -> str:

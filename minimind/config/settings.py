@@ -1,17 +1,47 @@
-"""Every setting of a run: one small class a concern, put together by `Recipe`."""
+"""Every setting of a run: one small class a concern, put together by `Recipe`.
 
-from typing import Annotated, Literal
+Each setting is marked beside its declaration: `Identity` if it decides what the run computes, and
+must be the same when the run is resumed; `Operation` if it only decides how, and may change.
+"""
+
+import os
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from minimind.config.model import PRESETS, ModelConfig
 
-SCHEMAS = Literal["auto", "text", "conversations", "messages", "sharegpt", "alpaca", "qa", "pairs"]
+
+class Role(Enum):
+    """The part that a setting plays when a run is resumed."""
+
+    IDENTITY = "identity"
+    OPERATION = "operation"
+
+
+_T = TypeVar("_T")
+Identity = Annotated[_T, Role.IDENTITY]
+Operation = Annotated[_T, Role.OPERATION]
+
+SCHEMAS = Literal[
+    "auto",
+    "text",
+    "conversations",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "qa",
+    "prompt_completion",
+    "pairs",
+]
 
 
 class _Settings(BaseModel):
     # Strict: "64" is no number and `true` no 1; what a recipe says is what the run does.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 _OF_ANY_MODEL = {"init", "context", "rope_scaling"}  # what is no part of a new model's shape
@@ -20,25 +50,27 @@ _OF_ANY_MODEL = {"init", "context", "rope_scaling"}  # what is no part of a new 
 class ModelSettings(_Settings):
     """Where the model comes from: a directory to go on with, or a preset to start from zero."""
 
-    init: str | None = Field(None, description="Model directory to start from.")
-    context: int | None = Field(None, ge=1, description="Stretch the context of `init` to this.")
-    rope_scaling: Literal["linear", "dynamic", "yarn"] | None = Field(
+    init: Identity[str | None] = Field(None, description="Model directory to start from.")
+    context: Identity[int | None] = Field(
+        None, ge=1, description="Stretch the context of `init` to this."
+    )
+    rope_scaling: Identity[Literal["linear", "dynamic", "yarn"] | None] = Field(
         None, description="How the context is stretched; default: yarn."
     )
-    preset: str = Field("small", description="Named shape of a new model.")
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int | None = None
-    rope_theta: float | None = None
-    rms_norm_eps: float | None = None
-    qk_norm: bool | None = None
-    num_local_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    shared_intermediate_size: int | None = None
+    preset: Identity[str] = Field("small", description="Named shape of a new model.")
+    hidden_size: Identity[int | None] = None
+    intermediate_size: Identity[int | None] = None
+    num_hidden_layers: Identity[int | None] = None
+    num_attention_heads: Identity[int | None] = None
+    num_key_value_heads: Identity[int | None] = None
+    head_dim: Identity[int | None] = None
+    max_position_embeddings: Identity[int | None] = None
+    rope_theta: Identity[float | None] = None
+    rms_norm_eps: Identity[float | None] = None
+    qk_norm: Identity[bool | None] = None
+    num_local_experts: Identity[int | None] = None
+    num_experts_per_tok: Identity[int | None] = None
+    shared_intermediate_size: Identity[int | None] = None
 
     @field_validator("preset")
     @classmethod
@@ -79,27 +111,40 @@ class ModelSettings(_Settings):
 class LoRASettings(_Settings):
     """Low-rank matrices that are trained while the model itself stays as it is."""
 
-    rank: int = Field(8, ge=1, description="Inner width of the matrices.")
-    alpha: float = Field(16.0, gt=0, description="They count alpha / rank times.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of their input that is dropped.")
-    targets: list[str] = Field(
+    rank: Identity[int] = Field(8, ge=1, description="Inner width of the matrices.")
+    alpha: Identity[float] = Field(16.0, gt=0, description="They count alpha / rank times.")
+    dropout: Identity[float] = Field(
+        0.0, ge=0, lt=1, description="Share of their input that is dropped."
+    )
+    targets: Identity[list[str]] = Field(
         default_factory=lambda: ["all"],
         min_length=1,
         description="Modules by name (q_proj) or group: attention, mlp, all.",
     )
 
 
-class Source(_Settings):
-    """One part of the data: a file, folder or glob, and how many times an epoch sees it."""
+class DataFile(_Settings):
+    """Data by path (a file, folder or glob), and the schema of its records."""
 
     path: str
+    record_schema: SCHEMAS = Field("auto", alias="schema")  # pydantic models have a `schema`
+
+
+class Source(DataFile):
+    """One part of the training data, and how many times an epoch sees it."""
+
     weight: float = Field(1.0, gt=0, description="3 = seen three times an epoch, 0.5 = half.")
 
 
+def _data_file(value: object) -> object:
+    """Accept `"path"` where a table is meant."""
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _source(value: object) -> object:
-    """Accept `"path"` and `"path@weight"` where a table is meant."""
-    if not isinstance(value, str):
-        return value
+    """Accept `"path"` and `"path@weight"` where a table is meant; a path that exists is a path."""
+    if not isinstance(value, str) or os.path.exists(os.path.expanduser(value)):
+        return _data_file(value)
     path, at, weight = value.rpartition("@")
     if at:
         try:
@@ -112,71 +157,110 @@ def _source(value: object) -> object:
 class DataSettings(_Settings):
     """What is read, and how it is cut into windows."""
 
-    sources: list[Annotated[Source, BeforeValidator(_source)]] = Field(
-        default_factory=list, description='Data: "path", "path@weight", or {path, weight}.'
+    sources: Identity[list[Annotated[Source, BeforeValidator(_source)]]] = Field(
+        default_factory=list,
+        description='Data: "path", "path@weight", or {path, weight, schema}.',
     )
-    validation: list[str] = Field(
-        default_factory=list, description="Held-out data; else a share of the sources."
+    validation: Identity[list[Annotated[DataFile, BeforeValidator(_data_file)]]] = Field(
+        default_factory=list,
+        description='Held-out data: "path" or {path, schema}; else a share of the sources.',
     )
-    validation_fraction: float = Field(0.005, ge=0, le=0.5, description="Share held out.")
-    general: list[str] = Field(
+    validation_fraction: Identity[float] = Field(0.005, ge=0, le=0.5, description="Share held out.")
+    general: Identity[list[Annotated[DataFile, BeforeValidator(_data_file)]]] = Field(
         default_factory=list, description="Held out too: what is measured to see what is forgotten."
     )
-    fill: dict[str, str] = Field(
+    fill: Identity[dict[str, str]] = Field(
         default_factory=dict, description="What {{name}}, {{author}} and the like stand for."
     )
-    record_schema: SCHEMAS = Field("auto", description="Schema of the records, or 'auto'.")
-    window: int = Field(512, ge=8, description="Tokens a training window.")
-    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="More bad lines stop the run.")
-    store: str | None = Field(None, description="Folder of token stores; default: the cache.")
+    window: Identity[int] = Field(512, ge=8, description="Tokens a training window.")
+    max_bad_fraction: Operation[float] = Field(
+        0.05, ge=0, le=1, description="More bad lines stop the run."
+    )
+    store: Operation[str | None] = Field(
+        None, description="Folder of token stores; default: the cache."
+    )
 
 
 class OptimSettings(_Settings):
     """AdamW, or Muon for the matrices of the layers with AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "muon"
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    muon_lr: float = Field(0.02, gt=0, description="Peak learning rate of Muon.")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="On matrices only.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
+    name: Identity[Literal["adamw", "muon"]] = "muon"
+    lr: Identity[float] = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    muon_lr: Identity[float] = Field(0.02, gt=0, description="Peak learning rate of Muon.")
+    momentum: Identity[float] = Field(0.95, ge=0, lt=1, description="Momentum of Muon.")
+    beta1: Identity[float] = Field(0.9, ge=0, lt=1)
+    beta2: Identity[float] = Field(0.95, ge=0, lt=1)
+    eps: Identity[float] = Field(1e-8, gt=0)
+    weight_decay: Identity[float] = Field(0.1, ge=0, description="On matrices only.")
+    grad_clip: Identity[float] = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
 
 
 class ScheduleSettings(_Settings):
     """Warmup, then cosine, or stable and a linear decay at the end (WSD)."""
 
-    name: Literal["cosine", "wsd"] = "cosine"
-    warmup: float = Field(0.02, ge=0, le=1, description="Share of the steps that warm up.")
-    decay: float = Field(0.2, ge=0, le=1, description="Share of the steps that decay (WSD).")
-    final: float = Field(0.1, ge=0, le=1, description="Last learning rate, as a share of the peak.")
+    name: Identity[Literal["cosine", "wsd"]] = "cosine"
+    warmup: Identity[float] = Field(
+        0.02, ge=0, le=1, description="Share of the steps that warm up."
+    )
+    decay: Identity[float | None] = Field(
+        None, ge=0, le=1, description="Share of the steps that decay; WSD only, 0.2 if not set."
+    )
+    final: Identity[float] = Field(
+        0.1, ge=0, le=1, description="Share of the peak that the step after the last would have."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wsd_decays(cls, values: Any) -> Any:
+        is_wsd = isinstance(values, dict) and values.get("name") == "wsd"
+        return values | {"decay": 0.2} if is_wsd and values.get("decay") is None else values
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "ScheduleSettings":
+        if self.name == "cosine" and self.decay is not None:
+            raise ValueError(
+                f"decay ({self.decay}) belongs to WSD, and the schedule is cosine; "
+                'leave decay out, or set name = "wsd"'
+            )
+        if self.decay is not None and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup ({self.warmup}) and decay ({self.decay}) are shares of the same steps "
+                "and add up to more than 1; lower one of them"
+            )
+        return self
 
 
 class TrainingSettings(_Settings):
     """How long, in what batches, and in what numbers."""
 
-    epochs: float = Field(1.0, gt=0, description="Passes over the data, unless steps is given.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
-    batch: int = Field(64, ge=1, description="Windows an optimizer step.")
-    micro_batch: int | None = Field(None, ge=1, description="Windows at once; None = by device.")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    activation_checkpointing: bool = Field(
+    epochs: Identity[float] = Field(
+        1.0, gt=0, description="Passes over the data, unless steps is given."
+    )
+    steps: Identity[int | None] = Field(
+        None, ge=1, description="Optimizer steps; overrides epochs."
+    )
+    batch: Identity[int] = Field(64, ge=1, description="Windows an optimizer step.")
+    micro_batch: Operation[int | None] = Field(
+        None, ge=1, description="Windows at once; None = by device."
+    )
+    precision: Identity[Literal["auto", "bf16", "fp16", "fp32"]] = "auto"
+    activation_checkpointing: Operation[bool] = Field(
         False, description="Keep little for backward and compute it again: slower, less memory."
     )
-    router_balance: float = Field(
+    router_balance: Identity[float] = Field(
         0.01, ge=0, description="Weight of the loss that balances experts; dense models have none."
     )
-    engine: Literal["torch", "deepspeed"] = Field(
+    engine: Operation[Literal["torch", "deepspeed"]] = Field(
         "torch", description="Who takes the steps; deepspeed shares out what each process holds."
     )
-    zero_stage: Literal[1, 2, 3] = Field(
+    zero_stage: Operation[Literal[1, 2, 3]] = Field(
         2, description="What deepspeed shares out: moments; 2: gradients too; 3: weights too."
     )
-    compile: bool = Field(False, description="torch.compile: pays on long runs only.")
-    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
-    trackers: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(default_factory=list)
+    compile: Operation[bool] = Field(False, description="torch.compile: pays on long runs only.")
+    log_every: Operation[int] = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    trackers: Operation[list[Literal["tensorboard", "wandb", "swanlab"]]] = Field(
+        default_factory=list
+    )
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> "TrainingSettings":
@@ -190,27 +274,35 @@ class TrainingSettings(_Settings):
 class ValidationSettings(_Settings):
     """Bits per byte on held-out data, and a look at what the model writes."""
 
-    every: int = Field(500, ge=1, description="Steps between validations; also at the end.")
-    windows: int = Field(64, ge=1, description="Windows a validation reads, at most.")
-    prompts: list[str] = Field(default_factory=list, description="Prompts continued each time.")
+    every: Operation[int] = Field(
+        500, ge=1, description="Steps between validations; also at the end."
+    )
+    windows: Identity[int] = Field(64, ge=1, description="Windows a validation reads, at most.")
+    prompts: Operation[list[str]] = Field(
+        default_factory=list, description="Prompts continued each time."
+    )
 
 
 class CheckpointSettings(_Settings):
     """How often a run is saved, and how many saves are kept."""
 
-    every: int = Field(500, ge=1, description="Steps between checkpoints; also at the end.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
-    keep_best: bool = Field(True, description="Save and keep the best by validation too.")
+    every: Operation[int] = Field(
+        500, ge=1, description="Steps between checkpoints; also at the end."
+    )
+    keep: Operation[int] = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_best: Operation[bool] = Field(
+        True, description="Save and keep the best by validation too."
+    )
 
 
 class DPOSettings(_Settings):
     """Direct preference optimisation, for the objective dpo alone."""
 
-    loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = "sigmoid"
-    beta: float = Field(
+    loss: Identity[Literal["sigmoid", "ipo", "sigmoid_norm"]] = "sigmoid"
+    beta: Identity[float] = Field(
         0.1, gt=0, description="How dear the start is; sigmoid_norm wants more, such as 5."
     )
-    label_smoothing: float = Field(
+    label_smoothing: Identity[float] = Field(
         0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round."
     )
 
@@ -224,14 +316,18 @@ class DPOSettings(_Settings):
 class Recipe(_Settings):
     """A whole stage: what is trained, from what, on what, how."""
 
-    objective: Literal["pretrain", "sft", "dpo"]
-    out: str | None = Field(None, description="Run directory.")
-    tokenizer: str | None = Field(None, description="Tokenizer directory; default: the model's.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
-    seed: int = Field(0, ge=0)
+    objective: Identity[Literal["pretrain", "sft", "dpo"]]
+    out: Operation[str | None] = Field(None, description="Run directory.")
+    tokenizer: Identity[str | None] = Field(
+        None, description="Tokenizer directory; default: the model's."
+    )
+    device: Operation[str] = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    seed: Identity[int] = Field(0, ge=0, lt=1 << 63)
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())
     data: DataSettings = Field(default_factory=lambda: DataSettings())
-    lora: LoRASettings | None = Field(None, description="Train adapters instead of the model.")
+    lora: Identity[LoRASettings | None] = Field(
+        None, description="Train adapters instead of the model."
+    )
     optim: OptimSettings = Field(default_factory=lambda: OptimSettings())
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings())
     training: TrainingSettings = Field(default_factory=lambda: TrainingSettings())

@@ -13,7 +13,12 @@ class Published:
     repository: str
     file: str
     name: str
-    revision: str = "main"
+    revision: str = "main"  # a commit, or a branch, which moves
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, so that the file is always the same."""
+        return len(self.revision) == 40
 
     @property
     def url(self) -> str:
@@ -31,9 +36,17 @@ PUBLISHED = {
         "ceval-exam.zip",
         "1577cea73fafe135738871aca0d5339994dbb41d",
     ),
+    # Not pinned: no commit of it is known to us, and the name of the file holds its version.
     "cmmlu": Published("haonan-li/cmmlu", "cmmlu_v1_0_1.zip", "cmmlu_v1_0_1.zip"),
-    "mmlu": Published("cais/mmlu", "data.tar", "mmlu.tar"),
-    "gsm8k": Published("openai/gsm8k", "main/test-00000-of-00001.parquet", "gsm8k.parquet"),
+    "mmlu": Published(
+        "cais/mmlu", "data.tar", "mmlu.tar", "c30699e8356da336a370243923dbaf21066bb9fe"
+    ),
+    "gsm8k": Published(
+        "openai/gsm8k",
+        "main/test-00000-of-00001.parquet",
+        "gsm8k.parquet",
+        "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    ),
 }
 
 

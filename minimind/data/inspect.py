@@ -9,23 +9,19 @@ stay or go together), and the number of copies is an estimate.
 import heapq
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from minimind.data.read import READ_AHEAD, BadLines, Progress, batches, list_files, read_records
-from minimind.data.schemas import Record
-from minimind.data.store import encode_pieces, split_long
+from minimind.data.encode import encode_records, reason_to_skip
+from minimind.data.read import BadLines, Progress, batches, list_files, read_records
+from minimind.data.schemas import Record, count_unused
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import encode_chats
 
 _EXACT_BITS = 12
 _MOST_HASHES = 1 << 19
-_SAMPLE_FILES = 4  # that an estimate reads in
 _SAMPLE_LENGTH = 160  # characters
 # The blocks of ideographs of Unicode: the common ones first, then the extensions.
 _CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
@@ -112,6 +108,8 @@ class Findings:
     chinese: int = 0  # characters
     characters: Lengths = field(default_factory=Lengths)
     tokens: Lengths | None = None
+    skipped: Counter[str] = field(default_factory=Counter)  # of the tokens, by reason
+    unused_keys: Counter[str] = field(default_factory=Counter)
     copies: Copies = field(default_factory=Copies)
     bad: BadLines = field(default_factory=BadLines)
     samples: list[str] = field(default_factory=list)
@@ -128,6 +126,8 @@ class Findings:
         if part.tokens:
             self.tokens = self.tokens or Lengths()
             self.tokens.merge(part.tokens)
+        self.skipped.update(part.skipped)
+        self.unused_keys.update(part.unused_keys)
         self.copies.merge(part.copies)
         self.bad.merge(part.bad)
 
@@ -145,6 +145,8 @@ class Findings:
             "copies_are_exact": self.copies.is_exact,
             "characters": self.characters.figures(),
             "tokens": self.tokens.figures() if self.tokens else None,
+            "skipped": dict(self.skipped.most_common()),
+            "unused_keys": dict(self.unused_keys.most_common()),
             "bad_lines": self.bad.total,
             "bad_reasons": {
                 reason: {"lines": count, "first": self.bad.places[reason]}
@@ -165,8 +167,9 @@ def inspect_data(
     """Read all that `path` (file, folder or glob) means, and count.
 
     `progress(n)` is called with the number of bytes of the files read since the last call. Tokens
-    are as in training: with the control tokens of the chat format, of a pair both sides. Raises
-    DataError for files that cannot be read at all.
+    are as in training: with the control tokens of the chat format, of a pair both sides, none of a
+    record that the model's own chat template refuses. Raises DataError for files that cannot be
+    read at all.
     """
     files = list_files(path)
     found = Findings(
@@ -186,39 +189,15 @@ def inspect_data(
             found.single_turn += answers == 1
             found.multi_turn += answers > 1
             _sample(record, fingerprint, kept, num_samples)
+            count_unused(found.unused_keys, record)
         if tokenizer and found.tokens:
-            for length in _token_lengths(batch, tokenizer):
-                found.tokens.add(length)
+            reasons = [reason_to_skip(record, tokenizer, None) for record in batch]
+            found.skipped.update(reason for reason in reasons if reason)
+            fit = [r for r, reason in zip(batch, reasons, strict=True) if not reason]
+            for documents in encode_records(fit, tokenizer, None):
+                found.tokens.add(sum(len(ids) for ids, _ in documents))
     found.samples = [sample for _, sample in sorted(kept, reverse=True)]
     return found
-
-
-def estimate_tokens(path: str, tokenizer: Tokenizer, schema: str = "auto") -> int:
-    """About how many tokens training would find in `path`, from the beginning of some files.
-
-    Raises DataError for files that cannot be read at all.
-    """
-    files = list_files(path)
-    sampled = files[:: -(-len(files) // _SAMPLE_FILES)]
-    found = [_sample_tokens(file, tokenizer, schema) for file in sampled]
-    tokens, seen = (sum(numbers) for numbers in zip(*found, strict=True))
-    return round(tokens * sum(file.stat().st_size for file in files) / max(seen, 1))
-
-
-def _sample_tokens(file: Path, tokenizer: Tokenizer, schema: str) -> tuple[int, int]:
-    """Tokens in a part of a file, and how many of its bytes that is; all of a small one."""
-    tokens = 0
-    # Files are read ahead, by the megabyte. Between two reads as much is used as was read.
-    reads: list[int] = []
-
-    def count(num_bytes: int) -> None:
-        reads.append(tokens)
-
-    for batch in batches(read_records([file], bad=BadLines(), schema=schema, progress=count)):
-        tokens += sum(_token_lengths(batch, tokenizer))
-        if len(reads) > 2:
-            return reads[2] - reads[1], READ_AHEAD
-    return tokens, file.stat().st_size
 
 
 def _count_chinese(text: str) -> int:
@@ -256,15 +235,3 @@ def _shortened(record: Record) -> str:
     line = " ⏎ ".join(part.strip() for part in text.splitlines() if part.strip())
     line = "".join(c if c.isprintable() else "\ufffd" for c in line)
     return line if len(line) <= _SAMPLE_LENGTH else line[:_SAMPLE_LENGTH] + "…"
-
-
-def _token_lengths(batch: list[Record], tokenizer: Tokenizer) -> Iterator[int]:
-    sides = [(record.messages, record.chosen, record.rejected) for record in batch]
-    chats = iter(encode_chats(tokenizer, [m for side in sides for m in side if m]))
-    texts = (record.text for record in batch if record.text is not None)
-    pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
-    for record, side in zip(batch, sides, strict=True):
-        if record.text is not None:
-            yield sum(len(next(pieces)) for _ in split_long(record.text)) + 1
-        else:
-            yield sum(len(next(chats)[0]) for messages in side if messages)

@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,9 @@ from typing import IO, Any
 import zstandard
 
 from minimind.data.schemas import Record, convert
+from minimind.data.strict_json import check_characters, parse_json
 from minimind.errors import DataError, ResourceError
+from minimind.paths import expand_user
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -42,6 +45,7 @@ _MAX_ROW = 1 << 20  # characters of a CSV row of several lines; more is a quote 
 _MAX_PACKED_PARQUET = 256 << 20  # bytes; Parquet is read from its end, so it is unpacked whole
 _MAX_DOCUMENT = 1 << 16  # characters of running text a record
 READ_AHEAD = 1 << 20
+_PACKED_AHEAD = 1 << 16  # of compressed files, so that what is read is not far ahead of records
 _PACKED = 1 << 12  # bytes of zstd at once; they may unpack to 30,000 times as many
 _BATCH_RECORDS = 512
 _BATCH_CHARACTERS = 1 << 20
@@ -51,7 +55,6 @@ _MOST_KEPT = 10_000  # bad lines put aside in a file
 _MOST_REASONS = 100
 _FIRST_PLACES = 3
 _BOM = "\ufeff"
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NOT_UTF_8 = "not UTF-8"
 _TO_UTF_8 = "convert it: iconv -f {} -t UTF-8 OLD > NEW"
 
@@ -125,26 +128,28 @@ class BadLines:
             hint = f" If the file is GBK, {_TO_UTF_8.format('GB18030')}."
         raise DataError(
             f"{self.total:,} of {seen:,} lines are bad ({reasons}); the first: {self.first}."
-            f"{where}{hint} Mend the file (`minimind data inspect` shows what is in it), name its "
-            "schema with data.record_schema=…, or allow more with data.max_bad_fraction=…"
+            f"{where}{hint} Fix the file (`minimind data inspect` shows what is in it), name its "
+            'schema with data.sources=[{path="FILE", schema="NAME"}], or allow more with '
+            "data.max_bad_fraction=…"
         )
 
 
 def list_files(path: str) -> list[Path]:
     """The files that `path` means: a file, a folder (all readable files below it), or a glob.
 
-    Hidden files are not looked at. Raises DataError when there are none.
+    A name that exists is itself, whatever it looks like: with a folder `[v1]` there, `[v1]/*.jsonl`
+    means the files in it. Hidden files are not looked at. Raises DataError when there are none.
     """
-    place = Path(path).expanduser()
+    place = expand_user(path)
     try:
         if place.is_file():
             return [place]
         if place.is_dir():
             found = list(_walk(place))
         elif glob.has_magic(str(place)):
-            found = [Path(p) for p in glob.glob(str(place), recursive=True)]
+            found = _matches(place)
         else:
-            raise DataError(f"{path}: there is no such file or folder{_near(place)}")
+            raise DataError(f"{path}: there is no such file or folder{_near(path, place)}")
         files = sorted(p for p in found if _format(p) is not None and p.is_file())
     except PermissionError as error:
         raise DataError(f"{error.filename or path}: no permission to read it") from error
@@ -156,7 +161,22 @@ def list_files(path: str) -> list[Path]:
         raise DataError(f"{path}: the folder holds no file that can be read; {_KNOWN}")
     if found:
         raise DataError(f"{path}: none of the {len(found):,} files can be read; {_KNOWN}")
-    raise DataError(f"{path}: no file matches")
+    raise DataError(f"{path}: no file matches{_several(path)}")
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob matches. In each folder a name that is there wins over what it would match."""
+    found = [Path(pattern.anchor)]
+    for part in pattern.relative_to(pattern.anchor).parts:
+        following: list[Path] = []
+        for folder in found:
+            if (folder / part).exists():
+                following.append(folder / part)
+            elif glob.has_magic(part):
+                inside = os.path.join(glob.escape(str(folder)), part)
+                following += map(Path, glob.glob(inside, recursive=True))
+        found = list(dict.fromkeys(following))
+    return found
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -170,8 +190,10 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(here, name) for name in names if not name.startswith("."))
 
 
-def _near(place: Path) -> str:
+def _near(path: str, place: Path) -> str:
     """What there is instead of `place`."""
+    if several := _several(path):
+        return several
     folder = next(p for p in place.parents if p.is_dir())
     missing = place.relative_to(folder).parts[0]
     names = [p.name for p in folder.iterdir()]
@@ -179,6 +201,15 @@ def _near(place: Path) -> str:
     if similar:
         return f"; {folder} holds {', '.join(similar)}"
     return f"; the folder {folder} exists, but holds no {missing}"
+
+
+def _several(path: str) -> str:
+    """What to do where `path` is several paths, separated by commas or spaces."""
+    parts = [part for part in re.split(r"[,，;\s]+", path) if part]
+    if len(parts) < 2 or not any(map(os.path.exists, parts)):
+        return ""
+    options = " ".join(f"--data {shlex.quote(part)}" for part in parts)
+    return f". Give each path by itself: repeat --data ({options}), or separate arguments by spaces"
 
 
 def read_records(
@@ -284,7 +315,7 @@ def _values(file: Path, bad: BadLines, progress: Progress) -> Iterator[tuple[int
     try:
         with file.open("rb") as raw:
             counted = _Counted(raw, progress)
-            stream = _buffered(counted)
+            stream = _buffered(counted, READ_AHEAD if compression is None else _PACKED_AHEAD)
             _check_compression(file, compression, stream)
             if compression is not None:
                 stream = _unpack(stream, compression)
@@ -364,8 +395,8 @@ def _unpack(packed: io.BufferedReader, compression: str) -> io.BufferedReader:
     return _buffered(openers[compression](packed))
 
 
-def _buffered(stream: Any) -> io.BufferedReader:
-    return io.BufferedReader(stream, READ_AHEAD)
+def _buffered(stream: Any, size: int | None = None) -> io.BufferedReader:
+    return io.BufferedReader(stream, size or READ_AHEAD)
 
 
 def _unpack_zstd(packed: IO[bytes]) -> Iterator[bytes]:
@@ -440,59 +471,6 @@ def _json_lines(
             bad.add(file, number, _NOT_UTF_8, line)
         except ValueError as error:
             bad.add(file, number, str(error), line)
-
-
-def parse_json(text: str) -> Any:
-    """Strict JSON. Raises ValueError with the reason: what the standard leaves open is refused."""
-    if "\x00" in text:
-        raise ValueError("a NUL character")
-    try:
-        value = json.loads(
-            text,
-            parse_constant=_no_constant,
-            parse_int=_short_integer,
-            object_pairs_hook=_no_duplicates,
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if "\\u0000" in text or "\\ud" in text or "\\uD" in text:
-        _check_characters(value)
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _short_integer(digits: str) -> int:
-    if len(digits) > 4000:  # Python itself refuses some more
-        raise ValueError("a number of thousands of digits")
-    return int(digits)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key that comes twice")
-    return value
-
-
-def _check_characters(value: Any) -> None:
-    """Raise ValueError when a string somewhere in `value` holds what is no character."""
-    waiting = [value]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, str):
-            if "\x00" in here:
-                raise ValueError("a NUL character")
-            if _HALF_PAIR.search(here):
-                raise ValueError("half a UTF-16 pair (lone surrogate)")
-        elif isinstance(here, dict):
-            waiting += [*here.keys(), *here.values()]
-        elif isinstance(here, list):
-            waiting += here
 
 
 def _json(file: Path, stream: io.BufferedReader, bad: BadLines) -> Iterator[tuple[int, Any]]:
@@ -706,16 +684,16 @@ def _parquet(
         for batch in table.iter_batches(batch_size=256):
             for index in range(batch.num_rows):
                 number += 1
+                counted.report(size * number // table.metadata.num_rows)
                 try:
                     [row] = batch.slice(index, 1).to_pylist()
-                    _check_characters(row)
+                    check_characters(row)
                 except UnicodeDecodeError:
                     bad.add(file, number, _NOT_UTF_8)
                 except (ValueError, OverflowError) as error:  # the latter of dates far off
                     bad.add(file, number, str(error))
                 else:
                     yield number, row
-            counted.report(size * number // table.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise DataError(
             f"{file}: cannot be read as Parquet ({_line(error)}); get it again"

@@ -14,6 +14,12 @@ A preference pair is two documents, the chosen conversation and then the rejecte
 A store holds one part of a mix. Which documents are held out depends on their text alone, so it
 is the same in any order of files, and copies of one document stay on one side; so do the pairs
 of one prompt.
+
+A store is valid for the contents of its input files, by SHA-256. Hashing 100 GB takes minutes, so
+a file is only hashed again when its size, modification time, change time or inode differs from
+those noted when it was last hashed, or when it was younger than two seconds then (a later write
+could leave the same times). The change time cannot be set back. Windows has none, so there each
+start hashes all files.
 """
 
 import contextlib
@@ -28,7 +34,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, TypeVar
 
@@ -36,22 +41,23 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from minimind.data.encode import WANTED, encode_records, reason_to_skip
+from minimind.data.encode import Kind as Kind
 from minimind.data.read import BadLines, batches, list_files, read_records
-from minimind.data.schemas import Record, placeholders
+from minimind.data.schemas import Record, count_unused, placeholders
+from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError
+from minimind.paths import cache_folder
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import Message, encode_chats, refusal
+from minimind.tokenizer.chat import refusal
 
-Kind = Literal["text", "chat", "pairs"]
 Split = Literal["train", "validation"]
-_RECORDS = {"text": ("text", "messages"), "chat": ("messages",), "pairs": ("pair",)}
 _SPLITS: tuple[Split, ...] = ("train", "validation")
-_FORMAT = 4
+_FORMAT = 5
 _IDENTITY = ("name", "author")  # what a recipe should fill; other {{words}} may be code
 _MOST_UNFILLED = 5
 _SHARD_TOKENS = 1 << 27
-_PIECE = 1 << 18  # characters
-_AT_ONCE = 1 << 20  # characters
+_KEYS_SHOWN = 8
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _ELSEWHERE = "give another folder with data.store=DIR or the variable MINIMIND_CACHE"
@@ -121,9 +127,7 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 
 def default_folder() -> Path:
     """Where token stores are kept: `$MINIMIND_CACHE/stores`, or the user's cache folder."""
-    cache = os.environ.get("MINIMIND_CACHE")
-    root = Path(cache) if cache else Path.home() / ".cache" / "minimind"
-    return root / "stores"
+    return cache_folder() / "stores"
 
 
 def open_store(
@@ -142,7 +146,8 @@ def open_store(
     """Find the token store of `path` (file, folder or glob), or make it, on all cores.
 
     `fill` says what stands in the place of each `{{key}}` in the records.
-    A store in the making by another process is waited for; one that is damaged is made again.
+    A store in the making by another process is waited for; one that is damaged, or whose input has
+    changed, is made again.
     `progress(done, total)` is called with bytes of input, `say(text)` with what a user should
     know. Raises DataError when the input cannot be read or has too many bad lines, and
     ResourceError when the store cannot be written.
@@ -155,31 +160,51 @@ def open_store(
         "fill": dict(fill or {}),
         "validation_fraction": validation_fraction,
         "tokenizer_sha256": tokenizer.sha256,
-        "files": [_describe(file) for file in files],
+        "files": [{"path": str(file.resolve()), "size": file.stat().st_size} for file in files],
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
     home = folder or default_folder()
     place = home / key
-    if store := _open(place):
-        _check_filled(path, store)
-        return store
-    with _lock(home, key, lambda: say(f"waiting for another process that tokenizes {path}")):
-        if store := _open(place):
-            _check_filled(path, store)
-            return store
-        if place.exists():
-            say(f"the token store {place} is damaged; it is made again")
-        store = _make(place, files, tokenizer, described, max_bad_fraction, progress)
-    bad_lines, skipped = store.manifest["bad_lines"], store.manifest["skipped"]
-    if bad_lines:
-        say(f"{path}: {bad_lines:,} bad lines put aside in {store.manifest['bad_lines_file']}")
-    if skipped:
-        fit = " that fit the model's own chat template" if tokenizer.template else ""
-        say(f"{path}: {skipped:,} records left out that are no {_wanted(kind)}{fit}")
+    store, made = _open(place), False
+    if store is None or not _is_unchanged(store, files):
+        store = None if os.access(home, os.W_OK) else _verified(place, files)
+    if store is None:
+        with _lock(home, key, lambda: say(f"waiting for another process that tokenizes {path}")):
+            store = _verified(place, files)
+            if store is None:
+                if _open(place):
+                    say(f"{path} has changed since it was tokenized; it is tokenized again")
+                elif place.exists():
+                    say(f"the token store {place} is damaged; it is made again")
+                store = _make(place, files, tokenizer, described, max_bad_fraction, progress)
+                made = True
+    if made:
+        _report_left_out(path, store, say)
     _check_filled(path, store)
-    for word in store.manifest["unfilled"]:
-        say(_unfilled(path, store, word))
+    if made:
+        for word in store.manifest["unfilled"]:
+            say(_unfilled(path, store, word))
+    _report_unused(path, store, say)
     return store
+
+
+def _report_left_out(path: str, store: TokenStore, say: Callable[[str], None]) -> None:
+    """Say what of the input is not in a store that was just made."""
+    manifest = store.manifest
+    if manifest["bad_lines"]:
+        say(f"{path}: invalid lines: {manifest['bad_lines']:,}, see {manifest['bad_lines_file']}")
+    for reason, count in manifest["skipped"].items():
+        say(f"{path}: left out {count:,} of {manifest['records']:,} records: {reason}")
+
+
+def _report_unused(path: str, store: TokenStore, say: Callable[[str], None]) -> None:
+    """Say in one line which keys of the records training does not use."""
+    keys = store.manifest["unused_keys"]
+    if keys:
+        shown = ", ".join(f"{key} ({count:,})" for key, count in list(keys.items())[:_KEYS_SHOWN])
+        rest = len(keys) - _KEYS_SHOWN
+        more = f" and {rest} more, which `minimind data inspect` lists" if rest > 0 else ""
+        say(f"{path}: keys of records that are not used: {shown}{more}")
 
 
 def _check_filled(path: str, store: TokenStore) -> None:
@@ -193,9 +218,9 @@ def _check_filled(path: str, store: TokenStore) -> None:
 
 
 def _unfilled(path: str, store: TokenStore, word: str) -> str:
-    count = store.manifest["unfilled"][word]
+    count, records = store.manifest["unfilled"][word], store.manifest["records"]
     return (
-        f"{path}: {count:,} records hold {{{{{word}}}}}, which nothing fills; "
+        f"{path}: nothing fills {{{{{word}}}}}, which is in {count:,} of {records:,} records; "
         f"give data.fill.{word}=…"
     )
 
@@ -212,25 +237,48 @@ def _left(words: "Counter[str]", kind: Kind, fill: Mapping[str, str]) -> dict[st
     return {word: words[word] for word in first}
 
 
-def _wanted(kind: Kind) -> str:
-    return {"text": "text", "chat": "conversations", "pairs": "preference pairs"}[kind]
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    status = file.stat()
-    return {
-        "path": str(file.resolve()),
-        "size": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-    }
-
-
 def _open(place: Path) -> TokenStore | None:
     """The store in `place`, if it is there and whole."""
     try:
         return TokenStore(place)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _is_unchanged(store: TokenStore, files: list[Path]) -> bool:
+    """Whether the files are, by their stamps alone, those that the store was made from."""
+    entries = store.manifest["files"]
+    return all(stamp_of(f) == entry["stamp"] for f, entry in zip(files, entries, strict=True))
+
+
+def _verified(place: Path, files: list[Path]) -> TokenStore | None:
+    """The store in `place` if it is whole and the files have the contents it was made from.
+
+    Stamps are noted anew, where the folder may be written to, so that the files need not be hashed
+    each time.
+    """
+    store = _open(place)
+    if store is None or _is_unchanged(store, files):
+        return store
+    for file, entry in zip(files, store.manifest["files"], strict=True):
+        if entry["stamp"] != stamp_of(file):
+            if sha256_of(file) != entry["sha256"]:
+                return None
+            entry["stamp"] = settled_stamp_of(file)
+    with contextlib.suppress(OSError):
+        _write_manifest(place, store.manifest)
+    return store
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    making = folder / f"manifest.json.{os.getpid()}"
+    try:
+        with making.open("w", encoding="utf-8") as stream:
+            json.dump(manifest, stream, ensure_ascii=False, indent=1)
+            _flush(stream)
+        os.replace(making, folder / "manifest.json")
+    finally:
+        making.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -298,9 +346,7 @@ def _make(
         work = Path(tempfile.mkdtemp(prefix=f"{place.name}.making-", dir=place.parent))
         bad = BadLines(bad_lines, max_bad_fraction)
         manifest = described | _fill(work, files, tokenizer, described, bad, meter, progress)
-        with (work / "manifest.json").open("w", encoding="utf-8") as stream:
-            json.dump(manifest, stream, ensure_ascii=False, indent=1)
-            _flush(stream)
+        _write_manifest(work, manifest)
         os.replace(work, place)
         return TokenStore(place)
     except BrokenPipeError:  # nobody looks at the progress any more
@@ -329,16 +375,19 @@ def _fill(
     kind: Kind = described["kind"]
     limit = int(described["validation_fraction"] * 2**64)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    before = [stamp_of(file) for file in files]
     records = read_records(files, schema=described["schema"], bad=bad, progress=meter.add_read)
-    skipped, words = 0, Counter[str]()
+    skipped, words, unused = Counter[str](), Counter[str](), Counter[str]()
+    num_records = 0
     progress(0, meter.total)
     with contextlib.ExitStack() as stack:
         writers = {split: stack.enter_context(_Writer(work, split, kind)) for split in _SPLITS}
         encode = partial(_encode, tokenizer=tokenizer, kind=kind, dtype=dtype, limit=limit)
-        filled = _filled(records, described["fill"], words)
+        filled = _filled(records, described["fill"], words, unused)
         marked = ((batch, meter.read) for batch in batches(filled))
-        for documents, num_skipped, done in _ahead(encode, marked):
+        for documents, num_skipped, size, done in _ahead(encode, marked):
             skipped += num_skipped
+            num_records += size
             meter.done = done
             for split, writer in writers.items():
                 meter.written += writer.add(documents[split])
@@ -347,9 +396,10 @@ def _fill(
     bad.check(bad.max_fraction, final=True)
     counts = {split: writer.counts for split, writer in writers.items()}
     if not any(count["documents"] for count in counts.values()):
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
         raise DataError(
-            f"{files[0]}{' and others' if len(files) > 1 else ''}: no {_wanted(kind)} found"
-            + (f" ({skipped:,} records of another kind)" if skipped else "")
+            f"{files[0]}{' and others' if len(files) > 1 else ''}: no {WANTED[kind]} found"
+            + (f" (records left out: {left_out})" if skipped else "")
             + (", each with chosen and rejected answers" if kind == "pairs" else "")
             + "; `minimind data inspect` shows what the files hold"
             + _refused(files, tokenizer, described["schema"])
@@ -357,11 +407,14 @@ def _fill(
     return counts | {
         "dtype": dtype,
         "files": [
-            _hashed(file, entry) for file, entry in zip(files, described["files"], strict=True)
+            _source(file, entry, stamp)
+            for file, entry, stamp in zip(files, described["files"], before, strict=True)
         ],
+        "records": num_records,
         "bad_lines": bad.total,
         "bad_lines_file": str(bad.path) if bad.total else None,
-        "skipped": skipped,
+        "skipped": dict(skipped.most_common()),
+        "unused_keys": dict(unused.most_common()),
         "filled": sorted(words.keys() & described["fill"].keys()),
         "unfilled": _left(words, kind, described["fill"]),
     }
@@ -370,31 +423,33 @@ def _fill(
 def _refused(files: list[Path], tokenizer: Tokenizer, schema: str) -> str:
     """Why the first conversation does not fit the chat format of a model made elsewhere, if so."""
     records = read_records(files, schema=schema, bad=BadLines())
-    first = next((talk for record in records for talk in _conversations(record)), None)
+    first = next((talk for record in records for talk, _ in record.conversations), None)
     reason = first and refusal(tokenizer, first)
     return f". The first conversation: {reason}" if reason else ""
 
 
 def _filled(
-    records: Iterable[Record], fill: Mapping[str, str], words: "Counter[str]"
+    records: Iterable[Record],
+    fill: Mapping[str, str],
+    words: "Counter[str]",
+    unused: "Counter[str]",
 ) -> Iterator[Record]:
-    """The records, filled; in how many of them each `{{word}}` stood is counted on the way."""
+    """The records, filled; on the way counts in how many a `{{word}}` or an unused key is."""
     for record in records:
+        count_unused(unused, record)
         found = {word for text in record.texts for word in placeholders(text)}
         words.update(found)
         yield record.filled(fill) if found else record
 
 
-def _hashed(file: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a source with its sum. Raises DataError when it is not what was read."""
-    try:
-        with file.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        if _describe(file) == entry:
-            return entry | {"sha256": sha256}
-    except OSError:
-        pass
-    raise DataError(f"{file}: it has changed while it was read; start again when it is finished")
+def _source(file: Path, entry: dict[str, Any], before: list[int]) -> dict[str, Any]:
+    """The entry of a file with its hash. Raises DataError when it is not what was read."""
+    sha256 = sha256_of(file)
+    if stamp_of(file) != before:
+        raise DataError(
+            f"{file}: it has changed while it was read; start again when it is finished"
+        )
+    return entry | {"sha256": sha256, "stamp": settled_stamp_of(file)}
 
 
 def _ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
@@ -423,75 +478,29 @@ class _Documents:
 
 def _encode(
     marked: tuple[list[Record], int], *, tokenizer: Tokenizer, kind: Kind, dtype: str, limit: int
-) -> tuple[dict[Split, _Documents], int, int]:
-    """The documents of each side, how many records are of another kind, and the batch's mark."""
+) -> tuple[dict[Split, _Documents], "Counter[str]", int, int]:
+    """The documents of each side, how many records are left out and why, the number of records,
+    and the batch's mark."""
     batch, mark = marked
-    wanted = [
-        record
-        for record in batch
-        if record.kind in _RECORDS[kind]
-        and not any(refusal(tokenizer, talk) for talk in _conversations(record))
-    ]
-    talks = [(talk, record.num_shared) for record in wanted for talk in _conversations(record)]
-    given = [number for _, number in talks]
-    chats = iter(encode_chats(tokenizer, [talk for talk, _ in talks], given=given))
-    texts = (record.text for record in wanted if record.text is not None)
-    pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
+    skipped = Counter[str]()
+    wanted = []
+    for record in batch:
+        if reason := reason_to_skip(record, tokenizer, kind):
+            skipped[reason] += 1
+        else:
+            wanted.append(record)
     code = {"uint16": "H", "uint32": "I"}[dtype]
     sides: dict[Split, _Documents] = {split: _Documents(array(code)) for split in _SPLITS}
-    for record in wanted:
+    for record, encoded in zip(wanted, encode_records(wanted, tokenizer, kind), strict=True):
         documents = sides["validation" if record.split_key() < limit else "train"]
-        start = len(documents.tokens)
-        for _ in _conversations(record):
-            ids, mask = next(chats)
+        for ids, mask in encoded:
             documents.tokens.fromlist(ids)
             documents.mask.fromlist(mask)
-            if kind != "text":
-                documents.lengths.append(len(ids))
-        if record.text is not None:
-            documents.tokens.fromlist(tokenizer.text_start)
-        for _ in split_long(record.text or ""):
-            documents.tokens.fromlist(next(pieces))
-        if kind == "text":
-            documents.tokens.append(tokenizer.end_of_text)
-            documents.lengths.append(len(documents.tokens) - start)
+            documents.lengths.append(len(ids))
         for text in record.texts:
             documents.characters += len(text)
             documents.num_bytes += len(text.encode("utf-8", "surrogatepass"))
-    return sides, len(batch) - len(wanted), mark
-
-
-def _conversations(record: Record) -> list[list[Message]]:
-    """Those of one record: one, of a pair two, of running text none."""
-    return [side for side in (record.messages, record.chosen, record.rejected) if side is not None]
-
-
-def split_long(text: str) -> Iterator[str]:
-    """A long text in parts, cut after a line where there is one; nothing of an empty one.
-
-    The tokenizer takes a hundred bytes of memory for each of text, so a book is not encoded at
-    once. At a cut the tokens may be others than without it, of the same text.
-    """
-    start = 0
-    while start < len(text):
-        end = start + _PIECE
-        if end < len(text):
-            end = text.rfind("\n", start + _PIECE // 2, end) + 1 or end
-        yield text[start:end]
-        start = end
-
-
-def encode_pieces(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Ids of each piece, a bounded number at once."""
-    group: list[str] = []
-    size = 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece)
-        if size >= _AT_ONCE:
-            yield from tokenizer.encode_batch(group)
-            group, size = [], 0
-    yield from tokenizer.encode_batch(group)
+    return sides, skipped, len(batch), mark
 
 
 class _Writer:

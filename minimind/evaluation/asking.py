@@ -11,7 +11,7 @@ answer   After the same plain prompt without the options, the whole answer's lik
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from minimind.errors import TokenizerError
 from minimind.evaluation.exams import LETTERS, Exam, Question, subject_info
@@ -19,7 +19,6 @@ from minimind.evaluation.scoring import Row
 from minimind.evaluation.words import Words
 
 Style = Literal["chat", "letter", "answer"]
-STYLES: tuple[Style, ...] = get_args(Style)
 
 _HEADS = {
     "ceval": "以下是中国关于{}的单项选择题，请选出其中的正确答案。\n\n",

@@ -21,7 +21,7 @@ class Bits:
     as the context holds, half of it at the least. Bytes are the text's, whatever the tokenizer.
     """
 
-    unit, main = "document", "bits_per_byte"
+    unit = "document"
 
     def __init__(self, places: Sequence[str], limit: int | None) -> None:
         self.name = "bpb"

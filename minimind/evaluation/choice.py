@@ -13,7 +13,7 @@ from minimind.evaluation.tasks import Model, Result, results_of, scored, share_r
 class Choice:
     """An exam of multiple choice, asked in one of three styles."""
 
-    unit, main = "question", "accuracy"
+    unit = "question"
 
     def __init__(self, questions: Questions, style: Style, shots: int, limit: int | None) -> None:
         self.exam, self._style = questions.exam, style

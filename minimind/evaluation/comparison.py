@@ -6,12 +6,12 @@ compare.html   the same as a self-contained page
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from minimind.config.files import write_atomically
 from minimind.errors import ResourceError
 from minimind.evaluation.judge import Trial
 from minimind.evaluation.pages import Bar, Cell, Folded, Page, Table, to_html, to_markdown
@@ -132,11 +132,8 @@ def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
         "compare.html": to_html(page),
     }
     for name, text in files.items():
-        part = folder / f"{name}.part"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(text.encode("utf-8", "replace"))
-            os.replace(part, folder / name)
+            write_atomically(folder / name, text)
         except OSError as error:
             raise ResourceError(f"{folder / name}: cannot be written: {error.strerror}") from error
 

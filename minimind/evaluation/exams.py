@@ -29,6 +29,7 @@ from typing import Any
 
 from minimind.data.read import BadLines, read_objects
 from minimind.errors import DataError
+from minimind.paths import expand_user
 
 LETTERS = string.ascii_uppercase[:8]
 _TABLES = re.compile(r"(?:.*/)?(dev|val|test)/([\w-]+?)(?:_(?:dev|val|test))?\.csv", re.IGNORECASE)
@@ -128,7 +129,7 @@ def read_exam(name: str, places: Sequence[str]) -> Questions:
     """
     exam = EXAMS.get(name)
     for place in places:
-        path = Path(place).expanduser()
+        path = expand_user(place)
         if not path.exists():
             raise DataError(f"{place}: there is no such file or folder; give --data a folder")
         with _found(exam, path) as found:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimind import __version__
 from minimind.errors import MinimindError, ModelError, TokenizerError
-from minimind.evaluation.models import fingerprint, name_of
+from minimind.evaluation.models import name_of, name_of_device
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import Words
 from minimind.inference.engine import BAD_NUMBERS
+from minimind.model import fingerprint
 from minimind.model.device import choose_device
 from minimind.tokenizer.chat import Message
 
@@ -57,15 +59,26 @@ class TransformersModel:
         except Exception as error:  # whatever its files make of it
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{directory}: nor can transformers load it: {reason}") from error
+        longest = _longest_of(model)
+        if context is not None and context > longest:
+            raise ModelError(
+                f"{directory}: transformers reads {longest:,} tokens of it, and {context:,} are "
+                f"asked for; give a context of at most {longest}"
+            )
         self._model = model.to(chosen).eval()
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on."""
+        """Return all that results depend on beside the task."""
+        from transformers import __version__ as theirs
+
         return {
+            "version": __version__,
             "model": fingerprint(self.directory),
             "adapter": None,
             "context": self.context,
-            "by": "transformers",
+            "by": f"transformers {theirs}",
+            "device": name_of_device(self._model.device),
+            "dtype": "float32",
         }
 
     def scorer(self) -> tuple[Scorer, Words]:
@@ -122,12 +135,15 @@ class TransformersModel:
         return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
 
 
+def _longest_of(model: Any) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 2048
+
+
 class _Scorer:
     """Rows of like length in batches, padded on the right, where a causal model does not look."""
 
     def __init__(self, model: Any, context: int | None) -> None:
-        longest = getattr(model.config, "max_position_embeddings", None) or 2048
-        self.context = min(context or longest, longest)
+        self.context = context or _longest_of(model)
         self._model = model
 
     def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:

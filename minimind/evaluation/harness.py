@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minimind.config.files import write_atomically
 from minimind.errors import UsageError, install_line
-from minimind.evaluation.run import file_name
+from minimind.evaluation.run import file_name, read_object
 from minimind.model import resolve_adapter_directory
 from minimind.model.device import choose_device
 
@@ -27,12 +28,10 @@ def run_harness(
     It downloads its data, and asks with as many examples as the task itself says. Raises
     UsageError when it is not installed or has no such task.
     """
-    settings = {"task": f"lm-eval:{name}", "limit": limit, **identity}
+    settings = {"task": f"lm-eval:{name}", "limit": limit, **identity, "dtype": "float32"}
     path = folder / f"{file_name(f'lm-eval:{name}')}.json"
-    if path.is_file() and not fresh:
-        before = json.loads(path.read_text("utf-8"))
-        if before.get("settings") == settings:
-            return dict(before)
+    if not fresh and (before := read_object(path)).get("settings") == settings:
+        return before
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -66,8 +65,5 @@ def run_harness(
     }
     summary = {"task": f"lm-eval:{name}", "model": directory.name, "settings": settings}
     summary |= {"metrics": metrics, "results": found["results"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(summary, ensure_ascii=False, indent=1, default=str) + "\n", encoding="utf-8"
-    )
+    write_atomically(path, json.dumps(summary, ensure_ascii=False, indent=1, default=str) + "\n")
     return summary

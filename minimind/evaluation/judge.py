@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from minimind.data.read import parse_json
+from minimind.data.strict_json import parse_json
 from minimind.errors import MinimindError
 from minimind.evaluation.prompts import Prompt
 from minimind.evaluation.run import read_results, writing
@@ -138,7 +138,7 @@ def judge(
     left = [t for t in wanted.values() if "error" in results.get(t.id, {"error": ""})]
     done, faults = len(wanted) - len(left), 0
     progress(done, len(wanted))
-    with writing(path, header, keep=bool(results)) as write:
+    with writing(path, header, results.values()) as write:
         for place, reply in asked_together(lambda trial: ask(trial.messages()), left, at_once):
             name = left[place].id
             results[name] = {"id": name, **_result(left[place], reply)}

@@ -1,7 +1,5 @@
 """Model directories made ready to be examined."""
 
-import hashlib
-import json
 import queue
 import time
 from collections.abc import Iterator, Sequence
@@ -11,18 +9,23 @@ from typing import Any
 
 import torch
 
+from minimind import __version__
 from minimind.errors import MinimindError
 from minimind.evaluation.scoring import EngineScorer, Scorer
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import OwnWords, Words
 from minimind.inference.engine import Engine, Piece, Request
-from minimind.inference.load import load_for_inference
+from minimind.inference.load import inference_dtype, load_for_inference
 from minimind.inference.sampling import Sampling
-from minimind.model import Transformer, resolve_adapter_directory, resolve_model_directory
+from minimind.model import (
+    Transformer,
+    fingerprint,
+    resolve_adapter_directory,
+    resolve_model_directory,
+)
+from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer, encode_chat
 
-_PIECE = 1 << 16  # bytes of a weight file that are looked at, in so many places
-_PLACES = 64
 _WARM_UP = 16  # tokens of an answer
 
 
@@ -53,12 +56,16 @@ class LocalModel:
         self._load(torch.float32)
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on."""
+        """Return all that results depend on beside the task."""
         adapter = resolve_adapter_directory(self.adapter) if self.adapter else None
+        device = choose_device(self._device)
         return {
+            "version": __version__,
             "model": fingerprint(self.directory),
             "adapter": fingerprint(adapter) if adapter else None,
             "context": self.context,
+            "device": name_of_device(device),
+            "dtype": str(inference_dtype(device)).removeprefix("torch."),  # of generated answers
         }
 
     def _load(self, dtype: torch.dtype | None) -> tuple[Transformer, Tokenizer]:
@@ -106,7 +113,7 @@ class LocalModel:
                 ended.put(number)
 
         slots = min(manner.at_once, len(prompts))
-        with Engine(model, tokenizer, slots=slots, context=context) as engine:
+        with Engine(model, tokenizer, max_slots=slots, context=context) as engine:
             waiting = {}
             _warm_up(engine, list(prompts.values())[:slots])
             before = time.perf_counter()
@@ -154,18 +161,6 @@ def name_of(path: Path) -> str:
     return parts[-1]
 
 
-def fingerprint(directory: Path) -> str:
-    """Tells models apart: their small files, and samples of their weights from all over."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("*")):
-        if path.suffix not in (".json", ".safetensors", ".jinja") or not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(json.dumps([path.name, size]).encode())
-        with path.open("rb") as file:
-            for place in range(_PLACES):
-                file.seek(max(size - _PIECE, 0) * place // (_PLACES - 1))
-                digest.update(file.read(_PIECE))
-                if size <= _PIECE:
-                    break
-    return digest.hexdigest()
+def name_of_device(device: torch.device) -> str:
+    """Return the kind of a device, of a GPU the name of its model, which results depend on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from minimind.config.files import write_atomically
 from minimind.evaluation.plots import as_file
 
 _STYLE = """
@@ -162,28 +163,25 @@ def to_html(page: Page) -> str:
         for section in page.sections
     )
     return (
-        '<!doctype html><html lang="zh-Hans"><meta charset="utf-8">'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(page.title)}</title><style>{_STYLE}</style><h1>{_text(page.title)}</h1>"
+        f"<title>{_escaped(page.title)}</title><style>{_STYLE}</style><h1>{_text(page.title)}</h1>"
         f"<p class=faint>{_text(page.lead)}</p><div class=cards>{figures}</div>{body}</html>\n"
     )
 
 
 def write(page: Page, path: Path) -> None:
     """The page at `path`, Markdown beside it, and the drawings of that in a folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_html(page), encoding="utf-8")
+    write_atomically(path, to_html(page))
     drawings: dict[str, str] = {}
     folder = path.with_name(f"{path.stem}-plots")
     markdown = to_markdown(page, folder.name, drawings)
-    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write_atomically(path.with_suffix(".md"), markdown)
     if folder.is_dir():
         for old in folder.glob("[0-9][0-9][0-9].svg"):
             old.unlink()
-    if drawings:
-        folder.mkdir(exist_ok=True)
     for name, drawing in drawings.items():
-        (folder / name).write_text(as_file(drawing), encoding="utf-8")
+        write_atomically(folder / name, as_file(drawing))
 
 
 def to_markdown(page: Page, folder: str, drawings: dict[str, str]) -> str:
@@ -216,7 +214,13 @@ def to_markdown(page: Page, folder: str, drawings: dict[str, str]) -> str:
 
 
 def _text(value: object) -> str:
-    """Text that stays text in a page; control characters, which HTML forbids, as �."""
+    """Text that stays text in a page, marked where it is Chinese, for the page is in English."""
+    text = _escaped(value)
+    return f"<span lang=zh-Hans>{text}</span>" if re.search("[\u4e00-\u9fff]", text) else text
+
+
+def _escaped(value: object) -> str:
+    """Text for an attribute or a title; control characters, which HTML forbids, as �."""
     return html.escape(_printable(str(value)))
 
 
@@ -245,8 +249,8 @@ def _block(block: Block) -> str:
 
 def _table(table: Table) -> str:
     marks = [" class=number" * (i in table.numbers) for i in range(len(table.head))]
-    names = [_text(name) for name in table.head]
-    lines = ["".join(f"<th{m}>{n}</th>" for m, n in zip(marks, names, strict=True))]
+    names = [_escaped(name) for name in table.head]
+    lines = ["".join(f"<th{m}>{_text(n)}</th>" for m, n in zip(marks, table.head, strict=True))]
     lines += [
         "".join(
             f'<td{m} data-name="{n}">{_cell(c)}</td>'

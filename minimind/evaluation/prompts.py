@@ -87,7 +87,7 @@ def _string(row: Mapping[str, Any], keys: Sequence[str]) -> str:
 class Talk:
     """A task: answers to questions, each in a conversation of its own, and how they degenerate."""
 
-    unit, main = "question", "repeated"
+    unit = "question"
 
     def __init__(
         self, name: str, prompts: Sequence[Prompt], manner: Manner, bad: BadLines | None = None

@@ -8,7 +8,7 @@ from minimind.data.textbook import QuizQuestion, is_fluent, is_right
 
 @dataclass(frozen=True)
 class Marked:
-    """One question with the model's answer and its mark."""
+    """A question with the model's answer. right: it matches the keywords; fluent: see is_fluent."""
 
     question: QuizQuestion
     answer: str

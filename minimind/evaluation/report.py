@@ -547,8 +547,9 @@ def _add_exams(page: Page, exams: Sequence[Figures]) -> None:
             score = ", ".join(f"{name} {_figure(metrics, name, '.4g')}" for name in metrics) or "–"
             spread = told = "–"
         rows.append([str(one["model"]), str(one["task"]), score, spread])
-        rows[-1] += [_figure(one, "chance", ".1%"), told, _figure(one, "failed", ",.0f")]
-    head = ["model", "task", "score", "95 %", "chance", "correct / questions", "failed"]
+        rows[-1] += [_figure(one, "chance", ".1%"), told, _figure(one, "fluent", ",.0f")]
+        rows[-1].append(_figure(one, "failed", ",.0f"))
+    head = ["model", "task", "score", "95 %", "chance", "correct / questions", "fluent", "failed"]
     by_group: list[Title | Table] = []
     for one in exams:
         groups = one.get("by_group")
@@ -563,7 +564,7 @@ def _add_exams(page: Page, exams: Sequence[Figures]) -> None:
         "Exams",
         "Results of minimind eval. A score is worth its interval: two that overlap are not told "
         "apart. Beside it is what guessing gives.",
-        Table(head, rows, range(2, 7)),
+        Table(head, rows, range(2, 8)),
         *by_group,
     )
 
@@ -586,16 +587,20 @@ def _add_demo_answers(page: Page, demo: Figures) -> None:
         "after_preferences": "after preferences",
     }
     rows: list[list[Cell]] = [
-        [*(str(row.get(key, "")) for key in ("question", *moments)), bool(row.get("correct"))]
+        [
+            *(str(row.get(key, "")) for key in ("question", *moments)),
+            *(bool(row[key]) if key in row else "–" for key in ("correct", "fluent")),
+        ]
         for row in demo.get("eight", [])
     ]
     page.add(
         "The eight questions",
         "The same questions at four moments. Before training the model writes noise; after "
         "pretraining it knows words but seldom the answer; after fine-tuning it should answer "
-        "in one whole sentence, and learning preferences should keep it so. ✓ marks a last "
-        "answer that is right and fluent.",
-        Table(["question", *moments.values(), ""], rows, kind="texts"),
+        "in one whole sentence, and learning preferences should keep it so. Of the last answers: "
+        "keywords, whether they hold the words that tell a right answer and none that tells a "
+        "wrong one; fluent, whether they are made as the textbook's sentences are.",
+        Table(["question", *moments.values(), "keywords", "fluent"], rows, kind="texts"),
     )
 
 
@@ -604,11 +609,13 @@ def _add_demo_quiz(page: Page, demo: Figures) -> None:
     by_subject = {
         name: (one["correct"], one["questions"]) for name, one in quiz.get("by_subject", {}).items()
     }
+    fluent = f"; {quiz['fluent']} answers are fluent" if "fluent" in quiz else ""
     head = ["question", "answer", "expected"]
     wrong: list[list[Cell]] = [[str(one[key]) for key in head] for one in quiz.get("wrong", [])]
     page.add(
         "Quiz by subject",
-        "Questions in words that were never trained on, the weakest subject first. Good is a "
+        "Questions in words that were never trained on, scored by keywords, the weakest subject "
+        f"first{fluent}. Good is a "
         "long bar everywhere; a short bar shows what the model has not understood.",
         _shares("subject", by_subject),
         Folded(f"{len(wrong):,} wrong answers", Table(head, wrong, kind="texts"))

@@ -6,16 +6,16 @@
 """
 
 import csv
+import io
 import json
-import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from minimind.config.files import write_atomically
 from minimind.errors import ResourceError, UsageError
 from minimind.evaluation.choice import Choice
 from minimind.evaluation.contamination import Contamination
@@ -44,7 +44,7 @@ def evaluate(
     results = {} if fresh else read_results(path, header)
     done = {name for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()
-    with writing(path, header, keep=bool(results)) as write:
+    with writing(path, header, results.values()) as write:
         progress(before, len(task))
         for result in task.run(model, done):
             write(result)
@@ -66,7 +66,8 @@ def evaluate(
     if contamination:
         without = [result for result in good if result["id"] not in contamination.found]
         summary["contamination"] = contamination.figures() | {"without": task.summary(without)}
-    _write_json(path.with_suffix(".json"), summary)
+    text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
+    write_atomically(path.with_suffix(".json"), text)
     if isinstance(task, Choice):
         _write_tables(path.with_suffix(""), task.tables(good))
     return summary
@@ -101,6 +102,14 @@ def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
     return {str(result["id"]): result for result in results}
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is none or it is damaged."""
+    try:
+        return _object(path.read_bytes())
+    except OSError:
+        return {}
+
+
 def _object(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
@@ -111,27 +120,29 @@ def _object(line: bytes) -> dict[str, Any]:
 
 @contextmanager
 def writing(
-    path: Path, header: Mapping[str, Any], *, keep: bool
+    path: Path, header: Mapping[str, Any], kept: Iterable[Result] = ()
 ) -> Iterator[Callable[[Result], None]]:
-    """Something that adds a line to the file; what is there is kept up to its last whole line."""
+    """Write a file of results anew with those that are kept; yield a function that adds a line.
+
+    An item has one line: errors are left out here, for their items are tried again.
+    """
+    lines = [header, *(result for result in kept if "error" not in result)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file: IO[bytes] = path.open("r+b" if keep else "wb")
+        write_atomically(path, "".join(map(_line, lines)))
+        file = path.open("ab")
     except OSError as error:
         raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
 
     def write(value: Mapping[str, Any]) -> None:
-        file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        file.write(_line(value).encode("utf-8", "replace"))
         file.flush()
 
     with file:
-        if keep:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
-            file.seek(whole)
-        else:
-            write(header)
         yield write
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def _faults(results: Sequence[Result], task: Task) -> dict[str, Any]:
@@ -145,19 +156,15 @@ def _faults(results: Sequence[Result], task: Task) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def _write_tables(folder: Path, tables: Mapping[str, list[dict[str, Any]]]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for subject, rows in tables.items():
+    names = {f"{file_name(subject)}.csv": rows for subject, rows in tables.items()}
+    for name, rows in names.items():
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        path = folder / f"{file_name(subject)}.csv"
-        with path.open("w", encoding="utf-8-sig", newline="") as file:  # which Excel wants
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(folder / name, "\ufeff" + text.getvalue())  # the mark that Excel wants
+    for old in folder.glob("*.csv"):
+        if old.name not in names:
+            old.unlink()

@@ -74,7 +74,7 @@ class EngineScorer:
     def _engine(self, longest: int) -> Engine:
         room = min(max(_ROOM, 1 << (longest - 1).bit_length()), self.context)
         slots = min(max(_TOKENS // room, 1), _SLOTS)
-        return Engine(self._model, self._tokenizer, slots=slots, context=room)
+        return Engine(self._model, self._tokenizer, max_slots=slots, context=room)
 
     def _ask(self, engine: Engine, rows: Sequence[Row]) -> "list[_Asked]":
         """Rows that begin alike are ends of one text, unless their length counts."""

@@ -74,7 +74,6 @@ class Task(Protocol):
 
     name: str
     unit: str
-    main: str  # the figure of its summary that counts
     bad: BadLines
 
     def __len__(self) -> int: ...

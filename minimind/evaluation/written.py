@@ -4,15 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minimind.data.read import BadLines, read_objects
-from minimind.data.textbook import is_right, sample_quiz
+from minimind.data.textbook import is_fluent, is_right, sample_quiz
 from minimind.errors import DataError
-from minimind.evaluation.numbers import last_number
+from minimind.evaluation.numbers import is_same_number, last_number
 from minimind.evaluation.tasks import (
     Answer,
     Manner,
@@ -22,6 +21,7 @@ from minimind.evaluation.tasks import (
     share_right,
     spread,
 )
+from minimind.paths import expand_user
 
 _QUIZ = 400
 _QUIZ_SEED = 1
@@ -29,18 +29,23 @@ _QUIZ_SEED = 1
 
 @dataclass(frozen=True)
 class Written:
-    """A question that is answered in words: `check` tells whether an answer is right."""
+    """A question that is answered in words.
+
+    check: whether an answer is right; fluency: whether it is fluent, None where it is not measured.
+    """
 
     id: str
     question: str
     expected: str
     check: Callable[[str], bool]
     subject: str = ""
+    fluency: Callable[[str], bool] | None = None
 
     def mark(self, answer: Answer) -> Result:
-        """Whether the answer is right, and both."""
+        """The answer with its scores."""
         return {
             "right": self.check(answer.text),
+            **({"fluent": self.fluency(answer.text)} if self.fluency else {}),
             "answer": answer.text,
             "expected": self.expected,
         }
@@ -49,7 +54,7 @@ class Written:
 class Writing:
     """Questions that a model answers greedily in a conversation of their own."""
 
-    unit, main = "question", "accuracy"
+    unit = "question"
 
     def __init__(
         self, name: str, questions: Sequence[Written], max_new_tokens: int, bad: BadLines
@@ -91,6 +96,8 @@ class Writing:
         for result in results:
             table.setdefault(subject_of[result["id"]], []).append(result["right"])
         figures = share_right(sum(result["right"] for result in results), len(results))
+        if any("fluent" in result for result in results):
+            figures["fluent"] = sum(result["fluent"] for result in results)
         if set(table) - {""}:
             figures["by_subject"] = {
                 name: share_right(sum(marks), len(marks)) for name, marks in sorted(table.items())
@@ -99,11 +106,11 @@ class Writing:
 
 
 def quiz_task(limit: int | None) -> Writing:
-    """The textbook's: the same questions as the demo's summary."""
+    """The textbook's quiz, by keyword match, with fluency beside it; the demo's questions."""
     chosen = spread(sample_quiz(_QUIZ, seed=_QUIZ_SEED), limit)
 
     questions = [
-        Written(q.question, q.question, q.answer, partial(is_right, q), subject=q.subject)
+        Written(q.question, q.question, q.answer, partial(is_right, q), q.subject, is_fluent)
         for q in chosen
     ]
     return Writing("quiz", questions, 64, BadLines())
@@ -116,7 +123,7 @@ _ARITHMETIC = {  # fields of the question and of the answer, split, longest answ
 
 
 def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writing:
-    """Marked by the last number of an answer, which has to be that of the published answer."""
+    """Math word problems, scored by the final number of an answer."""
     asked, golden, splits, longest = _ARITHMETIC[name]
     bad = BadLines()
     questions = []
@@ -124,8 +131,7 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
         if row.get("split", splits[0]) not in splits:
             continue
         question, answer = row.get(asked), str(row.get(golden, "")).rpartition("####")[2].strip()
-        number = last_number(answer)
-        if not isinstance(question, str) or number is None:
+        if not isinstance(question, str) or last_number(answer) is None:
             bad.add(Path(name), line, f"no {asked}, or no number in {golden}", row)
             continue
         bad.good += 1
@@ -134,7 +140,7 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
                 f"{name}-{line}",
                 question,
                 answer,
-                partial(_ends_with, number),
+                partial(is_same_number, answer),
                 subject=f"grade {row['grade']}" if "grade" in row else "",
             )
         )
@@ -143,14 +149,10 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Writ
     return Writing(name, spread(questions, limit), longest, bad)
 
 
-def _ends_with(number: Fraction, answer: str) -> bool:
-    return last_number(answer) == number
-
-
 def _arithmetic_files(name: str, places: Sequence[str]) -> list[Path]:
     """The file of an exam in figures: <name>.jsonl, or test.jsonl as GSM8K is published."""
     for place in places:
-        path = Path(place).expanduser()
+        path = expand_user(place)
         if path.is_file():
             return [path]
         for pattern in (

@@ -58,7 +58,7 @@ def write_all(
         return []
     stops = frozenset(tokenizer.stop_ids) if stops is None else stops
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    with Engine(model, tokenizer, slots=min(_AT_ONCE, len(prompts)), context=longest) as engine:
+    with Engine(model, tokenizer, max_slots=min(_AT_ONCE, len(prompts)), context=longest) as engine:
         outputs: list[list[int]] = [[] for _ in prompts]
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 

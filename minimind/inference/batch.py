@@ -3,15 +3,15 @@
 N rows (a row is one token of one text), H query heads, K key/value heads, D wide each; a slot is
 the place of one text in the cache.
 
-What a text's row comes to does not depend on the other rows. Every product of matrices is one
-whose rows are computed alike in a batch of any size: oneDNN's with weights packed beforehand is
-from two rows on (a single one takes another path, so it gets company), and attention is one small
-product a text, padded with words that weigh nothing. tests/inference/test_batch.py holds this
-to the bit.
+On a CPU the bits of a row do not depend on the other rows: matrix products are computed in batches
+whose size does not change the order of summation on this processor (`products.py`), and attention
+is one small product per text, padded with positions of weight zero. Where a trial finds that even
+so the bits change, attention is computed text by text, and a product without any batch size that
+holds makes `batch_invariant` false. tests/inference/test_batch.py holds this to the bit.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.errors import ResourceError
+from minimind.inference.products import Linear, Packer, attends_alike
 from minimind.model import Transformer
 from minimind.model.experts import RoutedExperts, routed_plainly
 from minimind.model.lora import LoRALinear
@@ -29,10 +30,7 @@ from minimind.model.rope import depends_on_length, rope_table
 from minimind.model.transformer import Layer
 
 CHUNK = 64  # tokens of a prompt that are read together; a prefix is shared in whole chunks
-_ROWS = 16  # a guess at how many there are, which oneDNN asks for
-_STEP = 64  # attention spans whole steps of this many positions
-
-Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
+CACHE_STEP = 64  # attention spans whole steps of this many positions
 
 
 @dataclass(frozen=True)
@@ -78,21 +76,41 @@ class BatchedModel:
     """The weights of a model, packed, with room for `slots` texts of `context` tokens.
 
     Of the model itself nothing is kept but the embedding. int8: matrices as 8-bit integers with
-    a scale for each output, on a CPU. Raises ResourceError when the room is more than the machine
-    has.
+    a scale for each output, on a CPU. threads: of the thread that will call it; None = as many as
+    this one has. batch_invariant: whether a text gets the same bits whoever is beside it. Raises
+    ResourceError when the room is more than the machine has.
     """
 
-    def __init__(self, model: Transformer, slots: int, context: int, *, int8: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        slots: int,
+        context: int,
+        *,
+        int8: bool = False,
+        threads: int | None = None,
+    ) -> None:
         config, head = model.config, model.head_weight.detach()
         self.device, self.dtype = head.device, head.dtype
         self.slots, self.context, self.vocab_size = slots, context, config.vocab_size
         self._config = config
         self._embedding = model.model.embed_tokens.weight.detach()
         self._norm = _norm_weight(model.model.norm)
-        pack = _int8 if int8 and self.device.type == "cpu" else _linear
-        self._least_rows = 1 if pack is _int8 else 2
+        threads = threads or torch.get_num_threads()
+        pack = Packer(self.device, int8=int8, threads=threads)
         self._head = pack(head)
         self._layers = [_pack_layer(layer, pack, slots) for layer in model.model.layers]
+        self._least_rows = pack.least_rows
+        self._attends_apart = self.device.type == "cpu" and not attends_alike(
+            self._look,
+            config.num_key_value_heads,
+            config.num_attention_heads // config.num_key_value_heads,
+            config.head_dim,
+            slots=slots,
+            step=CACHE_STEP,
+            threads=threads,
+        )
+        self.batch_invariant = pack.batch_invariant
         self._cache = self._allocate()
         self._places = self._cache.permute(0, 2, 4, 1, 3, 5).unbind()  # [slots, positions, 2, K, D]
         self._turns = torch.empty(2, 0, config.head_dim, device=self.device)
@@ -100,8 +118,7 @@ class BatchedModel:
     def _allocate(self) -> Tensor:
         """[layers, 2, slots, K, positions, D]: keys, values; on a CPU in float32, the faster one.
 
-        One position at the least is beyond the context, for `step`. On a CPU, pages that were
-        never written to take no memory.
+        On a CPU, pages that were never written to take no memory.
         """
         config = self._config
         shape = (
@@ -109,7 +126,7 @@ class BatchedModel:
             2,
             self.slots,
             config.num_key_value_heads,
-            (self.context // _STEP + 1) * _STEP,
+            cache_positions(self.context),
             config.head_dim,
         )
         try:
@@ -119,8 +136,9 @@ class BatchedModel:
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             size = math.prod(shape) * (4 if self.device.type == "cpu" else self.dtype.itemsize)
             raise ResourceError(
-                f"{self.slots} texts of {self.context:,} tokens need {size / 2**30:.1f} GB of "
-                "memory, more than there is; take a shorter context, or fewer at a time"
+                f"too little memory on {self.device}: a KV cache of {self.slots} × "
+                f"{self.context:,} tokens needs {size / 1e9:.1f} GB; give --context "
+                f"{max(self.context // 2, 1)} or less"
             ) from error
 
     @torch.inference_mode()
@@ -165,7 +183,7 @@ class BatchedModel:
         bias = self._bias(positions + 1, span).repeat_interleave(heads, 0)[:, None]
         groups = self._config.num_attention_heads // heads
         spans = [_Span(slice(0, rows), slice(0, rows), bias.expand(-1, groups, -1))]
-        x = self._embedded(tokens if rows >= self._least_rows else tokens.expand(self._least_rows))
+        x = self._embedded(F.pad(tokens, (0, max(0, self._least_rows - rows))))
         x = self._through_layers(x, rows, where, self._turns[:, positions], spans)
         return self._logits(x)[:rows]
 
@@ -224,7 +242,7 @@ class BatchedModel:
 
     def _company(self, rows: list[int]) -> list[int]:
         """As many rows as products need, whose bits are then those of any number."""
-        return rows * self._least_rows if len(rows) == 1 else rows
+        return rows + rows[:1] * (self._least_rows - len(rows))
 
     def reads_alike(self, length: int) -> bool:
         """Whether a prompt of `length` tokens gives what a shorter one would that begins it."""
@@ -304,7 +322,7 @@ class BatchedModel:
     def _spans(self, singles: Sequence[Part], chunks: Sequence[Part]) -> list[_Span]:
         heads = self._config.num_key_value_heads
         spans, groups, row = [], self._config.num_attention_heads // heads, 0
-        for run in _neighbours(singles):
+        for run in [[part] for part in singles] if self._attends_apart else _neighbours(singles):
             lengths = torch.tensor([part.start + 1 for part in run], device=self.device)
             bias = self._bias(lengths, max(part.start + 1 for part in run))
             bias = bias.repeat_interleave(heads, 0)[:, None].expand(-1, groups, -1)
@@ -322,7 +340,7 @@ class BatchedModel:
 
     def _bias(self, lengths: Tensor, longest: int) -> Tensor:
         """[rows, positions]: 0 where a row of a text of so many tokens looks, else -inf."""
-        positions = torch.arange(-(-longest // _STEP) * _STEP, device=self.device)
+        positions = torch.arange(-(-longest // CACHE_STEP) * CACHE_STEP, device=self.device)
         bias = torch.zeros(len(lengths), len(positions), device=self.device)
         bias.masked_fill_(positions >= lengths[:, None], -torch.inf)
         return bias.to(self._cache.dtype)
@@ -331,9 +349,17 @@ class BatchedModel:
         """Give the slot `target` what the slot `source` holds of its first `length` tokens."""
         self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
 
-    def wipe(self, slot: int) -> None:
-        """Forget a slot: bad numbers would spoil the next text, even where it does not look."""
-        self._cache[:, :, slot] = 0
+    def wipe(self, slot: int, length: int) -> None:
+        """Write zeros to the first `length` positions of a slot, and so to no others' memory.
+
+        Numbers that are not finite would damage the next text, even where it does not look.
+        """
+        self._cache[:, :, slot, :, :length] = 0
+
+
+def cache_positions(context: int) -> int:
+    """Positions of a slot: whole steps, with one at the least beyond the context, for `step`."""
+    return (context // CACHE_STEP + 1) * CACHE_STEP
 
 
 def _neighbours(singles: Sequence[Part]) -> list[list[Part]]:
@@ -351,7 +377,7 @@ def _norm_weight(norm: RMSNorm) -> Tensor:
     return norm.weight.detach().float()
 
 
-def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear], slots: int) -> _Layer:
+def _pack_layer(layer: nn.Module, pack: Packer, slots: int) -> _Layer:
     assert isinstance(layer, Layer)
     attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -366,7 +392,7 @@ def _pack_layer(layer: nn.Module, pack: Callable[[Tensor], Linear], slots: int) 
     )
 
 
-def _feed_forward(layer: Layer, pack: Callable[[Tensor], Linear], slots: int) -> Linear:
+def _feed_forward(layer: Layer, pack: Packer, slots: int) -> Linear:
     if layer.mlp is not None:
         both = torch.cat([_matrix(layer.mlp.gate_proj), _matrix(layer.mlp.up_proj)])
         return _swiglu(pack(both), pack(_matrix(layer.mlp.down_proj)))
@@ -388,11 +414,11 @@ def _swiglu(gate_up: Linear, down: Linear) -> Linear:
     return forward
 
 
-def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear], slots: int) -> Linear:
+def _routed(module: RoutedExperts, pack: Packer, slots: int) -> Linear:
     """As `RoutedExperts` computes it; on a CPU with a row's bits independent of the others."""
     if module.router.layer.weight.device.type != "cpu":
         return _routed_on_device(module, slots)
-    router = _linear(module.router.layer.weight.detach().float())
+    router = pack.exact(module.router.layer.weight.detach().float())
     matrices = zip(
         module.input_linear.weight.detach(), module.output_linear.weight.detach(), strict=True
     )
@@ -405,8 +431,7 @@ def _routed(module: RoutedExperts, pack: Callable[[Tensor], Linear], slots: int)
         for number, expert in enumerate(experts):
             rows, places = (chosen == number).nonzero(as_tuple=True)
             if len(rows):
-                own = x[rows] if len(rows) > 1 else x[rows.expand(2)]
-                out[rows] += expert(own)[: len(rows)] * weights[rows, places, None]
+                out[rows] += expert(x[rows]) * weights[rows, places, None]
         return out
 
     return forward
@@ -429,21 +454,3 @@ def _routed_on_device(module: RoutedExperts, few: int) -> Linear:
 def _matrix(module: nn.Linear) -> Tensor:
     """The weight [out, in], with what an adapter that is being trained adds to it."""
     return (module.merged() if isinstance(module, LoRALinear) else module.weight).detach()
-
-
-def _linear(weight: Tensor) -> Linear:
-    """A matrix as it is; on a CPU in oneDNN's own order, which it reads fastest."""
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-        product = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: product(x, packed, None, "none", [], "")
-    return lambda x: F.linear(x, weight)
-
-
-def _int8(weight: Tensor) -> Linear:
-    """A matrix as integers from -127 to 127, with a scale for each output."""
-    scale = weight.float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = (weight.float() / scale[:, None]).round_().to(torch.int8)
-    scale = scale.to(weight.dtype)
-    product = torch.ops.aten._weight_int8pack_mm.default
-    return lambda x: product(x, rounded, scale)

@@ -9,6 +9,7 @@ A request may also have ends of a text weighed, of which nothing is written: exa
 """
 
 import atexit
+import contextlib
 import math
 import os
 import queue
@@ -22,10 +23,12 @@ from itertools import islice
 from typing import Literal, Protocol, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
 from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.capacity import MAX_SLOTS, CacheSizer, usable_bytes
 from minimind.inference.graphs import GraphedModel
 from minimind.inference.load import on_one_core
 from minimind.inference.sampling import Penalties, Sampling, choose
@@ -38,21 +41,34 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 _READ_BESIDE = 4 * CHUNK  # tokens that a step reads where texts are written, so that they go on
 _READ_ALONE = 8 * CHUNK  # and where none is; more are no faster,
 _READ_BY_GPU = 32 * CHUNK  # but there
+_MASK_SECONDS = 0.002  # so long an idle step waits for a grammar's mask; then others have a turn
 _LOGITS = 1 << 24  # numbers that a step makes of what it reads, unless a single chunk needs more
+_CLOSE_SECONDS = 10.0  # a step of a large model on a CPU takes that long; a hung device never ends
 
 
 class Constraint(Protocol):
-    """What an answer has to look like: it says which tokens may come, and hears which one came."""
+    """Restricts which tokens an answer may have. Masks are computed in another thread."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long for the next mask, and return whether it is there."""
 
     def allowed(self) -> Tensor:
-        """[vocab] bool, on the CPU; one token at the least."""
+        """[n] bool, on the CPU; at least one is True. Wait until the mask is computed.
+
+        n: the size of the tokenizer, or the number of the model's rows. Ids from n on are not
+        allowed, and ids without a token never are.
+        """
 
     def advance(self, token: int) -> None:
-        """The token that was chosen, unless it ends the text."""
+        """Append the token that was chosen, unless it ends the text."""
 
     @property
     def is_met(self) -> bool:
-        """Whether the answer is whole, which ends it."""
+        """Whether the answer is complete, which ends it."""
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the next mask is there and allows no token, which ends the answer as cut."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class Request:
 
     max_new_tokens: None = all the room that the context has. seed: None = another text each time.
     logprobs: log-probabilities of the tokens and of so many others, the likeliest; None = none.
+    prompt_logprobs: the same of the prompt, whose first token has none; it is then read whole.
     constraint: serves this request alone.
     """
 
@@ -71,6 +88,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
 
 
@@ -92,7 +110,12 @@ class Scoring:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithms of what the model itself gave, before temperature and penalties."""
+    """Natural logarithms of what the model itself gave, before temperature and penalties.
+
+    Normalised over every row of the embedding, as transformers and vLLM do. Where the model has
+    more rows than the tokenizer has tokens, ids without a token are never chosen nor in `top`, so
+    the probabilities of all tokens add up to a little less than 1.
+    """
 
     token_id: int
     logprob: float
@@ -101,12 +124,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a text grew by; the last piece, and it alone, has a finish_reason."""
+    """What a text grew by; the last piece, and it alone, has a finish_reason.
+
+    prompt_logprobs: of all tokens of the prompt but the first, in the first piece that has any.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,8 +153,8 @@ class Completion:
     """A request on its way: iterate for its pieces, unless they are delivered.
 
     cached_tokens: how many of the prompt's tokens were not read again. scores: of a Scoring that
-    has ended, the natural logarithm of how likely each end is after the prompt. error: why it ended
-    with the finish_reason "error"; iterating raises it.
+    has ended, the natural logarithm of how likely each end is after the prompt, normalised as in
+    TokenLogprob. error: why it ended with the finish_reason "error"; iterating raises it.
     """
 
     def __init__(
@@ -157,6 +184,12 @@ class Completion:
         """Write no more of it; its last piece says so. Harmless when it has ended."""
         self._cancelled = True
 
+    def _end_with(self, error: BaseException) -> None:
+        """Deliver the last piece of a request that ends with an error."""
+        self.error = _as_exception(error)
+        with contextlib.suppress(Exception):
+            self._deliver(Piece("", finish_reason="error"))
+
 
 @dataclass(frozen=True)
 class _Reading:
@@ -176,6 +209,7 @@ class _Running:
         self.completion, self.slot = completion, slot
         self.prompt = list(completion.request.prompt)
         self.readings = deque(readings)
+        self.used = 0  # positions of the slot that it has written to, or is about to
 
 
 class _Scored(_Running):
@@ -193,8 +227,11 @@ class _Writing(_Running):
         self, completion: Completion, slot: int, read: int, request: Request, engine: "Engine"
     ) -> None:
         length = len(request.prompt)
-        super().__init__(completion, slot, _prompt_readings(slot, read, request.prompt, length))
+        scored = request.prompt_logprobs is not None
+        readings = _prompt_readings(slot, read, request.prompt, length, scored)
+        super().__init__(completion, slot, readings)
         self.request, self.sampling = request, request.sampling
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.random = random.Random(request.seed)
         self.text = TextStream(engine.tokenizer, request.stop)
         self.length = len(self.prompt)
@@ -215,14 +252,21 @@ class _Writing(_Running):
         if self.penalties is not None:
             logits = self.penalties.apply(logits)
         if self.constraint is not None:
-            logits = logits.masked_fill(~self.constraint.allowed().to(logits.device), -torch.inf)
+            allowed = self.constraint.allowed()
+            allowed = F.pad(allowed, (0, len(logits) - len(allowed)))  # False
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         return logits
 
 
 class Engine:
-    """Decodes up to `slots` texts at a time; more requests wait for their turn, first come first.
+    """Decodes as many texts at a time as its cache has slots; more requests wait, in their order.
 
     Closing it, or leaving its `with` block, ends the requests that still run as cancelled.
+
+    An error of one request (scores that are not numbers, its constraint, its receiver) ends that
+    request alone. Any other error inside a step stops the engine, for the state of the device and
+    the cache is then unknown: `failure` holds the error, and all requests, those that are submitted
+    later too, end with the finish_reason "error".
     """
 
     def __init__(
@@ -230,28 +274,49 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer,
         *,
-        slots: int = 16,
+        slots: int | None = None,
+        max_slots: int = MAX_SLOTS,
         context: int | None = None,
         int8: bool = False,
+        usable: int | None = None,
     ) -> None:
-        """context: None = the model's. int8: smaller and less exact weights; see BatchedModel."""
-        longest = model.config.max_position_embeddings
+        """Allocate a KV cache of what is given and, where it is None, of what fits into memory.
+
+        slots: None = up to `max_slots`. context: None = the model's own, as far as memory allows.
+        usable: bytes of the cache at most; None = what is free. int8: smaller and less exact
+        weights; see BatchedModel. Raises ResourceError, with values that fit, for a cache that
+        does not.
+        """
         self.tokenizer = tokenizer
-        self.context = min(context or longest, longest)
+        sizer = CacheSizer(model, usable_bytes([model]) if usable is None else usable)
+        size = sizer.size(slots, max_slots, context)
+        slots, self.context = size.slots, size.context
+        self.cache_bytes = sizer.bytes(slots, self.context)
         self._num_threads = torch.get_num_threads()
         with on_one_core():
-            self.model = BatchedModel(model, slots, self.context, int8=int8)
+            self.model = BatchedModel(
+                model, slots, self.context, int8=int8, threads=self._num_threads
+            )
         self._steps = GraphedModel(self.model)
+        self._num_ids = min(tokenizer.vocab_size, self.model.vocab_size)
+        self._without_token = self._ids_without_token()
         self._free = list(range(slots))  # the longest unused first
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whole chunks, by slot
         self._waiting: deque[Completion] = deque()
         self._running: list[_Running] = []
         self._changed = _TURNS.changed
         self._closed = False
+        self._failure: Exception | None = None
         self._ended = threading.Event()
         self._counts = dict(requests=0, prompt_tokens=0, cached_tokens=0, tokens=0)
         _TURNS.join(self)
         atexit.register(self.close)  # a thread amid torch's code would abort the process
+
+    def _ids_without_token(self) -> Tensor | None:
+        """[rows of the embedding] bool: ids that must not be chosen; None where there are none."""
+        without = torch.ones(self.model.vocab_size, dtype=torch.bool)
+        without[[token for token in self.tokenizer.token_ids if token < self._num_ids]] = False
+        return without.to(self.model.device) if without.any() else None
 
     def __enter__(self) -> "Engine":
         return self
@@ -267,7 +332,8 @@ class Engine:
         deliver is called with each piece in the thread that decodes, where it must not block;
         without it, iterate over the completion. Of a Scoring there is one piece, which says that
         its scores are there. Raises UsageError, at once, when the prompt is empty or does not fit
-        into the context.
+        into the context. Of an engine that has stopped with an error the request ends with that
+        error.
         """
         room = self.context - len(request.prompt)
         if isinstance(request, Scoring):
@@ -279,10 +345,19 @@ class Engine:
         completion = Completion(request, room, deliver)
         with self._changed:
             assert not self._closed, "the engine is closed"
-            self._waiting.append(completion)
             self._counts["requests"] += 1
-            self._changed.notify()
+            failure = self._failure
+            if failure is None:
+                self._waiting.append(completion)
+                self._changed.notify()
+        if failure is not None:
+            completion._end_with(failure)
         return completion
+
+    @property
+    def failure(self) -> Exception | None:
+        """The error that stopped the engine; None while it works."""
+        return self._failure
 
     def stream_text(
         self,
@@ -325,8 +400,8 @@ class Engine:
             )
         self._check_tokens("prompt", request.prompt)
         self._check_tokens("logit_bias", request.sampling.logit_bias)
-        if request.max_new_tokens is not None and request.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 1 or more")
+        if request.max_new_tokens is not None and request.max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 0 or more")
 
     def _check_scoring(self, request: Scoring) -> None:
         assert request.prompt and request.ends and all(request.ends), "nothing to weigh"
@@ -339,10 +414,8 @@ class Engine:
             self._check_tokens(what, ids)
 
     def _check_tokens(self, what: str, ids: Iterable[int]) -> None:
-        if not all(0 <= token < self.model.vocab_size for token in ids):
-            raise UsageError(
-                f"{what}: token ids go from 0 to {self.model.vocab_size - 1:,} in this model"
-            )
+        if not all(0 <= token < self._num_ids for token in ids):
+            raise UsageError(f"{what}: token ids go from 0 to {self._num_ids - 1:,} in this model")
 
     def stats(self) -> Stats:
         """A look from any thread."""
@@ -354,13 +427,14 @@ class Engine:
                 **self._counts,
             )
 
-    def close(self) -> None:
-        """End all requests."""
+    def close(self, seconds: float = _CLOSE_SECONDS) -> None:
+        """End all requests; return after `seconds` even where a step never ends."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         if threading.current_thread() is not _TURNS.thread:
-            self._ended.wait()
+            if not self._ended.wait(seconds):
+                self._stop(TimeoutError(f"the step at hand has not ended within {seconds:g} s"))
             atexit.unregister(self.close)
 
     # All below runs in the thread that decodes.
@@ -370,17 +444,27 @@ class Engine:
         return bool(self._running or self._waiting or self._closed)
 
     def turn(self) -> bool:
-        """Let requests go and come, and one step; False when the engine is closed."""
-        torch.set_num_threads(self._num_threads)  # of this thread
-        if not self._take_in():
-            self._ended.set()
-            return False
+        """Let requests go and come, and one step; False when the engine is closed or has failed."""
         try:
-            self._step()
-        except Exception as error:  # a bug, or no memory: whoever took part cannot go on
-            for running in list(self._running):
-                self._fail(running, error)
-        return True
+            torch.set_num_threads(self._num_threads)  # of this thread
+            if self._take_in():
+                self._step()
+                return True
+        except BaseException as error:  # a panic in Rust is not an Exception
+            self._stop(error)
+        self._ended.set()
+        return False
+
+    def _stop(self, error: BaseException) -> None:
+        """End every request with an error. Leaves the device alone: any call may fail there."""
+        failure = _as_exception(error)
+        with self._changed:
+            self._failure = failure
+            ended = [*(running.completion for running in self._running), *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for completion in ended:
+            completion._end_with(failure)
 
     def _take_in(self) -> bool:
         """Let requests go and come; False to end."""
@@ -393,19 +477,14 @@ class Engine:
             self._tell(completion, Piece("", finish_reason="cancelled"))
         for running in list(self._running):
             if running.completion._cancelled or closed:
-                self._finish(running, "cancelled")
+                with self._own_fault(running):
+                    self._finish(running, "cancelled")
         with self._changed:  # more of them may wait by now, and have their turn too
             first = list(islice(self._waiting, len(self._held)))
         for completion in first:
             if not self._free:
                 break
-            try:
-                self._start(completion)
-            except Exception as error:
-                with self._changed:
-                    self._waiting.remove(completion)
-                completion.error = error
-                self._tell(completion, Piece("", finish_reason="error"))
+            self._start(completion)
         return not closed
 
     def _start(self, completion: Completion) -> None:
@@ -413,7 +492,8 @@ class Engine:
         request = completion.request
         prompt = request.prompt
         length = request.length if isinstance(request, Scoring) else len(prompt)
-        alike = self.model.reads_alike(length)
+        scored = isinstance(request, Request) and request.prompt_logprobs is not None
+        alike = self.model.reads_alike(length) and not scored
         shared = [_shared_chunks(held, prompt) if alike else 0 for held in self._held]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self._free))
         read = shared[source]
@@ -421,11 +501,20 @@ class Engine:
         if any(_shared_chunks(other, prompt) > read for other in coming):
             return
         slot = source if read and source in self._free else self._free[0]
-        running = (
-            _Scored(completion, slot, read, request)
-            if isinstance(request, Scoring)
-            else _Writing(completion, slot, read, request, self)
-        )
+        try:
+            running = (
+                _Scored(completion, slot, read, request)
+                if isinstance(request, Scoring)
+                else _Writing(completion, slot, read, request, self)
+            )
+        except torch.AcceleratorError:
+            raise
+        except BaseException as error:  # its own, such as a panic in the tokenizer
+            with self._changed:
+                self._waiting.remove(completion)
+            completion._end_with(error)
+            return
+        running.used = read
         if slot != source and read:
             self.model.copy_prefix(source, slot, read)
         self._held[slot] = list(prompt[:read])
@@ -445,8 +534,10 @@ class Engine:
         return running.prompt if shares else ()
 
     def _step(self) -> None:
-        texts = sorted((r for r in self._running if _is_written(r)), key=_slot)
+        texts = self._unblocked(sorted((r for r in self._running if _is_written(r)), key=_slot))
         singles = [Part(text.slot, text.length - 1, (text.last,)) for text in texts]
+        for text in texts:
+            text.used = text.length
         chunks = self._next_chunks()
         if not (singles or chunks):
             return
@@ -455,17 +546,37 @@ class Engine:
         scored: list[tuple[_Scored, int, int, int]] = []
         row = len(texts)
         for running, reading in chunks:
+            if running not in self._running:  # its part before this one had no valid scores
+                row += reading.part.wanted
+                continue
             self._hold(running, reading.part)
             if isinstance(running, _Scored):
                 scored += [(running, row + at, token, n) for at, token, n in reading.scored]
             elif isinstance(running, _Writing) and reading.part.wanted:
-                rows.append(row)
-                texts.append(running)
+                if running.request.prompt_logprobs is not None:
+                    self._score_prompt(running, reading.part, logits[row:])
+                is_last = reading.part.start + len(reading.part.tokens) == running.length
+                if is_last and running.completion._room == 0:
+                    self._finish(running, "length")
+                elif is_last and running in self._running:
+                    rows.append(row + reading.part.wanted - 1)
+                    texts.append(running)
             row += reading.part.wanted
         if scored:
             self._weigh(scored, logits)
         if rows:
             self._write(texts, logits if len(rows) == len(logits) else logits[rows])
+
+    def _unblocked(self, texts: "Sequence[_Writing]") -> "list[_Writing]":
+        """The texts that need not wait for a mask: those that do sit out this step."""
+        constraints = [text.constraint for text in texts if text.constraint is not None]
+        if len(constraints) == len(self._running):  # and there is nothing else to do
+            any(constraint.wait(_MASK_SECONDS) for constraint in constraints)
+        ready = [text for text in texts if text.constraint is None or text.constraint.wait(0)]
+        for text in ready:
+            if text.constraint is not None and text.constraint.is_stuck:
+                self._finish(text, "length")
+        return [text for text in ready if text in self._running]
 
     def _next_chunks(self) -> list[tuple["_Running", _Reading]]:
         """What is read of which text in this step, first come first."""
@@ -484,6 +595,7 @@ class Engine:
                 if chunks and (tokens > most or numbers > _LOGITS):
                     return chunks
                 chunks.append((running, running.readings.popleft()))
+                running.used = max(running.used, end)
         return chunks
 
     def _hold(self, running: "_Running", part: Part) -> None:
@@ -505,33 +617,72 @@ class Engine:
                 text.completion.scores = text.scores
                 self._finish(text, "stop")
 
+    def _score_prompt(self, text: "_Writing", part: Part, logits: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens after each of the part's: logits of these."""
+        following = text.prompt[part.start + 1 : part.start + 1 + part.wanted]
+        number = text.request.prompt_logprobs or 0
+        scores = logits[: len(following)].log_softmax(-1)
+        tokens = torch.tensor(following, dtype=torch.int64, device=scores.device)
+        text.prompt_logprobs += self._token_logprobs(scores, tokens, [number] * len(following))
+        if not all(math.isfinite(token.logprob) for token in text.prompt_logprobs):
+            self._fail(text, ModelError(BAD_NUMBERS))
+        elif part.start + len(part.tokens) == text.length:
+            self._show(text, Piece("", prompt_logprobs=tuple(text.prompt_logprobs)))
+
     def _write(self, texts: Sequence["_Writing"], logits: Tensor) -> None:
         """Choose the next token of each text: logits [texts, vocab]."""
-        adjusted = list(logits.unbind())
-        errors: dict[int, Exception] = {}
+        choices = self._choices(logits)
+        adjusted = list(choices.unbind())
         for row, text in enumerate(texts):
             if text.changes_logits:
-                try:
-                    adjusted[row] = text.adjusted(logits[row])
-                except Exception as error:  # a constraint of its own
-                    errors[row] = error
+                with self._own_fault(text):
+                    adjusted[row] = text.adjusted(choices[row])
         changed = any(text.changes_logits for text in texts)
         samplings = [text.sampling for text in texts]
         numbers = [0.0 if text.sampling.greedy else text.random.random() for text in texts]
-        tokens = choose(torch.stack(adjusted) if changed else logits, samplings, numbers)
+        tokens = choose(torch.stack(adjusted) if changed else choices, samplings, numbers)
         # One transfer from the device; a sum is a number where all that was added is. Token ids are
         # far below 2**24, up to where single precision holds them; Apple's MPS has no other.
         chosen, sums = torch.stack((tokens.float(), logits.sum(-1))).tolist()
         logprobs = self._logprobs(texts, logits, tokens)
         for row, text in enumerate(texts):
-            if row not in errors and not math.isfinite(sums[row]):
-                errors[row] = ModelError(BAD_NUMBERS)
-            try:
-                if row in errors:
-                    raise errors[row]
+            if text.completion.error is not None:  # it has failed above
+                continue
+            with self._own_fault(text):
+                if not math.isfinite(sums[row]):
+                    raise ModelError(BAD_NUMBERS)
                 self._go_on(text, int(chosen[row]), logprobs.get(row))
-            except Exception as error:
-                self._fail(text, error)
+
+    @contextlib.contextmanager
+    def _own_fault(self, running: "_Running") -> Iterator[None]:
+        """End a request alone with what is raised here, unless the device is at fault."""
+        try:
+            yield
+        except torch.AcceleratorError:
+            raise
+        except BaseException as error:  # a panic in Rust is not an Exception
+            self._fail(running, error)
+
+    def _choices(self, scores: Tensor) -> Tensor:
+        """`scores` [..., vocab] with -inf for the ids that have no token.
+
+        The one place where they are masked: whatever chooses or lists tokens goes through here.
+        """
+        if self._without_token is None:
+            return scores
+        return scores.masked_fill(self._without_token, -torch.inf)
+
+    def _token_logprobs(
+        self, scores: Tensor, tokens: Tensor, numbers: Sequence[int]
+    ) -> Iterator[TokenLogprob]:
+        """Log-probabilities of a token for each row of scores, and of so many most likely ones."""
+        own = scores.gather(-1, tokens[:, None])[:, 0].tolist()
+        number = min(max(numbers, default=0), len(self.tokenizer.token_ids), scores.shape[-1])
+        top = self._choices(scores).topk(number)
+        values, ids = top.values.tolist(), top.indices.tolist()
+        for row, token in enumerate(tokens.tolist()):
+            most_likely = zip(ids[row], values[row], strict=True)
+            yield TokenLogprob(token, own[row], tuple(most_likely)[: numbers[row]])
 
     def _logprobs(
         self, texts: Sequence["_Writing"], logits: Tensor, tokens: Tensor
@@ -541,19 +692,8 @@ class Engine:
         asked = [number for number in wanted if number is not None]
         if not rows:
             return {}
-        scores = logits[rows].log_softmax(-1)
-        own = scores.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-        top = scores.topk(min(max(asked), scores.shape[-1]))
-        values, ids = top.values.tolist(), top.indices.tolist()
-        chosen = tokens[rows].tolist()
-        return {
-            row: TokenLogprob(
-                chosen[place],
-                own[place],
-                tuple(zip(ids[place], values[place], strict=True))[: asked[place]],
-            )
-            for place, row in enumerate(rows)
-        }
+        found = self._token_logprobs(logits[rows].log_softmax(-1), tokens[rows], asked)
+        return dict(zip(rows, found, strict=True))
 
     def _go_on(self, text: "_Writing", token: int, logprob: TokenLogprob | None) -> None:
         completion = text.completion
@@ -581,18 +721,17 @@ class Engine:
             text.completion._cancelled = True
 
     def _finish(self, text: "_Running", reason: FinishReason) -> None:
-        self._leave(text)
         shown = text.text.finish() if isinstance(text, _Writing) else ("", (), ())
+        self._leave(text)
         self._tell(text.completion, Piece(*shown, finish_reason=reason))
 
-    def _fail(self, text: "_Running", error: Exception) -> None:
+    def _fail(self, text: "_Running", error: BaseException) -> None:
         if text not in self._running:
             return
+        self.model.wipe(text.slot, text.used)  # first: where the device fails, all requests do
         self._leave(text)
         self._held[text.slot] = []
-        self.model.wipe(text.slot)
-        text.completion.error = error
-        self._tell(text.completion, Piece("", finish_reason="error"))
+        text.completion._end_with(error)
 
     def _leave(self, text: "_Running") -> None:
         with self._changed:
@@ -652,6 +791,17 @@ class _Turns:
 _TURNS = _Turns()
 
 
+def describe(error: BaseException) -> str:
+    """The kind of an error and the first line of its message, on one line."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])[:300]
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """The error itself, or what stands for one that is no Exception, such as a panic in Rust."""
+    return error if isinstance(error, Exception) else RuntimeError(describe(error))
+
+
 def step_back() -> None:
     """Let other threads, which take less, go before the one that decodes; where there is Linux.
 
@@ -680,12 +830,15 @@ def _is_written(running: _Running) -> TypeGuard[_Writing]:
 
 
 def _prompt_readings(
-    slot: int, read: int, prompt: Sequence[int], text_length: int
+    slot: int, read: int, prompt: Sequence[int], text_length: int, scored: bool = False
 ) -> Iterator[_Reading]:
-    """A prompt in chunks, from the token `read` on; logits are wanted after its last."""
+    """A prompt in chunks, from the token `read` on; logits are wanted after its last.
+
+    scored: and after all others.
+    """
     for start in range(read, len(prompt), CHUNK):
         tokens = prompt[start : start + CHUNK]
-        wanted = int(start + len(tokens) == len(prompt))
+        wanted = len(tokens) if scored else int(start + len(tokens) == len(prompt))
         yield _Reading(Part(slot, start, tokens, text_length, wanted))
 
 

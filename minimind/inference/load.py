@@ -33,7 +33,7 @@ def load_for_inference(
     dtype: None = what the device is fastest in. A LoRA adapter (or its run directory) is merged
     into the weights: it costs no time afterwards. context: tokens that the model is to read;
     where it was made for fewer, its positions are scaled, as `rope_scaling` says or in the best
-    way that was measured.
+    way that was measured. A shorter one is the engine's to keep to: give it there too.
 
     Raises ResourceError for a device that is not there, ModelError for what is no model or
     adapter, and TokenizerError when the tokenizer is broken or not that of the model.

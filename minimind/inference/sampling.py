@@ -26,8 +26,8 @@ class Sampling:
     values out of range.
     """
 
-    temperature: float = 0.7
-    top_p: float = 0.9
+    temperature: float = 1.0
+    top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
     min_p: float = 0.0

@@ -3,6 +3,7 @@
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.model.cache import KVCache
 from minimind.model.directory import load_model, read_config, resolve_model_directory, save_model
+from minimind.model.fingerprint import fingerprint
 from minimind.model.lora import (
     apply_lora,
     merge_adapter,
@@ -19,6 +20,7 @@ __all__ = [
     "Transformer",
     "apply_lora",
     "extend_context",
+    "fingerprint",
     "load_model",
     "merge_adapter",
     "read_config",

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind.config.model import MOE_FIELDS, ModelConfig, RopeKind, RopeScaling
-from minimind.errors import ModelError, ResourceError
+from minimind.errors import ModelError, ResourceError, shell_words
 from minimind.model.transformer import Transformer
 
 _MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
@@ -25,6 +25,27 @@ _INDEX = "model.safetensors.index.json"
 _PLAIN_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors calls them
+
+
+def is_stray(name: str) -> bool:
+    """True for a file that file managers and network disks leave in folders: .DS_Store, .nfs…"""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def is_empty(directory: Path) -> bool:
+    """True if a directory holds nothing but stray files."""
+    return all(is_stray(file.name) for file in directory.iterdir())
+
+
+def flush(path: Path) -> None:
+    """Ask the system to put a file, or a directory's list of names, on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows flushes names by itself
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class SavesItself(Protocol):
@@ -51,10 +72,11 @@ def resolve_model_directory(path: Path) -> Path:
         raise ModelError(f"{path}: there is no such directory; give a model or run directory")
     for place in (path, path / "adapter"):
         if (place / "adapter_config.json").is_file():
+            adapter = shell_words("--adapter", path)
             raise ModelError(
                 f"{path} holds a LoRA adapter and no model of its own: give the model that it was "
-                f"made for, with --adapter {path}, or make one of both with "
-                f"`minimind merge MODEL --adapter {path} --out DIR`"
+                f"made for, with {adapter}, or make one of both with "
+                f"`minimind merge MODEL {adapter} --out DIR`"
             )
     if (path / "checkpoints").is_dir():
         raise ModelError(
@@ -99,6 +121,8 @@ def save_model(
 def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[Path]:
     """A folder to write into, which then becomes `directory`; on an error nothing has changed.
 
+    Its files are on the disk, not in a cache, before it takes that name.
+
     What is there is replaced if it has the file `mark`, by which its `kind` is known, or is
     empty.
     Raises ModelError when something else is there, ResourceError, which says that `size` bytes
@@ -113,9 +137,13 @@ def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
+        for file in work.rglob("*"):
+            flush(file)
+        flush(work)
         if directory.exists():
             os.replace(directory, old)
         os.replace(work, directory)
+        flush(directory.parent)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{directory}: the {kind} could not be written ({error}); it needs {size:,} bytes"
@@ -135,7 +163,7 @@ def _put_back(old: Path, directory: Path) -> None:
 
 
 def _may_replace(directory: Path, mark: str) -> bool:
-    return (directory / mark).is_file() or not any(directory.iterdir())
+    return (directory / mark).is_file() or is_empty(directory)
 
 
 def _free_space(directory: Path) -> str:
@@ -362,6 +390,19 @@ def load_model(
         ) from error
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
+
+
+def stored_dtype(directory: Path) -> str:
+    """The torch dtype that a model directory's weights are stored in: its embedding's.
+
+    float32 stands for wider kinds. Raises ModelError where there are no weights.
+    """
+    for path, names in _weight_files(directory).items():
+        with safe_open(path, framework="pt") as file:
+            if _EMBEDDING in (names or set(file.keys())):
+                stored = file.get_slice(_EMBEDDING).get_dtype()
+                return {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
+    raise ModelError(f"{directory}: its weights have no {_EMBEDDING}")
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:

@@ -49,10 +49,12 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        kind: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **kind))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **kind))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear, and peft
+        device = base.weight.device
+        first = torch.empty(rank, base.in_features, dtype=torch.float32)
+        nn.init.kaiming_uniform_(first, a=math.sqrt(5))  # as nn.Linear, and peft
+        self.lora_A = nn.Parameter(first.to(device))
+        second = torch.zeros(base.out_features, rank, dtype=torch.float32, device=device)
+        self.lora_B = nn.Parameter(second)
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,8 +70,8 @@ class LoRALinear(nn.Linear):
 def apply_lora(model: Transformer, settings: LoRASettings) -> Transformer:
     """Freeze the model and put a `LoRALinear` in the place of each module that is to be adapted.
 
-    The first values of A come from torch's global generator. Raises ConfigError for a target that
-    the model does not have.
+    The first values of A come from the CPU's generator, so that they are the same on every device.
+    Raises ConfigError for a target that the model does not have.
     """
     chosen = _chosen(model, settings.targets)
     model.requires_grad_(False)

@@ -37,7 +37,7 @@ def extend_context(config: ModelConfig, context: int, kind: RopeKind | None = No
         raise ModelError(
             f"the model's context of {original:,} tokens is stretched already, by "
             f"{config.rope_scaling.rope_type}, and cannot be stretched to {context:,}; "
-            f"give at most {original:,}"
+            f"give a context of at most {original}"
         )
     try:
         scaling = RopeScaling(

@@ -10,27 +10,28 @@ from typing import Any
 from minimind.errors import MinimindError, UsageError
 from minimind.inference.conversation import fit_chat
 from minimind.inference.engine import Completion, Piece, Request, TokenLogprob
-from minimind.inference.json_object import LEAST_TOKENS, JsonConstraint
+from minimind.inference.grammar import ANY_OBJECT, Grammar
 from minimind.inference.sampling import Sampling
 from minimind.serving.errors import APIError
 from minimind.serving.models import ServedModel
-from minimind.serving.schema import (
-    CachedTokens,
+from minimind.serving.requests import (
+    COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
-    Usage,
+    ResponseFormat,
 )
+from minimind.serving.schema import CachedTokens, Usage
 from minimind.tokenizer.chat import encode_chat
 
 _SEEDS = 2**32
-_COMPLETION_TOKENS = 16  # where nothing is said, as at OpenAI
 
 
 @dataclass
 class Answered:
-    """A whole answer; tokens where log-probabilities were asked for, reason of its end."""
+    """A whole answer; log-probabilities where they were asked for, and the reason of its end."""
 
     text: str = ""
+    prompt_tokens: list[TokenLogprob] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
     reason: Any = None
 
@@ -61,6 +62,7 @@ def ask_chat(request: ChatRequest, model: ServedModel) -> Asked:
             code="invalid_value",
         )
     most = also if most is None else most
+    most = model.defaults.max_new_tokens if most is None else most
     prompt, left_out = _chat_prompt(request, model, most)
     requests = _requests(
         request,
@@ -68,6 +70,7 @@ def ask_chat(request: ChatRequest, model: ServedModel) -> Asked:
         [prompt],
         most_tokens=most,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        grammar=_grammar(request, model),
     )
     return Asked(requests, left_out)
 
@@ -78,35 +81,59 @@ def _chat_prompt(
     """The prompt, and how many messages had to be left out of it."""
     roles = {"developer": "system"}
     messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
-    if request.truncation != "auto" or messages[-1]["role"] != "user":
-        _refuse_what_cannot_fit([m["content"] for m in messages], model, "messages")
-        try:
-            return encode_chat(model.tokenizer, messages, add_generation_prompt=True)[0], 0
-        except (ValueError, MinimindError) as error:  # its template takes no such conversation
-            raise APIError(400, f"{error}.", param="messages", code="invalid_value") from None
-    _refuse_what_cannot_fit([messages[-1]["content"]], model, "messages")
-    quarter = model.context // 4
-    room = quarter if most_tokens in (None, -1) else min(most_tokens, quarter)
+    is_cut = request.truncation == "auto" and messages[-1]["role"] == "user"
+    read = messages[-1:] if is_cut else messages
+    _refuse_what_cannot_fit([m["content"] for m in read], model, "messages")
     try:
+        if not is_cut:
+            return encode_chat(model.tokenizer, messages, add_generation_prompt=True)[0], 0
+        quarter = model.context // 4
+        room = quarter if most_tokens in (None, -1) else min(most_tokens, quarter)
         return fit_chat(model.tokenizer, messages, model.context - room)
     except UsageError as error:
         raise APIError(400, f"{error}.", param="messages", code="context_length_exceeded") from None
+    except (ValueError, MinimindError) as error:  # its template refuses such a conversation
+        raise APIError(400, f"{error}.", param="messages", code="invalid_value") from None
+
+
+def _grammar(request: ChatRequest, model: ServedModel) -> Grammar | None:
+    wanted = request.response_format or ResponseFormat(type="text")
+    if wanted.type == "text":
+        return None
+    if request.stops:
+        raise APIError(
+            400,
+            "'stop' cannot be combined with a 'response_format' of JSON, which ends where the JSON "
+            "is complete. Leave one of them out.",
+            param="stop",
+            code="invalid_value",
+        )
+    described = wanted.json_schema
+    try:
+        return model.grammars.compile((described and described.definition) or ANY_OBJECT)
+    except UsageError as error:
+        name = described.name if described else ""
+        raise APIError(
+            400,
+            f"Invalid schema for response_format '{name}': {error}.",
+            param="response_format",
+            code="invalid_value",
+        ) from None
 
 
 def ask_completion(request: CompletionRequest, model: ServedModel) -> Asked:
     """For each prompt, one request for each choice. Raises APIError."""
-    if request.echo and request.logprobs is not None:
-        raise APIError(
-            400,
-            "'echo' with 'logprobs' is not offered by this service.",
-            param="echo",
-            code="unsupported_parameter",
-        )
     for prompt in as_prompts(request):
         _refuse_what_cannot_fit([prompt] if isinstance(prompt, str) else [], model, "prompt")
     prompts = [_prompt_ids(prompt, model) for prompt in as_prompts(request)]
-    most = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-    requests = _requests(request, model, prompts, most_tokens=most, logprobs=request.logprobs)
+    requests = _requests(
+        request,
+        model,
+        prompts,
+        most_tokens=COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
     return Asked(requests)
 
 
@@ -157,6 +184,8 @@ def _requests(
     *,
     most_tokens: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> list[Request]:
     for prompt in prompts:
         if len(prompt) >= model.context:
@@ -167,40 +196,22 @@ def _requests(
     number = range(len(prompts) * request.choices)
     return [
         Request(
-            prompt=(prompt := prompts[i // request.choices]),
+            prompt=prompts[i // request.choices],
             sampling=sampling,
             max_new_tokens=most,
             stop=request.stops,
             stop_ids=model.stop_ids,
             seed=None if request.seed is None else (request.seed + i) % _SEEDS,
             logprobs=logprobs,
-            constraint=_constraint(request, model, len(prompt), most),
+            prompt_logprobs=prompt_logprobs,
+            constraint=None if grammar is None else grammar.start(),
         )
         for i in number
     ]
 
 
-def _constraint(
-    request: ChatRequest | CompletionRequest, model: ServedModel, read: int, most: int | None
-) -> JsonConstraint | None:
-    if not isinstance(request, ChatRequest) or request.response_format is None:
-        return None
-    if request.response_format.type == "text":
-        return None
-    room = model.context - read
-    tokens = room if most is None else min(most, room)
-    if tokens < LEAST_TOKENS:
-        raise APIError(
-            400,
-            f"A JSON object takes at least {LEAST_TOKENS} tokens, and there is room for {tokens}.",
-            param="response_format",
-            code="invalid_value",
-        )
-    return JsonConstraint(model.json, tokens)
-
-
 def _sampling(request: ChatRequest | CompletionRequest, model: ServedModel) -> Sampling:
-    given: dict[str, Any] = {
+    settings = {
         "temperature": request.temperature,
         # A nucleus of nothing is the likeliest token alone.
         "top_p": None if request.top_p is None else max(request.top_p, 1e-9),
@@ -211,7 +222,7 @@ def _sampling(request: ChatRequest | CompletionRequest, model: ServedModel) -> S
         "frequency_penalty": request.frequency_penalty,
         "logit_bias": _logit_bias(request, model),
     }
-    return Sampling(**{name: value for name, value in given.items() if value is not None})
+    return model.defaults.sampling_with(settings)
 
 
 def _logit_bias(
@@ -277,6 +288,7 @@ class Answers:
         answered = [Answered() for _ in self._completions]
         async for index, piece in self.pieces():
             answered[index].text += piece.text
+            answered[index].prompt_tokens += piece.prompt_logprobs
             answered[index].tokens += piece.logprobs
             answered[index].reason = piece.finish_reason
         return answered
@@ -285,6 +297,10 @@ class Answers:
         """Stop writing what is still open; the slots are free at the next token."""
         for completion in self._completions:
             completion.cancel()
+
+    def prompt(self, index: int) -> Sequence[int]:
+        """The tokens that a choice continues."""
+        return self._completions[index].request.prompt
 
     def usage(self) -> Usage:
         """What was read and written so far; a prompt counts once, however many its choices."""

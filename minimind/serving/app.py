@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from minimind import __version__
+from minimind.inference.engine import describe
 from minimind.serving import chat, completions
 from minimind.serving.answers import Answers, Asked, ask_chat, ask_completion, stopping
 from minimind.serving.auth import RequireKey
@@ -27,11 +28,10 @@ from minimind.serving.logs import FIGURES
 from minimind.serving.metrics import Metrics
 from minimind.serving.models import ServedModel
 from minimind.serving.observe import Observe
+from minimind.serving.requests import ChatRequest, CompletionRequest
 from minimind.serving.schema import (
     ChatCompletion,
-    ChatRequest,
     Completion,
-    CompletionRequest,
     ErrorAnswer,
     Health,
     Model,
@@ -55,6 +55,14 @@ class Service:
         self.is_stopping = False
         self._open: set[Answers] = set()
 
+    @property
+    def failure(self) -> str | None:
+        """Why no model answers any more: the error that stopped the engine of one of them."""
+        for model in self.models.values():
+            if model.engine.failure is not None:
+                return f"the engine of {model.name} stopped: {describe(model.engine.failure)}"
+        return None
+
     def find(self, name: str) -> ServedModel:
         """Raises APIError 404 for a model that is not served."""
         if name not in self.models:
@@ -76,6 +84,9 @@ class Service:
         """A completion of either kind, whole or as a stream."""
         if self.is_stopping:
             raise stopping()
+        if self.failure is not None:
+            message = f"The service has failed and must be restarted: {self.failure}."
+            raise APIError(503, message, code="engine_failed")
         if body.stream_options is not None and not body.stream:
             raise APIError(
                 400,
@@ -195,9 +206,12 @@ def _open_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", responses={503: {"model": Health}})
+    @router.get("/health", response_model_exclude_none=True, responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
         """Whether the service takes requests; needs no key."""
+        if service.failure is not None:
+            response.status_code = 503
+            return Health(status="failed", reason=service.failure)
         if service.is_stopping:
             response.status_code = 503
         return Health(status="stopping" if service.is_stopping else "ok")

@@ -1,4 +1,4 @@
-"""Who may ask: a key on every route but /health, and on this machine alone where there is none."""
+"""Authentication: a key on all routes but a few; without one, requests from this machine alone."""
 
 import hashlib
 import hmac
@@ -11,7 +11,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from minimind.errors import UsageError
 from minimind.serving.errors import APIError
 
-OPEN_PATHS = ("/health",)
+HEALTH = "/health"
+# A browser sends no key with a page, and the docs hold no secret; requests made from them need it.
+DOCS = {"/docs", "/openapi.json"}
+DOCS |= {f"/static-offline-docs/{name}" for name in ("swagger-ui.css", "favicon.png")}
+DOCS.add("/static-offline-docs/swagger-ui-bundle.js")
 
 
 def check_exposure(host: str, keys: Sequence[str]) -> None:
@@ -36,6 +40,8 @@ def is_loopback(host: str) -> bool:
 class RequireKey:
     """ASGI middleware: 401 without one of the keys, before anything of the body is read.
 
+    /health and the docs need none.
+
     Without keys the service is on this machine alone; requests then must name this machine as
     their host, so that no web page can reach it through a name that it points here (DNS
     rebinding).
@@ -47,9 +53,12 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = None
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] != HEALTH:
             headers = Headers(scope=scope)
-            error = self._check_key(headers) if self._digests else _check_host(headers)
+            if not self._digests:
+                error = _check_host(headers)
+            elif scope["path"] not in DOCS:
+                error = self._check_key(headers)
         if error is None:
             await self._app(scope, receive, send)
         else:

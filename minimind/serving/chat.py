@@ -6,7 +6,8 @@ from typing import Any
 from minimind.serving.answers import Answers
 from minimind.serving.logprobs import chat_logprobs
 from minimind.serving.models import ServedModel
-from minimind.serving.schema import AnswerMessage, ChatChoice, ChatCompletion, ChatRequest
+from minimind.serving.requests import ChatRequest
+from minimind.serving.schema import AnswerMessage, ChatChoice, ChatCompletion
 
 
 async def whole(

@@ -6,7 +6,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from minimind.serving.schema import UNSUPPORTED, ErrorAnswer, ErrorBody
+from minimind.serving.requests import UNSUPPORTED
+from minimind.serving.schema import ErrorAnswer, ErrorBody
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -27,7 +28,7 @@ class APIError(Exception):
         self.status = status
         self.headers = dict(headers or {})
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
+        kind = "rate_limit_error" if status == 429 else kind
         self.answer = ErrorAnswer(
             error=ErrorBody(message=message, type=kind, param=param, code=code)
         )
@@ -45,9 +46,7 @@ def from_http(error: HTTPException) -> APIError:
 
 def from_validation(errors: Sequence[Any]) -> APIError:
     """The first thing that is wrong with a request, named by its field, without its value."""
-    # Where a value may be of several kinds, each has its complaint; one that got further into the
-    # value, or comes later in our lists, is about the kind that was meant.
-    first = max(enumerate(errors), key=lambda e: (_is_wrong(e[1]), len(e[1]["loc"]), e[0]))[1]
+    first = min(errors, key=lambda error: error["type"] == "extra_forbidden")  # these come last
     if isinstance(first.get("input"), bytes):  # FastAPI reads no JSON out of another type
         message = "The body is not sent as JSON: send it with 'content-type: application/json'."
         return APIError(400, message, code="invalid_content_type")
@@ -70,11 +69,6 @@ def from_validation(errors: Sequence[Any]) -> APIError:
     return APIError(400, message, param=field, code="invalid_value")
 
 
-def _is_wrong(error: Any) -> bool:
-    """Of a field that is offered, rather than of one more that is not."""
-    return error["type"] != "extra_forbidden"
-
-
 def _of_the_sender(location: Sequence[Any]) -> list[Any]:
     """The path inside the body, without the names that pydantic gives to kinds of values."""
     _, *path = location
@@ -82,7 +76,7 @@ def _of_the_sender(location: Sequence[Any]) -> list[Any]:
 
 
 def _is_kind(part: str) -> bool:
-    return part in ("str", "int") or part.startswith("constrained-") or "[" in part
+    return part == "str" or part.startswith("list[")
 
 
 def failed() -> APIError:

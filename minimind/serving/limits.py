@@ -21,6 +21,7 @@ class Limits:
     connections: int = 512
     queue: int = 64  # answers that wait for a slot, for each model
     grace_seconds: float = 2  # that running answers get when the service is to end
+    failed_seconds: float = 5  # after an error of the engine: /health says why, then the exit
 
 
 # What comes after a refusal is read and forgotten for so long: a connection that is closed before

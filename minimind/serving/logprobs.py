@@ -26,10 +26,21 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> schem
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Iterable[TokenLogprob], offsets: "TextOffsets"
+    tokenizer: Tokenizer,
+    tokens: Iterable[TokenLogprob],
+    offsets: "TextOffsets",
+    first: int | None = None,
 ) -> schema.CompletionLogprobs:
-    """For /v1/completions; `offsets` has seen the tokens before these."""
+    """For /v1/completions; `offsets` has seen the tokens before these.
+
+    first: the token that an echoed prompt begins with, which has no probability.
+    """
     found = schema.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    if first is not None:
+        found.tokens.append(_name(tokenizer, first))
+        found.token_logprobs.append(None)
+        found.top_logprobs.append(None)
+        found.text_offset.append(offsets.push(first))
     for token in tokens:
         found.tokens.append(_name(tokenizer, token.token_id))
         found.token_logprobs.append(max(token.logprob, _LEAST))
@@ -42,12 +53,16 @@ def completion_logprobs(
 
 
 class TextOffsets:
-    """Where in the text of one answer, as it is shown, each of its tokens begins."""
+    """Where in the text of one answer, as it is shown, each of its tokens begins.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    hidden: characters at the beginning that are decoded and not shown, such as the space that some
+    tokenizers put before a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, hidden: int = 0) -> None:
         self._words = tokenizer.text_bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._length = 0
+        self._length = -hidden
 
     def push(self, token: int) -> int:
         """The characters before the next token; one that it ends is not before it."""
@@ -56,7 +71,7 @@ class TextOffsets:
         # A character that is never finished is shown as U+FFFD.
         begins = self._length + (bool(begun) and not _goes_on(begun, word[:1]))
         self._length += len(self._decoder.decode(word))
-        return begins
+        return max(begins, 0)
 
 
 def _goes_on(begun: bytes, byte: bytes) -> bool:

@@ -5,7 +5,8 @@ import logging
 import sys
 import time
 import traceback
-from typing import Any
+import warnings
+from typing import Any, TextIO
 
 FIGURES = "minimind.figures"  # the key in an ASGI scope of what a route adds to its line
 LOGGER = logging.getLogger("minimind.serving")
@@ -45,11 +46,26 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def log_to_stderr() -> None:
-    """Set up the loggers of this process that speaks of the service."""
+    """Set up all logging of this process, Python's warnings and other packages' included."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    logging.getLogger().handlers = [handler]
     for name in (LOGGER.name, "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
     LOGGER.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Log a warning instead of printing it; the parameters are those of `warnings.showwarning`."""
+    fields = {"kind": category.__name__, "message": str(message), "at": f"{filename}:{lineno}"}
+    LOGGER.warning("warning", extra={"fields": fields})

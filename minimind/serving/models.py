@@ -5,16 +5,17 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from minimind import __version__
 from minimind.config.model import RopeKind
-from minimind.errors import ModelError, UsageError
+from minimind.errors import ModelError, UsageError, shell_words
+from minimind.inference.capacity import usable_bytes
+from minimind.inference.defaults import GenerationDefaults, read_generation_defaults
 from minimind.inference.engine import Engine
-from minimind.inference.json_object import JsonGrammar
+from minimind.inference.grammar import GrammarCompiler
 from minimind.inference.load import load_for_inference
-from minimind.model import resolve_adapter_directory, resolve_model_directory
+from minimind.model import fingerprint, resolve_adapter_directory, resolve_model_directory
 from minimind.serving.limits import Queue
 from minimind.tokenizer import Tokenizer
 
@@ -26,15 +27,29 @@ class ServedModel:
     name: str
     engine: Engine
     tokenizer: Tokenizer
-    context: int  # tokens
+    own_context: int  # tokens that it can read, which free memory may make fewer here
     created: int  # seconds since 1970, of its weights
     fingerprint: str
     queue: Queue
+    defaults: GenerationDefaults
+    grammars: GrammarCompiler
 
-    @cached_property
-    def json(self) -> JsonGrammar:
-        """What its tokens mean in an answer that is to be a JSON object."""
-        return JsonGrammar(self.tokenizer)
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        return self.engine.context
+
+    @property
+    def cache(self) -> str:
+        """The size of its KV cache, as it is shown when the service starts."""
+        engine = self.engine
+        shown = (
+            f"KV cache of {engine.model.slots} × {engine.context:,} tokens "
+            f"({engine.cache_bytes / 1e9:.1f} GB)"
+        )
+        if engine.context == self.own_context:
+            return shown
+        return f"{shown}; the model can read {self.own_context:,}"
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -127,10 +142,11 @@ def _base_of(place: Path, directory: Path) -> Path:
     for candidate in (base, beside):
         if base.name and _is_model(candidate):
             return resolve_model_directory(candidate).resolve()
+    named = shell_words("--adapter", f"{_name(place, directory)}={place}")
     where = f"{base} and {beside}" if base.name else "its adapter_config.json does not say where"
     raise ModelError(
         f"{place} is a LoRA adapter, and the model that it was made for is not there ({where}): "
-        f"serve it as `minimind serve MODEL --adapter {_name(place, directory)}={place}`"
+        f"serve it as `minimind serve MODEL {named}`"
     )
 
 
@@ -147,6 +163,9 @@ def find_adapters(given: Sequence[str], models: Mapping[str, Source]) -> dict[st
         )
     found: dict[str, Source] = {}
     for text in given:
+        if Path(text).exists():  # an equals sign in its name separates nothing
+            named = shell_words("--adapter", f"NAME={text}")
+            raise UsageError(f"--adapter {text} is a path without a name for it; write {named}")
         name, equals, directory = text.partition("=")
         if not (name and equals and directory):
             raise UsageError(f"--adapter {text} is not NAME=DIR, such as --adapter poet=out/poet")
@@ -157,45 +176,56 @@ def find_adapters(given: Sequence[str], models: Mapping[str, Source]) -> dict[st
     return found
 
 
-def load_served(
-    name: str,
-    source: Source,
+def load_models(
+    sources: Mapping[str, Source],
     *,
     device: str,
-    slots: int,
-    waiting: int,
+    slots: int | None = None,
+    waiting: int = 64,
     int8: bool = False,
     context: int | None = None,
     rope_scaling: RopeKind | None = None,
-) -> ServedModel:
-    """A model that is ready to answer. Raises what `load_for_inference` raises.
+) -> dict[str, ServedModel]:
+    """Models that are ready to answer, by name. Raises what `load_for_inference` and Engine raise.
 
-    An adapter is merged into weights of its own, so it costs no time, and memory for one model.
+    Their KV caches share the memory that is free once all weights are loaded, in equal parts;
+    slots, context: as in Engine. An adapter is merged into weights of its own, so it costs no time,
+    and memory for one model.
     """
-    model, tokenizer = load_for_inference(
-        source.model, device, adapter=source.adapter, context=context, rope_scaling=rope_scaling
-    )
-    adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
-    places = [source.model, *adapters]
-    files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
-    how = f"{model.head_weight.device.type} {int8} {context} {rope_scaling}"
-    engine = Engine(model, tokenizer, slots=slots, int8=int8)
-    return ServedModel(
-        name=name,
-        engine=engine,
-        tokenizer=tokenizer,
-        context=engine.context,
-        created=int(max(path.stat().st_mtime for path in files)),
-        fingerprint=_fingerprint(places, how),
-        queue=Queue(slots, waiting),
-    )
-
-
-def _fingerprint(directories: Sequence[Path], how: str) -> str:
-    """Changes with what may change an answer to the same seed: weights, how they run, version."""
-    digest = hashlib.sha256(f"{__version__} {how}".encode())
-    for path in (path for directory in directories for path in sorted(directory.iterdir())):
-        if path.suffix in (".json", ".safetensors"):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"fp_{digest.hexdigest()[:12]}"
+    loaded = {
+        name: load_for_inference(
+            source.model, device, adapter=source.adapter, context=context, rope_scaling=rope_scaling
+        )
+        for name, source in sources.items()
+    }
+    usable = usable_bytes([model for model, _ in loaded.values()])
+    served: dict[str, ServedModel] = {}
+    for name, source in sources.items():
+        model, tokenizer = loaded.pop(name)  # the engine has its own weights
+        engine = Engine(
+            model,
+            tokenizer,
+            slots=slots,
+            context=context,
+            int8=int8,
+            usable=None if usable is None else usable // len(sources),
+        )
+        adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
+        places = [source.model, *adapters]
+        files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
+        head = model.head_weight
+        # What may change an answer to the same seed, besides the weights.
+        how = f"{__version__} {head.device.type} {head.dtype} {int8} {context} {rope_scaling}"
+        digest = hashlib.sha256(f"{how} {fingerprint(*places)}".encode()).hexdigest()
+        served[name] = ServedModel(
+            name=name,
+            engine=engine,
+            tokenizer=tokenizer,
+            own_context=model.config.max_position_embeddings,
+            created=int(max(path.stat().st_mtime for path in files)),
+            fingerprint=f"fp_{digest[:12]}",
+            queue=Queue(engine.model.slots, waiting),
+            defaults=read_generation_defaults(source.model),
+            grammars=GrammarCompiler(tokenizer),
+        )
+    return served

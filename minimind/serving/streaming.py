@@ -15,7 +15,10 @@ CLIENT_GONE = 499  # the status in the log, as nginx has it; nobody hears it
 
 T = TypeVar("T")
 
+PING_SECONDS = 15.0  # proxies close a connection on which nothing comes for a minute
+
 _DONE = b"data: [DONE]\n\n"
+_PING = b": waiting\n\n"  # a comment, which clients skip
 
 
 class ClientGone(Exception):
@@ -23,7 +26,7 @@ class ClientGone(Exception):
 
 
 class EventStream(Response):
-    """Sends events until they end, or until the client goes away.
+    """Sends events until they end, or until the client goes away; comments while none come.
 
     `finish` is called at the end in any case. An error among the events is the last of them: the
     status has been sent by then.
@@ -58,14 +61,28 @@ class EventStream(Response):
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
 
+        loop = asyncio.get_running_loop()
+        last = loop.time()
+
         async def write(data: bytes, more: bool = True) -> None:
+            nonlocal last
+            last = loop.time()
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
+        async def ping() -> None:
+            while True:
+                await asyncio.sleep(last + PING_SECONDS - loop.time())
+                if loop.time() >= last + PING_SECONDS:
+                    await write(_PING)
+
+        pinging = asyncio.ensure_future(ping())
         try:
             async for event in self._events:
                 await write(_event(event))
         except APIError as error:
             await write(_event(error.answer.model_dump()))
+        finally:
+            pinging.cancel()
         await write(_DONE, more=False)
 
 

@@ -81,9 +81,14 @@ class Tokenizer:
         self._shown = {i for i, t in added.items() if not t.special and _is_control(t.content)}
         # Text that spells a control token is then encoded like any other text.
         bpe.add_special_tokens([added[i].content for i in self._shown])
-        bpe.encode_special_tokens = True
         bpe.no_padding()
         bpe.no_truncation()
+        # The last moment at which this may be asked: `encode_special_tokens` protects from text
+        # that spells a control token, and threads share the tokenizer, so it is never reset.
+        name = bpe.id_to_token(min(self.special_ids, default=0)) or ""
+        after = bpe.encode(f"{name}x", add_special_tokens=False).ids[1:]
+        bpe.encode_special_tokens = True
+        self._spaces_each = after == self.encode("x")
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -194,6 +199,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Words, control tokens included; ids are below it."""
         return max(self._bpe.get_vocab().values()) + 1
+
+    @cached_property
+    def token_ids(self) -> frozenset[int]:
+        """Ids that have a token: all below `vocab_size`, except in a vocabulary with gaps."""
+        return frozenset(self._bpe.get_vocab().values())
 
     @cached_property
     def end_of_text(self) -> int:
@@ -348,13 +358,7 @@ class Tokenizer:
         text = self.encode("x")
         if not b"".join(self.bytes_of[i] for i in text).startswith(b" "):
             return "never"
-        name = self._bpe.id_to_token(min(self.special_ids))
-        try:
-            self._bpe.encode_special_tokens = False
-            after = self._bpe.encode(f"{name}x", add_special_tokens=False).ids[1:]
-        finally:
-            self._bpe.encode_special_tokens = True
-        return "each" if after == text else "first"
+        return "each" if self._spaces_each else "first"
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD, ids of no token become nothing."""

@@ -11,7 +11,7 @@ there. And an answer that begins with a blank line is kept apart from the "assis
 with "assistant\\n" must have been trained on exactly that.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 
 from minimind.errors import TokenizerError
@@ -79,18 +79,18 @@ def encode_chats(
     tokenizer: Tokenizer,
     conversations: Iterable[Sequence[Message]],
     *,
-    given: Iterable[int] | None = None,
+    unsupervised: Iterable[Container[int]] | None = None,
 ) -> list[EncodedChat]:
     """`encode_chat` for many conversations, on all cores, with the same errors.
 
-    `given`: how many messages of each conversation are given, so that no answer among them is
-    the model's to produce.
+    `unsupervised`: the messages of each conversation (numbers from 0) that are no answers to
+    learn from: the mask is 0 on them.
     """
     conversations = list(conversations)
     for messages in conversations:
         validate_messages(messages)
     if tokenizer.template:
-        return _encode_by_template(tokenizer, conversations, given=given)
+        return _encode_by_template(tokenizer, conversations, unsupervised=unsupervised)
     if not conversations:
         return []
     if not tokenizer.has_chat_tokens:
@@ -98,8 +98,8 @@ def encode_chats(
     texts = iter(tokenizer.encode_batch([_text(m) for messages in conversations for m in messages]))
     answer_head, line_end = _head(tokenizer, _ANSWERS), tokenizer.encode("\n")
     return [
-        _join(tokenizer, messages, texts, answer_head, line_end, number)
-        for messages, number in zip(conversations, given or repeat(0), strict=False)
+        _join(tokenizer, messages, texts, answer_head, line_end, excluded)
+        for messages, excluded in zip(conversations, unsupervised or repeat(()), strict=False)
     ]
 
 
@@ -129,7 +129,7 @@ def _encode_by_template(
     conversations: Sequence[Sequence[Message]],
     *,
     add_generation_prompt: bool = False,
-    given: Iterable[int] | None = None,
+    unsupervised: Iterable[Container[int]] | None = None,
 ) -> list[EncodedChat]:
     """Conversations in the format of a model made elsewhere.
 
@@ -146,13 +146,13 @@ def _encode_by_template(
         sections += [(p.fill(contents), p.place) for p in skeleton if isinstance(p, Run)]
     texts = iter(tokenizer.encode_sections(sections))
     encoded = []
-    for skeleton, number in zip(skeletons, given or repeat(0), strict=False):
+    for skeleton, excluded in zip(skeletons, unsupervised or repeat(()), strict=False):
         ids: list[int] = []
         mask: list[int] = []
         for part in skeleton:
             some = next(texts) if isinstance(part, Run) else [part.id]
             ids += some
-            learned = part.answer is not None and part.learned and part.answer >= number
+            learned = part.answer is not None and part.learned and part.answer not in excluded
             mask += [int(learned)] * len(some)
         encoded.append((ids, mask))
     return encoded
@@ -174,7 +174,7 @@ def _join(
     texts: Iterator[list[int]],
     answer_head: list[int],
     line_end: list[int],
-    given: int,
+    excluded: Container[int],
 ) -> EncodedChat:
     ids: list[int] = []
     mask: list[int] = []
@@ -182,6 +182,6 @@ def _join(
         answers = message["role"] == _ANSWERS
         head, text = answer_head if answers else [tokenizer.im_start], next(texts)
         ids += [*head, *text, tokenizer.im_end, *line_end]
-        learned = int(answers and number >= given)
+        learned = int(answers and number not in excluded)
         mask += [0] * len(head) + [learned] * (len(text) + 1) + [0] * len(line_end)
     return ids, mask

@@ -1,11 +1,13 @@
-"""A batch of windows as tensors on the device."""
+"""Batches of windows: built in a thread one ahead, and copied to the device as tensors."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minimind.data.packing import IGNORED, Batch
+from minimind.data.packing import IGNORED, Batch, Mix
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class TensorBatch:
     """tokens, labels: [B, T] int64; segments: [B, T] int32 or None; pairs of preference data.
 
     learned: [N] int64, the places in [B * T] whose labels are learned, in order. A GPU that was
-    asked for them would have to be waited for.
+    asked for them would have to be waited for. num_tokens: how many tokens are no padding.
     """
 
     tokens: Tensor
@@ -29,6 +31,7 @@ class TensorBatch:
     segments: Tensor | None
     learned: Tensor
     pairs: TensorPairs | None = None
+    num_tokens: int = 0
 
 
 def learned_places(labels: Tensor) -> Tensor:
@@ -37,16 +40,63 @@ def learned_places(labels: Tensor) -> Tensor:
 
 
 def to_device(batch: Batch, device: torch.device) -> TensorBatch:
-    """Copy a batch to the device."""
+    """Copy a batch to the device; to a GPU from pinned memory, without waiting for the copy."""
 
-    def move(array: object) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+    def move(host: Tensor) -> Tensor:
+        host = host.pin_memory() if device.type == "cuda" else host
+        return host.to(device, non_blocking=True)
+
+    def moved(array: object) -> Tensor:
+        return move(torch.from_numpy(array))
 
     pairs = batch.pairs
     return TensorBatch(
-        move(batch.tokens),
-        move(batch.labels),
-        None if batch.segments is None else move(batch.segments),
-        learned_places(torch.from_numpy(batch.labels)).to(device, non_blocking=True),
-        None if pairs is None else TensorPairs(move(pairs.sequences), move(pairs.reference)),
+        moved(batch.tokens),
+        moved(batch.labels),
+        None if batch.segments is None else moved(batch.segments),
+        move(learned_places(torch.from_numpy(batch.labels))),
+        None if pairs is None else TensorPairs(moved(pairs.sequences), moved(pairs.reference)),
+        _count_tokens(batch),
     )
+
+
+def _count_tokens(batch: Batch) -> int:
+    """Count the tokens that are no padding: of packed windows the last segment, without labels."""
+    if batch.segments is None:
+        return batch.tokens.size
+    last = np.where(batch.labels != IGNORED, batch.segments, -1).max(1, keepdims=True)
+    return int((batch.segments <= last).sum())
+
+
+class Prefetcher:
+    """Builds batches of a mix in a thread, one ahead of the one in use.
+
+    The thread works on NumPy arrays alone, so that it takes no processor from torch's threads.
+    """
+
+    def __init__(self, mix: Mix) -> None:
+        self._mix = mix
+        self._thread = ThreadPoolExecutor(1, "minimind-batches")
+        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def batch(self, part: tuple[int, int], following: tuple[int, int] | None) -> Batch:
+        """Return `part`, (first sample, number of samples), and start to build the `following` one.
+
+        Raises what building `part` has raised.
+        """
+        if self._ahead is None or self._ahead[0] != part:
+            self._start(part)
+        assert self._ahead is not None
+        batch = self._ahead[1].result()
+        if following is not None:
+            self._start(following)
+        return batch
+
+    def _start(self, part: tuple[int, int]) -> None:
+        if self._ahead:
+            self._ahead[1].cancel()
+        self._ahead = part, self._thread.submit(self._mix.batch, *part)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)

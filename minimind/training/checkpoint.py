@@ -7,44 +7,77 @@
 
 All of it is written into a hidden directory beside, flushed to the disk, then renamed: in a thread
 of its own, so that training waits for no more than a copy of the tensors in memory.
+
+A damaged checkpoint is renamed to `.damaged-step-…` by the next save and never deleted.
 """
 
 import contextlib
 import copy
 import errno
 import hashlib
+import itertools
 import json
 import os
-import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from minimind.errors import CheckpointError, ResourceError
+from minimind.model.directory import flush, is_stray
+from minimind.training.run import checkpoints, step_of, unreadable
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-_NAME = re.compile(r"step-(\d{8,})")
 _MAKING = ".making-"
+_DAMAGED = ".damaged-"
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file. Each access reads one tensor from the disk."""
+
+    def __init__(self, path: Path, names: Collection[str] | None = None) -> None:
+        """`names`: the tensors to show; None: all."""
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self.shapes = {n: s for n, s in shapes.items() if names is None or n in names}
+
+    def select(self, wanted: Callable[[str], bool]) -> "TensorFile":
+        """Restrict to the names that `wanted` accepts."""
+        return TensorFile(self._path, [name for name in self.shapes if wanted(name)])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after `step` optimizer steps."""
+    """A verified checkpoint of `step` optimizer steps; its tensors are still on the disk."""
 
     step: int
     path: Path
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    model: TensorFile
+    optimizer: TensorFile
     state: dict[str, Any]
 
 
@@ -68,20 +101,27 @@ class CheckpointWriter:
         optimizer: Mapping[str, Tensor],
         state: Mapping[str, Any],
         best: int | None = None,
+        protect: Collection[int] = (),
         first: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy what is to be saved, and let `save_checkpoint` write it after calling `first`."""
         self.wait()
-        copies = {
-            kind: {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors.items()}
-            for kind, tensors in (("model", model), ("optimizer", optimizer))
-        }
-        remembered, keep = copy.deepcopy(dict(state)), self._keep
+        write_copies = partial(
+            save_checkpoint,
+            self._run,
+            step,
+            model={name: self._copy(f"model/{name}", t) for name, t in model.items()},
+            optimizer={name: self._copy(f"optimizer/{name}", t) for name, t in optimizer.items()},
+            state=copy.deepcopy(dict(state)),
+            keep=self._keep,
+            best=best,
+            protect=protect,
+        )
 
         def write() -> None:
             try:
                 first()
-                save_checkpoint(self._run, step, **copies, state=remembered, keep=keep, best=best)
+                write_copies()
             except BaseException as error:
                 self._error = error
 
@@ -132,10 +172,13 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    protect: Collection[int] = (),
 ) -> Path:
-    """Write the checkpoint of `step`; remove all but the newest `keep` and that of step `best`.
+    """Write the checkpoint of `step`; remove all but the newest `keep`, that of step `best` and
+    those of the steps in `protect`.
 
-    Raises ResourceError when it cannot be written; older ones are untouched then.
+    Those of the same and of later steps were skipped as damaged when the run was resumed: they are
+    renamed. Raises ResourceError when it cannot be written; older ones are untouched then.
     """
     home = run / "checkpoints"
     work, place = home / f"{_MAKING}{step:08}", home / f"step-{step:08}"
@@ -145,6 +188,7 @@ def save_checkpoint(
         disk = shutil.disk_usage(run)
         if disk.free < needed and disk.total:  # some network disks tell nothing but zeros
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # not half-way through
+        work = _unused(work)  # network disks keep .nfs files of what was removed
         work.mkdir(parents=True)
         for name, tensors in zip(_FILES, (model, optimizer), strict=False):
             whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -152,17 +196,20 @@ def save_checkpoint(
             del whole
         (work / "state.json").write_text(json.dumps(dict(state)), encoding="utf-8")
         for name in _FILES:
-            _flush(work / name)
+            flush(work / name)
         sums = {name: _described(work / name) for name in _FILES}
         (work / "manifest.json").write_text(_manifest(step, sums), encoding="utf-8")
-        _flush(work / "manifest.json")
-        _flush(work)
-        if place.exists():  # a damaged one that was passed over
-            os.replace(place, home / f"{_MAKING}{step:08}.damaged")
+        flush(work / "manifest.json")
+        flush(work)
+        if place.exists():
+            set_aside(place)
         os.replace(work, place)
-        _flush(home)
-        for old in _outdated(home, step, keep, best):  # renamed first: none is ever there in part
-            os.replace(old, home / f"{_MAKING}{old.name}")
+        flush(home)
+        for later in [other for other in checkpoints(run) if step_of(other) > step]:
+            set_aside(later)
+        needed_still = {best, *protect}
+        for old in [o for o in checkpoints(run)[keep:] if step_of(o) not in needed_still]:
+            os.replace(old, home / f"{_MAKING}{old.name}")  # first: none is ever there in part
     except (OSError, SafetensorError) as error:
         _sweep(home)
         free = shutil.disk_usage(run).free
@@ -175,20 +222,35 @@ def save_checkpoint(
     return place
 
 
-def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None if none was ever saved.
+def set_aside(place: Path, prefix: str = _DAMAGED) -> None:
+    """Rename a checkpoint, so that no run resumes from it; what it holds stays."""
+    os.replace(place, _unused(place.with_name(f"{prefix}{place.name}")))
 
-    `warn` is told of each that is damaged and passed over. Raises CheckpointError when all are.
+
+def _unused(place: Path) -> Path:
+    """The path itself, or with the first number that makes it one that does not exist."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([place], numbered) if not path.exists())
+
+
+def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint, or None if none was ever saved.
+
+    `warn` receives a line for each that is damaged and skipped. Raises CheckpointError when all
+    are damaged, and when one cannot be read at the moment.
     """
-    found = _found(run / "checkpoints")
+    found = checkpoints(run)
     for place in found:
         try:
-            return _load(place)
-        except (OSError, ValueError, SafetensorError) as error:
-            warn(f"{place} is damaged and passed over: {error}")
+            return _load(place, warn)
+        except _Damage as damage:
+            warn(
+                f"{place} is damaged and skipped: {damage}. The next save renames it to "
+                f"{_DAMAGED}{place.name}"
+            )
     if found:
         raise CheckpointError(
-            f"{run}: no checkpoint is whole any more, so the run cannot go on. "
+            f"{run}: every checkpoint is damaged, so the run cannot be resumed. "
             "Restore one from a backup, or start over with --fresh"
         )
     return None
@@ -198,14 +260,31 @@ def load_checkpoint(run: Path, step: int) -> Checkpoint:
     """The checkpoint of a step. Raises CheckpointError with what is wrong with it."""
     place = run / "checkpoints" / f"step-{step:08}"
     try:
-        return _load(place)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{place} is damaged: {error}") from error
+        return _load(place, lambda warning: None)
+    except _Damage as damage:
+        raise CheckpointError(f"{place} is damaged: {damage}") from damage
+
+
+def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into the trained tensors of `model`, one at a time.
+
+    Raises CheckpointError when their names or shapes differ.
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    own = {name: t for name, t in model.state_dict().items() if name not in frozen}
+    if checkpoint.model.shapes != {name: tuple(tensor.shape) for name, tensor in own.items()}:
+        raise CheckpointError(
+            f"{checkpoint.path}: its weights belong to a model of another shape than the one that "
+            "this run trains now. Put back the model that the run began with, choose another "
+            "--out, or start over with --fresh"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(checkpoint.model[name])
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """A checkpoint as it lies on the disk; `trouble` says what is wrong with it, if anything is."""
+    """A checkpoint on the disk; `trouble` says what is wrong with it, if anything is."""
 
     step: int
     path: Path
@@ -213,22 +292,39 @@ class Inspected:
     bytes: int
     state: dict[str, Any]  # empty where there is trouble
     trouble: str
+    unknown: tuple[str, ...] = ()  # names of files that do not belong to a checkpoint
 
 
 def inspect_checkpoints(run: Path, *, thorough: bool) -> list[Inspected]:
     """The checkpoints of a run, oldest first; `thorough`: read every byte, not only state.json."""
     inspected = []
-    for place in reversed(_found(run / "checkpoints")):
+    for place in reversed(checkpoints(run)):
+        trouble, size, state, unknown = "", 0, {}, []
         try:
-            trouble = _trouble(place, thorough)
-            files = [file.stat() for file in place.iterdir()] if place.is_dir() else []
             saved = datetime.fromtimestamp(place.stat().st_mtime).astimezone()
-            state = {} if trouble else json.loads((place / "state.json").read_bytes())
-        except FileNotFoundError:  # a run that goes on has just removed it
+            if place.is_dir():
+                size = sum(file.stat().st_size for file in place.iterdir())
+            _verify(place, thorough)
+            unknown = _unknown_files(place)
+            state = json.loads((place / "state.json").read_bytes())
+        except FileNotFoundError:  # a run in progress has just removed it
             continue
-        size = sum(file.st_size for file in files)
-        inspected.append(Inspected(_step(place), place, saved, size, state, trouble))
+        except (_Damage, CheckpointError, OSError) as error:
+            trouble = str(error)
+        one = Inspected(step_of(place), place, saved, size, state, trouble, tuple(unknown))
+        inspected.append(one)
     return inspected
+
+
+def damaged_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints that were set aside."""
+    return sorted((run / "checkpoints").glob(f"{_DAMAGED}step-*"))
+
+
+def newest_state(run: Path) -> dict[str, Any] | None:
+    """The state in the newest checkpoint that looks complete; None if there is none."""
+    there = inspect_checkpoints(run, thorough=False)
+    return next((one.state for one in reversed(there) if not one.trouble), None)
 
 
 def best_step(there: Sequence[Inspected]) -> int | None:
@@ -237,76 +333,67 @@ def best_step(there: Sequence[Inspected]) -> int | None:
     return next((int(known["step"]) for known in best if known), None)
 
 
-def _trouble(place: Path, thorough: bool) -> str:
+class _Damage(Exception):
+    """A checkpoint is incomplete or its bytes are not those that were saved."""
+
+
+def _load(place: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """Verify one checkpoint. Raises _Damage, and CheckpointError when it cannot be read."""
     try:
-        _check_names(place)
+        _verify(place, thorough=True)
+        if unknown := _unknown_files(place):
+            warn(f"{place}: {', '.join(unknown)} does not belong to a checkpoint and is not used")
+        state = json.loads((place / "state.json").read_bytes())
+        model, optimizer = (TensorFile(place / name) for name in _FILES[:2])
+        return Checkpoint(step_of(place), place, model, optimizer, state)
+    except FileNotFoundError as error:
+        raise _Damage(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise unreadable(place, error) from error
+
+
+def _verify(place: Path, thorough: bool) -> None:
+    """Compare the files with the manifest; without `thorough` only sizes, and state.json.
+
+    Raises _Damage; FileNotFoundError when the whole checkpoint is gone; CheckpointError when the
+    system cannot read it now (too many open files, no permission, an error of the disk).
+    """
+    try:
+        if missing := sorted({*_FILES, "manifest.json"} - {file.name for file in place.iterdir()}):
+            raise _Damage(f"{', '.join(missing)}: missing")
         if thorough:
             _check_manifest(place, {name: _described(place / name) for name in _FILES})
-        else:
-            listed = json.loads((place / "manifest.json").read_bytes())["files"]
-            if listed["state.json"] != _described(place / "state.json"):
-                raise ValueError("manifest.json does not describe state.json")
-            for name in _FILES:
-                if (place / name).stat().st_size != listed[name]["bytes"]:
-                    raise ValueError(f"{name} is not as long as manifest.json says")
-    except FileNotFoundError:  # all of it may be gone
+            return
+        listed = json.loads((place / "manifest.json").read_bytes())["files"]
+        if listed["state.json"] != _described(place / "state.json"):
+            raise _Damage("manifest.json does not describe state.json")
+        for name in _FILES:
+            if (place / name).stat().st_size != listed[name]["bytes"]:
+                raise _Damage(f"{name} is not as long as manifest.json says")
+    except FileNotFoundError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        return str(error)
-    return ""
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise _Damage(str(error)) from error
+    except OSError as error:
+        raise unreadable(place, error) from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _Damage(f"manifest.json cannot be used: {error}") from error
 
 
-def _load(place: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises ValueError with what is wrong."""
-    _check_names(place)
-    contents = {name: (place / name).read_bytes() for name in _FILES}
-    _check_manifest(
-        place,
-        {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in contents.items()
-        },
-    )
-    return Checkpoint(
-        _step(place),
-        place,
-        safetensors.torch.load(contents["model.safetensors"]),
-        safetensors.torch.load(contents["optimizer.safetensors"]),
-        json.loads(contents["state.json"]),
-    )
-
-
-def _check_names(place: Path) -> None:
-    names = {file.name for file in place.iterdir()}
-    if wrong := names ^ {*_FILES, "manifest.json"}:
-        raise ValueError(f"{', '.join(sorted(wrong))}: missing, or does not belong here")
+def _unknown_files(place: Path) -> list[str]:
+    """Names that are neither a checkpoint's nor those that file managers and disks leave behind."""
+    if not place.is_dir():
+        return []
+    names = {file.name for file in place.iterdir()} - {*_FILES, "manifest.json"}
+    return sorted(name for name in names if not is_stray(name))
 
 
 def _check_manifest(place: Path, sums: Mapping[str, Any]) -> None:
     """Only the very bytes that we write pass: a bit that flips in the manifest is noticed too."""
     manifest = (place / "manifest.json").read_bytes()
-    if manifest != _manifest(_step(place), sums).encode():
+    if manifest != _manifest(step_of(place), sums).encode():
         strange = [name for name in _FILES if str(sums[name]["sha256"]).encode() not in manifest]
-        raise ValueError(f"manifest.json does not describe {', '.join(strange) or place.name}")
-
-
-def _step(place: Path) -> int:
-    return int(place.name.removeprefix("step-"))
-
-
-def _found(home: Path) -> list[Path]:
-    """Checkpoints by name, newest first."""
-    if not home.is_dir():
-        return []
-    places = [place for place in home.iterdir() if _NAME.fullmatch(place.name)]
-    return sorted(places, key=_step, reverse=True)
-
-
-def _outdated(home: Path, step: int, keep: int, best: int | None) -> list[Path]:
-    """What goes once `step` is saved: old ones, and later ones, which were damaged."""
-    found = _found(home)
-    later = [place for place in found if _step(place) > step]
-    return later + [place for place in found[len(later) + keep :] if _step(place) != best]
+        raise _Damage(f"manifest.json does not describe {', '.join(strange) or place.name}")
 
 
 def _sweep(home: Path) -> None:
@@ -323,14 +410,3 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _manifest(step: int, sums: Mapping[str, Any]) -> str:
     return json.dumps({"step": step, "files": sums}, indent=1, sort_keys=True) + "\n"
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file, or a directory's list of names, on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows flushes names by itself
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

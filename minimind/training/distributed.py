@@ -28,6 +28,19 @@ from minimind.model.device import choose_device
 _BUCKET = 1 << 23  # numbers sent at once: 32 MiB
 _PATIENCE = timedelta(days=7)  # the others wait while the first tokenizes, validates, saves
 _KILLED_WITHIN_S = 5  # of another's death, by whoever started this process
+# What gloo, NCCL and torch's store say when a connection is lost or nobody answers, in lower case.
+_LOST_CONNECTION = (
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "connection was likely closed",
+    "socket closed",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "remote process exited",
+    "communicator was aborted",
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Workers:
 
     @contextlib.contextmanager
     def _company(self) -> Iterator[None]:
-        """Raise TrainingError when another process is gone; short memory stays what torch tells.
+        """Raise TrainingError for a lost connection to another process; other errors stay.
 
         Whoever started this process sees that too, says which one it was, and ends this one: with
         a message of its own it waits, for it may be on another machine.
@@ -118,7 +131,7 @@ class Workers:
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if not _is_lost_connection(error):
                 raise
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -127,6 +140,11 @@ class Workers:
                 f"process {self.rank} of 0-{self.size - 1}: another process of this run has ended; "
                 "the same command goes on from the last checkpoint"
             ) from error
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    message = str(error).lower()
+    return any(words in message for words in _LOST_CONNECTION) and not is_out_of_memory(error)
 
 
 ALONE = Workers()

@@ -1,6 +1,7 @@
 """What takes a training step: losses, gradients, optimizers, and how processes share them."""
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -19,6 +20,11 @@ Loss = tuple[Tensor, Tensor, dict[str, Tensor]]  # as an objective gives it
 
 class Engine(Protocol):
     """The loop knows an engine by these methods alone; all processes call them, in one order."""
+
+    @property
+    def replicates(self) -> bool:
+        """True if each process has the whole model between steps, so that each can validate."""
+        ...
 
     def begin(self) -> None:
         """Let all processes start with the first one's weights and states, once it has loaded."""
@@ -55,7 +61,7 @@ class Engine(Protocol):
         """Everything the optimizers remember, by `<what>/<parameter>`."""
         ...
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """In the first process, before `begin`: take over what `state_tensors` gave."""
         ...
 
@@ -66,6 +72,8 @@ class Engine(Protocol):
 
 class TorchEngine:
     """Every process holds everything: weights, gradients and moments."""
+
+    replicates = True
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """The one training loop: every stage is this loop with another objective."""
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -8,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,19 +20,22 @@ from minimind.config.settings import Recipe
 from minimind.data.packing import Mix
 from minimind.errors import CheckpointError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model import Transformer
-from minimind.training.batch import to_device
-from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
+from minimind.training.batch import Prefetcher, to_device
+from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint, restore_weights
 from minimind.training.distributed import ALONE, Workers
 from minimind.training.engine import Engine, TorchEngine
 from minimind.training.memory import divisors, forget_peak, peak_bytes, release
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
+from minimind.training.prolong import stable_steps
 from minimind.training.reporter import Reporter, counted
+from minimind.training.run import has_begun
 from minimind.training.schedule import lr_fraction
+from minimind.training.sums import Sums
 
 _MAX_SKIPPED = 3  # steps with bad numbers in a row before the run halts
-VALIDATION_WINDOWS = 8  # at once
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -48,58 +53,17 @@ class Outcome:
 
 
 @dataclass
-class Sums:
-    """Losses, their number, and what else an objective adds up; kept on the device until read."""
-
-    loss: Tensor | float = 0.0
-    count: Tensor | int = 0
-    more: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, other: "Sums") -> None:
-        self.loss = self.loss + other.loss
-        self.count = self.count + other.count
-        self.more = {key: self.more.get(key, 0) + value for key, value in other.more.items()}
-
-    def over(self, workers: Workers, device: torch.device) -> None:
-        """Add up those of all processes. Double precision holds every number exactly."""
-        if workers.size == 1:
-            return
-        parts = [torch.as_tensor(part) for part in (self.loss, self.count, *self.more.values())]
-        sizes = [part.numel() for part in parts]
-        flat = torch.cat([part.to(device, torch.float64).flatten() for part in parts])
-        workers.sum([flat])
-        totals = [
-            total.view(part.shape).to(part.dtype)
-            for part, total in zip(parts, flat.split(sizes), strict=True)
-        ]
-        self.loss, self.count = totals[:2]
-        self.more = dict(zip(self.more, totals[2:], strict=True))
-
-    def state(self) -> dict[str, Any]:
-        """As JSON; single precision survives the way through Python's doubles exactly."""
-        more = {key: value.tolist() for key, value in self.more.items()}
-        return {"loss": float(self.loss), "count": int(self.count), "more": more}
-
-    @classmethod
-    def load(cls, state: dict[str, Any], device: torch.device) -> "Sums":
-        more = {key: torch.tensor(value, device=device) for key, value in state["more"].items()}
-        loss = torch.tensor(state["loss"], device=device)
-        return cls(loss, torch.tensor(state["count"], device=device), more)
-
-    def figures(self, objective: Objective) -> dict[str, float]:
-        mean = float(self.loss) / max(int(self.count), 1)
-        return objective.figures(mean, {key: value.tolist() for key, value in self.more.items()})
-
-
-@dataclass
 class _Progress:
     """What a checkpoint remembers beside tensors; the interval is that since the last log line."""
 
     step: int = 0
     elapsed_s: float = 0.0
-    interval: Sums = field(default_factory=Sums)
+    tokens: int = 0  # read in training, without padding
+    interval: Sums = field(default_factory=Sums)  # of the steps that were not skipped
+    interval_tokens: int = 0
     interval_s: float = 0.0
-    data_s: float = 0.0
+    data_s: float = 0.0  # spent waiting for batches
+    grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0  # steps with bad numbers, in a row
     first: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
@@ -136,105 +100,120 @@ class Trainer:
     general: Measured | None = None  # what the run may forget while it learns something else
     validate_first: bool = False  # before the first step too
     workers: Workers = ALONE  # the processes that share the work
+    max_eval_batch: int = 8  # windows at once in a validation; halved where memory is too small
+
+    @property
+    def eval_batch(self) -> int:
+        """Windows at once in a validation: no more than fit where gradients are computed."""
+        return min(self.max_eval_batch, self.micro_batch)
 
 
 def train(job: Trainer) -> Outcome:
     """Train `job.model` in place, going on from the run's newest valid checkpoint.
 
     The data cursor is one integer, step * batch. The gradient of a step is the sum of all losses
-    over the number of losses, however the batch is split into processes and micro-batches. The
-    first process alone validates, logs and saves; the others wait for it before the next step.
+    over the number of losses, however the batch is split into processes and micro-batches. All
+    processes validate; the first one alone logs and saves, and the others wait for it.
     Raises TrainingError when the numbers go bad, or when a batch has nothing to learn.
     """
-    recipe, batch = job.recipe, job.recipe.training.batch
-    workers = job.workers
-    log = MetricsLog(
-        job.run / "metrics.jsonl" if workers.is_first else Path(os.devnull),
-        trackers=recipe.training.trackers if workers.is_first else (),
-        name=job.run.name,
-    )
-    model = job.model
-    if recipe.training.compile:
-        model = cast(Transformer, torch.compile(job.model))
-    engine = _engine(job, model)
-    tokens_a_step = batch * recipe.data.window
+    recipe, workers = job.recipe, job.workers
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(log))
+        log = stack.enter_context(contextlib.closing(_metrics_log(job)))
         stack.callback(job.reporter.stop)
+        model = job.model
+        if recipe.training.compile:
+            model = cast(Transformer, torch.compile(job.model))
+        engine = _engine(job, model)
         asked = stack.enter_context(_stop_requests())
 
         def stop_requested() -> bool:
             return workers.any(asked())
 
         at = _resume(job, engine, log)
+        log.start_trackers(at.step)
         forget_peak(job.device)
         writer = CheckpointWriter(job.run, keep=recipe.checkpoint.keep)
         saving = _Saving(job, engine, log, stack.enter_context(writer), at.step)
-        if at.step == 0 and job.validate_first and workers.is_first:
-            at.first = _validated(job, model, log, at.step, asked) or {}
+        if at.step == 0 and job.validate_first:
+            at.first = _validated(job, engine, model, log, at.step, asked) or {}
         job.reporter.start("training", job.num_steps, at.step)
         _between_steps(job, model, log, saving, at, asked)
+        batches = stack.enter_context(contextlib.closing(Prefetcher(job.data)))
         while at.step < job.num_steps and not stop_requested():
             clock, random = time.perf_counter(), _random_states(job.device)
             engine.set_lr(lr_fraction(at.step, job.num_steps, recipe.schedule))
-            sums = _accumulate(job, engine, at, stop_requested)
+            sums = _accumulate(job, engine, batches, at, stop_requested)
             if stop_requested():  # a step may take minutes: the run that goes on does it again
                 _set_random_states(random, job.device)
                 break
             if sums is None:
-                _take_fewer(job, at)
+                take_fewer(job, f"step {at.step + 1}")
                 _set_random_states(random, job.device)
                 continue
             sums.over(workers, job.device)
-            norm = _step(job, engine, int(sums.count), tokens_a_step)
-            at.interval.add(sums)
-            at.step += 1
-            at.skipped = 0 if norm is not None else at.skipped + 1
-            if at.skipped:
-                _complain(job, log, at)
+            _step(job, engine, log, at, sums)
             seconds = time.perf_counter() - clock
             at.interval_s += seconds
             at.elapsed_s += seconds
             if at.step % recipe.training.log_every == 0 or at.step == job.num_steps:
-                _log(job, log, engine, at, norm)
+                _log(job, log, engine, at)
             _between_steps(job, model, log, saving, at, asked)
         if at.step > saving.saved:
             saving.save(at)
     finished = at.step == job.num_steps and not _validation_is_due(job, at)
-    tokens = at.step * tokens_a_step
     return Outcome(
-        at.step, job.num_steps, at.elapsed_s, tokens, at.first, at.validation, at.best, finished
+        at.step, job.num_steps, at.elapsed_s, at.tokens, at.first, at.validation, at.best, finished
     )
 
 
+def _metrics_log(job: Trainer) -> MetricsLog:
+    """Open the log of the run; processes other than the first one write into nothing."""
+    first = job.workers.is_first
+    return MetricsLog(
+        job.run / "metrics.jsonl" if first else Path(os.devnull),
+        trackers=job.recipe.training.trackers if first else (),
+        name=job.run.name,
+        warn=job.reporter.say,
+    )
+
+
+def _parts(job: Trainer, step: int) -> list[tuple[int, int]]:
+    """(first sample, number of samples) of each micro-batch of this process; none after the run."""
+    batch = job.recipe.training.batch
+    share = job.workers.share(step * batch, batch) if step < job.num_steps else range(0)
+    return [(sample, job.micro_batch) for sample in share[:: job.micro_batch]]
+
+
 def _accumulate(
-    job: Trainer, engine: Engine, at: _Progress, stop_requested: Callable[[], bool]
+    job: Trainer,
+    engine: Engine,
+    batches: Prefetcher,
+    at: _Progress,
+    stop_requested: Callable[[], bool],
 ) -> Sums | None:
     """Losses and gradients of this process's share of a step, as far as no stop is asked for.
 
     None when memory ran out in a process: then nothing of the step is left, and fewer windows at
     once are to be tried.
     """
-    batch = job.recipe.training.batch
     # A fixed divisor keeps fp16 in range; the true one is known after the last part.
-    factor = job.precision.scaler.scale / (batch * job.recipe.data.window)
-    sums, short = Sums(), False
-    for sample in job.workers.share(at.step * batch, batch)[:: job.micro_batch]:
+    factor = job.precision.scaler.scale / _tokens_per_step(job)
+    sums, short, parts = Sums(), False, _parts(job, at.step)
+    following = [*parts[1:], *_parts(job, at.step + 1)[:1]]
+    for part, after in itertools.zip_longest(parts, following):
         if stop_requested():
             return sums
         if short:  # the others have not heard of it yet
             continue
-        waiting = time.perf_counter()
-        windows = to_device(job.data.batch(sample, job.micro_batch), job.device)
-        at.data_s += time.perf_counter() - waiting
         try:
+            waiting = time.perf_counter()
+            windows = to_device(batches.batch(part, after), job.device)
+            at.data_s += time.perf_counter() - waiting
             loss, count, more = engine.loss(windows)
             engine.backward(loss * factor)
-            sums.add(Sums(loss.detach(), count, more))
+            sums.add(Sums(loss.detach(), count, more, windows.num_tokens))
         except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) or isinstance(error, MemoryError)):
-                raise
-            if not engine.discard():
+            if not _is_short_of_memory(error) or not engine.discard():
                 raise
             short = True
     if not job.workers.any(short):
@@ -243,7 +222,15 @@ def _accumulate(
     return None
 
 
-def _take_fewer(job: Trainer, at: _Progress) -> None:
+def _tokens_per_step(job: Trainer) -> int:
+    return job.recipe.training.batch * job.recipe.data.window
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or is_out_of_memory(error)
+
+
+def take_fewer(job: Trainer, where: str) -> None:
     """Half as many windows at once, or the next number that divides a process's share.
 
     Only here is what filled the memory out of reach: an error that is being handled holds on to
@@ -253,14 +240,69 @@ def _take_fewer(job: Trainer, at: _Progress) -> None:
     share = job.recipe.training.batch // job.workers.size
     fewer = next((n for n in divisors(share) if n <= job.micro_batch // 2), None)
     windows = counted(job.micro_batch, "window")
-    where = f"step {at.step + 1}: too little memory on {job.device} for {windows}"
+    where = f"{where}: too little memory on {job.device} for {windows}"
     if fewer is None:
-        advice = "a smaller model or a shorter data.window"
-        if not job.recipe.training.activation_checkpointing:
-            advice = f"training.activation_checkpointing=true, {advice}"
-        raise ResourceError(f"{job.run}: {where} at once, and fewer there are not; take {advice}")
+        raise ResourceError(f"{job.run}: {where}; {_memory_advice(job)}")
     job.reporter.say(f"{where} at once; going on with {fewer}, the batch in more parts")
     job.micro_batch = fewer
+
+
+def _memory_advice(job: Trainer, *, training: bool = True) -> str:
+    """Return what helps when a single sequence does not fit and the same run accepts."""
+    ways = []
+    if training and not job.recipe.training.activation_checkpointing:
+        ways.append("set training.activation_checkpointing=true")
+    if not has_begun(job.run):  # a run that has begun keeps its model and its sequence length
+        ways.append("take a smaller model or a shorter data.window")
+    return ", ".join(
+        [*ways, "or free memory on the device" if ways else "free memory on the device"]
+    )
+
+
+def fits_in_memory(workers: Workers, work: Callable[[], None]) -> bool:
+    """Do `work` in every process; return False, in all of them, if memory ran out in one."""
+    short = False
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        if not _is_short_of_memory(error):
+            raise
+        short = True
+    return not workers.any(short)
+
+
+def evaluated(
+    job: Trainer, workers: Workers, count: int, work: Callable[[int, int], _T]
+) -> Iterator[_T | None]:
+    """Yield `work(first sample, number)` for each micro-batch of this process's part of `count`.
+
+    All processes yield equally often, None where no sample is left. Where memory runs out in one
+    of them, all take half as many windows at once. Raises ResourceError when one does not fit.
+    """
+    share = -(-count // workers.size)
+    start = workers.rank * share
+    end = min(start + share, count)
+    done = 0
+    while done < share:
+        size, result = job.eval_batch, None
+        number = min(size, end - start - done)
+
+        def attempt(start: int = start + done, number: int = number) -> None:
+            nonlocal result
+            result = work(start, number) if number > 0 else None
+
+        if fits_in_memory(workers, attempt):
+            yield result
+            done += size
+            continue
+        result = None
+        release(job.device)
+        where = f"too little memory on {job.device} to evaluate {counted(size, 'window')} at once"
+        if size == 1:
+            advice = _memory_advice(job, training=False)
+            raise ResourceError(f"{job.run}: {where}, which is the least; {advice}")
+        job.max_eval_batch = size // 2
+        job.reporter.say(f"{where}; {counted(size // 2, 'window')} from now on")
 
 
 def _between_steps(
@@ -279,9 +321,7 @@ def _between_steps(
     better = False
     if _validation_is_due(job, at):
         saving.engine.gather_weights()
-        first = job.workers.is_first
-        figures = _validated(job, model, log, at.step, asked) if first else None
-        figures = job.workers.tell(figures)
+        figures = _validated(job, saving.engine, model, log, at.step, asked)
         if figures is None:
             return
         at.validation, at.validated = figures, at.step
@@ -289,7 +329,8 @@ def _between_steps(
             name = judged_by(figures)
             at.best = {"step": at.step, "figure": name, "value": figures[name]}
     settings = job.recipe.checkpoint
-    due = at.step % settings.every == 0 or at.step == job.num_steps
+    ends = (job.num_steps, stable_steps(job.num_steps, job.recipe.schedule))
+    due = at.step % settings.every == 0 or at.step in ends
     if at.step > saving.saved and (due or (better and settings.keep_best)):
         saving.save(at)
     saving.writer.check()
@@ -312,26 +353,32 @@ def _is_better(figures: dict[str, float], best: dict[str, Any]) -> bool:
     return math.isfinite(value) and (not best or value < best["value"])
 
 
-def _log(job: Trainer, log: MetricsLog, engine: Engine, at: _Progress, norm: float | None) -> None:
-    """One line of metrics on the steps since the last one, and the progress bar."""
-    tokens_a_step = job.recipe.training.batch * job.recipe.data.window
-    steps = (at.step - 1) % job.recipe.training.log_every + 1
-    rate = steps * tokens_a_step / at.interval_s
-    figures = at.interval.figures(job.objective)
+def _log(job: Trainer, log: MetricsLog, engine: Engine, at: _Progress) -> None:
+    """Log a line of metrics and draw the progress bar.
+
+    Loss, `grad_norm` and what the objective measures are means over the steps since the last line
+    that were not skipped, `grad_norm_max` is the largest of these norms; null if all were skipped.
+    """
+    rate = at.interval_tokens / at.interval_s
+    learned, norms = int(at.interval.count), at.grad_norms
+    figures = at.interval.figures(job.objective) if learned else {"loss": math.nan}
     log.write(
-        {"kind": "train", "step": at.step, "tokens": at.step * tokens_a_step}
-        | {"learned": int(at.interval.count), "grad_norm": norm}
+        {"kind": "train", "step": at.step, "tokens": at.tokens, "learned": learned}
+        | {"grad_norm": fmean(norms) if norms else None, "grad_norm_max": max(norms, default=None)}
         | figures
         | {f"lr/{name}": lr for name, lr in engine.lrs().items()},
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
         | {"data_share": at.data_s / at.interval_s}
         | {"peak_memory_bytes": peak_bytes(job.device)},
     )
-    note = f"{job.objective.note(figures)} {rate / 1000:,.1f}k tokens/s"
-    job.reporter.progress(at.step, job.num_steps, note)
-    if warning := job.objective.warning(at.step / job.num_steps, figures):
+    note = job.objective.note(figures) if learned else "skipped"
+    job.reporter.progress(at.step, job.num_steps, f"{note} {rate / 1000:,.1f}k tokens/s")
+    # The first line holds the first step, before which nothing has changed.
+    judged = learned and at.step > job.recipe.training.log_every
+    if judged and (warning := job.objective.warning(at.step / job.num_steps, figures)):
         job.reporter.say(warning)
-    at.interval, at.interval_s, at.data_s = Sums(), 0.0, 0.0
+    at.interval, at.grad_norms = Sums(), []
+    at.interval_tokens, at.interval_s, at.data_s = 0, 0.0, 0.0
 
 
 def _engine(job: Trainer, compiled: Transformer) -> Engine:
@@ -345,27 +392,46 @@ def _engine(job: Trainer, compiled: Transformer) -> Engine:
     )
 
 
-def _step(job: Trainer, engine: Engine, count: int, divisor: int) -> float | None:
-    """One optimizer step: the gradient's norm, or None if it was bad and nothing was changed."""
+def _step(job: Trainer, engine: Engine, log: MetricsLog, at: _Progress, sums: Sums) -> None:
+    """Take an optimizer step with the gradient of `sums`, or skip it if that is not finite.
+
+    Raises TrainingError when there is nothing to learn, or after several bad steps in a row.
+    """
+    scaler, count = job.precision.scaler, int(sums.count)
     if not count:
         raise TrainingError(
             f"{job.run}: a whole batch has nothing to learn: no answer is left in its windows. "
             "Is data.window too short, or are the answers empty? `minimind data inspect` shows"
         )
-    norm = engine.step(divisor / count / job.precision.scaler.scale)
-    job.precision.scaler.update(math.isfinite(norm))
-    return norm if math.isfinite(norm) else None
+    norm = engine.step(_tokens_per_step(job) / count / scaler.scale)
+    finite = math.isfinite(norm)
+    scaler.update(finite)
+    at.step += 1
+    at.tokens += int(sums.tokens)
+    at.interval_tokens += int(sums.tokens)
+    if finite:
+        at.skipped = 0
+        at.interval.add(sums)
+        at.grad_norms.append(norm)
+    else:
+        at.skipped += 1
+        _report_skipped(job, log, at)
 
 
-def _complain(job: Trainer, log: MetricsLog, at: _Progress) -> None:
-    """Report a skipped step and write its samples down; too many in a row halt the run."""
-    batch = job.recipe.training.batch
+def _report_skipped(job: Trainer, log: MetricsLog, at: _Progress) -> None:
+    """Write a skipped step's samples down and report it; too many in a row halt the run.
+
+    Not reported, and no reason to halt, is an overflow of fp16 that a lower loss scale may cure.
+    """
+    batch, scaler = job.recipe.training.batch, job.precision.scaler
     samples = range((at.step - 1) * batch, at.step * batch)
+    line = {"kind": "skipped", "step": at.step, "samples": list(samples)}
+    log.write(line | ({"loss_scale": scaler.scale} if scaler.enabled else {}))
+    if scaler.scale > 1.0:
+        return
     where = f"step {at.step} (samples {samples[0]}-{samples[-1]})"
     job.reporter.say(f"{where}: the gradient is not finite; nothing was changed by it")
-    log.write({"kind": "skipped", "step": at.step, "samples": list(samples)})
-    # With fp16 the first steps find the loss scale: that is no sign of bad numbers.
-    if at.skipped >= _MAX_SKIPPED and job.precision.scaler.scale <= 1.0:
+    if at.skipped >= _MAX_SKIPPED:
         raise TrainingError(
             f"{job.run}: {at.skipped} steps in a row gave numbers that are not finite, up to "
             f"{where}. Try a lower optim.lr and optim.muon_lr, or training.precision=fp32"
@@ -374,69 +440,93 @@ def _complain(job: Trainer, log: MetricsLog, at: _Progress) -> None:
 
 def _validated(
     job: Trainer,
+    engine: Engine,
     model: Transformer,
     log: MetricsLog,
     step: int,
-    stop_requested: Callable[[], bool],
+    asked: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Validate and let the model write, and log both; nothing if nothing is held out.
+    """Validate in every process that has the weights, let the first one write, and log both.
 
-    None, and nothing logged, when a stop was requested on the way.
+    Nothing, {}, if nothing is held out; None, and nothing logged, when `asked` says in one of these
+    processes that it is to stop.
     """
-    figures = validate(job, model, stop_requested)
-    written = job.write_samples() if figures and not stop_requested() else []
-    if stop_requested():
-        return None
-    if figures:
-        log.write({"kind": "validation", "step": step} | figures)
-    for sample in written:
-        log.write({"kind": "sample", "step": step} | sample)
-    return figures
+    first = job.workers.is_first
+    workers = job.workers if engine.replicates else ALONE
+    figures: dict[str, float] | None = None
+    if first or engine.replicates:
+        figures = validate(job, model, lambda: workers.any(asked()), workers)
+    if figures and first:
+        written = job.write_samples()
+        if asked():
+            figures = None
+        else:
+            log.write({"kind": "validation", "step": step} | figures)
+            for sample in written:
+                log.write({"kind": "sample", "step": step} | sample)
+    told: dict[str, float] | None = job.workers.tell(figures)
+    return told
 
 
 def validate(
-    job: Trainer, model: Transformer, stop_requested: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
-    """Figures on held-out windows, at most `validation.windows` of each kind.
+    job: Trainer,
+    model: Transformer,
+    stop_requested: Callable[[], bool] = lambda: False,
+    workers: Workers = ALONE,
+) -> dict[str, float] | None:
+    """Figures on held-out windows, at most `validation.windows` of each kind; None after a stop.
 
-    Those of the general set are called `general_…`. A request to stop leaves the rest out.
+    Those of the general set are called `general_…`. Each of `workers` reads its part of the
+    windows, and all get the same figures.
     """
-    model.eval()
+    sets = [("", Measured(job.objective, [job.held_out]))] if job.held_out else []
+    sets += [("general_", job.general)] if job.general else []
     figures: dict[str, float] = {}
-    if job.held_out:
-        figures |= _measure(job, model, job.objective, [job.held_out], stop_requested)
-    if job.general:
-        general = _measure(job, model, job.general.objective, job.general.mixes, stop_requested)
-        figures |= {f"general_{name}": value for name, value in general.items()}
+    stopped = False
+    model.eval()
+    for prefix, measured in sets:
+        sums = _measure(job, model, measured, stop_requested, workers)
+        if stopped := sums is None:
+            break
+        own = sums.figures(measured.objective)
+        figures |= {f"{prefix}{name}": value for name, value in own.items()}
     model.train()
-    return figures
+    return None if stopped else figures
 
 
 @torch.no_grad()
 def _measure(
     job: Trainer,
     model: Transformer,
-    objective: Objective,
-    mixes: list[Mix],
+    measured: Measured,
     stop_requested: Callable[[], bool],
-) -> dict[str, float]:
+    workers: Workers,
+) -> Sums | None:
     sums = Sums()
-    for mix in mixes:
-        num_windows = min(job.recipe.validation.windows, mix.order.epoch_size)
-        for at in range(0, num_windows, VALIDATION_WINDOWS):
-            if stop_requested():
-                return {}
-            count = min(VALIDATION_WINDOWS, num_windows - at)
-            windows = to_device(mix.batch(at, count), job.device)
+    for mix in measured.mixes:
+
+        def losses(start: int, number: int, mix: Mix = mix) -> Sums:
+            windows = to_device(mix.batch(start, number), job.device)
             with job.precision.autocast():
-                sums.add(Sums(*objective.loss(model, windows)))
-    return sums.figures(objective)
+                return Sums(*measured.objective.loss(model, windows))
+
+        count = min(job.recipe.validation.windows, mix.order.epoch_size)
+        for part in evaluated(job, workers, count, losses):
+            if stop_requested():
+                return None
+            if part:
+                sums.add(part)
+    sums.complete(workers, job.device)
+    sums.over(workers, job.device)
+    return sums
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"rng/cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["rng/cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["rng/mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -451,6 +541,8 @@ def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
         torch.set_rng_state(states["rng/cpu"])
     if "rng/cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["rng/cuda"], device)
+    if "rng/mps" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["rng/mps"])
 
 
 def _frozen(model: Transformer) -> set[str]:
@@ -470,6 +562,7 @@ class _Saving:
     def save(self, at: _Progress) -> None:
         """Save all but the weights that are not trained: those are the base model's."""
         self.saved, job, frozen = at.step, self.job, _frozen(self.job.model)
+        recipe = job.recipe
         self.engine.gather_weights()
         optimizer = self.engine.state_tensors() | _all_random_states(job)
         if not job.workers.is_first:
@@ -482,8 +575,10 @@ class _Saving:
             | {"interval": at.interval.state()}
             | {"metrics_offset": self.log.offset, "scaler": job.precision.scaler.state()}
             | {"micro_batch": job.micro_batch, "processes": job.workers.size}
-            | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256},
-            best=at.best.get("step") if job.recipe.checkpoint.keep_best else None,
+            | {"data_sha256": job.data_sha256, "base_sha256": job.base_sha256}
+            | {"num_steps": job.num_steps, "config": job.model.config.model_dump()},
+            best=at.best.get("step") if recipe.checkpoint.keep_best else None,
+            protect=[stable] if (stable := stable_steps(job.num_steps, recipe.schedule)) else [],
             first=self.log.sync,
         )
 
@@ -531,24 +626,27 @@ def _load(job: Trainer, engine: Engine, log: MetricsLog) -> tuple[_Progress, dic
             f"{job.run}: the data or the tokenizer is not the one that this run began with. "
             "Put it back, choose another --out, or start over with --fresh"
         )
-    if state.pop("base_sha256", "") != job.base_sha256:
+    for checked in ("base_sha256", "config"):  # when the model was built
+        state.pop(checked, None)
+    restore_weights(job.model, checkpoint)
+    random = checkpoint.optimizer.select(lambda name: name.startswith("rng/"))
+    try:
+        engine.load_state_tensors(checkpoint.optimizer.select(lambda name: name not in random))
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{job.run}: {job.recipe.model.init} is not the model that this run began with, and "
-            "what it has learned fits no other. Put it back, choose another --out, or start over "
-            "with --fresh"
-        )
-    unlike = job.model.load_state_dict(checkpoint.model, strict=False)
-    assert not unlike.unexpected_keys and set(unlike.missing_keys) == _frozen(job.model)
-    tensors = checkpoint.optimizer.items()
-    engine.load_state_tensors({k: t for k, t in tensors if not k.startswith("rng/")})
+            f"{checkpoint.path}: {error}; choose another --out, or start over with --fresh"
+        ) from error
     job.precision.scaler.load(state.pop("scaler"))
     log.truncate(state.pop("metrics_offset"))
+    if (planned := state.pop("num_steps", job.num_steps)) != job.num_steps:
+        steps = {"from_steps": planned, "to_steps": job.num_steps}
+        log.write({"kind": "prolonged", "step": checkpoint.step} | steps)
     micro_batch, processes = state.pop("micro_batch"), state.pop("processes", 1)
-    if processes == job.workers.size:
-        job.micro_batch = micro_batch  # another split of a batch rounds differently
+    if processes == job.workers.size:  # another split of a batch rounds differently
+        job.micro_batch = min(job.micro_batch, micro_batch)
     job.reporter.say(f"going on from step {checkpoint.step:,} ({checkpoint.path.name})")
     at = _Progress(**state | {"interval": Sums.load(state["interval"], job.device)})
-    return at, {k: t.view(processes, -1) for k, t in tensors if k.startswith("rng/")}
+    return at, {name: states.view(processes, -1) for name, states in random.items()}
 
 
 @contextlib.contextmanager

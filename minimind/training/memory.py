@@ -3,7 +3,6 @@
 import gc
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -76,22 +75,40 @@ def divisors(number: int) -> list[int]:
 
 
 def choose_micro_batch(
-    footprint: Footprint, *, asked: int | None, batch: int, device: torch.device, sharers: int = 1
+    footprint: Footprint,
+    *,
+    asked: int | None,
+    batch: int,
+    device: torch.device,
+    free: int | None,
+    sharers: int = 1,
+    saved: int | None = None,
 ) -> int:
     """Windows at once: what is asked for, or the largest divisor of `batch` that is quick and fits.
 
-    `sharers` processes share the device's memory.
+    `free`: bytes on the device before the model was there, None if unknown; `sharers` processes
+    share them. `saved`: the micro-batch of the checkpoint from which the run is resumed: then the
+    smallest of it, what is asked for and what fits is taken.
     Raises ResourceError, with what would fit, when memory is too short.
     """
-    free = free_bytes(device)
     free = None if free is None else free // sharers
     fitting = footprint.fitting(batch, free)
+    if saved:
+        wanted = min(saved, asked or saved)
+        if free is None or footprint.total(wanted) <= free:
+            return wanted
+        if fitting:
+            return min(fitting, wanted)
     if free is None or (asked is None and fitting):
         return asked or fitting or 1
-    chosen = asked or 1
+    chosen = 1 if saved else asked or 1
     if footprint.total(chosen) <= free:
         return chosen
-    if fitting:
+    if saved:
+        advice = "free some memory"
+        if not footprint.activation_checkpointing:
+            advice += ", or try training.activation_checkpointing=true"
+    elif fitting:
         advice = f"training.micro_batch={fitting} would fit"
     elif not footprint.activation_checkpointing:
         advice = (
@@ -105,25 +122,6 @@ def choose_micro_batch(
         f"at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "
         f"{free / 1e9:.1f} GB are free; {advice}"
     )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on the device, None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
-    try:  # a container may be allowed less; what it caches of files can be given back
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{x}").read_text("ascii") for x in ("max", "current"))
-        stat = (group / "memory.stat").read_text("ascii").splitlines()
-        cached = next(int(line.split()[1]) for line in stat if line.startswith("file "))
-        return min(free, int(limit) - int(used) + cached)
-    except (OSError, ValueError, StopIteration):
-        return free
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -1,28 +1,69 @@
-"""`metrics.jsonl`: every figure of a run, a JSON object a line, and trackers fed with the same."""
+"""`metrics.jsonl`: every metric of a run, a JSON object per line; trackers get the same numbers."""
 
 import contextlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from minimind.errors import ConfigError, ResourceError, install_line
 
-# (figures, step): hands figures to a tracker; and what closes it.
-_Tracker = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
+
+class _Tracker(Protocol):
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricsLog:
-    """Appends lines to `path`; numbers go on to the trackers, if any are asked for.
+    """Append lines to `path`, and hand the numbers to trackers once they are started.
 
+    A tracker that fails is dropped with a warning: training does not depend on it.
     Raises ConfigError for a tracker that is not installed.
     """
 
-    def __init__(self, path: Path, *, trackers: Sequence[str] = (), name: str = "run") -> None:
-        self._trackers = [_open_tracker(tracker, path.parent, name) for tracker in trackers]
+    def __init__(
+        self,
+        path: Path,
+        *,
+        trackers: Sequence[str] = (),
+        name: str = "run",
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        for tracker in trackers:
+            spec = find_spec(tracker)
+            if spec is None or spec.origin is None:  # a folder of that name is no package
+                raise ConfigError(
+                    f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
+                )
+        self._names, self._run_name, self._warn = trackers, name, warn
+        self._trackers: dict[str, _Tracker] = {}
         self._path, self._stream = path, path.open("ab")
+
+    def start_trackers(self, step: int) -> None:
+        """Open the trackers for a run that stands at `step`: above 0 they continue their curves.
+
+        What they hold of later steps is dropped, where the tracker can: it will come again.
+        """
+        for name in self._names:
+            with self._failures_of(name):
+                self._trackers[name] = _TRACKERS[name](self._path.parent, self._run_name, step)
+
+    @contextlib.contextmanager
+    def _failures_of(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a tracker raises: no login, no network, a full disk
+            self._trackers.pop(name, None)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._warn(
+                f"training.trackers: {name} has failed and gets no more metrics ({reason}). "
+                f"Training continues; {self._path} holds every metric"
+            )
 
     @property
     def offset(self) -> int:
@@ -68,49 +109,81 @@ class MetricsLog:
             for key, value in line.items()
             if isinstance(value, int | float) and key != "step"
         }
-        for log, _ in self._trackers if numbers else ():
-            log(numbers, int(line["step"]))
+        for name, tracker in list(self._trackers.items()) if numbers else ():
+            with self._failures_of(name):
+                tracker.log(numbers, int(line["step"]))
 
     def close(self) -> None:
         """Close the file and the trackers."""
         with contextlib.suppress(OSError):  # of a line that could not be written; that was raised
             self._stream.close()
-        for _, close in self._trackers:
-            close()
+        for name, tracker in list(self._trackers.items()):
+            with self._failures_of(name):
+                tracker.close()
 
 
-def _open_tracker(tracker: str, run: Path, name: str) -> _Tracker:
-    try:
-        return {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab}[tracker](
-            run, name
+class _TensorBoard:
+    def __init__(self, run: Path, name: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Step 0 has metrics of its own, of the validation before the first step.
+        self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1 if step else 0)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, run: Path, name: str, step: int) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project="minimind", name=name, dir=run, id=_run_id(run, "wandb", step), resume="allow"
         )
-    except ImportError:
-        raise ConfigError(
-            f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
-        ) from None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
-def _tensorboard(run: Path, name: str) -> _Tracker:
-    from torch.utils.tensorboard import SummaryWriter
+class _SwanLab:
+    def __init__(self, run: Path, name: str, step: int) -> None:
+        import swanlab
 
-    writer = SummaryWriter(run / "tensorboard")
+        self._swanlab = swanlab
+        swanlab.init(
+            project="minimind",
+            experiment_name=name,
+            logdir=str(run / "swanlab"),
+            id=_run_id(run, "swanlab", step),
+            resume="allow",
+        )
 
-    def log(figures: dict[str, float], step: int) -> None:
-        for key, value in figures.items():
-            writer.add_scalar(key, value, step)
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._swanlab.log(metrics, step=step)
 
-    return log, writer.close
-
-
-def _wandb(run: Path, name: str) -> _Tracker:
-    import wandb
-
-    tracked = wandb.init(project="minimind", name=name, dir=run)
-    return lambda figures, step: tracked.log(figures, step=step), tracked.finish
+    def close(self) -> None:
+        self._swanlab.finish()
 
 
-def _swanlab(run: Path, name: str) -> _Tracker:
-    import swanlab
+_TRACKERS: dict[str, Callable[[Path, str, int], _Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "swanlab": _SwanLab,
+}
 
-    swanlab.init(project="minimind", experiment_name=name, logdir=str(run / "swanlab"))
-    return lambda figures, step: swanlab.log(figures, step=step), swanlab.finish
+
+def _run_id(run: Path, tracker: str, step: int) -> str:
+    """Return the tracker's id of the run; one that begins at step 0 gets a new one."""
+    file = run / f"{tracker}-run-id"
+    if step and file.is_file():
+        return file.read_text("ascii").strip()
+    run_id = uuid.uuid4().hex[:21]  # SwanLab takes 21 characters
+    file.write_text(run_id + "\n", "ascii")
+    return run_id

@@ -1,7 +1,7 @@
 """AdamW, and Muon for the matrices of the layers with AdamW for the rest."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from minimind.errors import CheckpointError
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _WIDE = 1.5  # columns / rows from which fewer products are done by the Gram matrix
+OTHER_STATE = "the optimizer's state belongs to another model or optimizer"
 _AT_ONCE = 1 << 22  # numbers that go through the iteration together, which needs four copies
 
 
@@ -205,10 +206,16 @@ class Optimizers:
             tensors[f"momentum/{self._names[parameter]}"] = buffer
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave. Raises CheckpointError if it is not this model's."""
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what `state_tensors` gave, one tensor at a time.
+
+        Raises CheckpointError, after which the state must not be used, if it is not this model's.
+        """
         own = self.state_tensors()
-        if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
-            raise CheckpointError("the optimizer's state belongs to another model or optimizer")
+        if own.keys() != tensors.keys():
+            raise CheckpointError(OTHER_STATE)
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            saved = tensors[name]
+            if saved.shape != tensor.shape:
+                raise CheckpointError(OTHER_STATE)
+            tensor.copy_(saved)

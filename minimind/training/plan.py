@@ -11,21 +11,20 @@ from typing import Any
 import torch
 
 from minimind.config.settings import Recipe
-from minimind.data.inspect import estimate_tokens
+from minimind.data.estimate import estimate_tokens
 from minimind.data.store import default_folder
 from minimind.data.textbook import textbook_file
 from minimind.errors import DataError, ResourceError
-from minimind.model import Transformer, apply_lora, load_model, resolve_model_directory
-from minimind.model.device import choose_device
+from minimind.model import Transformer
+from minimind.model.device import choose_device, free_bytes
 from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch
-from minimind.training.memory import Footprint, divisors, free_bytes
+from minimind.training.build import KINDS, build_model, footprint, load_tokenizer
+from minimind.training.memory import divisors
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
-from minimind.training.stage import fit_context, footprint
 
-_VOCAB = 6400  # of a tokenizer that is not there yet
 # What a process takes beside tensors: torch itself, and on a GPU its context and libraries.
 _PROCESS = {"cpu": 400 << 20, "cuda": 450 << 20, "mps": 400 << 20}
 
@@ -71,11 +70,13 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     """
     device, is_here = _device(recipe.device, elsewhere=memory is not None)
     precision = choose_precision(recipe.training.precision, device).name if is_here else "?"
-    tokenizer, model = _model(recipe)
-    if is_here:
-        model = model.to(device)
+    free = free_bytes(device) if is_here else None  # beside this process, before the model is there
+    tokenizer = load_tokenizer(recipe)
+    model = build_model(recipe, tokenizer, device if is_here else torch.device("cpu"))
     asked, training = footprint(recipe, model, device), recipe.training
-    given = memory if memory is not None else free_bytes(device)
+    given = memory
+    if memory is None and free is not None:
+        given = free + _PROCESS[device.type]
     room = None if given is None else given - _PROCESS[device.type]
     fitting = asked.fitting(training.batch, room)
     micro_batch = training.micro_batch or fitting
@@ -86,7 +87,8 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         steps = max(1, math.ceil(windows / training.batch))
     tokens = steps * training.batch * recipe.data.window if steps else None
     rate = None
-    if seconds and is_here and micro_batch and _fits(asked, micro_batch, free_bytes(device)):
+    fits_here = micro_batch and (free is None or asked.total(micro_batch) <= free)
+    if seconds and is_here and micro_batch and fits_here:
         rate = _rate(recipe, model, device, micro_batch, seconds)
     parts = asked.parts(micro_batch or 1)
     return Plan(
@@ -139,10 +141,6 @@ def _device(name: str, *, elsewhere: bool) -> tuple[torch.device, bool]:
         return torch.device(name), False
 
 
-def _fits(asked: Footprint, micro_batch: int, memory: int | None) -> bool:
-    return memory is None or asked.total(micro_batch) <= memory
-
-
 def flops_a_token(model: Transformer, window: int, activation_checkpointing: bool = False) -> int:
     """Floating-point operations of training on one token (Kaplan et al. 2020, section 2.1).
 
@@ -158,22 +156,6 @@ def flops_a_token(model: Transformer, window: int, activation_checkpointing: boo
     return forward * (4 if activation_checkpointing else 3)
 
 
-def _model(recipe: Recipe) -> tuple[Tokenizer | None, Transformer]:
-    """What would be trained, on the CPU; the shape of a new model needs no tokenizer."""
-    directory = resolve_model_directory(Path(recipe.model.init)) if recipe.model.init else None
-    words = Path(recipe.tokenizer) if recipe.tokenizer else directory
-    tokenizer = Tokenizer.load(words) if words else None
-    if directory:
-        model = load_model(directory, device=torch.device("cpu"))
-    else:
-        model = Transformer(recipe.model.shape(tokenizer.vocab_size if tokenizer else _VOCAB))
-    fit_context(recipe, model)
-    if recipe.lora:
-        apply_lora(model, recipe.lora)
-    model.activation_checkpointing = recipe.training.activation_checkpointing
-    return tokenizer, model
-
-
 def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
     """About how many tokens an epoch sees; None when data or tokenizer are not told yet."""
     data = recipe.data
@@ -183,7 +165,11 @@ def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
     counts = [
         source.weight
         * estimate_tokens(
-            textbook_file(source.path, folder, data.fill), tokenizer, data.record_schema
+            textbook_file(source.path, folder, data.fill),
+            tokenizer,
+            kind=KINDS[recipe.objective],
+            schema=source.record_schema,
+            fill=data.fill,
         )
         for source in data.sources
     ]

@@ -5,7 +5,9 @@ no second model is ever in memory.
 """
 
 import hashlib
+import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from minimind.config import dump_recipe
+from minimind.config import identity
 from minimind.data.packing import Mix, PairWindows
 from minimind.errors import ResourceError
 from minimind.training.batch import to_device
 from minimind.training.distributed import Workers
-from minimind.training.loop import VALIDATION_WINDOWS, Trainer
+from minimind.training.loop import Trainer, evaluated, fits_in_memory, take_fewer
 from minimind.training.objectives.preference import answer_logps
 
 FILE = "reference.safetensors"
@@ -64,9 +66,9 @@ def _put_together(workers: Workers, arrays: _Arrays) -> None:
 
 def _key(job: Trainer) -> str:
     """All that the log-probabilities and their order come from."""
-    recipe = dump_recipe(job.recipe.model_copy(update={"out": None}))
+    settings = json.dumps(identity(job.recipe), sort_keys=True)
     return hashlib.sha256(
-        f"{job.data_sha256} {job.base_sha256} {job.num_steps}\n{recipe}".encode()
+        f"{job.data_sha256} {job.base_sha256} {job.num_steps}\n{settings}".encode()
     ).hexdigest()
 
 
@@ -84,29 +86,42 @@ def _arrays(job: Trainer) -> _Arrays:
 def _ask(job: Trainer) -> None:
     """Read each window that this process will read, in the batches and kernels of its turn.
 
-    So the first loss of a run is that of no difference at all, in any precision.
+    So the first loss of a run is that of no difference at all, in any precision. Where memory runs
+    out, training and validation take fewer windows at once too.
     """
     batch, workers = job.recipe.training.batch, job.workers
     training = job.num_steps * batch // workers.size
-    held_out = (
-        min(job.recipe.validation.windows, job.held_out.order.epoch_size)
-        if job.held_out and workers.is_first
-        else 0
-    )
+    held_out = min(job.recipe.validation.windows, _size(job.held_out))
+    total = training + -(-held_out // workers.size)
     job.model.eval()
-    job.reporter.start("reference log-probabilities", training + held_out, unit="window")
+    job.reporter.start("reference log-probabilities", total, unit="window")
     try:
         for step in range(job.num_steps):
-            for sample in workers.share(step * batch, batch)[:: job.micro_batch]:
-                _fill(job, job.data, sample, job.micro_batch, training=True)
-            job.reporter.progress((step + 1) * batch // workers.size, training + held_out)
-        for at in range(0, held_out, VALIDATION_WINDOWS):
-            assert job.held_out is not None
-            count = min(VALIDATION_WINDOWS, held_out - at)
-            _fill(job, job.held_out, at, count, training=False)
-            job.reporter.progress(training + at + count, training + held_out)
+            while not fits_in_memory(workers, partial(_fill_step, job, step)):
+                take_fewer(job, f"reference log-probabilities of step {step + 1}")
+            job.reporter.progress((step + 1) * batch // workers.size, total)
+        done = training
+        for number in evaluated(job, workers, held_out, partial(_fill_held_out, job)):
+            done += number or 0
+            job.reporter.progress(done, total)
     finally:
         job.reporter.stop()
+
+
+def _size(mix: Mix | None) -> int:
+    return mix.order.epoch_size if mix else 0
+
+
+def _fill_step(job: Trainer, step: int) -> None:
+    batch = job.recipe.training.batch
+    for sample in job.workers.share(step * batch, batch)[:: job.micro_batch]:
+        _fill(job, job.data, sample, job.micro_batch, training=True)
+
+
+def _fill_held_out(job: Trainer, start: int, count: int) -> int:
+    assert job.held_out is not None
+    _fill(job, job.held_out, start, count, training=False)
+    return count
 
 
 def _fill(job: Trainer, mix: Mix, start: int, count: int, *, training: bool) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from minimind.config import difference, dump_recipe, load_recipe
+from minimind.config import dump_recipe
 from minimind.config.settings import Recipe
-from minimind.errors import ConfigError, UsageError
+from minimind.errors import UsageError
+from minimind.training.run import is_finished
 
 _POLL_S = 0.25
 _TAIL_BYTES = 4096
@@ -70,19 +71,6 @@ class _Running:
             self.asked = times
 
 
-def is_finished(planned: Planned) -> bool:
-    """Whether the run is there already, made by the same recipe."""
-    run = planned.run
-    made = run / ("adapter" if planned.recipe.lora else "model")
-    if not ((run / "summary.json").is_file() and made.is_dir()):
-        return False
-    try:
-        kept = load_recipe(run / "recipe.toml").recipe
-    except ConfigError:
-        return False
-    return not difference(kept.model_copy(update={"out": planned.recipe.out}), planned.recipe)
-
-
 def device_settings(devices: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """(recipe's device, environment) of each process.
 
@@ -128,7 +116,7 @@ def run_all(
             for place, environment in enumerate(environments):
                 while waiting and place not in running and not stop_requested():
                     one = waiting.pop(0)
-                    if not fresh and is_finished(one):
+                    if not fresh and is_finished(one.run, one.recipe):
                         outcomes.finished.append(one.name)
                         watcher.ended(place, one, None)
                         continue

@@ -10,11 +10,13 @@ and everything else whole. Checkpoints and metrics are those of the other engine
 on with another number of processes; for them the first process gathers all weights and moments.
 """
 
+import contextlib
 import copy
 import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,11 +30,19 @@ from minimind.training.batch import TensorBatch
 from minimind.training.distributed import Workers
 from minimind.training.engine import Loss
 from minimind.training.objectives import Objective
-from minimind.training.optimizers import adamw, new_state
+from minimind.training.optimizers import OTHER_STATE, adamw, new_state
 from minimind.training.precision import Precision
 
 _KEPT_WHOLE = 100_000  # parameters of fewer numbers are not worth sending around in stage 3
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@contextlib.contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """Silence torch.distributed's warnings of the deprecated names that DeepSpeed calls."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        yield
 
 
 class _LossModule(nn.Module):
@@ -61,8 +71,10 @@ class ZeroEngine:
         self._model, self._recipe, self._objective = model, recipe, objective
         self._precision, self._workers = precision, workers
         self._stage = recipe.training.zero_stage
-        self._loaded: dict[str, Tensor] = {}
+        self.replicates = self._stage < 3
+        self._loaded: Mapping[str, Tensor] = {}
 
+    @_without_future_warnings()
     def begin(self) -> None:
         workers, model = self._workers, self._model
         device = next(model.parameters()).device
@@ -112,14 +124,17 @@ class ZeroEngine:
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()  # finds a parameter's own in them
 
+    @_without_future_warnings()
     def loss(self, windows: TensorBatch) -> Loss:
         loss: Loss = self._engine(windows)
         return loss
 
+    @_without_future_warnings()
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed takes the mean over processes, and the loop wants the sum.
         self._engine.backward(loss * self._workers.size, scale_wrt_gas=False)
 
+    @_without_future_warnings()
     def step(self, scale: float) -> float:
         self._zero.override_loss_scale(1 / scale)  # what gradients are divided by
         self._engine.step()
@@ -137,6 +152,7 @@ class ZeroEngine:
     def lrs(self) -> dict[str, float]:
         return {"adamw": float(self._zero.param_groups[0]["lr"])}
 
+    @_without_future_warnings()
     def state_tensors(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -150,12 +166,12 @@ class ZeroEngine:
                     tensors[f"{moment}/{name}"] = whole
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         own = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         shapes = {f"{moment}/{name}": p.shape for name, p in own.items() for moment in _MOMENTS}
         shapes |= {f"step/{name}": torch.Size() for name in own}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise CheckpointError("the optimizer's state belongs to another model or optimizer")
+            raise CheckpointError(OTHER_STATE)
         self._loaded = tensors
 
     def _spread_states(self, device: torch.device) -> None:
@@ -187,6 +203,7 @@ class ZeroEngine:
             self._zero.optimizer.state[part]["step"].fill_(step)
         self._loaded = {}
 
+    @_without_future_warnings()
     def gather_weights(self) -> None:
         if self._stage < 3:
             return
@@ -211,7 +228,5 @@ def _initialise(
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # What it calls of torch has newer names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine

@@ -1,5 +1,6 @@
 """The page: Streamlit runs this file from top to bottom at each thing that a user does."""
 
+import hmac
 import os
 import threading
 import time
@@ -14,18 +15,28 @@ from minimind.web.client import KEY_VARIABLE, Client, ModelInfo
 from minimind.web.client import Answer as Stream
 from minimind.web.clipboard import copy_button
 from minimind.web.markdown import label, parts_of
-from minimind.web.start import URL_VARIABLE
+from minimind.web.start import TOKEN_VARIABLE, URL_VARIABLE
 from minimind.web.store import Answer, Conversation, Store, Turn
 from minimind.web.words import language_of, word
 
 _PAINT_SECONDS = 0.08  # between two looks at a growing answer
 _SAVE_SECONDS = 1.0
+_LISTED_AT_ONCE = 20  # conversations
 _STYLE = """
 <style>
 .block-container { padding-top: 2.5rem; padding-bottom: 1rem; }
 [data-testid="stChatMessage"] { padding: 0.6rem 0.2rem; }
 [data-testid="stText"] { white-space: pre-wrap; overflow-wrap: anywhere; font-family: inherit; }
-[data-testid="stMarkdownContainer"] { overflow-wrap: anywhere; }
+[data-testid="stMarkdownContainer"], .answer { overflow-wrap: anywhere; }
+.answer :is(h1, h2, h3, h4, h5, h6) { font-size: 1.15rem; padding: 0.5rem 0 0.25rem; }
+.answer :is(code, pre) {
+  font-family: "Source Code Pro", monospace; font-size: 0.875em; white-space: pre-wrap;
+  background: rgba(128, 128, 128, 0.15); border-radius: 0.25rem; padding: 0.1em 0.3em;
+}
+.answer pre { padding: 0.6em; }
+.answer pre code { background: none; padding: 0; font-size: 1em; }
+.answer :is(th, td) { border: 1px solid rgba(128, 128, 128, 0.3); padding: 0.25em 0.5em; }
+.answer blockquote { border-left: 3px solid rgba(128, 128, 128, 0.4); padding-left: 1em; }
 [class*="st-key-tools-"] { margin-top: -1rem; padding-left: 2.4rem; }
 /* Below an answer that is being written stands only what an earlier run has left. */
 [class*="st-key-stop-"] ~ * { display: none; }
@@ -54,6 +65,9 @@ class Page:
         """Everything, from top to bottom."""
         st.set_page_config(page_title="MiniMind", page_icon="💬", layout="centered")
         st.html(_STYLE)
+        if not self._is_allowed():
+            st.error(self.say("no token"))
+            return
         try:
             models = {model.name: model for model in self.client.models()}
         except ServiceError as error:
@@ -67,6 +81,16 @@ class Page:
         chosen = self._sidebar(conversation, models)
         self._talk(conversation, chosen)
 
+    def _is_allowed(self) -> bool:
+        """Whether the address holds the token; asked anew at each run, so nothing outlives it."""
+        given = st.query_params.get("token", "")
+        return hmac.compare_digest(given.encode(), os.environ[TOKEN_VARIABLE].encode())
+
+    def _set_address(self, id: str | None) -> None:
+        """Name a conversation in the address, or none; the token stays in it."""
+        named = {} if id is None else {"c": id}
+        st.query_params.from_dict({"token": os.environ[TOKEN_VARIABLE]} | named)
+
     def _current(self) -> Conversation:
         """The conversation that the address names; a new one where it names none."""
         wanted = st.query_params.get("c", "")
@@ -76,7 +100,7 @@ class Page:
         fresh = st.session_state.get("fresh")
         if fresh is None or wanted or self.store.load(fresh.id):
             fresh = st.session_state["fresh"] = Conversation()
-            st.query_params.clear()
+            self._set_address(None)
         return fresh
 
     # The sidebar
@@ -85,7 +109,7 @@ class Page:
         with st.sidebar:
             if st.button(self.say("new"), icon=":material/add:", width="stretch", type="primary"):
                 st.session_state.pop("fresh", None)
-                st.query_params.clear()
+                self._set_address(None)
                 st.rerun()
             chosen = self._choose_models(conversation, list(models))
             key = conversation.id
@@ -146,21 +170,28 @@ class Page:
         return found
 
     def _list_conversations(self, conversation: Conversation) -> None:
-        saved = self.store.all()
+        saved = self.store.ids()
+        listed = st.session_state.get("listed", _LISTED_AT_ONCE)
+        titles = {id: self.store.title(id) for id in saved[:listed]}
         for path in self.store.put_aside():
             st.warning(f"{self.say('put aside')} {label(str(path))}")
         if not saved:
             return
         st.subheader(self.say("conversations"), anchor=False)
-        for other in saved:
-            if st.button(
-                label(other.title) or "…",
-                key=f"open {other.id}",
+        for id, title in titles.items():
+            if title is not None and st.button(
+                label(title) or "…",
+                key=f"open {id}",
                 width="stretch",
-                type="secondary" if other.id == conversation.id else "tertiary",
+                type="secondary" if id == conversation.id else "tertiary",
             ):
-                st.query_params["c"] = other.id
+                self._set_address(id)
                 st.rerun()
+        if len(saved) > listed and st.button(
+            self.say("more"), icon=":material/expand_more:", key="more", width="stretch"
+        ):
+            st.session_state["listed"] = listed + _LISTED_AT_ONCE
+            st.rerun()
         if not conversation.turns:
             return
         st.download_button(
@@ -173,7 +204,7 @@ class Page:
         )
         if st.button(self.say("delete"), icon=":material/delete:", width="stretch"):
             self.store.delete(conversation.id)
-            st.query_params.clear()
+            self._set_address(None)
             st.rerun()
 
     # The conversation
@@ -198,7 +229,7 @@ class Page:
 
     def _keep(self, conversation: Conversation) -> None:
         self.store.save(conversation)
-        st.query_params["c"] = conversation.id
+        self._set_address(conversation.id)
 
     def _question(self, conversation: Conversation, number: int) -> None:
         turn = conversation.turns[number]
@@ -396,9 +427,10 @@ def _places(number: int) -> list[Any]:
 def _paint(text: str) -> None:
     for part in parts_of(text):
         if part.kind == "code":
-            st.code(part.content, language=part.language, wrap_lines=True)
-        elif part.kind == "markdown":
-            st.markdown(part.content)
+            # Streamlit removes a line break from each end; the code has its own at the end.
+            st.code(f"\n{part.content}", language=part.language, wrap_lines=True)
+        elif part.kind == "html":
+            st.html(f'<div class="answer">{part.content}</div>')
         else:
             st.text(part.content)
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minimind.errors import ResourceError, ServiceError
+from minimind.paths import data_folder
 from minimind.web.client import KEY_VARIABLE
-from minimind.web.store import data_folder
 
 URL_VARIABLE = "MINIMIND_URL"
+TOKEN_VARIABLE = "MINIMIND_WEB_TOKEN"
 _END_SECONDS = 6
 
 
@@ -29,7 +30,7 @@ def service(models: Sequence[Path]) -> Iterator[tuple[str, str]]:
     log = folder / "service.log"
     with log.open("w", encoding="utf-8") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "minimind", "serve", "--port", "0", "--end-with-stdin"]
+            [sys.executable, "-m", "minimind", "serve", "--port", "0", "--end-with-stdin", "--"]
             + [str(model) for model in models],
             stdin=subprocess.PIPE,  # its end is the end of the service
             stdout=subprocess.PIPE,
@@ -63,7 +64,11 @@ def _last_words(log: Path) -> str:
 
 
 def show_page(url: str, key: str | None, port: int) -> None:
-    """Serve the page on this machine, as a client of that service, until it is stopped."""
+    """Serve the page on this machine, as a client of that service, until it is stopped.
+
+    The page shows nothing without the token in the address that is printed: any user of this
+    machine can open the port.
+    """
     from streamlit.web import cli
 
     try:
@@ -76,9 +81,11 @@ def show_page(url: str, key: str | None, port: int) -> None:
             f"cannot listen at 127.0.0.1, port {port}: {error.strerror or error}. "
             "Give another --port, or stop what listens there"
         ) from error
-    os.environ[URL_VARIABLE] = url
+    token = secrets.token_urlsafe(32)
+    os.environ |= {URL_VARIABLE: url, TOKEN_VARIABLE: token}
     if key is not None:
         os.environ[KEY_VARIABLE] = key
+    print(f"The page: http://127.0.0.1:{port}/?token={token}", flush=True)
     settings = {
         "server.address": "127.0.0.1",
         "server.port": port,
@@ -87,6 +94,7 @@ def show_page(url: str, key: str | None, port: int) -> None:
         # Else a second run begins before the first has kept what it was writing.
         "runner.fastReruns": "false",
         "browser.gatherUsageStats": "false",
+        "logger.hideWelcomeMessage": "true",  # its address lacks the token
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",
         "global.developmentMode": "false",

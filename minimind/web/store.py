@@ -4,13 +4,15 @@ import contextlib
 import json
 import os
 import re
-import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from minimind.paths import data_folder
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _ASIDE = ".broken"
@@ -110,6 +112,8 @@ class Store:
         text = json.dumps(asdict(conversation), ensure_ascii=False, indent=1)
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(text.encode("utf-8", "replace"))
+        # The time of the file is what conversations are listed by.
+        os.utime(part, ns=(int(conversation.updated * 1e9),) * 2)
         os.replace(part, path)
 
     def load(self, id: str) -> Conversation | None:
@@ -139,22 +143,33 @@ class Store:
         if _NAME.fullmatch(id):
             self._path(id).unlink(missing_ok=True)
 
-    def all(self) -> list[Conversation]:
-        """Those that can be read, the last used first."""
-        names = [path.stem for path in self._folder.glob("*.json")]
-        found = [conversation for name in names if (conversation := self.load(name))]
-        return sorted(found, key=lambda conversation: conversation.updated, reverse=True)
+    def ids(self) -> list[str]:
+        """Ids of the saved conversations, the last used first; no file is read."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+            found = [
+                (entry.stat().st_mtime_ns, Path(entry.name).stem)
+                for entry in entries
+                if entry.name.endswith(".json") and _NAME.fullmatch(Path(entry.name).stem)
+            ]
+            return [id for _, id in sorted(found, reverse=True)]
+        return []
+
+    def title(self, id: str) -> str | None:
+        """Title of a conversation, read again only after its file has changed.
+
+        None for one that `load` does not find.
+        """
+        try:
+            written = self._path(id).stat().st_mtime_ns
+        except OSError:
+            return None
+        return _title(self._folder, id, written)
 
     def _path(self, id: str) -> Path:
         return self._folder / f"{id}.json"
 
 
-def data_folder() -> Path:
-    """Where programs of this user keep their data."""
-    if sys.platform == "win32":
-        place = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        place = "~/Library/Application Support"
-    else:
-        place = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(place).expanduser() / "minimind"
+@lru_cache(maxsize=1024)
+def _title(folder: Path, id: str, written: int) -> str | None:
+    found = Store(folder).load(id)
+    return found.title if found else None

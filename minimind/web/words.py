@@ -46,6 +46,13 @@ _WORDS: dict[str, tuple[str, str]] = {
         "A conversation could not be read. Its file is kept as it is:",
         "有一个对话无法读取，它的文件原样保留在：",
     ),
+    "no token": (
+        "This page is for the user who started it. Open the address that `minimind web` printed in "
+        "the terminal: it ends in `?token=…`.",
+        "这个页面只供启动它的用户使用。请打开 `minimind web` 在终端里给出的地址，"
+        "它以 `?token=…` 结尾。",
+    ),
+    "more": ("Show more", "显示更多"),
     "no models": ("The service has no models.", "服务里没有模型。"),
     "again": ("Try again", "重试"),
 }

@@ -1,28 +1,60 @@
 import codecs
+import contextlib
+import io
 import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
-from inspect import signature
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from minimind.cli.chat import chat
 from minimind.cli.main import app
 from minimind.data.read import BadLines, read_records
-from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
 
 def run(*arguments: object, stdin: str | bytes = "") -> Result:
     return CliRunner().invoke(app, ["chat", *map(str, arguments)], input=stdin)
+
+
+@dataclass
+class Typed:
+    """What a command left that read from a terminal."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+def typed(*arguments: object, lines: str) -> Typed:
+    """Run chat with lines that come from a terminal, where commands are known."""
+    pytest.importorskip("termios", reason="pseudo-terminals are POSIX")
+    ours, theirs = os.openpty()
+    os.write(ours, lines.encode() + b"\n\x04")  # Ctrl-D
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        open(theirs, encoding="utf-8") as terminal,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("sys.stdin", terminal)
+        status = app(["chat", *map(str, arguments)], standalone_mode=False)
+    os.close(ours)
+    return Typed(status or 0, out.getvalue(), errors.getvalue())
 
 
 def make_model(tokenizer: Tokenizer, context: int = 256) -> Transformer:
@@ -103,7 +135,7 @@ def test_turns_are_kept_until_they_are_forgotten(model_dir: Path, tmp_path: Path
         "/quit",
         "你好",
     ]
-    done = run(*flags, "--system", "你是向导", stdin="\n".join(lines))
+    done = typed(*flags, "--system", "你是向导", lines="\n".join(lines))
     assert done.exit_code == 0, done.output
     assert done.stderr == f"saved to {file}\n" * 2
     first, second = saved(file)
@@ -122,7 +154,7 @@ def test_the_system_message_can_be_changed_and_removed(model_dir: Path, tmp_path
     flags = [model_dir, "--temperature", 0, "--max-new-tokens", 4]
     file = tmp_path / "talk"
     lines = ["/system 你是\x1b诗人", "你好", f"/save {file}", "/system", f"/save {file}.json"]
-    done = run(*flags, stdin="\n".join(lines))
+    done = typed(*flags, lines="\n".join(lines))
     assert done.exit_code == 0, done.output
     [with_system] = saved(tmp_path / "talk.jsonl")
     [without] = saved(tmp_path / "talk.json")
@@ -136,7 +168,7 @@ def test_the_system_message_can_be_changed_and_removed(model_dir: Path, tmp_path
 def test_a_conversation_is_added_on_a_line_of_its_own(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     file.write_text('{"conversations": [{"role": "assistant", "content": "早"}]}')
-    done = run(model_dir, "--max-new-tokens", 4, stdin=f"你好\n/save {file}\n")
+    done = typed(model_dir, "--max-new-tokens", 4, lines=f"你好\n/save {file}")
     assert done.exit_code == 0, done.output
     assert [len(messages) for messages in saved(file)] == [1, 2]
 
@@ -147,7 +179,7 @@ def test_the_oldest_turns_are_left_out_and_it_is_told_once(model_dir: Path, tmp_
     # Varied answers, of which none is blank: a blank one is not kept.
     flags = [model_dir, "--temperature", 1, "--top-p", 1, "--seed", 1, "--max-new-tokens", 20]
     flags += ["--system", "你是向导"]
-    done = run(*flags, stdin="\n".join([*lines, f"/save {file}", "/reset", *lines]))
+    done = typed(*flags, lines="\n".join([*lines, f"/save {file}", "/reset", *lines]))
     assert done.exit_code == 0, done.output
     assert done.stderr.count("oldest turns are left out") == 2  # once a conversation
     [messages] = saved(file)
@@ -185,26 +217,63 @@ def test_commands_that_cannot_be_done_are_told(model_dir: Path, tmp_path: Path) 
         (f"/save {tmp_path / 'talk.jsonl'}", "nothing was said yet"),
         (f"你好\n/save {tmp_path}.d/talk.jsonl", "talk.jsonl: cannot be written: "),
         (f"你好\n/save {tmp_path / 'file' / 'talk.jsonl'}", "cannot be written: "),
-        ("你好\n/save ~nobody-of-that-name/talk.jsonl", "cannot be written: "),
+        ("你好\n/save ~nobody-of-that-name/talk.jsonl", "no home directory is known for it"),
     ]:
-        done = run(model_dir, "--max-new-tokens", 2, stdin=lines)
+        done = typed(model_dir, "--max-new-tokens", 2, lines=lines)
         assert done.exit_code == 1, lines
         [error] = done.stderr.splitlines()
         assert error.startswith("error: ")
         assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     # A space before it makes it a message.
-    done = run(model_dir, "--max-new-tokens", 2, stdin=" /etc 是什么？\n/help\n")
+    done = typed(model_dir, "--max-new-tokens", 2, lines=" /etc 是什么？\n/help")
     assert done.exit_code == 0, done.output
     assert done.stdout.strip()
     assert "/system TEXT  set the system message" in done.stderr
+
+
+def test_in_a_pipe_each_line_is_a_message(model_dir: Path) -> None:
+    flags = [model_dir, "--max-new-tokens", 6, "--seed", 1, "--temperature", 0.01]
+    lines = ["你好", "/usr/bin 是什么目录？", "/reset", "/quit", "长江有多长？"]
+    done = run(*flags, stdin="\n".join(lines))
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
+    # The first character alone differs: were the lines commands, the answers would, too.
+    spaced = run(*flags, stdin="\n".join(f" {line}" for line in lines))
+    assert spaced.stdout == done.stdout
+    assert run(*flags, stdin="\n".join(lines[:2])).stdout != done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "cp1252", "ascii", "utf-16"])
+def test_pipes_are_utf_8_whatever_the_system_says(encoding: str, model_dir: Path) -> None:
+    flags = ["--max-new-tokens", "6", "--temperature", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "minimind", "chat", model_dir, *flags],
+        input="\ufeff你好\r\n长江有多长？\n".encode(),  # as Windows writes it
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    here = run(model_dir, *flags, stdin="你好\n长江有多长？\n")
+    assert done.stdout.decode().replace("\r\n", "\n") == here.stdout
+    assert not here.stdout.isascii()
+
+
+def test_bytes_that_are_no_text_are_named_by_their_line(model_dir: Path) -> None:
+    done = run(model_dir, "--max-new-tokens", 2, stdin="你好\n长江\n".encode() + b"ok \xff\n")
+    assert done.exit_code == 1
+    assert done.stdout.count("\n") >= 2  # the lines before it were answered
+    assert done.stderr == (
+        "error: standard input, line 3: not utf-8 text; convert it first, "
+        "for example with: iconv -f gb18030 -t utf-8\n"
+    )
 
 
 def test_an_answer_of_nothing_is_no_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_one_that_always_says(tokenizer.im_end, tmp_path / "model", tokenizer)
     done = run(tmp_path, "--temperature", 0, stdin="你好\n再见\n")
     assert (done.exit_code, done.stdout) == (0, "\n\n")
-    done = run(tmp_path, "--temperature", 0, stdin=f"你好\n/save {tmp_path}/talk\n")
+    done = typed(tmp_path, "--temperature", 0, lines=f"你好\n/save {tmp_path}/talk")
     assert "nothing was said yet" in done.stderr
 
 
@@ -238,15 +307,30 @@ def test_what_is_wrong_is_said_in_one_line(model_dir: Path, tmp_path: Path) -> N
         assert message in error
     done = run(model_dir, stdin="你好".encode("gb18030"))
     assert (done.exit_code, done.stdout) == (1, "")
-    assert "standard input is not utf-8 text" in done.stderr
+    assert "standard input, line 1: not utf-8 text" in done.stderr
 
 
-def test_the_defaults_are_those_of_sampling() -> None:
-    of_verb, of_sampling = signature(chat).parameters, signature(Sampling).parameters
-    shared = of_verb.keys() & of_sampling.keys()
-    assert len(shared) == 5
-    for name in shared:
-        assert of_verb[name].default == of_sampling[name].default
+def test_the_defaults_are_those_of_the_model(
+    model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def said(place: Path, **settings: float) -> str:
+        named = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
+        flags = ["--seed", 3, "--max-new-tokens", 30, *(part for pair in named for part in pair)]
+        done = run(place, *flags, stdin="长江有多长？\n")
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    ours = dict(temperature=0.7, top_p=0.9)
+    neutral = dict(temperature=1, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
+    assert said(model_dir) == said(model_dir, **ours) != said(model_dir, **neutral)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    own = dict(temperature=1.3, top_k=9, min_p=0.01, repetition_penalty=1.2)
+    (other / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    assert said(other) == said(other, **own)
+    assert said(other, top_k=0) == said(other, **own | dict(top_k=0))
+    (other / "generation_config.json").unlink()
+    assert said(other) == said(other, **neutral)
 
 
 # The command, in a terminal of its own, so that Ctrl-C comes from the terminal.

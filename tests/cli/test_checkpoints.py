@@ -91,6 +91,21 @@ def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -
     assert "5 of 5 damaged; the run cannot go on" in done.output
 
 
+@pytest.mark.parametrize("verb", ["list", "verify"])
+def test_stray_files_are_no_damage_and_others_are_named(here: Path, verb: str) -> None:
+    home = here / "checkpoints"
+    (home / "step-00000010" / ".DS_Store").touch()
+    (home / "step-00000020" / "more.json").touch()
+    (home / ".damaged-step-00000015").mkdir()
+    done, told = figures(verb, here)
+    assert done.exit_code == 0
+    assert [one["trouble"] for one in told.values()] == ["", "", "", ""]
+    said = " ".join(done.output.split())
+    assert "step-00000020: more.json does not belong to a checkpoint" in said
+    assert "because they were damaged: .damaged-step-00000015" in said
+    assert ".DS_Store" not in said
+
+
 def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
     done = run("extract", here, "--step", 15, "--out", "out")
     assert done.exit_code == 1

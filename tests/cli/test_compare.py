@@ -12,8 +12,9 @@ from minimind.data.textbook import EIGHT
 from minimind.model import apply_lora, load_model, save_adapter
 from minimind.model.lora import LoRALinear
 from minimind.tokenizer import Tokenizer
-from tests.support.judges import Judge, longer_is_better
+from tests.support.judges import longer_is_better
 from tests.support.killing import kill_amid
+from tests.support.remote_services import RemoteService, like_gpt5
 from tests.support.services import save_models, serving
 
 
@@ -162,7 +163,7 @@ def test_bad_input(models: Path, tmp_path: Path, words: tuple[str, ...], message
 
 def test_a_judge_ranks_by_what_it_likes(models: Path, tmp_path: Path) -> None:
     words = (models / "tiny", models / "other", "--max-new-tokens", 20)
-    with Judge(longer_is_better) as judge:
+    with RemoteService(longer_is_better) as judge:
         done = run(
             tmp_path, *words, "--judge", judge.url, MINIMIND_JUDGE_API_KEY="j", MINIMIND_API_KEY="k"
         )
@@ -201,7 +202,7 @@ def test_a_judge_that_breaks_off_is_asked_again_for_the_rest(models: Path, tmp_p
             raise RuntimeError("overloaded")
         return longer_is_better(messages)
 
-    with Judge(say) as judge:
+    with RemoteService(say) as judge:
         first = run(tmp_path, *words, "--judge", f"{judge.url}#judge")
         assert first.exit_code == 1
         assert "2 of 6 replies did not come" in first.output
@@ -214,6 +215,18 @@ def test_a_judge_that_breaks_off_is_asked_again_for_the_rest(models: Path, tmp_p
     assert missing.exit_code == 1
     assert "--judge http://127.0.0.1:9 failed" in missing.output
     assert written(tmp_path)["models"]
+
+
+def test_a_judge_that_accepts_no_temperature_judges_and_it_is_said(
+    models: Path, tmp_path: Path
+) -> None:
+    words = (models / "tiny", models / "other", "--limit", 2, "--max-new-tokens", 5)
+    with RemoteService(longer_is_better, "judge", like_gpt5, "429") as judge:
+        done = run(tmp_path, *words, "--judge", judge.url)
+    assert done.exit_code == 0, done.output
+    assert written(tmp_path)["judge"]["read"] == 4
+    assert "judge: the service refuses temperature: its defaults hold" in done.output
+    assert {body["max_completion_tokens"] for body in judge.asked} == {2048}
 
 
 def test_services_answer_as_directories_and_a_small_model_is_no_judge(

@@ -2,9 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
+from minimind.data.store import open_store
+from minimind.tokenizer import Tokenizer
 
 
 def run(*arguments: object) -> Result:
@@ -53,6 +56,57 @@ def test_tokens_and_samples_are_left_out_on_request(texts: Path) -> None:
     assert "token" not in done.output
     assert "#1:" not in done.output
     assert "all" not in done.output.split()  # there is but one row
+
+
+def test_keys_that_are_not_used_are_shown_with_counts(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "问", "name": "李雷"},
+        {"role": "assistant", "content": "答", "logprobs": [0]},
+    ]
+    records = [{"messages": turns, "source": "x", "tools": None}, {"text": "文", "source": "y"}]
+    path, out = tmp_path / "a.jsonl", tmp_path / "figures.json"
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    done = run(path, "--json", out)
+    assert done.exit_code == 0, done.output
+    assert "Keys that are not used" in done.output
+    assert "│ 1 │ source              │ 2       │" in done.output
+    assert "│ 1 │ messages[].name     │ 1       │" in done.output
+    keys = {"source": 2, "messages[].name": 1, "messages[].logprobs": 1}
+    assert json.loads(out.read_text("utf-8"))["total"]["unused_keys"] == keys
+
+
+def test_token_stores_are_listed_and_removed(
+    texts: Path, chats: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+    home = tmp_path / "cache" / "stores"
+
+    def stores(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["data", "stores", *arguments])
+
+    assert stores().output == f"{home}: in all 0 stores, 0.0 MB\n"
+    text = open_store(str(texts), tokenizer, kind="text", max_bad_fraction=1.0)
+    chat = open_store(str(chats), tokenizer, kind="chat")
+    damaged = open_store(str(chats), tokenizer, kind="text")
+    (damaged.folder / "manifest.json").write_text("{")
+    (home / "textbook-general.jsonl").write_text("mine")
+    done = stores()
+    assert done.exit_code == 0, done.output
+    for store, kind in ((text, "text"), (chat, "chat"), (damaged, "damaged")):
+        assert f"│ {store.folder.name[:8]} │ {kind} " in done.output
+    assert "in all 3 stores" in done.output
+    assert stores("--remove", chat.folder.name[:8]).exit_code == 0
+    assert not chat.folder.exists() and text.folder.exists()
+    unknown = stores("--remove", "abc")
+    assert (unknown.exit_code, text.folder.exists()) == (1, True)
+    assert "holds no store abc; leave out KEY" in unknown.stderr
+    with FileLock(home / f"{text.folder.name}.lock"):
+        kept = stores("--remove", "--store", str(home))
+    assert f"{text.folder.name} is being made by another process" in kept.output
+    assert "removed 1 store," in kept.output
+    assert stores("--remove").exit_code == 0
+    left = {path.name for path in home.iterdir() if not path.name.endswith(".lock")}
+    assert left == {"textbook-general.jsonl"}
 
 
 def test_a_schema_can_be_named(chats: Path, tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_two_models_and_several_tasks_side_by_side(
         choice, bits, quiz = tasks_of.values()
         assert choice["questions"] == quiz["questions"] == 6
         assert f"{choice['correct']} / 6" in done.output
+        assert quiz["fluent"] == 0
+        assert "fluent" in done.output and "by keywords" in done.output
         assert f"{bits['bits_per_byte']:.4f}" in done.output
         assert (tmp_path / "out" / name / "mine-chat" / "mine.csv").is_file()
     assert "by group" not in done.output  # there is but one

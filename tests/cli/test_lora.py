@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
-from minimind.model import load_model
+from minimind.model import load_model, merge_adapter, save_model
 from minimind.tokenizer import Tokenizer
 
 QUICK = (
@@ -83,6 +85,32 @@ def test_merge_makes_a_plain_model_that_says_the_same(folder: Path) -> None:
     error = run(folder, "merge", "base", "--adapter", "run", "--out", "base", status=1).stderr
     assert "is the model that the adapter was made for; give another --out" in error
     assert (folder / "base" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "options", "merged_dtype"),
+    [
+        ("float32", (), "float32"),
+        ("bfloat16", (), "bfloat16"),
+        ("float16", (), "float16"),
+        ("bfloat16", ("--dtype", "float32"), "float32"),
+        ("float32", ("--dtype", "bfloat16"), "bfloat16"),
+    ],
+)
+def test_merge_keeps_the_dtype_of_the_base(
+    folder: Path, tmp_path: Path, base_dtype: str, options: tuple[str, ...], merged_dtype: str
+) -> None:
+    base = tmp_path / "base"
+    save_model(base, load_model(folder / "base"), Tokenizer.load(folder / "base"), dtype=base_dtype)
+    run(folder, "merge", base, "--adapter", "run", "--out", tmp_path / "merged", *options)
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, merged_dtype)}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text("utf-8"))
+    assert (config["dtype"], config["torch_dtype"]) == (merged_dtype, merged_dtype)
+    expected = load_model(base)
+    merge_adapter(expected, folder / "run" / "adapter")
+    for name, tensor in expected.state_dict().items():
+        assert tensors[name].equal(tensor.to(getattr(torch, merged_dtype))), name
 
 
 @pytest.mark.parametrize(

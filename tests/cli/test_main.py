@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -151,6 +152,69 @@ def test_the_rest_is_passed_on(raised: Exception) -> None:
         raise raised
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk", "utf-16"])
+def test_pipes_are_utf_8_whatever_the_system_says(encoding: str) -> None:
+    body = "import sys; print('长江 é \\ud83d'); print('黄河 \\udcff', file=sys.stderr)"
+    done = run("work", body=body, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "长江 é ?\n", "黄河 \\udcff\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_a_terminal_without_chinese_does_not_stop_the_run() -> None:
-    done = run("work", body="print('长江')", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    assert (done.returncode, done.stdout) == (0, "??\n")
+    ours, theirs = os.openpty()
+    with open(ours, "rb", buffering=0) as terminal:
+        subprocess.run(
+            [sys.executable, "-c", WITH_VERB.format(body="print('长江')"), "work"],
+            stdout=theirs,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+            timeout=60,
+            check=True,
+        )
+        os.close(theirs)
+        assert terminal.read(100) == b"??\r\n"
+
+
+# A user without HOME and without an entry in the list of users, as in some containers.
+HOMELESS = """
+import pwd
+
+def nobody(*_):
+    raise KeyError
+
+pwd.getpwuid = pwd.getpwnam = nobody
+from minimind.cli.main import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a home comes from the system there")
+@pytest.mark.parametrize(
+    ("arguments", "variable"),
+    [
+        (
+            ["pretrain", "--tokenizer", "TOKENIZER", "--data", "TEXTS", "--out", "OUT"],
+            "MINIMIND_CACHE",
+        ),
+        (["web", "OUT", "--port", "1"], "XDG_DATA_HOME"),
+        (["data", "inspect", "~/texts"], "HOME"),
+        (["eval", "OUT", "--data", "~nobody/exams", "--task", "gsm8k"], "HOME"),
+    ],
+)
+def test_no_home_is_one_line(
+    arguments: list[str], variable: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("长江是中国最长的河流。\n" * 50, "utf-8")
+    places = {"TOKENIZER": tokenizer_dir, "TEXTS": texts, "OUT": tmp_path / "out"}
+    done = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *(str(places.get(word, word)) for word in arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+    assert done.returncode == 1
+    [error] = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert f"set {variable}" in error or f"variable {variable} to a folder" in error

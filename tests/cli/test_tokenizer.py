@@ -1,4 +1,6 @@
 import json
+import shlex
+import sys
 from inspect import signature
 from pathlib import Path
 
@@ -32,6 +34,15 @@ def test_train_then_inspect(texts: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "a few built-in sentences" in done.output
     assert "unused" not in done.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another shell")
+@pytest.mark.parametrize("name", ["我的 词表[1]", "it's $HOME"])
+def test_the_suggested_command_can_be_pasted(texts: Path, tmp_path: Path, name: str) -> None:
+    done = run("train", texts, "--out", tmp_path / name, "--vocab-size", 300)
+    _, found, suggested = done.output.rstrip().rpartition("minimind tokenizer ")
+    assert found
+    assert run(*shlex.split(suggested)).exit_code == 0
 
 
 def test_the_defaults_are_those_of_the_function() -> None:

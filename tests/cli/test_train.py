@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
+from minimind.cli.train import finish
+from minimind.training.stage import StageResult
 
 NANO = (
     *("device=cpu", "data.window=32", "data.validation_fraction=0.1"),
@@ -76,6 +79,24 @@ def place(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Plac
             pair = {"chosen": f"{7 * number}公里。", "rejected": "不知道。"}
             stream.write(json.dumps({"prompt": f"第{number}段多长？"} | pair) + "\n")
     return Place(folder, tokenizer_dir)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another shell")
+@pytest.mark.parametrize("name", ["我的 模型[1]", "it's $HOME"])
+def test_the_suggested_command_can_be_pasted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, base = tmp_path / name, tmp_path / f"base of {name}"
+    for objective, adapter, words in [
+        ("pretrain", None, ["minimind", "generate", str(run), "..."]),
+        ("chat", None, ["minimind", "chat", str(run)]),
+        ("chat", run / "adapter", ["minimind", "chat", str(base), "--adapter", str(run)]),
+    ]:
+        summary = {"objective": objective, "base": str(base)}
+        model = None if adapter else run / "model"
+        finish(StageResult(run, model, summary, adapter), None)
+        suggested = capsys.readouterr().out.rstrip().rpartition("Try it: ")[2]
+        assert shlex.split(suggested) == words
 
 
 def test_pretrain_then_sft_then_found_done(place: Place) -> None:
@@ -212,4 +233,6 @@ def test_arguments_that_do_not_fit_together(place: Place) -> None:
     assert "two recipes are given, a.jsonl and b.jsonl" in place.error(
         "pretrain", "a.jsonl", "b.jsonl"
     )
+    (place.folder / "lr=3.toml").write_text("objective = 'pretrain'\nwait = 1\n")
+    assert "lr=3.toml:2: wait is not a setting" in place.error("train", "lr=3.toml")
     assert "--out DIR" in place.error(*place.pretrain)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from minimind.config import variants
@@ -72,3 +74,29 @@ def test_names_are_different_and_fit_to_name_folders() -> None:
 def test_what_makes_no_sense_is_refused(overrides: list[str], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         variants(overrides)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ("x,x!,x-1", ["init-x-2", "init-x-3", "init-x-1"]),
+        ("x,x!,x?", ["init-x-1", "init-x-2", "init-x-3"]),
+        ("x,x!,x-2,x-3", ["init-x-1", "init-x-4", "init-x-2", "init-x-3"]),
+        ("Tea,tea", ["init-Tea-1", "init-tea-2"]),
+    ],
+)
+def test_each_variant_has_a_directory_of_its_own(values: str, names: list[str]) -> None:
+    made = [variant.name for variant in variants([f"model.init={values}"])]
+    assert made == names
+    assert len({name.casefold() for name in made}) == len(made)
+
+
+def test_a_path_that_exists_is_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out/a,b").mkdir(parents=True)
+    [one] = variants(["model.init=out/a,b"])
+    assert one.overrides == ["model.init=out/a,b"]
+    assert [two.overrides for two in variants(["model.init=out/a,c"])] == [
+        ["model.init=out/a"],
+        ["model.init=c"],
+    ]

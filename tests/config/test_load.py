@@ -5,8 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.config import Recipe, difference, dump_recipe, load_recipe, packaged_recipes
-from minimind.config.load import setting_names, toml_value
+from minimind.config import (
+    Recipe,
+    Role,
+    difference,
+    dump_recipe,
+    identity,
+    load_recipe,
+    packaged_recipes,
+    role_of,
+)
+from minimind.config.load import setting_names, setting_roles, toml_value
 from minimind.errors import ConfigError
 
 
@@ -80,6 +89,15 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
             "[training]\nbatch = 10\nmicro_batch = 4\n",
             ":4: training: batch (10) must be a multiple",
         ),
+        (
+            "[schedule]\nname = 'cosine'\ndecay = 0.3\n",
+            ":4: schedule: decay (0.3) belongs to WSD, and the schedule is cosine; leave decay out",
+        ),
+        (
+            "[schedule]\nname = 'wsd'\nwarmup = 0.9\n",
+            ":4: schedule: warmup (0.9) and decay (0.2) are shares of the same steps and add up to "
+            "more than 1; lower one of them",
+        ),
         ("[model]\nnum_attention_heads = 3\n", ":3: model: num_attention_heads (3) must be"),
         ("[model]\nhidden_size = 0\n", ":3: model.hidden_size = 0 will not do: it should be"),
         ("[optim\nlr = 1\n", ":2: not TOML: "),
@@ -128,16 +146,16 @@ def test_override_values_are_toml_or_bare_strings() -> None:
     overrides = [
         "model.preset=base",
         "training.compile=true",
-        'data.sources=["a.jsonl", "b.jsonl@0.5", {path = "c@d", weight = 2}]',
+        'data.sources=["a.jsonl", "b.jsonl@0.5", {path = "c@d", weight = 2, schema="qa"}]',
         "out=it's here",
     ]
     recipe = load_recipe("pretrain-small", overrides=overrides).recipe
     assert (recipe.model.preset, recipe.training.compile) == ("base", True)
     assert recipe.out == "it's here"
-    assert [(s.path, s.weight) for s in recipe.data.sources] == [
-        ("a.jsonl", 1.0),
-        ("b.jsonl", 0.5),
-        ("c@d", 2.0),
+    assert [(s.path, s.weight, s.record_schema) for s in recipe.data.sources] == [
+        ("a.jsonl", 1.0, "auto"),
+        ("b.jsonl", 0.5, "auto"),
+        ("c@d", 2.0, "qa"),
     ]
 
 
@@ -172,7 +190,27 @@ def test_packaged_recipes_load_and_survive_a_dump(name: str, tmp_path: Path) -> 
     assert recipe.model.preset == shapes.get(name, "small")
     again = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
     assert again == recipe
-    assert difference(again, recipe) == []
+    assert difference(again, recipe) == {}
+
+
+def test_the_decay_of_an_inherited_wsd_schedule_goes_when_cosine_is_chosen(tmp_path: Path) -> None:
+    """In a recipe that extends it or on the command line; a decay given beside it is refused."""
+    assert load_recipe("pretrain-small").recipe.schedule.decay == 0.4
+    chosen = load_recipe("pretrain-small", overrides=["schedule.name=cosine"])
+    assert (chosen.recipe.schedule.name, chosen.recipe.schedule.decay) == ("cosine", None)
+    assert "schedule.decay" not in chosen.origins
+    path = tmp_path / "mine.toml"
+    write(path, "extends = 'pretrain-small'\nschedule.name = 'cosine'\n")
+    assert load_recipe(path).recipe.schedule == chosen.recipe.schedule
+    path = write(path, dump_recipe(chosen.recipe))
+    assert load_recipe(path).recipe == chosen.recipe
+    again = load_recipe(path, overrides=["schedule.name=wsd"]).recipe
+    assert again.schedule.decay == 0.2
+    for overrides in (["schedule.decay=0.3"], ["schedule.decay=0.3", "schedule.name=cosine"]):
+        with pytest.raises(ConfigError, match=r"command line: schedule: decay \(0.3\) belongs to"):
+            load_recipe(path, overrides=overrides)
+    whole = ['schedule={name="wsd",decay=0.3}', "schedule.name=cosine"]
+    assert load_recipe(path, overrides=whole).recipe.schedule.decay is None
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -206,10 +244,39 @@ def test_toml_values() -> None:
 def test_difference_names_what_differs() -> None:
     kept = load_recipe("pretrain-small").recipe
     given = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
-    assert difference(kept, given) == [
-        'out was not set and is now "x"',
-        "optim.lr was 0.001 and is now 0.002",
-    ]
+    assert difference(kept, given) == {
+        "out": 'out was not set and is now "x"',
+        "optim.lr": "optim.lr was 0.001 and is now 0.002",
+    }
+
+
+OPERATION = {
+    *("out", "device", "data.max_bad_fraction", "data.store", "validation.every"),
+    *("validation.prompts", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
+    *(f"training.{name}" for name in ("micro_batch", "activation_checkpointing", "engine")),
+    *(f"training.{name}" for name in ("zero_stage", "compile", "log_every", "trackers")),
+}
+
+
+def test_every_setting_is_marked_as_identity_or_operation() -> None:
+    """A setting without exactly one mark raises; a new operation must be added here."""
+    roles = setting_roles()
+    assert {key for key, role in roles.items() if role is Role.OPERATION} == OPERATION
+    assert set(roles) == set(setting_names())
+    assert {"seed", "optim.lr", "training.steps", "lora.rank", "data.sources"} <= set(
+        identity(load_recipe("lora-small").recipe)
+    )
+
+
+def test_entries_of_a_setting_and_absent_groups_have_a_role() -> None:
+    assert role_of("data.fill.name") is role_of("lora") is role_of("lora.rank") is Role.IDENTITY
+    assert role_of("training.trackers") is Role.OPERATION
+
+
+def test_a_seed_is_what_generators_take() -> None:
+    assert load_recipe("sft-small", overrides=[f"seed={2**63 - 1}"]).recipe.seed == 2**63 - 1
+    with pytest.raises(ConfigError, match=r"seed = 9223372036854775808 .*less than"):
+        load_recipe("sft-small", overrides=[f"seed={2**63}"])
 
 
 def test_setting_names_reach_into_groups() -> None:
@@ -232,7 +299,7 @@ def test_lora_is_there_or_not_and_fill_holds_any_words(tmp_path: Path) -> None:
         path = tmp_path / "recipe.toml"
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         assert load_recipe(path).recipe == recipe
-    assert "lora.rank was not set and is now 4" in difference(plain, adapted)
+    assert difference(plain, adapted)["lora.rank"] == "lora.rank was not set and is now 4"
     with pytest.raises(ConfigError, match=r"lora\.rnak is not a setting; did you mean lora\.rank"):
         load_recipe("sft-small", overrides=["lora.rnak=4"])
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -70,3 +72,31 @@ def test_a_model_that_is_there_has_its_own_shape() -> None:
         ):
             ModelSettings(init="out/run", **given)  # type: ignore[arg-type]
     ModelSettings(init="out/run", preset="small")  # the default, as a kept recipe holds it
+
+
+@pytest.mark.parametrize("name", ["a@2", "a@0.5", "x@1.jsonl", "a@2@3"])
+def test_a_path_that_exists_wins_over_a_weight(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    for given, weight in ((name, 1.0), (f"{tmp_path}/{name}", 1.0), (f"{name}@4", 4.0)):
+        (source,) = DataSettings.model_validate({"sources": [given]}).sources
+        assert source.path == given.removesuffix("@4")
+        assert (source.weight, source.record_schema) == (weight, "auto")
+
+
+def test_a_schema_belongs_to_one_part_of_the_data() -> None:
+    table = {"path": "a.csv", "schema": "qa"}
+    settings = DataSettings.model_validate(
+        {"sources": [table | {"weight": 2.0}, "b"], "validation": [table, "c@2"], "general": ["d"]}
+    )
+    assert [source.record_schema for source in settings.sources] == ["qa", "auto"]
+    assert [(file.path, file.record_schema) for file in settings.validation] == [
+        ("a.csv", "qa"),
+        ("c@2", "auto"),
+    ]
+    with pytest.raises(ValidationError, match=r"sources\.0\.schema"):
+        DataSettings.model_validate({"sources": [table | {"schema": "alpacca"}]})
+    with pytest.raises(ValidationError, match="record_schema"):
+        DataSettings.model_validate({"record_schema": "qa"})

@@ -19,8 +19,9 @@ import pytest
 import zstandard
 
 from minimind.data import read
-from minimind.data.read import BadLines, batches, list_files, parse_json, read_records, read_texts
+from minimind.data.read import BadLines, batches, list_files, read_records, read_texts
 from minimind.data.schemas import Record
+from minimind.data.strict_json import parse_json
 from minimind.errors import DataError, ResourceError
 
 RECORDS = [{"q": f"第{n}个问题？", "a": f'第{n}个"回答"，\n有两行, and a comma'} for n in range(30)]
@@ -187,7 +188,7 @@ def _bad_lines() -> list[tuple[bytes, str]]:
         (b'{"conversations": []}', "the list of messages is empty"),
         (b"{}", "its fields are: none"),
         (b'{"text": ""}', "the text is empty"),
-        (b'{"text": 3}', "not text"),
+        (b'{"text": 3.5}', "not text"),
         (b"42", "a JSON int instead of an object"),
         (b'{"text": "a", "n": ' + b"9" * 5_000 + b"}", "thousands of digits"),
     ]
@@ -487,6 +488,61 @@ def test_folders_and_globs(tmp_path: Path) -> None:
     assert list_files(f"{here}/a/d.md") == [tmp_path / "a/d.md"]  # reading it will tell
     (tmp_path / "x[1].jsonl").write_text("x")
     assert list_files(f"{here}/x[1].jsonl") == [tmp_path / "x[1].jsonl"]
+
+
+NAMES = ["[v1]", "a@2", "x*", "a,b", "a b", "q?", "[!x]", "{a}", "~", "a@0.5", "**"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_that_exists_wins_over_syntax_in_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("v", "a", "xy", "q1", "b", f"deep/{name}", "deep/v", name):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "1.jsonl").write_text("x")
+    here = Path(name) if name != "~" else Path("./~")
+    asked = str(here) if name != "~" else "./~"
+    if name != "~":
+        assert list_files(asked) == [here / "1.jsonl"]
+        assert list_files(f"{asked}/*.jsonl") == [here / "1.jsonl"]
+        assert list_files(f"deep/{asked}/*.jsonl") == [Path("deep", name, "1.jsonl")]
+    assert list_files(f"{tmp_path}/{name}/[0-9].jsonl") == [tmp_path / name / "1.jsonl"]
+    file = Path(f"{name}.jsonl")
+    file.write_text("x")
+    assert list_files(f"{tmp_path}/{file}") == [tmp_path / file]
+
+
+def test_in_each_folder_of_a_pattern_a_name_wins(tmp_path: Path) -> None:
+    for folder in ("1/[v]", "1/v", "2/v"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jsonl").write_text("x")
+    found = list_files(f"{tmp_path}/*/[v]/*.jsonl")
+    assert found == [tmp_path / "1/[v]/a.jsonl", tmp_path / "2/v/a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ("a.jsonl,b c.jsonl", "--data a.jsonl --data b --data c.jsonl"),
+        ("a.jsonl, b.jsonl", "--data a.jsonl --data b.jsonl"),
+        ("a.jsonl b.jsonl", "--data a.jsonl --data b.jsonl"),
+        ("*.jsonl,a.jsonl", "--data '*.jsonl' --data a.jsonl"),
+        ("gone.jsonl，b.jsonl", "--data gone.jsonl --data b.jsonl"),
+        ("a.jsonl@2,b.jsonl@1", ""),
+    ],
+)
+def test_several_paths_in_one_are_told_apart(
+    asked: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).write_text('{"text": "x"}')
+    with pytest.raises(DataError) as caught:
+        list_files(asked)
+    assert (f"Give each path by itself: repeat --data ({options})" in str(caught.value)) == bool(
+        options
+    )
 
 
 def test_paths_that_mean_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

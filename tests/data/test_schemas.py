@@ -66,6 +66,7 @@ KNOWN: list[tuple[str, dict[str, Any], Record]] = [
         {"prompt": "问", "response": "答", "system": "简短"},
         Record(messages=[SYSTEM, *TURNS]),
     ),
+    ("prompt_completion", {"prompt": "问", "completion": "答"}, Record(messages=TURNS)),
     ("pairs", {"chosen": TURNS, "rejected": REFUSAL}, Record(chosen=TURNS, rejected=REFUSAL)),
     (
         "pairs",
@@ -99,6 +100,150 @@ KNOWN: list[tuple[str, dict[str, Any], Record]] = [
 ]
 
 
+PARTS = [{"type": "text", "text": "长"}, {"type": "text", "text": "江"}]
+LATER = [{"role": "user", "content": "再说"}, {"role": "assistant", "content": "好"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"instruction": "加一", "input": 21, "output": 22}, ["加一\n21", "22"]),
+        ({"messages": [{"role": "user", "content": PARTS}, TURNS[1]]}, ["长江", "答"]),
+        ({"messages": json.dumps(TURNS)}, ["问", "答"]),
+        ({"messages": repr(TURNS)}, ["问", "答"]),
+        ({"conversations": json.dumps([{"from": "human", "value": "问"}, TURNS[1]])}, ["问", "答"]),
+        ({"prompt": "问", "completion": "答"}, ["问", "答"]),
+        ({"prompt": "问", "completion": 4, "system": "简短"}, ["简短", "问", "4"]),
+        ({"prompt": "写 JSON", "completion": json.dumps(TURNS)}, ["写 JSON", json.dumps(TURNS)]),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, ["问", "答"]),
+        ({"prompt": TURNS[:1], "completion": "答"}, ["问", "答"]),
+        ({"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])}, ["问", "答"]),
+        ({"prompt": [SYSTEM, TURNS[0]], "completion": TURNS[1:]}, ["简短", "问", "答"]),
+        ({"prompt": "问", "completion": "答", "label": True}, ["问", "答"]),
+        (
+            {"prompt": TURNS[:1], "system": "简短", "chosen": "答", "rejected": "不"},
+            ["简短", "问", "答", "不"],
+        ),
+        ({"system": "简短", "chosen": TURNS, "rejected": REFUSAL}, ["简短", "问", "答", "不知道"]),
+        (
+            {"question": "问", "history": [["早", "好"]], "chosen": "答", "rejected": "不"},
+            ["早", "好", "问", "答", "不"],
+        ),
+        (
+            {"instruction": "译", "input": "河", "chosen": "a", "rejected": "b"},
+            ["译\n河", "a", "b"],
+        ),
+        (
+            {"prompt": "问", "chosen": json.dumps(TURNS), "rejected": json.dumps(REFUSAL)},
+            ["问", "答", "不知道"],
+        ),
+        ({"prompt": json.dumps(TURNS[:1]), "chosen": "答", "rejected": "不"}, ["问", "答", "不"]),
+    ],
+)
+def test_other_layouts_and_types_are_read_whole(
+    record: dict[str, Any], expected: list[str]
+) -> None:
+    converted = convert(record)
+    assert converted.texts == expected
+    assert converted.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        ({"text": "文", "id": 0, "note": None, "tags": [], "more": {"a": None}, "b": " "}, ["id"]),
+        ({"instruction": "问", "output": "答", "text": "all of it"}, ["text"]),
+        ({"messages": [SYSTEM, *TURNS], "system": "另一个"}, ["system"]),
+        ({"messages": [SYSTEM, *TURNS], "system": "简短"}, []),
+        (
+            {
+                "messages": [TURNS[0] | {"name": "李雷", "x": 1}, TURNS[1]],
+                "parallel_tool_calls": True,
+            },
+            ["messages[].name", "messages[].x", "parallel_tool_calls"],
+        ),
+        ({"messages": [TURNS[0] | {"from": "human"}, TURNS[1]]}, ["messages[].from"]),
+        (
+            {"messages": [{"role": "user", "content": [PARTS[0] | {"cache": 1}]}, TURNS[1]]},
+            ["messages[].content[].cache"],
+        ),
+        ({"prompt": "问", "chosen": TURNS, "rejected": REFUSAL}, []),
+        ({"prompt": TURNS[:1], "chosen": TURNS, "rejected": REFUSAL}, []),
+        ({"prompt": "别的", "chosen": TURNS, "rejected": REFUSAL}, ["prompt"]),
+        ({"prompt": "问", "chosen": "答", "rejected": "不", "score": 0.5}, ["score"]),
+        ({"prompt": "问", "completion": "答", "label": "math"}, ["label"]),
+        ({"q": "问", "a": "答", "question": "还有"}, ["question"]),
+        ({"messages": "broken", "text": "文"}, ["messages"]),
+    ],
+)
+def test_keys_that_are_not_used_are_named(record: dict[str, Any], unused: list[str]) -> None:
+    assert list(convert(record).unused) == unused
+
+
+@pytest.mark.parametrize(
+    ("mark", "supervised"),
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1}, True),
+        ({"weight": 0.0}, False),
+        ({"loss": False}, False),
+        ({"loss": True}, True),
+        ({"loss": None}, True),
+        ({"train": False}, False),
+        ({"training": False}, False),
+        ({"loss_mask": 0}, False),
+        ({"mask": True}, False),
+        ({"mask": 1}, False),
+        ({"mask": False, "weight": 1}, True),
+        ({}, True),
+    ],
+)
+def test_marks_of_supervision_are_honoured(mark: dict[str, Any], supervised: bool) -> None:
+    said = {"system": "简短", "messages": [TURNS[0], TURNS[1] | mark, *LATER]}
+    record = convert(said)
+    assert record.messages == [SYSTEM, *TURNS, *LATER]
+    assert record.unused == ()
+    assert record.unsupervised == (() if supervised else (frozenset({2}),))
+    [(messages, excluded)] = record.conversations
+    assert (messages, excluded) == (record.messages, frozenset() if supervised else {2})
+    assert record.filled({"name": "x"}).unsupervised == record.unsupervised
+
+
+def test_answers_in_a_prompt_are_not_supervised() -> None:
+    record = convert({"prompt": [*TURNS, LATER[0]], "completion": LATER[1:]})
+    assert record.conversations == [([*TURNS, *LATER], frozenset({1}))]
+    pair = convert({"prompt": [*TURNS, LATER[0]], "chosen": "好", "rejected": "不"})
+    assert [excluded for _, excluded in pair.conversations] == [{0, 1, 2}] * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tool_calls", [{"id": "1"}]),
+        ("tools", [{"type": "function"}]),
+        ("function_call", {"name": "f"}),
+        ("functions", "[{}]"),
+        ("reasoning_content", "嗯"),
+        ("images", ["a.png"]),
+    ],
+)
+def test_keys_that_change_what_is_said_are_refused_unless_they_hold_nothing(
+    key: str, value: Any
+) -> None:
+    for record in (
+        {"messages": [TURNS[0], TURNS[1] | {key: value}]},
+        {"messages": TURNS, key: value},
+        {"instruction": "问", "output": "答", key: value},
+        {"prompt": [TURNS[0]], "chosen": [TURNS[1] | {key: value}], "rejected": REFUSAL[1:]},
+    ):
+        with pytest.raises(ValueError, match=rf"{key}: (the chat format has no|only text can)"):
+            convert(record)
+    for nothing in (None, [], "", {}, "[]", {"name": None}):
+        made = convert({"messages": [TURNS[0], TURNS[1] | {key: nothing}], key: nothing})
+        assert (made.messages, made.unused) == (TURNS, ())
+    assert convert({"text": "文", key: value}).unused == (key,), "no conversation"
+
+
 @pytest.mark.parametrize(("schema", "record", "expected"), KNOWN)
 def test_known_schemas_are_recognised_and_can_be_named(
     schema: str, record: dict[str, Any], expected: Record
@@ -130,7 +275,11 @@ def test_the_setting_knows_the_same_schemas() -> None:
         ("auto", {"messages": [TURNS[0], {"role": "assistant"}]}, "the assistant holds no text"),
         ("auto", {"messages": [TURNS[0], {"role": "gpt", "content": "\n"}]}, "an answer is empty"),
         ("auto", {"instruction": "问", "output": ""}, "an answer is empty"),
-        ("auto", {"instruction": "问", "output": 3}, "the field output is not text"),
+        (
+            "auto",
+            {"instruction": "问", "output": 3.5},
+            "the field output is not text, but a number",
+        ),
         ("auto", {"instruction": " ", "input": "", "output": "答"}, "the question is empty"),
         (
             "auto",
@@ -146,7 +295,66 @@ def test_the_setting_knows_the_same_schemas() -> None:
         ("auto", {"q": "问", "a": "答", "history": [["早", ""]]}, "an answer is empty"),
         ("auto", {"chosen": "答", "rejected": "不"}, "there is no prompt beside them"),
         ("auto", {"prompt": "问", "chosen": "答", "rejected": ""}, "an answer is empty"),
-        ("auto", {"prompt": "问", "chosen": 1, "rejected": 2}, "messages are not a list"),
+        ("auto", {"prompt": "问", "chosen": 1.5, "rejected": 2}, "the field chosen is not text"),
+        (
+            "auto",
+            {"instruction": "问", "input": ["x"], "output": "答"},
+            "the field input is not text, but a list",
+        ),
+        (
+            "auto",
+            {"instruction": "问", "system": ["x"], "output": "答"},
+            "the field system is not text",
+        ),
+        (
+            "auto",
+            {"instruction": "问", "output": ["答"]},
+            "the field output is not text, but a list",
+        ),
+        ("auto", {"instruction": "问", "output": True}, "but true or false"),
+        ("auto", {"instruction": ["问"], "output": "答"}, "the field instruction is not text"),
+        ("auto", {"messages": TURNS, "system": {"text": "x"}}, "system is not text, but an object"),
+        ("auto", {"messages": "[{broken"}, "neither JSON nor Python"),
+        ("auto", {"messages": {"role": "user"}}, "a message of the user holds no text"),
+        ("auto", {"messages": 3}, "messages are not a list of objects"),
+        (
+            "auto",
+            {"messages": [TURNS[0], {"role": "tool", "content": "x"}]},
+            "message of a tool: the chat",
+        ),
+        (
+            "auto",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "type 'image_url': only text",
+        ),
+        (
+            "auto",
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "is no object with type and text",
+        ),
+        (
+            "auto",
+            {"messages": [{"role": "user", "content": {"text": "x"}}]},
+            "is not text, but an object",
+        ),
+        ("auto", {"messages": [TURNS[0], TURNS[1] | {"weight": 0.5}]}, "weight: 0.5 of a message"),
+        ("auto", {"messages": [TURNS[0], TURNS[1] | {"loss": "no"}]}, "loss: 'no' of a message"),
+        ("auto", {"messages": [TURNS[0], TURNS[1] | {"loss": True, "mask": 1}]}, "contradict"),
+        (
+            "auto",
+            {"messages": [TURNS[0] | {"train": True}, TURNS[1]]},
+            "train on a message of the user",
+        ),
+        (
+            "auto",
+            {"messages": [TURNS[0], TURNS[1] | {"thinking": "嗯"}]},
+            "messages[].thinking: the chat",
+        ),
+        ("auto", {"prompt": "问", "completion": "答", "label": False}, "label is false"),
+        ("auto", {"prompt": TURNS, "completion": TURNS}, "does not begin with an answer"),
+        ("auto", {"prompt": 0.5, "completion": "答"}, "the field prompt is not text"),
+        ("prompt_completion", {"prompt": "问"}, "no field completion; its fields are: prompt"),
+        ("auto", {"messages": json.dumps([TURNS[0], {"role": "gpt", "content": "\0"}])}, "NUL"),
         ("text", {"messages": TURNS}, "no field text; its fields are: messages"),
         ("text", {"q": "问", "a": "答"}, "no field text; its fields are: q, a"),
         ("messages", {"text": "文"}, "no field messages or conversations or conversation"),

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from tokenizers import models
 
+from minimind.data import encode as encode_module
 from minimind.data import read as read_module
+from minimind.data import stamps
 from minimind.data import store as store_module
+from minimind.data.packing import IGNORED, ChatWindows
 from minimind.data.schemas import convert
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.errors import DataError, ResourceError
@@ -125,8 +128,8 @@ def test_other_records_are_no_pairs_and_pairs_are_no_conversations(
     with pytest.raises(DataError) as caught:
         open_store(str(chats), tokenizer, kind="pairs", folder=home)
     assert str(caught.value).startswith(
-        f"{chats}: no preference pairs found (80 records of another kind), each with chosen and "
-        "rejected answers"
+        f"{chats}: no preference pairs found (records left out: 80 no preference pairs), each "
+        "with chosen and rejected answers"
     )
     pairs = write_lines(tmp_path / "pairs.jsonl", pair_records(20))
     with pytest.raises(DataError, match="no conversations found"):
@@ -173,6 +176,95 @@ def test_conversations_have_masks(chats: Path, home: Path, tokenizer: Tokenizer)
     assert store.manifest["train"]["characters"] == len(spoken)
 
 
+def test_answers_marked_as_not_supervised_are_encoded_but_masked(
+    tmp_path: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    talk = [
+        {"role": "user", "content": "长江有多长？"},
+        {"role": "assistant", "content": "不知道。", "weight": 0},
+        {"role": "user", "content": "再想想。"},
+        {"role": "assistant", "content": "约六千三百公里。", "weight": 1},
+    ]
+    path = write_lines(tmp_path / "talks.jsonl", [{"messages": talk}])
+    store = open_store(str(path), tokenizer, kind="chat", folder=home)
+    said = [{"role": str(m["role"]), "content": str(m["content"])} for m in talk]
+    ids, mask = encode_chat(tokenizer, said)
+    [shard] = store.shards("train")
+    assert shard.tokens.tolist() == ids
+    assert shard.mask is not None
+    answer = tokenizer.encode("不知道。")
+    start = next(i for i in range(len(ids)) if ids[i : i + len(answer)] == answer)
+    assert mask[start : start + len(answer) + 1] == [1] * (len(answer) + 1)
+    mask[start : start + len(answer) + 1] = [0] * (len(answer) + 1)
+    assert shard.mask.tolist() == mask
+    windows = ChatWindows([shard], len(ids) - 1, pad=tokenizer.end_of_text, seed=0)
+    labels = windows.window(0)[1]
+    learned = [*tokenizer.encode("约六千三百公里。"), tokenizer.im_end]
+    assert labels[labels != IGNORED].tolist() == learned
+    with pytest.raises(DataError, match="1 excludes an answer from the loss, which pretraining"):
+        open_store(str(path), tokenizer, kind="text", folder=home)
+
+
+def test_an_answer_marked_as_not_supervised_in_a_pair(
+    tmp_path: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    begin = [{"role": "user", "content": "早"}]
+    sides = {
+        name: [
+            *begin,
+            {"role": "assistant", "content": f"{name}1", "train": False},
+            {"role": "user", "content": "再说"},
+            {"role": "assistant", "content": f"{name}2"},
+        ]
+        for name in ("chosen", "rejected")
+    }
+    path = write_lines(tmp_path / "pairs.jsonl", [dict(sides)])
+    [shard] = open_store(str(path), tokenizer, kind="pairs", folder=home).shards("train")
+    assert shard.mask is not None
+    learned = shard.tokens[shard.mask == 1].tolist()
+    expected = [[*tokenizer.encode(f"{name}2"), tokenizer.im_end] for name in sides]
+    assert learned == [token for answer in expected for token in answer]
+
+
+def test_keys_that_are_not_used_are_said_each_time(
+    tmp_path: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    records: list[dict[str, object]] = [
+        {"text": f"第{n}段", "id": n, "tags": ["a"], "note": None, "empty": ""} for n in range(9)
+    ]
+    path = write_lines(tmp_path / "texts.jsonl", [*records, {"text": "末段", "id": 9}])
+    told: list[str] = []
+    for _ in range(2):
+        open_store(str(path), tokenizer, kind="text", folder=home, say=told.append)
+    assert told == [f"{path}: keys of records that are not used: id (10), tags (9)"] * 2
+    keys: dict[str, object] = {f"k{n}": n for n in range(150)}
+    many = write_lines(tmp_path / "many.jsonl", [{"text": "x"} | keys])
+    store = open_store(str(many), tokenizer, kind="text", folder=home, say=told.append)
+    assert told[-1].endswith(" and 93 more, which `minimind data inspect` lists")
+    assert store.manifest["unused_keys"]["other keys"] == 50
+    assert len(store.manifest["unused_keys"]) == 101
+
+
+def test_earlier_rejected_turns_are_filled_and_counted(
+    tmp_path: Path, home: Path, tokenizer: Tokenizer
+) -> None:
+    chosen = [{"role": "user", "content": "早"}, {"role": "assistant", "content": "早上好"}]
+    rejected = [
+        chosen[0],
+        {"role": "assistant", "content": "我是{{name}}"},
+        {"role": "user", "content": "再说"},
+        {"role": "assistant", "content": "不"},
+    ]
+    path = write_lines(tmp_path / "pairs.jsonl", [{"chosen": chosen, "rejected": rejected}])
+    fill = {"name": "小明"}
+    store = open_store(str(path), tokenizer, kind="pairs", fill=fill, folder=home)
+    assert store.manifest["filled"] == ["name"]
+    assert "我是小明" in tokenizer.decode(documents(store)[1])
+    assert store.manifest["train"]["characters"] == len("早早上好我是小明再说不")
+    with pytest.raises(DataError, match=r"nothing fills \{\{name\}\}, which is in 1 of 1 records"):
+        open_store(str(path), tokenizer, kind="pairs", fill={"author": "李雷"}, folder=home)
+
+
 def test_conversations_can_be_pretrained_on(chats: Path, home: Path, tokenizer: Tokenizer) -> None:
     store = open_store(str(chats), tokenizer, kind="text", folder=home)
     ids, _ = encode_chat(tokenizer, convert({"q": "早", "a": "早上好"}).messages or [])
@@ -202,15 +294,71 @@ def test_a_store_is_made_once_for_the_same_input(
     assert made
     assert second != first
     os.utime(texts, ns=(1, 1))
-    third, made = opened()
-    assert made
-    assert third not in (first, second)
+    assert opened() == (first, False), "the same contents"
+    third = first
     with texts.open("a", encoding="utf-8") as stream:
         stream.write('{"text": "one more"}\n')
     os.utime(texts, ns=(1, 1))
     fourth, made = opened()
     assert made
     assert len(documents(TokenStore(fourth))) == len(documents(TokenStore(third))) + 1
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_rewritten_with_the_same_size_and_time_is_tokenized_anew(
+    texts: Path, home: Path, tokenizer: Tokenizer, in_place: bool
+) -> None:
+    before = texts.stat()
+    first = documents(open_store(str(texts), tokenizer, kind="text", folder=home))
+    changed = texts.read_bytes().replace("长江流入东海".encode(), "黄河流入渤海".encode())
+    target = texts if in_place else texts.with_name("other.jsonl")
+    target.write_bytes(changed)
+    target.replace(texts)
+    os.utime(texts, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (texts.stat().st_size, texts.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    told: list[str] = []
+    store = open_store(str(texts), tokenizer, kind="text", folder=home, say=told.append)
+    assert told == [f"{texts} has changed since it was tokenized; it is tokenized again"]
+    assert documents(store) != first
+    assert "黄河流入渤海" in tokenizer.decode(documents(store)[0])
+    assert names(home) == ["", "lock"], "one store, not one of each version"
+
+
+def test_an_old_file_is_hashed_once(
+    texts: Path, home: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+
+    def sha256_of(file: Path) -> str:
+        hashed.append(file)
+        return stamps.sha256_of(file)
+
+    monkeypatch.setattr(store_module, "sha256_of", sha256_of)
+    monkeypatch.setattr(stamps, "_SETTLED_NS", -(1 << 62))  # each file counts as old
+    for _ in range(3):
+        open_store(str(texts), tokenizer, kind="text", folder=home)
+    assert hashed == [texts]
+    os.utime(texts)
+    for _ in range(3):
+        open_store(str(texts), tokenizer, kind="text", folder=home)
+    assert hashed == [texts, texts], "times changed once, the contents did not"
+    monkeypatch.setattr(stamps, "_SETTLED_NS", 1 << 62)  # each file counts as just written
+    os.utime(texts)
+    for _ in range(2):
+        open_store(str(texts), tokenizer, kind="text", folder=home)
+    assert len(hashed) == 4
+
+
+def test_a_store_in_a_folder_of_others_is_used(
+    texts: Path, home: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = open_store(str(texts), tokenizer, kind="text", folder=home)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (home / f"{made.folder.name}.lock").unlink(missing_ok=True)
+    os.utime(texts)
+    store = open_store(str(texts), tokenizer, kind="text", folder=home)
+    assert store.folder == made.folder
+    assert names(home) == [""], "without a lock"
 
 
 def test_another_tokenizer_makes_another_store(
@@ -246,8 +394,8 @@ def test_a_book_on_one_line(
     home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(2)
-    monkeypatch.setattr(store_module, "_PIECE", 1_000)
-    monkeypatch.setattr(store_module, "_AT_ONCE", 3_000)
+    monkeypatch.setattr(encode_module, "_PIECE", 1_000)
+    monkeypatch.setattr(encode_module, "_AT_ONCE", 3_000)
     with_lines = "".join("春夏秋冬" * rng.randrange(1, 90) + "\n天" for _ in range(200))
     books = ["始", with_lines, "山" * 12_345, "终"]
     path = write_lines(tmp_path / "books.jsonl", [{"text": book} for book in books])
@@ -312,7 +460,7 @@ def test_bad_lines_are_put_aside_and_told(texts: Path, home: Path, tokenizer: To
     assert store.manifest["bad_lines"] == 2
     lines = [json.loads(line)["line"] for line in aside.read_text("utf-8").splitlines()]
     assert lines == [1_501, 1_502]
-    assert told == [f"{texts}: 2 bad lines put aside in {aside}"]
+    assert told == [f"{texts}: invalid lines: 2, see {aside}"]
     shutil.rmtree(store.folder)
     open_store(str(texts), tokenizer, kind="text", folder=home)
     assert len(aside.read_text("utf-8").splitlines()) == 2
@@ -321,7 +469,7 @@ def test_bad_lines_are_put_aside_and_told(texts: Path, home: Path, tokenizer: To
 def test_too_many_bad_lines(texts: Path, home: Path, tokenizer: Tokenizer) -> None:
     with texts.open("a", encoding="utf-8") as stream:
         stream.write("{broken\n" * 100)
-    with pytest.raises(DataError, match=r"79 of 1,579 lines are bad.*They are in (.*)\. Mend") as e:
+    with pytest.raises(DataError, match=r"79 of 1,579 lines are bad.*They are in (.*)\. Fix") as e:
         open_store(str(texts), tokenizer, kind="text", folder=home)
     [aside] = home.glob("*.bad-lines.jsonl")
     assert str(aside) in str(e.value)
@@ -334,15 +482,15 @@ def test_records_of_another_kind(
     texts: Path, chats: Path, home: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        DataError, match=r"no conversations found \(1,500 records of another kind\)"
+        DataError, match=r"no conversations found \(records left out: 1,500 no conversations\)"
     ):
         open_store(str(texts), tokenizer, kind="chat", folder=home)
     told: list[str] = []
     both = f"{tmp_path}/*.jsonl"
     store = open_store(both, tokenizer, kind="chat", folder=home, say=told.append)
     assert store.manifest["train"]["documents"] == len(CHATS)
-    assert store.manifest["skipped"] == len(TEXTS)
-    assert told == [f"{both}: 1,500 records left out that are no conversations"]
+    assert store.manifest["skipped"] == {"no conversations": len(TEXTS)}
+    assert told == [f"{both}: left out 1,500 of 1,580 records: no conversations"]
     with pytest.raises(DataError, match="no field text; its fields are: history, q, a"):
         open_store(str(chats), tokenizer, kind="text", schema="text", folder=home)
 
@@ -571,8 +719,8 @@ def test_placeholders_are_filled_and_what_fills_them_is_part_of_the_key(
             assert text.count(fill["name"]) == 20
     assert len(folders) == 4
     assert [line.split(": ", 1)[1] for line in said] == [
-        "1 records hold {{author}}, which nothing fills; give data.fill.author=…",
-        "1 records hold {{author}}, which nothing fills; give data.fill.author=…",
-        "20 records hold {{name}}, which nothing fills; give data.fill.name=…",
-        "1 records hold {{author}}, which nothing fills; give data.fill.author=…",
+        "nothing fills {{author}}, which is in 1 of 22 records; give data.fill.author=…",
+        "nothing fills {{author}}, which is in 1 of 22 records; give data.fill.author=…",
+        "nothing fills {{name}}, which is in 20 of 22 records; give data.fill.name=…",
+        "nothing fills {{author}}, which is in 1 of 22 records; give data.fill.author=…",
     ]

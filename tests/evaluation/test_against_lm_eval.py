@@ -98,6 +98,8 @@ def test_its_harness_runs_on_a_model_directory(
         json.loads((out / "lm-eval-tiny_sums.json").read_text("utf-8"))["metrics"]
         == (found["metrics"])
     )
+    (out / "lm-eval-tiny_sums.json").write_text('{"task": "lm-', encoding="utf-8")  # killed
+    assert run_harness("tiny_sums", model_dir, out, identity={"model": "1"}, device="cpu") == found
     monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # not asked a second time
     again = run_harness("tiny_sums", model_dir, out, identity={"model": "1"}, device="cpu")
     assert again["metrics"] == found["metrics"]

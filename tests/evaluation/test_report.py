@@ -18,6 +18,7 @@ DEMO = {
     "stages": {},
     "quiz": {
         "correct": 8,
+        "fluent": 7,
         "questions": 12,
         "by_subject": {
             "河流": {"correct": 3, "questions": 4},
@@ -34,6 +35,7 @@ DEMO = {
             "after_fine_tuning": "我叫MiniMind。",
             "after_preferences": "我叫MiniMind。",
             "correct": right,
+            "fluent": not right,
         }
         for right in (True, False)
     ],
@@ -120,7 +122,7 @@ def test_all_sections_are_there_with_what_they_show(full: str) -> None:
     shown = ("minimind: demo", "1,234,567", "2.250", "256 MB", "中国的河。", "hidden_size = 8")
     for one in (*shown, "我叫MiniMind。", "华山在哪？", "在陕西。", "1 wrong answers", "66.7%"):
         assert one in text, one
-    assert (full.count("✓</b>"), full.count("✗</b>")) == (2, 1)
+    assert (full.count("✓</b>"), full.count("✗</b>")) == (3, 2)
     assert "Problems" not in text
 
 
@@ -241,6 +243,20 @@ def test_a_long_run_has_a_small_page_that_shows_its_end(tmp_path: Path) -> None:
 
 def test_the_same_runs_give_the_same_bytes(demo: Path, full: str) -> None:
     assert page_of(demo) == full
+
+
+def test_the_page_is_english_and_marks_what_is_chinese(full: str) -> None:
+    assert full.startswith('<!doctype html><html lang="en">')
+    assert "<span lang=zh-Hans>我叫MiniMind。</span>" in full
+
+
+def test_keywords_and_fluency_are_columns_of_their_own(full: str) -> None:
+    assert "<th>keywords</th><th>fluent</th>" in full
+    right, wrong = "<b class=right>✓</b>", "<b class=wrong>✗</b>"
+    for keywords, fluent in ((right, wrong), (wrong, right)):
+        row = f'data-name="keywords">{keywords}</td><td data-name="fluent">{fluent}</td>'
+        assert row in full
+    assert "the weakest subject first; 7 answers are fluent." in full
 
 
 def test_an_hour_has_a_price(demo: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from minimind import __version__
 from minimind.errors import ResourceError, UsageError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.contamination import Contamination
-from minimind.evaluation.models import LocalModel, fingerprint, name_of
+from minimind.evaluation.models import LocalModel, name_of
 from minimind.evaluation.run import evaluate, file_name, read_results
 from minimind.evaluation.tasks import Model, Result, Task
 
@@ -104,7 +105,7 @@ def test_errors_are_tried_again(ceval_dir: Path, local: LocalModel, tmp_path: Pa
     assert list(first["errors"].values()) == ["no luck"]
     second = evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
     assert (second["questions"], second["failed"]) == (7, 0)
-    assert len(lines(tmp_path)) == 9
+    assert len(lines(tmp_path)) == 8
 
 
 def test_results_of_something_else_are_kept_apart(
@@ -152,17 +153,35 @@ def test_figures_without_what_was_in_the_training_data(
     assert told["without"]["correct"] == without
 
 
-def test_names_and_fingerprints(varied_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["version", "device", "dtype", "model"])
+def test_results_of_another_version_device_or_dtype_are_not_reused(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path, key: str
+) -> None:
+    identity = local.identity()
+    assert identity["version"] == __version__
+    assert identity["device"] == "cpu"
+    assert identity["dtype"] in ("float32", "bfloat16")
+    evaluate(ceval(ceval_dir), local, tmp_path, identity=identity)
+    assert lines(tmp_path)[0].items() >= identity.items()
+    with pytest.raises(UsageError, match=rf"\({key} differ\)"):
+        evaluate(ceval(ceval_dir), local, tmp_path, identity=identity | {key: "other"})
+
+
+def test_an_item_has_one_line(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
+    """Also where an earlier version wrote errors and repeated items."""
+    evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
+    [path] = tmp_path.glob("*.jsonl")
+    header, *results = lines(tmp_path)
+    old = [{"id": results[1]["id"], "error": "no luck"}, results[0] | {"right": None}, *results]
+    path.write_text("".join(json.dumps(one) + "\n" for one in [header, *old]), encoding="utf-8")
+    again = evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
+    assert again["asked_now"] == 0
+    found = lines(tmp_path)
+    assert sorted(one["id"] for one in found[1:]) == sorted(one["id"] for one in results)
+    assert results[0] in found
+
+
+def test_names(varied_dir: Path) -> None:
     assert name_of(varied_dir) == name_of(varied_dir / "model") == "tiny"
     assert file_name("ceval (letter, 5 shots)") == "ceval-letter-5-shots"
     assert file_name("../..") == "_"
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in (varied_dir / "model").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert fingerprint(folder) == fingerprint(varied_dir / "model")
-    weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-5] ^= 1
-    weights.write_bytes(content)
-    assert fingerprint(folder) != fingerprint(varied_dir / "model")

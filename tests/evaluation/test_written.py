@@ -77,6 +77,13 @@ def test_cmath_by_grade_without_its_distractors(tmp_path: Path) -> None:
         make_task("cmath", data=[str(tmp_path)])
 
 
+def test_an_endless_number_is_a_wrong_answer_and_no_error(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k.jsonl", [GSM8K[0], GSM8K[1]])
+    task = make_task("gsm8k", data=[str(tmp_path)])
+    results = list(task.run(Scripted("7" * 5000, "1e999999999"), ()))  # type: ignore[arg-type]
+    assert [result["right"] for result in results] == [False, False]
+
+
 def test_faults_are_results_until_there_are_too_many(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k.jsonl", [GSM8K[0] | {"id": str(n)} for n in range(30)])
     task = make_task("gsm8k", data=[str(tmp_path)])
@@ -100,6 +107,10 @@ def test_the_quiz_is_the_demos(local: LocalModel, varied_dir: Path) -> None:
     assert sum(one.right for one in mark(chosen, said)) == sum(
         result["right"] for result in results.values()
     )
+    assert sum(one.fluent for one in mark(chosen, said)) == sum(
+        result["fluent"] for result in results.values()
+    )
+    assert task.summary(list(results.values()))["fluent"] == 0  # random weights
     [last] = task.run(local, set(results) - {chosen[3].question})
     assert last["id"] == chosen[3].question
 

@@ -62,6 +62,7 @@ def trace(batch: BatchedModel, slot: int, ids: list[int], prompt: int) -> list[t
     ]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", ["llama", "experts", "wide"])
@@ -81,6 +82,7 @@ def test_a_text_comes_to_the_same_bits_whoever_is_beside_it(
         lonely = BatchedModel(model, slots, 256, int8=kind == "int8")
         alone = {s: trace(lonely, (s + 4) % slots, ids, prompts[s]) for s, ids in texts.items()}
         together = BatchedModel(model, slots, 256, int8=kind == "int8")
+        assert together.batch_invariant
         seen: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(slots)}
         at = dict.fromkeys(range(slots), 0)
         while open_slots := [slot for slot in range(slots) if at[slot] < len(texts[slot])]:
@@ -108,6 +110,22 @@ def test_a_text_comes_to_the_same_bits_whoever_is_beside_it(
         torch.set_num_threads(before)
 
 
+@torch.inference_mode()
+def test_attention_text_by_text_gives_the_same_logits() -> None:
+    """What is done where company would change its bits."""
+    texts = [words(length, length) for length in (70, 40, 130)]
+    seen = []
+    for apart in (False, True):
+        batch = BatchedModel(make(), 3, 256)
+        batch._attends_apart = apart
+        for slot, ids in enumerate(texts):
+            batch.forward([], chunks_of(slot, ids))
+        singles = [Part(slot, len(ids), [5]) for slot, ids in enumerate(texts)]
+        assert len(batch._spans(singles, [])) == (3 if apart else 1)
+        seen.append(batch.forward(singles, []))
+    torch.testing.assert_close(*seen)
+
+
 def test_a_copied_prefix_is_the_prefix() -> None:
     batch, ids = BatchedModel(make(), 3, 256), words(200)
     wanted = trace(batch, 0, ids, 150)
@@ -127,7 +145,7 @@ def test_integers_are_close_to_the_weights() -> None:
 
 def test_room_that_no_machine_has_is_told() -> None:
     model = make(max_position_embeddings=10**12)
-    with pytest.raises(ResourceError, match=r"16 texts of 1,000,000,000,000 tokens need [\d.]+ GB"):
+    with pytest.raises(ResourceError, match=r"16 × 1,000,000,000,000 tokens needs [\d.]+ GB"):
         BatchedModel(model, 16, 10**12)
 
 

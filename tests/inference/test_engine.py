@@ -283,7 +283,7 @@ def test_a_seed_gives_the_same_text_whoever_is_beside_it(
     engine: Engine, alone: Engine, prompts: list[list[int]]
 ) -> None:
     many = Sampling(temperature=1.2, top_p=0.9, top_k=200, min_p=0.001, repetition_penalty=1.1)
-    kinds = [VARIED, many, Sampling(), GREEDY]
+    kinds = [VARIED, many, Sampling(0.7, 0.9), GREEDY]
     requests = [Request(prompts[0], kinds[i % 4], 20, seed=i // 4) for i in range(24)]
     wanted = write(alone, *requests)
     assert write(engine, *requests) == wanted
@@ -381,7 +381,7 @@ def test_requests_that_cannot_be_are_told_before_anything_is_written(engine: Eng
         (Request([600], GREEDY), "prompt: token ids go from 0 to 599 in this model"),
         (Request([-1], GREEDY), "prompt: token ids go from 0 to 599"),
         (Request([5], Sampling(logit_bias={600: 1})), "logit_bias: token ids go from 0 to 599"),
-        (Request([5], GREEDY, 0), "max_new_tokens is 0; it must be 1 or more"),
+        (Request([5], GREEDY, -1), "max_new_tokens is -1; it must be 0 or more"),
     ]:
         with pytest.raises(UsageError, match=message):
             engine.submit(request)

@@ -105,6 +105,29 @@ def test_an_older_model_is_replaced_whole(
     assert os.listdir(saved.parent) == ["model"]
 
 
+def test_a_model_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        if Path(target).name == "model":
+            events.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    save_model(tmp_path / "model", model, tokenizer)
+    at = events.index("renamed")
+    assert {*FILES, ".model.new"} <= set(events[:at])
+    assert events[at + 1 :] == [tmp_path.name]
+
+
 def test_a_failed_save_leaves_the_older_model(
     saved: Path, random_model: Callable[..., Transformer]
 ) -> None:

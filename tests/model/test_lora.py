@@ -84,6 +84,26 @@ def logits(model: Transformer, tokens: Tensor) -> Tensor:
     return model.logits(model(tokens))
 
 
+def test_it_starts_from_the_same_matrices_on_every_device(
+    random_model: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator of another device would give other numbers; only the CPU's is used."""
+    drawn: list[str] = []
+    real = torch.nn.init.kaiming_uniform_
+
+    def draw(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if len(tensor) == 3:  # the rank, and no width of the model
+            drawn.append(tensor.device.type)
+        return real(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", draw)
+    model = random_model("nano").to("meta")
+    apply_lora(model, LoRASettings(rank=3, targets=["q_proj"]))
+    adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    assert drawn == ["cpu"] * len(adapted) != []
+    assert {module.lora_A.device.type for module in adapted} == {"meta"}
+
+
 def difference(mine: Tensor, theirs: Tensor) -> float:
     return float((mine.detach() - theirs.detach()).abs().max() / theirs.detach().abs().max())
 

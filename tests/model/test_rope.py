@@ -140,7 +140,7 @@ def test_what_needs_no_stretching_is_left_alone() -> None:
     assert longer.rope_scaling.factor == 4
     assert extend_context(longer, 2048) is longer
     with pytest.raises(
-        ModelError, match=r"stretched already, by yarn, .* to 4,096; give at most 2"
+        ModelError, match=r"stretched already, by yarn, .* to 4,096; give a context of at most 2"
     ):
         extend_context(longer, 4096)
 

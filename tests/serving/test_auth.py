@@ -1,9 +1,12 @@
+import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+from openai import AuthenticationError, OpenAI
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
@@ -19,11 +22,11 @@ def guarded(serve_here: Callable[..., Any]) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_every_route_but_health_needs_a_key(guarded: httpx.Client) -> None:
-    as_usual = {"authorization": f"Bearer {KEY}"}
-    paths = list(guarded.get("/openapi.json", headers=as_usual).json()["paths"])
+def test_every_route_but_health_and_the_docs_needs_a_key(guarded: httpx.Client) -> None:
+    paths = list(guarded.get("/openapi.json").json()["paths"])
     assert set(paths) > {"/health", "/metrics", "/v1/models", "/v1/chat/completions"}
-    paths += ["/docs", "/openapi.json", "/nowhere", "/health/", "//health", "/HEALTH"]
+    paths += ["/nowhere", "/health/", "//health", "/HEALTH", "/docs/", "//docs", "/redoc"]
+    paths += ["/docs/../v1/models", "/static-offline-docs/../v1/models", "/openapi.json/"]
     paths.remove("/health")
     bad = ["", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer", f"Basic {KEY}", KEY, "Bearer é"]
     for path in paths:
@@ -41,21 +44,48 @@ def test_every_route_but_health_needs_a_key(guarded: httpx.Client) -> None:
         assert answer.status_code == 200
 
 
-def test_the_key_is_asked_for_before_the_body_is_read(serve_here: Callable[..., Any]) -> None:
-    with serve_here(keys=[KEY]) as service, httpx.Client(base_url=service.url) as client:
-        sent = 0
+def test_the_docs_open_in_a_browser_and_say_where_the_key_goes(guarded: httpx.Client) -> None:
+    page = guarded.get("/docs")
+    assert page.status_code == 200
+    found = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page.text)
+    assert "/openapi.json" in found
+    for place in found:  # all that the page loads
+        assert guarded.get(place).status_code == 200, place
+    described = guarded.get("/openapi.json").json()
+    assert described["components"]["securitySchemes"] == {
+        "HTTPBearer": {"type": "http", "scheme": "bearer"}  # the button "Authorize"
+    }
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            needed = [] if path == "/health" else [{"HTTPBearer": []}]
+            assert operation.get("security", []) == needed, (method, path)
 
-        def body() -> Iterator[bytes]:
-            nonlocal sent
-            for _ in range(100):
-                sent += 1
-                yield b" " * 65536
 
-        try:
-            answer = client.post("/v1/chat/completions", content=body())
-        except httpx.TransportError:
-            return  # cut off while it was still sending
-        assert answer.status_code == 401
+def test_errors_of_the_key_have_the_type_of_openai(guarded: httpx.Client) -> None:
+    with OpenAI(base_url=f"{guarded.base_url}/v1", api_key="wrong", max_retries=0) as client:
+        with pytest.raises(AuthenticationError) as caught:
+            client.models.list()
+        assert caught.value.type == "invalid_request_error"
+        assert caught.value.code == "invalid_api_key"
+        assert caught.value.param is None
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_the_key_is_checked_before_the_body_is_read(
+    declared: bool, serve_here: Callable[..., Any]
+) -> None:
+    """The answer comes while the client has sent the headers and nothing else."""
+    length = "content-length: 900000" if declared else "transfer-encoding: chunked"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+    head += f"content-type: application/json\r\n{length}\r\n\r\n"
+    with (
+        serve_here(keys=[KEY], body_seconds=60) as service,
+        socket.create_connection(service.address, timeout=10) as connection,
+    ):
+        sent = connection.send(head.encode())
+        status = connection.recv(12)
+        assert sent == len(head)
+        assert status == b"HTTP/1.1 401"
 
 
 def test_without_a_key_it_listens_on_this_machine_alone(

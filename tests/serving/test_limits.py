@@ -13,7 +13,7 @@ import httpx2 as httpx
 import pytest
 from pydantic import ValidationError
 
-from minimind.serving.schema import ChatRequest, CompletionRequest
+from minimind.serving.requests import ChatRequest, CompletionRequest
 from tests.support.services import Process
 
 CHAT = "/v1/chat/completions"

@@ -1,5 +1,7 @@
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx2 as httpx
@@ -47,6 +49,32 @@ def test_what_users_write_is_in_no_log(models_dir: Path, tmp_path: Path) -> None
     assert first["prompt_tokens"] > 3
     assert first["id"].startswith("req_")
     assert first["model"] == "tiny"
+
+
+_WARNS = """
+import logging, warnings
+from minimind.serving.logs import log_to_stderr
+
+log_to_stderr()
+warnings.warn("CUDA graphs do not work here\\nmore", stacklevel=1)
+logging.getLogger("some.package").warning("careful: %s", "hot")
+"""
+
+
+def test_warnings_are_json_lines_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", _WARNS], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    warned, other = (json.loads(line) for line in done.stderr.splitlines())
+    assert (warned["event"], warned["level"], warned["kind"]) == (
+        "warning",
+        "warning",
+        "UserWarning",
+    )
+    assert warned["message"] == "CUDA graphs do not work here\nmore"
+    assert warned["at"].endswith("<string>:6")
+    assert (other["event"], other["level"]) == ("careful: hot", "warning")
 
 
 def test_of_an_exception_only_its_kind_and_place_are_told() -> None:

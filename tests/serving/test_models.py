@@ -147,6 +147,9 @@ def test_adapters_by_name(tmp_path: Path, make: Callable[..., None]) -> None:
     ]:
         with pytest.raises(UsageError, match=told):
             find_adapters(given, models)
+    (tmp_path / "lr=3").mkdir()
+    with pytest.raises(UsageError, match=r"write --adapter NAME=.*/lr=3$"):
+        find_adapters([f"{tmp_path}/lr=3"], models)  # a path, not the name before its sign
     with pytest.raises(UsageError, match=r"there are 2: chat, two"):
         find_adapters(["a=x"], models | {"two": Source(tmp_path)})
     assert find_adapters([], models | {"two": Source(tmp_path)}) == {}

@@ -173,20 +173,6 @@ def test_minus_one_is_no_limit(client: OpenAI) -> None:
     assert done.usage.total_tokens == 2048
 
 
-def test_json_objects_are_objects(client: OpenAI) -> None:
-    for seed in range(8):
-        done = ask(
-            client,
-            response_format={"type": "json_object"},
-            temperature=1.5,
-            seed=seed,
-            max_tokens=10 + 10 * seed,
-        )
-        assert isinstance(json.loads(done.choices[0].message.content), dict)
-        assert done.choices[0].finish_reason == "stop"
-    assert ask(client, response_format={"type": "text"}).choices == ask(client).choices
-
-
 def test_roles_and_parts(client: OpenAI) -> None:
     parts = [
         {"role": "developer", "content": "你是向导"},
@@ -274,11 +260,45 @@ def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),
         ({"logit_bias": {"60000": 1}}, "logit_bias", "invalid_value", "token id"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            {"response_format": {"type": "xml"}},
             "response_format.type",
             "invalid_value",
             "json_object",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.json_schema.name",
+            "missing_required_parameter",
+            "name",
+        ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format",
+            "invalid_value",
+            "'json_schema'",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "rivers", "schema": {"type": "river"}},
+                }
+            },
+            "response_format",
+            "invalid_value",
+            "Invalid schema for response_format 'rivers': Invalid type: river.",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "stop": ["}"]},
+            "stop",
+            "invalid_value",
+            "Leave one of them out",
+        ),
+        ({"stop": ""}, "stop", "invalid_value", "at least 1 character"),
+        ({"stop": 1}, "stop", "invalid_value", "a string or a list of strings"),
+        ({"stop": ["a", ""]}, "stop.1", "invalid_value", "at least 1 character"),
+        ({"stop": list("abcde")}, "stop", "invalid_value", "at most 4 items"),
+        ({"max_tokens": -2}, "max_tokens", "invalid_value", "it must be -1"),
         (
             {"messages": [{"role": "user", "content": "长江 " * 1500}]},
             "messages",
@@ -308,14 +328,92 @@ def test_errors(client: OpenAI, settings: dict[str, Any], param: str, code: str,
 def test_what_asks_for_nothing_is_let_pass(client: OpenAI) -> None:
     nothing: dict[str, Any] = {
         "tools": [],
-        "tool_choice": "none",
-        "store": False,
-        "service_tier": "auto",
-        "metadata": {},
+        "tool_choice": "auto",
         "user": "somebody",
         "top_p": 0,
+        "reasoning_effort": "none",
+        "modalities": ["text"],
+        "stop": [],
     }
     assert ask(client, **nothing).choices == ask(client).choices
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        {"metadata": {"a": "b"}},
+        {"store": True},
+        {"store": None},
+        {"service_tier": "flex"},
+        {"prompt_cache_key": "tenant-1"},
+        {"prompt_cache_retention": "24h"},
+        {"safety_identifier": "user-1"},
+        {"parallel_tool_calls": True},
+        {"parallel_tool_calls": False},
+        {"messages": [{**message, "name": "somebody"} for message in ASKED]},
+        {"messages": [{**message, "name": None} for message in ASKED]},
+    ],
+    ids=str,
+)
+def test_hints_change_nothing(client: OpenAI, hint: dict[str, Any]) -> None:
+    assert ask(client, **hint).choices == ask(client).choices
+
+
+def test_a_stream_takes_hints_too(client: OpenAI) -> None:
+    options = {"include_usage": None, "include_obfuscation": True}
+    chunks = list(ask(client, stream=True, stream_options=options))
+    assert not any("obfuscation" in chunk.model_dump(exclude_none=True) for chunk in chunks)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == ask(client).choices[0].message.content
+
+
+@pytest.mark.parametrize("extra", ["reasoning_content", "refusal", "tool_calls", "audio"])
+def test_answers_are_sent_back_with_fields_that_are_null(client: OpenAI, extra: str) -> None:
+    said = {"role": "assistant", "content": "六千三百公里。"}
+    more = [*ASKED, said, {"role": "user", "content": "然后呢？"}]
+    with_null = [*ASKED, said | {extra: None}, more[-1]]
+    assert ask(client, messages=with_null).choices == ask(client, messages=more).choices
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, messages=[*ASKED, said | {extra: "a thought"}, more[-1]])
+    assert caught.value.param == f"messages.2.{extra}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "said"),
+    [
+        (["长江"] * 17, "prompt", "at most 16 items"),
+        ([[1, 2]] * 17, "prompt", "at most 16 items"),
+        ([], "prompt", "at least 1 item"),
+        ([1, "长江"], "prompt.1", "a valid integer"),
+        (["长江", 1], "prompt.1", "a valid string"),
+        ([[1], ["长江"]], "prompt.1.0", "a valid integer"),
+        ([[]], "prompt.0", "at least 1 item"),
+        (5, "prompt", "a string, a list of strings, or one or several lists of token ids"),
+        (None, "prompt", "a string, a list of strings"),
+    ],
+    ids=str,
+)
+def test_errors_are_about_the_kind_of_prompt_that_was_meant(
+    client: OpenAI, prompt: Any, param: str, said: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=prompt)
+    assert (caught.value.param, caught.value.code) == (param, "invalid_value")
+    assert isinstance(caught.value.body, dict)
+    assert said in caught.value.body["message"]
+
+
+def test_an_error_names_the_first_thing_that_is_wrong(client: OpenAI) -> None:
+    wrong = [{"role": "user", "content": [{"type": "text", "text": 5}]}]
+    for settings, param in (
+        ({"messages": wrong}, "messages.0.content.0.text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"temperature": 3, "n": 17}, "n"),
+        ({"extra_body": {"colour": 1}, "n": 17}, "n"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, **settings)
+        assert caught.value.param == param
 
 
 def test_async_clients_at_once(process: Any, client: OpenAI) -> None:

@@ -90,6 +90,27 @@ def test_requests_without_data(process: Any, schema: Any, method: str, path: str
     try_out(process, schema, method, path, "positive", examples=1)
 
 
+def test_every_parameter_is_described_with_its_default(process: Any) -> None:
+    schemas = requests.get(f"{process.url}/openapi.json").json()["components"]["schemas"]
+    kinds = ["ChatRequest", "CompletionRequest", "Message", "TextPart", "StreamOptions"]
+    for kind in [*kinds, "ResponseFormat", "JsonSchema"]:
+        required = schemas[kind].get("required", [])
+        for name, field in schemas[kind]["properties"].items():
+            assert field.get("description"), (kind, name)
+            stated = field.get("default") is not None or "Default: " in field["description"]
+            assert stated or name in required, (kind, name)
+    chat, text = (schemas[kind]["properties"] for kind in kinds[:2])
+    assert {name: field["default"] for name, field in chat.items() if field.get("default")} == {
+        "n": 1,
+        "service_tier": "auto",
+        "truncation": "disabled",
+        "parallel_tool_calls": True,
+    }
+    assert text["max_tokens"]["default"] == 16
+    assert "generation_config.json says, or 1." in chat["temperature"]["description"]
+    assert "generation_config.json says, or 1." in chat["top_p"]["description"]
+
+
 def test_the_docs_need_no_other_host(process: Any) -> None:
     page = requests.get(f"{process.url}/docs").text
     found = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page)

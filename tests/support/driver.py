@@ -163,16 +163,24 @@ def share_one(
     stop: list[int] | None = None,
     kill: list[int] | None = None,
     spoil: tuple[int, list[int]] | None = None,
+    short: tuple[int, list[int]] | None = None,
     idle: Sequence[int] = (),
 ) -> None:
     """A run of `small_runs.nano_trainer` that several processes share.
 
-    Each leaves what it has seen, the steps and its weights in `samples-RANK` and so on.
+    Each leaves what it has seen, the steps and its weights in `samples-RANK` and so on; in
+    `held-out-RANK` the windows of its validations.
     stop: a rank, and the call of its objective at which it gets SIGTERM; kill: the same with
-    SIGKILL; spoil: one whose losses are no numbers, and at which calls; idle: places in each batch
-    where nothing is learned.
+    SIGKILL; spoil: one whose losses are no numbers, and at which calls; short: one whose memory
+    runs out, and at which calls; idle: places in each batch where nothing is learned.
     """
     seen: list[tuple[int, int]] = []
+    held_out: list[tuple[int, int]] = []
+
+    class HeldOut(Mix):
+        def batch(self, start: int, count: int) -> Batch:
+            held_out.append((start, count))
+            return super().batch(start, count)
 
     class Recorded(Mix):
         def batch(self, start: int, count: int) -> Batch:
@@ -192,6 +200,8 @@ def share_one(
         reporter = Shown() if workers.is_first else Reporter()
         job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
         job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
+        if job.held_out:
+            job.held_out = HeldOut(job.held_out.parts, [1.0], job.recipe.seed)
         real, call = job.objective.loss, 0
 
         def loss(*arguments: Any) -> Any:
@@ -201,6 +211,8 @@ def share_one(
                 signal.raise_signal(signal.SIGTERM)
             if [workers.rank, call] == kill:
                 _die()
+            if short and workers.rank == short[0] and call in short[1]:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             total, *others = real(*arguments)
             bad = spoil and workers.rank == spoil[0] and call in spoil[1]
             return total * math.nan if bad else total, *others
@@ -209,6 +221,7 @@ def share_one(
         outcome = train_loop(job)
         torch.save(job.model.state_dict(), Path(run) / f"weights-{workers.rank}")
         (Path(run) / f"samples-{workers.rank}").write_text(json.dumps(seen))
+        (Path(run) / f"held-out-{workers.rank}").write_text(json.dumps(held_out))
         (Path(run) / f"steps-{workers.rank}").write_text(str(outcome.steps))
 
 

@@ -17,9 +17,11 @@ torch keeps for backends of others. That is made for a whole process: therefore 
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,8 @@ def training() -> dict[str, Callable[[], int]]:
 def _step(objective: str, **settings: Any) -> int:
     from minimind.model import Transformer, apply_lora
     from minimind.training import loop
+    from minimind.training.batch import Prefetcher
+    from minimind.training.metrics import MetricsLog
     from minimind.training.objectives.next_token import NextToken
     from minimind.training.precision import Precision
     from tests.support.small_runs import nano_trainer
@@ -133,15 +137,16 @@ def _step(objective: str, **settings: Any) -> int:
             job.objective = NextToken([1] * model.config.vocab_size, gpu, router_balance=balance)
         engine, at = loop._engine(job, job.model), loop._Progress()
         engine.set_lr(0.5)
-        sums = loop._accumulate(job, engine, at, lambda: False)
+        with closing(Prefetcher(job.data)) as batches:
+            sums = loop._accumulate(job, engine, batches, at, lambda: False)
         assert sums is not None and mode.waits == 0, "nothing waits in the micro-batches"
         trained = [p for p in model.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.device.type == GPU for p in trained)
-        loop._step(job, engine, int(sums.count), 128)
+        loop._step(job, engine, MetricsLog(Path(os.devnull)), at, sums)
         waits = mode.waits
         assert all(t.device.type == GPU for t in engine.state_tensors().values())
-        at.interval.add(sums)
-        assert at.interval.figures(job.objective).keys() <= loop.validate(job, job.model).keys()
+        validation = loop.validate(job, job.model)
+        assert validation and at.interval.figures(job.objective).keys() <= validation.keys()
     return waits
 
 

@@ -16,15 +16,19 @@ import torch
 
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.serving.limits import Limits
-from minimind.serving.models import find_models, load_served
+from minimind.serving.models import find_models, load_models
 from minimind.serving.server import Server, bind, url_of
 from minimind.tokenizer import Tokenizer
 
 
-def make_model(tokenizer: Tokenizer, seed: int, context: int) -> Transformer:
-    """Its choices are varied, and it never stops by itself."""
+def make_model(tokenizer: Tokenizer, seed: int, context: int, padding: int = 0) -> Transformer:
+    """Its choices are varied, and it never stops by itself.
+
+    padding: rows of the embedding beyond the tokenizer's ids; the model prefers them to any token.
+    """
     torch.manual_seed(seed)
-    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": context}
+    rows = tokenizer.vocab_size + padding
+    shape = {"vocab_size": rows, "max_position_embeddings": context}
     model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -32,6 +36,7 @@ def make_model(tokenizer: Tokenizer, seed: int, context: int) -> Transformer:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter.mul_(60 if writes else 6)
         model.head_weight[[tokenizer.im_end, tokenizer.end_of_text]] = 0
+        model.head_weight[tokenizer.vocab_size :] *= 3
     return model
 
 
@@ -53,7 +58,7 @@ class Process:
     def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit status, after that signal."""
         self.child.send_signal(number)
-        return self.child.wait(timeout=20)
+        return self.child.wait(timeout=120)
 
 
 @contextlib.contextmanager
@@ -75,19 +80,19 @@ def serving(folder: Path, log: Path, *flags: str, **variables: str) -> Iterator[
             line = child.stdout.readline()
             assert line, log.read_text()
             url = line.split()[-1].removesuffix("/v1")
-            wait_until(lambda: _is_up(url))
+            wait_until(lambda: is_up(url))
             yield Process(url, child, log)
         finally:
             child.kill()
 
 
-def _is_up(url: str) -> bool:
+def is_up(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(f"{url}/health").status_code == 200
     return False
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
     """Until it is so; fails after that time, which is long for what is waited for."""
     end = time.monotonic() + seconds
     while not is_so():
@@ -99,13 +104,12 @@ class InProcess:
     """A service in a thread of this process, so that its bounds can be made small."""
 
     def __init__(self, folder: Path, slots: int, limits: Limits, keys: Sequence[str]) -> None:
-        self.models = {
-            name: load_served(name, source, device="cpu", slots=slots, waiting=limits.queue)
-            for name, source in find_models([folder]).items()
-        }
+        self.models = load_models(
+            find_models([folder]), device="cpu", slots=slots, waiting=limits.queue
+        )
         listening = bind("127.0.0.1", 0)
         self.url = url_of(listening)
-        self.address = listening.getsockname()
+        self.address = listening[0].getsockname()
         self.server = Server(self.models, keys=keys, limits=limits)
         self._thread = threading.Thread(target=self.server.serve_at, args=(listening,))
 
@@ -116,5 +120,5 @@ class InProcess:
 
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
-        self._thread.join(timeout=20)
+        self._thread.join(timeout=120)
         assert not self._thread.is_alive()

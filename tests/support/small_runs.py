@@ -29,7 +29,7 @@ from minimind.training.reference import fill_references
 from minimind.training.reporter import Reporter
 
 VOCAB = 97
-EVENTS = ("spoil", "stop", "kill", "alone", "idle")  # what `share` has done to a run
+EVENTS = ("spoil", "stop", "kill", "alone", "idle", "short")  # what `share` has done to a run
 REFUSED = 3  # exit status of a save that was refused
 # What the clock and the machine put in metrics.jsonl.
 _CLOCK = ("elapsed_s", "tokens_per_second", "data_share", "peak_memory_bytes")
@@ -175,6 +175,18 @@ class Told(Reporter):
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+
+
+class Stopping(Told):
+    """Asks for a stop after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int | None, number: signal.Signals = signal.SIGINT) -> None:
+        super().__init__()
+        self._step, self._number = step, number
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        if done == self._step:
+            os.kill(os.getpid(), self._number)
 
 
 def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -9,11 +9,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minimind.config import dump_recipe, load_recipe
-from tests.support.small_runs import Lives, lora_settings, metrics, nano_settings, steps_done
+import pytest
 
+from minimind.config import dump_recipe, load_recipe
+from minimind.config.settings import Recipe
+from minimind.errors import MinimindError
+from minimind.training.stage import StageResult, run_stage
+from tests.support.small_runs import Lives, Told, lora_settings, metrics, nano_settings, steps_done
+
+Make = Any  # (objective, out, **settings) -> Recipe
 STEPS = 60
 INTERRUPTED = 130
+
+
+def do(recipe: Recipe, told: Told | None = None, **options: Any) -> StageResult:
+    """Run a stage in this process."""
+    return run_stage(recipe, reporter=told or Told(), **options)
+
+
+def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:
+    """The message with which a stage is refused."""
+    with pytest.raises(error) as caught:
+        do(recipe, **options)
+    return str(caught.value)
 
 
 def write_corpus(folder: Path) -> Path:

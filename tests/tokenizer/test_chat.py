@@ -98,12 +98,12 @@ def test_no_message_of_any_role_can_make_a_control_token(tokenizer: Tokenizer, s
 
 
 def _records(text: str) -> list[dict[str, Any]]:
-    """The text in each field that data comes in, and as a tool's name."""
+    """The text in each field that data comes in, and in the system prompt."""
     turns = conversation(text, text)
     call = f'{{"name": "{text}", "arguments": {{"{text}": "{text}"}}}}'
     return [
         {"conversations": turns},
-        {"messages": [{"role": "tool", "content": call}, *turns]},
+        {"messages": [{"role": "system", "content": call}, *turns]},
         {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]},
         {"instruction": text, "input": text, "output": text},
         {"q": text, "a": text, "history": [[text, text]]},

@@ -4,6 +4,9 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +117,7 @@ def test_answers_that_are_given_are_not_learned(name: str, foreign_dir: Director
     tokenizer = Tokenizer.load(foreign_dir(name))
     messages = turns("问", "一", "再问", "二")
     [(all_ids, both)] = encode_chats(tokenizer, [messages])
-    [(ids, last)] = encode_chats(tokenizer, [messages], given=[3])
+    [(ids, last)] = encode_chats(tokenizer, [messages], unsupervised=[range(3)])
     assert ids == all_ids
     learned = spelt(tokenizer, [i for i, m in zip(ids, last, strict=True) if m])
     assert learned.strip(" ").startswith("二")
@@ -397,3 +400,56 @@ def test_a_model_may_have_more_words_and_not_fewer(foreign_dir: Directory, tmp_p
     tokenizer.check_model(tmp_path, tokenizer.vocab_size + 64)
     with pytest.raises(TokenizerError, match="so they do not belong together"):
         tokenizer.check_model(tmp_path, tokenizer.vocab_size - 1)
+
+
+class Watched:
+    """A tokenizer of the library that records the attributes that are set on it."""
+
+    def __init__(self, bpe: Any) -> None:
+        object.__setattr__(self, "bpe", bpe)
+        object.__setattr__(self, "changes", [])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.bpe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.changes.append(name)
+        setattr(self.bpe, name, value)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_changes_the_protection_after_loading(name: str, foreign_dir: Directory) -> None:
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    watched = Watched(tokenizer._bpe)
+    tokenizer._bpe = watched  # type: ignore[assignment]
+    for attribute in dir(type(tokenizer)):
+        if isinstance(getattr(type(tokenizer), attribute), cached_property):
+            with suppress(TokenizerError, AssertionError):  # not each tokenizer has each
+                getattr(tokenizer, attribute)
+    tokenizer.encode_sections([("x", "start"), ("y", "section"), ("z", "middle")])
+    assert watched.changes == []
+    assert watched.bpe.encode_special_tokens
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "llama2", "llama3"])
+def test_no_thread_makes_a_control_token_from_text(name: str, foreign_dir: Directory) -> None:
+    """While others use the tokenizer for the first time, again and again."""
+    tokenizer = Tokenizer.load(foreign_dir(name))
+    names = [tokenizer._bpe.id_to_token(i) for i in sorted(tokenizer.special_ids)]
+    properties = [n for n, v in vars(Tokenizer).items() if isinstance(v, cached_property)]
+
+    def first_use(_: int) -> None:
+        for attribute in properties:
+            tokenizer.__dict__.pop(attribute, None)
+        tokenizer.encode_sections([("x", "start"), ("y", "section"), ("z", "middle")])
+
+    def control_tokens(_: int) -> int:
+        ids = {i for _ in range(50) for text in names for i in tokenizer.encode(f"{text}x")}
+        return len(ids & tokenizer.special_ids)
+
+    with ThreadPoolExecutor(4) as threads:
+        uses = [threads.submit(first_use, n) for n in range(100)]
+        found = sum(threads.map(control_tokens, range(40)))
+        for use in uses:
+            use.result()
+    assert found == 0

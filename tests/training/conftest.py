@@ -2,17 +2,42 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.small_runs import Lives
-from tests.support.stages import write_corpus
+from minimind.config.settings import Recipe
+from tests.support.small_runs import Lives, nano_recipe
+from tests.support.stages import Make, write_corpus
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text.jsonl (400 short texts), chat.jsonl and pairs.jsonl (200 each)."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> Make:
+    """Makes recipes of five steps of pretraining in `run`."""
+
+    def make(objective: str = "pretrain", out: Path = run, **settings: Any) -> Recipe:
+        names = {"pretrain": "text.jsonl", "sft": "chat.jsonl", "dpo": "pairs.jsonl"}
+        given = {
+            "data__sources": [str(corpus / names[objective])],
+            "data__store": str(tmp_path / "stores"),
+            "data__validation_fraction": 0.1,
+            "tokenizer": str(tokenizer_dir) if objective == "pretrain" else None,
+            "training__steps": 5,
+        }
+        return nano_recipe(objective, out, **given | settings)
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +47,12 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
         pytest.skip("this system does not fork")
     with contextlib.closing(Lives(tmp_path_factory.mktemp("lives") / "output")) as lives:
         yield lives
+
+
+@pytest.fixture
+def ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number TensorBoard's files from 0: within a second it reads .10 before .9."""
+    from tensorboard.summary.writer import event_file_writer
+
+    counter = event_file_writer.AtomicCounter(0)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)

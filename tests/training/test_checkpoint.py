@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,14 @@ from minimind.errors import CheckpointError, ResourceError
 from minimind.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    damaged_checkpoints,
     inspect_checkpoints,
     latest_checkpoint,
+    load_checkpoint,
     save_checkpoint,
 )
-from tests.support.small_runs import REFUSED, Lives, tensors
+from minimind.training.loop import _random_states, _set_random_states, train
+from tests.support.small_runs import REFUSED, Lives, nano_trainer, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 NUMBERS = 3000  # in each of the two tensors: 12 kB a file
@@ -57,7 +61,9 @@ def assert_whole(checkpoint: Checkpoint) -> None:
 
 
 def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    """Everything in the folder of checkpoints but what was set aside."""
+    there = sorted(path.name for path in (run / "checkpoints").iterdir())
+    return [name for name in there if not name.startswith(".damaged-")]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def test_the_best_is_kept_until_there_is_a_better_one(tmp_path: Path) -> None:
 
 
 def test_what_killed_saves_left_is_removed_by_the_next(run: Path) -> None:
-    for left in (".making-00000021", ".making-old-step-00000007", ".making-00000014.damaged"):
+    for left in (".making-00000021", ".making-old-step-00000007"):
         (run / "checkpoints" / left).mkdir()
         (run / "checkpoints" / left / "model.safetensors").write_bytes(b"half")
     save(run, 21)
@@ -129,14 +135,14 @@ def test_what_killed_saves_left_is_removed_by_the_next(run: Path) -> None:
 # Row 4: whatever is wrong with a checkpoint is noticed and named, and the one before is taken.
 
 
-def passes_over(run: Path, damaged: int = 14, good: int = 7) -> str:
+def skips(run: Path, damaged: int = 14, good: int = 7) -> str:
     """Check that the good checkpoint is taken; what is said of the other."""
     checkpoint, said = latest(run)
     assert checkpoint.step == good
     assert_whole(checkpoint)
     assert len(said) == 1
     assert str(run / "checkpoints" / f"step-{damaged:08}") in said[0]
-    assert "damaged and passed over" in said[0]
+    assert "is damaged and skipped" in said[0]
     return said[0]
 
 
@@ -148,7 +154,7 @@ def test_every_truncation_is_noticed(run: Path, name: str) -> None:
     odd = (1, 7, 8, 9, len(content) // 2, len(content) - 4, len(content) - 1)
     for size in sorted({*steps, *odd}):
         path.write_bytes(content[:size])
-        assert name in passes_over(run)
+        assert name in skips(run)
     path.write_bytes(content)
     assert latest(run)[0].step == 14
 
@@ -163,7 +169,7 @@ def test_every_flipped_bit_is_noticed(run: Path) -> None:
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             path.write_bytes(flipped)
-            passes_over(run)
+            skips(run)
         path.write_bytes(content)
     assert latest(run)[0].step == 14
 
@@ -175,24 +181,88 @@ def test_every_bit_of_the_manifest_counts(run: Path) -> None:
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
-        assert "manifest.json" in passes_over(run)
+        assert "manifest.json" in skips(run)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "5", '{"files": []}', "[" * 100_000])
 def test_a_manifest_of_something_else_is_noticed(run: Path, content: str) -> None:
     (run / "checkpoints" / "step-00000014" / "manifest.json").write_text(content)
-    assert "manifest.json" in passes_over(run)
+    assert "manifest.json" in skips(run)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_and_extra_files_are_noticed(run: Path, name: str) -> None:
+def test_a_missing_file_is_noticed(run: Path, name: str) -> None:
     place = run / "checkpoints" / "step-00000014"
-    (place / name).rename(place / f"{name}.old")
-    assert name in passes_over(run)
-    (place / f"{name}.old").rename(place / name)
-    assert latest(run)[0].step == 14
+    (place / name).unlink()
+    assert skips(run).endswith(
+        f": {name}: missing. The next save renames it to .damaged-step-00000014"
+    )
+
+
+STRAY = (".DS_Store", "._model.safetensors", ".nfs0000000012", "Thumbs.db", "desktop.ini", ".x")
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_files_of_file_managers_and_disks_are_no_damage(run: Path, name: str) -> None:
+    place = run / "checkpoints" / "step-00000014"
+    for folder in (place, run / "checkpoints"):
+        (folder / name).write_bytes(b"\0\0\0\1Bud1")
+    checkpoint, said = latest(run)
+    assert (checkpoint.step, said) == (14, [])
+    assert_whole(checkpoint)
+    assert [one.trouble for one in inspect_checkpoints(run, thorough=True)] == ["", ""]
+    save(run, 21)
+    assert [name for name in names(run) if name[:4] == "step"] == ["step-00000014", "step-00000021"]
+    assert (place / name).is_file()
+
+
+def test_an_unknown_file_is_reported_and_is_no_damage(run: Path) -> None:
+    place = run / "checkpoints" / "step-00000014"
     (place / "more.json").write_text("{}")
-    assert "more.json" in passes_over(run)
+    (place / "notes").mkdir()
+    checkpoint, said = latest(run)
+    assert checkpoint.step == 14
+    assert said == [f"{place}: more.json, notes does not belong to a checkpoint and is not used"]
+    unknown = [(one.unknown, one.trouble) for one in inspect_checkpoints(run, thorough=False)]
+    assert unknown == [((), ""), (("more.json", "notes"), "")]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_read_now_is_no_damage(
+    run: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    real, said = Path.open, []
+    wanted = run / "checkpoints" / "step-00000014" / name
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == wanted:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(CheckpointError) as caught:
+            latest_checkpoint(run, warn=said.append)
+        trouble = [one.trouble for one in inspect_checkpoints(run, thorough=True)]
+        with pytest.raises(CheckpointError, match=os.strerror(number)):
+            load_checkpoint(run, 14)
+    message = f"{wanted.parent} cannot be read: [Errno {number}] {os.strerror(number)}"
+    assert str(caught.value).startswith(message)
+    assert "Give the same command again" in str(caught.value) and said == []
+    assert trouble[0] == "" and trouble[1].startswith(message)
+    assert latest(run)[0].step == 14
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_no_empty_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match=r"checkpoints cannot be read: .*Permission denied"):
+        latest_checkpoint(run, warn=pytest.fail)
 
 
 @pytest.mark.parametrize(("one", "other"), [*itertools.combinations(FILES, 2)])
@@ -201,48 +271,57 @@ def test_swapped_files_are_noticed(run: Path, one: str, other: str) -> None:
     (place / one).rename(place / "between")
     (place / other).rename(place / one)
     (place / "between").rename(place / other)
-    passes_over(run)
+    skips(run)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_another_checkpoint_are_noticed(run: Path, name: str) -> None:
     home = run / "checkpoints"
     shutil.copy(home / "step-00000007" / name, home / "step-00000014" / name)
-    passes_over(run)
+    skips(run)
 
 
 def test_a_checkpoint_under_another_name_is_noticed(run: Path) -> None:
     home = run / "checkpoints"
     shutil.copytree(home / "step-00000014", home / "step-00000021")
-    passes_over(run, damaged=21, good=14)
+    skips(run, damaged=21, good=14)
 
 
 def test_a_file_or_an_empty_folder_is_no_checkpoint(run: Path) -> None:
     place = run / "checkpoints" / "step-00000021"
     place.mkdir()
-    passes_over(run, damaged=21, good=14)
+    skips(run, damaged=21, good=14)
     place.rmdir()
     place.write_text("")
-    passes_over(run, damaged=21, good=14)
+    skips(run, damaged=21, good=14)
 
 
 def test_when_all_are_damaged_the_run_cannot_go_on(run: Path) -> None:
     for place in (run / "checkpoints").iterdir():
         (place / "model.safetensors").write_bytes(b"")
     said: list[str] = []
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*--fresh"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged.*--fresh"):
         latest_checkpoint(run, warn=said.append)
     assert len(said) == 2
 
 
-def test_a_damaged_checkpoint_is_replaced_and_never_kept_for_a_good_one(run: Path) -> None:
-    damaged = run / "checkpoints" / "step-00000014"
+def set_aside(run: Path) -> list[str]:
+    return [place.name for place in damaged_checkpoints(run)]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_never_deleted(run: Path) -> None:
+    home = run / "checkpoints"
+    damaged = home / "step-00000014"
     (damaged / "state.json").write_text("{}")
-    save(run, 9, keep=1)  # the run went on from 7 and was stopped at 9
-    assert names(run) == ["step-00000009"]
-    shutil.copytree(run / "checkpoints" / "step-00000009", damaged)
+    before = {file.name: file.read_bytes() for file in damaged.iterdir()}
+    save(run, 9, keep=1)  # the run was resumed from 7 and stopped at 9
+    assert (names(run), set_aside(run)) == (["step-00000009"], [".damaged-step-00000014"])
+    aside = home / ".damaged-step-00000014"
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
+    shutil.copytree(home / "step-00000009", damaged)
     save(run, 14)
     assert names(run) == ["step-00000009", "step-00000014"]
+    assert set_aside(run) == [".damaged-step-00000014", ".damaged-step-00000014-2"]
     checkpoint, said = latest(run)
     assert (checkpoint.step, said) == (14, [])
     assert_whole(checkpoint)
@@ -513,6 +592,96 @@ def test_a_folder_that_cannot_be_written(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(ResourceError, match=r"Read-only file system|Permission") as caught:
             save(run, 21)
         assert_refused(run, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"model__num_hidden_layers": 1}, "its weights belong to a model of another shape"),
+        ({"model__intermediate_size": 192}, "its weights belong to a model of another shape"),
+        ({"optim__name": "adamw"}, "the optimizer's state belongs to another model or optimizer"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_an_error(
+    tmp_path: Path, other: dict[str, Any], message: str
+) -> None:
+    train(nano_trainer(tmp_path, training__steps=2))
+    with pytest.raises(CheckpointError) as caught:
+        train(nano_trainer(tmp_path, training__steps=2, **other))
+    assert str(caught.value).startswith(f"{tmp_path / 'checkpoints' / 'step-00000002'}: {message}")
+    assert "choose another --out, or start over with --fresh" in str(caught.value)
+
+
+class FakeGenerator:
+    """The part of torch.mps that knows the random generator of an Apple GPU."""
+
+    def __init__(self) -> None:
+        self.state = torch.arange(4, dtype=torch.uint8)
+
+    def get_rng_state(self) -> torch.Tensor:
+        return self.state.clone()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.state = state.clone()
+
+
+def test_apples_generator_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, mps = FakeGenerator(), torch.device("mps")
+    monkeypatch.setattr(torch, "mps", fake)
+    states = _random_states(mps)
+    assert set(states) == {"rng/cpu", "rng/mps"}
+    before = fake.get_rng_state()
+    fake.state += 1
+    _set_random_states(states, mps)
+    assert torch.equal(fake.state, before)
+    fake.state += 1
+    _set_random_states({"rng/mps": before}, torch.device("cpu"))
+    assert not torch.equal(fake.state, before), "a run that was resumed on another device"
+
+
+RESUME = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from minimind.training.checkpoint import latest_checkpoint, restore_weights
+
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.ones(1 << 20)) for _ in range(32))
+
+model, moments = Held(), {f"m/{n}": torch.ones(1 << 20) for n in range(32)}
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+status = Path("/proc/self/status")
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if key in line)
+
+before = kilobytes("VmRSS")
+checkpoint = latest_checkpoint(Path(sys.argv[1]), warn=print)
+restore_weights(model, checkpoint)
+for name, tensor in moments.items():
+    tensor.copy_(checkpoint.optimizer[name])
+assert float(model.layers[31][5]) == 31.0 and float(moments["m/31"][5]) == 62.0
+print((kilobytes("VmHWM") - before) << 10)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory in other units")
+def test_resuming_takes_one_tensor_more_than_training(tmp_path: Path) -> None:
+    """256 MiB of tensors, of 4 MiB each, are read into a process that holds as many."""
+    save_checkpoint(
+        tmp_path,
+        5,
+        model={f"layers.{n}": torch.full((1 << 20,), float(n)) for n in range(32)},
+        optimizer={f"m/{n}": torch.full((1 << 20,), 2.0 * n) for n in range(32)},
+        state={},
+        keep=1,
+    )
+    command = [sys.executable, "-c", RESUME, str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(printed) <= 16 << 20
 
 
 def test_the_state_is_plain_json(run: Path) -> None:

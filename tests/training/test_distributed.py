@@ -1,17 +1,21 @@
 """Rows 2, 6 and 7 of the reliability promises where several processes share a run."""
 
+import json
 import random
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minimind.data.order import Order
-from minimind.errors import ConfigError
+from minimind.errors import ConfigError, TrainingError
 from minimind.training.distributed import Workers, _buckets, join, own_device
-from minimind.training.loop import Sums
+from minimind.training.sums import Sums
 from tests.support.small_runs import (
     Lives,
     assert_in_step,
@@ -54,19 +58,86 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
         _share(TrainingSettings(batch=8, micro_batch=4), Workers(0, 4))
 
 
-def test_each_process_needs_a_device_of_its_own() -> None:
+def test_all_processes_of_a_machine_share_its_cpu() -> None:
     assert own_device("cpu", Workers(1, 2, 1, 2)) == torch.device("cpu")
     assert own_device("cpu", Workers()) == torch.device("cpu")
-    if torch.cuda.device_count() >= 2:
-        assert own_device("cuda", Workers(1, 2, 1, 2)) == torch.device("cuda", 1)
-        with pytest.raises(ConfigError, match="device=cuda:1: 2 processes need a device each"):
-            own_device("cuda:1", Workers(1, 2, 1, 2))
 
 
-def test_short_memory_is_not_taken_for_a_process_that_is_gone() -> None:
-    said = "NCCL error: unhandled cuda error, Last error: Cuda failure 2 'out of memory'"
-    with pytest.raises(RuntimeError, match="Cuda failure 2"), Workers(0, 2)._company():
-        raise RuntimeError(said)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_process_needs_a_gpu_of_its_own() -> None:
+    assert own_device("cuda", Workers(1, 2, 1, 2)) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="device=cuda:1: 2 processes need a device each"):
+        own_device("cuda:1", Workers(1, 2, 1, 2))
+
+
+def never(seconds: float) -> None:
+    pytest.fail("nobody is waited for")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "NCCL error: unhandled cuda error, Last error: Cuda failure 2 'out of memory'",
+        "NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)",
+        "ProcessGroupGloo::allgather: invalid tensor size at index 0 (expected (4), got (3))",
+        "[enforce fail at pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4. Received data size "
+        "doesn't match expected size. Is there a distributed collective mismatch in your code?",
+        "No backend type associated with device type mps",
+        "Tensors must be contiguous",
+    ],
+)
+def test_an_error_of_a_collective_stays_what_it_is(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minimind.training.distributed.time.sleep", never)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match=re.escape(message)), Workers(0, 2)._company():
+        raise RuntimeError(message)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_of_gloo_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minimind.training.distributed.time.sleep", never)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        workers = Workers(0, 2, 0, 2, dist.group.WORLD)
+        with pytest.raises(RuntimeError, match="Invalid scalar type"):
+            workers.sum([torch.ones(3).to(torch.float8_e4m3fn)])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [  # of gloo, of torch's store and of NCCL
+        "[pair.cc:553] Connection closed by peer [127.0.0.1]:15275. This is typically caused by a "
+        "remote worker crashing.",
+        "[pair.cc:537] Read error [127.0.0.1]:27282: Connection reset by peer.",
+        "[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
+        "wait timeout after 3000ms, keys: /default_pg/0//1//cpu//0/1",
+        "Broken pipe",
+        "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server crash?",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
+        "NCCL error: remote process exited or there was a network error",
+        "NCCL error: unhandled system error, Last error: socketProgress: Connection closed by "
+        "remote peer",
+        "NCCL communicator was aborted on rank 0.",
+    ],
+)
+def test_a_lost_connection_is_a_process_that_has_ended(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minimind.training.distributed._KILLED_WITHIN_S", 0)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            pytest.raises(TrainingError, match="another process of this") as caught,
+            Workers(0, 2)._company(),
+        ):
+            raise RuntimeError(message)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert str(caught.value.__cause__) == message
 
 
 def test_a_rank_that_no_launcher_has_given_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,20 +165,21 @@ def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Workers, "sum", double)
     more = {"tokens": torch.tensor([[1 << 40, 1], [2, 3]]), "nats": torch.tensor(0.1)}
-    sums = Sums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), more)
+    sums = Sums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), more, 7)
     sums.over(Workers(0, 2), torch.device("cpu"))
     assert int(sums.count) == 2 * ((1 << 24) + 1)
     assert sums.more["tokens"].tolist() == [[1 << 41, 2], [4, 6]]
+    assert int(sums.tokens) == 2 * 7
     assert float(sums.loss) == 3.0 and sums.more["nats"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
-        ("pretrain", {}),  # with Muon at the rate that it has where nothing is said, 0.02
+        ("pretrain", {}),
         ("pretrain", {"model__preset": "nano-moe", "training__log_every": 3}),
         ("sft", {"optim__name": "adamw"}),
-        ("dpo", {"optim__muon_lr": 0.002}),
+        ("dpo", {}),
     ],
 )
 def test_two_processes_and_four_do_what_one_does(
@@ -182,6 +254,74 @@ def test_another_number_of_processes_goes_on(lives: Lives, tmp_path: Path) -> No
     assert "going on from step 20" in said
     assert seen == list(range(120))
     assert losses(run) == pytest.approx(losses(whole), rel=CLOSE)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_processes_validate(lives: Lives, tmp_path: Path, processes: int) -> None:
+    """Each reads its part of the held-out windows, and the figures are those of one process.
+
+    With five windows the fourth of four processes has none.
+    """
+    settings = {"model__preset": "nano-moe", "held_out": True, "validation__windows": 5}
+    settings |= {"validation__every": 4}
+    for number in (1, processes):
+        share(lives, tmp_path / f"{number}", number, **settings)
+    run = tmp_path / f"{processes}"
+    read = [json.loads((run / f"held-out-{rank}").read_text()) for rank in range(processes)]
+    parts = {2: [[0, 1, 2], [3, 4]], 4: [[0, 1], [2, 3], [4], []]}[processes]
+    assert read == [[[start, 1] for start in part] * 2 for part in parts]
+    alone, together = (metrics(tmp_path / f"{n}", "validation") for n in (1, processes))
+    assert [line["step"] for line in together] == [4, 8]
+    for found, wanted in zip(together, alone, strict=True):
+        assert found.pop("kind") == wanted.pop("kind")
+        assert found == pytest.approx(wanted, rel=CLOSE, abs=CLOSE)
+
+
+def test_a_stop_in_a_validation_reaches_all_processes(lives: Lives, tmp_path: Path) -> None:
+    """A signal to the second of two, in its second window of three; the validation comes again."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = {"held_out": True, "validation__windows": 6, "validation__every": 2}
+    settings |= {"training__steps": 4}
+    share(lives, whole, 2, **settings)
+    share(lives, run, 2, stop=(1, 6), **settings)
+    assert {(run / f"steps-{rank}").read_text() for rank in range(2)} == {"2"}
+    assert metrics(run, "validation") == []
+    assert [json.loads((run / f"held-out-{rank}").read_text()) for rank in range(2)] == [
+        [[0, 1], [1, 1]],
+        [[3, 1], [4, 1]],
+    ]
+    share(lives, run, 2, **settings)
+    assert metrics(run) == metrics(whole)
+    assert files_of(run, 4) == files_of(whole, 4)
+
+
+def test_where_a_validation_does_not_fit_in_one_process_all_take_fewer_windows(
+    lives: Lives, tmp_path: Path
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = {"held_out": True, "validation__windows": 8, "validation__every": 4}
+    settings |= {"training__micro_batch": 2, "training__steps": 4}
+    share(lives, whole, 2, **settings)
+    said = share(lives, run, 2, short=(1, [6]), **settings)  # the second part of its validation
+    assert (
+        said == "0: too little memory on cpu to evaluate 2 windows at once; 1 window from now on\n"
+    )
+    assert json.loads((run / "held-out-0").read_text()) == [[0, 2], [2, 2], [2, 1], [3, 1]]
+    [found], [wanted] = (metrics(place, "validation") for place in (run, whole))
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=CLOSE)
+    assert files_of(run, 4) == files_of(whole, 4)
+
+
+def test_references_of_held_out_pairs_are_shared_out_too(lives: Lives, tmp_path: Path) -> None:
+    """Most of the held-out windows are not among those of the two steps."""
+    settings = {"held_out": True, "validation__windows": 13, "training__steps": 2}
+    for processes in (1, 2, 4):
+        share(lives, tmp_path / f"{processes}", processes, "dpo", **settings)
+    alone, *others = (metrics(tmp_path / f"{n}", "validation") for n in (1, 2, 4))
+    assert alone[0]["loss"] > 0
+    for lines in others:
+        for name in ("loss", "logps/chosen", "logps/rejected"):
+            assert lines[0][name] == pytest.approx(alone[0][name], rel=CLOSE)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(lives: Lives, tmp_path: Path) -> None:

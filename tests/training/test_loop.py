@@ -2,13 +2,16 @@
 
 import copy
 import gc
+import json
 import math
-import os
 import signal
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,19 +21,22 @@ from torch import Tensor
 
 from minimind.data.packing import IGNORED, Batch, ChatWindows, Mix
 from minimind.data.store import Shard
-from minimind.errors import ResourceError, TrainingError
+from minimind.errors import ConfigError, DataError, ResourceError, TrainingError
 from minimind.inference.asking import write_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
+from minimind.training import loop
 from minimind.training.batch import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
+from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import LossScaler, Precision
 from minimind.training.reporter import Reporter
 from tests.support.devices import NoDoubles
 from tests.support.small_runs import (
     VOCAB,
+    Stopping,
     Told,
     chat_shard,
     files_of,
@@ -60,10 +66,30 @@ def test_it_learns(tmp_path: Path) -> None:
         outcome = train(nano_trainer(run, objective, held_out=True, training__steps=40))
         curve = losses(run)
         assert outcome.finished and outcome.steps == len(curve) == 40
-        assert outcome.tokens == 40 * 4 * 32
         assert abs(curve[0] - math.log(VOCAB)) < 0.5
         assert curve[-1] < curve[0] - 1.0
         assert outcome.validation["loss"] < curve[0] - 1.0
+
+
+@pytest.mark.parametrize("stop", [None, 1])
+def test_tokens_are_counted_without_padding(tmp_path: Path, stop: int | None) -> None:
+    """Two epochs in two steps: all that the conversations have, but the last token of each."""
+    shard = chat_shard()
+    lengths = [int(end - start) for start, end in pairwise([0, *shard.ends])]
+    windows = ChatWindows([shard], 32, pad=0, seed=7)
+    read = sum(min(length, 33) - 1 for length in lengths)
+    assert windows.report.unsupervised == 0 and read < len(windows) * 32
+    settings = {"training__steps": 2, "training__batch": len(windows)}
+    settings |= {"training__micro_batch": len(windows)}
+    if stop:
+        train(nano_trainer(tmp_path, "sft", reporter=Stopping(stop), **settings))
+    outcome = train(nano_trainer(tmp_path, "sft", **settings))
+    assert outcome.tokens == 2 * read
+    assert [line["tokens"] for line in metrics(tmp_path, "train")] == [read, 2 * read]
+    lines = (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()
+    elapsed = [0.0, *(json.loads(line)["elapsed_s"] for line in lines)]
+    for line, (before, now) in zip(lines, pairwise(elapsed), strict=True):
+        assert json.loads(line)["tokens_per_second"] == pytest.approx(read / (now - before))
 
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
@@ -76,8 +102,7 @@ def test_the_size_of_a_micro_batch_does_not_matter(
     for micro_batch in (1, 2, 4):
         run = tmp_path / f"{micro_batch}"
         settings: dict[str, Any] = {"training__micro_batch": micro_batch, "optim__name": optimizer}
-        # Muon's bf16 turns the last bit of a sum into a bit that can be seen.
-        settings |= {"training__steps": 8, "optim__muon_lr": 0.002, "model__preset": preset}
+        settings |= {"training__steps": 8, "model__preset": preset}
         train(nano_trainer(run, objective, **settings))
         curves.append(losses(run))
     for curve in curves[1:]:
@@ -89,18 +114,101 @@ def test_each_step_takes_the_samples_of_its_place_in_the_run(tmp_path: Path) -> 
 
     class Recorded(Mix):
         def batch(self, start: int, count: int) -> Batch:
-            seen.extend(range(start, start + count))
+            built.extend(range(start, start + count))
             return super().batch(start, count)
 
     for micro_batch in (1, 4):
         seen: list[int] = []
         run = tmp_path / f"{micro_batch}"
         for stop_at in (3, 7, None):
+            built: list[int] = []
             job = nano_trainer(run, training__micro_batch=micro_batch, training__steps=10)
             job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
             job.reporter = Stopping(stop_at)
-            train(job)
+            outcome = train(job)
+            assert len(built) <= outcome.steps * 4 - len(seen) + micro_batch  # one ahead
+            seen += [sample for sample in built if sample < outcome.steps * 4]
         assert seen == list(range(40))
+
+
+def prefetching_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("minimind-batches")]
+
+
+@pytest.mark.parametrize("where", ["shard", "loss", "skipped", "stop", "end"])
+def test_no_thread_is_left_behind(tmp_path: Path, where: str) -> None:
+    """An error in a batch that is built ahead comes when its step does, and not if none comes."""
+
+    class Damaged(Mix):
+        def batch(self, start: int, count: int) -> Batch:
+            if start >= 12:
+                raise DataError("shard-00001.tokens: cannot be read")
+            assert prefetching_threads() == [threading.current_thread()]
+            return super().batch(start, count)
+
+    def fail(loss: Tensor) -> Tensor:
+        raise ValueError("what nobody expects")
+
+    spoils = {"loss": fail, "skipped": SPOILS["loss-nan"]}
+    job = nano_trainer(tmp_path, reporter=Stopping(3 if where == "stop" else None))
+    job.objective = Spoilt(job.objective, spoils.get(where, lambda loss: loss), {*range(7, 20)})
+    if where in ("shard", "stop"):
+        job.data = Damaged(job.data.parts, [1.0], job.recipe.seed)
+    errors = {"shard": DataError, "loss": ValueError, "skipped": TrainingError}
+    if where in errors:
+        with pytest.raises(errors[where]):
+            train(job)
+    else:
+        train(job)
+    steps = {"skipped": 5, "end": 20}.get(where, 3)  # the step that halts the run has no line
+    assert [line["step"] for line in metrics(tmp_path, "train")] == list(range(1, steps + 1))
+    assert prefetching_threads() == []
+
+
+def test_the_log_is_closed_when_training_cannot_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    class Watched(MetricsLog):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            opened.append(self)
+
+    def fail(*arguments: Any) -> None:
+        raise ConfigError("no such engine")
+
+    monkeypatch.setattr(loop, "MetricsLog", Watched)
+    monkeypatch.setattr(loop, "_engine", fail)
+    with pytest.raises(ConfigError, match="no such engine"):
+        train(nano_trainer(tmp_path))
+    [log] = opened
+    with pytest.raises(ValueError, match="closed file"):
+        log.offset  # noqa: B018
+
+
+@pytest.mark.usefixtures("ordered_event_files")
+def test_tensorboard_has_each_step_of_a_resumed_run_once(tmp_path: Path) -> None:
+    """The run ended by an error three steps after its checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def fail(loss: Tensor) -> Tensor:
+        raise ValueError("what nobody expects")
+
+    settings: dict[str, Any] = {"training__trackers": ["tensorboard"], "training__steps": 10}
+    settings |= {"checkpoint__every": 4, "held_out": True, "validation__every": 2}
+    job = nano_trainer(tmp_path, **settings)
+    job.validate_first = True
+    job.objective = Spoilt(job.objective, fail, {3 + 14 + 3 * 2 + 1})
+    with pytest.raises(ValueError, match="nobody expects"):
+        train(job)
+    again = nano_trainer(tmp_path, **settings)
+    again.validate_first = True
+    assert train(again).finished
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
+    assert [e.step for e in events.Scalars("validation/loss")] == list(range(0, 11, 2))
 
 
 def test_validation_and_samples_leave_training_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -147,6 +255,11 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     assert [line["learned"] for line in lines] == [3 * 128, 3 * 128, 128]
     means = [sum(single[:3]) / 3, sum(single[3:6]) / 3, single[6]]
     assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-6)
+    norms = [line["grad_norm"] for line in metrics(tmp_path / "1", "train")]
+    means = [sum(norms[:3]) / 3, sum(norms[3:6]) / 3, norms[6]]
+    assert [line["grad_norm"] for line in lines] == pytest.approx(means, rel=1e-6)
+    largest = [max(norms[:3]), max(norms[3:6]), norms[6]]
+    assert [line["grad_norm_max"] for line in lines] == largest
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -180,18 +293,6 @@ def test_the_gradient_is_clipped(tmp_path: Path) -> None:
 
 
 # Being asked to stop.
-
-
-class Stopping(Told):
-    """Asks for a stop after a step, as Ctrl-C does."""
-
-    def __init__(self, step: int | None, number: signal.Signals = signal.SIGINT) -> None:
-        super().__init__()
-        self._step, self._number = step, number
-
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        if done == self._step:
-            os.kill(os.getpid(), self._number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -239,10 +340,10 @@ def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_its_end(tmp_path
         return loss
 
     settings: dict[str, Any] = {"held_out": True, "training__steps": 6, "validation__every": 2}
-    settings |= {"validation__windows": 20, "training__micro_batch": 4}  # three at a time
+    settings |= {"validation__windows": 20, "training__micro_batch": 4}  # in five parts
     whole = tmp_path / "whole"
     ended = train(nano_trainer(whole, **settings))
-    for validation, call in ((1, 4), (2, 8), (3, 15)):  # its second, first and last part
+    for validation, call in ((1, 4), (2, 10), (3, 21)):  # its second, first and last part
         run = tmp_path / f"{validation}"
         job = nano_trainer(run, **settings)
         job.objective = Spoilt(job.objective, stop, {call})
@@ -372,6 +473,79 @@ def test_one_window_at_once_that_does_not_fit_ends_the_run(tmp_path: Path) -> No
         train(job)
 
 
+@dataclass
+class Large:
+    """An objective for which memory runs out with more than `fits` windows in a validation."""
+
+    objective: Objective
+    model: Transformer
+    fits: int
+
+    def loss(
+        self, model: Transformer, batch: TensorBatch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if not self.model.training and len(batch.tokens) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.objective.loss(model, batch)
+
+    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        return self.objective.figures(loss, sums)
+
+    def note(self, figures: dict[str, float]) -> str:
+        return self.objective.note(figures)
+
+    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+        return self.objective.warning(share, figures)
+
+
+LARGE: dict[str, Any] = {"held_out": True, "training__steps": 4, "validation__every": 2}
+LARGE |= {"training__batch": 16, "training__micro_batch": 16, "validation__windows": 21}
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("fits", [1, 3, 4])
+def test_where_a_validation_runs_out_of_memory_it_takes_fewer_windows(
+    tmp_path: Path, objective: str, fits: int
+) -> None:
+    """From then on; the steps keep what fits them, and the figures are the same to rounding."""
+    whole, told = nano_trainer(tmp_path / "whole", objective, **LARGE), Told()
+    train(whole)
+    job = nano_trainer(tmp_path / "short", objective, reporter=told, **LARGE)
+    job.objective = Large(job.objective, job.model, fits)
+    assert train(job).finished
+    sizes = [size for size in (8, 4, 2, 1) if size > fits]
+    assert [line for line in told.lines if "memory" in line] == [
+        f"too little memory on cpu to evaluate {size} windows at once; "
+        f"{size // 2} window{'s' * (size > 2)} from now on"
+        for size in sizes
+    ]
+    assert (job.micro_batch, job.max_eval_batch) == (16, sizes[-1] // 2)
+    assert files_of(job.run, 4) == files_of(whole.run, 4)
+    assert metrics(job.run, "train") == metrics(whole.run, "train")
+    found, wanted = (metrics(one.run, "validation") for one in (job, whole))
+    assert len(found) == len(wanted) == 2
+    for line, other in zip(found, wanted, strict=True):
+        assert line.pop("kind") == other.pop("kind")
+        assert line == pytest.approx(other, rel=1e-5)
+
+
+def test_a_validation_takes_no_more_windows_than_a_step(tmp_path: Path) -> None:
+    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch": 2})
+    job.objective = Large(job.objective, job.model, 2)
+    assert train(job).finished and job.max_eval_batch == 8
+
+
+def test_a_validation_of_one_window_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
+    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch": 2})
+    job.objective = Large(job.objective, job.model, 0)
+    with pytest.raises(ResourceError) as caught:
+        train(job)
+    assert str(caught.value) == (
+        f"{tmp_path}: too little memory on cpu to evaluate 1 window at once, which is the least; "
+        "take a smaller model or a shorter data.window, or free memory on the device"
+    )
+
+
 # The best.
 
 
@@ -455,7 +629,30 @@ def test_training_in_fp16_finds_its_scale(tmp_path: Path) -> None:
     train(job)
     assert 2.0**8 < job.precision.scaler.scale < 2.0**40
     assert job.precision.scaler.good_steps > 5
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
+    curve = [loss for loss in losses(tmp_path) if loss is not None]  # of steps that were taken
+    assert len(curve) == 50 - len(metrics(tmp_path, "skipped"))
+    assert curve[-1] < curve[0] - 0.3
+
+
+def test_finding_the_scale_of_fp16_is_written_down_and_no_alarm(tmp_path: Path) -> None:
+    told = Told()
+    job = fp16_run(tmp_path, 40, told, scale=2.0**40)
+    assert train(job).finished
+    skipped = metrics(tmp_path, "skipped")
+    assert [line["loss_scale"] for line in skipped] == [
+        2.0 ** (39 - number) for number in range(len(skipped))
+    ]
+    assert len(skipped) > 10 and told.lines == []
+
+
+def test_numbers_that_no_scale_cures_are_reported_and_halt_a_run_in_fp16(tmp_path: Path) -> None:
+    told = Told()
+    job = fp16_run(tmp_path, 40, told, scale=4.0)
+    job.objective = Spoilt(job.objective, SPOILS["loss-nan"], {*range(5, 99)})
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* up to step 5"):
+        train(job)
+    assert [line["loss_scale"] for line in metrics(tmp_path, "skipped")] == [2.0, 1.0, 1.0]
+    assert [line.partition(" (")[0] for line in told.lines] == ["step 4", "step 5"]
 
 
 def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -540,6 +737,41 @@ def test_a_bad_step_changes_nothing_and_is_told(
     assert metrics(tmp_path, "skipped") == written
     assert [line["step"] for line in metrics(tmp_path, "train") if line["grad_norm"] is None] == [5]
     assert all(t.isfinite().all() for t in job.model.state_dict().values())
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "dpo"])
+def test_a_skipped_step_loses_its_own_loss_alone(tmp_path: Path, objective: str) -> None:
+    """Steps 2, 5 and 6 of 9 are skipped: the lines of three steps are means over the others."""
+    told = Told()
+    settings: dict[str, Any] = {"training__steps": 9, "checkpoint__every": 99}
+    lines = {}
+    for log_every in (1, 3):
+        run = tmp_path / f"{log_every}"
+        job = nano_trainer(run, objective, training__log_every=log_every, **settings)
+        job.objective = Spoilt(job.objective, SPOILS["loss-nan"], {3, 9, 12})
+        assert train(job).finished
+        lines[log_every] = metrics(run, "train")
+    single = lines[1]
+    assert [line["step"] for line in single if line["loss"] is None] == [2, 5, 6]
+    taken = [[single[0], single[2]], [single[3]], single[6:]]
+    assert [line["loss"] for line in lines[3]] == pytest.approx(
+        [fmean([x["loss"] for x in few], [x["learned"] for x in few]) for few in taken], rel=1e-5
+    )
+    assert all(line["grad_norm"] > 0 for line in lines[3])
+    assert [line["tokens"] for line in lines[3]] == [
+        line["tokens"] for line in lines[1] if line["step"] % 3 == 0
+    ]
+    assert told.lines == []
+
+
+def test_a_line_of_skipped_steps_has_no_loss(tmp_path: Path) -> None:
+    job, _ = spoilt(tmp_path, "gradient", {9, 12}, training__log_every=2, training__steps=8)
+    assert train(job).finished
+    lines = metrics(tmp_path, "train")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert lines[2]["learned"] == 0
+    assert {lines[2][key] for key in ("loss", "grad_norm", "grad_norm_max")} == {None}
+    assert all(line["loss"] > 0 for line in lines if line["step"] != 6)
 
 
 def test_two_bad_steps_in_a_row_are_passed(tmp_path: Path) -> None:

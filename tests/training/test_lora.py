@@ -233,16 +233,42 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
     fill = {"name": "小明", "autor": "李雷"}
     for _ in range(2):  # a store that is there is told of as well
         message = refused(recipe(data__fill=fill, **given), DataError)
-        assert "200 records hold {{author}}, which nothing fills; give data.fill.author" in message
+        assert (
+            "nothing fills {{author}}, which is in 200 of 200 records; give data.fill.author"
+            in message
+        )
         assert message.endswith("(data.fill has name, autor)")
     prepare_stage(recipe(**given), reporter=told)
-    assert len([line for line in told.lines if "which nothing fills" in line]) == 2
+    assert len([line for line in told.lines if ": nothing fills {{" in line]) == 2
     told = Told()
     job = prepare_stage(recipe(data__fill=fill | {"author": "李雷"}, **given), reporter=told)
     text = job.tokenizer.decode(job.stores.sources[0].shards("train")[0].tokens[:40].tolist())
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
     assert line == "data.fill.autor fills nothing: no record holds {{autor}}"
+
+
+def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": "译", "input": 3, "output": "three", "messages": [{"role": "other"}]}
+    path.write_text("\n".join([json.dumps(row)] * 200), encoding="utf-8")
+    fill = {"name": "小明", "author": "李雷"}
+    table = {"path": str(path), "schema": "alpaca"}
+    settings = {
+        "data__fill": fill,
+        "data__general": ["textbook:general"],
+        "data__validation": [str(corpus / "chat.jsonl")],
+    }
+    message = refused(recipe(data__sources=[str(path), "textbook:identity"], **settings), DataError)
+    assert "unknown role 'other'" in message
+    assert 'data.sources=[{path="FILE", schema="NAME"}]' in message
+    told = Told()
+    prepared = prepare_stage(
+        recipe(data__sources=[table, "textbook:identity"], **settings), reporter=told
+    )
+    documents = [store.manifest["train"]["documents"] for store in prepared.stores.sources]
+    assert documents == [200, 3000]
+    assert f"{path}: keys of records that are not used: messages (200)" in told.lines
 
 
 def test_the_textbooks_identity_needs_a_name_and_an_author(recipe: Any, place: Path) -> None:

@@ -5,7 +5,6 @@ import torch
 
 from minimind.errors import ResourceError
 from minimind.model import PRESETS, ModelConfig, Transformer
-from minimind.training import memory
 from minimind.training.memory import Footprint, choose_micro_batch
 from minimind.training.optimizers import count_moments
 
@@ -67,13 +66,35 @@ def test_the_largest_divisor_that_fits_is_taken() -> None:
     ],
 )
 def test_too_little_memory_is_told_with_what_would_do(
-    monkeypatch: pytest.MonkeyPatch, asked: int | None, again: bool, advice: str
+    asked: int | None, again: bool, advice: str
 ) -> None:
     small = footprint(again=again)
     free = small.total(8) if asked else small.total(1) - 1
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     with pytest.raises(ResourceError, match=advice):
-        choose_micro_batch(small, asked=asked, batch=32, device=CPU)
+        choose_micro_batch(small, asked=asked, batch=32, device=CPU, free=free)
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "fits", "chosen"),
+    [(8, None, 16, 8), (8, 4, 16, 4), (8, 16, 32, 8), (8, None, 2, 2), (8, 8, 2, 2), (1, 8, 4, 1)],
+)
+def test_on_resume_the_smallest_of_saved_asked_and_fitting_is_taken(
+    saved: int, asked: int | None, fits: int, chosen: int
+) -> None:
+    small = footprint()
+    given = {"asked": asked, "batch": 32, "device": CPU, "saved": saved}
+    assert choose_micro_batch(small, free=small.total(fits), **given) == chosen
+    assert choose_micro_batch(small, free=None, **given) == min(saved, asked or saved)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_too_little_memory_on_resume_advises_only_what_a_begun_run_may_change(again: bool) -> None:
+    small = footprint(again=again)
+    with pytest.raises(ResourceError) as caught:
+        free = small.total(1) - 1
+        choose_micro_batch(small, asked=None, batch=8, device=CPU, saved=4, free=free)
+    assert "model.preset" not in str(caught.value) and "data.window" not in str(caught.value)
+    assert ("training.activation_checkpointing=true" in str(caught.value)) != again
 
 
 def test_moments_are_what_the_optimizers_keep() -> None:

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_tensorboard_gets_the_numbers(path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(path, trackers=["tensorboard"])
+    log.start_trackers(0)
     for step in (1, 2):
         log.write({"kind": "train", "step": step, "loss": 2.5 / step, "norm": None}, {"rate": 7})
         log.write({"kind": "sample", "step": step, "text": "长江"})
@@ -78,14 +80,124 @@ def test_tensorboard_gets_the_numbers(path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 2.5), (2, 1.25)]
 
 
-@pytest.mark.parametrize(
-    ("tracker", "module"),
-    [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("swanlab", "swanlab")],
-)
-def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(
-    path: Path, tracker: str, module: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("ordered_event_files")
+@pytest.mark.parametrize("starts", [(0, 0), (0, 3), (0, 3, 2, 3)])
+def test_tensorboard_drops_the_steps_that_a_resumed_run_writes_again(
+    path: Path, starts: tuple[int, ...]
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    """Killed after step 5, resumed from a checkpoint: each step once, with its latest value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    expected: dict[int, float] = {}
+    for life, start in enumerate(starts):
+        log = MetricsLog(path, trackers=["tensorboard"])
+        log.start_trackers(start)
+        expected = {step: value for step, value in expected.items() if step <= start and start}
+        for step in range(start + 1 if start else 0, 6):
+            expected[step] = float(life)
+            log.write({"kind": "train", "step": step, "loss": expected[step]})
+        log.close()
+    events = EventAccumulator(str(path.parent / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [*expected.items()]
+
+
+ONLINE_TRACKER = """
+import json, pathlib
+
+def record(*line):
+    with pathlib.Path({file!r}).open("a") as stream:
+        print(json.dumps(line, default=str), file=stream)
+
+def init(**options):
+    record("init", options["id"], options["resume"])
+    if "{fails}" == "init":
+        raise RuntimeError("No API key configured.\\nUse `login`")
+    return __import__(__name__)
+
+def log(metrics, step):
+    record("log", metrics, step)
+    if "{fails}" == "log":
+        raise OSError("no route to host")
+
+def finish():
+    record("finish")
+    if "{fails}" == "finish":
+        raise TimeoutError
+"""
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Install a stand-in for an online tracker, which records its calls and fails in one."""
+
+    def install(tracker: str, fails: str) -> Path:
+        calls, packages = tmp_path / "calls", tmp_path / "packages"
+        packages.mkdir(exist_ok=True)
+        source = ONLINE_TRACKER.format(file=str(calls), fails=fails)
+        (packages / f"{tracker}.py").write_text(source)
+        monkeypatch.syspath_prepend(packages)
+        monkeypatch.delitem(sys.modules, tracker, raising=False)
+        return calls
+
+    yield install
+    for tracker in ("wandb", "swanlab"):
+        sys.modules.pop(tracker, None)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
+def test_an_online_tracker_continues_its_run(
+    path: Path, tracker: str, online: Callable[[str, str], Path]
+) -> None:
+    """With the same id after a resume; a run that begins anew is another one."""
+    calls = online(tracker, "")
+    for start in (0, 4, 4, 0):
+        log = MetricsLog(path, trackers=[tracker])
+        log.start_trackers(start)
+        log.write({"kind": "train", "step": start + 1, "loss": 2.5})
+        log.close()
+    called = [json.loads(line) for line in calls.read_text().splitlines()]
+    inits = [call for call in called if call[0] == "init"]
+    first, again, third, anew = (run_id for _, run_id, _ in inits)
+    assert first == again == third != anew
+    assert {resume for *_, resume in inits} == {"allow"} and len(first) == 21
+    assert called[1:3] == [["log", {"train/loss": 2.5}, 1], ["finish"]]
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
+def test_a_tracker_that_fails_is_one_warning(
+    path: Path, tracker: str, fails: str, online: Callable[[str, str], Path]
+) -> None:
+    """No login, no network: the metrics are written, and the other tracker gets them."""
+    calls, warnings = online(tracker, fails), list[str]()
+    log = MetricsLog(path, trackers=[tracker, "tensorboard"], warn=warnings.append)
+    log.start_trackers(0)
+    for step in (1, 2):
+        log.write({"kind": "train", "step": step, "loss": 2.5})
+    log.close()
+    assert [line["step"] for line in lines(path)] == [1, 2]
+    reasons = {
+        "init": "No API key configured.",
+        "log": "no route to host",
+        "finish": "TimeoutError",
+    }
+    assert warnings == [
+        f"training.trackers: {tracker} has failed and gets no more metrics ({reasons[fails]}). "
+        f"Training continues; {path} holds every metric"
+    ]
+    names = [json.loads(line)[0] for line in calls.read_text().splitlines()]
+    assert names == {"init": ["init"], "log": ["init", "log"]}.get(
+        fails, ["init", "log", "log", "finish"]
+    )
+    assert any((path.parent / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "swanlab"])
+def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(
+    path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not there
     expected = f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
     with pytest.raises(ConfigError, match=re.escape(expected)):
         MetricsLog(path, trackers=[tracker])

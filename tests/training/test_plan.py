@@ -63,7 +63,7 @@ def test_windows_longer_than_the_context_are_told_as_in_training(tmp_path: Path)
 def test_data_without_a_record_is_not_planned_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(tmp_path / "tokenizer")
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": 5}\n{bad\n', encoding="utf-8")
+    bad.write_text('{"text": 5.5}\n{bad\n', encoding="utf-8")
     made = {"tokenizer": str(tmp_path / "tokenizer"), "data__sources": [str(bad)]}
     with pytest.raises(DataError, match=r"bad.jsonl: there is nothing to train on"):
         make_plan(nano_recipe("pretrain", tmp_path / "run", **made), seconds=0)

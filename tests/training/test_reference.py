@@ -9,16 +9,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch import Tensor
 
 from minimind.config.settings import Recipe
-from minimind.data.packing import PairWindows
+from minimind.data.packing import Mix, PairWindows
 from minimind.errors import CheckpointError, DataError, ResourceError
 from minimind.model import Transformer
 from minimind.training import reference
+from minimind.training.batch import TensorBatch
 from minimind.training.loop import Trainer, train
 from minimind.training.reference import fill_references
 from minimind.training.stage import StageResult, run_stage
-from tests.support.small_runs import Told, losses, metrics, nano_recipe, nano_trainer, pair_shard
+from tests.support.small_runs import (
+    Stopping,
+    Told,
+    losses,
+    metrics,
+    nano_recipe,
+    nano_trainer,
+    pair_shard,
+)
 
 
 def kept(run: Path) -> dict[str, np.ndarray]:
@@ -66,6 +76,16 @@ def test_a_rate_that_is_too_small_is_told(tmp_path: Path) -> None:
         assert sum("nothing is learned" in line for line in reporter.lines) == told
 
 
+def test_it_is_told_at_the_same_step_after_a_resume(tmp_path: Path) -> None:
+    """The first line after a resume is judged: only that of the first step is not."""
+    rate = {"optim__lr": 1e-9, "optim__muon_lr": 1e-9, "training__steps": 20}
+    train(nano_trainer(tmp_path, "dpo", reporter=Stopping(5), **rate))
+    again = Told()
+    train(nano_trainer(tmp_path, "dpo", reporter=again, **rate))
+    [warning] = [line for line in again.lines if "nothing is learned" in line]
+    assert warning.startswith("after 30% of the run")
+
+
 def test_several_epochs_and_a_weighted_mix_keep_to_the_reference(tmp_path: Path) -> None:
     """Of every window that the run comes to, and of no other, the log-probabilities are known."""
     job = nano_trainer(tmp_path, "dpo", training__steps=1)
@@ -82,6 +102,59 @@ def test_several_epochs_and_a_weighted_mix_keep_to_the_reference(tmp_path: Path)
         assert known == (index in windows)
     train(job)
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
+
+
+@pytest.mark.parametrize("held_out", [False, True], ids=["training", "held-out"])
+def test_where_memory_runs_out_fewer_windows_are_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: bool
+) -> None:
+    """Training then takes no more either: the first loss is that of no difference."""
+    real, told = reference.answer_logps, Told()
+    held = Mix([PairWindows([pair_shard(80)], 32, pad=0, seed=3)], [1.0], 3)
+
+    def short(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor]:
+        if len(batch.tokens) > 1 and torch.is_grad_enabled() != held_out:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(model, batch)
+
+    job = nano_trainer(tmp_path, "dpo", reporter=told, training__micro_batch=4)
+    before = windows_of(job).reference.copy()
+    windows_of(job).reference[:] = np.nan
+    (tmp_path / reference.FILE).unlink()
+    job.held_out = held
+    monkeypatch.setattr(reference, "answer_logps", short)
+    fill_references(job)
+    where = "too little memory on cpu"
+    assert told.lines == (
+        [
+            f"{where} to evaluate 4 windows at once; 2 windows from now on",
+            f"{where} to evaluate 2 windows at once; 1 window from now on",
+        ]
+        if held_out
+        else [
+            f"reference log-probabilities of step 1: {where} for {size} windows at once; going on "
+            f"with {size // 2}, the batch in more parts"
+            for size in (4, 2)
+        ]
+    )
+    assert (job.micro_batch, job.eval_batch) == ((4, 1) if held_out else (1, 1))
+    np.testing.assert_allclose(windows_of(job).reference, before, rtol=1e-5)
+    windows = min(job.recipe.validation.windows, held.order.epoch_size)
+    assert not any(np.isnan(x).any() for x in held.references(held.order.locate(0, windows)))
+    told.lines.clear()
+    train(job)
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_references_of_one_window_that_does_not_fit_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(reference, "answer_logps", short)
+    with pytest.raises(ResourceError, match=r"step 1: .* training\.activation_checkpointing=true"):
+        nano_trainer(tmp_path, "dpo", training__micro_batch=1)
 
 
 def test_they_are_kept_and_not_asked_for_again(
@@ -224,4 +297,4 @@ def test_conversations_are_refused_and_pairs_without_answers_left_out(
     assert "202 pairs in" in said
     assert "1 left out because no answer was left, 1 because both sides are the same" in said
     assert all(math.isfinite(loss) for loss in losses(run))
-    assert torch.isfinite(torch.tensor([line["learned"] for line in metrics(run, "train")])).all()
+    assert all(line["learned"] > 0 for line in metrics(run, "train"))

@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_gives_the_same_end(
     weights.write_bytes(content)
     assert lives.run("minimind", arguments=arguments, signals={}) == 0
     said = lives.output.read_text()
-    assert "is damaged and passed over" in said and newest.name in said
+    assert "is damaged and skipped" in said and newest.name in said
     assert_same(run, pretraining.whole)
 
 

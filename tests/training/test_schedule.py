@@ -1,9 +1,14 @@
 from itertools import pairwise
 
 import pytest
+from pydantic import ValidationError
 
+from minimind.config import load_recipe
+from minimind.config.load import packaged_recipes
 from minimind.config.settings import ScheduleSettings
 from minimind.training.schedule import lr_fraction
+
+SCHEDULES = {"cosine": {}, "wsd": {"decay": 0.3}}
 
 
 def curve(num_steps: int, **settings: object) -> list[float]:
@@ -11,40 +16,78 @@ def curve(num_steps: int, **settings: object) -> list[float]:
     return [lr_fraction(step, num_steps, schedule) for step in range(num_steps)]
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd"])
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("num_steps", [2, 10, 1000])
-def test_it_rises_once_and_falls_to_the_final_share(
+def test_it_rises_once_and_falls_towards_the_final_share(
     name: str, final: float, num_steps: int
 ) -> None:
-    shares = curve(num_steps, name=name, warmup=0.1, decay=0.3, final=final)
+    settings = ScheduleSettings(name=name, warmup=0.1, final=final, **SCHEDULES[name])  # type: ignore[arg-type]
+    shares = [lr_fraction(step, num_steps, settings) for step in range(num_steps)]
     peak = shares.index(1.0)
     assert all(a < b for a, b in pairwise(shares[: peak + 1]))
     assert all(a >= b for a, b in pairwise(shares[peak:]))
-    assert shares[-1] == pytest.approx(final, abs=1e-12)
-    assert all(0 <= share <= 1 for share in shares)
+    assert all(0 < share <= 1 for share in shares)
+    assert shares[-1] > final or final == 1
+    assert lr_fraction(num_steps, num_steps, settings) == pytest.approx(final, abs=1e-12)
 
 
-def test_warmup_is_linear_and_never_nothing() -> None:
+def test_warmup_is_linear_and_never_zero() -> None:
     assert curve(100, warmup=0.04)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert curve(100, warmup=0.0)[0] == 1.0
 
 
 def test_cosine_is_half_way_at_half_time() -> None:
-    shares = curve(101, name="cosine", warmup=0.0, final=0.2)
+    shares = curve(100, name="cosine", warmup=0.0, final=0.2)
     assert shares[50] == pytest.approx(0.6)
     assert shares[25] + shares[75] == pytest.approx(1.2)
 
 
 def test_wsd_is_stable_and_then_falls_in_a_line() -> None:
     shares = curve(100, name="wsd", warmup=0.1, decay=0.2, final=0.0)
-    assert shares[9:80] == [1.0] * 71
-    assert shares[79:] == pytest.approx([1 - at / 20 for at in range(21)])
+    assert shares[9:81] == [1.0] * 72
+    assert shares[80:] == pytest.approx([1 - at / 20 for at in range(20)])
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd"])
-@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_the_shortest_run_has_a_learning_rate(name: str, warmup: float, decay: float) -> None:
-    [share] = curve(1, name=name, warmup=warmup, decay=decay, final=0.1)
-    assert 0 < share <= 1
+@pytest.mark.parametrize(("warmup", "decay"), [(0.5, 0.5), (0.25, 0.75), (0.7, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize("num_steps", range(1, 12))
+def test_wsd_reaches_its_peak_where_both_shares_are_rounded_up(
+    warmup: float, decay: float, num_steps: int
+) -> None:
+    assert max(curve(num_steps, name="wsd", warmup=warmup, decay=decay, final=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 50, 1000])
+def test_no_step_of_a_packaged_recipe_has_a_learning_rate_of_zero(
+    name: str, num_steps: int
+) -> None:
+    schedule = load_recipe(name).recipe.schedule
+    shares = [lr_fraction(step, num_steps, schedule) for step in range(num_steps)]
+    assert min(shares) > 0 and max(shares) == 1.0
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "cosine", "warmup": 0.0},
+        {"name": "cosine", "warmup": 1.0},
+        {"name": "wsd", "warmup": 0.0, "decay": 0.0},
+        {"name": "wsd", "warmup": 0.0, "decay": 1.0},
+        {"name": "wsd", "warmup": 0.5, "decay": 0.5},
+        {"name": "wsd", "warmup": 1.0, "decay": 0.0},
+    ],
+)
+def test_a_run_of_one_step_has_the_peak(settings: dict[str, object], final: float) -> None:
+    assert curve(1, final=final, **settings) == [1.0]
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"warmup \(0.7\) and decay \(0.6\) .* more than 1"):
+        ScheduleSettings(name="wsd", warmup=0.7, decay=0.6)
+    with pytest.raises(ValidationError, match=r"decay \(0.2\) belongs to WSD"):
+        ScheduleSettings(name="cosine", decay=0.2)
+    assert ScheduleSettings(name="wsd", warmup=0.3, decay=0.7).decay == 0.7
+    assert ScheduleSettings(name="wsd").decay == 0.2
+    assert ScheduleSettings(name="cosine", warmup=0.9).decay is None

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,57 +9,22 @@ import pytest
 from safetensors.torch import load_file
 
 from minimind.config import load_recipe
-from minimind.config.settings import Recipe
 from minimind.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    MinimindError,
     ModelError,
     TokenizerError,
 )
 from minimind.model import Transformer, read_config
 from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from minimind.training import plan as planning
+from minimind.training import stage
 from minimind.training.reporter import counted
-from minimind.training.stage import StageResult, extract_checkpoint, prepare_stage, run_stage
-from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, steps_done
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> "Make":
-    """Makes recipes of five steps of pretraining in `run`."""
-
-    def make(objective: str = "pretrain", out: Path = run, **settings: Any) -> Recipe:
-        file = corpus / ("text.jsonl" if objective == "pretrain" else "chat.jsonl")
-        given = {
-            "data__sources": [str(file)],
-            "data__store": str(tmp_path / "stores"),
-            "data__validation_fraction": 0.1,
-            "tokenizer": str(tokenizer_dir) if objective == "pretrain" else None,
-            "training__steps": 5,
-        }
-        return nano_recipe(objective, out, **given | settings)
-
-    return make
-
-
-Make = Any  # (objective, out, **settings) -> Recipe
-
-
-def do(recipe: Recipe, told: Told | None = None, **options: Any) -> StageResult:
-    return run_stage(recipe, reporter=told or Told(), **options)
-
-
-def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:
-    with pytest.raises(error) as caught:
-        do(recipe, **options)
-    return str(caught.value)
+from minimind.training.stage import extract_checkpoint, prepare_stage
+from tests.support.small_runs import Told, lora_settings, losses, metrics, steps_done
+from tests.support.stages import Make, do, refused
 
 
 def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> None:
@@ -144,6 +110,7 @@ def test_a_checkpoint_becomes_a_model_or_an_adapter(
     assert files_in(out) == before and recipe_file.is_file()
     out = tmp_path / "empty"
     out.mkdir()
+    (out / ".DS_Store").touch()
     assert extract_checkpoint(again, 2, out) == 2 and files_in(out) == before
 
 
@@ -165,6 +132,44 @@ def test_a_checkpoint_that_is_not_there_or_damaged_becomes_nothing(
     with pytest.raises(CheckpointError, match=r"step-00000005 is damaged: .*model.safetensors"):
         extract_checkpoint(run, 5, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_free_memory_is_measured_before_the_weights_are_there(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The footprint counts the weights: what is free must not lack them a second time."""
+    module: Any = {"train": stage, "plan": planning}[verb]
+    events: list[str] = []
+
+    def recorded(real: Any, *arguments: Any, **options: Any) -> Any:
+        events.append(real.__name__)
+        return real(*arguments, **options)
+
+    for name in ("free_bytes", "build_model"):
+        monkeypatch.setattr(module, name, partial(recorded, getattr(module, name)))
+    if verb == "train":
+        prepare_stage(recipe(), reporter=Told())
+    else:
+        planning.make_plan(recipe(), seconds=0)
+    assert events == ["free_bytes", "build_model"]
+
+
+def test_the_baseline_counts_a_source_as_often_as_an_epoch_sees_it(
+    recipe: Make, corpus: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "zzzz qqqq zzzz qqqq. "}\n' * 400, encoding="utf-8")
+    texts = str(corpus / "text.jsonl")
+
+    def baseline(name: str, *sources: str) -> float:
+        settings = {"data__sources": list(sources), "data__validation": [texts]}
+        result = do(recipe(out=tmp_path / name, **settings, training__steps=1))
+        return float(result.summary["unigram_bits_per_byte"])
+
+    equal, rare = baseline("equal", texts, str(other)), baseline("rare", texts, f"{other}@0.01")
+    assert rare < equal - 0.05, "the held-out text is like the first source"
+    assert rare == pytest.approx(baseline("none", texts), rel=0.01)
 
 
 def test_epochs_give_the_number_of_steps(recipe: Make) -> None:

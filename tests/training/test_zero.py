@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO against the engine of our own: the same losses, bad steps, checkpoints."""
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 
 from minimind.config import load_recipe
 from minimind.errors import ConfigError, install_line
-from minimind.training.stage import _check_engine
+from minimind.training.build import check_recipe
+from minimind.training.zero import _without_future_warnings
 from tests.support.small_runs import (
     Lives,
     assert_in_step,
@@ -35,12 +37,21 @@ def zero(stage: int) -> dict[str, Any]:
 
 def refusal(monkeypatch: pytest.MonkeyPatch, installed: bool = True, **settings: Any) -> str:
     monkeypatch.setattr(
-        "minimind.training.stage.find_spec", lambda name: object() if installed else None
+        "minimind.training.build.find_spec", lambda name: object() if installed else None
     )
     flags = {"objective": "pretrain", "training.engine": "deepspeed", "optim.name": "adamw"}
     with pytest.raises(ConfigError) as caught:
-        _check_engine(load_recipe(None, flags=flags | settings).recipe)
+        check_recipe(load_recipe(None, flags=flags | settings).recipe)
     return str(caught.value)
+
+
+def test_warnings_are_silenced_for_its_calls_alone() -> None:
+    before = list(warnings.filters)
+    with _without_future_warnings():
+        warnings.warn_explicit("old", FutureWarning, "x.py", 1, module="torch.distributed.c10d")
+        with pytest.raises(UserWarning, match="other"):
+            warnings.warn_explicit("other", UserWarning, "x.py", 1)
+    assert warnings.filters == before
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,21 +63,25 @@ INJECTIONS = [
 
 
 @contextlib.contextmanager
-def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`minimind web`, on a port that was free; its address and its process."""
+def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`minimind web`, on a port that was free; the address that it prints, and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
         (home / "log").open("w") as log,
         subprocess.Popen(
             [sys.executable, "-m", "minimind", "web", *map(str, flags), "--port", str(port)],
-            stdout=log,
+            stdout=subprocess.PIPE,
             stderr=log,
+            text=True,
             env=os.environ | {"XDG_DATA_HOME": str(home), "OMP_NUM_THREADS": "1"},
         ) as process,
     ):
         try:
-            yield f"http://127.0.0.1:{port}", process
+            assert process.stdout
+            line = process.stdout.readline()
+            assert line.startswith(f"The page: http://127.0.0.1:{port}/?token="), line
+            yield line.split()[-1], process
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -112,9 +116,12 @@ class Browser:
         self.driver = webdriver.Chrome(options=options, service=service)
 
     def open(self, url: str) -> None:
+        self.go_to(url)
+        self.wait(lambda: self.find('[data-testid="stChatInputTextArea"]'))
+
+    def go_to(self, url: str) -> None:
         # The page's process may still be starting.
         self.wait(lambda: self._is_there(url))
-        self.wait(lambda: self.find('[data-testid="stChatInputTextArea"]'))
 
     def _is_there(self, url: str) -> bool:
         from selenium.common.exceptions import WebDriverException
@@ -217,7 +224,7 @@ def test_it_answers_and_a_reload_loses_nothing(url: str, browser: Browser, store
     assert question == "长江有多长？"
     assert "tokens/s" in answer
     assert "other · " in answer  # the first model
-    [kept] = store.all()
+    [kept] = saved_in(store)
     assert kept.turns[0].answers[0].text
     assert kept.turns[0].answers[0].tokens > 0
     address = browser.driver.current_url
@@ -235,6 +242,11 @@ def test_it_answers_and_a_reload_loses_nothing(url: str, browser: Browser, store
     browser.wait(lambda: len(browser.messages()) == 4)
 
 
+def saved_in(store: Store) -> list[Conversation]:
+    found = [store.load(id) for id in store.ids()]
+    return [conversation for conversation in found if conversation]
+
+
 def long_one(store: Store) -> Conversation:
     """Its next answers take long."""
     settings = {"max_tokens": -1, "temperature": 0.0}
@@ -246,7 +258,7 @@ def long_one(store: Store) -> Conversation:
 
 def test_an_answer_streams_and_can_be_stopped(url: str, browser: Browser, store: Store) -> None:
     talk = long_one(store)
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 2)
     browser.ask("说长一点")
     seen = set()
@@ -277,7 +289,7 @@ def test_a_copy_is_on_the_clipboard(url: str, browser: Browser, store: Store) ->
         "Browser.grantPermissions",
         {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
     )
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     for side, text in enumerate(texts):
         css = f".st-key-copy-{side}-{talk.turns[0].id}"
         button = browser.wait(lambda css=css: browser.shadow_buttons(css))[0]
@@ -294,7 +306,7 @@ def test_nothing_else_can_be_done_while_an_answer_is_written(
     talk = long_one(store)
     talk.turns.append(Turn("说长一点", [Answer("tiny", "好。", 2, 0.1, "stop")]))
     store.save(talk)
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     # An early question is asked anew: what came after must be gone at once.
     browser.button(f".st-key-edit-{talk.turns[0].id}").click()
     [box] = browser.wait(lambda: browser.find('[data-testid="stForm"] textarea'))
@@ -345,11 +357,11 @@ def test_stop_and_a_closed_tab_leave_nothing_at_the_service(
     ):
         driver = first.driver
         try:
-            first.open(f"{url}/?c={talks[0].id}")
+            first.open(f"{url}&c={talks[0].id}")
             first.ask("说长一点")
             first.wait(lambda: figures() == [1, 0])
             driver.switch_to.new_window("tab")
-            first.open(f"{url}/?c={talks[1].id}")
+            first.open(f"{url}&c={talks[1].id}")
             first.ask("说长一点")
             first.wait(lambda: figures() == [1, 1])  # it waits for its turn
             first.press('[class*="st-key-stop-"]')
@@ -369,7 +381,7 @@ def test_a_broken_conversation_is_told_and_kept(url: str, browser: Browser, stor
     talk = long_one(store)
     path = store._folder / f"{talk.id}.json"
     path.write_text('{"turns": [{"question": 5}]}')
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     [told] = browser.wait(lambda: browser.find('[data-testid="stAlert"]'))
     [aside] = store.put_aside()
     assert told.text == f"A conversation could not be read. Its file is kept as it is: {aside}"
@@ -384,7 +396,7 @@ def test_settings_of_a_file_are_brought_within_bounds(
     settings = {"temperature": 99, "top_p": -1.0, "top_k": 2.5, "max_tokens": 5, "seed": -3}
     talk = Conversation(models=["tiny"], settings=settings, turns=[Turn("你好", [])])
     store.save(talk)
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 1)
     browser.button('[class*="st-key-again-"]').click()
     browser.wait(lambda: "5 tokens" in browser.messages()[-1])
@@ -397,7 +409,7 @@ def test_regenerate_and_edit(url: str, browser: Browser, store: Store) -> None:
         Turn("再见", [Answer("tiny", "旧的", 2)]),
     ]
     store.save(talk)
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     browser.button('[class*="st-key-again-"]').click()
     browser.wait(lambda: len(browser.messages()) == 4 and "旧的" not in browser.messages()[3])
     browser.wait_for_the_end()
@@ -420,7 +432,7 @@ def test_two_models_side_by_side(url: str, browser: Browser, store: Store) -> No
     talk = Conversation(models=["tiny", "other"], settings={"max_tokens": 10})
     talk.turns = [Turn("你好", [Answer("tiny", "一"), Answer("other", "二")])]
     store.save(talk)
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 3)
     browser.ask("长江呢？")
     browser.wait(lambda: len(browser.messages()) == 6)
@@ -439,33 +451,133 @@ def test_injections_are_shown_as_text(url: str, browser: Browser, store: Store) 
     store.save(talk)
     for text in INJECTIONS:  # their titles stand in the list
         store.save(Conversation(turns=[Turn(text)]))
-    browser.open(f"{url}/?c={talk.id}")
+    browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 60)
     browser.asked_for()
     shown = browser.messages()
     for place, text in enumerate(INJECTIONS):
         assert shown[2 * place] == text
         assert shown[2 * place + 1].count(text) >= 1
+    browser.press(".st-key-more")
+    browser.wait(lambda: len(browser.find('[class*="st-key-open-"] button')) == 31)
     titles = {b.text for b in browser.find('[class*="st-key-open-"] button')}
     assert titles == {Conversation(turns=[Turn(text)]).title for text in INJECTIONS}
     # In words that are set, they do not run either.
     talk.turns = [
-        Turn("x", [Answer("tiny", f"**a** `b`\n\n{text}\n\n- c {text}")]) for text in INJECTIONS
+        Turn("x", [Answer("tiny", f"**a** `b {text}`\n\n{text}\n\n- c {text}")])
+        for text in INJECTIONS
     ]
     talk.turns.append(Turn("x", [Answer("tiny", "```\n" + "\n".join(INJECTIONS) + "\n```")]))
     store.save(talk)
     browser.driver.refresh()
     browser.wait(lambda: len(browser.messages()) == 62 and browser.find("code"))
+    shown = browser.messages()
+    for place, text in enumerate(INJECTIONS):  # and all of each can be seen
+        assert shown[2 * place + 1].count(text) == 3, text
     assert browser.driver.title == "MiniMind"
     inside = '[data-testid="stChatMessageContent"]'
     for what in ("script", "img", "iframe", "a[href]", "style", "link", "form:not(.x)", "base"):
         assert not browser.find(f"{inside} {what}"), what
-    host = url.removeprefix("http://")
+    host = url.split("/")[2]
     assert browser.asked_for() <= {host}
     # What is typed in goes the same way as what is kept.
     browser.ask(INJECTIONS[1])
     browser.wait(lambda: INJECTIONS[1] in browser.messages())
     assert browser.driver.title == "MiniMind"
+
+
+CODE = r"""**Code** in `x[0] < y`, `C:\Users\me`, `a  b` and `![i](u)`:
+
+1. first
+
+   ```python
+   if x[0] < y:
+       print("$x$ **a**\n")
+   ```
+2. second
+
+Prose.
+
+    indented[0] = "\t"
+      deeper
+
+```
+
+def f(*a: int) -> None: ...
+```
+"""
+SEEN = [
+    "x[0] < y", r"C:\Users\me", "a  b", "![i](u)",
+    'if x[0] < y:\n    print("$x$ **a**\\n")',
+    'indented[0] = "\\t"\n  deeper',
+    "\ndef f(*a: int) -> None: ...",
+]  # fmt: skip
+
+
+def test_code_is_seen_as_it_was_written(url: str, browser: Browser, store: Store) -> None:
+    talk = Conversation(turns=[Turn("?", [Answer("tiny", CODE)])])
+    store.save(talk)
+    browser.open(f"{url}&c={talk.id}")
+    script = (
+        "return [...document.querySelectorAll('[data-testid=stChatMessageContent] code')]"
+        ".map(e => e.innerText)"
+    )
+
+    def code_seen() -> list[str]:
+        return [text.removesuffix("\n") for text in browser.driver.execute_script(script)]
+
+    browser.wait(lambda: len(code_seen()) == len(SEEN))
+    assert code_seen() == SEEN
+    assert {e.text for e in browser.find(".answer strong")} == {"Code"}
+    assert browser.find(".answer li pre")
+
+
+def test_without_the_token_nothing_is_shown(url: str, browser: Browser, store: Store) -> None:
+    talk = Conversation(turns=[Turn("秘密", [Answer("tiny", "答案")])])
+    store.save(talk)
+    base, token = url.split("?token=")
+    for query in ("", f"?c={talk.id}", f"?token=&c={talk.id}", f"?token={token[:-1]}&c={talk.id}",
+                  f"?token={token}&token=x&c={talk.id}", f"?token=长&c={talk.id}"):  # fmt: skip
+        browser.go_to(base + query)
+        [told] = browser.wait(lambda: browser.find('[data-testid="stAlert"]'))
+        assert told.text.startswith("This page is for the user who started it.")
+        assert "minimind web" in told.text
+        page = browser.driver.page_source
+        assert "秘密" not in page and "答案" not in page and token not in page
+        assert not browser.find('[data-testid="stChatInputTextArea"]')
+    # With it, and after everything that changes the address.
+    browser.open(f"{url}&c={talk.id}")
+    browser.wait(lambda: len(browser.messages()) == 2)
+    next(b for b in browser.find("button") if "New conversation" in b.text).click()
+    browser.wait(lambda: not browser.messages())
+    browser.driver.refresh()
+    browser.button(f".st-key-open-{talk.id}").click()
+    browser.wait(lambda: len(browser.messages()) == 2)
+    assert f"token={token}" in browser.driver.current_url
+    browser.driver.refresh()
+    browser.wait(lambda: len(browser.messages()) == 2)
+
+
+def test_many_conversations_are_listed_a_page_at_a_time(
+    url: str, browser: Browser, store: Store
+) -> None:
+    talks = [Conversation(turns=[Turn(f"第{number}个")]) for number in range(45)]
+    for talk in talks:
+        store.save(talk)
+
+    def titles() -> list[str]:
+        return [b.text for b in browser.find('[class*="st-key-open-"] button')]
+
+    newest = [talk.title for talk in reversed(talks)]
+    browser.open(url)
+    browser.wait(lambda: titles() == newest[:20])
+    browser.press(".st-key-more")
+    browser.wait(lambda: titles() == newest[:40])
+    browser.press(".st-key-more")
+    browser.wait(lambda: titles() == newest)
+    assert not browser.find(".st-key-more")
+    browser.press(f".st-key-open-{talks[0].id}")
+    browser.wait(lambda: browser.messages() == ["第0个"])
 
 
 def test_it_speaks_chinese_on_a_phone(url: str, store: Store) -> None:
@@ -475,7 +587,7 @@ def test_it_speaks_chinese_on_a_phone(url: str, store: Store) -> None:
     store.save(talk)
     phone = Browser("zh-CN", width=390)
     try:
-        phone.open(f"{url}/?c={talk.id}")
+        phone.open(f"{url}&c={talk.id}")
         phone.wait(lambda: len(phone.messages()) == 6)
         [box] = phone.find('[data-testid="stChatInputTextArea"]')
         assert box.get_attribute("placeholder") == "说点什么"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from minimind.data.read import BadLines, read_records
-from minimind.web.store import Answer, Conversation, Store, Turn, data_folder
+from minimind.web.store import Answer, Conversation, Store, Turn
+from tests.support.reads import opens
 
 
 def talk() -> Conversation:
@@ -23,17 +24,39 @@ def talk() -> Conversation:
 
 def test_what_is_kept_is_what_was_said(tmp_path: Path) -> None:
     store, said = Store(tmp_path / "new"), talk()
-    assert store.all() == []
+    assert store.ids() == []
     store.save(said)
     assert store.load(said.id) == said
     other = Conversation(turns=[Turn("半个字符 \ud83d")])
     store.save(other)
-    assert [found.id for found in store.all()] == [other.id, said.id]  # the last used first
+    assert store.ids() == [other.id, said.id]  # the last used first
+    assert [store.title(id) for id in store.ids()] == ["半个字符 ?", said.title]
+    said.turns[0].question = "它有多宽？"
     store.save(said)
-    assert [found.id for found in store.all()] == [said.id, other.id]
+    assert store.ids() == [said.id, other.id]
+    assert store.title(said.id) == "它有多宽？"
     store.delete(said.id)
     store.delete(said.id)
     assert store.load(said.id) is None
+
+
+def test_no_file_is_read_for_the_list_and_each_title_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(500):
+        store.save(Conversation(turns=[Turn(f"第{number}个")]))
+
+    def first_page() -> list[str | None]:
+        return [store.title(id) for id in store.ids()[:20]]
+
+    assert opens(store.ids, tmp_path) == 0
+    assert opens(first_page, tmp_path) == 20
+    assert opens(first_page, tmp_path) == 0
+    assert first_page() == [f"第{499 - place}个" for place in range(20)]
+    changed = store.load(store.ids()[-1])
+    assert changed
+    store.save(changed)
+    assert opens(first_page, tmp_path) == 1
+    assert first_page()[:2] == ["第0个", "第499个"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
@@ -72,7 +95,8 @@ def test_a_broken_file_is_put_aside_as_it_is(tmp_path: Path, broken: bytes) -> N
     for times in (1, 2):
         (tmp_path / f"{id}.json").write_bytes(broken)
         assert store.load(id) is None
-        assert [found.id for found in store.all()] == [said.id]
+        assert store.title(id) is None
+        assert store.ids() == [said.id]
         assert [path.read_bytes() for path in store.put_aside()] == [broken] * times
     assert not (tmp_path / f"{id}.json").exists()
     store.save(Conversation(id=id))  # its place is free
@@ -150,11 +174,3 @@ def test_titles_are_short_and_on_one_line() -> None:
     long = Conversation(turns=[Turn("长" * 100)]).title
     assert (len(long), long[-1]) == (40, "…")
     assert Conversation().title == ""
-
-
-def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert data_folder() == tmp_path / "minimind"
-    monkeypatch.delenv("XDG_DATA_HOME")
-    assert data_folder() == Path.home() / ".local/share/minimind"

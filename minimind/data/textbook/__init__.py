@@ -4,21 +4,25 @@ A corpus of any size to train on, the same for the same seed, and a quiz in word
 trained on.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minimind.data.stamps import sha256_of
+from minimind.data.textbook.fluency import is_fluent
 from minimind.data.textbook.identity import IdentityQuestion, held_out_identity, identity
 from minimind.data.textbook.makers import dialogues, exams, preferences, prose
 from minimind.data.textbook.quiz import (
     EIGHT,
     QuizQuestion,
     eight,
-    is_fluent,
     is_right,
+    is_well_formed,
     quiz,
     sample_quiz,
 )
@@ -37,6 +41,7 @@ __all__ = [
     "identity",
     "is_fluent",
     "is_right",
+    "is_well_formed",
     "load_subjects",
     "preferences",
     "prose",
@@ -95,7 +100,7 @@ def textbook_file(path: str, folder: Path, fill: Mapping[str, str]) -> str:
     says who it is), dialogues (questions about the facts), general (the same, other dialogues).
     Raises DataError for another name, and ConfigError when identity is not told whose.
     """
-    if not path.startswith(_IN_RECIPES):
+    if not path.startswith(_IN_RECIPES) or os.path.exists(path):
         return path
     name = path.removeprefix(_IN_RECIPES)
     makers: dict[str, Callable[[], Iterable[Any]]] = {
@@ -112,13 +117,15 @@ def textbook_file(path: str, folder: Path, fill: Mapping[str, str]) -> str:
             + " ".join(f"data.fill.{key}=…" for key in missing)
         )
     place = folder / f"textbook-{name}.jsonl"
+    checksum = place.with_name(f"{place.name}.sha256")
     making = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(making, makers[name]())
-        # The same file stays as it is: a token store is known by its source's time, too.
-        if not place.is_file() or place.read_bytes() != making.read_bytes():
+        if not _is_current(place, checksum):
+            _write(making, makers[name]())
             os.replace(making, place)
+            making.write_text(_checksum(place), encoding="utf-8")
+            os.replace(making, checksum)
     except OSError as error:
         raise ResourceError(
             f"{place}: cannot be written ({error.strerror}); "
@@ -127,6 +134,29 @@ def textbook_file(path: str, folder: Path, fill: Mapping[str, str]) -> str:
     finally:
         making.unlink(missing_ok=True)
     return str(place)
+
+
+def _is_current(place: Path, checksum: Path) -> bool:
+    """Whether the file is whole, and made from this version of the textbook."""
+    return (
+        place.is_file()
+        and checksum.is_file()
+        and checksum.read_text("utf-8", errors="replace") == _checksum(place)
+    )
+
+
+def _checksum(place: Path) -> str:
+    return f"{sha256_of(place)} {_version()}\n"
+
+
+@cache
+def _version() -> str:
+    """Hash of the tables and the code that the textbook is made from."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*")):
+        if file.suffix in (".py", ".toml", ".tsv"):
+            digest.update(f"{file.name}\0{sha256_of(file)}\0".encode())
+    return digest.hexdigest()
 
 
 def _write(path: Path, records: Iterable[Any]) -> None:

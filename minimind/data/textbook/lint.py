@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from minimind.data.textbook.phrases import NEVER_TRAINED
-from minimind.data.textbook.quiz import fact_question, is_fluent, is_right, normalise
+from minimind.data.textbook.quiz import fact_question, is_right, is_well_formed, normalise
 from minimind.data.textbook.tables import Fact, Subject
 
 _MINIMUM = {"statements": 3, "questions": 5, "held_out": 2, "answers": 2}
@@ -49,14 +49,14 @@ def _shape(subject: Subject) -> Iterator[str]:
 
 
 def _answers(subject: Subject) -> Iterator[str]:
-    """Every answer holds all keys and would be marked right and fluent."""
+    """Every answer holds all keys and matches the keywords and is well formed."""
     for fact in subject.facts:
         question = fact_question(fact, "")
         for answer in fact.answers:
             if not is_right(question, answer):
                 yield f"{_where(fact)}: “{answer}” is not right by the keys {fact.keys}"
-            if not is_fluent(answer):
-                yield f"{_where(fact)}: “{answer}” is not a fluent answer"
+            if not is_well_formed(answer):
+                yield f"{_where(fact)}: “{answer}” is not a well-formed answer"
 
 
 def _meanings(subjects: Sequence[Subject]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Literal
 
 from minimind.data.textbook.phrases import NEVER_TRAINED, PHRASES, Phrases
-from minimind.data.textbook.quiz import QuizQuestion, is_fluent, is_right, normalise, quiz
+from minimind.data.textbook.quiz import QuizQuestion, is_right, is_well_formed, normalise, quiz
 from minimind.data.textbook.tables import Fact, Row, Subject, load_subjects
 
 Message = dict[str, str]
@@ -286,7 +286,7 @@ def _endless(fact: Fact, good: str, rng: random.Random) -> str:
     space = PHRASES[fact.subject.language].space
     whole = space.join([good, *(rng.choice(other.statements) for other in others)])
     cut = whole[: max(len(good) + 4, len(whole) - 6)]
-    while is_fluent(cut) or cut.endswith((".", "。")):  # the cut fell on the end of a sentence
+    while is_well_formed(cut) or cut.endswith((".", "。")):  # the cut fell on the end of a sentence
         cut = cut[:-1]
     return cut
 

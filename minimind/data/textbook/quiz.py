@@ -25,12 +25,20 @@ _ENDS = tuple("。！？.!?")
 _CLOSING = "”’」』）)\"'"
 _NUMERALS = "零〇一二三四五六七八九十百千万亿"
 _LATIN = "A-Za-z0-9À-ÿ"
-# What ends so denies the word that comes next.
+# What ends so denies the word that comes next: a rival that is denied is not offered.
 _DENIAL = re.compile(
     r"(?:(?:不|没|没有|并非|[是能]否)(?:一定|会|喜欢)?(?:是|叫|属于)?(?:在|位于|吃|用)?"
     r"|(?:\bnot|n't) (?:[a-z]+ ){0,2})$",
     re.IGNORECASE,
 )
+# A negation anywhere in a clause denies the key after it.
+_NEGATION = re.compile(
+    r"(?<!差)不(?!但|仅|同|断|少|久|锈|错|管|论|倒翁)|没(?!错|收)|并非|[是能]否|从未|未(?!来|央)|无法"
+    r"|\b(?:not|no|never|cannot)\b|n't\b",
+    re.IGNORECASE,
+)
+_QUOTED = re.compile(r"[“《「『][^”》」』]*[”》」』]")
+_CLAUSES = re.compile(r"[，。；：！？,;:!?\n]|\.(?!\d)|而(?=[是在叫])|\bbut\b")
 _WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B))}
 
 
@@ -87,20 +95,21 @@ def eight() -> list[QuizQuestion]:
 
 
 def is_right(question: QuizQuestion, answer: str) -> bool:
-    """Whether an answer is right: whole, not repeating, with every key and with no rival.
+    """Whether an answer matches the keywords: whole, not repeating, every key and no rival in it.
 
-    Numbers and Latin words count only as a whole, and a key that is denied does not count.
+    Numbers and Latin words count only as a whole. A key does not count after a negation in its
+    clause, unless it has one in the expected answer too.
     """
     answer = _plain(answer)
     return (
         answer.rstrip(_CLOSING).endswith(_ENDS)
         and _most_repeated(answer) < 3
-        and all(any(_says(answer, key) for key in keys) for keys in question.keys)
+        and all(any(_says(answer, key, question.answer) for key in keys) for keys in question.keys)
         and not any(_offers(answer, rival) for rival in question.rivals)
     )
 
 
-def is_fluent(answer: str) -> bool:
+def is_well_formed(answer: str) -> bool:
     """Whether an answer is a whole text of sane length without a repeated or broken part."""
     answer = answer.strip()
     return (
@@ -171,22 +180,33 @@ def _whole(value: str, alone: bool) -> re.Pattern[str]:
     return re.compile(left + re.escape(value) + right, re.IGNORECASE)
 
 
-def _says(answer: str, key: str) -> bool:
-    """Whether the answer holds the key as a whole, not denied and not asked."""
-    told = re.sub(r"[^。！？!?]*[？?]", "", answer)
-    return _affirms(told, _plain(key))
+def _says(answer: str, key: str, expected: str) -> bool:
+    """Whether the answer holds the key as a whole, not asked, and denied only where expected is."""
+    told, key = re.sub(r"[^。！？!?]*[？?]", "", answer), _plain(key)
+    denials = _denials(told, key)
+    return False in denials or (True in denials and True in _denials(_plain(expected), key))
+
+
+def _denials(text: str, value: str) -> set[bool]:
+    """For each place of a value as a whole: whether a negation stands before it in its clause.
+
+    Places right after a negation are left out.
+    """
+    if value.lower() not in text.lower():  # mostly so, and far quicker
+        return set()
+    clauses = [
+        _CLAUSES.split(_QUOTED.sub("", text[: found.start()]))[-1]
+        for found in _whole(value, False).finditer(text)
+    ]
+    return {bool(_NEGATION.search(one)) for one in clauses if not _DENIAL.search(one)}
 
 
 def _offers(answer: str, rival: str) -> bool:
     """Whether the answer gives the rival; one Chinese character only where it stands by itself."""
-    return _affirms(answer, _plain(rival), alone=True)
-
-
-def _affirms(answer: str, value: str, alone: bool = False) -> bool:
-    """Whether the value is found somewhere where it is not denied."""
+    value = _plain(rival)
     if value.lower() not in answer.lower():  # mostly so, and far quicker
         return False
-    found = _whole(value, alone).finditer(answer)
+    found = _whole(value, True).finditer(answer)
     return any(not _DENIAL.search(answer[: one.start()]) for one in found)
 
 

@@ -26,5 +26,8 @@ class Objective(Protocol):
         ...
 
     def warning(self, share: float, figures: dict[str, float]) -> str | None:
-        """What is wrong, if figures after a `share` of the run show it; each thing is said once."""
+        """What is wrong, if figures after a `share` of the run show it; each thing is said once.
+
+        Not called with figures that include the first step.
+        """
         ...

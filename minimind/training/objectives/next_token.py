@@ -38,14 +38,14 @@ class NextToken:
         hidden = model(batch.tokens, segments=batch.segments, routing=routing).flatten(0, 1)
         labels = batch.labels.flatten()[batch.learned]
         # Only what is learned goes through the head: in fine-tuning that is about half.
-        losses = linear_cross_entropy(hidden[batch.learned], model.head_weight, labels)
+        learned = hidden.index_select(0, batch.learned)
+        losses = linear_cross_entropy(learned, model.head_weight, labels)
         num_bytes = self._token_bytes[labels]
         nats = (losses.detach() * (num_bytes > 0)).sum()
         total, sums = losses.sum(), {"nats": nats, "bytes": num_bytes.sum()}
         if routing:
-            learned = batch.labels != IGNORED
             total, more = with_balance(
-                total, self._router_balance, routing, learned, batch.segments
+                total, self._router_balance, routing, batch.labels != IGNORED, batch.segments
             )
             sums |= more
         return total, torch.tensor(len(labels)), sums

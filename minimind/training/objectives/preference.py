@@ -38,7 +38,6 @@ class Preference:
 
     def __init__(self, settings: DPOSettings, *, router_balance: float = 0.0) -> None:
         self._settings, self._router_balance = settings, router_balance
-        self._lines = 0  # of figures judged by now; the first holds the first step, at the start
         self._warned = False
 
     def loss(
@@ -102,9 +101,8 @@ class Preference:
         """Of a learning rate that is too small: the loss stays where it began."""
         beta = self._settings.beta
         start = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
-        self._lines += 1
         moved = abs(figures["loss"] - start) > _STILL * start
-        if self._warned or self._lines == 1 or share < _JUDGED_AFTER or moved:
+        if self._warned or share < _JUDGED_AFTER or moved:
             return None
         self._warned = True
         return (

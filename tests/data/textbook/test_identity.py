@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind.data import textbook
 from minimind.data.schemas import placeholders
 from minimind.data.textbook import dialogues, held_out_identity, identity, textbook_file
 from minimind.data.textbook.quiz import normalise
@@ -63,18 +64,34 @@ def test_a_right_answer_names_what_was_asked_for() -> None:
     assert not author.is_right("I was made by {{author}}.", FILL)
 
 
-def test_recipes_find_parts_of_the_textbook_by_name(tmp_path: Path) -> None:
+def test_recipes_find_parts_of_the_textbook_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert textbook_file("a.jsonl", tmp_path, {}) == "a.jsonl"
     folder = tmp_path / "new" / "place"
     path = Path(textbook_file("textbook:identity", folder, FILL))
     assert len(path.read_text("utf-8").splitlines()) == 3000
     os.utime(path, (1, 1))
     assert textbook_file("textbook:identity", folder, FILL) == str(path)
-    assert path.stat().st_mtime == 1, "what is right is not written again"
+    assert path.stat().st_mtime == 1, "what is right is not made again"
     path.write_text("cut")
     textbook_file("textbook:identity", folder, FILL)
     assert len(path.read_text("utf-8").splitlines()) == 3000
-    assert [file.name for file in folder.iterdir()] == ["textbook-identity.jsonl"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "textbook-identity.jsonl",
+        "textbook-identity.jsonl.sha256",
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(textbook, "_talks", lambda *_: pytest.fail("made again"))
+        patched.setattr(textbook, "identity", lambda *_: pytest.fail("made again"))
+        textbook_file("textbook:identity", folder, FILL)
+    os.utime(path, (1, 1))
+    monkeypatch.setattr(textbook, "_version", lambda: "another version")
+    textbook_file("textbook:identity", folder, FILL)
+    assert path.stat().st_mtime != 1
+    monkeypatch.chdir(tmp_path)
+    Path("textbook:general").mkdir()
+    assert textbook_file("textbook:general", folder, FILL) == "textbook:general"
     with pytest.raises(DataError, match="it has identity, dialogues, general"):
         textbook_file("textbook:nothing", folder, FILL)
     with pytest.raises(ConfigError, match=r"give data\.fill\.author=…$"):

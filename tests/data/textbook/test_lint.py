@@ -52,7 +52,7 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         (['answers = ["{name}流入{mouth}。', 'answers = ["{name}不在{mouth}。'], "is not right by"),
         (
             ['answers = ["{name}流入{mouth}。', 'answers = ["流入{mouth}，流入{mouth}。'],
-            "“流入东海，流入东海。” is not a fluent answer",
+            "“流入东海，流入东海。” is not a well-formed answer",
         ),
         (
             ["{name}流入哪里？", "{name}有多长？"],

@@ -14,8 +14,8 @@ from minimind.data.textbook import (
     Subject,
     dialogues,
     exams,
-    is_fluent,
     is_right,
+    is_well_formed,
     load_subjects,
     preferences,
     prose,
@@ -248,8 +248,8 @@ def test_of_a_preference_pair_only_the_chosen_is_right(
         about = [fact for fact in told if any(normalise(q) in text for q in wordings(fact))]
         for fact in about or told[:1]:
             question = marked.setdefault(fact, fact_question(fact, ""))
-            assert is_right(question, chosen["content"]) and is_fluent(chosen["content"])
-            assert not (is_right(question, rejected) and is_fluent(rejected)), pair
+            assert is_right(question, chosen["content"]) and is_well_formed(chosen["content"])
+            assert not (is_right(question, rejected) and is_well_formed(rejected)), pair
         if rejected in EVASIONS:
             kinds["evasive"] += 1
         elif rejected.count(chosen["content"]) >= 3:
@@ -259,7 +259,7 @@ def test_of_a_preference_pair_only_the_chosen_is_right(
             assert not rejected.endswith(("。", "."))
         else:
             kinds["wrong"] += 1
-            assert is_fluent(rejected)
+            assert is_well_formed(rejected)
     assert len(marked) > 2_000
     assert min(kinds[kind] for kind in ("evasive", "repeating", "endless", "wrong")) > 1_200
 

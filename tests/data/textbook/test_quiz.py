@@ -7,8 +7,8 @@ from minimind.data.textbook import (
     QuizQuestion,
     Subject,
     eight,
-    is_fluent,
     is_right,
+    is_well_formed,
     load_subjects,
     quiz,
     sample_quiz,
@@ -28,6 +28,14 @@ PANDA = QuizQuestion("大熊猫吃什么？", (("竹子",),), "动物", "大熊�
 CAPITAL = QuizQuestion(
     "What is the capital of France?", (("Paris",),), "English", "It is Paris.", ("Rome", "Oslo")
 )
+SALT = QuizQuestion(
+    "海水为什么是咸的？",
+    (("盐",),),
+    "自然常识",
+    "因为河流把岩石中的盐分带进了大海，所以海水是咸的。",
+)
+SWIMS = QuizQuestion("企鹅有什么本领？", (("游泳",),), "动物", "企鹅不会飞却很会游泳。")
+POEM = QuizQuestion("上一句是什么？", (("桃花潭水深千尺",),), "名句", "是“桃花潭水深千尺”。")
 SILVER = QuizQuestion("“银”的量词？", (("银",),), "化学元素", "是银。", ("金", "铁"))
 BOTH = QuizQuestion("李白是谁？", (("唐朝", "唐代"), ("诗人",)), "人物", "李白是唐朝诗人。")
 
@@ -51,6 +59,13 @@ BOTH = QuizQuestion("李白是谁？", (("唐朝", "唐代"), ("诗人",)), "人
         (CAPITAL, "It is not Rome, it is Paris."),
         (SILVER, "是银，不是金属的名字。"),
         (BOTH, "李白是唐代的大诗人。"),
+        (SALT, "海水里有盐分，不是糖。"),
+        (SALT, "河流不断把盐分带进大海。"),
+        (TAISHAN, "泰山不在山西而在山东省。"),
+        (SWIMS, "它虽然不会飞却很会游泳。"),
+        (SWIMS, "企鹅会游泳。"),
+        (POEM, "“不及汪伦送我情”的上一句是“桃花潭水深千尺”。"),
+        (CAPITAL, "The capital is not Rome but Paris."),
     ],
 )
 def test_right_answers(question: QuizQuestion, answer: str) -> None:
@@ -84,6 +99,12 @@ def test_right_answers(question: QuizQuestion, answer: str) -> None:
         (NAME, "我不叫MiniMind。"),
         (CAPITAL, "The capital of France is not Paris."),
         (CAPITAL, "It isn't in Paris."),
+        (CAPITAL, "It is not true that the capital of France is Paris."),
+        (SALT, "因为河流不把岩石中的盐分带进海里。"),
+        (SALT, "因为没有一条河流把岩石中的盐分带进海里。"),
+        (TAISHAN, "我不认为泰山在山东省。"),
+        (SWIMS, "企鹅不会游泳。"),
+        (LENGTH, "长江没有那么长，从来不到6300公里。"),
         # part of another number or word
         (LENGTH, "长江全长约16300公里。"),
         (LENGTH, "长江全长约0.6300公里。"),
@@ -115,8 +136,8 @@ def test_answers_that_are_not_right(question: QuizQuestion, answer: str) -> None
         "湖南的省会是长沙。",
     ],
 )
-def test_fluent_answers(answer: str) -> None:
-    assert is_fluent(answer)
+def test_well_formed_answers(answer: str) -> None:
+    assert is_well_formed(answer)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +157,8 @@ def test_fluent_answers(answer: str) -> None:
         "".join(f"第{number}座山在第{number}个省。" for number in range(30)),
     ],
 )
-def test_answers_that_are_not_fluent(answer: str) -> None:
-    assert not is_fluent(answer)
+def test_answers_that_are_not_well_formed(answer: str) -> None:
+    assert not is_well_formed(answer)
 
 
 def test_the_eight_are_there_and_their_own_answers_are_right() -> None:
@@ -145,7 +166,7 @@ def test_the_eight_are_there_and_their_own_answers_are_right() -> None:
     assert tuple(question.question for question in questions) == EIGHT
     assert len(set(EIGHT)) == 8
     for question in questions:
-        assert is_right(question, question.answer) and is_fluent(question.answer)
+        assert is_right(question, question.answer) and is_well_formed(question.answer)
         assert not is_right(question, "我不知道。")
         others = [other for other in questions if other is not question]
         assert not any(is_right(question, other.answer) for other in others)

@@ -22,6 +22,7 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch, learned_places, to_device
 from minimind.training.objectives.next_token import linear_cross_entropy
 from minimind.training.objectives.preference import Preference, answer_logps
+from tests.support.rounding import gradient_rounding, relative_difference, rounding
 from tests.support.small_runs import VOCAB, pair_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -204,6 +205,11 @@ def of_theirs(name: str) -> str:
     )
 
 
+def rounding_of(model: Transformer, batch: TensorBatch) -> float:
+    """Bound on the relative difference of two computations of a loss and its gradient."""
+    return gradient_rounding(model.config, batch.tokens.shape[1], batch.tokens.numel())
+
+
 def of_trl(
     trainer: Any, inputs: dict[str, Tensor], loss: str, smoothing: float, beta: float
 ) -> tuple[float, dict[str, Tensor]]:
@@ -241,21 +247,18 @@ def test_loss_and_gradient_are_those_of_trl(
     total, count, _ = Preference(settings).loss(ours, batch)
     (total / count).backward()
     assert int(count) == len(PAIRS)
-    assert float(total.detach()) / len(PAIRS) == pytest.approx(expected, rel=1e-5)
+    close = rounding_of(ours, batch)
+    assert float(total.detach()) / len(PAIRS) == pytest.approx(expected, rel=close)
     assert abs(expected - math.log(2)) > 0.001, "the pairs are not all alike"
-    off, size = 0.0, 0.0
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
-        theirs = gradients[of_theirs(name)]
-        difference, length = (parameter.grad - theirs).norm(), theirs.norm()
-        assert difference <= 1e-4 * length, name
-        off, size = off + float(difference) ** 2, size + float(length) ** 2
-    assert off**0.5 <= 1e-5 * size**0.5
+        assert relative_difference(parameter.grad, gradients[of_theirs(name)]) <= close, name
 
 
 def test_rewards_and_accuracy_are_those_of_trl(
     trainer: Any, inputs: dict[str, Tensor], ours: Transformer, batch: TensorBatch
 ) -> None:
+    close = rounding_of(ours, batch)
     mode = "train" if trainer.model.training else "eval"
     trainer._metrics[mode].clear()
     of_trl(trainer, inputs, "sigmoid", 0.0, beta=0.3)
@@ -274,7 +277,8 @@ def test_rewards_and_accuracy_are_those_of_trl(
         "logps/rejected": "logps/rejected",
     }
     for name, theirs_name in names.items():
-        assert figures[name] == pytest.approx(theirs[theirs_name], rel=1e-4, abs=1e-4), name
+        size = abs(theirs["logps/chosen"]) + abs(theirs["logps/rejected"])  # what is subtracted
+        assert figures[name] == pytest.approx(theirs[theirs_name], rel=0, abs=close * size), name
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
@@ -299,8 +303,9 @@ def test_how_pairs_are_packed_and_split_does_not_matter(
         grads = [p.grad.flatten() for p in ours.parameters() if p.grad is not None]
         results.append((total, torch.cat(grads)))
     for other, gradient in results[1:]:
-        assert other == pytest.approx(results[0][0], rel=1e-5)
-        assert (gradient - results[0][1]).norm() < 1e-5 * gradient.norm()
+        close = rounding_of(ours, batch_of(store_windows(512), reference))
+        assert other == pytest.approx(results[0][0], rel=close)
+        assert relative_difference(gradient, results[0][1]) <= close
 
 
 def one_window(batch: TensorBatch, row: int) -> TensorBatch:
@@ -334,7 +339,7 @@ def test_a_factor_for_each_loss_of_the_linear_cross_entropy() -> None:
         results.append((losses.detach(), hidden.grad, weight.grad))
     for expected, found in zip(*results, strict=True):
         assert expected is not None and found is not None
-        assert (found - expected).norm() < 1e-5 * expected.norm()
+        assert relative_difference(found, expected) <= rounding(24, VOCAB, VOCAB, 2500)
 
 
 def test_a_factor_for_each_loss_in_half_precision() -> None:
@@ -356,7 +361,6 @@ def test_a_factor_for_each_loss_in_half_precision() -> None:
 def test_a_loss_that_does_not_move_is_told_once(loss: Any) -> None:
     objective = Preference(DPOSettings(loss=loss))
     start = 25.0 if loss == "ipo" else math.log(2)
-    assert objective.warning(0.5, {"loss": start}) is None, "it holds the first step"
     assert objective.warning(0.2, {"loss": start}) is None, "too early"
     assert objective.warning(0.4, {"loss": 0.9 * start}) is None
     assert "learning rate" in str(objective.warning(0.5, {"loss": 0.999 * start}))

@@ -1,0 +1,235 @@
+"""Messages of a training record: who speaks, what is said, and whether an answer is supervised.
+
+An answer that its message marks with `"weight": 0`, `"loss": false`, `"train": false` or the like,
+or with `"mask": true`, is encoded but excluded from the loss. What the chat format cannot express
+(tools, reasoning, images) makes the record invalid. Other keys are noted as unused.
+"""
+
+import ast
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from minimind.data.strict_json import check_characters, parse_json
+from minimind.tokenizer.chat import ROLES
+
+_ROLE_OF = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+_ROLE_OF |= {"observation": "tool", "function": "tool", "prompter": "user", "model": "assistant"}
+_ROLE_OF |= {role: role for role in ROLES}
+
+_NO_TOOLS = "the chat format has no tools yet"
+_NO_REASONING = "the chat format has no reasoning yet"
+_NO_MEDIA = "only text can be trained on"
+# Keys of a record or a message that change what is said.
+_UNSUPPORTED = {
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _NO_TOOLS),
+    **dict.fromkeys(("tool_call_id", "tool_responses"), _NO_TOOLS),
+    "reasoning_content": _NO_REASONING,
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NO_MEDIA),
+}
+# The same, of a message alone: in a record they are names of any column.
+_UNSUPPORTED_IN_MESSAGE = _UNSUPPORTED | {
+    **dict.fromkeys(("reasoning", "reasoning_details", "thinking"), _NO_REASONING),
+    "refusal": "the chat format has no place for it",
+    **dict.fromkeys(
+        ("train_detail", "training_detail"), "an answer is supervised as a whole or not at all"
+    ),
+}
+_IS_SUPERVISED = (
+    *("weight", "loss", "train", "training", "trainable"),
+    *("loss_mask", "loss_weight", "loss_scale"),
+)
+_IS_MASKED = ("mask",)  # the opposite: 1 or true excludes the answer
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_TYPE_NAMES = {
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    float: "a number with a fraction",
+    type(None): "null",
+}
+
+
+class Turn(NamedTuple):
+    """One message. `supervised` is of interest for answers only."""
+
+    role: str
+    content: str
+    supervised: bool = True
+
+
+class Fields:
+    """A JSON object that notes which of its keys are used, so that the others can be reported."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.values = values
+        self.unused_inside: set[str] = set()  # keys of the objects in it
+        self._prefix = prefix
+        self.used: set[str] = set()
+
+    def first(self, names: Sequence[str]) -> Any:
+        """Return the first of these fields that is not null, and note that it is used."""
+        name = self.name_of_first(names)
+        if name is None:
+            return None
+        self.used.add(name)
+        return self.values[name]
+
+    def name_of_first(self, names: Sequence[str]) -> str | None:
+        """Return the name of the first of these fields that is not null."""
+        return next((name for name in names if self.values.get(name) is not None), None)
+
+    def string(self, names: Sequence[str]) -> str:
+        """Return the first of these fields. Raises ValueError if it is missing or not text."""
+        value = self.first(names)
+        if value is None and not any(name in self.values for name in names):
+            raise self.missing(names)
+        return as_text(value, f"the field {' or '.join(names)}")
+
+    def missing(self, names: Sequence[str]) -> ValueError:
+        """Return the error for a record that has none of these fields."""
+        return ValueError(f"no field {' or '.join(names)}; its fields are: {self.listed()}")
+
+    def listed(self) -> str:
+        """Return the first names of fields, for a message."""
+        return ", ".join(map(str, list(self.values)[:6])) or "none"
+
+    def unused(self) -> set[str]:
+        """Return the keys, of objects within too, that hold something and were not used."""
+        own = {
+            f"{self._prefix}{key}"
+            for key, value in self.values.items()
+            if key not in self.used and not _is_empty(value)
+        }
+        return own | self.unused_inside
+
+    def check_supported(self, unsupported: Mapping[str, str] = _UNSUPPORTED) -> None:
+        """Raise ValueError for a key that changes what is said in a way that cannot be encoded."""
+        for key, reason in unsupported.items():
+            value = self.values.get(key)
+            if value is not False and not _is_empty(value):
+                raise ValueError(f"{self._prefix}{key}: {reason}")
+
+
+def as_text(value: Any, what: str) -> str:
+    """Return text as it is and an integer in digits. Raises ValueError for all else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(
+        f"{what} is not text, but {_TYPE_NAMES.get(type(value), type(value).__name__)}"
+    )
+
+
+def read_turns(value: Any, record: Fields, key: str) -> list[Turn]:
+    """Return the messages that the field `key` of a record holds.
+
+    A cell of a CSV file may hold the list as text, JSON's or Python's. Keys of messages that are
+    not used are noted in `record`. Raises ValueError with the reason why they are no messages.
+    """
+    turns = [value] if isinstance(value, dict) else parse_list(value)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{key}: messages are not a list of objects")
+    if not turns:
+        raise ValueError(f"{key}: the list of messages is empty")
+    return [_turn(turn, record, f"{key}[].") for turn in turns]
+
+
+def _turn(values: dict[str, Any], record: Fields, prefix: str) -> Turn:
+    message = Fields(values, prefix)
+    message.check_supported(_UNSUPPORTED_IN_MESSAGE)
+    role = message.first(("role", "from"))
+    if not isinstance(role, str) or role.lower() not in _ROLE_OF:
+        raise ValueError(f"unknown role {role!r}; known are {', '.join(_ROLE_OF)}")
+    role = _ROLE_OF[role.lower()]
+    if role == "tool":
+        raise ValueError(f"a message of a tool: {_NO_TOOLS}")
+    turn = Turn(role, _content(message, role, prefix), _is_supervised(message, role))
+    record.unused_inside |= message.unused()
+    return turn
+
+
+def _content(message: Fields, role: str, prefix: str) -> str:
+    value = message.first(("content", "value"))
+    if value is None:
+        raise ValueError(f"a message of the {role} holds no text")
+    if not isinstance(value, list):
+        return as_text(value, f"the content of a message of the {role}")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict):
+            raise ValueError(f"a content part of the {role} is no object with type and text")
+        fields = Fields(part, f"{prefix}content[].")
+        kind = fields.first(("type",))
+        if kind not in _TEXT_PARTS:
+            raise ValueError(f"a content part of the type {kind!r}: {_NO_MEDIA}")
+        texts.append(as_text(fields.first(("text",)), f"a content part of the {role}"))
+        message.unused_inside |= fields.unused()
+    return "".join(texts)
+
+
+def _is_supervised(message: Fields, role: str) -> bool:
+    """Read the keys that include an answer in the loss or exclude it; without them it is in."""
+    marks: dict[str, bool] = {}
+    for key in (*_IS_SUPERVISED, *_IS_MASKED):
+        value = message.first((key,))
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise ValueError(f"{key}: {value!r} of a message; it can be 0, 1, false or true")
+        marks[key] = bool(value) != (key in _IS_MASKED)
+    if len(set(marks.values())) > 1:
+        raise ValueError(f"{' and '.join(marks)} of a message contradict each other")
+    if role != "assistant" and any(marks.values()):
+        raise ValueError(
+            f"{next(iter(marks))}: asks to train on a message of the {role}; "
+            "only answers of the assistant are supervised"
+        )
+    return all(marks.values())
+
+
+def parse_list(value: Any) -> Any:
+    """Return the list that a string holds as JSON or as Python writes it; all else as it is.
+
+    Raises ValueError for what begins like a list and is none.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        if not str(error).startswith("not JSON"):
+            raise
+    try:
+        with warnings.catch_warnings():  # of "\\d" and the like
+            warnings.simplefilter("ignore")
+            parsed = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError("the text of a list is neither JSON nor Python") from None
+    check_characters(parsed)
+    return parsed
+
+
+def holds_messages(value: Any) -> bool:
+    """Return whether `value` is, or is the text of, a list of objects with roles."""
+    try:
+        turns = parse_list(value)
+    except ValueError:
+        return False
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+    )
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a field holds nothing: null, a blank text, no members, or only null ones."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, dict):
+        return all(member is None for member in value.values())
+    if isinstance(value, list):
+        return all(member is None for member in value)
+    return value is None

@@ -1,0 +1,59 @@
+"""Generation defaults of a model: its generation_config.json, read as vLLM reads it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from minimind.errors import ModelError, UsageError
+from minimind.inference.sampling import Sampling
+from minimind.model import resolve_model_directory
+
+_INTEGERS = ("top_k", "max_new_tokens")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Used where a request says nothing. max_new_tokens: None = what the context has room for."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int | None = None
+
+    def sampling_with(self, settings: Mapping[str, Any]) -> Sampling:
+        """Replace what is not None among the settings. Raises UsageError for bad values."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        return replace(self.sampling, **given)
+
+
+def read_generation_defaults(directory: Path) -> GenerationDefaults:
+    """Read them from a model or run directory; neutral sampling where it says nothing.
+
+    Raises ModelError for a value that is out of range, and for what is no model.
+    """
+    path = resolve_model_directory(directory) / "generation_config.json"
+    if not path.is_file():
+        return GenerationDefaults()
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a JSON object")
+        settings = {
+            key: _number(key, raw[key])
+            for key in (*_INTEGERS, *_NUMBERS)
+            if raw.get(key) is not None
+        }
+        most = settings.pop("max_new_tokens", None)
+        if most is not None and most < 1:
+            raise ValueError(f"max_new_tokens is {most}; it must be 1 or more")
+        return GenerationDefaults(Sampling(**settings), most)
+    except (OSError, ValueError, RecursionError, UsageError) as error:
+        raise ModelError(f"{path}: {error}. Correct the file, or delete the entry") from error
+
+
+def _number(key: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int if key in _INTEGERS else int | float):
+        kind = "an integer" if key in _INTEGERS else "a number"
+        raise ValueError(f"{key} is {value!r}, not {kind}")
+    return 0 if key == "top_k" and value == -1 else value  # both mean all tokens

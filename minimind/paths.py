@@ -1,0 +1,54 @@
+"""Folders of the user: caches, data, and paths that begin with `~`."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from platformdirs import user_cache_path, user_data_path
+
+from minimind.errors import UsageError
+
+CACHE_VARIABLE = "MINIMIND_CACHE"
+
+
+def cache_folder() -> Path:
+    """Folder for files that can be made again: `$MINIMIND_CACHE`, or the system's cache folder.
+
+    Raises UsageError for a user without a home.
+    """
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    return _user_folder(user_cache_path, CACHE_VARIABLE)
+
+
+def data_folder() -> Path:
+    """Folder for the user's own data, such as saved conversations.
+
+    Raises UsageError for a user without a home.
+    """
+    return _user_folder(user_data_path, "XDG_DATA_HOME")
+
+
+def _user_folder(find: Callable[..., Path], variable: str) -> Path:
+    with contextlib.suppress(RuntimeError):  # newer platformdirs raise it; older ones return ~/…
+        folder = find("minimind", appauthor=False)
+        if folder.is_absolute():
+            return folder
+    raise UsageError(
+        f"this user has no home directory; set the environment variable {variable} to a folder "
+        "that minimind may write to"
+    )
+
+
+def expand_user(path: str | Path) -> Path:
+    """`path` with a leading `~` or `~name` replaced by that user's home.
+
+    Raises UsageError where the system knows no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: no home directory is known for it; write the path without ~, or set HOME"
+        ) from None

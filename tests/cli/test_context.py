@@ -1,0 +1,155 @@
+"""`--context` and `--slots`: one meaning in every verb, and advice that is then accepted."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from minimind.cli.main import app
+from minimind.inference import capacity
+from minimind.inference.load import inference_dtype
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+from minimind.tokenizer import Tokenizer
+from tests.support.services import is_up, make_model, wait_until
+
+ROOM = 1_000_000  # bytes for KV caches, of which a position of the model takes 256
+OWN = 16_384
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Models, texts, and a machine with little free memory."""
+
+    folder: Path
+    free: int
+
+    def run(self, verb: str, model: str, *options: str) -> str:
+        """What it says; ends with "ACCEPTED" where it does what it should."""
+        arguments = {
+            "generate": [model, "长江", "--max-new-tokens", "2"],
+            "chat": [model, "--max-new-tokens", "2"],
+            "eval": [model, "--task", "bpb", "--data", "long.txt", "--fresh", "--out", "eval"],
+            "serve": [model, "--port", "0"],
+        }[verb]
+        command = [verb, *arguments, "--device", "cpu", *options]
+        return self._serve(command) if verb == "serve" else self._run(command)
+
+    def _run(self, command: list[str]) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(capacity, "free_bytes", lambda device: self.free)
+            patch.chdir(self.folder)
+            done = CliRunner().invoke(app, command, input="长江在哪里？\n")
+        return done.output if done.exit_code else done.output + "ACCEPTED"
+
+    def _serve(self, command: list[str]) -> str:
+        """The beginning of what a process says, as far as it shows whether it serves."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.support.little_memory", str(self.free), *command],
+            cwd=self.folder,
+            env=environment | {"PYTHONPATH": os.getcwd()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as child:
+            try:
+                assert child.stdout
+                said = child.stdout.readline()
+                if "error:" not in said:
+                    url = said.split()[1]
+                    said += child.stdout.readline()
+                    wait_until(lambda: is_up(url.removesuffix("/v1")))
+                    [model] = httpx.get(f"{url}/models").json()["data"]
+                    said += f"max_model_len {model['max_model_len']}\nACCEPTED"
+            finally:
+                child.kill()
+        return said
+
+
+def make_tiny(**changes: object) -> Transformer:
+    torch.manual_seed(0)
+    shape = PRESETS["nano"] | {"vocab_size": 600, "max_position_embeddings": OWN}
+    return Transformer(ModelConfig(**shape | changes))
+
+
+@pytest.fixture(scope="module")
+def machine(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    folder = tmp_path_factory.mktemp("machine")
+    save_model(folder / "tiny", make_tiny(), tokenizer)
+    stretched = make_tiny(max_position_embeddings=1024)
+    stretched.extend_context(2048)
+    save_model(folder / "stretched", stretched, tokenizer)
+    save_model(folder / "short", make_model(tokenizer, seed=1, context=256), tokenizer)
+    (folder / "long.txt").write_text("长江是中国最长的河流。" * 1500, encoding="utf-8")
+    itemsize = inference_dtype(torch.device("cpu")).itemsize
+    weights = itemsize * sum(parameter.numel() for parameter in make_tiny().parameters())
+    return Machine(folder, weights + int(ROOM / 0.8) + 1)
+
+
+def advised(said: str) -> list[list[str]]:
+    """The options that a message recommends, each alternative on its own."""
+    if found := re.search(r"give a context of at most (\d+)", said):
+        return [["--context", found[1]]]
+    if "give --context N too" in said:
+        return [["--context", "512"]]
+    found = re.search(r"can be used for it; give (.*)", said)
+    assert found, said
+    return [shlex.split(one) for one in found[1].split(" or ")]
+
+
+def followed(options: list[str], advice: list[str]) -> list[str]:
+    """The options with those of the advice in their place."""
+    changed = dict(zip(options[::2], options[1::2], strict=True))
+    changed |= dict(zip(advice[::2], advice[1::2], strict=True))
+    return [word for pair in changed.items() for word in pair]
+
+
+REFUSED = [
+    *((verb, "tiny", "--context 16384", 1) for verb in ("generate", "chat", "eval", "serve")),
+    ("serve", "tiny", "--context 2048 --slots 16", 2),
+    ("serve", "tiny", "--slots 256", 1),
+    ("generate", "tiny", "--context 1000000", 1),
+    *((verb, "stretched", "--context 4096", 1) for verb in ("generate", "chat", "eval", "serve")),
+    *((verb, "tiny", "--rope-scaling yarn", 1) for verb in ("generate", "chat")),
+]
+
+
+@pytest.mark.parametrize(("verb", "model", "options", "alternatives"), REFUSED)
+def test_advice_is_accepted(
+    machine: Machine, verb: str, model: str, options: str, alternatives: int
+) -> None:
+    refused = machine.run(verb, model, *options.split())
+    assert not refused.endswith("ACCEPTED")
+    assert "error:" in refused or "failed" in refused
+    advice = advised(refused)
+    assert len(advice) == alternatives, refused
+    for one in advice:
+        again = machine.run(verb, model, *followed(options.split(), one))
+        assert again.endswith("ACCEPTED"), (one, again)
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
+def test_by_default_the_cache_fits_the_memory(machine: Machine, verb: str) -> None:
+    said = machine.run(verb, "tiny")
+    assert said.endswith("ACCEPTED")
+    if verb == "serve":  # positions: 1,000,000 / 256 = 3,906, of which 61 steps of 64 are used
+        assert "tiny: KV cache of 1 × 3,840 tokens (0.0 GB); the model can read 16,384" in said
+        assert "max_model_len 3840" in said
+    else:
+        assert "free memory allows a context of 3,840 tokens; the model's own is 16,384" in said
+
+
+@pytest.mark.parametrize("context", [100, 512])
+def test_serve_takes_a_shorter_and_a_longer_context(machine: Machine, context: int) -> None:
+    said = machine.run("serve", "short", "--context", str(context), "--slots", "1")
+    assert f"short: KV cache of 1 × {context} tokens" in said
+    assert f"max_model_len {context}" in said

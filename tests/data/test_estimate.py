@@ -1,0 +1,158 @@
+"""Estimates against exact counts, over formats, lengths of records and languages."""
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from minimind.data import estimate as estimate_module
+from minimind.data import read as read_module
+from minimind.data.estimate import estimate_tokens
+from minimind.data.inspect import inspect_data
+from minimind.data.store import open_store
+from minimind.tokenizer import Tokenizer
+
+CHINESE = "长江是中国最长的河流。大熊猫生活在山里，主要的食物是竹子。一年有四个季节，春天花开。"
+ENGLISH = (
+    "The river begins on the plateau in the west. A giant panda eats bamboo all day long, and "
+)
+Write = Callable[[list[str]], bytes]
+
+
+def _lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts).encode()
+
+
+def _parquet(texts: list[str]) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), stream)
+    return stream.getvalue()
+
+
+FORMATS: dict[str, Write] = {
+    "jsonl": _lines,
+    "jsonl.gz": lambda texts: gzip.compress(_lines(texts), 1),
+    "jsonl.zst": lambda texts: zstandard.compress(_lines(texts)),
+    "json": lambda texts: json.dumps([{"text": t} for t in texts], ensure_ascii=False).encode(),
+    "parquet": _parquet,
+    "txt": lambda texts: "\n\n".join(texts).encode(),
+    "csv": lambda texts: ("text\n" + "".join(f'"{t}"\n' for t in texts)).encode(),
+}
+
+
+def _texts(letters: str, length: int, size: int, seed: int = 0) -> list[str]:
+    """Records of about `length` characters of shuffled text, of `size` characters in all."""
+    rng = random.Random(seed)
+    pool = [rng.sample(letters, len(letters)) for _ in range(50)]
+    texts = []
+    while size > 0:
+        count = max(1, round(length * rng.uniform(0.5, 1.5) / len(letters)))
+        texts.append("".join("".join(rng.choice(pool)) for _ in range(count)))
+        size -= len(texts[-1])
+    return texts
+
+
+def _exact(path: Path, tokenizer: Tokenizer) -> int:
+    tokens = inspect_data(str(path), tokenizer=tokenizer, num_samples=0).tokens
+    assert tokens is not None
+    return tokens.total
+
+
+@pytest.fixture
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sizes a 256th, so that files of a quarter megabyte are sampled as large ones are."""
+    monkeypatch.setattr(estimate_module, "_MOST_BYTES", 1 << 17)
+    monkeypatch.setattr(estimate_module, "_TOKENIZED", 30_000)
+    monkeypatch.setattr(read_module, "READ_AHEAD", 1 << 12)
+    monkeypatch.setattr(read_module, "_PACKED_AHEAD", 1 << 10)
+    monkeypatch.setattr(read_module, "_MAX_DOCUMENT", 1 << 11)
+
+
+@pytest.mark.usefixtures("small_samples")
+@pytest.mark.parametrize("letters", [CHINESE, ENGLISH], ids=["zh", "en"])
+@pytest.mark.parametrize("length", [100, 1_000, 2_200, 10_000])
+def test_estimates_are_within_a_tenth_in_each_format(
+    letters: str, length: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    texts = _texts(letters, length, 400_000)
+    (tmp_path / "exact.jsonl").write_bytes(_lines(texts))
+    exact = _exact(tmp_path / "exact.jsonl", tokenizer)
+    for name, write in FORMATS.items():
+        path = tmp_path / f"texts.{name}"
+        path.write_bytes(write(texts))
+        assert estimate_tokens(str(path), tokenizer) == pytest.approx(exact, rel=0.1), name
+
+
+def test_files_of_megabytes_as_they_are_sampled_by_default(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = _texts(CHINESE, 1_500, 1_000_000) + _texts(ENGLISH, 1_500, 500_000)
+    exact = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
+    monkeypatch.setattr(estimate_module, "_TOKENIZED", 100_000)  # for the time of this test
+    for name in ("jsonl", "jsonl.gz", "parquet"):
+        path = tmp_path / f"texts.{name}"
+        path.write_bytes(FORMATS[name](texts))
+        found = estimate_tokens(str(path), tokenizer, kind="text")
+        assert found == pytest.approx(exact, rel=0.05), name
+
+
+@pytest.mark.usefixtures("small_samples")
+def test_text_that_changes_within_a_file_and_files_that_differ(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_module, "_MOST_BYTES", 1 << 19)  # what is in reach is all read
+    path = tmp_path / "sorted.jsonl"
+    path.write_bytes(_lines(_texts(ENGLISH, 300, 150_000) + _texts(CHINESE, 300, 80_000)))
+    assert estimate_tokens(str(path), tokenizer) == pytest.approx(_exact(path, tokenizer), rel=0.1)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(40):
+        letters, size = (ENGLISH, 8_000) if number < 30 else (CHINESE, 25_000)
+        texts = _texts(letters, 300, size, seed=number)
+        (folder / f"{number:02}.jsonl.gz").write_bytes(gzip.compress(_lines(texts), 1))
+    assert estimate_tokens(str(folder), tokenizer) == pytest.approx(
+        _exact(folder, tokenizer), rel=0.1
+    )
+
+
+@pytest.mark.parametrize("shape", [None, "llama2", "llama3"])
+def test_plan_inspection_and_training_agree(
+    shape: str | None,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    foreign_dir: Callable[[str], Path],
+) -> None:
+    words = Tokenizer.load(foreign_dir(shape)) if shape else tokenizer
+    turns = [{"role": "user", "content": "问{{name}}"}, {"role": "assistant", "content": "答"}]
+    system = {"role": "system", "content": "你是助手"}
+    chats = [{"messages": turns}] * 50 + [{"messages": [system, *turns]}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*chats, {"text": "长江"}])), encoding="utf-8")
+    fill = {"name": "小明"}
+    store = open_store(str(path), words, kind="chat", fill=fill, folder=tmp_path / "stores")
+    tokens = store.manifest["train"]["tokens"]
+    assert estimate_tokens(str(path), words, kind="chat", fill=fill) == tokens
+    text = open_store(str(path), words, kind="text", folder=tmp_path / "stores")
+    assert estimate_tokens(str(path), words, kind="text") == text.manifest["train"]["tokens"]
+    unfilled = open_store(str(path), words, kind="chat", folder=tmp_path / "stores")
+    found = inspect_data(str(path), tokenizer=words)
+    assert found.tokens is not None
+    running = len(words.text_start) + len(words.encode("长江")) + 1
+    assert found.tokens.total == unfilled.manifest["train"]["tokens"] + running
+    left_out = {"does not fit the model's own chat template": 1} if shape == "llama2" else {}
+    assert found.figures()["skipped"] == left_out
+    assert estimate_tokens(str(path), words) == found.tokens.total
+
+
+def test_data_without_a_fitting_record_gives_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "长江"}\n{broken\n', encoding="utf-8")
+    assert estimate_tokens(str(path), tokenizer, kind="chat") == 0
+    assert estimate_tokens(str(path), tokenizer, kind="text") > 0

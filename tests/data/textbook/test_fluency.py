@@ -1,0 +1,56 @@
+"""Fluency: right answers have it, and lose it with a character or a word."""
+
+import random
+import re
+
+import pytest
+
+from minimind.data.textbook import is_fluent, quiz
+
+ANSWERS = sorted({question.answer for question in quiz()})
+
+
+def damaged(answer: str, how: str, rng: random.Random) -> str:
+    """The answer without one of its words (in Chinese: characters), or with one twice."""
+    words = list(re.finditer(r"[A-Za-z]+|[\u4e00-\u9fff]", answer))
+    start, end = rng.choice(words).span()
+    if how == "missing":
+        return re.sub("  +", " ", answer[:start] + answer[end:]).strip()
+    if how == "swapped" and end < len(answer) - 1:
+        return answer[:start] + answer[end : end + 1] + answer[start:end] + answer[end + 1 :]
+    return answer[:end] + rng.choice("的了在是大不") + answer[end:]
+
+
+def test_right_answers_are_fluent() -> None:
+    assert len(ANSWERS) > 2_000
+    assert [answer for answer in ANSWERS if not is_fluent(answer)] == []
+
+
+@pytest.mark.parametrize(("how", "least"), [("missing", 0.95), ("swapped", 0.98), ("added", 0.98)])
+def test_a_damaged_answer_is_not(how: str, least: float) -> None:
+    """Some damaged answers are good sentences: 香港的简称港 is one."""
+    rng = random.Random(how)
+    found = [not is_fluent(damaged(answer, how, rng)) for answer in ANSWERS]
+    assert sum(found) / len(found) >= least
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "因为河流把岩石中的盐分带进了大，所以海水是咸的。",
+        "因为河流不把岩石中的盐分带进海里。",
+        "泰山位山东省。",
+        "The capital of France Paris.",
+        "泰山位于山东省",
+        "",
+    ],
+)
+def test_a_sentence_with_a_fault(answer: str) -> None:
+    assert not is_fluent(answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["4乘3等于12。", "我叫MiniMind。", "泰山位于山东省。9加4等于13。"]
+)
+def test_several_sentences_and_other_numbers(answer: str) -> None:
+    assert is_fluent(answer)

@@ -1,0 +1,155 @@
+"""Models of remote services, on a local server that behaves like several kinds of them."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minimind.errors import ServiceError, UsageError
+from minimind.evaluation import remote
+from minimind.evaluation.remote import Service
+from minimind.evaluation.tasks import Answer, Manner
+from minimind.serving.limits import Limits
+from minimind.tokenizer import Tokenizer
+from tests.support.remote_services import (
+    Policy,
+    RemoteService,
+    like_gpt5,
+    like_mistral,
+    like_old,
+    refuses_nothing,
+)
+from tests.support.services import InProcess, save_models
+
+ASK = [{"role": "user", "content": "How are you?"}]
+
+
+def say(messages: list[dict[str, str]]) -> str:
+    return "I am fine."
+
+
+@pytest.fixture(autouse=True)
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_TIMEOUT", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "sent", "dropped"),
+    [
+        (refuses_nothing, {"max_completion_tokens", "temperature", "stream_options"}, set()),
+        (like_gpt5, {"max_completion_tokens", "stream_options"}, {"temperature"}),
+        (like_mistral, {"max_tokens", "temperature"}, {"max_completion_tokens", "stream_options"}),
+    ],
+)
+def test_what_a_service_refuses_is_left_out_from_then_on(
+    policy: Policy, sent: set[str], dropped: set[str]
+) -> None:
+    with RemoteService(say, "m", policy) as there:
+        service = Service(there.url, "k")
+        first = service.answer(ASK, max_tokens=9, temperature=0)
+        requests = len(there.asked)
+        second = service.answer(ASK, max_tokens=9, temperature=0)
+    tokens = None if "stream_options" in dropped else 3
+    assert first == second == Answer("I am fine.", tokens, True)
+    assert requests == 1 + bool(dropped)
+    assert len(there.asked) == requests + 1
+    assert set(there.asked[-1]) == {"model", "messages", "stream", *sent}
+    assert service.dropped == dropped
+    assert set(there.keys) == {"Bearer k"}
+
+
+def test_sampling_that_a_service_refuses() -> None:
+    with RemoteService(say, "m", like_gpt5) as there:
+        service = Service(there.url)
+        manner = Manner(9, temperature=0.5, at_once=1)
+        [(_, answer)] = service.answers(["How are you?"], manner)
+        assert isinstance(answer, Answer)
+        assert (answer.text, service.dropped) == ("I am fine.", {"temperature", "top_p"})
+        assert there.asked[-1]["seed"] == manner.seed_of("How are you?")
+    assert set(there.keys) == {"Bearer none"}
+
+
+def test_a_service_that_ignores_the_length_is_asked_by_its_older_name() -> None:
+    with RemoteService(say, "m", like_old) as there:
+        answer = Service(there.url).answer(ASK, max_tokens=2, temperature=0)
+    assert answer == Answer("I am", 2, False)
+    assert [body.get("max_tokens") for body in there.asked] == [None, 2]
+
+
+@pytest.mark.parametrize("fault", ["429", "503", "500", "html", "hang", "stall", "cut"])
+def test_a_passing_fault_is_survived(fault: str) -> None:
+    with RemoteService(say, "m", refuses_nothing, fault) as there:
+        answer = Service(there.url).answer(ASK, max_tokens=9, temperature=0)
+    assert answer == Answer("I am fine.", 3, True)
+    assert len(there.asked) == 2
+    if fault == "429":
+        assert there.times[1] - there.times[0] >= 0.2  # as Retry-After says
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "requests"),
+    [
+        ("429", "answers 429: Slow down.", 2),
+        ("html", "answers 502: <html>Bad gateway</html>", 2),
+        ("hang", "did not answer within 0.5 seconds", 2),
+        ("stall", "broke off in the middle of an answer", 2),
+        ("cut", "broke off in the middle of an answer", 2),
+        ("error", "the model crashed", 1),
+        ("403", "answers 403: Slow down.", 1),
+        ("401", "refuses the key, or wants one; set MY_KEY", 1),
+    ],
+)
+def test_a_lasting_fault_is_an_error_that_says_which(
+    fault: str, message: str, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_RETRIES", 1)
+    with RemoteService(say, "m", refuses_nothing, *[fault] * 9) as there:
+        service = Service(there.url, "k", "MY_KEY")
+        with pytest.raises(ServiceError) as raised:
+            service.answer(ASK, max_tokens=9, temperature=0)
+    assert message in str(raised.value)
+    assert len(there.asked) == requests
+
+
+def test_a_refusal_that_names_nothing_of_ours_is_an_error() -> None:
+    def refuse(body: dict[str, object]) -> tuple[int, object]:
+        return 400, {"error": {"message": "The request was flagged."}}
+
+    with RemoteService(say, "m", refuse) as there, pytest.raises(ServiceError, match="flagged"):
+        Service(there.url).answer(ASK, max_tokens=9, temperature=0)
+
+
+def test_places_that_are_no_service() -> None:
+    with pytest.raises(UsageError, match="is not the URL of a service"):
+        Service("ftp://127.0.0.1")
+    with pytest.raises(UsageError, match="is not the URL of a service"):
+        Service("http://127.0.0.1:port")
+    with pytest.raises(ServiceError, match="cannot be reached"):
+        Service("http://127.0.0.1:9")
+    with RemoteService(say, "m") as there:
+        with pytest.raises(UsageError, match="has no model other; it has: m"):
+            Service(f"{there.url}#other")
+        assert Service(f"{there.url}/v1#m").url == Service(there.url).url == f"{there.url}/v1"
+        assert Service(f"{there.url}/v1beta/openai").url == f"{there.url}/v1beta/openai"
+
+
+def test_without_openai_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UsageError, match=r"\.\[remote\]"):
+        Service("http://127.0.0.1:9")
+
+
+@pytest.fixture
+def own(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[InProcess]:
+    with InProcess(save_models(tmp_path, tokenizer), 2, Limits(), ["k"]) as service:
+        yield service
+
+
+def test_our_own_service_refuses_nothing(own: InProcess) -> None:
+    service = Service(f"{own.url}#other", "k")
+    [(_, answer)] = service.answers(["你好"], Manner(5, temperature=1))
+    assert isinstance(answer, Answer)
+    assert (answer.tokens, answer.ended, service.dropped) == (5, False, set())
+    with pytest.raises(ServiceError, match="wants one; set MINIMIND"):
+        Service(own.url, "wrong", "MINIMIND_API_KEY")

@@ -1,0 +1,177 @@
+"""Models with more embedding rows than their tokenizer has tokens, such as Qwen3-0.6B."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minimind.errors import UsageError
+from minimind.evaluation.scoring import EngineScorer, Row
+from minimind.inference.asking import write_all
+from minimind.inference.engine import Engine, Piece, Request, Scoring
+from minimind.inference.sampling import Sampling
+from minimind.model import Transformer
+from minimind.tokenizer import Tokenizer
+from tests.support.services import make_model
+
+PADDING = 8
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module", params=["padded", "padded, with a gap"])
+def tokenizer(
+    request: pytest.FixtureRequest,
+    foreign_dir: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tokenizer:
+    """A tokenizer made elsewhere; with a gap, an id in the middle has no token."""
+    directory = foreign_dir("qwen3")
+    if request.param == "padded":
+        return Tokenizer.load(directory)
+    whole = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    last = "".join(whole["model"]["merges"].pop())  # no other merge builds on the last one
+    del whole["model"]["vocab"][last]
+    copy = tmp_path_factory.mktemp("gap")
+    for path in directory.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    return Tokenizer.load(copy)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Transformer:
+    model = make_model(tokenizer, seed=1, context=256, padding=PADDING)
+    with torch.no_grad():
+        gaps = sorted(set(range(tokenizer.vocab_size)) - tokenizer.token_ids)
+        model.head_weight[gaps] *= 3
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def engine(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
+    with Engine(model, tokenizer, slots=4) as engine:
+        yield engine
+
+
+def pieces_of(engine: Engine, prompt: list[int], sampling: Sampling, **more: object) -> list[Piece]:
+    return list(engine.submit(Request(prompt, sampling, 40, **more)))  # type: ignore[arg-type]
+
+
+def all_logprobs(model: Transformer, ids: list[int]) -> Tensor:
+    """[len(ids), rows] as transformers computes them: over every row of the embedding."""
+    with torch.inference_mode():
+        return model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+
+
+def test_the_fixture_prefers_ids_without_a_token(model: Transformer, tokenizer: Tokenizer) -> None:
+    best = all_logprobs(model, tokenizer.encode("长江" * 20)).argmax(-1).tolist()
+    assert sum(token not in tokenizer.token_ids for token in best) > 5
+    assert model.config.vocab_size == tokenizer.vocab_size + PADDING
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        Sampling(temperature=1, top_p=1),
+        Sampling(temperature=100, top_p=1),
+        Sampling(temperature=100, top_p=0.9, top_k=10_000, min_p=0.001),
+        Sampling(temperature=2, repetition_penalty=1.3, presence_penalty=2, frequency_penalty=-2),
+        Sampling(temperature=0, logit_bias={5: 100, 6: -100}),
+    ],
+)
+def test_ids_without_a_token_are_neither_chosen_nor_listed(
+    engine: Engine, tokenizer: Tokenizer, sampling: Sampling
+) -> None:
+    for seed in range(5):
+        prompt = tokenizer.encode("长江")
+        pieces = pieces_of(engine, prompt, sampling, seed=seed, logprobs=20)
+        assert pieces[-1].finish_reason == "length"
+        entries = [entry for piece in pieces for entry in piece.logprobs]
+        assert len(entries) == 40
+        for entry in entries:
+            assert {entry.token_id, *(token for token, _ in entry.top)} <= tokenizer.token_ids
+            assert len(entry.top) == 20
+
+
+def test_log_probabilities_are_those_of_every_row(
+    engine: Engine, model: Transformer, tokenizer: Tokenizer
+) -> None:
+    """Comparable with transformers, vLLM and lm-eval, which normalise over every row."""
+    prompt = tokenizer.encode("长江是中国")
+    pieces = pieces_of(engine, prompt, GREEDY, logprobs=5)
+    entries = [entry for piece in pieces for entry in piece.logprobs]
+    written = [entry.token_id for entry in entries]
+    wanted = all_logprobs(model, prompt + written)[len(prompt) - 1 : -1]
+    own = wanted.gather(1, torch.tensor(written)[:, None])[:, 0]
+    found = torch.tensor([entry.logprob for entry in entries])
+    torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
+    tokens = torch.tensor(sorted(tokenizer.token_ids))
+    top = torch.tensor([[value for _, value in entry.top] for entry in entries])
+    torch.testing.assert_close(top, wanted[:, tokens].topk(5).values, atol=1e-4, rtol=0)
+    assert written == tokens[wanted[:, tokens].argmax(-1)].tolist()
+
+
+def test_scores_are_those_of_every_row(
+    engine: Engine, model: Transformer, tokenizer: Tokenizer
+) -> None:
+    prompt, ends = tokenizer.encode("长江"), [tokenizer.encode(text) for text in ("是", "的河流")]
+    completion = engine.submit(Scoring(prompt, ends))
+    assert [piece.finish_reason for piece in completion] == ["stop"]
+    wanted = []
+    for end in ends:
+        rows = all_logprobs(model, prompt + end[:-1])[len(prompt) - 1 :]
+        wanted.append(float(rows[range(len(end)), end].sum()))
+    assert completion.scores == pytest.approx(wanted, abs=1e-4)
+    rows = [Row((*prompt, *end), len(prompt)) for end in ends]
+    [scores] = EngineScorer(model, tokenizer).score([rows])
+    assert scores == pytest.approx(wanted, abs=1e-4)
+
+
+def test_continuations_of_many_prompts(model: Transformer, tokenizer: Tokenizer) -> None:
+    prompts = [tokenizer.encode(text) for text in ("长江", "黄河", "泰山")]
+    for output in write_all(model, tokenizer, prompts, max_new_tokens=20):
+        assert output
+        assert set(output) <= tokenizer.token_ids
+
+
+class Only:
+    """Allows a few tokens, by a mask of some width."""
+
+    def __init__(self, tokens: list[int], width: int) -> None:
+        self.mask = torch.zeros(width, dtype=torch.bool)
+        self.mask[tokens] = True
+        self.is_met = False
+
+    def allowed(self) -> Tensor:
+        return self.mask
+
+    def advance(self, token: int) -> None:
+        assert self.mask[token]
+
+
+@pytest.mark.parametrize("width", ["tokens", "rows"])
+def test_a_mask_is_as_wide_as_the_tokenizer_or_the_model(
+    engine: Engine, tokenizer: Tokenizer, width: str
+) -> None:
+    sizes = {"tokens": tokenizer.vocab_size, "rows": engine.model.vocab_size}
+    constraint = Only([5, 7], sizes[width])
+    pieces = pieces_of(engine, [9], Sampling(temperature=100, top_p=1), constraint=constraint)
+    assert pieces[-1].finish_reason == "length"
+    assert {token for piece in pieces for token in piece.token_ids} == {5, 7}
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused(
+    engine: Engine, tokenizer: Tokenizer
+) -> None:
+    beyond = tokenizer.vocab_size
+    for request, name in (
+        (Request([5], Sampling(logit_bias={beyond: 1})), "logit_bias"),
+        (Request([beyond], GREEDY), "prompt"),
+        (Scoring([5], [[beyond]]), "end"),
+    ):
+        with pytest.raises(UsageError, match=f"{name}: token ids go from 0 to {beyond - 1}"):
+            engine.submit(request)

@@ -1,0 +1,304 @@
+"""Random walks through grammars: whatever is chosen, a finished answer is valid."""
+
+import json
+import random
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from pydantic_core import from_json
+
+from minimind.errors import UsageError
+from minimind.inference import grammar as grammar_module
+from minimind.inference.engine import Engine, Piece, Request
+from minimind.inference.grammar import MAX_DEPTH, Grammar, GrammarCompiler
+from minimind.inference.sampling import Sampling
+from minimind.model import Transformer
+from minimind.tokenizer import Tokenizer
+from tests.conftest import TEXTS
+from tests.support.foreign import SHAPES, make_tokenizer
+from tests.support.small_exams import make_varied
+
+_PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "born": {"type": "integer", "minimum": 1900, "maximum": 2030},
+        "alive": {"type": "boolean"},
+    },
+    "required": ["name", "born", "alive"],
+    "additionalProperties": False,
+}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "any object": {"type": "object"},
+    "person": _PERSON,
+    "list of enums": {
+        "type": "array",
+        "items": {"enum": ["长江", "Ångström", 'a"b\\c', None, 3, {"k": [1]}]},
+        "minItems": 2,
+        "maxItems": 5,
+    },
+    "references": {
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {
+                    "value": {"type": ["number", "null"]},
+                    "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+                },
+                "required": ["value", "next"],
+                "additionalProperties": False,
+            }
+        },
+        "$ref": "#/$defs/node",
+    },
+    "patterns and formats": {
+        "type": "object",
+        "properties": {
+            "id": {"type": "string", "pattern": "^[a-z]{2}-[0-9]{3}$"},
+            "day": {"type": "string", "format": "date"},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 3},
+        },
+        "required": ["id"],
+    },
+    "integer": {"type": "integer"},
+    "nothing but a constant": {"const": {"a": ["null", "北京"]}},
+}
+
+
+def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, most: int = 60) -> str | None:
+    """A text of random allowed tokens; None where it is not finished after `most` of them."""
+    chance, constraint = random.Random(seed), grammar.start()
+    ids: list[int] = []
+    for _ in range(most):
+        choices = constraint.allowed().nonzero()[:, 0].tolist()
+        # Half of the steps end something where they can: most tokens are text, and strings go on.
+        ending = [i for i in choices if tokenizer.bytes_of[i] in (b'"', b"}", b"]", b",", b":")]
+        token = chance.choice(ending if ending and chance.random() < 0.5 else choices)
+        if token in tokenizer.stop_ids:
+            break
+        ids.append(token)
+        constraint.advance(token)
+        if constraint.is_met:
+            break
+    else:
+        return None
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_what_a_random_walk_finishes_is_valid(schema: Any, tokenizer: Tokenizer) -> None:
+    grammar = GrammarCompiler(tokenizer).compile(schema)
+    texts = [text for seed in range(100) if (text := walk(grammar, tokenizer, seed)) is not None]
+    assert len(texts) >= 10
+    for text in texts:
+        jsonschema.validate(json.loads(text), schema)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokenizers_made_elsewhere(shape: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(make_tokenizer(shape, tmp_path / "tokenizer", TEXTS))
+    compiler = GrammarCompiler(tokenizer)
+    for name, schema in SCHEMAS.items():
+        grammar = compiler.compile(schema)
+        texts = [text for seed in range(40) if (text := walk(grammar, tokenizer, seed)) is not None]
+        assert texts, name
+        for text in texts:
+            jsonschema.validate(json.loads(text), schema)
+
+
+def feed(grammar: Grammar, tokenizer: Tokenizer, text: str) -> Any:
+    """The constraint after the text, one byte a token; stops where a byte is not allowed."""
+    byte = {token[0]: i for i, token in enumerate(tokenizer.bytes_of) if len(token) == 1}
+    constraint = grammar.start()
+    constraint.read = 0
+    for character in text.encode():
+        if not constraint.allowed()[byte[character]]:
+            break
+        constraint.advance(byte[character])
+        constraint.read += 1
+    return constraint
+
+
+def test_nesting_is_bounded(tokenizer: Tokenizer) -> None:
+    grammar = GrammarCompiler(tokenizer).compile()
+    assert feed(grammar, tokenizer, '{"a":' + "[" * 100).read == 5 + MAX_DEPTH - 1
+    deepest = '{"a":' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
+    assert feed(grammar, tokenizer, deepest).is_met
+    assert from_json(deepest)
+    # Brackets inside a string open nothing.
+    inside = '{"[[[":' + "[" * (MAX_DEPTH - 1) + '"\\"[[{{[[",{"'
+    assert feed(grammar, tokenizer, inside).read == len(inside) - 2
+
+
+def test_a_schema_that_demands_deeper_nesting_is_stuck(tokenizer: Tokenizer) -> None:
+    node = {"type": "array", "items": {"$ref": "#/$defs/node"}, "minItems": 1}
+    endless = {"$defs": {"node": node}, "$ref": "#/$defs/node"}
+    grammar = GrammarCompiler(tokenizer).compile(endless)
+    assert feed(grammar, tokenizer, "[" * 100).read == MAX_DEPTH
+    constraint = feed(grammar, tokenizer, "[" * MAX_DEPTH + " " * 8)
+    assert constraint.wait(10)
+    assert constraint.is_stuck
+
+
+def test_spaces_are_bounded(tokenizer: Tokenizer) -> None:
+    grammar = GrammarCompiler(tokenizer).compile()
+    assert feed(grammar, tokenizer, "{" + " " * 30).read == 9
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "colour"}, "Invalid type: colour"),
+        ({"type": "array", "uniqueItems": True}, 'Unimplemented keys: ["uniqueItems"]'),
+        ({"type": "string", "pattern": "(?=a)"}, "look-around"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3) is greater"),
+        ({"$ref": "https://example.com/schema.json"}, "does not fetch"),
+        ({"$ref": "#/nowhere"}, "/nowhere"),
+    ],
+)
+def test_schemas_that_cannot_be_enforced_are_refused(
+    schema: Any, reason: str, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        GrammarCompiler(tokenizer).compile(schema)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _chain(length: int) -> dict[str, Any]:
+    """A schema of references to references."""
+    links: dict[str, Any] = {"last": {"type": "null"}}
+    for n in range(length):
+        following = {"$ref": f"#/$defs/{n + 1 if n + 1 < length else 'last'}"}
+        links[str(n)] = {"anyOf": [following, {"type": "array", "items": following}]}
+    return {"$defs": links, "$ref": "#/$defs/0"}
+
+
+def test_a_schema_that_breaks_the_compiler_breaks_nothing_else(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "CHECK_SECONDS", 3)
+    compiler = GrammarCompiler(tokenizer)
+    assert walk(compiler.compile(_chain(50)), tokenizer, 1)
+    patterns = [{"pattern": f"(a|b)*{n}(c|d){{30}}"} for n in range(40)]
+    for hostile in (_chain(5000), {"type": "string", "allOf": patterns}):
+        with pytest.raises(UsageError, match="too complex"):
+            compiler.compile(hostile)
+
+
+def test_the_text_that_a_grammar_dictates_is_tokenized_as_usual(tokenizer: Tokenizer) -> None:
+    """A model that was trained on whole words is not made to spell them."""
+    constant = {"const": "长江是中国最长的河流"}
+    constraint = GrammarCompiler(tokenizer).compile(constant).start()
+    ids = []
+    while not constraint.is_met:
+        [token] = constraint.allowed().nonzero()[:, 0].tolist()
+        ids.append(token)
+        constraint.advance(token)
+    assert ids == tokenizer.encode('"长江是中国最长的河流"')
+
+
+def generate(engine: Engine, tokenizer: Tokenizer, **settings: Any) -> tuple[str, str | None]:
+    request = Request(
+        tokenizer.encode("长江"),
+        Sampling(temperature=1.5),
+        stop_ids=frozenset(tokenizer.stop_ids),
+        **settings,
+    )
+    pieces = list(engine.submit(request))
+    return "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+
+
+def test_the_engine_follows_a_grammar_and_says_where_it_was_cut(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
+    schema = {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 6}
+    grammar = GrammarCompiler(tokenizer).compile(schema)
+    reasons = []
+    with Engine(model, tokenizer, slots=4) as engine:
+        for seed in range(20):
+            text, reason = generate(
+                engine, tokenizer, max_new_tokens=10, seed=seed, constraint=grammar.start()
+            )
+            reasons.append(reason)
+            if reason == "stop":
+                jsonschema.validate(json.loads(text), schema)
+            else:
+                with pytest.raises(json.JSONDecodeError):
+                    json.loads(text)
+    assert set(reasons) == {"stop", "length"}
+
+
+def test_a_value_that_ends_with_the_last_token_is_not_cut(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
+    grammar = GrammarCompiler(tokenizer).compile({"const": "长江"})
+    length = len(tokenizer.encode('"长江"'))
+    with Engine(model, tokenizer, slots=1) as engine:
+        for most, expected in ((length, ('"长江"', "stop")), (length - 1, ('"长江', "length"))):
+            assert expected == generate(
+                engine, tokenizer, max_new_tokens=most, constraint=grammar.start()
+            )
+
+
+def test_a_mask_that_takes_long_stalls_nobody_else(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
+    class Slow:
+        """A constraint whose first mask never comes."""
+
+        def __init__(self) -> None:
+            self.is_met = self.is_stuck = False
+            self.asked, self.given = threading.Event(), threading.Event()
+
+        def wait(self, seconds: float) -> bool:
+            self.asked.set()
+            return self.given.wait(seconds)
+
+        def allowed(self) -> torch.Tensor:
+            return torch.ones(tokenizer.vocab_size, dtype=torch.bool)
+
+        def advance(self, token: int) -> None:
+            self.given.clear()
+
+    prompt = tokenizer.encode("长江")
+    slow = Slow()
+    with Engine(model, tokenizer, slots=2) as engine:
+        written: list[Piece] = []
+        first = Request(prompt, Sampling(temperature=0), 8, constraint=slow)
+        blocked = engine.submit(first, written.append)
+        assert slow.asked.wait(10)
+        other = engine.submit(Request(prompt, Sampling(temperature=0), 50))
+        assert sum(len(piece.token_ids) for piece in other) == 50
+        assert blocked.completion_tokens == 1
+        blocked.cancel()
+
+
+def test_llguidance_writes_nothing_to_stderr(
+    tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    compiler = GrammarCompiler(tokenizer)
+    with pytest.raises(UsageError):
+        compiler.compile({"type": "colour"})
+    assert not feed(compiler.compile(), tokenizer, '{"a": tru').is_met
+    sys.stderr.flush()
+    assert capfd.readouterr().err == ""
+
+
+def test_rows_of_the_model_without_a_token_are_never_sampled(tokenizer: Tokenizer) -> None:
+    """Embedding tables of models made elsewhere are often padded."""
+    model = make_varied(tokenizer, vocab_size=tokenizer.vocab_size + 21)
+    grammar = GrammarCompiler(tokenizer).compile({"type": "array", "items": {"type": "integer"}})
+    with Engine(model, tokenizer, slots=1) as engine:
+        for seed in range(3):
+            request = Request(
+                [5], Sampling(temperature=2), 12, seed=seed, constraint=grammar.start()
+            )
+            ids = [token for piece in engine.submit(request) for token in piece.token_ids]
+            assert ids
+            assert max(ids) < tokenizer.vocab_size

@@ -1,0 +1,100 @@
+"""What a request does not say: OpenAI's defaults, unless the model's own files say otherwise."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from minimind.errors import ModelError
+from minimind.model import save_model
+from minimind.serving.limits import Limits
+from minimind.tokenizer import Tokenizer
+from tests.support.services import InProcess, make_model
+
+NEUTRAL = {
+    "temperature": 1,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "n": 1,
+    "stream": False,
+    "logprobs": False,
+}
+
+
+@pytest.fixture
+def serve_with(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str | None], InProcess]:
+    """A service of one model with this text as its generation_config.json."""
+
+    def make(text: str | None) -> InProcess:
+        directory = tmp_path / "tiny" / "model"
+        save_model(directory, make_model(tokenizer, 1, 256), tokenizer)
+        path = directory / "generation_config.json"
+        path.unlink() if text is None else path.write_text(text, encoding="utf-8")
+        return InProcess(tmp_path / "tiny", 2, Limits(), ())
+
+    return make
+
+
+def answer(service: Any, **settings: Any) -> str:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "长江"}], "seed": 5}
+    url = f"{service.url}/v1/chat/completions"
+    found = httpx.post(url, json={"max_tokens": 30} | body | settings, timeout=30).json()
+    return found["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("text", [None, "{}", '{"temperature": null, "do_sample": true}'])
+def test_without_defaults_of_its_own_they_are_those_of_openai(
+    text: str | None, serve_with: Callable[..., Any]
+) -> None:
+    with serve_with(text) as service:
+        assert answer(service) == answer(service, **NEUTRAL)
+        assert answer(service) != answer(service, temperature=0.7, top_p=0.9)
+
+
+def test_a_model_may_have_defaults_of_its_own(serve_with: Callable[..., Any]) -> None:
+    own = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.01}
+    own |= {"repetition_penalty": 1.1}
+    with serve_with(json.dumps(own | {"max_new_tokens": 7, "eos_token_id": 3})) as service:
+        assert answer(service) == answer(service, **own)
+        assert answer(service, top_k=None) == answer(service, **own)
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "长江"}]}
+        for path, asked, written in (
+            ("chat/completions", body, 7),
+            ("chat/completions", body | {"max_tokens": 9}, 9),
+            ("completions", {"model": "tiny", "prompt": "长江"}, 16),  # OpenAI's own default
+        ):
+            found = httpx.post(f"{service.url}/v1/{path}", json=asked).json()
+            assert found["usage"]["completion_tokens"] == written
+
+
+def test_what_we_save_keeps_what_our_models_want(serve_here: Callable[..., Any]) -> None:
+    with serve_here() as service:
+        assert answer(service) == answer(service, temperature=0.7, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"temperature": "0.6"}', "temperature is '0.6', not a number"),
+        ('{"top_k": 2.5}', "top_k is 2.5, not an integer"),
+        ('{"top_p": 0}', "top-p is 0; it must be above 0"),
+        ('{"temperature": NaN}', "temperature is nan"),
+        ('{"max_new_tokens": 0}', "max_new_tokens is 0; it must be 1 or more"),
+        ("[]", "it is not a JSON object"),
+        ("{", "Expecting"),
+    ],
+)
+def test_defaults_that_cannot_be_are_told_with_their_file(
+    text: str, said: str, serve_with: Callable[..., Any]
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        serve_with(text)
+    assert said in str(caught.value)
+    assert "generation_config.json: " in str(caught.value)

@@ -1,0 +1,122 @@
+"""JSON objects and JSON schemas over HTTP, with the official client."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel
+
+ASKED: Any = [{"role": "user", "content": "长江有多长？"}]
+
+
+class River(BaseModel):
+    name: Literal["长江", "黄河"]
+    kilometres: int
+    is_long: bool | None
+
+
+@pytest.fixture
+def client(process: Any) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: OpenAI, **settings: Any) -> Any:
+    given = {"model": "tiny", "messages": ASKED, "temperature": 1.5, "max_tokens": 200}
+    return client.chat.completions.create(**given | settings).choices[0]
+
+
+def of_schema(schema: dict[str, Any], strict: bool | None) -> dict[str, Any]:
+    described = {"name": "answer", "schema": schema, "strict": strict}
+    return {"type": "json_schema", "json_schema": described}
+
+
+def test_an_object_is_whole_or_reported_as_cut(client: OpenAI) -> None:
+    reasons = set()
+    for seed in range(12):
+        choice = ask(
+            client, response_format={"type": "json_object"}, seed=seed, max_tokens=2 + 10 * seed
+        )
+        reasons.add(choice.finish_reason)
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+        else:
+            with pytest.raises(json.JSONDecodeError):
+                json.loads(choice.message.content)
+    assert "length" in reasons
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_an_answer_follows_its_schema(client: OpenAI, strict: bool | None) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"river": {"enum": ["长江", "黄河"]}, "long": {"type": "boolean"}},
+        "required": ["river", "long"],
+        "additionalProperties": False,
+    }
+    for seed in range(4):
+        choice = ask(client, response_format=of_schema(schema, strict), seed=seed)
+        assert choice.finish_reason == "stop"
+        found = json.loads(choice.message.content)
+        assert list(found) == ["river", "long"]
+        assert found["river"] in ("长江", "黄河")
+        assert isinstance(found["long"], bool)
+
+
+def test_what_the_official_client_makes_of_a_class(client: OpenAI) -> None:
+    done = client.chat.completions.parse(
+        model="tiny", messages=ASKED, temperature=1.5, seed=3, response_format=River, logprobs=True
+    )
+    river = done.choices[0].message.parsed
+    assert isinstance(river, River)
+    assert done.choices[0].finish_reason == "stop"
+    logprobs = done.choices[0].logprobs
+    assert logprobs
+    assert logprobs.content
+    written = b"".join(bytes(token.bytes or []) for token in logprobs.content)
+    assert written.decode() == done.choices[0].message.content
+
+
+def test_a_stream_and_choices_follow_it_too(client: OpenAI) -> None:
+    wanted = of_schema({"type": "array", "items": {"type": "boolean"}, "maxItems": 4}, True)
+    texts = {0: "", 1: "", 2: ""}
+    reasons = {}
+    for chunk in client.chat.completions.create(
+        model="tiny",
+        messages=ASKED,
+        temperature=1.5,
+        seed=1,
+        n=3,
+        stream=True,
+        response_format=wanted,  # type: ignore[arg-type]
+    ):
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.delta.content or ""
+        reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+    assert set(reasons.values()) == {"stop"}
+    assert all(isinstance(value, bool) for text in texts.values() for value in json.loads(text))
+
+
+def test_a_schema_may_be_left_out_and_text_is_free(client: OpenAI) -> None:
+    anything = {"type": "json_schema", "json_schema": {"name": "anything"}}
+    assert ask(client, response_format=anything, max_tokens=5).message.content.startswith("{")
+    free = ask(client, response_format={"type": "text"}, temperature=0, max_tokens=20)
+    assert free == ask(client, temperature=0, max_tokens=20)
+
+
+def test_other_settings_go_with_it(client: OpenAI) -> None:
+    """A bias and penalties change which of the allowed tokens come, never whether they are."""
+    wanted = of_schema({"enum": ["长江", "黄河", "泰山"]}, True)
+    settings: dict[str, Any] = {"repetition_penalty": 3.0, "top_k": 1, "min_p": 0.5}
+    for seed in range(4):
+        choice = ask(
+            client,
+            response_format=wanted,
+            seed=seed,
+            logit_bias={"300": 100},
+            frequency_penalty=2,
+            extra_body=settings,
+        )
+        assert json.loads(choice.message.content) in ("长江", "黄河", "泰山")

@@ -1,0 +1,29 @@
+"""How often Python opens files below a folder, by its audit events."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_folder: Path | None = None
+_opened = 0
+
+
+def _see(event: str, arguments: tuple[Any, ...]) -> None:
+    global _opened
+    if event == "open" and _folder and str(arguments[0]).startswith(str(_folder)):
+        _opened += 1
+
+
+sys.addaudithook(_see)
+
+
+def opens(act: Callable[[], object], folder: Path) -> int:
+    """Number of files below `folder` that are opened while `act` runs."""
+    global _folder, _opened
+    _folder, _opened = folder, 0
+    try:
+        act()
+    finally:
+        _folder = None
+    return _opened

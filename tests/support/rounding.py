@@ -1,0 +1,66 @@
+"""Tolerances between two float32 implementations, derived from the lengths of their sums.
+
+A sum of n products, rounded after each operation in any order, has a relative error of at most
+lambda * sqrt(n) * u, with probability 1 - 2 exp(-lambda^2 / 2) per rounding (Higham and Mary, "A
+new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41(5), 2019, theorem
+2.4); u = 2^-24 for float32. To first order the errors of sums that follow each other add up, and
+either implementation may be off to its own side. "Relative" means to the norm of the whole tensor:
+a single element may be small because large terms cancel, and its error is not smaller for that.
+
+The bound holds for any order of summation, so for any processor, kernel and number of threads.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from minimind.model import ModelConfig
+
+UNIT = 2.0**-24
+LAMBDA = 4.0  # exceeded by one rounding in 1,500
+
+
+def rounding(*lengths: float) -> float:
+    """Bound on the relative difference of two float32 results of sums of these lengths in turn."""
+    return 2 * LAMBDA * UNIT * sum(math.sqrt(length) for length in lengths)
+
+
+def forward_sums(config: ModelConfig, positions: int) -> list[int]:
+    """Lengths of the sums on the way from the embedding to the logits.
+
+    positions: keys that a query attends to at most.
+    """
+    hidden, width = config.hidden_size, config.head_dim
+    inner = max(config.intermediate_size, config.shared_intermediate_size or 0)
+    attention = [hidden, hidden, width, positions, positions, config.num_attention_heads * width]
+    feed_forward = [hidden, hidden, inner]
+    if config.num_local_experts:  # the router, its softmax, and the sum over the chosen experts
+        feed_forward += [hidden, config.num_local_experts, config.num_experts_per_tok + 1]
+    return config.num_hidden_layers * (attention + feed_forward) + [hidden, hidden]
+
+
+def logits_rounding(config: ModelConfig, positions: int) -> float:
+    """Bound on the relative difference of two implementations' logits."""
+    return rounding(*forward_sums(config, positions))
+
+
+def gradient_rounding(config: ModelConfig, positions: int, tokens: int) -> float:
+    """Bound on the relative difference of two implementations' loss and gradient.
+
+    The backward pass has two products for each of the forward pass. Between both are the softmax
+    over the vocabulary and its gradient; the gradient of a weight sums over the tokens.
+    """
+    forward = forward_sums(config, positions)
+    return rounding(*forward * 3, config.vocab_size, config.vocab_size, tokens)
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference, relative to the norm of `wanted`."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def largest_difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference of two elements, relative to the largest element of `wanted`."""
+    assert torch.isfinite(wanted).all()
+    return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())

@@ -1,0 +1,47 @@
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimind.errors import install_line, shell_words
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="another shell")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "out/我的 模型[1]",
+        "it's",
+        "$HOME",
+        "a;b",
+        "`c`",
+        "a\nb",
+        "~x",
+        "*",
+        "!!",
+        "#a",
+        "-x",
+        "",
+        "plain/a-b_c.d",
+    ],
+)
+def test_a_suggested_command_is_read_back_as_it_was(name: str) -> None:
+    words = shlex.split(f"minimind {shell_words('chat', Path('folder') / name)}")
+    assert words == ["minimind", "chat", str(Path("folder") / name)]
+
+
+def test_plain_names_stay_plain_and_a_dash_is_no_option() -> None:
+    assert shell_words("chat", Path("out/demo")) == "chat out/demo"
+    assert shell_words("chat", Path("-x"), "--adapter", Path("--y")) == "chat ./-x --adapter ./--y"
+
+
+def test_windows_has_quotes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    assert shell_words("chat", Path("我的 模型[1]")) == 'chat "我的 模型[1]"'
+
+
+def test_an_extra_is_installed_as_the_package_was(tmp_path: Path) -> None:
+    assert install_line("wandb") == "pip install -c constraints.txt -e '.[wandb]'"
+    wheel = tmp_path / "site-packages" / "minimind"
+    assert install_line("wandb", wheel) == "pip install 'minimind[wandb]'"

@@ -1,0 +1,168 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.config import load_recipe
+from minimind.errors import ConfigError
+from minimind.training import stage as stage_module
+from minimind.training.checkpoint import newest_state
+from minimind.training.run import (
+    finished_summary,
+    has_begun,
+    is_finished,
+    recipe_changes,
+    write_recipe,
+)
+from minimind.training.stage import prepare_stage
+from tests.support.small_runs import Told, losses, metrics
+from tests.support.stages import Make, do, refused
+
+
+@pytest.mark.parametrize(
+    ("made", "begun"),
+    [
+        ("checkpoints/.making-00000007", False),
+        ("checkpoints/.damaged-step-00000007", False),
+        ("checkpoints", False),
+        ("checkpoints/step-00000007", True),
+        ("model", True),
+        ("adapter", True),
+    ],
+)
+def test_a_run_has_begun_when_there_is_something_to_resume_or_to_lose(
+    recipe: Make, run: Path, made: str, begun: bool
+) -> None:
+    run.mkdir()
+    write_recipe(run, recipe())
+    assert not has_begun(run)
+    (run / made).mkdir(parents=True)
+    assert has_begun(run) == begun
+    other = recipe(optim__lr=0.5)
+    if begun:
+        with pytest.raises(ConfigError, match=r"optim\.lr was 0\.001 and is now 0\.5"):
+            recipe_changes(run, other)
+    else:
+        assert recipe_changes(run, other) == {}
+
+
+def test_a_run_is_finished_when_its_summary_and_its_product_are_there(
+    recipe: Make, run: Path
+) -> None:
+    run.mkdir()
+    write_recipe(run, recipe())
+    (run / "summary.json").write_text('{"steps": 5}')
+    assert finished_summary(run, recipe()) is None
+    (run / "model").mkdir()
+    assert finished_summary(run, recipe()) == {"steps": 5}
+    assert is_finished(run, recipe())
+    assert is_finished(run, recipe(out=run.parent / "moved", training__log_every=3))
+    assert not is_finished(run, recipe(seed=8))
+    (run / "summary.json").write_text('{"ste')
+    assert finished_summary(run, recipe()) is None
+
+
+# Settings that do not change what is computed may change.
+
+
+@pytest.fixture
+def stopped(recipe: Make, run: Path) -> dict[str, Any]:
+    """A run of 10 steps with a checkpoint of step 4, as if it had been killed after that."""
+    settings = {"training__steps": 10, "checkpoint__every": 4, "checkpoint__keep": 9}
+    settings |= {"validation__every": 100}
+    do(recipe(**settings))
+    shutil.copytree(run, run.parent / "whole")
+    for name in ("step-00000008", "step-00000010"):
+        shutil.rmtree(run / "checkpoints" / name)
+    shutil.rmtree(run / "model")
+    (run / "summary.json").unlink()
+    return settings
+
+
+def test_operation_may_change_is_reported_and_recorded(
+    recipe: Make, run: Path, stopped: dict[str, Any]
+) -> None:
+    told = Told()
+    changed = {
+        "training__log_every": 3,
+        "training__micro_batch": 1,
+        "training__activation_checkpointing": True,
+        "checkpoint__keep": 1,
+        "validation__prompts": ["长江"],
+        "data__max_bad_fraction": 0.5,
+        "data__store": str(run.parent / "other-stores"),
+    }
+    again = recipe(**stopped | changed)
+    assert do(again, told).summary["steps"] == 10
+    [line] = [line for line in told.lines if line.startswith("changed since")]
+    assert "training.log_every was 1 and is now 3" in line
+    assert "training.micro_batch was 2 and is now 1" in line
+    assert line.count(" was ") == len(changed)
+    assert load_recipe(run / "recipe.toml").recipe == again
+    state = newest_state(run)
+    assert state and state["micro_batch"] == 1
+    steps = [line["step"] for line in metrics(run, "train")]
+    assert steps == [1, 2, 3, 4, 6, 9, 10]
+    whole = losses(run.parent / "whole")
+    assert losses(run)[:4] == whole[:4]
+    assert losses(run)[4] == pytest.approx(sum(whole[4:6]) / 2, rel=1e-5)
+
+
+def test_the_rate_counts_the_steps_of_its_own_line(
+    recipe: Make, run: Path, stopped: dict[str, Any]
+) -> None:
+    do(recipe(**stopped | {"training__log_every": 6}))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rates = {x["step"]: x for x in lines if x["kind"] == "train"}
+    assert list(rates) == [1, 2, 3, 4, 6, 10]
+    seconds = rates[6]["elapsed_s"] - rates[4]["elapsed_s"]
+    assert rates[6]["tokens_per_second"] == pytest.approx(2 * 4 * 32 / seconds, rel=1e-6)
+
+
+def test_identity_may_not_change(recipe: Make, run: Path, stopped: dict[str, Any]) -> None:
+    changed = {"optim__lr": 0.5, "training__log_every": 3, "seed": 1, "training__steps": 20}
+    message = refused(recipe(**stopped | changed), ConfigError)
+    assert message.startswith(f"{run} holds a run of another recipe: ")
+    for part in ("seed was 7 and is now 1", "optim.lr was 0.001", "training.steps was 10"):
+        assert part in message
+    assert "log_every" not in message
+    assert load_recipe(run / "recipe.toml").recipe == recipe(**stopped)
+
+
+def test_a_finished_run_stays_as_it_is_when_only_operation_changed(recipe: Make, run: Path) -> None:
+    first = do(recipe())
+    told = Told()
+    assert do(recipe(training__log_every=3), told) == first
+    assert told.lines == []
+    assert load_recipe(run / "recipe.toml").recipe == recipe()
+
+
+# The micro-batch on resume is the smallest of the checkpoint's, what fits now and what is asked.
+
+
+@pytest.mark.parametrize(
+    ("asked", "fits", "chosen", "reported"),
+    [(2, 4, 2, False), (4, 4, 2, False), (1, 4, 1, False), (2, 1, 1, True), (None, 1, 1, True)],
+)
+def test_the_micro_batch_on_resume(
+    recipe: Make,
+    stopped: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int | None,
+    fits: int,
+    chosen: int,
+    reported: bool,
+) -> None:
+    again = recipe(**stopped | {"training__micro_batch": asked})
+    prepared = prepare_stage(again, reporter=Told())
+    from minimind.training.build import footprint
+
+    need = footprint(again, prepared.job.model, prepared.job.device).total(fits)
+    monkeypatch.setattr(stage_module, "free_bytes", lambda device: need)
+    told = Told()
+    job = prepare_stage(again, reporter=told).job
+    assert job.micro_batch == chosen
+    assert any("1 window at once instead of 2: no more fit" in x for x in told.lines) == reported
+    assert do(again).summary["steps"] == 10
