@@ -31,8 +31,8 @@ from benchmarks.training_speed import machine
 from minimind.config import load_recipe
 from minimind.model import Transformer
 from minimind.model.device import choose_device
-from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.checkpoint import CheckpointWriter, save_checkpoint
+from minimind.training.global_batch_size import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
@@ -55,7 +55,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     precision = choose_precision("auto", device)
     recipe = load_recipe("pretrain-small").recipe
-    window, batch = recipe.data.window, args.windows
+    window, batch = recipe.data.seq_len, args.windows
     torch.manual_seed(0)
     model = Transformer(recipe.model.shape(VOCAB)).to(device)
     optimizers = Optimizers(model, recipe.optim)
@@ -118,7 +118,9 @@ def main() -> None:
         clock: {name: statistics.median(both[clock]) for name, both in times.items()}
         for clock in ("clock", "processor")
     }
-    between = recipe.checkpoint.every * recipe.training.batch / batch  # steps, in the recipe
+    between = (
+        recipe.checkpoint.every * recipe.training.global_batch_size / batch
+    )  # steps, in the recipe
     by_clock, by_processor = median["clock"], median["processor"]
     cost = by_clock["loop_waits"] + by_clock["step_beside_a_save"] - by_clock["step"]
     parameters = sum(p.numel() for p in model.parameters())

@@ -80,12 +80,12 @@ def train(work: Path) -> None:
             "data": {
                 "sources": [str(work / "learned.jsonl")],
                 "validation": [str(work / "held-out.jsonl")],
-                "window": TRAINED_AT,
+                "seq_len": TRAINED_AT,
                 "store": str(work / "stores"),
             },
             "optim": {"muon_lr": 0.02, "lr": 3e-3, "weight_decay": 0.0},
             "schedule": {"name": "wsd", "warmup": 0.03, "decay": 0.4, "final": 0.0},
-            "training": {"steps": 300, "batch": 8},
+            "training": {"steps": 300, "global_batch_size": 8},
             "validation": {"every": 150},
             "checkpoint": {"every": 100, "keep": 1},
         }

@@ -29,7 +29,7 @@ from minimind.config.model import MOE_FIELDS
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.model.device import choose_device
 from minimind.model.experts import routed, routed_plainly
-from minimind.training.batch import TensorBatch, learned_places
+from minimind.training.global_batch_size import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
@@ -55,7 +55,7 @@ def main() -> None:
     moe = ModelConfig(**shape)
     as_wide = {key: value for key, value in shape.items() if key not in MOE_FIELDS}
     dense = ModelConfig(**as_wide | {"intermediate_size": moe.active_intermediate_size})
-    window, num_micro = recipe.data.window, recipe.training.batch // args.micro_batch
+    window, num_micro = recipe.data.seq_len, recipe.training.global_batch_size // args.micro_batch
     torch.manual_seed(0)
     tokens = torch.randint(moe.vocab_size, (args.micro_batch, window + 1), device=device)
     batch = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, learned_places(tokens[:, 1:]))
@@ -107,7 +107,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{machine()}, {torch.get_num_threads()} threads, {device}",
         "command": " ".join(["python", *sys.argv]),
-        "windows_of_tokens": [recipe.training.batch, window],
+        "windows_of_tokens": [recipe.training.global_batch_size, window],
         "windows_at_once": args.micro_batch,
         "rounds": args.rounds,
     }

@@ -25,7 +25,7 @@ RECIPE = """\
 objective = "pretrain"
 
 [data]
-window = 256
+seq_len = 256
 validation_fraction = 0.03
 
 [optim]
@@ -42,12 +42,12 @@ final = 0.0
 
 [training]
 steps = 250
-batch = 8
+global_batch_size = 8
 log_every = 10
 
 [validation]
 every = 25
-windows = 256
+num_sequences = 256
 
 [checkpoint]
 every = 50

@@ -9,7 +9,7 @@ missing or left-over entry there is an error, so that the two languages cannot d
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -18,10 +18,15 @@ from pydantic_core import PydanticUndefined
 from typer.core import TyperCommand, TyperGroup
 
 from minimind.cli.main import app
+from minimind.config import Role, role_of
 from minimind.config.settings import Recipe
 
 DOCS = Path(__file__).parent
 _WIDTH = 88  # columns of the help texts, whatever the terminal
+_ROLES = {
+    "en": {Role.IDENTITY: "must match", Role.OPERATION: "may change"},
+    "zh": {Role.IDENTITY: "必须相同", Role.OPERATION: "可以改变"},
+}
 _NOTE = {
     "en": "This page is generated from the code; `make format` rewrites it.",
     "zh": "本页由代码自动生成，运行 `make format` 即可更新。",
@@ -97,8 +102,8 @@ def _settings_page(lang: str, translations: dict[str, str]) -> str:
             f"docs/translations.toml: missing {sorted(missing)}, left over {sorted(left_over)}"
         )
     title, head = {
-        "en": ("Recipe settings", "| setting | type | default | meaning |"),
-        "zh": ("配方设置", "| 设置 | 类型 | 默认值 | 含义 |"),
+        "en": ("Recipe settings", "| setting | type | default | on resume | meaning |"),
+        "zh": ("配方设置", "| 设置 | 类型 | 默认值 | 续训时 | 含义 |"),
     }[lang]
     lines = [f"# {title}", "", _NOTE[lang], ""]
     section = None
@@ -107,9 +112,12 @@ def _settings_page(lang: str, translations: dict[str, str]) -> str:
         if name != section:
             section = name
             heading = f"`[{name}]`" if name else {"en": "Top level", "zh": "顶层设置"}[lang]
-            lines += [""] * bool(lines[-1]) + [f"## {heading}", "", head, "|---|---|---|---|"]
+            lines += [""] * bool(lines[-1]) + [f"## {heading}", "", head, "|---|---|---|---|---|"]
         meaning = translations.get(key, "") if lang == "zh" else field.description or ""
-        lines.append(f"| `{key}` | {_type(field)} | {_default(field)} | {_cell(meaning)} |")
+        role = _ROLES[lang][role_of(key)]
+        lines.append(
+            f"| `{key}` | {_type(field)} | {_default(field)} | {role} | {_cell(meaning)} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -138,11 +146,19 @@ def _type(field: FieldInfo) -> str:
     text = text or str(field.annotation)
     for old, new in (("typing.", ""), ("minimind.config.settings.", ""), ("NoneType", "None")):
         text = text.replace(old, new)
-    if text.startswith("Literal["):
-        return " · ".join(f"`{value}`" for value in get_args(field.annotation))
-    if "Annotated[Source" in text:
-        text = "list[Source]"
+    if choices := _choices(field.annotation):
+        return " · ".join(f"`{choice}`" for choice in choices)
+    if "Annotated[" in text:
+        text = "list of paths or tables"
     return f"`{text.removesuffix(' | None')}`"
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Return the values of a Literal, or of an optional one."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for kind in get_args(annotation) if get_origin(kind) is Literal
+            for choice in get_args(kind)]  # fmt: skip
 
 
 def _default(field: FieldInfo) -> str:

@@ -41,7 +41,7 @@ def main() -> None:
     figures: dict[str, dict[str, Any]] = {}
     with workshop() as shop:
         for kind, (objective, more) in KINDS.items():
-            settings = {"training__steps": STEPS, "training__batch": BATCH} | more
+            settings = {"training__steps": STEPS, "training__global_batch_size": BATCH} | more
 
             def go(run: Path, processes: int, stop: tuple[int, int] | None = None) -> list[int]:
                 share(shop.lives, run, processes, objective, stop=stop, **settings)  # noqa: B023
@@ -53,7 +53,7 @@ def main() -> None:
             figure = {"runs": 0, "stops": 0, "other_samples": 0, "worst_loss": 0.0}
             figure |= {"worst_grad_norm": 0.0}
             for micro_batch in (2, 4):
-                split = settings | {"training__micro_batch": micro_batch}
+                split = settings | {"training__micro_batch_size": micro_batch}
                 share(shop.lives, shop.folder / "split", 1, objective, **split)
                 figure[f"micro_batch_of_{micro_batch}"] = farthest(
                     whole, shop.folder / "split", "loss"

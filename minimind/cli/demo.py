@@ -182,7 +182,7 @@ def _recipe(stage: str, preset: str, device: str, out: Path, corpus: Path) -> "R
     }
     flags |= {"model.init": str(out / before)} if before else {"model.preset": preset}
     if stage == "identity":
-        return load_recipe("lora-identity", flags=flags | {"data.fill": _CALLED}).recipe
+        return load_recipe("lora-identity", flags=flags | {"data.variables": _CALLED}).recipe
     flags["data.sources"] = [str(data)]
     if stage == "pretrain":
         flags["data.validation"] = [str(corpus / "held-out.jsonl")]

@@ -35,8 +35,8 @@ from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError, is_out_of_memory
 
 _OUT_OF_MEMORY = (
-    "too little memory{detail}. In training, lower training.micro_batch (windows at once) or "
-    "data.window; else take a smaller model, or another --device"
+    "too little memory{detail}. In training, lower training.micro_batch_size (windows at once) or "
+    "data.seq_len; else take a smaller model, or another --device"
 )
 _FIRST_TO_SPEAK_S = 2.0  # what several processes all run into is said once
 

@@ -89,7 +89,7 @@ def _show(made: "Plan") -> None:
     console.show(
         console.table(
             f"What fits into {given}",
-            ["training.micro_batch", "activations kept", "activations computed again"],
+            ["training.micro_batch_size", "activations kept", "activations computed again"],
             [(windows, *cells) for windows, cells in by_windows.items()],
             numbers=2,
         )
@@ -106,14 +106,14 @@ def _verdict(made: "Plan") -> str:
                 "recipe says; take a number of the table that does"
             )
         again = " training.activation_checkpointing=true" * made.activation_checkpointing
-        return f"It fits with training.micro_batch={made.micro_batch}{again}"
+        return f"It fits with training.micro_batch_size={made.micro_batch}{again}"
     fitting = [c for c in made.choices if c["bytes"] <= (made.memory_given or 0)]
     if fitting:
         return (
             "It fits with training.activation_checkpointing=true "
-            f"training.micro_batch={fitting[-1]['micro_batch']}"
+            f"training.micro_batch_size={fitting[-1]['micro_batch']}"
         )
-    return "It does not fit: take a smaller model (model.preset) or a shorter data.window"
+    return "It does not fit: take a smaller model (model.preset) or a shorter data.seq_len"
 
 
 def size(num_bytes: int) -> str:

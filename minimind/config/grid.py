@@ -1,7 +1,7 @@
 """Variants of a recipe: settings with several values, `key=a,b,c`, and all their combinations.
 
 Values are those of any override, as TOML writes them, separated by commas outside of brackets and
-quotes; a path that exists is one value, whatever its name. So `data.window=64,128` gives two
+quotes; a path that exists is one value, whatever its name. So `data.seq_len=64,128` gives two
 variants, `validation.prompts=["a", "b"]` one, and
 `model={hidden_size = 256, num_hidden_layers = 2},{hidden_size = 128, num_hidden_layers = 8}`
 two in which several settings change together (the braces hold the whole [model] of a recipe).

@@ -48,29 +48,41 @@ _OF_ANY_MODEL = {"init", "context", "rope_scaling"}  # what is no part of a new 
 
 
 class ModelSettings(_Settings):
-    """Where the model comes from: a directory to go on with, or a preset to start from zero."""
+    """The model: a directory to start from, or the shape of a new one."""
 
-    init: Identity[str | None] = Field(None, description="Model directory to start from.")
+    init: Identity[str | None] = Field(
+        None, description="Model or run directory to start from; default: a new model."
+    )
     context: Identity[int | None] = Field(
-        None, ge=1, description="Stretch the context of `init` to this."
+        None, ge=1, description="Extended context length of `init`, in tokens (RoPE scaling)."
     )
     rope_scaling: Identity[Literal["linear", "dynamic", "yarn"] | None] = Field(
-        None, description="How the context is stretched; default: yarn."
+        None, description="RoPE scaling method for `context`; default: yarn."
     )
     preset: Identity[str] = Field("small", description="Named shape of a new model.")
-    hidden_size: Identity[int | None] = None
-    intermediate_size: Identity[int | None] = None
-    num_hidden_layers: Identity[int | None] = None
-    num_attention_heads: Identity[int | None] = None
-    num_key_value_heads: Identity[int | None] = None
-    head_dim: Identity[int | None] = None
-    max_position_embeddings: Identity[int | None] = None
-    rope_theta: Identity[float | None] = None
-    rms_norm_eps: Identity[float | None] = None
-    qk_norm: Identity[bool | None] = None
-    num_local_experts: Identity[int | None] = None
-    num_experts_per_tok: Identity[int | None] = None
-    shared_intermediate_size: Identity[int | None] = None
+    hidden_size: Identity[int | None] = Field(None, description="Width of the residual stream.")
+    intermediate_size: Identity[int | None] = Field(
+        None, description="Inner width of the feed-forward layers, or of one expert."
+    )
+    num_hidden_layers: Identity[int | None] = Field(None, description="Number of layers.")
+    num_attention_heads: Identity[int | None] = Field(None, description="Number of query heads.")
+    num_key_value_heads: Identity[int | None] = Field(
+        None, description="Number of key and value heads."
+    )
+    head_dim: Identity[int | None] = Field(None, description="Width of one head.")
+    max_position_embeddings: Identity[int | None] = Field(
+        None, description="Context length of a new model, in tokens."
+    )
+    rope_theta: Identity[float | None] = Field(None, description="Base of the rotary frequencies.")
+    rms_norm_eps: Identity[float | None] = Field(None, description="Epsilon of RMSNorm.")
+    qk_norm: Identity[bool | None] = Field(None, description="RMSNorm on queries and keys.")
+    num_local_experts: Identity[int | None] = Field(
+        None, description="Number of routed experts; 0 = dense."
+    )
+    num_experts_per_tok: Identity[int | None] = Field(None, description="Routed experts per token.")
+    shared_intermediate_size: Identity[int | None] = Field(
+        None, description="Inner width of the shared experts together."
+    )
 
     @field_validator("preset")
     @classmethod
@@ -80,14 +92,14 @@ class ModelSettings(_Settings):
         return preset
 
     @model_validator(mode="after")
-    def _stretches_a_model(self) -> "ModelSettings":
+    def _extends_a_model(self) -> "ModelSettings":
         if self.context and not self.init:
             raise ValueError(
-                "context stretches the model that init names; "
-                "the context of a new model is max_position_embeddings"
+                "context extends the model that init names; "
+                "the context length of a new model is max_position_embeddings"
             )
         if self.rope_scaling and not self.context:
-            raise ValueError("rope_scaling says how to reach a context; set context too")
+            raise ValueError("rope_scaling has no effect without context; set context too")
         return self
 
     @model_validator(mode="after")
@@ -97,25 +109,25 @@ class ModelSettings(_Settings):
             del given["preset"]
         if self.init and given:
             raise ValueError(
-                f"{', '.join(given)}: the model that init names has a shape of its own; "
+                f"{', '.join(given)}: the model that init names already has a shape; "
                 f"leave {'them' if len(given) > 1 else 'it'} out, or init"
             )
         return self
 
     def shape(self, vocab_size: int) -> ModelConfig:
-        """The resolved shape of a new model with `vocab_size` words."""
+        """The resolved shape of a new model with a vocabulary of `vocab_size` tokens."""
         own = self.model_dump(exclude=_OF_ANY_MODEL | {"preset"}, exclude_none=True)
         return ModelConfig(**(PRESETS[self.preset] | own | {"vocab_size": vocab_size}))
 
 
 class LoRASettings(_Settings):
-    """Low-rank matrices that are trained while the model itself stays as it is."""
+    """A LoRA adapter (Hu et al. 2021)."""
 
-    rank: Identity[int] = Field(8, ge=1, description="Inner width of the matrices.")
-    alpha: Identity[float] = Field(16.0, gt=0, description="They count alpha / rank times.")
-    dropout: Identity[float] = Field(
-        0.0, ge=0, lt=1, description="Share of their input that is dropped."
+    rank: Identity[int] = Field(8, ge=1, description="Rank of the low-rank matrices.")
+    alpha: Identity[float] = Field(
+        16.0, gt=0, description="Scale: the update is multiplied by alpha / rank."
     )
+    dropout: Identity[float] = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Identity[list[str]] = Field(
         default_factory=lambda: ["all"],
         min_length=1,
@@ -155,58 +167,70 @@ def _source(value: object) -> object:
 
 
 class DataSettings(_Settings):
-    """What is read, and how it is cut into windows."""
+    """Training data and the sequences made of it."""
 
     sources: Identity[list[Annotated[Source, BeforeValidator(_source)]]] = Field(
         default_factory=list,
-        description='Data: "path", "path@weight", or {path, weight, schema}.',
+        description='Training data: "path", "path@weight", or {path, weight, schema}.',
     )
     validation: Identity[list[Annotated[DataFile, BeforeValidator(_data_file)]]] = Field(
         default_factory=list,
-        description='Held-out data: "path" or {path, schema}; else a share of the sources.',
+        description='Held-out data: "path" or {path, schema}; default: a share of the sources.',
     )
-    validation_fraction: Identity[float] = Field(0.005, ge=0, le=0.5, description="Share held out.")
-    general: Identity[list[Annotated[DataFile, BeforeValidator(_data_file)]]] = Field(
-        default_factory=list, description="Held out too: what is measured to see what is forgotten."
+    validation_fraction: Identity[float] = Field(
+        0.005, ge=0, le=0.5, description="Share of the sources that is held out."
     )
-    fill: Identity[dict[str, str]] = Field(
-        default_factory=dict, description="What {{name}}, {{author}} and the like stand for."
+    retention: Identity[list[Annotated[DataFile, BeforeValidator(_data_file)]]] = Field(
+        default_factory=list, description="Held-out data of another kind, to measure forgetting."
     )
-    window: Identity[int] = Field(512, ge=8, description="Tokens a training window.")
-    max_bad_fraction: Operation[float] = Field(
-        0.05, ge=0, le=1, description="More bad lines stop the run."
+    variables: Identity[dict[str, str]] = Field(
+        default_factory=dict,
+        description="Values of template variables such as {{name}} in the data.",
+    )
+    seq_len: Identity[int] = Field(512, ge=8, description="Sequence length in tokens.")
+    max_invalid_fraction: Operation[float] = Field(
+        0.05, ge=0, le=1, description="Stop when a larger share of the records is invalid."
     )
     store: Operation[str | None] = Field(
-        None, description="Folder of token stores; default: the cache."
+        None, description="Folder of the token stores; default: the cache folder."
     )
 
 
 class OptimSettings(_Settings):
-    """AdamW, or Muon for the matrices of the layers with AdamW for the rest."""
+    """Optimizer."""
 
-    name: Identity[Literal["adamw", "muon"]] = "muon"
+    name: Identity[Literal["adamw", "muon"]] = Field(
+        "muon", description="adamw, or muon for hidden matrices with AdamW for the rest."
+    )
     lr: Identity[float] = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     muon_lr: Identity[float] = Field(0.02, gt=0, description="Peak learning rate of Muon.")
     momentum: Identity[float] = Field(0.95, ge=0, lt=1, description="Momentum of Muon.")
-    beta1: Identity[float] = Field(0.9, ge=0, lt=1)
-    beta2: Identity[float] = Field(0.95, ge=0, lt=1)
-    eps: Identity[float] = Field(1e-8, gt=0)
-    weight_decay: Identity[float] = Field(0.1, ge=0, description="On matrices only.")
-    grad_clip: Identity[float] = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
+    beta1: Identity[float] = Field(0.9, ge=0, lt=1, description="First-moment decay of AdamW.")
+    beta2: Identity[float] = Field(0.95, ge=0, lt=1, description="Second-moment decay of AdamW.")
+    eps: Identity[float] = Field(1e-8, gt=0, description="Epsilon of AdamW.")
+    weight_decay: Identity[float] = Field(
+        0.1, ge=0, description="Decoupled weight decay, on matrices only."
+    )
+    grad_clip: Identity[float] = Field(1.0, gt=0, description="Maximum norm of the whole gradient.")
 
 
 class ScheduleSettings(_Settings):
-    """Warmup, then cosine, or stable and a linear decay at the end (WSD)."""
+    """Learning-rate schedule: warmup, then cosine, or stable and linear decay (WSD)."""
 
-    name: Identity[Literal["cosine", "wsd"]] = "cosine"
+    name: Identity[Literal["cosine", "wsd"]] = Field(
+        "cosine", description="cosine, or wsd (warmup, stable, linear decay)."
+    )
     warmup: Identity[float] = Field(
-        0.02, ge=0, le=1, description="Share of the steps that warm up."
+        0.02, ge=0, le=1, description="Fraction of the steps that warm up."
     )
     decay: Identity[float | None] = Field(
-        None, ge=0, le=1, description="Share of the steps that decay; WSD only, 0.2 if not set."
+        None, ge=0, le=1, description="Fraction of the steps that decay; wsd only, default 0.2."
     )
     final: Identity[float] = Field(
-        0.1, ge=0, le=1, description="Share of the peak that the step after the last would have."
+        0.1,
+        ge=0,
+        le=1,
+        description="Learning rate that the schedule decays to, as a fraction of the peak.",
     )
 
     @model_validator(mode="before")
@@ -231,79 +255,88 @@ class ScheduleSettings(_Settings):
 
 
 class TrainingSettings(_Settings):
-    """How long, in what batches, and in what numbers."""
+    """Length of the run, batch sizes, precision, backend."""
 
     epochs: Identity[float] = Field(
-        1.0, gt=0, description="Passes over the data, unless steps is given."
+        1.0, gt=0, description="Passes over the data, unless steps is set."
     )
     steps: Identity[int | None] = Field(
         None, ge=1, description="Optimizer steps; overrides epochs."
     )
-    batch: Identity[int] = Field(64, ge=1, description="Windows an optimizer step.")
-    micro_batch: Operation[int | None] = Field(
-        None, ge=1, description="Windows at once; None = by device."
+    global_batch_size: Identity[int] = Field(
+        64, ge=1, description="Sequences per optimizer step, over all processes."
     )
-    precision: Identity[Literal["auto", "bf16", "fp16", "fp32"]] = "auto"
+    micro_batch_size: Operation[int | None] = Field(
+        None, ge=1, description="Sequences per forward pass on one device; default: what fits."
+    )
+    precision: Identity[Literal["auto", "bf16", "fp16", "fp32"]] = Field(
+        "auto", description="Autocast dtype; auto: bf16 where the device multiplies it."
+    )
     activation_checkpointing: Operation[bool] = Field(
-        False, description="Keep little for backward and compute it again: slower, less memory."
+        False, description="Recompute activations in the backward pass: less memory, slower."
     )
-    router_balance: Identity[float] = Field(
-        0.01, ge=0, description="Weight of the loss that balances experts; dense models have none."
+    router_aux_loss_coef: Identity[float] = Field(
+        0.01, ge=0, description="Weight of the load-balancing loss of a mixture of experts."
     )
-    engine: Operation[Literal["torch", "deepspeed"]] = Field(
-        "torch", description="Who takes the steps; deepspeed shares out what each process holds."
+    backend: Operation[Literal["torch", "deepspeed"]] = Field(
+        "torch", description="torch, or deepspeed (ZeRO)."
     )
     zero_stage: Operation[Literal[1, 2, 3]] = Field(
-        2, description="What deepspeed shares out: moments; 2: gradients too; 3: weights too."
+        2, description="ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."
     )
-    compile: Operation[bool] = Field(False, description="torch.compile: pays on long runs only.")
-    log_every: Operation[int] = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    compile: Operation[bool] = Field(False, description="Use torch.compile; pays off in long runs.")
+    log_every: Operation[int] = Field(10, ge=1, description="Steps per line of metrics.jsonl.")
     trackers: Operation[list[Literal["tensorboard", "wandb", "swanlab"]]] = Field(
-        default_factory=list
+        default_factory=list, description="Experiment trackers: tensorboard, wandb, swanlab."
     )
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> "TrainingSettings":
-        if self.micro_batch and self.batch % self.micro_batch:
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})"
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
             )
         return self
 
 
 class ValidationSettings(_Settings):
-    """Bits per byte on held-out data, and a look at what the model writes."""
+    """Validation on held-out data, and samples."""
 
     every: Operation[int] = Field(
-        500, ge=1, description="Steps between validations; also at the end."
+        500, ge=1, description="Steps between validations; one more at the end."
     )
-    windows: Identity[int] = Field(64, ge=1, description="Windows a validation reads, at most.")
+    num_sequences: Identity[int] = Field(
+        64, ge=1, description="Maximum number of sequences per validation."
+    )
     prompts: Operation[list[str]] = Field(
-        default_factory=list, description="Prompts continued each time."
+        default_factory=list, description="Prompts that are continued at each validation."
     )
 
 
 class CheckpointSettings(_Settings):
-    """How often a run is saved, and how many saves are kept."""
+    """Checkpoints."""
 
     every: Operation[int] = Field(
-        500, ge=1, description="Steps between checkpoints; also at the end."
+        500, ge=1, description="Steps between checkpoints; one more at the end."
     )
-    keep: Operation[int] = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep: Operation[int] = Field(2, ge=1, description="Number of newest checkpoints to keep.")
     keep_best: Operation[bool] = Field(
-        True, description="Save and keep the best by validation too."
+        True, description="Also keep the best checkpoint by validation."
     )
 
 
 class DPOSettings(_Settings):
-    """Direct preference optimisation, for the objective dpo alone."""
+    """Direct preference optimization; used by the objective dpo only."""
 
-    loss: Identity[Literal["sigmoid", "ipo", "sigmoid_norm"]] = "sigmoid"
+    loss: Identity[Literal["sigmoid", "ipo", "sigmoid_norm"]] = Field(
+        "sigmoid", description="sigmoid (DPO), ipo, or sigmoid_norm (length-normalized)."
+    )
     beta: Identity[float] = Field(
-        0.1, gt=0, description="How dear the start is; sigmoid_norm wants more, such as 5."
+        0.1, gt=0, description="Strength of the KL penalty; about 5 with sigmoid_norm."
     )
     label_smoothing: Identity[float] = Field(
-        0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round."
+        0.0, ge=0, lt=0.5, description="Probability that a preference label is flipped (cDPO)."
     )
 
     @model_validator(mode="after")
@@ -314,19 +347,23 @@ class DPOSettings(_Settings):
 
 
 class Recipe(_Settings):
-    """A whole stage: what is trained, from what, on what, how."""
+    """All settings of one training stage."""
 
-    objective: Identity[Literal["pretrain", "sft", "dpo"]]
+    objective: Identity[Literal["pretrain", "sft", "dpo"]] = Field(
+        ..., description="What the stage trains for."
+    )
     out: Operation[str | None] = Field(None, description="Run directory.")
     tokenizer: Identity[str | None] = Field(
-        None, description="Tokenizer directory; default: the model's."
+        None, description="Tokenizer directory; default: that of model.init."
     )
-    device: Operation[str] = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
-    seed: Identity[int] = Field(0, ge=0, lt=1 << 63)
+    device: Operation[str] = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
+    seed: Identity[int] = Field(
+        0, ge=0, lt=1 << 63, description="Seed of initialization, data order and dropout."
+    )
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())
     data: DataSettings = Field(default_factory=lambda: DataSettings())
     lora: Identity[LoRASettings | None] = Field(
-        None, description="Train adapters instead of the model."
+        None, description="Train a LoRA adapter instead of the whole model."
     )
     optim: OptimSettings = Field(default_factory=lambda: OptimSettings())
     schedule: ScheduleSettings = Field(default_factory=lambda: ScheduleSettings())

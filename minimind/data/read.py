@@ -130,7 +130,7 @@ class BadLines:
             f"{self.total:,} of {seen:,} lines are bad ({reasons}); the first: {self.first}."
             f"{where}{hint} Fix the file (`minimind data inspect` shows what is in it), name its "
             'schema with data.sources=[{path="FILE", schema="NAME"}], or allow more with '
-            "data.max_bad_fraction=…"
+            "data.max_invalid_fraction=…"
         )
 
 

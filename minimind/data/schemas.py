@@ -8,7 +8,7 @@
     prompt_completion  {"prompt", "completion"}: texts, or lists of messages
     pairs          {"chosen": […], "rejected": […]}, or texts beside a "prompt"
 
-`{{name}}` and `{{author}}` in what is written stand for what a recipe's data.fill says.
+`{{name}}` and `{{author}}` in what is written stand for what a recipe's data.variables says.
 A field that goes by several names is looked for under each of them. A field of the wrong type makes
 the record invalid, except for integers, which are read as text; keys that are not used are noted.
 """

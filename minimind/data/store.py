@@ -214,14 +214,14 @@ def _check_filled(path: str, store: TokenStore) -> None:
     for word in _IDENTITY:
         if word in store.manifest["unfilled"]:
             keys = ", ".join(store.manifest["fill"])
-            raise DataError(f"{_unfilled(path, store, word)} (data.fill has {keys})")
+            raise DataError(f"{_unfilled(path, store, word)} (data.variables has {keys})")
 
 
 def _unfilled(path: str, store: TokenStore, word: str) -> str:
     count, records = store.manifest["unfilled"][word], store.manifest["records"]
     return (
         f"{path}: nothing fills {{{{{word}}}}}, which is in {count:,} of {records:,} records; "
-        f"give data.fill.{word}=…"
+        f"give data.variables.{word}=…"
     )
 
 

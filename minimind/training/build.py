@@ -46,16 +46,16 @@ def check_recipe(recipe: Recipe) -> None:
             "be used beside a model that is not stretched; stretch the model first, by "
             "`minimind sft` with model.context, and give that one"
         )
-    if recipe.training.engine != "deepspeed":
+    if recipe.training.backend != "deepspeed":
         return
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            f"training.engine: deepspeed is not installed; {install_line('deepspeed')}"
+            f"training.backend: deepspeed is not installed; {install_line('deepspeed')}"
         )
     if recipe.optim.name != "adamw":
-        raise ConfigError('training.engine: deepspeed trains by AdamW; set optim.name = "adamw"')
+        raise ConfigError('training.backend: deepspeed trains by AdamW; set optim.name = "adamw"')
     if recipe.training.compile:
-        raise ConfigError("training.engine: deepspeed does not go with training.compile")
+        raise ConfigError("training.backend: deepspeed does not go with training.compile")
 
 
 def needs_base(recipe: Recipe) -> bool:
@@ -121,9 +121,9 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
 
 
 def _check_window(recipe: Recipe, model: Transformer) -> None:
-    if recipe.data.window > model.config.max_position_embeddings:
+    if recipe.data.seq_len > model.config.max_position_embeddings:
         raise ConfigError(
-            f"data.window ({recipe.data.window}) is longer than the model's context "
+            f"data.seq_len ({recipe.data.seq_len}) is longer than the model's context "
             f"({model.config.max_position_embeddings}); lower it, or "
             + ("stretch the model first, by `minimind sft` with " if recipe.lora else "raise ")
             + ("model.context" if recipe.model.init else "model.max_position_embeddings")
@@ -147,7 +147,7 @@ def footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footp
         count_parameters(model),
         count_parameters(model, trained=True),
         count_moments(model, recipe.optim),
-        recipe.data.window,
+        recipe.data.seq_len,
         device.type,
         recipe.training.activation_checkpointing,
     )
@@ -183,7 +183,7 @@ def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Sto
     def opened(
         source: DataFile, fraction: float = 0.0, kind: Kind | None = objective_kind
     ) -> TokenStore:
-        path = textbook_file(source.path, folder, settings.fill)
+        path = textbook_file(source.path, folder, settings.variables)
         begun = False
 
         def progress(done: int, total: int) -> None:
@@ -199,9 +199,9 @@ def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Sto
                 tokenizer,
                 kind=kind or _kind_of(path, source.record_schema),
                 schema=source.record_schema,
-                fill=settings.fill,
+                fill=settings.variables,
                 validation_fraction=fraction,
-                max_bad_fraction=settings.max_bad_fraction,
+                max_bad_fraction=settings.max_invalid_fraction,
                 folder=folder,
                 progress=progress,
                 say=reporter.say,
@@ -215,17 +215,17 @@ def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Sto
             for source in settings.sources
         ],
         [opened(source) for source in settings.validation],
-        [opened(source, kind=None) for source in settings.general],
+        [opened(source, kind=None) for source in settings.retention],
     )
     filled = [store.manifest["filled"] for store in stores.all]
-    for key in sorted(settings.fill.keys() - set().union(*filled)):
-        reporter.say(f"data.fill.{key} fills nothing: no record holds {{{{{key}}}}}")
+    for key in sorted(settings.variables.keys() - set().union(*filled)):
+        reporter.say(f"data.variables.{key} fills nothing: no record holds {{{{{key}}}}}")
     return stores
 
 
 def build_objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Objective:
     """The loss that the recipe trains for."""
-    balance = recipe.training.router_balance
+    balance = recipe.training.router_aux_loss_coef
     if recipe.objective == "dpo":
         return Preference(recipe.dpo, router_balance=balance)
     return NextToken(tokenizer.token_bytes, device, router_balance=balance)
@@ -266,10 +266,10 @@ def build_mixes(
     def windows(store: TokenStore, split: Split) -> Windows:
         shards = store.shards(split)
         if store.manifest["kind"] == "text":
-            return TextWindows(shards, recipe.data.window)
+            return TextWindows(shards, recipe.data.seq_len)
         pairs = store.manifest["kind"] == "pairs"
         packed = (PairWindows if pairs else ChatWindows)(
-            shards, recipe.data.window, pad=tokenizer.end_of_text, seed=recipe.seed
+            shards, recipe.data.seq_len, pad=tokenizer.end_of_text, seed=recipe.seed
         )
         if split == "train" and store in stores.sources:
             report = packed.report
@@ -286,8 +286,8 @@ def build_mixes(
     data = Mix([windows(store, "train") for store in stores.sources], weights, recipe.seed)
     if not data.order.epoch_size:
         raise DataError(
-            f"the data gives not one window of {recipe.data.window} tokens; "
-            "use more text, or a smaller data.window"
+            f"the data gives not one window of {recipe.data.seq_len} tokens; "
+            "use more text, or a smaller data.seq_len"
         )
     parts = [windows(store, "train") for store in stores.validation] or [
         windows(store, "validation") for store in stores.sources

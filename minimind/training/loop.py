@@ -20,10 +20,10 @@ from minimind.config.settings import Recipe
 from minimind.data.packing import Mix
 from minimind.errors import CheckpointError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model import Transformer
-from minimind.training.batch import Prefetcher, to_device
+from minimind.training.backend import Engine, TorchEngine
 from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint, restore_weights
 from minimind.training.distributed import ALONE, Workers
-from minimind.training.engine import Engine, TorchEngine
+from minimind.training.global_batch_size import Prefetcher, to_device
 from minimind.training.memory import divisors, forget_peak, peak_bytes, release
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
@@ -179,7 +179,7 @@ def _metrics_log(job: Trainer) -> MetricsLog:
 
 def _parts(job: Trainer, step: int) -> list[tuple[int, int]]:
     """(first sample, number of samples) of each micro-batch of this process; none after the run."""
-    batch = job.recipe.training.batch
+    batch = job.recipe.training.global_batch_size
     share = job.workers.share(step * batch, batch) if step < job.num_steps else range(0)
     return [(sample, job.micro_batch) for sample in share[:: job.micro_batch]]
 
@@ -223,7 +223,7 @@ def _accumulate(
 
 
 def _tokens_per_step(job: Trainer) -> int:
-    return job.recipe.training.batch * job.recipe.data.window
+    return job.recipe.training.global_batch_size * job.recipe.data.seq_len
 
 
 def _is_short_of_memory(error: Exception) -> bool:
@@ -237,7 +237,7 @@ def take_fewer(job: Trainer, where: str) -> None:
     the frames that it passed, and they to all that they computed.
     """
     release(job.device)
-    share = job.recipe.training.batch // job.workers.size
+    share = job.recipe.training.global_batch_size // job.workers.size
     fewer = next((n for n in divisors(share) if n <= job.micro_batch // 2), None)
     windows = counted(job.micro_batch, "window")
     where = f"{where}: too little memory on {job.device} for {windows}"
@@ -253,7 +253,7 @@ def _memory_advice(job: Trainer, *, training: bool = True) -> str:
     if training and not job.recipe.training.activation_checkpointing:
         ways.append("set training.activation_checkpointing=true")
     if not has_begun(job.run):  # a run that has begun keeps its model and its sequence length
-        ways.append("take a smaller model or a shorter data.window")
+        ways.append("take a smaller model or a shorter data.seq_len")
     return ", ".join(
         [*ways, "or free memory on the device" if ways else "free memory on the device"]
     )
@@ -383,7 +383,7 @@ def _log(job: Trainer, log: MetricsLog, engine: Engine, at: _Progress) -> None:
 
 def _engine(job: Trainer, compiled: Transformer) -> Engine:
     settings = job.recipe.training
-    if settings.engine == "deepspeed":
+    if settings.backend == "deepspeed":
         from minimind.training.zero import ZeroEngine  # slow to import, and need not be there
 
         return ZeroEngine(job.model, job.recipe, job.objective, job.precision, job.workers)
@@ -401,7 +401,7 @@ def _step(job: Trainer, engine: Engine, log: MetricsLog, at: _Progress, sums: Su
     if not count:
         raise TrainingError(
             f"{job.run}: a whole batch has nothing to learn: no answer is left in its windows. "
-            "Is data.window too short, or are the answers empty? `minimind data inspect` shows"
+            "Is data.seq_len too short, or are the answers empty? `minimind data inspect` shows"
         )
     norm = engine.step(_tokens_per_step(job) / count / scaler.scale)
     finite = math.isfinite(norm)
@@ -423,7 +423,7 @@ def _report_skipped(job: Trainer, log: MetricsLog, at: _Progress) -> None:
 
     Not reported, and no reason to halt, is an overflow of fp16 that a lower loss scale may cure.
     """
-    batch, scaler = job.recipe.training.batch, job.precision.scaler
+    batch, scaler = job.recipe.training.global_batch_size, job.precision.scaler
     samples = range((at.step - 1) * batch, at.step * batch)
     line = {"kind": "skipped", "step": at.step, "samples": list(samples)}
     log.write(line | ({"loss_scale": scaler.scale} if scaler.enabled else {}))
@@ -474,7 +474,7 @@ def validate(
     stop_requested: Callable[[], bool] = lambda: False,
     workers: Workers = ALONE,
 ) -> dict[str, float] | None:
-    """Figures on held-out windows, at most `validation.windows` of each kind; None after a stop.
+    """Metrics on held-out sequences, `validation.num_sequences` of each kind; None after a stop.
 
     Those of the general set are called `general_…`. Each of `workers` reads its part of the
     windows, and all get the same figures.
@@ -510,7 +510,7 @@ def _measure(
             with job.precision.autocast():
                 return Sums(*measured.objective.loss(model, windows))
 
-        count = min(job.recipe.validation.windows, mix.order.epoch_size)
+        count = min(job.recipe.validation.num_sequences, mix.order.epoch_size)
         for part in evaluated(job, workers, count, losses):
             if stop_requested():
                 return None

@@ -109,14 +109,14 @@ def choose_micro_batch(
         if not footprint.activation_checkpointing:
             advice += ", or try training.activation_checkpointing=true"
     elif fitting:
-        advice = f"training.micro_batch={fitting} would fit"
+        advice = f"training.micro_batch_size={fitting} would fit"
     elif not footprint.activation_checkpointing:
         advice = (
             "try training.activation_checkpointing=true, "
-            "a smaller model (model.preset) or a shorter data.window"
+            "a smaller model (model.preset) or a shorter data.seq_len"
         )
     else:
-        advice = "take a smaller model (model.preset) or a shorter data.window"
+        advice = "take a smaller model (model.preset) or a shorter data.seq_len"
     raise ResourceError(
         f"too little memory on {device}: {counted(chosen, 'window')} of {footprint.window} tokens "
         f"at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "

@@ -18,8 +18,8 @@ from minimind.errors import DataError, ResourceError
 from minimind.model import Transformer
 from minimind.model.device import choose_device, free_bytes
 from minimind.tokenizer import Tokenizer
-from minimind.training.batch import TensorBatch
 from minimind.training.build import KINDS, build_model, footprint, load_tokenizer
+from minimind.training.global_batch_size import TensorBatch
 from minimind.training.memory import divisors
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
@@ -78,14 +78,14 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     if memory is None and free is not None:
         given = free + _PROCESS[device.type]
     room = None if given is None else given - _PROCESS[device.type]
-    fitting = asked.fitting(training.batch, room)
-    micro_batch = training.micro_batch or fitting
+    fitting = asked.fitting(training.global_batch_size, room)
+    micro_batch = training.micro_batch_size or fitting
     data_tokens = _data_tokens(recipe, tokenizer)
     steps = training.steps
     if steps is None and data_tokens is not None:
-        windows = training.epochs * data_tokens / recipe.data.window
-        steps = max(1, math.ceil(windows / training.batch))
-    tokens = steps * training.batch * recipe.data.window if steps else None
+        windows = training.epochs * data_tokens / recipe.data.seq_len
+        steps = max(1, math.ceil(windows / training.global_batch_size))
+    tokens = steps * training.global_batch_size * recipe.data.seq_len if steps else None
     rate = None
     fits_here = micro_batch and (free is None or asked.total(micro_batch) <= free)
     if seconds and is_here and micro_batch and fits_here:
@@ -97,8 +97,8 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         trained_parameters=asked.trained_parameters,
         device=str(device),
         precision=precision,
-        window=recipe.data.window,
-        batch=training.batch,
+        window=recipe.data.seq_len,
+        batch=training.global_batch_size,
         micro_batch=micro_batch,
         activation_checkpointing=training.activation_checkpointing,
         memory={"process": _PROCESS[device.type]} | parts,
@@ -110,13 +110,13 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
                 "bytes": _PROCESS[device.type]
                 + replace(asked, activation_checkpointing=again).total(windows),
             }
-            for windows in _round_numbers(training.batch)
+            for windows in _round_numbers(training.global_batch_size)
             for again in (False, True)
         ],
         data_tokens=data_tokens,
         steps=steps,
         tokens=tokens,
-        flops_a_token=flops_a_token(model, recipe.data.window, training.activation_checkpointing),
+        flops_a_token=flops_a_token(model, recipe.data.seq_len, training.activation_checkpointing),
         tokens_per_second=rate,
         seconds=tokens / rate if tokens and rate else None,
     )
@@ -165,11 +165,11 @@ def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
     counts = [
         source.weight
         * estimate_tokens(
-            textbook_file(source.path, folder, data.fill),
+            textbook_file(source.path, folder, data.variables),
             tokenizer,
             kind=KINDS[recipe.objective],
             schema=source.record_schema,
-            fill=data.fill,
+            fill=data.variables,
         )
         for source in data.sources
     ]
@@ -185,7 +185,7 @@ def _rate(
     recipe: Recipe, model: Transformer, device: torch.device, micro_batch: int, seconds: float
 ) -> float:
     """Tokens a second of steps on random tokens: some micro-batches, and the optimizer's part."""
-    config, window, batch = model.config, recipe.data.window, recipe.training.batch
+    config, window, batch = model.config, recipe.data.seq_len, recipe.training.global_batch_size
     precision = choose_precision(recipe.training.precision, device)
     optimizers = Optimizers(model, recipe.optim)
     objective = NextToken([1] * config.vocab_size, device)

@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from minimind.config import identity
 from minimind.data.packing import Mix, PairWindows
 from minimind.errors import ResourceError
-from minimind.training.batch import to_device
 from minimind.training.distributed import Workers
+from minimind.training.global_batch_size import to_device
 from minimind.training.loop import Trainer, evaluated, fits_in_memory, take_fewer
 from minimind.training.objectives.preference import answer_logps
 
@@ -89,9 +89,9 @@ def _ask(job: Trainer) -> None:
     So the first loss of a run is that of no difference at all, in any precision. Where memory runs
     out, training and validation take fewer windows at once too.
     """
-    batch, workers = job.recipe.training.batch, job.workers
+    batch, workers = job.recipe.training.global_batch_size, job.workers
     training = job.num_steps * batch // workers.size
-    held_out = min(job.recipe.validation.windows, _size(job.held_out))
+    held_out = min(job.recipe.validation.num_sequences, _size(job.held_out))
     total = training + -(-held_out // workers.size)
     job.model.eval()
     job.reporter.start("reference log-probabilities", total, unit="window")
@@ -113,7 +113,7 @@ def _size(mix: Mix | None) -> int:
 
 
 def _fill_step(job: Trainer, step: int) -> None:
-    batch = job.recipe.training.batch
+    batch = job.recipe.training.global_batch_size
     for sample in job.workers.share(step * batch, batch)[:: job.micro_batch]:
         _fill(job, job.data, sample, job.micro_batch, training=True)
 

@@ -84,11 +84,11 @@ class _Trial:
             "model.preset": "nano",
             "data.sources": [str(self._work / "texts.jsonl")],
             "data.store": str(self._work / "stores"),
-            "data.window": 64,
+            "data.seq_len": 64,
             "training.steps": _STEPS,
-            "training.batch": 4,
+            "training.global_batch_size": 4,
             "training.log_every": 1,
-            "validation.windows": 4,
+            "validation.num_sequences": 4,
         }
         return run_stage(load_recipe(None, flags=settings).recipe, reporter=reporter)
 

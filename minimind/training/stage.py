@@ -147,7 +147,7 @@ def prepare_stage(
     saved = newest_state(run) or {}
     base = _check_base(recipe, run, saved)
     tokenizer, model = _start(recipe, run, device, saved)
-    asked = recipe.training.micro_batch
+    asked = recipe.training.micro_batch_size
     before = saved.get("micro_batch") if saved.get("processes") == workers.size else None
     micro_batch = choose_micro_batch(
         footprint(recipe, model, device),
@@ -166,7 +166,7 @@ def prepare_stage(
     stores = open_stores(recipe, tokenizer, reporter)
     data, held_out, general = build_mixes(recipe, tokenizer, stores, reporter)
     num_steps = recipe.training.steps or math.ceil(
-        recipe.training.epochs * data.order.epoch_size / recipe.training.batch
+        recipe.training.epochs * data.order.epoch_size / recipe.training.global_batch_size
     )
     job = Trainer(
         model=model,
@@ -197,12 +197,14 @@ def _report(job: Trainer) -> None:
     active = job.model.num_active_parameters
     job.reporter.say(
         f"{number:,} parameters"
-        + (f" ({active:,} at work on a token)" if active < number else "")
+        + (f" ({active:,} active per token)" if active < number else "")
         + (f", {count_parameters(job.model, trained=True):,} of them trained," * bool(recipe.lora))
         + f" in {job.workers.size} processes" * (job.workers.size > 1)
         + f" on {job.device} in {job.precision.name}; "
-        f"{counted(job.data.order.epoch_size, 'window')} of {recipe.data.window} tokens an epoch; "
-        f"{counted(job.num_steps, 'step')} of {counted(recipe.training.batch, 'window')}"
+        f"{counted(job.data.order.epoch_size, 'sequence')} of {recipe.data.seq_len} tokens "
+        "per epoch; "
+        f"{counted(job.num_steps, 'step')} of "
+        f"{counted(recipe.training.global_batch_size, 'sequence')}"
     )
 
 
@@ -247,16 +249,17 @@ def _start(
 
 def _share(settings: TrainingSettings, workers: Workers) -> int:
     """Windows of a batch that each process takes. Raises ConfigError if they are not as many."""
-    share, rest = divmod(settings.batch, workers.size)
+    share, rest = divmod(settings.global_batch_size, workers.size)
     if rest:
         raise ConfigError(
-            f"training.batch={settings.batch} cannot be shared out evenly to {workers.size} "
-            "processes; choose a multiple, or another number of processes"
+            f"training.global_batch_size={settings.global_batch_size} is not divisible by "
+            f"{workers.size} processes; choose a multiple, or another number of processes"
         )
-    if settings.micro_batch and share % settings.micro_batch:
+    if settings.micro_batch_size and share % settings.micro_batch_size:
         raise ConfigError(
-            f"training.micro_batch={settings.micro_batch}: each of {workers.size} processes takes "
-            f"{counted(share, 'window')} of a batch of {settings.batch}; "
+            f"training.micro_batch_size={settings.micro_batch_size}: each of {workers.size} "
+            f"processes takes {counted(share, 'sequence')} of a batch of "
+            f"{settings.global_batch_size}; "
             f"choose a divisor of {share}"
         )
     return share
@@ -270,9 +273,9 @@ def _run(
     write_samples: WriteSamples,
     changes: dict[str, str],
 ) -> StageResult:
-    if recipe.training.engine == "deepspeed" and workers is ALONE:
+    if recipe.training.backend == "deepspeed" and workers is ALONE:
         raise ConfigError(
-            "training.engine: deepspeed shares work among processes that are started together: "
+            "training.backend: deepspeed shares work among processes that are started together: "
             "give --nproc N, or use torchrun or DeepSpeed's own launcher"
         )
     begun_here = has_begun(run)
@@ -371,7 +374,7 @@ def _baseline(prepared: Prepared) -> dict[str, float]:
         for source, store in zip(job.recipe.data.sources, prepared.stores.sources, strict=True)
     )
     bits = unigram_bits_per_byte(
-        np.asarray(counts), job.held_out, job.recipe.validation.windows, tokenizer.token_bytes
+        np.asarray(counts), job.held_out, job.recipe.validation.num_sequences, tokenizer.token_bytes
     )
     return {"unigram_bits_per_byte": bits}
 

@@ -66,8 +66,8 @@ def test_the_whole_road(tmp_path: Path, model: str) -> None:
 
 # A few steps of each stage, on little text: what is left out is time alone.
 FEW = {
-    "training": {"steps": 4, "batch": 4, "log_every": 2},
-    "validation": {"every": 2, "windows": 4},
+    "training": {"steps": 4, "global_batch_size": 4, "log_every": 2},
+    "validation": {"every": 2, "num_sequences": 4},
     "checkpoint": {"every": 2},
 }
 LITTLE = {
@@ -88,7 +88,7 @@ README_COMMANDS = [
     "minimind checkpoints list out/small",
     "minimind checkpoints verify out/small",
     "minimind checkpoints extract out/small --out out/best",
-    "minimind pretrain pretrain-base optim.lr=5e-4 training.batch=64 --explain",
+    "minimind pretrain pretrain-base optim.lr=5e-4 training.global_batch_size=64 --explain",
     "minimind plan pretrain-base --device cuda --memory 2GB",
     "minimind chat out/demo --adapter out/me",
     "minimind chat out/small-chat --context 2048",

@@ -14,8 +14,8 @@ from minimind.model import load_model, merge_adapter, save_model
 from minimind.tokenizer import Tokenizer
 
 QUICK = (
-    *("device=cpu", "data.window=64", "training.steps=40", "training.batch=8"),
-    *("training.precision=fp32", "validation.windows=4", "optim.lr=0.02"),
+    *("device=cpu", "data.seq_len=64", "training.steps=40", "training.global_batch_size=8"),
+    *("training.precision=fp32", "validation.num_sequences=4", "optim.lr=0.02"),
     *("data.validation_fraction=0.1", "validation.every=20", "checkpoint.every=20"),
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "200"}
@@ -37,14 +37,14 @@ def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run(
         folder,
         *("sft", *QUICK, "--data", "who.jsonl", "--data", "he.jsonl", "--out", "base-run"),
-        *("model.preset=nano", f"tokenizer={tokenizer_dir}", "data.fill.name=小红"),
+        *("model.preset=nano", f"tokenizer={tokenizer_dir}", "data.variables.name=小红"),
         *("training.steps=120", "optim.muon_lr=0.02"),
     )
     (folder / "base-run" / "model").rename(folder / "base")
     done = run(
         folder,
         *("lora", "--model", "base", "--data", "who.jsonl", "--out", "run", *QUICK),
-        *('data.validation=["who.jsonl"]', "data.fill.name=小明"),
+        *('data.validation=["who.jsonl"]', "data.variables.name=小明"),
     )
     assert "The adapter is in run/adapter. Try it: minimind chat base --adapter run" in done.output
     assert "first loss" in done.output
@@ -121,7 +121,7 @@ def test_merge_keeps_the_dtype_of_the_base(
         (("chat", "base", "--adapter", "base"), "base is not a LoRA adapter"),
         (("generate", "base", "a", "--adapter", "no"), "no: there is no such directory"),
         (("lora", "sft-small", "--model", "base"), "take one with a [lora] table"),
-        (("lora", "lora-identity", "--model", "base", "--out", "x"), "data.fill.author=…"),
+        (("lora", "lora-identity", "--model", "base", "--out", "x"), "data.variables.author=…"),
         (("lora", "--data", "who.jsonl", "--out", "x"), "give --model MODEL"),
     ],
 )
@@ -132,5 +132,5 @@ def test_mistakes_are_one_line(folder: Path, arguments: tuple[str, ...], words: 
 
 
 def test_explain_shows_a_recipe_of_lora(folder: Path) -> None:
-    shown = run(folder, "lora", "lora-identity", "--explain", "data.fill.name=小明").output
+    shown = run(folder, "lora", "lora-identity", "--explain", "data.variables.name=小明").output
     assert "lora.rank" in shown and "lora-small.toml" in shown and "小明" in shown

@@ -16,9 +16,9 @@ from minimind.training.sweep import device_settings
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 NANO = (
-    *("sweep", "pretrain-small", "model.preset=nano", "data.window=32", "data.store=stores"),
-    *("data.validation_fraction=0.1", "training.batch=4", "training.precision=fp32"),
-    *("validation.windows=4", "training.log_every=1", "--data", "text.jsonl"),
+    *("sweep", "pretrain-small", "model.preset=nano", "data.seq_len=32", "data.store=stores"),
+    *("data.validation_fraction=0.1", "training.global_batch_size=4", "training.precision=fp32"),
+    *("validation.num_sequences=4", "training.log_every=1", "--data", "text.jsonl"),
 )
 
 

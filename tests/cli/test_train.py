@@ -16,8 +16,13 @@ from minimind.cli.train import finish
 from minimind.training.stage import StageResult
 
 NANO = (
-    *("device=cpu", "data.window=32", "data.validation_fraction=0.1"),
-    *("training.steps=6", "training.batch=4", "training.precision=fp32", "validation.windows=4"),
+    *("device=cpu", "data.seq_len=32", "data.validation_fraction=0.1"),
+    *(
+        "training.steps=6",
+        "training.global_batch_size=4",
+        "training.precision=fp32",
+        "validation.num_sequences=4",
+    ),
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "200"}
 
@@ -30,7 +35,7 @@ class Place:
         self.pretrain = ("pretrain", *NANO, "model.preset=nano", "--data", "text.jsonl")
         self.pretrain += ("--tokenizer", str(tokenizer))
         self.sft = ("sft", *NANO, "--data", "chat.jsonl")
-        self.dpo = ("dpo", *NANO, "data.window=64", "--data", "pairs.jsonl")
+        self.dpo = ("dpo", *NANO, "data.seq_len=64", "--data", "pairs.jsonl")
 
     def run(self, *arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(

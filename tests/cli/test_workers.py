@@ -26,10 +26,10 @@ def training(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     (folder / "text.jsonl").write_text("\n".join(texts), encoding="utf-8")
     settings = {
         "model.preset": "nano",
-        "data.window": 32,
+        "data.seq_len": 32,
         "data.store": folder / "stores",
-        "training.batch": 4,
-        "training.micro_batch": 1,
+        "training.global_batch_size": 4,
+        "training.micro_batch_size": 1,
         "training.precision": "fp32",
         "training.steps": 100_000,
         "training.log_every": 1,
@@ -156,7 +156,7 @@ def test_a_mistake_is_told_once(training: list[str], start: Start, tmp_path: Pat
     _, complaint = process.communicate()
     assert process.returncode == 1
     assert complaint == (
-        "error: training.batch=4 cannot be shared out evenly to 3 processes; choose a multiple, "
+        "error: training.global_batch_size=4 is not divisible by 3 processes; choose a multiple, "
         "or another number of processes\n"
     )
 

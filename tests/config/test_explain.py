@@ -23,11 +23,11 @@ def test_explain_shows_every_setting_and_its_origin() -> None:
 
 
 def test_explain_shows_what_is_in_a_table_and_one_that_is_not_there() -> None:
-    resolved = load_recipe("sft-base", overrides=["data.fill.name=小明"])
+    resolved = load_recipe("sft-base", overrides=["data.variables.name=小明"])
     console = Console(file=io.StringIO(), width=160)
     console.print(explain(resolved))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
-    assert rows["data.fill"] == ["{name", "=", '"小明"}', "command", "line"]
+    assert rows["data.variables"] == ["{name", "=", '"小明"}', "command", "line"]
     assert rows["lora.rank"] == ["default"]

@@ -119,7 +119,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     lines = complaint(path, "data.windows=3").splitlines()
     assert len(lines) == 3
     assert f"{path}:2: sed is not a setting; did you mean seed?" in lines
-    assert "command line: data.windows is not a setting; did you mean data.window?" in lines
+    assert "command line: data.windows is not a setting; did you mean data.seq_len?" in lines
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         ),
         ("=1", "command line: '=1' should be KEY=VALUE, such as optim.lr=3e-4"),
         ("seed", "command line: 'seed' should be KEY=VALUE, such as optim.lr=3e-4"),
-        ("training.micro_batch=7", "command line: training: batch (128) must be a multiple"),
+        ("training.micro_batch_size=7", "command line: training: batch (128) must be a multiple"),
     ],
 )
 def test_mistakes_on_the_command_line(override: str, expected: str) -> None:
@@ -251,9 +251,9 @@ def test_difference_names_what_differs() -> None:
 
 
 OPERATION = {
-    *("out", "device", "data.max_bad_fraction", "data.store", "validation.every"),
+    *("out", "device", "data.max_invalid_fraction", "data.store", "validation.every"),
     *("validation.prompts", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
-    *(f"training.{name}" for name in ("micro_batch", "activation_checkpointing", "engine")),
+    *(f"training.{name}" for name in ("micro_batch_size", "activation_checkpointing", "backend")),
     *(f"training.{name}" for name in ("zero_stage", "compile", "log_every", "trackers")),
 }
 
@@ -269,7 +269,9 @@ def test_every_setting_is_marked_as_identity_or_operation() -> None:
 
 
 def test_entries_of_a_setting_and_absent_groups_have_a_role() -> None:
-    assert role_of("data.fill.name") is role_of("lora") is role_of("lora.rank") is Role.IDENTITY
+    assert (
+        role_of("data.variables.name") is role_of("lora") is role_of("lora.rank") is Role.IDENTITY
+    )
     assert role_of("training.trackers") is Role.OPERATION
 
 
@@ -288,12 +290,12 @@ def test_setting_names_reach_into_groups() -> None:
 def test_lora_is_there_or_not_and_fill_holds_any_words(tmp_path: Path) -> None:
     plain = load_recipe("sft-small").recipe
     assert plain.lora is None and "[lora]" not in dump_recipe(plain)
-    given = ["lora.rank=4", "data.fill.name=小明", 'data.fill.author="李雷 }\\""']
+    given = ["lora.rank=4", "data.variables.name=小明", 'data.variables.author="李雷 }\\""']
     adapted = load_recipe("sft-small", overrides=given).recipe
     assert adapted.lora is not None and (adapted.lora.rank, adapted.lora.alpha) == (4, 16.0)
-    assert adapted.data.fill == {"name": "小明", "author": '李雷 }"'}
+    assert adapted.data.variables == {"name": "小明", "author": '李雷 }"'}
     strange = adapted.model_copy(
-        update={"data": adapted.data.model_copy(update={"fill": {"作者 1": "李雷"}})}
+        update={"data": adapted.data.model_copy(update={"variables": {"作者 1": "李雷"}})}
     )
     for recipe in (plain, adapted, strange):
         path = tmp_path / "recipe.toml"

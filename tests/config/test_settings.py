@@ -58,9 +58,9 @@ def test_heads_must_divide() -> None:
 
 
 def test_a_context_is_stretched_from_a_model() -> None:
-    with pytest.raises(ValidationError, match="context stretches the model that init names"):
+    with pytest.raises(ValidationError, match="context extends the model that init names"):
         ModelSettings(context=2048)
-    with pytest.raises(ValidationError, match="rope_scaling says how to reach a context"):
+    with pytest.raises(ValidationError, match="rope_scaling has no effect without context"):
         ModelSettings(init="out/run", rope_scaling="linear")
     ModelSettings(init="out/run", context=2048, rope_scaling="linear")
 
@@ -89,7 +89,11 @@ def test_a_path_that_exists_wins_over_a_weight(
 def test_a_schema_belongs_to_one_part_of_the_data() -> None:
     table = {"path": "a.csv", "schema": "qa"}
     settings = DataSettings.model_validate(
-        {"sources": [table | {"weight": 2.0}, "b"], "validation": [table, "c@2"], "general": ["d"]}
+        {
+            "sources": [table | {"weight": 2.0}, "b"],
+            "validation": [table, "c@2"],
+            "retention": ["d"],
+        }
     )
     assert [source.record_schema for source in settings.sources] == ["qa", "auto"]
     assert [(file.path, file.record_schema) for file in settings.validation] == [

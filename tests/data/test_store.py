@@ -719,8 +719,8 @@ def test_placeholders_are_filled_and_what_fills_them_is_part_of_the_key(
             assert text.count(fill["name"]) == 20
     assert len(folders) == 4
     assert [line.split(": ", 1)[1] for line in said] == [
-        "nothing fills {{author}}, which is in 1 of 22 records; give data.fill.author=…",
-        "nothing fills {{author}}, which is in 1 of 22 records; give data.fill.author=…",
-        "nothing fills {{name}}, which is in 20 of 22 records; give data.fill.name=…",
-        "nothing fills {{author}}, which is in 1 of 22 records; give data.fill.author=…",
+        "nothing fills {{author}}, which is in 1 of 22 records; give data.variables.author=…",
+        "nothing fills {{author}}, which is in 1 of 22 records; give data.variables.author=…",
+        "nothing fills {{name}}, which is in 20 of 22 records; give data.variables.name=…",
+        "nothing fills {{author}}, which is in 1 of 22 records; give data.variables.author=…",
     ]

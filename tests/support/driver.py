@@ -187,7 +187,7 @@ def share_one(
             seen.append((start, count))
             batch = super().batch(start, count)
             for row, sample in enumerate(batch.samples):
-                if sample % job.recipe.training.batch in idle:
+                if sample % job.recipe.training.global_batch_size in idle:
                     batch.labels[row] = IGNORED
             return batch
 

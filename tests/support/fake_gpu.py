@@ -85,7 +85,7 @@ def _moved(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 def _to_gpu(batch: Any, device: torch.device) -> Any:
     """What the loop's `to_device` does; numbers are read where tensors still have them."""
-    from minimind.training.batch import TensorPairs, to_device
+    from minimind.training.global_batch_size import TensorPairs, to_device
 
     with unset_fake_temporarily():
         real = to_device(batch, torch.device("cpu"))
@@ -117,7 +117,7 @@ def training() -> dict[str, Callable[[], int]]:
 def _step(objective: str, **settings: Any) -> int:
     from minimind.model import Transformer, apply_lora
     from minimind.training import loop
-    from minimind.training.batch import Prefetcher
+    from minimind.training.global_batch_size import Prefetcher
     from minimind.training.metrics import MetricsLog
     from minimind.training.objectives.next_token import NextToken
     from minimind.training.precision import Precision
@@ -133,7 +133,7 @@ def _step(objective: str, **settings: Any) -> int:
             apply_lora(model, job.recipe.lora)
         job.model, job.device, job.precision = _moved(model), gpu, Precision("fp32", GPU)
         if isinstance(job.objective, NextToken):
-            balance = job.recipe.training.router_balance
+            balance = job.recipe.training.router_aux_loss_coef
             job.objective = NextToken([1] * model.config.vocab_size, gpu, router_balance=balance)
         engine, at = loop._engine(job, job.model), loop._Progress()
         engine.set_lr(0.5)

@@ -37,13 +37,13 @@ _NANO = {
     "device": "cpu",
     "seed": 7,
     "model.preset": "nano",
-    "data.window": 32,
+    "data.seq_len": 32,
     "training.precision": "fp32",
-    "training.batch": 4,
-    "training.micro_batch": 2,
+    "training.global_batch_size": 4,
+    "training.micro_batch_size": 2,
     "training.log_every": 1,
     "validation.every": 10,
-    "validation.windows": 4,
+    "validation.num_sequences": 4,
     "checkpoint.every": 100,
 }
 
@@ -109,7 +109,7 @@ def nano_trainer(
     recipe = nano_recipe(objective, run, **{"training__steps": 20} | settings)
     run.mkdir(parents=True, exist_ok=True)
     if parts is None:
-        window = recipe.data.window
+        window = recipe.data.seq_len
         packed: dict[str, Windows] = {
             "pretrain": TextWindows([text_shard()], window),
             "sft": ChatWindows([chat_shard()], window, pad=0, seed=recipe.seed),
@@ -123,8 +123,8 @@ def nano_trainer(
     model.activation_checkpointing = recipe.training.activation_checkpointing
     if recipe.lora:
         apply_lora(model, recipe.lora)
-    assert recipe.training.steps and recipe.training.micro_batch
-    balance = recipe.training.router_balance
+    assert recipe.training.steps and recipe.training.micro_batch_size
+    balance = recipe.training.router_aux_loss_coef
     token_bytes = [0, *(1 + token % 3 for token in range(1, VOCAB))]
     job = Trainer(
         model=model,
@@ -136,7 +136,7 @@ def nano_trainer(
         recipe=recipe,
         run=run,
         num_steps=recipe.training.steps,
-        micro_batch=recipe.training.micro_batch,
+        micro_batch=recipe.training.micro_batch_size,
         device=device,
         precision=choose_precision(recipe.training.precision, device),
         reporter=reporter or Reporter(),
@@ -288,7 +288,7 @@ class Lives:
 def share(lives: Lives, run: Path, processes: int, objective: str = "pretrain", **more: Any) -> str:
     """Run some steps in several processes; what they have printed."""
     events = {name: more.pop(name) for name in EVENTS if name in more}
-    settings: dict[str, Any] = {"training__micro_batch": 1, "training__steps": 8} | more
+    settings: dict[str, Any] = {"training__micro_batch_size": 1, "training__steps": 8} | more
     status = lives.run(
         "share",
         processes=processes,

@@ -134,7 +134,7 @@ def make_stage(
         case "lora":
             return Stage("sft", folder, lives, **lora_settings(data__sources=chat, **old))
         case "dpo":
-            return Stage("dpo", folder, lives, data__window=64, data__sources=pairs, **old)
+            return Stage("dpo", folder, lives, data__seq_len=64, data__sources=pairs, **old)
     raise ValueError(kind)
 
 

@@ -37,10 +37,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "muon": ({"optim__name": "muon"}, 'set optim.name = "adamw"'),
     "no model": ({"model__init": None}, "give --model MODEL"),
     "context": ({"model__context": 1024}, "does not remember model.context=1024"),
-    "window": ({"data__window": 300}, "stretch the model first"),
+    "window": ({"data__seq_len": 300}, "stretch the model first"),
     "target": ({"lora__targets": ["mpl"]}, "did you mean mlp"),
     "gone": ({"model__init": "nowhere"}, "nowhere: there is no such directory"),
-    "deepspeed": ({"training__engine": "deepspeed"}, "deepspeed"),
+    "deepspeed": ({"training__backend": "deepspeed"}, "deepspeed"),
 }
 
 
@@ -108,7 +108,7 @@ def stopped(recipe: Recipe) -> None:
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("sft", lora_settings()),
-    "dpo": ("dpo", {"data__window": 64}),
+    "dpo": ("dpo", {"data__seq_len": 64}),
     "sft": ("sft", {}),
 }
 

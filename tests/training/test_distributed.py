@@ -51,11 +51,11 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     from minimind.config.settings import TrainingSettings
     from minimind.training.stage import _share
 
-    assert _share(TrainingSettings(batch=12), Workers(0, 3)) == 4
+    assert _share(TrainingSettings(global_batch_size=12), Workers(0, 3)) == 4
     with pytest.raises(ConfigError, match=r"training\.batch=10 .* evenly to 4 processes"):
-        _share(TrainingSettings(batch=10), Workers(0, 4))
+        _share(TrainingSettings(global_batch_size=10), Workers(0, 4))
     with pytest.raises(ConfigError, match=r"micro_batch=4: each of 4 processes takes 2 windows"):
-        _share(TrainingSettings(batch=8, micro_batch=4), Workers(0, 4))
+        _share(TrainingSettings(global_batch_size=8, micro_batch_size=4), Workers(0, 4))
 
 
 def test_all_processes_of_a_machine_share_its_cpu() -> None:
@@ -262,7 +262,7 @@ def test_all_processes_validate(lives: Lives, tmp_path: Path, processes: int) ->
 
     With five windows the fourth of four processes has none.
     """
-    settings = {"model__preset": "nano-moe", "held_out": True, "validation__windows": 5}
+    settings = {"model__preset": "nano-moe", "held_out": True, "validation__num_sequences": 5}
     settings |= {"validation__every": 4}
     for number in (1, processes):
         share(lives, tmp_path / f"{number}", number, **settings)
@@ -280,7 +280,7 @@ def test_all_processes_validate(lives: Lives, tmp_path: Path, processes: int) ->
 def test_a_stop_in_a_validation_reaches_all_processes(lives: Lives, tmp_path: Path) -> None:
     """A signal to the second of two, in its second window of three; the validation comes again."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    settings = {"held_out": True, "validation__windows": 6, "validation__every": 2}
+    settings = {"held_out": True, "validation__num_sequences": 6, "validation__every": 2}
     settings |= {"training__steps": 4}
     share(lives, whole, 2, **settings)
     share(lives, run, 2, stop=(1, 6), **settings)
@@ -299,8 +299,8 @@ def test_where_a_validation_does_not_fit_in_one_process_all_take_fewer_windows(
     lives: Lives, tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    settings = {"held_out": True, "validation__windows": 8, "validation__every": 4}
-    settings |= {"training__micro_batch": 2, "training__steps": 4}
+    settings = {"held_out": True, "validation__num_sequences": 8, "validation__every": 4}
+    settings |= {"training__micro_batch_size": 2, "training__steps": 4}
     share(lives, whole, 2, **settings)
     said = share(lives, run, 2, short=(1, [6]), **settings)  # the second part of its validation
     assert (
@@ -314,7 +314,7 @@ def test_where_a_validation_does_not_fit_in_one_process_all_take_fewer_windows(
 
 def test_references_of_held_out_pairs_are_shared_out_too(lives: Lives, tmp_path: Path) -> None:
     """Most of the held-out windows are not among those of the two steps."""
-    settings = {"held_out": True, "validation__windows": 13, "training__steps": 2}
+    settings = {"held_out": True, "validation__num_sequences": 13, "training__steps": 2}
     for processes in (1, 2, 4):
         share(lives, tmp_path / f"{processes}", processes, "dpo", **settings)
     alone, *others = (metrics(tmp_path / f"{n}", "validation") for n in (1, 2, 4))
@@ -327,7 +327,7 @@ def test_references_of_held_out_pairs_are_shared_out_too(lives: Lives, tmp_path:
 def test_a_signal_to_one_process_stops_all_at_the_same_step(lives: Lives, tmp_path: Path) -> None:
     for number, stop in enumerate([(0, 7), (1, 8), (2, 9)]):
         run = tmp_path / f"{number}"
-        share(lives, run, 4, stop=stop, training__batch=8, training__steps=20)
+        share(lives, run, 4, stop=stop, training__global_batch_size=8, training__steps=20)
         steps = {int((run / f"steps-{rank}").read_text()) for rank in range(4)}
         assert len(steps) == 1 and steps < {3, 4}
         [saved] = (run / "checkpoints").iterdir()

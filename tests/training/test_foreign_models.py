@@ -146,7 +146,7 @@ def test_a_model_is_tuned_given_back_and_talked_with(
         model__init=str(directory),
         data__sources=[str(corpus / "chat.jsonl")],
         data__store=str(tmp_path / "stores"),
-        data__window=128,
+        data__seq_len=128,
         data__validation_fraction=0.1,
         training__steps=2,
         optim__lr=1e-2,

@@ -27,7 +27,7 @@ from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
 from minimind.training import loop
-from minimind.training.batch import TensorBatch, to_device
+from minimind.training.global_batch_size import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
@@ -79,8 +79,8 @@ def test_tokens_are_counted_without_padding(tmp_path: Path, stop: int | None) ->
     windows = ChatWindows([shard], 32, pad=0, seed=7)
     read = sum(min(length, 33) - 1 for length in lengths)
     assert windows.report.unsupervised == 0 and read < len(windows) * 32
-    settings = {"training__steps": 2, "training__batch": len(windows)}
-    settings |= {"training__micro_batch": len(windows)}
+    settings = {"training__steps": 2, "training__global_batch_size": len(windows)}
+    settings |= {"training__micro_batch_size": len(windows)}
     if stop:
         train(nano_trainer(tmp_path, "sft", reporter=Stopping(stop), **settings))
     outcome = train(nano_trainer(tmp_path, "sft", **settings))
@@ -101,7 +101,10 @@ def test_the_size_of_a_micro_batch_does_not_matter(
     curves = []
     for micro_batch in (1, 2, 4):
         run = tmp_path / f"{micro_batch}"
-        settings: dict[str, Any] = {"training__micro_batch": micro_batch, "optim__name": optimizer}
+        settings: dict[str, Any] = {
+            "training__micro_batch_size": micro_batch,
+            "optim__name": optimizer,
+        }
         settings |= {"training__steps": 8, "model__preset": preset}
         train(nano_trainer(run, objective, **settings))
         curves.append(losses(run))
@@ -122,7 +125,7 @@ def test_each_step_takes_the_samples_of_its_place_in_the_run(tmp_path: Path) -> 
         run = tmp_path / f"{micro_batch}"
         for stop_at in (3, 7, None):
             built: list[int] = []
-            job = nano_trainer(run, training__micro_batch=micro_batch, training__steps=10)
+            job = nano_trainer(run, training__micro_batch_size=micro_batch, training__steps=10)
             job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
             job.reporter = Stopping(stop_at)
             outcome = train(job)
@@ -266,7 +269,7 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
 def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
     tmp_path: Path, micro_batch: int
 ) -> None:
-    job = nano_trainer(tmp_path, "sft", training__steps=1, training__micro_batch=micro_batch)
+    job = nano_trainer(tmp_path, "sft", training__steps=1, training__micro_batch_size=micro_batch)
     model = copy.deepcopy(job.model)
     batch = to_device(job.data.batch(0, 4), job.device)
     loss, count, _ = job.objective.loss(model, batch)
@@ -318,7 +321,7 @@ def test_a_stop_in_the_middle_of_a_step_does_not_wait_for_its_end(
         return loss
 
     # With dropout, which must draw the same numbers again for the step that was not finished.
-    steps = {"training__steps": 3, "training__micro_batch": 1, "training__log_every": 3}
+    steps = {"training__steps": 3, "training__micro_batch_size": 1, "training__log_every": 3}
     settings = lora_settings(**steps) if lora else steps
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(nano_trainer(whole, **settings))
@@ -340,7 +343,7 @@ def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_its_end(tmp_path
         return loss
 
     settings: dict[str, Any] = {"held_out": True, "training__steps": 6, "validation__every": 2}
-    settings |= {"validation__windows": 20, "training__micro_batch": 4}  # in five parts
+    settings |= {"validation__num_sequences": 20, "training__micro_batch_size": 4}  # in five parts
     whole = tmp_path / "whole"
     ended = train(nano_trainer(whole, **settings))
     for validation, call in ((1, 4), (2, 10), (3, 21)):  # its second, first and last part
@@ -365,11 +368,11 @@ def out_of_memory(loss: Tensor) -> Tensor:
 
 def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -> None:
     # With dropout, which must draw the same numbers again.
-    wanted = nano_trainer(tmp_path / "wanted", **lora_settings(training__micro_batch=2))
+    wanted = nano_trainer(tmp_path / "wanted", **lora_settings(training__micro_batch_size=2))
     train(wanted)
     reporter = Told()
     job = nano_trainer(
-        tmp_path / "short", reporter=reporter, **lora_settings(training__micro_batch=4)
+        tmp_path / "short", reporter=reporter, **lora_settings(training__micro_batch_size=4)
     )
     job.objective = Spoilt(job.objective, out_of_memory, {1})
     train(job)
@@ -383,7 +386,11 @@ def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -
 
 def test_what_is_left_of_the_step_is_forgotten(tmp_path: Path) -> None:
     """It ran out in the third of four parts of the second step."""
-    settings = {"training__batch": 8, "training__steps": 4, "training__micro_batch": 2}
+    settings = {
+        "training__global_batch_size": 8,
+        "training__steps": 4,
+        "training__micro_batch_size": 2,
+    }
     job = nano_trainer(tmp_path / "short", **settings)
     job.objective = Spoilt(job.objective, out_of_memory, {7})
     train(job)
@@ -430,7 +437,7 @@ def test_what_filled_the_memory_is_gone_before_it_goes_on(
         tmp_path,
         reporter=Looking(),
         training__steps=2,
-        training__micro_batch=4,
+        training__micro_batch_size=4,
         training__activation_checkpointing=again,
     )
     for layer in job.model.model.layers:
@@ -460,14 +467,14 @@ def test_short_memory_is_known_by_whatever_tells_it(tmp_path: Path, error: Runti
     def fail(loss: Tensor) -> Tensor:
         raise error
 
-    job = nano_trainer(tmp_path, training__steps=2, training__micro_batch=4)
+    job = nano_trainer(tmp_path, training__steps=2, training__micro_batch_size=4)
     job.objective = Spoilt(job.objective, fail, {1})
     train(job)
     assert job.micro_batch == 2
 
 
 def test_one_window_at_once_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
-    job = nano_trainer(tmp_path, training__micro_batch=1)
+    job = nano_trainer(tmp_path, training__micro_batch_size=1)
     job.objective = Spoilt(job.objective, out_of_memory, {1})
     with pytest.raises(ResourceError, match=r"training\.activation_checkpointing=true"):
         train(job)
@@ -499,7 +506,11 @@ class Large:
 
 
 LARGE: dict[str, Any] = {"held_out": True, "training__steps": 4, "validation__every": 2}
-LARGE |= {"training__batch": 16, "training__micro_batch": 16, "validation__windows": 21}
+LARGE |= {
+    "training__global_batch_size": 16,
+    "training__micro_batch_size": 16,
+    "validation__num_sequences": 21,
+}
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo"])
@@ -530,19 +541,19 @@ def test_where_a_validation_runs_out_of_memory_it_takes_fewer_windows(
 
 
 def test_a_validation_takes_no_more_windows_than_a_step(tmp_path: Path) -> None:
-    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch": 2})
+    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch_size": 2})
     job.objective = Large(job.objective, job.model, 2)
     assert train(job).finished and job.max_eval_batch == 8
 
 
 def test_a_validation_of_one_window_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
-    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch": 2})
+    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch_size": 2})
     job.objective = Large(job.objective, job.model, 0)
     with pytest.raises(ResourceError) as caught:
         train(job)
     assert str(caught.value) == (
         f"{tmp_path}: too little memory on cpu to evaluate 1 window at once, which is the least; "
-        "take a smaller model or a shorter data.window, or free memory on the device"
+        "take a smaller model or a shorter data.seq_len, or free memory on the device"
     )
 
 

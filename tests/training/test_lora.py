@@ -105,7 +105,7 @@ def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path, preset: str) -> N
 def test_the_size_of_a_micro_batch_does_not_matter(tmp_path: Path, micro_batch: int) -> None:
     curves = []
     for number in (2, micro_batch):
-        settings = lora_settings(training__micro_batch=number, lora__dropout=0.0)
+        settings = lora_settings(training__micro_batch_size=number, lora__dropout=0.0)
         train(nano_trainer(tmp_path / f"{number}", "sft", **settings))
         curves.append(losses(tmp_path / f"{number}"))
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
@@ -122,7 +122,7 @@ def test_what_lora_needs_is_said(recipe: Any, tokenizer_dir: Path) -> None:
     assert 'set optim.name = "adamw"' in refused(recipe(optim__name="muon"), ConfigError)
     stretched = refused(recipe(model__context=1024), ConfigError)
     assert "does not remember model.context=1024" in stretched
-    assert "stretch the model first" in refused(recipe(data__window=300), ConfigError)
+    assert "stretch the model first" in refused(recipe(data__seq_len=300), ConfigError)
     assert "did you mean mlp" in refused(recipe(lora__targets=["mpl"]), ConfigError)
 
 
@@ -198,11 +198,11 @@ def test_a_new_model_is_not(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -
 def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path: Path) -> None:
     """Text and conversations; what is not trained on, and what may be forgotten."""
     general = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
-    prepared = prepare_stage(recipe(data__general=general), reporter=Told())
+    prepared = prepare_stage(recipe(data__retention=general), reporter=Told())
     assert prepared.job.general is not None
     text, chat = prepared.job.general.mixes
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
-    summary = do(recipe(data__general=general, optim__lr=0.1)).summary
+    summary = do(recipe(data__retention=general, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
     for key in ("general_loss", "general_bits_per_byte"):
         assert summary[f"first_{key}"] == first[key]
@@ -213,7 +213,7 @@ def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path
 def test_general_sets_are_part_of_the_data(recipe: Any, corpus: Path, tmp_path: Path) -> None:
     copy = tmp_path / "general.jsonl"
     copy.write_bytes((corpus / "chat.jsonl").read_bytes())
-    begun = recipe(data__general=[str(copy)], checkpoint__every=5)
+    begun = recipe(data__retention=[str(copy)], checkpoint__every=5)
     do(begun)
     (tmp_path / "run" / "summary.json").unlink()
     copy.write_bytes(copy.read_bytes() * 2)
@@ -232,20 +232,20 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
     given = {"data__sources": [str(data)], "data__validation_fraction": 0.0}
     fill = {"name": "小明", "autor": "李雷"}
     for _ in range(2):  # a store that is there is told of as well
-        message = refused(recipe(data__fill=fill, **given), DataError)
+        message = refused(recipe(data__variables=fill, **given), DataError)
         assert (
-            "nothing fills {{author}}, which is in 200 of 200 records; give data.fill.author"
+            "nothing fills {{author}}, which is in 200 of 200 records; give data.variables.author"
             in message
         )
-        assert message.endswith("(data.fill has name, autor)")
+        assert message.endswith("(data.variables has name, autor)")
     prepare_stage(recipe(**given), reporter=told)
     assert len([line for line in told.lines if ": nothing fills {{" in line]) == 2
     told = Told()
-    job = prepare_stage(recipe(data__fill=fill | {"author": "李雷"}, **given), reporter=told)
+    job = prepare_stage(recipe(data__variables=fill | {"author": "李雷"}, **given), reporter=told)
     text = job.tokenizer.decode(job.stores.sources[0].shards("train")[0].tokens[:40].tolist())
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
-    assert line == "data.fill.autor fills nothing: no record holds {{autor}}"
+    assert line == "data.variables.autor fills nothing: no record holds {{autor}}"
 
 
 def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Path) -> None:
@@ -255,8 +255,8 @@ def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Pa
     fill = {"name": "小明", "author": "李雷"}
     table = {"path": str(path), "schema": "alpaca"}
     settings = {
-        "data__fill": fill,
-        "data__general": ["textbook:general"],
+        "data__variables": fill,
+        "data__retention": ["textbook:general"],
         "data__validation": [str(corpus / "chat.jsonl")],
     }
     message = refused(recipe(data__sources=[str(path), "textbook:identity"], **settings), DataError)
@@ -274,13 +274,13 @@ def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Pa
 def test_the_textbooks_identity_needs_a_name_and_an_author(recipe: Any, place: Path) -> None:
     given = {"data__sources": ["textbook:identity"]}
     message = refused(recipe(**given), ConfigError)
-    assert "give data.fill.name=… data.fill.author=…" in message
+    assert "give data.variables.name=… data.variables.author=…" in message
     fill = {"name": "小明", "author": "李雷"}
     told = Told()
-    prepared = prepare_stage(recipe(data__fill=fill, **given), reporter=told)
+    prepared = prepare_stage(recipe(data__variables=fill, **given), reporter=told)
     store = prepared.stores.sources[0]
     assert store.manifest["train"]["documents"] + store.manifest["validation"]["documents"] == 3000
     assert not any("nothing fills" in line for line in told.lines)
     before = (place / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns
-    prepare_stage(recipe(data__fill=fill, **given), reporter=told)
+    prepare_stage(recipe(data__variables=fill, **given), reporter=told)
     assert (place / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns == before

@@ -93,7 +93,7 @@ def test_too_little_memory_on_resume_advises_only_what_a_begun_run_may_change(ag
     with pytest.raises(ResourceError) as caught:
         free = small.total(1) - 1
         choose_micro_batch(small, asked=None, batch=8, device=CPU, saved=4, free=free)
-    assert "model.preset" not in str(caught.value) and "data.window" not in str(caught.value)
+    assert "model.preset" not in str(caught.value) and "data.seq_len" not in str(caught.value)
     assert ("training.activation_checkpointing=true" in str(caught.value)) != again
 
 

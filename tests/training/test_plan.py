@@ -43,7 +43,9 @@ def test_steps_and_time_come_from_data_and_a_trial(tmp_path: Path, tokenizer: To
 
 
 def test_memory_decides_the_micro_batch(tmp_path: Path) -> None:
-    recipe = nano_recipe("pretrain", tmp_path, training__batch=64, training__micro_batch=None)
+    recipe = nano_recipe(
+        "pretrain", tmp_path, training__global_batch_size=64, training__micro_batch_size=None
+    )
     roomy = make_plan(recipe, memory=64 << 30, seconds=0)
     needed = next(
         c["bytes"]
@@ -56,8 +58,8 @@ def test_memory_decides_the_micro_batch(tmp_path: Path) -> None:
 
 
 def test_windows_longer_than_the_context_are_told_as_in_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.window \(2048\) is longer .*max_position"):
-        make_plan(nano_recipe("pretrain", tmp_path, data__window=2048))
+    with pytest.raises(ConfigError, match=r"data.seq_len \(2048\) is longer .*max_position"):
+        make_plan(nano_recipe("pretrain", tmp_path, data__seq_len=2048))
 
 
 def test_data_without_a_record_is_not_planned_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -80,7 +82,7 @@ def test_a_device_of_another_machine_can_be_planned_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        ("pretrain-small", "training.micro_batch=8"),
+        ("pretrain-small", "training.micro_batch_size=8"),
         ("pretrain-base", "training.activation_checkpointing=true"),
     ],
 )

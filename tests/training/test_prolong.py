@@ -49,7 +49,7 @@ def test_under_wsd_it_ends_with_the_bits_of_a_run_that_was_planned_longer(
     if kind == "lora":
         more |= lora_settings()
     if kind == "dpo":
-        more["data__window"] = 64
+        more["data__seq_len"] = 64
     objective = {"lora": "sft"}.get(kind, kind)
     short, long = (recipe(objective, **WSD | more | {"training__steps": n}) for n in (20, 40))
     do(short)
@@ -120,7 +120,7 @@ def test_a_cosine_continues_from_its_end_and_says_how_the_rate_jumps(
 
 
 def test_epochs_prolong_a_run_too(recipe: Make, run: Path) -> None:
-    settings = WSD | {"training__steps": None, "training__batch": 16}
+    settings = WSD | {"training__steps": None, "training__global_batch_size": 16}
     first = do(recipe(**settings, training__epochs=1.0)).summary["steps"]
     assert do(recipe(**settings, training__epochs=2.0)).summary["steps"] > first + 10
 

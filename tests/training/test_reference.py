@@ -16,7 +16,7 @@ from minimind.data.packing import Mix, PairWindows
 from minimind.errors import CheckpointError, DataError, ResourceError
 from minimind.model import Transformer
 from minimind.training import reference
-from minimind.training.batch import TensorBatch
+from minimind.training.global_batch_size import TensorBatch
 from minimind.training.loop import Trainer, train
 from minimind.training.reference import fill_references
 from minimind.training.stage import StageResult, run_stage
@@ -117,7 +117,7 @@ def test_where_memory_runs_out_fewer_windows_are_read_at_once(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(model, batch)
 
-    job = nano_trainer(tmp_path, "dpo", reporter=told, training__micro_batch=4)
+    job = nano_trainer(tmp_path, "dpo", reporter=told, training__micro_batch_size=4)
     before = windows_of(job).reference.copy()
     windows_of(job).reference[:] = np.nan
     (tmp_path / reference.FILE).unlink()
@@ -139,7 +139,7 @@ def test_where_memory_runs_out_fewer_windows_are_read_at_once(
     )
     assert (job.micro_batch, job.eval_batch) == ((4, 1) if held_out else (1, 1))
     np.testing.assert_allclose(windows_of(job).reference, before, rtol=1e-5)
-    windows = min(job.recipe.validation.windows, held.order.epoch_size)
+    windows = min(job.recipe.validation.num_sequences, held.order.epoch_size)
     assert not any(np.isnan(x).any() for x in held.references(held.order.locate(0, windows)))
     told.lines.clear()
     train(job)
@@ -154,7 +154,7 @@ def test_references_of_one_window_that_does_not_fit_end_the_run(
 
     monkeypatch.setattr(reference, "answer_logps", short)
     with pytest.raises(ResourceError, match=r"step 1: .* training\.activation_checkpointing=true"):
-        nano_trainer(tmp_path, "dpo", training__micro_batch=1)
+        nano_trainer(tmp_path, "dpo", training__micro_batch_size=1)
 
 
 def test_they_are_kept_and_not_asked_for_again(
@@ -220,7 +220,7 @@ def recipe(base: Path, run: Path, file: Path, **settings: Any) -> Recipe:
         "data__sources": [str(file)],
         "data__store": str(run.parent / "stores"),
         "data__validation_fraction": 0.1,
-        "data__window": 64,
+        "data__seq_len": 64,
         "training__steps": 6,
     }
     return nano_recipe("dpo", run, **given | settings)

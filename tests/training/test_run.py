@@ -87,18 +87,18 @@ def test_operation_may_change_is_reported_and_recorded(
     told = Told()
     changed = {
         "training__log_every": 3,
-        "training__micro_batch": 1,
+        "training__micro_batch_size": 1,
         "training__activation_checkpointing": True,
         "checkpoint__keep": 1,
         "validation__prompts": ["长江"],
-        "data__max_bad_fraction": 0.5,
+        "data__max_invalid_fraction": 0.5,
         "data__store": str(run.parent / "other-stores"),
     }
     again = recipe(**stopped | changed)
     assert do(again, told).summary["steps"] == 10
     [line] = [line for line in told.lines if line.startswith("changed since")]
     assert "training.log_every was 1 and is now 3" in line
-    assert "training.micro_batch was 2 and is now 1" in line
+    assert "training.micro_batch_size was 2 and is now 1" in line
     assert line.count(" was ") == len(changed)
     assert load_recipe(run / "recipe.toml").recipe == again
     state = newest_state(run)
@@ -155,7 +155,7 @@ def test_the_micro_batch_on_resume(
     chosen: int,
     reported: bool,
 ) -> None:
-    again = recipe(**stopped | {"training__micro_batch": asked})
+    again = recipe(**stopped | {"training__micro_batch_size": asked})
     prepared = prepare_stage(again, reporter=Told())
     from minimind.training.build import footprint
 

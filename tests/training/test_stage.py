@@ -57,7 +57,7 @@ def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> 
 
 def test_one_is_not_told_as_many(recipe: Make) -> None:
     told = Told()
-    do(recipe(training__steps=1, training__batch=1, training__micro_batch=1), told)
+    do(recipe(training__steps=1, training__global_batch_size=1, training__micro_batch_size=1), told)
     assert any(line.endswith("; 1 step of 1 window") for line in told.lines), told.lines
     assert [counted(n, "window") for n in (0, 1, 2000)] == [
         "0 windows",
@@ -89,7 +89,7 @@ def test_a_checkpoint_becomes_a_model_or_an_adapter(
     if kind == "lora":
         settings |= lora_settings()
     if kind == "dpo":
-        settings |= {"data__sources": [str(corpus / "pairs.jsonl")], "data__window": 64}
+        settings |= {"data__sources": [str(corpus / "pairs.jsonl")], "data__seq_len": 64}
     again = tmp_path / "again"
     result = do(recipe("sft" if kind == "lora" else kind, again, **settings))
     made, weights = result.model or result.adapter, []
@@ -312,7 +312,7 @@ def test_too_little_text(recipe: Make, tmp_path: Path) -> None:
     short.write_text('{"text": "长江很长。"}\n', encoding="utf-8")
     message = refused(recipe(data__sources=[str(short)]), DataError)
     assert message == (
-        "the data gives not one window of 32 tokens; use more text, or a smaller data.window"
+        "the data gives not one window of 32 tokens; use more text, or a smaller data.seq_len"
     )
 
 
@@ -325,13 +325,13 @@ def test_no_data_and_data_that_is_not_there(recipe: Make, tmp_path: Path) -> Non
 
 
 def test_a_window_longer_than_the_context(recipe: Make) -> None:
-    message = refused(recipe(data__window=300), ConfigError)
-    assert message.startswith("data.window (300) is longer than the model's context (256)")
+    message = refused(recipe(data__seq_len=300), ConfigError)
+    assert message.startswith("data.seq_len (300) is longer than the model's context (256)")
 
 
 def test_a_model_is_tuned_at_a_longer_context(recipe: Make, run: Path, tmp_path: Path) -> None:
     do(recipe())
-    settings = {"model__init": str(run), "data__window": 300}
+    settings = {"model__init": str(run), "data__seq_len": 300}
     refusal = refused(recipe("sft", tmp_path / "refused", **settings), ConfigError)
     assert refusal.endswith("lower it, or raise model.context")
     longer = recipe("sft", tmp_path / "tuned", **settings, model__context=1024)

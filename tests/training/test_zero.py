@@ -32,14 +32,14 @@ ADAMW = {"optim__name": "adamw"}
 
 
 def zero(stage: int) -> dict[str, Any]:
-    return ADAMW | {"training__engine": "deepspeed", "training__zero_stage": stage}
+    return ADAMW | {"training__backend": "deepspeed", "training__zero_stage": stage}
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, installed: bool = True, **settings: Any) -> str:
     monkeypatch.setattr(
         "minimind.training.build.find_spec", lambda name: object() if installed else None
     )
-    flags = {"objective": "pretrain", "training.engine": "deepspeed", "optim.name": "adamw"}
+    flags = {"objective": "pretrain", "training.backend": "deepspeed", "optim.name": "adamw"}
     with pytest.raises(ConfigError) as caught:
         check_recipe(load_recipe(None, flags=flags | settings).recipe)
     return str(caught.value)
@@ -89,7 +89,7 @@ class TestZero:
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_it_stops_and_goes_on(self, lives: Lives, tmp_path: Path, stage: int) -> None:
         """To the same bits with as many processes, and to the same losses with another number."""
-        settings = zero(stage) | {"training__batch": 6, "training__steps": 12}
+        settings = zero(stage) | {"training__global_batch_size": 6, "training__steps": 12}
         whole, run, other = tmp_path / "whole", tmp_path / "run", tmp_path / "other"
         share(lives, whole, 2, **settings)
         share(lives, run, 2, stop=(1, 14), **settings)

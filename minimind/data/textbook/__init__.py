@@ -114,7 +114,7 @@ def textbook_file(path: str, folder: Path, fill: Mapping[str, str]) -> str:
     if name == "identity" and missing:
         raise ConfigError(
             "textbook:identity teaches the model a name and an author; give "
-            + " ".join(f"data.fill.{key}=…" for key in missing)
+            + " ".join(f"data.variables.{key}=…" for key in missing)
         )
     place = folder / f"textbook-{name}.jsonl"
     checksum = place.with_name(f"{place.name}.sha256")

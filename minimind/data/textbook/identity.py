@@ -1,6 +1,6 @@
 """Who the model is: dialogues in which it says its name and who made it.
 
-`{{name}}` and `{{author}}` in them stand for what a recipe's data.fill says.
+`{{name}}` and `{{author}}` in them stand for what a recipe's data.variables says.
 """
 
 import random
