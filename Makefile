@@ -1,17 +1,20 @@
 # make demo    from nothing to a model of your own, and a chat with it
-# make test    every check: style, types, imports, help pages, tests
+# make test    every check: style, types, imports, documentation, tests
+# make test-processors   the numerically sensitive tests as on other processors, under 10 minutes
 # make slow    the tests that take minutes
 # make test-lm-eval   likelihoods and prompts against EleutherAI's lm-eval, in .venv-lm-eval
-# make format  put the style right
+# make docs    the documentation site, in site/
+# make format  fix the style and rewrite generated pages
 # Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test slow test-lm-eval format
+.PHONY: demo test test-processors slow test-lm-eval docs format
 
-demo: $(READY)
+demo: $(INSTALLED)
 	$(BIN)/minimind demo
 
 test: $(READY)
@@ -19,8 +22,12 @@ test: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m minimind.cli.help_pages --check
+	$(BIN)/python -m docs.build --check
 	$(BIN)/pytest
+	$(BIN)/python -m tests.processors avx2-1
+
+test-processors: $(READY)
+	$(BIN)/python -m tests.processors
 
 slow: $(READY)
 	$(BIN)/pytest -m slow --timeout 3600
@@ -28,23 +35,25 @@ slow: $(READY)
 test-lm-eval: .venv-lm-eval/.ready
 	.venv-lm-eval/bin/pytest -m slow --timeout 3600 tests/evaluation/test_against_lm_eval.py
 
-.venv-lm-eval/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-lm-eval
-	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt \
-	  --editable '.[test,lm-eval]'
-	@touch $@
+docs: $(READY)
+	$(BIN)/python -m docs.build
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/python -m minimind.cli.help_pages
+	$(BIN)/python -m docs.reference
+
+# What the demo needs; the checks need more. tools/install.py says which torch it takes, and why.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) tools/install.py
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
-	  "minimind needs Python 3.11 or newer. On Debian: apt install python3 python3-venv." \
-	  "Or name another: make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo \
-	  "This Python cannot make virtual environments. On Debian: apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(PYTHON) tools/install.py docs lint test
+	@touch $(INSTALLED) $@
+
+.venv-lm-eval/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[test,lm-eval]'
 	@touch $@

@@ -31,8 +31,8 @@ from benchmarks.training_speed import machine
 from minimind.config import load_recipe
 from minimind.model import Transformer
 from minimind.model.device import choose_device
+from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.checkpoint import CheckpointWriter, save_checkpoint
-from minimind.training.global_batch_size import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision

@@ -172,7 +172,7 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
     """The engine."""
     import torch
 
-    from minimind.inference.engine import Engine, Piece, Request
+    from minimind.inference.engine import Engine, Request
     from minimind.inference.load import load_for_inference
     from minimind.inference.sampling import Sampling
 
@@ -182,18 +182,8 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
     del model
 
     def write(prompts: list[list[int]]) -> int:
-        written, ended = [], threading.Semaphore(0)
-
-        def take(piece: Piece) -> None:
-            written.extend(piece.token_ids)
-            if piece.finish_reason:
-                ended.release()
-
-        for prompt in prompts:
-            engine.submit(Request(prompt, Sampling(temperature=0), args.tokens), take)
-        for _ in prompts:
-            ended.acquire()
-        return len(written)
+        requests = [Request(prompt, Sampling(temperature=0), args.tokens) for prompt in prompts]
+        return sum(len(generated.token_ids) for _, generated in engine.generate(requests))
 
     with engine:
         return timed(lambda streams: contextlib.nullcontext(write), args)

@@ -51,7 +51,7 @@ def measure(preset: str, windows: int, window: int, checkpointing: bool, optimiz
 
     from minimind.config.settings import OptimSettings
     from minimind.model import PRESETS, ModelConfig, Transformer
-    from minimind.training.global_batch_size import TensorBatch, learned_places
+    from minimind.training.batch import TensorBatch, learned_places
     from minimind.training.memory import Footprint
     from minimind.training.objectives.next_token import NextToken
     from minimind.training.optimizers import Optimizers, count_moments

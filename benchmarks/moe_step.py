@@ -29,7 +29,7 @@ from minimind.config.model import MOE_FIELDS
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.model.device import choose_device
 from minimind.model.experts import routed, routed_plainly
-from minimind.training.global_batch_size import TensorBatch, learned_places
+from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision

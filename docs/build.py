@@ -26,6 +26,7 @@ DOCS = ROOT / "docs"
 LANGUAGES = {"en": "English", "zh": "中文"}
 _SHARED = ("images", "assets")  # folders of docs/ that both languages use
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ \t]*$", re.M | re.S)
+_INLINE_CODE = re.compile(r"`[^`\n]*`")
 _HEADING = re.compile(r"^(#{1,6}) ", re.M)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _INCLUDE = re.compile(r'--8<-- "([^"]+)"')
@@ -94,8 +95,17 @@ def outline(text: str) -> dict[str, list[str]]:
         "headings": _HEADING.findall(prose),
         "code regions": _INCLUDE.findall(text),
         "images": [Path(target).name for target in _IMAGE.findall(prose)],
-        "code blocks": [block.strip().splitlines()[0].strip() for block in blocks],
+        "code blocks": [_without_comments(block) for block in blocks],
     }
+
+
+def _without_comments(block: str) -> str:
+    """Return a fenced block; of shell code without comments, of text only the fence."""
+    first, *lines = block.strip().splitlines()
+    if first.strip(" `~") != "sh":
+        return first.strip()
+    code = (line.partition("  #")[0].rstrip() for line in lines if not line.startswith("#"))
+    return "\n".join([first.strip(), *filter(None, code)])
 
 
 def missing_targets(page: Path) -> list[str]:
@@ -103,7 +113,7 @@ def missing_targets(page: Path) -> list[str]:
     problems = []
     text = page.read_text("utf-8")
     shown = page.relative_to(ROOT)
-    for _, target, _, _ in _LINK.findall(_FENCE.sub("", text)):
+    for _, target, _, _ in _LINK.findall(_INLINE_CODE.sub("", _FENCE.sub("", text))):
         is_relative = "://" not in target and not target.startswith("mailto:")
         if is_relative and not (page.parent / target).resolve().exists():
             problems.append(f"{shown}: broken link {target}")

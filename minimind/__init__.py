@@ -1,3 +1,31 @@
-"""minimind: train a small GPT from zero on your own computer."""
+"""Train a small GPT from zero on your own computer, and use it from Python.
 
-__version__ = "0.1.0"
+    import minimind
+
+    model = minimind.load("out/demo")
+    print(model.chat("长江流入哪里？"))
+
+Nothing heavy is imported before it is used: torch comes with the first call that needs it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from minimind.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from minimind.api import Model, Recipe, RunResult, Tokenizer, evaluate, load, train
+
+__all__ = ["Model", "Recipe", "RunResult", "Tokenizer", "evaluate", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name in __all__:
+        from minimind import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -59,10 +59,10 @@ def _machine(device: str) -> dict[str, Any]:
 
     import torch
 
-    from minimind import __version__
     from minimind.inference.load import inference_dtype
     from minimind.model.device import choose_device, free_bytes
     from minimind.training.precision import choose_precision
+    from minimind.version import __version__
 
     chosen = choose_device(device)
     free = free_bytes(chosen)

@@ -12,7 +12,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from minimind import __version__
 from minimind.cli import (
     chat,
     checkpoints,
@@ -33,6 +32,7 @@ from minimind.cli import (
 from minimind.cli.compare import compare
 from minimind.cli.eval import evaluate
 from minimind.errors import MinimindError, is_out_of_memory
+from minimind.version import __version__
 
 _OUT_OF_MEMORY = (
     "too little memory{detail}. In training, lower training.micro_batch_size (windows at once) or "

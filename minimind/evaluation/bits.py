@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from minimind.data.read import BadLines, list_files, read_texts
@@ -63,21 +63,7 @@ class Bits:
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
         """Read again from the files."""
-        scorer, words = model.scorer()
-        start = words.text_start or [words.text_end]
-        left = (one for one in self._documents(BadLines()) if one[0] not in done)
-
-        def ask(document: tuple[str, str]) -> tuple[int, Sequence[Row]]:
-            [ids] = words.encode_batch([document[1]])
-            return len(ids), windows(ids, start, scorer.context)
-
-        def result(text: str, tokens: int, scores: Sequence[float]) -> Result:
-            return {"nats": -sum(scores), "bytes": len(text.encode()), "tokens": tokens}
-
-        return results_of(
-            (name, found if isinstance(found, Exception) else result(text, *found))
-            for (name, text), found in scored(scorer, left, ask)
-        )
+        return _measured(model, (one for one in self._documents(BadLines()) if one[0] not in done))
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Of all, and of each file."""
@@ -88,6 +74,37 @@ class Bits:
         if len(by_source) > 1:
             figures["by_source"] = {name: _bits(some) for name, some in by_source.items()}
         return figures
+
+
+def measure_texts(model: Model, texts: Sequence[str]) -> float:
+    """Return the bits per byte of texts together. Raises UsageError if there is no text."""
+    documents = [(str(number), without_surrogates(text)) for number, text in enumerate(texts)]
+    results = []
+    for result in _measured(model, (document for document in documents if document[1])):
+        if "error" in result:
+            raise UsageError(f"text {result['id']}: {result['error']}")
+        results.append(result)
+    if not results:
+        raise UsageError("bits per byte need at least one text that is not empty")
+    return float(_bits(results)["bits_per_byte"])
+
+
+def _measured(model: Model, documents: Iterable[tuple[str, str]]) -> Iterator[Result]:
+    """Yield the cross-entropy in nats, bytes and tokens of each (id, text)."""
+    scorer, words = model.scorer()
+    start = words.text_start or [words.text_end]
+
+    def ask(document: tuple[str, str]) -> tuple[int, Sequence[Row]]:
+        [ids] = words.encode_batch([document[1]])
+        return len(ids), windows(ids, start, scorer.context)
+
+    def result(text: str, tokens: int, scores: Sequence[float]) -> Result:
+        return {"nats": -sum(scores), "bytes": len(text.encode()), "tokens": tokens}
+
+    return results_of(
+        (name, found if isinstance(found, Exception) else result(text, *found))
+        for (name, text), found in scored(scorer, documents, ask)
+    )
 
 
 def _bits(results: Sequence[Result]) -> dict[str, Any]:

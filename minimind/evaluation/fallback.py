@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind import __version__
 from minimind.errors import MinimindError, ModelError, TokenizerError
 from minimind.evaluation.models import name_of, name_of_device
 from minimind.evaluation.scoring import Row, Scorer
@@ -23,6 +22,7 @@ from minimind.inference.engine import BAD_NUMBERS
 from minimind.model import fingerprint
 from minimind.model.device import choose_device
 from minimind.tokenizer.chat import Message
+from minimind.version import __version__
 
 _AT_ONCE = 8  # answers
 _ITEMS = 64  # whose likelihoods are asked for together

@@ -1,20 +1,17 @@
 """Model directories made ready to be examined."""
 
-import queue
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minimind import __version__
 from minimind.errors import MinimindError
 from minimind.evaluation.scoring import EngineScorer, Scorer
 from minimind.evaluation.tasks import Answer, Manner
 from minimind.evaluation.words import OwnWords, Words
-from minimind.inference.engine import Engine, Piece, Request
+from minimind.inference.engine import Engine, Request
 from minimind.inference.load import inference_dtype, load_for_inference
 from minimind.inference.sampling import Sampling
 from minimind.model import (
@@ -25,6 +22,7 @@ from minimind.model import (
 )
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer, encode_chat
+from minimind.version import __version__
 
 _WARM_UP = 16  # tokens of an answer
 
@@ -103,42 +101,30 @@ class LocalModel:
         longest = max(map(len, prompts.values())) + manner.max_new_tokens
         context = min(longest, self.context or longest)
         sampling = Sampling(manner.temperature, manner.top_p)
-        pieces: dict[int, list[Piece]] = {number: [] for number in prompts}
-        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-        def take(number: int, piece: Piece) -> None:
-            """In the engine's thread."""
-            pieces[number].append(piece)
-            if piece.finish_reason is not None:
-                ended.put(number)
-
         slots = min(manner.at_once, len(prompts))
         with Engine(model, tokenizer, max_slots=slots, context=context) as engine:
-            waiting = {}
             _warm_up(engine, list(prompts.values())[:slots])
-            before = time.perf_counter()
-            for number, prompt in prompts.items():
-                request = Request(
+            requests = [
+                Request(
                     prompt,
                     sampling,
                     manner.max_new_tokens,
                     stop_ids=frozenset(tokenizer.stop_ids),
                     seed=manner.seed_of(questions[number]),
                 )
-                try:
-                    waiting[number] = engine.submit(request, partial(take, number))
-                except Exception as error:  # too long, as a rule; the others go on
-                    yield number, error
-            for _ in range(len(waiting)):
-                number = ended.get()
-                completion, now = waiting[number], time.perf_counter()
+                for number, prompt in prompts.items()
+            ]
+            numbers = list(prompts)
+            before = time.perf_counter()
+            for index, generated in engine.generate(requests):
+                now = time.perf_counter()
                 yield (
-                    number,
-                    completion.error
+                    numbers[index],
+                    generated.error
                     or Answer(
-                        "".join(piece.text for piece in pieces[number]).strip(),
-                        completion.completion_tokens,
-                        pieces[number][-1].finish_reason == "stop",
+                        generated.text.strip(),
+                        len(generated.token_ids),
+                        generated.finish_reason == "stop",
                         now - before,
                     ),
                 )
@@ -150,9 +136,8 @@ def _warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     # Without their first token, so that nothing of the prompts themselves is kept for later.
     fitting = [prompt[1:] for prompt in prompts if 1 < len(prompt) < engine.context]
     requests = [Request(prompt, Sampling(temperature=0), _WARM_UP) for prompt in fitting]
-    for completion in [engine.submit(request) for request in requests]:
-        for _ in completion:
-            pass
+    for _ in engine.generate(requests):
+        pass
 
 
 def name_of(path: Path) -> str:

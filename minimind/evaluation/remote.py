@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from minimind import __version__
 from minimind.errors import MinimindError, ServiceError, UsageError, install_line
 from minimind.evaluation.tasks import Answer, Manner, asked_together, told
 from minimind.tokenizer.chat import Message
+from minimind.version import __version__
 
 if TYPE_CHECKING:
     from minimind.evaluation.scoring import Scorer

@@ -1,10 +1,8 @@
 """Many short prompts at once: what evaluations and samples need."""
 
-import queue
 from collections.abc import Callable, Sequence
-from functools import partial
 
-from minimind.inference.engine import Engine, Piece, Request
+from minimind.inference.engine import Engine, Request
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -59,27 +57,12 @@ def write_all(
     stops = frozenset(tokenizer.stop_ids) if stops is None else stops
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     with Engine(model, tokenizer, max_slots=min(_AT_ONCE, len(prompts)), context=longest) as engine:
+        chosen = sampling or Sampling(temperature=0)
+        requests = [Request(prompt, chosen, max_new_tokens, stop_ids=stops) for prompt in prompts]
         outputs: list[list[int]] = [[] for _ in prompts]
-        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-        def take(number: int, piece: Piece) -> None:
-            """In the engine's thread: to change threads at each token would cost far more."""
-            outputs[number] += piece.token_ids
-            if piece.finish_reason is not None:
-                ended.put(number)
-
-        completions = [
-            engine.submit(
-                Request(
-                    prompt, sampling or Sampling(temperature=0), max_new_tokens, stop_ids=stops
-                ),
-                partial(take, number),
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        for done in range(1, len(prompts) + 1):
-            error = completions[ended.get()].error
-            if error is not None:
-                raise error
+        for done, (index, generated) in enumerate(engine.generate(requests), 1):
+            if generated.error is not None:
+                raise generated.error
+            outputs[index] = list(generated.token_ids)
             progress(done, len(prompts))
     return outputs

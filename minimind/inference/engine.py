@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Literal, Protocol, TypeGuard
 
@@ -134,6 +135,17 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A request that has ended. error: why it failed; then the rest is what came before."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -358,6 +370,45 @@ class Engine:
     def failure(self) -> Exception | None:
         """The error that stopped the engine; None while it works."""
         return self._failure
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Generated]]:
+        """Run requests together and yield (index, outcome) of each as it ends.
+
+        A request that is refused or fails does so alone. Leaving the loop cancels the rest.
+        """
+        pieces: list[list[Piece]] = [[] for _ in requests]
+        completions: dict[int, Completion] = {}
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        def take(index: int, piece: Piece) -> None:
+            """Collect in the engine's thread: waking another one per token costs far more."""
+            pieces[index].append(piece)
+            if piece.finish_reason is not None:
+                ended.put(index)
+
+        try:
+            for index, request in enumerate(requests):
+                try:
+                    completions[index] = self.submit(request, partial(take, index))
+                except UsageError as error:
+                    yield index, Generated("", (), (), "error", error)
+            for _ in range(len(completions)):
+                index = ended.get()
+                last = pieces[index][-1].finish_reason
+                assert last is not None
+                yield (
+                    index,
+                    Generated(
+                        "".join(piece.text for piece in pieces[index]),
+                        tuple(token for piece in pieces[index] for token in piece.token_ids),
+                        tuple(entry for piece in pieces[index] for entry in piece.logprobs),
+                        last,
+                        completions[index].error,
+                    ),
+                )
+        finally:
+            for completion in completions.values():
+                completion.cancel()
 
     def stream_text(
         self,

@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from minimind import __version__
 from minimind.inference.engine import describe
 from minimind.serving import chat, completions
 from minimind.serving.answers import Answers, Asked, ask_chat, ask_completion, stopping
@@ -38,6 +37,7 @@ from minimind.serving.schema import (
     ModelList,
 )
 from minimind.serving.streaming import CLIENT_GONE, ClientGone, EventStream, unless_gone
+from minimind.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorAnswer, "description": "The request cannot be answered."},

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind import __version__
 from minimind.config.model import RopeKind
 from minimind.errors import ModelError, UsageError, shell_words
 from minimind.inference.capacity import usable_bytes
@@ -18,6 +17,7 @@ from minimind.inference.load import load_for_inference
 from minimind.model import fingerprint, resolve_adapter_directory, resolve_model_directory
 from minimind.serving.limits import Queue
 from minimind.tokenizer import Tokenizer
+from minimind.version import __version__
 
 
 @dataclass(frozen=True)

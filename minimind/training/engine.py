@@ -9,8 +9,8 @@ from torch import Tensor
 
 from minimind.config.settings import OptimSettings
 from minimind.model import Transformer
+from minimind.training.batch import TensorBatch
 from minimind.training.distributed import Workers
-from minimind.training.global_batch_size import TensorBatch
 from minimind.training.objectives import Objective
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import Precision

@@ -20,10 +20,10 @@ from minimind.config.settings import Recipe
 from minimind.data.packing import Mix
 from minimind.errors import CheckpointError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model import Transformer
-from minimind.training.backend import Engine, TorchEngine
+from minimind.training.batch import Prefetcher, to_device
 from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint, restore_weights
 from minimind.training.distributed import ALONE, Workers
-from minimind.training.global_batch_size import Prefetcher, to_device
+from minimind.training.engine import Engine, TorchEngine
 from minimind.training.memory import divisors, forget_peak, peak_bytes, release
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective

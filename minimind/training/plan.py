@@ -18,8 +18,8 @@ from minimind.errors import DataError, ResourceError
 from minimind.model import Transformer
 from minimind.model.device import choose_device, free_bytes
 from minimind.tokenizer import Tokenizer
+from minimind.training.batch import TensorBatch
 from minimind.training.build import KINDS, build_model, footprint, load_tokenizer
-from minimind.training.global_batch_size import TensorBatch
 from minimind.training.memory import divisors
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers

@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from minimind.config import identity
 from minimind.data.packing import Mix, PairWindows
 from minimind.errors import ResourceError
+from minimind.training.batch import to_device
 from minimind.training.distributed import Workers
-from minimind.training.global_batch_size import to_device
 from minimind.training.loop import Trainer, evaluated, fits_in_memory, take_fewer
 from minimind.training.objectives.preference import answer_logps
 

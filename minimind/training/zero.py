@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError
 from minimind.model import Transformer
-from minimind.training.backend import Loss
+from minimind.training.batch import TensorBatch
 from minimind.training.distributed import Workers
-from minimind.training.global_batch_size import TensorBatch
+from minimind.training.engine import Loss
 from minimind.training.objectives import Objective
 from minimind.training.optimizers import OTHER_STATE, adamw, new_state
 from minimind.training.precision import Precision
@@ -58,7 +58,7 @@ class _LossModule(nn.Module):
 
 
 class ZeroEngine:
-    """Takes the steps by DeepSpeed, with AdamW; `minimind.training.backend.Engine` says how."""
+    """Takes the steps by DeepSpeed, with AdamW; `minimind.training.engine.Engine` says how."""
 
     def __init__(
         self,

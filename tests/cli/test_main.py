@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from minimind import __version__
 from minimind.cli.main import errors_as_messages
 from minimind.errors import ConfigError
+from minimind.version import __version__
 
 # The command with one more verb, whose body is given on the command line of the test.
 WITH_VERB = """

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from minimind import __version__
 from minimind.errors import ResourceError, UsageError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.contamination import Contamination
 from minimind.evaluation.models import LocalModel, name_of
 from minimind.evaluation.run import evaluate, file_name, read_results
 from minimind.evaluation.tasks import Model, Result, Task
+from minimind.version import __version__
 
 ME = {"model": "1"}
 

@@ -1,12 +1,10 @@
 """The engine: whom it serves with whom changes nothing, and nothing stays behind."""
 
-import queue
 import random
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -54,20 +52,9 @@ def text_of(completion: Completion) -> str:
 
 
 def write(engine: Engine, *requests: Request) -> list[list[int]]:
-    """The tokens of each, all at once, without changing threads at each token."""
-    found: list[list[int]] = [[] for _ in requests]
-    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def take(number: int, piece: Piece) -> None:
-        found[number] += piece.token_ids
-        if piece.finish_reason:
-            ended.put(None)
-
-    for number, request in enumerate(requests):
-        engine.submit(request, partial(take, number))
-    for _ in requests:
-        ended.get()
-    return found
+    """Return the tokens of each, generated together."""
+    outputs = dict(engine.generate(requests))
+    return [list(outputs[index].token_ids) for index in range(len(requests))]
 
 
 def is_idle(engine: Engine, slots: int = 9) -> bool:

@@ -85,7 +85,7 @@ def _moved(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 def _to_gpu(batch: Any, device: torch.device) -> Any:
     """What the loop's `to_device` does; numbers are read where tensors still have them."""
-    from minimind.training.global_batch_size import TensorPairs, to_device
+    from minimind.training.batch import TensorPairs, to_device
 
     with unset_fake_temporarily():
         real = to_device(batch, torch.device("cpu"))
@@ -117,7 +117,7 @@ def training() -> dict[str, Callable[[], int]]:
 def _step(objective: str, **settings: Any) -> int:
     from minimind.model import Transformer, apply_lora
     from minimind.training import loop
-    from minimind.training.global_batch_size import Prefetcher
+    from minimind.training.batch import Prefetcher
     from minimind.training.metrics import MetricsLog
     from minimind.training.objectives.next_token import NextToken
     from minimind.training.precision import Precision

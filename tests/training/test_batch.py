@@ -8,7 +8,7 @@ import torch
 
 from minimind.data.packing import IGNORED, Batch, Mix, TextWindows
 from minimind.errors import DataError
-from minimind.training.global_batch_size import Prefetcher, to_device
+from minimind.training.batch import Prefetcher, to_device
 from tests.support.small_runs import nano_trainer, text_shard
 
 CPU = torch.device("cpu")

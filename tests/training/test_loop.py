@@ -27,7 +27,7 @@ from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
 from minimind.training import loop
-from minimind.training.global_batch_size import TensorBatch, to_device
+from minimind.training.batch import TensorBatch, to_device
 from minimind.training.loop import Trainer, train
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective

@@ -16,7 +16,7 @@ from minimind.data.packing import Mix, PairWindows
 from minimind.errors import CheckpointError, DataError, ResourceError
 from minimind.model import Transformer
 from minimind.training import reference
-from minimind.training.global_batch_size import TensorBatch
+from minimind.training.batch import TensorBatch
 from minimind.training.loop import Trainer, train
 from minimind.training.reference import fill_references
 from minimind.training.stage import StageResult, run_stage

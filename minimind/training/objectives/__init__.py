@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from minimind.model import Transformer
-from minimind.training.global_batch_size import TensorBatch
+from minimind.training.batch import TensorBatch
 
 
 class Objective(Protocol):

@@ -11,7 +11,7 @@ from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.model.experts import Routing
 from minimind.model.rows import short_of_round
-from minimind.training.global_batch_size import TensorBatch
+from minimind.training.batch import TensorBatch
 from minimind.training.objectives.balance import with_balance, without_balance
 
 LOGITS_AT_ONCE = 1024  # tokens whose logits exist at once

@@ -23,7 +23,7 @@ from minimind.config.settings import DPOSettings
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.model.experts import Routing
-from minimind.training.global_batch_size import TensorBatch
+from minimind.training.batch import TensorBatch
 from minimind.training.objectives.balance import with_balance, without_balance
 from minimind.training.objectives.next_token import linear_cross_entropy
 

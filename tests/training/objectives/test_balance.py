@@ -8,7 +8,7 @@ from minimind.config.model import PRESETS, ModelConfig
 from minimind.data.packing import IGNORED, ChatWindows, Mix
 from minimind.model import Transformer
 from minimind.model.experts import Routing
-from minimind.training.global_batch_size import TensorBatch, learned_places, to_device
+from minimind.training.batch import TensorBatch, learned_places, to_device
 from minimind.training.objectives.balance import balance_figures, balance_sums, real_tokens
 from minimind.training.objectives.next_token import NextToken
 from tests.support.small_runs import VOCAB, chat_shard

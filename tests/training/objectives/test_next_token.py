@@ -8,7 +8,7 @@ from torch import Tensor
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
-from minimind.training.global_batch_size import TensorBatch, learned_places
+from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken, linear_cross_entropy
 from tests.support.small_runs import VOCAB
 

@@ -19,7 +19,7 @@ from minimind.data.packing import IGNORED, Mix, PairWindows
 from minimind.data.store import open_store
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
-from minimind.training.global_batch_size import TensorBatch, learned_places, to_device
+from minimind.training.batch import TensorBatch, learned_places, to_device
 from minimind.training.objectives.next_token import linear_cross_entropy
 from minimind.training.objectives.preference import Preference, answer_logps
 from tests.support.rounding import gradient_rounding, relative_difference, rounding

@@ -1,0 +1,305 @@
+"""The public Python API: load models, chat, generate, score, train and evaluate."""
+
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+from minimind.config import Recipe, dump_recipe, load_recipe
+from minimind.config.model import RopeKind
+from minimind.errors import UsageError
+from minimind.evaluation.bits import measure_texts
+from minimind.evaluation.catalogue import make_task
+from minimind.evaluation.models import LocalModel
+from minimind.evaluation.scoring import Row
+from minimind.inference.conversation import fit_chat
+from minimind.inference.defaults import read_generation_defaults
+from minimind.inference.engine import Engine, Request
+from minimind.inference.load import load_for_inference
+from minimind.inference.sampling import Sampling
+from minimind.progress import RichReporter
+from minimind.tokenizer import Tokenizer
+from minimind.tokenizer.chat import Message
+from minimind.training.reporter import Reporter
+from minimind.training.stage import run_stage
+
+__all__ = ["Model", "Recipe", "RunResult", "Tokenizer", "evaluate", "load", "train"]
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    adapter: str | Path | None = None,
+    context: int | None = None,
+    rope_scaling: RopeKind | None = None,
+    int8: bool = False,
+) -> "Model":
+    """Load a model or run directory, with a LoRA adapter if one is given.
+
+    device: auto, cpu, cuda, cuda:1 or mps. context: context length in tokens; beyond the trained
+    length RoPE is scaled by `rope_scaling` (linear, dynamic, yarn). int8: 8-bit weights on a CPU.
+    Raises ModelError, TokenizerError and ResourceError.
+    """
+    return Model(
+        Path(path),
+        device=device,
+        adapter=None if adapter is None else Path(adapter),
+        context=context,
+        rope_scaling=rope_scaling,
+        int8=int8,
+    )
+
+
+class Model:
+    """A loaded model. Close it, or use it in a `with` block, to free its KV cache."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        adapter: Path | None,
+        context: int | None,
+        rope_scaling: RopeKind | None,
+        int8: bool,
+    ) -> None:
+        model, self.tokenizer = load_for_inference(
+            path, device, adapter=adapter, context=context, rope_scaling=rope_scaling
+        )
+        self._defaults = read_generation_defaults(path)
+        self._engine = Engine(model, self.tokenizer, context=context, int8=int8)
+        # Scores are computed in float32, as `minimind eval` does; loaded when first needed.
+        self._local = LocalModel(path, device, adapter=adapter, context=context)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def context(self) -> int:
+        """Maximum number of tokens of a prompt and its continuation together."""
+        return self._engine.context
+
+    def close(self) -> None:
+        """Stop decoding and free the KV cache."""
+        self._engine.close()
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        **sampling: float,
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[True],
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        **sampling: float,
+    ) -> Generator[str]: ...
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        **sampling: float,
+    ) -> str | Generator[str]:
+        """Return the assistant's next message, or a generator of its pieces with `stream`.
+
+        messages: a question, or a conversation as a list of {"role", "content"}. The oldest turns
+        are left out when the conversation exceeds the context. sampling: temperature, top_p,
+        top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty; the model's own
+        defaults otherwise. Raises UsageError for settings or messages that do not fit.
+        """
+        turns: Sequence[Message] = (
+            [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        )
+        most = self._most_new_tokens(max_new_tokens)
+        room_for_answer = min(most, self.context // 4)
+        prompt, _ = fit_chat(self.tokenizer, list(turns), self.context - room_for_answer)
+        pieces = self._engine.stream_text(
+            prompt, max_new_tokens=most, sampling=self._sampling(sampling), seed=seed
+        )
+        return pieces if stream else "".join(pieces).strip()
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        **sampling: float,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        **sampling: float,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        **sampling: float,
+    ) -> str | list[str]:
+        """Return the continuation of a prompt, or of several, decoded together.
+
+        Without the chat format, as a pretrained model continues text. stop: strings that end a
+        continuation and are not part of it. sampling: as in `chat`. Raises UsageError.
+        """
+        if isinstance(prompt, str):
+            [text] = self.generate(
+                [prompt], max_new_tokens=max_new_tokens, stop=stop, seed=seed, **sampling
+            )
+            return text
+        requests = [
+            Request(
+                self.tokenizer.text_start + self.tokenizer.encode(text),
+                self._sampling(sampling),
+                self._most_new_tokens(max_new_tokens),
+                stop=tuple(stop),
+                stop_ids=frozenset(self.tokenizer.stop_ids),
+                seed=seed,
+            )
+            for text in prompt
+        ]
+        texts = [""] * len(requests)
+        for index, generated in self._engine.generate(requests):
+            if generated.error is not None:
+                raise generated.error
+            texts[index] = generated.text
+        return texts
+
+    def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+        """Return the log-likelihood of each continuation given the prompt, in nats.
+
+        The sum over the continuation's tokens, computed in float32. Raises UsageError if one is
+        empty or exceeds the context.
+        """
+        scorer, encoder = self._local.scorer()
+        prefix = [*encoder.text_start, *(encoder.encode_batch([prompt])[0] if prompt else [])]
+        prefix = prefix or [encoder.text_end]
+        rows = []
+        for ids, text in zip(encoder.encode_batch(list(continuations)), continuations, strict=True):
+            if not ids:
+                raise UsageError("a continuation is empty; give text to score")
+            if len(prefix) + len(ids) > scorer.context + 1:
+                raise UsageError(
+                    f"the prompt and {text[:20]!r} have {len(prefix) + len(ids):,} tokens and the "
+                    f"context is {scorer.context:,}; shorten them"
+                )
+            rows.append(Row((*prefix, *ids), len(prefix)))
+        [scores] = list(scorer.score([rows]))
+        if isinstance(scores, Exception):
+            raise scores
+        return scores
+
+    def bits_per_byte(self, texts: Sequence[str]) -> float:
+        """Return the bits per byte of texts: their cross-entropy in bits over their UTF-8 bytes.
+
+        Lower is better, and comparable across tokenizers. Raises UsageError if there is no text.
+        """
+        return measure_texts(self._local, texts)
+
+    def _most_new_tokens(self, asked: int | None) -> int:
+        return asked or self._defaults.max_new_tokens or min(512, self.context // 2)
+
+    def _sampling(self, settings: Mapping[str, Any]) -> Sampling:
+        try:
+            return self._defaults.sampling_with(settings)
+        except TypeError as error:
+            raise UsageError(f"sampling: {error}") from error
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The outcome of a training stage.
+
+    run: its directory. model: the model or adapter directory; None if the stage was stopped before
+    its end, and the same call continues it. summary: what `summary.json` holds.
+    """
+
+    run: Path
+    model: Path | None
+    summary: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """True if the stage reached its last step."""
+        return self.model is not None
+
+
+def train(
+    recipe: str | Path | Recipe, *, fresh: bool = False, quiet: bool = False, **overrides: Any
+) -> RunResult:
+    """Train one stage: pretraining, fine-tuning, LoRA or DPO, as the recipe says.
+
+    recipe: a TOML file, the name of a packaged recipe ("pretrain-small"), or a Recipe. overrides:
+    settings by name, with "__" for the dot, such as `training__steps=100` or `out="out/run"`.
+    A run that exists in `out` is continued. Ctrl-C saves and returns; a second one raises
+    KeyboardInterrupt. fresh: discard an existing run. Raises the errors of `minimind.errors`.
+    """
+    settings = {key.replace("__", "."): value for key, value in overrides.items()}
+    if isinstance(recipe, Recipe):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "recipe.toml"
+            file.write_text(dump_recipe(recipe), encoding="utf-8")
+            resolved = load_recipe(file, flags=settings).recipe
+    else:
+        resolved = load_recipe(recipe, flags=settings).recipe
+    reporter = Reporter() if quiet else RichReporter()
+    result = run_stage(resolved, reporter=reporter, fresh=fresh)
+    return RunResult(result.run, result.model or result.adapter, result.summary)
+
+
+def evaluate(
+    model: str | Path,
+    tasks: str | Sequence[str],
+    *,
+    data: Sequence[str] = (),
+    limit: int | None = None,
+    device: str = "auto",
+    adapter: str | Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a model or run directory and return the metrics of each task by its name.
+
+    tasks: as `minimind eval --task` takes them: "bpb:held-out.jsonl", "ceval", "quiz"… data:
+    folders or files with the questions. limit: an evenly spaced subset of so many questions.
+    Nothing is written; `minimind eval` keeps every answer. Raises UsageError and DataError.
+    """
+    local = LocalModel(Path(model), device, adapter=None if adapter is None else Path(adapter))
+    names = [tasks] if isinstance(tasks, str) else tasks
+    metrics: dict[str, dict[str, Any]] = {}
+    for name in names:
+        task = make_task(name, data=data, limit=limit)
+        results = list(task.run(local, ()))
+        failed = [result for result in results if "error" in result]
+        summary = task.summary([result for result in results if "error" not in result])
+        metrics[name] = summary | {"failed": len(failed)}
+    return metrics

@@ -1,0 +1,109 @@
+"""Progress bars and messages of long work, in a terminal or a notebook."""
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+from minimind.training.reporter import Reporter
+
+# Text comes from files and models as often as from us, so nothing is read as markup.
+console = Console(markup=False, highlight=False, emoji=False)
+
+
+def format_number(value: object) -> str:
+    """Format a value for people: 1,234,567 and 0.1235; floats keep four significant digits."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+class _Count(ProgressColumn):
+    """Completed units and their total, which is left out if it is unknown."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
+
+    def render(self, task: Task) -> Text:
+        total = "" if task.total is None else f"/{task.total:,.0f}"
+        return Text(f"{task.completed:,.0f}{total}")
+
+
+class _Rate(ProgressColumn):
+    """Units per second, or seconds per unit if that is above 1."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.speed
+        if task.finished and task.elapsed:  # over the whole task: its end may have come in a burst
+            speed = (task.completed - task.fields.get("before", 0)) / task.elapsed
+        if not speed:
+            return Text("")
+        if speed >= 1:
+            return Text(f"{format_number(round(speed, 1))} {self._unit}s/s")
+        return Text(f"{format_number(1 / speed)} s/{self._unit}")
+
+
+def make_progress(unit: str) -> Progress:
+    """Return a progress bar with rate and time left; `unit` is "byte" or a singular noun.
+
+    Tasks may carry a short `note` (a field), shown at the end.
+    """
+    in_bytes: list[ProgressColumn] = [
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(Column(no_wrap=True)),
+    ]
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None),
+        *(in_bytes if unit == "byte" else [_Count(), _Rate(unit)]),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+        console=console,
+        expand=True,
+    )
+
+
+class RichReporter(Reporter):
+    """Draws one task at a time and prints messages."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
+        self.stop()
+        self._bar = make_progress(unit)
+        self._task = self._bar.add_task(title, total=total, completed=done, before=done, note="")
+        self._bar.start()
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, text: str) -> None:
+        console.print(text, soft_wrap=True)

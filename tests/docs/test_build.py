@@ -1,0 +1,77 @@
+"""The documentation site: its checks, and one whole build."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs import build
+
+
+def test_the_documentation_has_no_problem() -> None:
+    assert build.find_problems() == []
+
+
+def test_what_both_languages_must_share() -> None:
+    english = (
+        '# A\n\n## B\n\n```sh\nminimind demo  # try\n```\n\n--8<-- "x.py:r"\n\n![a](../i.png)\n'
+    )
+    chinese = (
+        '# 甲\n\n## 乙\n\n```sh\nminimind demo  # 试试\n```\n\n--8<-- "x.py:r"\n\n![甲](../i.png)\n'
+    )
+    assert build.outline(english) == build.outline(chinese)
+    for change in ("### B", "minimind chat  #", '"x.py:s"', "j.png"):
+        old = {"### B": "## B", "minimind chat  #": "minimind demo  #"}.get(change)
+        old = old or {'"x.py:s"': '"x.py:r"', "j.png": "i.png"}[change]
+        assert build.outline(english.replace(old, change)) != build.outline(chinese), change
+    assert build.outline("```sh\n# not a heading\n```\n")["headings"] == []
+
+
+def test_dead_links_and_missing_regions_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "code.py").write_text("# --8<-- [start:there]\n# --8<-- [end:there]\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](page.md) [b](gone.md#x) [c](https://example.com) `[d](none.md)`\n"
+        '--8<-- "code.py:there"\n--8<-- "code.py:gone"\n--8<-- "none.py"\n'
+    )
+    assert build.missing_targets(page) == [
+        "page.md: broken link gone.md",
+        "page.md: code.py has no region gone",
+        "page.md: no file none.py to include",
+    ]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("zensical")
+    out = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, "-m", "docs.build", "--out", out]
+    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_every_page_is_built_in_both_languages(site: Path) -> None:
+    for lang in build.LANGUAGES:
+        for name in build.nav_pages(build.read_nav()):
+            page = (site / lang / name).with_suffix(".html")
+            assert f'lang="{lang}"' in page.read_text("utf-8"), page
+    assert (site / "en" / "records" / "demo.html").is_file()  # a record is a page of the site
+    assert (site / "en/source/minimind/model/attention.py.html").is_file()  # so is a source file
+
+
+def test_the_site_loads_nothing_from_outside(site: Path) -> None:
+    loads = re.compile(r"""<(?:script|img|iframe)[^>]*\bsrc="https?:|<link[^>]*\bhref="https?:""")
+    for page in site.rglob("*.html"):
+        assert not loads.search(page.read_text("utf-8")), page
+
+
+def test_chinese_words_are_in_the_search_index(site: Path) -> None:
+    index = json.loads((site / "zh" / "search.json").read_text("utf-8"))
+    assert "梯度累积" in json.dumps(index, ensure_ascii=False)

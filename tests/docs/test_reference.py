@@ -1,0 +1,53 @@
+"""The generated reference pages."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from docs import reference
+
+
+def test_every_command_and_setting_has_its_place() -> None:
+    pages = reference.pages()
+    assert "## minimind train\n" in pages["en/reference/cli.md"]
+    assert "### minimind checkpoints list\n" in pages["en/reference/cli.md"]
+    for lang in ("en", "zh"):
+        rows = pages[f"{lang}/reference/settings.md"].splitlines()
+        names = [row.split("`")[1] for row in rows if row.startswith("| `")]
+        assert names == [name for name, _ in reference.settings()]
+        assert all(row.count(" | ") == 4 for row in rows if row.startswith("| `"))
+    assert not any(line.endswith(" ") for text in pages.values() for line in text.splitlines())
+
+
+def test_stale_pages_are_named_until_they_are_written(tmp_path: Path) -> None:
+    assert reference.stale_pages(tmp_path) == sorted(reference.pages())
+    reference.write_pages(tmp_path)
+    assert reference.stale_pages(tmp_path) == []
+    (tmp_path / "en/reference/cli.md").write_text("old", encoding="utf-8")
+    assert reference.stale_pages(tmp_path) == ["en/reference/cli.md"]
+
+
+def test_pages_do_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = reference.pages()
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert reference.pages() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"seed" =', '"sead" =', r"missing \['seed'\], left over \['sead'\]"),
+        ('"seed" =', '"more" = "x"\n"seed" =', r"missing \[\], left over \['more'\]"),
+    ],
+)
+def test_a_setting_without_its_chinese_is_an_error(
+    old: str, new: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (reference.DOCS / "translations.toml").read_text("utf-8")
+    (tmp_path / "translations.toml").write_text(text.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(reference, "DOCS", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        reference.pages()
+    shutil.rmtree(tmp_path)
