@@ -72,3 +72,12 @@ def foreign_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[name]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with `out/demo`, made by few steps, and what the command printed; read only."""
+    from tests.support.small_demo import make_small_demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, make_small_demo(folder)
