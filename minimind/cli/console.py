@@ -1,6 +1,8 @@
 """What the verbs print with: one console, progress bars, tables, figures as JSON."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from minimind.config.files import write_atomically
+from minimind.errors import shell_words
+from minimind.files import write_atomically
 from minimind.progress import RichReporter, console, make_progress
 from minimind.progress import format_number as figure
 
@@ -47,6 +50,16 @@ def table(
 def count(number: int, one: str, more: str) -> str:
     """How many there are, as one or as more of them are called."""
     return f"{number:,} {one if number == 1 else more}"
+
+
+def command(*words: str | Path) -> str:
+    """Return a `minimind` command that works when pasted, also if its folder is not on PATH."""
+    here = Path(sys.executable).with_name("minimind")
+    found = shutil.which("minimind")
+    if (found and Path(found).resolve() == here.resolve()) or not here.exists():
+        return shell_words("minimind", *words)
+    folder = Path.cwd()
+    return shell_words(here.relative_to(folder) if folder in here.parents else here, *words)
 
 
 def show_figures(title: str, figures: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console
-from minimind.errors import shell_words
+from minimind.cli.plan import duration
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -29,6 +29,7 @@ _STAGES = {
 _BEFORE = {"sft-single": "pretrain", "sft-multi": "sft-single", "dpo": "sft-multi"}
 _BEFORE |= {"identity": "dpo"}
 _CALLED = {"name": "小满", "author": "阿青"}  # what the adapter teaches the model to say
+_ESTIMATE_AFTER = 20  # steps of pretraining
 _VOCAB_SIZE = 3200
 _SEED = 1
 _CORPUS = {
@@ -89,7 +90,7 @@ def _all_steps(
     results = {}
     for number, (stage, title) in enumerate(_STAGES.items(), 3):
         console.heading(f"{number}/{last}", title)
-        results[stage] = _run(recipes[stage])
+        results[stage] = _run(recipes[stage], _training_tokens(recipes.values()))
     console.heading(f"{last}/{last}", "the quiz and the report")
     summary_file = out / "summary.json"
     if summary_file.is_file():
@@ -191,24 +192,62 @@ def _recipe(stage: str, preset: str, device: str, out: Path, corpus: Path) -> "R
     return load_recipe(f"demo-{stage}", flags=flags).recipe
 
 
-def _run(recipe: "Recipe") -> "StageResult":
+class _EstimatingReporter(console.RichReporter):
+    """Reports how long all stages will take once the first steps show the speed of this machine."""
+
+    def __init__(self, tokens: int, tokens_per_step: int) -> None:
+        super().__init__()
+        self._tokens, self._tokens_per_step = tokens, tokens_per_step
+        self._started: tuple[int, float] | None = None  # the first step seen, and when
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Draw progress; after `_ESTIMATE_AFTER` steps, report the estimate once."""
+        super().progress(done, total, note)
+        if self._tokens_per_step and total > _ESTIMATE_AFTER:
+            if self._started is None:
+                self._started = done, time.perf_counter()
+            elif done - self._started[0] >= _ESTIMATE_AFTER:
+                tokens = (done - self._started[0]) * self._tokens_per_step
+                rate = tokens / (time.perf_counter() - self._started[1])
+                self.say(
+                    f"At {rate:,.0f} tokens/s, training takes about {duration(self._tokens / rate)}"
+                    " on this machine, all stages together"
+                )
+                self._tokens_per_step = 0
+
+
+def _training_tokens(recipes: "Iterable[Recipe]") -> int:
+    """Return the positions of all stages; those of DPO weigh more, for its reference pass."""
+    return sum(
+        (recipe.training.steps or 0)
+        * recipe.training.global_batch_size
+        * recipe.data.seq_len
+        * (3 if recipe.objective == "dpo" else 2)
+        // 2
+        for recipe in recipes
+    )
+
+
+def _run(recipe: "Recipe", tokens: int) -> "StageResult":
+    """Train a stage; `tokens` of all stages are for the estimate, which pretraining gives."""
     from minimind.cli.train import sampler
     from minimind.training.stage import run_stage
 
-    reporter = console.RichReporter()
+    per_step = recipe.training.global_batch_size * recipe.data.seq_len
+    reporter = _EstimatingReporter(tokens, per_step * (recipe.objective == "pretrain"))
     result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
     if not result.finished:
         console.say("stopped; the same command continues from here")
         raise typer.Exit(130)
     summary = result.summary
     held_out = (
-        f"{summary['accuracy']:.1%} of held-out pairs told apart"
+        f"{summary['accuracy']:.1%} preference accuracy on held-out pairs"
         if "accuracy" in summary
-        else f"{summary['bits_per_byte']:.3f} bits a byte held out"
+        else f"{summary['bits_per_byte']:.3f} bits per byte on held-out text"
     )
     console.say(
         f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} a second), {held_out}"
+        f"({summary['tokens_per_second']:,.0f} per second), {held_out}"
     )
     return result
 
@@ -405,6 +444,6 @@ def _show(out: Path, summary: dict[str, Any]) -> None:
     ]
     console.show(console.table("Summary", ["figure", "value"], rows, numbers=1))
     console.say(f"The report with all curves: {out / 'report.html'}")
-    console.say(f"Chat with your model: minimind {shell_words('chat', out)}")
-    named = shell_words("chat", out, "--adapter", out / "identity")
-    console.say(f"And by its name: minimind {named}")
+    console.say(f"Chat with your model: {console.command('chat', out)}")
+    named = console.command("chat", out, "--adapter", out / "identity")
+    console.say(f"And by its name: {named}")

@@ -106,9 +106,19 @@ app = typer.Typer(
     # Plain help pages: rich would cost as much time as all the rest of `minimind --help`.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
 )
+
+_FIRST_STEPS = """Train a small GPT from zero on your own computer.
+
+  minimind demo                                             a whole small model in 10 to 20 minutes
+  minimind chat out/demo                                    talk to it
+  minimind tokenizer train TEXTS --out out/tokenizer        your own text: a tokenizer,
+  minimind pretrain --tokenizer out/tokenizer --data TEXTS --out out/base     pretraining,
+  minimind sft --model out/base --data CHATS --out out/chat                   and fine-tuning
+
+All commands: minimind --help"""
 
 
 def _print_version(wanted: bool) -> None:
@@ -119,15 +129,20 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _start(
+    context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Train a small GPT from zero on your own computer.
 
     Begin with `minimind demo`. KEY=VALUE changes a setting of a recipe, such as optim.lr=3e-4.
     """
+    if context.invoked_subcommand is None:
+        print(_FIRST_STEPS)
 
 
 for _verb in (

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from minimind.config.files import write_atomically
 from minimind.errors import ResourceError
 from minimind.evaluation.judge import Trial
 from minimind.evaluation.pages import Bar, Cell, Folded, Page, Table, to_html, to_markdown
 from minimind.evaluation.prompts import Talk
 from minimind.evaluation.tasks import Result
+from minimind.files import write_atomically
 
 Figures = Mapping[str, Any]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from minimind.config.files import write_atomically
 from minimind.evaluation.plots import as_file
+from minimind.files import write_atomically
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8882; --good: #2a9d5c; --bad: #d9583b; }

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minimind.config.files import write_atomically
 from minimind.errors import ResourceError, UsageError
 from minimind.evaluation.choice import Choice
 from minimind.evaluation.contamination import Contamination
 from minimind.evaluation.tasks import Model, Result, Task
+from minimind.files import write_atomically
 
 Progress = Callable[[int, int], None]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from minimind.cli import console
 from minimind.cli.main import errors_as_messages
 from minimind.errors import ConfigError
 from minimind.version import __version__
@@ -59,9 +60,31 @@ def test_the_installed_command_says_its_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"minimind {__version__}\n")
 
 
-def test_no_verb_shows_the_help() -> None:
+def test_without_arguments_it_shows_the_first_five_commands() -> None:
     done = run()
-    assert "Commands:" in done.stdout + done.stderr
+    assert done.returncode == 0
+    commands = [
+        line.split()[1] for line in done.stdout.splitlines() if line.startswith("  minimind")
+    ]
+    assert commands == ["demo", "chat", "tokenizer", "pretrain", "sft"]
+    assert done.stdout.endswith("All commands: minimind --help\n")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_a_suggested_command_works_where_the_command_is_not_on_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = Path(sys.executable).with_name("minimind")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(script.parents[1])
+    assert (
+        console.command("chat", Path("my model"))
+        == f"{script.parent.name}/minimind chat 'my model'"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert console.command("chat", Path("a")) == f"{script} chat a"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert console.command("chat", Path("a")) == "minimind chat a"
 
 
 @pytest.mark.parametrize("arguments", [["wrok"], ["work", "--frsh"], ["work", "more"]])

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.config.files import write_atomically
+from minimind.files import write_atomically
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
