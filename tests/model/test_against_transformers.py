@@ -11,6 +11,8 @@ from minimind.inference.asking import write_all
 from minimind.model import Transformer, load_model, save_model
 from minimind.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.numeric
+
 transformers = pytest.importorskip("transformers")
 
 LAYOUTS = {

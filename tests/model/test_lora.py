@@ -32,7 +32,10 @@ from minimind.tokenizer import Tokenizer
 
 # peft asks transformers in the old way. All other warnings stay errors: by one, peft tells of
 # tensors that are missing.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+]
 
 LAYOUTS: list[dict[str, Any]] = [
     {},

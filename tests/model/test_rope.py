@@ -14,6 +14,8 @@ from minimind.model import ModelConfig, Transformer, extend_context, load_model,
 from minimind.model.rope import rope_frequencies
 from minimind.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.numeric
+
 ORIGINAL = 64
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": dict(rope_type="linear", factor=4.0),

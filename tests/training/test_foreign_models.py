@@ -18,6 +18,8 @@ from minimind.tokenizer import Tokenizer, encode_chat
 from minimind.training.stage import run_stage
 from tests.support.small_runs import Told, nano_recipe
 
+pytestmark = pytest.mark.numeric
+
 transformers = pytest.importorskip("transformers")
 
 SHAPE = dict(

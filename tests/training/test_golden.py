@@ -18,6 +18,8 @@ import torch
 from minimind.training.loop import train
 from tests.support.small_runs import lora_settings, losses, nano_trainer
 
+pytestmark = pytest.mark.numeric
+
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
 OBJECTIVES = ("pretrain", "sft", "dpo", "pretrain-moe", "lora")

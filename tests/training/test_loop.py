@@ -66,6 +66,7 @@ def test_it_learns(tmp_path: Path) -> None:
         assert outcome.validation["loss"] < curve[0] - 1.0
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 @pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -136,6 +137,7 @@ def test_without_held_out_windows_there_is_no_validation(tmp_path: Path) -> None
     assert metrics(tmp_path, "validation") == []
 
 
+@pytest.mark.numeric
 def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     train(nano_trainer(tmp_path / "1", training__steps=7))
     train(nano_trainer(tmp_path / "3", training__steps=7, training__log_every=3))
@@ -148,6 +150,7 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-6)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
     tmp_path: Path, micro_batch: int
@@ -164,6 +167,7 @@ def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+@pytest.mark.numeric
 def test_the_gradient_is_clipped(tmp_path: Path) -> None:
     """A tenth of the norm allowed is a tenth of the gradient, which plain momentum shows."""
     settings: dict[str, Any] = {"training__steps": 1, "optim__name": "adamw", "optim__beta1": 0.5}
@@ -203,6 +207,7 @@ def test_a_stop_saves_and_gives_the_signals_back(tmp_path: Path, number: signal.
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("call", "lora"), [*((call, False) for call in range(1, 9)), (6, True), (7, True)]
 )
@@ -261,6 +266,7 @@ def out_of_memory(loss: Tensor) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
+@pytest.mark.numeric
 def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -> None:
     # With dropout, which must draw the same numbers again.
     wanted = nano_trainer(tmp_path / "wanted", **lora_settings(training__micro_batch=2))
@@ -279,6 +285,7 @@ def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -
     )
 
 
+@pytest.mark.numeric
 def test_what_is_left_of_the_step_is_forgotten(tmp_path: Path) -> None:
     """It ran out in the third of four parts of the second step."""
     settings = {"training__batch": 8, "training__steps": 4, "training__micro_batch": 2}
@@ -457,6 +464,7 @@ def test_training_in_fp16_finds_its_scale(tmp_path: Path) -> None:
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
 
 
+@pytest.mark.numeric
 def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, stopped = fp16_run(tmp_path / "whole", 50), tmp_path / "stopped"
     train(whole)

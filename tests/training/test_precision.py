@@ -47,6 +47,7 @@ def test_a_scaler_goes_on_where_it_was() -> None:
     assert other.scale == 16.0
 
 
+@pytest.mark.numeric
 def test_a_cpu_computes_in_what_its_hardware_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, name in [(True, "bf16"), (False, "fp32")]:
         for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -71,6 +72,7 @@ def test_fp16_is_for_gpus() -> None:
         choose_precision("fp16", CPU)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_computes_products_in_it(name: str, dtype: torch.dtype) -> None:
     weights = torch.ones(4, 4)

@@ -12,6 +12,8 @@ from minimind.training.batch import TensorBatch, learned_places
 from minimind.training.objectives.next_token import NextToken, linear_cross_entropy
 from tests.support.small_runs import VOCAB
 
+pytestmark = pytest.mark.numeric
+
 WIDTH = 24
 
 
