@@ -1,5 +1,6 @@
 # make demo    from nothing to a model of your own, and a chat with it
 # make test    every check: style, types, imports, help pages, tests
+# make test-processors  the numerically sensitive tests as on other processors, under 10 minutes
 # make slow    the tests that take minutes
 # make format  put the style right
 # Another interpreter: make PYTHON=python3.12 test
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow format
+.PHONY: demo test test-processors slow format
 
 demo: $(READY)
 	$(BIN)/minimind demo
@@ -20,6 +21,10 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m minimind.cli.help_pages --check
 	$(BIN)/pytest
+	$(BIN)/python -m tests.processors avx2-1
+
+test-processors: $(READY)
+	$(BIN)/python -m tests.processors
 
 slow: $(READY)
 	$(BIN)/pytest -m slow --timeout 3600

@@ -84,6 +84,8 @@ def serve(
         }
         for name in served:
             print(f"{name}: {server.url_of(listening)}/v1", flush=True)
+        for name, model in served.items():
+            print(f"{name}: {model.engine.model.promise}", flush=True)
         log_to_stderr()
         server.answer_first()
         limits = Limits(queue=queue)

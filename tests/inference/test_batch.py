@@ -7,6 +7,7 @@ import torch
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ResourceError
+from minimind.inference import products
 from minimind.inference.batch import CHUNK, BatchedModel, Part
 from minimind.model import apply_lora
 from tests.support.tiny import SHAPES, chunks_of, make, words
@@ -131,6 +132,19 @@ def test_attention_text_by_text_gives_the_same_logits() -> None:
 
 
 @pytest.mark.numeric
+@torch.inference_mode()
+def test_where_no_range_of_rows_holds_there_is_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    promised = BatchedModel(make(), 3, 256)
+    assert promised.batch_invariant
+    assert promised.promise == "an answer does not depend on other requests, to the bit"
+    monkeypatch.setattr(products, "find_row_range", lambda *shape: None)
+    model, ids = BatchedModel(make(), 3, 256), words(100)
+    assert not model.batch_invariant
+    assert model.promise == "other requests may change the last bits of an answer"
+    found, wanted = (batch.forward([], chunks_of(0, ids)) for batch in (model, promised))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_copied_prefix_is_the_prefix() -> None:
     batch, ids = BatchedModel(make(), 3, 256), words(200)
     wanted = trace(batch, 0, ids, 150)
