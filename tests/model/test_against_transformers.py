@@ -11,8 +11,6 @@ from minimind.inference.asking import write_all
 from minimind.model import Transformer, load_model, save_model
 from minimind.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.numeric
-
 transformers = pytest.importorskip("transformers")
 
 LAYOUTS = {
@@ -70,6 +68,7 @@ def pair(
     return request.param, load_model(directory).eval(), _load_theirs(directory)
 
 
+@pytest.mark.numeric
 def test_the_class_is_one_that_transformers_ships(
     pair: tuple[str, Transformer, torch.nn.Module],
 ) -> None:
@@ -81,6 +80,7 @@ def test_the_class_is_one_that_transformers_ships(
     assert count == sum(parameter.numel() for parameter in ours.parameters())
 
 
+@pytest.mark.numeric
 @torch.inference_mode()
 def test_logits_are_equal(
     pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
@@ -115,6 +115,7 @@ def test_greedy_tokens_of_larger_ones_are_equal(
     _check_greedy(ours, theirs, tokenizer, prompts, 20, 256)
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @torch.inference_mode()
 def test_the_mixture_of_experts_at_full_size(
@@ -153,6 +154,7 @@ def _check_greedy(
     assert written == wanted.tolist(), f"the closest two choices are {closest} apart"
 
 
+@pytest.mark.numeric
 def test_other_precisions_load_as_saved(
     random_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -166,6 +168,7 @@ def test_other_precisions_load_as_saved(
     assert torch.equal(ours.head_weight, model.head_weight.bfloat16().float())
 
 
+@pytest.mark.numeric
 def test_the_tokenizer_gives_the_same_ids(
     random_model: Callable[..., Transformer],
     tokenizer: Tokenizer,
@@ -182,6 +185,7 @@ def test_the_tokenizer_gives_the_same_ids(
     assert (settings.temperature, settings.top_p) == (0.7, 0.9)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout", ["llama", "qwen3", "granitemoe", "granitemoeshared"])
 def test_what_transformers_saves_is_read_and_written_bit_for_bit(
     layout: str, tokenizer: Tokenizer, tmp_path: Path

@@ -33,7 +33,6 @@ from minimind.tokenizer import Tokenizer
 # peft asks transformers in the old way. All other warnings stay errors: by one, peft tells of
 # tensors that are missing.
 pytestmark = [
-    pytest.mark.numeric,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
 ]
 
@@ -91,6 +90,7 @@ def difference(mine: Tensor, theirs: Tensor) -> float:
     return float((mine.detach() - theirs.detach()).abs().max() / theirs.detach().abs().max())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", [["all"], ["attention"], ["mlp", "q_proj"]])
 def test_peft_loads_ours_and_computes_the_same(
@@ -120,6 +120,7 @@ def test_peft_loads_ours_and_computes_the_same(
         assert difference(parameter.grad, of_peft) <= 1e-4
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_merged_is_what_peft_merges_and_what_was_trained(
     base: Callable[..., Path], tokens: Tensor, tmp_path: Path, layout: dict[str, Any]
@@ -141,6 +142,7 @@ def test_merged_is_what_peft_merges_and_what_was_trained(
         assert difference(logits(merged, tokens), logits(model, tokens)) <= 1e-5
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "options",
     [
@@ -182,6 +184,7 @@ def weights(folder: Path) -> Path:
     return folder / "adapter" / "adapter_model.safetensors"
 
 
+@pytest.mark.numeric
 def test_it_begins_as_the_model_that_it_is_put_into(
     base: Callable[..., Path], tokens: Tensor
 ) -> None:
@@ -198,6 +201,7 @@ def test_it_begins_as_the_model_that_it_is_put_into(
     assert len(trained) == 2 * len(adapters)
 
 
+@pytest.mark.numeric
 def test_dropout_is_on_the_input_of_the_adapter_and_off_in_eval() -> None:
     torch.manual_seed(0)
     plain = torch.nn.Linear(64, 8, bias=False)
@@ -215,6 +219,7 @@ def test_dropout_is_on_the_input_of_the_adapter_and_off_in_eval() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
@@ -234,6 +239,7 @@ def test_targets_are_names_or_groups(
     assert len(found) == len(expected) * model.config.num_hidden_layers
 
 
+@pytest.mark.numeric
 def test_of_a_mixture_the_shared_experts_are_adapted(
     random_model: Callable[..., Transformer],
 ) -> None:
@@ -245,6 +251,7 @@ def test_of_a_mixture_the_shared_experts_are_adapted(
     }
 
 
+@pytest.mark.numeric
 def test_an_unknown_target_is_told_with_the_nearest(
     random_model: Callable[..., Transformer],
 ) -> None:
@@ -279,6 +286,7 @@ def refused(adapter: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.numeric
 def test_an_adapter_says_what_it_is(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     assert config["base_model_name_or_path"] == str(adapter.parent / "base")
@@ -291,6 +299,7 @@ def test_an_adapter_says_what_it_is(adapter: Path) -> None:
     assert not list(adapter.parent.glob(".*")), "nothing is left beside it"
 
 
+@pytest.mark.numeric
 def test_an_adapter_replaces_an_adapter_and_nothing_else(adapter: Path, tmp_path: Path) -> None:
     model, settings = adapted(tmp_path / "base")
     before = (adapter / "adapter_model.safetensors").read_bytes()
@@ -304,6 +313,7 @@ def test_an_adapter_replaces_an_adapter_and_nothing_else(adapter: Path, tmp_path
     assert resolve_model_directory(tmp_path / "base").is_dir()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -336,6 +346,7 @@ def test_what_is_more_than_plain_lora_is_named(
     assert words in refused(adapter)
 
 
+@pytest.mark.numeric
 def test_tensors_that_are_missing_unknown_or_of_another_shape(adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -358,6 +369,7 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape(adapter: Path) -> 
     assert "there is no adapter_model.safetensors" in refused(adapter)
 
 
+@pytest.mark.numeric
 def test_what_is_no_adapter_and_what_is_no_model(adapter: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

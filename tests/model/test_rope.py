@@ -14,8 +14,6 @@ from minimind.model import ModelConfig, Transformer, extend_context, load_model,
 from minimind.model.rope import rope_frequencies
 from minimind.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.numeric
-
 ORIGINAL = 64
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": dict(rope_type="linear", factor=4.0),
@@ -59,6 +57,7 @@ def scaled(
     return random_model("nano", **shape | changes, rope_scaling=full)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_beyond_the_original_context_are_those_of_transformers(
@@ -114,6 +113,7 @@ def test_greedy_tokens_across_the_border_are_those_of_transformers(
         assert found != plain  # the test sees a difference
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_a_stretched_model_is_written_so_that_it_is_read_again(
     kind: Any,
@@ -133,6 +133,7 @@ def test_a_stretched_model_is_written_so_that_it_is_read_again(
     assert theirs.rope_parameters["factor"] == 3.33
 
 
+@pytest.mark.numeric
 def test_what_needs_no_stretching_is_left_alone() -> None:
     config = ModelConfig(max_position_embeddings=512)
     assert extend_context(config, 512) is config
@@ -147,6 +148,7 @@ def test_what_needs_no_stretching_is_left_alone() -> None:
         extend_context(longer, 4096)
 
 
+@pytest.mark.numeric
 def test_dynamic_scaling_leaves_short_texts_as_they_were() -> None:
     plain = ModelConfig(max_position_embeddings=64)
     dynamic = extend_context(plain, 256, "dynamic")
@@ -156,6 +158,7 @@ def test_dynamic_scaling_leaves_short_texts_as_they_were() -> None:
     assert (longer[1:] < short[1:]).all()
 
 
+@pytest.mark.numeric
 def test_yarn_keeps_fast_pairs_and_slows_the_slow_ones() -> None:
     plain = ModelConfig(head_dim=64, max_position_embeddings=512)
     before, factor = rope_frequencies(plain, 512)
@@ -166,6 +169,7 @@ def test_yarn_keeps_fast_pairs_and_slows_the_slow_ones() -> None:
     assert (factor, sharper) == (1.0, 0.1 * math.log(4) + 1)
 
 
+@pytest.mark.numeric
 def test_a_context_out_of_reach_is_told() -> None:
     for config, context in [
         (ModelConfig(max_position_embeddings=512), 2_000_000_000),
@@ -175,6 +179,7 @@ def test_a_context_out_of_reach_is_told() -> None:
             extend_context(config, context)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", SCALINGS)
 def test_a_packed_conversation_is_read_as_it_is_alone(
     name: str, random_model: Callable[..., Transformer]
@@ -195,6 +200,7 @@ def test_a_packed_conversation_is_read_as_it_is_alone(
         assert (packed[1:] - model.logits(model(ids[1:]))).abs().max() <= 1e-4
 
 
+@pytest.mark.numeric
 def test_training_goes_on_after_a_longer_text_was_written(
     random_model: Callable[..., Transformer],
 ) -> None:

@@ -138,7 +138,6 @@ def test_two_processes_and_four_do_what_one_does(
         assert figures == pytest.approx(validations[0], rel=CLOSE) and len(figures) == 2
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("objective", ["pretrain", "lora"])
 def test_as_many_processes_go_on_to_the_same_bits(
     lives: Lives, tmp_path: Path, objective: str
@@ -175,7 +174,6 @@ def test_one_that_nobody_ends_says_that_another_is_gone(lives: Lives, tmp_path: 
     assert "process 0 of 0-1: another process of this run has ended; the same command" in said
 
 
-@pytest.mark.numeric
 def test_another_number_of_processes_goes_on(lives: Lives, tmp_path: Path) -> None:
     """Row 6, from 1 to 2 to 1: the same samples, losses within 1e-4 of those of one process."""
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -18,8 +18,6 @@ from minimind.tokenizer import Tokenizer, encode_chat
 from minimind.training.stage import run_stage
 from tests.support.small_runs import Told, nano_recipe
 
-pytestmark = pytest.mark.numeric
-
 transformers = pytest.importorskip("transformers")
 
 SHAPE = dict(
@@ -127,6 +125,7 @@ def test_weights_and_files_come_back_as_they_were(name: str, make: Make, tmp_pat
         assert kept[key] == theirs.get(key, kept[key]), key
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name: str, make: Make) -> None:
     directory = make(name)

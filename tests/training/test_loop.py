@@ -207,7 +207,6 @@ def test_a_stop_saves_and_gives_the_signals_back(tmp_path: Path, number: signal.
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("call", "lora"), [*((call, False) for call in range(1, 9)), (6, True), (7, True)]
 )
@@ -464,7 +463,6 @@ def test_training_in_fp16_finds_its_scale(tmp_path: Path) -> None:
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
 
 
-@pytest.mark.numeric
 def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, stopped = fp16_run(tmp_path / "whole", 50), tmp_path / "stopped"
     train(whole)

@@ -49,7 +49,11 @@ def test_a_scaler_goes_on_where_it_was() -> None:
 
 @pytest.mark.numeric
 def test_a_cpu_computes_in_what_its_hardware_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has, name in [(True, "bf16"), (False, "fp32")]:
+    kinds = [(True, True, "bf16"), (False, True, "fp32"), (True, False, "fp32")]
+    for has, onednn_may, name in kinds:
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda may=onednn_may: may
+        )
         for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, check, lambda has=has: has)
         assert choose_precision("auto", CPU).name == name

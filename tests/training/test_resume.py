@@ -50,7 +50,6 @@ def test_ten_random_kills_change_nothing(
     assert_same(run, stage.whole)
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_saves_and_leaves_and_the_same_command_goes_on(
     pretraining: Stage, lives: Lives, tmp_path: Path, stop: signal.Signals
