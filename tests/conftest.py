@@ -39,10 +39,10 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The same for this process, whatever the variable says; exact figures need a fixed number."""
+def fixed_threads() -> Iterator[None]:
+    """One thread, as exact numbers need a fixed one; tests/processors.py asks for others too."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("MINIMIND_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 

@@ -10,6 +10,8 @@ from minimind.cli.plan import size
 from minimind.errors import install_line
 
 if TYPE_CHECKING:
+    import torch
+
     from minimind.training.selftest import Check
 
 # What an extra brings, the module that shows it is there, and the line that installs it.
@@ -79,6 +81,7 @@ def _machine(device: str) -> dict[str, Any]:
         "its free memory": "unknown" if free is None else size(free),
         "precision of training": choose_precision("auto", chosen).name,
         "precision of decoding": str(inference_dtype(chosen)).removeprefix("torch."),
+        "batch invariance": _batch_invariance(chosen),
         "attention": "torch's scaled_dot_product_attention"
         + (", plain up to 256 tokens of training" if chosen.type == "cpu" else ""),
         "C++ compiler, for training.compile": _compiler() or "none",
@@ -88,6 +91,19 @@ def _machine(device: str) -> dict[str, Any]:
         capability = f"{properties.major}.{properties.minor}"
         found["GPU"] = f"{properties.name}, {size(properties.total_memory)}, sm {capability}"
     return found
+
+
+def _batch_invariance(device: "torch.device") -> str:
+    """Whether answers depend on other requests here, tried with a model of the preset `small`."""
+    import torch
+
+    from minimind.inference.batch import BatchedModel
+    from minimind.inference.load import inference_dtype
+    from minimind.model import PRESETS, ModelConfig, Transformer
+
+    with torch.device(device):
+        model = Transformer(ModelConfig(**PRESETS["small"], vocab_size=6400))
+    return BatchedModel(model.to(inference_dtype(device)), slots=16, context=512).promise
 
 
 def _compiler() -> str | None:

@@ -115,6 +115,13 @@ class BatchedModel:
         self._places = self._cache.permute(0, 2, 4, 1, 3, 5).unbind()  # [slots, positions, 2, K, D]
         self._turns = torch.empty(2, 0, config.head_dim, device=self.device)
 
+    @property
+    def promise(self) -> str:
+        """A statement for users on `batch_invariant`."""
+        if self.batch_invariant:
+            return "an answer does not depend on other requests, to the bit"
+        return "other requests may change the last bits of an answer"
+
     def _allocate(self) -> Tensor:
         """[layers, 2, slots, K, positions, D]: keys, values; on a CPU in float32, the faster one.
 

@@ -13,6 +13,8 @@ def test_it_tells_what_there_is_and_tries_it(tmp_path: Path) -> None:
     assert "All is well" in result.output
     found = json.loads(findings.read_text())
     assert found["machine"]["device"] == "cpu"
+    promise = "an answer does not depend on other requests, to the bit"
+    assert found["machine"]["batch invariance"] == promise
     assert [check["passed"] for check in found["checks"]] == [True, True, True]
     assert all(e["install"].startswith("pip install") for e in found["missing"])
 

@@ -12,6 +12,8 @@ from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from tests.support.small_exams import make_varied
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = [
     "泰山在山东省，泰山的日出很美。",
     "长江是中国最长的河流。" * 40,

@@ -22,6 +22,7 @@ GREEDY = Manner(8)
 TEXT = '{"text": "泰山在山东省，泰山的日出很美。"}\n{"text": "Why is the sea salty?"}\n'
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("style", ["chat", "letter", "answer"])
 def test_exams_come_out_alike(
     varied_dir: Path, local: LocalModel, ceval_dir: Path, style: str
@@ -35,6 +36,7 @@ def test_exams_come_out_alike(
         assert theirs[name]["right"] == result["right"]
 
 
+@pytest.mark.numeric
 def test_texts_come_out_alike(
     varied_dir: Path, local: LocalModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

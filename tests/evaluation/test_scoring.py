@@ -39,6 +39,7 @@ def scores_of(scorer: EngineScorer, rows: Sequence[Row]) -> list[float]:
     return scores
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("prefix", [0, 20, 100])
 @pytest.mark.parametrize("shape", ["nano", "nano-moe"])
 def test_many_rows_score_as_each_alone(
@@ -58,6 +59,7 @@ def test_many_rows_score_as_each_alone(
     assert flat != pytest.approx([wanted[0]] * len(wanted))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", ["nano", "nano-moe"])
 def test_scores_have_the_same_bits_whatever_is_asked_beside_them(
@@ -82,6 +84,7 @@ def test_scores_have_the_same_bits_whatever_is_asked_beside_them(
     assert list(scorer.score(items[::-1])) == together[::-1]
 
 
+@pytest.mark.numeric
 def test_what_rows_begin_with_is_read_once(
     varied: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +107,7 @@ def test_what_rows_begin_with_is_read_once(
     assert sum(read) == 30 + 5 * 3  # and what the ends of one text follow, once
 
 
+@pytest.mark.numeric
 def test_a_text_that_is_longer_than_those_before_it(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +128,7 @@ def _whole(scores: list[float] | Exception) -> list[float]:
     return scores
 
 
+@pytest.mark.numeric
 def test_scaling_that_depends_on_the_length_sees_each_text_alone(tokenizer: Tokenizer) -> None:
     model = make_varied(tokenizer, context=64)
     model.extend_context(256, "dynamic")
@@ -181,6 +186,7 @@ def test_windows_score_each_token_once(length: int, context: int) -> None:
     assert all(row.start >= context // 2 for row in rows[1:])
 
 
+@pytest.mark.numeric
 def test_a_context_below_the_models_own_holds(varied: Transformer, tokenizer: Tokenizer) -> None:
     assert EngineScorer(varied, tokenizer).context == 512
     assert EngineScorer(varied, tokenizer, 16).context == 16

@@ -7,11 +7,13 @@ import torch
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ResourceError
+from minimind.inference import products
 from minimind.inference.batch import CHUNK, BatchedModel, Part
 from minimind.model import apply_lora
 from tests.support.tiny import SHAPES, chunks_of, make, words
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
 def test_logits_are_those_of_the_model(shape: str) -> None:
@@ -26,6 +28,7 @@ def test_logits_are_those_of_the_model(shape: str) -> None:
         torch.testing.assert_close(written[0], wanted[at], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.numeric
 @torch.inference_mode()
 def test_logits_are_those_that_are_wanted() -> None:
     """Of a text whose chunks begin anywhere, and of another that has none to give."""
@@ -42,6 +45,7 @@ def test_logits_are_those_that_are_wanted() -> None:
     torch.testing.assert_close(written, wanted[[120, 126, 127]], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.numeric
 @torch.inference_mode()
 def test_an_adapter_in_training_counts() -> None:
     model = apply_lora(make(), LoRASettings(rank=4, targets=["all"]))
@@ -110,6 +114,7 @@ def test_a_text_comes_to_the_same_bits_whoever_is_beside_it(
         torch.set_num_threads(before)
 
 
+@pytest.mark.numeric
 @torch.inference_mode()
 def test_attention_text_by_text_gives_the_same_logits() -> None:
     """What is done where company would change its bits."""
@@ -126,6 +131,20 @@ def test_attention_text_by_text_gives_the_same_logits() -> None:
     torch.testing.assert_close(*seen)
 
 
+@pytest.mark.numeric
+@torch.inference_mode()
+def test_where_no_range_of_rows_holds_there_is_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    promised = BatchedModel(make(), 3, 256)
+    assert promised.batch_invariant
+    assert promised.promise == "an answer does not depend on other requests, to the bit"
+    monkeypatch.setattr(products, "find_row_range", lambda *shape: None)
+    model, ids = BatchedModel(make(), 3, 256), words(100)
+    assert not model.batch_invariant
+    assert model.promise == "other requests may change the last bits of an answer"
+    found, wanted = (batch.forward([], chunks_of(0, ids)) for batch in (model, promised))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_copied_prefix_is_the_prefix() -> None:
     batch, ids = BatchedModel(make(), 3, 256), words(200)
     wanted = trace(batch, 0, ids, 150)
@@ -136,6 +155,7 @@ def test_a_copied_prefix_is_the_prefix() -> None:
     assert all(map(torch.equal, found, wanted))
 
 
+@pytest.mark.numeric
 def test_integers_are_close_to_the_weights() -> None:
     model, ids = make(), words(60)
     exact, rounded = (BatchedModel(model, 1, 64, int8=int8) for int8 in (False, True))

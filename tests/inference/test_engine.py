@@ -68,6 +68,7 @@ def is_idle(engine: Engine, slots: int = 9) -> bool:
     return False
 
 
+@pytest.mark.numeric
 def test_a_step_is_the_choice_of_the_whole_text_so_far(
     engine: Engine, model: Transformer, prompts: list[list[int]]
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_step_is_the_choice_of_the_whole_text_so_far(
         assert len(set(ids)) > 10
 
 
+@pytest.mark.numeric
 def test_greedy_tokens_are_the_same_alone_and_among_others(
     engine: Engine, alone: Engine, prompts: list[list[int]]
 ) -> None:
@@ -167,6 +169,7 @@ def test_running_texts_go_on_while_a_long_prompt_is_read(
     assert written[-1] < 250
 
 
+@pytest.mark.numeric
 def test_a_prefix_that_was_read_is_not_read_again(
     engine: Engine, alone: Engine, tokenizer: Tokenizer
 ) -> None:
@@ -225,6 +228,7 @@ def score(model: Transformer, prompt: list[int], end: list[int]) -> float:
     return float(rows[range(len(end)), end].sum())
 
 
+@pytest.mark.numeric
 def test_ends_are_weighed_while_others_are_written(
     engine: Engine, alone: Engine, model: Transformer, prompts: list[list[int]]
 ) -> None:
@@ -266,6 +270,7 @@ def test_weighing_that_is_cancelled_or_cannot_be(engine: Engine) -> None:
     assert is_idle(engine)
 
 
+@pytest.mark.numeric
 def test_a_seed_gives_the_same_text_whoever_is_beside_it(
     engine: Engine, alone: Engine, prompts: list[list[int]]
 ) -> None:
@@ -319,6 +324,7 @@ def test_stop_tokens_end_a_text_and_are_not_shown(engine: Engine, prompts: list[
     assert completion.prompt_tokens == len(prompts[0])
 
 
+@pytest.mark.numeric
 def test_log_probabilities_are_those_of_a_plain_forward_pass(
     engine: Engine, model: Transformer, prompts: list[list[int]]
 ) -> None:

@@ -7,6 +7,8 @@ from minimind.inference.batch import BatchedModel, Part
 from minimind.inference.graphs import GraphedModel, frame, rows_of
 from tests.support.tiny import SHAPES, VOCAB, chunks_of, make, words
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()

@@ -7,6 +7,8 @@ import torch
 from minimind.errors import UsageError
 from minimind.inference.sampling import Penalties, Sampling, candidates, choose
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = [
     Sampling(temperature=1, top_p=1),
     Sampling(temperature=0.7, top_p=0.9),

@@ -12,6 +12,8 @@ from minimind.model.experts import (
     sliced,
 )
 
+pytestmark = pytest.mark.numeric
+
 EXPERTS, CHOSEN, HIDDEN, INNER, TOKENS = 5, 3, 16, 24, 60
 WAYS = {"sliced": sliced, "grouped": grouped}
 

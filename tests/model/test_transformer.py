@@ -8,6 +8,8 @@ from minimind.model import PRESETS, KVCache, ModelConfig, Transformer, apply_lor
 from minimind.model.experts import Routing
 from minimind.training.precision import Precision
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize(
     ("preset", "count"),

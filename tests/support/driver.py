@@ -302,5 +302,5 @@ def _work(output: str, function: Callable[..., None], arguments: dict[str, Any])
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("MINIMIND_TEST_THREADS", "1")))
     _serve(sys.argv[1])

@@ -173,6 +173,7 @@ def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> 
     assert float(sums.loss) == 3.0 and sums.more["nats"].dtype == torch.float32
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
@@ -347,6 +348,7 @@ def test_bad_numbers_of_one_process_are_skipped_by_all(lives: Lives, tmp_path: P
     assert_in_step(tmp_path, 2)
 
 
+@pytest.mark.numeric
 def test_a_process_with_nothing_to_learn_takes_part(lives: Lives, tmp_path: Path) -> None:
     """The latter half of each batch, which is all that the second of two processes has."""
     settings = {"idle": [2, 3]}

@@ -2,10 +2,11 @@
 
     python tests/training/test_golden.py --write    after a change that is meant to change them
 
-Exact on the kind of machine that wrote them, close on others.
+Exact on the kind of machine that wrote them, on others as close as float32's rounding allows.
 """
 
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -15,11 +16,16 @@ from typing import Any
 import pytest
 import torch
 
+from minimind.model import PRESETS, ModelConfig
 from minimind.training.loop import train
-from tests.support.small_runs import lora_settings, losses, nano_trainer
+from tests.support.rounding import gradient_rounding
+from tests.support.small_runs import VOCAB, lora_settings, losses, nano_trainer
+
+pytestmark = pytest.mark.numeric
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
+SWITCHES = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # to other kernels
 OBJECTIVES = ("pretrain", "sft", "dpo", "pretrain-moe", "lora")
 
 
@@ -32,7 +38,7 @@ def machine() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-    }
+    } | {switch: os.environ[switch] for switch in SWITCHES if switch in os.environ}
 
 
 def processor() -> str:
@@ -62,7 +68,11 @@ def test_losses_are_those_that_were_written_down(tmp_path: Path, objective: str)
     if machine() == golden["on"]:
         assert found == golden["losses"]
     else:
-        assert found == pytest.approx(golden["losses"], rel=1e-3)
+        # As a share of its length, the path of the weights is off by what the gradients are; and
+        # the losses, which have fallen by less than their size, by that share.
+        model = ModelConfig(**PRESETS["nano-moe"], vocab_size=VOCAB)
+        close = gradient_rounding(model, positions=32, tokens=4 * 32)
+        assert found == pytest.approx(golden["losses"], rel=close)
 
 
 def write() -> None:

@@ -92,6 +92,7 @@ def test_tokens_are_counted_without_padding(tmp_path: Path, stop: int | None) ->
         assert json.loads(line)["tokens_per_second"] == pytest.approx(read / (now - before))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 @pytest.mark.parametrize("objective", ["pretrain", "sft", "dpo"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -248,6 +249,7 @@ def test_without_held_out_windows_there_is_no_validation(tmp_path: Path) -> None
     assert metrics(tmp_path, "validation") == []
 
 
+@pytest.mark.numeric
 def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     train(nano_trainer(tmp_path / "1", training__steps=7))
     train(nano_trainer(tmp_path / "3", training__steps=7, training__log_every=3))
@@ -265,6 +267,7 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     assert [line["grad_norm_max"] for line in lines] == largest
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
     tmp_path: Path, micro_batch: int
@@ -281,6 +284,7 @@ def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
+@pytest.mark.numeric
 def test_the_gradient_is_clipped(tmp_path: Path) -> None:
     """A tenth of the norm allowed is a tenth of the gradient, which plain momentum shows."""
     settings: dict[str, Any] = {"training__steps": 1, "optim__name": "adamw", "optim__beta1": 0.5}
@@ -366,6 +370,7 @@ def out_of_memory(loss: Tensor) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
+@pytest.mark.numeric
 def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -> None:
     # With dropout, which must draw the same numbers again.
     wanted = nano_trainer(tmp_path / "wanted", **lora_settings(training__micro_batch_size=2))
@@ -384,6 +389,7 @@ def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -
     )
 
 
+@pytest.mark.numeric
 def test_what_is_left_of_the_step_is_forgotten(tmp_path: Path) -> None:
     """It ran out in the third of four parts of the second step."""
     settings = {

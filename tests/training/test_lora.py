@@ -57,6 +57,7 @@ def refused(recipe: Recipe, error: type[MinimindError]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.numeric
 def test_it_leaves_an_adapter_and_the_base_as_it_was(
     recipe: Any, place: Path, tmp_path: Path
 ) -> None:
@@ -101,6 +102,7 @@ def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path, preset: str) -> N
         assert job.model.get_parameter(name).grad is None
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_the_size_of_a_micro_batch_does_not_matter(tmp_path: Path, micro_batch: int) -> None:
     curves = []

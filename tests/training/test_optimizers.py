@@ -11,6 +11,8 @@ from minimind.errors import CheckpointError
 from minimind.model import Transformer
 from minimind.training.optimizers import Muon, Optimizers, orthogonalise
 
+pytestmark = pytest.mark.numeric
+
 
 def nano(**shape: Any) -> Transformer:
     torch.manual_seed(0)

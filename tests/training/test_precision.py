@@ -47,8 +47,13 @@ def test_a_scaler_goes_on_where_it_was() -> None:
     assert other.scale == 16.0
 
 
+@pytest.mark.numeric
 def test_a_cpu_computes_in_what_its_hardware_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has, name in [(True, "bf16"), (False, "fp32")]:
+    kinds = [(True, True, "bf16"), (False, True, "fp32"), (True, False, "fp32")]
+    for has, onednn_may, name in kinds:
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda may=onednn_may: may
+        )
         for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, check, lambda has=has: has)
         assert choose_precision("auto", CPU).name == name
@@ -71,6 +76,7 @@ def test_fp16_is_for_gpus() -> None:
         choose_precision("fp16", CPU)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_computes_products_in_it(name: str, dtype: torch.dtype) -> None:
     weights = torch.ones(4, 4)

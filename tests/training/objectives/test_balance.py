@@ -13,6 +13,8 @@ from minimind.training.objectives.balance import balance_figures, balance_sums, 
 from minimind.training.objectives.next_token import NextToken
 from tests.support.small_runs import VOCAB, chat_shard
 
+pytestmark = pytest.mark.numeric
+
 EXPERTS, CHOSEN = 5, 2
 
 

@@ -25,7 +25,10 @@ from minimind.training.objectives.preference import Preference, answer_logps
 from tests.support.rounding import gradient_rounding, relative_difference, rounding
 from tests.support.small_runs import VOCAB, pair_shard
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+]
 CPU = torch.device("cpu")
 FIRST = [("user", "长江有多长？"), ("assistant", "约六千三百公里。")]
 PAIRS = [
