@@ -127,7 +127,10 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
     adapters = (*place.dpo, "--model", "out/chat", "--out", "out/dpo-lora", "lora.rank=2")
     assert "The adapter is in out/dpo-lora/adapter" in place.run_here(*adapters).stdout
     message = place.error(*place.dpo, "--model", "out/chat", "--out", "no", "--data", "chat.jsonl")
-    assert "chat.jsonl: no preference pairs found (100 records of another kind)" in message
+    assert (
+        "chat.jsonl: no preference pairs found (records left out: 100 no preference pairs)"
+        in message
+    )
 
     # What a run keeps is a recipe that `train` finds done.
     done = place.run_here("train", "out/chat/recipe.toml", "--json", "again.json")

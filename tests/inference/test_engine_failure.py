@@ -147,10 +147,13 @@ def test_closing_returns_while_a_step_hangs(model: Transformer, tokenizer: Token
 class Bad:
     """A constraint of one request that fails after some tokens."""
 
-    is_met = False
+    is_met = is_stuck = False
 
     def __init__(self, error: BaseException, where: str) -> None:
         self.error, self.where, self.tokens = error, where, 0
+
+    def wait(self, seconds: float) -> bool:
+        return True
 
     def allowed(self) -> torch.Tensor:
         if self.tokens == 3 and self.where == "allowed":

@@ -144,7 +144,10 @@ class Only:
     def __init__(self, tokens: list[int], width: int) -> None:
         self.mask = torch.zeros(width, dtype=torch.bool)
         self.mask[tokens] = True
-        self.is_met = False
+        self.is_met = self.is_stuck = False
+
+    def wait(self, seconds: float) -> bool:
+        return True
 
     def allowed(self) -> Tensor:
         return self.mask

@@ -95,6 +95,7 @@ def minimind(arguments: list[str], signals: dict[str, list[int]], pause_s: float
 
     console.RichReporter = Signalling  # type: ignore[misc]
     sys.argv = ["minimind", *arguments]
+    sys.stdin = open(os.devnull)  # the driver's own has been read from  # noqa: SIM115
     main.main()
 
 

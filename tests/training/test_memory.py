@@ -60,7 +60,7 @@ def test_the_largest_divisor_that_fits_is_taken() -> None:
 @pytest.mark.parametrize(
     ("asked", "again", "advice"),
     [
-        (16, False, r"training\.micro_batch=8 would fit"),
+        (16, False, r"training\.micro_batch_size=8 would fit"),
         (None, False, r"try training\.activation_checkpointing=true"),
         (None, True, "take a smaller model"),
     ],
