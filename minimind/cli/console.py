@@ -20,7 +20,6 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from minimind.config.files import write_atomically
 from minimind.training.reporter import Reporter
 
 # Text comes from files and models as often as from us, so nothing is read as markup.
@@ -85,6 +84,8 @@ def show_figures(title: str, figures: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
     """Write figures for programs to read, making the folder if need be."""
+    from minimind.config.files import write_atomically  # imports pydantic
+
     write_atomically(path, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
 
 
