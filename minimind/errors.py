@@ -69,10 +69,13 @@ def shell_words(*words: str | Path) -> str:
 
 
 def install_line(extra: str, package: Path = Path(__file__).parent) -> str:
-    """The command that installs one of this project's extras, in a checkout or from a wheel."""
+    """The command that installs an extra of this project, for a checkout or a wheel.
+
+    Double quotes: cmd.exe knows no others.
+    """
     if (package.parent / "constraints.txt").is_file():
-        return f"pip install -c constraints.txt -e '.[{extra}]'"
-    return f"pip install 'minimind[{extra}]'"
+        return f'pip install -c constraints.txt -e ".[{extra}]"'
+    return f'pip install "minimind[{extra}]"'
 
 
 def is_out_of_memory(error: BaseException) -> bool:

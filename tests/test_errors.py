@@ -42,6 +42,6 @@ def test_windows_has_quotes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_extra_is_installed_as_the_package_was(tmp_path: Path) -> None:
-    assert install_line("wandb") == "pip install -c constraints.txt -e '.[wandb]'"
+    assert install_line("wandb") == 'pip install -c constraints.txt -e ".[wandb]"'
     wheel = tmp_path / "site-packages" / "minimind"
-    assert install_line("wandb", wheel) == "pip install 'minimind[wandb]'"
+    assert install_line("wandb", wheel) == 'pip install "minimind[wandb]"'

@@ -29,6 +29,7 @@ from minimind.cli.generate import (
     stdin_lines,
     stretched,
 )
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ResourceError, UsageError
 from minimind.paths import expand_user
 
@@ -56,7 +57,7 @@ def chat(
     adapter: Adapter = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Talk to the service there instead; its key is in MINIMIND_API_KEY."),
+        typer.Option(help=f"Talk to the service there instead; its key is in {KEY_VARIABLE}."),
     ] = None,
     system: Annotated[str, typer.Option(help="What the model is told before all else.")] = "",
     temperature: Temperature = None,
@@ -147,7 +148,7 @@ def _from_service(
     url: str, wanted: Path | None, max_new_tokens: int, seed: int | None, settings: dict[str, Any]
 ) -> "tuple[Answer, str]":
     """What answers there, and what it is; torch is not imported."""
-    from minimind.web.client import KEY_VARIABLE, Client
+    from minimind.web.client import Client
 
     client = Client(url, os.environ.get(KEY_VARIABLE))
     found = {model.name: model for model in client.models()}

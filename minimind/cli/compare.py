@@ -8,6 +8,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.generate import Context, Device, MaxNewTokens, plain
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ServiceError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def compare(
         typer.Argument(
             metavar="MODEL",
             help="Model or run directories, DIR+ADAPTER with a LoRA adapter; URL or URL#NAME of a "
-            "service, whose key is in MINIMIND_API_KEY.",
+            f"service, whose key is in {KEY_VARIABLE}.",
         ),
     ],
     prompts: Annotated[
@@ -43,7 +44,7 @@ def compare(
         typer.Option(
             metavar="URL",
             help="Service whose model, URL or URL#NAME, scores the answers; its key is in "
-            "MINIMIND_JUDGE_API_KEY, else in MINIMIND_API_KEY.",
+            f"{_JUDGE_KEY}, else in {KEY_VARIABLE}.",
         ),
     ] = None,
     temperature: Annotated[

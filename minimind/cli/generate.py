@@ -1,6 +1,7 @@
 """`minimind generate MODEL PROMPT`: go on with a text."""
 
 import sys
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -157,8 +158,9 @@ def stdin_lines() -> Iterator[str]:
         try:
             text = line.decode(encoding)
         except UnicodeDecodeError:
+            likely = "utf-16" if line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "gb18030"
             raise UsageError(
                 f"standard input, line {number}: not {encoding} text; convert it first, "
-                "for example with: iconv -f gb18030 -t utf-8"
+                f"for example with: iconv -f {likely} -t utf-8"
             ) from None
         yield text.removeprefix("\ufeff" if number == 1 else "")

@@ -158,6 +158,14 @@ app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")
 
 
+def _open_missing_streams() -> None:
+    """Connect standard streams that were closed before the start to the null device."""
+    # In this order, so that each gets its own descriptor and no file opened later does.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 def _use_utf_8() -> None:
     """Make pipes and files UTF-8 on every platform; a terminal keeps its own encoding."""
     # A terminal that lacks a character shows "?" for it rather than stopping the run.
@@ -172,5 +180,6 @@ def _use_utf_8() -> None:
 
 def main() -> None:
     """Run the command line."""
+    _open_missing_streams()
     _use_utf_8()
     app(prog_name="minimind")

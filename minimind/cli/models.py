@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind.cli import console
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import ModelError, TokenizerError, UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +86,6 @@ def open_service(url: str, *key_variables: str) -> "Service":
     Raises ServiceError when nobody answers, UsageError when it lacks the model.
     """
     from minimind.evaluation.remote import Service
-    from minimind.web.client import KEY_VARIABLE
 
     variables = (*key_variables, KEY_VARIABLE)
     keys = [os.environ.get(variable) for variable in variables]

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from minimind.cli.generate import Context, Device, Int8, RopeScaling, stretched
-
-KEY_VARIABLE = "MINIMIND_API_KEY"
+from minimind.environment import KEY_VARIABLE
 
 
 def serve(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import UsageError, install_line
 
 
@@ -19,7 +20,7 @@ def web(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Talk to the service there instead; its key is in MINIMIND_API_KEY."),
+        typer.Option(help=f"Talk to the service there instead; its key is in {KEY_VARIABLE}."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
 ) -> None:
@@ -29,7 +30,7 @@ def web(
     if importlib.util.find_spec("streamlit") is None:
         raise UsageError(f"the page needs streamlit: {install_line('web')}")
     from minimind.web import start
-    from minimind.web.client import KEY_VARIABLE, Client
+    from minimind.web.client import Client
 
     if url:
         Client(url)  # tells now what is no URL

@@ -50,6 +50,13 @@ PUBLISHED = {
 }
 
 
+def download_hint(name: str) -> str:
+    """A sentence for errors: how to download a data set; empty if it is not published."""
+    if name not in PUBLISHED:
+        return ""
+    return f". With a network, `minimind data get {name}` downloads it"
+
+
 def download(name: str, folder: Path) -> Path:
     """The file of a published data set, in `folder`; one that is there is not downloaded again.
 

@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from minimind.data.hub import download_hint
 from minimind.data.read import BadLines, read_objects
 from minimind.errors import DataError
 from minimind.paths import expand_user
@@ -138,7 +139,7 @@ def read_exam(name: str, places: Sequence[str]) -> Questions:
     known = f"{name}.jsonl, or {' or '.join(exam.folders)}" if exam and exam.folders else name
     raise DataError(
         f"{', '.join(places) or '--data'}: holds no {name} ({known}). Put it there, or name it: "
-        f"--task {name}:PATH. With a network, `minimind data get {name}` downloads it"
+        f"--task {name}:PATH{download_hint(name)}"
     )
 
 

@@ -107,6 +107,7 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[。！？!?\n]|\.(?=\s|$)")
+_OPERATOR = re.compile(r"\s*(?:[-+*×x÷/^(]|plus|times|minus|加|减|乘|除)")
 _DIRECT = re.compile(
     r"(?:[\s:$¥€£*_#(-]|about|approximately|approx\.?|therefore|thus|exactly|a total of|equal to|"
     r"大约|约|一共|共|就是|是|为|负|negative|minus)*",
@@ -169,8 +170,14 @@ def _final(text: str) -> _Found | None:
 def _stated(sentence: str) -> _Found | None:
     """The number that a sentence after "the answer is" gives."""
     equals = list(re.finditer(r"[=≈]|等于", sentence))
-    if equals and (found := _last(sentence[equals[-1].start() :])):
-        return found
+    if equals:
+        result = sentence[equals[-1].end() :]
+        numbers = list(_numbers(result))
+        direct = bool(numbers) and _DIRECT.fullmatch(result[: numbers[0].start])
+        if direct and not _OPERATOR.match(result, numbers[0].end):
+            return numbers[0]
+        if found := _last(result):
+            return found
     numbers = list(_numbers(sentence))
     if numbers and _DIRECT.fullmatch(sentence[: numbers[0].start]):
         return numbers[0]

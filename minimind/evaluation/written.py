@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minimind.data.hub import download_hint
 from minimind.data.read import BadLines, read_objects
 from minimind.data.textbook import is_fluent, is_right, sample_quiz
 from minimind.errors import DataError
@@ -165,5 +166,5 @@ def _arithmetic_files(name: str, places: Sequence[str]) -> list[Path]:
                 return found[:1]
     raise DataError(
         f"{', '.join(places) or '--data'}: holds no {name}.jsonl; put it there, or name it: "
-        f"--task {name}:PATH. With a network, `minimind data get {name}` downloads it"
+        f"--task {name}:PATH{download_hint(name)}"
     )

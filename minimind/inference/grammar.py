@@ -75,8 +75,8 @@ class Grammar:
 class GrammarConstraint:
     """The state of one answer; see engine.Constraint.
 
-    is_met: the value is complete and nothing can follow it. is_stuck: no token is allowed, for the
-    schema demands more than MAX_DEPTH levels.
+    is_met: the value is complete and nothing can follow it. is_stuck: no token is allowed, because
+    the schema demands more than MAX_DEPTH levels or a value that refers to itself.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: "_Vocabulary") -> None:
@@ -106,7 +106,11 @@ class GrammarConstraint:
     def _compute_mask(self) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise ModelError(_one_line(self._matcher.get_error()))
+            error = self._matcher.get_error()
+            if error.startswith("NoExtensionBias"):  # no value satisfies this part of the schema
+                self.is_stuck = True
+                return torch.zeros(len(self._vocabulary.tokens), dtype=torch.bool)
+            raise ModelError(_one_line(error))
         allowed = np.unpackbits(bits, count=len(self._vocabulary.tokens), bitorder="little")
         room = MAX_DEPTH - self._nesting.depth
         if room < self._vocabulary.most_opens:

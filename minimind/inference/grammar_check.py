@@ -9,7 +9,7 @@ import contextlib
 import sys
 import threading
 
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 _STACK = 2 * 2**20  # a quarter of what a thread of the service has
 _MEMORY = 4 * 2**30
@@ -34,6 +34,11 @@ def _check(grammar: str) -> None:
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
     if is_error:
         sys.stdout.buffer.write(messages[0][:2000].encode("utf-8", "replace"))
+        return
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits)
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        sys.stdout.buffer.write(b"no JSON value satisfies it")
 
 
 if __name__ == "__main__":

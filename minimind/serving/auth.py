@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import UsageError
 from minimind.serving.errors import APIError
 
@@ -25,7 +26,7 @@ def check_exposure(host: str, keys: Sequence[str]) -> None:
     if not keys and not is_loopback(host):
         raise UsageError(
             f"--host {host} listens beyond this machine, and then every request needs a key: "
-            "give one with --api-key KEY, or in the variable MINIMIND_API_KEY"
+            f"give one with --api-key KEY, or in the variable {KEY_VARIABLE}"
         )
 
 

@@ -76,7 +76,7 @@ def _of_the_sender(location: Sequence[Any]) -> list[Any]:
 
 
 def _is_kind(part: str) -> bool:
-    return part == "str" or part.startswith("list[")
+    return part in ("str", "[key]") or part.startswith("list[")
 
 
 def failed() -> APIError:

@@ -11,9 +11,9 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import ServiceError, UsageError
 
-KEY_VARIABLE = "MINIMIND_API_KEY"
 _OURS = "minimind"
 _SECONDS = 120  # without a single byte
 _LONGEST_LINE = 10 * 1024 * 1024

@@ -10,9 +10,10 @@ from typing import Any
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import ServiceError
-from minimind.web.client import KEY_VARIABLE, Client, ModelInfo
 from minimind.web.client import Answer as Stream
+from minimind.web.client import Client, ModelInfo
 from minimind.web.clipboard import copy_button
 from minimind.web.markdown import label, parts_of
 from minimind.web.start import TOKEN_VARIABLE, URL_VARIABLE

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from minimind.environment import KEY_VARIABLE
 from minimind.errors import ResourceError, ServiceError
 from minimind.paths import data_folder
-from minimind.web.client import KEY_VARIABLE
 
 URL_VARIABLE = "MINIMIND_URL"
 TOKEN_VARIABLE = "MINIMIND_WEB_TOKEN"

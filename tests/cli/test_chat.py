@@ -269,6 +269,15 @@ def test_bytes_that_are_no_text_are_named_by_their_line(model_dir: Path) -> None
     )
 
 
+@pytest.mark.parametrize(("encoding", "named"), [("utf-16", "utf-16"), ("gbk", "gb18030")])
+def test_the_advice_names_the_encoding_that_fits(
+    encoding: str, named: str, model_dir: Path
+) -> None:
+    done = run(model_dir, stdin="你好\n".encode(encoding))
+    assert done.exit_code == 1
+    assert done.stderr.endswith(f"iconv -f {named} -t utf-8\n")
+
+
 def test_an_answer_of_nothing_is_no_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_one_that_always_says(tokenizer.im_end, tmp_path / "model", tokenizer)
     done = run(tmp_path, "--temperature", 0, stdin="你好\n再见\n")

@@ -132,6 +132,24 @@ def test_a_reader_that_has_had_enough_is_no_error(body: str) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX descriptors")
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_a_stream_may_be_closed(descriptor: int, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    body = "import sys; print('长江'); print(sys.stdin.read(), file=sys.stderr); "
+    body += f"open({str(made)!r}, 'w').close()"
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_VERB.format(body=body), "work"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        preexec_fn=lambda: os.close(descriptor),
+        timeout=60,
+    )
+    output = [b"" if descriptor == 1 else "长江\n".encode(), b"" if descriptor == 2 else b"\n"]
+    assert [done.returncode, done.stdout, done.stderr] == [0, *output]
+    assert made.exists()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_told() -> None:
     body = "open('/dev/full', 'w').write('x' * 100_000)"

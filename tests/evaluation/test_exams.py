@@ -130,6 +130,8 @@ def test_what_is_not_there_or_not_text_is_told(tmp_path: Path, ceval_dir: Path) 
         read_exam("ceval", [str(tmp_path / "nowhere")])
     with pytest.raises(DataError, match=r"holds no cmmlu.*minimind data get cmmlu"):
         read_exam("cmmlu", [str(ceval_dir)])
+    with pytest.raises(DataError, match=r"--task c3:PATH$"):  # nothing downloads it
+        read_exam("c3", [str(ceval_dir)])
     path = tmp_path / "gbk.csv"
     path.write_bytes("question,A,B,answer\n泰山在哪里？,甲,乙,A\n".encode("gb18030"))
     with pytest.raises(DataError, match="not UTF-8"):

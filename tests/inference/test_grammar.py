@@ -145,6 +145,16 @@ def test_a_schema_that_demands_deeper_nesting_is_stuck(tokenizer: Tokenizer) -> 
     assert constraint.is_stuck
 
 
+def test_a_value_that_refers_to_itself_is_stuck_where_it_begins(tokenizer: Tokenizer) -> None:
+    loop = {"$ref": "#/$defs/loop"}
+    schema = {"properties": {"a": loop}, "required": ["a"], "$defs": {"loop": loop}}
+    grammar = GrammarCompiler(tokenizer).compile({"type": "object"} | schema)
+    constraint = feed(grammar, tokenizer, '{"a":')
+    assert constraint.wait(10)
+    assert not constraint.allowed().any()
+    assert constraint.is_stuck
+
+
 def test_spaces_are_bounded(tokenizer: Tokenizer) -> None:
     grammar = GrammarCompiler(tokenizer).compile()
     assert feed(grammar, tokenizer, "{" + " " * 30).read == 9
@@ -159,6 +169,8 @@ def test_spaces_are_bounded(tokenizer: Tokenizer) -> None:
         ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3) is greater"),
         ({"$ref": "https://example.com/schema.json"}, "does not fetch"),
         ({"$ref": "#/nowhere"}, "/nowhere"),
+        ({"$ref": "#"}, "no JSON value satisfies it"),
+        ({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, "no JSON"),
     ],
 )
 def test_schemas_that_cannot_be_enforced_are_refused(

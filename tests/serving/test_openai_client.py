@@ -259,6 +259,7 @@ def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
         ({"max_completion_tokens": 5}, "max_tokens", "invalid_value", "differ"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),
         ({"logit_bias": {"60000": 1}}, "logit_bias", "invalid_value", "token id"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_value", "pattern"),
         (
             {"response_format": {"type": "xml"}},
             "response_format.type",

@@ -52,7 +52,9 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     from minimind.training.stage import _share
 
     assert _share(TrainingSettings(global_batch_size=12), Workers(0, 3)) == 4
-    with pytest.raises(ConfigError, match=r"training\.global_batch_size=10 is not divisible by 4 processes"):
+    with pytest.raises(
+        ConfigError, match=r"training\.global_batch_size=10 is not divisible by 4 processes"
+    ):
         _share(TrainingSettings(global_batch_size=10), Workers(0, 4))
     with pytest.raises(
         ConfigError, match=r"micro_batch_size=4: each of 4 processes takes 2 sequences"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from minimind.environment import KEY_VARIABLE
 from minimind.web import start
-from minimind.web.client import KEY_VARIABLE
 from minimind.web.store import Answer, Conversation, Store, Turn
 from tests.support.reads import opens
 from tests.support.services import Process

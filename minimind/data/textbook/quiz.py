@@ -34,7 +34,13 @@ _DENIAL = re.compile(
 # A negation anywhere in a clause denies the key after it.
 _NEGATION = re.compile(
     r"(?<!差)不(?!但|仅|同|断|少|久|锈|错|管|论|倒翁)|没(?!错|收)|并非|[是能]否|从未|未(?!来|央)|无法"
+    r"|[绝决]非|拒绝|否认|难说|别(?=以为|说|认为)"
     r"|\b(?:not|no|never|cannot)\b|n't\b",
+    re.IGNORECASE,
+)
+# The same directly after the key. 没 alone is none: “盐没有飞走” is a reason.
+_NEGATION_AFTER = re.compile(
+    r"(?:并|从来|根本)(?:不|没|非|未)|不是|从未|从没|绝非|\s+(?:is|was|are|were|did|does)(?:n't|\s+not)\b",
     re.IGNORECASE,
 )
 _QUOTED = re.compile(r"[“《「『][^”》」』]*[”》」』]")
@@ -98,7 +104,7 @@ def is_right(question: QuizQuestion, answer: str) -> bool:
     """Whether an answer matches the keywords: whole, not repeating, every key and no rival in it.
 
     Numbers and Latin words count only as a whole. A key does not count after a negation in its
-    clause, unless it has one in the expected answer too.
+    clause or directly before one, unless it has one in the expected answer too.
     """
     answer = _plain(answer)
     return (
@@ -188,17 +194,22 @@ def _says(answer: str, key: str, expected: str) -> bool:
 
 
 def _denials(text: str, value: str) -> set[bool]:
-    """For each place of a value as a whole: whether a negation stands before it in its clause.
+    """For each place of a value as a whole: whether a negation stands before it in its clause, or
+    directly after it.
 
     Places right after a negation are left out.
     """
     if value.lower() not in text.lower():  # mostly so, and far quicker
         return set()
     clauses = [
-        _CLAUSES.split(_QUOTED.sub("", text[: found.start()]))[-1]
+        (_CLAUSES.split(_QUOTED.sub("", text[: found.start()]))[-1], found.end())
         for found in _whole(value, False).finditer(text)
     ]
-    return {bool(_NEGATION.search(one)) for one in clauses if not _DENIAL.search(one)}
+    return {
+        bool(_NEGATION.search(before) or _NEGATION_AFTER.match(text, end))
+        for before, end in clauses
+        if not _DENIAL.search(before)
+    }
 
 
 def _offers(answer: str, rival: str) -> bool:
