@@ -148,7 +148,7 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
 def test_a_mixture_of_experts_is_pretrained_tuned_and_asked(place: Place) -> None:
     moe = ("model.preset=nano-moe", "training.log_every=2")
     done = place.run_here(*place.pretrain, *moe, "--out", "out/moe")
-    assert "parameters (" in done.output and " at work on a token) on cpu" in done.output
+    assert "parameters (" in done.output and " active per token) on cpu" in done.output
     place.run_here(*place.sft, "--model", "out/moe", "--out", "out/moe-chat")
     for run in (place.folder / "out" / "moe", place.folder / "out" / "moe-chat"):
         config = json.loads((run / "model" / "config.json").read_text("utf-8"))
@@ -199,7 +199,7 @@ def test_explain_shows_where_each_setting_came_from_and_needs_no_torch(place: Pl
 
 def test_a_dry_run_prepares_everything_and_trains_nothing(place: Place) -> None:
     done = place.run_here(*place.pretrain, "--out", "dry", "--dry-run")
-    assert "6 steps of 4 windows" in done.stdout
+    assert "6 steps of 4 sequences" in done.stdout
     assert not (place.folder / "dry").exists()
 
 
