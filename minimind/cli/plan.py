@@ -59,7 +59,7 @@ def _show(made: "Plan") -> None:
     total = sum(made.memory.values())
     rows: list[tuple[str, object]] = [("parameters", made.parameters)]
     if made.active_parameters != made.parameters:
-        rows.append(("of them at work on a token", made.active_parameters))
+        rows.append(("active per token", made.active_parameters))
     if made.trained_parameters != made.parameters:
         rows.append(("of them trained", made.trained_parameters))
     rows += [

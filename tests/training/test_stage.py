@@ -51,7 +51,7 @@ def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> 
     ]
     assert (run / "model" / "config.json").is_file()
     assert Tokenizer.load(run / "model").vocab_size == 600
-    assert any("5 steps of 4 windows" in line for line in told.lines)
+    assert any("5 steps of 4 sequences" in line for line in told.lines)
     assert not told.open
 
 
