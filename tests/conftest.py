@@ -47,6 +47,12 @@ def fixed_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random tensors in a test, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """600 words, of which some are made of several Chinese characters or line breaks."""

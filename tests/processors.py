@@ -29,6 +29,7 @@ def _processor(onednn: str, aten: str, mkl: str, threads: int) -> Variables:
         "MKL_ENABLE_INSTRUCTIONS": mkl,
         "MINIMIND_TEST_THREADS": str(threads),
         "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin slow down tests on busy cores
     }
 
 
