@@ -64,11 +64,9 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := set(asked.names) - PROCESSORS.keys():
         parser.error(f"no such processor: {', '.join(sorted(unknown))}")
-    passed = []
-    for threads in (1, 2):  # as many at once as there are cores for
-        names = [n for n in asked.names or PROCESSORS if n.endswith(f"-{threads}")]
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads)) as executor:
-            passed += executor.map(lambda name: run(name, asked.pytest.split()), names)
+    with ThreadPoolExecutor(os.cpu_count()) as executor:  # as many at once as there are cores
+        names = asked.names or list(PROCESSORS)
+        passed = list(executor.map(lambda name: run(name, asked.pytest.split()), names))
     sys.exit(not all(passed))
 
 
