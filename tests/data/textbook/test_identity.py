@@ -94,5 +94,5 @@ def test_recipes_find_parts_of_the_textbook_by_name(
     assert textbook_file("textbook:general", folder, FILL) == "textbook:general"
     with pytest.raises(DataError, match="it has identity, dialogues, general"):
         textbook_file("textbook:nothing", folder, FILL)
-    with pytest.raises(ConfigError, match=r"give data\.fill\.author=…$"):
+    with pytest.raises(ConfigError, match=r"give data\.variables\.author=…$"):
         textbook_file("textbook:identity", folder, {"name": "小明"})
