@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.build --check
 	$(BIN)/pytest
-	$(BIN)/python -m tests.processors avx2-1
+	$(BIN)/python -m tests.processors avx2-1 --pytest "tests/inference tests/model tests/training/objectives"
 
 test-processors: $(READY)
 	$(BIN)/python -m tests.processors
