@@ -86,8 +86,8 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("[model]\npreset = 'smal'\n", "it should be one of nano, nano-moe, demo"),
         ("[[data.sources]]\npath = 'a'\nwait = 2\n", ":2: data.sources.0.wait is not a setting"),
         (
-            "[training]\nbatch = 10\nmicro_batch = 4\n",
-            ":4: training: batch (10) must be a multiple",
+            "[training]\nglobal_batch_size = 10\nmicro_batch_size = 4\n",
+            ":4: training: global_batch_size (10) must be a multiple",
         ),
         (
             "[schedule]\nname = 'cosine'\ndecay = 0.3\n",
@@ -116,10 +116,10 @@ def test_mistakes_are_told_with_file_line_and_key(tmp_path: Path, text: str, exp
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", "objective = 'sft'\nsed = 1\n[optim]\nlr = 0.0\n")
-    lines = complaint(path, "data.windows=3").splitlines()
+    lines = complaint(path, "data.seq_lens=3").splitlines()
     assert len(lines) == 3
     assert f"{path}:2: sed is not a setting; did you mean seed?" in lines
-    assert "command line: data.windows is not a setting; did you mean data.seq_len?" in lines
+    assert "command line: data.seq_lens is not a setting; did you mean data.seq_len?" in lines
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,10 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         ),
         ("=1", "command line: '=1' should be KEY=VALUE, such as optim.lr=3e-4"),
         ("seed", "command line: 'seed' should be KEY=VALUE, such as optim.lr=3e-4"),
-        ("training.micro_batch_size=7", "command line: training: batch (128) must be a multiple"),
+        (
+            "training.micro_batch_size=7",
+            "command line: training: global_batch_size (128) must be a multiple",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(override: str, expected: str) -> None:

@@ -58,7 +58,7 @@ def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> 
 def test_one_is_not_told_as_many(recipe: Make) -> None:
     told = Told()
     do(recipe(training__steps=1, training__global_batch_size=1, training__micro_batch_size=1), told)
-    assert any(line.endswith("; 1 step of 1 window") for line in told.lines), told.lines
+    assert any(line.endswith("; 1 step of 1 sequence") for line in told.lines), told.lines
     assert [counted(n, "window") for n in (0, 1, 2000)] == [
         "0 windows",
         "1 window",
