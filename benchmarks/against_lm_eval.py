@@ -20,10 +20,10 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from minimind.evaluation.benchmarks import LETTERS, Question
 from minimind.evaluation.catalogue import make_task
-from minimind.evaluation.choice import Choice
-from minimind.evaluation.exams import LETTERS, Question
 from minimind.evaluation.models import LocalModel
+from minimind.evaluation.multiple_choice import MultipleChoice
 
 FIELDS = {"ceval": ("question", "answer"), "cmmlu": ("Question", "Answer")}
 SPLITS = {"ceval": "val", "cmmlu": "test"}
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, help="only so many of them")
     args = parser.parse_args()
     task = make_task(args.exam, data=[args.data], style="letter", shots=args.shots)
-    assert isinstance(task, Choice)
+    assert isinstance(task, MultipleChoice)
     subjects = list(dict.fromkeys(q.subject for q in task.questions))[: args.subjects]
     task.questions = [q for q in task.questions if q.subject in subjects]
     with tempfile.TemporaryDirectory() as work:
@@ -71,7 +71,7 @@ class Theirs:
 
 
 def by_lm_eval(
-    task: Choice, model: Path, shots: int, work: Path, service: str | None = None
+    task: MultipleChoice, model: Path, shots: int, work: Path, service: str | None = None
 ) -> dict[str, Theirs]:
     """All questions by lm-eval, by id. work: a folder for the files that it reads.
 

@@ -31,7 +31,7 @@ from benchmarks.training_speed import machine
 from minimind.config import load_recipe
 from minimind.model import Transformer
 from minimind.model.device import choose_device
-from minimind.training.batch import TensorBatch, learned_places
+from minimind.training.batch import TensorBatch, label_indices
 from minimind.training.checkpoint import CheckpointWriter, save_checkpoint
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
@@ -61,7 +61,7 @@ def main() -> None:
     optimizers = Optimizers(model, recipe.optim)
     objective = NextToken([1] * VOCAB, device)
     tokens = torch.randint(VOCAB, (args.micro_batch, window + 1), device=device)
-    windows = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, learned_places(tokens[:, 1:]))
+    windows = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, label_indices(tokens[:, 1:]))
 
     def step() -> None:
         for _ in range(batch // args.micro_batch):

@@ -13,7 +13,7 @@ from typing import Any
 
 from minimind.data.textbook import held_out_identity, sample_quiz
 from minimind.evaluation.quiz import mark
-from minimind.inference.asking import answer_all
+from minimind.inference.generate import answer_all
 from minimind.inference.load import load_for_inference
 
 SHOWN = 8

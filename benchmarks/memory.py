@@ -51,7 +51,7 @@ def measure(preset: str, windows: int, window: int, checkpointing: bool, optimiz
 
     from minimind.config.settings import OptimSettings
     from minimind.model import PRESETS, ModelConfig, Transformer
-    from minimind.training.batch import TensorBatch, learned_places
+    from minimind.training.batch import TensorBatch, label_indices
     from minimind.training.memory import Footprint
     from minimind.training.objectives.next_token import NextToken
     from minimind.training.optimizers import Optimizers, count_moments
@@ -70,7 +70,7 @@ def measure(preset: str, windows: int, window: int, checkpointing: bool, optimiz
         tokens = torch.randint(0, config.vocab_size, (windows, window))
         with Precision("bf16", "cpu").autocast():
             loss, _, _ = objective.loss(
-                model, TensorBatch(tokens, tokens, None, learned_places(tokens))
+                model, TensorBatch(tokens, tokens, None, label_indices(tokens))
             )
         loss.backward()
         optimizers.step()

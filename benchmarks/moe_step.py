@@ -28,8 +28,8 @@ from minimind.config import load_recipe
 from minimind.config.model import MOE_FIELDS
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.model.device import choose_device
-from minimind.model.experts import routed, routed_plainly
-from minimind.training.batch import TensorBatch, learned_places
+from minimind.model.experts import moe_reference
+from minimind.training.batch import TensorBatch, label_indices
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
@@ -58,7 +58,7 @@ def main() -> None:
     window, num_micro = recipe.data.seq_len, recipe.training.global_batch_size // args.micro_batch
     torch.manual_seed(0)
     tokens = torch.randint(moe.vocab_size, (args.micro_batch, window + 1), device=device)
-    batch = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, learned_places(tokens[:, 1:]))
+    batch = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, label_indices(tokens[:, 1:]))
     objective = NextToken([1] * moe.vocab_size, device, router_balance=0.01)
     models = {"moe": Transformer(moe).to(device), "dense": Transformer(dense).to(device)}
     optimizers = {name: Optimizers(model, recipe.optim) for name, model in models.items()}
@@ -100,9 +100,7 @@ def main() -> None:
 
     micro = take_turns({name: micro_batch(name) for name in models}, args.rounds, device)
     steps = take_turns({name: step(name) for name in models}, args.rounds, device)
-    layers = take_turns(
-        {"sorted": layer(routed), "plain": layer(routed_plainly)}, args.rounds, device
-    )
+    layers = take_turns({"sorted": layer(moe), "plain": layer(moe_reference)}, args.rounds, device)
     record = {
         "date": date.today().isoformat(),
         "machine": f"{machine()}, {torch.get_num_threads()} threads, {device}",

@@ -89,7 +89,7 @@ def train(work: Path, data: list[str]) -> None:
 
 def record(work: Path, out: Path) -> None:
     """OUT.json, OUT.md and OUT.svg, of the runs that are finished."""
-    from minimind.evaluation.runs import Run, find
+    from minimind.reporting.runs import Run, find
 
     found = find([work / "runs"])
     runs: dict[int, list[Run]] = {layers: [] for layers in WIDTHS}

@@ -9,15 +9,15 @@ from typing import Any, Literal, Self, overload
 from minimind.config import Recipe, dump_recipe, load_recipe
 from minimind.config.model import RopeKind
 from minimind.errors import UsageError
-from minimind.evaluation.bits import measure_texts
+from minimind.evaluation.bits_per_byte import measure_texts
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.scoring import Row
-from minimind.inference.conversation import fit_chat
 from minimind.inference.defaults import read_generation_defaults
 from minimind.inference.engine import Engine, Request
 from minimind.inference.load import load_for_inference
 from minimind.inference.sampling import Sampling
+from minimind.inference.truncation import fit_chat
 from minimind.progress import RichReporter
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import Message

@@ -17,9 +17,9 @@ import torch
 import minimind
 from minimind.config import load_recipe
 from minimind.errors import ConfigError, UsageError
-from minimind.evaluation.bits import Bits
+from minimind.evaluation.bits_per_byte import BitsPerByte
 from minimind.evaluation.models import LocalModel
-from minimind.inference.asking import write_all
+from minimind.inference.generate import write_all
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model, save_model
 from minimind.tokenizer import Tokenizer, encode_chat
@@ -111,7 +111,7 @@ def test_bits_per_byte_are_those_of_minimind_eval(
     texts = ["长江是中国最长的河流。", "A giant panda eats bamboo.", ""]
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts[:2]), encoding="utf-8")
-    task = Bits([str(file)], None)
+    task = BitsPerByte([str(file)], None)
     summary = task.summary(list(task.run(LocalModel(model_dir, "cpu"), ())))
     assert model.bits_per_byte(texts) == summary["bits_per_byte"]
     evaluated = minimind.evaluate(model_dir, f"bpb:{file}", device="cpu")

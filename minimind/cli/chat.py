@@ -117,10 +117,10 @@ def _from_model(
     settings: dict[str, Any],
 ) -> "Iterator[tuple[Answer, str]]":
     """What answers here, and what it is."""
-    from minimind.inference.conversation import fit_chat
     from minimind.inference.defaults import read_generation_defaults
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
+    from minimind.inference.truncation import fit_chat
 
     sampling = read_generation_defaults(model).sampling_with(settings)
     loaded, tokenizer = load_for_inference(model, **how)

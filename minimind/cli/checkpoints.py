@@ -86,10 +86,14 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
 def _figures(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
     """What is told of a checkpoint."""
     from minimind.training.checkpoint import best_step
-    from minimind.training.loop import judged_by
+    from minimind.training.trainer import selection_metric
 
     validation = one.state.get("validation") if one.state.get("validated") == one.step else None
-    shown = {judged_by(validation): validation[judged_by(validation)]} if validation else {}
+    shown = (
+        {selection_metric(validation): validation[selection_metric(validation)]}
+        if validation
+        else {}
+    )
     return {
         "step": one.step,
         "path": str(one.path),

@@ -12,7 +12,7 @@ from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ServiceError
 
 if TYPE_CHECKING:
-    from minimind.evaluation.prompts import Talk
+    from minimind.evaluation.open_ended import OpenEndedTask
     from minimind.evaluation.remote import Service
     from minimind.evaluation.tasks import Result
 
@@ -69,11 +69,13 @@ def compare(
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Put the same questions to several models: answers, figures, and a judge's ranking."""
-    from minimind.evaluation.prompts import Talk, read_prompts
-    from minimind.evaluation.tasks import Manner
+    from minimind.evaluation.open_ended import OpenEndedTask, read_prompts
+    from minimind.evaluation.tasks import GenerationConfig
 
     questions, bad = read_prompts(prompts, limit)
-    talk = Talk("answers", questions, Manner(max_new_tokens, temperature, seed, _AT_ONCE), bad)
+    talk = OpenEndedTask(
+        "answers", questions, GenerationConfig(max_new_tokens, temperature, seed, _AT_ONCE), bad
+    )
     comparison = _Comparison(talk, out, fresh, json, device, context)
     service = comparison.open_judge(judge) if judge else None
     for place in dict.fromkeys(models):
@@ -89,7 +91,7 @@ def compare(
 class _Comparison:
     """What is known so far, and what went wrong."""
 
-    talk: "Talk"
+    talk: "OpenEndedTask"
     out: Path
     fresh: bool
     json: Path | None
@@ -121,7 +123,7 @@ class _Comparison:
     def ask(self, place: str) -> None:
         """All questions to one model, but for those that it has answered."""
         from minimind.cli.models import is_service, open_model, report_dropped
-        from minimind.evaluation.run import evaluate, file_name, read_results
+        from minimind.evaluation.runner import evaluate, file_name, read_results
 
         try:
             context = None if is_service(place) else self.context
@@ -169,7 +171,7 @@ class _Comparison:
         """Every pair of answers, but for those that were judged."""
         from minimind.cli.models import report_dropped
         from minimind.evaluation.judge import judge, make_trials, verdicts
-        from minimind.evaluation.run import file_name
+        from minimind.evaluation.runner import file_name
 
         answers = {
             model: {name: r["answer"] for name, r in results.items() if "error" not in r}
@@ -237,10 +239,10 @@ class _Comparison:
     def _show_tables(self) -> None:
         from minimind.evaluation.comparison import (
             RANKING,
-            about_judge,
-            answer_told,
             category_rows,
-            figure_rows,
+            describe_answer,
+            describe_judge,
+            metric_rows,
             ranking_rows,
         )
 
@@ -252,7 +254,7 @@ class _Comparison:
                 return "–" if answer is None else plain(f"failed: {answer['error']}")
             text = plain(answer["answer"])
             cut = "…" if len(text) > _EXCERPT else ""
-            return f"{text[:_EXCERPT]}{cut}\n({', '.join(answer_told(answer))})"
+            return f"{text[:_EXCERPT]}{cut}\n({', '.join(describe_answer(answer))})"
 
         rows = [
             [plain(one["question"]), *(shown(one["answers"].get(model)) for model in self.figures)]
@@ -260,7 +262,7 @@ class _Comparison:
         ]
         title = "Answers" if len(questions) <= _SHOWN else f"The first {_SHOWN} answers"
         console.show(console.table(title, ["question", *models], rows))
-        rows = figure_rows(self.compared)
+        rows = metric_rows(self.compared)
         console.show(console.table("Figures", ["", *models], rows, numbers=len(models)))
         if rows := [[*map(plain, row)] for row in category_rows(self.compared)]:
             head = ["category", "questions", *models]
@@ -268,4 +270,4 @@ class _Comparison:
         if self.compared["judge"]:
             rows = [[*map(plain, row)] for row in ranking_rows(self.compared)]
             console.show(console.table("Ranking", list(RANKING), rows, numbers=3))
-            console.say(plain(about_judge(self.compared["judge"])))
+            console.say(plain(describe_judge(self.compared["judge"])))

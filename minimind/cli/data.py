@@ -25,16 +25,16 @@ def inspect(
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Show what data holds: schemas, counts, lengths, copies, bad lines, samples."""
-    from minimind.data.inspect import Findings, inspect_data
     from minimind.data.read import list_files
     from minimind.data.schemas import SCHEMAS
+    from minimind.data.stats import DatasetStats, inspect_data
     from minimind.tokenizer import Tokenizer
 
     if schema not in ("auto", *SCHEMAS):
         raise UsageError(f"--schema {schema} is unknown; known are auto, {', '.join(SCHEMAS)}")
     words = Tokenizer.load(tokenizer) if tokenizer else None
     files = [file for path in data for file in list_files(path)]
-    whole = Findings()
+    whole = DatasetStats()
     parts: dict[str, dict[str, Any]] = {}
     with console.make_progress("byte") as bar:
         task = bar.add_task("reading", total=sum(file.stat().st_size for file in files), note="")

@@ -58,8 +58,8 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> None:
     """Make a corpus and a tokenizer, pretrain, fine-tune, examine, report: a model of your own."""
-    from minimind.evaluation.report import make_report
     from minimind.model.device import choose_device
+    from minimind.reporting.report import make_report
 
     chosen = choose_device(device)
     on_cpu = chosen.type == "cpu"
@@ -153,7 +153,7 @@ def _corpus(corpus: Path) -> None:
 
 
 def _tokenizer(out: Path, corpus: Path) -> None:
-    from minimind.data.read import BadLines, read_texts
+    from minimind.data.read import InvalidRecords, read_texts
     from minimind.tokenizer import Tokenizer, train_tokenizer
 
     place = out / "tokenizer"
@@ -162,7 +162,9 @@ def _tokenizer(out: Path, corpus: Path) -> None:
     if not place.is_dir():
         making = out / "tokenizer.making"
         shutil.rmtree(making, ignore_errors=True)
-        train_tokenizer(read_texts(files, bad=BadLines()), vocab_size=_VOCAB_SIZE).save(making)
+        train_tokenizer(read_texts(files, bad=InvalidRecords()), vocab_size=_VOCAB_SIZE).save(
+            making
+        )
         os.replace(making, place)
     text = (corpus / "held-out.jsonl").read_text("utf-8")
     tokenizer = Tokenizer.load(place)
@@ -271,7 +273,7 @@ def _examine(
     """The quiz, the eight questions as each stage answers them, `summary.json`."""
     from minimind.data.textbook import eight, sample_quiz
     from minimind.evaluation.quiz import by_subject, mark
-    from minimind.inference.asking import answer_all, continue_all
+    from minimind.inference.generate import answer_all, continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
     from minimind.training.build import new_model
@@ -362,7 +364,7 @@ def _examine(
 def _who_it_is(out: Path, device: str, trained: dict[str, Any]) -> dict[str, Any]:
     """Ways of asking who it is that were never trained on, without and with the adapter."""
     from minimind.data.textbook import held_out_identity
-    from minimind.inference.asking import answer_all
+    from minimind.inference.generate import answer_all
     from minimind.inference.load import load_for_inference
 
     questions = held_out_identity()

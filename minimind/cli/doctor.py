@@ -12,7 +12,7 @@ from minimind.errors import install_line
 if TYPE_CHECKING:
     import torch
 
-    from minimind.training.selftest import Check
+    from minimind.planning.selftest import Check
 
 # What an extra brings, the module that shows it is there, and the line that installs it.
 _EXTRAS = {
@@ -40,7 +40,7 @@ def doctor(
     if extras:
         rows = [(e["what"], e["install"]) for e in extras]
         console.show(console.table("Not installed", ["for", "install with"], rows))
-    from minimind.training.selftest import selftest
+    from minimind.planning.selftest import selftest
 
     checks = selftest(device)
     _show(checks)
@@ -97,7 +97,7 @@ def _batch_invariance(device: "torch.device") -> str:
     """Whether answers depend on other requests here, tried with a model of the preset `small`."""
     import torch
 
-    from minimind.inference.batch import BatchedModel
+    from minimind.inference.batched_model import BatchedModel
     from minimind.inference.load import inference_dtype
     from minimind.model import PRESETS, ModelConfig, Transformer
 

@@ -162,7 +162,7 @@ class _Evaluation:
     def open(self, path: str, adapter: Path | None, context: int | None) -> _Examined | None:
         """A model; None when it is none, which is told."""
         from minimind.cli.models import open_model
-        from minimind.evaluation.run import file_name
+        from minimind.evaluation.runner import file_name
 
         try:
             model = open_model(
@@ -178,7 +178,7 @@ class _Evaluation:
     def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
         """One task, one model."""
         from minimind.cli.models import report_dropped
-        from minimind.evaluation.run import evaluate
+        from minimind.evaluation.runner import evaluate
 
         reporter = console.RichReporter()
         title = f"{examined.model.name}: {task.name}"

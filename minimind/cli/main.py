@@ -19,6 +19,7 @@ from minimind.cli import (
     demo,
     doctor,
     generate,
+    launcher,
     merge,
     plan,
     report,
@@ -27,7 +28,6 @@ from minimind.cli import (
     tokenizer,
     train,
     web,
-    workers,
 )
 from minimind.cli.compare import compare
 from minimind.cli.eval import evaluate
@@ -79,10 +79,10 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def _fail(message: str) -> NoReturn:
-    if not workers.is_first_process():  # which says the same as a rule, and then all are ended
+    if not launcher.is_first_process():  # which says the same as a rule, and then all are ended
         time.sleep(_FIRST_TO_SPEAK_S)
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if workers.is_one_of_several():
+    if launcher.is_one_of_several():
         # What the processes talk through has threads of its own. They end with the run; after an
         # error they are still there, and while Python shuts down they would abort it now and then.
         sys.stdout.flush()

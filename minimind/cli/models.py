@@ -45,8 +45,8 @@ def open_model(
 
 def _local(directory: Path, device: str, adapter: Path | None, context: int | None) -> Any:
     """By our own reading; what that refuses, by transformers where it is installed."""
-    from minimind.evaluation.fallback import TransformersModel, is_installed
     from minimind.evaluation.models import LocalModel
+    from minimind.evaluation.transformers_model import TransformersModel, is_installed
 
     model = LocalModel(directory, device, adapter=adapter, context=context)
     try:

@@ -8,10 +8,10 @@ import typer
 from minimind.cli import console
 from minimind.cli.train import Arguments, Data, Device, resolve
 from minimind.errors import UsageError
-from minimind.training.reporter import counted
+from minimind.training.reporter import pluralize
 
 if TYPE_CHECKING:
-    from minimind.training.plan import Plan
+    from minimind.planning.plan import Plan
 
 _UNITS = {"": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
@@ -34,7 +34,7 @@ def plan(
     given = None if memory is None else parse_size(memory)
     flags = {"data.sources": data, "model.init": model, "tokenizer": tokenizer, "device": device}
     recipe = resolve(arguments or [], "pretrain-small", flags).recipe
-    from minimind.training.plan import make_plan
+    from minimind.planning.plan import make_plan
 
     made = make_plan(recipe, memory=given, seconds=trial)
     _show(made)
@@ -78,7 +78,7 @@ def _show(made: "Plan") -> None:
         rows.append(("time in all", duration(made.seconds)))
     console.show(console.table("Plan", ["figure", "value"], rows, numbers=1))
     parts = [(name, size(part)) for name, part in made.memory.items()]
-    title = f"Memory with {counted(made.micro_batch or 1, 'window')} at once"
+    title = f"Memory with {pluralize(made.micro_batch or 1, 'window')} at once"
     console.show(console.table(title, ["part", "size"], [*parts, ("in all", size(total))], 1))
     by_windows: dict[object, list[str]] = {}
     for choice in made.choices:
@@ -102,7 +102,7 @@ def _verdict(made: "Plan") -> str:
         need = sum(made.memory.values())
         if made.memory_given is not None and need > made.memory_given:
             return (
-                f"It does not fit with {counted(made.micro_batch, 'window')} at once, as the "
+                f"It does not fit with {pluralize(made.micro_batch, 'window')} at once, as the "
                 "recipe says; take a number of the table that does"
             )
         again = " training.activation_checkpointing=true" * made.activation_checkpointing

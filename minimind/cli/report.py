@@ -26,7 +26,7 @@ def report(
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Show what runs did: curves, exams, samples, memory, cost; several on the same axes."""
-    from minimind.evaluation.report import make_report
+    from minimind.reporting.report import make_report
 
     made = make_report(runs, price=price)
     page = out or (runs[0] if len(runs) == 1 else Path("out")) / "report.html"

@@ -10,7 +10,7 @@ from minimind.cli.train import Data, recipe_and_settings
 from minimind.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from minimind.training.sweep import Outcomes, Planned
+    from minimind.planning.sweep import Outcomes, Planned
 
 
 def sweep(
@@ -33,7 +33,7 @@ def sweep(
 ) -> None:
     """Train variants of a recipe and compare them: loss by parameters, tokens and time."""
     from minimind.model.device import choose_device
-    from minimind.training.sweep import device_settings, run_all
+    from minimind.planning.sweep import device_settings, run_all
 
     for device in devices.split(",") if devices else ():
         choose_device(device)  # else each run would fail for the same reason
@@ -60,7 +60,7 @@ def _plan(
     A variant whose settings do not go together is one of these; if all are, it is raised.
     """
     from minimind.config import load_recipe, variants
-    from minimind.training.sweep import Planned
+    from minimind.planning.sweep import Planned
 
     recipe, overrides = recipe_and_settings(arguments)
     given = {key: value for key, value in flags.items() if value}
@@ -83,7 +83,7 @@ def _plan(
 
 def _watcher(bar: Any) -> Any:
     """Draws a line for each run that is going on, and says how each ends."""
-    from minimind.training.sweep import Watcher
+    from minimind.planning.sweep import Watcher
 
     class _Bars(Watcher):
         def __init__(self) -> None:
@@ -110,7 +110,7 @@ def _finish(
     out: Path, settings: dict[str, dict[str, Any]], outcomes: "Outcomes", json: Path | None
 ) -> None:
     """The table, the fits, the report, and what failed."""
-    from minimind.evaluation.report import make_report
+    from minimind.reporting.report import make_report
 
     told = {"settings": settings, "failed": outcomes.failed}
     console.write_json(out / "sweep.json", told)

@@ -11,8 +11,8 @@ from minimind.cli import console
 from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
-    from minimind.data.read import BadLines
-    from minimind.tokenizer.inspect import Usage, Vocabulary
+    from minimind.data.read import InvalidRecords
+    from minimind.tokenizer.stats import Usage, Vocabulary
 
 app = typer.Typer(help="Train a tokenizer, or look into some.", no_args_is_help=True)
 _INSPECTED_MB = 8
@@ -32,7 +32,7 @@ def train(
     ] = 12,
 ) -> None:
     """Train a byte-level BPE tokenizer on an even sample of the data."""
-    from minimind.data.read import BadLines
+    from minimind.data.read import InvalidRecords
     from minimind.tokenizer import train_tokenizer
 
     if (out / "tokenizer.json").exists():
@@ -40,7 +40,7 @@ def train(
             f"{out} already holds a tokenizer, which models may depend on; "
             "give another --out, or delete it"
         )
-    bad = BadLines()
+    bad = InvalidRecords()
     texts = _texts(data, bad)
     out.mkdir(parents=True, exist_ok=True)  # so that a bad folder is met before the long work
     tokenizer = train_tokenizer(
@@ -67,15 +67,15 @@ def inspect(
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Show the vocabulary and the characters per token by language, of one tokenizer or several."""
-    from minimind.data.read import BadLines
+    from minimind.data.read import InvalidRecords
     from minimind.tokenizer.bpe import load_bpe
-    from minimind.tokenizer.inspect import SAMPLE_TEXTS, describe_vocabulary, measure
+    from minimind.tokenizer.stats import SAMPLE_TEXTS, describe_vocabulary, measure
     from minimind.tokenizer.train import sample_evenly
 
     loaded = {str(directory): load_bpe(directory) for directory in tokenizers}
     texts = SAMPLE_TEXTS
     if data:
-        texts = sample_evenly(_texts(data, BadLines()), _INSPECTED_MB << 20)
+        texts = sample_evenly(_texts(data, InvalidRecords()), _INSPECTED_MB << 20)
     vocabularies = {name: describe_vocabulary(bpe) for name, bpe in loaded.items()}
     usages = {name: measure(bpe, texts) for name, bpe in loaded.items()}
     _show_vocabularies(vocabularies)
@@ -85,7 +85,7 @@ def inspect(
         console.write_json(json, {"measured_on": data or [], "tokenizers": figures})
 
 
-def _texts(data: list[str], bad: "BadLines") -> Iterator[str]:
+def _texts(data: list[str], bad: "InvalidRecords") -> Iterator[str]:
     """All texts of the data, read under a progress bar. Raises DataError when nothing is good."""
     from minimind.data.read import list_files
 
@@ -93,7 +93,7 @@ def _texts(data: list[str], bad: "BadLines") -> Iterator[str]:
     return _read(files, bad)
 
 
-def _read(files: list[Path], bad: "BadLines") -> Iterator[str]:
+def _read(files: list[Path], bad: "InvalidRecords") -> Iterator[str]:
     from minimind.data.read import read_texts
 
     with console.make_progress("byte") as bar:
@@ -110,12 +110,16 @@ def _announced(texts: Iterator[str]) -> Iterator[str]:
 
 def _show_vocabularies(vocabularies: dict[str, "Vocabulary"]) -> None:
     columns = [
-        [f"{v.num_words:,}", v.num_control, *(_share(n, v.num_words) for n in v.by_script.values())]
+        [
+            f"{v.num_tokens:,}",
+            v.num_control,
+            *(_share(n, v.num_tokens) for n in v.by_script.values()),
+        ]
         for v in vocabularies.values()
     ]
     kinds = ["all", "control tokens", *next(iter(vocabularies.values())).by_script]
     rows = list(zip(kinds, *columns, strict=True))
-    console.show(console.table("Words", ["kind", *vocabularies], rows, numbers=len(columns)))
+    console.show(console.table("Vocabulary", ["kind", *vocabularies], rows, numbers=len(columns)))
     longest = [
         [name, script, " ".join(repr(word).replace(" ", "␣") for word in words)]
         for name, vocabulary in vocabularies.items()

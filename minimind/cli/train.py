@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind.cli import console, workers
+from minimind.cli import console, launcher
 from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
@@ -162,14 +162,14 @@ def _stage(
     from minimind.training.run import has_begun
 
     begun = recipe.out is not None and has_begun(Path(recipe.out))
-    if resume and workers.is_first_process() and not begun:
+    if resume and launcher.is_first_process() and not begun:
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to go on with; leave out --resume")
-    if (nproc or 1) > 1 and not dry_run and not workers.is_one_of_several():
-        workers.run_workers(nproc or 1)
+    if (nproc or 1) > 1 and not dry_run and not launcher.is_one_of_several():
+        launcher.run_workers(nproc or 1)
         return
-    workers.end_with_starter()
-    console.console.quiet = not workers.is_first_process()
+    launcher.end_with_starter()
+    console.console.quiet = not launcher.is_first_process()
     from minimind.training.stage import prepare_stage, run_stage
 
     reporter = console.RichReporter()
@@ -214,7 +214,7 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples
     """A callback that lets the model continue or answer the recipe's prompts, and shows it."""
 
     def write(model: "Transformer", tokenizer: "Tokenizer") -> list[dict[str, str]]:
-        from minimind.inference.asking import answer_all, continue_all
+        from minimind.inference.generate import answer_all, continue_all
 
         prompts = recipe.validation.prompts
         chat = recipe.objective != "pretrain"
@@ -228,13 +228,13 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples
 
 
 def finish(result: "StageResult", json: Path | None) -> None:
-    """Say how it ended; a stopped run ends with the exit status that `workers.stopped` says."""
-    if json and workers.is_first_process():
+    """Say how it ended; a stopped run ends with the exit status that `launcher.stopped` says."""
+    if json and launcher.is_first_process():
         console.write_json(json, result.summary)
     if not result.finished:
         done = result.summary["steps"]
         console.say(f"stopped after step {done:,}; the same command goes on from there")
-        raise typer.Exit(workers.stopped())
+        raise typer.Exit(launcher.stopped())
     console.show_figures(result.run.name, result.summary)
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from minimind.data.schemas import Record
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import EncodedChat, encode_chats, refusal
+from minimind.tokenizer.chat import EncodedChat, encode_chats, unsupported_reason
 
 Kind = Literal["text", "chat", "pairs"]
 WANTED: dict[Kind, str] = {
@@ -28,7 +28,7 @@ def reason_to_skip(record: Record, tokenizer: Tokenizer, kind: Kind | None) -> s
         return f"no {WANTED[kind]}"
     if kind == "text" and record.unsupervised:
         return "excludes an answer from the loss, which pretraining cannot do"
-    if any(refusal(tokenizer, messages) for messages, _ in record.conversations):
+    if any(unsupported_reason(tokenizer, messages) for messages, _ in record.conversations):
         return "does not fit the model's own chat template"
     return None
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from minimind.data.encode import Kind, encode_records, reason_to_skip
-from minimind.data.read import BadLines, batches, list_files, read_records
+from minimind.data.read import InvalidRecords, batches, list_files, read_records
 from minimind.data.schemas import Record
 from minimind.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ class _Sample:
         self._every, self._kept = 1, 0
         self._taken = self._seen = 0
         most_bytes, most_characters = _MOST_BYTES // num_files, _MOST_CHARACTERS // num_files
-        records = read_records([file], bad=BadLines(), schema=schema, progress=self._progress)
+        records = read_records([file], bad=InvalidRecords(), schema=schema, progress=self._progress)
         for number, record in enumerate(records):
             self._add(number, record, _TOKENIZED // num_files)
             if self.characters and (self.read >= most_bytes or self._seen >= most_characters):

@@ -51,7 +51,7 @@ class Batch:
     pairs: Pairs | None = None
 
 
-class Windows(Protocol):
+class Sequences(Protocol):
     """Windows of one part of the data."""
 
     def __len__(self) -> int: ...
@@ -63,7 +63,7 @@ class Windows(Protocol):
         ...
 
 
-class TextWindows:
+class TextSequences:
     """Windows over running text; the label of each token is the next one."""
 
     def __init__(self, shards: list[Shard], window: int) -> None:
@@ -148,7 +148,7 @@ class _PackedWindows:
         return tokens, labels, segments
 
 
-class ChatWindows(_PackedWindows):
+class ChatSequences(_PackedWindows):
     """Windows of whole conversations; only what the model is to say is learned.
 
     What is kept in memory is about 30 bytes a conversation.
@@ -176,7 +176,7 @@ class ChatWindows(_PackedWindows):
         return [(int(member), self._window + 1) for member in self._members[self.members(index)]]
 
 
-class PairWindows(_PackedWindows):
+class PairSequences(_PackedWindows):
     """Windows of whole preference pairs, the chosen side of each and then the rejected one.
 
     A side of an even segment number is a chosen one, the next the rejected one of its pair. Pairs
@@ -264,10 +264,10 @@ def _pack(lengths: NDArray[np.int32], order: NDArray[np.int64], window: int) -> 
     return windows
 
 
-class Mix:
+class MixedDataset:
     """A weighted mix of windows in the order of the run; the data side of a training run."""
 
-    def __init__(self, parts: list[Windows], weights: list[float], seed: int) -> None:
+    def __init__(self, parts: list[Sequences], weights: list[float], seed: int) -> None:
         self.parts = parts
         self.order = Order(tuple(len(part) for part in parts), tuple(weights), seed)
 
@@ -294,7 +294,7 @@ class Mix:
         return [
             part.reference[part.members(index)]
             for part, index in parts
-            if isinstance(part, PairWindows)
+            if isinstance(part, PairSequences)
         ]
 
 

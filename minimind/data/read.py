@@ -62,7 +62,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass
-class BadLines:
+class InvalidRecords:
     """Lines that are no records: counted by reason, the first of them put aside in `path`.
 
     More than `max_fraction` of them stop the reading with a DataError.
@@ -93,7 +93,7 @@ class BadLines:
             self._keep({"file": str(file), "line": line, "reason": reason}, content)
         self.check(self.max_fraction)
 
-    def merge(self, other: "BadLines") -> None:
+    def merge(self, other: "InvalidRecords") -> None:
         """Count the lines of `other` in, without writing or checking anything."""
         self.good += other.good
         self.total += other.total
@@ -213,7 +213,11 @@ def _several(path: str) -> str:
 
 
 def read_records(
-    files: Iterable[Path], *, bad: BadLines, schema: str = "auto", progress: Progress | None = None
+    files: Iterable[Path],
+    *,
+    bad: InvalidRecords,
+    schema: str = "auto",
+    progress: Progress | None = None,
 ) -> Iterator[Record]:
     """All records of the files, in order.
 
@@ -236,7 +240,7 @@ def read_records(
 
 
 def read_objects(
-    files: Iterable[Path], *, bad: BadLines
+    files: Iterable[Path], *, bad: InvalidRecords
 ) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """(file, line, object) of files whose records are of other schemas than training data's.
 
@@ -253,14 +257,14 @@ def read_objects(
 
 def first_record(path: str, schema: str = "auto") -> Record:
     """The first record of what `path` means. Raises DataError when there is none."""
-    bad = BadLines()
+    bad = InvalidRecords()
     for record in read_records(list_files(path), bad=bad, schema=schema):
         return record
     raise DataError(f"{path}: no line is a record; the first: {bad.first}")
 
 
 def read_texts(
-    files: Iterable[Path], *, bad: BadLines, progress: Progress | None = None
+    files: Iterable[Path], *, bad: InvalidRecords, progress: Progress | None = None
 ) -> Iterator[str]:
     """What is written in all records, whatever their schema."""
     return (record.as_text() for record in read_records(files, bad=bad, progress=progress))
@@ -305,7 +309,7 @@ def _format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
 
 
-def _values(file: Path, bad: BadLines, progress: Progress) -> Iterator[tuple[int, Any]]:
+def _values(file: Path, bad: InvalidRecords, progress: Progress) -> Iterator[tuple[int, Any]]:
     """(line, value) of each record of one file; for Parquet its row."""
     kind = _format(file)
     if kind is None:
@@ -457,7 +461,7 @@ def _raw_lines(stream: IO[bytes], first: bytes = b"") -> Iterator[tuple[int, byt
 
 
 def _json_lines(
-    file: Path, stream: io.BufferedReader, bad: BadLines, first: bytes = b""
+    file: Path, stream: io.BufferedReader, bad: InvalidRecords, first: bytes = b""
 ) -> Iterator[tuple[int, Any]]:
     for number, line in _raw_lines(stream, first):
         if len(line) > _MAX_LINE:
@@ -473,7 +477,7 @@ def _json_lines(
             bad.add(file, number, str(error), line)
 
 
-def _json(file: Path, stream: io.BufferedReader, bad: BadLines) -> Iterator[tuple[int, Any]]:
+def _json(file: Path, stream: io.BufferedReader, bad: InvalidRecords) -> Iterator[tuple[int, Any]]:
     """A list of records, or one record after the other; often it is one a line."""
     first = stream.readline(_MAX_LINE + 1)
     if _is_object(first):
@@ -551,7 +555,7 @@ def _json_pieces(file: Path, stream: IO[bytes], first: bytes) -> Iterator[tuple[
 
 
 def _csv(
-    file: Path, stream: io.BufferedReader, bad: BadLines, delimiter: str = ","
+    file: Path, stream: io.BufferedReader, bad: InvalidRecords, delimiter: str = ","
 ) -> Iterator[tuple[int, Any]]:
     rows = _rows(file, stream, bad, delimiter)
     before = bad.total
@@ -573,7 +577,7 @@ def _csv(
             yield number, dict(zip(header, row, strict=True))
 
 
-def _tsv(file: Path, stream: io.BufferedReader, bad: BadLines) -> Iterator[tuple[int, Any]]:
+def _tsv(file: Path, stream: io.BufferedReader, bad: InvalidRecords) -> Iterator[tuple[int, Any]]:
     return _csv(file, stream, bad, "\t")
 
 
@@ -586,7 +590,7 @@ def _is_utf_8(text: str) -> bool:
 
 
 def _rows(
-    file: Path, stream: io.BufferedReader, bad: BadLines, delimiter: str
+    file: Path, stream: io.BufferedReader, bad: InvalidRecords, delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
     """(first line, fields) of each row, as many as in the first; blank ones are left out.
 
@@ -636,7 +640,9 @@ def _rows(
             used.clear()
 
 
-def _plain_text(file: Path, stream: io.BufferedReader, bad: BadLines) -> Iterator[tuple[int, Any]]:
+def _plain_text(
+    file: Path, stream: io.BufferedReader, bad: InvalidRecords
+) -> Iterator[tuple[int, Any]]:
     """Running text as documents of bounded size, cut at blank lines where there are any."""
     pieces: list[str] = []
     size, start, number = 0, 1, 1
@@ -652,7 +658,9 @@ def _plain_text(file: Path, stream: io.BufferedReader, bad: BadLines) -> Iterato
         yield start, {"text": "".join(pieces)}
 
 
-def _text_pieces(file: Path, stream: io.BufferedReader, bad: BadLines) -> Iterator[tuple[int, str]]:
+def _text_pieces(
+    file: Path, stream: io.BufferedReader, bad: InvalidRecords
+) -> Iterator[tuple[int, str]]:
     """(number, text) of each line; a long one comes in pieces."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number = 1
@@ -671,7 +679,7 @@ def _text_pieces(file: Path, stream: io.BufferedReader, bad: BadLines) -> Iterat
 
 
 def _parquet(
-    file: Path, source: IO[bytes], bad: BadLines, counted: _Counted
+    file: Path, source: IO[bytes], bad: InvalidRecords, counted: _Counted
 ) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet

@@ -106,13 +106,13 @@ class Record:
 
         def messages(given: list[Message] | None) -> list[Message] | None:
             return given and [
-                {"role": message["role"], "content": fill_in(message["content"], fill)}
+                {"role": message["role"], "content": substitute_variables(message["content"], fill)}
                 for message in given
             ]
 
         return replace(
             self,
-            text=None if self.text is None else fill_in(self.text, fill),
+            text=None if self.text is None else substitute_variables(self.text, fill),
             messages=messages(self.messages),
             chosen=messages(self.chosen),
             rejected=messages(self.rejected),
@@ -122,12 +122,12 @@ class Record:
         return self.messages or [*(self.chosen or []), *(self.rejected or [])[self.num_shared :]]
 
 
-def fill_in(text: str, fill: Mapping[str, str]) -> str:
+def substitute_variables(text: str, fill: Mapping[str, str]) -> str:
     """`text` with each `{{key}}` of which `fill` has the key replaced."""
     return _PLACEHOLDER.sub(lambda found: fill.get(found[1], found[0]), text)
 
 
-def placeholders(text: str) -> set[str]:
+def variables_in(text: str) -> set[str]:
     """The words that are in the text as `{{word}}`."""
     return set(_PLACEHOLDER.findall(text)) if "{{" in text else set()
 

@@ -43,13 +43,13 @@ from numpy.typing import NDArray
 
 from minimind.data.encode import WANTED, encode_records, reason_to_skip
 from minimind.data.encode import Kind as Kind
-from minimind.data.read import BadLines, batches, list_files, read_records
-from minimind.data.schemas import Record, count_unused, placeholders
+from minimind.data.read import InvalidRecords, batches, list_files, read_records
+from minimind.data.schemas import Record, count_unused, variables_in
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError
 from minimind.paths import cache_folder
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import refusal
+from minimind.tokenizer.chat import unsupported_reason
 
 Split = Literal["train", "validation"]
 _SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -344,7 +344,7 @@ def _make(
         bad_lines.unlink(missing_ok=True)
         shutil.rmtree(place, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f"{place.name}.making-", dir=place.parent))
-        bad = BadLines(bad_lines, max_bad_fraction)
+        bad = InvalidRecords(bad_lines, max_bad_fraction)
         manifest = described | _fill(work, files, tokenizer, described, bad, meter, progress)
         _write_manifest(work, manifest)
         os.replace(work, place)
@@ -367,7 +367,7 @@ def _fill(
     files: list[Path],
     tokenizer: Tokenizer,
     described: dict[str, Any],
-    bad: BadLines,
+    bad: InvalidRecords,
     meter: _Meter,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
@@ -422,9 +422,9 @@ def _fill(
 
 def _refused(files: list[Path], tokenizer: Tokenizer, schema: str) -> str:
     """Why the first conversation does not fit the chat format of a model made elsewhere, if so."""
-    records = read_records(files, schema=schema, bad=BadLines())
+    records = read_records(files, schema=schema, bad=InvalidRecords())
     first = next((talk for record in records for talk, _ in record.conversations), None)
-    reason = first and refusal(tokenizer, first)
+    reason = first and unsupported_reason(tokenizer, first)
     return f". The first conversation: {reason}" if reason else ""
 
 
@@ -437,7 +437,7 @@ def _filled(
     """The records, filled; on the way counts in how many a `{{word}}` or an unused key is."""
     for record in records:
         count_unused(unused, record)
-        found = {word for text in record.texts for word in placeholders(text)}
+        found = {word for text in record.texts for word in variables_in(text)}
         words.update(found)
         yield record.filled(fill) if found else record
 

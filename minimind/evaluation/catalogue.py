@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 from minimind.errors import UsageError
-from minimind.evaluation.asking import Style
-from minimind.evaluation.bits import Bits
-from minimind.evaluation.choice import Choice
-from minimind.evaluation.exams import read_exam
-from minimind.evaluation.prompts import degeneration_task
+from minimind.evaluation.benchmark_prompts import Style
+from minimind.evaluation.benchmarks import read_benchmark
+from minimind.evaluation.bits_per_byte import BitsPerByte
+from minimind.evaluation.generative import arithmetic_task, quiz_task
+from minimind.evaluation.multiple_choice import MultipleChoice
+from minimind.evaluation.open_ended import degeneration_task
 from minimind.evaluation.tasks import Task
-from minimind.evaluation.written import arithmetic_task, quiz_task
 
-EXAM_TASKS = ("ceval", "cmmlu", "mmlu", "c3", "choice")
-TASKS = ("bpb", *EXAM_TASKS, "gsm8k", "cmath", "quiz", "degeneration", "lm-eval:NAME")
+BENCHMARK_TASKS = ("ceval", "cmmlu", "mmlu", "c3", "choice")
+TASKS = ("bpb", *BENCHMARK_TASKS, "gsm8k", "cmath", "quiz", "degeneration", "lm-eval:NAME")
 
 
 def make_task(
@@ -30,14 +30,14 @@ def make_task(
     name, _, place = wanted.partition(":")
     places = [place] if place else list(data)
     if name == "bpb":
-        return Bits(places, limit)
+        return BitsPerByte(places, limit)
     if name == "quiz":
         return quiz_task(limit)
     if name == "degeneration":
         return degeneration_task(place, limit)
     if name in ("gsm8k", "cmath"):
         return arithmetic_task(name, places, limit)
-    if name not in EXAM_TASKS:
+    if name not in BENCHMARK_TASKS:
         raise UsageError(
             f"--task {wanted}: known are {', '.join(TASKS)}; NAME:PATH says where its data is"
         )
@@ -45,4 +45,4 @@ def make_task(
         raise UsageError("choice needs a file of question,A,B,C,D,answer: --task choice:FILE.csv")
     if not places:
         raise UsageError(f"{name} needs its questions: --data DIR, or --task {name}:PATH")
-    return Choice(read_exam(name, places), style, shots, limit)
+    return MultipleChoice(read_benchmark(name, places), style, shots, limit)

@@ -13,10 +13,10 @@ from typing import Any
 
 from minimind.errors import ResourceError
 from minimind.evaluation.judge import Trial
-from minimind.evaluation.pages import Bar, Cell, Folded, Page, Table, to_html, to_markdown
-from minimind.evaluation.prompts import Talk
+from minimind.evaluation.open_ended import OpenEndedTask
 from minimind.evaluation.tasks import Result
 from minimind.files import write_atomically
+from minimind.reporting.pages import Bar, Cell, Folded, Page, Table, to_html, to_markdown
 
 Figures = Mapping[str, Any]
 
@@ -84,7 +84,7 @@ RANKING: dict[str, Callable[[Figures], str]] = {
 
 
 def compared(
-    talk: Talk,
+    talk: OpenEndedTask,
     results: Mapping[str, Mapping[str, Result]],
     figures: Mapping[str, Figures],
     *,
@@ -138,7 +138,7 @@ def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
             raise ResourceError(f"{folder / name}: cannot be written: {error.strerror}") from error
 
 
-def figure_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+def metric_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     """A row a figure, a column a model."""
     models = comparison["models"].values()
     return [[name, *map(cell, models)] for name, cell in _FIGURES.items()]
@@ -174,7 +174,7 @@ def category_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def about_judge(judge: Figures) -> str:
+def describe_judge(judge: Figures) -> str:
     """How far it can be trusted, in words."""
     told = (
         f"{judge['name']}: {judge['read']:,} of {judge['trials']:,} replies could be read, "
@@ -194,7 +194,7 @@ def about_judge(judge: Figures) -> str:
     return told + "."
 
 
-def settings_told(comparison: Mapping[str, Any]) -> str:
+def describe_settings(comparison: Mapping[str, Any]) -> str:
     """How was asked, in words."""
     settings = comparison["settings"]
     how = (
@@ -205,7 +205,7 @@ def settings_told(comparison: Mapping[str, Any]) -> str:
     return f"{how}, up to {settings['max_new_tokens']:,} tokens an answer"
 
 
-def answer_told(answer: Figures) -> list[str]:
+def describe_answer(answer: Figures) -> list[str]:
     """The figures of one answer in words; those that are bad news last."""
     length = f"{answer['characters']:,} characters"
     told = [length if answer["tokens"] is None else f"{answer['tokens']:,} tokens, {length}"]
@@ -223,7 +223,7 @@ def as_page(comparison: Mapping[str, Any]) -> Page:
     """All of it, to be drawn."""
     models, judge = list(comparison["models"]), comparison["judge"]
     cards = {"models": f"{len(models):,}", "questions": f"{len(comparison['questions']):,}"}
-    page = Page(", ".join(models), f"Side by side: {settings_told(comparison)}.", cards)
+    page = Page(", ".join(models), f"Side by side: {describe_settings(comparison)}.", cards)
     if judge:
         if "agreement" in judge:
             cards["decided alike both ways"] = share(judge["agreement"])
@@ -232,12 +232,12 @@ def as_page(comparison: Mapping[str, Any]) -> Page:
         ranking: list[list[Cell]] = [[*row, Bar(one["score"] / 100)] for row, one in pairs]
         page.add(
             "Ranking",
-            f"{about_judge(judge)} {_JUDGED}",
+            f"{describe_judge(judge)} {_JUDGED}",
             Table([*RANKING, "0 – 100"], ranking, numbers=(2, 3, 4)),
             Folded("What the judge said", Table(_SAID, _reasons(comparison), kind="texts")),
         )
     numbers = range(1, len(models) + 1)
-    page.add("Figures", _EXPLAINED, Table(["", *models], figure_rows(comparison), numbers))
+    page.add("Figures", _EXPLAINED, Table(["", *models], metric_rows(comparison), numbers))
     head = ["category", "questions", *models]
     page.add(
         "By category",
@@ -274,7 +274,7 @@ def _answer(answer: Figures | None, score: float | None) -> str:
         return "(not asked yet)"
     if "error" in answer:
         return f"(failed: {answer['error']})"
-    told = answer_told(answer)
+    told = describe_answer(answer)
     if score is not None:
         told.insert(0, f"score {score:.1f}")
     return f"{answer['answer']}\n\n({', '.join(told)})"

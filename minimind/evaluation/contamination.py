@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from minimind.data.read import BadLines, list_files, read_texts
+from minimind.data.read import InvalidRecords, list_files, read_texts
 
 _BASE = numpy.uint64(0x9E3779B97F4A7C15)  # odd, with bits all over
 _TABLE_BITS = numpy.uint64(24)
@@ -86,7 +86,7 @@ def find_contamination(
         units = _characters(text) if finder is chinese else words.learn(text)
         if not finder.add(name, units):
             result.too_short.add(name)
-    bad = BadLines()
+    bad = InvalidRecords()
     for path in data:
         for file in list_files(path):
             for text in _pieces(read_texts([file], bad=bad, progress=progress)):

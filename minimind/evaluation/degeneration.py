@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import Any
 
 from minimind.evaluation.statistics import ratio_interval, wilson_interval
-from minimind.tokenizer.inspect import Script, script_of
+from minimind.tokenizer.stats import Script, script_of
 
 N = 4
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

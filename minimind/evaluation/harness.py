@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UsageError, install_line
-from minimind.evaluation.run import file_name, read_object
+from minimind.evaluation.runner import file_name, read_object
 from minimind.files import write_atomically
 from minimind.model import resolve_adapter_directory
 from minimind.model.device import choose_device

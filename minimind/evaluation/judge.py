@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from minimind.data.strict_json import parse_json
 from minimind.errors import MinimindError
-from minimind.evaluation.prompts import Prompt
-from minimind.evaluation.run import read_results, writing
+from minimind.evaluation.open_ended import Prompt
+from minimind.evaluation.runner import read_results, writing
 from minimind.evaluation.statistics import wilson_interval
-from minimind.evaluation.tasks import MOST_FAULTS, Result, asked_together
+from minimind.evaluation.tasks import MAX_CONSECUTIVE_ERRORS, Result, ask_concurrently
 from minimind.tokenizer.chat import Message
 
 _LETTERS = ("A", "B")
@@ -139,14 +139,14 @@ def judge(
     done, faults = len(wanted) - len(left), 0
     progress(done, len(wanted))
     with writing(path, header, results.values()) as write:
-        for place, reply in asked_together(lambda trial: ask(trial.messages()), left, at_once):
+        for place, reply in ask_concurrently(lambda trial: ask(trial.messages()), left, at_once):
             name = left[place].id
             results[name] = {"id": name, **_result(left[place], reply)}
             write(results[name])
             done += 1
             progress(done, len(wanted))
             faults = faults + 1 if "error" in results[name] else 0
-            if faults >= MOST_FAULTS:
+            if faults >= MAX_CONSECUTIVE_ERRORS:
                 break
     return {name: results[name] for name in wanted if name in results}
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from minimind.errors import MinimindError
+from minimind.evaluation.encoding import OwnPromptEncoder, PromptEncoder
 from minimind.evaluation.scoring import EngineScorer, Scorer
-from minimind.evaluation.tasks import Answer, Manner
-from minimind.evaluation.words import OwnWords, Words
+from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.inference.engine import Engine, Request
 from minimind.inference.load import inference_dtype, load_for_inference
 from minimind.inference.sampling import Sampling
@@ -79,13 +79,13 @@ class LocalModel:
             self._loaded = dtype, model, tokenizer
         return self._loaded[1], self._loaded[2]
 
-    def scorer(self) -> tuple[Scorer, Words]:
+    def scorer(self) -> tuple[Scorer, PromptEncoder]:
         """In float32. With a --context below the model's own, windows are that long."""
         model, tokenizer = self._load(torch.float32)
-        return EngineScorer(model, tokenizer, self.context), OwnWords(tokenizer)
+        return EngineScorer(model, tokenizer, self.context), OwnPromptEncoder(tokenizer)
 
     def answers(
-        self, questions: Sequence[str], manner: Manner
+        self, questions: Sequence[str], manner: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
         """Each in a conversation of its own, as they end."""
         model, tokenizer = self._load(None)

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from minimind.errors import MinimindError, ServiceError, UsageError, install_line
-from minimind.evaluation.tasks import Answer, Manner, asked_together, told
+from minimind.evaluation.tasks import Answer, GenerationConfig, ask_concurrently, told
 from minimind.tokenizer.chat import Message
 from minimind.version import __version__
 
 if TYPE_CHECKING:
     from minimind.evaluation.scoring import Scorer
-    from minimind.evaluation.words import Words
 
 CONNECTIONS = 8
 _RETRIES = 5  # per request: of refusals by rate limits, of server errors, of broken connections
@@ -73,7 +72,7 @@ class Service:
         """Return what is known of the model; whether its weights changed cannot be known."""
         return {"version": __version__, "url": self.url, "model": self._model}
 
-    def scorer(self) -> "tuple[Scorer, Words]":
+    def scorer(self) -> "tuple[Scorer, PromptEncoder]":
         """Raise UsageError."""
         raise UsageError(
             "a service gives no likelihoods; give a model directory, or take a task that is "
@@ -154,7 +153,7 @@ class Service:
         return Answer("".join(texts).strip(), tokens, finish_reason != "length")
 
     def answers(
-        self, questions: Sequence[str], manner: Manner
+        self, questions: Sequence[str], manner: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
         """Answer questions, several at a time."""
 
@@ -170,7 +169,7 @@ class Service:
 
         before = time.perf_counter()
         at_once = min(CONNECTIONS, manner.at_once)
-        for place, answer in asked_together(ask, questions, at_once):
+        for place, answer in ask_concurrently(ask, questions, at_once):
             now = time.perf_counter()
             if isinstance(answer, MinimindError):
                 yield place, answer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from minimind.errors import UsageError
-from minimind.inference.engine import Completion, Engine, Scoring
+from minimind.inference.engine import Completion, Engine, ScoreRequest
 from minimind.model import Transformer
 from minimind.model.rope import depends_on_length
 from minimind.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class EngineScorer:
             own = length if depends_on_length(self._model.config, length) else 0
             together.setdefault((row.tokens[: row.start], own), []).append(number)
         return [
-            _Asked(numbers, engine.submit(Scoring(prompt, [_end(rows[n]) for n in numbers])))
+            _Asked(numbers, engine.submit(ScoreRequest(prompt, [_end(rows[n]) for n in numbers])))
             for (prompt, _), numbers in together.items()
         ]
 

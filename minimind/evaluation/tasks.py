@@ -11,20 +11,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from minimind.data.read import BadLines
+from minimind.data.read import InvalidRecords
 from minimind.errors import MinimindError
+from minimind.evaluation.encoding import PromptEncoder
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.statistics import wilson_interval
-from minimind.evaluation.words import Words
 
 Result = dict[str, Any]
 T = TypeVar("T")
 R = TypeVar("R")
-MOST_FAULTS = 10  # one after the other; then it is not the questions
+MAX_CONSECUTIVE_ERRORS = 10  # one after the other; then it is not the questions
 
 
 @dataclass(frozen=True)
-class Manner:
+class GenerationConfig:
     """How answers are written; temperature 0 takes the likeliest word each time.
 
     at_once: how many questions are answered together, at the most.
@@ -60,11 +60,11 @@ class Model(Protocol):
 
     name: str
 
-    def scorer(self) -> tuple[Scorer, Words]:
+    def scorer(self) -> tuple[Scorer, PromptEncoder]:
         """What gives likelihoods."""
 
     def answers(
-        self, questions: Sequence[str], manner: Manner
+        self, questions: Sequence[str], manner: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
         """(place of the question, the model's answer or why there is none) as they come."""
 
@@ -74,7 +74,7 @@ class Task(Protocol):
 
     name: str
     unit: str
-    bad: BadLines
+    bad: InvalidRecords
 
     def __len__(self) -> int: ...
     def settings(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Task(Protocol):
         """The figures of results that have no error."""
 
 
-def share_right(correct: int, questions: int) -> dict[str, Any]:
+def accuracy(correct: int, questions: int) -> dict[str, Any]:
     return {
         "correct": correct,
         "questions": questions,
@@ -108,7 +108,7 @@ def results_of(found: Iterable[tuple[str, Result | Exception]]) -> Iterator[Resu
     for name, one in found:
         if isinstance(one, Exception):
             faults += 1
-            if faults >= MOST_FAULTS:
+            if faults >= MAX_CONSECUTIVE_ERRORS:
                 raise one
             yield {"id": name, "error": told(one)}
         else:
@@ -143,7 +143,7 @@ def scored(
             yield item, (asked, scores)
 
 
-def asked_together(
+def ask_concurrently(
     ask: Callable[[T], R], items: Sequence[T], at_once: int
 ) -> Iterator[tuple[int, R | MinimindError]]:
     """(place of the item, what `ask` gives or why it does not) as they come, from threads."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minimind.errors import ResourceError
-from minimind.inference.batch import CACHE_STEP, cache_positions
+from minimind.inference.batched_model import CACHE_STEP, cache_positions
 from minimind.model import Transformer
 from minimind.model.device import free_bytes
 

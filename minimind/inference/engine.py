@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
-from minimind.inference.batch import CHUNK, BatchedModel, Part
+from minimind.inference.batched_model import CHUNK, BatchedModel, Part
 from minimind.inference.capacity import MAX_SLOTS, CacheSizer, usable_bytes
 from minimind.inference.graphs import GraphedModel
-from minimind.inference.load import on_one_core
+from minimind.inference.load import single_threaded
 from minimind.inference.sampling import Penalties, Sampling, choose
-from minimind.inference.text import TextStream
+from minimind.inference.stop_strings import TextStream
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreRequest:
     """Ends that a text may have, to be weighed: nothing is written. Each has a token at the least.
 
     Where positions are scaled by a text's length, the longest end's counts for all.
@@ -170,7 +170,7 @@ class Completion:
     """
 
     def __init__(
-        self, request: Request | Scoring, room: int, deliver: Callable[[Piece], None] | None
+        self, request: Request | ScoreRequest, room: int, deliver: Callable[[Piece], None] | None
     ) -> None:
         self.request = request
         self.prompt_tokens = len(request.prompt)
@@ -227,7 +227,7 @@ class _Running:
 class _Scored(_Running):
     """One whose ends are weighed."""
 
-    def __init__(self, completion: Completion, slot: int, read: int, request: Scoring) -> None:
+    def __init__(self, completion: Completion, slot: int, read: int, request: ScoreRequest) -> None:
         super().__init__(completion, slot, _scoring_readings(slot, read, request))
         self.scores = [0.0] * len(request.ends)
 
@@ -305,7 +305,7 @@ class Engine:
         slots, self.context = size.slots, size.context
         self.cache_bytes = sizer.bytes(slots, self.context)
         self._num_threads = torch.get_num_threads()
-        with on_one_core():
+        with single_threaded():
             self.model = BatchedModel(
                 model, slots, self.context, int8=int8, threads=self._num_threads
             )
@@ -337,7 +337,7 @@ class Engine:
         self.close()
 
     def submit(
-        self, request: Request | Scoring, deliver: Callable[[Piece], None] | None = None
+        self, request: Request | ScoreRequest, deliver: Callable[[Piece], None] | None = None
     ) -> Completion:
         """Put a request in line, from any thread.
 
@@ -348,7 +348,7 @@ class Engine:
         error.
         """
         room = self.context - len(request.prompt)
-        if isinstance(request, Scoring):
+        if isinstance(request, ScoreRequest):
             self._check_scoring(request)
         else:
             self._check(request)
@@ -454,7 +454,7 @@ class Engine:
         if request.max_new_tokens is not None and request.max_new_tokens < 0:
             raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be 0 or more")
 
-    def _check_scoring(self, request: Scoring) -> None:
+    def _check_scoring(self, request: ScoreRequest) -> None:
         assert request.prompt and request.ends and all(request.ends), "nothing to weigh"
         if request.length > self.context:
             raise UsageError(
@@ -542,7 +542,7 @@ class Engine:
         """Find a slot, and what of the prompt needs no reading; not yet where that grows."""
         request = completion.request
         prompt = request.prompt
-        length = request.length if isinstance(request, Scoring) else len(prompt)
+        length = request.length if isinstance(request, ScoreRequest) else len(prompt)
         scored = isinstance(request, Request) and request.prompt_logprobs is not None
         alike = self.model.reads_alike(length) and not scored
         shared = [_shared_chunks(held, prompt) if alike else 0 for held in self._held]
@@ -555,7 +555,7 @@ class Engine:
         try:
             running = (
                 _Scored(completion, slot, read, request)
-                if isinstance(request, Scoring)
+                if isinstance(request, ScoreRequest)
                 else _Writing(completion, slot, read, request, self)
             )
         except torch.AcceleratorError:
@@ -663,7 +663,7 @@ class Engine:
             text.scores[end] += score
         for text in dict.fromkeys(entry[0] for entry in scored):
             if not all(map(math.isfinite, text.scores)):
-                self._fail(text, ModelError(BAD_NUMBERS))
+                self._fail(text, ModelError(NON_FINITE))
             elif not text.readings:
                 text.completion.scores = text.scores
                 self._finish(text, "stop")
@@ -676,7 +676,7 @@ class Engine:
         tokens = torch.tensor(following, dtype=torch.int64, device=scores.device)
         text.prompt_logprobs += self._token_logprobs(scores, tokens, [number] * len(following))
         if not all(math.isfinite(token.logprob) for token in text.prompt_logprobs):
-            self._fail(text, ModelError(BAD_NUMBERS))
+            self._fail(text, ModelError(NON_FINITE))
         elif part.start + len(part.tokens) == text.length:
             self._show(text, Piece("", prompt_logprobs=tuple(text.prompt_logprobs)))
 
@@ -701,7 +701,7 @@ class Engine:
                 continue
             with self._own_fault(text):
                 if not math.isfinite(sums[row]):
-                    raise ModelError(BAD_NUMBERS)
+                    raise ModelError(NON_FINITE)
                 self._go_on(text, int(chosen[row]), logprobs.get(row))
 
     @contextlib.contextmanager
@@ -853,7 +853,7 @@ def _as_exception(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(describe(error))
 
 
-def step_back() -> None:
+def lower_thread_priority() -> None:
     """Let other threads, which take less, go before the one that decodes; where there is Linux.
 
     To be called once there is an engine and before it decodes: what helps a thread is as nice as
@@ -865,7 +865,7 @@ def step_back() -> None:
 
 _NICENESS = 5  # benchmarks/records/service-reliability.md has what it brings
 
-BAD_NUMBERS = (
+NON_FINITE = (
     "the model gives scores that are not numbers: its weights are damaged, or its "
     "training went wrong. Take another checkpoint, or copy the model again"
 )
@@ -893,7 +893,7 @@ def _prompt_readings(
         yield _Reading(Part(slot, start, tokens, text_length, wanted))
 
 
-def _scoring_readings(slot: int, read: int, request: Scoring) -> Iterator[_Reading]:
+def _scoring_readings(slot: int, read: int, request: ScoreRequest) -> Iterator[_Reading]:
     """The prompt, then each end without its last token, all in the same places behind it."""
     *before, last = _prompt_readings(slot, read, request.prompt, request.length)
     yield from before

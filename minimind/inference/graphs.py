@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind.inference.batch import BatchedModel, Part
+from minimind.inference.batched_model import BatchedModel, Part
 
 _SHORTEST = 256  # positions that attention spans at the least: fewer would save no time
 

@@ -43,7 +43,7 @@ def load_for_inference(
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
     tokenizer.check_model(directory, config.vocab_size)
     dtype = dtype or inference_dtype(chosen)
-    with on_one_core():
+    with single_threaded():
         if adapter is None:
             model = load_model(directory, device=chosen, dtype=dtype)
         else:
@@ -56,7 +56,7 @@ def load_for_inference(
 
 
 @contextmanager
-def on_one_core() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """Let torch work with one core, in this thread, so that it starts no helpers for it.
 
     OpenMP gives each thread that calls torch helpers of its own. Where there are more of them than

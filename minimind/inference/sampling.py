@@ -58,7 +58,7 @@ class Sampling:
         return self.temperature < _GREEDY
 
     @property
-    def cuts(self) -> bool:
+    def truncates(self) -> bool:
         """Whether unlikely tokens are left out."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
@@ -118,8 +118,8 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[floa
         if len(drawn) < len(samplings)
         else logits.new_empty(len(samplings), dtype=torch.int64)
     )
-    for cuts in (False, True):
-        rows = [row for row in drawn if samplings[row].cuts == cuts]
+    for truncates in (False, True):
+        rows = [row for row in drawn if samplings[row].truncates == truncates]
         if rows:
             chosen[rows] = _draw(
                 logits[rows], [samplings[row] for row in rows], [uniform[row] for row in rows]
@@ -146,7 +146,7 @@ def candidates(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, T
     """
     device, vocab = logits.device, logits.shape[-1]
     scaled = logits / torch.tensor([s.temperature for s in samplings], device=device)[:, None]
-    if not samplings[0].cuts:
+    if not samplings[0].truncates:
         return torch.arange(vocab, device=device).expand_as(scaled), scaled.softmax(-1)
     limits = torch.tensor(
         [(min(s.top_k or vocab, vocab), s.top_p, s.min_p) for s in samplings], device=device

@@ -1,9 +1,9 @@
 """The transformer, its LoRA adapters, and reading and writing both as Hugging Face does."""
 
 from minimind.config.model import PRESETS, ModelConfig
-from minimind.model.cache import KVCache
 from minimind.model.directory import load_model, read_config, resolve_model_directory, save_model
 from minimind.model.fingerprint import fingerprint
+from minimind.model.kv_cache import KVCache
 from minimind.model.lora import (
     apply_lora,
     merge_adapter,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
-from minimind.model.cache import KVCache
+from minimind.model.kv_cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rotate
 

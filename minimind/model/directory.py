@@ -97,7 +97,7 @@ def save_model(
     Raises ResourceError when it cannot be written, ModelError when something else is there.
     """
     size = sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
-    with written_whole(directory, "model", "config.json", size) as work:
+    with write_atomically(directory, "model", "config.json", size) as work:
         tensors = {
             name: tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
             for name, tensor in model.state_dict().items()
@@ -118,7 +118,7 @@ def save_model(
 
 
 @contextlib.contextmanager
-def written_whole(directory: Path, kind: str, mark: str, size: int) -> Iterator[Path]:
+def write_atomically(directory: Path, kind: str, mark: str, size: int) -> Iterator[Path]:
     """A folder to write into, which then becomes `directory`; on an error nothing has changed.
 
     Its files are on the disk, not in a cache, before it takes that name.

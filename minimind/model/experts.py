@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
-from minimind.model.rows import short_of_round
+from minimind.model.rows import padding_to_multiple
 
 _MANY = 64  # rows from which on their number is rounded
 
@@ -68,7 +68,7 @@ class RoutedExperts(nn.Module):
             routing.logits.append(logits)
             routing.chosen.append(chosen)
         weights = best.softmax(-1).to(x.dtype)
-        out = routed(
+        out = moe(
             x.flatten(0, 1),
             chosen.flatten(0, 1),
             weights.flatten(0, 1),
@@ -98,7 +98,7 @@ class ExpertMatrices(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, out, into))
 
 
-def routed_plainly(
+def moe_reference(
     x: Tensor, chosen: Tensor, weights: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
     """What `routed` computes, as the definition has it; E / K times as much work.
@@ -112,7 +112,7 @@ def routed_plainly(
     return out
 
 
-def routed(
+def moe(
     x: Tensor, chosen: Tensor, weights: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
     """The chosen experts' outputs [N, hidden], weighted and added up.
@@ -130,9 +130,9 @@ def routed(
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     rows = _Rows.apply(x, order, back, num_chosen)
     if _has_grouped_products(x.device, output_weight):
-        rows = grouped(rows, by_expert, input_weight, output_weight)
+        rows = moe_grouped_mm(rows, by_expert, input_weight, output_weight)
     else:
-        rows = sliced(rows, by_expert, input_weight, output_weight)
+        rows = moe_loop(rows, by_expert, input_weight, output_weight)
     rows = _Rows.apply(rows, back, order, 1).unflatten(0, (-1, num_chosen))
     return (rows * weights.unsqueeze(-1)).sum(1)
 
@@ -144,7 +144,9 @@ def _has_grouped_products(device: torch.device, output_weight: Tensor) -> bool:
     return all(size % 8 == 0 for size in output_weight.shape[1:])
 
 
-def sliced(rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor) -> Tensor:
+def moe_loop(
+    rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor
+) -> Tensor:
     """SwiGLU of rows sorted by expert, an expert after the other.
 
     Their number has to be known here, which on a GPU would mean to wait for it: see `grouped`.
@@ -165,11 +167,13 @@ def _rounded(rows: Tensor) -> Tensor:
 
     An expert has another number of tokens each time.
     """
-    short = short_of_round(len(rows)) if len(rows) > _MANY else 0
+    short = padding_to_multiple(len(rows)) if len(rows) > _MANY else 0
     return F.pad(rows, (0, 0, 0, short)) if short else rows
 
 
-def grouped(rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor) -> Tensor:
+def moe_grouped_mm(
+    rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor
+) -> Tensor:
     """The same with two products over all experts, whose borders never leave the device.
 
     That holds for bf16 from NVIDIA's Hopper on; in other numbers and on older devices torch itself

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ConfigError, ModelError
-from minimind.model.directory import FLOATS, write_json, written_whole
+from minimind.model.directory import FLOATS, write_atomically, write_json
 from minimind.model.transformer import Transformer
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -133,7 +133,7 @@ def save_adapter(directory: Path, model: Transformer, settings: LoRASettings, ba
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with written_whole(directory, "LoRA adapter", _CONFIG, size) as work:
+    with write_atomically(directory, "LoRA adapter", _CONFIG, size) as work:
         save_file(tensors, work / _WEIGHTS, metadata={"format": "pt"})
         write_json(work / _CONFIG, config)
 

@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
 
 
-def normed_on_cpu(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_cpu(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x [..., width] with a root mean square of 1, what it was multiplied by [..., 1])."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -43,7 +43,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        normed, scale = normed_on_cpu(x, eps)
+        normed, scale = rms_norm_cpu(x, eps)
         ctx.save_for_backward(normed, scale, weight)
         return (normed * weight).to(dtype)
 

@@ -3,7 +3,7 @@
 _ROUND = 64
 
 
-def short_of_round(count: int) -> int:
+def padding_to_multiple(count: int) -> int:
     """How many rows of zeros make `count` a round number.
 
     On a CPU oneDNN keeps about a megabyte for each number of rows that it meets, a thousand of

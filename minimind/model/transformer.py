@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minimind.config.model import ModelConfig, RopeKind
 from minimind.model.attention import Attention
-from minimind.model.cache import KVCache
 from minimind.model.experts import RoutedExperts, Routing, SharedExperts
 from minimind.model.feed_forward import FeedForward
+from minimind.model.kv_cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import depends_on_length, extend_context, rope_table
 

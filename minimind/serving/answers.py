@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minimind.errors import MinimindError, UsageError
-from minimind.inference.conversation import fit_chat
 from minimind.inference.engine import Completion, Piece, Request, TokenLogprob
 from minimind.inference.grammar import ANY_OBJECT, Grammar
 from minimind.inference.sampling import Sampling
+from minimind.inference.truncation import fit_chat
 from minimind.serving.errors import APIError
 from minimind.serving.models import ServedModel
 from minimind.serving.requests import (

@@ -42,7 +42,7 @@ class ChatLogprobs(_Answer):
     """Log-probabilities of an answer's tokens."""
 
     content: list[TokenLogprob]
-    refusal: None = None
+    unsupported_reason: None = None
 
 
 FinishReason = Literal["stop", "length"]
@@ -53,7 +53,7 @@ class AnswerMessage(_Answer):
 
     role: Literal["assistant"] = "assistant"
     content: str
-    refusal: None = None
+    unsupported_reason: None = None
 
 
 class ChatChoice(_Answer):

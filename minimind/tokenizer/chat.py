@@ -103,7 +103,7 @@ def encode_chats(
     ]
 
 
-def refusal(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
+def unsupported_reason(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
     """Why a conversation is none to learn from in the model's own chat format; in ours all are."""
     if not tokenizer.template:
         return None

@@ -81,7 +81,7 @@ class Mark:
     learned: bool  # as in Run
 
 
-Skeleton = tuple[Run | Mark, ...]
+Layout = tuple[Run | Mark, ...]
 
 
 @dataclass
@@ -95,7 +95,7 @@ class ChatTemplate:
     source: str
     names: Mapping[str, str]
     controls: Mapping[str, Control]
-    _skeletons: dict[tuple[tuple[str, ...], bool], Skeleton] = field(default_factory=dict)
+    _skeletons: dict[tuple[tuple[str, ...], bool], Layout] = field(default_factory=dict)
     _prompt_ends: dict[tuple[str, ...], list[str | Control] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class ChatTemplate:
         longest_first = sorted(self.controls, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Skeleton:
+    def skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Layout:
         """What the template writes around messages of these roles.
 
         Raises TokenizerError with the template's own words when it wants other roles, and when it
@@ -196,7 +196,7 @@ class ChatTemplate:
         rendered: Sequence[str | Slot | Control],
         roles: tuple[str, ...],
         learned: frozenset[int],
-    ) -> Skeleton:
+    ) -> Layout:
         """Runs and marks; an answer begins a run of its own, since its beginning is a prompt's end.
 
         To an answer belongs all up to and with the control token that ends it.

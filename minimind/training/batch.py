@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind.data.packing import IGNORED, Batch, Mix
+from minimind.data.packing import IGNORED, Batch, MixedDataset
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TensorBatch:
     num_tokens: int = 0
 
 
-def learned_places(labels: Tensor) -> Tensor:
+def label_indices(labels: Tensor) -> Tensor:
     """`TensorBatch.learned` of labels [B, T] in the CPU's memory."""
     return (labels.flatten() != IGNORED).nonzero()[:, 0]
 
@@ -54,7 +54,7 @@ def to_device(batch: Batch, device: torch.device) -> TensorBatch:
         moved(batch.tokens),
         moved(batch.labels),
         None if batch.segments is None else moved(batch.segments),
-        move(learned_places(torch.from_numpy(batch.labels))),
+        move(label_indices(torch.from_numpy(batch.labels))),
         None if pairs is None else TensorPairs(moved(pairs.sequences), moved(pairs.reference)),
         _count_tokens(batch),
     )
@@ -74,7 +74,7 @@ class Prefetcher:
     The thread works on NumPy arrays alone, so that it takes no processor from torch's threads.
     """
 
-    def __init__(self, mix: Mix) -> None:
+    def __init__(self, mix: MixedDataset) -> None:
         self._mix = mix
         self._thread = ThreadPoolExecutor(1, "minimind-batches")
         self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None

@@ -15,7 +15,13 @@ import torch
 
 from minimind.config.model import ModelConfig, RopeKind
 from minimind.config.settings import DataFile, Recipe
-from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
+from minimind.data.packing import (
+    ChatSequences,
+    MixedDataset,
+    PairSequences,
+    Sequences,
+    TextSequences,
+)
 from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
@@ -28,7 +34,7 @@ from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
 from minimind.training.optimizers import count_moments
-from minimind.training.reporter import Reporter, counted
+from minimind.training.reporter import Reporter, pluralize
 
 DEFAULT_VOCAB = 6400  # of a tokenizer that is not there yet
 KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "dpo": "pairs"}
@@ -260,30 +266,29 @@ def base_sha256(recipe: Recipe) -> str:
 
 def build_mixes(
     recipe: Recipe, tokenizer: Tokenizer, stores: Stores, reporter: Reporter
-) -> tuple[Mix, Mix | None, list[Mix]]:
+) -> tuple[MixedDataset, MixedDataset | None, list[MixedDataset]]:
     """Training data as a weighted mix, held-out data, and general sets, each cut into windows."""
 
-    def windows(store: TokenStore, split: Split) -> Windows:
+    def windows(store: TokenStore, split: Split) -> Sequences:
         shards = store.shards(split)
         if store.manifest["kind"] == "text":
-            return TextWindows(shards, recipe.data.seq_len)
+            return TextSequences(shards, recipe.data.seq_len)
         pairs = store.manifest["kind"] == "pairs"
-        packed = (PairWindows if pairs else ChatWindows)(
+        packed = (PairSequences if pairs else ChatSequences)(
             shards, recipe.data.seq_len, pad=tokenizer.end_of_text, seed=recipe.seed
         )
         if split == "train" and store in stores.sources:
             report = packed.report
             alike = f", {report.identical:,} because both sides are the same" * pairs
             reporter.say(
-                f"{counted(report.conversations, 'pair' if pairs else 'conversation')} in "
-                f"{counted(report.windows, 'window')}, {report.fill:.1%} full; {report.cut:,} cut "
-                f"at the window's end, {report.unsupervised:,} left out because no answer was "
-                f"left{alike}"
+                f"{pluralize(report.conversations, 'pair' if pairs else 'conversation')} in "
+                f"{pluralize(report.windows, 'sequence')}, {report.fill:.1%} full; {report.cut:,} "
+                f"truncated, {report.unsupervised:,} left out because no answer was left{alike}"
             )
         return packed
 
     weights = [source.weight for source in recipe.data.sources]
-    data = Mix([windows(store, "train") for store in stores.sources], weights, recipe.seed)
+    data = MixedDataset([windows(store, "train") for store in stores.sources], weights, recipe.seed)
     if not data.order.epoch_size:
         raise DataError(
             f"the data gives not one window of {recipe.data.seq_len} tokens; "
@@ -292,10 +297,12 @@ def build_mixes(
     parts = [windows(store, "train") for store in stores.validation] or [
         windows(store, "validation") for store in stores.sources
     ]
-    held_out = Mix(parts, [1.0] * len(parts), recipe.seed)
+    held_out = MixedDataset(parts, [1.0] * len(parts), recipe.seed)
     if not held_out.order.epoch_size:
         reporter.say("too little text is held out for a validation; give data.validation")
-    general = [Mix([windows(store, "train")], [1.0], recipe.seed) for store in stores.general]
+    general = [
+        MixedDataset([windows(store, "train")], [1.0], recipe.seed) for store in stores.general
+    ]
     return (
         data,
         held_out if held_out.order.epoch_size else None,

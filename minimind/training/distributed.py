@@ -44,7 +44,7 @@ _LOST_CONNECTION = (
 
 
 @dataclass(frozen=True)
-class Workers:
+class ProcessGroup:
     """This process among those that train together; alone unless told otherwise."""
 
     rank: int = 0
@@ -54,17 +54,17 @@ class Workers:
     _talk: Any = field(default=None, repr=False)  # a group over the CPU's memory
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """The one that writes: logs, checkpoints, the model; and that shows progress."""
         return self.rank == 0
 
-    def share(self, start: int, count: int) -> range:
+    def shard(self, start: int, count: int) -> range:
         """Which of samples start … start+count-1 are this process's; all have as many."""
         assert count % self.size == 0, "every process has as many samples"
         each = count // self.size
         return range(start + self.rank * each, start + (self.rank + 1) * each)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether it is so in any process. Like all that follows, all call it or none does."""
         if self.size == 1:
             return flag
@@ -73,7 +73,7 @@ class Workers:
             dist.all_reduce(told, dist.ReduceOp.MAX, group=self._talk)
         return bool(told)
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Put the sums over all processes in place of tensors of one type and device."""
         if self.size == 1:
             return
@@ -85,25 +85,25 @@ class Workers:
             shaped = [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
             torch._foreach_copy_(bucket, shaped)
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Put the first process's numbers in place of everybody's."""
         for tensor in tensors if self.size > 1 else ():
             with self._company():
                 dist.broadcast(tensor, 0, group=None if tensor.is_cuda else self._talk)
 
-    def tell(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """What the first process says, as JSON can; what the others give is of no matter."""
         if self.size == 1:
             return value
-        text = bytearray(json.dumps(value).encode() if self.is_first else b"")
+        text = bytearray(json.dumps(value).encode() if self.is_main else b"")
         size = torch.tensor([len(text)])
-        self.spread([size])
-        told = torch.frombuffer(text, dtype=torch.uint8) if self.is_first else None
+        self.broadcast_([size])
+        told = torch.frombuffer(text, dtype=torch.uint8) if self.is_main else None
         told = torch.empty(int(size), dtype=torch.uint8) if told is None else told
-        self.spread([told])
+        self.broadcast_([told])
         return json.loads(told.numpy().tobytes())
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Each process's tensor, by rank; all are of one shape, and in the CPU's memory."""
         if self.size == 1:
             return [tensor]
@@ -113,13 +113,13 @@ class Workers:
         return found
 
     @contextlib.contextmanager
-    def first_in_turn(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The first process does it, then all others: they find made what it has made."""
-        if not self.is_first:
-            self.any(False)
+        if not self.is_main:
+            self.any_rank(False)
         yield
-        if self.is_first:
-            self.any(False)
+        if self.is_main:
+            self.any_rank(False)
 
     @contextlib.contextmanager
     def _company(self) -> Iterator[None]:
@@ -147,7 +147,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     return any(words in message for words in _LOST_CONNECTION) and not is_out_of_memory(error)
 
 
-ALONE = Workers()
+SINGLE_PROCESS = ProcessGroup()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -163,14 +163,14 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def join(device: str) -> Iterator[Workers]:
+def join(device: str) -> Iterator[ProcessGroup]:
     """Meet the processes that were started together with this one; alone if none were.
 
     Raises ConfigError or ResourceError for a device of which there is not one for each, ConfigError
     when somebody else than a launcher has set RANK.
     """
     if "RANK" not in os.environ:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     told = os.environ
     try:
@@ -182,7 +182,7 @@ def join(device: str) -> Iterator[Workers]:
             f"RANK is set and {error.args[0]} is not: start several processes by torchrun or "
             "--nproc, and one without RANK"
         ) from None
-    own = own_device(device, Workers(rank, size, local_rank, local_size))
+    own = local_device(device, ProcessGroup(rank, size, local_rank, local_size))
     if own.type == "cuda":
         torch.cuda.set_device(own)
         dist.init_process_group("nccl", device_id=own)
@@ -190,11 +190,11 @@ def join(device: str) -> Iterator[Workers]:
     else:
         dist.init_process_group("gloo", timeout=_PATIENCE)
         talk = dist.group.WORLD
-    yield Workers(rank, size, local_rank, local_size, talk)
+    yield ProcessGroup(rank, size, local_rank, local_size, talk)
     dist.destroy_process_group()  # not after an error: others may be gone, or be waiting
 
 
-def own_device(name: str, workers: Workers) -> torch.device:
+def local_device(name: str, workers: ProcessGroup) -> torch.device:
     """The device of this process: on a machine with GPUs each has its own.
 
     Raises ConfigError or ResourceError when there is not one for each.

@@ -8,8 +8,8 @@ import torch
 
 from minimind.config.model import ModelConfig
 from minimind.errors import ResourceError
-from minimind.training.objectives.next_token import LOGITS_AT_ONCE
-from minimind.training.reporter import counted
+from minimind.training.objectives.next_token import LOGIT_CHUNK
+from minimind.training.reporter import pluralize
 
 # Bytes, measured on a CPU in bf16 within a third: benchmarks/records/memory.md.
 _PER_WIDTH = 26  # what backward needs of a token in a layer, for each unit of the model's width
@@ -52,7 +52,7 @@ class Footprint:
             "copies in half precision": copied * self.parameters,
             "copy that is saved": 4 * saved,
             "activations": tokens * kept,
-            "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGITS_AT_ONCE),
+            "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGIT_CHUNK),
         }
 
     def total(self, windows: int) -> int:
@@ -81,7 +81,7 @@ def choose_micro_batch(
     batch: int,
     device: torch.device,
     free: int | None,
-    sharers: int = 1,
+    processes_per_device: int = 1,
     saved: int | None = None,
 ) -> int:
     """Windows at once: what is asked for, or the largest divisor of `batch` that is quick and fits.
@@ -91,7 +91,7 @@ def choose_micro_batch(
     smallest of it, what is asked for and what fits is taken.
     Raises ResourceError, with what would fit, when memory is too short.
     """
-    free = None if free is None else free // sharers
+    free = None if free is None else free // processes_per_device
     fitting = footprint.fitting(batch, free)
     if saved:
         wanted = min(saved, asked or saved)
@@ -118,8 +118,8 @@ def choose_micro_batch(
     else:
         advice = "take a smaller model (model.preset) or a shorter data.seq_len"
     raise ResourceError(
-        f"too little memory on {device}: {counted(chosen, 'window')} of {footprint.window} tokens "
-        f"at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "
+        f"too little memory on {device}: {pluralize(chosen, 'sequence')} of "
+        f"{footprint.window} tokens at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "
         f"{free / 1e9:.1f} GB are free; {advice}"
     )
 

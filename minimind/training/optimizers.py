@@ -58,14 +58,14 @@ class Muon:
         torch._foreach_lerp_(buffers, gradients, 1 - self._momentum)
         torch._foreach_lerp_(gradients, buffers, self._momentum)
         matrices = torch.stack(gradients).view(-1, rows, columns)
-        updates = orthogonalise(matrices).reshape(-1, *shape)
+        updates = orthogonalize(matrices).reshape(-1, *shape)
         scale = max(1.0, rows / columns) ** 0.5
         weights: list[Tensor] = list(group)
         torch._foreach_mul_(weights, 1 - self.lr * self._decay)
         torch._foreach_add_(weights, list(updates), alpha=-self.lr * scale)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Send each [rows, columns] of [n, rows, columns] near the closest matrix whose singular
     values are all 1: five steps of a quintic Newton-Schulz iteration, in the float32 of weights.
 

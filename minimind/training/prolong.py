@@ -8,7 +8,7 @@ from minimind.config import load_recipe
 from minimind.config.settings import Recipe, ScheduleSettings
 from minimind.errors import CheckpointError
 from minimind.training.checkpoint import inspect_checkpoints, set_aside
-from minimind.training.reporter import counted
+from minimind.training.reporter import pluralize
 from minimind.training.run import other_recipe
 from minimind.training.schedule import lr_fraction
 
@@ -39,7 +39,7 @@ def prolong(run: Path, recipe: Recipe, num_steps: int, say: Callable[[str], None
     there = [one for one in inspect_checkpoints(run, thorough=False) if not one.trouble]
     if not there:
         raise CheckpointError(
-            f"{run}: no checkpoint is left to continue from with {counted(num_steps, 'step')}. "
+            f"{run}: no checkpoint is left to continue from with {pluralize(num_steps, 'step')}. "
             "Give the same number of steps, choose another --out, or start over with --fresh"
         )
     planned = int(there[-1].state.get("num_steps", num_steps))

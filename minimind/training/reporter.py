@@ -17,6 +17,6 @@ class Reporter:
         """One line (or a few) worth reading."""
 
 
-def counted(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     """`1 window`, `2,000 windows`."""
     return f"{number:,} {what}" + "s" * (number != 1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from minimind.config import Role, dump_recipe, load_recipe, role_of
 from minimind.config.settings import Recipe, TrainingSettings
-from minimind.data.packing import Mix
+from minimind.data.packing import MixedDataset
 from minimind.errors import CheckpointError, ConfigError, ModelError
 from minimind.model import Transformer, resolve_model_directory, save_adapter, save_model
 from minimind.model.device import free_bytes
@@ -40,15 +40,14 @@ from minimind.training.checkpoint import (
     newest_state,
     restore_weights,
 )
-from minimind.training.distributed import ALONE, Workers, join, own_device
+from minimind.training.distributed import SINGLE_PROCESS, ProcessGroup, join, local_device
 from minimind.training.lock import run_lock
-from minimind.training.loop import Measured, Outcome, Trainer, train
 from minimind.training.memory import choose_micro_batch, peak_bytes
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.precision import choose_precision
 from minimind.training.prolong import prolong
-from minimind.training.reference import fill_references
-from minimind.training.reporter import Reporter, counted
+from minimind.training.reference_logprobs import compute_reference_logprobs
+from minimind.training.reporter import Reporter, pluralize
 from minimind.training.run import (
     TOKENIZER,
     changes_length,
@@ -61,6 +60,7 @@ from minimind.training.run import (
     write_atomically,
     write_recipe,
 )
+from minimind.training.trainer import EvalSet, Trainer, TrainingResult, train
 
 # (model, tokenizer) -> {"prompt", "text"} for each prompt; decoding is not this room's business.
 WriteSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
@@ -95,8 +95,8 @@ def run_stage(
     """
     run = _run_directory(recipe)
     with join(recipe.device) as workers:
-        if not workers.is_first:
-            summary = workers.tell(None)
+        if not workers.is_main:
+            summary = workers.broadcast_object(None)
             if summary is not None:
                 return _result(recipe, run, summary)
             return _run(recipe, run, workers, Reporter(), lambda model, tokenizer: [], {})
@@ -106,7 +106,7 @@ def run_stage(
                 clear(run, recipe)
             changes = recipe_changes(run, recipe)
             done = None if changes_length(changes) else finished_summary(run, recipe)
-            summary = workers.tell(done)
+            summary = workers.broadcast_object(done)
             if summary is not None:
                 return _result(recipe, run, summary)
             return _run(recipe, run, workers, reporter, write_samples, changes)
@@ -133,14 +133,14 @@ def prepare_stage(
     *,
     reporter: Reporter,
     write_samples: WriteSamples = lambda model, tokenizer: [],
-    workers: Workers = ALONE,
+    workers: ProcessGroup = SINGLE_PROCESS,
 ) -> Prepared:
     """Do everything that comes before training: model, token stores, windows.
 
     Raises whatever reading the data, the tokenizer and the model raises.
     """
     run = _run_directory(recipe)
-    device = own_device(recipe.device, workers)
+    device = local_device(recipe.device, workers)
     share = _share(recipe.training, workers)
     precision = choose_precision(recipe.training.precision, device)
     free = free_bytes(device)  # before the weights are there, which the footprint counts
@@ -156,11 +156,11 @@ def prepare_stage(
         batch=share,
         device=device,
         free=free,
-        sharers=workers.local_size if device.type == "cpu" else 1,
+        processes_per_device=workers.local_size if device.type == "cpu" else 1,
     )
     if before and micro_batch < min(before, asked or before):
         reporter.say(
-            f"{counted(micro_batch, 'window')} at once instead of {before}: "
+            f"{pluralize(micro_batch, 'window')} at once instead of {before}: "
             f"no more fit into the memory that is free on {device}"
         )
     stores = open_stores(recipe, tokenizer, reporter)
@@ -183,7 +183,7 @@ def prepare_stage(
         write_samples=lambda: write_samples(model, tokenizer),
         data_sha256=data_sha256(stores),
         base_sha256=base,
-        general=Measured(NextToken(tokenizer.token_bytes, device), general) if general else None,
+        general=EvalSet(NextToken(tokenizer.token_bytes, device), general) if general else None,
         validate_first=bool(recipe.model.init),
         workers=workers,
     )
@@ -201,10 +201,10 @@ def _report(job: Trainer) -> None:
         + (f", {count_parameters(job.model, trained=True):,} of them trained," * bool(recipe.lora))
         + f" in {job.workers.size} processes" * (job.workers.size > 1)
         + f" on {job.device} in {job.precision.name}; "
-        f"{counted(job.data.order.epoch_size, 'sequence')} of {recipe.data.seq_len} tokens "
+        f"{pluralize(job.data.order.epoch_size, 'sequence')} of {recipe.data.seq_len} tokens "
         "per epoch; "
-        f"{counted(job.num_steps, 'step')} of "
-        f"{counted(recipe.training.global_batch_size, 'sequence')}"
+        f"{pluralize(job.num_steps, 'step')} of "
+        f"{pluralize(recipe.training.global_batch_size, 'sequence')}"
     )
 
 
@@ -247,7 +247,7 @@ def _start(
     return tokenizer, model
 
 
-def _share(settings: TrainingSettings, workers: Workers) -> int:
+def _share(settings: TrainingSettings, workers: ProcessGroup) -> int:
     """Windows of a batch that each process takes. Raises ConfigError if they are not as many."""
     share, rest = divmod(settings.global_batch_size, workers.size)
     if rest:
@@ -258,7 +258,7 @@ def _share(settings: TrainingSettings, workers: Workers) -> int:
     if settings.micro_batch_size and share % settings.micro_batch_size:
         raise ConfigError(
             f"training.micro_batch_size={settings.micro_batch_size}: each of {workers.size} "
-            f"processes takes {counted(share, 'sequence')} of a batch of "
+            f"processes takes {pluralize(share, 'sequence')} of a batch of "
             f"{settings.global_batch_size}; "
             f"choose a divisor of {share}"
         )
@@ -268,44 +268,44 @@ def _share(settings: TrainingSettings, workers: Workers) -> int:
 def _run(
     recipe: Recipe,
     run: Path,
-    workers: Workers,
+    workers: ProcessGroup,
     reporter: Reporter,
     write_samples: WriteSamples,
     changes: dict[str, str],
 ) -> StageResult:
-    if recipe.training.backend == "deepspeed" and workers is ALONE:
+    if recipe.training.backend == "deepspeed" and workers is SINGLE_PROCESS:
         raise ConfigError(
             "training.backend: deepspeed shares work among processes that are started together: "
             "give --nproc N, or use torchrun or DeepSpeed's own launcher"
         )
     begun_here = has_begun(run)
-    if workers.tell(begun_here) is False and begun_here:
+    if workers.broadcast_object(begun_here) is False and begun_here:
         raise CheckpointError(
             f"{run} on {platform.node()} holds this run, and the first process, which is on "
             "another machine, does not. Let that machine be the first (torchrun --node-rank 0), or "
             "put the run on a disk that all share"
         )
-    with workers.first_in_turn():  # the others find the token stores that it has made
+    with workers.main_process_first():  # the others find the token stores that it has made
         prepared = prepare_stage(
             recipe, reporter=reporter, write_samples=write_samples, workers=workers
         )
     given = [dump_recipe(recipe.model_copy(update={"out": None})), prepared.job.data_sha256]
     given.append(prepared.job.base_sha256)
-    if workers.tell(given) != given:
+    if workers.broadcast_object(given) != given:
         raise ConfigError(
             f"process {workers.rank} of 0-{workers.size - 1} on {platform.node()} was given other "
             "settings or other data than the first one; give the same on every machine"
         )
-    prepared.job.micro_batch = workers.tell(prepared.job.micro_batch)
-    if workers.is_first:
+    prepared.job.micro_batch = workers.broadcast_object(prepared.job.micro_batch)
+    if workers.is_main:
         _record(prepared, changes)
     if recipe.objective == "dpo":
-        fill_references(prepared.job)
+        compute_reference_logprobs(prepared.job)
     outcome = train(prepared.job)
     summary = _summary(prepared, outcome)
     if not outcome.finished:
         return StageResult(run, None, summary)
-    if not workers.is_first:
+    if not workers.is_main:
         return _result(recipe, run, summary)
     summary |= _baseline(prepared)
     if recipe.lora:
@@ -338,7 +338,7 @@ def _run_directory(recipe: Recipe) -> Path:
     return run
 
 
-def _summary(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+def _summary(prepared: Prepared, outcome: TrainingResult) -> dict[str, Any]:
     job = prepared.job
     summary: dict[str, Any] = {
         "objective": job.recipe.objective,
@@ -380,7 +380,10 @@ def _baseline(prepared: Prepared) -> dict[str, float]:
 
 
 def unigram_bits_per_byte(
-    counts: NDArray[np.float64], held_out: Mix, num_windows: int, token_bytes: Sequence[int]
+    counts: NDArray[np.float64],
+    held_out: MixedDataset,
+    num_windows: int,
+    token_bytes: Sequence[int],
 ) -> float:
     """Bits per byte of held-out windows if each token came with its frequency in training.
 

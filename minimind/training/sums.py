@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind.training.distributed import Workers
+from minimind.training.distributed import ProcessGroup
 from minimind.training.objectives import Objective
 
 
 @dataclass
-class Sums:
+class LossSums:
     """Losses, their number, and what else an objective adds up; kept on the device until read.
 
     tokens: how many were read, without padding.
@@ -22,13 +22,13 @@ class Sums:
     more: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | int = 0
 
-    def add(self, other: "Sums") -> None:
+    def add(self, other: "LossSums") -> None:
         self.loss = self.loss + other.loss
         self.count = self.count + other.count
         self.tokens = self.tokens + other.tokens
         self.more = {key: self.more.get(key, 0) + value for key, value in other.more.items()}
 
-    def over(self, workers: Workers, device: torch.device) -> None:
+    def over(self, workers: ProcessGroup, device: torch.device) -> None:
         """Add up those of all processes. Double precision holds every number exactly."""
         if workers.size == 1:
             return
@@ -36,7 +36,7 @@ class Sums:
         parts = [torch.as_tensor(part) for part in own]
         sizes = [part.numel() for part in parts]
         flat = torch.cat([part.to(device, torch.float64).flatten() for part in parts])
-        workers.sum([flat])
+        workers.all_reduce_([flat])
         totals = [
             total.view(part.shape).to(part.dtype)
             for part, total in zip(parts, flat.split(sizes), strict=True)
@@ -44,9 +44,11 @@ class Sums:
         self.loss, self.count, self.tokens = totals[:3]
         self.more = dict(zip(self.more, totals[3:], strict=True))
 
-    def complete(self, workers: Workers, device: torch.device) -> None:
+    def complete(self, workers: ProcessGroup, device: torch.device) -> None:
         """Add zeros for what the first process has and this one, without a sample, has not."""
-        shapes = workers.tell({name: list(value.shape) for name, value in self.more.items()})
+        shapes = workers.broadcast_object(
+            {name: list(value.shape) for name, value in self.more.items()}
+        )
         for name, shape in shapes.items():
             self.more.setdefault(name, torch.zeros(shape, device=device))
 
@@ -57,7 +59,7 @@ class Sums:
         return numbers | {"more": more}
 
     @classmethod
-    def load(cls, state: dict[str, Any], device: torch.device) -> "Sums":
+    def load(cls, state: dict[str, Any], device: torch.device) -> "LossSums":
         more = {key: torch.tensor(value, device=device) for key, value in state["more"].items()}
         loss = torch.tensor(state["loss"], device=device)
         count = torch.tensor(state["count"], device=device)

@@ -18,7 +18,7 @@ from minimind.web.clipboard import copy_button
 from minimind.web.markdown import label, parts_of
 from minimind.web.start import TOKEN_VARIABLE, URL_VARIABLE
 from minimind.web.store import Answer, Conversation, Store, Turn
-from minimind.web.words import language_of, word
+from minimind.web.strings import language_of, word
 
 _PAINT_SECONDS = 0.08  # between two looks at a growing answer
 _SAVE_SECONDS = 1.0

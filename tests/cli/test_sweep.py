@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minimind.errors import UsageError
-from minimind.training.sweep import device_settings
+from minimind.planning.sweep import device_settings
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 NANO = (

@@ -15,7 +15,7 @@ import zstandard
 from minimind.data import estimate as estimate_module
 from minimind.data import read as read_module
 from minimind.data.estimate import estimate_tokens
-from minimind.data.inspect import inspect_data
+from minimind.data.stats import inspect_data
 from minimind.data.store import open_store
 from minimind.tokenizer import Tokenizer
 

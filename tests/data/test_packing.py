@@ -1,6 +1,6 @@
 import numpy as np
 
-from minimind.data.packing import IGNORED, ChatWindows, Mix, PairWindows, TextWindows
+from minimind.data.packing import IGNORED, ChatSequences, MixedDataset, PairSequences, TextSequences
 from minimind.data.store import Shard
 
 PAD = 0
@@ -20,7 +20,7 @@ def test_text_windows_cover_the_stream_once_and_labels_are_the_next_token() -> N
         Shard(np.arange(101), None, np.array([101])),
         Shard(np.arange(35), None, np.array([])),
     ]
-    windows = TextWindows(shards, window=10)
+    windows = TextSequences(shards, window=10)
     assert len(windows) == 10 + 3
     tokens = [windows.window(i)[0].tolist() for i in range(len(windows))]
     assert [t for row in tokens[:10] for t in row] == list(range(100))
@@ -33,7 +33,7 @@ def test_text_windows_cover_the_stream_once_and_labels_are_the_next_token() -> N
 def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
     lengths = [12, 20, 7, 9, 15, 5, 18, 11]
     shard = _chat_shard(lengths, [4] * len(lengths))
-    windows = ChatWindows([shard], window=32, pad=PAD, seed=3)
+    windows = ChatSequences([shard], window=32, pad=PAD, seed=3)
     learned: list[int] = []
     for index in range(len(windows)):
         tokens, labels, segments = windows.window(index)
@@ -57,7 +57,7 @@ def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
 
 def test_long_conversations_are_cut_at_the_end_and_counted() -> None:
     shard = _chat_shard([50, 50, 10, 10], [45, 5, 4, 0])
-    windows = ChatWindows([shard], window=16, pad=PAD, seed=0)
+    windows = ChatSequences([shard], window=16, pad=PAD, seed=0)
     assert windows.report.cut == 2
     assert windows.report.unsupervised == 2  # one whose answer was cut away, one without any
     assert len(windows) == 2
@@ -70,13 +70,13 @@ def test_packing_wastes_little() -> None:
     lengths = generator.integers(20, 200, 2000).tolist()
     tokens = np.ones(sum(lengths), np.uint16)
     shard = Shard(tokens, np.ones(len(tokens), np.uint8), np.cumsum(lengths))
-    report = ChatWindows([shard], window=256, pad=PAD, seed=0).report
+    report = ChatSequences([shard], window=256, pad=PAD, seed=0).report
     assert report.fill > 0.97
 
 
 def test_a_mix_is_a_pure_function_of_the_position() -> None:
     shard = Shard(np.arange(1001), None, np.array([1001]))
-    mix = Mix([TextWindows([shard], 10), TextWindows([shard], 10)], [1.0, 2.0], seed=1)
+    mix = MixedDataset([TextSequences([shard], 10), TextSequences([shard], 10)], [1.0, 2.0], seed=1)
     whole = mix.batch(0, 50).tokens
     pieces = np.concatenate([mix.batch(at, 10).tokens for at in range(0, 50, 10)])
     assert (whole == pieces).all()
@@ -98,7 +98,7 @@ def _pair_shard(pairs: list[tuple[int, int, int]], alike: set[int] = frozenset()
 
 def test_both_sides_of_a_pair_stand_in_one_window_and_only_answers_are_labels() -> None:
     pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
-    windows = PairWindows([_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad=PAD, seed=3)
+    windows = PairSequences([_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad=PAD, seed=3)
     assert windows.report.conversations == len(pairs)
     assert windows.report.cut == windows.report.unsupervised == windows.report.identical == 0
     assert len(windows) < len(pairs)
@@ -131,7 +131,7 @@ def test_pairs_that_teach_nothing_are_left_out_and_long_ones_cut() -> None:
         (5, 40, 50),  # alike in what is left of them
         (30, 3, 0),  # one says nothing
     ]
-    windows = PairWindows([_pair_shard(pairs, alike={4, 6})], 64, pad=PAD, seed=0)
+    windows = PairSequences([_pair_shard(pairs, alike={4, 6})], 64, pad=PAD, seed=0)
     report = windows.report
     assert (report.conversations, report.identical, report.unsupervised) == (8, 2, 2)
     assert report.cut == 5
@@ -148,10 +148,12 @@ def test_pairs_that_teach_nothing_are_left_out_and_long_ones_cut() -> None:
 
 def test_a_batch_numbers_its_pairs_through_and_hands_on_their_reference() -> None:
     pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
-    windows = PairWindows([_pair_shard(pairs)], 40, pad=PAD, seed=1)
+    windows = PairSequences([_pair_shard(pairs)], 40, pad=PAD, seed=1)
     windows.reference[:] = np.arange(12).reshape(6, 2)
     for epochs in (range(3), range(3, 6)):
-        batch = Mix([windows], [1.0], seed=2).batch(epochs.start * len(windows), len(windows))
+        batch = MixedDataset([windows], [1.0], seed=2).batch(
+            epochs.start * len(windows), len(windows)
+        )
         assert batch.pairs is not None and batch.segments is not None
         assert sorted(batch.pairs.reference.flatten()) == list(range(12))
         learned = batch.labels != IGNORED
@@ -159,7 +161,9 @@ def test_a_batch_numbers_its_pairs_through_and_hands_on_their_reference() -> Non
         assert sorted(set(numbers.tolist())) == list(range(12))
         assert (np.diff(numbers) >= 0).all(), "in the order of windows and segments"
         for row, (_, index) in enumerate(
-            Mix([windows], [1.0], seed=2).order.locate(epochs.start * len(windows), len(windows))
+            MixedDataset([windows], [1.0], seed=2).order.locate(
+                epochs.start * len(windows), len(windows)
+            )
         ):
             first = int(batch.pairs.sequences[row][batch.segments[row] == 0][0]) // 2
             expected = windows.reference[windows.members(index)]

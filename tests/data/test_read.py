@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from minimind.data import read
-from minimind.data.read import BadLines, batches, list_files, read_records, read_texts
+from minimind.data.read import InvalidRecords, batches, list_files, read_records, read_texts
 from minimind.data.schemas import Record
 from minimind.data.strict_json import parse_json
 from minimind.errors import DataError, ResourceError
@@ -63,11 +63,11 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def records_of(path: Path, bad: BadLines | None = None, schema: str = "auto") -> list[Record]:
-    return list(read_records([path], bad=bad or BadLines(), schema=schema))
+def records_of(path: Path, bad: InvalidRecords | None = None, schema: str = "auto") -> list[Record]:
+    return list(read_records([path], bad=bad or InvalidRecords(), schema=schema))
 
 
-def texts_of(path: Path, content: bytes, bad: BadLines | None = None) -> list[str | None]:
+def texts_of(path: Path, content: bytes, bad: InvalidRecords | None = None) -> list[str | None]:
     path.write_bytes(content)
     return [record.text for record in records_of(path, bad)]
 
@@ -87,7 +87,7 @@ def reason_of(path: Path, content: bytes) -> str:
 def test_each_format_with_each_compression(kind: str, compression: str, tmp_path: Path) -> None:
     path = tmp_path / f"part.0.{kind.upper()}{compression}"
     path.write_bytes(COMPRESSIONS[compression](FORMATS[kind](RECORDS)))
-    bad, steps = BadLines(), list[int]()
+    bad, steps = InvalidRecords(), list[int]()
     records = list(read_records([path], bad=bad, progress=steps.append))
     assert bad.total == 0
     assert sum(steps) == path.stat().st_size
@@ -213,7 +213,7 @@ def test_five_bad_lines_in_a_hundred_are_each_put_aside(tmp_path: Path) -> None:
                 stream.write(wrong[line][0] + b"\n")
             else:
                 stream.write(f'{{"text": "{line}：好"}}'.encode() + rng.choice([b"\n", b"\r\n"]))
-    bad = BadLines(aside, max_fraction=0.1)
+    bad = InvalidRecords(aside, max_fraction=0.1)
     texts = [record.text for record in records_of(path, bad)]
     assert texts == [f"{line}：好" for line in range(1, 10_001) if line not in expected]
     assert (bad.good, bad.total) == (9_500, 500)
@@ -232,14 +232,14 @@ def test_too_many_bad_lines_stop_the_reading(tmp_path: Path) -> None:
     path, aside = tmp_path / "lines.jsonl", tmp_path / "aside.jsonl"
     path.write_bytes((b'{"text": "a"}\n' * 18 + b"{broken\n" * 2) * 100_000)
     read_so_far = list[int]()
-    bad = BadLines(aside, max_fraction=0.05)
+    bad = InvalidRecords(aside, max_fraction=0.05)
     with pytest.raises(
         DataError, match=r"of 1,000 lines are bad .100 × not JSON.*lines.jsonl:19: "
     ):
         list(read_records([path], bad=bad, progress=read_so_far.append))
     assert sum(read_so_far) < path.stat().st_size / 2
     assert len(aside.read_text("utf-8").splitlines()) == 100
-    few = BadLines()
+    few = InvalidRecords()
     texts_of(path, b'{"text": "a"}\n' * 9 + b"{broken\n", few)
     few.check(0.1, final=True)
     few.check(0.05)  # too little has been seen to judge
@@ -250,7 +250,7 @@ def test_too_many_bad_lines_stop_the_reading(tmp_path: Path) -> None:
 def test_gbk_in_a_file_of_lines_is_told_with_a_way_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"text": "好"}\n'.encode("gbk") * 3)
-    bad = BadLines()
+    bad = InvalidRecords()
     assert records_of(path, bad) == []
     with pytest.raises(DataError, match=r"3 × not UTF-8.*iconv -f GB18030"):
         bad.check(0.05, final=True)
@@ -258,7 +258,7 @@ def test_gbk_in_a_file_of_lines_is_told_with_a_way_out(tmp_path: Path) -> None:
 
 def test_what_is_put_aside_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "_MOST_KEPT", 1_000)
-    bad = BadLines(tmp_path / "aside.jsonl")
+    bad = InvalidRecords(tmp_path / "aside.jsonl")
     reason, content = "\x1b[31m" + "!" * 1_000, {"key": ["长" * 1_000]}
     for line in range(1_500):
         bad.add(Path("x.jsonl"), line, f"{line}{reason}", content)
@@ -277,11 +277,11 @@ def test_a_full_disk_while_putting_lines_aside() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     with pytest.raises(ResourceError, match=r"/dev/full: .*data\.store=DIR"):
-        BadLines(Path("/dev/full")).add(Path("x.jsonl"), 1, "bad")
+        InvalidRecords(Path("/dev/full")).add(Path("x.jsonl"), 1, "bad")
 
 
 def test_counts_of_two_readings_add_up() -> None:
-    one, other = BadLines(good=5), BadLines(good=7)
+    one, other = InvalidRecords(good=5), InvalidRecords(good=7)
     one.add(Path("x"), 1, "red")
     for line in range(1, 6):
         other.add(Path("y"), line, "red")
@@ -353,7 +353,7 @@ def test_json_is_a_list_or_one_value_after_the_other(
 
 
 def test_bad_members_of_a_json_list_are_put_aside(tmp_path: Path) -> None:
-    bad = BadLines()
+    bad = InvalidRecords()
     content = b'[{"text": "a"},\n{"text": NaN},\n{"text": "b", "text": "c"}, 7,\n\n{"text": "d"}]'
     assert texts_of(tmp_path / "a.json", content, bad) == ["a", "d"]
     assert [place.rpartition(":")[2] for places in bad.places.values() for place in places] == [
@@ -401,7 +401,7 @@ def test_a_lone_quote_costs_one_row(
         170: 'a",b,c',
     }
     damage |= {num_rows: '"到头"了,"', num_rows + 1: '问题,"'}
-    bad = BadLines(tmp_path / "aside.jsonl")
+    bad = InvalidRecords(tmp_path / "aside.jsonl")
     path = tmp_path / "a.csv"
     path.write_bytes(_rows(damage | good, num_rows))
     records = records_of(path, bad)
@@ -417,7 +417,7 @@ def test_a_lone_quote_costs_one_row(
 
 
 def test_rows_that_do_not_fit_the_header(tmp_path: Path) -> None:
-    bad = BadLines()
+    bad = InvalidRecords()
     path = tmp_path / "a.tsv"
     rows = [b"q\ta", b"x\ty", b"x", b"x\ty\tz", b"x\t\0", b"x\t\xff", b"x\t" + b"y" * (17 << 20)]
     path.write_bytes(b"\n".join([*rows, b"x\ty"]))
@@ -447,7 +447,7 @@ def test_text_is_cut_into_documents_and_nothing_is_lost(tmp_path: Path) -> None:
 
 
 def test_bad_lines_of_plain_text(tmp_path: Path) -> None:
-    bad = BadLines(max_fraction=0.1)
+    bad = InvalidRecords(max_fraction=0.1)
     lines = [f"第{n}行\n".encode() for n in range(1, 2_001)]
     lines[6], lines[1_999] = b"\xff\xfe\n", "好".encode()[:-1]
     lines[8] = b"a\0b\n"
@@ -466,7 +466,7 @@ def test_bad_rows_of_parquet(tmp_path: Path) -> None:
     dates = pyarrow.array([0, 0, 0, 0, 2**63 - 1, None], "int64").view(pyarrow.timestamp("us"))
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": unchecked, "date": dates}), path)
-    bad = BadLines()
+    bad = InvalidRecords()
     assert [record.text for record in records_of(path, bad)] == ["good", "better"]
     assert [place for places in bad.places.values() for place in places] == [
         *(f"{path}:{row}" for row in (2, 3, 4, 5))
@@ -612,13 +612,13 @@ def test_batches_are_bounded_in_records_and_in_characters() -> None:
 def test_texts_of_any_schema(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"q": "问", "a": "答"}\n{"text": "文"}\n', encoding="utf-8")
-    assert list(read_texts([path, path], bad=BadLines())) == ["问\n答", "文"] * 2
+    assert list(read_texts([path, path], bad=InvalidRecords())) == ["问\n答", "文"] * 2
 
 
 def test_a_forced_schema_says_what_it_misses(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"messages": [], "id": 3}\n')
-    bad = BadLines()
+    bad = InvalidRecords()
     assert records_of(path, bad, schema="text") == []
     assert bad.first == f"{path}:1: no field text; its fields are: messages, id"
 

@@ -4,7 +4,14 @@ from typing import Any, get_args
 import pytest
 
 from minimind.config.settings import SCHEMAS as SETTING
-from minimind.data.schemas import SCHEMAS, Record, convert, detect_schema, fill_in, placeholders
+from minimind.data.schemas import (
+    SCHEMAS,
+    Record,
+    convert,
+    detect_schema,
+    substitute_variables,
+    variables_in,
+)
 
 TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
 REFUSAL = [TURNS[0], {"role": "assistant", "content": "不知道"}]
@@ -413,8 +420,8 @@ def test_placeholders_are_filled_wherever_something_is_written() -> None:
         "pairs",
     )
     assert text.filled({}) is text
-    assert placeholders("{{name}} {{author}} {{x}} {name}") == {"name", "author", "x"}
+    assert variables_in("{{name}} {{author}} {{x}} {name}") == {"name", "author", "x"}
 
 
 def test_what_is_filled_in_is_not_looked_at_again() -> None:
-    assert fill_in("{{a}}{{b}}", {"a": "{{b}}", "b": r"\1"}) == r"{{b}}\1"
+    assert substitute_variables("{{a}}{{b}}", {"a": "{{b}}", "b": r"\1"}) == r"{{b}}\1"

@@ -17,7 +17,7 @@ from minimind.data import encode as encode_module
 from minimind.data import read as read_module
 from minimind.data import stamps
 from minimind.data import store as store_module
-from minimind.data.packing import IGNORED, ChatWindows
+from minimind.data.packing import IGNORED, ChatSequences
 from minimind.data.schemas import convert
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.errors import DataError, ResourceError
@@ -197,7 +197,7 @@ def test_answers_marked_as_not_supervised_are_encoded_but_masked(
     assert mask[start : start + len(answer) + 1] == [1] * (len(answer) + 1)
     mask[start : start + len(answer) + 1] = [0] * (len(answer) + 1)
     assert shard.mask.tolist() == mask
-    windows = ChatWindows([shard], len(ids) - 1, pad=tokenizer.end_of_text, seed=0)
+    windows = ChatSequences([shard], len(ids) - 1, pad=tokenizer.end_of_text, seed=0)
     labels = windows.window(0)[1]
     learned = [*tokenizer.encode("约六千三百公里。"), tokenizer.im_end]
     assert labels[labels != IGNORED].tolist() == learned

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from minimind.evaluation.asking import Asker
+from minimind.evaluation.benchmark_prompts import PromptBuilder
 from minimind.evaluation.catalogue import make_task
-from minimind.evaluation.choice import Choice
+from minimind.evaluation.encoding import OwnPromptEncoder
 from minimind.evaluation.harness import run_harness
 from minimind.evaluation.models import LocalModel
-from minimind.evaluation.words import OwnWords
+from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.model import save_model
 from minimind.tokenizer import Tokenizer
 from tests.support.small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
@@ -53,7 +53,7 @@ def test_each_question_has_the_same_likelihoods(
 ) -> None:
     folder = make_exam(exam, tmp_path)
     task = make_task(exam, data=[str(folder)], style="letter", shots=shots)
-    assert isinstance(task, Choice)
+    assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(model_dir, "cpu"), ())}
     expected = by_lm_eval(task, model_dir, shots, tmp_path)
     assert ours.keys() == expected.keys()
@@ -64,7 +64,7 @@ def test_each_question_has_the_same_likelihoods(
         assert result["shots"] == shots
     assert len({tuple(result["scores"]) for result in ours.values()}) == 7
 
-    asker = Asker(OwnWords(tokenizer), task.exam, "letter", shots, 2048)
+    asker = PromptBuilder(OwnPromptEncoder(tokenizer), task.exam, "letter", shots, 2048)
     for question in task.questions:
         row = asker.ask(question, task.examples[question.subject]).rows[0]
         assert tokenizer.decode(row.tokens[: row.start]) == expected[question.id].prompt

@@ -11,14 +11,14 @@ from minimind.evaluation.comparison import (
     as_page,
     category_rows,
     compared,
-    figure_rows,
+    metric_rows,
     ranking_rows,
     write_comparison,
 )
 from minimind.evaluation.judge import make_trials, verdicts
-from minimind.evaluation.pages import to_html, to_markdown
-from minimind.evaluation.prompts import Prompt, Talk
-from minimind.evaluation.tasks import Manner
+from minimind.evaluation.open_ended import OpenEndedTask, Prompt
+from minimind.evaluation.tasks import GenerationConfig
+from minimind.reporting.pages import to_html, to_markdown
 
 PROMPTS = [
     Prompt("1", "甲？<b>粗</b>", "写作"),
@@ -50,11 +50,11 @@ class Cells(HTMLParser):
 
 
 @pytest.fixture
-def talk() -> Talk:
-    return Talk("answers", PROMPTS, Manner(64))
+def talk() -> OpenEndedTask:
+    return OpenEndedTask("answers", PROMPTS, GenerationConfig(64))
 
 
-def make(talk: Talk, *, judged: bool = False) -> dict[str, Any]:
+def make(talk: OpenEndedTask, *, judged: bool = False) -> dict[str, Any]:
     def result(name: str, text: str) -> dict[str, Any]:
         return {"id": name, "answer": text, "tokens": 3, "ended": name != "3", "seconds": 0.5}
 
@@ -81,7 +81,7 @@ def make(talk: Talk, *, judged: bool = False) -> dict[str, Any]:
     return compared(talk, results, figures, judge=verdict, trials=trials, judged=judgements)
 
 
-def test_a_page_shows_texts_as_they_are(talk: Talk) -> None:
+def test_a_page_shows_texts_as_they_are(talk: OpenEndedTask) -> None:
     page = to_html(as_page(make(talk, judged=True)))
     parser = Cells()
     parser.feed(page)
@@ -103,7 +103,7 @@ def test_a_page_shows_texts_as_they_are(talk: Talk) -> None:
     assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
 
 
-def test_markdown_keeps_its_shape(talk: Talk) -> None:
+def test_markdown_keeps_its_shape(talk: OpenEndedTask) -> None:
     text = to_markdown(as_page(make(talk, judged=True)), "", {})
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(tables) == 7  # cards, ranking, reasons, figures, by category, answers of each
@@ -113,9 +113,9 @@ def test_markdown_keeps_its_shape(talk: Talk) -> None:
     assert "<script>" not in text
 
 
-def test_figures_by_category_and_ranking(talk: Talk) -> None:
+def test_figures_by_category_and_ranking(talk: OpenEndedTask) -> None:
     plain, judged = make(talk), make(talk, judged=True)
-    rows = {row[0]: row[1:] for row in figure_rows(judged)}
+    rows = {row[0]: row[1:] for row in metric_rows(judged)}
     assert rows["answers"] == ["3", "2"]
     assert rows["failed"] == ["0", "1"]
     assert rows["tokens a second"] == ["6", "6"]
@@ -132,7 +132,7 @@ def test_figures_by_category_and_ranking(talk: Talk) -> None:
     assert "Ranking" not in to_html(as_page(plain))
 
 
-def test_the_three_files(talk: Talk, tmp_path: Path) -> None:
+def test_the_three_files(talk: OpenEndedTask, tmp_path: Path) -> None:
     comparison = make(talk)
     write_comparison(tmp_path / "out", comparison)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())

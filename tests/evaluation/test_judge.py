@@ -9,7 +9,7 @@ import pytest
 
 from minimind.errors import ServiceError, UsageError
 from minimind.evaluation.judge import Trial, judge, make_trials, verdicts
-from minimind.evaluation.prompts import Prompt
+from minimind.evaluation.open_ended import Prompt
 from minimind.tokenizer.chat import Message
 
 ME = {"url": "1"}

@@ -9,7 +9,7 @@ import pytest
 from minimind.errors import ServiceError, UsageError
 from minimind.evaluation import remote
 from minimind.evaluation.remote import Service
-from minimind.evaluation.tasks import Answer, Manner
+from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.serving.limits import Limits
 from minimind.tokenizer import Tokenizer
 from tests.support.remote_services import (
@@ -62,7 +62,7 @@ def test_what_a_service_refuses_is_left_out_from_then_on(
 def test_sampling_that_a_service_refuses() -> None:
     with RemoteService(say, "m", like_gpt5) as there:
         service = Service(there.url)
-        manner = Manner(9, temperature=0.5, at_once=1)
+        manner = GenerationConfig(9, temperature=0.5, at_once=1)
         [(_, answer)] = service.answers(["How are you?"], manner)
         assert isinstance(answer, Answer)
         assert (answer.text, service.dropped) == ("I am fine.", {"temperature", "top_p"})
@@ -148,7 +148,7 @@ def own(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[InProcess]:
 
 def test_our_own_service_refuses_nothing(own: InProcess) -> None:
     service = Service(f"{own.url}#other", "k")
-    [(_, answer)] = service.answers(["你好"], Manner(5, temperature=1))
+    [(_, answer)] = service.answers(["你好"], GenerationConfig(5, temperature=1))
     assert isinstance(answer, Answer)
     assert (answer.tokens, answer.ended, service.dropped) == (5, False, set())
     with pytest.raises(ServiceError, match="wants one; set MINIMIND"):

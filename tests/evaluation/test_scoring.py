@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
 from minimind.evaluation.scoring import EngineScorer, Row, windows
-from minimind.inference.batch import BatchedModel, Part
+from minimind.inference.batched_model import BatchedModel, Part
 from minimind.model import PRESETS, Transformer
 from minimind.tokenizer import Tokenizer
 from tests.support.small_exams import make_varied

@@ -7,7 +7,7 @@ import torch
 
 from minimind.errors import ResourceError
 from minimind.inference import capacity
-from minimind.inference.batch import BatchedModel
+from minimind.inference.batched_model import BatchedModel
 from minimind.inference.capacity import CacheSize, CacheSizer, usable_bytes
 from minimind.model import Transformer
 from tests.support.tiny import make

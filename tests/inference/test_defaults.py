@@ -28,7 +28,7 @@ def test_what_models_of_others_say(tmp_path: Path) -> None:
 def test_without_settings_sampling_is_neutral() -> None:
     neutral = Sampling()
     assert (neutral.temperature, neutral.top_p, neutral.top_k, neutral.min_p) == (1, 1, 0, 0)
-    assert not neutral.cuts
+    assert not neutral.truncates
     assert not neutral.changes_logits
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minimind.errors import ModelError, UsageError
-from minimind.inference.engine import Completion, Engine, Piece, Request, Scoring
+from minimind.inference.engine import Completion, Engine, Piece, Request, ScoreRequest
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -237,7 +237,7 @@ def test_ends_are_weighed_while_others_are_written(
     for prompt in prompts[:20]:
         ends = [rng.choices(range(600), k=k) for k in lengths]
         ends.append([ends[2][0], 7])  # differs from another end in its last token alone
-        scorings.append(Scoring(prompt, ends))
+        scorings.append(ScoreRequest(prompt, ends))
     requests = [Request(prompt, GREEDY, 20) for prompt in prompts[10:30]]
     wanted = [tokens_of(alone.submit(request)) for request in requests]
     solo = [scores_of(alone.submit(scoring)) for scoring in scorings]
@@ -258,15 +258,15 @@ def scores_of(completion: Completion) -> list[float]:
 
 
 def test_weighing_that_is_cancelled_or_cannot_be(engine: Engine) -> None:
-    completion = engine.submit(Scoring([5] * 200, [[6] * 50] * 200))
+    completion = engine.submit(ScoreRequest([5] * 200, [[6] * 50] * 200))
     completion.cancel()
     assert [piece.finish_reason for piece in completion] == ["cancelled"]
     assert completion.scores == []
-    assert len(scores_of(engine.submit(Scoring([5] * CONTEXT, [[6], [7]])))) == 2
+    assert len(scores_of(engine.submit(ScoreRequest([5] * CONTEXT, [[6], [7]])))) == 2
     with pytest.raises(UsageError, match=f"the text has {CONTEXT + 1} tokens before its last"):
-        engine.submit(Scoring([5] * CONTEXT, [[6], [6, 7]]))
+        engine.submit(ScoreRequest([5] * CONTEXT, [[6], [6, 7]]))
     with pytest.raises(UsageError, match="end: token ids go from 0 to 599"):
-        engine.submit(Scoring([5], [[6], [600]]))
+        engine.submit(ScoreRequest([5], [[6], [600]]))
     assert is_idle(engine)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minimind.errors import ModelError
-from minimind.inference.engine import Completion, Engine, Piece, Request, Scoring
+from minimind.inference.engine import Completion, Engine, Piece, Request, ScoreRequest
 from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer
@@ -67,13 +67,13 @@ def test_an_error_inside_a_step_ends_all_requests(
     running = [engine.submit(Request([5], GREEDY)) for _ in range(2)]
     for completion in running:
         next(iter(completion))
-    waiting = [engine.submit(Request([6], GREEDY)), engine.submit(Scoring([7], [[8, 9]]))]
+    waiting = [engine.submit(Request([6], GREEDY)), engine.submit(ScoreRequest([7], [[8, 9]]))]
     assert engine.failure is None
     break_device(engine, monkeypatch, error)
     assert [ending(completion) for completion in [*running, *waiting]] == ["error"] * 4
     assert isinstance(engine.failure, Exception)
     assert type(error).__name__ in repr(engine.failure)
-    for later in (Request([5], GREEDY), Scoring([7], [[8, 9]])):
+    for later in (Request([5], GREEDY), ScoreRequest([7], [[8, 9]])):
         completion = engine.submit(later)
         assert ending(completion) == "error"
         assert completion.error is engine.failure
@@ -184,7 +184,7 @@ def test_an_error_at_the_end_of_a_text_is_its_own(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of one that is cancelled: what is left of its text is decoded then."""
-    from minimind.inference.text import TextStream
+    from minimind.inference.stop_strings import TextStream
 
     for is_cancelled in (False, True):
         completion = engine.submit(Request([5], GREEDY, None if is_cancelled else 3))
@@ -214,7 +214,7 @@ def test_a_failed_request_takes_no_memory_beyond_its_own(tokenizer: Tokenizer) -
         assert [ending(completion) for completion in sound] == ["length"] * 2  # in either slot
         before = process.memory_info().rss
         for prompt in ([17], [17, 18, 19], [5] * 100 + [17]):
-            for request in (Request(prompt, GREEDY, 3), Scoring(prompt, [[5, 17, 6]])):
+            for request in (Request(prompt, GREEDY, 3), ScoreRequest(prompt, [[5, 17, 6]])):
                 with pytest.raises(ModelError, match="not numbers"):
                     list(engine.submit(request))
         grown = process.memory_info().rss - before

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from minimind.errors import UsageError
 from minimind.evaluation.scoring import EngineScorer, Row
-from minimind.inference.asking import write_all
-from minimind.inference.engine import Engine, Piece, Request, Scoring
+from minimind.inference.engine import Engine, Piece, Request, ScoreRequest
+from minimind.inference.generate import write_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ def test_scores_are_those_of_every_row(
     engine: Engine, model: Transformer, tokenizer: Tokenizer
 ) -> None:
     prompt, ends = tokenizer.encode("长江"), [tokenizer.encode(text) for text in ("是", "的河流")]
-    completion = engine.submit(Scoring(prompt, ends))
+    completion = engine.submit(ScoreRequest(prompt, ends))
     assert [piece.finish_reason for piece in completion] == ["stop"]
     wanted = []
     for end in ends:
@@ -174,7 +174,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused(
     for request, name in (
         (Request([5], Sampling(logit_bias={beyond: 1})), "logit_bias"),
         (Request([beyond], GREEDY), "prompt"),
-        (Scoring([5], [[beyond]]), "end"),
+        (ScoreRequest([5], [[beyond]]), "end"),
     ):
         with pytest.raises(UsageError, match=f"{name}: token ids go from 0 to {beyond - 1}"):
             engine.submit(request)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimind.inference.batch import BatchedModel, Part
+from minimind.inference.batched_model import BatchedModel, Part
 from minimind.inference.graphs import GraphedModel, frame, rows_of
 from tests.support.tiny import SHAPES, VOCAB, chunks_of, make, words
 

@@ -118,7 +118,7 @@ def test_draws_follow_the_probabilities(sampling: Sampling) -> None:
     ids, weights = candidates(logits, [sampling])
     wanted = torch.zeros(1, 130).scatter_add(-1, ids, weights)[0]
     wanted /= wanted.sum()
-    assert (wanted == 0).any() == sampling.cuts
+    assert (wanted == 0).any() == sampling.truncates
     assert torch.equal(shares[wanted == 0], torch.zeros_like(shares[wanted == 0]))
     deviation = (wanted * (1 - wanted) / draws).sqrt()
     assert ((shares - wanted).abs() <= 5 * deviation).all()

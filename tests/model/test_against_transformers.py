@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind.inference.asking import write_all
+from minimind.inference.generate import write_all
 from minimind.model import Transformer, load_model, save_model
 from minimind.tokenizer import Tokenizer
 from tests.support.rounding import largest_difference, logits_rounding

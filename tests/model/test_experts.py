@@ -6,16 +6,16 @@ from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.model.experts import (
     RoutedExperts,
     Routing,
-    grouped,
-    routed,
-    routed_plainly,
-    sliced,
+    moe,
+    moe_grouped_mm,
+    moe_loop,
+    moe_reference,
 )
 
 pytestmark = pytest.mark.numeric
 
 EXPERTS, CHOSEN, HIDDEN, INNER, TOKENS = 5, 3, 16, 24, 60
-WAYS = {"sliced": sliced, "grouped": grouped}
+WAYS = {"sliced": moe_loop, "grouped": moe_grouped_mm}
 
 
 @pytest.fixture(params=WAYS)
@@ -52,7 +52,7 @@ def run(function, logits: Tensor, dtype: torch.dtype = torch.float32) -> list[Te
 @pytest.mark.parametrize("idle", [None, 0, 2, 4])
 def test_sorted_by_expert_is_the_definition(way: str, idle: int | None) -> None:
     """Values and gradients; an expert without tokens, first, last or between, has none."""
-    wanted, found = (run(f, choices(idle=idle)) for f in (routed_plainly, routed))
+    wanted, found = (run(f, choices(idle=idle)) for f in (moe_reference, moe))
     assert len(found) == 5
     for expected, tensor in zip(wanted, found, strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
@@ -61,13 +61,13 @@ def test_sorted_by_expert_is_the_definition(way: str, idle: int | None) -> None:
 
 
 def test_half_precision_is_near(way: str) -> None:
-    wanted, found = run(routed_plainly, choices()), run(routed, choices(), torch.bfloat16)
+    wanted, found = run(moe_reference, choices()), run(moe, choices(), torch.bfloat16)
     for expected, tensor in zip(wanted, found, strict=True):
         assert (tensor - expected).norm() < 0.02 * expected.norm()
 
 
 def test_one_token(way: str) -> None:
-    wanted, found = (run(f, choices(1)) for f in (routed_plainly, routed))
+    wanted, found = (run(f, choices(1)) for f in (moe_reference, moe))
     for expected, tensor in zip(wanted, found, strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minimind.errors import ModelError
-from minimind.inference.asking import write_all
+from minimind.inference.generate import write_all
 from minimind.model import ModelConfig, Transformer, extend_context, load_model, save_model
 from minimind.model.rope import rope_frequencies
 from minimind.tokenizer import Tokenizer

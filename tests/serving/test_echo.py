@@ -9,11 +9,11 @@ import httpx2 as httpx
 import pytest
 from openai import OpenAI
 
-from minimind.evaluation.asking import Asker
+from minimind.evaluation.benchmark_prompts import PromptBuilder
 from minimind.evaluation.catalogue import make_task
-from minimind.evaluation.choice import Choice
+from minimind.evaluation.encoding import OwnPromptEncoder
 from minimind.evaluation.models import LocalModel
-from minimind.evaluation.words import OwnWords
+from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.inference import load
 from minimind.model import save_model
 from minimind.serving.limits import Limits
@@ -135,9 +135,9 @@ def test_what_lm_eval_sends_gives_the_scores_that_we_give(
 ) -> None:
     """The requests of its backend `local-completions`, and how it reads the answers."""
     task = make_task("ceval", data=[str(make_exam(tmp_path, 8))], style="letter", shots=2)
-    assert isinstance(task, Choice)
+    assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
-    asker = Asker(OwnWords(tokenizer), task.exam, "letter", 2, 2048)
+    asker = PromptBuilder(OwnPromptEncoder(tokenizer), task.exam, "letter", 2, 2048)
     assert len(task.questions) == 8
     with InProcess(exam_model, 4, Limits(), ()) as service:
         for question in task.questions:
@@ -170,7 +170,7 @@ def test_lm_eval_runs_against_the_service(exam_model: Path, tmp_path: Path) -> N
     from benchmarks.against_lm_eval import by_lm_eval
 
     task = make_task("ceval", data=[str(make_exam(tmp_path, 100))], style="letter", shots=2)
-    assert isinstance(task, Choice)
+    assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
     with InProcess(exam_model, 8, Limits(), ()) as service:
         found = by_lm_eval(task, exam_model / "model", 2, tmp_path, service.url)

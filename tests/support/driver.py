@@ -29,14 +29,15 @@ import torch._dynamo  # which optimizers import when they are made: seconds, onc
 
 from minimind.cli import console, main
 from minimind.config import load_recipe
-from minimind.data.packing import IGNORED, Batch, Mix
+from minimind.data.packing import IGNORED, Batch, MixedDataset
 from minimind.errors import ResourceError
-from minimind.training import checkpoint, distributed, zero
+from minimind.training import checkpoint, distributed
+from minimind.training import deepspeed_backend as zero
 from minimind.training.distributed import join
 from minimind.training.lock import run_lock
-from minimind.training.loop import train as train_loop
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
+from minimind.training.trainer import train as train_loop
 from tests.support.small_runs import REFUSED, nano_trainer, tensors
 
 
@@ -178,12 +179,12 @@ def share_one(
     seen: list[tuple[int, int]] = []
     held_out: list[tuple[int, int]] = []
 
-    class HeldOut(Mix):
+    class HeldOut(MixedDataset):
         def batch(self, start: int, count: int) -> Batch:
             held_out.append((start, count))
             return super().batch(start, count)
 
-    class Recorded(Mix):
+    class Recorded(MixedDataset):
         def batch(self, start: int, count: int) -> Batch:
             seen.append((start, count))
             batch = super().batch(start, count)
@@ -198,7 +199,7 @@ def share_one(
 
     zero._KEPT_WHOLE = 0  # in a model of this size it would be everything
     with join("cpu") as workers:
-        reporter = Shown() if workers.is_first else Reporter()
+        reporter = Shown() if workers.is_main else Reporter()
         job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
         job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
         if job.held_out:

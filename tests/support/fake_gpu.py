@@ -161,7 +161,7 @@ def inference() -> dict[str, Callable[[], int]]:
 
 
 def _decode(**shape: Any) -> int:
-    from minimind.inference.batch import BatchedModel, Part
+    from minimind.inference.batched_model import BatchedModel, Part
     from minimind.model import PRESETS, ModelConfig, Transformer
     from tests.support.tiny import VOCAB, chunks_of, words
 

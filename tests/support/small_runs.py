@@ -17,16 +17,22 @@ import torch
 
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe
-from minimind.data.packing import ChatWindows, Mix, PairWindows, TextWindows, Windows
+from minimind.data.packing import (
+    ChatSequences,
+    MixedDataset,
+    PairSequences,
+    Sequences,
+    TextSequences,
+)
 from minimind.data.store import Shard
 from minimind.model import Transformer, apply_lora
-from minimind.training.distributed import ALONE, Workers
-from minimind.training.loop import Trainer
+from minimind.training.distributed import SINGLE_PROCESS, ProcessGroup
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
 from minimind.training.precision import choose_precision
-from minimind.training.reference import fill_references
+from minimind.training.reference_logprobs import compute_reference_logprobs
 from minimind.training.reporter import Reporter
+from minimind.training.trainer import Trainer
 
 VOCAB = 97
 EVENTS = ("spoil", "stop", "kill", "alone", "idle", "short")  # what `share` has done to a run
@@ -99,10 +105,10 @@ def nano_trainer(
     run: Path,
     objective: str = "pretrain",
     *,
-    parts: list[Windows] | None = None,
+    parts: list[Sequences] | None = None,
     held_out: bool = False,
     reporter: Reporter | None = None,
-    workers: Workers = ALONE,
+    workers: ProcessGroup = SINGLE_PROCESS,
     **settings: Any,
 ) -> Trainer:
     """A run of 20 steps that needs no tokenizer, no files and no token store."""
@@ -110,13 +116,13 @@ def nano_trainer(
     run.mkdir(parents=True, exist_ok=True)
     if parts is None:
         window = recipe.data.seq_len
-        packed: dict[str, Windows] = {
-            "pretrain": TextWindows([text_shard()], window),
-            "sft": ChatWindows([chat_shard()], window, pad=0, seed=recipe.seed),
-            "dpo": PairWindows([pair_shard()], window, pad=0, seed=recipe.seed),
+        packed: dict[str, Sequences] = {
+            "pretrain": TextSequences([text_shard()], window),
+            "sft": ChatSequences([chat_shard()], window, pad=0, seed=recipe.seed),
+            "dpo": PairSequences([pair_shard()], window, pad=0, seed=recipe.seed),
         }
         parts = [packed[objective]]
-    mix = Mix(parts, [1.0] * len(parts), recipe.seed)
+    mix = MixedDataset(parts, [1.0] * len(parts), recipe.seed)
     torch.manual_seed(recipe.seed)
     device = torch.device("cpu")
     model = Transformer(recipe.model.shape(VOCAB))
@@ -143,7 +149,7 @@ def nano_trainer(
         workers=workers,
     )
     if objective == "dpo":
-        fill_references(job)
+        compute_reference_logprobs(job)
     return job
 
 

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from minimind.inference.batch import CHUNK, Part
+from minimind.inference.batched_model import CHUNK, Part
 from minimind.model import PRESETS, ModelConfig, Transformer
 
 SHAPES = {

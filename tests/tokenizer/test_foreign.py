@@ -15,7 +15,7 @@ import pytest
 from minimind.errors import TokenizerError
 from minimind.inference.detokenizer import StreamingDetokenizer
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import CHAT_TEMPLATE, encode_chat, encode_chats, refusal
+from minimind.tokenizer.chat import CHAT_TEMPLATE, encode_chat, encode_chats, unsupported_reason
 from tests.support.foreign import CHATTING, SHAPES
 
 SYSTEM = {"role": "system", "content": "你是助手。"}
@@ -220,8 +220,8 @@ def test_a_base_model_gets_our_format_if_it_has_our_tokens(foreign_dir: Director
 
 def test_what_a_template_refuses_is_told_in_its_words(foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir("llama2"))
-    assert refusal(tokenizer, turns("a", "b")) is None
-    assert "roles must alternate" in (refusal(tokenizer, [SYSTEM, *turns("a")]) or "")
+    assert unsupported_reason(tokenizer, turns("a", "b")) is None
+    assert "roles must alternate" in (unsupported_reason(tokenizer, [SYSTEM, *turns("a")]) or "")
     with pytest.raises(TokenizerError, match=r"refuses messages of user, user: .*must alternate"):
         encode_chat(tokenizer, [*turns("a"), *turns("b")])
 
@@ -263,7 +263,7 @@ def test_templates_that_do_not_write_messages_as_they_are_are_refused(
     messages = [SYSTEM, *turns("a")]
     with pytest.raises(TokenizerError, match=reason):
         encode_chat(tokenizer, messages)
-    assert refusal(tokenizer, messages)
+    assert unsupported_reason(tokenizer, messages)
 
 
 def test_answers_after_another_opening_than_a_prompts_are_none_to_learn_from(
@@ -274,13 +274,13 @@ def test_answers_after_another_opening_than_a_prompts_are_none_to_learn_from(
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     tokenizer = with_template(foreign_dir("qwen3"), tmp_path / "a", template)
-    assert "opens no answer" in (refusal(tokenizer, turns("a", "b")) or "")
-    assert refusal(tokenizer, turns("a")) is None
+    assert "opens no answer" in (unsupported_reason(tokenizer, turns("a", "b")) or "")
+    assert unsupported_reason(tokenizer, turns("a")) is None
     _, mask = encode_chat(tokenizer, turns("a", "b"))
     assert not any(mask)
     assert spelt(tokenizer, [tokenizer.im_end]) == "<|im_end|>"
     thinking = Tokenizer.load(foreign_dir("qwen3"))
-    assert refusal(thinking, turns("a", "b", "c", "d")) is None
+    assert unsupported_reason(thinking, turns("a", "b", "c", "d")) is None
 
 
 def test_a_template_of_ours_that_somebody_has_edited_counts(

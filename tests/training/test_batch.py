@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind.data.packing import IGNORED, Batch, Mix, TextWindows
+from minimind.data.packing import IGNORED, Batch, MixedDataset, TextSequences
 from minimind.errors import DataError
 from minimind.training.batch import Prefetcher, to_device
 from tests.support.small_runs import nano_trainer, text_shard
@@ -52,11 +52,11 @@ def test_padding_is_not_counted() -> None:
     assert batch.num_tokens == 4 + 6 + 4
 
 
-class Watched(Mix):
+class Watched(MixedDataset):
     """Notes what is built and in which thread; waits for `gates[start]` where there is one."""
 
     def __init__(self) -> None:
-        super().__init__([TextWindows([text_shard()], 32)], [1.0], seed=0)
+        super().__init__([TextSequences([text_shard()], 32)], [1.0], seed=0)
         self.begun: list[tuple[int, int]] = []
         self.threads: set[threading.Thread] = set()
         self.gates: dict[int, threading.Event] = {}

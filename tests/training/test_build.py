@@ -11,8 +11,8 @@ import torch
 from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError, MinimindError, ModelError
 from minimind.model import load_model, save_model
+from minimind.planning.plan import make_plan
 from minimind.tokenizer import Tokenizer, train_tokenizer
-from minimind.training.plan import make_plan
 from minimind.training.stage import extract_checkpoint, prepare_stage
 from tests.support.small_runs import Told, lora_settings
 from tests.support.stages import Make, do, refused

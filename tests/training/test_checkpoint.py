@@ -28,7 +28,7 @@ from minimind.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from minimind.training.loop import _random_states, _set_random_states, train
+from minimind.training.trainer import _random_states, _set_random_states, train
 from tests.support.small_runs import REFUSED, Lives, nano_trainer, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from minimind.data.order import Order
 from minimind.errors import ConfigError, TrainingError
-from minimind.training.distributed import Workers, _buckets, join, own_device
-from minimind.training.sums import Sums
+from minimind.training.distributed import ProcessGroup, _buckets, join, local_device
+from minimind.training.sums import LossSums
 from tests.support.small_runs import (
     Lives,
     assert_in_step,
@@ -36,7 +36,7 @@ def test_ten_thousand_cursors_are_shared_out_to_any_number_of_processes() -> Non
     batch = 12
     for cursor in range(0, 10_000 * batch, batch):
         shares = [
-            [Workers(rank, size).share(cursor, batch) for rank in range(size)]
+            [ProcessGroup(rank, size).share(cursor, batch) for rank in range(size)]
             for size in (1, 2, 3, 4)
         ]
         for parts in shares:
@@ -51,27 +51,27 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     from minimind.config.settings import TrainingSettings
     from minimind.training.stage import _share
 
-    assert _share(TrainingSettings(global_batch_size=12), Workers(0, 3)) == 4
+    assert _share(TrainingSettings(global_batch_size=12), ProcessGroup(0, 3)) == 4
     with pytest.raises(
         ConfigError, match=r"training\.global_batch_size=10 is not divisible by 4 processes"
     ):
-        _share(TrainingSettings(global_batch_size=10), Workers(0, 4))
+        _share(TrainingSettings(global_batch_size=10), ProcessGroup(0, 4))
     with pytest.raises(
         ConfigError, match=r"micro_batch_size=4: each of 4 processes takes 2 sequences"
     ):
-        _share(TrainingSettings(global_batch_size=8, micro_batch_size=4), Workers(0, 4))
+        _share(TrainingSettings(global_batch_size=8, micro_batch_size=4), ProcessGroup(0, 4))
 
 
 def test_all_processes_of_a_machine_share_its_cpu() -> None:
-    assert own_device("cpu", Workers(1, 2, 1, 2)) == torch.device("cpu")
-    assert own_device("cpu", Workers()) == torch.device("cpu")
+    assert local_device("cpu", ProcessGroup(1, 2, 1, 2)) == torch.device("cpu")
+    assert local_device("cpu", ProcessGroup()) == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_each_process_needs_a_gpu_of_its_own() -> None:
-    assert own_device("cuda", Workers(1, 2, 1, 2)) == torch.device("cuda", 1)
+    assert local_device("cuda", ProcessGroup(1, 2, 1, 2)) == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match="device=cuda:1: 2 processes need a device each"):
-        own_device("cuda:1", Workers(1, 2, 1, 2))
+        local_device("cuda:1", ProcessGroup(1, 2, 1, 2))
 
 
 def never(seconds: float) -> None:
@@ -95,7 +95,7 @@ def test_an_error_of_a_collective_stays_what_it_is(
 ) -> None:
     monkeypatch.setattr("minimind.training.distributed.time.sleep", never)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError, match=re.escape(message)), Workers(0, 2)._company():
+    with pytest.raises(RuntimeError, match=re.escape(message)), ProcessGroup(0, 2)._company():
         raise RuntimeError(message)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -104,9 +104,9 @@ def test_an_error_of_gloo_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("minimind.training.distributed.time.sleep", never)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        workers = Workers(0, 2, 0, 2, dist.group.WORLD)
+        workers = ProcessGroup(0, 2, 0, 2, dist.group.WORLD)
         with pytest.raises(RuntimeError, match="Invalid scalar type"):
-            workers.sum([torch.ones(3).to(torch.float8_e4m3fn)])
+            workers.all_reduce_([torch.ones(3).to(torch.float8_e4m3fn)])
     finally:
         dist.destroy_process_group()
 
@@ -136,7 +136,7 @@ def test_a_lost_connection_is_a_process_that_has_ended(
     try:
         with (
             pytest.raises(TrainingError, match="another process of this") as caught,
-            Workers(0, 2)._company(),
+            ProcessGroup(0, 2)._company(),
         ):
             raise RuntimeError(message)
     finally:
@@ -163,14 +163,14 @@ def test_buckets_keep_order_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole numbers stay whole, whatever their type, and shapes stay what they are."""
 
-    def double(self: Workers, tensors: list[Tensor]) -> None:
+    def double(self: ProcessGroup, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             tensor.mul_(2)
 
-    monkeypatch.setattr(Workers, "sum", double)
+    monkeypatch.setattr(ProcessGroup, "sum", double)
     more = {"tokens": torch.tensor([[1 << 40, 1], [2, 3]]), "nats": torch.tensor(0.1)}
-    sums = Sums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), more, 7)
-    sums.over(Workers(0, 2), torch.device("cpu"))
+    sums = LossSums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), more, 7)
+    sums.over(ProcessGroup(0, 2), torch.device("cpu"))
     assert int(sums.count) == 2 * ((1 << 24) + 1)
     assert sums.more["tokens"].tolist() == [[1 << 41, 2], [4, 6]]
     assert int(sums.tokens) == 2 * 7

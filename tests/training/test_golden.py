@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from minimind.model import PRESETS, ModelConfig
-from minimind.training.loop import train
+from minimind.training.trainer import train
 from tests.support.rounding import gradient_rounding
 from tests.support.small_runs import VOCAB, lora_settings, losses, nano_trainer
 

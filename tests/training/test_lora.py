@@ -13,8 +13,8 @@ from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError, DataError, MinimindError, ModelError
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model
-from minimind.training.loop import train
 from minimind.training.stage import StageResult, prepare_stage, run_stage
+from minimind.training.trainer import train
 from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, nano_trainer
 
 

@@ -9,7 +9,7 @@ from minimind.config.model import PRESETS, ModelConfig
 from minimind.config.settings import OptimSettings
 from minimind.errors import CheckpointError
 from minimind.model import Transformer
-from minimind.training.optimizers import Muon, Optimizers, orthogonalise
+from minimind.training.optimizers import Muon, Optimizers, orthogonalize
 
 pytestmark = pytest.mark.numeric
 
@@ -37,7 +37,7 @@ def test_orthogonalised_matrices_keep_their_directions_with_singular_values_near
     torch.manual_seed(2)
     left, values, right = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
     spread = torch.linspace(0.05, 1.0, values.shape[-1])
-    for matrix, nearest in zip(orthogonalise(left * spread @ right), left @ right, strict=True):
+    for matrix, nearest in zip(orthogonalize(left * spread @ right), left @ right, strict=True):
         found = torch.linalg.svdvals(matrix)
         assert found.min() > 0.6 and found.max() < 1.3
         assert torch.cosine_similarity(matrix.flatten(), nearest.flatten(), dim=0) > 0.98
@@ -59,7 +59,7 @@ def test_orthogonalising_is_a_polynomial_of_the_singular_values(shape: tuple[int
     wanted = values / values.norm(dim=-1, keepdim=True)
     for _ in range(5):
         wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
-    found = orthogonalise((left * values[:, None] @ right).float())
+    found = orthogonalize((left * values[:, None] @ right).float())
     assert found.dtype == torch.float32
     exact = left * wanted[:, None] @ right
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-4)
@@ -71,19 +71,19 @@ def test_a_last_bit_of_a_gradient_stays_one() -> None:
     for shape in ((64, 64), (64, 176), (176, 64)):
         given = torch.randn(2, *shape, generator=generator)
         bits = torch.randint(-1, 2, given.shape, generator=generator) * torch.finfo().eps
-        found, other = orthogonalise(given), orthogonalise(given * (1 + bits))
+        found, other = orthogonalize(given), orthogonalize(given * (1 + bits))
         assert (found - other).norm() < 2e-6 * found.norm()
 
 
 def test_a_matrix_without_a_gradient_is_not_made_one() -> None:
-    assert not orthogonalise(torch.zeros(2, 4, 8)).any()
+    assert not orthogonalize(torch.zeros(2, 4, 8)).any()
 
 
 def test_matrices_together_are_as_one_by_one() -> None:
     torch.manual_seed(3)
     given = torch.randn(5, 24, 40)
-    together = orthogonalise(given)
-    single = torch.cat([orthogonalise(matrix[None]) for matrix in given])
+    together = orthogonalize(given)
+    single = torch.cat([orthogonalize(matrix[None]) for matrix in given])
     torch.testing.assert_close(together, single, rtol=0, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ from minimind.model.rope import BEST_SCALING
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training import plan as planning
 from minimind.training import stage
-from minimind.training.reporter import counted
+from minimind.training.reporter import pluralize
 from minimind.training.stage import extract_checkpoint, prepare_stage
 from tests.support.small_runs import Told, lora_settings, losses, metrics, steps_done
 from tests.support.stages import Make, do, refused
@@ -59,7 +59,7 @@ def test_one_is_not_told_as_many(recipe: Make) -> None:
     told = Told()
     do(recipe(training__steps=1, training__global_batch_size=1, training__micro_batch_size=1), told)
     assert any(line.endswith("; 1 step of 1 sequence") for line in told.lines), told.lines
-    assert [counted(n, "window") for n in (0, 1, 2000)] == [
+    assert [pluralize(n, "window") for n in (0, 1, 2000)] == [
         "0 windows",
         "1 window",
         "2,000 windows",
@@ -332,8 +332,8 @@ def test_a_window_longer_than_the_context(recipe: Make) -> None:
 def test_a_model_is_tuned_at_a_longer_context(recipe: Make, run: Path, tmp_path: Path) -> None:
     do(recipe())
     settings = {"model__init": str(run), "data__seq_len": 300}
-    refusal = refused(recipe("sft", tmp_path / "refused", **settings), ConfigError)
-    assert refusal.endswith("lower it, or raise model.context")
+    message = refused(recipe("sft", tmp_path / "refused", **settings), ConfigError)
+    assert message.endswith("lower it, or raise model.context")
     longer = recipe("sft", tmp_path / "tuned", **settings, model__context=1024)
     model = do(longer).model
     assert model is not None
@@ -346,11 +346,11 @@ def test_a_model_is_tuned_at_a_longer_context(recipe: Make, run: Path, tmp_path:
     assert tuned is not None
     assert read_config(tuned) == config  # nothing to stretch
     again["model__context"] = 256
-    refusal = refused(recipe("sft", tmp_path / "shorter", **again), ConfigError)
-    assert "model.context=256 is within what the model reads as it is, 1024 tokens" in refusal
+    message = refused(recipe("sft", tmp_path / "shorter", **again), ConfigError)
+    assert "model.context=256 is within what the model reads as it is, 1024 tokens" in message
     again["model__context"] = 2048
-    refusal = refused(recipe("sft", tmp_path / "twice", **again), ModelError)
-    assert "stretched already" in refusal
+    message = refused(recipe("sft", tmp_path / "twice", **again), ModelError)
+    assert "stretched already" in message
 
 
 def test_a_new_model_needs_a_tokenizer(recipe: Make) -> None:

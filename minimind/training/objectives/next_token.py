@@ -10,11 +10,11 @@ from torch import Tensor
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.model.experts import Routing
-from minimind.model.rows import short_of_round
+from minimind.model.rows import padding_to_multiple
 from minimind.training.batch import TensorBatch
 from minimind.training.objectives.balance import with_balance, without_balance
 
-LOGITS_AT_ONCE = 1024  # tokens whose logits exist at once
+LOGIT_CHUNK = 1024  # tokens whose logits exist at once
 
 
 class NextToken:
@@ -68,7 +68,7 @@ class NextToken:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, alike: bool = True
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, uniform_grad: bool = True
 ) -> Tensor:
     """Cross-entropy [N] in nats of hidden [N, width] @ weight[vocab, width].T against labels [N].
 
@@ -80,11 +80,11 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     trained = weight.requires_grad  # the head is not, where adapters are
-    number, short = len(labels), short_of_round(len(labels))
+    number, short = len(labels), padding_to_multiple(len(labels))
     if short:  # rows of zeros: they add nothing to any gradient
         hidden, labels = F.pad(hidden, (0, 0, 0, short)), F.pad(labels, (0, short))
     losses: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, dtype, wanted, trained, alike
+        hidden, weight, labels, dtype, wanted, trained, uniform_grad
     )
     return losses[:number]
 
@@ -103,20 +103,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         wanted: bool,
         trained: bool,
-        alike: bool,
+        uniform_grad: bool,
     ) -> Tensor:
-        ctx.alike, ctx.trained, ctx.hidden_dtype = alike, trained, hidden.dtype
+        ctx.uniform_grad, ctx.trained, ctx.hidden_dtype = uniform_grad, trained, hidden.dtype
         half_weight, half_hidden = weight.to(dtype), hidden.to(dtype)
         losses, *grads = _by_chunks(
-            half_hidden, half_weight, labels, None, wanted and alike, trained
+            half_hidden, half_weight, labels, None, wanted and uniform_grad, trained
         )
         if wanted:
-            ctx.save_for_backward(*(grads if alike else (half_hidden, half_weight, labels)))
+            ctx.save_for_backward(*(grads if uniform_grad else (half_hidden, half_weight, labels)))
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.alike:
+        if ctx.uniform_grad:
             hidden_grad, *weight_grad = ctx.saved_tensors
             factor = grads[0][0] if len(grads[0]) else 0.0  # the same for every loss
             hidden_grad, weight_grad = hidden_grad * factor, [x * factor for x in weight_grad]
@@ -147,8 +147,8 @@ def _by_chunks(
         grads = [torch.empty_like(hidden)]
         grads += [torch.zeros_like(weight, dtype=torch.float32)] * trained
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, len(labels), LOGITS_AT_ONCE):
-            part = slice(start, start + LOGITS_AT_ONCE)
+        for start in range(0, len(labels), LOGIT_CHUNK):
+            part = slice(start, start + LOGIT_CHUNK)
             rows, targets = hidden[part], labels[part, None]
             scores = (rows @ weight.T).float()
             scores = torch.log_softmax(scores, -1)

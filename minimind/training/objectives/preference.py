@@ -120,7 +120,7 @@ def answer_logps(
     hidden = model(batch.tokens, segments=batch.segments, routing=routing).flatten(0, 1)
     labels = batch.labels.flatten()[batch.learned]
     losses = linear_cross_entropy(
-        hidden.index_select(0, batch.learned), model.head_weight, labels, alike=False
+        hidden.index_select(0, batch.learned), model.head_weight, labels, uniform_grad=False
     )
     answers = batch.pairs.sequences.flatten()[batch.learned]
     nothing = losses.new_zeros(2 * len(batch.pairs.reference))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.data.read import BadLines, list_files, read_records
+from minimind.data.read import InvalidRecords, list_files, read_records
 from minimind.data.textbook import write_corpus
 
 SIZES = {
@@ -50,7 +50,7 @@ def test_files_have_the_sizes_that_were_asked_for(corpus: dict[str, Path]) -> No
     "name", ["pretrain", "held-out", "sft-single", "sft-multi", "dpo", "identity"]
 )
 def test_files_are_read_by_the_reader_of_all_data(corpus: dict[str, Path], name: str) -> None:
-    bad = BadLines()
+    bad = InvalidRecords()
     records = list(read_records(list_files(str(corpus[name])), bad=bad))
     assert bad.total == 0
     assert len(records) == len(corpus[name].read_text("utf-8").splitlines())

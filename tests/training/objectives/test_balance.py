@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from minimind.config.model import PRESETS, ModelConfig
-from minimind.data.packing import IGNORED, ChatWindows, Mix
+from minimind.data.packing import IGNORED, ChatSequences, MixedDataset
 from minimind.model import Transformer
 from minimind.model.experts import Routing
-from minimind.training.batch import TensorBatch, learned_places, to_device
+from minimind.training.batch import TensorBatch, label_indices, to_device
 from minimind.training.objectives.balance import balance_figures, balance_sums, real_tokens
 from minimind.training.objectives.next_token import NextToken
 from tests.support.small_runs import VOCAB, chat_shard
@@ -108,7 +108,7 @@ def test_any_split_adds_up_to_the_same() -> None:
 
 def test_padding_does_not_count() -> None:
     """Real windows of conversations: what the padding holds changes nothing."""
-    data = Mix([ChatWindows([chat_shard(9)], 48, pad=0, seed=1)], [1.0], 1)
+    data = MixedDataset([ChatSequences([chat_shard(9)], 48, pad=0, seed=1)], [1.0], 1)
     batch = to_device(data.batch(0, data.order.epoch_size), torch.device("cpu"))
     learned = batch.labels != IGNORED
     real = real_tokens(learned, batch.segments)
@@ -148,7 +148,7 @@ def objective(router_balance: float) -> NextToken:
 def window() -> TensorBatch:
     torch.manual_seed(2)
     tokens, labels = torch.randint(VOCAB, (2, 3, 32))
-    return TensorBatch(tokens, labels, None, learned_places(labels))
+    return TensorBatch(tokens, labels, None, label_indices(labels))
 
 
 def test_the_objective_adds_it_and_shows_the_loss_without_it() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
-from minimind.training.batch import TensorBatch, learned_places
+from minimind.training.batch import TensorBatch, label_indices
 from minimind.training.objectives.next_token import NextToken, linear_cross_entropy
 from tests.support.rounding import (
     gradient_rounding,
@@ -119,7 +119,7 @@ def labelled(shares: list[float]) -> TensorBatch:
 
 
 def of(tokens: Tensor, labels: Tensor) -> TensorBatch:
-    return TensorBatch(tokens, labels, None, learned_places(labels))
+    return TensorBatch(tokens, labels, None, label_indices(labels))
 
 
 def gradient(of: Transformer) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.config.settings import DPOSettings
-from minimind.data.packing import IGNORED, Mix, PairWindows
+from minimind.data.packing import IGNORED, MixedDataset, PairSequences
 from minimind.data.store import open_store
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
-from minimind.training.batch import TensorBatch, learned_places, to_device
+from minimind.training.batch import TensorBatch, label_indices, to_device
 from minimind.training.objectives.next_token import linear_cross_entropy
 from minimind.training.objectives.preference import Preference, answer_logps
 from tests.support.rounding import gradient_rounding, relative_difference, rounding
@@ -107,15 +107,15 @@ def store_windows(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
     file.write_text("".join(lines), encoding="utf-8")
     store = open_store(str(file), tokenizer, kind="pairs", folder=folder)
 
-    def make(length: int) -> PairWindows:
-        return PairWindows(store.shards("train"), length, pad=tokenizer.end_of_text, seed=0)
+    def make(length: int) -> PairSequences:
+        return PairSequences(store.shards("train"), length, pad=tokenizer.end_of_text, seed=0)
 
     return make
 
 
-def batch_of(windows: PairWindows, reference: Transformer) -> TensorBatch:
+def batch_of(windows: PairSequences, reference: Transformer) -> TensorBatch:
     """All pairs, with the log-probabilities of the reference."""
-    mix = Mix([windows], [1.0], 0)
+    mix = MixedDataset([windows], [1.0], 0)
     places = [(0, index) for index in range(len(windows))]
     logps, _ = answer_logps(reference, to_device(mix.stack(places), CPU))
     windows.reference[:] = logps.detach().numpy()
@@ -322,7 +322,7 @@ def one_window(batch: TensorBatch, row: int) -> TensorBatch:
         reference=batch.pairs.reference[first : last + 1],
     )
     rows = (x[row : row + 1] for x in (batch.tokens, batch.labels, batch.segments))
-    return TensorBatch(*rows, learned_places(batch.labels[row]), pairs)
+    return TensorBatch(*rows, label_indices(batch.labels[row]), pairs)
 
 
 def test_a_factor_for_each_loss_of_the_linear_cross_entropy() -> None:
@@ -337,7 +337,7 @@ def test_a_factor_for_each_loss_of_the_linear_cross_entropy() -> None:
         if by_torch:
             losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
         else:
-            losses = linear_cross_entropy(hidden, weight, labels, alike=False)
+            losses = linear_cross_entropy(hidden, weight, labels, uniform_grad=False)
         (losses * factors).sum().backward()
         results.append((losses.detach(), hidden.grad, weight.grad))
     for expected, found in zip(*results, strict=True):
@@ -353,7 +353,7 @@ def test_a_factor_for_each_loss_in_half_precision() -> None:
     expected = [copy.deepcopy(x.grad) for x in (hidden, weight)]
     hidden.grad = weight.grad = None
     with torch.autocast("cpu", torch.bfloat16):
-        losses = linear_cross_entropy(hidden, weight, labels, alike=False)
+        losses = linear_cross_entropy(hidden, weight, labels, uniform_grad=False)
     (losses * factors).sum().backward()
     for there, here in zip(expected, (hidden.grad, weight.grad), strict=True):
         assert there is not None and here is not None
@@ -372,7 +372,7 @@ def test_a_loss_that_does_not_move_is_told_once(loss: Any) -> None:
 
 def test_a_tie_is_half_right() -> None:
     ours = model(3, VOCAB)
-    windows = PairWindows([pair_shard(8)], 32, pad=0, seed=0)
+    windows = PairSequences([pair_shard(8)], 32, pad=0, seed=0)
     objective = Preference(DPOSettings())
     total, count, more = objective.loss(ours, batch_of(windows, ours))
     figures = objective.figures(

@@ -1,0 +1,161 @@
+import json
+import random
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from minimind.data import inspect as inspect_module
+from minimind.data.stats import DatasetStats, Duplicates, LengthHistogram, inspect_data
+from minimind.errors import DataError
+from minimind.tokenizer import Tokenizer, encode_chat
+
+ONE_TURN = {"q": "长江有多长？", "a": "约六千三百公里。"}
+MORE_TURNS = {"q": "它流入哪里？", "a": "东海。", "history": [["长江有多长？", "约六千三百公里。"]]}
+PAIR = {"prompt": "1+1=?", "chosen": "2", "rejected": "我不知道"}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    path = tmp_path / "mixed.jsonl"
+    records = [{"text": "江河"}, {"text": "The river"}, ONE_TURN, MORE_TURNS, ONE_TURN, PAIR]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join([*lines, "{broken", '{"id": 3}', "{broken"]), encoding="utf-8")
+    return path
+
+
+def test_what_is_found(mixed: Path, tokenizer: Tokenizer) -> None:
+    steps: list[int] = []
+    found = inspect_data(str(mixed), tokenizer=tokenizer, progress=steps.append).figures()
+    size = mixed.stat().st_size
+    assert sum(steps) == size
+    assert (found["files"], found["bytes"]) == (1, size)
+    assert found["schemas"] == {"qa": 3, "text": 2, "pairs": 1}
+    assert found["records"] == 6
+    assert (found["single_turn"], found["multi_turn"]) == (3, 1)
+    assert (found["copies"], found["copies_are_exact"]) == (1, True)
+    assert found["bad_lines"] == 3
+    [first, second] = found["bad_reasons"].items()
+    assert first[0].startswith("not JSON")
+    assert first[1] == {"lines": 2, "first": [f"{mixed}:7", f"{mixed}:9"]}
+    assert second == (
+        "of no known schema; its fields are: id",
+        {"lines": 1, "first": [f"{mixed}:8"]},
+    )
+    lengths = [2, 9, 14, 14, 23, 10]
+    assert found["characters"] == {
+        "median": 10,
+        "p90": 23,
+        "p99": 23,
+        "max": 23,
+        "total": sum(lengths),
+    }
+    assert found["chinese_share"] == pytest.approx((2 + 12 + 12 + 19 + 4) / sum(lengths))
+
+
+def test_tokens_are_counted_as_in_training(mixed: Path, tokenizer: Tokenizer) -> None:
+    def chat(*turns: str) -> int:
+        roles = ["user", "assistant"] * 3
+        messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
+        return len(encode_chat(tokenizer, messages)[0])
+
+    asked, answered = ONE_TURN["q"], ONE_TURN["a"]
+    expected = [
+        len(tokenizer.encode("江河")) + 1,
+        len(tokenizer.encode("The river")) + 1,
+        chat(asked, answered),
+        chat(asked, answered, "它流入哪里？", "东海。"),
+        chat(asked, answered),
+        chat("1+1=?", "2") + chat("1+1=?", "我不知道"),
+    ]
+    tokens = inspect_data(str(mixed), tokenizer=tokenizer).figures()["tokens"]
+    assert tokens["total"] == sum(expected)
+    assert tokens["max"] == max(expected)
+    assert tokens["median"] == sorted(expected)[2]
+    assert inspect_data(str(mixed)).figures()["tokens"] is None
+
+
+def test_samples_are_different_short_and_safe_to_print(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = ["一\x1b[31m红\n\n  二\r\n", "长" * 10_000, *(["同"] * 50)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    samples = inspect_data(str(path), num_samples=5).samples
+    assert sorted(samples) == ["一\ufffd[31m红 ⏎ 二", "同", "长" * 160 + "…"]
+    assert inspect_data(str(path), num_samples=2).samples == samples[:2]
+    assert inspect_data(str(path), num_samples=0).samples == []
+
+
+def test_samples_come_from_all_of_the_data(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"第{n}条"}) for n in range(5_000)))
+    places = [int(s[1:-1]) for s in inspect_data(str(path), num_samples=40).samples]
+    assert len(places) == 40
+    assert min(places) < 1_000 < 4_000 < max(places)
+    assert 1_500 < median(places) < 3_500
+
+
+def test_quantiles_are_those_of_the_sorted_lengths() -> None:
+    rng = random.Random(5)
+    for count in (1, 2, 10, 1_000):
+        values = [int(rng.expovariate(1 / 3_000)) for _ in range(count)]
+        lengths = LengthHistogram()
+        for value in values:
+            lengths.add(value)
+        values.sort()
+        found = lengths.figures()
+        for name, share in [("median", 0.5), ("p90", 0.9), ("p99", 0.99)]:
+            exact = values[-(-round(share * count * 100) // 100) - 1]
+            assert exact * (1 - 1 / 2_048) <= found[name] <= exact
+        assert (found["max"], found["total"]) == (values[-1], sum(values))
+    assert set(LengthHistogram().figures().values()) == {0}
+
+
+def test_lengths_take_little_memory() -> None:
+    lengths = LengthHistogram()
+    for length in range(0, 16 << 20, 37):
+        lengths.add(length)
+    assert len(lengths.counts) < 35_000
+
+
+def test_copies_are_exact_and_later_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_module, "_MOST_HASHES", 4_096)
+    rng = random.Random(6)
+    hashes = [rng.getrandbits(64) for _ in range(100_000)]
+    copies = Duplicates()
+    for fingerprint in hashes[:4_000]:
+        copies.add(fingerprint)
+    for fingerprint in hashes[:300]:
+        copies.add(fingerprint, times=2)
+    assert (copies.total, copies.is_exact) == (600, True)
+    for fingerprint in hashes[4_000:]:
+        copies.add(fingerprint)
+    for fingerprint in hashes[50_000:]:
+        copies.add(fingerprint)
+    assert not copies.is_exact
+    assert len(copies.hashes) <= 4_096
+    assert copies.total == pytest.approx(50_600, rel=0.1)
+
+
+def test_parts_add_up(mixed: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("q,a\n长江有多长？,约六千三百公里。\n早,早上好\nx\n", encoding="utf-8")
+    whole = DatasetStats()
+    for path in (mixed, other):
+        whole.merge(inspect_data(str(path), tokenizer=tokenizer))
+    together = inspect_data(str(tmp_path), tokenizer=tokenizer, num_samples=0)
+    figures = whole.figures()
+    assert figures == together.figures()
+    assert figures["copies"] == 2  # one of them in the other file
+    assert figures["bad_lines"] == 4
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        inspect_data(str(tmp_path / "nowhere.jsonl"))
+
+
+def test_data_without_one_good_record_is_still_described(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{broken\n" * 2_000)
+    found = inspect_data(str(path)).figures()
+    assert (found["records"], found["bad_lines"], found["chinese_share"]) == (0, 2_000, 0)

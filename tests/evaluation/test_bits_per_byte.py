@@ -1,0 +1,110 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.errors import DataError, UsageError
+from minimind.evaluation.bits_per_byte import BitsPerByte
+from minimind.evaluation.models import LocalModel
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+from minimind.tokenizer import Tokenizer, train_tokenizer
+from tests.support.small_exams import make_varied
+
+pytestmark = pytest.mark.numeric
+
+TEXTS = [
+    "泰山在山东省，泰山的日出很美。",
+    "长江是中国最长的河流。" * 40,
+    "a",
+    "Why is the sea salty?",
+]
+
+
+def write(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return str(path)
+
+
+def test_bits_by_the_definition(
+    local: LocalModel, varied: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    task = BitsPerByte([write(tmp_path / "a.jsonl", [TEXTS[0], *TEXTS[2:]])], None)
+    summary = task.summary(list(task.run(local, ())))
+    nats, sizes = 0.0, 0
+    for text in (TEXTS[0], *TEXTS[2:]):
+        tokens = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(text)]])
+        with torch.inference_mode():
+            logits = varied.logits(varied(tokens[:, :-1]))
+        nats += float(torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="sum"))
+        sizes += len(text.encode())
+    assert summary["bytes"] == sizes
+    assert summary["bits_per_byte"] == pytest.approx(nats / math.log(2) / sizes, rel=1e-5)
+    low, high = summary["interval"]
+    assert low <= summary["bits_per_byte"] <= high
+
+
+def test_a_model_that_knows_nothing_has_the_same_bits_a_byte_in_any_window(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """All tokens equally likely: bits are tokens times log2(vocabulary), whatever the context."""
+    data = write(tmp_path / "a.jsonl", TEXTS)
+    for words, context in (
+        (tokenizer, 32),
+        (tokenizer, 512),
+        (train_tokenizer(TEXTS, vocab_size=400), 16),
+    ):
+        shape = {"vocab_size": words.vocab_size, "max_position_embeddings": context}
+        model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
+        with torch.no_grad():
+            model.head_weight.zero_()
+        folder = tmp_path / f"{words.vocab_size}-{context}"
+        save_model(folder, model, words)
+        task = BitsPerByte([data], None)
+        summary = task.summary(list(task.run(LocalModel(folder, "cpu"), ())))
+        tokens = sum(len(words.encode(text)) for text in TEXTS)
+        size = sum(len(text.encode()) for text in TEXTS)
+        assert (summary["tokens"], summary["bytes"]) == (tokens, size)
+        expected = tokens * math.log2(words.vocab_size) / size
+        assert summary["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_long_texts_are_given_what_stands_before(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of a short context too, where windows overlap: the second half is not read afresh."""
+    model = make_varied(tokenizer, context=24)
+    save_model(tmp_path / "m", model, tokenizer)
+    task = BitsPerByte([write(tmp_path / "a.jsonl", TEXTS[1:2])], None)
+    [result] = task.run(LocalModel(tmp_path / "m", "cpu"), ())
+    text = [tokenizer.end_of_text, *tokenizer.encode(TEXTS[1])]
+    nats = 0.0
+    for at in range(1, len(text)):
+        begin = 0 if at <= 24 else (at - 25) // 13 * 13 + 13
+        with torch.inference_mode():
+            hidden = model(torch.tensor([text[begin:at]]))
+            nats -= float(model.logits(hidden)[0, -1].log_softmax(-1)[text[at]])
+    assert result["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_by_source_and_what_is_done_is_not_asked(local: LocalModel, tmp_path: Path) -> None:
+    sources = [write(tmp_path / f"{n}.jsonl", TEXTS[n : n + 2]) for n in (0, 2)]
+    task = BitsPerByte([str(tmp_path)], None)
+    assert len(task) == 4
+    results = list(task.run(local, ()))
+    summary = task.summary(results)
+    assert list(summary["by_source"]) == sources
+    assert [part["documents"] for part in summary["by_source"].values()] == [2, 2]
+    rest = list(task.run(local, {results[0]["id"], results[3]["id"]}))
+    assert rest == [pytest.approx(one) for one in results[1:3]]
+    assert len(BitsPerByte([str(tmp_path)], 3)) == 3
+
+
+def test_what_is_no_text_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="bpb needs text"):
+        BitsPerByte([], None)
+    path = tmp_path / "a.jsonl"
+    path.write_text("[1]\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no line is a record; the first"):
+        BitsPerByte([str(path)], None)
+    path.write_text('[1]\n{"text": "长江"}\n', encoding="utf-8")
+    assert BitsPerByte([str(path)], None).bad.total == 1

@@ -1,0 +1,175 @@
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.data.textbook import EIGHT
+from minimind.errors import DataError, ServiceError, UsageError
+from minimind.evaluation.catalogue import make_task
+from minimind.evaluation.models import LocalModel
+from minimind.evaluation.open_ended import OpenEndedTask, Prompt, read_prompts
+from minimind.evaluation.runner import evaluate
+from minimind.evaluation.tasks import Answer, GenerationConfig
+from minimind.inference.generate import answer_all
+from minimind.inference.load import load_for_inference
+
+ME = {"model": "1"}
+
+
+class Scripted:
+    """Says what it is told to."""
+
+    name = "scripted"
+
+    def __init__(self, *answers: Answer | Exception) -> None:
+        self._answers = answers
+
+    def answers(
+        self, questions: Sequence[str], manner: GenerationConfig
+    ) -> Iterator[tuple[int, Answer | Exception]]:
+        yield from enumerate(self._answers)
+
+
+def rows(path: Path, *values: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values), "utf-8")
+    return str(path)
+
+
+def test_the_eight_questions_are_built_in() -> None:
+    prompts, bad = read_prompts()
+    assert tuple(prompt.question for prompt in prompts) == EIGHT
+    assert [prompt.id for prompt in prompts] == list("12345678")
+    assert bad.total == 0
+    assert len(read_prompts(limit=3)[0]) == 3
+
+
+def test_text_has_a_question_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt.gz"
+    path.write_bytes(gzip.compress("\ufeff甲？\r\n\n  乙？ \n丙？".encode()))
+    assert read_prompts(str(path))[0] == [
+        Prompt("1", "甲？"),
+        Prompt("3", "乙？"),
+        Prompt("4", "丙？"),
+    ]
+
+
+def test_records_of_many_kinds(tmp_path: Path) -> None:
+    path = rows(
+        tmp_path / "mine.jsonl",
+        {"id": "belle-0", "question": "甲？", "std_answer": "一", "class": "closed\u00a0qa"},
+        {"question_id": 81, "category": "writing", "turns": ["乙？", "再说"]},
+        {"messages": [{"role": "system", "content": "短"}, {"role": "user", "content": "丙？"}]},
+        {"conversations": [{"from": "human", "value": "丁？"}, {"from": "gpt", "value": "是"}]},
+        {"instruction": "翻译", "input": "hello", "output": "你好"},
+        {"prompt": "戊？", "id": 81},
+        {"answer": "没有问题"},
+        {"question": "  "},
+        {"question": 5, "turns": []},
+    )
+    prompts, bad = read_prompts(path)
+    assert prompts == [
+        Prompt("belle-0", "甲？", "closed qa"),
+        Prompt("81", "乙？", "writing"),
+        Prompt("3", "丙？"),
+        Prompt("4", "丁？"),
+        Prompt("5", "翻译\nhello"),
+        Prompt("81 2", "戊？"),
+    ]
+    assert (bad.good, bad.total) == (6, 3)
+    assert "no question; it has: answer" in bad.first
+
+
+def test_files_without_a_question(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no line is a question"):
+        read_prompts(rows(tmp_path / "none.jsonl", {"a": 1}))
+    with pytest.raises(DataError, match="no such file"):
+        read_prompts(str(tmp_path / "gone.txt"))
+    (tmp_path / "blank.txt").write_text("\n \n")
+    with pytest.raises(DataError):
+        read_prompts(str(tmp_path / "blank.txt"))
+
+
+def test_answers_and_figures_of_a_model_of_ours(
+    local: LocalModel, varied_dir: Path, tmp_path: Path
+) -> None:
+    talk = OpenEndedTask("answers", read_prompts()[0], GenerationConfig(24))
+    summary = evaluate(talk, local, tmp_path, identity=ME)
+    model, tokenizer = load_for_inference(varied_dir, "cpu")
+    said = answer_all(model, tokenizer, EIGHT, max_new_tokens=24)
+    lines = (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()[1:]
+    found = {line["id"]: line for line in map(json.loads, lines)}
+    assert [found[str(n)]["answer"] for n in range(1, 9)] == said
+    ended = [found[str(n)]["ended"] for n in range(1, 9)]
+    assert [found[str(n)]["tokens"] == 24 for n in range(1, 9)] == [not one for one in ended]
+    assert summary["never_end"] == ended.count(False) / 8
+    assert summary["answers"] == 8
+    assert summary["tokens_per_second"] > 0
+    assert "by_category" not in summary
+
+
+def test_drawn_answers_depend_on_seed_and_question_alone(local: LocalModel) -> None:
+    def said(questions: Sequence[str], seed: int) -> dict[str, str]:
+        found = local.answers(
+            questions, GenerationConfig(16, temperature=1.0, seed=seed, at_once=3)
+        )
+        return {questions[n]: a.text for n, a in found if isinstance(a, Answer)}
+
+    whole = said(EIGHT, 1)
+    assert len(whole) == 8
+    assert said(EIGHT[:2:-1], 1).items() <= whole.items()
+    assert said(EIGHT, 2) != whole
+
+
+def test_settings_tell_other_questions_and_ways_apart(local: LocalModel, tmp_path: Path) -> None:
+    prompts = read_prompts()[0]
+    evaluate(
+        OpenEndedTask("a", prompts[:1], GenerationConfig(2, seed=1)), local, tmp_path, identity=ME
+    )
+    again = evaluate(
+        OpenEndedTask("a", prompts[:1], GenerationConfig(2, seed=2)), local, tmp_path, identity=ME
+    )
+    assert again["asked_now"] == 0  # nothing is drawn: the seed does not count
+    for other in (
+        OpenEndedTask("a", prompts[:1], GenerationConfig(3)),
+        OpenEndedTask("a", prompts[:1], GenerationConfig(2, temperature=0.5)),
+        OpenEndedTask("a", prompts[1:2], GenerationConfig(2)),
+    ):
+        with pytest.raises(UsageError, match="another evaluation"):
+            evaluate(other, local, tmp_path, identity=ME)
+
+
+def test_speed_and_lengths_by_category_and_faults() -> None:
+    prompts = [Prompt("1", "甲", "x"), Prompt("2", "乙", "y"), Prompt("3", "丙", "y")]
+    talk = OpenEndedTask("a", prompts, GenerationConfig(9))
+    model = Scripted(
+        Answer("好的", 2, True, 0.5), ServiceError("gone"), Answer("好的好的", None, None, 7)
+    )
+    results = list(talk.run(model, ()))  # type: ignore[arg-type]
+    assert results[1] == {"id": "2", "error": "gone"}
+    summary = talk.summary([result for result in results if "error" not in result])
+    assert summary["tokens"] == 2
+    assert summary["characters"] == 3
+    assert summary["tokens_per_second"] == 4
+    assert summary["by_category"]["x"]["answers"] == 1
+    assert talk.described(results[0])["characters"] == 2
+    assert talk.described(results[1]) == {"error": "gone"}
+    many = OpenEndedTask("a", [Prompt(str(n), "甲") for n in range(30)], GenerationConfig(9))
+    with pytest.raises(ServiceError):
+        list(many.run(Scripted(*[ServiceError("gone")] * 30), ()))  # type: ignore[arg-type]
+
+
+def test_a_question_that_is_too_long_is_told(local: LocalModel, tmp_path: Path) -> None:
+    path = tmp_path / "q.txt"
+    path.write_text("短？\n" + "长江的水" * 400 + "\n", encoding="utf-8")
+    results = {r["id"]: r for r in make_task(f"degeneration:{path}").run(local, ())}
+    assert "answer" in results["1"]
+    assert "context is 512" in results["2"]["error"]
+
+
+def test_the_task_by_name() -> None:
+    task = make_task("degeneration", data=["of-other-tasks"])
+    assert len(task) == 8
+    assert set(task.summary([])["metrics"].values()) == {None}

@@ -1,0 +1,187 @@
+import csv
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.errors import ResourceError, UsageError
+from minimind.evaluation.catalogue import make_task
+from minimind.evaluation.contamination import Contamination
+from minimind.evaluation.models import LocalModel, name_of
+from minimind.evaluation.runner import evaluate, file_name, read_results
+from minimind.evaluation.tasks import Model, Result, Task
+from minimind.version import __version__
+
+ME = {"model": "1"}
+
+
+class Stops(RuntimeError):
+    pass
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    [path] = folder.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def ceval(folder: Path) -> Task:
+    return make_task("ceval", data=[str(folder)], shots=1, style="letter")
+
+
+def stopping(task: Task, after: int) -> Task:
+    """The same task, which breaks off."""
+    run = task.run
+
+    def some(model: Model, done: Collection[str]) -> Iterator[Result]:
+        for number, result in enumerate(run(model, done)):
+            if number == after:
+                raise Stops
+            yield result
+
+    task.run = some  # type: ignore[method-assign]
+    return task
+
+
+def test_results_figures_and_tables_are_written(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    report = seen.append
+    summary = evaluate(
+        ceval(ceval_dir), local, tmp_path, identity=ME, progress=lambda *two: report(two)
+    )
+    assert seen == [(n, 7) for n in range(8)]
+    header, *results = lines(tmp_path)
+    assert header["model"] == "1"
+    assert header["style"] == "letter"
+    assert len(results) == 7
+    written = json.loads((tmp_path / "ceval-letter-1-shots.json").read_text("utf-8"))
+    assert written["correct"] == summary["correct"] == sum(r["right"] for r in results)
+    with (tmp_path / "ceval-letter-1-shots" / "logic.csv").open(encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert sum(int(row["right"]) for row in rows) == summary["by_subject"]["logic"]["correct"]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "accountant-1", "right": tr', b"{"])
+def test_a_stopped_evaluation_goes_on(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path, torn: bytes
+) -> None:
+    whole = evaluate(ceval(ceval_dir), local, tmp_path / "whole", identity=ME)
+    folder = tmp_path / "stopped"
+    with pytest.raises(Stops):
+        evaluate(stopping(ceval(ceval_dir), 2), local, folder, identity=ME)
+    [path] = folder.glob("*.jsonl")
+    with path.open("ab") as file:
+        file.write(torn)
+    seen: list[int] = []
+    summary = evaluate(
+        ceval(ceval_dir), local, folder, identity=ME, progress=lambda done, _: seen.append(done)
+    )
+    assert seen == [2, 3, 4, 5, 6, 7]
+    assert summary["asked_now"] == 5
+    # Batches are others: the last digits may be, the rest is not.
+    for one, other in zip(lines(tmp_path / "whole")[1:], lines(folder)[1:], strict=True):
+        assert one | {"scores": 0} == other | {"scores": 0}
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+    assert summary["correct"] == whole["correct"]
+    again = evaluate(ceval(ceval_dir), local, folder, identity=ME)
+    assert (again["asked_now"], again["correct"]) == (0, whole["correct"])
+
+
+def test_errors_are_tried_again(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
+    task = ceval(ceval_dir)
+    run = task.run
+
+    def failing(model: Model, done: Collection[str]) -> Iterator[Result]:
+        for number, result in enumerate(run(model, done)):
+            yield {"id": result["id"], "error": "no luck"} if number == 3 else result
+
+    task.run = failing  # type: ignore[method-assign]
+    first = evaluate(task, local, tmp_path, identity=ME)
+    assert (first["questions"], first["failed"]) == (6, 1)
+    assert list(first["errors"].values()) == ["no luck"]
+    second = evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
+    assert (second["questions"], second["failed"]) == (7, 0)
+    assert len(lines(tmp_path)) == 8
+
+
+def test_results_of_something_else_are_kept_apart(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path
+) -> None:
+    evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
+    before = lines(tmp_path)
+    with pytest.raises(UsageError, match=r"another evaluation \(model differ\).*--fresh"):
+        evaluate(ceval(ceval_dir), local, tmp_path, identity={"model": "2"})
+    assert lines(tmp_path) == before
+    evaluate(ceval(ceval_dir), local, tmp_path, identity={"model": "2"}, fresh=True)
+    assert lines(tmp_path)[0]["model"] == "2"
+
+
+def test_a_file_that_was_cut_within_its_header_begins_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert read_results(path, ME) == {}
+    path.write_bytes(b'{"mod')
+    assert read_results(path, ME) == {}
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UsageError, match="another evaluation"):
+        read_results(path, ME)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ResourceError, match=r"cannot be (written|read)"):
+        evaluate(ceval(ceval_dir), local, tmp_path / "file", identity=ME)
+
+
+def test_figures_without_what_was_in_the_training_data(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path
+) -> None:
+    task = ceval(ceval_dir)
+    known = list(task.texts())[:3]
+    contamination = Contamination(found=dict.fromkeys(known, "data.jsonl"))
+    summary = evaluate(task, local, tmp_path, identity=ME, contamination=contamination)
+    assert summary["questions"] == 7
+    told = summary["contamination"]
+    assert (told["found"], told["without"]["questions"]) == (3, 4)
+    right = {r["id"]: r["right"] for r in lines(tmp_path)[1:]}
+    without = sum(right[name] for name in right.keys() - known)
+    assert told["without"]["correct"] == without
+
+
+@pytest.mark.parametrize("key", ["version", "device", "dtype", "model"])
+def test_results_of_another_version_device_or_dtype_are_not_reused(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path, key: str
+) -> None:
+    identity = local.identity()
+    assert identity["version"] == __version__
+    assert identity["device"] == "cpu"
+    assert identity["dtype"] in ("float32", "bfloat16")
+    evaluate(ceval(ceval_dir), local, tmp_path, identity=identity)
+    assert lines(tmp_path)[0].items() >= identity.items()
+    with pytest.raises(UsageError, match=rf"\({key} differ\)"):
+        evaluate(ceval(ceval_dir), local, tmp_path, identity=identity | {key: "other"})
+
+
+def test_an_item_has_one_line(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
+    """Also where an earlier version wrote errors and repeated items."""
+    evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
+    [path] = tmp_path.glob("*.jsonl")
+    header, *results = lines(tmp_path)
+    old = [{"id": results[1]["id"], "error": "no luck"}, results[0] | {"right": None}, *results]
+    path.write_text("".join(json.dumps(one) + "\n" for one in [header, *old]), encoding="utf-8")
+    again = evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
+    assert again["asked_now"] == 0
+    found = lines(tmp_path)
+    assert sorted(one["id"] for one in found[1:]) == sorted(one["id"] for one in results)
+    assert results[0] in found
+
+
+def test_names(varied_dir: Path) -> None:
+    assert name_of(varied_dir) == name_of(varied_dir / "model") == "tiny"
+    assert file_name("ceval (letter, 5 shots)") == "ceval-letter-5-shots"
+    assert file_name("../..") == "_"

@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import pytest
+
+from minimind.errors import ResourceError
+from minimind.planning.selftest import selftest
+from minimind.training import selftest as module
+
+
+@pytest.mark.numeric
+def test_a_sound_machine_passes() -> None:
+    checks = selftest("cpu")
+    assert [check.passed for check in checks] == [True, True, True]
+    assert checks[-1].note == "equal"
+
+
+@pytest.mark.numeric
+def test_what_fails_is_named_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(run: Path, *rest: object, **settings: object) -> None:
+        raise ResourceError("the disk is full")
+
+    monkeypatch.setattr(module, "run_stage", full)
+    checks = selftest("cpu")
+    assert [(check.passed, check.note) for check in checks[1:]] == [(False, "the disk is full")]
+
+
+@pytest.mark.numeric
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ResourceError, match="cuda:99 is not there"):
+        selftest("cuda:99")

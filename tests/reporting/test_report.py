@@ -1,0 +1,384 @@
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.errors import DataError
+from minimind.reporting.report import make_report
+from tests.support.run_folders import sample, train, usual_metrics, validation, write_run
+
+EVIL = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\x00\x1b[0m\ufffd\n第二行"
+SHOWN = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\ufffd\ufffd[0m\ufffd\n第二行"
+DEMO = {
+    "stages": {},
+    "quiz": {
+        "correct": 8,
+        "fluent": 7,
+        "questions": 12,
+        "by_subject": {
+            "河流": {"correct": 3, "questions": 4},
+            "山峰": {"correct": 1, "questions": 4},
+            "English": {"correct": 4, "questions": 4},
+        },
+        "wrong": [{"question": "华山在哪？", "answer": "在山东。", "expected": "在陕西。"}],
+    },
+    "eight": [
+        {
+            "question": "你叫什么名字？",
+            "before_training": "？？",
+            "after_pretraining": "名字",
+            "after_fine_tuning": "我叫MiniMind。",
+            "after_preferences": "我叫MiniMind。",
+            "correct": right,
+            "fluent": not right,
+        }
+        for right in (True, False)
+    ],
+    "identity": {
+        "correct": 1,
+        "questions": 1,
+        "answers": [{"question": "你是何人？", "before": "我。", "after": "小满。", "right": True}],
+    },
+}
+SECTIONS = [
+    "The eight questions",
+    "Stages",
+    "Loss",
+    "Bits per byte",
+    "Learning rate",
+    "Tokens per second",
+    "Memory",
+    "Quiz by subject",
+    "A name of its own",
+    "What the model wrote on the way",
+    "Recipes",
+]
+PER_STAGE = 2 + 2 + 1 + 1 + 1  # plots
+Page = Callable[..., str]
+
+
+class Elements(HTMLParser):
+    """Every tag with its attributes, the text, and whether what opens is closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(*places: Path, price: float | None = None) -> str:
+    out = places[0].parent / "page" / "report.html"
+    make_report(places, price=price).write(out)
+    return out.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `minimind demo` leaves it, two stages long."""
+    folder = tmp_path_factory.mktemp("whole") / "demo"
+    write_run(folder / "zz-pretrain")
+    write_run(folder / "sft", init="elsewhere/zz-pretrain", objective="sft")
+    (folder / "summary.json").write_text(json.dumps(DEMO), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full(demo: Path) -> str:
+    return page_of(demo)
+
+
+def titles(page: str) -> list[str]:
+    return re.findall("<h2>(.*?)</h2>", page)
+
+
+def test_all_sections_are_there_with_what_they_show(full: str) -> None:
+    assert titles(full) == SECTIONS
+    # Below each title is a sentence for learners.
+    assert len(re.findall(r"</h2><p class=faint>[A-Z][^<]{60,}\.</p>", full)) == len(SECTIONS)
+    text = Elements(full).text
+    shown = ("minimind: demo", "1,234,567", "2.250", "256 MB", "中国的河。", "hidden_size = 8")
+    for one in (*shown, "我叫MiniMind。", "华山在哪？", "在陕西。", "1 wrong answers", "66.7%"):
+        assert one in text, one
+    assert (full.count("✓</b>"), full.count("✗</b>")) == (3, 2)
+    assert "Problems" not in text
+
+
+def test_stages_stand_in_the_order_in_which_they_were_trained(full: str) -> None:
+    captions = re.findall("<figcaption>(.*?)</figcaption>", full)
+    assert captions[:4] == ["zz-pretrain", "sft", "zz-pretrain, by time", "sft, by time"]
+    assert len(captions) == PER_STAGE * 2
+
+
+def test_plots_need_no_font(full: str) -> None:
+    plots = re.findall("<figure>(.*?)</figure>", full, re.S)
+    assert all("<path" in plot and "<text" not in plot for plot in plots)
+    assert "currentColor" in full and "#010203" not in full
+
+
+def test_the_page_needs_nothing_from_elsewhere(full: str) -> None:
+    assert "http:" not in full and "https:" not in full and "@import" not in full
+    for tag, attributes in Elements(full).tags:
+        assert tag not in ("script", "link", "img", "iframe", "object")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("href", "xlink:href", "src"):
+                assert (value or "").startswith("#")
+    assert all(place.startswith("#") for place in re.findall(r"url\(([^)]*)\)", full))
+    assert len(full.encode()) < 1_000_000
+
+
+def test_what_a_model_or_a_user_wrote_stays_text(tmp_path: Path) -> None:
+    metrics = [train(1), sample(1, EVIL), sample(1, EVIL, prompt=EVIL)]
+    write_run(tmp_path / "runs" / "one", metrics, more=f"# {EVIL}\n".replace("\n第", "\n# 第"))
+    told = json.loads(json.dumps(DEMO).replace(json.dumps("我叫MiniMind。"), json.dumps(EVIL)))
+    told["quiz"]["by_subject"] = {EVIL: {"correct": 1, "questions": 2}}
+    (tmp_path / "runs" / "summary.json").write_text(json.dumps(told), encoding="utf-8")
+    (tmp_path / "runs" / "ceval.json").write_text(
+        json.dumps({"task": EVIL, "model": EVIL, "settings": {}, "metrics": {EVIL: 1.0}})
+    )
+    html = page_of(tmp_path / "runs")
+    elements = Elements(html)
+    assert not {"script", "img"} & {tag for tag, _ in elements.tags}
+    assert elements.text.count(SHOWN) >= 10
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", html)
+    markdown = (tmp_path / "page" / "report.md").read_text("utf-8")
+    outside = re.sub("```.*?```", "", markdown, flags=re.S)
+    assert "<script" not in outside and "<img" not in outside and "&lt;script" in outside
+
+
+def test_the_weakest_subject_comes_first(full: str) -> None:
+    section = full[full.index("Quiz by subject") :]
+    assert section.index("山峰") < section.index("河流") < section.index("English")
+    assert re.findall("width:([0-9]+%)", section) == ["25%", "75%", "100%"]
+    assert "3/4" in section
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [],
+        [train(10)],
+        [validation(10)],
+        [train(10), train(20), validation(20)],
+        [train(10, loss=math.nan, bits_per_byte=math.inf), train(20, loss=None)],
+        [train(10, **{"lr/adamw": 0.0, "lr/muon": 0.0, "tokens_per_second": 0.0})],
+        [train(10, loss="high", tokens="many", elapsed_s=[])],
+        [{"kind": "train", "step": 0, "loss": 7}],
+    ],
+    ids=["none", "one", "validation", "few", "not finite", "zero", "words", "step 0"],
+)
+def test_few_or_odd_lines_of_metrics_are_enough(
+    tmp_path: Path, metrics: list[dict[str, Any]]
+) -> None:
+    html = page_of(write_run(tmp_path / "one", metrics))
+    Elements(html)
+    assert {"Stages", "Recipes"} <= set(titles(html))
+
+
+def test_a_number_that_is_none_does_not_spoil_its_neighbours(tmp_path: Path) -> None:
+    metrics = [*map(train, range(1, 400))]
+    pages = set()
+    for number, odd in enumerate((math.nan, math.inf, None, "no")):
+        metrics[200] = train(201, loss=odd)
+        if odd == "no":
+            del metrics[200]["loss"]
+        pages.add(page_of(write_run(tmp_path / str(number) / "one", metrics)))
+    assert len(pages) == 1
+
+
+def test_experts_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "most", "least")}
+    figures = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance": 1.0}
+    lines = [train(step, **figures) for step in range(1, 20)]
+    html = page_of(write_run(tmp_path / "moe", lines))
+    own = ["Expert load", "Dropped tokens", "Router entropy"]
+    assert [name for name in titles(html) if name not in SECTIONS] == own
+    assert html.count("<svg ") == PER_STAGE + 3
+
+
+def test_preferences_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
+    figures = dict.fromkeys(names, 0.5)
+    lines = [train(step, **figures) for step in range(1, 20)] + [validation(19, **figures)]
+    for line in lines:
+        del line["bits_per_byte"]
+    html = page_of(write_run(tmp_path / "dpo", lines, objective="dpo"))
+    assert [name for name in titles(html) if name not in SECTIONS] == ["Preferences"]
+    assert not {"Loss", "Bits per byte"} & set(titles(html))
+    assert html.count("<svg ") == 4 + 3
+
+
+def test_a_long_run_has_a_small_page_that_shows_its_end(tmp_path: Path) -> None:
+    metrics = [train(step, loss=3 + math.sin(step**2)) for step in range(10, 300_000, 10)]
+    for step in range(1_000, 300_000, 1_000):
+        metrics += [validation(step), sample(step, f"到了{step}步。" + "很长的话。" * 60)]
+    html = page_of(write_run(tmp_path / "long", metrics))
+    assert len(html.encode()) < 400_000
+    assert "到了299000步。" in html
+    assert 20 <= html.count("到了") <= 40
+
+
+def test_the_same_runs_give_the_same_bytes(demo: Path, full: str) -> None:
+    assert page_of(demo) == full
+
+
+def test_the_page_is_english_and_marks_what_is_chinese(full: str) -> None:
+    assert full.startswith('<!doctype html><html lang="en">')
+    assert "<span lang=zh-Hans>我叫MiniMind。</span>" in full
+
+
+def test_keywords_and_fluency_are_columns_of_their_own(full: str) -> None:
+    assert "<th>keywords</th><th>fluent</th>" in full
+    right, wrong = "<b class=right>✓</b>", "<b class=wrong>✗</b>"
+    for keywords, fluent in ((right, wrong), (wrong, right)):
+        row = f'data-name="keywords">{keywords}</td><td data-name="fluent">{fluent}</td>'
+        assert row in full
+    assert "the weakest subject first; 7 answers are fluent." in full
+
+
+def test_an_hour_has_a_price(demo: Path, tmp_path: Path) -> None:
+    report = make_report([demo], price=36.0)
+    assert report.page.cards["cost"] == "1.23"  # 2 * 61.7 s, a cent a second
+    assert math.isclose(report.figures["runs"]["sft"]["cost"], 0.617)
+    assert "cost" not in make_report([demo]).page.cards
+
+
+def test_a_stage_brings_those_that_it_came_from(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "here" / "base")
+    write_run(tmp_path / "there" / "chat", init=f"{base}/model", objective="sft")
+    report = make_report([tmp_path / "there" / "chat"])
+    assert list(report.figures["runs"]) == ["base", "chat"]
+    assert "runs side by side" not in report.page.lead
+
+
+def test_several_runs_share_their_axes(tmp_path: Path) -> None:
+    for number in range(3):
+        metrics = [*usual_metrics(), validation(59, loss=2.0 + number)]
+        size = {"parameters": 10**number * 1000, "loss": 5.0 * 10 ** (-0.1 * number)}
+        write_run(tmp_path / "runs" / f"n{number}", metrics, **size)
+    swept = {f"n{number}": {"optim.lr": number, "seed": number} for number in range(3)}
+    told = {"settings": swept, "failed": {"n4": "killed by SIGKILL"}}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(told))
+    report = make_report([tmp_path / "runs"])
+    assert report.page.lead == "3 runs side by side."
+    by_title = {section.title: section for section in report.page.sections}
+    [loss] = by_title["Loss"].blocks
+    assert [title for title, _ in loss.plots] == ["pretrain", "pretrain, by time"]
+    fit = report.figures["fits"]["pretrain"]["parameters"]
+    assert math.isclose(fit["exponent"], 0.1, rel_tol=1e-6) and fit["points"] == 3
+    _, settings, table = (
+        by_title["By setting: pretrain"].blocks[0],
+        *by_title["By setting: pretrain"].blocks,
+    )
+    assert [title for title, _ in settings.plots] == ["optim.lr"]
+    assert table.head == ["run", "optim.lr", "seed", "loss"]
+    assert report.figures["problems"] == ["n4: killed by SIGKILL"] and report.complete
+
+
+def test_runs_that_differ_in_nothing_get_no_fit(tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / "runs" / name)
+    fits = make_report([tmp_path / "runs"]).figures["fits"]["pretrain"]
+    assert fits["parameters"]["reason"].startswith("no fit: 1 different values")
+
+
+def test_exams_are_found_in_the_run_or_beside_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    exam = {"task": "ceval", "model": "run", "settings": {}, "accuracy": 0.27, "correct": 363}
+    exam |= {"questions": 1346, "interval": [0.247, 0.294], "chance": 0.25, "failed": 0}
+    exam["by_group"] = {"STEM": {"correct": 3, "questions": 10, "accuracy": 0.3}}
+    bits = {"task": "bpb", "model": "run", "settings": {}, "bits_per_byte": 1.5, "documents": 7}
+    for place, figures in ((run / "eval" / "run", exam), (tmp_path / "apart" / "run", bits)):
+        place.mkdir(parents=True)
+        (place / f"{figures['task']}.json").write_text(json.dumps(figures))
+    text = Elements(page_of(run, tmp_path / "apart")).text
+    for shown in ("27.00%", "24.7% – 29.4%", "363 / 1,346", "1.5000 bits/byte", "STEM", "3/10"):
+        assert shown in text, shown
+    alone = make_report([tmp_path / "apart"])
+    assert [section.title for section in alone.page.sections] == ["Exams"]
+
+
+def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs / "good")
+    half = write_run(runs / "half", finished=False, more="[training]\nsteps = 100\n")
+    with (half / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'\xff{"kind"\n[1]\n{"kind": "train", "step": 60, "lo')
+    broken = write_run(runs / "broken")
+    (broken / "summary.json").write_text('{"loss": ')
+    (broken / "recipe.toml").write_text("[[[")
+    bare = runs / "bare"
+    bare.mkdir()
+    (bare / "recipe.toml").write_text('objective = "pretrain"\n')
+    report = make_report([runs, tmp_path / "nowhere"])
+    assert report.figures["problems"] == [
+        f"{tmp_path / 'nowhere'}: there is nothing",
+        "bare: metrics.jsonl is missing",
+        "bare: not finished: no steps are logged",
+        report.figures["problems"][3],
+        "broken: summary.json: not the figures of a run",
+        "broken: not finished: 59 steps are logged",
+        "half: metrics.jsonl: 3 lines cannot be read",
+        "half: not finished: 59 of 100 steps are logged",
+    ]
+    assert report.figures["problems"][3].startswith("broken: recipe.toml: not TOML")
+    assert not report.complete
+    assert report.figures["runs"]["half"]["tokens"] == 59 * 32 * 4
+    assert report.figures["runs"]["half"]["bits_per_byte"] == 3.2 / 59
+    report.write(tmp_path / "report.html")
+    text = Elements((tmp_path / "report.html").read_text("utf-8")).text
+    assert "half (not finished)" in text and text.count("cannot be read") == 1
+
+
+def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is nothing"):
+        make_report([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="holds no run and no results of exams"):
+        make_report([tmp_path])
+
+
+def test_markdown_says_the_same_and_has_its_plots_beside_it(demo: Path, tmp_path: Path) -> None:
+    report = make_report([demo])
+    stale = tmp_path / "all-plots" / "099.svg"
+    stale.parent.mkdir()
+    stale.write_text("old")
+    report.write(tmp_path / "all.html")
+    markdown = (tmp_path / "all.md").read_text("utf-8")
+    assert re.findall("^## (.*)$", markdown, re.M) == SECTIONS
+    for shown in ("1,234,567", "华山在哪？", "| 河流 | 3/4 | 75% |", "hidden_size = 8"):
+        assert shown in markdown, shown
+    named = re.findall(r"!\[[^]]*\]\((all-plots/[0-9]+\.svg)\)", markdown)
+    assert len(named) == PER_STAGE * 2 and not stale.exists()
+    for name in named:
+        drawing = (tmp_path / name).read_text("utf-8")
+        assert drawing.startswith("<svg xmlns=") and "currentColor" not in drawing
+
+
+def test_names_of_any_letters_go_into_plots(tmp_path: Path) -> None:
+    for name in ("_第一$x$", "第二{", "a^b$"):
+        write_run(tmp_path / "runs" / name)
+    text = Elements(page_of(tmp_path / "runs")).text
+    assert "_第一$x$" in text
