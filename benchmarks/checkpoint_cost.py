@@ -55,19 +55,19 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     precision = choose_precision("auto", device)
     recipe = load_recipe("pretrain-small").recipe
-    window, batch = recipe.data.seq_len, args.windows
+    seq_len, batch = recipe.data.seq_len, args.sequences
     torch.manual_seed(0)
     model = Transformer(recipe.model.shape(VOCAB)).to(device)
     optimizers = Optimizers(model, recipe.optim)
     objective = NextToken([1] * VOCAB, device)
-    tokens = torch.randint(VOCAB, (args.micro_batch, window + 1), device=device)
-    windows = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, label_indices(tokens[:, 1:]))
+    tokens = torch.randint(VOCAB, (args.micro_batch, seq_len + 1), device=device)
+    sequences = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, label_indices(tokens[:, 1:]))
 
     def step() -> None:
         for _ in range(batch // args.micro_batch):
             with precision.autocast():
-                loss, _, _ = objective.loss(model, windows)
-            (loss / (batch * window)).backward()
+                loss, _, _ = objective.loss(model, sequences)
+            (loss / (batch * seq_len)).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         torch._foreach_mul_(gradients, 1 / (norm + 1e-6))
@@ -132,7 +132,7 @@ def main() -> None:
         "checkpoint_bytes": size,
         "bytes_a_parameter": round(size / parameters, 2),
         "peak_resident_bytes": {"before_the_first_save": before, "in_the_end": peak},
-        "tokens_a_step": batch * window,
+        "tokens_a_step": batch * seq_len,
         "median_seconds": {
             clock: {name: round(value, 3) for name, value in all_s.items()}
             for clock, all_s in median.items()

@@ -67,14 +67,14 @@ def main() -> None:
             for name in args.only:
                 rounds[name].append(measure(name, args))
                 print(name, rounds[name][-1], flush=True)
-    figures = over_rounds(rounds)
-    show(figures)
+    metrics = over_rounds(rounds)
+    show(metrics)
     if args.json:
         record = {
             "date": date.today().isoformat(),
             "machine": machine(args),
             "command": " ".join(["python", *sys.argv]),
-            "over_rounds": figures,
+            "over_rounds": metrics,
             "rounds": rounds,
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -91,11 +91,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     return json.loads((args.work / "figures.json").read_text())
 
 
-def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
+def show(metrics: dict[str, dict[str, dict[str, float]]]) -> None:
     """Print medians over the rounds, with the spread below each."""
     for what, suffix in (("second", ""), ("processor second", "_a_processor_second")):
         print(f"\ntokens per {what:16} {'1 stream':>13} {'16 streams':>13}  ratio  peak MB")
-        for name, one in figures.items():
+        for name, one in metrics.items():
             alone, together = one[f"streams_1{suffix}"], one[f"streams_16{suffix}"]
             print(
                 f"{name:27} {alone['median']:13,.0f} {together['median']:13,.0f}"
@@ -152,7 +152,7 @@ def timed(open_writer, args: argparse.Namespace) -> dict[str, float]:
         write(prompts(args, 1))
     done.set()
     watcher.join()
-    figures = {"peak_mb": max(peak[0], psutil.Process().memory_info().rss) / 2**20}
+    metrics = {"peak_mb": max(peak[0], psutil.Process().memory_info().rss) / 2**20}
     for streams in STREAMS:
         seconds, processor = [], []
         with open_writer(streams) as write:
@@ -163,9 +163,9 @@ def timed(open_writer, args: argparse.Namespace) -> dict[str, float]:
                 seconds.append(time.perf_counter() - started[0])
                 processor.append(time.process_time() - started[1])
                 assert written == streams * args.tokens
-        figures[f"streams_{streams}"] = written / statistics.median(seconds)
-        figures[f"streams_{streams}_a_processor_second"] = written / statistics.median(processor)
-    return figures
+        metrics[f"streams_{streams}"] = written / statistics.median(seconds)
+        metrics[f"streams_{streams}_a_processor_second"] = written / statistics.median(processor)
+    return metrics
 
 
 def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, float]:

@@ -80,8 +80,8 @@ def measure(
     seconds, after = time.perf_counter() - started, os.times()
     used = after.children_user + after.children_system
     used -= before.children_user + before.children_system
-    [figures] = json.loads((out / "summary.json").read_text("utf-8"))["models"].values()
-    [task] = figures.values()
+    [metrics] = json.loads((out / "summary.json").read_text("utf-8"))["models"].values()
+    [task] = metrics.values()
     return {
         "style": style,
         "shots": shots,

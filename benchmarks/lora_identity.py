@@ -19,7 +19,7 @@ from minimind.inference.load import load_for_inference
 SHOWN = 8
 
 
-def figures(base: Path, adapter: Path | None, fill: dict[str, str], size: int) -> dict[str, Any]:
+def metrics(base: Path, adapter: Path | None, fill: dict[str, str], size: int) -> dict[str, Any]:
     model, tokenizer = load_for_inference(base, adapter=adapter)
     asked = held_out_identity()
     answers = answer_all(model, tokenizer, [one.question for one in asked], max_new_tokens=64)
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     fill = {"name": given.name, "author": given.author}
-    found = [figures(given.base, run, fill, given.quiz) for run in (None, *given.runs)]
+    found = [metrics(given.base, run, fill, given.quiz) for run in (None, *given.runs)]
     for run, figure in zip(given.runs, found[1:], strict=True):
         summary = json.loads((run / "summary.json").read_text("utf-8"))
         keys = ("general_loss", "first_general_loss", "loss", "first_loss", "seconds", "steps")

@@ -32,17 +32,17 @@ def main() -> None:
     print("| model | windows × tokens | activations | optimizer | peak | estimate |")
     print("|---|---|---|---|---|---|")
     for case in CASES:
-        preset, windows, window, checkpointing, optimizer = case
+        preset, sequences, seq_len, checkpointing, optimizer = case
         command = [sys.executable, __file__, json.dumps(case)]
-        figures = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        metrics = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         kept = "computed again" if checkpointing else "kept"
         print(
-            f"| `{preset}` | {windows} × {window} | {kept} | {optimizer} | {figures.strip()} |",
+            f"| `{preset}` | {sequences} × {seq_len} | {kept} | {optimizer} | {metrics.strip()} |",
             flush=True,
         )
 
 
-def measure(preset: str, windows: int, window: int, checkpointing: bool, optimizer: str) -> str:
+def measure(preset: str, sequences: int, seq_len: int, checkpointing: bool, optimizer: str) -> str:
     """Peak and estimate of one case, in MB."""
     from pathlib import Path
 
@@ -67,7 +67,7 @@ def measure(preset: str, windows: int, window: int, checkpointing: bool, optimiz
     optimizers = Optimizers(model, settings)
     objective = NextToken([1] * config.vocab_size, torch.device("cpu"))
     for _ in range(2):
-        tokens = torch.randint(0, config.vocab_size, (windows, window))
+        tokens = torch.randint(0, config.vocab_size, (sequences, seq_len))
         with Precision("bf16", "cpu").autocast():
             loss, _, _ = objective.loss(
                 model, TensorBatch(tokens, tokens, None, label_indices(tokens))
@@ -79,8 +79,8 @@ def measure(preset: str, windows: int, window: int, checkpointing: bool, optimiz
     peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
     number = sum(parameter.numel() for parameter in model.parameters())
     moments = count_moments(model, settings)
-    footprint = Footprint(config, number, number, moments, window, "cpu", checkpointing)
-    return f"{(peak - before) / 1e6:,.0f} MB | {footprint.total(windows) / 1e6:,.0f} MB"
+    footprint = Footprint(config, number, number, moments, seq_len, "cpu", checkpointing)
+    return f"{(peak - before) / 1e6:,.0f} MB | {footprint.total(sequences) / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def main() -> None:
     moe = ModelConfig(**shape)
     as_wide = {key: value for key, value in shape.items() if key not in MOE_FIELDS}
     dense = ModelConfig(**as_wide | {"intermediate_size": moe.active_intermediate_size})
-    window, num_micro = recipe.data.seq_len, recipe.training.global_batch_size // args.micro_batch
+    seq_len, num_micro = recipe.data.seq_len, recipe.training.global_batch_size // args.micro_batch
     torch.manual_seed(0)
-    tokens = torch.randint(moe.vocab_size, (args.micro_batch, window + 1), device=device)
+    tokens = torch.randint(moe.vocab_size, (args.micro_batch, seq_len + 1), device=device)
     batch = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, label_indices(tokens[:, 1:]))
     objective = NextToken([1] * moe.vocab_size, device, router_balance=0.01)
     models = {"moe": Transformer(moe).to(device), "dense": Transformer(dense).to(device)}
@@ -83,7 +83,7 @@ def main() -> None:
 
     def layer(function: Callable[..., torch.Tensor]) -> Callable[[], None]:
         experts = models["moe"].model.layers[0].block_sparse_moe
-        x = torch.randn(args.micro_batch * window, moe.hidden_size, device=device)
+        x = torch.randn(args.micro_batch * seq_len, moe.hidden_size, device=device)
         x = x.requires_grad_()
         best, chosen = torch.randn(len(x), moe.num_local_experts, device=device).topk(
             moe.num_experts_per_tok
@@ -105,7 +105,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{machine()}, {torch.get_num_threads()} threads, {device}",
         "command": " ".join(["python", *sys.argv]),
-        "windows_of_tokens": [recipe.training.global_batch_size, window],
+        "windows_of_tokens": [recipe.training.global_batch_size, seq_len],
         "windows_at_once": args.micro_batch,
         "rounds": args.rounds,
     }

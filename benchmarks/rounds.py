@@ -3,10 +3,10 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 
 
-def over_rounds(rounds: Mapping[str, Sequence[Figures]]) -> dict[str, dict[str, dict[str, float]]]:
+def over_rounds(rounds: Mapping[str, Sequence[Metrics]]) -> dict[str, dict[str, dict[str, float]]]:
     """Median, minimum and maximum over the rounds, of each figure of each contender."""
     return {
         name: {

@@ -114,7 +114,7 @@ def record(work: Path, out: Path) -> None:
             }
         )
     first = next(run for some in runs.values() for run in some)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "command": "python benchmarks/shape_study.py --work DIR train DATA…; … record",
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores; two runs of one thread each",
@@ -126,14 +126,14 @@ def record(work: Path, out: Path) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(
-        json.dumps(figures, ensure_ascii=False, indent=1) + "\n", "utf-8"
+        json.dumps(metrics, ensure_ascii=False, indent=1) + "\n", "utf-8"
     )
-    out.with_suffix(".md").write_text(_page(figures), "utf-8")
+    out.with_suffix(".md").write_text(_page(metrics), "utf-8")
     _plot(shapes, runs, out.with_suffix(".svg"))
 
 
-def _page(figures: dict[str, Any]) -> str:
-    shapes = figures["shapes"]
+def _page(metrics: dict[str, Any]) -> str:
+    shapes = metrics["shapes"]
     best = min(shapes, key=lambda shape: shape["loss"])
     worst = max(shapes, key=lambda shape: shape["loss"])
     spreads = [
@@ -150,15 +150,15 @@ def _page(figures: dict[str, Any]) -> str:
     lines = [
         "# Deep and narrow against short and wide",
         "",
-        f"`{figures['command']}` · {figures['date']} · {figures['machine']}",
+        f"`{metrics['command']}` · {metrics['date']} · {metrics['machine']}",
         "",
         "Five shapes of about 0.4 million parameters without embeddings, from 2 wide layers to 16 "
-        f"narrow ones, each trained on the same {figures['tokens']:,} tokens of Chinese text "
+        f"narrow ones, each trained on the same {metrics['tokens']:,} tokens of Chinese text "
         "(encyclopaedia, web pages, news and essays: "
-        f"{', '.join(figures['data'])}; a tokenizer of {VOCAB:,} words trained on it) with the "
+        f"{', '.join(metrics['data'])}; a tokenizer of {VOCAB:,} words trained on it) with the "
         "same recipe and seeds, by `minimind sweep`. Held-out loss in nats a token, mean over the "
         "seeds; lower is better. A model that knows only how often each token occurs has "
-        f"{figures['unigram_bits_per_byte']:.3f} bits per byte.",
+        f"{metrics['unigram_bits_per_byte']:.3f} bits per byte.",
         "",
         "| layers × width | parameters | without embeddings | loss | by seed | bits per byte |",
         "|---|---:|---:|---:|---|---:|",

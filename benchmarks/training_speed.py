@@ -45,8 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         run = minimind if args.one == "minimind" else trainer
-        figures = run(args) | {"peak_rss_mb": _peak_mb()}
-        (args.work / "figures.json").write_text(json.dumps(figures))
+        metrics = run(args) | {"peak_rss_mb": _peak_mb()}
+        (args.work / "figures.json").write_text(json.dumps(metrics))
         return
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
@@ -62,24 +62,24 @@ def main() -> None:
                     sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
                 rounds[name].append(json.loads((args.work / "figures.json").read_text()))
                 print(name, rounds[name][-1], flush=True)
-    figures = over_rounds(rounds)
-    own = figures["minimind"]["real_tokens_per_second"]["median"]
+    metrics = over_rounds(rounds)
+    own = metrics["minimind"]["real_tokens_per_second"]["median"]
     head = f"{'real tokens/s':>14} {'spread':>15} {'fill':>7} {'peak MB':>8} {'ours':>9}"
     print(f"\n{'contender':20} {head}")
-    for name, one in figures.items():
+    for name, one in metrics.items():
         rate = one["real_tokens_per_second"]
         print(
             f"{name:20} {rate['median']:14,.0f} {spread(rate):>15} {one['fill']['median']:7.1%}"
             f" {one['peak_rss_mb']['median']:8,.0f} {own / rate['median']:7.2f} x"
         )
-    print(f"data loading: {figures['minimind']['data_share']['median']:.2%} of a step")
+    print(f"data loading: {metrics['minimind']['data_share']['median']:.2%} of a step")
     if args.json:
         record = {
             "date": date.today().isoformat(),
             "machine": machine(),
             "command": " ".join(["python", *sys.argv]),
             "documents": [Path(file).name for file in args.data] or "textbook prose",
-            "over_rounds": figures,
+            "over_rounds": metrics,
             "rounds": rounds,
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -119,7 +119,7 @@ def minimind(args: argparse.Namespace) -> dict[str, float]:
         "model.preset": args.preset,
         "data.sources": [str(args.work / "texts.jsonl")],
         "data.store": str(args.work / "stores"),
-        "data.seq_len": args.window,
+        "data.seq_len": args.seq_len,
         "data.validation_fraction": 0.0,
         "training.global_batch_size": args.rows,
         "training.steps": args.steps,
@@ -132,7 +132,7 @@ def minimind(args: argparse.Namespace) -> dict[str, float]:
     steps = [line for line in lines if line["kind"] == "train"][1:]  # the first one warms up
     return {
         "real_tokens_per_second": statistics.median(s["tokens_per_second"] for s in steps),
-        "fill": statistics.mean(s["learned"] for s in steps) / (args.rows * args.window),
+        "fill": statistics.mean(s["learned"] for s in steps) / (args.rows * args.seq_len),
         "data_share": statistics.median(s["data_share"] for s in steps),
     }
 
@@ -163,7 +163,7 @@ def trainer(args: argparse.Namespace) -> dict[str, float]:
                 tokenizer(
                     text,
                     truncation=True,
-                    max_length=args.window,
+                    max_length=args.seq_len,
                     padding="max_length" if fixed else False,
                 )
             )

@@ -78,10 +78,10 @@ def said(done: int, of: int, note: str = "") -> None:
 
 
 def record(
-    row: str, args: argparse.Namespace, figures: dict[str, Any], file: str = "reliability"
+    row: str, args: argparse.Namespace, metrics: dict[str, Any], file: str = "reliability"
 ) -> None:
     """Print the figures of a row and put them into a record."""
-    print(json.dumps(figures, indent=1, ensure_ascii=False))
+    print(json.dumps(metrics, indent=1, ensure_ascii=False))
     if args.dry:
         return
     path = _RECORDS / f"{file}.json"
@@ -90,6 +90,6 @@ def record(
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "date": date.today().isoformat(),
-    } | figures
+    } | metrics
     text = json.dumps(dict(sorted(whole.items())), indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ def main() -> None:
 
         whole = load()
         files = sorted(whole.path.iterdir())
-        figures: dict[str, dict[str, int]] = {}
+        metrics: dict[str, dict[str, int]] = {}
         for kind, number in (("flips", args.number), ("cuts", args.number // 5)):
             count = {"made": 0, "noticed_and_named": 0, "loaded_all_the_same": 0}
             for _ in range(number):
@@ -48,10 +48,10 @@ def main() -> None:
                 file.write_bytes(content)
                 if count["made"] % 100 == 0:
                     said(count["made"], number, kind)
-            figures[kind] = count
+            metrics[kind] = count
         assert load().step == whole.step
         sizes = {file.name: file.stat().st_size for file in files}
-    record("4 flips", args, figures | {"bytes": sizes})
+    record("4 flips", args, metrics | {"bytes": sizes})
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
     """Run, stop, go on, compare, record."""
     args = arguments(__doc__ or "", 5)
     dice = random.Random(args.seed)
-    figures: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     with workshop() as shop:
         for kind, (objective, more) in KINDS.items():
             settings = {"training__steps": STEPS, "training__global_batch_size": BATCH} | more
@@ -77,8 +77,8 @@ def main() -> None:
                     figure[f"worst_{name}"] = max(figure[f"worst_{name}"], worst)
                 shutil.rmtree(run)
                 said(figure["runs"], len(plans), f"{kind} by {plan}")
-            figures[kind] = figure | {"within": figure["worst_loss"] < CLOSE}
-    record("6 process counts", args, {"steps": STEPS, "kinds": figures}, file="process-count")
+            metrics[kind] = figure | {"within": figure["worst_loss"] < CLOSE}
+    record("6 process counts", args, {"steps": STEPS, "kinds": metrics}, file="process-count")
 
 
 def changes(dice: random.Random) -> list[int]:

@@ -54,16 +54,16 @@ def main() -> None:
     args = parser.parse_args()
     rows: dict[str, Callable[[Path, Path], dict[str, Any]]]
     rows = {"23": come_and_go, "25": attacked, "28": stopped}
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     path = RECORD.with_suffix(".json")
     if path.exists():
-        figures = json.loads(path.read_text("utf-8"))
+        metrics = json.loads(path.read_text("utf-8"))
     with tempfile.TemporaryDirectory(prefix="minimind-load-") as name:
         folder = Path(name)
         make_model(folder / "models" / "tiny", args.preset)
         for row in args.only:
             found = rows[row](folder / "models", folder / "log")
-            figures[row] = {
+            metrics[row] = {
                 "command": " ".join(["python", *sys.argv]),
                 "machine": machine(),
                 "date": date.today().isoformat(),
@@ -71,7 +71,7 @@ def main() -> None:
             } | found
             print(row, json.dumps(found, indent=1), flush=True)
     if not args.dry:
-        path.write_text(json.dumps(dict(sorted(figures.items())), indent=1) + "\n", "utf-8")
+        path.write_text(json.dumps(dict(sorted(metrics.items())), indent=1) + "\n", "utf-8")
 
 
 def make_model(directory: Path, preset: str) -> None:

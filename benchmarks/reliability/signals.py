@@ -73,9 +73,9 @@ def main() -> None:
         name: {"stops": len(all_s), "median_s": median(all_s), "most_s": max(all_s)}
         for name, all_s in took.items()
     }
-    figures = {"stops": sum(map(len, took.values())), "later_than_10_s": late}
-    figures |= {"runs": runs, "different": different, "seconds": seconds}
-    record("3 signals", args, figures)
+    metrics = {"stops": sum(map(len, took.values())), "later_than_10_s": late}
+    metrics |= {"runs": runs, "different": different, "seconds": seconds}
+    record("3 signals", args, metrics)
 
 
 if __name__ == "__main__":

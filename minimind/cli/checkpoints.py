@@ -54,7 +54,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
         raise CheckpointError(
             f"{run}: there are no checkpoints; give a run directory, one that has saved something"
         )
-    figures = [_figures(one, there) for one in there]
+    metrics = [_metrics(one, there) for one in there]
     rows = [
         [
             one["step"],
@@ -64,13 +64,13 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
             ", ".join(name for name in ("newest", "best") if one[name]),
             one["trouble"] or ("whole" if thorough else "complete"),
         ]
-        for one in figures
+        for one in metrics
     ]
     columns = ["step", "saved", "MB", "validation", "", "state"]
     console.show(console.table(str(run), columns, rows))
-    damaged = sum(bool(one["trouble"]) for one in figures)
+    damaged = sum(bool(one["trouble"]) for one in metrics)
     if json:
-        console.write_json(json, {"run": str(run), "read": thorough, "checkpoints": figures})
+        console.write_json(json, {"run": str(run), "read": thorough, "checkpoints": metrics})
     if damaged:
         left = "goes on from the newest whole one" if damaged < len(there) else "cannot go on"
         console.say(f"{damaged} of {len(there)} damaged; the run {left}")
@@ -83,7 +83,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     return damaged
 
 
-def _figures(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
+def _metrics(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
     """What is told of a checkpoint."""
     from minimind.training.checkpoint import best_step
     from minimind.training.trainer import selection_metric

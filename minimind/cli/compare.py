@@ -98,7 +98,7 @@ class _Comparison:
     device: str
     context: int | None
     results: dict[str, dict[str, "Result"]] = field(default_factory=dict)
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     judgement: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     compared: dict[str, Any] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class _Comparison:
 
         try:
             context = None if is_service(place) else self.context
-            model = open_model(place, self.device, context=context, taken=self.figures)
+            model = open_model(place, self.device, context=context, taken=self.metrics)
             identity = model.identity()
         except (MinimindError, OSError) as error:
             self.fail(place, error)
@@ -159,7 +159,7 @@ class _Comparison:
         good = [result for result in results.values() if "error" not in result]
         if results:
             self.results[model.name] = results
-            self.figures[model.name] = {
+            self.metrics[model.name] = {
                 **self.talk.summary(good),
                 "failed": len(self.talk) - len(good),
                 "first_error": next((r["error"] for r in results.values() if "error" in r), None),
@@ -210,7 +210,7 @@ class _Comparison:
     def _write(self) -> None:
         from minimind.evaluation.comparison import compared, write_comparison
 
-        self.compared = compared(self.talk, self.results, self.figures, **self.judgement)
+        self.compared = compared(self.talk, self.results, self.metrics, **self.judgement)
         write_comparison(self.out, self.compared)
         if self.json:
             console.write_json(self.json, self.compared)
@@ -224,11 +224,11 @@ class _Comparison:
                 self.talk.bad.total, "line is no question", "lines are no questions"
             )
             console.say(plain(f"{told}, the first: {self.talk.bad.first}"))
-        for name, figures in self.figures.items():
-            if figures["first_error"]:
+        for name, metrics in self.metrics.items():
+            if metrics["first_error"]:
                 console.say(
                     plain(
-                        f"{name}: {figures['failed']:,} failed, the first: {figures['first_error']}"
+                        f"{name}: {metrics['failed']:,} failed, the first: {metrics['first_error']}"
                     )
                 )
         if self.compared:
@@ -246,7 +246,7 @@ class _Comparison:
             ranking_rows,
         )
 
-        models = [plain(model) for model in self.figures]
+        models = [plain(model) for model in self.metrics]
         questions = self.compared["questions"]
 
         def shown(answer: dict[str, Any] | None) -> str:
@@ -257,13 +257,13 @@ class _Comparison:
             return f"{text[:_EXCERPT]}{cut}\n({', '.join(describe_answer(answer))})"
 
         rows = [
-            [plain(one["question"]), *(shown(one["answers"].get(model)) for model in self.figures)]
+            [plain(one["question"]), *(shown(one["answers"].get(model)) for model in self.metrics)]
             for one in questions[:_SHOWN]
         ]
         title = "Answers" if len(questions) <= _SHOWN else f"The first {_SHOWN} answers"
         console.show(console.table(title, ["question", *models], rows))
         rows = metric_rows(self.compared)
-        console.show(console.table("Figures", ["", *models], rows, numbers=len(models)))
+        console.show(console.table("Metrics", ["", *models], rows, numbers=len(models)))
         if rows := [[*map(plain, row)] for row in category_rows(self.compared)]:
             head = ["category", "questions", *models]
             console.show(console.table("By category", head, rows, numbers=len(head) - 1))

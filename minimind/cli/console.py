@@ -62,16 +62,16 @@ def command(*words: str | Path) -> str:
     return shell_words(here.relative_to(folder) if folder in here.parents else here, *words)
 
 
-def show_figures(title: str, figures: Mapping[str, Any]) -> None:
+def show_metrics(title: str, metrics: Mapping[str, Any]) -> None:
     """Print the plain figures of a summary as a table; nested ones are for the JSON alone."""
     plain = [
         (name.replace("_", " "), value)
-        for name, value in figures.items()
+        for name, value in metrics.items()
         if not isinstance(value, Mapping | list)
     ]
     show(table(title, ["figure", "value"], plain, numbers=1))
 
 
-def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+def write_json(path: Path, metrics: Mapping[str, Any]) -> None:
     """Write figures for programs to read, making the folder if need be."""
-    write_atomically(path, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+    write_atomically(path, json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")

@@ -47,8 +47,8 @@ def inspect(
                 progress=lambda count: bar.advance(task, count),
             )
             whole.merge(found)
-            parts[path] = found.figures()
-    total = whole.figures()
+            parts[path] = found.metrics()
+    total = whole.metrics()
     _show(parts, total)
     if json:
         console.write_json(json, {"data": parts, "total": total})
@@ -119,10 +119,10 @@ def stores(
 
 def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
     # Numbers stand for the names, which are long.
-    rows = {str(number): figures for number, figures in enumerate(parts.values(), 1)}
+    rows = {str(number): metrics for number, metrics in enumerate(parts.values(), 1)}
     sizes = [
-        [number, name, figures["files"], f"{figures['bytes'] / 1e6:,.1f}"]
-        for (number, figures), name in zip(rows.items(), parts, strict=True)
+        [number, name, metrics["files"], f"{metrics['bytes'] / 1e6:,.1f}"]
+        for (number, metrics), name in zip(rows.items(), parts, strict=True)
     ]
     console.show(console.table("Data", ["#", "name", "files", "MB"], sizes, numbers=2))
     if len(rows) > 1:
@@ -131,12 +131,12 @@ def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
     records = [
         [
             number,
-            ", ".join(figures["schemas"]),
-            *(figures[name] for name in ("records", "single_turn", "multi_turn")),
-            f"{'' if figures['copies_are_exact'] else 'about '}{figures['copies']:,}",
-            figures["bad_lines"],
+            ", ".join(metrics["schemas"]),
+            *(metrics[name] for name in ("records", "single_turn", "multi_turn")),
+            f"{'' if metrics['copies_are_exact'] else 'about '}{metrics['copies']:,}",
+            metrics["bad_lines"],
         ]
-        for number, figures in rows.items()
+        for number, metrics in rows.items()
     ]
     console.show(console.table("Records", columns, records, numbers=5))
     _show_lengths("characters", "Chinese", rows, lambda f: f"{f['chinese_share']:.0%}")
@@ -152,16 +152,16 @@ def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
     if total["unused_keys"]:
         unused = [
             [number, key, count]
-            for number, figures in zip(rows, parts.values(), strict=False)
-            for key, count in figures["unused_keys"].items()
+            for number, metrics in zip(rows, parts.values(), strict=False)
+            for key, count in metrics["unused_keys"].items()
         ]
         columns = ["#", "key", "records"]
         console.show(console.table("Keys that are not used", columns, unused))
     for reason, count in total["skipped"].items():
         left_out = console.count(count, "record", "records")
         console.say(f"tokens are without {left_out}: {reason}")
-    for number, figures in zip(rows, parts.values(), strict=False):
-        for sample in figures["samples"]:
+    for number, metrics in zip(rows, parts.values(), strict=False):
+        for sample in metrics["samples"]:
             console.say(f"\n#{number}: {sample}")
 
 
@@ -176,5 +176,5 @@ def _show_lengths(
     console.show(console.table(f"{unit.capitalize()} a record", columns, lengths, numbers=6))
 
 
-def _characters_a_token(figures: dict[str, Any]) -> float:
-    return figures["characters"]["total"] / max(figures["tokens"]["total"], 1)
+def _characters_a_token(metrics: dict[str, Any]) -> float:
+    return metrics["characters"]["total"] / max(metrics["tokens"]["total"], 1)

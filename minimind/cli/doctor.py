@@ -35,7 +35,7 @@ def doctor(
     The exit status is 1 when the self-test fails.
     """
     found = _machine(device)
-    console.show_figures("This machine", found)
+    console.show_metrics("This machine", found)
     extras = _missing_extras()
     if extras:
         rows = [(e["what"], e["install"]) for e in extras]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HARNESS = "lm-eval:"
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 def evaluate(
@@ -107,7 +107,7 @@ class _Evaluation:
     json: Path | None
     limit: int | None
     device: str
-    figures: dict[str, dict[str, Figures]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def fail(self, what: str, error: Exception) -> None:
@@ -166,13 +166,13 @@ class _Evaluation:
 
         try:
             model = open_model(
-                path, self.device, adapter=adapter, context=context, taken=self.figures
+                path, self.device, adapter=adapter, context=context, taken=self.metrics
             )
             identity = model.identity()
         except (MinimindError, OSError) as error:
             self.fail(path, error)
             return None
-        self.figures[model.name] = {}
+        self.metrics[model.name] = {}
         return _Examined(model, self.out / file_name(model.name), identity)
 
     def run(self, examined: _Examined, task: "Task", contamination: "Contamination | None") -> None:
@@ -230,36 +230,36 @@ class _Evaluation:
         except Exception as error:
             self.fail(title, error)
 
-    def _keep(self, examined: _Examined, figures: Figures) -> None:
-        self.figures[examined.model.name][figures["task"]] = figures
+    def _keep(self, examined: _Examined, metrics: Metrics) -> None:
+        self.metrics[examined.model.name][metrics["task"]] = metrics
         for path in filter(None, (self.out / "summary.json", self.json)):
-            console.write_json(path, {"models": self.figures})
+            console.write_json(path, {"models": self.metrics})
 
     def is_whole(self) -> bool:
         """Whether nothing failed, not a single question either."""
         return not (self.failures or any(one.get("failed") for one in self._all_figures()))
 
-    def _all_figures(self) -> list[Figures]:
-        return [one for tasks in self.figures.values() for one in tasks.values()]
+    def _all_figures(self) -> list[Metrics]:
+        return [one for tasks in self.metrics.values() for one in tasks.values()]
 
     def show(self) -> None:
         """The tables, and what failed."""
-        figures = self._all_figures()
-        if figures:
+        metrics = self._all_figures()
+        if metrics:
             columns = ["model", "task", "score", "95 %", "chance", "correct / questions", "failed"]
-            rows = [_row(one) for one in figures]
-            if any("fluent" in one for one in figures):
+            rows = [_row(one) for one in metrics]
+            if any("fluent" in one for one in metrics):
                 columns.append("fluent")
-                for row, one in zip(rows, figures, strict=True):
+                for row, one in zip(rows, metrics, strict=True):
                     row.append(f"{one['fluent']:,}" if "fluent" in one else None)
             console.show(console.table("Results", columns, rows, numbers=len(columns) - 2))
-        self._show_contamination([one for one in figures if "contamination" in one])
+        self._show_contamination([one for one in metrics if "contamination" in one])
         for part, title in (("by_group", "by group"), ("by_source", "by source")):
-            for task in dict.fromkeys(one["task"] for one in figures if part in one):
+            for task in dict.fromkeys(one["task"] for one in metrics if part in one):
                 self._show_parts(task, part, title)
-        for one in figures:
+        for one in metrics:
             _tell_faults(one)
-        if figures:
+        if metrics:
             console.say(f"All figures, and each answer: {self.out}")
             for failure in self.failures:  # again, where it is not lost above the tables
                 console.say(f"failed: {failure}")
@@ -268,7 +268,7 @@ class _Evaluation:
         """A task's parts, a column a model."""
         models = {
             name: tasks[task][part]
-            for name, tasks in self.figures.items()
+            for name, tasks in self.metrics.items()
             if len(tasks.get(task, {}).get(part, ())) > 1
         }
         if not models:
@@ -281,8 +281,8 @@ class _Evaluation:
             console.table(f"{task}, {title}", [title[3:], *models], rows, numbers=len(models))
         )
 
-    def _show_contamination(self, figures: Sequence[Figures]) -> None:
-        if not figures:
+    def _show_contamination(self, metrics: Sequence[Metrics]) -> None:
+        if not metrics:
             return
         rows = [
             (
@@ -293,13 +293,13 @@ class _Evaluation:
                 _score(one),
                 _score(one["contamination"]["without"]),
             )
-            for one in figures
+            for one in metrics
         ]
         columns = ["model", "task", "in the data", "too short to tell", "score", "without them"]
         console.show(console.table("Questions in the training data", columns, rows, numbers=4))
 
 
-def _row(one: Figures) -> list[object]:
+def _row(one: Metrics) -> list[object]:
     low, high = one.get("interval") or (None, None)
     asked = one.get("questions")
     if "bits_per_byte" in one:
@@ -313,7 +313,7 @@ def _row(one: Figures) -> list[object]:
     return [one["model"], one["task"], _score(one), spread, chance, correct, one.get("failed")]
 
 
-def _score(one: Figures) -> str:
+def _score(one: Metrics) -> str:
     if one.get("bits_per_byte") is not None:
         return f"{one['bits_per_byte']:.4f} bits/byte"
     if one.get("accuracy") is not None:
@@ -322,7 +322,7 @@ def _score(one: Figures) -> str:
     return ", ".join(f"{name} {console.figure(v)}" for name, v in one.get("metrics", {}).items())
 
 
-def _part(one: Figures) -> str:
+def _part(one: Metrics) -> str:
     """A score with what it rests on."""
     if one.get("accuracy") is None:
         return _score(one)
@@ -333,7 +333,7 @@ def _part(one: Figures) -> str:
     return told + (f", chance {one['chance']:.0%}" if "chance" in one else "")
 
 
-def _tell_faults(one: Figures) -> None:
+def _tell_faults(one: Metrics) -> None:
     title = f"{one['model']}: {one['task']}"
     if one.get("failed"):
         first = next(iter(one["errors"].items()))

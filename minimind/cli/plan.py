@@ -39,7 +39,7 @@ def plan(
     made = make_plan(recipe, memory=given, seconds=trial)
     _show(made)
     if json:
-        console.write_json(json, made.figures())
+        console.write_json(json, made.metrics())
 
 
 def parse_size(text: str) -> int:
@@ -66,7 +66,7 @@ def _show(made: "Plan") -> None:
         ("device", f"{made.device}, {made.precision}".removesuffix(", ?")),
         ("tokens of the data, about", made.data_tokens),
         ("steps", made.steps),
-        ("windows a step", f"{made.batch} of {made.window} tokens"),
+        ("windows a step", f"{made.batch} of {made.seq_len} tokens"),
         ("tokens in all", made.tokens),
         ("operations a token", f"{made.flops_a_token / 1e6:,.0f} million"),
     ]
@@ -90,7 +90,7 @@ def _show(made: "Plan") -> None:
         console.table(
             f"What fits into {given}",
             ["training.micro_batch_size", "activations kept", "activations computed again"],
-            [(windows, *cells) for windows, cells in by_windows.items()],
+            [(sequences, *cells) for sequences, cells in by_windows.items()],
             numbers=2,
         )
     )

@@ -32,7 +32,7 @@ def report(
     page = out or (runs[0] if len(runs) == 1 else Path("out")) / "report.html"
     made.write(page)
     if json:
-        console.write_json(json, made.figures)
+        console.write_json(json, made.metrics)
     for problem in made.problems:
         console.say(f"problem: {problem}")
     console.say(f"The report: {page}, and as Markdown {page.with_suffix('.md')}")

@@ -118,16 +118,16 @@ def _finish(
         made = make_report([out])
         made.write(out / "report.html")
         for path in filter(None, (out / "summary.json", json)):
-            console.write_json(path, told | made.figures)
+            console.write_json(path, told | made.metrics)
         columns = ["parameters", "tokens", "seconds", "loss", "bits_per_byte"]
         rows = [
-            (name, *(made.figures["runs"].get(name, {}).get(column) for column in columns))
+            (name, *(made.metrics["runs"].get(name, {}).get(column) for column in columns))
             for name in settings
             if name in outcomes.finished
         ]
         titles = [column.replace("_", " ") for column in columns]
         console.show(console.table("Sweep", ["run", *titles], rows, numbers=len(columns)))
-        for kind, fits in made.figures.get("fits", {}).items():
+        for kind, fits in made.metrics.get("fits", {}).items():
             for axis, fit in fits.items():
                 console.say(f"{kind}, loss by {axis}: {_law(fit)}")
         console.say(f"The report with all curves: {out / 'report.html'}")

@@ -81,8 +81,8 @@ def inspect(
     _show_vocabularies(vocabularies)
     _show_usages(usages, data or [])
     if json:
-        figures = {name: asdict(vocabularies[name]) | asdict(usages[name]) for name in loaded}
-        console.write_json(json, {"measured_on": data or [], "tokenizers": figures})
+        metrics = {name: asdict(vocabularies[name]) | asdict(usages[name]) for name in loaded}
+        console.write_json(json, {"measured_on": data or [], "tokenizers": metrics})
 
 
 def _texts(data: list[str], bad: "InvalidRecords") -> Iterator[str]:

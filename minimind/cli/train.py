@@ -235,7 +235,7 @@ def finish(result: "StageResult", json: Path | None) -> None:
         done = result.summary["steps"]
         console.say(f"stopped after step {done:,}; the same command goes on from there")
         raise typer.Exit(launcher.stopped())
-    console.show_figures(result.run.name, result.summary)
+    console.show_metrics(result.run.name, result.summary)
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""
     if result.adapter:

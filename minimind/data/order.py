@@ -74,7 +74,7 @@ class Order:
             places[here] = permute(slots[here], self.epoch_size, self.seed, int(epoch))
         ends = np.cumsum(self.shares)
         parts = np.searchsorted(ends, places, side="right")
-        windows = np.empty_like(slots)
+        sequences = np.empty_like(slots)
         for part in np.unique(parts):
             share, size, here = self.shares[part], self.sizes[part], parts == part
             turns, within = np.divmod(
@@ -84,5 +84,5 @@ class Order:
             for turn in np.unique(turns):
                 now = turns == turn
                 found[now] = permute(within[now], size, self.seed, int(part) + 1, int(turn))
-            windows[here] = found
-        return list(zip(parts.tolist(), windows.tolist(), strict=True))
+            sequences[here] = found
+        return list(zip(parts.tolist(), sequences.tolist(), strict=True))

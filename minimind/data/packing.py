@@ -56,7 +56,7 @@ class Sequences(Protocol):
 
     def __len__(self) -> int: ...
 
-    def window(
+    def sequence(
         self, index: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32] | None]:
         """(tokens, labels, segments) of one window, each [T]."""
@@ -66,20 +66,20 @@ class Sequences(Protocol):
 class TextSequences:
     """Windows over running text; the label of each token is the next one."""
 
-    def __init__(self, shards: list[Shard], window: int) -> None:
+    def __init__(self, shards: list[Shard], seq_len: int) -> None:
         self._shards = [shard.tokens for shard in shards]
-        self._window = window
-        counts = [max(0, (len(tokens) - 1) // window) for tokens in self._shards]
+        self._seq_len = seq_len
+        counts = [max(0, (len(tokens) - 1) // seq_len) for tokens in self._shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def window(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], None]:
+    def sequence(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], None]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
-        start = (index - first) * self._window
-        cut = np.asarray(self._shards[shard][start : start + self._window + 1], np.int64)
+        start = (index - first) * self._seq_len
+        cut = np.asarray(self._shards[shard][start : start + self._seq_len + 1], np.int64)
         return cut[:-1], cut[1:], None
 
 
@@ -91,15 +91,15 @@ class PackingReport:
     cut: int = 0  # longer than the window: the end is lost
     unsupervised: int = 0  # nothing left to learn: left out
     identical: int = 0  # pairs whose sides are the same, perhaps since they were cut: left out
-    windows: int = 0
+    sequences: int = 0
     fill: float = 0.0  # share of the windows' tokens that is text
 
 
 class _PackedWindows:
     """Windows in which whole conversations stand side by side, each a segment of its own."""
 
-    def __init__(self, shards: list[Shard], window: int, pad: int) -> None:
-        self._shards, self._window, self._pad = shards, window, pad
+    def __init__(self, shards: list[Shard], seq_len: int, pad: int) -> None:
+        self._shards, self._seq_len, self._pad = shards, seq_len, pad
         self._first = np.cumsum([0, *(len(shard.ends) for shard in shards)])  # document of a shard
         self.report = PackingReport()
 
@@ -107,12 +107,12 @@ class _PackedWindows:
         """Choose a window for each thing of `lengths` tokens; those of length 0 are left out."""
         usable = np.flatnonzero(lengths)
         order = usable[permute(np.arange(len(usable)), len(usable), seed)]
-        windows = _pack(lengths, order, self._window)
-        self._members = order[np.argsort(windows, kind="stable")]
-        self._ends = np.cumsum(np.bincount(windows)) if len(windows) else np.zeros(0, np.int64)
-        self.report.windows = len(self)
+        sequences = _pack(lengths, order, self._seq_len)
+        self._members = order[np.argsort(sequences, kind="stable")]
+        self._ends = np.cumsum(np.bincount(sequences)) if len(sequences) else np.zeros(0, np.int64)
+        self.report.sequences = len(self)
         if len(self):
-            self.report.fill = float(lengths.sum(dtype=np.int64)) / (len(self) * self._window)
+            self.report.fill = float(lengths.sum(dtype=np.int64)) / (len(self) * self._seq_len)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -125,13 +125,13 @@ class _PackedWindows:
         """(document, how many of its tokens at most) of each segment of a window."""
         raise NotImplementedError
 
-    def window(
+    def sequence(
         self, index: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32] | None]:
-        tokens = np.full(self._window, self._pad, np.int64)
-        labels = np.full(self._window, IGNORED, np.int64)
+        tokens = np.full(self._seq_len, self._pad, np.int64)
+        labels = np.full(self._seq_len, IGNORED, np.int64)
         documents = self._documents(index)
-        segments = np.full(self._window, len(documents), np.int32)  # padding has one of its own
+        segments = np.full(self._seq_len, len(documents), np.int32)  # padding has one of its own
         at = 0
         for segment, (document, most) in enumerate(documents):
             number = int(np.searchsorted(self._first, document, side="right")) - 1
@@ -154,26 +154,26 @@ class ChatSequences(_PackedWindows):
     What is kept in memory is about 30 bytes a conversation.
     """
 
-    def __init__(self, shards: list[Shard], window: int, *, pad: int, seed: int) -> None:
-        super().__init__(shards, window, pad)
+    def __init__(self, shards: list[Shard], seq_len: int, *, pad: int, seed: int) -> None:
+        super().__init__(shards, seq_len, pad)
         self._arrange(np.concatenate([np.zeros(0, np.int32), *map(self._lengths, shards)]), seed)
 
     def _lengths(self, shard: Shard) -> NDArray[np.int32]:
         """[documents] tokens that each takes in a window, 0 for one with nothing to learn."""
         parts = [np.zeros(0, np.int32)]
         for starts, sizes, answered in _looked_at(shard):
-            used = np.minimum(sizes, self._window + 1)
+            used = np.minimum(sizes, self._seq_len + 1)
             # The first token is never a label.
             learned = answered[starts + used - 1] - answered[starts]
             # The last token is only a label.
             parts.append(np.where(learned > 0, used - 1, 0).astype(np.int32))
             self.report.conversations += len(sizes)
-            self.report.cut += int((sizes > self._window + 1).sum())
+            self.report.cut += int((sizes > self._seq_len + 1).sum())
             self.report.unsupervised += int((learned == 0).sum())
         return np.concatenate(parts)
 
     def _documents(self, index: int) -> list[tuple[int, int]]:
-        return [(int(member), self._window + 1) for member in self._members[self.members(index)]]
+        return [(int(member), self._seq_len + 1) for member in self._members[self.members(index)]]
 
 
 class PairSequences(_PackedWindows):
@@ -185,8 +185,8 @@ class PairSequences(_PackedWindows):
     whoever trains to fill in; NaN until then. About 40 bytes a pair are kept in memory.
     """
 
-    def __init__(self, shards: list[Shard], window: int, *, pad: int, seed: int) -> None:
-        super().__init__(shards, window, pad)
+    def __init__(self, shards: list[Shard], seq_len: int, *, pad: int, seed: int) -> None:
+        super().__init__(shards, seq_len, pad)
         used = [np.zeros((0, 2), np.int32), *map(self._used, shards)]
         self._tokens = np.concatenate(used)  # [pairs, 2], 0 for a pair that is left out
         self._arrange(self._tokens.sum(1, dtype=np.int32), seed)
@@ -198,7 +198,7 @@ class PairSequences(_PackedWindows):
         base = 0
         for starts, sizes, answered in _looked_at(shard):
             wanted = sizes.reshape(-1, 2) - 1  # the last token is only a label
-            room = np.maximum(self._window // 2, self._window - wanted[:, ::-1])
+            room = np.maximum(self._seq_len // 2, self._seq_len - wanted[:, ::-1])
             used = np.minimum(wanted, room)
             sides = starts.reshape(-1, 2)
             learned = answered[sides + used] - answered[sides]  # the first is never a label
@@ -245,9 +245,9 @@ def _looked_at(
         yield starts - base, ends - starts, answered
 
 
-def _pack(lengths: NDArray[np.int32], order: NDArray[np.int64], window: int) -> NDArray[np.int32]:
+def _pack(lengths: NDArray[np.int32], order: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:
     """The window of each document of `order`: best fit, where it leaves the least room."""
-    windows = np.zeros(len(order), np.int32)
+    sequences = np.zeros(len(order), np.int32)
     rooms: list[tuple[int, int]] = []  # (tokens free, window), sorted
     count = 0
     for place, length in enumerate(lengths[order].tolist()):
@@ -255,13 +255,13 @@ def _pack(lengths: NDArray[np.int32], order: NDArray[np.int64], window: int) -> 
         if fit < len(rooms):
             free, chosen = rooms.pop(fit)
         else:
-            free, chosen, count = window, count, count + 1
+            free, chosen, count = seq_len, count, count + 1
             if len(rooms) >= _OPEN_WINDOWS:
                 rooms.pop(0)
-        windows[place] = chosen
+        sequences[place] = chosen
         if free > length:
             insort(rooms, (free - length, chosen))
-    return windows
+    return sequences
 
 
 class MixedDataset:
@@ -277,7 +277,7 @@ class MixedDataset:
 
     def stack(self, places: list[tuple[int, int]], samples: range = range(0)) -> Batch:
         """The windows in `places`, each a part and a number in it, on top of each other."""
-        rows = [self.parts[part].window(index) for part, index in places]
+        rows = [self.parts[part].sequence(index) for part, index in places]
         tokens, labels, segments = (list(column) for column in zip(*rows, strict=True))
         batch = Batch(
             np.stack(tokens),

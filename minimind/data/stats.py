@@ -46,7 +46,7 @@ class LengthHistogram:
         self.total += other.total
         self.longest = max(self.longest, other.longest)
 
-    def figures(self) -> dict[str, int]:
+    def metrics(self) -> dict[str, int]:
         """Median, 90th and 99th percentile, longest, and the sum of all."""
         lengths = sorted(self.counts)
         ranks = list(accumulate(self.counts[length] for length in lengths))
@@ -131,7 +131,7 @@ class DatasetStats:
         self.copies.merge(part.copies)
         self.bad.merge(part.bad)
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """All of it, plain enough for JSON."""
         return {
             "files": self.num_files,
@@ -143,8 +143,8 @@ class DatasetStats:
             "chinese_share": self.chinese / max(self.characters.total, 1),
             "copies": self.copies.total,
             "copies_are_exact": self.copies.is_exact,
-            "characters": self.characters.figures(),
-            "tokens": self.tokens.figures() if self.tokens else None,
+            "characters": self.characters.metrics(),
+            "tokens": self.tokens.metrics() if self.tokens else None,
             "skipped": dict(self.skipped.most_common()),
             "unused_keys": dict(self.unused_keys.most_common()),
             "bad_lines": self.bad.total,

@@ -72,10 +72,10 @@ class BitsPerByte:
         by_source: dict[str, list[Result]] = {}
         for result in results:
             by_source.setdefault(result["id"].rpartition("#")[0], []).append(result)
-        figures = _bits(results)
+        metrics = _bits(results)
         if len(by_source) > 1:
-            figures["by_source"] = {name: _bits(some) for name, some in by_source.items()}
-        return figures
+            metrics["by_source"] = {name: _bits(some) for name, some in by_source.items()}
+        return metrics
 
 
 def measure_texts(model: Model, texts: Sequence[str]) -> float:

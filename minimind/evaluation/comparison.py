@@ -18,7 +18,7 @@ from minimind.evaluation.tasks import Result
 from minimind.files import write_atomically
 from minimind.reporting.pages import Bar, Cell, Folded, Page, Table, to_html, to_markdown
 
-Figures = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 
 _SAID = ("question", "answers as they were shown", "reason")
 _EXPLAINED = (
@@ -46,17 +46,17 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def _with_interval(name: str) -> Callable[[Figures], str]:
-    def cell(figures: Figures) -> str:
-        if name not in figures["intervals"]:
-            return share(figures[name])
-        low, high = figures["intervals"][name]
-        return f"{share(figures[name])} ({share(low)} – {share(high)})"
+def _with_interval(name: str) -> Callable[[Metrics], str]:
+    def cell(metrics: Metrics) -> str:
+        if name not in metrics["intervals"]:
+            return share(metrics[name])
+        low, high = metrics["intervals"][name]
+        return f"{share(metrics[name])} ({share(low)} – {share(high)})"
 
     return cell
 
 
-_FIGURES: dict[str, Callable[[Figures], str]] = {
+_FIGURES: dict[str, Callable[[Metrics], str]] = {
     "answers": lambda f: f"{f['answers']:,}",
     "failed": lambda f: f"{f['failed']:,}",
     "tokens an answer": lambda f: _number(f["tokens"]),
@@ -70,7 +70,7 @@ _FIGURES: dict[str, Callable[[Figures], str]] = {
     "distinct-1": lambda f: share(f["distinct_1"]),
     "distinct-2": lambda f: share(f["distinct_2"]),
 }
-RANKING: dict[str, Callable[[Figures], str]] = {
+RANKING: dict[str, Callable[[Metrics], str]] = {
     "rank": lambda r: f"{r['rank']} ({' – '.join(map(str, r['rank_interval']))})",
     "model": lambda r: r["model"],
     "score": lambda r: "{:.1f} ({:.1f} – {:.1f})".format(r["score"], *r["score_interval"]),
@@ -86,9 +86,9 @@ RANKING: dict[str, Callable[[Figures], str]] = {
 def compared(
     talk: OpenEndedTask,
     results: Mapping[str, Mapping[str, Result]],
-    figures: Mapping[str, Figures],
+    metrics: Mapping[str, Metrics],
     *,
-    judge: Figures | None = None,
+    judge: Metrics | None = None,
     trials: Sequence[Trial] = (),
     judged: Mapping[str, Result] | None = None,
 ) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def compared(
             reasons.setdefault(trial.prompt.id, []).append({"models": trial.models} | told)
     return {
         "settings": talk.settings(),
-        "models": dict(figures),
+        "models": dict(metrics),
         "judge": judge,
         "questions": [
             {
@@ -152,14 +152,14 @@ def ranking_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
 
 def category_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     """(category, questions, and for each model what is known); none where there is but one."""
-    groups: dict[str, list[Figures]] = {}
+    groups: dict[str, list[Metrics]] = {}
     for one in comparison["questions"]:
         groups.setdefault(one["category"], []).append(one)
     if len(groups) < 2:
         return []
     scores = (comparison["judge"] or {}).get("by_question", {})
 
-    def cell(model: str, some: Sequence[Figures]) -> str:
+    def cell(model: str, some: Sequence[Metrics]) -> str:
         answers = [one["answers"].get(model, {"error": ""}) for one in some]
         answers = [answer for answer in answers if "error" not in answer]
         if not answers:
@@ -174,7 +174,7 @@ def category_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def describe_judge(judge: Figures) -> str:
+def describe_judge(judge: Metrics) -> str:
     """How far it can be trusted, in words."""
     told = (
         f"{judge['name']}: {judge['read']:,} of {judge['trials']:,} replies could be read, "
@@ -205,7 +205,7 @@ def describe_settings(comparison: Mapping[str, Any]) -> str:
     return f"{how}, up to {settings['max_new_tokens']:,} tokens an answer"
 
 
-def describe_answer(answer: Figures) -> list[str]:
+def describe_answer(answer: Metrics) -> list[str]:
     """The figures of one answer in words; those that are bad news last."""
     length = f"{answer['characters']:,} characters"
     told = [length if answer["tokens"] is None else f"{answer['tokens']:,} tokens, {length}"]
@@ -237,7 +237,7 @@ def as_page(comparison: Mapping[str, Any]) -> Page:
             Folded("What the judge said", Table(_SAID, _reasons(comparison), kind="texts")),
         )
     numbers = range(1, len(models) + 1)
-    page.add("Figures", _EXPLAINED, Table(["", *models], metric_rows(comparison), numbers))
+    page.add("Metrics", _EXPLAINED, Table(["", *models], metric_rows(comparison), numbers))
     head = ["category", "questions", *models]
     page.add(
         "By category",
@@ -269,7 +269,7 @@ def _answers(comparison: Mapping[str, Any]) -> list[Table | Folded]:
     ]
 
 
-def _answer(answer: Figures | None, score: float | None) -> str:
+def _answer(answer: Metrics | None, score: float | None) -> str:
     if answer is None:
         return "(not asked yet)"
     if "error" in answer:

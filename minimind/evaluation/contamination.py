@@ -58,7 +58,7 @@ class Contamination:
             self.bad_lines,
         )
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "found": len(self.found),

@@ -97,7 +97,7 @@ def summarise(answers: Sequence[Answered]) -> dict[str, Any]:
     each = [describe(one) for one in answers]
     texts = [words_of(one.answer) for one in answers]
     repeated = [one["repeated"] for one in each]
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "answers": len(answers),
         "repeated": sum(repeated) / len(repeated) if repeated else None,
     }
@@ -111,11 +111,11 @@ def summarise(answers: Sequence[Answered]) -> dict[str, Any]:
         ("mixed_scripts", "mixed_scripts"),
     ):
         known = [one[key] for one in each if one[key] is not None]
-        figures[name] = sum(known) / len(known) if known else None
+        metrics[name] = sum(known) / len(known) if known else None
         if known:
             intervals[name] = wilson_interval(sum(known), len(known))
-    figures |= {f"distinct_{n}": distinct_share(texts, n) for n in (1, 2)}
-    return figures | {"intervals": intervals}
+    metrics |= {f"distinct_{n}": distinct_share(texts, n) for n in (1, 2)}
+    return metrics | {"intervals": intervals}
 
 
 def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -100,14 +100,14 @@ class GenerativeTask:
         table: dict[str, list[bool]] = {}
         for result in results:
             table.setdefault(subject_of[result["id"]], []).append(result["right"])
-        figures = accuracy(sum(result["right"] for result in results), len(results))
+        metrics = accuracy(sum(result["right"] for result in results), len(results))
         if any("fluent" in result for result in results):
-            figures["fluent"] = sum(result["fluent"] for result in results)
+            metrics["fluent"] = sum(result["fluent"] for result in results)
         if set(table) - {""}:
-            figures["by_subject"] = {
+            metrics["by_subject"] = {
                 name: accuracy(sum(marks), len(marks)) for name, marks in sorted(table.items())
             }
-        return figures
+        return metrics
 
 
 def quiz_task(limit: int | None) -> GenerativeTask:

@@ -188,7 +188,7 @@ def verdicts(
         decided += sum(sign != 0 for sign in signs)
     unreadable = Counter(r["unreadable"] for r in results.values() if "unreadable" in r)
     read = sum("scores" in result for result in results.values())
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "trials": len(trials),
         "read": read,
         "unreadable": unreadable.total(),
@@ -199,13 +199,13 @@ def verdicts(
         "by_question": scores.table(),
     }
     if pairs:
-        figures |= {
+        metrics |= {
             "pairs": pairs,
             "agreement": agreeing / pairs,
             "agreement_interval": wilson_interval(agreeing, pairs),
             "first_preferred": first / decided if decided else None,
         }
-    return figures
+    return metrics
 
 
 class _Mean:

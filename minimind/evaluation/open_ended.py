@@ -147,44 +147,44 @@ class OpenEndedTask:
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Degeneration, length and speed; by category where there are any."""
-        figures = self._figures(results)
+        metrics = self._metrics(results)
         groups: dict[str, list[Result]] = {}
         for result in results:
             groups.setdefault(self.prompts[result["id"]].category, []).append(result)
         if set(groups) - {""}:
-            figures["by_category"] = {
-                name: self._figures(some) for name, some in sorted(groups.items())
+            metrics["by_category"] = {
+                name: self._metrics(some) for name, some in sorted(groups.items())
             }
-        return figures
+        return metrics
 
     def described(self, result: Result) -> dict[str, Any]:
         """A result with the figures of its answer."""
         if "error" in result:
             return {"error": result["error"]}
-        figures = describe(self._answered(result))
+        metrics = describe(self._answered(result))
         return {key: result[key] for key in ("answer", "tokens")} | {
             "characters": len(result["answer"]),
-            **figures,
+            **metrics,
         }
 
     def _answered(self, result: Result) -> Answered:
         prompt = self.prompts[result["id"]]
         return Answered(prompt.question, result["answer"], result["ended"])
 
-    def _figures(self, results: Sequence[Result]) -> dict[str, Any]:
-        figures = summarise([self._answered(result) for result in results])
+    def _metrics(self, results: Sequence[Result]) -> dict[str, Any]:
+        metrics = summarise([self._answered(result) for result in results])
         counted = [result for result in results if result["tokens"] is not None]
         tokens = sum(result["tokens"] for result in counted)
         seconds = sum(result["seconds"] for result in counted)
         shown = ("repeated", "never_end", "other_script", "mixed_scripts", "distinct_1")
-        return figures | {
-            "interval": figures["intervals"].get("repeated"),
+        return metrics | {
+            "interval": metrics["intervals"].get("repeated"),
             "tokens": tokens / len(counted) if counted else None,
             "characters": (
                 sum(len(result["answer"]) for result in results) / len(results) if results else None
             ),
             "tokens_per_second": tokens / seconds if seconds else None,
-            "metrics": {name: figures[name] for name in shown},
+            "metrics": {name: metrics[name] for name in shown},
         }
 
 

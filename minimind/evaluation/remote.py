@@ -19,6 +19,7 @@ from minimind.tokenizer.chat import Message
 from minimind.version import __version__
 
 if TYPE_CHECKING:
+    from minimind.evaluation.encoding import PromptEncoder
     from minimind.evaluation.scoring import Scorer
 
 CONNECTIONS = 8

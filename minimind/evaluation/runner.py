@@ -65,7 +65,7 @@ def evaluate(
     }
     if contamination:
         without = [result for result in good if result["id"] not in contamination.found]
-        summary["contamination"] = contamination.figures() | {"without": task.summary(without)}
+        summary["contamination"] = contamination.metrics() | {"without": task.summary(without)}
     text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
     write_atomically(path.with_suffix(".json"), text)
     if isinstance(task, MultipleChoice):

@@ -42,7 +42,7 @@ class Plan:
     trained_parameters: int
     device: str
     precision: str
-    window: int
+    seq_len: int
     batch: int
     micro_batch: int | None
     activation_checkpointing: bool
@@ -56,7 +56,7 @@ class Plan:
     tokens_per_second: float | None
     seconds: float | None
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """As JSON."""
         return vars(self) | {"memory_total": sum(self.memory.values())}
 
@@ -83,8 +83,8 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     data_tokens = _data_tokens(recipe, tokenizer)
     steps = training.steps
     if steps is None and data_tokens is not None:
-        windows = training.epochs * data_tokens / recipe.data.seq_len
-        steps = max(1, math.ceil(windows / training.global_batch_size))
+        sequences = training.epochs * data_tokens / recipe.data.seq_len
+        steps = max(1, math.ceil(sequences / training.global_batch_size))
     tokens = steps * training.global_batch_size * recipe.data.seq_len if steps else None
     rate = None
     fits_here = micro_batch and (free is None or asked.total(micro_batch) <= free)
@@ -97,7 +97,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         trained_parameters=asked.trained_parameters,
         device=str(device),
         precision=precision,
-        window=recipe.data.seq_len,
+        seq_len=recipe.data.seq_len,
         batch=training.global_batch_size,
         micro_batch=micro_batch,
         activation_checkpointing=training.activation_checkpointing,
@@ -105,12 +105,12 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         memory_given=given,
         choices=[
             {
-                "micro_batch": windows,
+                "micro_batch": sequences,
                 "activation_checkpointing": again,
                 "bytes": _PROCESS[device.type]
-                + replace(asked, activation_checkpointing=again).total(windows),
+                + replace(asked, activation_checkpointing=again).total(sequences),
             }
-            for windows in _round_numbers(training.global_batch_size)
+            for sequences in _round_numbers(training.global_batch_size)
             for again in (False, True)
         ],
         data_tokens=data_tokens,
@@ -141,7 +141,7 @@ def _device(name: str, *, elsewhere: bool) -> tuple[torch.device, bool]:
         return torch.device(name), False
 
 
-def flops_a_token(model: Transformer, window: int, activation_checkpointing: bool = False) -> int:
+def flops_a_token(model: Transformer, seq_len: int, activation_checkpointing: bool = False) -> int:
     """Floating-point operations of training on one token (Kaplan et al. 2020, section 2.1).
 
     Two for each weight at work forwards, four backwards; of attention the products with keys and
@@ -151,7 +151,9 @@ def flops_a_token(model: Transformer, window: int, activation_checkpointing: boo
     weights = model.num_active_parameters
     if not config.tie_word_embeddings:  # a table that is looked up multiplies nothing
         weights -= config.vocab_size * config.hidden_size
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * window
+    attention = (
+        2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    )
     forward = 2 * weights + attention
     return forward * (4 if activation_checkpointing else 3)
 
@@ -185,16 +187,16 @@ def _rate(
     recipe: Recipe, model: Transformer, device: torch.device, micro_batch: int, seconds: float
 ) -> float:
     """Tokens a second of steps on random tokens: some micro-batches, and the optimizer's part."""
-    config, window, batch = model.config, recipe.data.seq_len, recipe.training.global_batch_size
+    config, seq_len, batch = model.config, recipe.data.seq_len, recipe.training.global_batch_size
     precision = choose_precision(recipe.training.precision, device)
     optimizers = Optimizers(model, recipe.optim)
     objective = NextToken([1] * config.vocab_size, device)
-    tokens = torch.randint(config.vocab_size, (micro_batch, window), device=device)
-    windows = TensorBatch(tokens, tokens, None, torch.arange(tokens.numel(), device=device))
+    tokens = torch.randint(config.vocab_size, (micro_batch, seq_len), device=device)
+    sequences = TensorBatch(tokens, tokens, None, torch.arange(tokens.numel(), device=device))
 
     def micro_step() -> None:
         with precision.autocast():
-            loss, count, _ = objective.loss(model, windows)
+            loss, count, _ = objective.loss(model, sequences)
         (loss / count).backward()
 
     model.train()
@@ -205,7 +207,7 @@ def _rate(
     while sum(parts) < seconds:
         parts.append(timed(micro_step, device))
     optimizers.zero_grad()
-    return batch * window / (batch / micro_batch * float(median(parts)) + optimizing)
+    return batch * seq_len / (batch / micro_batch * float(median(parts)) + optimizing)
 
 
 def timed(work: Callable[[], None], device: torch.device) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from minimind.errors import DataError
 from minimind.reporting.pages import Bar, Cell, Folded, Page, Plots, Problems, Table, Title, write
 from minimind.reporting.plots import Line, draw
-from minimind.reporting.runs import Axis, Figures, Found, Run, find
+from minimind.reporting.runs import Axis, Found, Metrics, Run, find
 from minimind.reporting.scaling import Point, PowerLaw, fit_power_law, frontier
 
 _MAX_SAMPLES = 40
@@ -24,7 +24,7 @@ class Report:
     """
 
     page: Page
-    figures: Figures
+    metrics: Metrics
     problems: list[str]
     complete: bool
 
@@ -46,8 +46,8 @@ def make_report(places: Sequence[Path], *, price: float | None = None) -> Report
     title += f" and {len(places) - 4} more" if len(places) > 4 else ""
     runs = found.runs
     several = len(found.chains) > 1
-    figures: Figures = {
-        "runs": {run.name: _run_figures(run, price) for run in runs},
+    metrics: Metrics = {
+        "runs": {run.name: _run_metrics(run, price) for run in runs},
         "exams": found.exams,
         "problems": _problems(found),
     }
@@ -57,7 +57,7 @@ def make_report(places: Sequence[Path], *, price: float | None = None) -> Report
     name = "Runs" if several else "Stages"
     page.add(name, _ABOUT[name], _stage_table(found, price))
     if several:
-        figures["fits"] = _add_scaling(page, found)
+        metrics["fits"] = _add_scaling(page, found)
     _add_curves(page, found.chains)
     _add_exams(page, found.exams)
     _add_demo_quiz(page, found.demo)
@@ -68,7 +68,7 @@ def make_report(places: Sequence[Path], *, price: float | None = None) -> Report
     )
     recipes = [Folded(run.name, run.recipe) for run in runs if run.recipe]
     page.add("Recipes", _ABOUT["Recipes"], *recipes)
-    return Report(page, figures, _problems(found), complete=not found.missing)
+    return Report(page, metrics, _problems(found), complete=not found.missing)
 
 
 _ABOUT = {
@@ -101,7 +101,7 @@ class _Curve:
 
 
 def _has(run: Run, key: str) -> bool:
-    return any(name.startswith(key) for line in run.metrics for name in line)
+    return any(name.startswith(key) for line in run.history for name in line)
 
 
 _CURVES = [
@@ -274,26 +274,26 @@ def _plots(
     return plots
 
 
-def _number(figures: Mapping[str, Any], key: str) -> float | None:
+def _number(metrics: Mapping[str, Any], key: str) -> float | None:
     """A figure, None where it is missing or no number."""
-    value = figures.get(key)
+    value = metrics.get(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
-    value = _number(figures, key)
+def _metric(metrics: Mapping[str, Any], key: str, form: str) -> str:
+    value = _number(metrics, key)
     return "–" if value is None else format(value, form)
 
 
-def _cost(figures: Mapping[str, Any], price: float | None) -> float | None:
-    seconds = _number(figures, "seconds")
+def _cost(metrics: Mapping[str, Any], price: float | None) -> float | None:
+    seconds = _number(metrics, "seconds")
     return None if price is None or seconds is None else seconds / 3600 * price
 
 
-def _run_figures(run: Run, price: float | None) -> Figures:
-    cost = _cost(run.figures, price)
+def _run_metrics(run: Run, price: float | None) -> Metrics:
+    cost = _cost(run.metrics, price)
     more = {} if cost is None else {"cost": cost}
-    return {"kind": run.kind, "finished": run.finished, **run.figures, **more}
+    return {"kind": run.kind, "finished": run.finished, **run.metrics, **more}
 
 
 def _stage_table(found: Found, price: float | None) -> Table:
@@ -313,12 +313,12 @@ def _stage_table(found: Found, price: float | None) -> Table:
 
     def cell(run: Run, title: str, key: str, form: str) -> str:
         if title == "peak memory":
-            peak = _number(run.figures, "peak_memory_bytes")
+            peak = _number(run.metrics, "peak_memory_bytes")
             return "–" if peak is None else f"{peak / (1 << 20):,.0f} MB"
         if title == "cost":
-            cost = _cost(run.figures, price)
+            cost = _cost(run.metrics, price)
             return "–" if cost is None else f"{cost:,.2f}"
-        return _figure(run.figures, key, form)
+        return _metric(run.metrics, key, form)
 
     columns = [c for c in columns if any(cell(run, *c) != "–" for run in found.runs)]
     rows: list[list[Cell]] = []
@@ -338,14 +338,14 @@ def _lead(found: Found) -> str:
     if len(found.chains) != 1:
         return f"{len(found.chains)} runs side by side." if found.chains else "Results of exams."
     first = found.chains[0][0]
-    figures, training = first.figures, _seconds(found)
-    whole = _number(figures, "parameters")
+    metrics, training = first.metrics, _seconds(found)
+    whole = _number(metrics, "parameters")
     size = f"A GPT of {whole:,.0f} parameters" if whole else "A GPT"
-    return f"{size}, trained on {figures.get('device', '–')} in {training / 60:.1f} minutes."
+    return f"{size}, trained on {metrics.get('device', '–')} in {training / 60:.1f} minutes."
 
 
 def _seconds(found: Found) -> float:
-    return sum(_number(run.figures, "seconds") or 0.0 for run in found.runs)
+    return sum(_number(run.metrics, "seconds") or 0.0 for run in found.runs)
 
 
 def _cards(found: Found, price: float | None) -> dict[str, str]:
@@ -353,7 +353,7 @@ def _cards(found: Found, price: float | None) -> dict[str, str]:
     cards: dict[str, str] = {}
     if found.chains:
         cards["training"] = f"{_seconds(found):,.0f} s"
-        tokens = sum(_number(run.figures, "tokens") or 0 for run in found.runs)
+        tokens = sum(_number(run.metrics, "tokens") or 0 for run in found.runs)
         cards["tokens"] = f"{tokens / 1e6:,.1f} M" if tokens >= 1e5 else f"{tokens:,.0f}"
     if price is not None:
         cards["cost"] = f"{_seconds(found) / 3600 * price:,.2f}"
@@ -363,13 +363,13 @@ def _cards(found: Found, price: float | None) -> dict[str, str]:
     if eight := found.demo.get("eight"):
         cards["of the eight"] = f"{sum(one['correct'] for one in eight)} right"
     pretrained = [run for run in found.runs if run.kind == "pretrain"]
-    bits = [_number(run.figures, "bits_per_byte") for run in pretrained]
+    bits = [_number(run.metrics, "bits_per_byte") for run in pretrained]
     measured = [value for value in bits if value is not None]
     if measured:
         name = "bits per byte" if len(measured) == 1 else "best bits per byte"
         cards[name] = f"{min(measured):.3f}"
     if len(pretrained) == 1:
-        unigram = _number(pretrained[0].figures, "unigram_bits_per_byte")
+        unigram = _number(pretrained[0].metrics, "unigram_bits_per_byte")
         cards |= {} if unigram is None else {"unigram": f"{unigram:.3f}"}
     if "accuracy" in found.demo.get("preferences", {}):
         cards["pairs told apart"] = f"{found.demo['preferences']['accuracy']:.1%}"
@@ -382,7 +382,7 @@ def _cards(found: Found, price: float | None) -> dict[str, str]:
 def _samples(run: Run) -> list[Title | Table]:
     """A row an evaluation, the last always among them; a column a prompt."""
     by_step: dict[int, dict[str, str]] = {}
-    for line in run.metrics:
+    for line in run.history:
         if line["kind"] == "sample":
             texts = by_step.setdefault(line["step"], {})
             texts[str(line.get("prompt", ""))] = str(line.get("text", ""))
@@ -408,11 +408,11 @@ _ABOUT_SCALING = (
 _SYMBOLS = {"parameters": "N", "tokens": "D", "seconds": "t"}
 
 
-def _add_scaling(page: Page, found: Found) -> Figures:
+def _add_scaling(page: Page, found: Found) -> Metrics:
     """Loss by parameters, tokens, time and what was varied; the fits as figures."""
     runs = [run for run in found.runs if run.kind in ("pretrain", "sft")]
     kinds = {kind: [run for run in runs if run.kind == kind] for kind in ("pretrain", "sft")}
-    figures: Figures = {}
+    metrics: Metrics = {}
     for kind, some in kinds.items():
         if len(some) < 2:
             continue
@@ -423,8 +423,8 @@ def _add_scaling(page: Page, found: Found) -> Figures:
             (float(size), float(loss))
             for run in some
             if run.finished
-            and (size := _number(run.figures, "parameters"))
-            and (loss := _number(run.figures, key))
+            and (size := _number(run.metrics, "parameters"))
+            and (loss := _number(run.metrics, key))
         ]
         by_axis = {"parameters": ends}
         measured: dict[str, list[Line]] = {"parameters": [Line("runs", ends, "points")]}
@@ -452,11 +452,11 @@ def _add_scaling(page: Page, found: Found) -> Figures:
             _grid(_setting_plots(some, found.swept, key, unit)),
             _setting_table(some, found.swept, key),
         )
-        figures[kind] = {
+        metrics[kind] = {
             axis: vars(fit) if isinstance(fit, PowerLaw) else {"reason": fit}
             for axis, fit in fits.items()
         }
-    return figures
+    return metrics
 
 
 def _late(curves: Sequence[Sequence[Point]]) -> list[Point]:
@@ -492,7 +492,7 @@ def _scaling_plot(
 
 
 def _setting_plots(
-    runs: Sequence[Run], swept: Mapping[str, Figures], key: str, unit: str
+    runs: Sequence[Run], swept: Mapping[str, Metrics], key: str, unit: str
 ) -> list[_Plot]:
     plots = []
     for setting in _varied(runs, swept):
@@ -500,7 +500,7 @@ def _setting_plots(
             (float(value), loss)
             for run in runs
             if (value := _number(swept.get(run.name, {}), setting)) is not None
-            and (loss := _number(run.figures, key)) is not None
+            and (loss := _number(run.metrics, key)) is not None
             and run.finished
         ]
         if len({x for x, _ in points}) > 1 and setting != "seed":
@@ -509,13 +509,13 @@ def _setting_plots(
     return plots
 
 
-def _setting_table(runs: Sequence[Run], swept: Mapping[str, Figures], key: str) -> Table | None:
+def _setting_table(runs: Sequence[Run], swept: Mapping[str, Metrics], key: str) -> Table | None:
     settings = _varied(runs, swept)
     rows: list[list[Cell]] = [
         [
             run.name,
             *(str(swept.get(run.name, {}).get(setting, "–")) for setting in settings),
-            _figure(run.figures, key, ".4f"),
+            _metric(run.metrics, key, ".4f"),
         ]
         for run in runs
     ]
@@ -523,14 +523,14 @@ def _setting_table(runs: Sequence[Run], swept: Mapping[str, Figures], key: str) 
     return Table(head, rows, range(1, len(head))) if settings else None
 
 
-def _varied(runs: Sequence[Run], swept: Mapping[str, Figures]) -> list[str]:
+def _varied(runs: Sequence[Run], swept: Mapping[str, Metrics]) -> list[str]:
     return list(dict.fromkeys(key for run in runs for key in swept.get(run.name, {})))
 
 
 # Exams, and what the demo alone has.
 
 
-def _add_exams(page: Page, exams: Sequence[Figures]) -> None:
+def _add_exams(page: Page, exams: Sequence[Metrics]) -> None:
     rows: list[list[Cell]] = []
     for one in exams:
         low, high = one.get("interval") or (None, None)
@@ -538,17 +538,17 @@ def _add_exams(page: Page, exams: Sequence[Figures]) -> None:
         bits, share = _number(one, "bits_per_byte"), _number(one, "accuracy")
         if bits is not None:
             spread = "–" if low is None else f"{low:.4f} – {high:.4f}"
-            score, told = f"{bits:.4f} bits/byte", f"{_figure(one, 'documents', ',.0f')} documents"
+            score, told = f"{bits:.4f} bits/byte", f"{_metric(one, 'documents', ',.0f')} documents"
         elif share is not None:
             spread = "–" if low is None else f"{low:.1%} – {high:.1%}"
             score, told = f"{share:.2%}", f"{correct or 0:,.0f} / {asked or 0:,.0f}"
         else:
-            metrics = one.get("metrics") or {}
-            score = ", ".join(f"{name} {_figure(metrics, name, '.4g')}" for name in metrics) or "–"
+            scores = one.get("metrics") or {}
+            score = ", ".join(f"{name} {_metric(scores, name, '.4g')}" for name in scores) or "–"
             spread = told = "–"
         rows.append([str(one["model"]), str(one["task"]), score, spread])
-        rows[-1] += [_figure(one, "chance", ".1%"), told, _figure(one, "fluent", ",.0f")]
-        rows[-1].append(_figure(one, "failed", ",.0f"))
+        rows[-1] += [_metric(one, "chance", ".1%"), told, _metric(one, "fluent", ",.0f")]
+        rows[-1].append(_metric(one, "failed", ",.0f"))
     head = ["model", "task", "score", "95 %", "chance", "correct / questions", "fluent", "failed"]
     by_group: list[Title | Table] = []
     for one in exams:
@@ -579,7 +579,7 @@ def _shares(name: str, parts: Mapping[str, tuple[int, int]]) -> Table:
     return Table([name, "", "right", ""], rows, (2, 3))
 
 
-def _add_demo_answers(page: Page, demo: Figures) -> None:
+def _add_demo_answers(page: Page, demo: Metrics) -> None:
     moments = {
         "before_training": "before training",
         "after_pretraining": "after pretraining",
@@ -604,7 +604,7 @@ def _add_demo_answers(page: Page, demo: Figures) -> None:
     )
 
 
-def _add_demo_quiz(page: Page, demo: Figures) -> None:
+def _add_demo_quiz(page: Page, demo: Metrics) -> None:
     quiz = demo.get("quiz", {})
     by_subject = {
         name: (one["correct"], one["questions"]) for name, one in quiz.get("by_subject", {}).items()

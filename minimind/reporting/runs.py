@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy
 
 Axis = Literal["tokens", "seconds"]
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 _EXAMS_BELOW = 3  # folders deep
 
 
@@ -21,10 +21,10 @@ class Run:
 
     name: str
     folder: Path
-    summary: Figures
-    metrics: list[Figures]
+    summary: Metrics
+    history: list[Metrics]
     recipe: str = ""
-    settings: Figures = field(default_factory=dict)
+    settings: Metrics = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -40,10 +40,10 @@ class Run:
         return str(told)
 
     @property
-    def figures(self) -> Figures:
+    def metrics(self) -> Metrics:
         """The summary; what it lacks, or all if there is none yet, from the newest lines."""
-        found: Figures = {}
-        for line in self.metrics:
+        found: Metrics = {}
+        for line in self.history:
             if line["kind"] == "train":
                 found |= {"steps": line["step"], "seconds": line.get("elapsed_s")}
                 found |= {key: line.get(key) for key in ("tokens", "peak_memory_bytes")}
@@ -61,7 +61,7 @@ class Run:
         """
         found: dict[str, list[tuple[int, float]]] = {}
         many = key.endswith("/")
-        for line in self.metrics:
+        for line in self.history:
             for name, value in line.items():
                 general = name == f"general_{key}"
                 begins = name.startswith(key) and line["kind"] == "train"
@@ -91,7 +91,7 @@ class Run:
         key = "tokens" if axis == "tokens" else "elapsed_s"
         known = {0: 0.0} | {
             line["step"]: float(line[key])
-            for line in self.metrics
+            for line in self.history
             if line["kind"] == "train" and _is_number(line.get(key))
         }
         steps = sorted(known)
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Run:
             run.problems.append("summary.json: not the figures of a run")
     if not run.finished:
         steps = run.settings.get("training", {}).get("steps")
-        last = run.figures.get("steps")
+        last = run.metrics.get("steps")
         done = f"{last:,}" + (f" of {steps:,}" if steps else "") if last else "no"
         run.problems.append(f"not finished: {done} steps are logged")
     return run
@@ -129,7 +129,7 @@ def _read_metrics(run: Run) -> None:
         line = _object(text)
         kind, step = line.get("kind"), line.get("step")
         if isinstance(kind, str) and isinstance(step, int) and not isinstance(step, bool):
-            run.metrics.append(line)
+            run.history.append(line)
         elif text.strip():
             bad += 1
     if bad:
@@ -147,7 +147,7 @@ def _text(run: Run, name: str) -> str | None:
     return None
 
 
-def _object(text: str | None) -> Figures:
+def _object(text: str | None) -> Metrics:
     try:
         value = json.loads(text or "")
     except (ValueError, RecursionError):
@@ -164,9 +164,9 @@ class Found:
     """
 
     chains: list[list[Run]] = field(default_factory=list)
-    exams: list[Figures] = field(default_factory=list)
-    demo: Figures = field(default_factory=dict)
-    swept: dict[str, Figures] = field(default_factory=dict)
+    exams: list[Metrics] = field(default_factory=list)
+    demo: Metrics = field(default_factory=dict)
+    swept: dict[str, Metrics] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -219,7 +219,7 @@ def _parent(path: Path) -> Path:
     return path.parent
 
 
-def _read(path: Path) -> Figures:
+def _read(path: Path) -> Metrics:
     try:
         return _object(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError):
@@ -245,7 +245,7 @@ def _with_origins(folders: Iterable[Path]) -> list[Path]:
     return wanted
 
 
-def _settings(folder: Path) -> Figures:
+def _settings(folder: Path) -> Metrics:
     try:
         return tomllib.loads((folder / "recipe.toml").read_text("utf-8"))
     except (OSError, ValueError):
@@ -303,12 +303,12 @@ def _name_apart(chains: Sequence[Sequence[Run]]) -> None:
                 run.name = f"{run.folder.resolve().parent.name}/{name}"
 
 
-def _exams(place: Path) -> list[Figures]:
+def _exams(place: Path) -> list[Metrics]:
     """Results of `minimind eval` in the folder or a few below it."""
     found = []
     for depth in range(_EXAMS_BELOW):
         for path in sorted(place.glob("*/" * depth + "*.json")):
-            figures = _read(path) if path.stat().st_size < 10_000_000 else {}
-            if {"task", "model", "settings"} <= figures.keys():
-                found.append(figures)
+            metrics = _read(path) if path.stat().st_size < 10_000_000 else {}
+            if {"task", "model", "settings"} <= metrics.keys():
+                found.append(metrics)
     return found

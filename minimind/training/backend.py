@@ -30,7 +30,7 @@ class Backend(Protocol):
         """Let all processes start with the first one's weights and states, once it has loaded."""
         ...
 
-    def loss(self, windows: TensorBatch) -> Loss:
+    def loss(self, sequences: TensorBatch) -> Loss:
         """The objective's loss of some windows."""
         ...
 
@@ -99,9 +99,9 @@ class TorchBackend:
             [*self._model.state_dict().values(), *self.state_tensors().values()]
         )
 
-    def loss(self, windows: TensorBatch) -> Loss:
+    def loss(self, sequences: TensorBatch) -> Loss:
         with self._precision.autocast():
-            return self._objective.loss(self._compiled, windows)
+            return self._objective.loss(self._compiled, sequences)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

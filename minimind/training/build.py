@@ -269,7 +269,7 @@ def build_mixes(
 ) -> tuple[MixedDataset, MixedDataset | None, list[MixedDataset]]:
     """Training data as a weighted mix, held-out data, and general sets, each cut into windows."""
 
-    def windows(store: TokenStore, split: Split) -> Sequences:
+    def sequences(store: TokenStore, split: Split) -> Sequences:
         shards = store.shards(split)
         if store.manifest["kind"] == "text":
             return TextSequences(shards, recipe.data.seq_len)
@@ -282,26 +282,29 @@ def build_mixes(
             alike = f", {report.identical:,} because both sides are the same" * pairs
             reporter.say(
                 f"{pluralize(report.conversations, 'pair' if pairs else 'conversation')} in "
-                f"{pluralize(report.windows, 'sequence')}, {report.fill:.1%} full; {report.cut:,} "
-                f"truncated, {report.unsupervised:,} left out because no answer was left{alike}"
+                f"{pluralize(report.sequences, 'sequence')}, {report.fill:.1%} full; "
+                f"{report.cut:,} truncated, {report.unsupervised:,} left out because no "
+                f"answer was left{alike}"
             )
         return packed
 
     weights = [source.weight for source in recipe.data.sources]
-    data = MixedDataset([windows(store, "train") for store in stores.sources], weights, recipe.seed)
+    data = MixedDataset(
+        [sequences(store, "train") for store in stores.sources], weights, recipe.seed
+    )
     if not data.order.epoch_size:
         raise DataError(
             f"the data gives not one window of {recipe.data.seq_len} tokens; "
             "use more text, or a smaller data.seq_len"
         )
-    parts = [windows(store, "train") for store in stores.validation] or [
-        windows(store, "validation") for store in stores.sources
+    parts = [sequences(store, "train") for store in stores.validation] or [
+        sequences(store, "validation") for store in stores.sources
     ]
     held_out = MixedDataset(parts, [1.0] * len(parts), recipe.seed)
     if not held_out.order.epoch_size:
         reporter.say("too little text is held out for a validation; give data.validation")
     general = [
-        MixedDataset([windows(store, "train")], [1.0], recipe.seed) for store in stores.general
+        MixedDataset([sequences(store, "train")], [1.0], recipe.seed) for store in stores.general
     ]
     return (
         data,

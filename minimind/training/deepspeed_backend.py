@@ -52,9 +52,9 @@ class _LossModule(nn.Module):
         super().__init__()
         self.model, self._objective, self._precision = model, objective, precision
 
-    def forward(self, windows: TensorBatch) -> Loss:
+    def forward(self, sequences: TensorBatch) -> Loss:
         with self._precision.autocast():
-            return self._objective.loss(self.model, windows)
+            return self._objective.loss(self.model, sequences)
 
 
 class DeepSpeedBackend:
@@ -125,8 +125,8 @@ class DeepSpeedBackend:
             self._zero._lazy_init_hp_params_optimizer_state()  # finds a parameter's own in them
 
     @_without_future_warnings()
-    def loss(self, windows: TensorBatch) -> Loss:
-        loss: Loss = self._engine(windows)
+    def loss(self, sequences: TensorBatch) -> Loss:
+        loss: Loss = self._engine(sequences)
         return loss
 
     @_without_future_warnings()

@@ -28,14 +28,14 @@ class Footprint:
     parameters: int
     trained_parameters: int
     moments: int  # numbers that the optimizer keeps
-    window: int
+    seq_len: int
     device_type: str
     activation_checkpointing: bool = False
 
-    def parts(self, windows: int) -> dict[str, int]:
+    def parts(self, sequences: int) -> dict[str, int]:
         """Estimate, in bytes, of what a step takes with so many windows at once, by what it is."""
-        config, tokens = self.config, windows * self.window
-        scores = config.num_attention_heads * self.window if self.device_type == "cpu" else 0
+        config, tokens = self.config, sequences * self.seq_len
+        scores = config.num_attention_heads * self.seq_len if self.device_type == "cpu" else 0
         routed = config.num_experts_per_tok * config.hidden_size if config.num_local_experts else 0
         layer = _PER_WIDTH * config.hidden_size + _PER_INNER * config.active_intermediate_size
         layer += _PER_ROUTED * routed + _PER_SCORE * scores
@@ -55,17 +55,17 @@ class Footprint:
             "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGIT_CHUNK),
         }
 
-    def total(self, windows: int) -> int:
+    def total(self, sequences: int) -> int:
         """The sum of the parts."""
-        return sum(self.parts(windows).values())
+        return sum(self.parts(sequences).values())
 
     def fitting(self, batch: int, memory: int | None) -> int | None:
         """Windows at once: the largest divisor of `batch` that fits into `memory` bytes (None =
         no limit) and is not beyond what makes a device quick; None when not even one fits."""
-        most = max(1, _TOKENS_AT_ONCE[self.device_type] // self.window)
-        for windows in divisors(batch):
-            if windows <= most and (memory is None or self.total(windows) <= memory):
-                return windows
+        most = max(1, _TOKENS_AT_ONCE[self.device_type] // self.seq_len)
+        for sequences in divisors(batch):
+            if sequences <= most and (memory is None or self.total(sequences) <= memory):
+                return sequences
         return None
 
 
@@ -119,8 +119,8 @@ def choose_micro_batch(
         advice = "take a smaller model (model.preset) or a shorter data.seq_len"
     raise ResourceError(
         f"too little memory on {device}: {pluralize(chosen, 'sequence')} of "
-        f"{footprint.window} tokens at once need{'s' * (chosen == 1)} about {footprint.total(chosen) / 1e9:.1f} GB and "
-        f"{free / 1e9:.1f} GB are free; {advice}"
+        f"{footprint.seq_len} tokens at once need{'s' * (chosen == 1)} about "
+        f"{footprint.total(chosen) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}"
     )
 
 

@@ -91,14 +91,14 @@ class MetricsLog:
             self._stream.truncate(offset)
             self._stream.seek(offset)
 
-    def write(self, figures: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
+    def write(self, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
         """Append one line: what the run's seed and data decide, then what the clock does.
 
         Numbers that are not finite become null: JSON has no others. Raises ResourceError.
         """
         line: dict[str, Any] = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in (dict(figures) | dict(timing or {})).items()
+            for key, value in (dict(metrics) | dict(timing or {})).items()
         }
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         with self._errors_as_ours():

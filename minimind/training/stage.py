@@ -382,7 +382,7 @@ def _baseline(prepared: Prepared) -> dict[str, float]:
 def unigram_bits_per_byte(
     counts: NDArray[np.float64],
     held_out: MixedDataset,
-    num_windows: int,
+    num_sequences: int,
     token_bytes: Sequence[int],
 ) -> float:
     """Bits per byte of held-out windows if each token came with its frequency in training.
@@ -391,7 +391,7 @@ def unigram_bits_per_byte(
     """
     bits_of = -np.log2((counts + 1) / (counts.sum() + len(counts)))
     bytes_of = np.asarray(token_bytes)
-    labels = held_out.batch(0, min(num_windows, held_out.order.epoch_size)).labels.reshape(-1)
+    labels = held_out.batch(0, min(num_sequences, held_out.order.epoch_size)).labels.reshape(-1)
     text = labels[bytes_of[labels] > 0]
     return float(bits_of[text].sum() / bytes_of[text].sum())
 

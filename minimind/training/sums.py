@@ -65,6 +65,6 @@ class LossSums:
         count = torch.tensor(state["count"], device=device)
         return cls(loss, count, more, state["tokens"])
 
-    def figures(self, objective: Objective) -> dict[str, float]:
+    def metrics(self, objective: Objective) -> dict[str, float]:
         mean = float(self.loss) / max(int(self.count), 1)
-        return objective.figures(mean, {key: value.tolist() for key, value in self.more.items()})
+        return objective.metrics(mean, {key: value.tolist() for key, value in self.more.items()})

@@ -48,7 +48,7 @@ class TrainingResult:
     tokens: int
     first: dict[str, float]  # the validation before the first step, if there was one
     validation: dict[str, float]
-    best: dict[str, Any]  # "step" of the best validation and its "figure" and "value"
+    best: dict[str, Any]  # "step" of the best validation and its "metric" and "value"
     finished: bool
 
 
@@ -68,7 +68,7 @@ class _Progress:
     first: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     validated: int = 0  # the step that `validation` is of
-    best: dict[str, Any] = field(default_factory=dict)  # "step", "figure", "value"
+    best: dict[str, Any] = field(default_factory=dict)  # "step", "metric", "value"
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,11 @@ def _accumulate(
             continue
         try:
             waiting = time.perf_counter()
-            windows = to_device(batches.batch(part, after), job.device)
+            sequences = to_device(batches.batch(part, after), job.device)
             at.data_s += time.perf_counter() - waiting
-            loss, count, more = engine.loss(windows)
+            loss, count, more = engine.loss(sequences)
             engine.backward(loss * factor)
-            sums.add(LossSums(loss.detach(), count, more, windows.num_tokens))
+            sums.add(LossSums(loss.detach(), count, more, sequences.num_tokens))
         except (RuntimeError, MemoryError) as error:
             if not _is_short_of_memory(error) or not engine.discard():
                 raise
@@ -239,8 +239,8 @@ def take_fewer(job: Trainer, where: str) -> None:
     release(job.device)
     share = job.recipe.training.global_batch_size // job.workers.size
     fewer = next((n for n in divisors(share) if n <= job.micro_batch // 2), None)
-    windows = pluralize(job.micro_batch, "window")
-    where = f"{where}: too little memory on {job.device} for {windows}"
+    sequences = pluralize(job.micro_batch, "window")
+    where = f"{where}: too little memory on {job.device} for {sequences}"
     if fewer is None:
         raise ResourceError(f"{job.run}: {where}; {_memory_advice(job)}")
     job.reporter.say(f"{where} at once; going on with {fewer}, the batch in more parts")
@@ -321,13 +321,13 @@ def _between_steps(
     better = False
     if _validation_is_due(job, at):
         saving.engine.gather_weights()
-        figures = _validated(job, saving.engine, model, log, at.step, asked)
-        if figures is None:
+        metrics = _validated(job, saving.engine, model, log, at.step, asked)
+        if metrics is None:
             return
-        at.validation, at.validated = figures, at.step
-        if better := _is_better(figures, at.best):
-            name = selection_metric(figures)
-            at.best = {"step": at.step, "figure": name, "value": figures[name]}
+        at.validation, at.validated = metrics, at.step
+        if better := _is_better(metrics, at.best):
+            name = selection_metric(metrics)
+            at.best = {"step": at.step, "metric": name, "value": metrics[name]}
     settings = job.recipe.checkpoint
     ends = (job.num_steps, stable_steps(job.num_steps, job.recipe.schedule))
     due = at.step % settings.every == 0 or at.step in ends
@@ -341,15 +341,15 @@ def _validation_is_due(job: Trainer, at: _Progress) -> bool:
     return due and at.validated < at.step
 
 
-def selection_metric(figures: dict[str, float]) -> str:
+def selection_metric(metrics: dict[str, float]) -> str:
     """Name of the figure by which validations are compared: the lowest is the best."""
-    return "bits_per_byte" if "bits_per_byte" in figures else "loss"
+    return "bits_per_byte" if "bits_per_byte" in metrics else "loss"
 
 
-def _is_better(figures: dict[str, float], best: dict[str, Any]) -> bool:
-    if not figures:
+def _is_better(metrics: dict[str, float], best: dict[str, Any]) -> bool:
+    if not metrics:
         return False
-    value = figures[selection_metric(figures)]
+    value = metrics[selection_metric(metrics)]
     return math.isfinite(value) and (not best or value < best["value"])
 
 
@@ -361,21 +361,21 @@ def _log(job: Trainer, log: MetricsLog, engine: Backend, at: _Progress) -> None:
     """
     rate = at.interval_tokens / at.interval_s
     learned, norms = int(at.interval.count), at.grad_norms
-    figures = at.interval.figures(job.objective) if learned else {"loss": math.nan}
+    metrics = at.interval.metrics(job.objective) if learned else {"loss": math.nan}
     log.write(
-        {"kind": "train", "step": at.step, "tokens": at.tokens, "learned": learned}
+        {"kind": "train", "step": at.step, "tokens": at.tokens, "num_label_tokens": learned}
         | {"grad_norm": fmean(norms) if norms else None, "grad_norm_max": max(norms, default=None)}
-        | figures
+        | metrics
         | {f"lr/{name}": lr for name, lr in engine.lrs().items()},
         timing={"elapsed_s": at.elapsed_s, "tokens_per_second": rate}
         | {"data_share": at.data_s / at.interval_s}
         | {"peak_memory_bytes": peak_bytes(job.device)},
     )
-    note = job.objective.note(figures) if learned else "skipped"
+    note = job.objective.note(metrics) if learned else "skipped"
     job.reporter.progress(at.step, job.num_steps, f"{note} {rate / 1000:,.1f}k tokens/s")
     # The first line holds the first step, before which nothing has changed.
     judged = learned and at.step > job.recipe.training.log_every
-    if judged and (warning := job.objective.warning(at.step / job.num_steps, figures)):
+    if judged and (warning := job.objective.warning(at.step / job.num_steps, metrics)):
         job.reporter.say(warning)
     at.interval, at.grad_norms = LossSums(), []
     at.interval_tokens, at.interval_s, at.data_s = 0, 0.0, 0.0
@@ -455,18 +455,18 @@ def _validated(
     """
     first = job.workers.is_main
     workers = job.workers if engine.replicates else SINGLE_PROCESS
-    figures: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
     if first or engine.replicates:
-        figures = validate(job, model, lambda: workers.any_rank(asked()), workers)
-    if figures and first:
+        metrics = validate(job, model, lambda: workers.any_rank(asked()), workers)
+    if metrics and first:
         written = job.write_samples()
         if asked():
-            figures = None
+            metrics = None
         else:
-            log.write({"kind": "validation", "step": step} | figures)
+            log.write({"kind": "validation", "step": step} | metrics)
             for sample in written:
                 log.write({"kind": "sample", "step": step} | sample)
-    told: dict[str, float] | None = job.workers.broadcast_object(figures)
+    told: dict[str, float] | None = job.workers.broadcast_object(metrics)
     return told
 
 
@@ -483,17 +483,17 @@ def validate(
     """
     sets = [("", EvalSet(job.objective, [job.held_out]))] if job.held_out else []
     sets += [("general_", job.general)] if job.general else []
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     stopped = False
     model.eval()
     for prefix, measured in sets:
         sums = _measure(job, model, measured, stop_requested, workers)
         if stopped := sums is None:
             break
-        own = sums.figures(measured.objective)
-        figures |= {f"{prefix}{name}": value for name, value in own.items()}
+        own = sums.metrics(measured.objective)
+        metrics |= {f"{prefix}{name}": value for name, value in own.items()}
     model.train()
-    return None if stopped else figures
+    return None if stopped else metrics
 
 
 @torch.no_grad()
@@ -508,9 +508,9 @@ def _measure(
     for mix in measured.mixes:
 
         def losses(start: int, number: int, mix: MixedDataset = mix) -> LossSums:
-            windows = to_device(mix.batch(start, number), job.device)
+            sequences = to_device(mix.batch(start, number), job.device)
             with job.precision.autocast():
-                return LossSums(*measured.objective.loss(model, windows))
+                return LossSums(*measured.objective.loss(model, sequences))
 
         count = min(job.recipe.validation.num_sequences, mix.order.epoch_size)
         for part in evaluated(job, workers, count, losses):

@@ -17,7 +17,7 @@ def run(*arguments: object) -> Result:
 
 def save(at: Path, step: int, validated: int, best: int, value: float) -> Path:
     state: dict[str, Any] = {"validated": validated, "validation": {"bits_per_byte": value}}
-    state["best"] = {"step": best, "figure": "bits_per_byte", "value": 1.25}
+    state["best"] = {"step": best, "metric": "bits_per_byte", "value": 1.25}
     numbers = {"weight": torch.arange(5000) + step}
     return save_checkpoint(at, step, model=numbers, optimizer=numbers, state=state, keep=9)
 
@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def figures(*arguments: object) -> tuple[Result, dict[int, dict[str, Any]]]:
+def metrics(*arguments: object) -> tuple[Result, dict[int, dict[str, Any]]]:
     done = run(*arguments, "--json", "figures.json")
     written = json.loads(Path("figures.json").read_text("utf-8"))
     return done, {one["step"]: one for one in written["checkpoints"]}
@@ -42,7 +42,7 @@ def figures(*arguments: object) -> tuple[Result, dict[int, dict[str, Any]]]:
 
 @pytest.mark.parametrize("verb", ["list", "verify"])
 def test_steps_sizes_validation_best_and_newest(here: Path, verb: str) -> None:
-    done, told = figures(verb, here)
+    done, told = metrics(verb, here)
     assert done.exit_code == 0, done.output
     assert list(told) == [10, 20, 25, 30]
     values = [one["validation"].get("bits_per_byte") for one in told.values()]
@@ -63,7 +63,7 @@ def test_a_flipped_bit_is_found_by_reading_alone(here: Path) -> None:
     content[-1] ^= 1
     weights.write_bytes(content)
     assert run("list", here).exit_code == 0
-    done, told = figures("verify", here)
+    done, told = metrics("verify", here)
     assert done.exit_code == 1
     assert "1 of 4 damaged; the run goes on from the newest whole one" in done.output
     assert [step for step, one in told.items() if one["trouble"]] == [20]
@@ -81,7 +81,7 @@ def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -
     (home / "step-00000030" / "state.json").write_text('{"validated": 31}')
     (home / "step-00000040").write_text("a file")
     shutil.copytree(home / "step-00000030", home / ".making-00000050")
-    done, told = figures(verb, here)
+    done, told = metrics(verb, here)
     assert done.exit_code == (1 if verb == "verify" else 0)
     assert list(told) == [10, 20, 25, 30, 40]
     assert all(one["trouble"] for one in told.values())
@@ -97,7 +97,7 @@ def test_stray_files_are_no_damage_and_others_are_named(here: Path, verb: str) -
     (home / "step-00000010" / ".DS_Store").touch()
     (home / "step-00000020" / "more.json").touch()
     (home / ".damaged-step-00000015").mkdir()
-    done, told = figures(verb, here)
+    done, told = metrics(verb, here)
     assert done.exit_code == 0
     assert [one["trouble"] for one in told.values()] == ["", "", "", ""]
     said = " ".join(done.output.split())

@@ -47,9 +47,9 @@ def test_the_eight_questions_to_two_models(models: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "also.json").read_text("utf-8")) == found
     assert list(found["models"]) == ["tiny", "other"]
     assert [one["question"] for one in found["questions"]] == list(EIGHT)
-    for name, figures in found["models"].items():
-        assert (figures["answers"], figures["failed"], figures["tokens"]) == (8, 0, 20)
-        assert figures["never_end"] == 1
+    for name, metrics in found["models"].items():
+        assert (metrics["answers"], metrics["failed"], metrics["tokens"]) == (8, 0, 20)
+        assert metrics["never_end"] == 1
         said = {
             line["id"]: line["answer"] for line in lines(tmp_path / "out" / name / "answers.jsonl")
         }
@@ -253,6 +253,6 @@ def test_degeneration_is_a_task_of_eval(models: Path, tmp_path: Path) -> None:
     words += ["--out", str(tmp_path / "out"), "--device", "cpu"]
     done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    figures = json.loads((tmp_path / "out" / "tiny" / "degeneration.json").read_text("utf-8"))
-    assert (figures["answers"], figures["never_end"]) == (2, 1)
+    metrics = json.loads((tmp_path / "out" / "tiny" / "degeneration.json").read_text("utf-8"))
+    assert (metrics["answers"], metrics["never_end"]) == (2, 1)
     assert "never_end 1" in done.output

@@ -32,7 +32,7 @@ def test_text_is_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_summaries_show_plain_figures_only(capsys: pytest.CaptureFixture[str]) -> None:
-    console.show_figures("run", {"bits_per_byte": 1.5, "device": "cpu", "nested": {"secret": 1}})
+    console.show_metrics("run", {"bits_per_byte": 1.5, "device": "cpu", "nested": {"secret": 1}})
     out = capsys.readouterr().out
     assert "bits per byte" in out
     assert "1.5" in out

@@ -21,7 +21,7 @@ def run(folder: Path, *arguments: object, **variables: str) -> Result:
     return CliRunner().invoke(app, words, env={"COLUMNS": "200"} | variables)
 
 
-def figures(folder: Path) -> dict[str, Any]:
+def metrics(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text("utf-8"))
     return found["models"]
 
@@ -56,7 +56,7 @@ def test_two_models_and_several_tasks_side_by_side(
         tmp_path / "also.json",
     )
     assert done.exit_code == 0, done.output
-    found = figures(tmp_path)
+    found = metrics(tmp_path)
     assert json.loads((tmp_path / "also.json").read_text("utf-8"))["models"] == found
     assert list(found) == ["tiny", "other"]
     for name, tasks_of in found.items():
@@ -82,7 +82,7 @@ def test_groups_are_shown_with_their_intervals(models: Path, tmp_path: Path) -> 
     done = run(tmp_path, models / "tiny", models / "other", "--task", "ceval", "--data", tmp_path)
     assert done.exit_code == 0, done.output
     _, _, told = done.output.partition("ceval (chat), by group")
-    groups = figures(tmp_path)["tiny"]["ceval (chat)"]["by_group"]
+    groups = metrics(tmp_path)["tiny"]["ceval (chat)"]["by_group"]
     assert list(groups) == ["STEM", "humanities"]
     for group in groups.values():
         assert f"{group['accuracy']:.1%} (" in told
@@ -92,9 +92,9 @@ def test_groups_are_shown_with_their_intervals(models: Path, tmp_path: Path) -> 
 def test_the_same_again_asks_nothing(models: Path, exam: Path, tmp_path: Path) -> None:
     words = (models / "tiny", "--task", f"choice:{exam}", "--style", "letter", "--shots", 0)
     assert run(tmp_path, *words).exit_code == 0
-    first = figures(tmp_path)["tiny"]["mine (letter)"]
+    first = metrics(tmp_path)["tiny"]["mine (letter)"]
     assert run(tmp_path, *words).exit_code == 0
-    second = figures(tmp_path)["tiny"]["mine (letter)"]
+    second = metrics(tmp_path)["tiny"]["mine (letter)"]
     assert (first["asked_now"], second["asked_now"]) == (40, 0)
     assert first["by_subject"] == second["by_subject"]
 
@@ -112,7 +112,7 @@ def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert 1 < len(kept) < 3001
     done = run(tmp_path, tmp_path / "m", "--task", f"choice:{exam}")
     assert done.exit_code == 0, done.output
-    found = figures(tmp_path)["m"]["long (chat)"]
+    found = metrics(tmp_path)["m"]["long (chat)"]
     assert (found["asked_now"], found["questions"]) == (3001 - len(kept), 3000)
     lines = results.read_bytes().splitlines()
     assert lines[: len(kept)] == kept
@@ -127,7 +127,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(models: Path, exam: Path, tmp_p
     assert done.exit_code == 1
     assert "no such directory" in done.output
     assert "holds no ceval" in done.output
-    assert figures(tmp_path)["tiny"]["mine (chat)"]["questions"] == 40
+    assert metrics(tmp_path)["tiny"]["mine (chat)"]["questions"] == 40
     assert "Traceback" not in done.output
 
 
@@ -154,7 +154,7 @@ def test_questions_that_fail_end_the_command_with_1_when_all_is_written(
     )
     assert "1 document " in done.output
     assert "1 line is no question or text, the first: " in done.output
-    choice, bits = figures(tmp_path)["damaged"].values()
+    choice, bits = metrics(tmp_path)["damaged"].values()
     assert (choice["failed"], choice["questions"], bits["documents"]) == (1, 40, 1)
     again = run(tmp_path, tmp_path / "damaged", *tasks, "--limit", 10)
     assert again.exit_code == 1
@@ -178,7 +178,7 @@ def test_questions_in_the_training_data_are_told(models: Path, exam: Path, tmp_p
     data.write_text(json.dumps({"text": said}) + "\n", encoding="utf-8")
     done = run(tmp_path, models / "tiny", "--task", f"choice:{exam}", "--contamination", data)
     assert done.exit_code == 0, done.output
-    told = figures(tmp_path)["tiny"]["mine (chat)"]["contamination"]
+    told = metrics(tmp_path)["tiny"]["mine (chat)"]["contamination"]
     assert told["found"] == 1
     assert told["without"]["questions"] == 39
     assert "Questions in the training data" in done.output
@@ -214,7 +214,7 @@ def test_a_service_writes_and_gives_no_likelihoods(
         done = run(tmp_path, url, "--task", "quiz", "--task", f"choice:{exam}", "--limit", 9)
     assert done.exit_code == 1
     assert "a service gives no likelihoods" in done.output
-    there = figures(tmp_path)["other"]["quiz"]
+    there = metrics(tmp_path)["other"]["quiz"]
     assert there["questions"] == 9
     here = run(tmp_path / "here", models / "other", "--task", "quiz", "--limit", 9)
     assert here.exit_code == 0

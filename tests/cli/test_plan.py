@@ -10,13 +10,13 @@ from minimind.errors import UsageError
 
 
 def test_it_says_what_fits(tmp_path: Path) -> None:
-    figures = tmp_path / "plan.json"
+    metrics = tmp_path / "plan.json"
     arguments = ["plan", "pretrain-base", "--memory", "3GB", "--trial", "0", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*arguments, "--json", str(figures)])
+    result = CliRunner().invoke(app, [*arguments, "--json", str(metrics)])
     assert result.exit_code == 0, result.output
     assert "108,749,568" in result.output
     assert "It fits with training.activation_checkpointing=true" in result.output
-    found = json.loads(figures.read_text())
+    found = json.loads(metrics.read_text())
     assert found["parameters"] == 108_749_568
     assert found["micro_batch"] is None
     assert found["memory_total"] == sum(found["memory"].values()) > 3 << 30

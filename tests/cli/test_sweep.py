@@ -60,9 +60,9 @@ def test_variants_are_trained_and_compared_and_what_fails_is_told(place: Path) -
     assert len(re.findall(r"^failed: .*\b" + re.escape(told), said, re.M)) == 2
     assert "loss by parameters: no fit: 2 different values" in said
     out = place / "out" / "sweep"
-    figures = json.loads((out / "summary.json").read_text("utf-8"))
-    assert set(figures["runs"]) == {first, second} and len(figures["failed"]) == 2
-    assert figures["settings"][second]["model.num_hidden_layers"] == 2
+    metrics = json.loads((out / "summary.json").read_text("utf-8"))
+    assert set(metrics["runs"]) == {first, second} and len(metrics["failed"]) == 2
+    assert metrics["settings"][second]["model.num_hidden_layers"] == 2
     assert "Scaling: pretrain" in (out / "report.html").read_text("utf-8")
     recipe = (out / second / "recipe.toml").read_text("utf-8")
     assert 'device = "cpu"' in recipe and "num_hidden_layers = 2" in recipe

@@ -61,11 +61,11 @@ def test_inspect_compares_and_writes_the_figures(
     texts: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     run("train", texts, "--out", tmp_path / "other", "--vocab-size", 280)
-    figures = tmp_path / "figures.json"
-    done = run("inspect", tokenizer_dir, tmp_path / "other", "--data", texts, "--json", figures)
+    metrics = tmp_path / "figures.json"
+    done = run("inspect", tokenizer_dir, tmp_path / "other", "--data", texts, "--json", metrics)
     assert done.exit_code == 0, done.output
     assert "unused" in done.output
-    written = json.loads(figures.read_text("utf-8"))
+    written = json.loads(metrics.read_text("utf-8"))
     assert written["measured_on"] == [str(texts)]
     ours, other = written["tokenizers"].values()
     assert (ours["num_words"], other["num_words"]) == (600, 280)

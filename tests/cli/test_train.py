@@ -110,9 +110,9 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
     assert "The model is in out/base/model. Try it: minimind generate out/base" in done.stdout
     assert "长江是" in done.stdout, "a prompt of the recipe, and how the model goes on"
     run = place.folder / "out" / "base"
-    figures = json.loads((place.folder / "figures" / "base.json").read_text("utf-8"))
-    assert figures == json.loads((run / "summary.json").read_text("utf-8"))
-    assert (figures["objective"], figures["steps"]) == ("pretrain", 6)
+    metrics = json.loads((place.folder / "figures" / "base.json").read_text("utf-8"))
+    assert metrics == json.loads((run / "summary.json").read_text("utf-8"))
+    assert (metrics["objective"], metrics["steps"]) == ("pretrain", 6)
     assert (place.folder / "cache" / "stores").is_dir()
 
     done = place.run(*place.sft, "--model", "out/base", "--out", "out/chat")
@@ -162,8 +162,8 @@ def test_a_mixture_of_experts_is_pretrained_tuned_and_asked(place: Place) -> Non
             assert max(loads) <= last["expert_load/most"] <= 0.5  # two of four for each token
             assert 0 < last["router_entropy"] < 1.3863  # ln 4, rounded up
             assert last["dropped_tokens"] == 0
-        figures = json.loads((run / "summary.json").read_text("utf-8"))
-        assert figures["active_parameters"] < figures["parameters"]
+        metrics = json.loads((run / "summary.json").read_text("utf-8"))
+        assert metrics["active_parameters"] < metrics["parameters"]
     done = place.run_here("generate", "out/moe", "长江", "--device", "cpu", "--max-new-tokens", "9")
     assert done.output.startswith("长江")
     chat = ["chat", str(place.folder / "out" / "moe-chat"), "--device", "cpu"]

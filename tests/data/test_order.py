@@ -38,7 +38,7 @@ def test_every_window_of_a_part_is_seen_as_often_as_its_weight_says() -> None:
     for where in order.locate(0, 2 * order.epoch_size):
         seen[where] = seen.get(where, 0) + 1
     for part, (size, times) in enumerate([(100, 2), (50, 1), (7, 6)]):
-        assert [seen[part, window] for window in range(size)] == [times] * size
+        assert [seen[part, seq_len] for seq_len in range(size)] == [times] * size
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])

@@ -20,23 +20,23 @@ def test_text_windows_cover_the_stream_once_and_labels_are_the_next_token() -> N
         Shard(np.arange(101), None, np.array([101])),
         Shard(np.arange(35), None, np.array([])),
     ]
-    windows = TextSequences(shards, window=10)
-    assert len(windows) == 10 + 3
-    tokens = [windows.window(i)[0].tolist() for i in range(len(windows))]
+    sequences = TextSequences(shards, seq_len=10)
+    assert len(sequences) == 10 + 3
+    tokens = [sequences.sequence(i)[0].tolist() for i in range(len(sequences))]
     assert [t for row in tokens[:10] for t in row] == list(range(100))
     assert [t for row in tokens[10:] for t in row] == list(range(30))
-    for index in range(len(windows)):
-        inputs, labels, segments = windows.window(index)
+    for index in range(len(sequences)):
+        inputs, labels, segments = sequences.sequence(index)
         assert (labels == inputs + 1).all() and segments is None
 
 
 def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
     lengths = [12, 20, 7, 9, 15, 5, 18, 11]
     shard = _chat_shard(lengths, [4] * len(lengths))
-    windows = ChatSequences([shard], window=32, pad=PAD, seed=3)
+    sequences = ChatSequences([shard], seq_len=32, pad=PAD, seed=3)
     learned: list[int] = []
-    for index in range(len(windows)):
-        tokens, labels, segments = windows.window(index)
+    for index in range(len(sequences)):
+        tokens, labels, segments = sequences.sequence(index)
         supervised = labels != IGNORED
         learned += labels[supervised].tolist()
         assert (labels[supervised] == tokens[supervised] + 1).all()
@@ -51,17 +51,17 @@ def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
         for token in range(100 * (number + 1) + length - 4, 100 * (number + 1) + length)
     ]
     assert sorted(learned) == sorted(expected)
-    assert windows.report.conversations == len(lengths)
-    assert windows.report.cut == windows.report.unsupervised == 0
+    assert sequences.report.conversations == len(lengths)
+    assert sequences.report.cut == sequences.report.unsupervised == 0
 
 
 def test_long_conversations_are_cut_at_the_end_and_counted() -> None:
     shard = _chat_shard([50, 50, 10, 10], [45, 5, 4, 0])
-    windows = ChatSequences([shard], window=16, pad=PAD, seed=0)
-    assert windows.report.cut == 2
-    assert windows.report.unsupervised == 2  # one whose answer was cut away, one without any
-    assert len(windows) == 2
-    kept = [windows.window(index) for index in range(2)]
+    sequences = ChatSequences([shard], seq_len=16, pad=PAD, seed=0)
+    assert sequences.report.cut == 2
+    assert sequences.report.unsupervised == 2  # one whose answer was cut away, one without any
+    assert len(sequences) == 2
+    kept = [sequences.sequence(index) for index in range(2)]
     assert sum(int((labels != IGNORED).sum()) for _, labels, _ in kept) == 12 + 4
 
 
@@ -70,7 +70,7 @@ def test_packing_wastes_little() -> None:
     lengths = generator.integers(20, 200, 2000).tolist()
     tokens = np.ones(sum(lengths), np.uint16)
     shard = Shard(tokens, np.ones(len(tokens), np.uint8), np.cumsum(lengths))
-    report = ChatSequences([shard], window=256, pad=PAD, seed=0).report
+    report = ChatSequences([shard], seq_len=256, pad=PAD, seed=0).report
     assert report.fill > 0.97
 
 
@@ -98,14 +98,14 @@ def _pair_shard(pairs: list[tuple[int, int, int]], alike: set[int] = frozenset()
 
 def test_both_sides_of_a_pair_stand_in_one_window_and_only_answers_are_labels() -> None:
     pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
-    windows = PairSequences([_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad=PAD, seed=3)
-    assert windows.report.conversations == len(pairs)
-    assert windows.report.cut == windows.report.unsupervised == windows.report.identical == 0
-    assert len(windows) < len(pairs)
+    sequences = PairSequences([_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad=PAD, seed=3)
+    assert sequences.report.conversations == len(pairs)
+    assert sequences.report.cut == sequences.report.unsupervised == sequences.report.identical == 0
+    assert len(sequences) < len(pairs)
     seen = []
-    for index in range(len(windows)):
-        tokens, labels, segments = windows.window(index)
-        count = len(windows.reference[windows.members(index)])
+    for index in range(len(sequences)):
+        tokens, labels, segments = sequences.sequence(index)
+        count = len(sequences.reference[sequences.members(index)])
         assert segments is not None and count == (segments.max() + 1) // 2
         for pair in range(count):
             sides = []
@@ -131,28 +131,28 @@ def test_pairs_that_teach_nothing_are_left_out_and_long_ones_cut() -> None:
         (5, 40, 50),  # alike in what is left of them
         (30, 3, 0),  # one says nothing
     ]
-    windows = PairSequences([_pair_shard(pairs, alike={4, 6})], 64, pad=PAD, seed=0)
-    report = windows.report
+    sequences = PairSequences([_pair_shard(pairs, alike={4, 6})], 64, pad=PAD, seed=0)
+    report = sequences.report
     assert (report.conversations, report.identical, report.unsupervised) == (8, 2, 2)
     assert report.cut == 5
     kept = {}
-    for index in range(len(windows)):
-        tokens, labels, segments = windows.window(index)
-        for segment in range(2 * len(windows.reference[windows.members(index)])):
+    for index in range(len(sequences)):
+        tokens, labels, segments = sequences.sequence(index)
+        for segment in range(2 * len(sequences.reference[sequences.members(index)])):
             here = segments == segment
             number = int(tokens[here][0]) // 1000 - 1
             kept.setdefault(number, []).append(int((labels[here] != IGNORED).sum()))
     assert kept == {0: [10, 10], 1: [4, 52], 2: [28, 28], 5: [3, 3]}
-    assert len(windows.reference) == 4 and np.isnan(windows.reference).all()
+    assert len(sequences.reference) == 4 and np.isnan(sequences.reference).all()
 
 
 def test_a_batch_numbers_its_pairs_through_and_hands_on_their_reference() -> None:
     pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
-    windows = PairSequences([_pair_shard(pairs)], 40, pad=PAD, seed=1)
-    windows.reference[:] = np.arange(12).reshape(6, 2)
+    sequences = PairSequences([_pair_shard(pairs)], 40, pad=PAD, seed=1)
+    sequences.reference[:] = np.arange(12).reshape(6, 2)
     for epochs in (range(3), range(3, 6)):
-        batch = MixedDataset([windows], [1.0], seed=2).batch(
-            epochs.start * len(windows), len(windows)
+        batch = MixedDataset([sequences], [1.0], seed=2).batch(
+            epochs.start * len(sequences), len(sequences)
         )
         assert batch.pairs is not None and batch.segments is not None
         assert sorted(batch.pairs.reference.flatten()) == list(range(12))
@@ -161,10 +161,10 @@ def test_a_batch_numbers_its_pairs_through_and_hands_on_their_reference() -> Non
         assert sorted(set(numbers.tolist())) == list(range(12))
         assert (np.diff(numbers) >= 0).all(), "in the order of windows and segments"
         for row, (_, index) in enumerate(
-            MixedDataset([windows], [1.0], seed=2).order.locate(
-                epochs.start * len(windows), len(windows)
+            MixedDataset([sequences], [1.0], seed=2).order.locate(
+                epochs.start * len(sequences), len(sequences)
             )
         ):
             first = int(batch.pairs.sequences[row][batch.segments[row] == 0][0]) // 2
-            expected = windows.reference[windows.members(index)]
+            expected = sequences.reference[sequences.members(index)]
             assert (batch.pairs.reference[first : first + len(expected)] == expected).all()

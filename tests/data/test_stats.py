@@ -26,7 +26,7 @@ def mixed(tmp_path: Path) -> Path:
 
 def test_what_is_found(mixed: Path, tokenizer: Tokenizer) -> None:
     steps: list[int] = []
-    found = inspect_data(str(mixed), tokenizer=tokenizer, progress=steps.append).figures()
+    found = inspect_data(str(mixed), tokenizer=tokenizer, progress=steps.append).metrics()
     size = mixed.stat().st_size
     assert sum(steps) == size
     assert (found["files"], found["bytes"]) == (1, size)
@@ -68,11 +68,11 @@ def test_tokens_are_counted_as_in_training(mixed: Path, tokenizer: Tokenizer) ->
         chat(asked, answered),
         chat("1+1=?", "2") + chat("1+1=?", "我不知道"),
     ]
-    tokens = inspect_data(str(mixed), tokenizer=tokenizer).figures()["tokens"]
+    tokens = inspect_data(str(mixed), tokenizer=tokenizer).metrics()["tokens"]
     assert tokens["total"] == sum(expected)
     assert tokens["max"] == max(expected)
     assert tokens["median"] == sorted(expected)[2]
-    assert inspect_data(str(mixed)).figures()["tokens"] is None
+    assert inspect_data(str(mixed)).metrics()["tokens"] is None
 
 
 def test_samples_are_different_short_and_safe_to_print(tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_quantiles_are_those_of_the_sorted_lengths() -> None:
         for value in values:
             lengths.add(value)
         values.sort()
-        found = lengths.figures()
+        found = lengths.metrics()
         for name, share in [("median", 0.5), ("p90", 0.9), ("p99", 0.99)]:
             exact = values[-(-round(share * count * 100) // 100) - 1]
             assert exact * (1 - 1 / 2_048) <= found[name] <= exact
         assert (found["max"], found["total"]) == (values[-1], sum(values))
-    assert set(LengthHistogram().figures().values()) == {0}
+    assert set(LengthHistogram().metrics().values()) == {0}
 
 
 def test_lengths_take_little_memory() -> None:
@@ -143,10 +143,10 @@ def test_parts_add_up(mixed: Path, tmp_path: Path, tokenizer: Tokenizer) -> None
     for path in (mixed, other):
         whole.merge(inspect_data(str(path), tokenizer=tokenizer))
     together = inspect_data(str(tmp_path), tokenizer=tokenizer, num_samples=0)
-    figures = whole.figures()
-    assert figures == together.figures()
-    assert figures["copies"] == 2  # one of them in the other file
-    assert figures["bad_lines"] == 4
+    metrics = whole.metrics()
+    assert metrics == together.metrics()
+    assert metrics["copies"] == 2  # one of them in the other file
+    assert metrics["bad_lines"] == 4
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -157,5 +157,5 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_data_without_one_good_record_is_still_described(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{broken\n" * 2_000)
-    found = inspect_data(str(path)).figures()
+    found = inspect_data(str(path)).metrics()
     assert (found["records"], found["bad_lines"], found["chinese_share"]) == (0, 2_000, 0)

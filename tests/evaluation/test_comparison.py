@@ -63,13 +63,13 @@ def make(talk: OpenEndedTask, *, judged: bool = False) -> dict[str, Any]:
         for model, some in SAID.items()
     }
     results["t|wo"]["3"] = {"id": "3", "error": "it broke"}
-    figures = {
+    metrics = {
         model: talk.summary([r for r in some.values() if "error" not in r])
         | {"failed": sum("error" in r for r in some.values())}
         for model, some in results.items()
     }
     if not judged:
-        return compared(talk, results, figures)
+        return compared(talk, results, metrics)
     trials = make_trials(PROMPTS, SAID)
     judgements: dict[str, Any] = {
         t.id: {"id": t.id, "models": t.models, "scores": [80.0, 20.0], "reason": "<i>因为"}
@@ -78,7 +78,7 @@ def make(talk: OpenEndedTask, *, judged: bool = False) -> dict[str, Any]:
         for t in trials
     }
     verdict = {"name": "j", **verdicts(trials, judgements, list(SAID))}
-    return compared(talk, results, figures, judge=verdict, trials=trials, judged=judgements)
+    return compared(talk, results, metrics, judge=verdict, trials=trials, judged=judgements)
 
 
 def test_a_page_shows_texts_as_they_are(talk: OpenEndedTask) -> None:

@@ -61,7 +61,7 @@ def test_questions_too_short_to_tell_are_counted(tmp_path: Path) -> None:
     result = find_contamination({"a": "正确的是", "b": "which is right"}, [data])
     assert result.too_short == {"a", "b"}
     assert result.found == {}
-    assert result.figures()["too_short"] == 2
+    assert result.metrics()["too_short"] == 2
     assert find_contamination({"x:a": "正确的是", "y:a": "否"}, [data]).part("x:").too_short == {
         "a"
     }

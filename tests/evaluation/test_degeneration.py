@@ -105,33 +105,33 @@ def test_figures_of_many_by_hand() -> None:
         Answered("问", "yes", ended=None),
         Answered("问", "", ended=True),
     ]
-    figures = summarise(answers)
-    assert figures["answers"] == 4
-    assert figures["repeated"] == pytest.approx(0.5 / 4)
-    assert figures["never_end"] == pytest.approx(1 / 3)  # of one it is not known
-    assert figures["empty"] == figures["other_script"] == 1 / 4
-    assert figures["mixed_scripts"] == 0
-    assert figures["distinct_1"] == pytest.approx(4 / 8)  # 啊 好 。 yes
-    assert figures["distinct_2"] == pytest.approx(2 / 8)  # 啊啊 好。
-    low, high = figures["intervals"]["repeated"]
+    metrics = summarise(answers)
+    assert metrics["answers"] == 4
+    assert metrics["repeated"] == pytest.approx(0.5 / 4)
+    assert metrics["never_end"] == pytest.approx(1 / 3)  # of one it is not known
+    assert metrics["empty"] == metrics["other_script"] == 1 / 4
+    assert metrics["mixed_scripts"] == 0
+    assert metrics["distinct_1"] == pytest.approx(4 / 8)  # 啊 好 。 yes
+    assert metrics["distinct_2"] == pytest.approx(2 / 8)  # 啊啊 好。
+    low, high = metrics["intervals"]["repeated"]
     assert (low, high) == (0, pytest.approx(0.375, abs=0.126))
-    assert all(0 <= low <= high <= 1 for low, high in figures["intervals"].values())
+    assert all(0 <= low <= high <= 1 for low, high in metrics["intervals"].values())
 
 
 def test_nothing_known_is_none() -> None:
-    figures = summarise([])
-    assert figures.pop("answers") == 0
-    assert figures.pop("intervals") == {}
-    assert set(figures.values()) == {None}
+    metrics = summarise([])
+    assert metrics.pop("answers") == 0
+    assert metrics.pop("intervals") == {}
+    assert set(metrics.values()) == {None}
     assert summarise([Answered("问", "好", ended=None)])["never_end"] is None
 
 
 def test_the_interval_of_many_answers_is_that_of_their_mean() -> None:
     """Held against the normal distribution's."""
     answers = [Answered("问", "啊" * (5 if n % 3 else 3)) for n in range(600)]
-    figures = summarise(answers)
+    metrics = summarise(answers)
     error = 1.96 * math.sqrt((1 / 2) ** 2 * (2 / 3) * (1 / 3) / 600)
-    assert figures["repeated"] == pytest.approx(1 / 3)
-    assert figures["intervals"]["repeated"] == pytest.approx(
+    assert metrics["repeated"] == pytest.approx(1 / 3)
+    assert metrics["intervals"]["repeated"] == pytest.approx(
         (1 / 3 - error, 1 / 3 + error), abs=error / 5
     )

@@ -111,10 +111,10 @@ def test_a_judge_sees_texts_in_order_and_an_empty_answer() -> None:
 
 def test_who_writes_more_wins_with_a_judge_of_length(tmp_path: Path) -> None:
     answers = {"short": lengths(1, 20), "long": lengths(2, 70), "middle": lengths(3, 45)}
-    figures = judged(by_length, answers, tmp_path / "j")
-    assert (figures["trials"], figures["read"], figures["failed"]) == (240, 240, 0)
-    assert [row["model"] for row in figures["ranking"]] == ["long", "middle", "short"]
-    for rank, row in enumerate(figures["ranking"], start=1):
+    metrics = judged(by_length, answers, tmp_path / "j")
+    assert (metrics["trials"], metrics["read"], metrics["failed"]) == (240, 240, 0)
+    assert [row["model"] for row in metrics["ranking"]] == ["long", "middle", "short"]
+    for rank, row in enumerate(metrics["ranking"], start=1):
         own = [len(text) for text in answers[row["model"]].values()]
         mean = sum(own) / 40
         assert row["score"] == pytest.approx(mean)
@@ -123,17 +123,17 @@ def test_who_writes_more_wins_with_a_judge_of_length(tmp_path: Path) -> None:
             (mean - 1.96 * error, mean + 1.96 * error), abs=error / 3
         )
         assert (row["rank"], row["rank_interval"], row["questions"]) == (rank, [rank, rank], 40)
-    assert [row["wins"] for row in figures["ranking"]] == [1, 0.5, 0]
-    assert (figures["pairs"], figures["agreement"], figures["first_preferred"]) == (120, 1, 0.5)
-    assert figures["by_question"]["7"] == {m: len(texts["7"]) for m, texts in answers.items()}
+    assert [row["wins"] for row in metrics["ranking"]] == [1, 0.5, 0]
+    assert (metrics["pairs"], metrics["agreement"], metrics["first_preferred"]) == (120, 1, 0.5)
+    assert metrics["by_question"]["7"] == {m: len(texts["7"]) for m, texts in answers.items()}
 
 
 def test_a_judge_who_likes_the_first_says_nothing_of_the_models(tmp_path: Path) -> None:
     answers = {"a": lengths(1, 20), "b": lengths(2, 70)}
-    figures = judged(lambda messages: reply(90, 30), answers, tmp_path / "j")
-    assert (figures["agreement"], figures["first_preferred"]) == (0, 1)
-    assert figures["agreement_interval"][0] == 0
-    assert [(row["score"], row["wins"], row["rank"]) for row in figures["ranking"]] == [
+    metrics = judged(lambda messages: reply(90, 30), answers, tmp_path / "j")
+    assert (metrics["agreement"], metrics["first_preferred"]) == (0, 1)
+    assert metrics["agreement_interval"][0] == 0
+    assert [(row["score"], row["wins"], row["rank"]) for row in metrics["ranking"]] == [
         (60, 0.5, 1),
         (60, 0.5, 1),
     ]
@@ -141,9 +141,9 @@ def test_a_judge_who_likes_the_first_says_nothing_of_the_models(tmp_path: Path) 
 
 def test_ties_agree_and_share_the_win(tmp_path: Path) -> None:
     answers = {"a": lengths(1, 20), "b": lengths(2, 20)}
-    figures = judged(lambda messages: reply(50, 50), answers, tmp_path / "j")
-    assert (figures["agreement"], figures["first_preferred"]) == (1, None)
-    assert [row["wins"] for row in figures["ranking"]] == [0.5, 0.5]
+    metrics = judged(lambda messages: reply(50, 50), answers, tmp_path / "j")
+    assert (metrics["agreement"], metrics["first_preferred"]) == (1, None)
+    assert [row["wins"] for row in metrics["ranking"]] == [0.5, 0.5]
 
 
 def test_intervals_hold_the_truth_and_ranks_are_unsure_where_it_is_close(tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_intervals_hold_the_truth_and_ranks_are_unsure_where_it_is_close(tmp_pat
         answers = {
             m: {str(n): f"{rng.gauss(mean, 10)}" for n in range(30)} for m, mean in means.items()
         }
-        figures = judged(
+        metrics = judged(
             lambda messages: reply(*map(float, answers_of(messages))),
             answers,
             tmp_path / f"{trial}",
         )
-        for row in figures["ranking"]:
+        for row in metrics["ranking"]:
             low, high = row["score_interval"]
             held += low <= means[row["model"]] <= high
             unsure += row["rank_interval"] == [1, 2]
@@ -173,20 +173,20 @@ def test_a_pair_counts_once_it_was_read_both_ways_round(tmp_path: Path) -> None:
         first = answers_of(messages)[0]
         return "A, clearly." if first == "长长" else by_length(messages)
 
-    figures = judged(half, {"a": {"1": "短"}, "b": {"1": "长长"}}, tmp_path / "j")
-    assert (figures["read"], figures["unreadable"]) == (1, 1)
-    assert figures["unreadable_because"] == {"not JSON: Expecting value": 1}
-    assert figures["ranking"] == []
-    assert "agreement" not in figures
+    metrics = judged(half, {"a": {"1": "短"}, "b": {"1": "长长"}}, tmp_path / "j")
+    assert (metrics["read"], metrics["unreadable"]) == (1, 1)
+    assert metrics["unreadable_because"] == {"not JSON: Expecting value": 1}
+    assert metrics["ranking"] == []
+    assert "agreement" not in metrics
     kept = [json.loads(line) for line in (tmp_path / "j").read_text("utf-8").splitlines()[1:]]
     assert {line.get("reply") for line in kept} == {None, "A, clearly."}
 
 
 def test_one_model_alone_is_scored(tmp_path: Path) -> None:
-    figures = judged(by_length, {"a": {"1": "短", "2": "长长长"}}, tmp_path / "j")
-    assert (figures["trials"], figures["read"]) == (2, 2)
-    assert [(row["score"], row["wins"]) for row in figures["ranking"]] == [(2, None)]
-    assert "pairs" not in figures
+    metrics = judged(by_length, {"a": {"1": "短", "2": "长长长"}}, tmp_path / "j")
+    assert (metrics["trials"], metrics["read"]) == (2, 2)
+    assert [(row["score"], row["wins"]) for row in metrics["ranking"]] == [(2, None)]
+    assert "pairs" not in metrics
 
 
 def test_what_was_judged_is_not_asked_again(tmp_path: Path) -> None:
@@ -219,6 +219,6 @@ def test_a_judge_that_fails_again_and_again_is_asked_no_more(tmp_path: Path) -> 
     def ask(messages: Sequence[Message]) -> str:
         raise ServiceError("no luck")
 
-    figures = judged(ask, {"a": lengths(1, 20), "b": lengths(2, 30)}, tmp_path / "j")
-    assert (figures["read"], figures["failed"], figures["first_error"]) == (0, 80, "no luck")
+    metrics = judged(ask, {"a": lengths(1, 20), "b": lengths(2, 30)}, tmp_path / "j")
+    assert (metrics["read"], metrics["failed"], metrics["first_error"]) == (0, 80, "no luck")
     assert len((tmp_path / "j").read_text("utf-8").splitlines()) == 11

@@ -102,7 +102,7 @@ def test_operations_are_those_that_torch_counts(preset: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model.logits(model(tokens)).sum().backward()
     # Torch does not count a CPU's attention: each word with half a window of keys and values.
-    config, window = model.config, 512
-    attention = 2 * config.num_hidden_layers * config.hidden_size * window * 3
-    pluralize = counter.get_total_flops() / window
-    assert flops_a_token(model, window) == pytest.approx(pluralize + attention, rel=1e-3)
+    config, seq_len = model.config, 512
+    attention = 2 * config.num_hidden_layers * config.hidden_size * seq_len * 3
+    pluralize = counter.get_total_flops() / seq_len
+    assert flops_a_token(model, seq_len) == pytest.approx(pluralize + attention, rel=1e-3)

@@ -211,8 +211,8 @@ def test_a_number_that_is_none_does_not_spoil_its_neighbours(tmp_path: Path) -> 
 
 def test_experts_are_shown_where_there_are_any(tmp_path: Path) -> None:
     loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "most", "least")}
-    figures = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance": 1.0}
-    lines = [train(step, **figures) for step in range(1, 20)]
+    metrics = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance": 1.0}
+    lines = [train(step, **metrics) for step in range(1, 20)]
     html = page_of(write_run(tmp_path / "moe", lines))
     own = ["Expert load", "Dropped tokens", "Router entropy"]
     assert [name for name in titles(html) if name not in SECTIONS] == own
@@ -221,8 +221,8 @@ def test_experts_are_shown_where_there_are_any(tmp_path: Path) -> None:
 
 def test_preferences_are_shown_where_there_are_any(tmp_path: Path) -> None:
     names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
-    figures = dict.fromkeys(names, 0.5)
-    lines = [train(step, **figures) for step in range(1, 20)] + [validation(19, **figures)]
+    metrics = dict.fromkeys(names, 0.5)
+    lines = [train(step, **metrics) for step in range(1, 20)] + [validation(19, **metrics)]
     for line in lines:
         del line["bits_per_byte"]
     html = page_of(write_run(tmp_path / "dpo", lines, objective="dpo"))
@@ -262,7 +262,7 @@ def test_keywords_and_fluency_are_columns_of_their_own(full: str) -> None:
 def test_an_hour_has_a_price(demo: Path, tmp_path: Path) -> None:
     report = make_report([demo], price=36.0)
     assert report.page.cards["cost"] == "1.23"  # 2 * 61.7 s, a cent a second
-    assert math.isclose(report.figures["runs"]["sft"]["cost"], 0.617)
+    assert math.isclose(report.metrics["runs"]["sft"]["cost"], 0.617)
     assert "cost" not in make_report([demo]).page.cards
 
 
@@ -270,7 +270,7 @@ def test_a_stage_brings_those_that_it_came_from(tmp_path: Path) -> None:
     base = write_run(tmp_path / "here" / "base")
     write_run(tmp_path / "there" / "chat", init=f"{base}/model", objective="sft")
     report = make_report([tmp_path / "there" / "chat"])
-    assert list(report.figures["runs"]) == ["base", "chat"]
+    assert list(report.metrics["runs"]) == ["base", "chat"]
     assert "runs side by side" not in report.page.lead
 
 
@@ -287,7 +287,7 @@ def test_several_runs_share_their_axes(tmp_path: Path) -> None:
     by_title = {section.title: section for section in report.page.sections}
     [loss] = by_title["Loss"].blocks
     assert [title for title, _ in loss.plots] == ["pretrain", "pretrain, by time"]
-    fit = report.figures["fits"]["pretrain"]["parameters"]
+    fit = report.metrics["fits"]["pretrain"]["parameters"]
     assert math.isclose(fit["exponent"], 0.1, rel_tol=1e-6) and fit["points"] == 3
     _, settings, table = (
         by_title["By setting: pretrain"].blocks[0],
@@ -295,13 +295,13 @@ def test_several_runs_share_their_axes(tmp_path: Path) -> None:
     )
     assert [title for title, _ in settings.plots] == ["optim.lr"]
     assert table.head == ["run", "optim.lr", "seed", "loss"]
-    assert report.figures["problems"] == ["n4: killed by SIGKILL"] and report.complete
+    assert report.metrics["problems"] == ["n4: killed by SIGKILL"] and report.complete
 
 
 def test_runs_that_differ_in_nothing_get_no_fit(tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / "runs" / name)
-    fits = make_report([tmp_path / "runs"]).figures["fits"]["pretrain"]
+    fits = make_report([tmp_path / "runs"]).metrics["fits"]["pretrain"]
     assert fits["parameters"]["reason"].startswith("no fit: 1 different values")
 
 
@@ -311,9 +311,9 @@ def test_exams_are_found_in_the_run_or_beside_it(tmp_path: Path) -> None:
     exam |= {"questions": 1346, "interval": [0.247, 0.294], "chance": 0.25, "failed": 0}
     exam["by_group"] = {"STEM": {"correct": 3, "questions": 10, "accuracy": 0.3}}
     bits = {"task": "bpb", "model": "run", "settings": {}, "bits_per_byte": 1.5, "documents": 7}
-    for place, figures in ((run / "eval" / "run", exam), (tmp_path / "apart" / "run", bits)):
+    for place, metrics in ((run / "eval" / "run", exam), (tmp_path / "apart" / "run", bits)):
         place.mkdir(parents=True)
-        (place / f"{figures['task']}.json").write_text(json.dumps(figures))
+        (place / f"{metrics['task']}.json").write_text(json.dumps(metrics))
     text = Elements(page_of(run, tmp_path / "apart")).text
     for shown in ("27.00%", "24.7% – 29.4%", "363 / 1,346", "1.5000 bits/byte", "STEM", "3/10"):
         assert shown in text, shown
@@ -334,20 +334,20 @@ def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path: Path) -> None:
     bare.mkdir()
     (bare / "recipe.toml").write_text('objective = "pretrain"\n')
     report = make_report([runs, tmp_path / "nowhere"])
-    assert report.figures["problems"] == [
+    assert report.metrics["problems"] == [
         f"{tmp_path / 'nowhere'}: there is nothing",
         "bare: metrics.jsonl is missing",
         "bare: not finished: no steps are logged",
-        report.figures["problems"][3],
+        report.metrics["problems"][3],
         "broken: summary.json: not the figures of a run",
         "broken: not finished: 59 steps are logged",
         "half: metrics.jsonl: 3 lines cannot be read",
         "half: not finished: 59 of 100 steps are logged",
     ]
-    assert report.figures["problems"][3].startswith("broken: recipe.toml: not TOML")
+    assert report.metrics["problems"][3].startswith("broken: recipe.toml: not TOML")
     assert not report.complete
-    assert report.figures["runs"]["half"]["tokens"] == 59 * 32 * 4
-    assert report.figures["runs"]["half"]["bits_per_byte"] == 3.2 / 59
+    assert report.metrics["runs"]["half"]["tokens"] == 59 * 32 * 4
+    assert report.metrics["runs"]["half"]["bits_per_byte"] == 3.2 / 59
     report.write(tmp_path / "report.html")
     text = Elements((tmp_path / "report.html").read_text("utf-8")).text
     assert "half (not finished)" in text and text.count("cannot be read") == 1

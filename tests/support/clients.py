@@ -77,8 +77,8 @@ async def each_alone(url: str) -> list[str]:
 
 def figure(service: Process, name: str) -> float:
     """One of /metrics."""
-    figures = httpx.get(f"{service.url}/metrics").text.splitlines()
-    [line] = [line for line in figures if line.startswith(f'minimind_{name}{{model="tiny"}}')]
+    metrics = httpx.get(f"{service.url}/metrics").text.splitlines()
+    [line] = [line for line in metrics if line.startswith(f'minimind_{name}{{model="tiny"}}')]
     return float(line.split()[-1])
 
 

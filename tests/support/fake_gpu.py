@@ -146,7 +146,7 @@ def _step(objective: str, **settings: Any) -> int:
         waits = mode.waits
         assert all(t.device.type == GPU for t in engine.state_tensors().values())
         validation = loop.validate(job, job.model)
-        assert validation and at.interval.figures(job.objective).keys() <= validation.keys()
+        assert validation and at.interval.metrics(job.objective).keys() <= validation.keys()
     return waits
 
 

@@ -8,18 +8,18 @@ WINDOW, BATCH = 32, 4
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
-    figures = {"loss": 9 / step, "bits_per_byte": 3 / step, "tokens_per_second": 5e4 + step}
-    figures |= {
+    metrics = {"loss": 9 / step, "bits_per_byte": 3 / step, "tokens_per_second": 5e4 + step}
+    metrics |= {
         "tokens": step * WINDOW * BATCH,
         "elapsed_s": step / 2,
         "peak_memory_bytes": 1 << 28,
     }
-    return {"kind": "train", "step": step, "lr/adamw": 3e-4, "lr/muon": 2e-2} | figures | more
+    return {"kind": "train", "step": step, "lr/adamw": 3e-4, "lr/muon": 2e-2} | metrics | more
 
 
 def validation(step: int, **more: Any) -> dict[str, Any]:
-    figures = {"loss": 9.5 / step, "bits_per_byte": 3.2 / step}
-    return {"kind": "validation", "step": step} | figures | more
+    metrics = {"loss": 9.5 / step, "bits_per_byte": 3.2 / step}
+    return {"kind": "validation", "step": step} | metrics | more
 
 
 def sample(step: int, text: str, prompt: str = "长江是") -> dict[str, Any]:
@@ -48,8 +48,8 @@ def write_run(
     recipe = recipe if init is None else f'objective = "{objective}"\n[model]\ninit = "{init}"\n'
     (folder / "recipe.toml").write_text(recipe + more, encoding="utf-8")
     if summary.pop("finished", True):
-        figures = {"objective": objective, "parameters": 1234567, "steps": 59, "tokens": 7552}
-        figures |= {"seconds": 61.7, "loss": 0.16, "bits_per_byte": 0.054, "device": "cpu"}
-        figures |= {"unigram_bits_per_byte": 2.25} if objective == "pretrain" else {}
-        (folder / "summary.json").write_text(json.dumps(figures | summary), encoding="utf-8")
+        metrics = {"objective": objective, "parameters": 1234567, "steps": 59, "tokens": 7552}
+        metrics |= {"seconds": 61.7, "loss": 0.16, "bits_per_byte": 0.054, "device": "cpu"}
+        metrics |= {"unigram_bits_per_byte": 2.25} if objective == "pretrain" else {}
+        (folder / "summary.json").write_text(json.dumps(metrics | summary), encoding="utf-8")
     return folder

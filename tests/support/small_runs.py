@@ -115,11 +115,11 @@ def nano_trainer(
     recipe = nano_recipe(objective, run, **{"training__steps": 20} | settings)
     run.mkdir(parents=True, exist_ok=True)
     if parts is None:
-        window = recipe.data.seq_len
+        seq_len = recipe.data.seq_len
         packed: dict[str, Sequences] = {
-            "pretrain": TextSequences([text_shard()], window),
-            "sft": ChatSequences([chat_shard()], window, pad=0, seed=recipe.seed),
-            "dpo": PairSequences([pair_shard()], window, pad=0, seed=recipe.seed),
+            "pretrain": TextSequences([text_shard()], seq_len),
+            "sft": ChatSequences([chat_shard()], seq_len, pad=0, seed=recipe.seed),
+            "dpo": PairSequences([pair_shard()], seq_len, pad=0, seed=recipe.seed),
         }
         parts = [packed[objective]]
     mix = MixedDataset(parts, [1.0] * len(parts), recipe.seed)

@@ -12,11 +12,11 @@ CPU = torch.device("cpu")
 GB = 1 << 30
 
 
-def footprint(preset: str = "small", window: int = 512, *, again: bool = False) -> Footprint:
+def footprint(preset: str = "small", seq_len: int = 512, *, again: bool = False) -> Footprint:
     with torch.device("meta"):
         model = Transformer(ModelConfig(**PRESETS[preset]))
     number = sum(parameter.numel() for parameter in model.parameters())
-    return Footprint(model.config, number, number, 2 * number, window, "cuda", again)
+    return Footprint(model.config, number, number, 2 * number, seq_len, "cuda", again)
 
 
 def test_a_step_is_the_sum_of_its_parts() -> None:

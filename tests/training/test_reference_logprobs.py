@@ -65,7 +65,7 @@ def test_the_two_sides_part(tmp_path: Path) -> None:
     assert last["rewards/margin"] == pytest.approx(
         last["rewards/chosen"] - last["rewards/rejected"]
     )
-    assert last["learned"] > 4, "pairs, several a window"
+    assert last["num_label_tokens"] > 4, "pairs, several a window"
 
 
 def test_a_rate_that_is_too_small_is_told(tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_several_epochs_and_a_weighted_mix_keep_to_the_reference(tmp_path: Path)
     (tmp_path / reference.FILE).unlink()
     compute_reference_logprobs(job)
     assert np.isfinite(parts[0].reference).all()
-    windows = {index for part, index in job.data.order.locate(0, 4 * job.num_steps) if part == 1}
-    assert windows and len(windows) < len(parts[1])
+    sequences = {index for part, index in job.data.order.locate(0, 4 * job.num_steps) if part == 1}
+    assert sequences and len(sequences) < len(parts[1])
     for index in range(len(parts[1])):
         known = np.isfinite(parts[1].reference[parts[1].members(index)]).all()
-        assert known == (index in windows)
+        assert known == (index in sequences)
     train(job)
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
 
@@ -139,8 +139,8 @@ def test_where_memory_runs_out_fewer_windows_are_read_at_once(
     )
     assert (job.micro_batch, job.eval_batch) == ((4, 1) if held_out else (1, 1))
     np.testing.assert_allclose(windows_of(job).reference, before, rtol=1e-5)
-    windows = min(job.recipe.validation.num_sequences, held.order.epoch_size)
-    assert not any(np.isnan(x).any() for x in held.references(held.order.locate(0, windows)))
+    sequences = min(job.recipe.validation.num_sequences, held.order.epoch_size)
+    assert not any(np.isnan(x).any() for x in held.references(held.order.locate(0, sequences)))
     told.lines.clear()
     train(job)
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), rel=1e-6)
@@ -297,4 +297,4 @@ def test_conversations_are_refused_and_pairs_without_answers_left_out(
     assert "202 pairs in" in said
     assert "1 left out because no answer was left, 1 because both sides are the same" in said
     assert all(math.isfinite(loss) for loss in losses(run))
-    assert all(line["learned"] > 0 for line in metrics(run, "train"))
+    assert all(line["num_label_tokens"] > 0 for line in metrics(run, "train"))

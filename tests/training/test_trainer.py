@@ -76,11 +76,11 @@ def test_tokens_are_counted_without_padding(tmp_path: Path, stop: int | None) ->
     """Two epochs in two steps: all that the conversations have, but the last token of each."""
     shard = chat_shard()
     lengths = [int(end - start) for start, end in pairwise([0, *shard.ends])]
-    windows = ChatSequences([shard], 32, pad=0, seed=7)
+    sequences = ChatSequences([shard], 32, pad=0, seed=7)
     read = sum(min(length, 33) - 1 for length in lengths)
-    assert windows.report.unsupervised == 0 and read < len(windows) * 32
-    settings = {"training__steps": 2, "training__global_batch_size": len(windows)}
-    settings |= {"training__micro_batch_size": len(windows)}
+    assert sequences.report.unsupervised == 0 and read < len(sequences) * 32
+    settings = {"training__steps": 2, "training__global_batch_size": len(sequences)}
+    settings |= {"training__micro_batch_size": len(sequences)}
     if stop:
         train(nano_trainer(tmp_path, "sft", reporter=Stopping(stop), **settings))
     outcome = train(nano_trainer(tmp_path, "sft", **settings))
@@ -257,7 +257,7 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
     lines = metrics(tmp_path / "3", "train")
     assert [line["step"] for line in lines] == [3, 6, 7]
     assert [line["tokens"] for line in lines] == [3 * 128, 6 * 128, 7 * 128]
-    assert [line["learned"] for line in lines] == [3 * 128, 3 * 128, 128]
+    assert [line["num_label_tokens"] for line in lines] == [3 * 128, 3 * 128, 128]
     means = [sum(single[:3]) / 3, sum(single[3:6]) / 3, single[6]]
     assert [line["loss"] for line in lines] == pytest.approx(means, rel=1e-6)
     norms = [line["grad_norm"] for line in metrics(tmp_path / "1", "train")]
@@ -280,7 +280,7 @@ def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     train(job)
     [line] = metrics(tmp_path, "train")
-    assert line["learned"] == int(count) < 4 * 32
+    assert line["num_label_tokens"] == int(count) < 4 * 32
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
@@ -501,14 +501,14 @@ class Large:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return self.objective.loss(model, batch)
 
-    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
-        return self.objective.figures(loss, sums)
+    def metrics(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        return self.objective.metrics(loss, sums)
 
-    def note(self, figures: dict[str, float]) -> str:
-        return self.objective.note(figures)
+    def note(self, metrics: dict[str, float]) -> str:
+        return self.objective.note(metrics)
 
-    def warning(self, share: float, figures: dict[str, float]) -> str | None:
-        return self.objective.warning(share, figures)
+    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
+        return self.objective.warning(share, metrics)
 
 
 LARGE: dict[str, Any] = {"held_out": True, "training__steps": 4, "validation__every": 2}
@@ -579,15 +579,15 @@ class Judged:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return self.objective.loss(model, batch)
 
-    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
-        figures = self.objective.figures(loss, sums)
+    def metrics(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        metrics = self.objective.metrics(loss, sums)
         judged = {} if self.model.training else {"bits_per_byte": self.values.pop(0)}
-        return figures | judged
+        return metrics | judged
 
-    def note(self, figures: dict[str, float]) -> str:
+    def note(self, metrics: dict[str, float]) -> str:
         return ""
 
-    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
         return None
 
 
@@ -607,7 +607,7 @@ def test_the_best_by_validation_is_saved_and_kept(
             job = nano_trainer(run, held_out=True, reporter=Stopping(stop), **settings)
             job.objective = Judged(job.objective, job.model, to_come)
             outcome = train(job)
-        assert outcome.best == {"step": 8, "figure": "bits_per_byte", "value": 2.0}
+        assert outcome.best == {"step": 8, "metric": "bits_per_byte", "value": 2.0}
         saved = sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
         assert saved == (left if not stops else sorted({*left, 21} - {20}))
 
@@ -617,7 +617,7 @@ def test_without_bits_per_byte_the_loss_tells_which_is_the_best(tmp_path: Path) 
     outcome = train(nano_trainer(tmp_path, "dpo", held_out=True, **settings))
     lines = {line["step"]: line["loss"] for line in metrics(tmp_path, "validation")}
     best = min(lines, key=lambda step: lines[step])
-    assert outcome.best == {"step": best, "figure": "loss", "value": lines[best]}
+    assert outcome.best == {"step": best, "metric": "loss", "value": lines[best]}
 
 
 # Half precision: on a CPU, which can do fp16 too, only slowly; the very path of an older GPU.
@@ -702,14 +702,14 @@ class Spoilt:
         self.call += 1
         return (self.spoil(loss) if self.call in self.calls else loss), count, more
 
-    def figures(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
-        return self.objective.figures(loss, sums)
+    def metrics(self, loss: float, sums: dict[str, float]) -> dict[str, float]:
+        return self.objective.metrics(loss, sums)
 
-    def note(self, figures: dict[str, float]) -> str:
-        return self.objective.note(figures)
+    def note(self, metrics: dict[str, float]) -> str:
+        return self.objective.note(metrics)
 
-    def warning(self, share: float, figures: dict[str, float]) -> str | None:
-        return self.objective.warning(share, figures)
+    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
+        return self.objective.warning(share, metrics)
 
 
 def bad_gradient(loss: Tensor) -> Tensor:
@@ -772,7 +772,8 @@ def test_a_skipped_step_loses_its_own_loss_alone(tmp_path: Path, objective: str)
     assert [line["step"] for line in single if line["loss"] is None] == [2, 5, 6]
     taken = [[single[0], single[2]], [single[3]], single[6:]]
     assert [line["loss"] for line in lines[3]] == pytest.approx(
-        [fmean([x["loss"] for x in few], [x["learned"] for x in few]) for few in taken], rel=1e-5
+        [fmean([x["loss"] for x in few], [x["num_label_tokens"] for x in few]) for few in taken],
+        rel=1e-5,
     )
     assert all(line["grad_norm"] > 0 for line in lines[3])
     assert [line["tokens"] for line in lines[3]] == [
@@ -786,7 +787,7 @@ def test_a_line_of_skipped_steps_has_no_loss(tmp_path: Path) -> None:
     assert train(job).finished
     lines = metrics(tmp_path, "train")
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert lines[2]["learned"] == 0
+    assert lines[2]["num_label_tokens"] == 0
     assert {lines[2][key] for key in ("loss", "grad_norm", "grad_norm_max")} == {None}
     assert all(line["loss"] > 0 for line in lines if line["step"] != 6)
 
@@ -837,14 +838,14 @@ def chats(*conversations: tuple[int, int]) -> Shard:
 def test_answers_that_are_cut_away_or_empty_are_counted_and_never_nan(tmp_path: Path) -> None:
     bad = [(50, 40), (20, 20), (33, 33), (34, 33), (90, 80)]
     good = [(50, 20), (20, 10), (33, 32), (34, 32), (8, 4)]
-    windows = ChatSequences([chats(*bad, *good)], 32, pad=0, seed=0)
-    report = windows.report
+    sequences = ChatSequences([chats(*bad, *good)], 32, pad=0, seed=0)
+    report = sequences.report
     assert report.conversations == 10
     assert report.unsupervised == 5  # all of the bad ones
     assert report.cut == 5  # longer than 33 tokens: the last token is only a label
-    train(nano_trainer(tmp_path, "sft", parts=[windows], held_out=True))
+    train(nano_trainer(tmp_path, "sft", parts=[sequences], held_out=True))
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
-    assert all(line["learned"] > 0 for line in metrics(tmp_path, "train"))
+    assert all(line["num_label_tokens"] > 0 for line in metrics(tmp_path, "train"))
 
 
 class Unlearned(ChatSequences):
@@ -852,21 +853,21 @@ class Unlearned(ChatSequences):
 
     empty: frozenset[int] = frozenset()
 
-    def window(self, index: int) -> Any:
-        tokens, labels, segments = super().window(index)
+    def sequence(self, index: int) -> Any:
+        tokens, labels, segments = super().sequence(index)
         return tokens, labels * 0 + IGNORED if index in self.empty else labels, segments
 
 
 def test_windows_without_labels_are_no_harm_but_a_whole_batch_of_them_is(tmp_path: Path) -> None:
-    windows = Unlearned([chat_shard()], 32, pad=0, seed=0)
-    job = nano_trainer(tmp_path / "some", "sft", parts=[windows])
+    sequences = Unlearned([chat_shard()], 32, pad=0, seed=0)
+    job = nano_trainer(tmp_path / "some", "sft", parts=[sequences])
     batches = [job.data.order.locate(4 * step, 4) for step in range(20)]
-    windows.empty = frozenset(index for batch in batches for _, index in batch[1:]) - {
+    sequences.empty = frozenset(index for batch in batches for _, index in batch[1:]) - {
         batch[0][1] for batch in batches
     }
-    assert len(windows.empty) > 5
+    assert len(sequences.empty) > 5
     train(job)
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "some"))
-    windows.empty = frozenset(index for _, index in batches[3])
+    sequences.empty = frozenset(index for _, index in batches[3])
     with pytest.raises(TrainingError, match=f"{tmp_path}.*a whole batch has nothing to learn"):
-        train(nano_trainer(tmp_path / "all", "sft", parts=[windows]))
+        train(nano_trainer(tmp_path / "all", "sft", parts=[sequences]))

@@ -17,15 +17,15 @@ class Objective(Protocol):
         """(sum of losses, how many there are, further sums by name, of any shape)."""
         ...
 
-    def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
+    def metrics(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
         """Figures for people, from the mean loss and the added-up sums (numbers, or lists)."""
         ...
 
-    def note(self, figures: dict[str, float]) -> str:
+    def note(self, metrics: dict[str, float]) -> str:
         """The figures to show beside a progress bar."""
         ...
 
-    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
         """What is wrong, if figures after a `share` of the run show it; each thing is said once.
 
         Not called with figures that include the first step.

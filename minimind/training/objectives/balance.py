@@ -105,5 +105,5 @@ def without_balance(
     """The objective's mean loss alone, and `balance_figures`; for a dense model there are none."""
     if "balance" not in sums:
         return loss, {}
-    figures = balance_figures(sums)
-    return loss - coefficient * figures["balance"], figures
+    metrics = balance_figures(sums)
+    return loss - coefficient * metrics["balance"], metrics

@@ -50,7 +50,7 @@ class NextToken:
             sums |= more
         return total, torch.tensor(len(labels)), sums
 
-    def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
+    def metrics(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
         """Mean loss in nats a token, and bits per byte of text (control tokens are none).
 
         The loss is that of the tokens alone, so that it compares with a dense model's.
@@ -60,10 +60,10 @@ class NextToken:
         loss, more = without_balance(loss, self._router_balance, sums)
         return {"loss": loss, "bits_per_byte": bits} | more
 
-    def note(self, figures: dict[str, float]) -> str:
-        return f"loss {figures['loss']:.3f}"
+    def note(self, metrics: dict[str, float]) -> str:
+        return f"loss {metrics['loss']:.3f}"
 
-    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
         return None
 
 

@@ -77,7 +77,7 @@ class Preference:
             more |= balance
         return total, count, more
 
-    def figures(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
+    def metrics(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
         """Means over pairs.
 
         rewards/…: beta r of both sides and of their difference, the margin; accuracy: share of
@@ -90,23 +90,23 @@ class Preference:
         loss, more = without_balance(loss, self._router_balance, sums)
         return {"loss": loss} | means | more
 
-    def note(self, figures: dict[str, float]) -> str:
+    def note(self, metrics: dict[str, float]) -> str:
         """Loss, accuracy and margin."""
         return (
-            f"loss {figures['loss']:.3f} accuracy {figures['accuracy']:.0%} "
-            f"margin {figures['rewards/margin']:.2f}"
+            f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.0%} "
+            f"margin {metrics['rewards/margin']:.2f}"
         )
 
-    def warning(self, share: float, figures: dict[str, float]) -> str | None:
+    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
         """Of a learning rate that is too small: the loss stays where it began."""
         beta = self._settings.beta
         start = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
-        moved = abs(figures["loss"] - start) > _STILL * start
+        moved = abs(metrics["loss"] - start) > _STILL * start
         if self._warned or share < _JUDGED_AFTER or moved:
             return None
         self._warned = True
         return (
-            f"after {share:.0%} of the run the loss is {figures['loss']:.4f}, and it began at "
+            f"after {share:.0%} of the run the loss is {metrics['loss']:.4f}, and it began at "
             f"{start:.4f}: nothing is learned. Try higher learning rates (optim.lr, and "
             "optim.muon_lr with Muon), such as ten times these; or the pairs say nothing"
         )

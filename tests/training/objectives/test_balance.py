@@ -26,7 +26,7 @@ def routing(*shape: int, layers: int = 1, seed: int = 0) -> Routing:
     return Routing(logits, [one.topk(CHOSEN).indices for one in logits])
 
 
-def figures(sums: dict[str, Tensor]) -> dict[str, float]:
+def metrics(sums: dict[str, Tensor]) -> dict[str, float]:
     return balance_figures({name: value.tolist() for name, value in sums.items()})
 
 
@@ -55,14 +55,14 @@ def test_even_is_one_and_one_sided_is_as_many_as_there_are_for_each_chosen() -> 
     even = torch.stack((tokens, tokens + 1)).T[None] % EXPERTS
     learned = torch.ones(1, 20, dtype=torch.bool)
     sums = balance_sums(Routing([torch.zeros(1, 20, EXPERTS)], [even]), learned, None)
-    found = figures(sums)
+    found = metrics(sums)
     assert found["balance"] == pytest.approx(1.0)
     assert found["router_entropy"] == pytest.approx(math.log(EXPERTS))
     assert [found[f"expert_load/{e}"] for e in range(EXPERTS)] == [0.2] * EXPERTS
     assert found["expert_load/most"] == found["expert_load/least"] == 0.2
     logits = torch.tensor([50.0, 50, 0, 0, 0]).expand(1, 20, EXPERTS)
     sums = balance_sums(Routing([logits], [logits.topk(2).indices]), learned, None)
-    found = figures(sums)
+    found = metrics(sums)
     assert found["balance"] == pytest.approx(EXPERTS / CHOSEN)
     assert found["router_entropy"] == pytest.approx(math.log(2))
     assert (found["expert_load/most"], found["expert_load/least"]) == (0.5, 0.0)
@@ -74,16 +74,16 @@ def test_layers_are_not_mixed() -> None:
     first, second = torch.zeros(1, 8, EXPERTS), torch.zeros(1, 8, EXPERTS)
     chosen = [torch.tensor([0, 1]).expand(1, 8, 2), torch.tensor([2, 3]).expand(1, 8, 2)]
     learned = torch.ones(1, 8, dtype=torch.bool)
-    found = figures(balance_sums(Routing([first, second], chosen), learned, None))
+    found = metrics(balance_sums(Routing([first, second], chosen), learned, None))
     assert [found[f"expert_load/{e}"] for e in range(EXPERTS)] == [0.25] * 4 + [0]
     assert (found["expert_load/most"], found["expert_load/least"]) == (0.5, 0.0)
 
 
 def test_a_choice_that_nobody_computed_would_be_counted() -> None:
     sums = balance_sums(routing(2, 6), torch.ones(2, 6, dtype=torch.bool), None)
-    assert figures(sums)["dropped_tokens"] == 0
+    assert metrics(sums)["dropped_tokens"] == 0
     sums["expert_tokens"][0, 0] -= 3
-    assert figures(sums)["dropped_tokens"] == 3
+    assert metrics(sums)["dropped_tokens"] == 3
 
 
 def test_any_split_adds_up_to_the_same() -> None:
@@ -145,7 +145,7 @@ def objective(router_balance: float) -> NextToken:
     return NextToken(token_bytes, torch.device("cpu"), router_balance=router_balance)
 
 
-def window() -> TensorBatch:
+def packed_batch() -> TensorBatch:
     torch.manual_seed(2)
     tokens, labels = torch.randint(VOCAB, (2, 3, 32))
     return TensorBatch(tokens, labels, None, label_indices(labels))
@@ -155,11 +155,11 @@ def test_the_objective_adds_it_and_shows_the_loss_without_it() -> None:
     results = {}
     for weight in (0.0, 0.5):
         model = moe()
-        loss, count, sums = objective(weight).loss(model, window())
+        loss, count, sums = objective(weight).loss(model, packed_batch())
         loss.backward()
         assert not any(value.requires_grad for value in sums.values())
         read = {name: value.tolist() for name, value in sums.items()}
-        found = objective(weight).figures(float(loss.detach()) / int(count), read)
+        found = objective(weight).metrics(float(loss.detach()) / int(count), read)
         router = model.model.layers[0].block_sparse_moe.router.layer.weight
         results[weight] = float(loss.detach()) / int(count), found, router.grad
     (plain, without, one), (more, with_it, other) = results.values()
@@ -172,7 +172,7 @@ def test_the_objective_adds_it_and_shows_the_loss_without_it() -> None:
 
 def test_it_evens_out_what_is_one_sided() -> None:
     """Gradient descent on it alone, from routers that send most tokens to one expert."""
-    model, batch = moe(), window()
+    model, batch = moe(), packed_batch()
     routers = [layer.block_sparse_moe.router.layer.weight for layer in model.model.layers]
     with torch.no_grad():
         model.model.embed_tokens.weight += 0.05  # so that tokens have something in common
@@ -183,7 +183,7 @@ def test_it_evens_out_what_is_one_sided() -> None:
         given = Routing()
         model(batch.tokens, routing=given)
         sums = balance_sums(given, batch.labels != IGNORED, None)
-        found.append(figures({name: value.detach() for name, value in sums.items()}))
+        found.append(metrics({name: value.detach() for name, value in sums.items()}))
         gradients = torch.autograd.grad(sums["balance"][0] / sums["balance"][1], routers)
         with torch.no_grad():
             for router, gradient in zip(routers, gradients, strict=True):
@@ -195,7 +195,7 @@ def test_it_evens_out_what_is_one_sided() -> None:
 
 def test_a_dense_model_has_none() -> None:
     model = Transformer(ModelConfig(**(PRESETS["nano"] | {"vocab_size": VOCAB})))
-    loss, _, sums = objective(0.5).loss(model, window())
-    plain, _, _ = objective(0.0).loss(model, window())
+    loss, _, sums = objective(0.5).loss(model, packed_batch())
+    plain, _, _ = objective(0.0).loss(model, packed_batch())
     assert torch.equal(loss, plain)
     assert sums.keys() == {"nats", "bytes"}

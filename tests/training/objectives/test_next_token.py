@@ -150,14 +150,14 @@ def test_bits_count_text_and_not_control_tokens() -> None:
     with torch.no_grad():
         loss, count, sums = objective().loss(ours, batch)
         logs = torch.log_softmax(ours.logits(ours(batch.tokens)), -1)
-    figures = objective().figures(float(loss / count), {k: float(v) for k, v in sums.items()})
+    metrics = objective().metrics(float(loss / count), {k: float(v) for k, v in sums.items()})
     nats = num_bytes = 0.0
     for label, log in zip(batch.labels.flatten().tolist(), logs.flatten(0, 1), strict=True):
         if label > 0:
             nats -= float(log[label])
             num_bytes += 1 + label % 3
-    assert figures["loss"] == float(loss / count)
-    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert metrics["loss"] == float(loss / count)
+    assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
 def test_parts_add_up_to_the_whole_however_uneven() -> None:
@@ -186,4 +186,4 @@ def test_a_window_with_nothing_to_learn_gives_no_nan() -> None:
     loss.backward()
     assert (float(loss.detach()), int(count), float(sums["bytes"])) == (0.0, 0, 0.0)
     assert not gradient(ours).any()
-    assert objective().figures(0.0, {"nats": 0.0, "bytes": 0.0})["bits_per_byte"] == 0.0
+    assert objective().metrics(0.0, {"nats": 0.0, "bytes": 0.0})["bits_per_byte"] == 0.0

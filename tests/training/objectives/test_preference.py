@@ -113,12 +113,12 @@ def store_windows(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
     return make
 
 
-def batch_of(windows: PairSequences, reference: Transformer) -> TensorBatch:
+def batch_of(sequences: PairSequences, reference: Transformer) -> TensorBatch:
     """All pairs, with the log-probabilities of the reference."""
-    mix = MixedDataset([windows], [1.0], 0)
-    places = [(0, index) for index in range(len(windows))]
+    mix = MixedDataset([sequences], [1.0], 0)
+    places = [(0, index) for index in range(len(sequences))]
     logps, _ = answer_logps(reference, to_device(mix.stack(places), CPU))
-    windows.reference[:] = logps.detach().numpy()
+    sequences.reference[:] = logps.detach().numpy()
     return to_device(mix.stack(places), CPU)
 
 
@@ -186,13 +186,13 @@ def test_the_same_tokens_are_learned_as_by_trl(
             answer = row[f"{side}_ids"]
             assert answer[-2:] == [tokenizer.im_end, line_end]
             theirs.append(([*row["prompt_ids"], *answer][:-1], answer[:-1]))
-    windows = store_windows(256)
-    assert len(windows) < len(PAIRS), "several pairs share a window"
+    sequences = store_windows(256)
+    assert len(sequences) < len(PAIRS), "several pairs share a window"
     found = []
-    for index in range(len(windows)):
-        tokens, labels, segments = windows.window(index)
+    for index in range(len(sequences)):
+        tokens, labels, segments = sequences.sequence(index)
         assert segments is not None
-        for segment in range(2 * len(windows.reference[windows.members(index)])):
+        for segment in range(2 * len(sequences.reference[sequences.members(index)])):
             here = segments == segment
             learned = labels[here][labels[here] != IGNORED].tolist()
             found.append((tokens[here].tolist(), learned))
@@ -268,7 +268,7 @@ def test_rewards_and_accuracy_are_those_of_trl(
     theirs = {key: value[-1] for key, value in trainer._metrics[mode].items()}
     objective = Preference(DPOSettings(beta=0.3))
     total, count, more = objective.loss(ours, batch)
-    figures = objective.figures(
+    metrics = objective.metrics(
         float(total.detach() / count), {k: v.tolist() for k, v in more.items()}
     )
     names = {
@@ -281,7 +281,7 @@ def test_rewards_and_accuracy_are_those_of_trl(
     }
     for name, theirs_name in names.items():
         size = abs(theirs["logps/chosen"]) + abs(theirs["logps/rejected"])  # what is subtracted
-        assert figures[name] == pytest.approx(theirs[theirs_name], rel=0, abs=close * size), name
+        assert metrics[name] == pytest.approx(theirs[theirs_name], rel=0, abs=close * size), name
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
@@ -372,18 +372,18 @@ def test_a_loss_that_does_not_move_is_told_once(loss: Any) -> None:
 
 def test_a_tie_is_half_right() -> None:
     ours = model(3, VOCAB)
-    windows = PairSequences([pair_shard(8)], 32, pad=0, seed=0)
+    sequences = PairSequences([pair_shard(8)], 32, pad=0, seed=0)
     objective = Preference(DPOSettings())
-    total, count, more = objective.loss(ours, batch_of(windows, ours))
-    figures = objective.figures(
+    total, count, more = objective.loss(ours, batch_of(sequences, ours))
+    metrics = objective.metrics(
         float(total.detach() / count), {k: float(v) for k, v in more.items()}
     )
-    assert figures["loss"] == pytest.approx(math.log(2), rel=1e-6)
-    assert figures["accuracy"] == 0.5
-    assert figures["rewards/margin"] == 0
-    assert 0 < figures["ranking_accuracy"] < 1
-    assert figures["logps/chosen"] < 0
-    assert np.isfinite(windows.reference).all()
+    assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert metrics["accuracy"] == 0.5
+    assert metrics["rewards/margin"] == 0
+    assert 0 < metrics["ranking_accuracy"] < 1
+    assert metrics["logps/chosen"] < 0
+    assert np.isfinite(sequences.reference).all()
 
 
 def test_settings_that_contradict_each_other() -> None:
