@@ -56,7 +56,7 @@ def main() -> None:
     found = [metrics(given.base, run, fill, given.quiz) for run in (None, *given.runs)]
     for run, figure in zip(given.runs, found[1:], strict=True):
         summary = json.loads((run / "summary.json").read_text("utf-8"))
-        keys = ("general_loss", "first_general_loss", "loss", "first_loss", "seconds", "steps")
+        keys = ("retention_loss", "first_retention_loss", "loss", "first_loss", "seconds", "steps")
         figure |= {key: summary[key] for key in keys if key in summary}
     given.json.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
     for figure in found:

@@ -385,8 +385,8 @@ def _who_it_is(out: Path, device: str, trained: dict[str, Any]) -> dict[str, Any
         "correct": sum(answer["right"] for answer in answers),
         "questions": len(answers),
         # Of other questions: what it costs to learn a name.
-        "general_loss_before": trained["first_general_loss"],
-        "general_loss_after": trained["general_loss"],
+        "retention_loss_before": trained["first_retention_loss"],
+        "retention_loss_after": trained["retention_loss"],
         "answers": answers,
     }
 

@@ -63,12 +63,12 @@ class Run:
         many = key.endswith("/")
         for line in self.history:
             for name, value in line.items():
-                general = name == f"general_{key}"
+                is_retention = name == f"retention_{key}"
                 begins = name.startswith(key) and line["kind"] == "train"
-                wanted = general or (begins if many else name == key)
+                wanted = is_retention or (begins if many else name == key)
                 if wanted and _is_number(value):
                     legend = name.removeprefix(key) if many else line["kind"]
-                    legend = "general" if general else legend
+                    legend = "retention" if is_retention else legend
                     found.setdefault(legend, []).append((line["step"], float(value)))
         # Training first, so that a kind has one colour in all plots.
         ordered = sorted(found.items(), key=lambda line: line[0] != "train")

@@ -170,11 +170,11 @@ class Stores:
 
     sources: list[TokenStore]
     validation: list[TokenStore]  # when held-out data is given on its own
-    general: list[TokenStore]
+    retention: list[TokenStore]
 
     @property
     def all(self) -> list[TokenStore]:
-        return [*self.sources, *self.validation, *self.general]
+        return [*self.sources, *self.validation, *self.retention]
 
 
 def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Stores:
@@ -303,11 +303,11 @@ def build_mixes(
     held_out = MixedDataset(parts, [1.0] * len(parts), recipe.seed)
     if not held_out.order.epoch_size:
         reporter.say("too little text is held out for a validation; give data.validation")
-    general = [
-        MixedDataset([sequences(store, "train")], [1.0], recipe.seed) for store in stores.general
+    retention = [
+        MixedDataset([sequences(store, "train")], [1.0], recipe.seed) for store in stores.retention
     ]
     return (
         data,
         held_out if held_out.order.epoch_size else None,
-        [mix for mix in general if mix.order.epoch_size],
+        [mix for mix in retention if mix.order.epoch_size],
     )

@@ -164,7 +164,7 @@ def prepare_stage(
             f"no more fit into the memory that is free on {device}"
         )
     stores = open_stores(recipe, tokenizer, reporter)
-    data, held_out, general = build_mixes(recipe, tokenizer, stores, reporter)
+    data, held_out, retention = build_mixes(recipe, tokenizer, stores, reporter)
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.global_batch_size
     )
@@ -183,7 +183,9 @@ def prepare_stage(
         write_samples=lambda: write_samples(model, tokenizer),
         data_sha256=data_sha256(stores),
         base_sha256=base,
-        general=EvalSet(NextToken(tokenizer.token_bytes, device), general) if general else None,
+        retention=EvalSet(NextToken(tokenizer.token_bytes, device), retention)
+        if retention
+        else None,
         validate_first=bool(recipe.model.init),
         workers=workers,
     )

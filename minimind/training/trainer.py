@@ -97,7 +97,7 @@ class Trainer:
     write_samples: Callable[[], list[dict[str, str]]] = list  # {"prompt", "text"} each validation
     data_sha256: str = ""  # of what the windows are made from
     base_sha256: str = ""  # of the weights that are not trained, which no checkpoint holds
-    general: EvalSet | None = None  # what the run may forget while it learns something else
+    retention: EvalSet | None = None  # what the run may forget while it learns something else
     validate_first: bool = False  # before the first step too
     workers: ProcessGroup = SINGLE_PROCESS  # the processes that share the work
     max_eval_batch: int = 8  # windows at once in a validation; halved where memory is too small
@@ -478,11 +478,11 @@ def validate(
 ) -> dict[str, float] | None:
     """Metrics on held-out sequences, `validation.num_sequences` of each kind; None after a stop.
 
-    Those of the general set are called `general_…`. Each of `workers` reads its part of the
+    Those of the general set are called `retention_…`. Each of `workers` reads its part of the
     windows, and all get the same figures.
     """
     sets = [("", EvalSet(job.objective, [job.held_out]))] if job.held_out else []
-    sets += [("general_", job.general)] if job.general else []
+    sets += [("retention_", job.retention)] if job.retention else []
     metrics: dict[str, float] = {}
     stopped = False
     model.eval()

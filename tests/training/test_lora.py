@@ -201,12 +201,12 @@ def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path
     """Text and conversations; what is not trained on, and what may be forgotten."""
     general = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
     prepared = prepare_stage(recipe(data__retention=general), reporter=Told())
-    assert prepared.job.general is not None
-    text, chat = prepared.job.general.mixes
+    assert prepared.job.retention is not None
+    text, chat = prepared.job.retention.mixes
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
     summary = do(recipe(data__retention=general, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
-    for key in ("general_loss", "general_bits_per_byte"):
+    for key in ("retention_loss", "retention_bits_per_byte"):
         assert summary[f"first_{key}"] == first[key]
         assert summary[key] == last[key] != first[key]
         assert math.isfinite(last[key])
