@@ -172,13 +172,13 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
     """The engine."""
     import torch
 
-    from minimind.inference.engine import Backend, Request
+    from minimind.inference.engine import Engine, Request
     from minimind.inference.load import load_for_inference
     from minimind.inference.sampling import Sampling
 
     torch.set_num_threads(args.threads)
     model, tokenizer = load_for_inference(args.work / "model", "cpu", dtype=getattr(torch, dtype))
-    engine = Backend(model, tokenizer, slots=max(STREAMS), int8=int8)
+    engine = Engine(model, tokenizer, slots=max(STREAMS), int8=int8)
     del model
 
     def write(prompts: list[list[int]]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minimind.inference.engine import Backend, Request
+from minimind.inference.engine import Engine, Request
 from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def main() -> None:
     shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
     model = Transformer(ModelConfig(**PRESETS[args.preset] | shape)).to(torch.bfloat16).eval()
     dice = random.Random(0)
-    with Backend(model, tokenizer, slots=16) as engine:
+    with Engine(model, tokenizer, slots=16) as engine:
 
         def seconds(streams: int, prompt: int, new: int) -> float:
             requests = [

@@ -147,7 +147,7 @@ def test_plan_inspection_and_training_agree(
     running = len(words.text_start) + len(words.encode("长江")) + 1
     assert found.tokens.total == unfilled.manifest["train"]["tokens"] + running
     left_out = {"does not fit the model's own chat template": 1} if shape == "llama2" else {}
-    assert found.figures()["skipped"] == left_out
+    assert found.metrics()["skipped"] == left_out
     assert estimate_tokens(str(path), words) == found.tokens.total
 
 

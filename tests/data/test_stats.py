@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 
-from minimind.data import inspect as inspect_module
+from minimind.data import stats as stats_module
 from minimind.data.stats import DatasetStats, Duplicates, LengthHistogram, inspect_data
 from minimind.errors import DataError
 from minimind.tokenizer import Tokenizer, encode_chat
@@ -118,7 +118,7 @@ def test_lengths_take_little_memory() -> None:
 
 
 def test_copies_are_exact_and_later_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect_module, "_MOST_HASHES", 4_096)
+    monkeypatch.setattr(stats_module, "_MOST_HASHES", 4_096)
     rng = random.Random(6)
     hashes = [rng.getrandbits(64) for _ in range(100_000)]
     copies = Duplicates()

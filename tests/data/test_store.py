@@ -198,7 +198,7 @@ def test_answers_marked_as_not_supervised_are_encoded_but_masked(
     mask[start : start + len(answer) + 1] = [0] * (len(answer) + 1)
     assert shard.mask.tolist() == mask
     windows = ChatSequences([shard], len(ids) - 1, pad=tokenizer.end_of_text, seed=0)
-    labels = windows.window(0)[1]
+    labels = windows.sequence(0)[1]
     learned = [*tokenizer.encode("约六千三百公里。"), tokenizer.im_end]
     assert labels[labels != IGNORED].tolist() == learned
     with pytest.raises(DataError, match="1 excludes an answer from the loss, which pretraining"):

@@ -4,7 +4,7 @@ import pytest
 
 from minimind.errors import ResourceError
 from minimind.planning.selftest import selftest
-from minimind.training import selftest as module
+from minimind.planning import selftest as module
 
 
 @pytest.mark.numeric

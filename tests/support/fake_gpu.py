@@ -116,7 +116,7 @@ def training() -> dict[str, Callable[[], int]]:
 
 def _step(objective: str, **settings: Any) -> int:
     from minimind.model import Transformer, apply_lora
-    from minimind.training import loop
+    from minimind.training import trainer as loop
     from minimind.training.batch import Prefetcher
     from minimind.training.metrics import MetricsLog
     from minimind.training.objectives.next_token import NextToken

@@ -40,7 +40,7 @@ def test_ten_thousand_cursors_are_shared_out_to_any_number_of_processes() -> Non
     batch = 12
     for cursor in range(0, 10_000 * batch, batch):
         shares = [
-            [ProcessGroup(rank, size).share(cursor, batch) for rank in range(size)]
+            [ProcessGroup(rank, size).shard(cursor, batch) for rank in range(size)]
             for size in (1, 2, 3, 4)
         ]
         for parts in shares:
@@ -171,7 +171,7 @@ def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> 
         for tensor in tensors:
             tensor.mul_(2)
 
-    monkeypatch.setattr(ProcessGroup, "sum", double)
+    monkeypatch.setattr(ProcessGroup, "all_reduce_", double)
     more = {"tokens": torch.tensor([[1 << 40, 1], [2, 3]]), "nats": torch.tensor(0.1)}
     sums = LossSums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), more, 7)
     sums.over(ProcessGroup(0, 2), torch.device("cpu"))

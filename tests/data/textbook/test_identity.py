@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minimind.data import textbook
-from minimind.data.schemas import placeholders
+from minimind.data.schemas import variables_in
 from minimind.data.textbook import dialogues, held_out_identity, identity, textbook_file
 from minimind.data.textbook.quiz import normalise
 from minimind.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def test_answers_say_a_name_or_an_author_in_the_language_of_the_question() -> No
         for asked, answer in zip(talk[::2], talk[1::2], strict=True):
             assert (asked["role"], answer["role"]) == ("user", "assistant")
             assert is_chinese(asked["content"]) == is_chinese(answer["content"])
-            assert placeholders(answer["content"]) and not placeholders(asked["content"])
+            assert variables_in(answer["content"]) and not variables_in(asked["content"])
             answers.add(answer["content"])
     assert len(answers) >= 30
 
