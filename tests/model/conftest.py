@@ -1,4 +1,4 @@
-"""Random models whose greedy choices are many and well apart."""
+"""Random models whose greedy continuations are diverse and free of near-ties."""
 
 from collections.abc import Callable
 
@@ -33,13 +33,13 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """Chinese, English and mixed, each of 12 tokens and more."""
+    """Chinese, English and mixed prompts of at least 12 tokens each."""
     return PROMPTS
 
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Transformer]:
-    """Make a model of a preset, of the layouts that are asked for."""
+    """Return a function that makes a random model of a preset, with changed settings."""
 
     def make(preset: str, *, seed: int = 0, **changes: int | float) -> Transformer:
         torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def random_model() -> Callable[..., Transformer]:
                 if parameter.ndim == 1:
                     parameter.uniform_(0.5, 1.5)
                 elif name.endswith(("o_proj.weight", "down_proj.weight", "output_linear.weight")):
-                    parameter.mul_(60)  # else the residual stream hides what the layers do
+                    parameter.mul_(60)  # so that the layers outweigh the residual stream
                 elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
                     parameter.mul_(5 if preset.startswith("nano") else 1)
                 else:

@@ -18,8 +18,8 @@ from minimind.errors import (
 )
 from minimind.model import Transformer, read_config
 from minimind.model.rope import BEST_SCALING
-from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.planning import plan as planning
+from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training import stage
 from minimind.training.reporter import pluralize
 from minimind.training.stage import extract_checkpoint, prepare_stage
@@ -350,7 +350,7 @@ def test_a_model_is_tuned_at_a_longer_context(recipe: Make, run: Path, tmp_path:
     assert "model.context=256 is within what the model reads as it is, 1024 tokens" in message
     again["model__context"] = 2048
     message = refused(recipe("sft", tmp_path / "twice", **again), ModelError)
-    assert "stretched already" in message
+    assert "already extended" in message
 
 
 def test_a_new_model_needs_a_tokenizer(recipe: Make) -> None:
