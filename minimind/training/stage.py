@@ -18,7 +18,7 @@ from minimind.data.packing import MixedDataset
 from minimind.errors import CheckpointError, ConfigError, ModelError
 from minimind.model import Transformer, resolve_model_directory, save_adapter, save_model
 from minimind.model.device import free_bytes
-from minimind.model.directory import is_empty
+from minimind.model.saving import is_empty
 from minimind.tokenizer import Tokenizer
 from minimind.training.build import (
     Stores,
