@@ -119,7 +119,11 @@ def test_a_compressed_file_that_is_cut_or_damaged_is_an_error(
     ("name", "content", "reason"),
     [
         ("a.jsonl.gz", b'{"text": "a"}', "its name says gzip, but it is not"),
-        ("a.jsonl.zst", gzip.compress(b"x", mtime=0), "compressed with gzip, but its name says zstd"),
+        (
+            "a.jsonl.zst",
+            gzip.compress(b"x", mtime=0),
+            "compressed with gzip, but its name says zstd",
+        ),
         ("a.jsonl", zstandard.compress(b"x"), "give it a name that ends in .zst"),
         ("a.csv", bz2.compress(b"x"), "give it a name that ends in .bz2"),
         ("a.txt", bz2.compress(b""), "compressed with bzip2"),
