@@ -27,7 +27,7 @@ from minimind.data.store import Kind, Split, TokenStore, default_folder, open_st
 from minimind.data.textbook import textbook_file
 from minimind.errors import ConfigError, DataError, install_line
 from minimind.model import Transformer, apply_lora, load_model, resolve_model_directory
-from minimind.model.directory import is_stray
+from minimind.model.saving import is_stray
 from minimind.tokenizer import Tokenizer
 from minimind.training.memory import Footprint
 from minimind.training.objectives import Objective

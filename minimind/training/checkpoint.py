@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minimind.errors import CheckpointError, ResourceError
-from minimind.model.directory import flush, is_stray
+from minimind.model.saving import flush, is_stray
 from minimind.training.run import checkpoints, step_of, unreadable
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")

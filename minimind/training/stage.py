@@ -18,7 +18,7 @@ from minimind.data.packing import MixedDataset
 from minimind.errors import CheckpointError, ConfigError, ModelError
 from minimind.model import Transformer, resolve_model_directory, save_adapter, save_model
 from minimind.model.device import free_bytes
-from minimind.model.directory import is_empty
+from minimind.model.saving import is_empty
 from minimind.tokenizer import Tokenizer
 from minimind.training.build import (
     Stores,
@@ -361,7 +361,7 @@ def _summary(prepared: Prepared, outcome: TrainingResult) -> dict[str, Any]:
     first = {f"first_{name}": value for name, value in outcome.first.items()}
     best = outcome.best and {
         "best_step": outcome.best["step"],
-        f"best_{outcome.best['figure']}": outcome.best["value"],
+        f"best_{outcome.best['metric']}": outcome.best["value"],
     }
     return summary | first | outcome.validation | best
 

@@ -156,7 +156,7 @@ def test_what_is_wrong_is_said_in_one_line(
         ([tmp_path, "a"], "", "is not a model directory: it has no config.json"),
         ([tmp_path / "file", "a"], "", "is not a model directory"),
         ([tokenizer_dir, "a"], "", "is not a model directory"),
-        ([wrong, "a"], "", "272 words and its model 273, so they do not belong together"),
+        ([wrong, "a"], "", "272 tokens but its model 273, so they do not belong together"),
     ]:
         done = run(*arguments, stdin=stdin)
         assert (done.exit_code, done.stdout) == (1, ""), arguments

@@ -22,7 +22,8 @@ from minimind.data.schemas import convert
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.errors import DataError, ResourceError
 from minimind.tokenizer import Tokenizer, encode_chat
-from minimind.tokenizer.bpe import SPECIAL_TOKENS, new_bpe
+from minimind.tokenizer.bpe import new_bpe
+from minimind.tokenizer.format import SPECIAL_TOKENS
 
 TEXTS = [f"第{n}段：长江流入东海。The river is {n} miles long." for n in range(1_500)]
 CHATS = [[("早", "早上好")], [("你是谁？", "我是模型。"), ("你好吗？", "我很好，谢谢。")]] * 40
