@@ -45,16 +45,17 @@ def gguf(
     from minimind.model import resolve_adapter_directory, resolve_model_directory
 
     directory = resolve_model_directory(model)
-    merged = resolve_adapter_directory(adapter) if adapter else None
-    if adapter_only and not merged:
-        raise UsageError("--adapter-only needs --adapter DIR")
-    if adapter_only and merged:
-        file = out or Path(f"{adapter.name}-lora-{type}.gguf")
-        _show(export_gguf_adapter(directory, merged, file, type=type))
+    if adapter_only:
+        if adapter is None:
+            raise UsageError("--adapter-only needs --adapter DIR")
+        file = out or Path(f"{_name(adapter)}-lora-{type}.gguf")
+        report = export_gguf_adapter(directory, resolve_adapter_directory(adapter), file, type=type)
+        _show(report)
         return
+    merged = resolve_adapter_directory(adapter) if adapter else None
     file = out or Path(f"{_name(model)}-{type}.gguf")
-    with console.make_progress() as progress:
-        task = progress.add_task("exporting", total=None)
+    with console.make_progress("tensor") as progress:
+        task = progress.add_task("exporting", total=None, note="")
         report = export_gguf(
             directory,
             file,

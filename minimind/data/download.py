@@ -139,7 +139,7 @@ def _modelscope_sha256(published: Published, hub: Hub) -> str | None:
     """Return the SHA-256 of ModelScope's listing; None when it cannot be had."""
     if hub != "modelscope":
         return None
-    endpoint = os.environ.get(*_ENDPOINTS[hub]).rstrip("/")  # type: ignore[union-attr]
+    endpoint = os.environ.get(*_ENDPOINTS[hub]).rstrip("/")
     root = str(Path(published.file.path).parent)
     query = urllib.parse.urlencode(
         {"Revision": published.set.modelscope_revision, "Root": "" if root == "." else root}

@@ -7,6 +7,7 @@ of `llama` and `granitemoe` are permuted; `qwen3` is read as it is. And the matr
 stored as gate and up apart, where ours are one.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ def finish(writer: Any, out: Path) -> None:
     except OSError as error:
         raise ResourceError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from minimind.errors import UsageError
 from minimind.export.gguf import GGUFReport, architecture, convert, finish, gguf_package, new_writer
 from minimind.model import Transformer, load_model
-from minimind.model.lora import adapter_matrices
+from minimind.model.adapter import adapter_matrices
 
 ADAPTER_TYPES = ("f32", "f16", "bf16")
 

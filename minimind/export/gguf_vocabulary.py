@@ -11,15 +11,13 @@ from typing import Any
 
 from minimind.errors import ModelError
 from minimind.tokenizer import Tokenizer
+from minimind.tokenizer.bpe import SPLIT_PATTERN
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama_token_type in llama.cpp
 
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN2.replace(r"\p{L}+|\p{N}|", r"\p{L}+|\p{N}{1,3}|")
-_NAMES = {_QWEN2: "qwen2", _LLAMA3: "llama-bpe"}
+# Llama 3's differs from ours, Qwen 2's, in that up to three digits stay together.
+_LLAMA3 = SPLIT_PATTERN.replace(r"\p{L}+|\p{N}|", r"\p{L}+|\p{N}{1,3}|")
+_NAMES = {SPLIT_PATTERN: "qwen2", _LLAMA3: "llama-bpe"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from minimind.errors import ModelError
 from minimind.export.gguf_vocabulary import read_chat_template
 from minimind.files import write_atomically
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import CHAT_TEMPLATE
+from minimind.tokenizer.format import CHAT_TEMPLATE
 
 _TEMPLATE = """\
 {{- range .Messages }}<|im_start|>{{ .Role }}
