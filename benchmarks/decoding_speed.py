@@ -172,8 +172,9 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
     """The engine."""
     import torch
 
-    from minimind.inference.engine import Engine, Request
+    from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
+    from minimind.inference.requests import Request
     from minimind.inference.sampling import Sampling
 
     torch.set_num_threads(args.threads)

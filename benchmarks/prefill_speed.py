@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from minimind.inference.engine import Engine, Request
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer

@@ -87,7 +87,7 @@ def serve(
             print(f"{name}: {server.url_of(listening)}/v1", flush=True)
         for name, model in served.items():
             print(f"{name}: {model.cache}", flush=True)
-            print(f"{name}: {model.engine.model.promise}", flush=True)
+            print(f"{name}: {model.engine.model.invariance_note}", flush=True)
         server.answer_first()
         limits = Limits(queue=queue)
         running = server.Server(served, keys=keys, origins=cors or [], limits=limits)

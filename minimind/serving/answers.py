@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minimind.errors import MinimindError, UsageError
-from minimind.inference.engine import Completion, Piece, Request, TokenLogprob
 from minimind.inference.grammar import ANY_OBJECT, Grammar
+from minimind.inference.requests import Completion, Piece, Request, TokenLogprob
 from minimind.inference.sampling import Sampling
-from minimind.inference.truncation import fit_chat
+from minimind.inference.truncation import truncate_chat
 from minimind.serving.errors import APIError
 from minimind.serving.models import ServedModel
 from minimind.serving.requests import (
@@ -89,7 +89,7 @@ def _chat_prompt(
             return encode_chat(model.tokenizer, messages, add_generation_prompt=True)[0], 0
         quarter = model.context // 4
         room = quarter if most_tokens in (None, -1) else min(most_tokens, quarter)
-        return fit_chat(model.tokenizer, messages, model.context - room)
+        return truncate_chat(model.tokenizer, messages, model.context - room)
     except UsageError as error:
         raise APIError(400, f"{error}.", param="messages", code="context_length_exceeded") from None
     except (ValueError, MinimindError) as error:  # its template refuses such a conversation

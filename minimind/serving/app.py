@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from minimind.inference.engine import describe
+from minimind.inference.failures import describe_error
 from minimind.serving import chat, completions
 from minimind.serving.answers import Answers, Asked, ask_chat, ask_completion, stopping
 from minimind.serving.auth import RequireKey
@@ -60,7 +60,7 @@ class Service:
         """Why no model answers any more: the error that stopped the engine of one of them."""
         for model in self.models.values():
             if model.engine.failure is not None:
-                return f"the engine of {model.name} stopped: {describe(model.engine.failure)}"
+                return f"the engine of {model.name} stopped: {describe_error(model.engine.failure)}"
         return None
 
     def find(self, name: str) -> ServedModel:

@@ -45,7 +45,7 @@ def scores_of(scorer: EngineScorer, rows: Sequence[Row]) -> list[float]:
 def test_many_rows_score_as_each_alone(
     tokenizer: Tokenizer, prefix: int, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minimind.inference.engine._LOGITS", 10_000)  # a few words at a time
+    monkeypatch.setattr("minimind.inference.scheduler.MAX_LOGITS", 10_000)  # a few words at a time
     model = make_varied(tokenizer, **{k: v for k, v in PRESETS[shape].items()})
     rows = random_rows(tokenizer.vocab_size, 30, prefix, 100)
     letters = [Row((*rows[0].tokens[:-1], letter), len(rows[0].tokens) - 1) for letter in range(4)]

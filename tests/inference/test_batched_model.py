@@ -7,7 +7,7 @@ import torch
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ResourceError
-from minimind.inference import products
+from minimind.inference import matmul
 from minimind.inference.batched_model import CHUNK, BatchedModel, Part
 from minimind.model import apply_lora
 from tests.support.tiny import SHAPES, chunks_of, make, words
@@ -35,13 +35,19 @@ def test_logits_are_those_that_are_wanted() -> None:
     model, ids = make(), words(150)
     batch = BatchedModel(model, 3, 256)
     wanted = model.logits(model(torch.tensor([ids])))[0]
-    parts = [Part(1, 0, ids[:30], wanted=0), Part(0, 0, ids[:64], wanted=0)]
-    parts += [Part(1, 30, ids[30:90], wanted=60), Part(1, 90, ids[90:100], wanted=3)]
+    parts = [
+        Part(1, 0, ids[:30], logits_for_last=0),
+        Part(0, 0, ids[:64], logits_for_last=0),
+        Part(1, 30, ids[30:90], logits_for_last=60),
+        Part(1, 90, ids[90:100], logits_for_last=3),
+    ]
     read = batch.forward([], parts)
     torch.testing.assert_close(read, wanted[[*range(30, 90), 97, 98, 99]], atol=1e-4, rtol=1e-4)
-    nothing = batch.forward([], [Part(1, 100, ids[100:120], wanted=0)])
+    nothing = batch.forward([], [Part(1, 100, ids[100:120], logits_for_last=0)])
     assert nothing.shape == (0, model.config.vocab_size)
-    written = batch.forward([Part(1, 120, [ids[120]])], [Part(0, 64, ids[64:128], wanted=2)])
+    written = batch.forward(
+        [Part(1, 120, [ids[120]])], [Part(0, 64, ids[64:128], logits_for_last=2)]
+    )
     torch.testing.assert_close(written, wanted[[120, 126, 127]], atol=1e-4, rtol=1e-4)
 
 
@@ -122,11 +128,11 @@ def test_attention_text_by_text_gives_the_same_logits() -> None:
     seen = []
     for apart in (False, True):
         batch = BatchedModel(make(), 3, 256)
-        batch._attends_apart = apart
+        batch._attend_separately = apart
         for slot, ids in enumerate(texts):
             batch.forward([], chunks_of(slot, ids))
         singles = [Part(slot, len(ids), [5]) for slot, ids in enumerate(texts)]
-        assert len(batch._spans(singles, [])) == (3 if apart else 1)
+        assert len(batch._attention_groups(singles, [])) == (3 if apart else 1)
         seen.append(batch.forward(singles, []))
     torch.testing.assert_close(*seen)
 
@@ -136,11 +142,11 @@ def test_attention_text_by_text_gives_the_same_logits() -> None:
 def test_where_no_range_of_rows_holds_there_is_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     promised = BatchedModel(make(), 3, 256)
     assert promised.batch_invariant
-    assert promised.promise == "an answer does not depend on other requests, to the bit"
-    monkeypatch.setattr(products, "find_row_range", lambda *shape: None)
+    assert promised.invariance_note == "an answer does not depend on other requests, to the bit"
+    monkeypatch.setattr(matmul, "find_row_range", lambda *shape: None)
     model, ids = BatchedModel(make(), 3, 256), words(100)
     assert not model.batch_invariant
-    assert model.promise == "other requests may change the last bits of an answer"
+    assert model.invariance_note == "other requests may change the last bits of an answer"
     found, wanted = (batch.forward([], chunks_of(0, ids)) for batch in (model, promised))
     torch.testing.assert_close(found, wanted)
 
@@ -148,7 +154,7 @@ def test_where_no_range_of_rows_holds_there_is_no_promise(monkeypatch: pytest.Mo
 def test_a_copied_prefix_is_the_prefix() -> None:
     batch, ids = BatchedModel(make(), 3, 256), words(200)
     wanted = trace(batch, 0, ids, 150)
-    batch.copy_prefix(0, 2, 2 * CHUNK)
+    batch.cache.copy_prefix(0, 2, 2 * CHUNK)
     rest = Part(2, 2 * CHUNK, ids[2 * CHUNK : 150])
     found = [batch.forward([], [rest])[0]]
     found += [batch.forward([Part(2, at, [ids[at]])], [])[0] for at in range(150, 200)]

@@ -80,7 +80,7 @@ def test_what_is_advised_fits_even_when_memory_gets_shorter(
 def test_bytes_are_those_of_the_cache() -> None:
     for context in (1, 63, 64, 200):
         model = make()
-        allocated = BatchedModel(model, 3, context)._cache.nbytes
+        allocated = BatchedModel(model, 3, context).cache.data.nbytes
         assert CacheSizer(model, None).bytes(3, context) == allocated
 
 

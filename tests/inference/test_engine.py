@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minimind.errors import ModelError, UsageError
-from minimind.inference.engine import Completion, Engine, Piece, Request, ScoreRequest
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Completion, Piece, Request, ScoreRequest
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -132,9 +133,9 @@ def test_half_of_the_requests_are_cut_off_and_nothing_stays_behind(
             # Tokens without text are not delivered, so that a few are not cut off in time.
             assert told[-1].finish_reason in ("cancelled", "length")
     assert sum(told[-1].finish_reason == "cancelled" for told in pieces.values()) > 40
-    memory = engine.model._cache.data_ptr()
+    memory = engine.model.cache.data.data_ptr()
     assert tokens_of(engine.submit(Request(prompts[0], GREEDY, 30))) == wanted[0]
-    assert engine.model._cache.data_ptr() == memory
+    assert engine.model.cache.data.data_ptr() == memory
 
 
 def test_first_come_first_served(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -245,7 +246,7 @@ def test_ends_are_weighed_while_others_are_written(
     assert [scores_of(completion) for completion in mixed[::2]] == solo  # the same bits
     assert [tokens_of(completion) for completion in mixed[1::2]] == wanted
     for scoring, scores in zip(scorings, solo, strict=True):
-        expected = [score(model, list(scoring.prompt), list(end)) for end in scoring.ends]
+        expected = [score(model, list(scoring.prompt), list(end)) for end in scoring.continuations]
         assert scores == pytest.approx(expected, abs=1e-3)
     assert is_idle(engine)
 
@@ -265,7 +266,7 @@ def test_weighing_that_is_cancelled_or_cannot_be(engine: Engine) -> None:
     assert len(scores_of(engine.submit(ScoreRequest([5] * CONTEXT, [[6], [7]])))) == 2
     with pytest.raises(UsageError, match=f"the text has {CONTEXT + 1} tokens before its last"):
         engine.submit(ScoreRequest([5] * CONTEXT, [[6], [6, 7]]))
-    with pytest.raises(UsageError, match="end: token ids go from 0 to 599"):
+    with pytest.raises(UsageError, match="continuation: token ids go from 0 to 599"):
         engine.submit(ScoreRequest([5], [[6], [600]]))
     assert is_idle(engine)
 
@@ -422,7 +423,7 @@ def test_bad_numbers_end_the_request_that_makes_them_alone(
         with Engine(model, tokenizer, slots=4) as engine:
             healthy = [engine.submit(Request(p, GREEDY, 30)) for p in good]
             failing = engine.submit(Request([bad] * 100, VARIED, 30))
-            with pytest.raises(ModelError, match="scores that are not numbers"):
+            with pytest.raises(ModelError, match="logits are not finite"):
                 list(failing)
             assert [tokens_of(completion) for completion in healthy] == wanted
             for _ in range(2):  # every slot is used again
@@ -512,12 +513,12 @@ def test_nothing_is_in_double_precision(
     samplings = [GREEDY, VARIED, Sampling(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01)]
     samplings += [Sampling(repetition_penalty=1.2, presence_penalty=0.5, logit_bias={5: 2.0})]
     with Engine(model, tokenizer, slots=4) as engine:
-        turn = engine.turn
+        turn = engine.step
 
         def watched() -> bool:
             with NoDoubles():
                 return turn()
 
-        monkeypatch.setattr(engine, "turn", watched)
+        monkeypatch.setattr(engine, "step", watched)
         requests = [Request(list(range(3, 90)), one, 8, logprobs=3) for one in samplings]
         assert [len(tokens) for tokens in write(engine, *requests)] == [8] * 4

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minimind.errors import ModelError
-from minimind.inference.engine import Completion, Engine, Piece, Request, ScoreRequest
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Completion, Piece, Request, ScoreRequest
 from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer
@@ -40,9 +41,9 @@ def engine(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
 
 def break_device(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     for owner, name in (
-        (engine._steps, "forward"),
-        (engine.model, "wipe"),
-        (engine.model, "copy_prefix"),
+        (engine._graphed_model, "forward"),
+        (engine.model.cache, "clear"),
+        (engine.model.cache, "copy_prefix"),
     ):
         monkeypatch.setattr(owner, name, Failing(error))
 
@@ -90,7 +91,7 @@ def test_an_error_in_copying_a_prefix_ends_all_requests(
     shared = [5] * 100
     first = engine.submit(Request([*shared, 1], GREEDY))
     next(iter(first))
-    monkeypatch.setattr(engine.model, "copy_prefix", Failing(RuntimeError(DEVICE_ERROR)))
+    monkeypatch.setattr(engine.model.cache, "copy_prefix", Failing(RuntimeError(DEVICE_ERROR)))
     assert ending(engine.submit(Request([*shared, 2], GREEDY))) == "error"
     assert ending(first) == "error"
     assert engine.failure is not None
@@ -127,14 +128,14 @@ def test_another_engine_of_the_process_is_not_stopped(
 def test_closing_returns_while_a_step_hangs(model: Transformer, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, slots=1)
     release, hangs = threading.Event(), threading.Event()
-    forward = engine._steps.forward
+    forward = engine._graphed_model.forward
 
     def hang(*arguments: Any) -> Any:
         hangs.set()
         release.wait(60)
         return forward(*arguments)
 
-    engine._steps.forward = hang  # type: ignore[method-assign]
+    engine._graphed_model.forward = hang  # type: ignore[method-assign]
     running, waiting = (engine.submit(Request([5], GREEDY)) for _ in range(2))
     assert hangs.wait(20)
     engine.close(seconds=0.1)
@@ -208,19 +209,19 @@ def test_a_failed_request_takes_no_memory_beyond_its_own(tokenizer: Tokenizer) -
         model.model.embed_tokens.weight[17] = torch.nan
     process = psutil.Process()
     with Engine(model, tokenizer, slots=2) as engine:
-        slot_bytes = engine.model._cache[:, :, 0].nbytes
+        slot_bytes = engine.model.cache.data[:, :, 0].nbytes
         assert slot_bytes >= 256 << 20
         sound = [engine.submit(Request([n + 1] * 120, GREEDY, 3)) for n in range(2)]
         assert [ending(completion) for completion in sound] == ["length"] * 2  # in either slot
         before = process.memory_info().rss
         for prompt in ([17], [17, 18, 19], [5] * 100 + [17]):
             for request in (Request(prompt, GREEDY, 3), ScoreRequest(prompt, [[5, 17, 6]])):
-                with pytest.raises(ModelError, match="not numbers"):
+                with pytest.raises(ModelError, match="not finite"):
                     list(engine.submit(request))
         grown = process.memory_info().rss - before
         assert grown < 16 << 20
         # What it wrote is gone, in each of the slots.
-        assert not engine.model._cache[:, :, :, :, :256].isnan().any()
+        assert not engine.model.cache.data[:, :, :, :, :256].isnan().any()
 
 
 def test_what_a_step_has_written_is_known(
@@ -228,7 +229,7 @@ def test_what_a_step_has_written_is_known(
 ) -> None:
     wiped: list[int] = []
     with Engine(model, tokenizer, slots=1) as engine:
-        monkeypatch.setattr(engine.model, "wipe", lambda slot, length: wiped.append(length))
+        monkeypatch.setattr(engine.model.cache, "clear", lambda slot, length: wiped.append(length))
         for request in (
             Request([5] * 70, GREEDY, 30, constraint=Bad(ValueError(), "advance")),
             Request([6] * 70, GREEDY, 30, constraint=Bad(ValueError(), "allowed")),

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from minimind.errors import UsageError
 from minimind.evaluation.scoring import EngineScorer, Row
-from minimind.inference.engine import Engine, Piece, Request, ScoreRequest
-from minimind.inference.generate import write_all
+from minimind.inference.engine import Engine
+from minimind.inference.generate import generate_all
+from minimind.inference.requests import Piece, Request, ScoreRequest
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -133,7 +134,7 @@ def test_scores_are_those_of_every_row(
 
 def test_continuations_of_many_prompts(model: Transformer, tokenizer: Tokenizer) -> None:
     prompts = [tokenizer.encode(text) for text in ("长江", "黄河", "泰山")]
-    for output in write_all(model, tokenizer, prompts, max_new_tokens=20):
+    for output in generate_all(model, tokenizer, prompts, max_new_tokens=20):
         assert output
         assert set(output) <= tokenizer.token_ids
 
@@ -174,7 +175,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused(
     for request, name in (
         (Request([5], Sampling(logit_bias={beyond: 1})), "logit_bias"),
         (Request([beyond], GREEDY), "prompt"),
-        (ScoreRequest([5], [[beyond]]), "end"),
+        (ScoreRequest([5], [[beyond]]), "continuation"),
     ):
         with pytest.raises(UsageError, match=f"{name}: token ids go from 0 to {beyond - 1}"):
             engine.submit(request)

@@ -14,8 +14,9 @@ from pydantic_core import from_json
 
 from minimind.errors import UsageError
 from minimind.inference import grammar as grammar_module
-from minimind.inference.engine import Engine, Piece, Request
+from minimind.inference.engine import Engine
 from minimind.inference.grammar import MAX_DEPTH, Grammar, GrammarCompiler
+from minimind.inference.requests import Piece, Request
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer

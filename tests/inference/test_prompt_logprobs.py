@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from minimind.errors import ModelError
-from minimind.inference.engine import Engine, Piece, Request
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Piece, Request
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def test_scores_that_are_no_numbers_fail_the_request_alone(
     try:
         with Engine(model, tokenizer, slots=2) as engine:
             bad = engine.submit(Request([*ids[:10], damaged, *ids], GREEDY, 2, prompt_logprobs=0))
-            with pytest.raises(ModelError, match="not numbers"):
+            with pytest.raises(ModelError, match="not finite"):
                 list(bad)
             assert engine.stats().free_slots == 2
     finally:

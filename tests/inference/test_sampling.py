@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minimind.errors import UsageError
-from minimind.inference.sampling import Penalties, Sampling, candidates, choose
+from minimind.inference.sampling import Penalties, Sampling, candidates, sample
 
 pytestmark = pytest.mark.numeric
 
@@ -34,7 +34,7 @@ def probabilities(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling) 
     for row, tokens in zip(logits, seen.tolist(), strict=True):
         penalties = Penalties(sampling, [0], len(row), logits.device)
         for token in tokens:
-            penalties.wrote(token)
+            penalties.add(token)
         rows.append(penalties.apply(row))
     ids, weights = candidates(torch.stack(rows), [sampling] * len(rows))
     found = torch.zeros_like(logits).scatter(-1, ids, weights)
@@ -107,7 +107,7 @@ def test_probabilities_are_those_of_transformers(sampling: Sampling) -> None:
 
 def draw(logits: torch.Tensor, sampling: Sampling, seed: int = 0) -> torch.Tensor:
     numbers = random.Random(seed)
-    return choose(logits, [sampling] * len(logits), [numbers.random() for _ in logits])
+    return sample(logits, [sampling] * len(logits), [numbers.random() for _ in logits])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1, 0.95), Sampling(1, 1), Sampling(3, 1, 100)])
@@ -131,10 +131,10 @@ def test_a_row_is_chosen_as_if_it_were_alone() -> None:
     logits = torch.randn(60, 300) * torch.logspace(-2, 1, 60)[:, None]
     samplings = [rng.choice([*SETTINGS, Sampling(0)]) for _ in range(60)]
     numbers = [rng.random() for _ in range(60)]
-    alone = [choose(logits[i : i + 1], [samplings[i]], [numbers[i]]).item() for i in range(60)]
+    alone = [sample(logits[i : i + 1], [samplings[i]], [numbers[i]]).item() for i in range(60)]
     for _ in range(5):
         order = rng.sample(range(60), 40)
-        together = choose(logits[order], [samplings[i] for i in order], [numbers[i] for i in order])
+        together = sample(logits[order], [samplings[i] for i in order], [numbers[i] for i in order])
         assert together.tolist() == [alone[i] for i in order]
 
 
@@ -144,7 +144,7 @@ def test_the_ends_of_the_random_numbers_are_tokens_too(sampling: Sampling, numbe
     torch.manual_seed(0)
     logits = torch.randn(30, 300) * 5
     ids, weights = candidates(logits, [sampling] * 30)
-    chosen = choose(logits, [sampling] * 30, [number] * 30)
+    chosen = sample(logits, [sampling] * 30, [number] * 30)
     assert (weights.gather(-1, (ids == chosen[:, None]).int().argmax(-1)[:, None]) > 0).all()
 
 
@@ -167,14 +167,14 @@ def test_the_penalty_turns_a_greedy_choice_too() -> None:
     for penalty, best in ((1.0, 0), (1.2, 1)):
         sampling = Sampling(0, repetition_penalty=penalty)
         penalties = Penalties(sampling, [0, 0, 2], 3, logits.device)
-        assert choose(penalties.apply(logits)[None], [sampling], [0.0]).item() == best
+        assert sample(penalties.apply(logits)[None], [sampling], [0.0]).item() == best
 
 
 def test_only_what_was_written_counts_for_presence_and_frequency() -> None:
     sampling = Sampling(presence_penalty=2, frequency_penalty=0.5)
     penalties = Penalties(sampling, [0, 0, 1], 3, torch.device("cpu"))
     for token in (1, 2, 2):
-        penalties.wrote(token)
+        penalties.add(token)
     assert penalties.apply(torch.zeros(3)).tolist() == [0, -2.5, -3]
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from minimind.errors import UsageError
-from minimind.inference.truncation import fit_chat
+from minimind.inference.truncation import truncate_chat
 from minimind.tokenizer import Tokenizer, encode_chat
 
 SYSTEM = {"role": "system", "content": "你是一个很有礼貌的向导。"}
@@ -25,9 +25,9 @@ def test_the_oldest_turns_go_first_and_the_system_message_never(
     for dropped in (0, 2, 4):
         seen = [*opening, *TURNS[dropped:]]
         wanted, _ = encode_chat(tokenizer, seen, add_generation_prompt=True)
-        assert fit_chat(tokenizer, [*opening, *TURNS], len(wanted)) == (wanted, dropped)
+        assert truncate_chat(tokenizer, [*opening, *TURNS], len(wanted)) == (wanted, dropped)
         if dropped < 4:
-            prompt, more = fit_chat(tokenizer, [*opening, *TURNS], len(wanted) - 1)
+            prompt, more = truncate_chat(tokenizer, [*opening, *TURNS], len(wanted) - 1)
             assert more == dropped + 2
             assert len(prompt) < len(wanted)
 
@@ -39,8 +39,8 @@ def test_a_message_that_does_not_fit_alone_is_refused_with_figures(
     alone = length(tokenizer, [*opening, TURNS[-1]])
     own = len(tokenizer.encode(TURNS[-1]["content"]))
     with pytest.raises(UsageError) as error:
-        fit_chat(tokenizer, [*opening, *TURNS], alone - 1)
+        truncate_chat(tokenizer, [*opening, *TURNS], alone - 1)
     assert f"the message has {own} tokens and at most {own - 1} fit" in str(error.value)
     assert ("system message" in str(error.value)) == bool(opening)
     with pytest.raises(UsageError, match="the prompt may have 3: no message fits"):
-        fit_chat(tokenizer, [*opening, *TURNS], 3)
+        truncate_chat(tokenizer, [*opening, *TURNS], 3)

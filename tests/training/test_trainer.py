@@ -22,7 +22,7 @@ from torch import Tensor
 from minimind.data.packing import IGNORED, Batch, ChatSequences, MixedDataset
 from minimind.data.store import Shard
 from minimind.errors import ConfigError, DataError, ResourceError, TrainingError
-from minimind.inference.generate import write_all
+from minimind.inference.generate import generate_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -221,7 +221,7 @@ def test_validation_and_samples_leave_training_alone(tmp_path: Path, tokenizer: 
     def written(model: Transformer) -> Callable[[], list[dict[str, str]]]:
         def write() -> list[dict[str, str]]:
             model.eval()
-            [tokens] = write_all(
+            [tokens] = generate_all(
                 model, tokenizer, [[1, 2, 3]], max_new_tokens=5, sampling=Sampling(temperature=1.0)
             )
             model.train()

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference import products
-from minimind.inference.products import (
+from minimind.inference import matmul
+from minimind.inference.matmul import (
     Linear,
     Packer,
     RowRange,
-    attends_alike,
+    attention_is_batch_invariant,
+    can_pack,
     find_row_range,
-    packs,
 )
 
-ANY = products._ANY
+ANY = matmul._UNLIMITED
 
 
 def in_another_order(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def test_a_range_is_found_for_each_kind_of_processor(
     assert find_row_range(pack, 24, 40, torch.float32, 1) == expected
     if expected:  # and keeps what it promises
         weight, rows = torch.randn(24, 40), torch.randn(200, 40)
-        product = products._within(pack(weight), expected)
+        product = matmul._in_blocks(pack(weight), expected)
         wanted = product(rows)
         torch.testing.assert_close(wanted, F.linear(rows, weight))
         for count in (1, 2, 3, 5, 16, 17, 31, 33, 64, 65, 100, 130):
@@ -93,7 +93,7 @@ def test_batches_are_cut_into_the_range(rows: RowRange, count: int, expected: li
         return F.linear(x, weight)
 
     x = torch.randn(count, 8)
-    torch.testing.assert_close(products._within(product, rows)(x), F.linear(x, weight))
+    torch.testing.assert_close(matmul._in_blocks(product, rows)(x), F.linear(x, weight))
     assert seen == expected
 
 
@@ -110,7 +110,7 @@ def test_this_processor_keeps_the_promise_for_each_number_of_rows(
     """Also for those that the trial leaves out, and for a matrix wider than the trial's."""
     dtype = KINDS[kind]
     packer = Packer(torch.device("cpu"), int8=kind == "int8", threads=threads)
-    weight, row = products._cancelling(*shape, dtype)
+    weight, row = matmul._cancelling(*shape, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -129,7 +129,7 @@ def test_this_processor_keeps_the_promise_for_each_number_of_rows(
 
 def test_a_row_of_any_length_cancels() -> None:
     for inputs in (1, 2, 7, 40):
-        weight, row = products._cancelling(9, inputs, torch.bfloat16)
+        weight, row = matmul._cancelling(9, inputs, torch.bfloat16)
         assert weight.shape == (9, inputs) and row.shape == (inputs,)
         assert not (weight.double() @ row.double()).any()
 
@@ -146,7 +146,7 @@ def test_attention_that_changes_in_company_is_noticed() -> None:
         return look(q, keys, *others) * (1 + 1e-7 * (keys.shape[1] > 64))
 
     how = dict(heads=2, groups=2, width=8, slots=9, step=64, threads=1)
-    assert [attends_alike(kind, **how) for kind in (look, by_number, by_span)] == [
+    assert [attention_is_batch_invariant(kind, **how) for kind in (look, by_number, by_span)] == [
         True,
         False,
         False,
@@ -154,6 +154,6 @@ def test_attention_that_changes_in_company_is_noticed() -> None:
 
 
 def test_weights_that_onednn_does_not_pack_are_multiplied_as_they_are() -> None:
-    assert not packs(torch.float64)
+    assert not can_pack(torch.float64)
     weight, x = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
-    assert torch.equal(products._pack_weight(weight)(x), F.linear(x, weight))
+    assert torch.equal(matmul._pack_weight(weight)(x), F.linear(x, weight))
