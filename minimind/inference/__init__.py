@@ -1,7 +1,7 @@
 """Decoding: from a model directory to a stream of text. Read the files in this order:
 
 1. `load.py`: a model directory as a model and a tokenizer.
-2. `requests.py`: what the engine is asked for and what it returns.
+2. `requests.py`: requests to the engine and their results.
 3. `engine.py`: one step of the engine (schedule, prefill, decode, sample, deliver).
 4. `scheduler.py`, `sequences.py`, `prefix_cache.py`: which requests run, and what a step prefills.
 5. `batched_model.py`, `packed_layers.py`, `kv_cache.py`: the forward pass of a batch.

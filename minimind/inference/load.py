@@ -62,7 +62,7 @@ def single_threaded() -> Iterator[None]:
 
     OpenMP keeps a pool per calling thread. With more pool threads than cores it puts them to sleep
     between any two matrix products instead of spinning, and an engine step takes twice as long. A
-    thread that loads a model must therefore not have a pool beside the engine's.
+    thread that loads a model must therefore not have a pool in addition to the engine's.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

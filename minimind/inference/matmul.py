@@ -21,7 +21,7 @@ T = TypeVar("T")
 Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see `BatchedModel._attend`
 
-_PACKED_ROWS = 16  # row count that oneDNN is told to expect when it lays out a weight
+_PACKED_ROWS = 16  # expected row count, for which oneDNN lays out a weight
 _UNLIMITED = 1 << 30
 _TRIAL_ROW_COUNTS = (1, 2, 3, 4, 8, 16, 17, 32, 33, 36, 64, 65, 128)
 # Kernels for wider matrices sum in the same order (tests/inference/test_matmul.py), and a trial
@@ -31,7 +31,7 @@ _MAX_TRIAL_OUTPUTS = 2048
 
 @dataclass(frozen=True)
 class RowRange:
-    """Row counts for which a product gives a row the same bits, at any place in the batch."""
+    """Row counts for which a product gives a row the same bits, at any position in the batch."""
 
     least: int
     most: int
@@ -58,7 +58,7 @@ class Packer:
         self.ranges: list[RowRange | None] = []  # of each product so far; None = no range agrees
 
     def __call__(self, weight: Tensor) -> Linear:
-        """Pack a weight [out, in], quantized to 8 bits if the packer was made with `int8`."""
+        """Pack a weight [out, in], quantized to 8 bits if `int8` is set."""
         return self._pack(_pack_int8 if self._int8 else _pack_weight, weight)
 
     def exact(self, weight: Tensor) -> Linear:
@@ -86,7 +86,7 @@ class Packer:
     def min_rows(self) -> int:
         """Row count to which the caller pads smaller batches, once instead of in each product.
 
-        At least 2 without a range: a single row mostly has a kernel of its own.
+        2 without a range: a single row mostly uses another kernel.
         """
         return max((rows.least for rows in self.ranges if rows), default=2)
 
@@ -178,7 +178,7 @@ def attention_is_batch_invariant(
 
 
 def _with_threads(threads: int, trial: Callable[[], T]) -> T:
-    """Run a trial in a temporary thread, with which its OpenMP thread pool ends."""
+    """Run a trial in a temporary thread, so that its OpenMP thread pool ends with it."""
 
     def run() -> T:
         torch.set_num_threads(threads)

@@ -126,7 +126,7 @@ class Scheduler:
         tokens = logits = 0
         for sequence in self.active:
             end = 0
-            # Continuations of one prompt use the same positions, so each takes a step of its own.
+            # Continuations of one prompt use the same positions, so each takes a separate step.
             while sequence.to_prefill and (part := sequence.to_prefill[0].part).start >= end:
                 end = part.start + len(part.tokens)
                 tokens += len(part.tokens)
