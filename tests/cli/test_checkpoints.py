@@ -80,7 +80,7 @@ def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -
         stream.write(b"more")
     (home / "step-00000030" / "state.json").write_text('{"validated": 31}')
     (home / "step-00000040").write_text("a file")
-    shutil.copytree(home / "step-00000030", home / ".making-00000050")
+    shutil.copytree(home / "step-00000030", home / ".tmp-00000050")
     done, told = metrics(verb, here)
     assert done.exit_code == (1 if verb == "verify" else 0)
     assert list(told) == [10, 20, 25, 30, 40]

@@ -123,8 +123,8 @@ def test_what_lora_needs_is_said(recipe: Any, tokenizer_dir: Path) -> None:
     assert "give --model MODEL" in refused(alone, ConfigError)
     assert 'set optim.name = "adamw"' in refused(recipe(optim__name="muon"), ConfigError)
     stretched = refused(recipe(model__context=1024), ConfigError)
-    assert "does not remember model.context=1024" in stretched
-    assert "stretch the model first" in refused(recipe(data__seq_len=300), ConfigError)
+    assert "does not store model.context=1024" in stretched
+    assert "extend the context first" in refused(recipe(data__seq_len=300), ConfigError)
     assert "did you mean mlp" in refused(recipe(lora__targets=["mpl"]), ConfigError)
 
 
@@ -174,7 +174,7 @@ def test_fresh_forgets_an_adapter(recipe: Any, tmp_path: Path) -> None:
 
 def test_the_model_that_a_stage_starts_from_is_measured_first(recipe: Any, tmp_path: Path) -> None:
     written = iter(["before", "after"])
-    result = do(recipe(), write_samples=lambda m, t: [{"prompt": "?", "text": next(written)}])
+    result = do(recipe(), generate_samples=lambda m, t: [{"prompt": "?", "text": next(written)}])
     run = tmp_path / "run"
     first, last = metrics(run, "validation")
     assert (first["step"], last["step"]) == (0, 10)
@@ -201,8 +201,8 @@ def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path
     """Text and conversations; what is not trained on, and what may be forgotten."""
     general = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
     prepared = prepare_stage(recipe(data__retention=general), reporter=Told())
-    assert prepared.job.retention is not None
-    text, chat = prepared.job.retention.mixes
+    assert prepared.trainer.retention is not None
+    text, chat = prepared.trainer.retention.mixes
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
     summary = do(recipe(data__retention=general, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
@@ -247,7 +247,7 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
     text = job.tokenizer.decode(job.stores.sources[0].shards("train")[0].tokens[:40].tolist())
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
-    assert line == "data.variables.autor fills nothing: no record holds {{autor}}"
+    assert line == "data.variables.autor fills nothing: no record contains {{autor}}"
 
 
 def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Path) -> None:
