@@ -110,13 +110,12 @@ def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
     done = run("extract", here, "--step", 15, "--out", "out")
     assert done.exit_code == 1
     assert done.stderr == (
-        "error: run: there is no checkpoint of step 15; kept are 10, 20, 25, 30\n"
+        "error: run: there is no checkpoint of step 15; available: 10, 20, 25, 30\n"
     )
     shutil.rmtree(here / "checkpoints" / "step-00000020")
     done = run("extract", here, "--out", "out")
     assert done.stderr == (
-        "error: run: there is no checkpoint of step 20, the best that is known; "
-        "kept are 10, 25, 30\n"
+        "error: run: there is no checkpoint of step 20, which was the best; available: 10, 25, 30\n"
     )
     done = run("extract", "nowhere", "--out", "out")
     assert done.stderr.startswith("error: nowhere: there are no checkpoints; give a run directory")
