@@ -118,7 +118,7 @@ def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
         "error: run: there is no checkpoint of step 20, which was the best; available: 10, 25, 30\n"
     )
     done = run("extract", "nowhere", "--out", "out")
-    assert done.stderr.startswith("error: nowhere: there are no checkpoints; give a run directory")
+    assert done.stderr.startswith("error: nowhere has no checkpoints; give a run directory")
 
 
 def test_no_run_and_no_checkpoints_are_said_in_one_line(here: Path) -> None:
