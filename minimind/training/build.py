@@ -281,9 +281,9 @@ def build_mixes(
             report = packed.report
             alike = f", {report.identical:,} because both sides are the same" * pairs
             reporter.say(
-                f"{pluralize(report.conversations, 'pair' if pairs else 'conversation')} in "
-                f"{pluralize(report.sequences, 'sequence')}, {report.fill:.1%} full; "
-                f"{report.cut:,} truncated, {report.unsupervised:,} left out because no "
+                f"{pluralize(report.items, 'pair' if pairs else 'conversation')} in "
+                f"{pluralize(report.sequences, 'sequence')}, {report.packing_efficiency:.1%} full; "
+                f"{report.truncated:,} truncated, {report.unsupervised:,} left out because no "
                 f"answer was left{alike}"
             )
         return packed

@@ -33,7 +33,7 @@ def test_permute_is_even(size: int) -> None:
 
 def test_every_window_of_a_part_is_seen_as_often_as_its_weight_says() -> None:
     order = Order(sizes=(100, 50, 7), weights=(1.0, 0.5, 3.0), seed=5)
-    assert order.shares == (100, 25, 21)
+    assert order.samples_per_source == (100, 25, 21)
     seen: dict[tuple[int, int], int] = {}
     for where in order.locate(0, 2 * order.epoch_size):
         seen[where] = seen.get(where, 0) + 1

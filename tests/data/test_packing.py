@@ -51,14 +51,14 @@ def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
         for token in range(100 * (number + 1) + length - 4, 100 * (number + 1) + length)
     ]
     assert sorted(learned) == sorted(expected)
-    assert sequences.report.conversations == len(lengths)
-    assert sequences.report.cut == sequences.report.unsupervised == 0
+    assert sequences.report.items == len(lengths)
+    assert sequences.report.truncated == sequences.report.unsupervised == 0
 
 
 def test_long_conversations_are_cut_at_the_end_and_counted() -> None:
     shard = _chat_shard([50, 50, 10, 10], [45, 5, 4, 0])
     sequences = ChatSequences([shard], seq_len=16, pad=PAD, seed=0)
-    assert sequences.report.cut == 2
+    assert sequences.report.truncated == 2
     assert sequences.report.unsupervised == 2  # one whose answer was cut away, one without any
     assert len(sequences) == 2
     kept = [sequences.sequence(index) for index in range(2)]
@@ -71,7 +71,7 @@ def test_packing_wastes_little() -> None:
     tokens = np.ones(sum(lengths), np.uint16)
     shard = Shard(tokens, np.ones(len(tokens), np.uint8), np.cumsum(lengths))
     report = ChatSequences([shard], seq_len=256, pad=PAD, seed=0).report
-    assert report.fill > 0.97
+    assert report.packing_efficiency > 0.97
 
 
 def test_a_mix_is_a_pure_function_of_the_position() -> None:
@@ -99,13 +99,13 @@ def _pair_shard(pairs: list[tuple[int, int, int]], alike: set[int] = frozenset()
 def test_both_sides_of_a_pair_stand_in_one_window_and_only_answers_are_labels() -> None:
     pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
     sequences = PairSequences([_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad=PAD, seed=3)
-    assert sequences.report.conversations == len(pairs)
-    assert sequences.report.cut == sequences.report.unsupervised == sequences.report.identical == 0
+    assert sequences.report.items == len(pairs)
+    assert sequences.report.truncated == sequences.report.unsupervised == sequences.report.identical == 0
     assert len(sequences) < len(pairs)
     seen = []
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
-        count = len(sequences.reference[sequences.members(index)])
+        count = len(sequences.reference[sequences.item_slice(index)])
         assert segments is not None and count == (segments.max() + 1) // 2
         for pair in range(count):
             sides = []
@@ -133,12 +133,12 @@ def test_pairs_that_teach_nothing_are_left_out_and_long_ones_cut() -> None:
     ]
     sequences = PairSequences([_pair_shard(pairs, alike={4, 6})], 64, pad=PAD, seed=0)
     report = sequences.report
-    assert (report.conversations, report.identical, report.unsupervised) == (8, 2, 2)
-    assert report.cut == 5
+    assert (report.items, report.identical, report.unsupervised) == (8, 2, 2)
+    assert report.truncated == 5
     kept = {}
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
-        for segment in range(2 * len(sequences.reference[sequences.members(index)])):
+        for segment in range(2 * len(sequences.reference[sequences.item_slice(index)])):
             here = segments == segment
             number = int(tokens[here][0]) // 1000 - 1
             kept.setdefault(number, []).append(int((labels[here] != IGNORED).sum()))
@@ -157,7 +157,7 @@ def test_a_batch_numbers_its_pairs_through_and_hands_on_their_reference() -> Non
         assert batch.pairs is not None and batch.segments is not None
         assert sorted(batch.pairs.reference.flatten()) == list(range(12))
         learned = batch.labels != IGNORED
-        numbers = batch.pairs.sequences[learned]
+        numbers = batch.pairs.side_ids[learned]
         assert sorted(set(numbers.tolist())) == list(range(12))
         assert (np.diff(numbers) >= 0).all(), "in the order of windows and segments"
         for row, (_, index) in enumerate(
@@ -165,6 +165,6 @@ def test_a_batch_numbers_its_pairs_through_and_hands_on_their_reference() -> Non
                 epochs.start * len(sequences), len(sequences)
             )
         ):
-            first = int(batch.pairs.sequences[row][batch.segments[row] == 0][0]) // 2
-            expected = sequences.reference[sequences.members(index)]
+            first = int(batch.pairs.side_ids[row][batch.segments[row] == 0][0]) // 2
+            expected = sequences.reference[sequences.item_slice(index)]
             assert (batch.pairs.reference[first : first + len(expected)] == expected).all()
