@@ -205,9 +205,9 @@ def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Sto
                 tokenizer,
                 kind=kind or _kind_of(path, source.record_schema),
                 schema=source.record_schema,
-                fill=settings.variables,
+                variables=settings.variables,
                 validation_fraction=fraction,
-                max_bad_fraction=settings.max_invalid_fraction,
+                max_invalid_fraction=settings.max_invalid_fraction,
                 folder=folder,
                 progress=progress,
                 say=reporter.say,
@@ -223,7 +223,7 @@ def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Sto
         [opened(source) for source in settings.validation],
         [opened(source, kind=None) for source in settings.retention],
     )
-    filled = [store.manifest["filled"] for store in stores.all]
+    filled = [store.manifest["substituted"] for store in stores.all]
     for key in sorted(settings.variables.keys() - set().union(*filled)):
         reporter.say(f"data.variables.{key} fills nothing: no record holds {{{{{key}}}}}")
     return stores
@@ -244,7 +244,7 @@ def _kind_of(path: str, schema: str) -> Kind:
 
 def data_sha256(stores: Stores) -> str:
     """The sha256 of the texts, and of how they became tokens: a run keeps to both."""
-    keys = ("kind", "schema", "fill", "validation_fraction", "tokenizer_sha256")
+    keys = ("kind", "schema", "variables", "validation_fraction", "tokenizer_sha256")
     described = [
         [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
         for store in stores.all

@@ -293,7 +293,7 @@ def test_conversations_are_refused_and_pairs_without_answers_left_out(
     settings = {"data__validation_fraction": 0.0, "training__steps": 60}
     do(recipe(base, run, tmp_path / "pairs.jsonl", **settings), told)
     said = "\n".join(told.lines)
-    assert "invalid lines: 2, see" in said
+    assert "invalid records: 2, see" in said
     assert "202 pairs in" in said
     assert "1 left out because no answer was left, 1 because both sides are the same" in said
     assert all(math.isfinite(loss) for loss in losses(run))
