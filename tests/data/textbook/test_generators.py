@@ -179,9 +179,7 @@ def test_every_rewording_matches_and_keeps_the_entity() -> None:
             assert reworded, pattern
             for fact, text in reworded:
                 bare = marks.sub("", fact.name)
-                if (
-                    fact.asks_by_name and not bare[0].isdigit()
-                ):  # 1公里 becomes 一公里
+                if fact.asks_by_name and not bare[0].isdigit():  # 1公里 becomes 一公里
                     assert bare in marks.sub("", text), (fact.name, text)
 
 
