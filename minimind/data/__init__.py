@@ -2,7 +2,7 @@
 
 Reading order:
 
-1. schemas      record layouts of published data sets, one `Record` class
+1. schemas      record layouts of published datasets, one `Record` class
 2. read         files to a stream of records (input_files, compression, formats, invalid)
 3. encode       records to token ids and loss masks
 4. store        token stores on disk, built once for the same input (store_writer, store_manifest)

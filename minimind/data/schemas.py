@@ -1,4 +1,4 @@
-"""Schemas: the layouts of published data sets, and their conversion to one `Record` class.
+"""Schemas: the layouts of published datasets, and their conversion to one `Record` class.
 
     text               {"text"}
     conversations      {"conversations": [{"role", "content"}…]}

@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_in_one_line(texts: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([tmp_path / "text.jsonl"], "no such file or folder; "),
         ([texts, tmp_path / "empty.jsonl"], "empty.jsonl: the file is empty"),
-        ([tmp_path / "plain.jsonl.gz"], "its name says gzip, but it is not"),
+        ([tmp_path / "plain.jsonl.gz"], "the content is not gzip"),
         ([texts, "--schema", "alpacca"], "--schema alpacca is unknown; known are auto, text"),
         ([texts, "--tokenizer", tmp_path], "is not a tokenizer directory"),
         ([texts, "--json", texts / "figures.json"], "texts.jsonl"),

@@ -48,7 +48,7 @@ def test_any_number_of_processes_reads_the_same_samples_from_any_cursor(
     """The shards of a global batch, concatenated over ranks, are the samples of one process."""
     order = Order(sizes=(997, 313), weights=(1.0, 2.0), seed=11)
     batch, total = 12, 10_000
-    whole = order.locate(0, total + batch)
+    expected = order.locate(0, total + batch)
     share = batch // processes
     for cursor in range(0, total, batch):
         together = [
@@ -56,6 +56,6 @@ def test_any_number_of_processes_reads_the_same_samples_from_any_cursor(
             for rank in range(processes)
             for sample in order.locate(cursor + rank * share, share)
         ]
-        assert together == whole[cursor : cursor + batch]
+        assert together == expected[cursor : cursor + batch]
     singles = [order.locate(cursor, 1)[0] for cursor in range(0, total, 7)]
-    assert singles == whole[:total:7]
+    assert singles == expected[:total:7]

@@ -92,8 +92,8 @@ def _pair_shard(pairs: list[tuple[int, int, int]], identical: set[int] = frozens
             tokens.append(np.concatenate([prompt_ids, np.arange(answer) + start + prompt]))
             masks.append(np.arange(prompt + answer) >= prompt)
     ends = np.cumsum([len(document) for document in tokens])
-    whole = np.concatenate(tokens).astype(np.uint16)
-    return Shard(whole, np.concatenate(masks).astype(np.uint8), ends)
+    ids = np.concatenate(tokens).astype(np.uint16)
+    return Shard(ids, np.concatenate(masks).astype(np.uint8), ends)
 
 
 def test_both_sides_of_a_pair_are_in_one_sequence_and_only_answers_are_labels() -> None:

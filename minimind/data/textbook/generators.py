@@ -80,7 +80,7 @@ def preferences(seed: int, subjects: Subjects = None) -> Iterator[dict[str, list
 
 def multiple_choice(seed: int, subjects: Subjects = None) -> Iterator[dict[str, str]]:
     """Yield {"question", "A", "B", "C", "D", "answer", "subject"}, with one right option."""
-    rng = random.Random(f"exams {seed}")
+    rng = random.Random(f"exams {seed}")  # the string decides the data: keep it
     facts = [
         fact for subject in _or_packaged(subjects) for fact in subject.facts if len(fact.keys) == 1
     ]

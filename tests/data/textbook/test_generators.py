@@ -34,7 +34,7 @@ STREAMS: dict[str, Callable[..., Iterator[Any]]] = {
 }
 NUM_ITEMS = 20_000
 SETS_OF_TURNS = [turns for one in PHRASES.values() for turns in (one.greetings, one.thanks)]
-COURTESIES = {asked for turns in SETS_OF_TURNS for asked, _ in turns}
+COURTESIES = {question for turns in SETS_OF_TURNS for question, _ in turns}
 EVASIONS = {evasion for phrases in PHRASES.values() for evasion in phrases.evasions}
 
 
@@ -92,15 +92,15 @@ def test_no_question_of_the_quiz_is_in_a_stream(stream: str) -> None:
     for question in quiz():
         text = normalise(question.question)
         held_out[text[:4]].append(text)
-    asked = {
+    questions = {
         normalise("".join(question))
         for item in items(stream)
         for question in questions_in(stream, item)
     }
-    assert len(asked) > 10_000
+    assert len(questions) > 10_000
     leaks = [
         (text, leak)
-        for text in asked
+        for text in questions
         for start in range(len(text))
         for leak in held_out.get(text[start : start + 4], ())
         if text.startswith(leak, start)
@@ -110,13 +110,13 @@ def test_no_question_of_the_quiz_is_in_a_stream(stream: str) -> None:
 
 @pytest.mark.parametrize("stream", ["single", "multi", "preferences"])
 def test_frames_reserved_for_the_quiz_are_not_used(stream: str) -> None:
-    asked = (question for item in items(stream) for question in questions_in(stream, item))
-    assert [q for q in asked if any(frame in q.lower() for frame in NEVER_TRAINED)] == []
+    questions = (question for item in items(stream) for question in questions_in(stream, item))
+    assert [q for q in questions if any(frame in q.lower() for frame in NEVER_TRAINED)] == []
 
 
 def test_prose_is_statements_and_some_questions(rivers: Subject) -> None:
     statements = {text for fact in rivers.facts for text in fact.statements}
-    asked = {
+    questions = {
         f"问：{question}答：{answer}"
         for fact in rivers.facts
         for question in fact.questions
@@ -127,9 +127,9 @@ def test_prose_is_statements_and_some_questions(rivers: Subject) -> None:
         for text in islice(prose(1, [rivers]), 400)
         for sentence in re.findall(r"问：[^？。]*[？。]答：[^。]*。|[^。]+。", text)
     )
-    assert seen.keys() <= statements | asked
+    assert seen.keys() <= statements | questions
     assert statements <= seen.keys()
-    share = sum(seen[text] for text in asked) / seen.total()
+    share = sum(seen[text] for text in questions) / seen.total()
     assert 0.2 < share < 0.4
 
 
@@ -162,20 +162,22 @@ def test_each_fact_is_asked_equally_often(turns: Any, rivers: Subject) -> None:
 
 def test_questions_are_reworded(rivers: Subject) -> None:
     as_in_tables = {text for fact in rivers.facts for text in fact.questions}
-    asked = {
+    questions = {
         dialogue[-2]["content"] for dialogue in islice(dialogues(9, "single", [rivers]), 6_000)
     }
-    assert {"长江注入哪儿？", "长江全长几公里？", "长江有多长", "长江有多长呀？"} <= asked
-    assert len(asked) > 20 * len(as_in_tables)
+    assert {"长江注入哪儿？", "长江全长几公里？", "长江有多长", "长江有多长呀？"} <= questions
+    assert len(questions) > 20 * len(as_in_tables)
 
 
 def test_every_rewording_matches_and_keeps_the_entity() -> None:
     facts = [fact for subject in load_subjects() for fact in subject.facts]
     marks = re.compile("[“”《》]")
     for language, phrases in PHRASES.items():
-        asked = [(f, q) for f in facts if f.subject.language == language for q in f.questions]
+        questions = [(f, q) for f in facts if f.subject.language == language for q in f.questions]
         for pattern, word in (*phrases.casual, *phrases.particles):
-            reworded = [(f, re.sub(pattern, word, q)) for f, q in asked if re.search(pattern, q)]
+            reworded = [
+                (f, re.sub(pattern, word, q)) for f, q in questions if re.search(pattern, q)
+            ]
             assert reworded, pattern
             for fact, text in reworded:
                 bare = marks.sub("", fact.name)
@@ -206,16 +208,16 @@ def test_later_turns_need_the_context(rivers: Subject) -> None:
         about = [name for name in names if name in turns[0][0]]
         assert len(about) == 1, "the first question names the entity"
         column = next(f.relation for f in rivers.facts if turns[0][1].startswith(f.answers))
-        for asked, answer in turns[1:]:
-            if asked in followups:
+        for question, answer in turns[1:]:
+            if question in followups:
                 seen["it"] += 1
-                column = next(f.relation for f in rivers.facts if asked in f.followups)
+                column = next(f.relation for f in rivers.facts if question in f.followups)
             else:
                 seen["another"] += 1
-                about = [name for name in names if asked in (f"那{name}呢？", f"{name}呢？")]
-                assert len(about) == 1, f"“{asked}” does not need the context"
+                about = [name for name in names if question in (f"那{name}呢？", f"{name}呢？")]
+                assert len(about) == 1, f"“{question}” does not need the context"
             (fact,) = (f for f in rivers.facts if f.name == about[0] and f.relation is column)
-            assert answer.startswith(fact.answers), f"{asked} {answer}"
+            assert answer.startswith(fact.answers), f"{question} {answer}"
     assert seen["it"] > 200 and seen["another"] > 200
 
 
@@ -231,9 +233,9 @@ def test_later_turns_of_the_packaged_tables_need_the_context() -> None:
     followups = {text for fact in facts for text in fact.followups}
     assert not {normalise(text) for text in followups | elliptic} & alone
     for dialogue in items("multi"):
-        asked = [q for q in questions_in("multi", dialogue) if q not in COURTESIES]
-        assert len(asked) >= 2
-        assert set(asked[1:]) <= followups | elliptic
+        questions = [q for q in questions_in("multi", dialogue) if q not in COURTESIES]
+        assert len(questions) >= 2
+        assert set(questions[1:]) <= followups | elliptic
 
 
 def test_only_the_chosen_side_of_a_pair_is_right(
@@ -242,13 +244,13 @@ def test_only_the_chosen_side_of_a_pair_is_right(
     marked: dict[Fact, QuizQuestion] = {}
     kinds: Counter[str] = Counter()
     for pair in items("preferences", 6_000):
-        asked, chosen = pair["chosen"]
-        assert pair["rejected"][0] == asked and asked["role"] == "user"
+        prompt, chosen = pair["chosen"]
+        assert pair["rejected"][0] == prompt and prompt["role"] == "user"
         rejected = pair["rejected"][1]["content"]
-        told = facts_by_answer[chosen["content"]]
-        text = normalise(asked["content"])
-        about = [fact for fact in told if any(normalise(q) in text for q in wordings(fact))]
-        for fact in about or told[:1]:
+        candidates = facts_by_answer[chosen["content"]]
+        text = normalise(prompt["content"])
+        about = [fact for fact in candidates if any(normalise(q) in text for q in wordings(fact))]
+        for fact in about or candidates[:1]:
             question = marked.setdefault(fact, fact_question(fact, ""))
             assert is_right(question, chosen["content"]) and is_well_formed(chosen["content"])
             assert not (is_right(question, rejected) and is_well_formed(rejected)), pair
@@ -286,10 +288,10 @@ def test_a_multiple_choice_question_has_one_right_option(
 
 def test_the_quiz_of_custom_subjects_is_not_in_their_streams(rivers: Subject) -> None:
     held_out = {normalise(text) for fact in rivers.facts for text in fact.held_out}
-    asked = {
+    questions = {
         normalise(question)
         for dialogue in islice(dialogues(1, "single", [rivers]), 1_000)
         for question in questions_in("single", dialogue)
     }
-    assert len(asked) > 200
-    assert not asked & held_out
+    assert len(questions) > 200
+    assert not questions & held_out

@@ -91,11 +91,11 @@ def test_a_relation_without_rows_is_reported(folder: MakeFolder) -> None:
 
 
 def test_the_same_question_for_two_facts_is_reported(folder: MakeFolder, tmp_path: Path) -> None:
-    place = folder()
+    path = folder()
     for name in ("rivers.toml", "rivers.tsv"):
-        text = (place / name).read_text("utf-8").replace("6300", "6397")
-        (place / name.replace("rivers", "streams")).write_text(text, encoding="utf-8")
-    findings = lint(load_subjects(place))
+        text = (path / name).read_text("utf-8").replace("6300", "6397")
+        (path / name.replace("rivers", "streams")).write_text(text, encoding="utf-8")
+    findings = lint(load_subjects(path))
     assert any(
         re.search(r"streams\.tsv:2 \(length\): “长江有多长” .*rivers\.tsv:2", f) for f in findings
     )

@@ -89,7 +89,7 @@ def test_right_answers(question: QuizQuestion, answer: str) -> None:
         (TAISHAN, "泰山可能在山东，也可能在河南。"),
         (SILVER, "是银或金。"),
         (CAPITAL, "It is Paris or Rome."),
-        # denied or asked
+        # negated, or inside a question
         (TAISHAN, "泰山不在山东省。"),
         (TAISHAN, "泰山不是在山东省。"),
         (TAISHAN, "泰山没有在山东省。"),

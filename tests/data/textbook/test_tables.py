@@ -94,12 +94,12 @@ def test_errors_name_file_and_line(folder: MakeFolder, old: str, new: str, messa
 
 
 def test_the_line_of_an_invalid_template_is_right(folder: MakeFolder) -> None:
-    place = folder("{name}汇入哪里？", "{name}汇入哪个{sea}？")
+    path = folder("{name}汇入哪里？", "{name}汇入哪个{sea}？")
     with pytest.raises(DataError) as error:
-        load_subjects(place)
+        load_subjects(path)
     match = re.search(r"rivers\.toml:(\d+):", str(error.value))
     assert match
-    line = (place / "rivers.toml").read_text("utf-8").splitlines()[int(match[1]) - 1]
+    line = (path / "rivers.toml").read_text("utf-8").splitlines()[int(match[1]) - 1]
     assert "{sea}" in line
 
 
@@ -108,11 +108,11 @@ def test_missing_and_unreadable_files_are_errors(folder: MakeFolder, tmp_path: P
     empty.mkdir()
     with pytest.raises(DataError, match="empty: no subjects"):
         load_subjects(empty)
-    place = folder()
-    (place / "rivers.tsv").write_bytes("name\tlength\n长江\t6300\n".encode("gbk"))
+    path = folder()
+    (path / "rivers.tsv").write_bytes("name\tlength\n长江\t6300\n".encode("gbk"))
     with pytest.raises(DataError, match=r"rivers\.tsv: cannot be read"):
-        load_subjects(place)
+        load_subjects(path)
     load_subjects.cache_clear()
-    (place / "rivers.tsv").unlink()
+    (path / "rivers.tsv").unlink()
     with pytest.raises(DataError, match=r"rivers\.tsv: cannot be read"):
-        load_subjects(place)
+        load_subjects(path)
