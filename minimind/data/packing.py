@@ -216,7 +216,7 @@ class PairSequences(_PackedSequences):
             # [P, 2] supervised tokens; the first token of a side is never a label
             supervised = supervised_cumsum[side_starts + used] - supervised_cumsum[side_starts]
             unsupervised = (supervised == 0).any(1)  # [P]
-            identical = used[:, 0] == used[:, 1]  # [P], so far only of the same length
+            identical = used[:, 0] == used[:, 1]  # [P] candidates: the same length
             for pair in np.flatnonzero(identical):
                 chosen, rejected = (
                     shard.tokens[base + start : base + start + used[pair, 0] + 1]

@@ -276,7 +276,7 @@ def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Pa
 def test_the_textbooks_identity_needs_a_name_and_an_author(recipe: Any, place: Path) -> None:
     given = {"data__sources": ["textbook:identity"]}
     message = refused(recipe(**given), ConfigError)
-    assert "give data.variables.name=… data.variables.author=…" in message
+    assert "set data.variables.name=… data.variables.author=…" in message
     fill = {"name": "小明", "author": "李雷"}
     told = Told()
     prepared = prepare_stage(recipe(data__variables=fill, **given), reporter=told)
