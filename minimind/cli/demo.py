@@ -38,7 +38,7 @@ _CORPUS = {
     "single_turn": 300_000,
     "multi_turn": 20_000,
     "preference_pairs": 12_000,
-    "exam_questions": 2_000,
+    "multiple_choice_questions": 2_000,
 }
 _QUIZ_QUESTIONS = 400
 _ANSWER_TOKENS = 64
@@ -153,7 +153,8 @@ def _corpus(corpus: Path) -> None:
 
 
 def _tokenizer(out: Path, corpus: Path) -> None:
-    from minimind.data.read import InvalidRecords, read_texts
+    from minimind.data.invalid import InvalidRecords
+    from minimind.data.read import read_texts
     from minimind.tokenizer import Tokenizer, train_tokenizer
 
     place = out / "tokenizer"
@@ -162,7 +163,7 @@ def _tokenizer(out: Path, corpus: Path) -> None:
     if not place.is_dir():
         making = out / "tokenizer.making"
         shutil.rmtree(making, ignore_errors=True)
-        train_tokenizer(read_texts(files, bad=InvalidRecords()), vocab_size=_VOCAB_SIZE).save(
+        train_tokenizer(read_texts(files, invalid=InvalidRecords()), vocab_size=_VOCAB_SIZE).save(
             making
         )
         os.replace(making, place)
@@ -271,7 +272,7 @@ def _examine(
     total_seconds: Callable[[], float],
 ) -> dict[str, Any]:
     """The quiz, the eight questions as each stage answers them, `summary.json`."""
-    from minimind.data.textbook import eight, sample_quiz
+    from minimind.data.textbook import demo_questions, sample_quiz
     from minimind.evaluation.quiz import by_subject, mark
     from minimind.inference.generate import answer_all, continue_all
     from minimind.inference.load import load_for_inference
@@ -279,7 +280,7 @@ def _examine(
     from minimind.training.build import build_initial_model
 
     device = recipes["pretrain"].device
-    questions, quiz = eight(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
+    questions, quiz = demo_questions(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
     asked = [question.question for question in questions]
     pretrained, tokenizer = load_for_inference(out / "pretrain", device)
     untrained = build_initial_model(recipes["pretrain"], tokenizer).to(choose_device(device))
