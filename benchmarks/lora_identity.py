@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.textbook import held_out_identity, sample_quiz
-from minimind.evaluation.quiz import mark
+from minimind.evaluation.quiz import score_answers
 from minimind.inference.generate import answer_all
 from minimind.inference.load import load_for_inference
 
@@ -30,7 +30,7 @@ def metrics(base: Path, adapter: Path | None, fill: dict[str, str], size: int) -
     return {
         "adapter": str(adapter) if adapter else None,
         "identity": {"right": sum(right), "asked": len(asked)},
-        "quiz": {"right": sum(one.right for one in mark(quiz, told)), "asked": len(quiz)},
+        "quiz": {"right": sum(one.right for one in score_answers(quiz, told)), "asked": len(quiz)},
         "answers": [
             {"question": one.question, "answer": said, "right": good}
             for one, said, good in list(zip(asked, answers, right, strict=True))[::step]
