@@ -83,14 +83,8 @@ def evaluate(
         opened = evaluation.open_model(
             model, taken=evaluation.metrics, adapter=adapter, context=context
         )
-        if opened is None:
-            continue
-        evaluation.metrics[opened.model.name] = {}
-        for name in runnable:
-            if name in tasks:
-                evaluation.run(opened, tasks[name], contaminated.get(name))
-            else:
-                evaluation.run_harness(opened, name)
+        if opened is not None:
+            evaluation.run_all(opened, runnable, tasks, contaminated)
     evaluation.show()
     if not evaluation.succeeded():
         raise typer.Exit(1)
@@ -142,6 +136,21 @@ class _Benchmarks(Evaluation):
         return {
             name: found.with_prefix(f"{name}\0") for name, task in tasks.items() if task.texts()
         }
+
+    def run_all(
+        self,
+        opened: OpenedModel,
+        names: Sequence[str],
+        tasks: Mapping[str, "Task"],
+        contaminated: Mapping[str, "Contamination"],
+    ) -> None:
+        """Run all tasks, and those of lm-eval, on one model."""
+        self.metrics[opened.model.name] = {}
+        for name in names:
+            if name in tasks:
+                self.run(opened, tasks[name], contaminated.get(name))
+            else:
+                self.run_harness(opened, name)
 
     def run(self, opened: OpenedModel, task: "Task", contamination: "Contamination | None") -> None:
         """Run one task on one model."""

@@ -126,17 +126,17 @@ def subject_info(benchmark: str, subject: str) -> SubjectInfo:
     return subjects(benchmark).get(subject) or SubjectInfo(subject.replace("_", " "), "other")
 
 
-def read_benchmark(name: str, places: Sequence[str]) -> Questions:
-    """Read the benchmark `name` from the first place that has it.
+def read_benchmark(name: str, sources: Sequence[str]) -> Questions:
+    """Read the benchmark `name` from the first source that has it.
 
-    For a name that is not in BENCHMARKS, the place is the file of questions. Invalid rows are
-    counted in `bad`. Raises DataError if no place has the benchmark.
+    For a name that is not in BENCHMARKS, the source is the file of questions. Invalid rows are
+    counted in `bad`. Raises DataError if no source has the benchmark.
     """
     benchmark = BENCHMARKS.get(name)
-    for place in places:
-        path = expand_user(place)
+    for source in sources:
+        path = expand_user(source)
         if not path.exists():
-            raise DataError(f"{place}: no such file or folder; give --data a folder that exists")
+            raise DataError(f"{source}: no such file or folder; give --data a folder that exists")
         with _find_files(benchmark, path) as files:
             if files:
                 return _read_questions(benchmark or Benchmark(path.stem, "test", ""), files)
@@ -144,7 +144,7 @@ def read_benchmark(name: str, places: Sequence[str]) -> Questions:
     if benchmark and benchmark.folders:
         names += f" or {' or '.join(benchmark.folders)}"
     raise DataError(
-        f"{', '.join(places) or '--data'}: found no {name} ({names}); put it there, or give its "
+        f"{', '.join(sources) or '--data'}: found no {name} ({names}); put it there, or give its "
         f"path with --task {name}:PATH{download_hint(name)}"
     )
 
@@ -159,33 +159,33 @@ class _File:
 
 
 @contextmanager
-def _find_files(benchmark: Benchmark | None, place: Path) -> Iterator[list[_File]]:
+def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_File]]:
     """Find the files of a benchmark in a file, folder or archive."""
-    if place.is_file() and not place.name.endswith(_ARCHIVES):
-        yield [_File(None, None, place)]
+    if source.is_file() and not source.name.endswith(_ARCHIVES):
+        yield [_File(None, None, source)]
         return
     if benchmark is None:
-        raise DataError(f"{place}: give a file with the columns question, A, B, …, answer")
-    if place.is_dir():
+        raise DataError(f"{source}: give a file with the columns question, A, B, …, answer")
+    if source.is_dir():
         records = sorted(
             path
-            for path in place.glob(f"{benchmark.name}.*")
+            for path in source.glob(f"{benchmark.name}.*")
             if _format(path) in (".jsonl", ".json")
         )
         if records:
             yield [_File(None, None, records[0])]
             return
-        if tables := _find_tables(benchmark, place):
+        if tables := _find_tables(benchmark, source):
             yield tables
             return
         names = (benchmark.name, *benchmark.folders)
         archives = [
             path
-            for path in sorted(place.iterdir())
+            for path in sorted(source.iterdir())
             if path.name.endswith(_ARCHIVES) and path.name.startswith(names)
         ]
     else:
-        archives = [place]
+        archives = [source]
     if not archives:
         yield []
         return

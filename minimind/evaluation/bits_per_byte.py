@@ -35,9 +35,9 @@ class BitsPerByte:
 
     unit = "document"
 
-    def __init__(self, places: Sequence[str], limit: int | None) -> None:
+    def __init__(self, sources: Sequence[str], limit: int | None) -> None:
         self.name = "bpb"
-        self._files = [file for place in places for file in list_files(place)]
+        self._files = [file for source in sources for file in list_files(source)]
         if not self._files:
             raise UsageError("bpb needs text: --task bpb:PATH, or --data PATH")
         self._limit = limit

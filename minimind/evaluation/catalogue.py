@@ -29,22 +29,22 @@ def make_task(
     Raises UsageError for an unknown name, and DataError if the data is missing.
     """
     name, _, path = spec.partition(":")
-    places = [path] if path else list(data)
+    sources = [path] if path else list(data)
     if name == "bpb":
-        return BitsPerByte(places, limit)
+        return BitsPerByte(sources, limit)
     if name == "quiz":
         return quiz_task(limit)
     if name == "degeneration":
         return degeneration_task(path, limit)
     if name in ("gsm8k", "cmath"):
-        return math_task(name, places, limit)
+        return math_task(name, sources, limit)
     if name not in BENCHMARK_TASKS:
         raise UsageError(
             f"--task {spec}: unknown task; choose from {', '.join(TASKS)}; "
             "NAME:PATH gives the path of its data"
         )
-    if name == "choice" and not places:
+    if name == "choice" and not sources:
         raise UsageError("choice needs a file of question,A,B,C,D,answer: --task choice:FILE.csv")
-    if not places:
+    if not sources:
         raise UsageError(f"{name} needs its questions: give --data DIR, or --task {name}:PATH")
-    return MultipleChoice(read_benchmark(name, places), style, shots, limit)
+    return MultipleChoice(read_benchmark(name, sources), style, shots, limit)

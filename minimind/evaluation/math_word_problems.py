@@ -29,12 +29,12 @@ _FORMATS = {
 }
 
 
-def math_task(name: str, places: Sequence[str], limit: int | None) -> GenerativeTask:
-    """Return the task `gsm8k` or `cmath`, read from the first place that has it."""
+def math_task(name: str, sources: Sequence[str], limit: int | None) -> GenerativeTask:
+    """Return the task `gsm8k` or `cmath`, read from the first source that has it."""
     form = _FORMATS[name]
     bad = InvalidRecords()
     questions = []
-    for _, line, row in read_objects([_find_file(name, places)], bad=bad):
+    for _, line, row in read_objects([_find_file(name, sources)], bad=bad):
         if row.get("split", form.splits[0]) not in form.splits:
             continue
         question = row.get(form.question)
@@ -54,7 +54,7 @@ def math_task(name: str, places: Sequence[str], limit: int | None) -> Generative
             )
         )
     if not questions:
-        raise DataError(f"{', '.join(places)}: contains no {name} question {bad.first}".rstrip())
+        raise DataError(f"{', '.join(sources)}: contains no {name} question {bad.first}".rstrip())
     return GenerativeTask(name, evenly_spaced(questions, limit), form.max_new_tokens, bad)
 
 
@@ -62,10 +62,10 @@ def _score_by_number(expected: str) -> Callable[[str], dict[str, bool]]:
     return lambda answer: {"right": is_same_number(expected, answer)}
 
 
-def _find_file(name: str, places: Sequence[str]) -> Path:
+def _find_file(name: str, sources: Sequence[str]) -> Path:
     """Return the benchmark's file: <name>.jsonl, or test.jsonl as GSM8K is published."""
-    for place in places:
-        path = expand_user(place)
+    for source in sources:
+        path = expand_user(source)
         if path.is_file():
             return path
         for pattern in (
@@ -77,6 +77,6 @@ def _find_file(name: str, places: Sequence[str]) -> Path:
             if matches := sorted(path.glob(pattern)):
                 return matches[0]
     raise DataError(
-        f"{', '.join(places) or '--data'}: found no {name}.jsonl; put it there, or give its path "
+        f"{', '.join(sources) or '--data'}: found no {name}.jsonl; put it there, or give its path "
         f"with --task {name}:PATH{download_hint(name)}"
     )

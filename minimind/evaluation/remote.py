@@ -71,7 +71,7 @@ class Service:
         self.rejected: set[str] = set()
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the model; changed weights cannot be noticed."""
+        """Return what identifies the model; a change of the weights goes unnoticed."""
         return {"version": __version__, "url": self.url, "model": self._model}
 
     def scorer(self) -> "tuple[Scorer, PromptEncoder]":

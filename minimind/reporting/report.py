@@ -21,7 +21,7 @@ _MAX_SAMPLES = 40
 class Report:
     """A page, its metrics as JSON, and the problems with its inputs.
 
-    complete: every place had a run or results, even if some of them are damaged.
+    complete: every source had a run or results, even if some of them are damaged.
     """
 
     page: Page
@@ -34,17 +34,17 @@ class Report:
         write_page(self.page, path)
 
 
-def make_report(places: Sequence[Path], *, price: float | None = None) -> Report:
-    """Report on the runs and results in the places. price: the cost of an hour of training.
+def make_report(sources: Sequence[Path], *, price: float | None = None) -> Report:
+    """Report on the runs and results in the sources. price: the cost of an hour of training.
 
     One chain of runs is shown stage by stage; several chains share their axes. Raises DataError
-    if no place has a run or results.
+    if no source has a run or results.
     """
-    inputs = find_runs(places)
+    inputs = find_runs(sources)
     if not inputs.chains and not inputs.benchmarks:
         raise DataError("; ".join(inputs.missing) or "give at least one run directory")
-    title = " · ".join(place.resolve().name for place in places[:4])
-    title += f" and {len(places) - 4} more" if len(places) > 4 else ""
+    title = " · ".join(source.resolve().name for source in sources[:4])
+    title += f" and {len(sources) - 4} more" if len(sources) > 4 else ""
     compare = len(inputs.chains) > 1
     problems = [
         *inputs.missing,

@@ -12,7 +12,7 @@ import numpy
 
 Axis = Literal["tokens", "seconds"]
 Metrics = dict[str, Any]
-_RESULTS_DEPTH = 3  # folders below a place that are searched for results
+_RESULTS_DEPTH = 3  # folders below a source that are searched for results
 
 
 @dataclass
@@ -168,11 +168,11 @@ def _parse_object(text: str | None) -> Metrics:
 
 @dataclass
 class Inputs:
-    """Everything that the places of a report contain.
+    """Everything that the sources of a report contain.
 
     chains: lists of runs, each run the stage after the one before. benchmarks: results of `minimind
     eval`. demo: the summary of `minimind demo`. sweep_settings: the settings that a sweep varies,
-    by run. failed: messages about failed runs of a sweep. missing: places without content.
+    by run. failed: messages about failed runs of a sweep. missing: sources without content.
     """
 
     chains: list[list[Run]] = field(default_factory=list)
@@ -188,35 +188,35 @@ class Inputs:
         return [run for chain in self.chains for run in chain]
 
 
-def find_runs(places: Sequence[Path]) -> Inputs:
-    """Read the places: run directories, folders of them, and results of `minimind eval`."""
+def find_runs(sources: Sequence[Path]) -> Inputs:
+    """Read the sources: run directories, folders of them, and results of `minimind eval`."""
     inputs = Inputs()
     folders: dict[Path, None] = {}
     failed: dict[str, str] = {}
-    for place in places:
-        if place.name == "model" and _is_run(place.parent):
-            place = place.parent
-        if _is_run(place):
-            inside = [place]
+    for source in sources:
+        if source.name == "model" and _is_run(source.parent):
+            source = source.parent
+        if _is_run(source):
+            inside = [source]
         else:
-            inside = sorted(recipe.parent for recipe in place.glob("*/recipe.toml"))
+            inside = sorted(recipe.parent for recipe in source.glob("*/recipe.toml"))
         folders |= dict.fromkeys(inside)
-        benchmarks = _read_benchmarks(place)
+        benchmarks = _read_benchmarks(source)
         inputs.benchmarks += [result for result in benchmarks if result not in inputs.benchmarks]
-        if _is_run(place):
+        if _is_run(source):
             continue
-        summary = _read_object(place / "summary.json")
+        summary = _read_object(source / "summary.json")
         if "stages" in summary:
             inputs.demo = summary
-        sweep = _read_object(place / "sweep.json")
+        sweep = _read_object(source / "sweep.json")
         if isinstance(sweep.get("settings"), dict):
             inputs.sweep_settings |= sweep["settings"]
             failures = sweep.get("failed")
             failed |= failures if isinstance(failures, dict) else {}
-        if not place.exists():
-            inputs.missing.append(f"{place}: no such file or folder")
+        if not source.exists():
+            inputs.missing.append(f"{source}: no such file or folder")
         elif not inside and not benchmarks:
-            inputs.missing.append(f"{place}: contains no run and no benchmark results")
+            inputs.missing.append(f"{source}: contains no run and no benchmark results")
     order = {name: number for number, name in enumerate(inputs.sweep_settings)}
     in_order = sorted(folders, key=lambda folder: order.get(folder.name, len(order)))
     runs = [read_run(folder) for folder in _with_origins(in_order)]
@@ -227,8 +227,8 @@ def find_runs(places: Sequence[Path]) -> Inputs:
     return inputs
 
 
-def _is_run(place: Path) -> bool:
-    return (place / "recipe.toml").is_file() or (place / "metrics.jsonl").is_file()
+def _is_run(source: Path) -> bool:
+    return (source / "recipe.toml").is_file() or (source / "metrics.jsonl").is_file()
 
 
 def _read_object(path: Path) -> Metrics:
@@ -312,11 +312,11 @@ def _make_names_unique(runs: Sequence[Run]) -> None:
                 run.name = f"{run.folder.resolve().parent.name}/{name}"
 
 
-def _read_benchmarks(place: Path) -> list[Metrics]:
+def _read_benchmarks(source: Path) -> list[Metrics]:
     """Read results of `minimind eval` in a folder or a few levels below it."""
     results = []
     for depth in range(_RESULTS_DEPTH):
-        for path in sorted(place.glob("*/" * depth + "*.json")):
+        for path in sorted(source.glob("*/" * depth + "*.json")):
             metrics = _read_object(path) if path.stat().st_size < 10_000_000 else {}
             if {"task", "model", "settings"} <= metrics.keys():
                 results.append(metrics)
