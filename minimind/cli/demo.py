@@ -16,7 +16,7 @@ from minimind.cli.plan import duration
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
-    from minimind.evaluation.quiz import Marked
+    from minimind.evaluation.quiz import ScoredAnswer
     from minimind.training.stage import StageResult
 
 _STAGES = {
@@ -273,7 +273,7 @@ def _examine(
 ) -> dict[str, Any]:
     """The quiz, the eight questions as each stage answers them, `summary.json`."""
     from minimind.data.textbook import demo_questions, sample_quiz
-    from minimind.evaluation.quiz import by_subject, mark
+    from minimind.evaluation.quiz import by_subject, score_answers
     from minimind.inference.generate import answer_all, continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
@@ -292,7 +292,7 @@ def _examine(
     ]
     reporter = console.RichReporter()
 
-    def examined(run: Path) -> tuple[list["Marked"], list["Marked"]]:
+    def examined(run: Path) -> tuple[list["ScoredAnswer"], list["ScoredAnswer"]]:
         """The eight questions and the quiz, asked and marked."""
         model, _ = load_for_inference(run, device)
         answers = answer_all(model, tokenizer, asked, max_new_tokens=_ANSWER_TOKENS)
@@ -305,7 +305,7 @@ def _examine(
             progress=reporter.progress,
         )
         reporter.stop()
-        return mark(questions, answers), mark(quiz, told)
+        return score_answers(questions, answers), score_answers(quiz, told)
 
     tuned, marked_before = examined(out / "sft-multi")
     after, marked = examined(out / "model")

@@ -137,11 +137,11 @@ def test_what_lm_eval_sends_gives_the_scores_that_we_give(
     task = make_task("ceval", data=[str(make_exam(tmp_path, 8))], style="letter", shots=2)
     assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
-    asker = PromptBuilder(OwnPromptEncoder(tokenizer), task.exam, "letter", 2, 2048)
+    builder = PromptBuilder(OwnPromptEncoder(tokenizer), task.benchmark, "letter", 2, 2048)
     assert len(task.questions) == 8
     with InProcess(exam_model, 4, Limits(), ()) as service:
         for question in task.questions:
-            rows = asker.ask(question, task.examples[question.subject]).rows
+            rows = builder.build(question, task.examples[question.subject]).rows
             sent = {
                 "model": "tiny",
                 "prompt": [list(row.tokens) for row in rows],
