@@ -30,7 +30,7 @@ def service(models: Sequence[Path]) -> Iterator[tuple[str, str]]:
     log = folder / "service.log"
     with log.open("w", encoding="utf-8") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "minimind", "serve", "--port", "0", "--end-with-stdin", "--"]
+            [sys.executable, "-m", "minimind", "serve", "--port", "0", "--exit-with-stdin", "--"]
             + [str(model) for model in models],
             stdin=subprocess.PIPE,  # its end is the end of the service
             stdout=subprocess.PIPE,

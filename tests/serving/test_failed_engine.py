@@ -72,7 +72,7 @@ def test_all_requests_fail_and_the_service_says_why(serve_here: Callable[..., In
             error = refused.json()["error"]
             assert error["code"] == "engine_failed"
             assert error["message"] == (f"The service has failed and must be restarted: {reason}.")
-        assert model.queue.waiting == 0
+        assert model.queue.queued == 0
 
 
 def test_the_server_ends_by_itself(serve_here: Callable[..., InProcess]) -> None:

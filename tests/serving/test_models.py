@@ -104,7 +104,9 @@ def test_an_adapter_without_its_model_is_told(
 ) -> None:
     make("in/plain/config.json")
     make("in/poet/adapter/adapter_config.json", base=base)
-    with pytest.raises(ModelError, match=r"in/poet is a LoRA adapter, .*--adapter poet=.*in/poet"):
+    with pytest.raises(
+        ModelError, match=r"in/poet is a LoRA .*--adapter poet=.*in/poet"
+    ):
         find_models([tmp_path / "in"])
 
 
@@ -112,7 +114,7 @@ def test_an_adapter_without_its_model_is_told(
 def test_a_broken_adapter_is_told(tmp_path: Path, make: Callable[..., None], broken: bytes) -> None:
     make("in/plain/config.json", "in/poet/adapter_config.json")
     (tmp_path / "in/poet/adapter_config.json").write_bytes(broken)
-    with pytest.raises(ModelError, match=r"poet is a LoRA adapter.*does not say where"):
+    with pytest.raises(ModelError, match=r"poet is a LoRA adapter.*does not name one"):
         find_models([tmp_path / "in"])
 
 
@@ -121,7 +123,7 @@ def test_what_is_wrong_with_a_folder_is_told(tmp_path: Path, make: Callable[...,
     make("e/chat/adapter_config.json", base=str(tmp_path / "a/chat"))
     for second in ("b", "e"):
         with pytest.raises(
-            UsageError, match=rf"two models are called chat: .*a/chat.*{second}/chat"
+            UsageError, match=rf"two models have the name chat: .*a/chat.*{second}/chat"
         ):
             find_models([tmp_path / "a", tmp_path / second])
     assert len(find_models([tmp_path / "a", tmp_path / "a/chat"])) == 1  # one, named twice
@@ -142,8 +144,8 @@ def test_adapters_by_name(tmp_path: Path, make: Callable[..., None]) -> None:
     for given, told in [
         (["a"], "is not NAME=DIR"),
         (["=a"], "is not NAME=DIR"),
-        (["poet=x"], "another model is called poet"),
-        (["a=x", "a=y"], "another model is called a"),
+        (["poet=x"], "another model has the name poet"),
+        (["a=x", "a=y"], "another model has the name a"),
     ]:
         with pytest.raises(UsageError, match=told):
             find_adapters(given, models)

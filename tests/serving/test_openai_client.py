@@ -234,7 +234,7 @@ def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "param", "code", "said"),
     [
-        ({"model": "nobody"}, "model", "model_not_found", "There are: other, tiny"),
+        ({"model": "nobody"}, "model", "model_not_found", "Available models: other, tiny"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools"),
         ({"extra_body": {"colour": 1}}, "colour", "unknown_parameter", "colour"),
         ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2"),
@@ -247,7 +247,7 @@ def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages.0.content.0.type",
             "invalid_value",
-            "only text parts are offered",
+            "only text parts are supported",
         ),
         (
             {"messages": [{"role": "assistant", "content": None}]},

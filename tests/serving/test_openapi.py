@@ -107,8 +107,8 @@ def test_every_parameter_is_described_with_its_default(process: Any) -> None:
         "parallel_tool_calls": True,
     }
     assert text["max_tokens"]["default"] == 16
-    assert "generation_config.json says, or 1." in chat["temperature"]["description"]
-    assert "generation_config.json says, or 1." in chat["top_p"]["description"]
+    assert "generation_config.json, else 1." in chat["temperature"]["description"]
+    assert "generation_config.json, else 1." in chat["top_p"]["description"]
 
 
 def test_the_docs_need_no_other_host(process: Any) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from minimind.serving.admission import AdmissionQueue
 from minimind.serving.errors import APIError
-from minimind.serving.limits import Queue
 from tests.support.services import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -32,27 +32,27 @@ def is_idle(service: Any) -> bool:
 
 
 def test_the_queue_counts() -> None:
-    queue = Queue(slots=2, waiting=3)
-    queue.take(2)
-    assert queue.waiting == 0
-    queue.take(3)
-    assert queue.waiting == 3
+    queue = AdmissionQueue(slots=2, max_queued=3)
+    queue.admit(2)
+    assert queue.queued == 0
+    queue.admit(3)
+    assert queue.queued == 3
     with pytest.raises(APIError) as caught:
-        queue.take(1)
+        queue.admit(1)
     assert caught.value.status == 429
     assert caught.value.headers == {"retry-after": "2"}  # a second each, two at once, four before
     for _ in range(200):
-        queue.give_back(30.0)
-        queue.take(1)
+        queue.release(30.0)
+        queue.admit(1)
     with pytest.raises(APIError) as caught:
-        queue.take(1)
+        queue.admit(1)
     assert caught.value.headers == {"retry-after": "60"}
     with pytest.raises(APIError) as caught:
-        queue.take(6)
+        queue.admit(6)
     assert caught.value.status == 400  # it would never fit
     for _ in range(5):
-        queue.give_back(0.1)
-    queue.take(5)
+        queue.release(0.1)
+    queue.admit(5)
 
 
 def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None:
@@ -72,7 +72,7 @@ def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None
             never = httpx.post(url, json=asked(n=4))
             assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
         wait_until(lambda: is_idle(service))
-        wait_until(lambda: service.models["tiny"].queue._taken == 0)
+        wait_until(lambda: service.models["tiny"].queue._admitted == 0)
         assert httpx.post(url, json=asked(max_tokens=2)).status_code == 200
 
 

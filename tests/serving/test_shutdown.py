@@ -47,7 +47,7 @@ def test_it_ends_with_the_one_that_started_it(models_dir: Path, tmp_path: Path) 
     starter = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-m', 'minimind', 'serve', {str(models_dir)!r},"
-        " '--port', '0', '--end-with-stdin'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        " '--port', '0', '--exit-with-stdin'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "print(child.pid, child.stdout.readline().decode(), flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -75,7 +75,7 @@ def test_a_port_that_is_taken_is_told(process: Any, models_dir: Path) -> None:
     )
     assert done.returncode == 1
     assert "error: cannot listen at 127.0.0.1" in done.stderr
-    assert "Give another --port" in done.stderr
+    assert "Choose another --port" in done.stderr
 
 
 @pytest.fixture(autouse=True)

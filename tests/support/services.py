@@ -105,7 +105,7 @@ class InProcess:
 
     def __init__(self, folder: Path, slots: int, limits: Limits, keys: Sequence[str]) -> None:
         self.models = load_models(
-            find_models([folder]), device="cpu", slots=slots, waiting=limits.queue
+            find_models([folder]), device="cpu", slots=slots, max_queued=limits.queue
         )
         listening = bind("127.0.0.1", 0)
         self.url = url_of(listening)
