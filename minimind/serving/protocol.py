@@ -11,7 +11,7 @@ from minimind.serving.errors import APIError
 from minimind.serving.limits import DRAIN_SECONDS, Limits
 
 _TIMEOUT = APIError("request_timeout", "The request headers were not complete in time.")
-_MALFORMED = APIError("invalid_http", "This is not a valid HTTP/1.1 request.")
+_MALFORMED = APIError("invalid_http", "This is not a valid HTTP request.")
 
 
 def protocol_with_timeouts(limits: Limits) -> type[H11Protocol]:
