@@ -104,9 +104,7 @@ def test_an_adapter_without_its_model_is_told(
 ) -> None:
     make("in/plain/config.json")
     make("in/poet/adapter/adapter_config.json", base=base)
-    with pytest.raises(
-        ModelError, match=r"in/poet is a LoRA .*--adapter poet=.*in/poet"
-    ):
+    with pytest.raises(ModelError, match=r"in/poet is a LoRA .*--adapter poet=.*in/poet"):
         find_models([tmp_path / "in"])
 
 
