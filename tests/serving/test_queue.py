@@ -1,4 +1,4 @@
-"""Overload, order, and clients that leave."""
+"""Admission control, fairness, and clients that disconnect."""
 
 import json
 import socket
@@ -31,7 +31,7 @@ def is_idle(service: Any) -> bool:
     return stats(service).running == stats(service).waiting == 0
 
 
-def test_the_queue_counts() -> None:
+def test_admission_queue() -> None:
     queue = AdmissionQueue(slots=2, max_queued=3)
     queue.admit(2)
     assert queue.queued == 0
@@ -40,7 +40,7 @@ def test_the_queue_counts() -> None:
     with pytest.raises(APIError) as caught:
         queue.admit(1)
     assert caught.value.status == 429
-    assert caught.value.headers == {"retry-after": "2"}  # a second each, two at once, four before
+    assert caught.value.headers == {"retry-after": "2"}  # 1 s per answer, 2 slots, 4 in line
     for _ in range(200):
         queue.release(30.0)
         queue.admit(1)
@@ -49,13 +49,13 @@ def test_the_queue_counts() -> None:
     assert caught.value.headers == {"retry-after": "60"}
     with pytest.raises(APIError) as caught:
         queue.admit(6)
-    assert caught.value.status == 400  # it would never fit
+    assert caught.value.status == 400  # can never fit
     for _ in range(5):
         queue.release(0.1)
     queue.admit(5)
 
 
-def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None:
+def test_a_full_queue_returns_429_with_retry_after(serve_here: Callable[..., Any]) -> None:
     with serve_here(slots=1, queue=2) as service:
         url = f"{service.url}{CHAT}"
         with (
@@ -76,8 +76,8 @@ def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None
         assert httpx.post(url, json=asked(max_tokens=2)).status_code == 200
 
 
-def test_nobody_starves(serve_here: Callable[..., Any]) -> None:
-    """Who came first is done first, however many ask at the same time and again."""
+def test_requests_are_served_in_order(serve_here: Callable[..., Any]) -> None:
+    """A request waits only for those before it, whatever the load."""
     with serve_here(slots=1, queue=64) as service:
         url = f"{service.url}{CHAT}"
         ended: list[str] = []
@@ -105,7 +105,7 @@ def test_nobody_starves(serve_here: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_leaves_frees_its_slot(serve_here: Callable[..., Any], streams: bool) -> None:
+def test_a_disconnect_frees_the_slots(serve_here: Callable[..., Any], streams: bool) -> None:
     with serve_here(slots=4) as service:
         body = json.dumps(asked(stream=streams, max_tokens=-1, n=4)).encode()
         with socket.create_connection(service.address) as connection:
@@ -118,11 +118,11 @@ def test_a_client_that_leaves_frees_its_slot(serve_here: Callable[..., Any], str
         wait_until(lambda: is_idle(service))
         answer = httpx.post(f"{service.url}{CHAT}", json=asked(max_tokens=3))
         assert answer.status_code == 200
-        figures = httpx.get(f"{service.url}/metrics").text
+        metrics = httpx.get(f"{service.url}/metrics").text
         written = next(
             float(line.split()[-1])
-            for line in figures.splitlines()
+            for line in metrics.splitlines()
             if line.startswith("minimind_completion_tokens_total")
         )
-        assert written < 4 * 2000  # it was not written to its end
-        assert 'route="/v1/chat/completions",status="499"' in figures or streams
+        assert written < 4 * 2000  # generation was cancelled
+        assert 'route="/v1/chat/completions",status="499"' in metrics or streams
