@@ -14,78 +14,83 @@ _TIMEOUT = APIError("request_timeout", "The request headers were not complete in
 _MALFORMED = APIError("invalid_http", "This is not a valid HTTP request.")
 
 
-def protocol_with_timeouts(limits: Limits) -> type[H11Protocol]:
-    """Return uvicorn's HTTP protocol with timeouts and a maximum number of connections.
+class TimeoutProtocol(H11Protocol):
+    """uvicorn's HTTP protocol with timeouts and a maximum number of connections.
 
     uvicorn itself waits indefinitely for the headers of a request, and for a client that does not
     read.
     """
 
-    class TimeoutProtocol(H11Protocol):
-        _header_timer: asyncio.TimerHandle | None = None
-        _write_timer: asyncio.TimerHandle | None = None
-        _rejected = False
+    limits: Limits
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _rejected = False
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                transport.abort()
-                return
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            transport.abort()
+            return
+        self._start_header_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel(self._header_timer)
+        self._cancel(self._write_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._rejected:
+            return
+        cycle = self.cycle
+        if self._header_timer is None and (cycle is None or cycle.response_complete):
             self._start_header_timer()
-
-        def connection_lost(self, exc: Exception | None) -> None:
+        super().data_received(data)
+        if self.cycle is not cycle:  # headers complete; BodyLimitMiddleware limits the body
             self._cancel(self._header_timer)
-            self._cancel(self._write_timer)
-            super().connection_lost(exc)
+            self._header_timer = None
 
-        def data_received(self, data: bytes) -> None:
-            if self._rejected:
-                return
-            cycle = self.cycle
-            if self._header_timer is None and (cycle is None or cycle.response_complete):
-                self._start_header_timer()
-            super().data_received(data)
-            if self.cycle is not cycle:  # headers complete; BodyLimitMiddleware limits the body
-                self._cancel(self._header_timer)
-                self._header_timer = None
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # abort, not close: close waits until the client has read the send buffer.
+        self._write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            # abort, not close: close waits until the client has read the send buffer.
-            self._write_timer = self.loop.call_later(limits.write_seconds, self.transport.abort)
+    def resume_writing(self) -> None:
+        self._cancel(self._write_timer)
+        super().resume_writing()
 
-        def resume_writing(self) -> None:
-            self._cancel(self._write_timer)
-            super().resume_writing()
+    def _start_header_timer(self) -> None:
+        self._header_timer = self.loop.call_later(
+            self.limits.header_seconds, self._reject, _TIMEOUT
+        )
 
-        def _start_header_timer(self) -> None:
-            self._header_timer = self.loop.call_later(limits.header_seconds, self._reject, _TIMEOUT)
+    def send_400_response(self, msg: str) -> None:
+        # No error response can be sent in the middle of another response.
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._reject(_MALFORMED)
+        else:
+            self.transport.close()
 
-        def send_400_response(self, msg: str) -> None:
-            # No error response can be sent in the middle of another response.
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                self._reject(_MALFORMED)
-            else:
-                self.transport.close()
+    def _reject(self, error: APIError) -> None:
+        """Send an error and close the connection after discarding incoming data."""
+        if self._rejected or self.transport.is_closing():
+            return
+        self._rejected = True
+        body = error.body.model_dump_json().encode()
+        self.transport.write(
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+            "content-type: application/json\r\nconnection: close\r\n"
+            f"content-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        self.transport.write_eof()
+        self.loop.call_later(DRAIN_SECONDS, self.transport.abort)
 
-        def _reject(self, error: APIError) -> None:
-            """Send an error and close the connection after discarding incoming data."""
-            if self._rejected or self.transport.is_closing():
-                return
-            self._rejected = True
-            body = error.body.model_dump_json().encode()
-            self.transport.write(
-                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
-                "content-type: application/json\r\nconnection: close\r\n"
-                f"content-length: {len(body)}\r\n\r\n".encode()
-                + body
-            )
-            self.transport.write_eof()
-            self.loop.call_later(DRAIN_SECONDS, self.transport.abort)
+    @staticmethod
+    def _cancel(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
 
-        @staticmethod
-        def _cancel(timer: asyncio.TimerHandle | None) -> None:
-            if timer is not None:
-                timer.cancel()
 
-    return TimeoutProtocol
+def protocol_with_timeouts(limits: Limits) -> type[TimeoutProtocol]:
+    """Return the protocol class for `limits`: uvicorn takes a class, not an instance."""
+    return type("LimitedProtocol", (TimeoutProtocol,), {"limits": limits})

@@ -5,7 +5,6 @@ Widgets have keys with the id of their conversation or turn, so that each keeps 
 
 import hmac
 import os
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +14,12 @@ from streamlit.delta_generator import DeltaGenerator
 
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import ServiceError
-from minimind.web.client import Answer as StreamedAnswer
 from minimind.web.client import Client, ModelInfo
 from minimind.web.clipboard import copy_button
 from minimind.web.markdown import label, parts_of
 from minimind.web.start import TOKEN_VARIABLE, URL_VARIABLE
 from minimind.web.store import Answer, Conversation, Store, Turn
+from minimind.web.stream_reader import StreamReader
 from minimind.web.strings import language_of, text
 
 _REFRESH_SECONDS = 0.08  # between updates of a growing answer
@@ -330,7 +329,7 @@ class Page:
                 slots.append(st.empty())
         st.button(self.text("stop"), icon=":material/stop_circle:", key=f"stop-{turn.id}")
         readers = [
-            _StreamReader(
+            StreamReader(
                 self.client, model, conversation.messages(number, side), conversation.settings
             )
             for side, model in enumerate(models)
@@ -350,7 +349,7 @@ class Page:
         self,
         conversation: Conversation,
         turn: Turn,
-        readers: Sequence["_StreamReader"],
+        readers: Sequence[StreamReader],
         slots: Sequence[DeltaGenerator],
     ) -> None:
         """Update the growing answers until all are finished."""
@@ -377,59 +376,6 @@ class Page:
             if stored_turn.id == turn.id:
                 stored_turn.answers = turn.answers
                 self.store.save(stored)
-
-
-class _StreamReader:
-    """Reads one answer in its own thread, so that two models can stream concurrently."""
-
-    def __init__(
-        self,
-        client: Client,
-        model: ModelInfo,
-        messages: list[dict[str, str]],
-        settings: dict[str, Any],
-    ) -> None:
-        self._client, self._model = client, model
-        self._messages, self._settings = messages, settings
-        self._answer = Answer(model.name)
-        self._pieces: list[str] = []
-        self._stream: StreamedAnswer | None = None
-        self._closed = False
-        self.is_streaming = True
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        start_time = time.monotonic()
-        try:
-            self._stream = self._client.chat(self._model, self._messages, **self._settings)
-            self._answer.left_out = self._stream.left_out
-            if self._closed:  # while the request was being sent
-                self._stream.abort()
-            for piece in self._stream:
-                self._pieces.append(piece)
-                self._answer.seconds = time.monotonic() - start_time
-            self._answer.finish_reason = None if self._closed else self._stream.finish_reason
-        except ServiceError as error:
-            if not self._closed:
-                self._answer.error = str(error)
-        finally:
-            if self._stream is not None:
-                self._stream.close()
-            self.is_streaming = False
-
-    def answer(self) -> Answer:
-        """Return the answer so far."""
-        self._answer.text = "".join(self._pieces)
-        # The service reports its token count at the end; until then, one piece is about one token.
-        tokens = self._stream.tokens if self._stream is not None else None
-        self._answer.tokens = len(self._pieces) if tokens is None else tokens
-        return self._answer
-
-    def close(self) -> None:
-        """Cancel generation, also if the request still waits in the queue."""
-        self._closed = True
-        if self._stream is not None:
-            self._stream.abort()
 
 
 def _columns(number: int) -> list[Any]:
