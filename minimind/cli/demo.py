@@ -237,7 +237,7 @@ def _run(recipe: "Recipe", tokens: int) -> "StageResult":
 
     per_step = recipe.training.global_batch_size * recipe.data.seq_len
     reporter = _EstimatingReporter(tokens, per_step * (recipe.objective == "pretrain"))
-    result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
+    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter))
     if not result.finished:
         console.say("stopped; the same command continues from here")
         raise typer.Exit(130)
@@ -276,13 +276,13 @@ def _examine(
     from minimind.inference.generate import answer_all, continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
-    from minimind.training.build import new_model
+    from minimind.training.build import build_initial_model
 
     device = recipes["pretrain"].device
     questions, quiz = eight(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
     asked = [question.question for question in questions]
     pretrained, tokenizer = load_for_inference(out / "pretrain", device)
-    untrained = new_model(recipes["pretrain"], tokenizer).to(choose_device(device))
+    untrained = build_initial_model(recipes["pretrain"], tokenizer).to(choose_device(device))
     before = continue_all(untrained, tokenizer, asked, max_new_tokens=24)
     prompts = [f"问：{question}答：" for question in asked]
     between = [
