@@ -119,10 +119,8 @@ def test_logprobs_are_normalized_over_all_rows(
 def test_scores_are_normalized_over_all_rows(
     engine: Engine, model: Transformer, tokenizer: Tokenizer
 ) -> None:
-    prompt, continuations = (
-        tokenizer.encode("长江"),
-        [tokenizer.encode(text) for text in ("是", "的河流")],
-    )
+    prompt = tokenizer.encode("长江")
+    continuations = [tokenizer.encode(text) for text in ("是", "的河流")]
     completion = engine.submit(ScoreRequest(prompt, continuations))
     assert [piece.finish_reason for piece in completion] == ["stop"]
     expected = []
@@ -131,7 +129,7 @@ def test_scores_are_normalized_over_all_rows(
         expected.append(float(rows[range(len(tokens)), tokens].sum()))
     assert completion.scores == pytest.approx(expected, abs=1e-4)
     rows = [Row((*prompt, *tokens), len(prompt)) for tokens in continuations]
-    [scores] = EngineScorer(model, tokenizer).score([rows])
+    [(_, scores)] = EngineScorer(model, tokenizer).score([(None, rows)])
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
