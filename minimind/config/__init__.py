@@ -1,4 +1,4 @@
-"""Recipes and settings: everything a run can be told."""
+"""Recipes (TOML files), the settings of a training run, and model architectures."""
 
 from minimind.config.explain import explain
 from minimind.config.grid import Variant, variants
