@@ -12,7 +12,8 @@ from minimind.config.load import (
     role_of,
 )
 from minimind.config.model import PRESETS, ModelConfig
-from minimind.config.settings import Recipe, Role
+from minimind.config.roles import Role
+from minimind.config.settings import Recipe
 
 __all__ = [
     "PRESETS",

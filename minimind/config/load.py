@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from minimind.config.settings import Recipe, Role
+from minimind.config.roles import Role
+from minimind.config.settings import Recipe
 from minimind.errors import ConfigError
 
 COMMAND_LINE, FLAG = "command line", "flag"
@@ -54,7 +55,7 @@ def load_recipe(
 def packaged_recipes() -> dict[str, Path]:
     """Return the files of the recipes that come with minimind, by name."""
     package = Path(str(resources.files("minimind")))
-    # An installed package contains them; in a checkout they are beside the package.
+    # An installed package contains them; in a checkout they are in the repository root.
     folders = (package / "recipes", package.parent / "recipes")
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -1,29 +1,12 @@
-"""All settings of a training run, in one class per concern; `Recipe` combines them.
-
-Each setting is marked at its declaration. `Identity` settings determine the result of a run and
-must be the same when it is resumed. `Operation` settings, such as the micro-batch size, do not
-affect the result and may change.
-"""
+"""All settings of a training run, in one class per concern; `Recipe` combines them."""
 
 import os
-from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from minimind.config.model import PRESETS, ModelConfig
-
-
-class Role(Enum):
-    """Role of a setting when a run is resumed."""
-
-    IDENTITY = "identity"
-    OPERATION = "operation"
-
-
-_T = TypeVar("_T")
-Identity = Annotated[_T, Role.IDENTITY]
-Operation = Annotated[_T, Role.OPERATION]
+from minimind.config.roles import Identity, Operation, Settings
 
 SCHEMAS = Literal[
     "auto",
@@ -36,13 +19,6 @@ SCHEMAS = Literal[
     "prompt_completion",
     "pairs",
 ]
-
-
-class _Settings(BaseModel):
-    # Strict: no conversion of "64" to 64 or of true to 1.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True
-    )
 
 
 _NOT_ARCHITECTURE = {"init", "context", "rope_scaling"}
@@ -60,7 +36,7 @@ def _architecture_setting(name: str) -> Any:
     return Field(None, description=field.description, **bounds)
 
 
-class ModelSettings(_Settings):
+class ModelSettings(Settings):
     """The model: an existing one to start from, or the architecture of a new one.
 
     The architecture settings are the `ModelConfig` fields of the same names, all optional: None
@@ -136,7 +112,7 @@ class ModelSettings(_Settings):
         return ModelConfig(**(PRESETS[self.preset] | changes | {"vocab_size": vocab_size}))
 
 
-class LoRASettings(_Settings):
+class LoRASettings(Settings):
     """A LoRA adapter (Hu et al. 2021)."""
 
     rank: Identity[int] = Field(
@@ -157,7 +133,7 @@ class LoRASettings(_Settings):
     )
 
 
-class DataFile(_Settings):
+class DataFile(Settings):
     """Data by path (file, folder or glob), and the schema of its records."""
 
     path: str
@@ -191,7 +167,7 @@ def _source(value: object) -> object:
     return {"path": value}
 
 
-class DataSettings(_Settings):
+class DataSettings(Settings):
     """Training data, validation data, and the length of sequences."""
 
     sources: Identity[list[Annotated[Source, BeforeValidator(_source)]]] = Field(
@@ -230,7 +206,7 @@ class DataSettings(_Settings):
     )
 
 
-class OptimSettings(_Settings):
+class OptimSettings(Settings):
     """Optimizer: AdamW (Loshchilov and Hutter 2019), or Muon with AdamW (Jordan et al. 2024)."""
 
     name: Identity[Literal["adamw", "muon"]] = Field(
@@ -258,7 +234,7 @@ class OptimSettings(_Settings):
     )
 
 
-class ScheduleSettings(_Settings):
+class ScheduleSettings(Settings):
     """Learning-rate schedule: warmup, then cosine decay, or constant and linear decay (WSD)."""
 
     name: Identity[Literal["cosine", "wsd"]] = Field(
@@ -305,7 +281,7 @@ class ScheduleSettings(_Settings):
         return self
 
 
-class TrainingSettings(_Settings):
+class TrainingSettings(Settings):
     """Number of steps, batch sizes, precision, backend, logging."""
 
     epochs: Identity[float] = Field(
@@ -365,7 +341,7 @@ class TrainingSettings(_Settings):
         return self
 
 
-class ValidationSettings(_Settings):
+class ValidationSettings(Settings):
     """Validation loss and sample continuations during training."""
 
     every: Operation[int] = Field(
@@ -382,7 +358,7 @@ class ValidationSettings(_Settings):
     )
 
 
-class CheckpointSettings(_Settings):
+class CheckpointSettings(Settings):
     """When checkpoints are saved, and how many are kept."""
 
     every: Operation[int] = Field(
@@ -396,7 +372,7 @@ class CheckpointSettings(_Settings):
     )
 
 
-class DPOSettings(_Settings):
+class DPOSettings(Settings):
     """Direct preference optimization (Rafailov et al. 2023); only for the objective dpo."""
 
     loss: Identity[Literal["sigmoid", "ipo", "sigmoid_norm"]] = Field(
@@ -423,7 +399,7 @@ class DPOSettings(_Settings):
         return self
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """All settings of one training stage."""
 
     objective: Identity[Literal["pretrain", "sft", "dpo"]] = Field(

@@ -8,7 +8,7 @@ from minimind.config.settings import DataSettings, ModelSettings
 
 
 @pytest.mark.parametrize(
-    ("given", "path", "weight"),
+    ("value", "path", "weight"),
     [
         ("a.jsonl", "a.jsonl", 1.0),
         ("a.jsonl@3", "a.jsonl", 3.0),
@@ -16,8 +16,8 @@ from minimind.config.settings import DataSettings, ModelSettings
         ({"path": "a@3", "weight": 0.5}, "a@3", 0.5),
     ],
 )
-def test_sources_are_paths_with_a_weight(given: object, path: str, weight: float) -> None:
-    (source,) = DataSettings.model_validate({"sources": [given]}).sources
+def test_sources_are_paths_with_a_weight(value: object, path: str, weight: float) -> None:
+    (source,) = DataSettings.model_validate({"sources": [value]}).sources
     assert (source.path, source.weight) == (path, weight)
 
 
