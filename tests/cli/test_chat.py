@@ -306,7 +306,7 @@ def test_what_is_wrong_is_said_in_one_line(model_dir: Path, tmp_path: Path) -> N
         ([tmp_path / "nowhere"], "there is no such directory"),
         ([tmp_path], "is not a model directory"),
         ([wrong], "272 tokens but its model 273, so they do not belong together"),
-        ([model_dir, "--device", "cuda:99"], "device cuda:99 is not there"),
+        ([model_dir, "--device", "cuda:99"], "device cuda:99 is not available"),
         ([model_dir, "--temperature", "nan"], "temperature is nan; it must be"),
     ]:
         done = run(*arguments, stdin="你好\n")

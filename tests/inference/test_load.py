@@ -154,7 +154,7 @@ def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
 
 
 def test_what_is_missing_is_told(copy: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ResourceError, match="device cuda:99 is not there"):
+    with pytest.raises(ResourceError, match="device cuda:99 is not available"):
         load_for_inference(copy, "cuda:99")
     (copy / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
