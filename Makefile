@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.build --check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 	$(BIN)/python -m tests.processors avx2-1 --pytest "tests/inference tests/model tests/training/objectives"
 
 test-processors: $(READY)

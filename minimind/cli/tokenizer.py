@@ -70,12 +70,12 @@ def inspect(
     from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer.bpe import load_bpe
     from minimind.tokenizer.stats import SAMPLE_TEXTS, describe_vocabulary, measure
-    from minimind.tokenizer.train import sample_evenly
+    from minimind.tokenizer.train import sample_uniformly
 
     loaded = {str(directory): load_bpe(directory) for directory in tokenizers}
     texts = SAMPLE_TEXTS
     if data:
-        texts = sample_evenly(_texts(data, InvalidRecords()), _INSPECTED_MB << 20)
+        texts = sample_uniformly(_texts(data, InvalidRecords()), _INSPECTED_MB << 20)
     vocabularies = {name: describe_vocabulary(bpe) for name, bpe in loaded.items()}
     usages = {name: measure(bpe, texts) for name, bpe in loaded.items()}
     _show_vocabularies(vocabularies)

@@ -176,7 +176,7 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         """Tokenize text that the grammar requires, without changing a byte."""
-        [ids] = self._tokenizer.encode_sections([(text, "middle")])
+        [ids] = self._tokenizer.encode_segments([(text, "inline")])
         expected = text.encode()
         if b"".join(self.tokens[i] for i in ids) == expected:
             return ids

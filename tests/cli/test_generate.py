@@ -150,13 +150,13 @@ def test_what_is_wrong_is_said_in_one_line(
         ([model_dir, "长江" * 500], "", "tokens and the model's context is 256; shorten it"),
         ([model_dir, "a", "--temperature", "-1"], "", "temperature is -1.0; it must be"),
         ([model_dir, "a", "--top-p", "2"], "", "top-p is 2.0; it must be"),
-        ([model_dir, "a", "--device", "cuda:99"], "", "device cuda:99 is not there"),
+        ([model_dir, "a", "--device", "cuda:99"], "", "device cuda:99 is not available"),
         ([model_dir, "a", "--device", "gpu"], "", "device 'gpu' is not known"),
         ([tmp_path / "nowhere", "a"], "", "there is no such directory"),
         ([tmp_path, "a"], "", "is not a model directory: it has no config.json"),
         ([tmp_path / "file", "a"], "", "is not a model directory"),
         ([tokenizer_dir, "a"], "", "is not a model directory"),
-        ([wrong, "a"], "", "272 words and its model 273, so they do not belong together"),
+        ([wrong, "a"], "", "272 tokens but its model 273, so they do not belong together"),
     ]:
         done = run(*arguments, stdin=stdin)
         assert (done.exit_code, done.stdout) == (1, ""), arguments

@@ -116,7 +116,7 @@ def test_merge_keeps_the_dtype_of_the_base(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("chat", "run"), "holds a LoRA adapter and no model of its own"),
+        (("chat", "run"), "holds a LoRA adapter but no model"),
         (("sft", "--model", "run", "--data", "who.jsonl", "--out", "x"), "minimind merge MODEL"),
         (("chat", "base", "--adapter", "base"), "base is not a LoRA adapter"),
         (("generate", "base", "a", "--adapter", "no"), "no: there is no such directory"),

@@ -124,4 +124,4 @@ def test_a_numbered_gpu_is_the_only_one_that_its_process_sees(
 
 def test_a_device_that_is_not_there_is_told_once(place: Path) -> None:
     said = run(place, *NANO, "--tokenizer", "tokenizer", "--devices", "cuda:77", status=1)
-    assert said.count("device cuda:77 is not there") == 1
+    assert said.count("device cuda:77 is not available") == 1

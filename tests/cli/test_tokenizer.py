@@ -68,7 +68,7 @@ def test_inspect_compares_and_writes_the_figures(
     written = json.loads(metrics.read_text("utf-8"))
     assert written["measured_on"] == [str(texts)]
     ours, other = written["tokenizers"].values()
-    assert (ours["num_words"], other["num_words"]) == (600, 280)
+    assert (ours["num_tokens"], other["num_tokens"]) == (600, 280)
     assert ours["characters_per_token"]["Chinese"] > other["characters_per_token"]["Chinese"]
 
 

@@ -223,7 +223,7 @@ def test_what_is_not_there_is_named(place: Place) -> None:
 
 def test_a_device_that_is_not_there(place: Place) -> None:
     message = place.error(*place.pretrain, "--out", "no4", "--device", "cuda:77")
-    assert message.startswith("device cuda:77 is not there; this machine has: cpu")
+    assert message.startswith("device cuda:77 is not available; this machine has: cpu")
     assert "--device auto" in message
     (place.folder / "file").write_text("")
     assert place.error(*place.pretrain, "--out", "file").startswith("file is a file. --out")

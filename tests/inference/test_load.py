@@ -149,12 +149,12 @@ def test_a_loaded_model_is_in_eval_mode(model_dir: Path, model: Transformer) -> 
 
 def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
     train_tokenizer(["长江长江"], vocab_size=273).save(copy)
-    with pytest.raises(TokenizerError, match="has 273 words and its model 600, so they do not"):
+    with pytest.raises(TokenizerError, match="has 273 tokens but its model 600, so they do not"):
         load_for_inference(copy)
 
 
 def test_missing_files_and_devices_are_reported(copy: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ResourceError, match="device cuda:99 is not there"):
+    with pytest.raises(ResourceError, match="device cuda:99 is not available"):
         load_for_inference(copy, "cuda:99")
     (copy / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):

@@ -387,5 +387,5 @@ def test_a_tie_is_half_right() -> None:
 
 
 def test_settings_that_contradict_each_other() -> None:
-    with pytest.raises(ValueError, match="label_smoothing goes with the sigmoid losses"):
+    with pytest.raises(ValueError, match="label_smoothing applies to the sigmoid losses"):
         DPOSettings(loss="ipo", label_smoothing=0.1)
