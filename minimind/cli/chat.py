@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind.cli.generate import (
+from minimind.cli.options import (
     Adapter,
     Context,
     Device,
@@ -24,11 +24,9 @@ from minimind.cli.generate import (
     Temperature,
     TopK,
     TopP,
-    plain,
-    report_short_context,
-    stdin_lines,
-    stretched,
+    validated_context,
 )
+from minimind.cli.terminal import report_short_context, stdin_lines, strip_controls
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ResourceError, UsageError
 from minimind.paths import expand_user
@@ -75,7 +73,7 @@ def chat(
     """Talk with a model, here or at a service. In a pipe or a file, each line is a message."""
     if model is None and url is None:
         raise UsageError("give a MODEL, or the --url of a service")
-    context = stretched(context, rope_scaling)
+    context = validated_context(context, rope_scaling)
     if url is not None and (adapter or device != "auto" or int8 or context):
         raise UsageError(
             "--adapter, --device, --int8 and --context are the service's to choose, not --url's"
@@ -222,7 +220,7 @@ class _Conversation:
 
     def __init__(self, answer: "Answer", system: str) -> None:
         self._answer = answer
-        self._system = plain(system)
+        self._system = strip_controls(system)
         self._turns: list[Message] = []  # user, assistant, user, …
         self._first = 0  # the first turn that still fits into the context
 
@@ -231,7 +229,7 @@ class _Conversation:
         if not line.startswith("/"):
             return self.say(line)
         command, _, argument = line.partition(" ")
-        argument = plain(argument.strip())
+        argument = strip_controls(argument.strip())
         match command.rstrip():
             case "/reset":
                 self._turns, self._first = [], 0
@@ -256,7 +254,7 @@ class _Conversation:
 
         If the answer is interrupted, what was written of it is kept.
         """
-        question = {"role": "user", "content": plain(line.strip())}
+        question = {"role": "user", "content": strip_controls(line.strip())}
         if not question["content"]:
             return True
         seen = [*self._opening(), *self._turns[self._first :], question]
@@ -268,7 +266,7 @@ class _Conversation:
         self._first += left_out
         said = ""
         try:
-            for piece in map(plain, pieces):
+            for piece in map(strip_controls, pieces):
                 print(piece, end="", flush=True)
                 said += piece
         finally:
@@ -307,4 +305,4 @@ def _last_byte(file: io.BufferedRandom) -> bytes:
 
 def _tell(text: str) -> None:
     """Say something that is not an answer: on stderr, so that a pipe gets the answers alone."""
-    print(plain(text), file=sys.stderr, flush=True)
+    print(strip_controls(text), file=sys.stderr, flush=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console
-from minimind.cli.generate import Context, Device, MaxNewTokens, plain
+from minimind.cli.options import Context, Device, MaxNewTokens
+from minimind.cli.terminal import strip_controls
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ServiceError
 
@@ -108,7 +109,7 @@ class _Comparison:
         from minimind.evaluation.tasks import told
 
         self.failures.append(f"{what}: {told(error)}")
-        console.say(plain(f"{what} failed: {told(error)}"))
+        console.say(strip_controls(f"{what} failed: {told(error)}"))
 
     def open_judge(self, url: str) -> "Service | None":
         """Before anything is asked, so that a mistake is told at once."""
@@ -223,18 +224,18 @@ class _Comparison:
             told = console.count(
                 self.talk.bad.total, "line is no question", "lines are no questions"
             )
-            console.say(plain(f"{told}, the first: {self.talk.bad.first}"))
+            console.say(strip_controls(f"{told}, the first: {self.talk.bad.first}"))
         for name, metrics in self.metrics.items():
             if metrics["first_error"]:
                 console.say(
-                    plain(
+                    strip_controls(
                         f"{name}: {metrics['failed']:,} failed, the first: {metrics['first_error']}"
                     )
                 )
         if self.compared:
             console.say(f"All answers: {self.out / 'compare.html'}, .md and .json")
         for failure in self.failures:
-            console.say(plain(f"failed: {failure}"))
+            console.say(strip_controls(f"failed: {failure}"))
 
     def _show_tables(self) -> None:
         from minimind.evaluation.comparison import (
@@ -246,28 +247,31 @@ class _Comparison:
             ranking_rows,
         )
 
-        models = [plain(model) for model in self.metrics]
+        models = [strip_controls(model) for model in self.metrics]
         questions = self.compared["questions"]
 
         def shown(answer: dict[str, Any] | None) -> str:
             if answer is None or "error" in answer:
-                return "–" if answer is None else plain(f"failed: {answer['error']}")
-            text = plain(answer["answer"])
+                return "–" if answer is None else strip_controls(f"failed: {answer['error']}")
+            text = strip_controls(answer["answer"])
             cut = "…" if len(text) > _EXCERPT else ""
             return f"{text[:_EXCERPT]}{cut}\n({', '.join(describe_answer(answer))})"
 
         rows = [
-            [plain(one["question"]), *(shown(one["answers"].get(model)) for model in self.metrics)]
+            [
+                strip_controls(one["question"]),
+                *(shown(one["answers"].get(model)) for model in self.metrics),
+            ]
             for one in questions[:_SHOWN]
         ]
         title = "Answers" if len(questions) <= _SHOWN else f"The first {_SHOWN} answers"
         console.show(console.table(title, ["question", *models], rows))
         rows = metric_rows(self.compared)
         console.show(console.table("Metrics", ["", *models], rows, numbers=len(models)))
-        if rows := [[*map(plain, row)] for row in category_rows(self.compared)]:
+        if rows := [[*map(strip_controls, row)] for row in category_rows(self.compared)]:
             head = ["category", "questions", *models]
             console.show(console.table("By category", head, rows, numbers=len(head) - 1))
         if self.compared["judge"]:
-            rows = [[*map(plain, row)] for row in ranking_rows(self.compared)]
+            rows = [[*map(strip_controls, row)] for row in ranking_rows(self.compared)]
             console.show(console.table("Ranking", list(RANKING), rows, numbers=3))
-            console.say(plain(describe_judge(self.compared["judge"])))
+            console.say(strip_controls(describe_judge(self.compared["judge"])))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minimind.cli import console
-from minimind.cli.generate import Adapter, Context, Device
+from minimind.cli.options import Adapter, Context, Device
 from minimind.errors import MinimindError, UsageError
 
 if TYPE_CHECKING:
@@ -319,7 +319,9 @@ def _score(one: Metrics) -> str:
     if one.get("accuracy") is not None:
         kind = " by keywords" if "fluent" in one else ""
         return f"{one['accuracy']:.2%}{kind}"
-    return ", ".join(f"{name} {console.figure(v)}" for name, v in one.get("metrics", {}).items())
+    return ", ".join(
+        f"{name} {console.format_number(v)}" for name, v in one.get("metrics", {}).items()
+    )
 
 
 def _part(one: Metrics) -> str:

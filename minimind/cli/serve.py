@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minimind.cli.generate import Context, Device, Int8, RopeScaling, stretched
+from minimind.cli.options import Context, Device, Int8, RopeScaling, validated_context
 from minimind.environment import KEY_VARIABLE
 
 
@@ -66,7 +66,7 @@ def serve(
     from minimind.serving.models import find_adapters, find_models, load_models
 
     check_exposure(host, keys)
-    context = stretched(context, rope_scaling)
+    context = validated_context(context, rope_scaling)
     sources = find_models(models)
     sources |= find_adapters(adapter or [], sources)
     listening = server.bind(host, port)

@@ -361,7 +361,7 @@ def _summary(prepared: Prepared, outcome: TrainingResult) -> dict[str, Any]:
     first = {f"first_{name}": value for name, value in outcome.first.items()}
     best = outcome.best and {
         "best_step": outcome.best["step"],
-        f"best_{outcome.best['figure']}": outcome.best["value"],
+        f"best_{outcome.best['metric']}": outcome.best["value"],
     }
     return summary | first | outcome.validation | best
 

@@ -20,7 +20,7 @@ from minimind.cli import console
     ],
 )
 def test_figures_are_told_as_people_read_them(value: object, expected: str) -> None:
-    assert console.figure(value) == expected
+    assert console.format_number(value) == expected
 
 
 def test_text_is_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
