@@ -150,7 +150,7 @@ def _show(per_source: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> No
             ["\n".join(lines["first"]), reason, lines["lines"]]
             for reason, lines in total["bad_reasons"].items()
         ]
-        columns = ["first occurrence", "reason", "lines"]
+        columns = ["first line", "reason", "lines"]
         console.show(console.table("Invalid lines", columns, reasons, numbers=1))
     if total["unused_keys"]:
         unused = [
