@@ -1,9 +1,9 @@
-"""What a model says of itself, and what it still knows of the textbook, with and without adapters.
+"""Identity and retained knowledge of a model, with and without LoRA adapters.
 
     python benchmarks/lora_identity.py BASE RUN... --name NAME --author AUTHOR --json FILE
 
-Identity: all ways of asking that are held out, a right answer names what it has to. Knowledge: a
-sample of the textbook's quiz. All answers are greedy.
+Identity: all held-out phrasings; a correct answer contains the required names. Knowledge: a sample
+of the textbook quiz. Decoding is greedy.
 """
 
 import argparse
@@ -19,26 +19,35 @@ from minimind.inference.load import load_for_inference
 SHOWN = 8
 
 
-def metrics(base: Path, adapter: Path | None, fill: dict[str, str], size: int) -> dict[str, Any]:
+def metrics(
+    base: Path, adapter: Path | None, variables: dict[str, str], size: int
+) -> dict[str, Any]:
     model, tokenizer = load_for_inference(base, adapter=adapter)
-    asked = held_out_identity()
-    answers = answer_all(model, tokenizer, [one.question for one in asked], max_new_tokens=64)
-    right = [one.is_right(said, fill) for one, said in zip(asked, answers, strict=True)]
+    questions = held_out_identity()
+    answers = answer_all(
+        model, tokenizer, [question.question for question in questions], max_new_tokens=64
+    )
+    right = [
+        question.is_right(answer, variables)
+        for question, answer in zip(questions, answers, strict=True)
+    ]
     quiz = sample_quiz(size, seed=1)
-    told = answer_all(model, tokenizer, [one.question for one in quiz], max_new_tokens=64)
-    step = max(1, len(asked) // SHOWN)
+    quiz_answers = answer_all(model, tokenizer, [one.question for one in quiz], max_new_tokens=64)
+    step = max(1, len(questions) // SHOWN)
     return {
         "adapter": str(adapter) if adapter else None,
-        "identity": {"right": sum(right), "asked": len(asked)},
-        "quiz": {"right": sum(one.right for one in mark(quiz, told)), "asked": len(quiz)},
+        "identity": {"right": sum(right), "asked": len(questions)},
+        "quiz": {"right": sum(one.right for one in mark(quiz, quiz_answers)), "asked": len(quiz)},
         "answers": [
-            {"question": one.question, "answer": said, "right": good}
-            for one, said, good in list(zip(asked, answers, right, strict=True))[::step]
+            {"question": question.question, "answer": answer, "right": is_right}
+            for question, answer, is_right in list(zip(questions, answers, right, strict=True))[
+                ::step
+            ]
         ],
         "wrong": [
-            {"question": one.question, "answer": said}
-            for one, said, good in zip(asked, answers, right, strict=True)
-            if not good
+            {"question": question.question, "answer": answer}
+            for question, answer, is_right in zip(questions, answers, right, strict=True)
+            if not is_right
         ],
     }
 
@@ -51,16 +60,16 @@ def main() -> None:
     parser.add_argument("--author", default="李雷")
     parser.add_argument("--quiz", type=int, default=400)
     parser.add_argument("--json", type=Path, required=True)
-    given = parser.parse_args()
-    fill = {"name": given.name, "author": given.author}
-    found = [metrics(given.base, run, fill, given.quiz) for run in (None, *given.runs)]
-    for run, figure in zip(given.runs, found[1:], strict=True):
+    args = parser.parse_args()
+    variables = {"name": args.name, "author": args.author}
+    results = [metrics(args.base, run, variables, args.quiz) for run in (None, *args.runs)]
+    for run, result in zip(args.runs, results[1:], strict=True):
         summary = json.loads((run / "summary.json").read_text("utf-8"))
         keys = ("retention_loss", "first_retention_loss", "loss", "first_loss", "seconds", "steps")
-        figure |= {key: summary[key] for key in keys if key in summary}
-    given.json.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    for figure in found:
-        print({key: figure[key] for key in ("adapter", "identity", "quiz")})
+        result |= {key: summary[key] for key in keys if key in summary}
+    args.json.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    for result in results:
+        print({key: result[key] for key in ("adapter", "identity", "quiz")})
 
 
 if __name__ == "__main__":
