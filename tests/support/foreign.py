@@ -1,4 +1,4 @@
-"""Tokenizers in the shapes of models that people fine-tune, small, made for the tests."""
+"""Small tokenizers in the formats of popular foreign models."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ _CHATML = """\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# The question opens the answer, whether or not it is asked for.
+# The user turn always ends with the generation prompt.
 _MINIMIND2 = """\
 {% if messages[0]['role'] == 'system' %}\
 {{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\
@@ -133,7 +133,7 @@ _TAGS = ["<think>", "</think>", "<tool_response>", "</tool_response>"]
 _LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 _LLAMA3_TOKENS += ["<|start_header_id|>", "<|end_header_id|>"]
 
-# Template, control tokens, tags that are not called special, names, ids that end an answer.
+# Template, control tokens, tags not marked as special, names, stop ids.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": dict(
         template=_CHATML,
@@ -195,7 +195,7 @@ CHATTING = [name for name, shape in SHAPES.items() if shape["template"]]
 
 
 def make_tokenizer(name: str, directory: Path, texts: list[str]) -> Path:
-    """Write a tokenizer of this shape, as Hugging Face lays it out; 600 words at most."""
+    """Write a tokenizer of this kind in the Hugging Face layout; at most 600 tokens."""
     shape = SHAPES[name]
     bpe = _pieces(shape, texts) if "pieces" in shape else _byte_level(shape, texts)
     if bos := shape.get("bos"):
@@ -244,7 +244,7 @@ def _byte_level(shape: dict[str, Any], texts: list[str]) -> BPE:
 
 
 def _pieces(shape: dict[str, Any], texts: list[str]) -> BPE:
-    """As SentencePiece does, with bytes for what is no word."""
+    """Return a SentencePiece-style BPE with byte fallback."""
     bpe = BPE(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if shape["pieces"] == "each":
         bpe.normalizer = normalizers.Sequence(
@@ -262,7 +262,7 @@ def _pieces(shape: dict[str, Any], texts: list[str]) -> BPE:
     )
     special = shape["special"]
     in_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-    words = [line for text in texts for line in text.splitlines()]  # a line break stays a byte
+    words = [line for text in texts for line in text.splitlines()]  # line breaks stay bytes
     bpe.train_from_iterator(
         words,
         BpeTrainer(vocab_size=560, special_tokens=[*special, *in_bytes], show_progress=False),

@@ -1,4 +1,4 @@
-"""Run directories as training leaves them, written by hand."""
+"""Hand-written run directories with the layout of training."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def write_run(
     more: str = "",
     **summary: Any,
 ) -> Path:
-    """A finished run; summary={} of one figure more, or `finished=False` for none at all."""
+    """Write a finished run with extra summary metrics, or one without a summary."""
     folder.mkdir(parents=True)
     lines = usual_metrics() if metrics is None else metrics
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
