@@ -10,7 +10,7 @@ from minimind.cli.options import Json, Run
 from minimind.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from minimind.training.checkpoint import Inspected
+    from minimind.training.checkpoint import CheckpointInfo
 
 app = typer.Typer(help="List, verify and extract the checkpoints of a run.", no_args_is_help=True)
 
@@ -38,7 +38,7 @@ def extract(
     ] = None,
 ) -> None:
     """Export a checkpoint as a model directory, or as an adapter for a LoRA run."""
-    from minimind.training.stage import extract_checkpoint
+    from minimind.training.extract import extract_checkpoint
 
     extracted = extract_checkpoint(run, step, out)
     console.say(f"The checkpoint of step {extracted:,} is in {out}")
@@ -48,7 +48,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     """Print the table of checkpoints; return the number of damaged ones."""
     from minimind.training.checkpoint import damaged_checkpoints, inspect_checkpoints
 
-    inspected = inspect_checkpoints(run, thorough=thorough)
+    inspected = inspect_checkpoints(run, verify_hashes=thorough)
     if not inspected:
         raise CheckpointError(
             f"{run}: there are no checkpoints; give a run directory that has saved one"
@@ -84,7 +84,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     return damaged
 
 
-def _metrics(checkpoint: "Inspected", all_of_run: list["Inspected"]) -> dict[str, Any]:
+def _metrics(checkpoint: "CheckpointInfo", all_of_run: list["CheckpointInfo"]) -> dict[str, Any]:
     """Return the description of a checkpoint for the table and the JSON file."""
     from minimind.training.checkpoint import best_step
     from minimind.training.trainer import selection_metric
@@ -100,5 +100,5 @@ def _metrics(checkpoint: "Inspected", all_of_run: list["Inspected"]) -> dict[str
         "validation": {name: validation[name]} if validation and name else {},
         "newest": checkpoint is all_of_run[-1],
         "best": checkpoint.step == best_step(all_of_run),
-        "trouble": checkpoint.trouble,
+        "trouble": checkpoint.error,
     }

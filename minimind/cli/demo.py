@@ -260,7 +260,7 @@ def _train(recipe: "Recipe", tokens_of_all_stages: int) -> "StageResult":
     per_step = recipe.training.global_batch_size * recipe.data.seq_len
     is_first = recipe.objective == "pretrain"
     reporter = _EstimatingReporter(tokens_of_all_stages, per_step if is_first else 0)
-    result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
+    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter))
     if not result.finished:
         console.say("stopped; run the same command again to resume")
         raise typer.Exit(130)

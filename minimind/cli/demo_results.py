@@ -75,10 +75,10 @@ def _continuations(
     from minimind.inference.generate import continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
-    from minimind.training.build import new_model
+    from minimind.training.build import build_initial_model
 
     pretrained, tokenizer = load_for_inference(out / "pretrain", pretrain.device)
-    untrained = new_model(pretrain, tokenizer).to(choose_device(pretrain.device))
+    untrained = build_initial_model(pretrain, tokenizer).to(choose_device(pretrain.device))
     prompts = [question.question for question in questions]
     before = continue_all(untrained, tokenizer, prompts, max_new_tokens=24)
     prompts = [f"问：{prompt}答：" for prompt in prompts]

@@ -67,28 +67,28 @@ def _show(estimate: "Plan") -> None:
         ("device", f"{estimate.device}, {estimate.precision}".removesuffix(", ?")),
         ("tokens in the data, approximately", estimate.data_tokens),
         ("steps", estimate.steps),
-        ("batch", f"{console.pluralize(estimate.batch, 'sequence')} of {estimate.seq_len} tokens"),
+        ("global batch size, sequences", estimate.global_batch_size),
+        ("sequence length, tokens", estimate.seq_len),
         ("training tokens", estimate.tokens),
-        ("FLOPs per token", f"{estimate.flops_a_token / 1e6:,.0f} million"),
+        ("FLOPs per token", f"{estimate.flops_per_token / 1e6:,.0f} million"),
     ]
     if estimate.tokens:
-        rows.append(("total FLOPs", f"{estimate.flops_a_token * estimate.tokens:.2e}"))
+        rows.append(("total FLOPs", f"{estimate.flops_per_token * estimate.tokens:.2e}"))
     if estimate.tokens_per_second:
         rows.append(("tokens per second, measured", estimate.tokens_per_second))
     if estimate.seconds:
         rows.append(("total time", duration(estimate.seconds)))
     console.show(console.table("Plan", ["metric", "value"], rows, numbers=1))
     parts = [(name, size(part)) for name, part in estimate.memory.items()]
-    title = (
-        f"Memory with a micro-batch of {console.pluralize(estimate.micro_batch or 1, 'sequence')}"
-    )
+    micro_batch = console.pluralize(estimate.micro_batch_size or 1, "sequence")
+    title = f"Memory with a micro-batch of {micro_batch}"
     console.show(console.table(title, ["part", "size"], [*parts, ("total", size(total))], 1))
     by_micro_batch: dict[object, list[str]] = {}
     for choice in estimate.choices:
-        fits = estimate.memory_given is None or choice["bytes"] <= estimate.memory_given
+        fits = estimate.memory_limit is None or choice["bytes"] <= estimate.memory_limit
         cell = size(choice["bytes"]) + ("" if fits else " (too much)")
-        by_micro_batch.setdefault(choice["micro_batch"], []).append(cell)
-    limit = "any memory" if estimate.memory_given is None else size(estimate.memory_given)
+        by_micro_batch.setdefault(choice["micro_batch_size"], []).append(cell)
+    limit = "any memory" if estimate.memory_limit is None else size(estimate.memory_limit)
     console.show(
         console.table(
             f"Micro-batch sizes that fit into {limit}",
@@ -101,20 +101,20 @@ def _show(estimate: "Plan") -> None:
 
 
 def _verdict(estimate: "Plan") -> str:
-    if estimate.micro_batch:
+    if estimate.micro_batch_size:
         need = sum(estimate.memory.values())
-        if estimate.memory_given is not None and need > estimate.memory_given:
+        if estimate.memory_limit is not None and need > estimate.memory_limit:
             return (
-                f"training.micro_batch_size={estimate.micro_batch} of the recipe does not fit; "
-                "choose a size from the table that does"
+                f"Recipe: training.micro_batch_size={estimate.micro_batch_size}. It does not fit; "
+                "choose a size from the table that fits"
             )
         recompute = " training.activation_checkpointing=true" * estimate.activation_checkpointing
-        return f"It fits with training.micro_batch_size={estimate.micro_batch}{recompute}"
-    fitting = [c for c in estimate.choices if c["bytes"] <= (estimate.memory_given or 0)]
+        return f"It fits with training.micro_batch_size={estimate.micro_batch_size}{recompute}"
+    fitting = [c for c in estimate.choices if c["bytes"] <= (estimate.memory_limit or 0)]
     if fitting:
         return (
             "It fits with training.activation_checkpointing=true "
-            f"training.micro_batch_size={fitting[-1]['micro_batch']}"
+            f"training.micro_batch_size={fitting[-1]['micro_batch_size']}"
         )
     return "It does not fit: use a smaller model (model.preset) or a shorter data.seq_len"
 

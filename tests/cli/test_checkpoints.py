@@ -80,7 +80,7 @@ def test_list_finds_missing_and_truncated_files(here: Path, verb: str) -> None:
         stream.write(b"more")
     (home / "step-00000030" / "state.json").write_text('{"validated": 31}')
     (home / "step-00000040").write_text("a file")
-    shutil.copytree(home / "step-00000030", home / ".making-00000050")
+    shutil.copytree(home / "step-00000030", home / ".tmp-00000050")
     done, found = metrics(verb, here)
     assert done.exit_code == (1 if verb == "verify" else 0)
     assert list(found) == [10, 20, 25, 30, 40]
@@ -110,16 +110,15 @@ def test_extract_names_the_available_steps(here: Path) -> None:
     done = run("extract", here, "--step", 15, "--out", "out")
     assert done.exit_code == 1
     assert done.stderr == (
-        "error: run: there is no checkpoint of step 15; kept are 10, 20, 25, 30\n"
+        "error: run: there is no checkpoint of step 15; available: 10, 20, 25, 30\n"
     )
     shutil.rmtree(here / "checkpoints" / "step-00000020")
     done = run("extract", here, "--out", "out")
     assert done.stderr == (
-        "error: run: there is no checkpoint of step 20, the best that is known; "
-        "kept are 10, 25, 30\n"
+        "error: run: there is no checkpoint of step 20, which was the best; available: 10, 25, 30\n"
     )
     done = run("extract", "nowhere", "--out", "out")
-    assert done.stderr.startswith("error: nowhere: there are no checkpoints; give a run directory")
+    assert done.stderr.startswith("error: nowhere has no checkpoints; give a run directory")
 
 
 def test_a_missing_run_prints_one_line(here: Path) -> None:

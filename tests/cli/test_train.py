@@ -226,7 +226,7 @@ def test_a_missing_device_is_an_error(place: Place) -> None:
     assert message.startswith("device cuda:77 is not there; this machine has: cpu")
     assert "--device auto" in message
     (place.folder / "file").write_text("")
-    assert place.error(*place.pretrain, "--out", "file").startswith("file is a file; --out")
+    assert place.error(*place.pretrain, "--out", "file").startswith("file is a file. --out")
 
 
 def test_contradictory_arguments(place: Place) -> None:

@@ -72,7 +72,7 @@ def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -
     def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
         real(path, *arguments, **options)
         name = Path(path).name
-        if name.startswith(".making-") and int(name.removeprefix(".making-")) >= step:
+        if name.startswith(".tmp-") and int(name.removeprefix(".tmp-")) >= step:
             os.mkdir = real
             free = shutil.disk_usage(run).free
             (run.parent / "ballast").write_bytes(bytes(max(0, free - room)))
