@@ -1,9 +1,9 @@
-"""Identity and retained knowledge of a model, with and without LoRA adapters.
+"""Identity and knowledge of a model with and without adapters.
 
     python benchmarks/lora_identity.py BASE RUN... --name NAME --author AUTHOR --json FILE
 
-Identity: all held-out phrasings; a correct answer contains the required names. Knowledge: a sample
-of the textbook quiz. Decoding is greedy.
+Identity: all held-out identity questions; a right answer contains the name or the author.
+Knowledge: a sample of the textbook's quiz. All answers are greedy.
 """
 
 import argparse
@@ -16,38 +16,29 @@ from minimind.evaluation.quiz import mark
 from minimind.inference.generate import answer_all
 from minimind.inference.load import load_for_inference
 
-SHOWN = 8
+NUM_EXAMPLES = 8
 
 
 def metrics(
-    base: Path, adapter: Path | None, variables: dict[str, str], size: int
+    base: Path, adapter: Path | None, variables: dict[str, str], quiz_size: int
 ) -> dict[str, Any]:
     model, tokenizer = load_for_inference(base, adapter=adapter)
     questions = held_out_identity()
-    answers = answer_all(
-        model, tokenizer, [question.question for question in questions], max_new_tokens=64
-    )
-    right = [
-        question.is_right(answer, variables)
-        for question, answer in zip(questions, answers, strict=True)
+    answers = answer_all(model, tokenizer, [q.question for q in questions], max_new_tokens=64)
+    results = [
+        {"question": q.question, "answer": answer, "right": q.is_right(answer, variables)}
+        for q, answer in zip(questions, answers, strict=True)
     ]
-    quiz = sample_quiz(size, seed=1)
-    quiz_answers = answer_all(model, tokenizer, [one.question for one in quiz], max_new_tokens=64)
-    step = max(1, len(questions) // SHOWN)
+    quiz = sample_quiz(quiz_size, seed=1)
+    quiz_answers = answer_all(model, tokenizer, [q.question for q in quiz], max_new_tokens=64)
+    marked = mark(quiz, quiz_answers)
     return {
         "adapter": str(adapter) if adapter else None,
-        "identity": {"right": sum(right), "asked": len(questions)},
-        "quiz": {"right": sum(one.right for one in mark(quiz, quiz_answers)), "asked": len(quiz)},
-        "answers": [
-            {"question": question.question, "answer": answer, "right": is_right}
-            for question, answer, is_right in list(zip(questions, answers, right, strict=True))[
-                ::step
-            ]
-        ],
+        "identity": {"right": sum(r["right"] for r in results), "questions": len(results)},
+        "quiz": {"right": sum(answer.right for answer in marked), "questions": len(quiz)},
+        "answers": results[:: max(1, len(results) // NUM_EXAMPLES)],
         "wrong": [
-            {"question": question.question, "answer": answer}
-            for question, answer, is_right in zip(questions, answers, right, strict=True)
-            if not is_right
+            {"question": r["question"], "answer": r["answer"]} for r in results if not r["right"]
         ],
     }
 

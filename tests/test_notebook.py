@@ -16,7 +16,7 @@ SMALLER = {
     "50_000": "400",
     "5_000": "100",
     "2_000": "80",
-    '"exam_questions": 500': '"exam_questions": 20',
+    '"multiple_choice_questions": 500': '"multiple_choice_questions": 20',
     "vocab_size=3200": "vocab_size=500",
     "limit=40": "limit=4",
 }

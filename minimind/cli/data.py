@@ -29,8 +29,8 @@ def inspect(
     ] = 3,
     json: Json = None,
 ) -> None:
-    """Describe datasets: schemas, counts, lengths, duplicates, invalid lines, samples."""
-    from minimind.data.read import list_files
+    """Describe datasets: schemas, counts, lengths, duplicates, invalid records, samples."""
+    from minimind.data.input_files import list_files
     from minimind.data.schemas import SCHEMAS
     from minimind.data.stats import DatasetStats, inspect_data
     from minimind.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def stores(
             one.kind,
             one.tokens,
             f"{one.num_bytes / 1e6:,.1f}",
-            f"{datetime.fromtimestamp(one.made):%Y-%m-%d %H:%M}",
+            f"{datetime.fromtimestamp(one.created):%Y-%m-%d %H:%M}",
             "\n".join([*one.files[:3], *(["…"] if len(one.files) > 3 else [])]),
         ]
         for one in chosen
@@ -130,14 +130,14 @@ def _show(per_source: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> No
     console.show(console.table("Data", ["#", "name", "files", "MB"], sizes, numbers=2))
     if len(rows) > 1:
         rows["total"] = total
-    columns = ["#", "schema", "records", "single-turn", "multi-turn", "duplicates", "invalid lines"]
+    columns = ["#", "schema", "records", "single-turn", "multi-turn", "duplicates", "invalid"]
     records = [
         [
             number,
             ", ".join(metrics["schemas"]),
             *(metrics[name] for name in ("records", "single_turn", "multi_turn")),
-            f"{'' if metrics['copies_are_exact'] else 'about '}{metrics['copies']:,}",
-            metrics["bad_lines"],
+            f"{'' if metrics['duplicates_are_exact'] else 'about '}{metrics['duplicates']:,}",
+            metrics["invalid_records"],
         ]
         for number, metrics in rows.items()
     ]
@@ -145,13 +145,13 @@ def _show(per_source: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> No
     _show_lengths("characters", "Chinese", rows, lambda f: f"{f['chinese_share']:.0%}")
     if total["tokens"]:
         _show_lengths("tokens", "characters per token", rows, _characters_per_token)
-    if total["bad_lines"]:
+    if total["invalid_records"]:
         reasons = [
-            ["\n".join(lines["first"]), reason, lines["lines"]]
-            for reason, lines in total["bad_reasons"].items()
+            ["\n".join(records["first"]), reason, records["records"]]
+            for reason, records in total["invalid_reasons"].items()
         ]
-        columns = ["first line", "reason", "lines"]
-        console.show(console.table("Invalid lines", columns, reasons, numbers=1))
+        columns = ["first", "reason", "records"]
+        console.show(console.table("Invalid records", columns, reasons, numbers=1))
     if total["unused_keys"]:
         unused = [
             [number, key, count]

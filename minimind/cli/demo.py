@@ -43,7 +43,7 @@ _CORPUS = {
     "single_turn": 300_000,
     "multi_turn": 20_000,
     "preference_pairs": 12_000,
-    "exam_questions": 2_000,
+    "multiple_choice_questions": 2_000,
 }
 
 
@@ -170,12 +170,13 @@ def _write_corpus(corpus: Path) -> None:
 
 def _train_tokenizer(directory: Path, corpus: Path) -> None:
     """Train the tokenizer unless it exists, and report its compression on held-out text."""
-    from minimind.data.read import InvalidRecords, read_texts
+    from minimind.data.invalid import InvalidRecords
+    from minimind.data.read import read_texts
     from minimind.tokenizer import Tokenizer, train_tokenizer
 
     if not directory.is_dir():
         # Without the dialogues: their set phrases would become tokens that span whole questions.
-        texts = read_texts([corpus / "pretrain.jsonl"], bad=InvalidRecords())
+        texts = read_texts([corpus / "pretrain.jsonl"], invalid=InvalidRecords())
         with _new_directory(directory) as temporary:
             train_tokenizer(texts, vocab_size=_VOCAB_SIZE).save(temporary)
     text = (corpus / "held-out.jsonl").read_text("utf-8")

@@ -30,10 +30,10 @@ def evaluate_demo(
 
     stages: the training summary of each stage.
     """
-    from minimind.data.textbook import eight, sample_quiz
+    from minimind.data.textbook import demo_questions, sample_quiz
 
     device = pretrain.device
-    questions, quiz = eight(), sample_quiz(_QUIZ_QUESTIONS, seed=seed)
+    questions, quiz = demo_questions(), sample_quiz(_QUIZ_QUESTIONS, seed=seed)
     before_training, after_pretraining = _continuations(out, pretrain, questions)
     eight_tuned, quiz_tuned = _answer(out / "sft-multi", device, questions, quiz)
     eight_final, quiz_final = _answer(out / "model", device, questions, quiz)

@@ -12,7 +12,7 @@ from minimind.cli.options import Json
 from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
-    from minimind.data.read import InvalidRecords
+    from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer.stats import Usage, Vocabulary
 
 app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True)
@@ -33,7 +33,7 @@ def train(
     ] = 12,
 ) -> None:
     """Train a byte-level BPE tokenizer on an even sample of the data."""
-    from minimind.data.read import InvalidRecords
+    from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer import train_tokenizer
 
     if (out / "tokenizer.json").exists():
@@ -41,15 +41,15 @@ def train(
             f"{out} already contains a tokenizer that models may depend on; "
             "choose another --out, or delete it"
         )
-    bad = InvalidRecords()
-    texts = _texts(data, bad)
+    invalid = InvalidRecords()
+    texts = _texts(data, invalid)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder fails before the long work
     tokenizer = train_tokenizer(
         _with_notice(texts), vocab_size=vocab_size, sample_bytes=sample_mb << 20
     )
     tokenizer.save(out)
-    if bad.total:
-        console.say(f"skipped {bad.total:,} invalid lines; the first: {bad.first}")
+    if invalid.total:
+        console.say(f"skipped {invalid.total:,} invalid records; the first: {invalid.first}")
     if tokenizer.vocab_size < vocab_size:
         console.say(f"The text has enough pairs for only {tokenizer.vocab_size:,} tokens.")
     console.say(f"The tokenizer with {tokenizer.vocab_size:,} tokens is in {out}.")
@@ -68,7 +68,7 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Compare tokenizers: vocabulary by script, and characters per token by language."""
-    from minimind.data.read import InvalidRecords
+    from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer.bpe import load_bpe
     from minimind.tokenizer.stats import SAMPLE_TEXTS, describe_vocabulary, measure
     from minimind.tokenizer.train import sample_evenly
@@ -86,22 +86,24 @@ def inspect(
         console.write_json(json, {"measured_on": data or [], "tokenizers": metrics})
 
 
-def _texts(data: list[str], bad: "InvalidRecords") -> Iterator[str]:
+def _texts(data: list[str], invalid: "InvalidRecords") -> Iterator[str]:
     """Yield all texts of the data under a progress bar. Raises DataError if none is valid."""
-    from minimind.data.read import list_files
+    from minimind.data.input_files import list_files
 
     files = [file for path in data for file in list_files(path)]
-    return _read(files, bad)
+    return _read(files, invalid)
 
 
-def _read(files: list[Path], bad: "InvalidRecords") -> Iterator[str]:
+def _read(files: list[Path], invalid: "InvalidRecords") -> Iterator[str]:
     from minimind.data.read import read_texts
 
     with console.make_progress("byte") as bar:
         task = bar.add_task("reading", total=sum(file.stat().st_size for file in files), note="")
-        yield from read_texts(files, bad=bad, progress=lambda count: bar.advance(task, count))
-    if not bad.good:
-        bad.check(0.0, final=True)
+        yield from read_texts(
+            files, invalid=invalid, progress=lambda count: bar.advance(task, count)
+        )
+    if not invalid.num_valid:
+        invalid.check(0.0, final=True)
 
 
 def _with_notice(texts: Iterator[str]) -> Iterator[str]:

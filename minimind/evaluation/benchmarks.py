@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.hub import download_hint
-from minimind.data.read import InvalidRecords, read_objects
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_objects
 from minimind.errors import DataError
 from minimind.paths import expand_user
 
@@ -232,7 +233,7 @@ def _questions(exam: Benchmark, files: Sequence[tuple[str | None, str, Path]]) -
             except ValueError as error:
                 found.bad.add(path, line, str(error), row)
                 continue
-            found.bad.good += 1
+            found.bad.num_valid += 1
             ids[question.id] += 1
             if ids[question.id] > 1:  # results go by it
                 question = replace(question, id=f"{question.id} ({ids[question.id]})")
@@ -247,7 +248,7 @@ def _questions(exam: Benchmark, files: Sequence[tuple[str | None, str, Path]]) -
 
 
 def _records(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
-    for _, line, row in read_objects([path], bad=bad):
+    for _, line, row in read_objects([path], invalid=bad):
         yield line, row
 
 

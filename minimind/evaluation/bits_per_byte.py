@@ -6,7 +6,9 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from minimind.data.read import InvalidRecords, list_files, read_texts
+from minimind.data.input_files import list_files
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_texts
 from minimind.errors import DataError, UsageError
 from minimind.evaluation.scoring import Row, windows
 from minimind.evaluation.statistics import ratio_interval
@@ -44,7 +46,7 @@ class BitsPerByte:
 
         def all_of_them() -> Iterator[tuple[str, str]]:
             for file in self._files:
-                for number, text in enumerate(read_texts([file], bad=bad)):
+                for number, text in enumerate(read_texts([file], invalid=bad)):
                     if text:
                         yield f"{file}#{number}", without_surrogates(text)
 

@@ -17,7 +17,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from minimind.data.read import InvalidRecords, list_files, read_texts
+from minimind.data.input_files import list_files
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_texts
 
 _BASE = numpy.uint64(0x9E3779B97F4A7C15)  # odd, with bits all over
 _TABLE_BITS = numpy.uint64(24)
@@ -89,7 +91,7 @@ def find_contamination(
     bad = InvalidRecords()
     for path in data:
         for file in list_files(path):
-            for text in _pieces(read_texts([file], bad=bad, progress=progress)):
+            for text in _pieces(read_texts([file], invalid=bad, progress=progress)):
                 result.characters += len(text)
                 for finder, units_of in ((chinese, _characters), (english, words.units)):
                     if finder.waits:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.hub import download_hint
-from minimind.data.read import InvalidRecords, read_objects
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_objects
 from minimind.data.textbook import is_fluent, is_right, sample_quiz
 from minimind.errors import DataError
 from minimind.evaluation.number_extraction import is_same_number, last_number
@@ -134,14 +135,14 @@ def arithmetic_task(name: str, places: Sequence[str], limit: int | None) -> Gene
     asked, golden, splits, longest = _ARITHMETIC[name]
     bad = InvalidRecords()
     questions = []
-    for _, line, row in read_objects(_arithmetic_files(name, places), bad=bad):
+    for _, line, row in read_objects(_arithmetic_files(name, places), invalid=bad):
         if row.get("split", splits[0]) not in splits:
             continue
         question, answer = row.get(asked), str(row.get(golden, "")).rpartition("####")[2].strip()
         if not isinstance(question, str) or last_number(answer) is None:
             bad.add(Path(name), line, f"no {asked}, or no number in {golden}", row)
             continue
-        bad.good += 1
+        bad.num_valid += 1
         questions.append(
             GenerativeQuestion(
                 f"{name}-{line}",

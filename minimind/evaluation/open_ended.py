@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minimind.data.read import InvalidRecords, list_files, read_objects
-from minimind.data.textbook import EIGHT
+from minimind.data.input_files import list_files
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_objects
+from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.errors import DataError
 from minimind.evaluation.degeneration import Answered, describe, summarise
 from minimind.evaluation.tasks import (
@@ -45,10 +47,10 @@ def read_prompts(
     none.
     """
     if place is None:
-        prompts = [Prompt(str(n), question) for n, question in enumerate(EIGHT, start=1)]
-        return spread(prompts, limit), InvalidRecords(good=len(prompts))
+        prompts = [Prompt(str(n), question) for n, question in enumerate(DEMO_QUESTIONS, start=1)]
+        return spread(prompts, limit), InvalidRecords(num_valid=len(prompts))
     bad, prompts, taken = InvalidRecords(), [], Counter[str]()
-    for file, line, row in read_objects(list_files(place), bad=bad):
+    for file, line, row in read_objects(list_files(place), invalid=bad):
         if ".txt" in (suffix.lower() for suffix in file.suffixes):
             texts = str(row["text"]).split("\n")
             found = [Prompt(str(n), text.strip()) for n, text in enumerate(texts, start=line)]
@@ -58,7 +60,7 @@ def read_prompts(
                 bad.add(file, line, f"no question; it has: {', '.join(map(str, row))}", row)
         for prompt in found:
             if prompt.question:
-                bad.good += 1
+                bad.num_valid += 1
                 taken[prompt.id] += 1
                 again = f" {taken[prompt.id]}" if taken[prompt.id] > 1 else ""
                 prompts.append(Prompt(prompt.id + again, prompt.question, prompt.category))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from minimind.data.read import InvalidRecords
+from minimind.data.invalid import InvalidRecords
 from minimind.errors import MinimindError
 from minimind.evaluation.encoding import PromptEncoder
 from minimind.evaluation.scoring import Row, Scorer

@@ -180,7 +180,7 @@ def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
             tokenizer,
             kind=KINDS[recipe.objective],
             schema=source.record_schema,
-            fill=data.variables,
+            variables=data.variables,
         )
         for source in data.sources
     ]

@@ -63,9 +63,9 @@ def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Sto
         ],
         [_open_store(source, None, settings, tokenizer, reporter) for source in settings.retention],
     )
-    filled = [store.manifest["filled"] for store in stores.all]
+    filled = [store.manifest["substituted"] for store in stores.all]
     for key in sorted(settings.variables.keys() - set().union(*filled)):
-        reporter.say(f"data.variables.{key} fills nothing: no record contains {{{{{key}}}}}")
+        reporter.say(f"data.variables.{key} is not used: no record contains {{{{{key}}}}}")
     return stores
 
 
@@ -97,9 +97,9 @@ def _open_store(
             tokenizer,
             kind=kind,
             schema=source.record_schema,
-            fill=settings.variables,
+            variables=settings.variables,
             validation_fraction=validation_fraction,
-            max_bad_fraction=settings.max_invalid_fraction,
+            max_invalid_fraction=settings.max_invalid_fraction,
             folder=folder,
             progress=progress,
             say=reporter.say,
@@ -110,7 +110,7 @@ def _open_store(
 
 def data_sha256(stores: Stores) -> str:
     """Return the SHA-256 of the data files and of how they were tokenized."""
-    keys = ("kind", "schema", "fill", "validation_fraction", "tokenizer_sha256")
+    keys = ("kind", "schema", "variables", "validation_fraction", "tokenizer_sha256")
     described = [
         [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
         for store in stores.all
@@ -174,8 +174,8 @@ def _describe_packing(packed: ChatSequences | PairSequences) -> str:
     report, pairs = packed.report, isinstance(packed, PairSequences)
     identical = f", {report.identical:,} because both sides are the same" * pairs
     return (
-        f"{pluralize(report.conversations, 'pair' if pairs else 'conversation')} in "
-        f"{pluralize(report.sequences, 'sequence')}, {report.fill:.1%} full; "
-        f"{report.cut:,} truncated, {report.unsupervised:,} left out because no "
+        f"{pluralize(report.items, 'pair' if pairs else 'conversation')} in "
+        f"{pluralize(report.sequences, 'sequence')}, {report.packing_efficiency:.1%} full; "
+        f"{report.truncated:,} truncated, {report.unsupervised:,} left out because no "
         f"answer was left{identical}"
     )

@@ -17,7 +17,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
-from minimind.data.read import InvalidRecords, read_records
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_records
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
@@ -92,7 +93,7 @@ def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 def saved(path: Path) -> list[list[dict[str, str]]]:
     """The conversations, as a fine-tuning run reads them."""
     bad = InvalidRecords()
-    found = [record.messages or [] for record in read_records([path], bad=bad)]
+    found = [record.messages or [] for record in read_records([path], invalid=bad)]
     assert not bad.total
     return found
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
 from minimind.config.settings import LoRASettings
-from minimind.data.textbook import EIGHT
+from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.model import apply_lora, load_model, save_adapter
 from minimind.model.lora import LoRALinear
 from minimind.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def test_the_eight_questions_to_two_models(models: Path, tmp_path: Path) -> None
     found = written(tmp_path)
     assert json.loads((tmp_path / "also.json").read_text("utf-8")) == found
     assert list(found["models"]) == ["tiny", "other"]
-    assert [one["question"] for one in found["questions"]] == list(EIGHT)
+    assert [one["question"] for one in found["questions"]] == list(DEMO_QUESTIONS)
     for name, metrics in found["models"].items():
         assert (metrics["answers"], metrics["failed"], metrics["tokens"]) == (8, 0, 20)
         assert metrics["never_end"] == 1
@@ -55,7 +55,7 @@ def test_the_eight_questions_to_two_models(models: Path, tmp_path: Path) -> None
         }
         assert said == {one["id"]: one["answers"][name]["answer"] for one in found["questions"]}
     for page in ("compare.html", "compare.md"):
-        assert EIGHT[0] in (tmp_path / "out" / page).read_text("utf-8")
+        assert DEMO_QUESTIONS[0] in (tmp_path / "out" / page).read_text("utf-8")
     assert "100.0% (67.6% – 100.0%)" in done.output
     again = run(tmp_path, *words)
     assert again.exit_code == 0
@@ -151,7 +151,7 @@ def test_other_questions_or_ways_are_refused(models: Path, tmp_path: Path) -> No
     [
         (("--temperature", "3"), "less than or equal to 2"),
         (("--prompts", "gone.txt"), "no such file"),
-        (("--prompts", __file__), "unknown kind of file"),
+        (("--prompts", __file__), "unsupported file format"),
     ],
 )
 def test_bad_input(models: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
@@ -225,7 +225,7 @@ def test_a_judge_that_accepts_no_temperature_judges_and_it_is_said(
         done = run(tmp_path, *words, "--judge", judge.url)
     assert done.exit_code == 0, done.output
     assert written(tmp_path)["judge"]["read"] == 4
-    assert "judge: the service refuses temperature: its defaults hold" in done.output
+    assert "judge: the service rejects temperature; its defaults apply" in done.output
     assert {body["max_completion_tokens"] for body in judge.asked} == {2048}
 
 

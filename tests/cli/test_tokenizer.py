@@ -74,7 +74,7 @@ def test_invalid_lines_are_skipped_and_reported(texts: Path, tmp_path: Path) -> 
     texts.write_bytes(b"{broken\n" + texts.read_bytes())
     done = run("train", texts, "--out", tmp_path / "out", "--vocab-size", 280)
     assert done.exit_code == 0, done.output
-    assert "skipped 1 invalid lines;" in done.output
+    assert "skipped 1 invalid records;" in done.output
     assert ":1: not JSON" in done.output
 
 

@@ -128,7 +128,7 @@ def test_pretrain_sft_dpo_and_finished_runs(place: Place) -> None:
     assert "The adapter is in out/dpo-lora/adapter" in place.run_here(*adapters).stdout
     message = place.error(*place.dpo, "--model", "out/chat", "--out", "no", "--data", "chat.jsonl")
     assert (
-        "chat.jsonl: no preference pairs found (records left out: 100 no preference pairs)"
+        "chat.jsonl: no preference pairs found (skipped records: 100 no preference pairs)"
         in message
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minimind.data.textbook import EIGHT
+from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.errors import DataError, ServiceError, UsageError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
@@ -40,7 +40,7 @@ def rows(path: Path, *values: dict[str, Any]) -> str:
 
 def test_the_eight_questions_are_built_in() -> None:
     prompts, bad = read_prompts()
-    assert tuple(prompt.question for prompt in prompts) == EIGHT
+    assert tuple(prompt.question for prompt in prompts) == DEMO_QUESTIONS
     assert [prompt.id for prompt in prompts] == list("12345678")
     assert bad.total == 0
     assert len(read_prompts(limit=3)[0]) == 3
@@ -78,7 +78,7 @@ def test_records_of_many_kinds(tmp_path: Path) -> None:
         Prompt("5", "翻译\nhello"),
         Prompt("81 2", "戊？"),
     ]
-    assert (bad.good, bad.total) == (6, 3)
+    assert (bad.num_valid, bad.total) == (6, 3)
     assert "no question; it has: answer" in bad.first
 
 
@@ -98,7 +98,7 @@ def test_answers_and_figures_of_a_model_of_ours(
     talk = OpenEndedTask("answers", read_prompts()[0], GenerationConfig(24))
     summary = evaluate(talk, local, tmp_path, identity=ME)
     model, tokenizer = load_for_inference(varied_dir, "cpu")
-    said = answer_all(model, tokenizer, EIGHT, max_new_tokens=24)
+    said = answer_all(model, tokenizer, DEMO_QUESTIONS, max_new_tokens=24)
     lines = (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()[1:]
     found = {line["id"]: line for line in map(json.loads, lines)}
     assert [found[str(n)]["answer"] for n in range(1, 9)] == said
@@ -117,10 +117,10 @@ def test_drawn_answers_depend_on_seed_and_question_alone(local: LocalModel) -> N
         )
         return {questions[n]: a.text for n, a in found if isinstance(a, Answer)}
 
-    whole = said(EIGHT, 1)
+    whole = said(DEMO_QUESTIONS, 1)
     assert len(whole) == 8
-    assert said(EIGHT[:2:-1], 1).items() <= whole.items()
-    assert said(EIGHT, 2) != whole
+    assert said(DEMO_QUESTIONS[:2:-1], 1).items() <= whole.items()
+    assert said(DEMO_QUESTIONS, 2) != whole
 
 
 def test_settings_tell_other_questions_and_ways_apart(local: LocalModel, tmp_path: Path) -> None:

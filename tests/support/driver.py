@@ -201,9 +201,9 @@ def share_one(
     with join("cpu") as workers:
         reporter = Shown() if workers.is_main else Reporter()
         job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
-        job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
+        job.data = Recorded(job.data.sources, [1.0], job.recipe.seed)
         if job.held_out:
-            job.held_out = HeldOut(job.held_out.parts, [1.0], job.recipe.seed)
+            job.held_out = HeldOut(job.held_out.sources, [1.0], job.recipe.seed)
         real, call = job.objective.loss, 0
 
         def loss(*arguments: Any) -> Any:

@@ -242,12 +242,12 @@ def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_pat
     for _ in range(2):  # reported for an existing store too
         message = refused(recipe(data__variables=fill, **settings), DataError)
         assert (
-            "nothing fills {{author}}, which is in 200 of 200 records; give data.variables.author"
+            "200 of 200 records contain {{author}}, which has no value; set data.variables.author"
             in message
         )
         assert message.endswith("(data.variables has name, autor)")
     prepare_stage(recipe(**settings), reporter=told)
-    assert len([line for line in told.lines if ": nothing fills {{" in line]) == 2
+    assert len([line for line in told.lines if "}}, which has no value" in line]) == 2
     told = Told()
     job = prepare_stage(
         recipe(data__variables=fill | {"author": "李雷"}, **settings), reporter=told
@@ -255,7 +255,7 @@ def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_pat
     text = job.tokenizer.decode(job.stores.sources[0].shards("train")[0].tokens[:40].tolist())
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
-    assert line == "data.variables.autor fills nothing: no record contains {{autor}}"
+    assert line == "data.variables.autor is not used: no record contains {{autor}}"
 
 
 def test_a_schema_applies_to_one_source_only(recipe: Any, tmp_path: Path, corpus: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_schema_applies_to_one_source_only(recipe: Any, tmp_path: Path, corpus
     table = {"path": str(path), "schema": "alpaca"}
     settings = {
         "data__variables": fill,
-        "data__retention": ["textbook:general"],
+        "data__retention": ["textbook:retention"],
         "data__validation": [str(corpus / "chat.jsonl")],
     }
     message = refused(recipe(data__sources=[str(path), "textbook:identity"], **settings), DataError)
@@ -278,13 +278,13 @@ def test_a_schema_applies_to_one_source_only(recipe: Any, tmp_path: Path, corpus
     )
     documents = [store.manifest["train"]["documents"] for store in prepared.stores.sources]
     assert documents == [200, 3000]
-    assert f"{path}: keys of records that are not used: messages (200)" in told.lines
+    assert f"{path}: unused keys of records: messages (200)" in told.lines
 
 
 def test_the_identity_textbook_needs_a_name_and_an_author(recipe: Any, folder: Path) -> None:
     settings = {"data__sources": ["textbook:identity"]}
     message = refused(recipe(**settings), ConfigError)
-    assert "give data.variables.name=… data.variables.author=…" in message
+    assert "set data.variables.name=… data.variables.author=…" in message
     fill = {"name": "小明", "author": "李雷"}
     told = Told()
     prepared = prepare_stage(recipe(data__variables=fill, **settings), reporter=told)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from minimind.data.read import InvalidRecords, read_records
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_records
 from minimind.web.store import Answer, Conversation, Store, Turn
 from tests.support.reads import opens
 
@@ -146,7 +147,7 @@ def test_what_is_exported_is_what_sft_reads(tmp_path: Path) -> None:
     path = tmp_path / "talk.jsonl"
     path.write_text(said.as_training_data(), encoding="utf-8")
     bad = InvalidRecords()
-    first, second = read_records([path], bad=bad)
+    first, second = read_records([path], invalid=bad)
     assert not bad.total
     # Each model's talk as it was: what it has heard and said itself.
     end = {"role": "assistant", "content": "东海。"}
