@@ -77,7 +77,7 @@ def by_lm_eval(
 
     service: URL of a service that serves the model, to use instead of the `hf` model.
     """
-    exam, manager = task.exam.name, TaskManager()
+    exam, manager = task.benchmark.name, TaskManager()
     by_subject: dict[str, list[Question]] = {}
     for question in task.questions:
         by_subject.setdefault(question.subject, []).append(question)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.textbook import held_out_identity, sample_quiz
-from minimind.evaluation.quiz import mark
+from minimind.evaluation.quiz import score_answers
 from minimind.inference.generate import answer_all
 from minimind.inference.load import load_for_inference
 
@@ -31,7 +31,7 @@ def metrics(
     ]
     quiz = sample_quiz(quiz_size, seed=1)
     quiz_answers = answer_all(model, tokenizer, [q.question for q in quiz], max_new_tokens=64)
-    marked = mark(quiz, quiz_answers)
+    marked = score_answers(quiz, quiz_answers)
     return {
         "adapter": str(adapter) if adapter else None,
         "identity": {"right": sum(r["right"] for r in results), "questions": len(results)},

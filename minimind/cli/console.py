@@ -47,11 +47,6 @@ def table(
     return drawn
 
 
-def count(number: int, one: str, more: str) -> str:
-    """Return a number with its noun in the singular or plural."""
-    return f"{number:,} {one if number == 1 else more}"
-
-
 def command(*words: str | Path) -> str:
     """Return a `minimind` command that works when pasted, even if it is not on PATH."""
     here = Path(sys.executable).with_name("minimind")

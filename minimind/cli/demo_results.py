@@ -9,7 +9,7 @@ from minimind.cli import console
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
     from minimind.data.textbook import QuizQuestion
-    from minimind.evaluation.quiz import Marked
+    from minimind.evaluation.quiz import ScoredAnswer
 
 ADAPTER_IDENTITY = {"name": "小满", "author": "阿青"}  # what the LoRA adapter teaches the model
 _QUIZ_QUESTIONS = 400
@@ -88,9 +88,9 @@ def _continuations(
 
 def _answer(
     run: Path, device: str, questions: "Sequence[QuizQuestion]", quiz: "Sequence[QuizQuestion]"
-) -> tuple[list["Marked"], list["Marked"]]:
-    """Return the marked answers of a chat model to the eight questions and to the quiz."""
-    from minimind.evaluation.quiz import mark
+) -> tuple[list["ScoredAnswer"], list["ScoredAnswer"]]:
+    """Return the scored answers of a chat model to the eight questions and to the quiz."""
+    from minimind.evaluation.quiz import score_answers
     from minimind.inference.generate import answer_all
     from minimind.inference.load import load_for_inference
 
@@ -107,10 +107,12 @@ def _answer(
         progress=reporter.progress,
     )
     reporter.stop()
-    return mark(questions, answers), mark(quiz, quiz_answers)
+    return score_answers(questions, answers), score_answers(quiz, quiz_answers)
 
 
-def _quiz_metrics(tuned: "Sequence[Marked]", final: "Sequence[Marked]") -> dict[str, Any]:
+def _quiz_metrics(
+    tuned: "Sequence[ScoredAnswer]", final: "Sequence[ScoredAnswer]"
+) -> dict[str, Any]:
     """Return the quiz metrics of the final model, scored by keywords and by fluency.
 
     See minimind/data/textbook/quiz.py and fluency.py for the scores.

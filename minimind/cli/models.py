@@ -94,5 +94,5 @@ def open_service(url: str, *key_variables: str) -> "Service":
 
 def report_dropped(model: Any) -> None:
     """Report the sampling parameters that a service rejected and replaced by its defaults."""
-    if dropped := sorted(getattr(model, "dropped", ())):
-        console.say(f"{model.name}: the service rejects {', '.join(dropped)}; its defaults apply")
+    if rejected := sorted(getattr(model, "rejected", ())):
+        console.say(f"{model.name}: the service rejects {', '.join(rejected)}; its defaults apply")

@@ -27,7 +27,7 @@ EXAMPLES = [
 def write_table(
     path: Path, questions: list[tuple[str, list[str], str]], header: list[str] | None
 ) -> None:
-    """Write questions as CSV, numbered if the header begins with a column for it."""
+    """Write a CSV file of questions, numbered if the header has a column for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -39,7 +39,7 @@ def write_table(
 
 
 def make_ceval(folder: Path) -> Path:
-    """Write two subjects in the layout of C-Eval."""
+    """Write two subjects in C-Eval's layout."""
     header = ["id", "question", "A", "B", "C", "D", "answer"]
     for subject, questions in (("logic", CHINESE[:4]), ("accountant", CHINESE[4:])):
         write_table(folder / "val" / f"{subject}_val.csv", questions, header)
@@ -48,7 +48,7 @@ def make_ceval(folder: Path) -> Path:
 
 
 def make_varied(tokenizer: Tokenizer, context: int = 512, **shape: object) -> Transformer:
-    """Return a random model whose output is varied."""
+    """Create a random model with large weights, so that its choices vary."""
     torch.manual_seed(3)
     size = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": context}
     model = Transformer(ModelConfig(**PRESETS["nano"] | size | shape))
