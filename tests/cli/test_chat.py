@@ -198,7 +198,7 @@ def test_a_longer_context_keeps_the_oldest_turns(model_dir: Path) -> None:
         assert "left out" not in done.stderr
     refused = run(*flags, "--rope-scaling", "linear", stdin=lines)
     assert refused.exit_code == 1
-    assert "give --context N too" in refused.output
+    assert "add --context N" in refused.output
 
 
 def test_a_message_that_is_too_long_is_refused_with_token_counts(model_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models of every shape, whose greedy tokens vary, and token ids for them."""
+"""Tiny random models of every architecture with varied greedy output, and token ids for them."""
 
 import random
 
