@@ -1,20 +1,20 @@
-"""Training and decoding on a GPU that is not there: see fake_gpu.py for what that shows."""
+"""Device synchronisations of training and decoding, counted on a fake GPU (fake_gpu.py)."""
 
 import json
 import subprocess
 import sys
 
 
-def driven(what: str) -> dict[str, int | str]:
+def measure(scenario: str) -> dict[str, int | str]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fake_gpu", what], capture_output=True, text=True
+        [sys.executable, "-m", "tests.support.fake_gpu", scenario], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
 
 
-def test_faults_are_found() -> None:
-    assert driven("faults") == {
+def test_the_fake_gpu_detects_faults() -> None:
+    assert measure("faults") == {
         "left on the CPU": "FakeTensorDeviceMismatchError",
         "left there on the way back": "FakeTensorDeviceMismatchError",
         "a shape by numbers": "DynamicOutputShapeException",
@@ -22,12 +22,12 @@ def test_faults_are_found() -> None:
     }
 
 
-def test_a_training_step_waits_for_the_gpu_once_and_leaves_nothing_on_the_cpu() -> None:
-    """For the norm of the gradient, by which a step with bad numbers is known."""
-    found = driven("training")
+def test_a_training_step_synchronises_once() -> None:
+    """The one synchronisation reads the gradient norm, to detect a non-finite gradient."""
+    found = measure("training")
     assert len(found) == 8 and set(found.values()) == {1}, found
 
 
-def test_the_engine_waits_for_nothing_and_leaves_nothing_on_the_cpu() -> None:
-    found = driven("inference")
+def test_the_engine_never_synchronises() -> None:
+    found = measure("inference")
     assert len(found) == 5 and set(found.values()) == {0}, found

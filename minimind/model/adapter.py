@@ -24,7 +24,7 @@ from minimind.config.settings import LoRASettings
 from minimind.errors import ModelError
 from minimind.model.directory import check_dtype
 from minimind.model.lora import adapted_modules
-from minimind.model.saving import atomic_directory, write_json
+from minimind.model.saving import atomic_directory, write_hf_json
 from minimind.model.transformer import Transformer
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -85,7 +85,7 @@ def save_adapter(directory: Path, model: Transformer, settings: LoRASettings, ba
     }
     with atomic_directory(directory, "LoRA adapter", _CONFIG, size) as work:
         save_file(tensors, work / _WEIGHTS, metadata={"format": "pt"})
-        write_json(work / _CONFIG, config)
+        write_hf_json(work / _CONFIG, config)
 
 
 def _peft_target(name: str) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minimind.errors import ModelError, ResourceError
+from minimind.files import fsync
 from minimind.model.hf_config import to_config_json
 from minimind.model.transformer import Transformer
 
@@ -45,8 +46,8 @@ def save_model(
         }
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
         config = to_config_json(model.config, dtype) | tokenizer.model_ids
-        write_json(work / "config.json", config)
-        write_json(
+        write_hf_json(work / "config.json", config)
+        write_hf_json(
             work / "generation_config.json",
             {
                 "do_sample": True,
@@ -79,12 +80,12 @@ def atomic_directory(directory: Path, kind: str, marker: str, size: int) -> Iter
         work.mkdir(parents=True)
         yield work
         for file in work.rglob("*"):
-            flush(file)
-        flush(work)
+            fsync(file)
+        fsync(work)
         if directory.exists():
             os.replace(directory, old)
         os.replace(work, directory)
-        flush(directory.parent)
+        fsync(directory.parent)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{directory}: the {kind} could not be written ({error}); it needs {size:,} bytes"
@@ -108,20 +109,9 @@ def _free_space(directory: Path) -> str:
     return f", and {shutil.disk_usage(parent).free:,} are free" if parent else ""
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, indented, with non-ASCII characters as they are."""
+def write_hf_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, indented as Hugging Face's, with non-ASCII characters unescaped."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def flush(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk (fsync)."""
-    if path.is_dir() and os.name == "nt":  # Windows flushes directory entries by itself
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_stray(name: str) -> bool:

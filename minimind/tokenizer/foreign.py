@@ -72,7 +72,7 @@ class ForeignFiles:
 
     @cached_property
     def template(self) -> str | None:
-        """Chat template, from the places where transformers looks for it."""
+        """Chat template, from the same files as in transformers."""
         if _TEMPLATE in self.contents:
             try:
                 return self.contents[_TEMPLATE].decode("utf-8")

@@ -157,7 +157,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                enable_thinking=False,  # for training and generation alike
+                enable_thinking=False,  # in training and generation
                 range=_bounded_range(),
                 **self.variables,
             ):

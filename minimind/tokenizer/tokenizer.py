@@ -302,7 +302,7 @@ class Tokenizer:
 
     @cached_property
     def _adds_space(self) -> Literal["never", "first", "each"]:
-        """Where a space is added: before no text, the first, or each after a control token."""
+        """Texts that get a leading space: none, the first, or each after a control token."""
         text = self.encode("x")
         if not b"".join(self.bytes_of[i] for i in text).startswith(b" "):
             return "never"

@@ -12,9 +12,9 @@ from minimind.data.packing import IGNORED, Batch, MixedDataset
 
 @dataclass(frozen=True)
 class TensorPairs:
-    """sequences: [B, T] int64; reference: [P, 2] float32, as `data.packing.Pairs` has them."""
+    """side_ids: [B, T] int64; reference: [P, 2] float32, as `data.packing.Pairs` has them."""
 
-    sequences: Tensor
+    side_ids: Tensor
     reference: Tensor
 
 
@@ -55,7 +55,7 @@ def to_device(batch: Batch, device: torch.device) -> TensorBatch:
         moved(batch.labels),
         None if batch.segments is None else moved(batch.segments),
         move(label_indices(torch.from_numpy(batch.labels))),
-        None if pairs is None else TensorPairs(moved(pairs.sequences), moved(pairs.reference)),
+        None if pairs is None else TensorPairs(moved(pairs.side_ids), moved(pairs.reference)),
         _count_tokens(batch),
     )
 

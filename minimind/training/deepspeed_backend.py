@@ -30,7 +30,7 @@ from minimind.training.backend import Loss
 from minimind.training.batch import TensorBatch
 from minimind.training.distributed import ProcessGroup
 from minimind.training.objectives import Objective
-from minimind.training.optimizers import OTHER_STATE, adamw, new_state
+from minimind.training.optimizers import STATE_MISMATCH, build_adamw, initial_adamw_state
 from minimind.training.precision import Precision
 
 _KEPT_WHOLE = 100_000  # parameters of fewer numbers are not worth sending around in stage 3
@@ -84,7 +84,7 @@ class DeepSpeedBackend:
         self._trained = {n: p for n, p in trained.named_parameters() if p.requires_grad}
         self._engine = _initialise(
             _LossModule(trained, self._objective, self._precision),
-            adamw(self._trained.values(), self._recipe.optim),
+            build_adamw(self._trained.values(), self._recipe.optim),
             self._settings(),
             device,
         )
@@ -120,7 +120,7 @@ class DeepSpeedBackend:
     def _prepare_states(self) -> None:
         """Moments of zero from the start, so that any number of steps leaves the same tensors."""
         for part in self._flat():
-            self._zero.optimizer.state[part] = new_state(part)
+            self._zero.optimizer.state[part] = initial_adamw_state(part)
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()  # finds a parameter's own in them
 
@@ -171,7 +171,7 @@ class DeepSpeedBackend:
         shapes = {f"{moment}/{name}": p.shape for name, p in own.items() for moment in _MOMENTS}
         shapes |= {f"step/{name}": torch.Size() for name in own}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise CheckpointError(OTHER_STATE)
+            raise CheckpointError(STATE_MISMATCH)
         self._loaded = tensors
 
     def _spread_states(self, device: torch.device) -> None:

@@ -78,7 +78,7 @@ def _arrays(job: Trainer) -> _Arrays:
     return {
         f"{name}.{number}": part.reference
         for name, mix in mixes.items()
-        for number, part in enumerate(mix.parts)
+        for number, part in enumerate(mix.sources)
         if isinstance(part, PairSequences)
     }
 

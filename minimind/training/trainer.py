@@ -22,13 +22,14 @@ from minimind.errors import CheckpointError, ResourceError, TrainingError, is_ou
 from minimind.model import Transformer
 from minimind.training.backend import Backend, TorchBackend
 from minimind.training.batch import Prefetcher, to_device
-from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint, restore_weights
+from minimind.training.checkpoint import latest_checkpoint, restore_weights
+from minimind.training.checkpoint_writer import CheckpointWriter
 from minimind.training.distributed import SINGLE_PROCESS, ProcessGroup
-from minimind.training.memory import divisors, forget_peak, peak_bytes, release
+from minimind.training.extend import stable_steps
+from minimind.training.memory import divisors, peak_bytes, release_unused, reset_peak
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
-from minimind.training.prolong import stable_steps
 from minimind.training.reporter import Reporter, pluralize
 from minimind.training.run import has_begun
 from minimind.training.schedule import lr_fraction
@@ -131,7 +132,7 @@ def train(job: Trainer) -> TrainingResult:
 
         at = _resume(job, engine, log)
         log.start_trackers(at.step)
-        forget_peak(job.device)
+        reset_peak(job.device)
         writer = CheckpointWriter(job.run, keep=recipe.checkpoint.keep)
         saving = _Saving(job, engine, log, stack.enter_context(writer), at.step)
         if at.step == 0 and job.validate_first:
@@ -236,7 +237,7 @@ def take_fewer(job: Trainer, where: str) -> None:
     Only here is what filled the memory out of reach: an error that is being handled holds on to
     the frames that it passed, and they to all that they computed.
     """
-    release(job.device)
+    release_unused(job.device)
     share = job.recipe.training.global_batch_size // job.workers.size
     fewer = next((n for n in divisors(share) if n <= job.micro_batch // 2), None)
     sequences = pluralize(job.micro_batch, "window")
@@ -296,7 +297,7 @@ def evaluated(
             done += size
             continue
         result = None
-        release(job.device)
+        release_unused(job.device)
         where = f"too little memory on {job.device} to evaluate {pluralize(size, 'window')} at once"
         if size == 1:
             advice = _memory_advice(job, training=False)
@@ -581,7 +582,7 @@ class _Saving:
             | {"num_steps": job.num_steps, "config": job.model.config.model_dump()},
             best=at.best.get("step") if recipe.checkpoint.keep_best else None,
             protect=[stable] if (stable := stable_steps(job.num_steps, recipe.schedule)) else [],
-            first=self.log.sync,
+            before_write=self.log.sync,
         )
 
 
@@ -642,7 +643,7 @@ def _load(job: Trainer, engine: Backend, log: MetricsLog) -> tuple[_Progress, di
     log.truncate(state.pop("metrics_offset"))
     if (planned := state.pop("num_steps", job.num_steps)) != job.num_steps:
         steps = {"from_steps": planned, "to_steps": job.num_steps}
-        log.write({"kind": "prolonged", "step": checkpoint.step} | steps)
+        log.write({"kind": "extended", "step": checkpoint.step} | steps)
     micro_batch, processes = state.pop("micro_batch"), state.pop("processes", 1)
     if processes == job.workers.size:  # another split of a batch rounds differently
         job.micro_batch = min(job.micro_batch, micro_batch)

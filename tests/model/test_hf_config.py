@@ -94,7 +94,7 @@ def test_an_unsupported_or_mismatched_config_is_refused(
         ({"num_local_experts": -4}, "num_local_experts: Input should be greater"),
         ({"num_local_experts": 5}, r"has the shape \[4, 32\], but config.json says \[5, 32\]"),
         ({"num_local_experts": 10**30}, "too large for any file"),
-        ({"num_experts_per_tok": 5}, r"\(5\) must not be more than num_local_experts \(4\)"),
+        ({"num_experts_per_tok": 5}, r"\(5\) must not exceed num_local_experts \(4\)"),
         ({"shared_intermediate_size": 0}, "has unknown tensors: .*shared_mlp"),
         ({"shared_intermediate_size": 64}, "has the shape"),
         ({"logits_scaling": 0}, "logits_scaling: Input should be greater than 0"),

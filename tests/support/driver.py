@@ -72,7 +72,7 @@ def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -
     def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
         real(path, *arguments, **options)
         name = Path(path).name
-        if name.startswith(".making-") and int(name.removeprefix(".making-")) >= step:
+        if name.startswith(".tmp-") and int(name.removeprefix(".tmp-")) >= step:
             os.mkdir = real
             free = shutil.disk_usage(run).free
             (run.parent / "ballast").write_bytes(bytes(max(0, free - room)))
@@ -201,9 +201,9 @@ def share_one(
     with join("cpu") as workers:
         reporter = Shown() if workers.is_main else Reporter()
         job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
-        job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
+        job.data = Recorded(job.data.sources, [1.0], job.recipe.seed)
         if job.held_out:
-            job.held_out = HeldOut(job.held_out.parts, [1.0], job.recipe.seed)
+            job.held_out = HeldOut(job.held_out.sources, [1.0], job.recipe.seed)
         real, call = job.objective.loss, 0
 
         def loss(*arguments: Any) -> Any:

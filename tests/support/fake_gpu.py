@@ -1,4 +1,4 @@
-"""A GPU that is not there: training steps and decoding with tensors that say they are on one.
+"""A fake GPU: training steps and decoding with fake tensors on a device that does not exist.
 
     python -m tests.support.fake_gpu training|inference|faults
 
@@ -35,7 +35,7 @@ GPU = "fakegpu"
 
 
 class FakeGPU(FakeTensorMode):
-    """Counts how often a number is asked for, and gives 1."""
+    """Count how often the value of a tensor is read, and return 1."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -49,7 +49,7 @@ class FakeGPU(FakeTensorMode):
 
 
 def _as_on_cuda() -> None:
-    """What is not open to a device of others' backends and is to CUDA."""
+    """Allow what third-party backends do not support and CUDA does."""
     from minimind.model import experts
 
     made, adamw = torch.tensor, torch.optim.AdamW
@@ -58,7 +58,7 @@ def _as_on_cuda() -> None:
         found = made(data, **more)
         if device is None:
             return found
-        found.constant = None  # torch would look for the numbers on the GPU  # type: ignore
+        found.constant = None  # torch would read the values from the GPU  # type: ignore
         return found.to(device)
 
     torch.tensor = tensor  # type: ignore[assignment]
@@ -68,14 +68,16 @@ def _as_on_cuda() -> None:
     product = F.grouped_mm
 
     def grouped_mm(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-        return product(a.bfloat16(), b.bfloat16(), offs=offs).to(a.dtype)  # fakes know no other
+        return product(a.bfloat16(), b.bfloat16(), offs=offs).to(
+            a.dtype
+        )  # fake tensors support no other
 
     F.grouped_mm = grouped_mm
     experts._has_grouped_products = lambda device, weight: device.type == GPU
 
 
 def _moved(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """What `model.to` does, which cannot put fake tensors in the place of others."""
+    """Move a model; `model.to` cannot replace its parameters by fake tensors."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             moved = torch.nn.Parameter(parameter.detach().to(GPU, dtype), parameter.requires_grad)
@@ -84,7 +86,7 @@ def _moved(model: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _to_gpu(batch: Any, device: torch.device) -> Any:
-    """What the loop's `to_device` does; numbers are read where tensors still have them."""
+    """Move a batch like `to_device`; values are read while tensors still have them."""
     from minimind.training.batch import TensorPairs, to_device
 
     with unset_fake_temporarily():
@@ -99,7 +101,7 @@ def _to_gpu(batch: Any, device: torch.device) -> Any:
 
 
 def training() -> dict[str, Callable[[], int]]:
-    """A step of each objective, and a validation; waits of the step alone."""
+    """Run a step of each objective and a validation; count the synchronisations of the step."""
     from tests.support.small_runs import lora_settings
 
     return {
@@ -151,7 +153,7 @@ def _step(objective: str, **settings: Any) -> int:
 
 
 def inference() -> dict[str, Callable[[], int]]:
-    """The engine's reading and writing of several texts, for every shape of model."""
+    """Prefill and decode several sequences with every architecture."""
     from tests.support.tiny import SHAPES
 
     def work(shape: str) -> Callable[[], int]:
@@ -163,13 +165,15 @@ def inference() -> dict[str, Callable[[], int]]:
 def _decode(**shape: Any) -> int:
     from minimind.inference.batched_model import BatchedModel, Part
     from minimind.model import PRESETS, ModelConfig, Transformer
-    from tests.support.tiny import VOCAB, chunks_of, words
+    from tests.support.tiny import VOCAB, chunks_of, random_tokens
 
     with FakeGPU() as mode:
         config = ModelConfig(**PRESETS["nano"] | {"vocab_size": VOCAB} | shape)
         model = BatchedModel(_moved(Transformer(config), torch.bfloat16), 3, 256)
-        first = model.forward([], [*chunks_of(0, words(90)), *chunks_of(2, words(64))])
-        both = model.forward([Part(0, 90, [5]), Part(2, 64, [7])], chunks_of(1, words(3)))
+        first = model.forward(
+            [], [*chunks_of(0, random_tokens(90)), *chunks_of(2, random_tokens(64))]
+        )
+        both = model.forward([Part(0, 90, [5]), Part(2, 64, [7])], chunks_of(1, random_tokens(3)))
         one = model.forward([Part(2, 65, [9])], [])
         assert {x.device.type for x in (first, both, one)} == {GPU}
         assert both.shape == (3, VOCAB) and one.shape == (1, VOCAB)
@@ -177,7 +181,7 @@ def _decode(**shape: Any) -> int:
 
 
 def faults() -> dict[str, Callable[[], int]]:
-    """Each kind of fault: these raise, but for the last, which waits twice."""
+    """Trigger each kind of fault: all raise except the last, which synchronises twice."""
 
     class OnTheCPU(torch.autograd.Function):
         @staticmethod
@@ -205,9 +209,9 @@ def faults() -> dict[str, Callable[[], int]]:
 
 
 def main() -> None:
-    """Do the work that is asked for; a fault is told by its name."""
+    """Run the requested scenario; report a fault by its name."""
     _setup_privateuseone_for_python_backend(GPU)
-    # What `torch.autocast(…, enabled=False)` asks for.
+    # `torch.autocast(…, enabled=False)` calls this.
     getattr(torch, GPU).get_amp_supported_dtype = lambda: [torch.bfloat16]
     _as_on_cuda()
     found: dict[str, int | str] = {}

@@ -36,7 +36,7 @@ def kept(run: Path) -> dict[str, np.ndarray]:
 
 
 def windows_of(job: Trainer) -> PairSequences:
-    [part] = job.data.parts
+    [part] = job.data.sources
     assert isinstance(part, PairSequences)
     return part
 
@@ -98,7 +98,7 @@ def test_several_epochs_and_a_weighted_mix_keep_to_the_reference(tmp_path: Path)
     sequences = {index for part, index in job.data.order.locate(0, 4 * job.num_steps) if part == 1}
     assert sequences and len(sequences) < len(parts[1])
     for index in range(len(parts[1])):
-        known = np.isfinite(parts[1].reference[parts[1].members(index)]).all()
+        known = np.isfinite(parts[1].reference[parts[1].item_slice(index)]).all()
         assert known == (index in sequences)
     train(job)
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
@@ -293,7 +293,7 @@ def test_conversations_are_refused_and_pairs_without_answers_left_out(
     settings = {"data__validation_fraction": 0.0, "training__steps": 60}
     do(recipe(base, run, tmp_path / "pairs.jsonl", **settings), told)
     said = "\n".join(told.lines)
-    assert "invalid lines: 2, see" in said
+    assert "invalid records: 2, see" in said
     assert "202 pairs in" in said
     assert "1 left out because no answer was left, 1 because both sides are the same" in said
     assert all(math.isfinite(loss) for loss in losses(run))

@@ -86,7 +86,7 @@ def test_a_run_of_one_step_has_the_peak(settings: dict[str, object], final: floa
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"warmup \(0.7\) and decay \(0.6\) .* more than 1"):
         ScheduleSettings(name="wsd", warmup=0.7, decay=0.6)
-    with pytest.raises(ValidationError, match=r"decay \(0.2\) belongs to WSD"):
+    with pytest.raises(ValidationError, match=r"decay \(0.2\) applies to wsd only"):
         ScheduleSettings(name="cosine", decay=0.2)
     assert ScheduleSettings(name="wsd", warmup=0.3, decay=0.7).decay == 0.7
     assert ScheduleSettings(name="wsd").decay == 0.2

@@ -22,7 +22,7 @@ from torch import Tensor
 from minimind.data.packing import IGNORED, Batch, ChatSequences, MixedDataset
 from minimind.data.store import Shard
 from minimind.errors import ConfigError, DataError, ResourceError, TrainingError
-from minimind.inference.generate import write_all
+from minimind.inference.generate import generate_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def test_each_step_takes_the_samples_of_its_place_in_the_run(tmp_path: Path) -> 
         for stop_at in (3, 7, None):
             built: list[int] = []
             job = nano_trainer(run, training__micro_batch_size=micro_batch, training__steps=10)
-            job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
+            job.data = Recorded(job.data.sources, [1.0], job.recipe.seed)
             job.reporter = Stopping(stop_at)
             outcome = train(job)
             assert len(built) <= outcome.steps * 4 - len(seen) + micro_batch  # one ahead
@@ -157,7 +157,7 @@ def test_no_thread_is_left_behind(tmp_path: Path, where: str) -> None:
     job = nano_trainer(tmp_path, reporter=Stopping(3 if where == "stop" else None))
     job.objective = Spoilt(job.objective, spoils.get(where, lambda loss: loss), {*range(7, 20)})
     if where in ("shard", "stop"):
-        job.data = Damaged(job.data.parts, [1.0], job.recipe.seed)
+        job.data = Damaged(job.data.sources, [1.0], job.recipe.seed)
     errors = {"shard": DataError, "loss": ValueError, "skipped": TrainingError}
     if where in errors:
         with pytest.raises(errors[where]):
@@ -221,7 +221,7 @@ def test_validation_and_samples_leave_training_alone(tmp_path: Path, tokenizer: 
     def written(model: Transformer) -> Callable[[], list[dict[str, str]]]:
         def write() -> list[dict[str, str]]:
             model.eval()
-            [tokens] = write_all(
+            [tokens] = generate_all(
                 model, tokenizer, [[1, 2, 3]], max_new_tokens=5, sampling=Sampling(temperature=1.0)
             )
             model.train()
@@ -840,9 +840,9 @@ def test_answers_that_are_cut_away_or_empty_are_counted_and_never_nan(tmp_path: 
     good = [(50, 20), (20, 10), (33, 32), (34, 32), (8, 4)]
     sequences = ChatSequences([chats(*bad, *good)], 32, pad=0, seed=0)
     report = sequences.report
-    assert report.conversations == 10
+    assert report.items == 10
     assert report.unsupervised == 5  # all of the bad ones
-    assert report.cut == 5  # longer than 33 tokens: the last token is only a label
+    assert report.truncated == 5  # longer than 33 tokens: the last token is only a label
     train(nano_trainer(tmp_path, "sft", parts=[sequences], held_out=True))
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
     assert all(line["num_label_tokens"] > 0 for line in metrics(tmp_path, "train"))

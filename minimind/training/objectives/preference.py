@@ -122,7 +122,7 @@ def answer_logps(
     losses = linear_cross_entropy(
         hidden.index_select(0, batch.learned), model.head_weight, labels, uniform_grad=False
     )
-    answers = batch.pairs.sequences.flatten()[batch.learned]
+    answers = batch.pairs.side_ids.flatten()[batch.learned]
     nothing = losses.new_zeros(2 * len(batch.pairs.reference))
     logps = nothing.index_add(0, answers, -losses)
     lengths = nothing.index_add(0, answers, torch.ones_like(losses))

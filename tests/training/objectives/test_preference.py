@@ -192,7 +192,7 @@ def test_the_same_tokens_are_learned_as_by_trl(
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
         assert segments is not None
-        for segment in range(2 * len(sequences.reference[sequences.members(index)])):
+        for segment in range(2 * len(sequences.reference[sequences.item_slice(index)])):
             here = segments == segment
             learned = labels[here][labels[here] != IGNORED].tolist()
             found.append((tokens[here].tolist(), learned))
@@ -314,11 +314,11 @@ def test_how_pairs_are_packed_and_split_does_not_matter(
 def one_window(batch: TensorBatch, row: int) -> TensorBatch:
     """One row of a batch, its pairs counted from 0."""
     assert batch.pairs is not None and batch.segments is not None
-    learned = batch.pairs.sequences[row][batch.labels[row] != IGNORED]
+    learned = batch.pairs.side_ids[row][batch.labels[row] != IGNORED]
     first, last = int(learned.min()) // 2, int(learned.max()) // 2
     pairs = replace(
         batch.pairs,
-        sequences=batch.pairs.sequences[row : row + 1] - 2 * first,
+        side_ids=batch.pairs.side_ids[row : row + 1] - 2 * first,
         reference=batch.pairs.reference[first : last + 1],
     )
     rows = (x[row : row + 1] for x in (batch.tokens, batch.labels, batch.segments))
@@ -387,5 +387,5 @@ def test_a_tie_is_half_right() -> None:
 
 
 def test_settings_that_contradict_each_other() -> None:
-    with pytest.raises(ValueError, match="label_smoothing goes with the sigmoid losses"):
+    with pytest.raises(ValueError, match="label_smoothing applies to the sigmoid losses"):
         DPOSettings(loss="ipo", label_smoothing=0.1)
