@@ -73,7 +73,7 @@ def _as_on_cuda() -> None:
         )  # fake tensors support no other
 
     F.grouped_mm = grouped_mm
-    experts._has_grouped_products = lambda device, weight: device.type == GPU
+    experts._supports_grouped_mm = lambda device, weight: device.type == GPU
 
 
 def _moved(model: Any, dtype: torch.dtype = torch.float32) -> Any:
