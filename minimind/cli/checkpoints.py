@@ -86,9 +86,11 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
 def _metrics(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
     """What is told of a checkpoint."""
     from minimind.training.checkpoint import best_step
-    from minimind.training.trainer import selection_metric
+    from minimind.training.validation import selection_metric
 
-    validation = one.state.get("validation") if one.state.get("validated") == one.step else None
+    validation = (
+        one.state.get("validation") if one.state.get("validated_step") == one.step else None
+    )
     shown = (
         {selection_metric(validation): validation[selection_metric(validation)]}
         if validation

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from types import FrameType
 
 import typer
 
 from minimind.errors import TrainingError
+from minimind.signals import count_interrupts
 
 _WATCHED = "MINIMIND_WATCHED"  # set where standard input ends when the starting process does
 _LOOK_EVERY_S = 0.05
@@ -45,37 +45,33 @@ def run_workers(number: int) -> None:
     When one of them fails the others are killed; TrainingError says which it was. The first
     SIGINT or SIGTERM is passed on to them, the second kills them.
     """
-    stops = 0
 
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal stops
-        stops += 1
+    def stop(count: int) -> None:
         for process in processes:
             if process.poll() is None:
-                process.terminate() if stops == 1 else process.kill()
+                process.terminate() if count == 1 else process.kill()
 
     processes: list[subprocess.Popen[bytes]] = []
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        shared = _environment(number)
-        for rank in range(number):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "minimind", *sys.argv[1:]],
-                    env=os.environ | shared | own,
-                    stdin=subprocess.PIPE,
-                    start_new_session=True,  # Ctrl-C comes to this process alone
+    with count_interrupts(stop) as interrupts:
+        try:
+            shared = _environment(number)
+            for rank in range(number):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "minimind", *sys.argv[1:]],
+                        env=os.environ | shared | own,
+                        stdin=subprocess.PIPE,
+                        start_new_session=True,  # Ctrl-C comes to this process alone
+                    )
                 )
-            )
-        failed = _wait(processes)
-        statuses = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)
+            failed = _wait(processes)
+            statuses = [process.poll() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    stops = interrupts.count
     if stops > 1 or (stops and failed is not None and statuses[failed] == -signal.SIGTERM):
         raise KeyboardInterrupt  # before training, or not to be waited for
     if failed is not None:

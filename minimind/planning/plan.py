@@ -196,8 +196,8 @@ def _rate(
 
     def micro_step() -> None:
         with precision.autocast():
-            loss, count, _ = objective.loss(model, sequences)
-        (loss / count).backward()
+            output = objective.loss(model, sequences)
+        (output.loss_sum / output.count).backward()
 
     model.train()
     timed(micro_step, device)  # the first of each is slower

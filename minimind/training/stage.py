@@ -40,7 +40,12 @@ from minimind.training.checkpoint import (
     newest_state,
     restore_weights,
 )
-from minimind.training.distributed import SINGLE_PROCESS, ProcessGroup, join, local_device
+from minimind.training.distributed import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    init_distributed,
+    local_device,
+)
 from minimind.training.lock import run_lock
 from minimind.training.memory import choose_micro_batch, peak_bytes
 from minimind.training.objectives.next_token import NextToken
@@ -60,7 +65,9 @@ from minimind.training.run import (
     write_atomically,
     write_recipe,
 )
-from minimind.training.trainer import EvalSet, Trainer, TrainingResult, train
+from minimind.training.state import TrainingResult
+from minimind.training.trainer import Trainer
+from minimind.training.validation import EvalSet
 
 # (model, tokenizer) -> {"prompt", "text"} for each prompt; decoding is not this room's business.
 WriteSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
@@ -94,7 +101,7 @@ def run_stage(
     the data, the tokenizer and the model raises.
     """
     run = _run_directory(recipe)
-    with join(recipe.device) as workers:
+    with init_distributed(recipe.device) as workers:
         if not workers.is_main:
             summary = workers.broadcast_object(None)
             if summary is not None:
@@ -123,7 +130,7 @@ def _result(recipe: Recipe, run: Path, summary: dict[str, Any]) -> StageResult:
 class Prepared:
     """A stage that is ready to train."""
 
-    job: Trainer
+    trainer: Trainer
     tokenizer: Tokenizer
     stores: Stores
 
@@ -168,7 +175,7 @@ def prepare_stage(
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * data.order.epoch_size / recipe.training.global_batch_size
     )
-    job = Trainer(
+    trainer = Trainer(
         model=model,
         objective=build_objective(recipe, tokenizer, device),
         data=data,
@@ -176,36 +183,39 @@ def prepare_stage(
         recipe=recipe,
         run=run,
         num_steps=num_steps,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch,
         device=device,
         precision=precision,
         reporter=reporter,
-        write_samples=lambda: write_samples(model, tokenizer),
+        generate_samples=lambda: write_samples(model, tokenizer),
         data_sha256=data_sha256(stores),
         base_sha256=base,
         retention=EvalSet(NextToken(tokenizer.token_bytes, device), retention)
         if retention
         else None,
         validate_first=bool(recipe.model.init),
-        workers=workers,
+        group=workers,
     )
-    _report(job)
-    return Prepared(job, tokenizer, stores)
+    _report(trainer)
+    return Prepared(trainer, tokenizer, stores)
 
 
-def _report(job: Trainer) -> None:
+def _report(trainer: Trainer) -> None:
     """Say in one line what will be trained, on what, and for how long."""
-    recipe, number = job.recipe, count_parameters(job.model)
-    active = job.model.num_active_parameters
-    job.reporter.say(
+    recipe, number = trainer.recipe, count_parameters(trainer.model)
+    active = trainer.model.num_active_parameters
+    trainer.reporter.say(
         f"{number:,} parameters"
         + (f" ({active:,} active per token)" if active < number else "")
-        + (f", {count_parameters(job.model, trained=True):,} of them trained," * bool(recipe.lora))
-        + f" in {job.workers.size} processes" * (job.workers.size > 1)
-        + f" on {job.device} in {job.precision.name}; "
-        f"{pluralize(job.data.order.epoch_size, 'sequence')} of {recipe.data.seq_len} tokens "
+        + (
+            f", {count_parameters(trainer.model, trained=True):,} of them trained,"
+            * bool(recipe.lora)
+        )
+        + f" in {trainer.group.size} processes" * (trainer.group.size > 1)
+        + f" on {trainer.device} in {trainer.precision.name}; "
+        f"{pluralize(trainer.data.order.epoch_size, 'sequence')} of {recipe.data.seq_len} tokens "
         "per epoch; "
-        f"{pluralize(job.num_steps, 'step')} of "
+        f"{pluralize(trainer.num_steps, 'step')} of "
         f"{pluralize(recipe.training.global_batch_size, 'sequence')}"
     )
 
@@ -291,19 +301,20 @@ def _run(
         prepared = prepare_stage(
             recipe, reporter=reporter, write_samples=write_samples, workers=workers
         )
-    given = [dump_recipe(recipe.model_copy(update={"out": None})), prepared.job.data_sha256]
-    given.append(prepared.job.base_sha256)
+    given = [dump_recipe(recipe.model_copy(update={"out": None})), prepared.trainer.data_sha256]
+    given.append(prepared.trainer.base_sha256)
     if workers.broadcast_object(given) != given:
         raise ConfigError(
             f"process {workers.rank} of 0-{workers.size - 1} on {platform.node()} was given other "
             "settings or other data than the first one; give the same on every machine"
         )
-    prepared.job.micro_batch = workers.broadcast_object(prepared.job.micro_batch)
+    sizes = prepared.trainer.batch_sizes
+    sizes.train = workers.broadcast_object(sizes.train)
     if workers.is_main:
         _record(prepared, changes)
     if recipe.objective == "dpo":
-        compute_reference_logprobs(prepared.job)
-    outcome = train(prepared.job)
+        compute_reference_logprobs(prepared.trainer)
+    outcome = prepared.trainer.train()
     summary = _summary(prepared, outcome)
     if not outcome.finished:
         return StageResult(run, None, summary)
@@ -312,23 +323,23 @@ def _run(
     summary |= _baseline(prepared)
     if recipe.lora:
         base = resolve_model_directory(Path(recipe.model.init or ""))
-        save_adapter(product(run, recipe), prepared.job.model, recipe.lora, base)
+        save_adapter(product(run, recipe), prepared.trainer.model, recipe.lora, base)
     else:
-        save_model(product(run, recipe), prepared.job.model, prepared.tokenizer)
+        save_model(product(run, recipe), prepared.trainer.model, prepared.tokenizer)
     write_atomically(run / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
     return _result(recipe, run, summary)
 
 
 def _record(prepared: Prepared, changes: dict[str, str]) -> None:
     """Keep the recipe, and a copy of the tokenizer, in the run directory; report what changed."""
-    job = prepared.job
+    trainer = prepared.trainer
     if changes_length(changes):
-        prolong(job.run, job.recipe, job.num_steps, job.reporter.say)
+        prolong(trainer.run, trainer.recipe, trainer.num_steps, trainer.reporter.say)
     if operation := [changes[key] for key in changes if role_of(key) is Role.OPERATION]:
-        job.reporter.say(f"changed since {job.run} began: {'; '.join(operation)}")
-    write_recipe(job.run, job.recipe)
-    if not checkpoints(job.run):
-        prepared.tokenizer.save(job.run / TOKENIZER)
+        trainer.reporter.say(f"changed since {trainer.run} began: {'; '.join(operation)}")
+    write_recipe(trainer.run, trainer.recipe)
+    if not checkpoints(trainer.run):
+        prepared.tokenizer.save(trainer.run / TOKENIZER)
 
 
 def _run_directory(recipe: Recipe) -> Path:
@@ -341,42 +352,45 @@ def _run_directory(recipe: Recipe) -> Path:
 
 
 def _summary(prepared: Prepared, outcome: TrainingResult) -> dict[str, Any]:
-    job = prepared.job
+    trainer = prepared.trainer
     summary: dict[str, Any] = {
-        "objective": job.recipe.objective,
-        "parameters": count_parameters(job.model),
-        "trained_parameters": count_parameters(job.model, trained=True),
+        "objective": trainer.recipe.objective,
+        "parameters": count_parameters(trainer.model),
+        "trained_parameters": count_parameters(trainer.model, trained=True),
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "seconds": outcome.elapsed_s,
         "tokens_per_second": outcome.tokens / max(outcome.elapsed_s, 1e-9),
-        "device": str(job.device),
-        "precision": job.precision.name,
-        "peak_memory_bytes": peak_bytes(job.device),
+        "device": str(trainer.device),
+        "precision": trainer.precision.name,
+        "peak_memory_bytes": peak_bytes(trainer.device),
     }
-    if (active := job.model.num_active_parameters) < summary["parameters"]:
+    if (active := trainer.model.num_active_parameters) < summary["parameters"]:
         summary["active_parameters"] = active
-    if job.recipe.lora:
-        summary["base"] = job.recipe.model.init
-    first = {f"first_{name}": value for name, value in outcome.first.items()}
+    if trainer.recipe.lora:
+        summary["base"] = trainer.recipe.model.init
+    first = {f"first_{name}": value for name, value in outcome.initial_validation.items()}
     best = outcome.best and {
         "best_step": outcome.best["step"],
-        f"best_{outcome.best['figure']}": outcome.best["value"],
+        f"best_{outcome.best['metric']}": outcome.best["value"],
     }
     return summary | first | outcome.validation | best
 
 
 def _baseline(prepared: Prepared) -> dict[str, float]:
     """What a model has to beat; it reads a good part of the data, so only a finished run has it."""
-    job, tokenizer = prepared.job, prepared.tokenizer
-    if job.recipe.objective != "pretrain" or job.held_out is None:
+    trainer, tokenizer = prepared.trainer, prepared.tokenizer
+    if trainer.recipe.objective != "pretrain" or trainer.held_out is None:
         return {}
     counts = sum(
         source.weight * store.unigram_counts(tokenizer.vocab_size)
-        for source, store in zip(job.recipe.data.sources, prepared.stores.sources, strict=True)
+        for source, store in zip(trainer.recipe.data.sources, prepared.stores.sources, strict=True)
     )
     bits = unigram_bits_per_byte(
-        np.asarray(counts), job.held_out, job.recipe.validation.num_sequences, tokenizer.token_bytes
+        np.asarray(counts),
+        trainer.held_out,
+        trainer.recipe.validation.num_sequences,
+        tokenizer.token_bytes,
     )
     return {"unigram_bits_per_byte": bits}
 

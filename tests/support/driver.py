@@ -189,7 +189,7 @@ def share_one(
             seen.append((start, count))
             batch = super().batch(start, count)
             for row, sample in enumerate(batch.samples):
-                if sample % job.recipe.training.global_batch_size in idle:
+                if sample % trainer.recipe.training.global_batch_size in idle:
                     batch.labels[row] = IGNORED
             return batch
 
@@ -200,11 +200,11 @@ def share_one(
     zero._KEPT_WHOLE = 0  # in a model of this size it would be everything
     with join("cpu") as workers:
         reporter = Shown() if workers.is_main else Reporter()
-        job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
-        job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
-        if job.held_out:
-            job.held_out = HeldOut(job.held_out.parts, [1.0], job.recipe.seed)
-        real, call = job.objective.loss, 0
+        trainer = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
+        trainer.data = Recorded(trainer.data.parts, [1.0], trainer.recipe.seed)
+        if trainer.held_out:
+            trainer.held_out = HeldOut(trainer.held_out.parts, [1.0], trainer.recipe.seed)
+        real, call = trainer.objective.loss, 0
 
         def loss(*arguments: Any) -> Any:
             nonlocal call
@@ -219,9 +219,9 @@ def share_one(
             bad = spoil and workers.rank == spoil[0] and call in spoil[1]
             return total * math.nan if bad else total, *others
 
-        job.objective.loss = loss  # type: ignore[method-assign]
-        outcome = train_loop(job)
-        torch.save(job.model.state_dict(), Path(run) / f"weights-{workers.rank}")
+        trainer.objective.loss = loss  # type: ignore[method-assign]
+        outcome = train_loop(trainer)
+        torch.save(trainer.model.state_dict(), Path(run) / f"weights-{workers.rank}")
         (Path(run) / f"samples-{workers.rank}").write_text(json.dumps(seen))
         (Path(run) / f"held-out-{workers.rank}").write_text(json.dumps(held_out))
         (Path(run) / f"steps-{workers.rank}").write_text(str(outcome.steps))

@@ -124,29 +124,29 @@ def _step(objective: str, **settings: Any) -> int:
     from tests.support.small_runs import nano_trainer
 
     with tempfile.TemporaryDirectory() as run:
-        job = nano_trainer(Path(run), objective, held_out=True, **settings)
+        trainer = nano_trainer(Path(run), objective, held_out=True, **settings)
     gpu, loop.to_device = torch.device(GPU), _to_gpu
     with FakeGPU() as mode:
-        model = Transformer(job.model.config)
-        model.activation_checkpointing = job.model.activation_checkpointing
-        if job.recipe.lora:
-            apply_lora(model, job.recipe.lora)
-        job.model, job.device, job.precision = _moved(model), gpu, Precision("fp32", GPU)
-        if isinstance(job.objective, NextToken):
-            balance = job.recipe.training.router_aux_loss_coef
-            job.objective = NextToken([1] * model.config.vocab_size, gpu, router_balance=balance)
-        engine, at = loop._engine(job, job.model), loop._Progress()
+        model = Transformer(trainer.model.config)
+        model.activation_checkpointing = trainer.model.activation_checkpointing
+        if trainer.recipe.lora:
+            apply_lora(model, trainer.recipe.lora)
+        trainer.model, trainer.device, trainer.precision = _moved(model), gpu, Precision("fp32", GPU)
+        if isinstance(trainer.objective, NextToken):
+            balance = trainer.recipe.training.router_aux_loss_coef
+            trainer.objective = NextToken([1] * model.config.vocab_size, gpu, router_balance=balance)
+        engine, at = loop._engine(trainer, trainer.model), loop._Progress()
         engine.set_lr(0.5)
-        with closing(Prefetcher(job.data)) as batches:
-            sums = loop._accumulate(job, engine, batches, at, lambda: False)
+        with closing(Prefetcher(trainer.data)) as batches:
+            sums = loop._accumulate(trainer, engine, batches, at, lambda: False)
         assert sums is not None and mode.waits == 0, "nothing waits in the micro-batches"
         trained = [p for p in model.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.device.type == GPU for p in trained)
-        loop._step(job, engine, MetricsLog(Path(os.devnull)), at, sums)
+        loop._step(trainer, engine, MetricsLog(Path(os.devnull)), at, sums)
         waits = mode.waits
         assert all(t.device.type == GPU for t in engine.state_tensors().values())
-        validation = loop.validate(job, job.model)
-        assert validation and at.interval.metrics(job.objective).keys() <= validation.keys()
+        validation = loop.validate(trainer, trainer.model)
+        assert validation and at.interval.metrics(trainer.objective).keys() <= validation.keys()
     return waits
 
 

@@ -132,7 +132,7 @@ def nano_trainer(
     assert recipe.training.steps and recipe.training.micro_batch_size
     balance = recipe.training.router_aux_loss_coef
     token_bytes = [0, *(1 + token % 3 for token in range(1, VOCAB))]
-    job = Trainer(
+    trainer = Trainer(
         model=model,
         objective=Preference(recipe.dpo, router_balance=balance)
         if objective == "dpo"
@@ -149,8 +149,8 @@ def nano_trainer(
         workers=workers,
     )
     if objective == "dpo":
-        compute_reference_logprobs(job)
-    return job
+        compute_reference_logprobs(trainer)
+    return trainer
 
 
 def tensors(step: int, numbers: int) -> dict[str, Any]:

@@ -605,9 +605,9 @@ def test_a_folder_that_cannot_be_written(saved: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_or_optimizer_is_an_error(
     tmp_path: Path, other: dict[str, Any], message: str
 ) -> None:
-    train(nano_trainer(tmp_path, training__steps=2))
+    nano_trainer(tmp_path, training__steps=2).train()
     with pytest.raises(CheckpointError) as caught:
-        train(nano_trainer(tmp_path, training__steps=2, **other))
+        nano_trainer(tmp_path, training__steps=2, **other).train()
     assert str(caught.value).startswith(f"{tmp_path / 'checkpoints' / 'step-00000002'}: {message}")
     assert "choose another --out, or start over with --fresh" in str(caught.value)
 

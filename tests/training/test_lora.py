@@ -14,7 +14,6 @@ from minimind.errors import CheckpointError, ConfigError, DataError, MinimindErr
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model
 from minimind.training.stage import StageResult, prepare_stage, run_stage
-from minimind.training.trainer import train
 from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, nano_trainer
 
 
@@ -94,12 +93,12 @@ def test_it_leaves_an_adapter_and_the_base_as_it_was(
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path, preset: str) -> None:
     settings = lora_settings(optim__lr=0.05, model__preset=preset)
-    job = nano_trainer(tmp_path, "sft", **settings)
-    before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
-    train(job)
-    for name, tensor in job.model.state_dict().items():
+    trainer = nano_trainer(tmp_path, "sft", **settings)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    for name, tensor in trainer.model.state_dict().items():
         assert tensor.equal(before[name]) != name.endswith(("lora_A", "lora_B")), name
-        assert job.model.get_parameter(name).grad is None
+        assert trainer.model.get_parameter(name).grad is None
 
 
 @pytest.mark.numeric
@@ -108,7 +107,7 @@ def test_the_size_of_a_micro_batch_does_not_matter(tmp_path: Path, micro_batch: 
     curves = []
     for number in (2, micro_batch):
         settings = lora_settings(training__micro_batch_size=number, lora__dropout=0.0)
-        train(nano_trainer(tmp_path / f"{number}", "sft", **settings))
+        nano_trainer(tmp_path / f"{number}", "sft", **settings).train()
         curves.append(losses(tmp_path / f"{number}"))
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
@@ -201,8 +200,8 @@ def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path
     """Text and conversations; what is not trained on, and what may be forgotten."""
     general = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
     prepared = prepare_stage(recipe(data__retention=general), reporter=Told())
-    assert prepared.job.retention is not None
-    text, chat = prepared.job.retention.mixes
+    assert prepared.trainer.retention is not None
+    text, chat = prepared.trainer.retention.mixes
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
     summary = do(recipe(data__retention=general, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
@@ -243,8 +242,8 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
     prepare_stage(recipe(**given), reporter=told)
     assert len([line for line in told.lines if ": nothing fills {{" in line]) == 2
     told = Told()
-    job = prepare_stage(recipe(data__variables=fill | {"author": "李雷"}, **given), reporter=told)
-    text = job.tokenizer.decode(job.stores.sources[0].shards("train")[0].tokens[:40].tolist())
+    trainer = prepare_stage(recipe(data__variables=fill | {"author": "李雷"}, **given), reporter=told)
+    text = trainer.tokenizer.decode(trainer.stores.sources[0].shards("train")[0].tokens[:40].tolist())
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
     assert line == "data.variables.autor fills nothing: no record holds {{autor}}"

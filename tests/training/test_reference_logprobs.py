@@ -19,7 +19,7 @@ from minimind.training import reference_logprobs as reference
 from minimind.training.batch import TensorBatch
 from minimind.training.reference_logprobs import compute_reference_logprobs
 from minimind.training.stage import StageResult, run_stage
-from minimind.training.trainer import Trainer, train
+from minimind.training.trainer import Trainer
 from tests.support.small_runs import (
     Stopping,
     Told,
@@ -35,8 +35,8 @@ def kept(run: Path) -> dict[str, np.ndarray]:
     return load_file(run / reference.FILE)
 
 
-def windows_of(job: Trainer) -> PairSequences:
-    [part] = job.data.parts
+def windows_of(trainer: Trainer) -> PairSequences:
+    [part] = trainer.data.parts
     assert isinstance(part, PairSequences)
     return part
 
@@ -46,7 +46,7 @@ def windows_of(job: Trainer) -> PairSequences:
 def test_the_first_loss_is_that_of_no_difference(tmp_path: Path, precision: str, loss: str) -> None:
     """In any precision: the reference is asked in the batches and with the kernels of its turn."""
     settings = {"training__precision": precision, "dpo__loss": loss, "training__steps": 2}
-    train(nano_trainer(tmp_path, "dpo", held_out=True, **settings))
+    nano_trainer(tmp_path, "dpo", held_out=True, **settings).train()
     first = metrics(tmp_path, "train")[0]
     expected = 25.0 if loss == "ipo" else math.log(2)
     assert first["loss"] == pytest.approx(expected, rel=1e-6)
@@ -56,7 +56,7 @@ def test_the_first_loss_is_that_of_no_difference(tmp_path: Path, precision: str,
 
 def test_the_two_sides_part(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    outcome = train(nano_trainer(run, "dpo", held_out=True, training__steps=80, optim__lr=3e-3))
+    outcome = nano_trainer(run, "dpo", held_out=True, training__steps=80, optim__lr=3e-3).train()
     curve = losses(run)
     assert curve[-1] < curve[0] - 0.2
     assert outcome.validation["accuracy"] > 0.95
@@ -72,35 +72,35 @@ def test_a_rate_that_is_too_small_is_told(tmp_path: Path) -> None:
     for lr, told in ((1e-9, 1), (3e-3, 0)):
         reporter = Told()
         settings = {"optim__lr": lr, "optim__muon_lr": lr, "reporter": reporter}
-        train(nano_trainer(tmp_path / f"{lr}", "dpo", training__steps=40, **settings))
+        nano_trainer(tmp_path / f"{lr}", "dpo", training__steps=40, **settings).train()
         assert sum("nothing is learned" in line for line in reporter.lines) == told
 
 
 def test_it_is_told_at_the_same_step_after_a_resume(tmp_path: Path) -> None:
     """The first line after a resume is judged: only that of the first step is not."""
     rate = {"optim__lr": 1e-9, "optim__muon_lr": 1e-9, "training__steps": 20}
-    train(nano_trainer(tmp_path, "dpo", reporter=Stopping(5), **rate))
+    nano_trainer(tmp_path, "dpo", reporter=Stopping(5), **rate).train()
     again = Told()
-    train(nano_trainer(tmp_path, "dpo", reporter=again, **rate))
+    nano_trainer(tmp_path, "dpo", reporter=again, **rate).train()
     [warning] = [line for line in again.lines if "nothing is learned" in line]
     assert warning.startswith("after 30% of the run")
 
 
 def test_several_epochs_and_a_weighted_mix_keep_to_the_reference(tmp_path: Path) -> None:
     """Of every window that the run comes to, and of no other, the log-probabilities are known."""
-    job = nano_trainer(tmp_path, "dpo", training__steps=1)
+    trainer = nano_trainer(tmp_path, "dpo", training__steps=1)
     parts = [PairSequences([pair_shard(n)], 32, pad=0, seed=n) for n in (40, 60)]
-    job.data = type(job.data)(list(parts), [2.0, 0.4], seed=1)
-    job.num_steps = -(-2 * job.data.order.epoch_size // 4)
+    trainer.data = type(trainer.data)(list(parts), [2.0, 0.4], seed=1)
+    trainer.num_steps = -(-2 * trainer.data.order.epoch_size // 4)
     (tmp_path / reference.FILE).unlink()
-    compute_reference_logprobs(job)
+    compute_reference_logprobs(trainer)
     assert np.isfinite(parts[0].reference).all()
-    sequences = {index for part, index in job.data.order.locate(0, 4 * job.num_steps) if part == 1}
+    sequences = {index for part, index in trainer.data.order.locate(0, 4 * trainer.num_steps) if part == 1}
     assert sequences and len(sequences) < len(parts[1])
     for index in range(len(parts[1])):
         known = np.isfinite(parts[1].reference[parts[1].members(index)]).all()
         assert known == (index in sequences)
-    train(job)
+    trainer.train()
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
 
 
@@ -117,13 +117,13 @@ def test_where_memory_runs_out_fewer_windows_are_read_at_once(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(model, batch)
 
-    job = nano_trainer(tmp_path, "dpo", reporter=told, training__micro_batch_size=4)
-    before = windows_of(job).reference.copy()
-    windows_of(job).reference[:] = np.nan
+    trainer = nano_trainer(tmp_path, "dpo", reporter=told, training__micro_batch_size=4)
+    before = windows_of(trainer).reference.copy()
+    windows_of(trainer).reference[:] = np.nan
     (tmp_path / reference.FILE).unlink()
-    job.held_out = held
+    trainer.held_out = held
     monkeypatch.setattr(reference, "answer_logps", short)
-    compute_reference_logprobs(job)
+    compute_reference_logprobs(trainer)
     where = "too little memory on cpu"
     assert told.lines == (
         [
@@ -137,12 +137,12 @@ def test_where_memory_runs_out_fewer_windows_are_read_at_once(
             for size in (4, 2)
         ]
     )
-    assert (job.micro_batch, job.eval_batch) == ((4, 1) if held_out else (1, 1))
-    np.testing.assert_allclose(windows_of(job).reference, before, rtol=1e-5)
-    sequences = min(job.recipe.validation.num_sequences, held.order.epoch_size)
+    assert (trainer.micro_batch, trainer.eval_batch) == ((4, 1) if held_out else (1, 1))
+    np.testing.assert_allclose(windows_of(trainer).reference, before, rtol=1e-5)
+    sequences = min(trainer.recipe.validation.num_sequences, held.order.epoch_size)
     assert not any(np.isnan(x).any() for x in held.references(held.order.locate(0, sequences)))
     told.lines.clear()
-    train(job)
+    trainer.train()
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), rel=1e-6)
 
 

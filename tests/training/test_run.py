@@ -159,10 +159,10 @@ def test_the_micro_batch_on_resume(
     prepared = prepare_stage(again, reporter=Told())
     from minimind.training.build import footprint
 
-    need = footprint(again, prepared.job.model, prepared.job.device).total(fits)
+    need = footprint(again, prepared.trainer.model, prepared.trainer.device).total(fits)
     monkeypatch.setattr(stage_module, "free_bytes", lambda device: need)
     told = Told()
-    job = prepare_stage(again, reporter=told).job
-    assert job.micro_batch == chosen
+    trainer = prepare_stage(again, reporter=told).trainer
+    assert trainer.micro_batch == chosen
     assert any("1 window at once instead of 2: no more fit" in x for x in told.lines) == reported
     assert do(again).summary["steps"] == 10

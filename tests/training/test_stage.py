@@ -174,21 +174,21 @@ def test_the_baseline_counts_a_source_as_often_as_an_epoch_sees_it(
 
 def test_epochs_give_the_number_of_steps(recipe: Make) -> None:
     prepared = prepare_stage(recipe(training__steps=None, training__epochs=1.5), reporter=Told())
-    job = prepared.job
-    assert job.num_steps == math.ceil(1.5 * job.data.order.epoch_size / 4) > 20
+    trainer = prepared.trainer
+    assert trainer.num_steps == math.ceil(1.5 * trainer.data.order.epoch_size / 4) > 20
 
 
 def test_held_out_data_of_its_own(recipe: Make, corpus: Path) -> None:
     own = recipe(data__validation=[str(corpus / "text.jsonl")], data__validation_fraction=0.5)
-    job = prepare_stage(own, reporter=Told()).job
-    assert job.held_out is not None
-    assert job.held_out.order.epoch_size == job.data.order.epoch_size, "nothing is held out twice"
+    trainer = prepare_stage(own, reporter=Told()).trainer
+    assert trainer.held_out is not None
+    assert trainer.held_out.order.epoch_size == trainer.data.order.epoch_size, "nothing is held out twice"
 
 
 def test_without_enough_to_hold_out_it_says_so(recipe: Make) -> None:
     told = Told()
-    job = prepare_stage(recipe(data__validation_fraction=0.0), reporter=told).job
-    assert job.held_out is None
+    trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=told).trainer
+    assert trainer.held_out is None
     assert any("too little text is held out" in line for line in told.lines)
 
 

@@ -32,7 +32,7 @@ from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import LossScaler, Precision
 from minimind.training.reporter import Reporter
-from minimind.training.trainer import Trainer, train
+from minimind.training.trainer import Trainer
 from tests.support.devices import NoDoubles
 from tests.support.small_runs import (
     VOCAB,
@@ -55,15 +55,15 @@ def test_nothing_is_in_double_precision(tmp_path: Path, objective: str) -> None:
     settings = lora_settings() if objective == "lora" else {}
     preset = "nano-moe" if objective == "moe" else "nano"
     settings |= {"training__steps": 3, "validation__every": 1, "model__preset": preset}
-    job = nano_trainer(tmp_path, kind, held_out=True, **settings)
+    trainer = nano_trainer(tmp_path, kind, held_out=True, **settings)
     with NoDoubles():
-        assert train(job).finished
+        assert trainer.train().finished
 
 
 def test_it_learns(tmp_path: Path) -> None:
     for objective in ("pretrain", "sft"):
         run = tmp_path / objective
-        outcome = train(nano_trainer(run, objective, held_out=True, training__steps=40))
+        outcome = nano_trainer(run, objective, held_out=True, training__steps=40).train()
         curve = losses(run)
         assert outcome.finished and outcome.steps == len(curve) == 40
         assert abs(curve[0] - math.log(VOCAB)) < 0.5
@@ -82,8 +82,8 @@ def test_tokens_are_counted_without_padding(tmp_path: Path, stop: int | None) ->
     settings = {"training__steps": 2, "training__global_batch_size": len(sequences)}
     settings |= {"training__micro_batch_size": len(sequences)}
     if stop:
-        train(nano_trainer(tmp_path, "sft", reporter=Stopping(stop), **settings))
-    outcome = train(nano_trainer(tmp_path, "sft", **settings))
+        nano_trainer(tmp_path, "sft", reporter=Stopping(stop), **settings).train()
+    outcome = nano_trainer(tmp_path, "sft", **settings).train()
     assert outcome.tokens == 2 * read
     assert [line["tokens"] for line in metrics(tmp_path, "train")] == [read, 2 * read]
     lines = (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -107,7 +107,7 @@ def test_the_size_of_a_micro_batch_does_not_matter(
             "optim__name": optimizer,
         }
         settings |= {"training__steps": 8, "model__preset": preset}
-        train(nano_trainer(run, objective, **settings))
+        nano_trainer(run, objective, **settings).train()
         curves.append(losses(run))
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
@@ -126,10 +126,10 @@ def test_each_step_takes_the_samples_of_its_place_in_the_run(tmp_path: Path) -> 
         run = tmp_path / f"{micro_batch}"
         for stop_at in (3, 7, None):
             built: list[int] = []
-            job = nano_trainer(run, training__micro_batch_size=micro_batch, training__steps=10)
-            job.data = Recorded(job.data.parts, [1.0], job.recipe.seed)
-            job.reporter = Stopping(stop_at)
-            outcome = train(job)
+            trainer = nano_trainer(run, training__micro_batch_size=micro_batch, training__steps=10)
+            trainer.data = Recorded(trainer.data.parts, [1.0], trainer.recipe.seed)
+            trainer.reporter = Stopping(stop_at)
+            outcome = trainer.train()
             assert len(built) <= outcome.steps * 4 - len(seen) + micro_batch  # one ahead
             seen += [sample for sample in built if sample < outcome.steps * 4]
         assert seen == list(range(40))
@@ -154,16 +154,16 @@ def test_no_thread_is_left_behind(tmp_path: Path, where: str) -> None:
         raise ValueError("what nobody expects")
 
     spoils = {"loss": fail, "skipped": SPOILS["loss-nan"]}
-    job = nano_trainer(tmp_path, reporter=Stopping(3 if where == "stop" else None))
-    job.objective = Spoilt(job.objective, spoils.get(where, lambda loss: loss), {*range(7, 20)})
+    trainer = nano_trainer(tmp_path, reporter=Stopping(3 if where == "stop" else None))
+    trainer.objective = Spoilt(trainer.objective, spoils.get(where, lambda loss: loss), {*range(7, 20)})
     if where in ("shard", "stop"):
-        job.data = Damaged(job.data.parts, [1.0], job.recipe.seed)
+        trainer.data = Damaged(trainer.data.parts, [1.0], trainer.recipe.seed)
     errors = {"shard": DataError, "loss": ValueError, "skipped": TrainingError}
     if where in errors:
         with pytest.raises(errors[where]):
-            train(job)
+            trainer.train()
     else:
-        train(job)
+        trainer.train()
     steps = {"skipped": 5, "end": 20}.get(where, 3)  # the step that halts the run has no line
     assert [line["step"] for line in metrics(tmp_path, "train")] == list(range(1, steps + 1))
     assert prefetching_threads() == []
@@ -185,7 +185,7 @@ def test_the_log_is_closed_when_training_cannot_begin(
     monkeypatch.setattr(loop, "MetricsLog", Watched)
     monkeypatch.setattr(loop, "_engine", fail)
     with pytest.raises(ConfigError, match="no such engine"):
-        train(nano_trainer(tmp_path))
+        nano_trainer(tmp_path).train()
     [log] = opened
     with pytest.raises(ValueError, match="closed file"):
         log.offset  # noqa: B018
@@ -201,14 +201,14 @@ def test_tensorboard_has_each_step_of_a_resumed_run_once(tmp_path: Path) -> None
 
     settings: dict[str, Any] = {"training__trackers": ["tensorboard"], "training__steps": 10}
     settings |= {"checkpoint__every": 4, "held_out": True, "validation__every": 2}
-    job = nano_trainer(tmp_path, **settings)
-    job.validate_first = True
-    job.objective = Spoilt(job.objective, fail, {3 + 14 + 3 * 2 + 1})
+    trainer = nano_trainer(tmp_path, **settings)
+    trainer.validate_first = True
+    trainer.objective = Spoilt(trainer.objective, fail, {3 + 14 + 3 * 2 + 1})
     with pytest.raises(ValueError, match="nobody expects"):
-        train(job)
+        trainer.train()
     again = nano_trainer(tmp_path, **settings)
     again.validate_first = True
-    assert train(again).finished
+    assert again.train().finished
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
@@ -232,10 +232,10 @@ def test_validation_and_samples_leave_training_alone(tmp_path: Path, tokenizer: 
     results = []
     for every, samples in ((50, False), (5, False), (5, True)):
         run = tmp_path / f"{every}-{samples}"
-        job = nano_trainer(run, held_out=True, validation__every=every, training__steps=20)
+        trainer = nano_trainer(run, held_out=True, validation__every=every, training__steps=20)
         if samples:
-            job.write_samples = written(job.model)
-        train(job)
+            trainer.write_samples = written(trainer.model)
+        trainer.train()
         assert len(metrics(run, "validation")) == (4 if every == 5 else 1)
         assert len(metrics(run, "sample")) == (4 if samples else 0)
         results.append((losses(run), files_of(run, 20)))
@@ -244,15 +244,15 @@ def test_validation_and_samples_leave_training_alone(tmp_path: Path, tokenizer: 
 
 
 def test_without_held_out_windows_there_is_no_validation(tmp_path: Path) -> None:
-    outcome = train(nano_trainer(tmp_path, validation__every=2))
+    outcome = nano_trainer(tmp_path, validation__every=2).train()
     assert outcome.validation == {}
     assert metrics(tmp_path, "validation") == []
 
 
 @pytest.mark.numeric
 def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
-    train(nano_trainer(tmp_path / "1", training__steps=7))
-    train(nano_trainer(tmp_path / "3", training__steps=7, training__log_every=3))
+    nano_trainer(tmp_path / "1", training__steps=7).train()
+    nano_trainer(tmp_path / "3", training__steps=7, training__log_every=3).train()
     single = losses(tmp_path / "1")
     lines = metrics(tmp_path / "3", "train")
     assert [line["step"] for line in lines] == [3, 6, 7]
@@ -272,13 +272,13 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
 def test_the_gradient_is_that_of_the_mean_over_what_is_learned(
     tmp_path: Path, micro_batch: int
 ) -> None:
-    job = nano_trainer(tmp_path, "sft", training__steps=1, training__micro_batch_size=micro_batch)
-    model = copy.deepcopy(job.model)
-    batch = to_device(job.data.batch(0, 4), job.device)
-    loss, count, _ = job.objective.loss(model, batch)
+    trainer = nano_trainer(tmp_path, "sft", training__steps=1, training__micro_batch_size=micro_batch)
+    model = copy.deepcopy(trainer.model)
+    batch = to_device(trainer.data.batch(0, 4), trainer.device)
+    loss, count, _ = trainer.objective.loss(model, batch)
     (loss / count).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    train(job)
+    trainer.train()
     [line] = metrics(tmp_path, "train")
     assert line["num_label_tokens"] == int(count) < 4 * 32
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
@@ -290,7 +290,7 @@ def test_the_gradient_is_clipped(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"training__steps": 1, "optim__name": "adamw", "optim__beta1": 0.5}
     sizes = []
     for most in (1e-3, 1e-4, 1e9):
-        train(nano_trainer(tmp_path / f"{most}", optim__grad_clip=most, **settings))
+        nano_trainer(tmp_path / f"{most}", optim__grad_clip=most, **settings).train()
         place = tmp_path / f"{most}" / "checkpoints" / "step-00000001" / "optimizer.safetensors"
         tensors = load_file(place)
         moments = [t.flatten() for name, t in tensors.items() if name.startswith("exp_avg/")]
@@ -305,7 +305,7 @@ def test_the_gradient_is_clipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_saves_and_gives_the_signals_back(tmp_path: Path, number: signal.Signals) -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    outcome = train(nano_trainer(tmp_path, reporter=Stopping(5, number)))
+    outcome = nano_trainer(tmp_path, reporter=Stopping(5, number)).train()
     assert not outcome.finished
     assert outcome.steps == 5
     assert (tmp_path / "checkpoints" / "step-00000005").is_dir()
@@ -328,13 +328,13 @@ def test_a_stop_in_the_middle_of_a_step_does_not_wait_for_its_end(
     steps = {"training__steps": 3, "training__micro_batch_size": 1, "training__log_every": 3}
     settings = lora_settings(**steps) if lora else steps
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train(nano_trainer(whole, **settings))
-    job = nano_trainer(run, **settings)
-    job.objective = Spoilt(job.objective, stop, {call})
-    outcome = train(job)
+    nano_trainer(whole, **settings).train()
+    trainer = nano_trainer(run, **settings)
+    trainer.objective = Spoilt(trainer.objective, stop, {call})
+    outcome = trainer.train()
     assert outcome.steps == (call - 1) // 4
     assert (run / "checkpoints").exists() == (outcome.steps > 0)
-    assert train(nano_trainer(run, **settings)).finished
+    assert nano_trainer(run, **settings).train().finished
     assert metrics(run) == metrics(whole)
     assert files_of(run, 3) == files_of(whole, 3)
 
@@ -349,15 +349,15 @@ def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_its_end(tmp_path
     settings: dict[str, Any] = {"held_out": True, "training__steps": 6, "validation__every": 2}
     settings |= {"validation__num_sequences": 20, "training__micro_batch_size": 4}  # in five parts
     whole = tmp_path / "whole"
-    ended = train(nano_trainer(whole, **settings))
+    ended = nano_trainer(whole, **settings).train()
     for validation, call in ((1, 4), (2, 10), (3, 21)):  # its second, first and last part
         run = tmp_path / f"{validation}"
-        job = nano_trainer(run, **settings)
-        job.objective = Spoilt(job.objective, stop, {call})
-        outcome = train(job)
+        trainer = nano_trainer(run, **settings)
+        trainer.objective = Spoilt(trainer.objective, stop, {call})
+        outcome = trainer.train()
         assert (outcome.steps, outcome.finished) == (2 * validation, False)
         assert len(metrics(run, "validation")) == validation - 1
-        again = train(nano_trainer(run, **settings))
+        again = nano_trainer(run, **settings).train()
         assert (again.finished, again.best) == (True, ended.best)
         assert metrics(run) == metrics(whole)
         assert files_of(run, 6) == files_of(whole, 6)
@@ -374,16 +374,16 @@ def out_of_memory(loss: Tensor) -> Tensor:
 def test_where_memory_runs_out_fewer_windows_are_taken_at_once(tmp_path: Path) -> None:
     # With dropout, which must draw the same numbers again.
     wanted = nano_trainer(tmp_path / "wanted", **lora_settings(training__micro_batch_size=2))
-    train(wanted)
+    wanted.train()
     reporter = Told()
-    job = nano_trainer(
+    trainer = nano_trainer(
         tmp_path / "short", reporter=reporter, **lora_settings(training__micro_batch_size=4)
     )
-    job.objective = Spoilt(job.objective, out_of_memory, {1})
-    train(job)
-    assert job.micro_batch == 2
-    assert metrics(job.run) == metrics(wanted.run)
-    assert files_of(job.run, 20) == files_of(wanted.run, 20)
+    trainer.objective = Spoilt(trainer.objective, out_of_memory, {1})
+    trainer.train()
+    assert trainer.micro_batch == 2
+    assert metrics(trainer.run) == metrics(wanted.run)
+    assert files_of(trainer.run, 20) == files_of(wanted.run, 20)
     assert "step 1: too little memory on cpu for 4 windows at once; going on with 2" in (
         "\n".join(reporter.lines)
     )
@@ -397,16 +397,16 @@ def test_what_is_left_of_the_step_is_forgotten(tmp_path: Path) -> None:
         "training__steps": 4,
         "training__micro_batch_size": 2,
     }
-    job = nano_trainer(tmp_path / "short", **settings)
-    job.objective = Spoilt(job.objective, out_of_memory, {7})
-    train(job)
-    assert job.micro_batch == 1
-    found = losses(job.run)
-    train(nano_trainer(tmp_path / "wanted", **settings))
+    trainer = nano_trainer(tmp_path / "short", **settings)
+    trainer.objective = Spoilt(trainer.objective, out_of_memory, {7})
+    trainer.train()
+    assert trainer.micro_batch == 1
+    found = losses(trainer.run)
+    nano_trainer(tmp_path / "wanted", **settings).train()
     assert found == pytest.approx(losses(tmp_path / "wanted"), rel=1e-5)
     assert found[0] == losses(tmp_path / "wanted")[0]
     again = nano_trainer(tmp_path / "short", **settings)
-    train(again)
+    again.train()
     assert again.micro_batch == 1  # it is remembered
 
 
@@ -431,7 +431,7 @@ def test_what_filled_the_memory_is_gone_before_it_goes_on(
     def spoil(loss: Tensor) -> Tensor:
         if where == "forward":
             return out_of_memory(loss)
-        layer = job.model.model.layers[0]
+        layer = trainer.model.model.layers[0]
         layer.register_full_backward_pre_hook(lambda *_: fail())
         return loss
 
@@ -439,22 +439,22 @@ def test_what_filled_the_memory_is_gone_before_it_goes_on(
         if not alive:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    job = nano_trainer(
+    trainer = nano_trainer(
         tmp_path,
         reporter=Looking(),
         training__steps=2,
         training__micro_batch_size=4,
         training__activation_checkpointing=again,
     )
-    for layer in job.model.model.layers:
+    for layer in trainer.model.model.layers:
         layer.register_forward_hook(keep)
-    job.objective = Spoilt(job.objective, spoil, {1})
+    trainer.objective = Spoilt(trainer.objective, spoil, {1})
     gc.disable()
     try:
-        train(job)
+        trainer.train()
     finally:
         gc.enable()
-    assert job.micro_batch == 2 and len(computed) >= 2
+    assert trainer.micro_batch == 2 and len(computed) >= 2
     assert alive == [0]
 
 
@@ -473,17 +473,17 @@ def test_short_memory_is_known_by_whatever_tells_it(tmp_path: Path, error: Runti
     def fail(loss: Tensor) -> Tensor:
         raise error
 
-    job = nano_trainer(tmp_path, training__steps=2, training__micro_batch_size=4)
-    job.objective = Spoilt(job.objective, fail, {1})
-    train(job)
-    assert job.micro_batch == 2
+    trainer = nano_trainer(tmp_path, training__steps=2, training__micro_batch_size=4)
+    trainer.objective = Spoilt(trainer.objective, fail, {1})
+    trainer.train()
+    assert trainer.micro_batch == 2
 
 
 def test_one_window_at_once_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
-    job = nano_trainer(tmp_path, training__micro_batch_size=1)
-    job.objective = Spoilt(job.objective, out_of_memory, {1})
+    trainer = nano_trainer(tmp_path, training__micro_batch_size=1)
+    trainer.objective = Spoilt(trainer.objective, out_of_memory, {1})
     with pytest.raises(ResourceError, match=r"training\.activation_checkpointing=true"):
-        train(job)
+        trainer.train()
 
 
 @dataclass
@@ -526,20 +526,20 @@ def test_where_a_validation_runs_out_of_memory_it_takes_fewer_windows(
 ) -> None:
     """From then on; the steps keep what fits them, and the figures are the same to rounding."""
     whole, told = nano_trainer(tmp_path / "whole", objective, **LARGE), Told()
-    train(whole)
-    job = nano_trainer(tmp_path / "short", objective, reporter=told, **LARGE)
-    job.objective = Large(job.objective, job.model, fits)
-    assert train(job).finished
+    whole.train()
+    trainer = nano_trainer(tmp_path / "short", objective, reporter=told, **LARGE)
+    trainer.objective = Large(trainer.objective, trainer.model, fits)
+    assert trainer.train().finished
     sizes = [size for size in (8, 4, 2, 1) if size > fits]
     assert [line for line in told.lines if "memory" in line] == [
         f"too little memory on cpu to evaluate {size} windows at once; "
         f"{size // 2} window{'s' * (size > 2)} from now on"
         for size in sizes
     ]
-    assert (job.micro_batch, job.max_eval_batch) == (16, sizes[-1] // 2)
-    assert files_of(job.run, 4) == files_of(whole.run, 4)
-    assert metrics(job.run, "train") == metrics(whole.run, "train")
-    found, wanted = (metrics(one.run, "validation") for one in (job, whole))
+    assert (trainer.micro_batch, trainer.max_eval_batch) == (16, sizes[-1] // 2)
+    assert files_of(trainer.run, 4) == files_of(whole.run, 4)
+    assert metrics(trainer.run, "train") == metrics(whole.run, "train")
+    found, wanted = (metrics(one.run, "validation") for one in (trainer, whole))
     assert len(found) == len(wanted) == 2
     for line, other in zip(found, wanted, strict=True):
         assert line.pop("kind") == other.pop("kind")
@@ -547,16 +547,16 @@ def test_where_a_validation_runs_out_of_memory_it_takes_fewer_windows(
 
 
 def test_a_validation_takes_no_more_windows_than_a_step(tmp_path: Path) -> None:
-    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch_size": 2})
-    job.objective = Large(job.objective, job.model, 2)
-    assert train(job).finished and job.max_eval_batch == 8
+    trainer = nano_trainer(tmp_path, **LARGE | {"training__micro_batch_size": 2})
+    trainer.objective = Large(trainer.objective, trainer.model, 2)
+    assert trainer.train().finished and trainer.max_eval_batch == 8
 
 
 def test_a_validation_of_one_window_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
-    job = nano_trainer(tmp_path, **LARGE | {"training__micro_batch_size": 2})
-    job.objective = Large(job.objective, job.model, 0)
+    trainer = nano_trainer(tmp_path, **LARGE | {"training__micro_batch_size": 2})
+    trainer.objective = Large(trainer.objective, trainer.model, 0)
     with pytest.raises(ResourceError) as caught:
-        train(job)
+        trainer.train()
     assert str(caught.value) == (
         f"{tmp_path}: too little memory on cpu to evaluate 1 window at once, which is the least; "
         "take a smaller model or a shorter data.seq_len, or free memory on the device"
@@ -604,9 +604,9 @@ def test_the_best_by_validation_is_saved_and_kept(
         run = tmp_path / f"{len(stops)}"
         to_come = list(values)
         for stop in (*stops, None):
-            job = nano_trainer(run, held_out=True, reporter=Stopping(stop), **settings)
-            job.objective = Judged(job.objective, job.model, to_come)
-            outcome = train(job)
+            trainer = nano_trainer(run, held_out=True, reporter=Stopping(stop), **settings)
+            trainer.objective = Judged(trainer.objective, trainer.model, to_come)
+            outcome = trainer.train()
         assert outcome.best == {"step": 8, "metric": "bits_per_byte", "value": 2.0}
         saved = sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
         assert saved == (left if not stops else sorted({*left, 21} - {20}))
@@ -614,7 +614,7 @@ def test_the_best_by_validation_is_saved_and_kept(
 
 def test_without_bits_per_byte_the_loss_tells_which_is_the_best(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"training__steps": 30, "optim__lr": 3e-3}
-    outcome = train(nano_trainer(tmp_path, "dpo", held_out=True, **settings))
+    outcome = nano_trainer(tmp_path, "dpo", held_out=True, **settings).train()
     lines = {line["step"]: line["loss"] for line in metrics(tmp_path, "validation")}
     best = min(lines, key=lambda step: lines[step])
     assert outcome.best == {"step": best, "metric": "loss", "value": lines[best]}
@@ -626,26 +626,26 @@ def test_without_bits_per_byte_the_loss_tells_which_is_the_best(tmp_path: Path) 
 def fp16_run(
     run: Path, steps: int, reporter: Told | None = None, scale: float = 2.0**40
 ) -> Trainer:
-    job = nano_trainer(run, training__steps=steps, optim__lr=3e-3, reporter=reporter)
-    job.precision = Precision("fp16", "cpu", LossScaler(scale, enabled=True))
-    return job
+    trainer = nano_trainer(run, training__steps=steps, optim__lr=3e-3, reporter=reporter)
+    trainer.precision = Precision("fp16", "cpu", LossScaler(scale, enabled=True))
+    return trainer
 
 
 def test_training_in_fp16_learns_as_in_fp32(tmp_path: Path) -> None:
     exact = nano_trainer(tmp_path / "fp32", training__steps=60, optim__lr=3e-3)
     rough = fp16_run(tmp_path / "fp16", 60, scale=2.0**12)
-    train(exact)
-    train(rough)
+    exact.train()
+    rough.train()
     assert rough.precision.scaler.good_steps == 60  # none was skipped
     assert losses(rough.run) == pytest.approx(losses(exact.run), rel=0.02)
     assert losses(rough.run)[-1] < losses(rough.run)[0] - 0.5
 
 
 def test_training_in_fp16_finds_its_scale(tmp_path: Path) -> None:
-    job = fp16_run(tmp_path, 50)
-    train(job)
-    assert 2.0**8 < job.precision.scaler.scale < 2.0**40
-    assert job.precision.scaler.good_steps > 5
+    trainer = fp16_run(tmp_path, 50)
+    trainer.train()
+    assert 2.0**8 < trainer.precision.scaler.scale < 2.0**40
+    assert trainer.precision.scaler.good_steps > 5
     curve = [loss for loss in losses(tmp_path) if loss is not None]  # of steps that were taken
     assert len(curve) == 50 - len(metrics(tmp_path, "skipped"))
     assert curve[-1] < curve[0] - 0.3
@@ -653,8 +653,8 @@ def test_training_in_fp16_finds_its_scale(tmp_path: Path) -> None:
 
 def test_finding_the_scale_of_fp16_is_written_down_and_no_alarm(tmp_path: Path) -> None:
     told = Told()
-    job = fp16_run(tmp_path, 40, told, scale=2.0**40)
-    assert train(job).finished
+    trainer = fp16_run(tmp_path, 40, told, scale=2.0**40)
+    assert trainer.train().finished
     skipped = metrics(tmp_path, "skipped")
     assert [line["loss_scale"] for line in skipped] == [
         2.0 ** (39 - number) for number in range(len(skipped))
@@ -664,21 +664,21 @@ def test_finding_the_scale_of_fp16_is_written_down_and_no_alarm(tmp_path: Path) 
 
 def test_numbers_that_no_scale_cures_are_reported_and_halt_a_run_in_fp16(tmp_path: Path) -> None:
     told = Told()
-    job = fp16_run(tmp_path, 40, told, scale=4.0)
-    job.objective = Spoilt(job.objective, SPOILS["loss-nan"], {*range(5, 99)})
+    trainer = fp16_run(tmp_path, 40, told, scale=4.0)
+    trainer.objective = Spoilt(trainer.objective, SPOILS["loss-nan"], {*range(5, 99)})
     with pytest.raises(TrainingError, match=r"3 steps in a row .* up to step 5"):
-        train(job)
+        trainer.train()
     assert [line["loss_scale"] for line in metrics(tmp_path, "skipped")] == [2.0, 1.0, 1.0]
     assert [line.partition(" (")[0] for line in told.lines] == ["step 4", "step 5"]
 
 
 def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, stopped = fp16_run(tmp_path / "whole", 50), tmp_path / "stopped"
-    train(whole)
-    assert train(fp16_run(stopped, 50, Stopping(27))).steps == 27
+    whole.train()
+    assert fp16_run(stopped, 50, Stopping(27)).train().steps == 27
     again = fp16_run(stopped, 50)
     again.precision.scaler.scale = 3.0  # what the checkpoint says counts
-    assert train(again).finished
+    assert again.train().finished
     assert again.precision.scaler == whole.precision.scaler
     assert files_of(stopped, 50) == files_of(whole.run, 50)
 
@@ -733,9 +733,9 @@ SPOILS: dict[str, Callable[[Tensor], Tensor]] = {
 def spoilt(run: Path, spoil: str, calls: set[int], **settings: Any) -> tuple[Trainer, Told]:
     told = Told()
     settings = {"checkpoint__every": 1, "checkpoint__keep": 99, "training__steps": 7} | settings
-    job = nano_trainer(run, reporter=told, **settings)
-    job.objective = Spoilt(job.objective, SPOILS[spoil], calls)
-    return job, told
+    trainer = nano_trainer(run, reporter=told, **settings)
+    trainer.objective = Spoilt(trainer.objective, SPOILS[spoil], calls)
+    return trainer, told
 
 
 @pytest.mark.parametrize("calls", [{9}, {10}, {9, 10}], ids=["first", "second", "both"])
@@ -743,8 +743,8 @@ def spoilt(run: Path, spoil: str, calls: set[int], **settings: Any) -> tuple[Tra
 def test_a_bad_step_changes_nothing_and_is_told(
     tmp_path: Path, spoil: str, calls: set[int]
 ) -> None:
-    job, told = spoilt(tmp_path, spoil, calls)
-    assert train(job).finished
+    trainer, told = spoilt(tmp_path, spoil, calls)
+    assert trainer.train().finished
     assert files_of(tmp_path, 5) == files_of(tmp_path, 4)
     assert files_of(tmp_path, 6) != files_of(tmp_path, 5)
     assert told.lines == [
@@ -753,7 +753,7 @@ def test_a_bad_step_changes_nothing_and_is_told(
     written = [{"kind": "skipped", "step": 5, "samples": [16, 17, 18, 19]}]
     assert metrics(tmp_path, "skipped") == written
     assert [line["step"] for line in metrics(tmp_path, "train") if line["grad_norm"] is None] == [5]
-    assert all(t.isfinite().all() for t in job.model.state_dict().values())
+    assert all(t.isfinite().all() for t in trainer.model.state_dict().values())
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "dpo"])
@@ -764,9 +764,9 @@ def test_a_skipped_step_loses_its_own_loss_alone(tmp_path: Path, objective: str)
     lines = {}
     for log_every in (1, 3):
         run = tmp_path / f"{log_every}"
-        job = nano_trainer(run, objective, training__log_every=log_every, **settings)
-        job.objective = Spoilt(job.objective, SPOILS["loss-nan"], {3, 9, 12})
-        assert train(job).finished
+        trainer = nano_trainer(run, objective, training__log_every=log_every, **settings)
+        trainer.objective = Spoilt(trainer.objective, SPOILS["loss-nan"], {3, 9, 12})
+        assert trainer.train().finished
         lines[log_every] = metrics(run, "train")
     single = lines[1]
     assert [line["step"] for line in single if line["loss"] is None] == [2, 5, 6]
@@ -783,8 +783,8 @@ def test_a_skipped_step_loses_its_own_loss_alone(tmp_path: Path, objective: str)
 
 
 def test_a_line_of_skipped_steps_has_no_loss(tmp_path: Path) -> None:
-    job, _ = spoilt(tmp_path, "gradient", {9, 12}, training__log_every=2, training__steps=8)
-    assert train(job).finished
+    trainer, _ = spoilt(tmp_path, "gradient", {9, 12}, training__log_every=2, training__steps=8)
+    assert trainer.train().finished
     lines = metrics(tmp_path, "train")
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert lines[2]["num_label_tokens"] == 0
@@ -794,16 +794,16 @@ def test_a_line_of_skipped_steps_has_no_loss(tmp_path: Path) -> None:
 
 def test_two_bad_steps_in_a_row_are_passed(tmp_path: Path) -> None:
     calls = {9, 11, 15, 17}  # steps 5, 6, 8, 9
-    job, told = spoilt(tmp_path, "loss-nan", calls, training__steps=10)
-    assert train(job).finished
+    trainer, told = spoilt(tmp_path, "loss-nan", calls, training__steps=10)
+    assert trainer.train().finished
     assert len(told.lines) == 4
     assert files_of(tmp_path, 6) == files_of(tmp_path, 4) != files_of(tmp_path, 7)
 
 
 def test_the_third_halts_the_run_with_the_reason(tmp_path: Path) -> None:
-    job, told = spoilt(tmp_path, "gradient", {9, 11, 13, 15})
+    trainer, told = spoilt(tmp_path, "gradient", {9, 11, 13, 15})
     with pytest.raises(TrainingError) as caught:
-        train(job)
+        trainer.train()
     assert str(caught.value).startswith(
         f"{tmp_path}: 3 steps in a row gave numbers that are not finite, up to step 7 "
         "(samples 24-27). Try a lower optim.lr"
@@ -815,12 +815,12 @@ def test_the_third_halts_the_run_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_they_are_counted_over_an_interruption(tmp_path: Path) -> None:
-    job, _ = spoilt(tmp_path, "loss-nan", {9, 11})
-    job.reporter = Stopping(6)
-    assert train(job).steps == 6
+    trainer, _ = spoilt(tmp_path, "loss-nan", {9, 11})
+    trainer.reporter = Stopping(6)
+    assert trainer.train().steps == 6
     again, _ = spoilt(tmp_path, "loss-nan", {1})
     with pytest.raises(TrainingError, match=r"3 steps in a row .* up to step 7"):
-        train(again)
+        again.train()
     assert [line["step"] for line in metrics(tmp_path, "skipped")] == [5, 6, 7]
 
 
@@ -843,7 +843,7 @@ def test_answers_that_are_cut_away_or_empty_are_counted_and_never_nan(tmp_path: 
     assert report.conversations == 10
     assert report.unsupervised == 5  # all of the bad ones
     assert report.cut == 5  # longer than 33 tokens: the last token is only a label
-    train(nano_trainer(tmp_path, "sft", parts=[sequences], held_out=True))
+    nano_trainer(tmp_path, "sft", parts=[sequences], held_out=True).train()
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
     assert all(line["num_label_tokens"] > 0 for line in metrics(tmp_path, "train"))
 
@@ -860,14 +860,14 @@ class Unlearned(ChatSequences):
 
 def test_windows_without_labels_are_no_harm_but_a_whole_batch_of_them_is(tmp_path: Path) -> None:
     sequences = Unlearned([chat_shard()], 32, pad=0, seed=0)
-    job = nano_trainer(tmp_path / "some", "sft", parts=[sequences])
-    batches = [job.data.order.locate(4 * step, 4) for step in range(20)]
+    trainer = nano_trainer(tmp_path / "some", "sft", parts=[sequences])
+    batches = [trainer.data.order.locate(4 * step, 4) for step in range(20)]
     sequences.empty = frozenset(index for batch in batches for _, index in batch[1:]) - {
         batch[0][1] for batch in batches
     }
     assert len(sequences.empty) > 5
-    train(job)
+    trainer.train()
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "some"))
     sequences.empty = frozenset(index for _, index in batches[3])
     with pytest.raises(TrainingError, match=f"{tmp_path}.*a whole batch has nothing to learn"):
-        train(nano_trainer(tmp_path / "all", "sft", parts=[sequences]))
+        nano_trainer(tmp_path / "all", "sft", parts=[sequences]).train()
