@@ -42,7 +42,7 @@ class ChatLogprobs(_Answer):
     """Log-probabilities of an answer's tokens."""
 
     content: list[TokenLogprob]
-    unsupported_reason: None = None
+    refusal: None = None
 
 
 FinishReason = Literal["stop", "length"]
@@ -53,7 +53,7 @@ class AnswerMessage(_Answer):
 
     role: Literal["assistant"] = "assistant"
     content: str
-    unsupported_reason: None = None
+    refusal: None = None
 
 
 class ChatChoice(_Answer):

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from minimind.errors import ResourceError
-from minimind.planning.selftest import selftest
 from minimind.planning import selftest as module
+from minimind.planning.selftest import selftest
 
 
 @pytest.mark.numeric

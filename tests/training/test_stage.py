@@ -18,8 +18,8 @@ from minimind.errors import (
 )
 from minimind.model import Transformer, read_config
 from minimind.model.rope import BEST_SCALING
-from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.planning import plan as planning
+from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training import stage
 from minimind.training.reporter import pluralize
 from minimind.training.stage import extract_checkpoint, prepare_stage
