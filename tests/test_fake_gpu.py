@@ -1,33 +1,33 @@
-"""Training and decoding on a GPU that is not there: see fake_gpu.py for what that shows."""
+"""Training and decoding on a simulated GPU; fake_gpu.py describes what that shows."""
 
 import json
 import subprocess
 import sys
 
 
-def driven(what: str) -> dict[str, int | str]:
+def run_on_fake_gpu(work: str) -> dict[str, int | str]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fake_gpu", what], capture_output=True, text=True
+        [sys.executable, "-m", "tests.support.fake_gpu", work], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
 
 
-def test_faults_are_found() -> None:
-    assert driven("faults") == {
-        "left on the CPU": "FakeTensorDeviceMismatchError",
-        "left there on the way back": "FakeTensorDeviceMismatchError",
-        "a shape by numbers": "DynamicOutputShapeException",
-        "numbers asked for": 2,
+def test_faults_are_detected() -> None:
+    assert run_on_fake_gpu("faults") == {
+        "CPU tensor in forward": "FakeTensorDeviceMismatchError",
+        "CPU tensor in backward": "FakeTensorDeviceMismatchError",
+        "shape that depends on values": "DynamicOutputShapeException",
+        "values read": 2,
     }
 
 
-def test_a_training_step_waits_for_the_gpu_once_and_leaves_nothing_on_the_cpu() -> None:
-    """For the norm of the gradient, by which a step with bad numbers is known."""
-    found = driven("training")
-    assert len(found) == 8 and set(found.values()) == {1}, found
+def test_training_step_synchronizes_once_and_leaves_no_tensor_on_the_cpu() -> None:
+    """The gradient norm is read, to detect a step that is not finite."""
+    syncs = run_on_fake_gpu("training")
+    assert len(syncs) == 8 and set(syncs.values()) == {1}, syncs
 
 
-def test_the_engine_waits_for_nothing_and_leaves_nothing_on_the_cpu() -> None:
-    found = driven("inference")
-    assert len(found) == 5 and set(found.values()) == {0}, found
+def test_engine_never_synchronizes_and_leaves_no_tensor_on_the_cpu() -> None:
+    syncs = run_on_fake_gpu("inference")
+    assert len(syncs) == 5 and set(syncs.values()) == {0}, syncs

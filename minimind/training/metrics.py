@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: all metrics of a run, one JSON object per line; trackers log the same numbers."""
+"""`metrics.jsonl`: the metrics of a run, one JSON object per line. Trackers log them too."""
 
 import contextlib
 import json

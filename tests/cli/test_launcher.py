@@ -110,14 +110,14 @@ def test_one_that_is_killed_takes_the_others_with_it_and_the_run_goes_on(
             "is short); the others were stopped. The same command goes on from the last "
             "checkpoint\n"
         )
-        assert ("going on from step" in said) == (victim == 0)
+        assert ("resuming from step" in said) == (victim == 0)
         assert not any(worker.is_running() for worker in both.values())
     process = start(*training, "--out", str(run))  # and so does one process alone
     wait_for_steps(run, 5, process)
     process.send_signal(signal.SIGTERM)
     said, complaint = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, complaint
-    assert "going on from step" in said
+    assert "resuming from step" in said
 
 
 def test_stopped_orphaned_and_stopped_at_once(

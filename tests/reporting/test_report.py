@@ -210,8 +210,8 @@ def test_a_number_that_is_none_does_not_spoil_its_neighbours(tmp_path: Path) -> 
 
 
 def test_experts_are_shown_where_there_are_any(tmp_path: Path) -> None:
-    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "most", "least")}
-    metrics = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance": 1.0}
+    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "max", "min")}
+    metrics = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance_loss": 1.0}
     lines = [train(step, **metrics) for step in range(1, 20)]
     html = page_of(write_run(tmp_path / "moe", lines))
     own = ["Expert load", "Dropped tokens", "Router entropy"]

@@ -28,7 +28,7 @@ from minimind.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from minimind.training.trainer import _random_states, _set_random_states, train
+from minimind.training.rng import rng_states, set_rng_states
 from tests.support.small_runs import REFUSED, Lives, nano_trainer, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -628,14 +628,14 @@ class FakeGenerator:
 def test_apples_generator_is_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, mps = FakeGenerator(), torch.device("mps")
     monkeypatch.setattr(torch, "mps", fake)
-    states = _random_states(mps)
+    states = rng_states(mps)
     assert set(states) == {"rng/cpu", "rng/mps"}
     before = fake.get_rng_state()
     fake.state += 1
-    _set_random_states(states, mps)
+    set_rng_states(states, mps)
     assert torch.equal(fake.state, before)
     fake.state += 1
-    _set_random_states({"rng/mps": before}, torch.device("cpu"))
+    set_rng_states({"rng/mps": before}, torch.device("cpu"))
     assert not torch.equal(fake.state, before), "a run that was resumed on another device"
 
 

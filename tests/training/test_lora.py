@@ -14,7 +14,14 @@ from minimind.errors import CheckpointError, ConfigError, DataError, MinimindErr
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model
 from minimind.training.stage import StageResult, prepare_stage, run_stage
-from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, nano_trainer
+from tests.support.small_runs import (
+    RecordingReporter,
+    lora_settings,
+    losses,
+    metrics,
+    nano_recipe,
+    nano_trainer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,7 @@ def place(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFa
     settings = {"tokenizer": str(tokenizer_dir), "training__steps": 20}
     sources = [str(corpus / "text.jsonl")]
     recipe = nano_recipe("pretrain", folder / "base", data__sources=sources, **settings)
-    run_stage(recipe, reporter=Told())
+    run_stage(recipe, reporter=RecordingReporter())
     return folder
 
 
@@ -46,8 +53,8 @@ def recipe(place: Path, corpus: Path, tmp_path: Path) -> Any:
     return make
 
 
-def do(recipe: Recipe, told: Told | None = None, **options: Any) -> StageResult:
-    return run_stage(recipe, reporter=told or Told(), **options)
+def do(recipe: Recipe, told: RecordingReporter | None = None, **options: Any) -> StageResult:
+    return run_stage(recipe, reporter=told or RecordingReporter(), **options)
 
 
 def refused(recipe: Recipe, error: type[MinimindError]) -> str:
@@ -61,7 +68,7 @@ def test_it_leaves_an_adapter_and_the_base_as_it_was(
     recipe: Any, place: Path, tmp_path: Path
 ) -> None:
     weights = place / "base" / "model" / "model.safetensors"
-    before, told = weights.read_bytes(), Told()
+    before, told = weights.read_bytes(), RecordingReporter()
     result = do(recipe(), told)
     run = tmp_path / "run"
     assert (result.model, result.adapter, result.finished) == (None, run / "adapter", True)
@@ -199,9 +206,9 @@ def test_a_new_model_is_not(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -
 def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path: Path) -> None:
     """Text and conversations; what is not trained on, and what may be forgotten."""
     general = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
-    prepared = prepare_stage(recipe(data__retention=general), reporter=Told())
+    prepared = prepare_stage(recipe(data__retention=general), reporter=RecordingReporter())
     assert prepared.trainer.retention is not None
-    text, chat = prepared.trainer.retention.mixes
+    text, chat = prepared.trainer.retention.datasets
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
     summary = do(recipe(data__retention=general, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
@@ -229,7 +236,7 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
     ]
     lines = [json.dumps({"conversations": turns}) for _ in range(200)]
     data.write_text("\n".join(lines), encoding="utf-8")
-    told = Told()
+    told = RecordingReporter()
     given = {"data__sources": [str(data)], "data__validation_fraction": 0.0}
     fill = {"name": "小明", "autor": "李雷"}
     for _ in range(2):  # a store that is there is told of as well
@@ -241,9 +248,13 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
         assert message.endswith("(data.variables has name, autor)")
     prepare_stage(recipe(**given), reporter=told)
     assert len([line for line in told.lines if ": nothing fills {{" in line]) == 2
-    told = Told()
-    trainer = prepare_stage(recipe(data__variables=fill | {"author": "李雷"}, **given), reporter=told)
-    text = trainer.tokenizer.decode(trainer.stores.sources[0].shards("train")[0].tokens[:40].tolist())
+    told = RecordingReporter()
+    prepared = prepare_stage(
+        recipe(data__variables=fill | {"author": "李雷"}, **given), reporter=told
+    )
+    text = prepared.tokenizer.decode(
+        prepared.stores.sources[0].shards("train")[0].tokens[:40].tolist()
+    )
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
     assert line == "data.variables.autor fills nothing: no record holds {{autor}}"
@@ -263,7 +274,7 @@ def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Pa
     message = refused(recipe(data__sources=[str(path), "textbook:identity"], **settings), DataError)
     assert "unknown role 'other'" in message
     assert 'data.sources=[{path="FILE", schema="NAME"}]' in message
-    told = Told()
+    told = RecordingReporter()
     prepared = prepare_stage(
         recipe(data__sources=[table, "textbook:identity"], **settings), reporter=told
     )
@@ -277,7 +288,7 @@ def test_the_textbooks_identity_needs_a_name_and_an_author(recipe: Any, place: P
     message = refused(recipe(**given), ConfigError)
     assert "give data.variables.name=… data.variables.author=…" in message
     fill = {"name": "小明", "author": "李雷"}
-    told = Told()
+    told = RecordingReporter()
     prepared = prepare_stage(recipe(data__variables=fill, **given), reporter=told)
     store = prepared.stores.sources[0]
     assert store.manifest["train"]["documents"] + store.manifest["validation"]["documents"] == 3000

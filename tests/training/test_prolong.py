@@ -12,7 +12,7 @@ from minimind.config.settings import ScheduleSettings
 from minimind.errors import CheckpointError, ConfigError
 from minimind.training.prolong import stable_steps
 from minimind.training.schedule import lr_fraction
-from tests.support.small_runs import Told, lora_settings, metrics
+from tests.support.small_runs import RecordingReporter, lora_settings, metrics
 from tests.support.stages import Make, assert_same, do, refused
 
 WSD = {"schedule__name": "wsd", "schedule__decay": 0.25, "checkpoint__every": 5}
@@ -57,7 +57,7 @@ def test_under_wsd_it_ends_with_the_bits_of_a_run_that_was_planned_longer(
     assert branch and (run / "checkpoints" / f"step-{branch:08}").is_dir(), "kept beside the newest"
     weights = sorted(run.glob("*/*model*.safetensors"))[-1]
     before = weights.read_bytes()
-    told = Told()
+    told = RecordingReporter()
     assert do(long, told).summary["steps"] == 40
     [line] = [line for line in told.lines if "instead of" in line]
     assert line == (
@@ -67,12 +67,12 @@ def test_under_wsd_it_ends_with_the_bits_of_a_run_that_was_planned_longer(
     assert (run / "checkpoints" / ".decayed-step-00000020").is_dir()
     assert weights.read_bytes() != before
     assert load_recipe(run / "recipe.toml").recipe == long
-    [mark] = metrics(run, "prolonged")
-    assert mark == {"kind": "prolonged", "step": branch, "from_steps": 20, "to_steps": 40}
+    [mark] = metrics(run, "extended")
+    assert mark == {"kind": "extended", "step": branch, "from_steps": 20, "to_steps": 40}
     whole = tmp_path / "whole"
     do(long.model_copy(update={"out": str(whole)}))
     log = run / "metrics.jsonl"
-    lines = [line for line in log.read_text("utf-8").splitlines() if '"prolonged"' not in line]
+    lines = [line for line in log.read_text("utf-8").splitlines() if '"extended"' not in line]
     log.write_text("\n".join(lines) + "\n")
     for decayed in (run / "checkpoints").glob(".decayed-*"):
         shutil.rmtree(decayed)
@@ -97,7 +97,7 @@ def test_a_run_that_was_stopped_before_its_decay_loses_no_step(recipe: Make, run
         if place.name > "step-00000010":
             shutil.rmtree(place)
     (run / "summary.json").unlink()
-    told = Told()
+    told = RecordingReporter()
     do(recipe(**WSD, training__steps=40, checkpoint__keep=9), told)
     assert any("continued from step 10, " in line and "renamed" not in line for line in told.lines)
     assert not list((run / "checkpoints").glob(".decayed-*"))
@@ -108,7 +108,7 @@ def test_a_cosine_continues_from_its_end_and_says_how_the_rate_jumps(
 ) -> None:
     settings = {"schedule__name": "cosine", "schedule__warmup": 0.0, "schedule__final": 0.1}
     do(recipe(**settings, training__steps=10))
-    told = Told()
+    told = RecordingReporter()
     longer = recipe(**settings, training__steps=20)
     assert do(longer, told).summary["steps"] == 20
     share = lr_fraction(10, 20, longer.schedule)

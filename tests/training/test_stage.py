@@ -23,12 +23,12 @@ from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training import stage
 from minimind.training.reporter import pluralize
 from minimind.training.stage import extract_checkpoint, prepare_stage
-from tests.support.small_runs import Told, lora_settings, losses, metrics, steps_done
+from tests.support.small_runs import RecordingReporter, lora_settings, losses, metrics, steps_done
 from tests.support.stages import Make, do, refused
 
 
 def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> None:
-    told = Told()
+    told = RecordingReporter()
 
     def write(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
         return [{"prompt": "长江", "text": str(tokenizer.vocab_size)}]
@@ -56,7 +56,7 @@ def test_a_stage_leaves_everything_in_its_directory(recipe: Make, run: Path) -> 
 
 
 def test_one_is_not_told_as_many(recipe: Make) -> None:
-    told = Told()
+    told = RecordingReporter()
     do(recipe(training__steps=1, training__global_batch_size=1, training__micro_batch_size=1), told)
     assert any(line.endswith("; 1 step of 1 sequence") for line in told.lines), told.lines
     assert [pluralize(n, "window") for n in (0, 1, 2000)] == [
@@ -68,7 +68,7 @@ def test_one_is_not_told_as_many(recipe: Make) -> None:
 
 def test_sft_starts_from_the_model_of_a_run(recipe: Make, run: Path, tmp_path: Path) -> None:
     do(recipe(optim__lr=0.01, training__steps=20))
-    told = Told()
+    told = RecordingReporter()
     tuned = tmp_path / "tuned"
     result = do(recipe("sft", tuned, model__init=str(run), optim__lr=1e-4), told)
     assert result.model == tuned / "model"
@@ -149,7 +149,7 @@ def test_free_memory_is_measured_before_the_weights_are_there(
     for name in ("free_bytes", "build_model"):
         monkeypatch.setattr(module, name, partial(recorded, getattr(module, name)))
     if verb == "train":
-        prepare_stage(recipe(), reporter=Told())
+        prepare_stage(recipe(), reporter=RecordingReporter())
     else:
         planning.make_plan(recipe(), seconds=0)
     assert events == ["free_bytes", "build_model"]
@@ -173,20 +173,24 @@ def test_the_baseline_counts_a_source_as_often_as_an_epoch_sees_it(
 
 
 def test_epochs_give_the_number_of_steps(recipe: Make) -> None:
-    prepared = prepare_stage(recipe(training__steps=None, training__epochs=1.5), reporter=Told())
+    prepared = prepare_stage(
+        recipe(training__steps=None, training__epochs=1.5), reporter=RecordingReporter()
+    )
     trainer = prepared.trainer
     assert trainer.num_steps == math.ceil(1.5 * trainer.data.order.epoch_size / 4) > 20
 
 
 def test_held_out_data_of_its_own(recipe: Make, corpus: Path) -> None:
     own = recipe(data__validation=[str(corpus / "text.jsonl")], data__validation_fraction=0.5)
-    trainer = prepare_stage(own, reporter=Told()).trainer
+    trainer = prepare_stage(own, reporter=RecordingReporter()).trainer
     assert trainer.held_out is not None
-    assert trainer.held_out.order.epoch_size == trainer.data.order.epoch_size, "nothing is held out twice"
+    assert trainer.held_out.order.epoch_size == trainer.data.order.epoch_size, (
+        "nothing is held out twice"
+    )
 
 
 def test_without_enough_to_hold_out_it_says_so(recipe: Make) -> None:
-    told = Told()
+    told = RecordingReporter()
     trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=told).trainer
     assert trainer.held_out is None
     assert any("too little text is held out" in line for line in told.lines)
@@ -195,7 +199,7 @@ def test_without_enough_to_hold_out_it_says_so(recipe: Make) -> None:
 def test_a_finished_run_is_found_done(recipe: Make, run: Path, corpus: Path) -> None:
     first = do(recipe())
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    told = Told()
+    told = RecordingReporter()
     again = do(recipe(), told)
     assert again == first
     assert told.lines == []
@@ -282,7 +286,7 @@ def test_a_run_does_not_go_on_with_other_data(
     content = own.read_bytes()
     own.write_bytes(content + b'{"text": "more"}\n')
     message = refused(recipe(**settings), CheckpointError)
-    assert message.startswith(f"{run}: the data or the tokenizer is not the one that this run")
+    assert message.startswith(f"{run}: the data or the tokenizer has changed since this run")
     own.write_bytes(content)  # the same bytes at another time
     assert do(recipe(**settings)).summary["steps"] == 5
 
@@ -384,7 +388,7 @@ def test_a_run_needs_a_directory(recipe: Make) -> None:
 
 
 def test_preparing_writes_nothing_into_the_run(recipe: Make, run: Path) -> None:
-    told = Told()
+    told = RecordingReporter()
     prepare_stage(recipe(), reporter=told)
     assert not run.exists()
     assert not told.open

@@ -3,15 +3,15 @@
 The loss is the cross-entropy of the labels, in nats per token. Fine-tuning is the same loss with a
 loss mask: tokens whose label is IGNORED do not count.
 
-Why bits per byte. The loss per token depends on the tokenizer: a larger vocabulary makes fewer and
-harder predictions from the same text, so its loss is higher although the model may be better. The
-information in the text does not depend on how it is split. Dividing it by the number of UTF-8 bytes,
+Why bits per byte. The loss per token depends on the tokenizer: with a larger vocabulary the same
+text is fewer and harder predictions, so the loss per token is higher although the model may be
+better. The total loss of the text and its length in bytes do not depend on how it is split into
+tokens. Their ratio can therefore be compared across tokenizers and vocabulary sizes:
 
-    bits per byte = (sum of the losses in nats) / ln 2 / (UTF-8 bytes of the labels),
+    bits per byte = (sum of the losses in nats) / ln 2 / (UTF-8 bytes of the labels)
 
-gives a number that can be compared across tokenizers and vocabulary sizes. It is also the size to
-which the model could compress the text, in bits per byte of input. Control tokens stand for no
-bytes, so neither their loss nor their length counts.
+It is also the size to which the model could compress the text, in bits per byte of input. Control
+tokens stand for no bytes, so neither their loss nor their length counts.
 
 Shapes: B sequences of T tokens; N label tokens among the B * T; D hidden size; V vocabulary size.
 """
