@@ -39,3 +39,9 @@ def count_interrupts(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def raise_on_second(count: int) -> None:
+    """Raise KeyboardInterrupt from the second signal on: a callback for `count_interrupts`."""
+    if count > 1:
+        raise KeyboardInterrupt

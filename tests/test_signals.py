@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from minimind.signals import Interrupts, count_interrupts
+from minimind.signals import Interrupts, count_interrupts, raise_on_second
 
 
 def test_signals_are_counted_and_handlers_restored() -> None:
@@ -18,19 +18,21 @@ def test_signals_are_counted_and_handlers_restored() -> None:
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_callback_gets_the_count_and_may_raise() -> None:
+def test_callback_gets_the_count() -> None:
     counts: list[int] = []
-
-    def on_interrupt(count: int) -> None:
-        counts.append(count)
-        if count > 1:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), count_interrupts(on_interrupt):
+    with count_interrupts(counts.append):
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
     assert counts == [1, 2]
+
+
+def test_second_signal_can_raise_keyboard_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), count_interrupts(raise_on_second) as interrupts:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts.count == 1
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupts.count == 2
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -20,7 +20,7 @@ from minimind.config.settings import Recipe
 from minimind.data.packing import MixedDataset
 from minimind.errors import TrainingError
 from minimind.model import Transformer
-from minimind.signals import Interrupts, count_interrupts
+from minimind.signals import Interrupts, count_interrupts, raise_on_second
 from minimind.training.backend import Backend, create_backend
 from minimind.training.batch import Prefetcher, Samples, to_device
 from minimind.training.batch_sizes import BatchSizes, is_memory_error
@@ -153,12 +153,7 @@ class Trainer:
         self.backend = create_backend(
             self.model, self._compiled, self.recipe, self.objective, self.precision, self.group
         )
-
-        def leave_on_second(count: int) -> None:
-            if count > 1:
-                raise KeyboardInterrupt
-
-        self._interrupts = stack.enter_context(count_interrupts(leave_on_second))
+        self._interrupts = stack.enter_context(count_interrupts(raise_on_second))
 
     def _is_last_step(self) -> bool:
         return self.state.step == self.num_steps
@@ -324,8 +319,7 @@ class Trainer:
             if metrics is None:  # stopped: the resumed run validates first
                 return
             state.validation, state.validated_step = metrics, state.step
-            improved = is_better(metrics, state.best)
-            if improved:
+            if improved := is_better(metrics, state.best):
                 name = selection_metric(metrics)
                 state.best = {"step": state.step, "metric": name, "value": metrics[name]}
         settings = self.recipe.checkpoint
@@ -387,7 +381,6 @@ class Trainer:
         tensors = self.backend.state_tensors() | gather_rng_states(self.group, self.device)
         if not self.group.is_main:
             return
-        settings = self.recipe.checkpoint
         stable = stable_steps(self.num_steps, self.recipe.schedule)
         saved = SavedState(
             training=self.state,
@@ -405,7 +398,7 @@ class Trainer:
             model=trained_weights(self.model),
             optimizer=tensors,
             state=saved.to_json(),
-            best=self.state.best.get("step") if settings.keep_best else None,
+            best=self.state.best.get("step") if self.recipe.checkpoint.keep_best else None,
             protect=[stable] if stable else [],
             first=self.metrics_log.sync,
         )

@@ -56,11 +56,11 @@ _NANO = {
 
 def nano_settings(objective: str, out: Path, **settings: Any) -> dict[str, Any]:
     """Return settings by dotted key; `settings` overrides them, with `__` instead of dots."""
-    given = {key.replace("__", "."): value for key, value in settings.items()}
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
     nano = dict(_NANO)
-    if "model.init" in given:  # its configuration decides the shape
+    if "model.init" in overrides:  # its configuration decides the shape
         del nano["model.preset"]
-    return nano | {"objective": objective, "out": str(out)} | given
+    return nano | {"objective": objective, "out": str(out)} | overrides
 
 
 def nano_recipe(objective: str, out: Path, **settings: Any) -> Recipe:

@@ -164,13 +164,13 @@ def test_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed = nano_trainer(tmp_path, "dpo")
     with monkeypatch.context() as patched:
         patched.setattr(Transformer, "forward", None)  # the model cannot be called
-        found = nano_trainer(tmp_path, "dpo")
-    assert (pair_sequences(found).reference == pair_sequences(computed).reference).all()
+        cached_trainer = nano_trainer(tmp_path, "dpo")
+    assert (pair_sequences(cached_trainer).reference == pair_sequences(computed).reference).all()
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "other"])
 def test_damaged_or_foreign_cache_is_computed_again(tmp_path: Path, harm: str) -> None:
-    whole = nano_trainer(tmp_path, "dpo")
+    expected = nano_trainer(tmp_path, "dpo")
     path = tmp_path / reference.FILE
     content = path.read_bytes()
     if harm == "other":
@@ -194,7 +194,7 @@ def test_damaged_or_foreign_cache_is_computed_again(tmp_path: Path, harm: str) -
             assert any(
                 f"{path} cannot be used and is computed again" in line for line in reporter.lines
             ), place
-            assert (pair_sequences(again).reference == pair_sequences(whole).reference).all()
+            assert (pair_sequences(again).reference == pair_sequences(expected).reference).all()
     reporter = RecordingReporter()
     assert (
         pair_sequences(nano_trainer(tmp_path, "dpo", reporter=reporter)).reference >= -1e9
@@ -223,7 +223,7 @@ def base(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def recipe(base: Path, run: Path, file: Path, **settings: Any) -> Recipe:
-    given = {
+    defaults = {
         "model__init": str(base),
         "data__sources": [str(file)],
         "data__store": str(run.parent / "stores"),
@@ -231,7 +231,7 @@ def recipe(base: Path, run: Path, file: Path, **settings: Any) -> Recipe:
         "data__seq_len": 64,
         "training__steps": 6,
     }
-    return nano_recipe("dpo", run, **given | settings)
+    return nano_recipe("dpo", run, **defaults | settings)
 
 
 def do(recipe: Recipe, reporter: RecordingReporter, **options: Any) -> StageResult:
@@ -304,9 +304,9 @@ def test_chat_data_is_an_error_and_pairs_without_answers_are_left_out(
     reporter, run = RecordingReporter(), tmp_path / "run"
     settings = {"data__validation_fraction": 0.0, "training__steps": 60}
     do(recipe(base, run, tmp_path / "pairs.jsonl", **settings), reporter)
-    said = "\n".join(reporter.lines)
-    assert "invalid lines: 2, see" in said
-    assert "202 pairs in" in said
-    assert "1 left out because no answer was left, 1 because both sides are the same" in said
+    output = "\n".join(reporter.lines)
+    assert "invalid lines: 2, see" in output
+    assert "202 pairs in" in output
+    assert "1 left out because no answer was left, 1 because both sides are the same" in output
     assert all(math.isfinite(loss) for loss in losses(run))
     assert all(line["num_pairs"] > 0 for line in metrics(run, "train"))

@@ -34,18 +34,18 @@ def metrics(sums: dict[str, Tensor]) -> dict[str, float]:
 def test_balance_loss_is_that_of_transformers_where_the_formulas_agree(padding: int) -> None:
     """Theirs sums over a batch and over choices: equal for one sequence and layer, times K."""
     granite = pytest.importorskip("transformers.models.granitemoeshared.modeling_granitemoeshared")
-    given = routing(1, 40)
+    routed = routing(1, 40)
     mask = torch.ones(1, 40)
     mask[:, 40 - padding :] = 0
     theirs = granite.load_balancing_loss_func(
-        (given.logits[0].flatten(0, 1),), EXPERTS, CHOSEN, mask if padding else None
+        (routed.logits[0].flatten(0, 1),), EXPERTS, CHOSEN, mask if padding else None
     )
-    (expected,) = torch.autograd.grad(theirs, given.logits)
+    (expected,) = torch.autograd.grad(theirs, routed.logits)
     label_mask, segments = mask.bool(), torch.zeros(1, 40, dtype=torch.int32)
     segments[:, 40 - padding :] = 1
-    loss = balance_sums(given, label_mask, segments)["balance"]
+    loss = balance_sums(routed, label_mask, segments)["balance"]
     assert int(loss[1]) == 40 - padding
-    (actual,) = torch.autograd.grad(loss[0] / loss[1], given.logits)
+    (actual,) = torch.autograd.grad(loss[0] / loss[1], routed.logits)
     torch.testing.assert_close(loss[0] / loss[1] * CHOSEN, theirs)
     torch.testing.assert_close(actual * CHOSEN, expected)
 
@@ -87,22 +87,22 @@ def test_choices_that_no_expert_computed_are_counted() -> None:
 
 
 def test_any_split_of_a_batch_gives_the_same_sums() -> None:
-    given = routing(6, 30, layers=3)
+    routed = routing(6, 30, layers=3)
     label_mask = torch.rand(6, 30, generator=torch.Generator().manual_seed(1)) < torch.tensor(
         [[1.0], [0.1], [0.0], [0.5], [0.9], [0.3]]
     )
     segments = torch.arange(30).expand(6, 30) // 7
-    whole = balance_sums(given, label_mask, segments)
+    expected = balance_sums(routed, label_mask, segments)
     for size in (3, 2, 1):
         parts = [
             balance_sums(
-                Routing([x[rows] for x in given.logits], [x[rows] for x in given.chosen]),
+                Routing([x[rows] for x in routed.logits], [x[rows] for x in routed.chosen]),
                 label_mask[rows],
                 segments[rows],
             )
             for rows in torch.arange(6).split(size)
         ]
-        for name, value in whole.items():
+        for name, value in expected.items():
             torch.testing.assert_close(sum(part[name] for part in parts), value)
 
 
@@ -116,19 +116,19 @@ def test_padding_is_left_out() -> None:
     lengths = [6 + (number * 17) % 40 for number in range(9)]
     assert int(mask.sum()) == sum(lengths) - 9  # the last token of each is only a label
     assert mask[label_mask].all()
-    given = routing(*batch.tokens.shape, layers=2)
+    routed = routing(*batch.tokens.shape, layers=2)
     other = routing(*batch.tokens.shape, layers=2, seed=9)
     changed = Routing(
         [
             torch.where(mask[..., None], a, b)
-            for a, b in zip(given.logits, other.logits, strict=True)
+            for a, b in zip(routed.logits, other.logits, strict=True)
         ],
         [
             torch.where(mask[..., None], a, b)
-            for a, b in zip(given.chosen, other.chosen, strict=True)
+            for a, b in zip(routed.chosen, other.chosen, strict=True)
         ],
     )
-    before = balance_sums(given, label_mask, batch.segments)
+    before = balance_sums(routed, label_mask, batch.segments)
     after = balance_sums(changed, label_mask, batch.segments)
     for name, value in before.items():
         assert torch.equal(after[name], value), name
@@ -182,9 +182,9 @@ def test_minimizing_the_balance_loss_balances_the_experts() -> None:
             router[2] += 0.05
     actual = []
     for _ in range(60):
-        given = Routing()
-        model(batch.tokens, routing=given)
-        sums = balance_sums(given, batch.labels != IGNORED, None)
+        routed = Routing()
+        model(batch.tokens, routing=routed)
+        sums = balance_sums(routed, batch.labels != IGNORED, None)
         actual.append(metrics({name: value.detach() for name, value in sums.items()}))
         gradients = torch.autograd.grad(sums["balance"][0] / sums["balance"][1], routers)
         with torch.no_grad():

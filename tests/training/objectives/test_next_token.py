@@ -49,9 +49,9 @@ def both(count: int, factor: float) -> list[tuple[Tensor, Tensor, Tensor]]:
 @pytest.mark.parametrize("factor", [1.0, 1 / 64, 512.0])
 def test_linear_cross_entropy_is_that_of_torch(count: int, factor: float) -> None:
     theirs, ours = both(count, factor)
-    for expected, found in zip(theirs, ours, strict=True):
+    for expected, actual in zip(theirs, ours, strict=True):
         width, vocab = inputs(count)[1].shape[1], inputs(count)[1].shape[0]
-        assert largest_difference(found, expected) <= rounding(width, vocab, vocab, count)
+        assert largest_difference(actual, expected) <= rounding(width, vocab, vocab, count)
 
 
 def test_bf16_is_close_to_float32() -> None:
@@ -63,8 +63,8 @@ def test_bf16_is_close_to_float32() -> None:
     assert losses.dtype == torch.float32
     assert hidden.grad is not None and weight.grad is not None
     assert weight.grad.dtype == torch.float32
-    for expected, found in zip(theirs, (losses, hidden.grad, weight.grad), strict=True):
-        assert (found - expected).norm() < 0.02 * expected.norm()
+    for expected, actual in zip(theirs, (losses, hidden.grad, weight.grad), strict=True):
+        assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
 def test_gradient_has_the_dtype_of_the_hidden_states() -> None:
@@ -179,10 +179,10 @@ def test_gradient_accumulation_gives_the_gradient_of_the_batch() -> None:
             total += float(output.loss_sum.detach())
             number += int(output.count)
         results.append((total / number, gradient(ours) * 192 / number))
-    loss, whole = results[0]
+    loss, gradient_of_batch = results[0]
     for other_loss, other in results[1:]:
         assert other_loss == pytest.approx(loss, rel=1e-6)
-        assert (other - whole).norm() < 1e-5 * whole.norm()
+        assert (other - gradient_of_batch).norm() < 1e-5 * gradient_of_batch.norm()
 
 
 def test_sequences_without_labels_do_not_give_nan() -> None:

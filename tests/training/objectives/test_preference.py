@@ -169,10 +169,10 @@ def trainer(
 @pytest.fixture(scope="module")
 def inputs(trainer: Any, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """Return all pairs as trl collates them, without labels on the newline after each answer."""
-    whole = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
-    ends = (whole["input_ids"] == tokenizer.im_end).roll(1, 1)  # the newline after <|im_end|>
-    whole["completion_mask"] = whole["completion_mask"] * ~ends
-    return dict(whole)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
+    ends = (inputs["input_ids"] == tokenizer.im_end).roll(1, 1)  # the newline after <|im_end|>
+    inputs["completion_mask"] = inputs["completion_mask"] * ~ends
+    return dict(inputs)
 
 
 def test_label_tokens_are_those_of_trl(
@@ -188,15 +188,15 @@ def test_label_tokens_are_those_of_trl(
             theirs.append(([*row["prompt_ids"], *answer][:-1], answer[:-1]))
     sequences = packed_pairs(256)
     assert len(sequences) < len(PAIRS), "several pairs share a sequence"
-    found = []
+    actual = []
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
         assert segments is not None
         for segment in range(2 * len(sequences.reference[sequences.members(index)])):
             here = segments == segment
             label_tokens = labels[here][labels[here] != IGNORED].tolist()
-            found.append((tokens[here].tolist(), label_tokens))
-    assert sorted(found) == sorted(theirs)
+            actual.append((tokens[here].tolist(), label_tokens))
+    assert sorted(actual) == sorted(theirs)
 
 
 def transformers_name(name: str) -> str:
@@ -295,11 +295,11 @@ def test_packing_and_splitting_do_not_change_the_loss(
     """Any number of pairs per sequence and of sequences per batch: the same loss and gradient."""
     results = []
     for length, apart in ((512, False), (512, True), (230, False), (230, True)):
-        whole = batch_of(packed_pairs(length), reference)
-        assert whole.pairs is not None and whole.segments is not None
-        parts = [whole]
+        batch = batch_of(packed_pairs(length), reference)
+        assert batch.pairs is not None and batch.segments is not None
+        parts = [batch]
         if apart:
-            parts = [one_sequence(whole, row) for row in range(len(whole.tokens))]
+            parts = [one_sequence(batch, row) for row in range(len(batch.tokens))]
         ours.zero_grad()
         total, number = 0.0, 0
         for part in parts:
@@ -345,9 +345,9 @@ def test_linear_cross_entropy_with_an_upstream_gradient_per_loss() -> None:
             losses = linear_cross_entropy(hidden, weight, labels, uniform_grad=False)
         (losses * factors).sum().backward()
         results.append((losses.detach(), hidden.grad, weight.grad))
-    for expected, found in zip(*results, strict=True):
-        assert expected is not None and found is not None
-        assert relative_difference(found, expected) <= rounding(24, VOCAB, VOCAB, 2500)
+    for expected, actual in zip(*results, strict=True):
+        assert expected is not None and actual is not None
+        assert relative_difference(actual, expected) <= rounding(24, VOCAB, VOCAB, 2500)
 
 
 def test_linear_cross_entropy_with_an_upstream_gradient_per_loss_in_bf16() -> None:
