@@ -225,7 +225,7 @@ def test_general_sets_are_part_of_the_data(recipe: Any, corpus: Path, tmp_path: 
     do(begun)
     (tmp_path / "run" / "summary.json").unlink()
     copy.write_bytes(copy.read_bytes() * 2)
-    assert "not the one that this run began with" in refused(begun, CheckpointError)
+    assert "has changed since this run began" in refused(begun, CheckpointError)
 
 
 def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: Path) -> None:
