@@ -77,7 +77,7 @@ def by_lm_eval(
 
     service: the URL of a service of the model, which is then asked in place of lm-eval's own code.
     """
-    exam, manager = task.exam.name, TaskManager()
+    exam, manager = task.benchmark.name, TaskManager()
     by_subject: dict[str, list[Question]] = {}
     for question in task.questions:
         by_subject.setdefault(question.subject, []).append(question)

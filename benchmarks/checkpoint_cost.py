@@ -32,7 +32,8 @@ from minimind.config import load_recipe
 from minimind.model import Transformer
 from minimind.model.device import choose_device
 from minimind.training.batch import TensorBatch, label_indices
-from minimind.training.checkpoint import CheckpointWriter, save_checkpoint
+from minimind.training.checkpoint import save_checkpoint
+from minimind.training.checkpoint_writer import CheckpointWriter
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision

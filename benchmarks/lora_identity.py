@@ -1,9 +1,9 @@
-"""What a model says of itself, and what it still knows of the textbook, with and without adapters.
+"""Identity and knowledge of a model with and without adapters.
 
     python benchmarks/lora_identity.py BASE RUN... --name NAME --author AUTHOR --json FILE
 
-Identity: all ways of asking that are held out, a right answer names what it has to. Knowledge: a
-sample of the textbook's quiz. All answers are greedy.
+Identity: all held-out identity questions; a right answer contains the name or the author.
+Knowledge: a sample of the textbook's quiz. All answers are greedy.
 """
 
 import argparse
@@ -12,33 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.textbook import held_out_identity, sample_quiz
-from minimind.evaluation.quiz import mark
+from minimind.evaluation.quiz import score_answers
 from minimind.inference.generate import answer_all
 from minimind.inference.load import load_for_inference
 
-SHOWN = 8
+NUM_EXAMPLES = 8
 
 
-def metrics(base: Path, adapter: Path | None, fill: dict[str, str], size: int) -> dict[str, Any]:
+def metrics(
+    base: Path, adapter: Path | None, variables: dict[str, str], quiz_size: int
+) -> dict[str, Any]:
     model, tokenizer = load_for_inference(base, adapter=adapter)
-    asked = held_out_identity()
-    answers = answer_all(model, tokenizer, [one.question for one in asked], max_new_tokens=64)
-    right = [one.is_right(said, fill) for one, said in zip(asked, answers, strict=True)]
-    quiz = sample_quiz(size, seed=1)
-    told = answer_all(model, tokenizer, [one.question for one in quiz], max_new_tokens=64)
-    step = max(1, len(asked) // SHOWN)
+    questions = held_out_identity()
+    answers = answer_all(model, tokenizer, [q.question for q in questions], max_new_tokens=64)
+    results = [
+        {"question": q.question, "answer": answer, "right": q.is_right(answer, variables)}
+        for q, answer in zip(questions, answers, strict=True)
+    ]
+    quiz = sample_quiz(quiz_size, seed=1)
+    quiz_answers = answer_all(model, tokenizer, [q.question for q in quiz], max_new_tokens=64)
+    marked = score_answers(quiz, quiz_answers)
     return {
         "adapter": str(adapter) if adapter else None,
-        "identity": {"right": sum(right), "asked": len(asked)},
-        "quiz": {"right": sum(one.right for one in mark(quiz, told)), "asked": len(quiz)},
-        "answers": [
-            {"question": one.question, "answer": said, "right": good}
-            for one, said, good in list(zip(asked, answers, right, strict=True))[::step]
-        ],
+        "identity": {"right": sum(r["right"] for r in results), "questions": len(results)},
+        "quiz": {"right": sum(answer.right for answer in marked), "questions": len(quiz)},
+        "answers": results[:: max(1, len(results) // NUM_EXAMPLES)],
         "wrong": [
-            {"question": one.question, "answer": said}
-            for one, said, good in zip(asked, answers, right, strict=True)
-            if not good
+            {"question": r["question"], "answer": r["answer"]} for r in results if not r["right"]
         ],
     }
 
@@ -51,16 +51,16 @@ def main() -> None:
     parser.add_argument("--author", default="李雷")
     parser.add_argument("--quiz", type=int, default=400)
     parser.add_argument("--json", type=Path, required=True)
-    given = parser.parse_args()
-    fill = {"name": given.name, "author": given.author}
-    found = [metrics(given.base, run, fill, given.quiz) for run in (None, *given.runs)]
-    for run, figure in zip(given.runs, found[1:], strict=True):
+    args = parser.parse_args()
+    variables = {"name": args.name, "author": args.author}
+    results = [metrics(args.base, run, variables, args.quiz) for run in (None, *args.runs)]
+    for run, result in zip(args.runs, results[1:], strict=True):
         summary = json.loads((run / "summary.json").read_text("utf-8"))
         keys = ("retention_loss", "first_retention_loss", "loss", "first_loss", "seconds", "steps")
-        figure |= {key: summary[key] for key in keys if key in summary}
-    given.json.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    for figure in found:
-        print({key: figure[key] for key in ("adapter", "identity", "quiz")})
+        result |= {key: summary[key] for key in keys if key in summary}
+    args.json.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    for result in results:
+        print({key: result[key] for key in ("adapter", "identity", "quiz")})
 
 
 if __name__ == "__main__":

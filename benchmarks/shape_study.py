@@ -89,13 +89,13 @@ def train(work: Path, data: list[str]) -> None:
 
 def record(work: Path, out: Path) -> None:
     """OUT.json, OUT.md and OUT.svg, of the runs that are finished."""
-    from minimind.reporting.runs import Run, find
+    from minimind.reporting.runs import Run, find_runs
 
-    found = find([work / "runs"])
+    found = find_runs([work / "runs"])
     runs: dict[int, list[Run]] = {layers: [] for layers in WIDTHS}
     for run in found.runs:
         if run.finished:
-            runs[found.swept[run.name]["model.num_hidden_layers"]].append(run)
+            runs[found.sweep_settings[run.name]["model.num_hidden_layers"]].append(run)
     shapes = []
     for layers, some in runs.items():
         hidden, inner = WIDTHS[layers]

@@ -87,12 +87,14 @@ def main() -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """The documents of all, and a tokenizer of 6,400 words trained on them."""
-    from minimind.data.read import InvalidRecords, list_files, read_texts
+    from minimind.data.input_files import list_files
+    from minimind.data.invalid import InvalidRecords
+    from minimind.data.read import read_texts
     from minimind.data.textbook import prose
     from minimind.tokenizer import train_tokenizer
 
     files = [file for path in args.data for file in list_files(path)]
-    texts = list(read_texts(files, bad=InvalidRecords()) if files else _textbook(prose(1)))
+    texts = list(read_texts(files, invalid=InvalidRecords()) if files else _textbook(prose(1)))
     texts = random.Random(0).sample(texts, min(len(texts), 10_000))
     with (args.work / "texts.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)

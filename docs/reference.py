@@ -1,4 +1,4 @@
-"""Generate the reference pages from the code: command line, recipe settings.
+"""Generate the reference pages from the code: command line, recipe settings, HTTP API.
 
     python -m docs.reference
 
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from typer.core import TyperCommand, TyperGroup
 
+from docs.http_reference import http_page
 from minimind.cli.main import app
 from minimind.config import Role, role_of
 from minimind.config.settings import Recipe
@@ -40,6 +41,7 @@ def pages() -> dict[str, str]:
     for lang in ("en", "zh"):
         made[f"{lang}/reference/cli.md"] = _cli_page(lang)
         made[f"{lang}/reference/settings.md"] = _settings_page(lang, translations["settings"])
+        made[f"{lang}/reference/http.md"] = http_page(lang, _NOTE[lang], translations["http"])
     return made
 
 

@@ -215,7 +215,7 @@ class Model:
                     f"context is {scorer.context:,}; shorten them"
                 )
             rows.append(Row((*prefix, *ids), len(prefix)))
-        [scores] = list(scorer.score([rows]))
+        [(_, scores)] = scorer.score([(None, rows)])
         if isinstance(scores, Exception):
             raise scores
         return scores

@@ -1,18 +1,18 @@
-"""What can go wrong for a user, as one tree.
+"""The exceptions for what can go wrong for a user.
 
     MinimindError
-    ├── UsageError          a command line that does not fit together
-    ├── ConfigError         a recipe or a setting: unknown key, wrong value, contradiction
-    ├── DataError           input files: missing, unreadable, unrecognised, too many bad lines
-    ├── TokenizerError      a tokenizer directory that is broken or does not fit the model
-    ├── ModelError          a model directory that is not one, or whose tensors do not fit
-    ├── CheckpointError     no valid checkpoint, or one of another run
-    ├── ResourceError       disk, memory or device: what is missing and what would do
-    ├── ServiceError        a service that is not there, refuses, or breaks off
-    └── TrainingError       training cannot go on: bad numbers, empty supervision, a locked run
+    ├── UsageError          contradictory command-line arguments
+    ├── ConfigError         a recipe or a setting: unknown key, invalid value, contradiction
+    ├── DataError           input files: missing, unreadable, unrecognised, too many invalid lines
+    ├── TokenizerError      a damaged tokenizer directory, or one that does not fit the model
+    ├── ModelError          a directory that holds no model, or tensors that do not fit
+    ├── CheckpointError     no valid checkpoint, or a checkpoint of another run
+    ├── ResourceError       too little disk or memory, or a missing device
+    ├── ServiceError        a service that is unreachable, refuses a request or disconnects
+    └── TrainingError       training cannot continue: non-finite values, no labels, a locked run
 
-Each message says what happened, in which file, key or line, and what to do next.
-The command line prints the message alone and exits with status 1; a traceback means a bug of ours.
+Each message says what happened, in which file, key or line, and what to do next. The command line
+prints the message and exits with status 1. A traceback means a bug in minimind.
 """
 
 import shlex
@@ -22,64 +22,66 @@ from pathlib import Path
 
 
 class MinimindError(Exception):
-    """Base of every error that a user can cause or mend."""
+    """Base class of all errors that a user can cause or fix."""
 
 
 class UsageError(MinimindError):
-    """A command line whose parts do not fit together."""
+    """Command-line arguments that contradict each other."""
 
 
 class ConfigError(MinimindError):
-    """A recipe or a setting that is unknown, of the wrong kind, or contradicts another."""
+    """A setting that is unknown, has an invalid value or contradicts another."""
 
 
 class DataError(MinimindError):
-    """An input file that is missing, unreadable, unrecognised, or has too many bad lines."""
+    """An input file that is missing, unreadable, unrecognised or has too many invalid lines."""
 
 
 class TokenizerError(MinimindError):
-    """A tokenizer directory that is broken, or that does not fit the model."""
+    """A tokenizer directory that is damaged or does not fit the model."""
 
 
 class ModelError(MinimindError):
-    """A model directory that is not one, or whose tensors do not fit its configuration."""
+    """A directory that holds no model, or tensors that do not fit their configuration."""
 
 
 class CheckpointError(MinimindError):
-    """No valid checkpoint to go on from, or one that belongs to another run."""
+    """No valid checkpoint to resume from, or a checkpoint of another run."""
 
 
 class ResourceError(MinimindError):
-    """Too little disk or memory, or a device that is not there."""
+    """Too little disk or memory, or a missing device."""
 
 
 class ServiceError(MinimindError):
-    """A service that cannot be reached, refuses what is asked, or breaks off."""
+    """A service that is unreachable, refuses a request or disconnects."""
 
 
 class TrainingError(MinimindError):
-    """Training that cannot go on: bad numbers, nothing to learn from, a run in use."""
+    """Training cannot continue: non-finite values, no supervised tokens, a locked run."""
 
 
 def shell_words(*words: str | Path) -> str:
-    """Words of a suggested command, quoted so that they can be pasted into a shell."""
-    # A path that begins with a dash would be read as an option.
+    """Join arguments into a shell command, quoted so that it can be pasted."""
+    # A path that begins with a dash would be parsed as an option.
     safe = [f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w) for w in words]
     return subprocess.list2cmdline(safe) if sys.platform == "win32" else shlex.join(safe)
 
 
 def install_line(extra: str, package: Path = Path(__file__).parent) -> str:
-    """The command that installs an extra of this project, for a checkout or a wheel.
-
-    Double quotes: cmd.exe knows no others.
-    """
+    """Return the command that installs an extra of this package, in a checkout or from a wheel."""
+    # Double quotes: cmd.exe has no others.
     if (package.parent / "constraints.txt").is_file():
         return f'pip install -c constraints.txt -e ".[{extra}]"'
     return f'pip install "minimind[{extra}]"'
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch tells it by a class of its own where it is its allocator on a GPU that fails; by words
-    alone on CPUs, on Apple's, and where CUDA, cuBLAS or NCCL below it find no room."""
-    words = ("DefaultCPUAllocator", "not enough memory", "out of memory", "_ALLOC_FAILED")
-    return type(error).__name__ == "OutOfMemoryError" or any(w in str(error) for w in words)
+    """Return True if a PyTorch operation has run out of memory.
+
+    Only PyTorch's GPU allocator raises `OutOfMemoryError`. Allocations on a CPU or an Apple GPU,
+    and inside CUDA, cuBLAS and NCCL, are recognised by their message.
+    """
+    messages = ("DefaultCPUAllocator", "not enough memory", "out of memory", "_ALLOC_FAILED")
+    by_message = any(message in str(error) for message in messages)
+    return type(error).__name__ == "OutOfMemoryError" or by_message

@@ -1,25 +1,66 @@
-"""Files that are written whole or not at all."""
+"""Atomic, durable file writes, and JSON files.
 
+A file is written under a temporary name, flushed to the disk, then renamed. A reader, and a restart
+after a power cut, finds the old file or the new one, never a part of either.
+"""
+
+import contextlib
+import json
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows flushes directory entries by itself
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
+    """Yield an empty temporary file to write to, which then replaces `path`.
+
+    mode: permissions of the new file, before the umask. A symbolic link stays a link. After an
+    error `path` is unchanged and the temporary file is removed.
+    """
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file as UTF-8, replacing what is there only once everything is on the disk.
+    """Replace a UTF-8 text file atomically. Creates missing parent directories.
 
-    A link stays a link. What is no file, such as /dev/stdout or a pipe, is written to as it is.
+    Lone surrogates, which UTF-8 cannot encode, become "?". A device or a pipe, such as /dev/stdout,
+    is written to directly.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         path.write_bytes(text.encode("utf-8", "replace"))
         return
-    path = path.resolve()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically, with non-ASCII characters unescaped."""
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises OSError, and ValueError if it is not JSON."""
+    return json.loads(path.read_text("utf-8"))

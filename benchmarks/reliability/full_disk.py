@@ -45,9 +45,9 @@ def main() -> None:
                 assert status == REFUSED, (status, room, told)
                 pattern = r"could not be written \(.*\); it needs [\d,]+ bytes and [\d,]+ are free"
                 count["refused"] += bool(re.search(pattern, told))
-                there = inspect_checkpoints(run, thorough=True)
-                count["damaged"] += sum(bool(one.trouble) for one in there) + (len(there) < 2)
-                count["left_over"] += len(list((run / "checkpoints").glob(".making-*")))
+                there = inspect_checkpoints(run, verify_hashes=True)
+                count["damaged"] += sum(bool(one.error) for one in there) + (len(there) < 2)
+                count["left_over"] += len(list((run / "checkpoints").glob(".tmp-*")))
                 (disk / "ballast").unlink()
                 stage.finish(run)
                 try:

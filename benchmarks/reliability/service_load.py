@@ -35,7 +35,7 @@ import httpx2 as httpx
 import psutil
 
 from benchmarks.training_speed import machine
-from tests.support.clients import churn, each_alone, figure, stop_in_the_middle
+from tests.support.clients import churn, each_alone, metric, stop_during_streams
 from tests.support.services import Process, serving, wait_until
 
 RECORD = Path(__file__).parents[1] / "records" / "service-reliability"
@@ -106,7 +106,7 @@ def come_and_go(models: Path, log: Path) -> dict[str, Any]:
             began = time.monotonic()
             heard, left = asyncio.run(churn(service.url, REQUESTS, AT_ONCE, alone))
             ended = time.monotonic()
-            wait_until(lambda: figure(service, "running") == figure(service, "waiting") == 0)
+            wait_until(lambda: metric(service, "running") == metric(service, "waiting") == 0)
             back = time.monotonic() - ended
             time.sleep(max(0, LIMITS["back_s"] - back))
             rounds.append(
@@ -133,7 +133,7 @@ def attacked(models: Path, log: Path) -> dict[str, Any]:
         full = with_others(service, [streams])
         all_ = with_others(service, [streams, attackers])
         statuses = Counter(all_.pop("statuses"))
-        assert figure(service, "running") <= 16
+        assert metric(service, "running") <= 16
     return {
         "seconds_each": SECONDS,
         "quiet": quiet,
@@ -153,7 +153,7 @@ def with_others(service: Process, others: list[Callable[..., None]]) -> dict[str
     for helper in helpers:
         helper.start()
     if others:
-        wait_until(lambda: figure(service, "running") == 16, seconds=60)
+        wait_until(lambda: metric(service, "running") == 16, seconds=60)
     took = sorted(asked_for_health(service.url))
     for helper in helpers:
         helper.terminate()
@@ -169,7 +169,7 @@ def with_others(service: Process, others: list[Callable[..., None]]) -> dict[str
         found["statuses"] = []
         while not said.empty():
             found["statuses"].append(said.get())
-    wait_until(lambda: figure(service, "running") == figure(service, "waiting") == 0)
+    wait_until(lambda: metric(service, "running") == metric(service, "waiting") == 0)
     return found
 
 
@@ -317,7 +317,7 @@ def stopped(models: Path, log: Path) -> dict[str, Any]:
     took = []
     for number in range(SHUTDOWNS):
         by = signal.SIGTERM if number % 2 else signal.SIGINT
-        took.append(stop_in_the_middle(models, log, by))
+        took.append(stop_during_streams(models, log, by))
         print(f"{number + 1}/{SHUTDOWNS} {took[-1]:.2f} s", flush=True)
     return {
         "times": SHUTDOWNS,

@@ -1,4 +1,4 @@
-"""`minimind chat MODEL`: talk with a model, here or at a service, in a terminal or a pipe."""
+"""`minimind chat MODEL`: chat with a local or remote model, in a terminal or through a pipe."""
 
 import contextlib
 import io
@@ -37,29 +37,31 @@ if TYPE_CHECKING:
     from minimind.tokenizer.chat import Message
     from minimind.web.client import Answer as RemoteAnswer
 
-    # The messages and a number for the random choices -> how many messages no longer fitted into
-    # the context, and the answer.
+    # (messages, offset added to the seed) -> (number of oldest messages left out because they
+    # exceed the context, pieces of the answer)
     Answer = Callable[[list[Message], int], tuple[int, Generator[str]]]
 
 _HELP = """\
-/reset        forget what was said; the system message stays
-/system TEXT  set the system message; without TEXT, remove it
-/save FILE    add the conversation to FILE, as a line of JSON that `minimind sft` reads
-/help         this list
-/quit         leave, as /exit and Ctrl-D do; Ctrl-C stops an answer"""
+/reset        start a new conversation; keep the system prompt
+/system TEXT  set the system prompt; without TEXT, remove it
+/save FILE    append the conversation to FILE (JSONL, training data for `minimind sft`)
+/help         list the commands
+/quit         quit, like /exit and Ctrl-D; Ctrl-C stops an answer"""
 
 
 def chat(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL", help="Model or run directory; with --url, a model's name."),
+        typer.Argument(metavar="MODEL", help="Model or run directory; with --url, a model name."),
     ] = None,
     adapter: Adapter = None,
     url: Annotated[
         str | None,
-        typer.Option(help=f"Talk to the service there instead; its key is in {KEY_VARIABLE}."),
+        typer.Option(
+            help=f"Chat with an OpenAI-compatible service at this URL; API key in {KEY_VARIABLE}."
+        ),
     ] = None,
-    system: Annotated[str, typer.Option(help="What the model is told before all else.")] = "",
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -72,13 +74,14 @@ def chat(
     context: Context = None,
     rope_scaling: RopeScaling = None,
 ) -> None:
-    """Talk with a model, here or at a service. In a pipe or a file, each line is a message."""
+    """Chat with a model. If stdin is a pipe or a file, each line is a message."""
     if model is None and url is None:
-        raise UsageError("give a MODEL, or the --url of a service")
+        raise UsageError("give a MODEL, or a service with --url URL")
     context = stretched(context, rope_scaling)
     if url is not None and (adapter or device != "auto" or int8 or context):
         raise UsageError(
-            "--adapter, --device, --int8 and --context are the service's to choose, not --url's"
+            "--adapter, --device, --int8 and --context cannot be used with --url: the service "
+            "decides them"
         )
     settings = dict(
         temperature=temperature,
@@ -90,116 +93,123 @@ def chat(
     with contextlib.ExitStack() as stack:
         if url is None:
             assert model is not None
-            how = dict(device=device, adapter=adapter, context=context, rope_scaling=rope_scaling)
-            here = _from_model(model, how, int8, max_new_tokens, seed, settings)
-            answer, told = stack.enter_context(here)
+            loading = dict(
+                device=device, adapter=adapter, context=context, rope_scaling=rope_scaling
+            )
+            local = _local_model(model, loading, int8, max_new_tokens, seed, settings)
+            answer, description = stack.enter_context(local)
         else:
-            answer, told = _from_service(url, model, max_new_tokens, seed, settings)
+            answer, description = _remote_model(url, model, max_new_tokens, seed, settings)
         conversation = _Conversation(answer, system)
         if sys.stdin.isatty() and sys.stdout.isatty():
-            _tell(f"{told}. /help lists the commands.")
-            _in_terminal(conversation)
+            _print_notice(f"{description}. /help lists the commands.")
+            _chat_in_terminal(conversation)
         else:
-            # Commands are for whoever types; in a pipe or a file each line is a message.
-            take = conversation.take if sys.stdin.isatty() else conversation.say
+            # A pipe or a file has no commands: there, each line is a message.
+            handle = conversation.handle if sys.stdin.isatty() else conversation.send
             for line in stdin_lines():
-                if not take(line.rstrip("\n")):
+                if not handle(line.rstrip("\n")):
                     break
 
 
 @contextlib.contextmanager
-def _from_model(
+def _local_model(
     model: Path,
-    how: dict[str, Any],
+    loading: dict[str, Any],
     int8: bool,
     max_new_tokens: int,
     seed: int | None,
     settings: dict[str, Any],
 ) -> "Iterator[tuple[Answer, str]]":
-    """What answers here, and what it is."""
+    """Load a model; yield its answer function and its description.
+
+    loading: arguments of `load_for_inference`.
+    """
     from minimind.inference.defaults import read_generation_defaults
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
     from minimind.inference.truncation import fit_chat
 
     sampling = read_generation_defaults(model).sampling_with(settings)
-    loaded, tokenizer = load_for_inference(model, **how)
-    size = sum(parameter.numel() for parameter in loaded.parameters())
-    with Engine(loaded, tokenizer, slots=1, context=how["context"], int8=int8) as engine:
-        report_short_context(engine, loaded, how["context"])
-        del loaded  # the engine has its own
-        room_for_answer = min(max_new_tokens, engine.context // 4)
+    loaded, tokenizer = load_for_inference(model, **loading)
+    num_parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    with Engine(loaded, tokenizer, slots=1, context=loading["context"], int8=int8) as engine:
+        report_short_context(engine, loaded, loading["context"])
+        del loaded  # the engine has its own copy
+        reserved = min(max_new_tokens, engine.context // 4)
 
-        def answer(messages: "list[Message]", place: int) -> tuple[int, Generator[str]]:
-            prompt, left_out = fit_chat(tokenizer, messages, engine.context - room_for_answer)
+        def answer(messages: "list[Message]", seed_offset: int) -> tuple[int, Generator[str]]:
+            prompt, left_out = fit_chat(tokenizer, messages, engine.context - reserved)
             return left_out, engine.stream_text(
                 prompt,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
-                seed=None if seed is None else seed + place,
+                seed=None if seed is None else seed + seed_offset,
             )
 
-        with_adapter = f" with {how['adapter']}" if how["adapter"] else ""
-        where = engine.model.device.type
-        yield answer, f"{model}{with_adapter}: {size / 1e6:.1f}M parameters, on {where}"
+        adapter = f" with {loading['adapter']}" if loading["adapter"] else ""
+        device = engine.model.device.type
+        yield answer, f"{model}{adapter}: {num_parameters / 1e6:.1f}M parameters, on {device}"
 
 
-def _from_service(
+def _remote_model(
     url: str, wanted: Path | None, max_new_tokens: int, seed: int | None, settings: dict[str, Any]
 ) -> "tuple[Answer, str]":
-    """What answers there, and what it is; torch is not imported."""
+    """Return the answer function of a served model and its description. Imports no torch."""
     from minimind.web.client import Client
 
     client = Client(url, os.environ.get(KEY_VARIABLE))
-    found = {model.name: model for model in client.models()}
-    name = next(iter(found), "") if wanted is None else str(wanted)
-    if name not in found:
-        raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(found) or 'none'}")
-    model = found[name]
+    models = {model.name: model for model in client.models()}
+    name = next(iter(models), "") if wanted is None else str(wanted)
+    if name not in models:
+        raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(models) or 'none'}")
+    model = models[name]
     settings = {key: value for key, value in settings.items() if value is not None}
-    if not model.is_ours:  # which may refuse what OpenAI's API lacks
-        beyond = dict(top_k=0, repetition_penalty=1.0, min_p=0.0)
-        if changed := [key for key, noop in beyond.items() if settings.get(key, noop) != noop]:
+    if not model.is_ours:  # other services may refuse parameters beyond OpenAI's API
+        extensions = dict(top_k=0, repetition_penalty=1.0, min_p=0.0)
+        if changed := [key for key, noop in extensions.items() if settings.get(key, noop) != noop]:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
-            raise UsageError(f"{flags}: only services of minimind know it")
-        settings = {key: value for key, value in settings.items() if key not in beyond}
+            raise UsageError(f"{flags}: supported only by services started with `minimind serve`")
+        settings = {key: value for key, value in settings.items() if key not in extensions}
 
-    def answer(messages: "list[Message]", place: int) -> tuple[int, Generator[str]]:
-        said = client.chat(
+    def answer(messages: "list[Message]", seed_offset: int) -> tuple[int, Generator[str]]:
+        stream = client.chat(
             model,
             messages,
             max_tokens=max_new_tokens,
-            seed=None if seed is None else seed + place,
+            seed=None if seed is None else seed + seed_offset,
             **settings,
         )
-        return said.left_out, _closed_at_the_end(said)
+        return stream.left_out, _pieces(stream)
 
     return answer, f"{name} at {client.url}"
 
 
-def _closed_at_the_end(said: "RemoteAnswer") -> Generator[str]:
-    with said:
-        yield from said
+def _pieces(stream: "RemoteAnswer") -> Generator[str]:
+    """Yield the pieces of an answer; closing the generator cancels it at the service."""
+    with stream:
+        yield from stream
 
 
-def _in_terminal(conversation: "_Conversation") -> None:
-    """Mistakes are told and the talk goes on."""
+def _chat_in_terminal(conversation: "_Conversation") -> None:
+    """Read and handle lines until the user quits; errors are printed and do not end the chat."""
     for line in _typed_lines():
         try:
-            if not conversation.take(line):
+            if not conversation.handle(line):
                 break
         except MinimindError as error:
-            _tell(str(error))
+            _print_notice(str(error))
         except KeyboardInterrupt:
-            continue  # the answer that was being written ends here
+            continue  # Ctrl-C ends only the answer
 
 
 def _typed_lines() -> Iterator[str]:
-    with contextlib.suppress(ImportError):  # Windows has none, and needs none
+    """Yield typed lines until Ctrl-D, or Ctrl-C twice."""
+    with contextlib.suppress(ImportError):  # Windows consoles edit lines without it
         import readline  # noqa: F401
     assert isinstance(sys.stdin, io.TextIOWrapper)
-    sys.stdin.reconfigure(errors="replace")  # a terminal may delete half a character
-    leaving = False
+    sys.stdin.reconfigure(errors="replace")  # backspace may leave an incomplete character
+    interrupted = False
     while True:
         try:
             line = input("> ")
@@ -208,28 +218,28 @@ def _typed_lines() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print()
-            if leaving:
+            if interrupted:
                 return
-            leaving = True
-            _tell("Ctrl-C again leaves")
+            interrupted = True
+            _print_notice("Press Ctrl-C again to quit")
         else:
-            leaving = False
+            interrupted = False
             yield line
 
 
 class _Conversation:
-    """What was said, and what the model still sees of it."""
+    """A conversation and its commands."""
 
     def __init__(self, answer: "Answer", system: str) -> None:
         self._answer = answer
         self._system = plain(system)
         self._turns: list[Message] = []  # user, assistant, user, …
-        self._first = 0  # the first turn that still fits into the context
+        self._first = 0  # index of the first message that still fits into the context
 
-    def take(self, line: str) -> bool:
-        """Do what one line asks for; False to leave."""
+    def handle(self, line: str) -> bool:
+        """Execute a command or send a message; return False to quit."""
         if not line.startswith("/"):
-            return self.say(line)
+            return self.send(line)
         command, _, argument = line.partition(" ")
         argument = plain(argument.strip())
         match command.rstrip():
@@ -240,55 +250,55 @@ class _Conversation:
             case "/save":
                 self._save(argument)
             case "/help":
-                _tell(_HELP)
+                _print_notice(_HELP)
             case "/quit" | "/exit":
                 return False
             case unknown:
                 known = ", ".join(row[: row.index("  ")] for row in _HELP.splitlines())
                 raise UsageError(
-                    f"{unknown} is not a command; there are {known}. "
-                    "Begin the line with a space to send it to the model"
+                    f"{unknown} is not a command; the commands are {known}. "
+                    "To send the line to the model, start it with a space"
                 )
         return True
 
-    def say(self, line: str) -> bool:
-        """Send a line to the model, unless it is empty; always True.
+    def send(self, line: str) -> bool:
+        """Send a message and print the answer; skip an empty line. Always return True.
 
-        If the answer is interrupted, what was written of it is kept.
+        An interrupted answer stays in the conversation as far as it was printed.
         """
         question = {"role": "user", "content": plain(line.strip())}
         if not question["content"]:
             return True
-        seen = [*self._opening(), *self._turns[self._first :], question]
-        left_out, pieces = self._answer(seen, len(self._turns))
+        messages = [*self._system_message(), *self._turns[self._first :], question]
+        left_out, pieces = self._answer(messages, len(self._turns))
         if left_out and not self._first:
-            _tell(
-                "(the conversation is longer than the model can see: its oldest turns are left out)"
-            )
+            _print_notice("(the conversation exceeds the context: its oldest turns are left out)")
         self._first += left_out
-        said = ""
+        answer = ""
         try:
             for piece in map(plain, pieces):
                 print(piece, end="", flush=True)
-                said += piece
+                answer += piece
         finally:
-            pieces.close()  # an answer that is interrupted ends here
+            pieces.close()  # cancels an interrupted answer
             print(flush=True)
-            if said.strip():
-                self._turns += [question, {"role": "assistant", "content": said}]
+            if answer.strip():
+                self._turns += [question, {"role": "assistant", "content": answer}]
         return True
 
-    def _opening(self) -> "list[Message]":
+    def _system_message(self) -> "list[Message]":
         return [{"role": "system", "content": self._system}] if self._system else []
 
     def _save(self, name: str) -> None:
         if not name:
-            raise UsageError("/save needs a file: /save FILE")
+            raise UsageError("/save needs a file name: /save FILE")
         if not self._turns:
-            raise UsageError("nothing was said yet, so there is nothing to save")
-        # The ending is how it is known what a file holds.
+            raise UsageError("the conversation is empty: there is nothing to save")
+        # `minimind sft` recognises the format by the suffix.
         path = Path(name if Path(name).suffix else name + ".jsonl")
-        line = json.dumps({"conversations": self._opening() + self._turns}, ensure_ascii=False)
+        line = json.dumps(
+            {"conversations": self._system_message() + self._turns}, ensure_ascii=False
+        )
         try:
             path = expand_user(path)
             with path.open("ab+") as file:
@@ -297,7 +307,7 @@ class _Conversation:
                 file.write(line.encode("utf-8", "replace") + b"\n")
         except OSError as error:
             raise ResourceError(f"{path}: cannot be written: {error}") from error
-        _tell(f"saved to {path}")
+        _print_notice(f"saved to {path}")
 
 
 def _last_byte(file: io.BufferedRandom) -> bytes:
@@ -305,6 +315,6 @@ def _last_byte(file: io.BufferedRandom) -> bytes:
     return file.read(1)
 
 
-def _tell(text: str) -> None:
-    """Say something that is not an answer: on stderr, so that a pipe gets the answers alone."""
+def _print_notice(text: str) -> None:
+    """Print to stderr: stdout has only the answers."""
     print(plain(text), file=sys.stderr, flush=True)

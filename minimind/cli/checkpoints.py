@@ -9,7 +9,7 @@ from minimind.cli import console
 from minimind.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from minimind.training.checkpoint import Inspected
+    from minimind.training.checkpoint import CheckpointInfo
 
 app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 
@@ -38,7 +38,7 @@ def extract(
     step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the best.")] = None,
 ) -> None:
     """Make a model directory (of a LoRA run: an adapter) of a checkpoint, such as the best."""
-    from minimind.training.stage import extract_checkpoint
+    from minimind.training.extract import extract_checkpoint
 
     console.say(
         f"What the run had learned by step {extract_checkpoint(run, step, out):,} is in {out}"
@@ -49,7 +49,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     """Print the table; how many are damaged."""
     from minimind.training.checkpoint import damaged_checkpoints, inspect_checkpoints
 
-    there = inspect_checkpoints(run, thorough=thorough)
+    there = inspect_checkpoints(run, verify_hashes=thorough)
     if not there:
         raise CheckpointError(
             f"{run}: there are no checkpoints; give a run directory, one that has saved something"
@@ -83,7 +83,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     return damaged
 
 
-def _metrics(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
+def _metrics(one: "CheckpointInfo", there: list["CheckpointInfo"]) -> dict[str, Any]:
     """What is told of a checkpoint."""
     from minimind.training.checkpoint import best_step
     from minimind.training.validation import selection_metric
@@ -104,5 +104,5 @@ def _metrics(one: "Inspected", there: list["Inspected"]) -> dict[str, Any]:
         "validation": shown,
         "newest": one is there[-1],
         "best": one.step == best_step(there),
-        "trouble": one.trouble,
+        "trouble": one.error,
     }

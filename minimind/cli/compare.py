@@ -1,4 +1,4 @@
-"""`minimind compare MODEL…`: the same questions to several models, side by side."""
+"""`minimind compare MODEL…`: the answers of several models to the same questions."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console
+from minimind.cli.evaluation import Evaluation
 from minimind.cli.generate import Context, Device, MaxNewTokens, plain
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ServiceError
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from minimind.evaluation.remote import Service
     from minimind.evaluation.tasks import Result
 
-_AT_ONCE = 8  # questions, of a directory as of a service, so that their speeds say the same
-_VERDICT = 2048  # tokens
+_CONCURRENCY = 8  # the same for directories and services, so that their speeds compare
+_MAX_VERDICT_TOKENS = 2048
 _JUDGE_KEY = "MINIMIND_JUDGE_API_KEY"
-_SHOWN = 8  # questions in the terminal
-_EXCERPT = 160  # characters of an answer there
+_SHOWN_QUESTIONS = 8  # in the terminal
+_EXCERPT = 160  # characters of an answer in the terminal
 
 
 def compare(
@@ -29,57 +30,56 @@ def compare(
         typer.Argument(
             metavar="MODEL",
             help="Model or run directories, DIR+ADAPTER with a LoRA adapter; URL or URL#NAME of a "
-            f"service, whose key is in {KEY_VARIABLE}.",
+            f"service, with its API key in {KEY_VARIABLE}.",
         ),
     ],
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Questions: text with one a line, or records as in JSONL. Default: eight of ours.",
+            help="Questions: text with one per line, or records as in JSONL. Default: eight "
+            "built-in questions.",
         ),
     ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="Service whose model, URL or URL#NAME, scores the answers; its key is in "
-            f"{_JUDGE_KEY}, else in {KEY_VARIABLE}.",
+            help="Service whose model (URL or URL#NAME) scores the answers, with its API key in "
+            f"{_JUDGE_KEY} or {KEY_VARIABLE}.",
         ),
     ] = None,
     temperature: Annotated[
-        float,
-        typer.Option(
-            min=0, max=2, help="0 always takes the likeliest word; higher is more varied."
-        ),
+        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answers.")
     ] = 0,
     max_new_tokens: MaxNewTokens = 256,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many questions, from all over.")
+        int | None, typer.Option(min=1, help="Use an evenly spaced subset of N questions.")
     ] = None,
     context: Context = None,
     device: Device = "auto",
     out: Annotated[
-        Path, typer.Option(help="Where it is written; a stopped comparison goes on from there.")
+        Path, typer.Option(help="Folder of the results; an interrupted comparison is resumed.")
     ] = Path("out/compare"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ask everything again.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results.")] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the metrics to this file.")
+    ] = None,
 ) -> None:
-    """Put the same questions to several models: answers, figures, and a judge's ranking."""
+    """Compare models on the same questions: answers, metrics, and a judge's ranking."""
     from minimind.evaluation.open_ended import OpenEndedTask, read_prompts
     from minimind.evaluation.tasks import GenerationConfig
 
     questions, bad = read_prompts(prompts, limit)
-    talk = OpenEndedTask(
-        "answers", questions, GenerationConfig(max_new_tokens, temperature, seed, _AT_ONCE), bad
-    )
-    comparison = _Comparison(talk, out, fresh, json, device, context)
+    generation = GenerationConfig(max_new_tokens, temperature, seed, _CONCURRENCY)
+    task = OpenEndedTask("answers", questions, generation, bad)
+    comparison = _Comparison(out, fresh, json, device, task)
     service = comparison.open_judge(judge) if judge else None
-    for place in dict.fromkeys(models):
-        comparison.ask(place)
+    for model in dict.fromkeys(models):
+        comparison.answer(model, context)
     if service:
         comparison.judge(service)
     comparison.show()
@@ -88,30 +88,17 @@ def compare(
 
 
 @dataclass
-class _Comparison:
-    """What is known so far, and what went wrong."""
+class _Comparison(Evaluation):
+    """Results and metrics by model, the judge's verdicts, and the comparison made of them."""
 
-    talk: "OpenEndedTask"
-    out: Path
-    fresh: bool
-    json: Path | None
-    device: str
-    context: int | None
+    task: "OpenEndedTask"
     results: dict[str, dict[str, "Result"]] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    judgement: dict[str, Any] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    compared: dict[str, Any] = field(default_factory=dict)
-
-    def fail(self, what: str, error: Exception) -> None:
-        """Say it at once, and again at the end; the rest goes on."""
-        from minimind.evaluation.tasks import told
-
-        self.failures.append(f"{what}: {told(error)}")
-        console.say(plain(f"{what} failed: {told(error)}"))
+    verdicts: dict[str, Any] = field(default_factory=dict)
+    comparison: dict[str, Any] = field(default_factory=dict)
 
     def open_judge(self, url: str) -> "Service | None":
-        """Before anything is asked, so that a mistake is told at once."""
+        """Connect to the judge before any answer is generated, so that mistakes show early."""
         from minimind.cli.models import open_service
 
         try:
@@ -120,55 +107,37 @@ class _Comparison:
             self.fail(f"--judge {url}", error)
             return None
 
-    def ask(self, place: str) -> None:
-        """All questions to one model, but for those that it has answered."""
-        from minimind.cli.models import is_service, open_model, report_dropped
-        from minimind.evaluation.runner import evaluate, file_name, read_results
+    def answer(self, name: str, context: int | None) -> None:
+        """Let one model answer all questions that it has not answered before."""
+        from minimind.cli.models import is_service
+        from minimind.evaluation.runner import read_results
 
-        try:
-            context = None if is_service(place) else self.context
-            model = open_model(place, self.device, context=context, taken=self.metrics)
-            identity = model.identity()
-        except (MinimindError, OSError) as error:
-            self.fail(place, error)
+        context = None if is_service(name) else context
+        opened = self.open_model(name, taken=self.metrics, context=context)
+        if opened is None:
             return
-        folder = self.out / file_name(model.name)
-        reporter = console.RichReporter()
-        reporter.start(model.name, len(self.talk), unit=self.talk.unit)
+        model = opened.model.name
+        self.run_task(opened, self.task, model)
         try:
-            evaluate(
-                self.talk,
-                model,
-                folder,
-                identity=identity,
-                fresh=self.fresh,
-                progress=reporter.progress,
-            )
-        except MemoryError:
-            raise
-        except Exception as error:
-            self.fail(model.name, error)
-        finally:
-            reporter.stop()
-        report_dropped(model)
-        try:
-            header = self.talk.settings() | identity
-            results = read_results(folder / "answers.jsonl", header)
+            # After a failure too: the answers until then count.
+            header = self.task.settings() | dict(opened.identity)
+            results = read_results(opened.folder / "answers.jsonl", header)
         except MinimindError:
-            return  # as was told above
+            return  # run_task has reported it
         good = [result for result in results.values() if "error" not in result]
         if results:
-            self.results[model.name] = results
-            self.metrics[model.name] = {
-                **self.talk.summary(good),
-                "failed": len(self.talk) - len(good),
-                "first_error": next((r["error"] for r in results.values() if "error" in r), None),
-                "identity": identity,
+            errors = (result["error"] for result in results.values() if "error" in result)
+            self.results[model] = results
+            self.metrics[model] = {
+                **self.task.summary(good),
+                "failed": len(self.task) - len(good),
+                "first_error": next(errors, None),
+                "identity": opened.identity,
             }
             self._write()
 
     def judge(self, service: "Service") -> None:
-        """Every pair of answers, but for those that were judged."""
+        """Let the judge score every pair of answers that it has not scored before."""
         from minimind.cli.models import report_dropped
         from minimind.evaluation.judge import judge, make_trials, verdicts
         from minimind.evaluation.runner import file_name
@@ -177,97 +146,100 @@ class _Comparison:
             model: {name: r["answer"] for name, r in results.items() if "error" not in r}
             for model, results in self.results.items()
         }
-        trials = make_trials(list(self.talk.prompts.values()), answers)
+        trials = make_trials(list(self.task.prompts.values()), answers)
         identity = service.identity()
-        where = file_name(f"{service.name} {identity['url']}")
+        file = file_name(f"{service.name} {identity['url']}")
+        title = f"judge {service.name}"
         reporter = console.RichReporter()
-        reporter.start(f"judge {service.name}", len(trials), unit="verdict")
+        reporter.start(title, len(trials), unit="verdict")
         try:
             judged = judge(
-                lambda messages: service.answer(messages, max_tokens=_VERDICT, temperature=0).text,
+                lambda messages: (
+                    service.answer(messages, max_tokens=_MAX_VERDICT_TOKENS, temperature=0).text
+                ),
                 trials,
-                self.out / f"judge-{where}.jsonl",
+                self.out / f"judge-{file}.jsonl",
                 identity=identity,
                 fresh=self.fresh,
                 progress=reporter.progress,
             )
         except MinimindError as error:
-            self.fail(f"judge {service.name}", error)
+            self.fail(title, error)
             return
         finally:
             reporter.stop()
         report_dropped(service)
-        verdict = {"name": service.name, **verdicts(trials, judged, list(answers))}
-        if verdict["failed"]:
+        metrics = {"name": service.name, **verdicts(trials, judged, list(answers))}
+        if metrics["failed"]:
             missing = ServiceError(
-                f"{verdict['failed']:,} of {len(trials):,} replies did not come (the first: "
-                f"{verdict['first_error']}); the same command asks for them again"
+                f"{metrics['failed']:,} of {len(trials):,} requests failed (the first: "
+                f"{metrics['first_error']}); run the same command again to repeat them"
             )
-            self.fail(f"judge {service.name}", missing)
-        self.judgement = {"judge": verdict, "trials": trials, "judged": judged}
+            self.fail(title, missing)
+        self.verdicts = {"judge": metrics, "trials": trials, "judged": judged}
         self._write()
 
     def _write(self) -> None:
-        from minimind.evaluation.comparison import compared, write_comparison
+        from minimind.evaluation.comparison import build_comparison, write_comparison
 
-        self.compared = compared(self.talk, self.results, self.metrics, **self.judgement)
-        write_comparison(self.out, self.compared)
+        self.comparison = build_comparison(self.task, self.results, self.metrics, **self.verdicts)
+        write_comparison(self.out, self.comparison)
         if self.json:
-            console.write_json(self.json, self.compared)
+            console.write_json(self.json, self.comparison)
 
     def show(self) -> None:
-        """The tables, and what failed."""
-        if self.compared:
+        """Show the tables, and what failed."""
+        if self.comparison:
             self._show_tables()
-        if self.talk.bad.total:
-            told = console.count(
-                self.talk.bad.total, "line is no question", "lines are no questions"
-            )
-            console.say(plain(f"{told}, the first: {self.talk.bad.first}"))
+        if self.task.bad.total:
+            lines = console.count(self.task.bad.total, "invalid line", "invalid lines")
+            console.say(plain(f"{lines} in the questions, the first: {self.task.bad.first}"))
         for name, metrics in self.metrics.items():
-            if metrics["first_error"]:
-                console.say(
-                    plain(
-                        f"{name}: {metrics['failed']:,} failed, the first: {metrics['first_error']}"
-                    )
-                )
-        if self.compared:
+            if error := metrics["first_error"]:
+                console.say(plain(f"{name}: {metrics['failed']:,} failed, the first: {error}"))
+        if self.comparison:
             console.say(f"All answers: {self.out / 'compare.html'}, .md and .json")
-        for failure in self.failures:
-            console.say(plain(f"failed: {failure}"))
+        self.show_failures()
 
     def _show_tables(self) -> None:
         from minimind.evaluation.comparison import (
-            RANKING,
+            RANKING_COLUMNS,
             category_rows,
-            describe_answer,
             describe_judge,
             metric_rows,
             ranking_rows,
         )
 
         models = [plain(model) for model in self.metrics]
-        questions = self.compared["questions"]
-
-        def shown(answer: dict[str, Any] | None) -> str:
-            if answer is None or "error" in answer:
-                return "–" if answer is None else plain(f"failed: {answer['error']}")
-            text = plain(answer["answer"])
-            cut = "…" if len(text) > _EXCERPT else ""
-            return f"{text[:_EXCERPT]}{cut}\n({', '.join(describe_answer(answer))})"
-
+        questions = self.comparison["questions"]
         rows = [
-            [plain(one["question"]), *(shown(one["answers"].get(model)) for model in self.metrics)]
-            for one in questions[:_SHOWN]
+            [
+                plain(question["question"]),
+                *(_excerpt(question["answers"].get(model)) for model in self.metrics),
+            ]
+            for question in questions[:_SHOWN_QUESTIONS]
         ]
-        title = "Answers" if len(questions) <= _SHOWN else f"The first {_SHOWN} answers"
+        more = len(questions) > _SHOWN_QUESTIONS
+        title = f"The first {_SHOWN_QUESTIONS} answers" if more else "Answers"
         console.show(console.table(title, ["question", *models], rows))
-        rows = metric_rows(self.compared)
+        rows = metric_rows(self.comparison)
         console.show(console.table("Metrics", ["", *models], rows, numbers=len(models)))
-        if rows := [[*map(plain, row)] for row in category_rows(self.compared)]:
+        if rows := [[*map(plain, row)] for row in category_rows(self.comparison)]:
             head = ["category", "questions", *models]
             console.show(console.table("By category", head, rows, numbers=len(head) - 1))
-        if self.compared["judge"]:
-            rows = [[*map(plain, row)] for row in ranking_rows(self.compared)]
-            console.show(console.table("Ranking", list(RANKING), rows, numbers=3))
-            console.say(plain(describe_judge(self.compared["judge"])))
+        if self.comparison["judge"]:
+            rows = [[*map(plain, row)] for row in ranking_rows(self.comparison)]
+            console.show(console.table("Ranking", list(RANKING_COLUMNS), rows, numbers=3))
+            console.say(plain(describe_judge(self.comparison["judge"])))
+
+
+def _excerpt(answer: dict[str, Any] | None) -> str:
+    from minimind.evaluation.comparison import describe_answer
+
+    if answer is None:
+        return "–"
+    if "error" in answer:
+        return plain(f"failed: {answer['error']}")
+    text = plain(answer["answer"])
+    ellipsis = "…" if len(text) > _EXCERPT else ""
+    return f"{text[:_EXCERPT]}{ellipsis}\n({', '.join(describe_answer(answer))})"

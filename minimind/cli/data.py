@@ -25,7 +25,7 @@ def inspect(
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Show what data holds: schemas, counts, lengths, copies, bad lines, samples."""
-    from minimind.data.read import list_files
+    from minimind.data.input_files import list_files
     from minimind.data.schemas import SCHEMAS
     from minimind.data.stats import DatasetStats, inspect_data
     from minimind.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def stores(
             one.kind,
             one.tokens,
             f"{one.num_bytes / 1e6:,.1f}",
-            f"{datetime.fromtimestamp(one.made):%Y-%m-%d %H:%M}",
+            f"{datetime.fromtimestamp(one.created):%Y-%m-%d %H:%M}",
             "\n".join([*one.files[:3], *(["…"] if len(one.files) > 3 else [])]),
         ]
         for one in chosen
@@ -133,8 +133,8 @@ def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
             number,
             ", ".join(metrics["schemas"]),
             *(metrics[name] for name in ("records", "single_turn", "multi_turn")),
-            f"{'' if metrics['copies_are_exact'] else 'about '}{metrics['copies']:,}",
-            metrics["bad_lines"],
+            f"{'' if metrics['duplicates_are_exact'] else 'about '}{metrics['duplicates']:,}",
+            metrics["invalid_records"],
         ]
         for number, metrics in rows.items()
     ]
@@ -142,10 +142,10 @@ def _show(parts: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
     _show_lengths("characters", "Chinese", rows, lambda f: f"{f['chinese_share']:.0%}")
     if total["tokens"]:
         _show_lengths("tokens", "characters a token", rows, _characters_a_token)
-    if total["bad_lines"]:
+    if total["invalid_records"]:
         reasons = [
-            ["\n".join(found["first"]), reason, found["lines"]]
-            for reason, found in total["bad_reasons"].items()
+            ["\n".join(found["first"]), reason, found["records"]]
+            for reason, found in total["invalid_reasons"].items()
         ]
         columns = ["first seen in", "reason", "lines"]
         console.show(console.table("Bad lines", columns, reasons, numbers=1))

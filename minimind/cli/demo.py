@@ -16,7 +16,7 @@ from minimind.cli.plan import duration
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
-    from minimind.evaluation.quiz import Marked
+    from minimind.evaluation.quiz import ScoredAnswer
     from minimind.training.stage import StageResult
 
 _STAGES = {
@@ -38,7 +38,7 @@ _CORPUS = {
     "single_turn": 300_000,
     "multi_turn": 20_000,
     "preference_pairs": 12_000,
-    "exam_questions": 2_000,
+    "multiple_choice_questions": 2_000,
 }
 _QUIZ_QUESTIONS = 400
 _ANSWER_TOKENS = 64
@@ -153,7 +153,8 @@ def _corpus(corpus: Path) -> None:
 
 
 def _tokenizer(out: Path, corpus: Path) -> None:
-    from minimind.data.read import InvalidRecords, read_texts
+    from minimind.data.invalid import InvalidRecords
+    from minimind.data.read import read_texts
     from minimind.tokenizer import Tokenizer, train_tokenizer
 
     place = out / "tokenizer"
@@ -162,7 +163,7 @@ def _tokenizer(out: Path, corpus: Path) -> None:
     if not place.is_dir():
         making = out / "tokenizer.making"
         shutil.rmtree(making, ignore_errors=True)
-        train_tokenizer(read_texts(files, bad=InvalidRecords()), vocab_size=_VOCAB_SIZE).save(
+        train_tokenizer(read_texts(files, invalid=InvalidRecords()), vocab_size=_VOCAB_SIZE).save(
             making
         )
         os.replace(making, place)
@@ -237,7 +238,7 @@ def _run(recipe: "Recipe", tokens: int) -> "StageResult":
 
     per_step = recipe.training.global_batch_size * recipe.data.seq_len
     reporter = _EstimatingReporter(tokens, per_step * (recipe.objective == "pretrain"))
-    result = run_stage(recipe, reporter=reporter, write_samples=sampler(recipe, reporter))
+    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter))
     if not result.finished:
         console.say("stopped; the same command continues from here")
         raise typer.Exit(130)
@@ -271,18 +272,18 @@ def _examine(
     total_seconds: Callable[[], float],
 ) -> dict[str, Any]:
     """The quiz, the eight questions as each stage answers them, `summary.json`."""
-    from minimind.data.textbook import eight, sample_quiz
-    from minimind.evaluation.quiz import by_subject, mark
+    from minimind.data.textbook import demo_questions, sample_quiz
+    from minimind.evaluation.quiz import by_subject, score_answers
     from minimind.inference.generate import answer_all, continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device
-    from minimind.training.build import new_model
+    from minimind.training.build import build_initial_model
 
     device = recipes["pretrain"].device
-    questions, quiz = eight(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
+    questions, quiz = demo_questions(), sample_quiz(_QUIZ_QUESTIONS, seed=_SEED)
     asked = [question.question for question in questions]
     pretrained, tokenizer = load_for_inference(out / "pretrain", device)
-    untrained = new_model(recipes["pretrain"], tokenizer).to(choose_device(device))
+    untrained = build_initial_model(recipes["pretrain"], tokenizer).to(choose_device(device))
     before = continue_all(untrained, tokenizer, asked, max_new_tokens=24)
     prompts = [f"问：{question}答：" for question in asked]
     between = [
@@ -291,7 +292,7 @@ def _examine(
     ]
     reporter = console.RichReporter()
 
-    def examined(run: Path) -> tuple[list["Marked"], list["Marked"]]:
+    def examined(run: Path) -> tuple[list["ScoredAnswer"], list["ScoredAnswer"]]:
         """The eight questions and the quiz, asked and marked."""
         model, _ = load_for_inference(run, device)
         answers = answer_all(model, tokenizer, asked, max_new_tokens=_ANSWER_TOKENS)
@@ -304,7 +305,7 @@ def _examine(
             progress=reporter.progress,
         )
         reporter.stop()
-        return mark(questions, answers), mark(quiz, told)
+        return score_answers(questions, answers), score_answers(quiz, told)
 
     tuned, marked_before = examined(out / "sft-multi")
     after, marked = examined(out / "model")

@@ -94,5 +94,5 @@ def open_service(url: str, *key_variables: str) -> "Service":
 
 def report_dropped(model: Any) -> None:
     """Name the parameters that a service refused, for its own defaults hold instead."""
-    if dropped := sorted(getattr(model, "dropped", ())):
+    if dropped := sorted(getattr(model, "rejected", ())):
         console.say(f"{model.name}: the service refuses {', '.join(dropped)}: its defaults hold")

@@ -66,26 +66,26 @@ def _show(made: "Plan") -> None:
         ("device", f"{made.device}, {made.precision}".removesuffix(", ?")),
         ("tokens of the data, about", made.data_tokens),
         ("steps", made.steps),
-        ("windows a step", f"{made.batch} of {made.seq_len} tokens"),
+        ("windows a step", f"{made.global_batch_size} of {made.seq_len} tokens"),
         ("tokens in all", made.tokens),
-        ("operations a token", f"{made.flops_a_token / 1e6:,.0f} million"),
+        ("operations a token", f"{made.flops_per_token / 1e6:,.0f} million"),
     ]
     if made.tokens:
-        rows.append(("operations in all", f"{made.flops_a_token * made.tokens:.2e}"))
+        rows.append(("operations in all", f"{made.flops_per_token * made.tokens:.2e}"))
     if made.tokens_per_second:
         rows.append(("tokens a second, of a trial", made.tokens_per_second))
     if made.seconds:
         rows.append(("time in all", duration(made.seconds)))
     console.show(console.table("Plan", ["figure", "value"], rows, numbers=1))
     parts = [(name, size(part)) for name, part in made.memory.items()]
-    title = f"Memory with {pluralize(made.micro_batch or 1, 'window')} at once"
+    title = f"Memory with {pluralize(made.micro_batch_size or 1, 'window')} at once"
     console.show(console.table(title, ["part", "size"], [*parts, ("in all", size(total))], 1))
     by_windows: dict[object, list[str]] = {}
     for choice in made.choices:
-        fits = made.memory_given is None or choice["bytes"] <= made.memory_given
+        fits = made.memory_limit is None or choice["bytes"] <= made.memory_limit
         cell = size(choice["bytes"]) + ("" if fits else " (too much)")
-        by_windows.setdefault(choice["micro_batch"], []).append(cell)
-    given = "any memory" if made.memory_given is None else size(made.memory_given)
+        by_windows.setdefault(choice["micro_batch_size"], []).append(cell)
+    given = "any memory" if made.memory_limit is None else size(made.memory_limit)
     console.show(
         console.table(
             f"What fits into {given}",
@@ -98,20 +98,20 @@ def _show(made: "Plan") -> None:
 
 
 def _verdict(made: "Plan") -> str:
-    if made.micro_batch:
+    if made.micro_batch_size:
         need = sum(made.memory.values())
-        if made.memory_given is not None and need > made.memory_given:
+        if made.memory_limit is not None and need > made.memory_limit:
             return (
-                f"It does not fit with {pluralize(made.micro_batch, 'window')} at once, as the "
+                f"It does not fit with training.micro_batch_size={made.micro_batch_size}, as the "
                 "recipe says; take a number of the table that does"
             )
         again = " training.activation_checkpointing=true" * made.activation_checkpointing
-        return f"It fits with training.micro_batch_size={made.micro_batch}{again}"
-    fitting = [c for c in made.choices if c["bytes"] <= (made.memory_given or 0)]
+        return f"It fits with training.micro_batch_size={made.micro_batch_size}{again}"
+    fitting = [c for c in made.choices if c["bytes"] <= (made.memory_limit or 0)]
     if fitting:
         return (
             "It fits with training.activation_checkpointing=true "
-            f"training.micro_batch_size={fitting[-1]['micro_batch']}"
+            f"training.micro_batch_size={fitting[-1]['micro_batch_size']}"
         )
     return "It does not fit: take a smaller model (model.preset) or a shorter data.seq_len"
 

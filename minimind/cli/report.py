@@ -1,4 +1,4 @@
-"""`minimind report RUN…`: what runs did, as one page."""
+"""`minimind report RUN…`: an HTML and Markdown report on training runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,29 +12,34 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN", help="Run directories, folders that hold some, results of minimind eval."
+            metavar="RUN",
+            help="Run directories, folders of run directories, or results of minimind eval.",
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="The page; Markdown is put beside it. Default: report.html in the run."),
+        typer.Option(
+            help="The HTML file; Markdown is written next to it. Default: report.html in the run."
+        ),
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(metavar="PER_HOUR", min=0, help="What an hour of training costs."),
+        typer.Option(metavar="PER_HOUR", min=0, help="Cost of an hour of training."),
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the metrics to this file.")
+    ] = None,
 ) -> None:
-    """Show what runs did: curves, exams, samples, memory, cost; several on the same axes."""
+    """Report on runs: curves, benchmarks, samples, memory, cost; several share their axes."""
     from minimind.reporting.report import make_report
 
-    made = make_report(runs, price=price)
-    page = out or (runs[0] if len(runs) == 1 else Path("out")) / "report.html"
-    made.write(page)
+    result = make_report(runs, price=price)
+    path = out or (runs[0] if len(runs) == 1 else Path("out")) / "report.html"
+    result.write(path)
     if json:
-        console.write_json(json, made.metrics)
-    for problem in made.problems:
+        console.write_json(json, result.metrics)
+    for problem in result.problems:
         console.say(f"problem: {problem}")
-    console.say(f"The report: {page}, and as Markdown {page.with_suffix('.md')}")
-    if not made.complete:
+    console.say(f"The report: {path}, and as Markdown {path.with_suffix('.md')}")
+    if not result.complete:
         raise typer.Exit(1)

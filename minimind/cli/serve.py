@@ -1,4 +1,4 @@
-"""`minimind serve MODEL…`: models over HTTP, as OpenAI's API."""
+"""`minimind serve MODEL…`: serve models over HTTP with OpenAI's API."""
 
 import os
 from pathlib import Path
@@ -9,86 +9,94 @@ import typer
 from minimind.cli.generate import Context, Device, Int8, RopeScaling, stretched
 from minimind.environment import KEY_VARIABLE
 
+Models = Annotated[
+    list[Path],
+    typer.Argument(metavar="MODEL…", help="Models, runs or LoRA adapters, or a folder of them."),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR", help="Serve a LoRA adapter of the one MODEL under NAME (repeatable)."
+    ),
+]
+Host = Annotated[
+    str, typer.Option(help="Address to bind; one that other machines can reach needs an API key.")
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")]
+APIKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"API key that clients must send (repeatable). Prefer {KEY_VARIABLE}: arguments show "
+        "up in `ps`."
+    ),
+]
+CORSOrigins = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORIGIN", help="Allow cross-origin (CORS) requests from ORIGIN (repeatable)."
+    ),
+]
+Slots = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=256,
+        help="Maximum concurrent sequences per model; default: up to 16, as memory allows.",
+    ),
+]
+QueueLength = Annotated[
+    int,
+    typer.Option(min=0, max=100_000, help="Maximum queued answers per model; more get status 429."),
+]
+
 
 def serve(
-    models: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="MODEL…", help="Models, runs or LoRA adapters, or a folder of them."
-        ),
-    ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DIR",
-            help="LoRA adapter of the one MODEL, served under a name of its own; several allowed.",
-        ),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; beyond this machine a key is needed.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Key that requests must bring; several allowed. Or set {KEY_VARIABLE}, "
-            "which no list of processes shows.",
-        ),
-    ] = None,
-    cors: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Web pages of this origin may ask from a browser."),
-    ] = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=256,
-            help="Maximum concurrent sequences per model; default: up to 16, as memory allows.",
-        ),
-    ] = None,
-    queue: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Answers that may wait; more get status 429.")
-    ] = 64,
+    models: Models,
+    adapter: Adapters = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: APIKeys = None,
+    cors: CORSOrigins = None,
+    slots: Slots = None,
+    queue: QueueLength = 64,
     device: Device = "auto",
     int8: Int8 = False,
     context: Context = None,
     rope_scaling: RopeScaling = None,
-    end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
+    exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Serve models over HTTP, as OpenAI's API. Docs are at /docs."""
-    keys = api_key or [key for key in [os.environ.get(KEY_VARIABLE, "")] if key]
-
+    """Serve models over HTTP with OpenAI's API. Documentation at /docs."""
     from minimind.serving import server
     from minimind.serving.auth import check_exposure
     from minimind.serving.limits import Limits
     from minimind.serving.logs import log_to_stderr
     from minimind.serving.models import find_adapters, find_models, load_models
 
+    keys = api_key or [key for key in [os.environ.get(KEY_VARIABLE, "")] if key]
     check_exposure(host, keys)
     context = stretched(context, rope_scaling)
     sources = find_models(models)
     sources |= find_adapters(adapter or [], sources)
-    listening = server.bind(host, port)
-    with server.ends_at_once():
-        if end_with_stdin:
-            server.end_with_stdin()
+    sockets = server.bind(host, port)  # before loading, which takes long: the port may be in use
+    with server.exit_on_signal():
+        if exit_with_stdin:
+            server.exit_when_stdin_closes()
         log_to_stderr()
         served = load_models(
             sources,
             device=device,
             slots=slots,
-            waiting=queue,
+            max_queued=queue,
             int8=int8,
             context=context,
             rope_scaling=rope_scaling,
         )
         for name in served:
-            print(f"{name}: {server.url_of(listening)}/v1", flush=True)
+            print(f"{name}: {server.url_of(sockets)}/v1", flush=True)
         for name, model in served.items():
-            print(f"{name}: {model.cache}", flush=True)
+            print(f"{name}: {model.cache_summary}", flush=True)
             print(f"{name}: {model.engine.model.promise}", flush=True)
-        server.answer_first()
+        server.prioritize_event_loop()
         limits = Limits(queue=queue)
         running = server.Server(served, keys=keys, origins=cors or [], limits=limits)
-        raise SystemExit(running.serve_at(listening))
+        raise SystemExit(running.serve_at(sockets))

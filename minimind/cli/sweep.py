@@ -10,7 +10,7 @@ from minimind.cli.train import Data, recipe_and_settings
 from minimind.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from minimind.planning.sweep import Outcomes, Planned
+    from minimind.planning.sweep import Outcomes, PlannedRun
 
 
 def sweep(
@@ -54,13 +54,13 @@ def sweep(
 
 def _plan(
     arguments: list[str], flags: dict[str, Any], out: Path
-) -> "tuple[list[Planned], dict[str, dict[str, Any]], dict[str, str]]":
+) -> "tuple[list[PlannedRun], dict[str, dict[str, Any]], dict[str, str]]":
     """The runs, what sets each apart, and those that cannot be.
 
     A variant whose settings do not go together is one of these; if all are, it is raised.
     """
     from minimind.config import load_recipe, variants
-    from minimind.planning.sweep import Planned
+    from minimind.planning.sweep import PlannedRun
 
     recipe, overrides = recipe_and_settings(arguments)
     given = {key: value for key, value in flags.items() if value}
@@ -75,7 +75,7 @@ def _plan(
             broken[variant.name] = str(error)
             continue
         log = out / "logs" / f"{variant.name}.log"
-        planned.append(Planned(variant.name, resolved.recipe, log))
+        planned.append(PlannedRun(variant.name, resolved.recipe, log))
     if not planned:
         raise UsageError(next(iter(broken.values())))
     return planned, settings, broken
@@ -89,18 +89,18 @@ def _watcher(bar: Any) -> Any:
         def __init__(self) -> None:
             self._tasks: dict[int, Any] = {}
 
-        def started(self, place: int, planned: "Planned") -> None:
+        def started(self, slot: int, planned: "PlannedRun") -> None:
             steps = planned.recipe.training.steps
-            self._tasks[place] = bar.add_task(planned.name, total=steps, note="")
+            self._tasks[slot] = bar.add_task(planned.name, total=steps, note="")
 
-        def progress(self, place: int, planned: "Planned", line: dict[str, Any]) -> None:
+        def progress(self, slot: int, planned: "PlannedRun", line: dict[str, Any]) -> None:
             rate = console.figure(round(line["tokens_per_second"]))
             note = f"loss {console.figure(line.get('loss'))} {rate} tokens/s"
-            bar.update(self._tasks[place], completed=line["step"], note=note)
+            bar.update(self._tasks[slot], completed=line["step"], note=note)
 
-        def ended(self, place: int, planned: "Planned", failure: str | None) -> None:
-            if place in self._tasks:
-                bar.remove_task(self._tasks.pop(place))
+        def ended(self, slot: int, planned: "PlannedRun", failure: str | None) -> None:
+            if slot in self._tasks:
+                bar.remove_task(self._tasks.pop(slot))
             console.say(f"{planned.name}: {failure or 'finished'}")
 
     return _Bars()

@@ -11,7 +11,7 @@ from minimind.cli import console
 from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
-    from minimind.data.read import InvalidRecords
+    from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer.stats import Usage, Vocabulary
 
 app = typer.Typer(help="Train a tokenizer, or look into some.", no_args_is_help=True)
@@ -32,7 +32,7 @@ def train(
     ] = 12,
 ) -> None:
     """Train a byte-level BPE tokenizer on an even sample of the data."""
-    from minimind.data.read import InvalidRecords
+    from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer import train_tokenizer
 
     if (out / "tokenizer.json").exists():
@@ -67,7 +67,7 @@ def inspect(
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Show the vocabulary and the characters per token by language, of one tokenizer or several."""
-    from minimind.data.read import InvalidRecords
+    from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer.bpe import load_bpe
     from minimind.tokenizer.stats import SAMPLE_TEXTS, describe_vocabulary, measure
     from minimind.tokenizer.train import sample_evenly
@@ -87,7 +87,7 @@ def inspect(
 
 def _texts(data: list[str], bad: "InvalidRecords") -> Iterator[str]:
     """All texts of the data, read under a progress bar. Raises DataError when nothing is good."""
-    from minimind.data.read import list_files
+    from minimind.data.input_files import list_files
 
     files = [file for path in data for file in list_files(path)]
     return _read(files, bad)
@@ -98,8 +98,8 @@ def _read(files: list[Path], bad: "InvalidRecords") -> Iterator[str]:
 
     with console.make_progress("byte") as bar:
         task = bar.add_task("reading", total=sum(file.stat().st_size for file in files), note="")
-        yield from read_texts(files, bad=bad, progress=lambda count: bar.advance(task, count))
-    if not bad.good:
+        yield from read_texts(files, invalid=bad, progress=lambda count: bar.advance(task, count))
+    if not bad.num_valid:
         bad.check(0.0, final=True)
 
 

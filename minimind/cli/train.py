@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from minimind.config.settings import Recipe
     from minimind.model import Transformer
     from minimind.tokenizer import Tokenizer
-    from minimind.training.stage import StageResult, WriteSamples
+    from minimind.training.stage import GenerateSamples, StageResult
 
 Arguments = Annotated[
     list[str] | None,
@@ -177,7 +177,7 @@ def _stage(
         prepare_stage(recipe, reporter=reporter)
         return
     result = run_stage(
-        recipe, reporter=reporter, fresh=fresh, write_samples=sampler(recipe, reporter)
+        recipe, reporter=reporter, fresh=fresh, generate_samples=sampler(recipe, reporter)
     )
     finish(result, json)
 
@@ -210,7 +210,7 @@ def recipe_and_settings(
     return name, overrides
 
 
-def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "WriteSamples":
+def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "GenerateSamples":
     """A callback that lets the model continue or answer the recipe's prompts, and shows it."""
 
     def write(model: "Transformer", tokenizer: "Tokenizer") -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""`minimind web [MODEL]`: a page to talk with models in."""
+"""`minimind web [MODEL]`: chat with models in a browser."""
 
 import importlib.util
 import os
@@ -20,20 +20,22 @@ def web(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help=f"Talk to the service there instead; its key is in {KEY_VARIABLE}."),
+        typer.Option(
+            help=f"Chat with an OpenAI-compatible service at this URL; API key in {KEY_VARIABLE}."
+        ),
     ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 8501,
 ) -> None:
-    """Talk with models in a browser: a page on this machine, behind a token in its address."""
+    """Chat with models in a browser. The page is served on localhost, with a token in its URL."""
     if bool(models) == bool(url):
-        raise UsageError("give a MODEL, or the --url of a service")
+        raise UsageError("give a MODEL, or a service with --url URL")
     if importlib.util.find_spec("streamlit") is None:
-        raise UsageError(f"the page needs streamlit: {install_line('web')}")
+        raise UsageError(f"the page needs Streamlit; install it: {install_line('web')}")
     from minimind.web import start
     from minimind.web.client import Client
 
     if url:
-        Client(url)  # tells now what is no URL
+        Client(url)  # raises UsageError for an invalid URL
         start.show_page(url, os.environ.get(KEY_VARIABLE), port)
     else:
         with start.service(models or []) as (own_url, key):

@@ -1,4 +1,4 @@
-"""Records as token documents: the one place that decides what of them training sees."""
+"""Encode records to documents of token ids: which records a token store contains, and how."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -9,23 +9,23 @@ from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import EncodedChat, encode_chats, unsupported_reason
 
 Kind = Literal["text", "chat", "pairs"]
-WANTED: dict[Kind, str] = {
+KIND_NAMES: dict[Kind, str] = {
     "text": "text",
     "chat": "conversations",
     "pairs": "preference pairs",
 }
-_RECORDS = {"text": ("text", "messages"), "chat": ("messages",), "pairs": ("pair",)}
-_PIECE = 1 << 18  # characters
-_AT_ONCE = 1 << 20  # characters
+_RECORD_KINDS = {"text": ("text", "messages"), "chat": ("messages",), "pairs": ("pair",)}
+_PIECE_CHARACTERS = 1 << 18
+_BATCH_CHARACTERS = 1 << 20
 
 
 def reason_to_skip(record: Record, tokenizer: Tokenizer, kind: Kind | None) -> str | None:
-    """Return why a record is left out of a token store of this kind, or None if it is in.
+    """Return why a token store of this kind skips a record; None if it does not.
 
-    Without a kind each record is taken as what it is.
+    Without `kind`, records of every kind are accepted.
     """
-    if kind and record.kind not in _RECORDS[kind]:
-        return f"no {WANTED[kind]}"
+    if kind and record.kind not in _RECORD_KINDS[kind]:
+        return f"no {KIND_NAMES[kind]}"
     if kind == "text" and record.unsupervised:
         return "excludes an answer from the loss, which pretraining cannot do"
     if any(unsupported_reason(tokenizer, messages) for messages, _ in record.conversations):
@@ -36,24 +36,24 @@ def reason_to_skip(record: Record, tokenizer: Tokenizer, kind: Kind | None) -> s
 def encode_records(
     records: Sequence[Record], tokenizer: Tokenizer, kind: Kind | None
 ) -> Iterator[list[EncodedChat]]:
-    """Yield the documents of each record, one or of a pair two, as (ids, loss mask).
+    """Yield the documents of each record as (ids, loss mask): one, or two for a preference pair.
 
-    Running text has an empty mask: all of it is supervised. In a store of text, conversations are
-    running text too, and end as it does.
+    The mask of running text is empty: all of its tokens are supervised. A store of kind "text"
+    treats conversations as running text and appends the end-of-text token.
     """
-    talks = [talk for record in records for talk in record.conversations]
-    messages, unsupervised = [talk[0] for talk in talks], [talk[1] for talk in talks]
-    chats = iter(encode_chats(tokenizer, messages, unsupervised=unsupervised))
+    chats = [chat for record in records for chat in record.conversations]
+    messages, unsupervised = [chat[0] for chat in chats], [chat[1] for chat in chats]
+    encoded_chats = iter(encode_chats(tokenizer, messages, unsupervised=unsupervised))
     texts = (record.text for record in records if record.text is not None)
-    pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
+    encoded_pieces = encode_pieces(chain.from_iterable(map(split_long, texts)), tokenizer)
     for record in records:
         if record.text is not None:
             ids = [*tokenizer.text_start]
             for _ in split_long(record.text):
-                ids += next(pieces)
+                ids += next(encoded_pieces)
             yield [([*ids, tokenizer.end_of_text], [])]
         else:
-            documents = [next(chats) for _ in record.conversations]
+            documents = [next(encoded_chats) for _ in record.conversations]
             yield (
                 documents
                 if kind != "text"
@@ -62,28 +62,29 @@ def encode_records(
 
 
 def split_long(text: str) -> Iterator[str]:
-    """A long text in parts, cut after a line where there is one; nothing of an empty one.
+    """Split a long text into pieces, after a line break where possible.
 
-    The tokenizer takes a hundred bytes of memory for each of text, so a book is not encoded at
-    once. At a cut the tokens may be others than without it, of the same text.
+    Encoding takes about a hundred bytes of memory per byte of text, so a book is encoded piece by
+    piece. Token boundaries at a split may differ from those of the unsplit text; the decoded text
+    is the same. An empty text has no pieces.
     """
     start = 0
     while start < len(text):
-        end = start + _PIECE
+        end = start + _PIECE_CHARACTERS
         if end < len(text):
-            end = text.rfind("\n", start + _PIECE // 2, end) + 1 or end
+            end = text.rfind("\n", start + _PIECE_CHARACTERS // 2, end) + 1 or end
         yield text[start:end]
         start = end
 
 
 def encode_pieces(pieces: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Ids of each piece, a bounded number at once."""
-    group: list[str] = []
+    """Yield the ids of each piece, encoding in batches of bounded size."""
+    batch: list[str] = []
     size = 0
     for piece in pieces:
-        group.append(piece)
+        batch.append(piece)
         size += len(piece)
-        if size >= _AT_ONCE:
-            yield from tokenizer.encode_batch(group)
-            group, size = [], 0
-    yield from tokenizer.encode_batch(group)
+        if size >= _BATCH_CHARACTERS:
+            yield from tokenizer.encode_batch(batch)
+            batch, size = [], 0
+    yield from tokenizer.encode_batch(batch)

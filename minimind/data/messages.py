@@ -1,8 +1,8 @@
-"""Messages of a training record: who speaks, what is said, and whether an answer is supervised.
+"""Messages of a training record: role, content, and whether an answer is supervised.
 
-An answer that its message marks with `"weight": 0`, `"loss": false`, `"train": false` or the like,
-or with `"mask": true`, is encoded but excluded from the loss. What the chat format cannot express
-(tools, reasoning, images) makes the record invalid. Other keys are noted as unused.
+An answer with a mark such as `"weight": 0`, `"loss": false`, `"train": false` or `"mask": true` is
+encoded but excluded from the loss. Tools, reasoning and images, which the chat format cannot
+express, make the record invalid. Other keys are recorded as unused.
 """
 
 import ast
@@ -19,20 +19,20 @@ _ROLE_OF |= {role: role for role in ROLES}
 
 _NO_TOOLS = "the chat format has no tools yet"
 _NO_REASONING = "the chat format has no reasoning yet"
-_NO_MEDIA = "only text can be trained on"
-# Keys of a record or a message that change what is said.
+_NO_MEDIA = "only text is supported"
+# Keys of a record or a message that change its content.
 _UNSUPPORTED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _NO_TOOLS),
     **dict.fromkeys(("tool_call_id", "tool_responses"), _NO_TOOLS),
     "reasoning_content": _NO_REASONING,
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NO_MEDIA),
 }
-# The same, of a message alone: in a record they are names of any column.
+# Only of a message: in a record these may name unrelated columns.
 _UNSUPPORTED_IN_MESSAGE = _UNSUPPORTED | {
     **dict.fromkeys(("reasoning", "reasoning_details", "thinking"), _NO_REASONING),
-    "refusal": "the chat format has no place for it",
+    "refusal": "the chat format has no refusals",
     **dict.fromkeys(
-        ("train_detail", "training_detail"), "an answer is supervised as a whole or not at all"
+        ("train_detail", "training_detail"), "parts of an answer cannot be supervised separately"
     ),
 }
 _IS_SUPERVISED = (
@@ -51,7 +51,7 @@ _TYPE_NAMES = {
 
 
 class Turn(NamedTuple):
-    """One message. `supervised` is of interest for answers only."""
+    """A message of a conversation. `supervised` has a meaning only for answers."""
 
     role: str
     content: str
@@ -59,16 +59,16 @@ class Turn(NamedTuple):
 
 
 class Fields:
-    """A JSON object that notes which of its keys are used, so that the others can be reported."""
+    """A JSON object that records which of its keys are used, so that unused ones are reported."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
         self.values = values
-        self.unused_inside: set[str] = set()  # keys of the objects in it
+        self.unused_nested: set[str] = set()  # unused keys of nested objects
         self._prefix = prefix
         self.used: set[str] = set()
 
     def first(self, names: Sequence[str]) -> Any:
-        """Return the first of these fields that is not null, and note that it is used."""
+        """Return the first of these fields that is not null, and record its use."""
         name = self.name_of_first(names)
         if name is None:
             return None
@@ -80,31 +80,31 @@ class Fields:
         return next((name for name in names if self.values.get(name) is not None), None)
 
     def string(self, names: Sequence[str]) -> str:
-        """Return the first of these fields. Raises ValueError if it is missing or not text."""
+        """Return the first of these fields as text. Raises ValueError if missing or not text."""
         value = self.first(names)
         if value is None and not any(name in self.values for name in names):
             raise self.missing(names)
         return as_text(value, f"the field {' or '.join(names)}")
 
     def missing(self, names: Sequence[str]) -> ValueError:
-        """Return the error for a record that has none of these fields."""
+        """Return the error for a record without any of these fields."""
         return ValueError(f"no field {' or '.join(names)}; its fields are: {self.listed()}")
 
     def listed(self) -> str:
-        """Return the first names of fields, for a message."""
+        """Return the names of the first fields, for error messages."""
         return ", ".join(map(str, list(self.values)[:6])) or "none"
 
     def unused(self) -> set[str]:
-        """Return the keys, of objects within too, that hold something and were not used."""
+        """Return the keys that have a value but were not used, those of nested objects included."""
         own = {
             f"{self._prefix}{key}"
             for key, value in self.values.items()
             if key not in self.used and not _is_empty(value)
         }
-        return own | self.unused_inside
+        return own | self.unused_nested
 
     def check_supported(self, unsupported: Mapping[str, str] = _UNSUPPORTED) -> None:
-        """Raise ValueError for a key that changes what is said in a way that cannot be encoded."""
+        """Raise ValueError for a key that changes the content and is not supported."""
         for key, reason in unsupported.items():
             value = self.values.get(key)
             if value is not False and not _is_empty(value):
@@ -112,7 +112,7 @@ class Fields:
 
 
 def as_text(value: Any, what: str) -> str:
-    """Return text as it is and an integer in digits. Raises ValueError for all else."""
+    """Return a string unchanged and an integer in digits. Raises ValueError for other types."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -123,10 +123,10 @@ def as_text(value: Any, what: str) -> str:
 
 
 def read_turns(value: Any, record: Fields, key: str) -> list[Turn]:
-    """Return the messages that the field `key` of a record holds.
+    """Return the messages in the field `key` of a record.
 
-    A cell of a CSV file may hold the list as text, JSON's or Python's. Keys of messages that are
-    not used are noted in `record`. Raises ValueError with the reason why they are no messages.
+    In CSV the list is a string in JSON or Python syntax. Unused keys of messages are recorded in
+    `record`. Raises ValueError with the reason if a message is invalid.
     """
     turns = [value] if isinstance(value, dict) else parse_list(value)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -141,58 +141,58 @@ def _turn(values: dict[str, Any], record: Fields, prefix: str) -> Turn:
     message.check_supported(_UNSUPPORTED_IN_MESSAGE)
     role = message.first(("role", "from"))
     if not isinstance(role, str) or role.lower() not in _ROLE_OF:
-        raise ValueError(f"unknown role {role!r}; known are {', '.join(_ROLE_OF)}")
+        raise ValueError(f"unknown role {role!r}; supported are {', '.join(_ROLE_OF)}")
     role = _ROLE_OF[role.lower()]
     if role == "tool":
         raise ValueError(f"a message of a tool: {_NO_TOOLS}")
     turn = Turn(role, _content(message, role, prefix), _is_supervised(message, role))
-    record.unused_inside |= message.unused()
+    record.unused_nested |= message.unused()
     return turn
 
 
 def _content(message: Fields, role: str, prefix: str) -> str:
     value = message.first(("content", "value"))
     if value is None:
-        raise ValueError(f"a message of the {role} holds no text")
+        raise ValueError(f"a message of the {role} has no text")
     if not isinstance(value, list):
         return as_text(value, f"the content of a message of the {role}")
     texts = []
     for part in value:
         if not isinstance(part, dict):
-            raise ValueError(f"a content part of the {role} is no object with type and text")
+            raise ValueError(f"a content part of the {role} is not an object with type and text")
         fields = Fields(part, f"{prefix}content[].")
         kind = fields.first(("type",))
         if kind not in _TEXT_PARTS:
             raise ValueError(f"a content part of the type {kind!r}: {_NO_MEDIA}")
         texts.append(as_text(fields.first(("text",)), f"a content part of the {role}"))
-        message.unused_inside |= fields.unused()
+        message.unused_nested |= fields.unused()
     return "".join(texts)
 
 
 def _is_supervised(message: Fields, role: str) -> bool:
-    """Read the keys that include an answer in the loss or exclude it; without them it is in."""
+    """Read the keys that include an answer in the loss or exclude it; included by default."""
     marks: dict[str, bool] = {}
     for key in (*_IS_SUPERVISED, *_IS_MASKED):
         value = message.first((key,))
         if value is None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise ValueError(f"{key}: {value!r} of a message; it can be 0, 1, false or true")
+            raise ValueError(f"{key}: {value!r} of a message; it must be 0, 1, false or true")
         marks[key] = bool(value) != (key in _IS_MASKED)
     if len(set(marks.values())) > 1:
         raise ValueError(f"{' and '.join(marks)} of a message contradict each other")
     if role != "assistant" and any(marks.values()):
         raise ValueError(
-            f"{next(iter(marks))}: asks to train on a message of the {role}; "
-            "only answers of the assistant are supervised"
+            f"{next(iter(marks))}: includes a message of the {role} in the loss; "
+            "only answers of the assistant can be supervised"
         )
     return all(marks.values())
 
 
 def parse_list(value: Any) -> Any:
-    """Return the list that a string holds as JSON or as Python writes it; all else as it is.
+    """Parse a string with a list in JSON or Python syntax; return other values unchanged.
 
-    Raises ValueError for what begins like a list and is none.
+    Raises ValueError for a string that begins like a list but is not one.
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -202,17 +202,17 @@ def parse_list(value: Any) -> Any:
         if not str(error).startswith("not JSON"):
             raise
     try:
-        with warnings.catch_warnings():  # of "\\d" and the like
+        with warnings.catch_warnings():  # about invalid escapes such as "\\d"
             warnings.simplefilter("ignore")
             parsed = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError("the text of a list is neither JSON nor Python") from None
+        raise ValueError("a list in a string is neither JSON nor Python") from None
     check_characters(parsed)
     return parsed
 
 
 def holds_messages(value: Any) -> bool:
-    """Return whether `value` is, or is the text of, a list of objects with roles."""
+    """Return True for a list of objects with roles, also if it is written in a string."""
     try:
         turns = parse_list(value)
     except ValueError:
@@ -225,7 +225,7 @@ def holds_messages(value: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a field holds nothing: null, a blank text, no members, or only null ones."""
+    """Return True for null, a blank string, and a container without any value but null."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):

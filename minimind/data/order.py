@@ -1,8 +1,14 @@
-"""The order of samples: a pure function of (seed, position in the run), so that any run resumes.
+"""Data order: which sequence of which source each sample of a run is.
 
-Nothing is shuffled in memory. A keyed Feistel network permutes 0..n-1 one index at a time
-(Luby and Rackoff 1988), and indices that fall outside the range walk on until they are inside
-(Black and Rogaway 2002, "cycle walking").
+Invariant: the order is a pure function of (seed, position in the run). It depends on nothing else:
+not on the number of processes, the micro-batch size, or where a run was interrupted. So the data
+cursor of a checkpoint is one integer.
+
+Algorithm: no index list is shuffled in memory. `permute` computes the image of single indices
+under a pseudorandom permutation of 0..n-1. A keyed Feistel network permutes the 2^(2k) values that
+have 2k bits (Luby and Rackoff 1988, "How to construct pseudorandom permutations"). An image of n or
+more is permuted again until it is below n (Black and Rogaway 2002, "Ciphers with arbitrary finite
+domains": cycle walking).
 """
 
 from dataclasses import dataclass
@@ -10,19 +16,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 8  # a small domain needs more than the textbook four
+_ROUNDS = 8  # small domains need more than the four rounds of the theorem
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    """Scramble 64 bits: the finalizer of SplitMix64 (Steele et al. 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
 def permute(indices: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int64]:
-    """Send each of `indices` (each in 0..size-1) to its place in the permutation named by `key`."""
-    half = np.uint64(max(4, (max(size - 1, 1).bit_length() + 1) // 2))
+    """Return the images of `indices` under the permutation of 0..size-1 that `key` selects.
+
+    Each index must be in 0..size-1. The shape is kept.
+    """
+    half = np.uint64(max(4, (max(size - 1, 1).bit_length() + 1) // 2))  # bits of each Feistel half
     low = np.uint64((1 << int(half)) - 1)
     with np.errstate(over="ignore"):
         seed = np.zeros(1, np.uint64)
@@ -32,8 +41,8 @@ def permute(indices: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int6
         outside = np.ones(values.shape, bool)
         while outside.any():
             left, right = values[outside] >> half, values[outside] & low
-            for number in range(_ROUNDS):
-                left, right = right, left ^ (_mix(right + seed + np.uint64(number)) & low)
+            for round_number in range(_ROUNDS):
+                left, right = right, left ^ (_mix(right + seed + np.uint64(round_number)) & low)
             values[outside] = (left << half) | right
             outside = values >= np.uint64(size)
     return values.astype(np.int64)
@@ -41,11 +50,12 @@ def permute(indices: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int6
 
 @dataclass(frozen=True)
 class Order:
-    """Which window each sample of a run is, for a mix of parts.
+    """Data order of a weighted mixture of sources.
 
-    `sizes[p]` is the number of windows of part p, and `weights[p]` says how many times an epoch
-    sees each of them. A part whose share is not whole goes on in the next epoch where it stopped,
-    so that over many epochs each window of a part is seen equally often.
+    sizes[s]: number of sequences of source s. weights[s]: how often an epoch of the mixture
+    contains each of them. Where size times weight is not a multiple of the size, the next epoch
+    continues the source where this one stopped. So over many epochs all sequences of a source are
+    sampled equally often.
     """
 
     sizes: tuple[int, ...]
@@ -53,8 +63,8 @@ class Order:
     seed: int
 
     @property
-    def shares(self) -> tuple[int, ...]:
-        """Samples an epoch takes from each part."""
+    def samples_per_source(self) -> tuple[int, ...]:
+        """Number of samples that an epoch takes from each source."""
         return tuple(
             max(1, round(size * weight)) if size else 0
             for size, weight in zip(self.sizes, self.weights, strict=True)
@@ -62,27 +72,30 @@ class Order:
 
     @property
     def epoch_size(self) -> int:
-        """Samples in an epoch."""
-        return sum(self.shares)
+        """Number of samples in an epoch."""
+        return sum(self.samples_per_source)
 
     def locate(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(part, window) of samples start, start+1, ... start+count-1 of the run."""
-        epochs, slots = np.divmod(np.arange(start, start + count), self.epoch_size)
-        places = np.empty_like(slots)
+        """Return (source, index of the sequence) of samples start..start+count-1 of the run."""
+        epochs, offsets = np.divmod(np.arange(start, start + count), self.epoch_size)
+        slots = np.empty_like(offsets)  # shuffled offset within the epoch
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            places[here] = permute(slots[here], self.epoch_size, self.seed, int(epoch))
-        ends = np.cumsum(self.shares)
-        parts = np.searchsorted(ends, places, side="right")
-        sequences = np.empty_like(slots)
-        for part in np.unique(parts):
-            share, size, here = self.shares[part], self.sizes[part], parts == part
-            turns, within = np.divmod(
-                epochs[here] * share + places[here] - (ends[part] - share), size
-            )
-            found = np.empty_like(within)
-            for turn in np.unique(turns):
-                now = turns == turn
-                found[now] = permute(within[now], size, self.seed, int(part) + 1, int(turn))
-            sequences[here] = found
-        return list(zip(parts.tolist(), sequences.tolist(), strict=True))
+            selected = epochs == epoch
+            slots[selected] = permute(offsets[selected], self.epoch_size, self.seed, int(epoch))
+        # Source 0 owns the first slots of an epoch, source 1 the next, and so on.
+        slot_ends = np.cumsum(self.samples_per_source)
+        sources = np.searchsorted(slot_ends, slots, side="right")
+        indices = np.empty_like(offsets)
+        for source in np.unique(sources):
+            selected = sources == source
+            share, size = self.samples_per_source[source], self.sizes[source]
+            draws = epochs[selected] * share + slots[selected] - (slot_ends[source] - share)
+            passes, within = np.divmod(draws, size)  # passes over the source since the run began
+            permuted = np.empty_like(within)
+            for number in np.unique(passes):
+                same = passes == number
+                permuted[same] = permute(
+                    within[same], size, self.seed, int(source) + 1, int(number)
+                )
+            indices[selected] = permuted
+        return list(zip(sources.tolist(), indices.tolist(), strict=True))

@@ -1,16 +1,17 @@
-"""The shapes of records that people's data comes in, and how each becomes ours.
+"""Schemas: the layouts of published datasets, and their conversion to one `Record` class.
 
-    text           {"text"}
-    conversations  {"conversations": [{"role", "content"}…]}       messages: the same, by OpenAI
-    sharegpt       {"conversations": [{"from", "value"}…]}
-    alpaca         {"instruction", "input", "output"}, with "history" and "system" if there are any
-    qa             {"q", "a"}, with "history" if there is any
-    prompt_completion  {"prompt", "completion"}: texts, or lists of messages
-    pairs          {"chosen": […], "rejected": […]}, or texts beside a "prompt"
+    text               {"text"}
+    conversations      {"conversations": [{"role", "content"}…]}
+    messages           {"messages": [{"role", "content"}…]}, the layout of OpenAI
+    sharegpt           {"conversations": [{"from", "value"}…]}
+    alpaca             {"instruction", "input", "output"}, optionally "history" and "system"
+    qa                 {"q", "a"}, optionally "history"
+    prompt_completion  {"prompt", "completion"}: strings, or lists of messages
+    pairs              {"chosen": […], "rejected": […]}, or strings with a "prompt"
 
-`{{name}}` and `{{author}}` in what is written stand for what a recipe's data.variables says.
-A field that goes by several names is looked for under each of them. A field of the wrong type makes
-the record invalid, except for integers, which are read as text; keys that are not used are noted.
+Template variables such as `{{name}}` are substituted by a recipe's data.variables. Several field
+names have synonyms. A field of the wrong type makes the record invalid, except that integers are
+read as text. Unused keys are recorded.
 """
 
 import hashlib
@@ -28,17 +29,17 @@ _TURNS = ("messages", "conversations", "conversation")
 _QUESTION = ("q", "question", "prompt")
 _ANSWER = ("a", "answer", "response")
 _PROMPT_COMPLETION = ("prompt", "completion")
-_MOST_KEYS, _LONGEST_KEY = 100, 80
-_PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+_MAX_KEYS, _MAX_KEY_LENGTH = 100, 80
+_VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _CHOSEN, _REJECTED = ("chosen", "chose"), ("rejected", "reject")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Running text, or a conversation, or a pair of conversations of which one is preferred.
+    """Running text, a conversation, or a preference pair of two conversations.
 
-    unsupervised: of each conversation the messages (numbers from 0) whose answers are marked as
-    excluded from the loss; empty if there are none.
+    unsupervised: for each conversation, the indices of the messages that are marked as excluded
+    from the loss; empty if there are none.
     """
 
     text: str | None = None
@@ -46,37 +47,42 @@ class Record:
     chosen: list[Message] | None = None
     rejected: list[Message] | None = None
     unsupervised: tuple[frozenset[int], ...] = ()
-    schema: str = field(default="text", compare=False)  # what it was made from
+    schema: str = field(default="text", compare=False)  # of the source
     unused: tuple[str, ...] = field(default=(), compare=False)  # keys, such as "messages[].name"
 
     @property
     def kind(self) -> str:
-        """ "text", "messages" or "pair"."""
+        """Kind of record: "text", "messages" or "pair"."""
         if self.text is not None:
             return "text"
         return "messages" if self.messages is not None else "pair"
 
     @property
     def texts(self) -> list[str]:
-        """All that is written in it, each thing once."""
+        """Contents of all messages, or the text; the shared prompt of a pair only once."""
         if self.text is not None:
             return [self.text]
-        return [message["content"] for message in self._each_once()]
+        return [message["content"] for message in self._distinct_messages()]
+
+    @property
+    def num_characters(self) -> int:
+        """Number of characters of `texts`."""
+        return sum(map(len, self.texts))
 
     def as_text(self) -> str:
-        """`texts` as one."""
+        """Return `texts`, joined by newlines."""
         return "\n".join(self.texts)
 
     def fingerprint(self) -> int:
-        """64 bits that depend on what is written in it alone."""
-        roles = [message["role"] for message in self._each_once()]
-        whole = "\0".join([*self.texts, *roles]).encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big")
+        """Return a 64-bit hash of texts and roles, to find duplicates."""
+        roles = [message["role"] for message in self._distinct_messages()]
+        content = "\0".join([*self.texts, *roles]).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
     def split_key(self) -> int:
-        """64 bits that decide whether it is held out.
+        """Return the 64-bit hash that decides between training and validation.
 
-        Of a pair the prompt alone: what is learned of one pair must not be asked in another.
+        For a pair it covers only the prompt: all pairs of a prompt belong to the same split.
         """
         if self.kind != "pair":
             return self.fingerprint()
@@ -84,71 +90,74 @@ class Record:
 
     @property
     def num_shared(self) -> int:
-        """How many messages a pair's sides begin with alike: the prompt."""
+        """Number of messages that both sides of a pair begin with: the prompt."""
         sides = zip(self.chosen or [], self.rejected or [], strict=False)
         return sum(1 for _ in takewhile(lambda both: both[0] == both[1], sides))
 
     @property
     def conversations(self) -> list[tuple[list[Message], frozenset[int]]]:
-        """Its conversations, each with the messages that are not supervised.
+        """Conversations, each with the indices of its messages that are not supervised.
 
-        One, of a pair two, of running text none. Of a pair the prompt is not supervised.
+        Two for a preference pair, whose prompt is not supervised; none for running text.
         """
         sides = [side for side in (self.messages, self.chosen, self.rejected) if side is not None]
         prompt = frozenset(range(self.num_shared))
         marks = self.unsupervised or (frozenset[int](),) * len(sides)
         return [(side, prompt | marked) for side, marked in zip(sides, marks, strict=True)]
 
-    def filled(self, fill: Mapping[str, str]) -> "Record":
-        """The same with each `{{key}}` in what is written replaced by its value."""
-        if not fill:
+    def substitute(self, variables: Mapping[str, str]) -> "Record":
+        """Return a copy with the values of `variables` in place of `{{variable}}`."""
+        if not variables:
             return self
 
-        def messages(given: list[Message] | None) -> list[Message] | None:
-            return given and [
-                {"role": message["role"], "content": substitute_variables(message["content"], fill)}
-                for message in given
+        def substituted(messages: list[Message] | None) -> list[Message] | None:
+            return messages and [
+                {
+                    "role": message["role"],
+                    "content": substitute_variables(message["content"], variables),
+                }
+                for message in messages
             ]
 
         return replace(
             self,
-            text=None if self.text is None else substitute_variables(self.text, fill),
-            messages=messages(self.messages),
-            chosen=messages(self.chosen),
-            rejected=messages(self.rejected),
+            text=None if self.text is None else substitute_variables(self.text, variables),
+            messages=substituted(self.messages),
+            chosen=substituted(self.chosen),
+            rejected=substituted(self.rejected),
         )
 
-    def _each_once(self) -> list[Message]:
+    def _distinct_messages(self) -> list[Message]:
         return self.messages or [*(self.chosen or []), *(self.rejected or [])[self.num_shared :]]
 
 
-def substitute_variables(text: str, fill: Mapping[str, str]) -> str:
-    """`text` with each `{{key}}` of which `fill` has the key replaced."""
-    return _PLACEHOLDER.sub(lambda found: fill.get(found[1], found[0]), text)
+def substitute_variables(text: str, variables: Mapping[str, str]) -> str:
+    """Replace each `{{variable}}` by its value; unknown variables stay."""
+    return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text)
 
 
 def variables_in(text: str) -> set[str]:
-    """The words that are in the text as `{{word}}`."""
-    return set(_PLACEHOLDER.findall(text)) if "{{" in text else set()
+    """Return the names of the template variables in a text."""
+    return set(_VARIABLE.findall(text)) if "{{" in text else set()
 
 
 def count_unused(counts: "Counter[str]", record: Record) -> None:
-    """Count the keys of a record that are not used, a bounded number of different ones."""
+    """Count the unused keys of a record, for a bounded number of different keys."""
     for key in record.unused:
-        name = "".join(c if c.isprintable() else "\ufffd" for c in key[:_LONGEST_KEY])
-        if name not in counts and len(counts) >= _MOST_KEYS:
+        name = "".join(c if c.isprintable() else "\ufffd" for c in key[:_MAX_KEY_LENGTH])
+        if name not in counts and len(counts) >= _MAX_KEYS:
             name = "other keys"
         counts[name] += 1
 
 
 def detect_schema(record: Mapping[str, Any]) -> str:
-    """Name the schema of a record. Raises ValueError when it is none that is known."""
+    """Return the name of a record's schema. Raises ValueError for an unknown schema."""
     fields = Fields(record)
     if fields.name_of_first(_CHOSEN) and fields.name_of_first(_REJECTED):
         return "pairs"
     turns = fields.name_of_first(_TURNS)
     if turns and isinstance(_list_or_none(record[turns]), list):
-        return _kind_of_turns(turns, record[turns])
+        return _schema_of_turns(turns, record[turns])
     if "instruction" in record and "output" in record:
         return "alpaca"
     if fields.name_of_first(("prompt",)) and fields.name_of_first(("completion",)):
@@ -158,8 +167,8 @@ def detect_schema(record: Mapping[str, Any]) -> str:
     if "text" in record:
         return "text"
     if turns:
-        return _kind_of_turns(turns, record[turns])
-    raise ValueError(f"of no known schema; its fields are: {fields.listed()}")
+        return _schema_of_turns(turns, record[turns])
+    raise ValueError(f"unknown schema; its fields are: {fields.listed()}")
 
 
 def _list_or_none(value: Any) -> Any:
@@ -169,7 +178,7 @@ def _list_or_none(value: Any) -> Any:
         return None
 
 
-def _kind_of_turns(name: str, value: Any) -> str:
+def _schema_of_turns(name: str, value: Any) -> str:
     if name == "messages":
         return "messages"
     turns = _list_or_none(value)
@@ -178,13 +187,13 @@ def _kind_of_turns(name: str, value: Any) -> str:
 
 
 def convert(record: Mapping[str, Any], schema: str = "auto") -> Record:
-    """Turn a record of the given schema into ours. Raises ValueError with the reason it cannot."""
+    """Convert a record of the given schema. Raises ValueError with the reason if it is invalid."""
     name = detect_schema(record) if schema == "auto" else schema
     fields = Fields(record)
     if name != "text":
         fields.check_supported()
-    made = _CONVERTERS[name](fields)
-    return replace(made, schema=name, unused=tuple(sorted(fields.unused())))
+    converted = _CONVERTERS[name](fields)
+    return replace(converted, schema=name, unused=tuple(sorted(fields.unused())))
 
 
 def _text(fields: Fields) -> Record:
@@ -202,61 +211,64 @@ def _messages(fields: Fields) -> Record:
 
 
 def _alpaca(fields: Fields) -> Record:
-    asked = _instruction(fields)
-    return _conversation([*_asked(fields, asked), Turn("assistant", fields.string(("output",)))])
+    prompt = _prompt(fields, _instruction(fields))
+    return _conversation([*prompt, Turn("assistant", fields.string(("output",)))])
 
 
 def _qa(fields: Fields) -> Record:
-    asked = fields.string(_QUESTION)
-    return _conversation([*_asked(fields, asked), Turn("assistant", fields.string(_ANSWER))])
+    prompt = _prompt(fields, fields.string(_QUESTION))
+    return _conversation([*prompt, Turn("assistant", fields.string(_ANSWER))])
 
 
 def _prompt_completion(fields: Fields) -> Record:
-    """TRL's rows. Of two texts the prompt is what the user says; of a prompt that is a list of
-    messages, answers are not supervised."""
+    """Convert a row of TRL's layout.
+
+    A prompt that is a string becomes a user message. In a prompt that is a list of messages, the
+    answers are not supervised.
+    """
     for name in _PROMPT_COMPLETION:
         if fields.name_of_first((name,)) is None:
             raise fields.missing((name,))
     prompt, completion = (fields.first((name,)) for name in _PROMPT_COMPLETION)
     for mark in ("label", "kto_tag"):
         if isinstance(fields.values.get(mark), bool) and not fields.first((mark,)):
-            raise ValueError(f"{mark} is false: the completion is not one to learn")
+            raise ValueError(f"{mark} is false: the completion is marked as undesirable")
     if isinstance(prompt, list) or holds_messages(prompt):
         turns = read_turns(prompt, fields, "prompt")
-        begin = _with_system(fields, [turn._replace(supervised=False) for turn in turns])
+        context = _with_system(fields, [turn._replace(supervised=False) for turn in turns])
         completion = parse_list(completion) if holds_messages(completion) else completion
     else:
-        begin = _asked(fields, as_text(prompt, "the field prompt"))
-    end = (
+        context = _prompt(fields, as_text(prompt, "the field prompt"))
+    answer = (
         read_turns(completion, fields, "completion")
         if isinstance(completion, list)
         else [Turn("assistant", as_text(completion, "the field completion"))]
     )
-    if end[0].role != "assistant":
+    if answer[0].role != "assistant":
         raise ValueError("the completion does not begin with an answer")
-    return _conversation([*begin, *end])
+    return _conversation([*context, *answer])
 
 
 def _instruction(fields: Fields) -> str:
-    """The instruction and the input of an Alpaca record, which may have one of the two."""
-    asked = fields.string(("instruction",))
+    """Join the instruction and the input of an Alpaca record; one of them may be empty."""
+    instruction = fields.string(("instruction",))
     extra = fields.first(("input",))
     extra = "" if extra is None else as_text(extra, "the field input")
-    return "\n".join(part for part in (asked, extra) if part.strip())
+    return "\n".join(part for part in (instruction, extra) if part.strip())
 
 
-def _asked(fields: Fields, question: str) -> list[Turn]:
-    """All up to a question that is a text: system, history, the question itself."""
+def _prompt(fields: Fields, question: str) -> list[Turn]:
+    """Return the turns up to the answer: system prompt, history, question."""
     if not question.strip():
         raise ValueError("the question is empty")
     turns = []
-    for asked, answer in _history(fields.first(("history",))):
-        turns += [Turn("user", asked), Turn("assistant", answer)]
+    for earlier, answer in _history(fields.first(("history",))):
+        turns += [Turn("user", earlier), Turn("assistant", answer)]
     return _with_system(fields, [*turns, Turn("user", question)])
 
 
 def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
-    """Put the record's system prompt first; messages that begin with another one keep theirs."""
+    """Prepend the record's system prompt, unless the turns begin with a system message."""
     value = fields.values.get("system")
     system = "" if value is None else as_text(value, "the field system")
     own = turns[0].content if turns[0].role == "system" else None
@@ -266,13 +278,13 @@ def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
-    """History as a list of pairs; CSV files hold it as the text of a list, JSON's or Python's."""
+    """Return the history as a list of pairs. In CSV it is a JSON or Python list in a string."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     pairs = _list_or_none(value)
     if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
         raise ValueError("history is not a list of pairs")
-    return [(question, reply) for question, reply in pairs]
+    return [(question, answer) for question, answer in pairs]
 
 
 def _is_pair(value: Any) -> bool:
@@ -289,15 +301,15 @@ def _pairs(fields: Fields) -> Record:
         if name is None:
             raise fields.missing(known)
     sides = _pair_sides(fields, [name for name in names if name])
-    pair = _pair(*(_answered(side) for side in sides))
-    apart = [side[pair.num_shared :] for side in sides]
-    if any(apart) and not all(side and side[0].role == "assistant" for side in apart):
+    pair = _pair(*(_check_answers(side) for side in sides))
+    answers = [side[pair.num_shared :] for side in sides]
+    if any(answers) and not all(side and side[0].role == "assistant" for side in answers):
         raise ValueError("chosen and rejected are not answers to the same messages")
     return pair
 
 
 def _pair_sides(fields: Fields, names: list[str]) -> list[list[Turn]]:
-    """Both conversations of a pair, from their beginning."""
+    """Return both conversations of a pair, each with its prompt."""
     answers = [fields.first((name,)) for name in names]
     if all(map(holds_messages, answers)):
         answers = list(map(parse_list, answers))
@@ -310,49 +322,51 @@ def _pair_sides(fields: Fields, names: list[str]) -> list[list[Turn]]:
     if any(side[0].role == "assistant" for side in sides):
         prompt = _pair_prompt(fields)
         if not prompt and any(isinstance(answer, str | int) for answer in answers):
-            raise ValueError("chosen and rejected are texts, and there is no prompt beside them")
+            raise ValueError("chosen and rejected are strings, but there is no prompt field")
         return [[*prompt, *side] if side[0].role == "assistant" else side for side in sides]
-    beside = Fields(fields.values)
-    prompt = _without_system(_pair_prompt(beside))
+    prompt_fields = Fields(fields.values)
+    prompt = _without_system(_pair_prompt(prompt_fields))
     if all(_without_system(side)[: len(prompt)] == prompt for side in sides):
-        fields.used |= beside.used  # the prompt repeats what both begin with
+        fields.used |= prompt_fields.used  # the prompt field repeats the beginning of both sides
     return [_with_system(fields, side) for side in sides]
 
 
 def _pair_prompt(fields: Fields) -> list[Turn]:
-    """What stands before both answers; nothing where answers begin the conversation."""
+    """Return the turns of the prompt field; none if there is no such field."""
     name = fields.name_of_first((*_TURNS, *_QUESTION))
     if name is None:
         has_instruction = fields.name_of_first(("instruction",))
-        return _asked(fields, _instruction(fields)) if has_instruction else []
-    asked = fields.first((name,))
-    if isinstance(asked, list | dict) or holds_messages(asked):
-        return _with_system(fields, read_turns(asked, fields, name))
-    return _asked(fields, as_text(asked, f"the field {name}"))
+        return _prompt(fields, _instruction(fields)) if has_instruction else []
+    prompt = fields.first((name,))
+    if isinstance(prompt, list | dict) or holds_messages(prompt):
+        return _with_system(fields, read_turns(prompt, fields, name))
+    return _prompt(fields, as_text(prompt, f"the field {name}"))
 
 
 def _without_system(turns: list[Turn]) -> list[Turn]:
     return turns[1:] if turns and turns[0].role == "system" else turns
 
 
-def _answered(turns: list[Turn]) -> list[Turn]:
+def _check_answers(turns: list[Turn]) -> list[Turn]:
+    """Return `turns`. Raises ValueError without an answer, and for an empty one."""
     answers = [turn.content for turn in turns if turn.role == "assistant"]
     if not answers:
-        raise ValueError("nobody answers in the conversation")
+        raise ValueError("the conversation has no message of the assistant")
     if not all(answer.strip() for answer in answers):
         raise ValueError("an answer is empty")
     return turns
 
 
 def _conversation(turns: list[Turn]) -> Record:
-    return Record(messages=_as_messages(_answered(turns)), unsupervised=_marks([turns]))
+    messages = _as_messages(_check_answers(turns))
+    return Record(messages=messages, unsupervised=_unsupervised([turns]))
 
 
 def _pair(chosen: list[Turn], rejected: list[Turn]) -> Record:
     return Record(
         chosen=_as_messages(chosen),
         rejected=_as_messages(rejected),
-        unsupervised=_marks([chosen, rejected]),
+        unsupervised=_unsupervised([chosen, rejected]),
     )
 
 
@@ -360,17 +374,17 @@ def _as_messages(turns: list[Turn]) -> list[Message]:
     return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
-def _marks(sides: list[list[Turn]]) -> tuple[frozenset[int], ...]:
-    """Which answers of each conversation are not supervised; nothing if all are."""
-    marks = tuple(
+def _unsupervised(sides: list[list[Turn]]) -> tuple[frozenset[int], ...]:
+    """Return the indices of unsupervised answers of each conversation; () if there are none."""
+    indices = tuple(
         frozenset(
-            number
-            for number, turn in enumerate(side)
+            index
+            for index, turn in enumerate(side)
             if turn.role == "assistant" and not turn.supervised
         )
         for side in sides
     )
-    return marks if any(marks) else ()
+    return indices if any(indices) else ()
 
 
 _CONVERTERS: dict[str, Callable[[Fields], Record]] = {

@@ -1,4 +1,4 @@
-"""The token stores in a folder: what each holds, and how one is removed."""
+"""List and remove the token stores of a folder."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from minimind.data.store_manifest import MANIFEST, invalid_records_file
 from minimind.errors import ResourceError
 
 _KEY = re.compile(r"[0-9a-f]{24}")
@@ -16,11 +17,11 @@ _KEY = re.compile(r"[0-9a-f]{24}")
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """One store on disk. Of a damaged one only key, time and size are known."""
+    """A token store on disk. For a damaged one only key, time and size are known."""
 
     key: str
     num_bytes: int
-    made: float  # seconds since 1970
+    created: float  # seconds since 1970
     kind: str = "damaged"
     tokens: int = 0
     files: tuple[str, ...] = ()
@@ -29,43 +30,44 @@ class StoreSummary:
 def list_stores(home: Path) -> list[StoreSummary]:
     """Return the stores in a folder, the newest first. Raises ResourceError if it is unreadable."""
     try:
-        places = [path for path in home.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
-        found = [_summary(place) for place in places]
+        folders = [path for path in home.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
+        summaries = [_summary(folder) for folder in folders]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise ResourceError(f"{home}: cannot be read ({error.strerror})") from error
-    return sorted(found, key=lambda store: (-store.made, store.key))
+    return sorted(summaries, key=lambda store: (-store.created, store.key))
 
 
-def _summary(place: Path) -> StoreSummary:
-    known: dict[str, Any] = {}
+def _summary(folder: Path) -> StoreSummary:
+    fields: dict[str, Any] = {}
     try:
-        manifest = json.loads((place / "manifest.json").read_text("utf-8"))
-        known = {
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        fields = {
             "kind": manifest["kind"],
             "tokens": manifest["train"]["tokens"] + manifest["validation"]["tokens"],
             "files": tuple(file["path"] for file in manifest["files"]),
         }
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # it is listed as damaged
-    size = sum(file.stat().st_size for file in place.iterdir())
-    return StoreSummary(place.name, size, place.stat().st_mtime, **known)
+        pass  # listed as damaged
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return StoreSummary(folder.name, size, folder.stat().st_mtime, **fields)
 
 
 def remove_store(home: Path, key: str) -> bool:
-    """Remove a store and the list of its invalid lines; return False if it is being made now.
+    """Remove a store and its quarantined records; return False if it is being built.
 
-    A run that reads it keeps its memory maps on Linux and macOS. Raises ResourceError.
+    On Linux and macOS, a run that reads the store keeps its memory maps. Raises ResourceError.
     """
-    place = home / key
+    folder = home / key
     try:
         with FileLock(home / f"{key}.lock", timeout=0):
-            (place / "manifest.json").unlink(missing_ok=True)  # first: what is left is no store
-            shutil.rmtree(place)
-            (home / f"{key}.bad-lines.jsonl").unlink(missing_ok=True)
+            # The manifest first: if removal is interrupted, the rest is not a valid store.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+            invalid_records_file(folder).unlink(missing_ok=True)
     except Timeout:
         return False
     except OSError as error:
-        raise ResourceError(f"{place}: cannot be removed ({error.strerror})") from error
+        raise ResourceError(f"{folder}: cannot be removed ({error.strerror})") from error
     return True

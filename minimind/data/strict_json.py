@@ -1,22 +1,22 @@
-"""JSON without what the standard leaves open: no NaN, no duplicate keys, no broken characters."""
+"""Strict JSON: no NaN or infinity, no duplicate keys, no NUL characters or lone surrogates."""
 
 import json
 import re
 from typing import Any
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(text: str) -> Any:
-    """Parse strict JSON. Raises ValueError with the reason; NaN and duplicate keys are refused."""
+    """Parse strict JSON. Raises ValueError with the reason if it is invalid."""
     if "\x00" in text:
         raise ValueError("a NUL character")
     try:
         value = json.loads(
             text,
-            parse_constant=_no_constant,
-            parse_int=_short_integer,
-            object_pairs_hook=_no_duplicates,
+            parse_constant=_reject_constant,
+            parse_int=_parse_integer,
+            object_pairs_hook=_unique_keys,
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}") from None
@@ -27,34 +27,34 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _short_integer(digits: str) -> int:
-    if len(digits) > 4000:  # Python itself refuses some more
+def _parse_integer(digits: str) -> int:
+    if len(digits) > 4000:  # Python's limit is 4,300
         raise ValueError("a number of thousands of digits")
     return int(digits)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key that comes twice")
+        raise ValueError("a duplicate key")
     return value
 
 
 def check_characters(value: Any) -> None:
-    """Raise ValueError when a string somewhere in `value` holds NUL or half a UTF-16 pair."""
-    waiting = [value]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, str):
-            if "\x00" in here:
+    """Raise ValueError when a string anywhere in `value` has a NUL character or lone surrogate."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            if "\x00" in item:
                 raise ValueError("a NUL character")
-            if _HALF_PAIR.search(here):
-                raise ValueError("half a UTF-16 pair (lone surrogate)")
-        elif isinstance(here, dict):
-            waiting += [*here.keys(), *here.values()]
-        elif isinstance(here, list):
-            waiting += here
+            if _SURROGATE.search(item):
+                raise ValueError("a lone surrogate (half a UTF-16 pair)")
+        elif isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            pending += item

@@ -1,12 +1,12 @@
-"""Ways of asking a question of multiple choice, and what a model's scores say of the answer.
+"""Prompts of multiple-choice questions, and the option that a model's scores choose.
 
-chat     The letter's probability after the chat prompt, the way MiniMind v1 scored C-Eval, its
-         words included: the system message 开始回答问题, then the question and
-         "。选择 A: …, B: …, C: …, D: …". Exams in English have the same in English.
-letter   The letter after a plain prompt with solved examples, as lm-eval asks C-Eval, CMMLU and
-         MMLU: the same text to the character.
-answer   After the same plain prompt without the options, the whole answer's likelihood, a UTF-8
-         byte: what it is measured in does not depend on the tokenizer.
+chat     The likelihood of the option's letter after the chat prompt, as MiniMind v1 scored C-Eval:
+         the system message 开始回答问题, then the question and "。选择 A: …, B: …, C: …, D: …".
+         English benchmarks use the same prompt in English.
+letter   The likelihood of the letter after a plain prompt with solved examples, identical to
+         lm-eval's prompts for C-Eval, CMMLU and MMLU.
+answer   The likelihood of the full answer per UTF-8 byte, after the same plain prompt without the
+         options. Normalization by bytes does not depend on the tokenizer.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from minimind.evaluation.scoring import Row
 
 Style = Literal["chat", "letter", "answer"]
 
-_HEADS = {
+_DESCRIPTIONS = {
     "ceval": "以下是中国关于{}的单项选择题，请选出其中的正确答案。\n\n",
     "cmmlu": "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n",
     "mmlu": "The following are multiple choice questions (with answers) about {}.\n\n",
@@ -33,92 +33,100 @@ _CHOOSE = {"zh": "。选择 ", "en": " Choose "}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question as rows to score: one an option.
+class ChoicePrompt:
+    """A question as rows to score, one row per option.
 
-    sizes: what each score is divided by. shots: examples that fitted. cut: whether even the
-    question was too long, so that its beginning is missing.
+    divisors: the number that each score is divided by. shots: the examples that fit. truncated:
+    the question exceeded the context even without examples and lost its beginning.
     """
 
     rows: tuple[Row, ...]
-    sizes: tuple[int, ...]
+    divisors: tuple[int, ...]
     shots: int = 0
-    cut: bool = False
+    truncated: bool = False
 
 
 class PromptBuilder:
-    """Writes prompts of one style for one exam. context: the most tokens that a model reads."""
+    """Builder of prompts of one style for one benchmark. context: the model's, in tokens."""
 
     def __init__(
-        self, words: PromptEncoder, exam: Benchmark, style: Style, shots: int, context: int
+        self,
+        encoder: PromptEncoder,
+        benchmark: Benchmark,
+        style: Style,
+        shots: int,
+        context: int,
     ) -> None:
-        self._words, self._exam, self._style = words, exam, style
-        self._shots, self._context = shots, context
-        self._letters: dict[str, tuple[int, ...]] = {}  # of the chat prompt's answers
+        self._encoder, self._benchmark, self._style = encoder, benchmark, style
+        self._shots, self._max_length = shots, context + 1
+        self._letter_ids: dict[str, tuple[int, ...]] = {}  # after a chat prompt
 
-    def ask(self, question: Question, examples: Sequence[Question]) -> Asked:
-        """Rows for one question; of the examples as many of the first as are wanted and fit."""
+    def build(self, question: Question, examples: Sequence[Question]) -> ChoicePrompt:
+        """Return the prompt of a question, after as many of the first examples as fit."""
         if self._style == "chat":
             return self._chat(question)
-        most = min(self._shots, len(examples))
-        for shots in range(most, -1, -1):
-            asked = self._plain(question, examples[:shots])
-            if max(len(row.tokens) for row in asked.rows) <= self._context + 1:
-                return asked
-        return self._cut(asked)
+        for shots in range(min(self._shots, len(examples)), -1, -1):
+            prompt = self._plain(question, examples[:shots])
+            if self._fits(prompt):
+                return prompt
+        return self._truncate(prompt)
 
-    def _chat(self, question: Question) -> Asked:
+    def _chat(self, question: Question) -> ChoicePrompt:
         language = self._language(question)
         options = ", ".join(
             f"{letter}: {option}" for letter, option in zip(LETTERS, question.options, strict=False)
         )
         passage = question.passage and question.passage + "\n"
-        said = f"{passage}{question.question}{_CHOOSE[language]}{options}"
-        messages = [{"role": "user", "content": said}]
+        text = f"{passage}{question.question}{_CHOOSE[language]}{options}"
+        messages = [{"role": "user", "content": text}]
         system = {"role": "system", "content": _SYSTEM[language]}
         try:
-            prompt = self._words.prompt([system, *messages])
-        except TokenizerError:  # some formats have no place for a system message
-            prompt = self._words.prompt(messages)
-        ends = [self._letter(letter) for letter in LETTERS[: len(question.options)]]
-        rows = tuple(Row((*prompt, *end), len(prompt)) for end in ends)
-        asked = Asked(rows, (1,) * len(rows))
-        fits = max(len(row.tokens) for row in rows) <= self._context + 1
-        return asked if fits else self._cut(asked)
+            ids = self._encoder.prompt([system, *messages])
+        except TokenizerError:  # some chat templates reject system messages
+            ids = self._encoder.prompt(messages)
+        continuations = [self._letter(letter) for letter in LETTERS[: len(question.options)]]
+        rows = tuple(Row((*ids, *continuation), len(ids)) for continuation in continuations)
+        prompt = ChoicePrompt(rows, (1,) * len(rows))
+        return prompt if self._fits(prompt) else self._truncate(prompt)
 
     def _letter(self, letter: str) -> tuple[int, ...]:
-        if letter not in self._letters:
-            self._letters[letter] = tuple(self._words.answer(letter))
-        return self._letters[letter]
+        if letter not in self._letter_ids:
+            self._letter_ids[letter] = tuple(self._encoder.answer(letter))
+        return self._letter_ids[letter]
 
-    def _plain(self, question: Question, examples: Sequence[Question]) -> Asked:
-        parts = [self._head(question)]
-        parts += [f"{self._block(one)} {self._ends(one)[one.answer]}\n\n" for one in examples]
-        prompt = "".join(parts) + self._block(question)
-        ends = self._ends(question)
-        start = self._words.text_start
-        # An end is encoded as it stands after the prompt and taken from there, as lm-eval does.
-        [said, *whole] = self._words.encode_batch([prompt, *(f"{prompt} {e}" for e in ends)])
-        length = len(start) + len(said)
-        rows = tuple(Row((*start, *said, *ids[len(said) :]), length) for ids in whole)
+    def _plain(self, question: Question, examples: Sequence[Question]) -> ChoicePrompt:
+        parts = [self._description(question)]
+        parts += [
+            f"{self._block(example)} {self._continuations(example)[example.answer]}\n\n"
+            for example in examples
+        ]
+        text = "".join(parts) + self._block(question)
+        continuations = self._continuations(question)
+        start = self._encoder.text_start
+        # As in lm-eval, prompt and continuation are encoded together and split at the prompt's
+        # length.
+        [ids, *full_ids] = self._encoder.encode_batch(
+            [text, *(f"{text} {c}" for c in continuations)]
+        )
+        length = len(start) + len(ids)
+        rows = tuple(Row((*start, *ids, *full[len(ids) :]), length) for full in full_ids)
         by_bytes = self._style == "answer"
-        sizes = tuple(len(end.encode()) if by_bytes else 1 for end in ends)
-        return Asked(rows, sizes, len(examples))
+        divisors = tuple(len(c.encode()) if by_bytes else 1 for c in continuations)
+        return ChoicePrompt(rows, divisors, len(examples))
 
-    def _ends(self, question: Question) -> list[str]:
+    def _continuations(self, question: Question) -> list[str]:
         if self._style == "answer":
             return list(question.options)
         return list(LETTERS[: len(question.options)])
 
-    def _head(self, question: Question) -> str:
-        if self._exam.name in _HEADS:
-            return _HEADS[self._exam.name].format(
-                subject_info(self._exam.name, question.subject).name
-            )
-        return _HEADS[self._language(question)]
+    def _description(self, question: Question) -> str:
+        name = self._benchmark.name
+        if name in _DESCRIPTIONS:
+            return _DESCRIPTIONS[name].format(subject_info(name, question.subject).name)
+        return _DESCRIPTIONS[self._language(question)]
 
     def _block(self, question: Question) -> str:
-        """The question, up to where its answer goes."""
+        """Return the question with its options in "letter" style, up to where its answer goes."""
         lines = [question.passage] if question.passage else []
         lines.append(question.question.strip())
         if self._style == "letter":
@@ -127,22 +135,28 @@ class PromptBuilder:
         return "\n".join([*lines, _ANSWER[self._language(question)]])
 
     def _language(self, question: Question) -> str:
-        if self._exam.language:
-            return self._exam.language
+        if self._benchmark.language:
+            return self._benchmark.language
         return "zh" if any("\u4e00" <= c <= "\u9fff" for c in question.as_text()) else "en"
 
-    def _cut(self, asked: Asked) -> Asked:
-        """The ends of the rows, which hold what is asked; all cut at the same place."""
-        most = self._context + 1
-        over = max(len(row.tokens) for row in asked.rows) - most
-        over = min(over, min(row.start for row in asked.rows) - 1)
+    def _fits(self, prompt: ChoicePrompt) -> bool:
+        return max(len(row.tokens) for row in prompt.rows) <= self._max_length
+
+    def _truncate(self, prompt: ChoicePrompt) -> ChoicePrompt:
+        """Drop the same number of tokens from the start of all rows, so that they fit."""
+        excess = max(len(row.tokens) for row in prompt.rows) - self._max_length
+        excess = min(excess, min(row.start for row in prompt.rows) - 1)
         rows = tuple(
-            Row(row.tokens[over:][:most], min(row.start - over, most - 1)) for row in asked.rows
+            Row(
+                row.tokens[excess:][: self._max_length],
+                min(row.start - excess, self._max_length - 1),
+            )
+            for row in prompt.rows
         )
-        return Asked(rows, asked.sizes, asked.shots, cut=True)
+        return ChoicePrompt(rows, prompt.divisors, prompt.shots, truncated=True)
 
 
-def choose(asked: Asked, scores: Sequence[float]) -> int:
-    """The place of the likeliest option; of several, the first."""
-    weighed = [score / size for score, size in zip(scores, asked.sizes, strict=True)]
-    return max(range(len(weighed)), key=weighed.__getitem__)
+def choose(prompt: ChoicePrompt, scores: Sequence[float]) -> int:
+    """Return the index of the most likely option; the first one in case of a tie."""
+    normalized = [score / size for score, size in zip(scores, prompt.divisors, strict=True)]
+    return max(range(len(normalized)), key=normalized.__getitem__)

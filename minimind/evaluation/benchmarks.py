@@ -1,13 +1,13 @@
-"""Exams of multiple choice, read from the layouts that they are published in.
+"""Multiple-choice benchmarks, read from the layouts in which they are published.
 
-    <name>.jsonl (.zst, .gz, …)       a question a line: {"id", "subject", "split", "question",
-                                      "A", "B", …, "answer"}, with "passage" if there is any
+    <name>.jsonl (.zst, .gz, …)       one question per line: {"id", "subject", "split", "question",
+                                      "A", "B", …, "answer"}, optionally with "passage"
     {dev,val,test}/<subject>_val.csv  C-Eval and MMLU
     {dev,test}/<subject>.csv          CMMLU
-    a .zip or .tar.* of these         as it is downloaded
-    FILE.csv                          any of the columns question, A, B, …, answer
+    a .zip or .tar.* of these         as downloaded
+    FILE.csv                          any questions, with the columns question, A, B, …, answer
 
-MMLU's files have no header. The questions of the split "dev" are examples for the others.
+MMLU's files have no header. The questions of the split "dev" are few-shot examples for the others.
 """
 
 import csv
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind.data.hub import download_hint
-from minimind.data.read import InvalidRecords, read_objects
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_objects
 from minimind.errors import DataError
 from minimind.paths import expand_user
 
@@ -36,12 +37,12 @@ LETTERS = string.ascii_uppercase[:8]
 _TABLES = re.compile(r"(?:.*/)?(dev|val|test)/([\w-]+?)(?:_(?:dev|val|test))?\.csv", re.IGNORECASE)
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _HEADERLESS = ["question", "a", "b", "c", "d", "answer"]
-_LONGEST_FIELD = 1 << 20
+_MAX_FIELD_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known of an exam: its questions' split, language, and the folders it comes in."""
+    """A benchmark: the split that is evaluated, the language, and the folders it comes in."""
 
     name: str
     split: str
@@ -50,8 +51,8 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    exam.name: exam
-    for exam in (
+    benchmark.name: benchmark
+    for benchmark in (
         Benchmark("ceval", "val", "zh", ("ceval", "ceval-exam")),
         Benchmark("cmmlu", "test", "zh", ("cmmlu",)),
         Benchmark("mmlu", "test", "en", ("mmlu",)),
@@ -62,7 +63,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `answer` is the place of the right one among the options."""
+    """A question. answer: the index of the right option."""
 
     id: str
     subject: str
@@ -73,145 +74,166 @@ class Question:
 
     @property
     def letter(self) -> str:
-        """Of the right option."""
+        """The letter of the right option."""
         return LETTERS[self.answer]
 
     def as_text(self) -> str:
-        """The question and its options, a line each."""
+        """Return the question and its options, one per line."""
         return "\n".join((self.question, *self.options))
 
 
 @dataclass
 class Questions:
-    """An exam as it was read: what is asked, examples of each subject, what could not be read."""
+    """The questions of a benchmark, few-shot examples by subject, and the invalid rows."""
 
-    exam: Benchmark
-    asked: list[Question] = field(default_factory=list)
+    benchmark: Benchmark
+    questions: list[Question] = field(default_factory=list)
     examples: dict[str, list[Question]] = field(default_factory=dict)
     bad: InvalidRecords = field(default_factory=InvalidRecords)
 
     def sha256(self) -> str:
-        """Names the questions and the examples."""
+        """Return the hash of all questions and examples."""
         digest = hashlib.sha256()
-        for question in [*self.asked, *(q for some in self.examples.values() for q in some)]:
+        for question in self.questions:
             digest.update(repr(question).encode())
+        for examples in self.examples.values():
+            for question in examples:
+                digest.update(repr(question).encode())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class SubjectInfo:
-    """A subject's name as prompts say it, and the group that it is counted in."""
+    """The name of a subject in prompts, and the group in which it is counted."""
 
     name: str
     group: str
 
 
 @cache
-def subjects(exam: str) -> dict[str, SubjectInfo]:
-    """The subjects of an exam, by the names that files give them.
+def subjects(benchmark: str) -> dict[str, SubjectInfo]:
+    """Return a benchmark's subjects, by their names in its files.
 
-    Names are those of lm-eval's descriptions, groups those of the exams' authors.
+    Names are those of lm-eval's descriptions; groups are those of the benchmark's authors.
     """
     path = Path(__file__).with_name("subjects.csv")
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["exam"] == exam]
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
     return {row["subject"]: SubjectInfo(row["name"], row["group"]) for row in rows}
 
 
-def subject_info(exam: str, subject: str) -> SubjectInfo:
-    """Of a subject that nobody knows: its own name, in the group "other"."""
-    return subjects(exam).get(subject) or SubjectInfo(subject.replace("_", " "), "other")
+def subject_info(benchmark: str, subject: str) -> SubjectInfo:
+    """Return the information on a subject; an unknown one is in the group "other"."""
+    return subjects(benchmark).get(subject) or SubjectInfo(subject.replace("_", " "), "other")
 
 
-def read_benchmark(name: str, places: Sequence[str]) -> Questions:
-    """The exam `name` in the first of the places that has it; any other name: the place itself.
+def read_benchmark(name: str, sources: Sequence[str]) -> Questions:
+    """Read the benchmark `name` from the first source that has it.
 
-    Questions that cannot be read are put aside in `bad`. Raises DataError where there is none.
+    For a name that is not in BENCHMARKS, the source is the file of questions. Invalid rows are
+    counted in `bad`. Raises DataError if no source has the benchmark.
     """
-    exam = BENCHMARKS.get(name)
-    for place in places:
-        path = expand_user(place)
+    benchmark = BENCHMARKS.get(name)
+    for source in sources:
+        path = expand_user(source)
         if not path.exists():
-            raise DataError(f"{place}: there is no such file or folder; give --data a folder")
-        with _found(exam, path) as found:
-            if found:
-                return _questions(exam or Benchmark(path.stem, "test", ""), found)
-    known = f"{name}.jsonl, or {' or '.join(exam.folders)}" if exam and exam.folders else name
+            raise DataError(f"{source}: no such file or folder; give --data a folder that exists")
+        with _find_files(benchmark, path) as files:
+            if files:
+                return _read_questions(benchmark or Benchmark(path.stem, "test", ""), files)
+    names = f"{name}.jsonl"
+    if benchmark and benchmark.folders:
+        names += f" or {' or '.join(benchmark.folders)}"
     raise DataError(
-        f"{', '.join(places) or '--data'}: holds no {name} ({known}). Put it there, or name it: "
-        f"--task {name}:PATH{download_hint(name)}"
+        f"{', '.join(sources) or '--data'}: found no {name} ({names}); put it there, or give its "
+        f"path with --task {name}:PATH{download_hint(name)}"
     )
 
 
+@dataclass(frozen=True)
+class _File:
+    """A file of questions. split and subject: None where the rows themselves say."""
+
+    split: str | None
+    subject: str | None
+    path: Path
+
+
 @contextmanager
-def _found(exam: Benchmark | None, place: Path) -> Iterator[list[tuple[str | None, str, Path]]]:
-    """(split, subject, file) of what holds the exam; "" and None are told by the records."""
-    if place.is_file() and not place.name.endswith(_ARCHIVES):
-        yield [(None, "", place)]
+def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_File]]:
+    """Find the files of a benchmark in a file, folder or archive."""
+    if source.is_file() and not source.name.endswith(_ARCHIVES):
+        yield [_File(None, None, source)]
         return
-    if exam is None:
-        raise DataError(f"{place}: give a file with the columns question, A, B, …, answer")
-    names = (exam.name, *exam.folders)
-    if place.is_dir():
-        whole = sorted(p for p in place.glob(f"{exam.name}.*") if _format(p) in (".jsonl", ".json"))
-        if whole:
-            yield [(None, "", whole[0])]
+    if benchmark is None:
+        raise DataError(f"{source}: give a file with the columns question, A, B, …, answer")
+    if source.is_dir():
+        records = sorted(
+            path
+            for path in source.glob(f"{benchmark.name}.*")
+            if _format(path) in (".jsonl", ".json")
+        )
+        if records:
+            yield [_File(None, None, records[0])]
             return
-        if tables := _tables(exam, place):
+        if tables := _find_tables(benchmark, source):
             yield tables
             return
-        archives = [p for p in sorted(place.iterdir()) if p.name.endswith(_ARCHIVES)]
-        archives = [p for p in archives if p.name.startswith(names)]
+        names = (benchmark.name, *benchmark.folders)
+        archives = [
+            path
+            for path in sorted(source.iterdir())
+            if path.name.endswith(_ARCHIVES) and path.name.startswith(names)
+        ]
     else:
-        archives = [place]
+        archives = [source]
     if not archives:
         yield []
         return
     with tempfile.TemporaryDirectory() as folder:
         _unpack(archives[0], Path(folder))
-        yield _tables(exam, Path(folder))
+        yield _find_tables(benchmark, Path(folder))
 
 
 def _format(path: Path) -> str:
     return next((s for s in path.suffixes if s in (".jsonl", ".json", ".csv")), "")
 
 
-def _tables(exam: Benchmark, folder: Path) -> list[tuple[str | None, str, Path]]:
-    """The exam's CSV files below a folder: in one of its own name, if there is such a one."""
-    own = [place for name in exam.folders if (place := folder / name).is_dir()]
-    own += [place for place in (folder / "data",) if place.is_dir()]
-    for place in [*own, folder]:
-        found: list[tuple[str | None, str, Path]] = []
-        for path in sorted(place.rglob("*.csv")):
+def _find_tables(benchmark: Benchmark, folder: Path) -> list[_File]:
+    """Find a benchmark's CSV files in its own folder, in `data`, or anywhere below `folder`."""
+    for root in [*(folder / name for name in (*benchmark.folders, "data")), folder]:
+        files: list[_File] = []
+        for path in sorted(root.rglob("*.csv")) if root.is_dir() else ():
             match = _TABLES.fullmatch(path.relative_to(folder).as_posix())
-            if match and match[2] in subjects(exam.name):
-                found.append((match[1].lower(), match[2], path))
-        if any(split == exam.split for split, _, _ in found):
-            return found
+            if match and match[2] in subjects(benchmark.name):
+                files.append(_File(match[1].lower(), match[2], path))
+        if any(file.split == benchmark.split for file in files):
+            return files
     return []
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """The CSV files of an archive. Raises DataError when it cannot be read."""
+    """Unpack the CSV files of an archive. Raises DataError if the archive is damaged."""
 
-    def wanted(names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    def destinations(names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+        """Yield (member, destination): never the member's own path, which can lead anywhere."""
         for number, name in enumerate(names):
-            if match := _TABLES.fullmatch(name):  # a path of ours: names may lead anywhere
+            if match := _TABLES.fullmatch(name):
                 split, file = match[1].lower(), name.rsplit("/", 1)[-1]
                 yield name, folder / "data" / split / file if number < 10_000 else folder / file
 
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
-                for name, path in wanted(packed.namelist()):
+                for name, path in destinations(packed.namelist()):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(packed.read(name))
             return
         with tarfile.open(archive) as tar:
-            files = {member.name: member for member in tar.getmembers() if member.isfile()}
-            for name, path in wanted(files):
+            members = {member.name: member for member in tar.getmembers() if member.isfile()}
+            for name, path in destinations(members):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                content = tar.extractfile(files[name])
+                content = tar.extractfile(members[name])
                 assert content is not None
                 with content, path.open("wb") as out:
                     shutil.copyfileobj(content, out)
@@ -219,40 +241,45 @@ def _unpack(archive: Path, folder: Path) -> None:
         raise DataError(f"{archive}: cannot be unpacked ({error}); download it again") from error
 
 
-def _questions(exam: Benchmark, files: Sequence[tuple[str | None, str, Path]]) -> Questions:
-    found, ids = Questions(exam), Counter[str]()
-    for split, subject, path in files:
-        rows = _csv_rows(path, found.bad) if _format(path) == ".csv" else _records(path, found.bad)
-        for line, row in rows:
+def _read_questions(benchmark: Benchmark, files: Sequence[_File]) -> Questions:
+    result, ids = Questions(benchmark), Counter[str]()
+    for file in files:
+        path = file.path
+        for line, row in _rows(path, result.bad):
             try:
-                belongs = split or str(row.get("split") or exam.split)
-                if belongs not in ("dev", exam.split):
+                split = file.split or str(row.get("split") or benchmark.split)
+                if split not in ("dev", benchmark.split):
                     continue
-                question = _question(row, subject or str(row.get("subject") or path.stem), line)
+                subject = file.subject or str(row.get("subject") or path.stem)
+                question = _parse_question(row, subject, line)
             except ValueError as error:
-                found.bad.add(path, line, str(error), row)
+                result.bad.add(path, line, str(error), row)
                 continue
-            found.bad.good += 1
+            result.bad.num_valid += 1
             ids[question.id] += 1
-            if ids[question.id] > 1:  # results go by it
+            if ids[question.id] > 1:  # results are stored by id
                 question = replace(question, id=f"{question.id} ({ids[question.id]})")
-            if belongs == exam.split:
-                found.asked.append(question)
+            if split == benchmark.split:
+                result.questions.append(question)
             else:
-                found.examples.setdefault(question.subject, []).append(question)
-    if not found.asked:
-        why = f"; the first of what cannot be read: {found.bad.first}" if found.bad.total else ""
-        raise DataError(f"{files[0][2]}: there is no question with an answer in it{why}")
-    return found
+                result.examples.setdefault(question.subject, []).append(question)
+    if not result.questions:
+        why = f"; the first invalid row: {result.bad.first}" if result.bad.total else ""
+        raise DataError(f"{files[0].path}: contains no question with an answer{why}")
+    return result
 
 
-def _records(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
-    for _, line, row in read_objects([path], bad=bad):
-        yield line, row
+def _rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row)."""
+    if _format(path) == ".csv":
+        yield from _csv_rows(path, bad)
+    else:
+        for _, line, row in read_objects([path], invalid=bad):
+            yield line, row
 
 
-def _question(row: dict[str, Any], subject: str, line: int) -> Question:
-    """Raises ValueError with the reason why the row is no question."""
+def _parse_question(row: dict[str, Any], subject: str, line: int) -> Question:
+    """Build a question from a row. Raises ValueError with the reason if it is not valid."""
     fields = {str(name).strip().lower(): value for name, value in row.items() if name is not None}
     text = _text(fields.get("question"))
     if not text.strip():
@@ -286,8 +313,8 @@ def _text(value: Any) -> str:
 
 
 def _csv_rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows as the header names them, or as MMLU orders them where there is no header."""
-    csv.field_size_limit(_LONGEST_FIELD)
+    """Yield (line number, row); without a header, the columns are in MMLU's order."""
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
@@ -301,9 +328,9 @@ def _csv_rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, 
     try:
         for row in reader:
             if header is None:
-                named = [name.strip().lower() for name in row]
-                if {"question", "answer"} <= set(named):
-                    header = named
+                names = [name.strip().lower() for name in row]
+                if {"question", "answer"} <= set(names):
+                    header = names
                     continue
                 header = list(_HEADERLESS)
             if row and len(row) != len(header):

@@ -1,31 +1,45 @@
-"""Bits a byte: how well a model foretells text, in a measure that does not depend on its words."""
+r"""Bits per byte: how well a model predicts text, comparable across tokenizers.
+
+The cross-entropy loss is the mean of -ln p(token | tokens before it), in nats per token, and
+perplexity is exp(loss). Both depend on the tokenizer: with a larger vocabulary a token covers more
+text and is harder to predict. Bits per byte divide the total -log2 p of a text by something that
+is the same for every tokenizer, its number of UTF-8 bytes:
+
+    bits per byte = sum(nats) / ln 2 / bytes
+                  = log2(perplexity) * tokens / bytes
+
+It is also a compression rate: an arithmetic coder that uses the model's predictions needs that
+many bits for each byte (Shannon 1948). A uniform guess over bytes needs 8; lower is better.
+"""
 
 import hashlib
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from minimind.data.read import InvalidRecords, list_files, read_texts
+from minimind.data.input_files import list_files
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_texts
 from minimind.errors import DataError, UsageError
-from minimind.evaluation.scoring import Row, windows
+from minimind.evaluation.scoring import Row, sliding_windows
 from minimind.evaluation.statistics import ratio_interval
-from minimind.evaluation.tasks import Model, Result, results_of, scored
+from minimind.evaluation.tasks import Model, Result, score_items, to_results
 from minimind.tokenizer.bpe import without_surrogates
 
 
 class BitsPerByte:
-    """Bits a byte of text: every byte of every document counts once.
+    """Bits per byte of documents; every byte of every document counts once.
 
-    The first token is given what stands before a text in training, later ones as much of the text
-    as the context holds, half of it at the least. Bytes are the text's, whatever the tokenizer.
+    The first token follows the token that starts a document in training. Later tokens follow as
+    much of the document as the context holds, at least half a context (see `sliding_windows`).
     """
 
     unit = "document"
 
-    def __init__(self, places: Sequence[str], limit: int | None) -> None:
+    def __init__(self, sources: Sequence[str], limit: int | None) -> None:
         self.name = "bpb"
-        self._files = [file for place in places for file in list_files(place)]
+        self._files = [file for source in sources for file in list_files(source)]
         if not self._files:
             raise UsageError("bpb needs text: --task bpb:PATH, or --data PATH")
         self._limit = limit
@@ -37,44 +51,44 @@ class BitsPerByte:
             self._count += 1
         self._sha256 = digest.hexdigest()
         if not self._count:
-            raise DataError(f"{self._files[0]}: no line is a record; the first: {self.bad.first}")
+            raise DataError(
+                f"{self._files[0]}: no line is a valid record; the first: {self.bad.first}"
+            )
 
     def _documents(self, bad: InvalidRecords) -> Iterator[tuple[str, str]]:
-        """(id, text) of each; the id begins with its file."""
-
-        def all_of_them() -> Iterator[tuple[str, str]]:
-            for file in self._files:
-                for number, text in enumerate(read_texts([file], bad=bad)):
-                    if text:
-                        yield f"{file}#{number}", without_surrogates(text)
-
-        return itertools.islice(all_of_them(), self._limit)
+        """Yield (id, text) of each document; an id is FILE#NUMBER."""
+        documents = (
+            (f"{file}#{number}", without_surrogates(text))
+            for file in self._files
+            for number, text in enumerate(read_texts([file], invalid=bad))
+            if text
+        )
+        return itertools.islice(documents, self._limit)
 
     def __len__(self) -> int:
         return self._count
 
     def settings(self) -> dict[str, Any]:
-        """The texts too."""
+        """Return the settings, with a hash of the documents."""
         return {"task": self.name, "documents": self._count, "sha256": self._sha256}
 
     def texts(self) -> dict[str, str]:
-        """None: text is held out by `data.validation`, not by windows."""
+        """Return nothing: training excludes validation text, so there is nothing to search for."""
         return {}
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
-        """Read again from the files."""
-        return _measured(
-            model, (one for one in self._documents(InvalidRecords()) if one[0] not in done)
-        )
+        """Yield results in order; the files are read again."""
+        documents = self._documents(InvalidRecords())
+        return _score_documents(model, (pair for pair in documents if pair[0] not in done))
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Of all, and of each file."""
+        """Return the metrics of all documents, and of each file if there are several."""
         by_source: dict[str, list[Result]] = {}
         for result in results:
             by_source.setdefault(result["id"].rpartition("#")[0], []).append(result)
-        metrics = _bits(results)
+        metrics = _metrics(results)
         if len(by_source) > 1:
-            metrics["by_source"] = {name: _bits(some) for name, some in by_source.items()}
+            metrics["by_source"] = {name: _metrics(source) for name, source in by_source.items()}
         return metrics
 
 
@@ -82,34 +96,33 @@ def measure_texts(model: Model, texts: Sequence[str]) -> float:
     """Return the bits per byte of texts together. Raises UsageError if there is no text."""
     documents = [(str(number), without_surrogates(text)) for number, text in enumerate(texts)]
     results = []
-    for result in _measured(model, (document for document in documents if document[1])):
+    for result in _score_documents(model, (document for document in documents if document[1])):
         if "error" in result:
             raise UsageError(f"text {result['id']}: {result['error']}")
         results.append(result)
     if not results:
         raise UsageError("bits per byte need at least one text that is not empty")
-    return float(_bits(results)["bits_per_byte"])
+    return float(_metrics(results)["bits_per_byte"])
 
 
-def _measured(model: Model, documents: Iterable[tuple[str, str]]) -> Iterator[Result]:
-    """Yield the cross-entropy in nats, bytes and tokens of each (id, text)."""
-    scorer, words = model.scorer()
-    start = words.text_start or [words.text_end]
+def _score_documents(model: Model, documents: Iterable[tuple[str, str]]) -> Iterator[Result]:
+    """Yield the cross-entropy in nats, and the number of bytes and tokens, of each (id, text)."""
+    scorer, encoder = model.scorer()
+    start = encoder.text_start or [encoder.text_end]
 
-    def ask(document: tuple[str, str]) -> tuple[int, Sequence[Row]]:
-        [ids] = words.encode_batch([document[1]])
-        return len(ids), windows(ids, start, scorer.context)
+    def prepare(text: str) -> tuple[Sequence[Row], Callable[[list[float]], Result]]:
+        [ids] = encoder.encode_batch([text])
+        num_bytes, num_tokens = len(text.encode()), len(ids)
 
-    def result(text: str, tokens: int, scores: Sequence[float]) -> Result:
-        return {"nats": -sum(scores), "bytes": len(text.encode()), "tokens": tokens}
+        def to_result(scores: list[float]) -> Result:
+            return {"nats": -sum(scores), "bytes": num_bytes, "tokens": num_tokens}
 
-    return results_of(
-        (name, found if isinstance(found, Exception) else result(text, *found))
-        for (name, text), found in scored(scorer, documents, ask)
-    )
+        return sliding_windows(ids, start, scorer.context), to_result
+
+    return to_results(score_items(scorer, documents, prepare))
 
 
-def _bits(results: Sequence[Result]) -> dict[str, Any]:
+def _metrics(results: Sequence[Result]) -> dict[str, Any]:
     if not results:
         return {"bits_per_byte": None, "interval": None, "documents": 0}
     bits = [result["nats"] / math.log(2) for result in results]

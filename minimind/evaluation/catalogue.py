@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""Tasks by name."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,10 @@ from minimind.errors import UsageError
 from minimind.evaluation.benchmark_prompts import Style
 from minimind.evaluation.benchmarks import read_benchmark
 from minimind.evaluation.bits_per_byte import BitsPerByte
-from minimind.evaluation.generative import arithmetic_task, quiz_task
+from minimind.evaluation.math_word_problems import math_task
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.evaluation.open_ended import degeneration_task
+from minimind.evaluation.quiz import quiz_task
 from minimind.evaluation.tasks import Task
 
 BENCHMARK_TASKS = ("ceval", "cmmlu", "mmlu", "c3", "choice")
@@ -16,33 +17,34 @@ TASKS = ("bpb", *BENCHMARK_TASKS, "gsm8k", "cmath", "quiz", "degeneration", "lm-
 
 
 def make_task(
-    wanted: str,
+    spec: str,
     *,
     data: Sequence[str] = (),
     style: Style = "chat",
     shots: int = 5,
     limit: int | None = None,
 ) -> Task:
-    """The task of a command line: NAME, or NAME:PATH where its data is somewhere of its own.
+    """Create the task NAME, or NAME:PATH to read its data from PATH instead of from `data`.
 
-    Raises UsageError for an unknown one, and DataError when its data is not there.
+    Raises UsageError for an unknown name, and DataError if the data is missing.
     """
-    name, _, place = wanted.partition(":")
-    places = [place] if place else list(data)
+    name, _, path = spec.partition(":")
+    sources = [path] if path else list(data)
     if name == "bpb":
-        return BitsPerByte(places, limit)
+        return BitsPerByte(sources, limit)
     if name == "quiz":
         return quiz_task(limit)
     if name == "degeneration":
-        return degeneration_task(place, limit)
+        return degeneration_task(path, limit)
     if name in ("gsm8k", "cmath"):
-        return arithmetic_task(name, places, limit)
+        return math_task(name, sources, limit)
     if name not in BENCHMARK_TASKS:
         raise UsageError(
-            f"--task {wanted}: known are {', '.join(TASKS)}; NAME:PATH says where its data is"
+            f"--task {spec}: unknown task; choose from {', '.join(TASKS)}; "
+            "NAME:PATH gives the path of its data"
         )
-    if name == "choice" and not places:
+    if name == "choice" and not sources:
         raise UsageError("choice needs a file of question,A,B,C,D,answer: --task choice:FILE.csv")
-    if not places:
-        raise UsageError(f"{name} needs its questions: --data DIR, or --task {name}:PATH")
-    return MultipleChoice(read_benchmark(name, places), style, shots, limit)
+    if not sources:
+        raise UsageError(f"{name} needs its questions: give --data DIR, or --task {name}:PATH")
+    return MultipleChoice(read_benchmark(name, sources), style, shots, limit)

@@ -1,7 +1,7 @@
-"""Several models' answers to the same questions side by side: figures, Markdown and a page.
+"""Comparison of several models on the same questions, as JSON, Markdown and HTML.
 
-compare.json   all of it, for programs
-compare.md     the same to read, to paste into an issue or a README
+compare.json   everything, for programs
+compare.md     to read, or to paste into an issue or a README
 compare.html   the same as a self-contained page
 """
 
@@ -16,75 +16,71 @@ from minimind.evaluation.judge import Trial
 from minimind.evaluation.open_ended import OpenEndedTask
 from minimind.evaluation.tasks import Result
 from minimind.files import write_atomically
-from minimind.reporting.pages import Bar, Cell, Folded, Page, Table, to_html, to_markdown
+from minimind.reporting.formatting import MISSING, format_percent
+from minimind.reporting.page import Bar, Cell, Folded, Page, Table
+from minimind.reporting.render import to_html, to_markdown
 
 Metrics = Mapping[str, Any]
 
-_SAID = ("question", "answers as they were shown", "reason")
-_EXPLAINED = (
-    "Lengths are means. Speed is that of all questions together, eight at a time. Repeated: the "
-    "share of 4-grams that an answer holds a second time or more. Never end: answers that the "
-    "longest allowed length cut off. Other script: answers mostly in another script than their "
-    "question. Mixed: answers with a tenth or more of their words in a script that is neither "
-    "their own nor the question's. Distinct: different words, and pairs of neighbouring words, of "
-    "all answers, over the number of words. In brackets: 95 % intervals."
+_ABOUT_METRICS = (
+    "Lengths are means. Speed is that of all questions together, with eight at the same time. "
+    "Repeated: the fraction of an answer's 4-grams that occurred before in it. Never end: answers "
+    "that the token limit cut off. Other script: answers mostly in another script than their "
+    "question. Mixed scripts: answers with at least a tenth of their words in a script that is "
+    "neither their own nor the question's. Distinct: different words, and pairs of neighbouring "
+    "words, of all answers, divided by the number of words. In brackets: 95 % intervals."
 )
-_JUDGED = (
-    "The judge sees two answers at a time, scores each from 0 to 100, and is asked again with the "
-    "sides swapped; a pair counts once both replies could be read. Score: the mean. Wins: the "
-    "share of comparisons in which an answer scored higher, ties half. Intervals, of 95 %, are "
-    "over questions drawn again; a rank's says which places the model may as well have."
+_ABOUT_RANKING = (
+    "The judge scores two answers at a time from 0 to 100, and again in swapped order; a pair "
+    "counts if both replies could be read. Score: the mean. Wins: the fraction of comparisons in "
+    "which an answer scored higher, ties counting half. 95 % intervals are from a bootstrap over "
+    "questions; that of a rank is the range of ranks that the data supports."
 )
-
-
-def share(value: float | None) -> str:
-    """0.1234 as 12.3%."""
-    return "–" if value is None else f"{value:.1%}"
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
+    return MISSING if value is None else f"{value:,.0f}"
 
 
 def _with_interval(name: str) -> Callable[[Metrics], str]:
     def cell(metrics: Metrics) -> str:
         if name not in metrics["intervals"]:
-            return share(metrics[name])
+            return format_percent(metrics[name])
         low, high = metrics["intervals"][name]
-        return f"{share(metrics[name])} ({share(low)} – {share(high)})"
+        return f"{format_percent(metrics[name])} ({format_percent(low)} – {format_percent(high)})"
 
     return cell
 
 
-_FIGURES: dict[str, Callable[[Metrics], str]] = {
-    "answers": lambda f: f"{f['answers']:,}",
-    "failed": lambda f: f"{f['failed']:,}",
-    "tokens an answer": lambda f: _number(f["tokens"]),
-    "characters an answer": lambda f: _number(f["characters"]),
-    "tokens a second": lambda f: _number(f["tokens_per_second"]),
+_METRIC_ROWS: dict[str, Callable[[Metrics], str]] = {
+    "answers": lambda m: f"{m['answers']:,}",
+    "failed": lambda m: f"{m['failed']:,}",
+    "tokens per answer": lambda m: _number(m["tokens"]),
+    "characters per answer": lambda m: _number(m["characters"]),
+    "tokens per second": lambda m: _number(m["tokens_per_second"]),
     "repeated": _with_interval("repeated"),
     "never end": _with_interval("never_end"),
-    "empty": lambda f: share(f["empty"]),
-    "other script": lambda f: share(f["other_script"]),
-    "mixed scripts": lambda f: share(f["mixed_scripts"]),
-    "distinct-1": lambda f: share(f["distinct_1"]),
-    "distinct-2": lambda f: share(f["distinct_2"]),
+    "empty": lambda m: format_percent(m["empty"]),
+    "other script": lambda m: format_percent(m["other_script"]),
+    "mixed scripts": lambda m: format_percent(m["mixed_scripts"]),
+    "distinct-1": lambda m: format_percent(m["distinct_1"]),
+    "distinct-2": lambda m: format_percent(m["distinct_2"]),
 }
-RANKING: dict[str, Callable[[Metrics], str]] = {
+RANKING_COLUMNS: dict[str, Callable[[Metrics], str]] = {
     "rank": lambda r: f"{r['rank']} ({' – '.join(map(str, r['rank_interval']))})",
     "model": lambda r: r["model"],
     "score": lambda r: "{:.1f} ({:.1f} – {:.1f})".format(r["score"], *r["score_interval"]),
     "wins": lambda r: (
-        "–"
+        MISSING
         if r["wins"] is None
-        else "{} ({:.0%} – {:.0%})".format(share(r["wins"]), *r["wins_interval"])
+        else "{} ({:.0%} – {:.0%})".format(format_percent(r["wins"]), *r["wins_interval"])
     ),
     "questions": lambda r: f"{r['questions']:,}",
 }
 
 
-def compared(
-    talk: OpenEndedTask,
+def build_comparison(
+    task: OpenEndedTask,
     results: Mapping[str, Mapping[str, Result]],
     metrics: Mapping[str, Metrics],
     *,
@@ -92,18 +88,19 @@ def compared(
     trials: Sequence[Trial] = (),
     judged: Mapping[str, Result] | None = None,
 ) -> dict[str, Any]:
-    """All that is shown, as JSON.
+    """Return the comparison as JSON.
 
-    results: by model, by question; figures: by model. judge: its name and its verdicts.
+    results: by model and question id. metrics: by model. judge: the judge's name and metrics.
+    judged: the judge's replies, by trial id.
     """
-    said = judged or {}
-    reasons: dict[str, list[dict[str, Any]]] = {}
+    judged = judged or {}
+    replies: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
-        if trial.id in said:
-            told = {key: value for key, value in said[trial.id].items() if key != "id"}
-            reasons.setdefault(trial.prompt.id, []).append({"models": trial.models} | told)
+        if trial.id in judged:
+            reply = {key: value for key, value in judged[trial.id].items() if key != "id"}
+            replies.setdefault(trial.prompt.id, []).append({"models": trial.models} | reply)
     return {
-        "settings": talk.settings(),
+        "settings": task.settings(),
         "models": dict(metrics),
         "judge": judge,
         "questions": [
@@ -112,23 +109,23 @@ def compared(
                 "question": prompt.question,
                 "category": prompt.category,
                 "answers": {
-                    model: talk.described(some[prompt.id])
-                    for model, some in results.items()
-                    if prompt.id in some
+                    model: task.with_metrics(by_id[prompt.id])
+                    for model, by_id in results.items()
+                    if prompt.id in by_id
                 },
-                "judged": reasons.get(prompt.id, []),
+                "judged": replies.get(prompt.id, []),
             }
-            for prompt in talk.prompts.values()
+            for prompt in task.prompts.values()
         ],
     }
 
 
 def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
-    """The three files. Raises ResourceError when they cannot be written."""
+    """Write the three files. Raises ResourceError if that fails."""
     page = as_page(comparison)
     files = {
         "compare.json": json.dumps(comparison, ensure_ascii=False, indent=1) + "\n",
-        "compare.md": to_markdown(page, "", {}),
+        "compare.md": to_markdown(page),
         "compare.html": to_html(page),
     }
     for name, text in files.items():
@@ -139,153 +136,165 @@ def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
 
 
 def metric_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """A row a figure, a column a model."""
+    """Return a row per metric, with a column per model."""
     models = comparison["models"].values()
-    return [[name, *map(cell, models)] for name, cell in _FIGURES.items()]
+    return [[name, *map(cell, models)] for name, cell in _METRIC_ROWS.items()]
 
 
 def ranking_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """The best first, for the columns of RANKING; none without a judge."""
+    """Return the ranking, best first, with RANKING_COLUMNS; empty without a judge."""
     judge = comparison["judge"] or {"ranking": []}
-    return [[cell(row) for cell in RANKING.values()] for row in judge["ranking"]]
+    return [[cell(row) for cell in RANKING_COLUMNS.values()] for row in judge["ranking"]]
 
 
 def category_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """(category, questions, and for each model what is known); none where there is but one."""
-    groups: dict[str, list[Metrics]] = {}
-    for one in comparison["questions"]:
-        groups.setdefault(one["category"], []).append(one)
-    if len(groups) < 2:
+    """Return rows of category, questions, and a summary per model; empty for one category."""
+    by_category: dict[str, list[Metrics]] = {}
+    for question in comparison["questions"]:
+        by_category.setdefault(question["category"], []).append(question)
+    if len(by_category) < 2:
         return []
     scores = (comparison["judge"] or {}).get("by_question", {})
 
-    def cell(model: str, some: Sequence[Metrics]) -> str:
-        answers = [one["answers"].get(model, {"error": ""}) for one in some]
+    def cell(model: str, questions: Sequence[Metrics]) -> str:
+        answers = [question["answers"].get(model, {"error": ""}) for question in questions]
         answers = [answer for answer in answers if "error" not in answer]
         if not answers:
-            return "–"
-        told = f"{share(fmean(answer['repeated'] for answer in answers))} repeated"
-        own = [scores[one["id"]][model] for one in some if model in scores.get(one["id"], {})]
-        return f"{fmean(own):.1f}, {told}" if own else told
+            return MISSING
+        repeated = f"{format_percent(fmean(answer['repeated'] for answer in answers))} repeated"
+        model_scores = [
+            scores[question["id"]][model]
+            for question in questions
+            if model in scores.get(question["id"], {})
+        ]
+        return f"{fmean(model_scores):.1f}, {repeated}" if model_scores else repeated
 
     return [
-        [name or "–", f"{len(some):,}", *(cell(model, some) for model in comparison["models"])]
-        for name, some in groups.items()
+        [
+            name or MISSING,
+            f"{len(questions):,}",
+            *(cell(model, questions) for model in comparison["models"]),
+        ]
+        for name, questions in by_category.items()
     ]
 
 
 def describe_judge(judge: Metrics) -> str:
-    """How far it can be trusted, in words."""
-    told = (
+    """Describe how reliable the judge was."""
+    text = (
         f"{judge['name']}: {judge['read']:,} of {judge['trials']:,} replies could be read, "
-        f"{judge['unreadable']:,} were not the JSON that was asked for"
+        f"{judge['unreadable']:,} were not the requested JSON"
     )
     if judge["failed"]:
-        told += f", {judge['failed']:,} did not come"
-    if "agreement" in judge:
-        low, high = judge["agreement_interval"]
-        told += (
-            f". Of {judge['pairs']:,} pairs {share(judge['agreement'])} ({low:.0%} – {high:.0%}) "
-            "were decided alike both ways round"
+        text += f", {judge['failed']:,} requests failed"
+    if "position_consistency" in judge:
+        low, high = judge["position_consistency_interval"]
+        text += (
+            f". Position consistency: {format_percent(judge['position_consistency'])} "
+            f"({low:.0%} – {high:.0%}) of {judge['pairs']:,} pairs got the same verdict in both "
+            "orders"
         )
         if judge["first_preferred"] is not None:
-            told += f"; the answer shown first was preferred {share(judge['first_preferred'])}"
-            told += " of the time"
-    return told + "."
+            text += f"; the first answer was preferred {format_percent(judge['first_preferred'])}"
+            text += " of the time"
+    return text + "."
 
 
 def describe_settings(comparison: Mapping[str, Any]) -> str:
-    """How was asked, in words."""
+    """Describe the decoding settings."""
     settings = comparison["settings"]
-    how = (
+    sampling = (
         f"temperature {settings['temperature']:g}, seed {settings['seed']}"
         if settings["temperature"]
-        else "greedy"
+        else "greedy decoding"
     )
-    return f"{how}, up to {settings['max_new_tokens']:,} tokens an answer"
+    return f"{sampling}, up to {settings['max_new_tokens']:,} tokens per answer"
 
 
 def describe_answer(answer: Metrics) -> list[str]:
-    """The figures of one answer in words; those that are bad news last."""
+    """Describe the metrics of one answer; problems come last."""
     length = f"{answer['characters']:,} characters"
-    told = [length if answer["tokens"] is None else f"{answer['tokens']:,} tokens, {length}"]
-    flags = {
-        f"{share(answer['repeated'])} repeated": answer["repeated"] > 0,
+    parts = [length if answer["tokens"] is None else f"{answer['tokens']:,} tokens, {length}"]
+    problems = {
+        f"{format_percent(answer['repeated'])} repeated": answer["repeated"] > 0,
         "never ends": answer["never_ends"],
         "empty": answer["empty"],
         "other script": answer["other_script"],
         "mixed scripts": answer["mixed_scripts"],
     }
-    return told + [flag for flag, raised in flags.items() if raised]
+    return parts + [problem for problem, occurs in problems.items() if occurs]
 
 
 def as_page(comparison: Mapping[str, Any]) -> Page:
-    """All of it, to be drawn."""
+    """Return the comparison as a page."""
     models, judge = list(comparison["models"]), comparison["judge"]
     cards = {"models": f"{len(models):,}", "questions": f"{len(comparison['questions']):,}"}
-    page = Page(", ".join(models), f"Side by side: {describe_settings(comparison)}.", cards)
+    page = Page(", ".join(models), f"Model comparison: {describe_settings(comparison)}.", cards)
     if judge:
-        if "agreement" in judge:
-            cards["decided alike both ways"] = share(judge["agreement"])
+        if "position_consistency" in judge:
+            cards["position consistency"] = format_percent(judge["position_consistency"])
         cards["replies unreadable"] = f"{judge['unreadable']:,}"
         pairs = zip(ranking_rows(comparison), judge["ranking"], strict=True)
-        ranking: list[list[Cell]] = [[*row, Bar(one["score"] / 100)] for row, one in pairs]
+        ranking: list[list[Cell]] = [[*row, Bar(entry["score"] / 100)] for row, entry in pairs]
+        verdicts = Table(
+            ("question", "answers in the order shown", "reason"), _reasons(comparison), kind="texts"
+        )
         page.add(
             "Ranking",
-            f"{describe_judge(judge)} {_JUDGED}",
-            Table([*RANKING, "0 – 100"], ranking, numbers=(2, 3, 4)),
-            Folded("What the judge said", Table(_SAID, _reasons(comparison), kind="texts")),
+            f"{describe_judge(judge)} {_ABOUT_RANKING}",
+            Table([*RANKING_COLUMNS, "0 – 100"], ranking, numbers=(2, 3, 4)),
+            Folded("The judge's reasons", verdicts),
         )
     numbers = range(1, len(models) + 1)
-    page.add("Metrics", _EXPLAINED, Table(["", *models], metric_rows(comparison), numbers))
+    page.add("Metrics", _ABOUT_METRICS, Table(["", *models], metric_rows(comparison), numbers))
     head = ["category", "questions", *models]
     page.add(
         "By category",
-        "What is repeated by kind of question" + (", after the judge's score." if judge else "."),
+        "The repeated fraction by category" + (", after the judge's score." if judge else "."),
         Table(head, category_rows(comparison), range(1, len(head))),
     )
     page.add(
         "Answers",
-        "The same questions to each model, each in a conversation of its own.",
-        *_answers(comparison),
+        "The same questions to each model, each in a separate conversation.",
+        *_answer_tables(comparison),
     )
     return page
 
 
-def _answers(comparison: Mapping[str, Any]) -> list[Table | Folded]:
-    """A table; where there are categories one each, folded."""
+def _answer_tables(comparison: Mapping[str, Any]) -> list[Table | Folded]:
+    """Return one table, or a folded table per category."""
     scores = (comparison["judge"] or {}).get("by_question", {})
-    groups: dict[str, list[list[str]]] = {}
-    for one in comparison["questions"]:
-        own = scores.get(one["id"], {})
-        cells = [_answer(one["answers"].get(m), own.get(m)) for m in comparison["models"]]
-        groups.setdefault(one["category"], []).append([one["question"], *cells])
+    by_category: dict[str, list[list[str]]] = {}
+    for question in comparison["questions"]:
+        answers, by_model = question["answers"], scores.get(question["id"], {})
+        cells = [_answer(answers.get(m), by_model.get(m)) for m in comparison["models"]]
+        by_category.setdefault(question["category"], []).append([question["question"], *cells])
     head = ["question", *comparison["models"]]
-    if len(groups) == 1:
-        return [Table(head, rows, kind="texts") for rows in groups.values()]
+    if len(by_category) == 1:
+        return [Table(head, rows, kind="texts") for rows in by_category.values()]
     return [
-        Folded(f"{name or '–'}: {len(rows):,}", Table(head, rows, kind="texts"))
-        for name, rows in groups.items()
+        Folded(f"{name or MISSING}: {len(rows):,}", Table(head, rows, kind="texts"))
+        for name, rows in by_category.items()
     ]
 
 
 def _answer(answer: Metrics | None, score: float | None) -> str:
     if answer is None:
-        return "(not asked yet)"
+        return "(not answered yet)"
     if "error" in answer:
         return f"(failed: {answer['error']})"
-    told = describe_answer(answer)
+    parts = describe_answer(answer)
     if score is not None:
-        told.insert(0, f"score {score:.1f}")
-    return f"{answer['answer']}\n\n({', '.join(told)})"
+        parts.insert(0, f"score {score:.1f}")
+    return f"{answer['answer']}\n\n({', '.join(parts)})"
 
 
 def _reasons(comparison: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    for one in comparison["questions"]:
-        for said in one["judged"]:
-            models, scores = said["models"], said.get("scores", ())
-            told = [f"{model}: {score:g}" for model, score in zip(models, scores, strict=False)]
-            reason = said.get("reason") or f"(no verdict: {said.get('unreadable', 'failed')})"
-            rows.append([one["question"], "\n".join(told or models), reason])
+    for question in comparison["questions"]:
+        for reply in question["judged"]:
+            models, scores = reply["models"], reply.get("scores", ())
+            lines = [f"{model}: {score:g}" for model, score in zip(models, scores, strict=False)]
+            reason = reply.get("reason") or f"(no verdict: {reply.get('unreadable', 'failed')})"
+            rows.append([question["question"], "\n".join(lines or models), reason])
     return rows

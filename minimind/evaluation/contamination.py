@@ -1,9 +1,9 @@
-"""Which questions of an exam stand in training data, word for word.
+"""Contamination: benchmark questions that occur word for word in training data.
 
-A question is there when any window of it is: 24 characters of Chinese, 13 words of English (Brown
-et al. 2020, appendix C), after case, punctuation and spaces are taken away. One that is shorter
-must be there as a whole; one of fewer than 12 characters or 7 words says too little, and is not
-looked for. The data is read once, a piece at a time; what is held in memory is the questions'.
+A question is found if any of its n-grams is: 24 characters of Chinese text or 13 words of other
+text (Brown et al. 2020, appendix C), ignoring case, punctuation and spaces. A shorter question
+must occur in full. Questions below 12 characters or 7 words are too short to tell and are skipped.
+The data is read once, in blocks; memory is proportional to the size of the questions.
 """
 
 import re
@@ -17,40 +17,45 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from minimind.data.read import InvalidRecords, list_files, read_texts
+from minimind.data.input_files import list_files
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_texts
 
-_BASE = numpy.uint64(0x9E3779B97F4A7C15)  # odd, with bits all over
+_BASE = numpy.uint64(0x9E3779B97F4A7C15)  # of the polynomial hash: odd, with well-mixed bits
 _TABLE_BITS = numpy.uint64(24)
 _SHIFT = numpy.uint64(64) - _TABLE_BITS
-_PIECE = 1 << 20  # characters that are looked through at once
+_BLOCK_CHARACTERS = 1 << 20
 _WORDS = re.compile(r"[^\W_]+")
-_BETWEEN_DOCUMENTS = 0
+_BOUNDARY = 0  # between two documents; also every word that is in no question
 
-Units = NDArray[numpy.uint32]
+Units = NDArray[numpy.uint32]  # characters or words, as numbers
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """How long a window is, and the least that is looked for."""
+class _NGrams:
+    """The length of an n-gram, and the minimum length of a question."""
 
-    window: int
-    least: int
+    length: int
+    minimum: int
 
 
-_CHARACTERS, _ENGLISH_WORDS = _Kind(24, 12), _Kind(13, 7)
+_CHARACTERS, _ENGLISH_WORDS = _NGrams(24, 12), _NGrams(13, 7)
 
 
 @dataclass
 class Contamination:
-    """found: for each question that was, the file. too_short: ids that were not looked for."""
+    """Questions found in data.
+
+    found: the file, by question id. too_short: ids of questions that were skipped.
+    """
 
     found: dict[str, str] = field(default_factory=dict)
     too_short: set[str] = field(default_factory=set)
     characters: int = 0
     bad_lines: int = 0
 
-    def part(self, prefix: str) -> "Contamination":
-        """Of the questions whose names begin so, under the rest of their names."""
+    def with_prefix(self, prefix: str) -> "Contamination":
+        """Return the questions whose ids start with a prefix, with the prefix removed."""
         return Contamination(
             {n.removeprefix(prefix): f for n, f in self.found.items() if n.startswith(prefix)},
             {n.removeprefix(prefix) for n in self.too_short if n.startswith(prefix)},
@@ -59,7 +64,7 @@ class Contamination:
         )
 
     def metrics(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the metrics as JSON."""
         return {
             "found": len(self.found),
             "too_short": len(self.too_short),
@@ -74,145 +79,154 @@ def find_contamination(
     data: Sequence[str],
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> Contamination:
-    """Look for the questions (id to text) in all records of the data (files, folders, globs).
+    """Search all records of the data (files, folders, globs) for questions (id to text).
 
-    Raises DataError for data that cannot be read.
+    Raises DataError if the data cannot be read.
     """
     result = Contamination()
-    words = _Vocabulary()
-    chinese, english = _Finder(_CHARACTERS), _Finder(_ENGLISH_WORDS)
+    vocabulary = _Vocabulary()
+    chinese, english = _Searcher(_CHARACTERS), _Searcher(_ENGLISH_WORDS)
     for name, text in questions.items():
-        finder = chinese if _is_chinese(text) else english
-        units = _characters(text) if finder is chinese else words.learn(text)
-        if not finder.add(name, units):
+        if _is_chinese(text):
+            added = chinese.add(name, _characters(text))
+        else:
+            added = english.add(name, vocabulary.add(text))
+        if not added:
             result.too_short.add(name)
     bad = InvalidRecords()
     for path in data:
         for file in list_files(path):
-            for text in _pieces(read_texts([file], bad=bad, progress=progress)):
+            for text in _blocks(read_texts([file], invalid=bad, progress=progress)):
                 result.characters += len(text)
-                for finder, units_of in ((chinese, _characters), (english, words.units)):
-                    if finder.waits:
-                        for name in finder.look_through(units_of(text)):
+                for searcher, units_of in ((chinese, _characters), (english, vocabulary.units)):
+                    if searcher.has_questions:
+                        for name in searcher.search(units_of(text)):
                             result.found.setdefault(name, str(file))
     result.bad_lines = bad.total
     return result
 
 
-def _pieces(texts: Iterator[str]) -> Iterator[str]:
-    """Documents, many together where they are short; a NUL stands between two."""
-    waiting: list[str] = []
+def _blocks(texts: Iterator[str]) -> Iterator[str]:
+    """Join short documents to blocks, separated by NUL."""
+    block: list[str] = []
     size = 0
     for text in texts:
-        waiting.append(text)
+        block.append(text)
         size += len(text)
-        if size >= _PIECE:
-            yield "\0".join(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield "\0".join(waiting)
+        if size >= _BLOCK_CHARACTERS:
+            yield "\0".join(block)
+            block, size = [], 0
+    if block:
+        yield "\0".join(block)
 
 
 def _is_chinese(text: str) -> bool:
     return sum("\u4e00" <= c <= "\u9fff" for c in text) * 5 > sum(c.isalnum() for c in text)
 
 
-def _plain(text: str) -> str:
-    """Wide letters and digits made narrow, in lower case."""
+def _normalize(text: str) -> str:
+    """Return a text in lower case, with full-width letters and digits as ASCII."""
     return unicodedata.normalize("NFKC", text).lower()
 
 
 def _characters(text: str) -> Units:
-    kept = "\0".join("".join(_WORDS.findall(part)) for part in _plain(text).split("\0"))
+    kept = "\0".join("".join(_WORDS.findall(part)) for part in _normalize(text).split("\0"))
     return numpy.frombuffer(kept.encode("utf-32-le", "surrogatepass"), numpy.uint32)
 
 
 class _Vocabulary:
-    """The words of the questions by number; all others are the same to it."""
+    """Numbers of the words in the questions; all other words have the number 0."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
-    def learn(self, text: str) -> Units:
-        for word in _WORDS.findall(_plain(text)):
+    def add(self, text: str) -> Units:
+        """Number the words of a question."""
+        for word in _WORDS.findall(_normalize(text)):
             self._numbers.setdefault(word, len(self._numbers) + 1)
         return self.units(text)
 
     def units(self, text: str) -> Units:
+        """Return the numbers of a text's words."""
         number = self._numbers.get
         numbers: list[int] = []
-        for part in _plain(text).split("\0"):
-            numbers += [number(word, _BETWEEN_DOCUMENTS) for word in _WORDS.findall(part)]
-            numbers.append(_BETWEEN_DOCUMENTS)
+        for part in _normalize(text).split("\0"):
+            numbers += [number(word, _BOUNDARY) for word in _WORDS.findall(part)]
+            numbers.append(_BOUNDARY)
         return numpy.array(numbers[:-1], numpy.uint32)
 
 
-class _Finder:
-    """Looks for windows by hashes of their beginnings, and compares what has the same hash."""
+class _Searcher:
+    """Search for n-grams by hash (Rabin-Karp), with an exact comparison of the candidates.
 
-    def __init__(self, kind: _Kind) -> None:
-        self._kind = kind
-        self._windows: dict[int, dict[int, list[tuple[bytes, str]]]] = {
-            length: defaultdict(list) for length in (kind.window, kind.least)
+    n-grams are stored by the hash of their first units: of all of them, or of the minimum length
+    for questions that are shorter than an n-gram.
+    """
+
+    def __init__(self, ngrams: _NGrams) -> None:
+        self._ngrams = ngrams
+        self._by_hash: dict[int, dict[int, list[tuple[bytes, str]]]] = {
+            length: defaultdict(list) for length in (ngrams.length, ngrams.minimum)
         }
         self._tables: dict[int, NDArray[numpy.bool_]] = {}
         self._found: set[str] = set()
 
     @property
-    def waits(self) -> bool:
-        """Whether there is anything to look for."""
-        return any(self._windows.values())
+    def has_questions(self) -> bool:
+        """True if there is anything to search for."""
+        return any(self._by_hash.values())
 
     def add(self, name: str, units: Units) -> bool:
-        """Look for a question; False when it is too short."""
+        """Add a question; return False if it is too short."""
         size = len(units)
-        if size < self._kind.least:
+        if size < self._ngrams.minimum:
             return False
-        hashed = self._kind.window if size >= self._kind.window else self._kind.least
-        hashes = _hashes(units, hashed).tolist()
-        if size < self._kind.window:  # as a whole
-            self._windows[hashed][hashes[0]].append((units.tobytes(), name))
+        if size < self._ngrams.length:  # must occur in full
+            length = self._ngrams.minimum
+            first = int(_hashes(units, length)[0])
+            self._by_hash[length][first].append((units.tobytes(), name))
         else:
-            for start, value in enumerate(hashes):
-                window = units[start : start + hashed].tobytes()
-                self._windows[hashed][value].append((window, name))
-        self._tables.pop(hashed, None)
+            length = self._ngrams.length
+            for start, value in enumerate(_hashes(units, length).tolist()):
+                ngram = units[start : start + length].tobytes()
+                self._by_hash[length][value].append((ngram, name))
+        self._tables.pop(length, None)
         return True
 
-    def look_through(self, units: Units) -> Iterator[str]:
-        """Names of the questions that are there and were not found before."""
-        for length, windows in self._windows.items():
-            if not windows or len(units) < length:
+    def search(self, units: Units) -> Iterator[str]:
+        """Yield the ids of questions in a text that were not found before."""
+        for length, by_hash in self._by_hash.items():
+            if not by_hash or len(units) < length:
                 continue
             hashes = _hashes(units, length)
             for start in numpy.flatnonzero(self._table(length)[hashes >> _SHIFT]).tolist():
-                for window, name in windows.get(int(hashes[start]), ()):
+                for ngram, name in by_hash.get(int(hashes[start]), ()):
                     if name not in self._found:
-                        end = start + len(window) // units.itemsize
-                        if units[start:end].tobytes() == window:
+                        end = start + len(ngram) // units.itemsize
+                        if units[start:end].tobytes() == ngram:
                             self._found.add(name)
                             yield name
 
     def _table(self, length: int) -> NDArray[numpy.bool_]:
-        """Which first bits of a hash are worth a closer look."""
+        """Return a filter over the first bits of a hash: True if any n-gram has them."""
         if length not in self._tables:
             table = numpy.zeros(1 << int(_TABLE_BITS), bool)
-            keys = numpy.fromiter(self._windows[length], numpy.uint64)
+            keys = numpy.fromiter(self._by_hash[length], numpy.uint64)
             table[keys >> _SHIFT] = True
             self._tables[length] = table
         return self._tables[length]
 
 
 def _hashes(units: Units, length: int) -> NDArray[numpy.uint64]:
-    """Of each window of `length` units: a polynomial over 64 bits, which wraps around."""
+    """Return the polynomial hash, modulo 2^64, of each n-gram of `length` units."""
     count = len(units) - length + 1
     hashes = numpy.zeros(count, numpy.uint64)
-    for place in range(length):
+    for offset in range(length):
         hashes *= _BASE
-        hashes += units[place : place + count]
+        hashes += units[offset : offset + count]
     return hashes * _BASE
 
 
 def files_size(data: Sequence[str]) -> int:
-    """Bytes of all files that the data means."""
+    """Return the size in bytes of all files of the data."""
     return sum(Path(file).stat().st_size for path in data for file in list_files(path))

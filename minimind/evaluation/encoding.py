@@ -1,4 +1,4 @@
-"""What an examination needs of a tokenizer: plain text, prompts, and the beginning of answers."""
+"""Encoding of prompts and answers for benchmarks."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,23 +8,29 @@ from minimind.tokenizer.chat import Message
 
 
 class PromptEncoder(Protocol):
-    """text_start: ids before every text, none with some models. text_end: what ends one."""
+    """The tokenizer functions that tasks need.
+
+    text_start: ids before every text, empty for some models. text_end: the id after every text.
+    """
 
     text_start: list[int]
     text_end: int
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of plain texts."""
+        """Return the ids of plain texts, without `text_start`."""
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation that is to be answered. Raises TokenizerError where none can be."""
+        """Return the ids of a conversation, up to where the answer begins.
+
+        Raises TokenizerError if the chat template rejects the messages.
+        """
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer as they stand after a prompt, without what ends it."""
+        """Return the ids of an answer as they follow a prompt, without the stop token."""
 
 
 class OwnPromptEncoder:
-    """By our own reading of a tokenizer's files."""
+    """Encoder based on `minimind.tokenizer`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -32,17 +38,17 @@ class OwnPromptEncoder:
         self.text_end = tokenizer.end_of_text
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """On all cores."""
+        """Return the ids of plain texts, encoded on all cores."""
         return self._tokenizer.encode_batch(texts)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """In the model's chat format."""
+        """Return the ids of a conversation in the model's chat format."""
         return encode_chat(self._tokenizer, messages, add_generation_prompt=True)[0]
 
     def answer(self, text: str) -> list[int]:
-        """What a model is to produce for it, its end apart."""
-        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-        ids, mask = encode_chat(self._tokenizer, talk)
+        """Return the supervised tokens of an assistant message, without the stop token."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+        ids, mask = encode_chat(self._tokenizer, messages)
         stops = self._tokenizer.stop_ids
-        own = [i for i, learned in zip(ids, mask, strict=True) if learned and i not in stops]
-        return own or self._tokenizer.encode(text)
+        answer = [i for i, is_label in zip(ids, mask, strict=True) if is_label and i not in stops]
+        return answer or self._tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval on a model directory: the extra `lm-eval`, and only here."""
+"""EleutherAI's lm-evaluation-harness (lm-eval), from the extra `lm-eval`."""
 
 import json
 from collections.abc import Mapping
@@ -23,10 +23,11 @@ def run_harness(
     limit: int | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Figures of its task `name`; those in `folder` where it was done before.
+    """Run lm-eval's task `name` on a model directory and return its metrics.
 
-    It downloads its data, and asks with as many examples as the task itself says. Raises
-    UsageError when it is not installed or has no such task.
+    Metrics of an earlier run with the same settings are read from `folder`. lm-eval downloads the
+    data and uses the task's own number of few-shot examples. Raises UsageError if lm-eval is not
+    installed or has no such task.
     """
     settings = {"task": f"lm-eval:{name}", "limit": limit, **identity, "dtype": "float32"}
     path = folder / f"{file_name(f'lm-eval:{name}')}.json"
@@ -37,16 +38,16 @@ def run_harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UsageError(
-            f"lm-eval is not installed ({error}); {install_line('lm-eval')}, then give the same "
-            "command"
+            f"lm-eval is not installed ({error}); {install_line('lm-eval')}, then run the same "
+            "command again"
         ) from error
     manager = TaskManager()
     if not manager.match_tasks([name]):
-        raise UsageError(f"lm-eval has no task {name}; `lm-eval ls tasks` lists them")
+        raise UsageError(f"lm-eval has no task {name}; `lm-eval ls tasks` lists all tasks")
     arguments = {"pretrained": str(directory), "dtype": "float32", "trust_remote_code": False}
     if adapter:
         arguments["peft"] = str(resolve_adapter_directory(adapter))
-    found = lm_eval.simple_evaluate(
+    output = lm_eval.simple_evaluate(
         model="hf",
         model_args=arguments,
         tasks=[name],
@@ -56,14 +57,14 @@ def run_harness(
         task_manager=manager,
         log_samples=False,
     )
-    several = len(found["results"]) > 1
+    several = len(output["results"]) > 1
     metrics = {
         f"{task}/{metric}" if several else metric: value
-        for task, values in found["results"].items()
-        for metric, value in ((name.removesuffix(",none"), v) for name, v in values.items())
+        for task, values in output["results"].items()
+        for metric, value in ((key.removesuffix(",none"), v) for key, v in values.items())
         if isinstance(value, int | float) and "stderr" not in metric
     }
     summary = {"task": f"lm-eval:{name}", "model": directory.name, "settings": settings}
-    summary |= {"metrics": metrics, "results": found["results"]}
+    summary |= {"metrics": metrics, "results": output["results"]}
     write_atomically(path, json.dumps(summary, ensure_ascii=False, indent=1, default=str) + "\n")
     return summary

@@ -1,9 +1,10 @@
-"""Answers put before a judge: two at a time, and again with sides swapped (Zheng et al. 2023).
+"""LLM as a judge: pairwise comparison in both orders (Zheng et al. 2023).
 
-A judge is any model that takes messages and gives text. It sees a question and two answers as A
-and B, and scores each from 0 to 100 with a reason. Which model is A the first time is drawn. What
-is not the JSON that was asked for is counted and not guessed at, and a pair counts once it was
-read both ways round, so that neither model was A more often than the other.
+A judge is any model that answers messages with text. It sees a question and two answers, A and B,
+and scores each from 0 to 100 with a reason. Each pair is judged again with the answers swapped;
+which order comes first is random, with a fixed seed. A reply that is not the requested JSON is
+counted, not interpreted. A pair counts only if both replies could be read, so that every model is A
+as often as B.
 """
 
 import hashlib
@@ -24,14 +25,14 @@ from numpy.typing import NDArray
 from minimind.data.strict_json import parse_json
 from minimind.errors import MinimindError
 from minimind.evaluation.open_ended import Prompt
-from minimind.evaluation.runner import read_results, writing
+from minimind.evaluation.runner import open_results, read_results
 from minimind.evaluation.statistics import wilson_interval
-from minimind.evaluation.tasks import MAX_CONSECUTIVE_ERRORS, Result, ask_concurrently
+from minimind.evaluation.tasks import MAX_CONSECUTIVE_ERRORS, Result, map_concurrently
 from minimind.tokenizer.chat import Message
 
 _LETTERS = ("A", "B")
 _RESAMPLES = 1000
-_EXCERPT = 500  # characters that are kept of a reply that cannot be read
+_EXCERPT = 500  # characters that are stored of an unreadable reply
 _SYSTEM = (
     "You are an impartial judge of answers to a question. Judge how right, helpful, clear and "
     "well written each answer is, in the language of the question. Length and order must not "
@@ -50,12 +51,12 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\s*```", re.DOTALL)
 
 Ask = Callable[[Sequence[Message]], str]
-Matrix = NDArray[numpy.float64]  # [questions, models], NaN where nothing is known
+Matrix = NDArray[numpy.float64]  # [questions, models], NaN if unknown
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the judge is asked at once: answers to a question in this order, by model."""
+    """A request to the judge: answers of some models to one question, in the order shown."""
 
     prompt: Prompt
     models: tuple[str, ...]
@@ -63,25 +64,25 @@ class Trial:
 
     @property
     def id(self) -> str:
-        """Another one where any text is another."""
-        whole = json.dumps([self.prompt.question, self.models, self.answers])
-        return f"{self.prompt.id} {hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+        """The question's id with a hash of all texts."""
+        texts = json.dumps([self.prompt.question, self.models, self.answers])
+        return f"{self.prompt.id} {hashlib.sha256(texts.encode()).hexdigest()[:16]}"
 
     def messages(self) -> list[Message]:
-        """The conversation that asks for it."""
+        """Return the conversation that asks the judge for scores."""
         letters = _LETTERS[: len(self.answers)]
         parts = [
             f"[answer {letter}]\n{answer or '(no word)'}\n[end of answer {letter}]"
             for letter, answer in zip(letters, self.answers, strict=True)
         ]
         form = ", ".join(['{"reason": "…"', *(f'"{letter}": 0-100' for letter in letters)]) + "}"
-        asked = _ASK.format(question=self.prompt.question, answers="\n\n".join(parts), form=form)
-        return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": asked}]
+        text = _ASK.format(question=self.prompt.question, answers="\n\n".join(parts), form=form)
+        return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}]
 
-    def read(self, reply: str) -> tuple[str, list[float]]:
-        """(reason, score of each answer). Raises ValueError for what is not as it was asked for.
+    def parse(self, reply: str) -> tuple[str, list[float]]:
+        """Return (reason, score of each answer). Raises ValueError for any other format.
 
-        A thought before it and a fence of code around it are let pass.
+        The JSON object may follow a <think> block and may be in a Markdown code block.
         """
         letters = _LETTERS[: len(self.answers)]
         text = _THOUGHT.sub("", reply).strip()
@@ -91,22 +92,22 @@ class Trial:
         if not isinstance(value, dict) or set(value) != {"reason", *letters}:
             raise ValueError("not an object with reason, " + ", ".join(letters))
         if not isinstance(value["reason"], str) or not value["reason"].strip():
-            raise ValueError("without a reason")
+            raise ValueError("no reason")
         scores = [value[letter] for letter in letters]
         if not all(type(score) in (int, float) and 0 <= score <= 100 for score in scores):
-            raise ValueError("a score that is no number from 0 to 100")
+            raise ValueError("a score is not a number from 0 to 100")
         return value["reason"].strip(), [float(score) for score in scores]
 
 
 def make_trials(prompts: Sequence[Prompt], answers: Mapping[str, Mapping[str, str]]) -> list[Trial]:
-    """Every two models that both answered a question, both ways round; a single model alone.
+    """Pair all models that answered a question, in both orders; a single model stays alone.
 
-    `answers`: by model, by question. Which way round comes first is the same each time.
+    answers: by model and question id. The order within a pair is shuffled with a fixed seed.
     """
     trials = []
     for prompt in prompts:
-        there = [model for model in answers if prompt.id in answers[model]]
-        for models in combinations(there, min(len(answers), 2)):
+        answered = [model for model in answers if prompt.id in answers[model]]
+        for models in combinations(answered, min(len(answers), 2)):
             orders = [models, models[::-1]][: len(models)]
             random.Random(f"{prompt.id} {models}").shuffle(orders)
             trials += [
@@ -122,40 +123,43 @@ def judge(
     path: Path,
     *,
     identity: Mapping[str, Any],
-    at_once: int = 8,
+    concurrency: int = 8,
     fresh: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Result]:
-    """What the judge said of each trial, by its id; written to `path` as it comes.
+    """Return the judge's replies by trial id, each written to `path` as soon as it is there.
 
-    What stands there already is not asked again, but for what failed. A judge that fails again
-    and again is asked no more. Raises UsageError when what stands there is of another judge.
+    Replies that `path` already has are not requested again, except failed ones. Judging stops
+    after MAX_CONSECUTIVE_ERRORS failures in a row. Raises UsageError if `path` has replies of
+    another judge.
     """
-    asking = hashlib.sha256(f"{_SYSTEM}{_ASK}".encode()).hexdigest()
-    header = {"task": "judge", "asking": asking, **identity}
+    instructions = hashlib.sha256(f"{_SYSTEM}{_ASK}".encode()).hexdigest()
+    header = {"task": "judge", "asking": instructions, **identity}
     results = {} if fresh else read_results(path, header)
-    wanted = {trial.id: trial for trial in trials}
-    left = [t for t in wanted.values() if "error" in results.get(t.id, {"error": ""})]
-    done, faults = len(wanted) - len(left), 0
-    progress(done, len(wanted))
-    with writing(path, header, results.values()) as write:
-        for place, reply in ask_concurrently(lambda trial: ask(trial.messages()), left, at_once):
-            name = left[place].id
-            results[name] = {"id": name, **_result(left[place], reply)}
+    by_id = {trial.id: trial for trial in trials}
+    remaining = [t for t in by_id.values() if "error" in results.get(t.id, {"error": ""})]
+    done, consecutive_errors = len(by_id) - len(remaining), 0
+    progress(done, len(by_id))
+    with open_results(path, header, results.values()) as write:
+        for index, reply in map_concurrently(
+            lambda trial: ask(trial.messages()), remaining, concurrency
+        ):
+            name = remaining[index].id
+            results[name] = {"id": name, **_to_result(remaining[index], reply)}
             write(results[name])
             done += 1
-            progress(done, len(wanted))
-            faults = faults + 1 if "error" in results[name] else 0
-            if faults >= MAX_CONSECUTIVE_ERRORS:
+            progress(done, len(by_id))
+            consecutive_errors = consecutive_errors + 1 if "error" in results[name] else 0
+            if consecutive_errors >= MAX_CONSECUTIVE_ERRORS:
                 break
-    return {name: results[name] for name in wanted if name in results}
+    return {name: results[name] for name in by_id if name in results}
 
 
-def _result(trial: Trial, reply: str | MinimindError) -> Result:
+def _to_result(trial: Trial, reply: str | MinimindError) -> Result:
     if isinstance(reply, MinimindError):
         return {"error": str(reply)}
     try:
-        reason, scores = trial.read(reply)
+        reason, scores = trial.parse(reply)
     except ValueError as error:
         return {"unreadable": str(error), "reply": reply[:_EXCERPT]}
     return {"models": trial.models, "scores": scores, "reason": reason}
@@ -164,26 +168,26 @@ def _result(trial: Trial, reply: str | MinimindError) -> Result:
 def verdicts(
     trials: Sequence[Trial], results: Mapping[str, Result], models: Sequence[str]
 ) -> dict[str, Any]:
-    """The figures of what was judged, models ranked by their mean score.
+    """Return the metrics of all replies, with the models ranked by their mean score.
 
-    Intervals are of 95 %: over questions drawn again (Efron 1979) for scores, shares of wins and
-    ranks, which are all of the same draws; Wilson's for the share of pairs that agree.
+    95 % intervals of scores, wins and ranks are from one bootstrap over questions (Efron 1979);
+    that of position consistency is Wilson's.
     """
-    order = list(dict.fromkeys(trial.prompt.id for trial in trials))
-    scores, wins = _Mean(order, models), _Mean(order, models)
-    agreeing = pairs = first = decided = 0
-    for both in _complete(trials, results):
-        for trial, said in both:
-            for model, score in zip(trial.models, said, strict=True):
+    questions = list(dict.fromkeys(trial.prompt.id for trial in trials))
+    scores, wins = _MeanTable(questions, models), _MeanTable(questions, models)
+    consistent = pairs = first = decided = 0
+    for orders in _complete_pairs(trials, results):
+        for trial, trial_scores in orders:
+            for model, score in zip(trial.models, trial_scores, strict=True):
                 scores.add(trial.prompt.id, model, score)
-        if len(both) == 1:
+        if len(orders) == 1:
             continue
-        signs = [_sign(said[0] - said[1]) for _, said in both]
-        for (trial, _), sign in zip(both, signs, strict=True):
+        signs = [_sign(trial_scores[0] - trial_scores[1]) for _, trial_scores in orders]
+        for (trial, _), sign in zip(orders, signs, strict=True):
             wins.add(trial.prompt.id, trial.models[0], (1 + sign) / 2)
             wins.add(trial.prompt.id, trial.models[1], (1 - sign) / 2)
         pairs += 1
-        agreeing += signs[0] == -signs[1]
+        consistent += signs[0] == -signs[1]
         first += sum(sign > 0 for sign in signs)
         decided += sum(sign != 0 for sign in signs)
     unreadable = Counter(r["unreadable"] for r in results.values() if "unreadable" in r)
@@ -201,15 +205,15 @@ def verdicts(
     if pairs:
         metrics |= {
             "pairs": pairs,
-            "agreement": agreeing / pairs,
-            "agreement_interval": wilson_interval(agreeing, pairs),
+            "position_consistency": consistent / pairs,
+            "position_consistency_interval": wilson_interval(consistent, pairs),
             "first_preferred": first / decided if decided else None,
         }
     return metrics
 
 
-class _Mean:
-    """Means by question and model."""
+class _MeanTable:
+    """Mean values by question and model."""
 
     def __init__(self, questions: Sequence[str], models: Sequence[str]) -> None:
         self._questions, self._models = questions, models
@@ -219,22 +223,23 @@ class _Mean:
         self._values.setdefault((question, model), []).append(value)
 
     def table(self) -> dict[str, dict[str, float]]:
-        """By question, by model."""
+        """Return the means by question and model."""
         table: dict[str, dict[str, float]] = {}
         for (question, model), values in self._values.items():
             table.setdefault(question, {})[model] = sum(values) / len(values)
         return table
 
     def matrix(self) -> Matrix:
+        """Return the means as an array [questions, models]."""
         table = self.table()
         rows = [[table.get(q, {}).get(m, math.nan) for m in self._models] for q in self._questions]
         return numpy.array(rows, dtype=float).reshape(len(self._questions), len(self._models))
 
 
-def _complete(
+def _complete_pairs(
     trials: Sequence[Trial], results: Mapping[str, Result]
 ) -> list[list[tuple[Trial, list[float]]]]:
-    """Trials with their scores, together with their other way round; where both were read."""
+    """Group the two orders of each pair, with their scores; drop pairs with an unreadable reply."""
     groups: dict[tuple[str, frozenset[str]], list[tuple[Trial, list[float]]]] = {}
     for trial in trials:
         if "scores" in (result := results.get(trial.id, {})):
@@ -248,34 +253,34 @@ def _sign(value: float) -> int:
 
 
 def _ranking(models: Sequence[str], scores: Matrix, wins: Matrix) -> list[dict[str, Any]]:
-    """The best first; who has no score is not in it."""
+    """Rank the models that have scores, best first."""
     if not len(scores):
         return []
-    means, won = _means(scores), _means(wins)
+    mean_scores, mean_wins = _column_means(scores), _column_means(wins)
     generator = numpy.random.default_rng(0)
     draws = [generator.integers(len(scores), size=len(scores)) for _ in range(_RESAMPLES)]
-    of_scores = numpy.array([_means(scores[rows]) for rows in draws])
-    of_wins = numpy.array([_means(wins[rows]) for rows in draws])
-    ranks = 1.0 + (of_scores[:, None, :] > of_scores[:, :, None]).sum(-1)
-    ranks[numpy.isnan(of_scores)] = math.nan  # drawn without any question that it has a score of
-    known = [place for place in range(len(models)) if not math.isnan(means[place])]
+    resampled_scores = numpy.array([_column_means(scores[rows]) for rows in draws])
+    resampled_wins = numpy.array([_column_means(wins[rows]) for rows in draws])
+    ranks = 1.0 + (resampled_scores[:, None, :] > resampled_scores[:, :, None]).sum(-1)
+    ranks[numpy.isnan(resampled_scores)] = math.nan  # the draw has no question with a score
+    ranked = [column for column in range(len(models)) if not math.isnan(mean_scores[column])]
     return [
         {
-            "rank": 1 + int((means > means[place]).sum()),
-            "rank_interval": [round(rank) for rank in _interval(ranks[:, place]) or ()],
-            "model": models[place],
-            "score": float(means[place]),
-            "score_interval": _interval(of_scores[:, place]),
-            "wins": None if math.isnan(won[place]) else float(won[place]),
-            "wins_interval": _interval(of_wins[:, place]),
-            "questions": int((~numpy.isnan(scores[:, place])).sum()),
+            "rank": 1 + int((mean_scores > mean_scores[column]).sum()),
+            "rank_interval": [round(rank) for rank in _interval(ranks[:, column]) or ()],
+            "model": models[column],
+            "score": float(mean_scores[column]),
+            "score_interval": _interval(resampled_scores[:, column]),
+            "wins": None if math.isnan(mean_wins[column]) else float(mean_wins[column]),
+            "wins_interval": _interval(resampled_wins[:, column]),
+            "questions": int((~numpy.isnan(scores[:, column])).sum()),
         }
-        for place in sorted(known, key=lambda place: -means[place])
+        for column in sorted(ranked, key=lambda column: -mean_scores[column])
     ]
 
 
-def _means(values: Matrix) -> Matrix:
-    """Of each column, without what is not known."""
+def _column_means(values: Matrix) -> Matrix:
+    """Return the mean of each column, ignoring NaN."""
     known = ~numpy.isnan(values)
     counts = known.sum(0)
     sums = numpy.where(known, values, 0).sum(0)
@@ -283,6 +288,7 @@ def _means(values: Matrix) -> Matrix:
 
 
 def _interval(values: Matrix) -> tuple[float, float] | None:
+    """Return the central 95 % of the values, ignoring NaN."""
     values = values[~numpy.isnan(values)]
     if not len(values):
         return None

@@ -1,4 +1,4 @@
-"""Model directories made ready to be examined."""
+"""Local models under evaluation."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -24,14 +24,14 @@ from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer, encode_chat
 from minimind.version import __version__
 
-_WARM_UP = 16  # tokens of an answer
+_WARM_UP_TOKENS = 16  # per prompt
 
 
 class LocalModel:
-    """A model or run directory. It is loaded when it is needed.
+    """A model or run directory, loaded on first use.
 
-    For likelihoods in float32, so that figures depend neither on the device nor on what stands
-    beside a question; to write in what the device is fastest in, as everywhere else.
+    Log-likelihoods are computed in float32, so that they do not depend on the device or the batch.
+    Answers are generated in the device's fastest dtype.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LocalModel:
         adapter: Path | None = None,
         context: int | None = None,
     ) -> None:
-        """Raises ModelError for what is no model or no adapter."""
+        """Resolve the paths. Raises ModelError if one is not a model or an adapter."""
         self.directory = resolve_model_directory(path)
         self.name = name_of(path) + (f" + {name_of(adapter)}" if adapter else "")
         self.adapter, self.context = adapter, context
@@ -50,11 +50,11 @@ class LocalModel:
         self._loaded: tuple[torch.dtype | None, Transformer, Tokenizer] | None = None
 
     def check(self) -> None:
-        """Raises ModelError or TokenizerError when it is of a kind that we do not read."""
+        """Load the model. Raises ModelError or TokenizerError if it is not supported."""
         self._load(torch.float32)
 
     def identity(self) -> dict[str, Any]:
-        """Return all that results depend on beside the task."""
+        """Return everything besides the task that results depend on."""
         adapter = resolve_adapter_directory(self.adapter) if self.adapter else None
         device = choose_device(self._device)
         return {
@@ -68,7 +68,7 @@ class LocalModel:
 
     def _load(self, dtype: torch.dtype | None) -> tuple[Transformer, Tokenizer]:
         if self._loaded is None or self._loaded[0] != dtype:
-            self._loaded = None  # one at a time
+            self._loaded = None  # free the other dtype first
             model, tokenizer = load_for_inference(
                 self.directory,
                 self._device,
@@ -80,46 +80,46 @@ class LocalModel:
         return self._loaded[1], self._loaded[2]
 
     def scorer(self) -> tuple[Scorer, PromptEncoder]:
-        """In float32. With a --context below the model's own, windows are that long."""
+        """Return a float32 scorer, limited to the context if one is given."""
         model, tokenizer = self._load(torch.float32)
         return EngineScorer(model, tokenizer, self.context), OwnPromptEncoder(tokenizer)
 
     def answers(
-        self, questions: Sequence[str], manner: GenerationConfig
+        self, questions: Sequence[str], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        """Each in a conversation of its own, as they end."""
+        """Answer questions; see Model."""
         model, tokenizer = self._load(None)
         prompts: dict[int, list[int]] = {}
-        for number, question in enumerate(questions):
-            asked = [{"role": "user", "content": question}]
+        for index, question in enumerate(questions):
+            messages = [{"role": "user", "content": question}]
             try:
-                prompts[number] = encode_chat(tokenizer, asked, add_generation_prompt=True)[0]
+                prompts[index] = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
             except MinimindError as error:
-                yield number, error
+                yield index, error
         if not prompts:
             return
-        longest = max(map(len, prompts.values())) + manner.max_new_tokens
+        longest = max(map(len, prompts.values())) + generation.max_new_tokens
         context = min(longest, self.context or longest)
-        sampling = Sampling(manner.temperature, manner.top_p)
-        slots = min(manner.at_once, len(prompts))
+        sampling = Sampling(generation.temperature, generation.top_p)
+        slots = min(generation.concurrency, len(prompts))
         with Engine(model, tokenizer, max_slots=slots, context=context) as engine:
             _warm_up(engine, list(prompts.values())[:slots])
             requests = [
                 Request(
                     prompt,
                     sampling,
-                    manner.max_new_tokens,
+                    generation.max_new_tokens,
                     stop_ids=frozenset(tokenizer.stop_ids),
-                    seed=manner.seed_of(questions[number]),
+                    seed=generation.seed_for(questions[index]),
                 )
-                for number, prompt in prompts.items()
+                for index, prompt in prompts.items()
             ]
-            numbers = list(prompts)
+            indices = list(prompts)
             before = time.perf_counter()
-            for index, generated in engine.generate(requests):
+            for number, generated in engine.generate(requests):
                 now = time.perf_counter()
                 yield (
-                    numbers[index],
+                    indices[number],
                     generated.error
                     or Answer(
                         generated.text.strip(),
@@ -132,20 +132,20 @@ class LocalModel:
 
 
 def _warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
-    """Write a few words, so that speed is not that of first steps, which take far longer."""
-    # Without their first token, so that nothing of the prompts themselves is kept for later.
-    fitting = [prompt[1:] for prompt in prompts if 1 < len(prompt) < engine.context]
-    requests = [Request(prompt, Sampling(temperature=0), _WARM_UP) for prompt in fitting]
+    """Generate a few tokens, because the first steps are far slower than all later ones."""
+    # Without the first token, so that the prefix cache does not hold the prompts themselves.
+    shortened = [prompt[1:] for prompt in prompts if 1 < len(prompt) < engine.context]
+    requests = [Request(prompt, Sampling(temperature=0), _WARM_UP_TOKENS) for prompt in shortened]
     for _ in engine.generate(requests):
         pass
 
 
 def name_of(path: Path) -> str:
-    """What a model is called: its directory, or the run's whose model it is."""
+    """Return the name of a model: its directory, or its run directory."""
     parts = [part for part in path.resolve().parts if part not in ("model", "adapter")]
     return parts[-1]
 
 
 def name_of_device(device: torch.device) -> str:
-    """Return the kind of a device, of a GPU the name of its model, which results depend on."""
+    """Return the GPU's model name, or the device type for other devices."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,25 +1,36 @@
-"""Exams of multiple choice as a task."""
+"""Multiple-choice benchmarks as tasks."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from minimind.evaluation.benchmark_prompts import Asked, PromptBuilder, Style, choose
+from minimind.evaluation.benchmark_prompts import ChoicePrompt, PromptBuilder, Style, choose
 from minimind.evaluation.benchmarks import LETTERS, Question, Questions, subject_info
 from minimind.evaluation.scoring import Row
-from minimind.evaluation.tasks import Model, Result, accuracy, results_of, scored, spread
+from minimind.evaluation.tasks import (
+    Model,
+    Result,
+    accuracy,
+    evenly_spaced,
+    score_items,
+    to_results,
+)
 
 
 class MultipleChoice:
-    """An exam of multiple choice, asked in one of three styles."""
+    """A multiple-choice benchmark with one of three prompt styles (see benchmark_prompts)."""
 
     unit = "question"
 
     def __init__(self, questions: Questions, style: Style, shots: int, limit: int | None) -> None:
-        self.exam, self._style = questions.exam, style
+        self.benchmark, self._style = questions.benchmark, style
         self._shots = 0 if style == "chat" else shots
-        self.name = f"{self.exam.name} ({style}{f', {self._shots} shots' if self._shots else ''})"
-        self.questions, self.examples = spread(questions.asked, limit), questions.examples
+        self.name = (
+            f"{self.benchmark.name} ({style}{f', {self._shots} shots' if self._shots else ''})"
+        )
+        self.questions = evenly_spaced(questions.questions, limit)
+        self.examples = questions.examples
         self.bad = questions.bad
         self._sha256 = questions.sha256()
 
@@ -27,9 +38,9 @@ class MultipleChoice:
         return len(self.questions)
 
     def settings(self) -> dict[str, Any]:
-        """The questions too."""
+        """Return the settings, with a hash of the questions."""
         return {
-            "task": self.exam.name,
+            "task": self.benchmark.name,
             "style": self._style,
             "shots": self._shots,
             "questions": len(self),
@@ -37,49 +48,51 @@ class MultipleChoice:
         }
 
     def texts(self) -> dict[str, str]:
-        """What is asked about: a passage, else the question without its options.
+        """Return the passage of each question if it has one, else the question without options.
 
-        Others share options, and the questions about passages: what does the text say?
+        Options, and questions about a passage ("What does the text say?"), occur in many places.
         """
-        return {one.id: one.passage or one.question for one in self.questions}
+        return {question.id: question.passage or question.question for question in self.questions}
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
-        """One subject after the other, for its questions begin alike."""
-        scorer, words = model.scorer()
-        asker = PromptBuilder(words, self.exam, self._style, self._shots, scorer.context)
-        left = [question for question in self.questions if question.id not in done]
-        left.sort(key=lambda question: question.subject)
+        """Yield results subject by subject, because prompts of a subject share a prefix."""
+        scorer, encoder = model.scorer()
+        builder = PromptBuilder(encoder, self.benchmark, self._style, self._shots, scorer.context)
+        remaining = [question for question in self.questions if question.id not in done]
+        remaining.sort(key=lambda question: question.subject)
 
-        def ask(question: Question) -> tuple[Asked, Sequence[Row]]:
-            asked = asker.ask(question, self.examples.get(question.subject, ()))
-            return asked, asked.rows
+        def prepare(question: Question) -> tuple[Sequence[Row], Callable[[list[float]], Result]]:
+            prompt = builder.build(question, self.examples.get(question.subject, ()))
+            return prompt.rows, partial(_to_result, question, prompt)
 
-        return results_of(
-            (one.id, found if isinstance(found, Exception) else _choice_result(one, *found))
-            for one, found in scored(scorer, left, ask)
-        )
+        items = ((question.id, question) for question in remaining)
+        return to_results(score_items(scorer, items, prepare))
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Share of right ones by subject and group, with what guessing gives."""
+        """Return the accuracy, overall and by subject and group, with that of random guessing."""
         by_id = {question.id: question for question in self.questions}
         rows = [(by_id[result["id"]], result) for result in results]
         by_subject: dict[str, list[tuple[Question, Result]]] = {}
         by_group: dict[str, list[tuple[Question, Result]]] = {}
         for question, result in rows:
             by_subject.setdefault(question.subject, []).append((question, result))
-            group = subject_info(self.exam.name, question.subject).group
+            group = subject_info(self.benchmark.name, question.subject).group
             by_group.setdefault(group, []).append((question, result))
-        by_place = Counter(result["answer"] for _, result in rows)
-        return _share(rows) | {
-            "by_group": {name: _share(some) for name, some in sorted(by_group.items())},
-            "by_subject": {name: _share(some) for name, some in sorted(by_subject.items())},
-            "answers": dict(sorted(by_place.items())),
+        letters = Counter(result["answer"] for _, result in rows)
+        return _accuracy_and_chance(rows) | {
+            "by_group": {
+                name: _accuracy_and_chance(group) for name, group in sorted(by_group.items())
+            },
+            "by_subject": {
+                name: _accuracy_and_chance(subject) for name, subject in sorted(by_subject.items())
+            },
+            "answers": dict(sorted(letters.items())),
             "fewest_shots": min((result["shots"] for _, result in rows), default=0),
             "cut": sum(result.get("cut", False) for _, result in rows),
         }
 
     def tables(self, results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
-        """A row a question for each subject: its options, the right answer and the model's."""
+        """Return a table per subject: question, options, the right answer and the model's."""
         by_id = {result["id"]: result for result in results}
         tables: dict[str, list[dict[str, Any]]] = {}
         for question in self.questions:
@@ -95,19 +108,18 @@ class MultipleChoice:
         return tables
 
 
-def _choice_result(question: Question, asked: Asked, scores: list[float]) -> Result:
-    chosen = choose(asked, scores)
-    cut = {"cut": True} if asked.cut else {}
+def _to_result(question: Question, prompt: ChoicePrompt, scores: list[float]) -> Result:
+    chosen = choose(prompt, scores)
     return {
         "right": chosen == question.answer,
         "answer": LETTERS[chosen],
         "expected": question.letter,
         "scores": scores,
-        "shots": asked.shots,
-    } | cut
+        "shots": prompt.shots,
+    } | ({"cut": True} if prompt.truncated else {})
 
 
-def _share(rows: Sequence[tuple[Question, Result]]) -> dict[str, Any]:
+def _accuracy_and_chance(rows: Sequence[tuple[Question, Result]]) -> dict[str, Any]:
     correct = sum(result["right"] for _, result in rows)
     chances = [1 / len(question.options) for question, _ in rows]
     return accuracy(correct, len(rows)) | {"chance": sum(chances) / max(len(chances), 1)}

@@ -1,4 +1,4 @@
-"""The final number of an answer, by which GSM8K and CMATH are scored."""
+"""Extraction of the final number of an answer, by which GSM8K and CMATH are scored."""
 
 import re
 import unicodedata
@@ -9,11 +9,11 @@ from fractions import Fraction
 from minimind.evaluation.numerals import ENGLISH, chinese_value, english_value
 
 _MAX_DIGITS = 400  # of a number, and of its exponent
-_MAX_CHARACTERS = 20_000  # of an answer; its number stands near its end
+_MAX_CHARACTERS = 20_000  # of an answer, counted from its end
 _SUPERSCRIPTS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 _CHARACTERS = str.maketrans({c: "-" for c in "‐‒–—−"} | {"⁄": "/", "∕": "/", "∶": ":", "’": "'"})
 
-# Characters and LaTeX that do not belong to the number, or stand for one in another form.
+# Removes text that is not part of a number, and rewrites other notations of numbers.
 _REWRITES = [
     (re.compile(pattern, re.IGNORECASE), into)
     for pattern, into in [
@@ -76,8 +76,8 @@ _NUMBER = re.compile(
 )
 _PERCENT = re.compile(r"\s*(?:%|per\s?cent\b)", re.IGNORECASE)
 
-# A Chinese numeral of two characters or more that cannot be part of another word.
-_SURE = re.compile(
+# A Chinese numeral of at least two characters that cannot be part of another word.
+_UNAMBIGUOUS = re.compile(
     r"[二两三四五六七八九]?十[一二三四五六七八九].*|[一二两三四五六七八九][十百千万亿].*|.+点.+"
     r"|[一二三四五六七八九][零〇一二三四五六七八九]*[零〇][零〇一二三四五六七八九]*"
 )
@@ -86,7 +86,7 @@ _MEASURED = re.compile(
     r"步年月日天周小秒米厘毫公斤吨升度层排行组班页题道间辆架艘台盒箱袋包瓶杯碗盘倍段节座口家户份克千]"
     r"|[。，！；,.!;?)]|\s|$)"
 )
-# Before a numeral that may be part of another word: it is the result.
+# Text before an ambiguous numeral that shows that it is the result.
 _RESULT = re.compile(r"(?:等于|得到?|分到?|剩下?|余数?是?|还有|需要|答案[是为:]|=)[了约]?\s*$")
 _RESULT_OF_MANY = re.compile(
     rf"{_RESULT.pattern}|(?:[是为有了用差多少]|共有?)约?\s*$"
@@ -116,45 +116,45 @@ _DIRECT = re.compile(
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A number in a text. sure: certainly a number, and no part of another word."""
+class _Number:
+    """A number in a text. ambiguous: it may be part of another word."""
 
     start: int
     end: int
     value: Fraction | None  # None: too large to be computed
     percent: bool = False
-    sure: bool = True
+    ambiguous: bool = False
 
 
 def last_number(text: str) -> Fraction | None:
-    r"""Return the final number of an answer, None where there is none.
+    r"""Return the final number of an answer, None if there is none.
 
-    It is the number that the answer itself marks (\boxed{}, ####, "the answer is", 答案是), else
+    It is the number that the answer marks (\boxed{}, ####, "the answer is", 答案是), else
     the last one. A fraction, a mixed number and a ratio are one number each; a percent sign does
     not change the value.
     """
-    found = _final(text)
-    return found.value if found else None
+    number = _final(text)
+    return number.value if number else None
 
 
 def is_same_number(expected: str, answer: str) -> bool:
-    """Whether an answer's final number is the expected one; 20 % is both 20 and 0.2."""
+    """Return True if an answer's final number is the expected one; 20 % equals both 20 and 0.2."""
     first, second = _final(expected), _final(answer)
     if first is None or second is None or first.value is None or second.value is None:
         return False
     if first.value == second.value:
         return True
-    shares = [
+    fractions = [
         value / (100 if percent else 1)
         for value, percent in ((first.value, first.percent), (second.value, second.percent))
     ]
-    return first.percent != second.percent and shares[0] == shares[1]
+    return first.percent != second.percent and fractions[0] == fractions[1]
 
 
-def _final(text: str) -> _Found | None:
+def _final(text: str) -> _Number | None:
     plain = _normalized(text.rpartition("</think>")[2][-_MAX_CHARACTERS:])
-    if found := _last(_without_braces(_boxed(plain))):
-        return found
+    if number := _last(_without_braces(_boxed(plain))):
+        return number
     plain = _without_braces(_BOXED.sub(" {", plain))
     for match in list(_HASHES.finditer(plain))[-1:]:
         numbers = list(_numbers(match[1]))
@@ -162,13 +162,13 @@ def _final(text: str) -> _Found | None:
             return numbers[0]
     for match in list(_MARKER.finditer(plain))[:-4:-1]:
         sentence = _SENTENCE.split(plain[match.end() :].lstrip(), maxsplit=1)[0]
-        if found := _stated(sentence):
-            return found
+        if number := _stated(sentence):
+            return number
     return _last(plain)
 
 
-def _stated(sentence: str) -> _Found | None:
-    """The number that a sentence after "the answer is" gives."""
+def _stated(sentence: str) -> _Number | None:
+    """Return the number in the rest of a sentence after "the answer is"."""
     equals = list(re.finditer(r"[=≈]|等于", sentence))
     if equals:
         result = sentence[equals[-1].end() :]
@@ -176,24 +176,24 @@ def _stated(sentence: str) -> _Found | None:
         direct = bool(numbers) and _DIRECT.fullmatch(result[: numbers[0].start])
         if direct and not _OPERATOR.match(result, numbers[0].end):
             return numbers[0]
-        if found := _last(result):
-            return found
+        if number := _last(result):
+            return number
     numbers = list(_numbers(sentence))
     if numbers and _DIRECT.fullmatch(sentence[: numbers[0].start]):
         return numbers[0]
     return _last(sentence)
 
 
-def _last(text: str) -> _Found | None:
-    """The last number; one that may be part of a word only where it is said to be the result."""
+def _last(text: str) -> _Number | None:
+    """Return the last number; an ambiguous one counts only where the text calls it the result."""
     numbers = list(_numbers(text))
-    last = next((one for one in reversed(numbers) if one.sure), None)
-    later = [one for one in numbers if last is None or one.start > last.start]
-    for one in reversed(later):
-        result = _RESULT if one.value in (1, Fraction(1, 2)) else _RESULT_OF_MANY
-        if not one.sure and result.search(text[max(one.start - 24, 0) : one.start]):
-            return one
-    return last or next((one for one in reversed(later) if one.value != 1), None)
+    last = next((number for number in reversed(numbers) if not number.ambiguous), None)
+    later = [number for number in numbers if last is None or number.start > last.start]
+    for number in reversed(later):
+        result = _RESULT if number.value in (1, Fraction(1, 2)) else _RESULT_OF_MANY
+        if number.ambiguous and result.search(text[max(number.start - 24, 0) : number.start]):
+            return number
+    return last or next((number for number in reversed(later) if number.value != 1), None)
 
 
 def _normalized(text: str) -> str:
@@ -214,7 +214,7 @@ def _plain_fraction(match: re.Match[str]) -> str:
 
 
 def _boxed(text: str) -> str:
-    r"""The content of the last \boxed{…}, nested braces included."""
+    r"""Return the content of the last \boxed{…}, with nested braces."""
     *_, start = 0, *(match.end() for match in _BOXED.finditer(text))
     end, depth = start, 1 if start else 0
     while depth and end < len(text):
@@ -228,10 +228,10 @@ def _without_braces(text: str) -> str:
     return re.sub(r"\\[A-Za-z]+|[{}]", " ", text)
 
 
-def _numbers(text: str) -> Iterator[_Found]:
+def _numbers(text: str) -> Iterator[_Number]:
     for match in _NUMBER.finditer(text):
-        sure = _is_sure(match)
-        if match["plain"] and not sure and not _stands_alone(match):
+        ambiguous = _is_ambiguous(match)
+        if match["plain"] and ambiguous and not _is_followed_by_unit(match):
             continue
         try:
             value = _value(match)
@@ -240,18 +240,18 @@ def _numbers(text: str) -> Iterator[_Found]:
         if value is not None and _is_negative(text[max(match.start() - 16, 0) : match.start()]):
             value = -value
         percent = bool(match["percent"] or _PERCENT.match(text, match.end()))
-        yield _Found(match.start(), match.end(), value, percent, sure)
+        yield _Number(match.start(), match.end(), value, percent, ambiguous)
 
 
-def _is_sure(match: re.Match[str]) -> bool:
+def _is_ambiguous(match: re.Match[str]) -> bool:
     plain = match["plain"]
     if plain is None:
-        return not (match["english"] or match["one_half"])
-    return bool(re.search(r"\d", plain) or _SURE.fullmatch(plain))
+        return bool(match["english"] or match["one_half"])
+    return not (re.search(r"\d", plain) or _UNAMBIGUOUS.fullmatch(plain))
 
 
-def _stands_alone(match: re.Match[str]) -> bool:
-    """Whether a Chinese numeral is no part of another word, such as 一共 and 十分有趣."""
+def _is_followed_by_unit(match: re.Match[str]) -> bool:
+    """Return True for a Chinese numeral before a unit, False within words such as 一共."""
     before = match.string[max(match.start() - 1, 0) : match.start()]
     return before not in {"第", "每"} and bool(_MEASURED.match(match.string, match.end()))
 
@@ -264,7 +264,7 @@ def _is_negative(before: str) -> bool:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """The value of a number, None for one with too many digits. Raises ZeroDivisionError."""
+    """Return the value of a number, None if it has too many digits. Raises ZeroDivisionError."""
     if len(match[0]) > _MAX_DIGITS:
         return None
     parts = {name: text for name, text in match.groupdict().items() if text}

@@ -1,4 +1,4 @@
-"""Values of numbers that are written in words: Chinese numerals and English number words."""
+"""Values of Chinese numerals and English number words."""
 
 import re
 from fractions import Fraction
@@ -25,11 +25,11 @@ ENGLISH = rf"\b(?:{_ANY_WORD})(?:(?:[ -]|\s+and\s+)(?:{_ANY_WORD}))*\b"
 def chinese_value(text: str) -> Fraction:
     """Return the value of a numeral such as 一百零五, 三亿五千万, 二〇二四, 三点一四, 3万5千.
 
-    A digit right after a unit counts in the next lower unit, as it is spoken: 一百六 is 160.
+    A single digit after a unit counts in the next lower unit, as in speech: 一百六 is 160.
     """
     for unit, value in _UNITS.items():
-        left, found, right = text.rpartition(unit)
-        if found:
+        left, separator, right = text.rpartition(unit)
+        if separator:
             lower = value // 10 if len(right) == 1 else 1
             return (chinese_value(left) if left else 1) * value + chinese_value(right) * lower
     digits = "".join(str(_DIGITS.get(char, char)) for char in text.replace("点", "."))

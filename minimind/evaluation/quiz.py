@@ -1,14 +1,21 @@
-"""The quiz: questions in words that were never trained on, asked of a model, and marked."""
+"""The textbook's quiz: questions in wordings that were not trained on, scored by keywords."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minimind.data.textbook import QuizQuestion, is_fluent, is_right
+from minimind.data.invalid import InvalidRecords
+from minimind.data.textbook import QuizQuestion, is_fluent, is_right, sample_quiz
+from minimind.evaluation.generative import GenerativeQuestion, GenerativeTask
+from minimind.evaluation.tasks import evenly_spaced
+
+_NUM_QUESTIONS = 400
+_SEED = 1
+_MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Marked:
-    """A question with the model's answer. right: it matches the keywords; fluent: see is_fluent."""
+class ScoredAnswer:
+    """A model's answer. right: it matches the keywords; fluent: see `is_fluent`."""
 
     question: QuizQuestion
     answer: str
@@ -16,18 +23,37 @@ class Marked:
     fluent: bool
 
 
-def mark(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> list[Marked]:
-    """Mark each answer."""
-    return [
-        Marked(question, answer, is_right(question, answer), is_fluent(answer))
-        for question, answer in zip(questions, answers, strict=True)
-    ]
+def score_answer(question: QuizQuestion, answer: str) -> ScoredAnswer:
+    """Score one answer."""
+    return ScoredAnswer(question, answer, is_right(question, answer), is_fluent(answer))
 
 
-def by_subject(marked: Sequence[Marked]) -> dict[str, tuple[int, int]]:
-    """(right, asked) for each subject."""
+def score_answers(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> list[ScoredAnswer]:
+    """Score the answers to as many questions."""
+    return [score_answer(q, answer) for q, answer in zip(questions, answers, strict=True)]
+
+
+def by_subject(answers: Sequence[ScoredAnswer]) -> dict[str, tuple[int, int]]:
+    """Return (right answers, questions) per subject."""
     table: dict[str, tuple[int, int]] = {}
-    for one in marked:
-        right, asked = table.get(one.question.subject, (0, 0))
-        table[one.question.subject] = (right + one.right, asked + 1)
+    for answer in answers:
+        right, questions = table.get(answer.question.subject, (0, 0))
+        table[answer.question.subject] = (right + answer.right, questions + 1)
     return table
+
+
+def quiz_task(limit: int | None) -> GenerativeTask:
+    """Return the quiz as a task, with the same questions as in the demo."""
+    questions = [
+        GenerativeQuestion(q.question, q.question, q.answer, _score_of(q), q.subject)
+        for q in evenly_spaced(sample_quiz(_NUM_QUESTIONS, seed=_SEED), limit)
+    ]
+    return GenerativeTask("quiz", questions, _MAX_NEW_TOKENS, InvalidRecords())
+
+
+def _score_of(question: QuizQuestion) -> Callable[[str], dict[str, bool]]:
+    def score(answer: str) -> dict[str, bool]:
+        scored = score_answer(question, answer)
+        return {"right": scored.right, "fluent": scored.fluent}
+
+    return score

@@ -1,8 +1,8 @@
-"""Tasks put to models: results written as they come, so that a stopped evaluation goes on.
+"""Run a task on a model and store results as they come, so that an evaluation can be resumed.
 
-<folder>/<task>.jsonl   a header that says of what model and questions, then a result a line
-<folder>/<task>.json    the figures, once all is done
-<folder>/<task>/…csv    for multiple choice, a table a subject
+<folder>/<task>.jsonl   a header that identifies model and task, then one result per line
+<folder>/<task>.json    the metrics, when all items are done
+<folder>/<task>/…csv    for multiple choice, a table per subject
 """
 
 import csv
@@ -34,17 +34,18 @@ def evaluate(
     fresh: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Put the task to the model, but for what was done before; the figures.
+    """Run a task on a model and return the metrics.
 
-    identity: all that results depend on beside the task. Raises UsageError when the folder holds
-    results of another model or of other questions, and ResourceError when nothing can be written.
+    Items that `folder` has results of are not run again, unless `fresh`. identity: everything
+    besides the task that the results depend on. Raises UsageError if the folder has results of
+    another model or task, and ResourceError if it cannot be written.
     """
     path = folder / f"{file_name(task.name)}.jsonl"
     header = {**task.settings(), **identity}
     results = {} if fresh else read_results(path, header)
     done = {name for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()
-    with writing(path, header, results.values()) as write:
+    with open_results(path, header, results.values()) as write:
         progress(before, len(task))
         for result in task.run(model, done):
             write(result)
@@ -58,14 +59,14 @@ def evaluate(
         "task": task.name,
         "model": model.name,
         **task.summary(good),
-        **_faults(list(results.values()), task),
+        **_error_metrics(list(results.values()), task),
         "seconds": seconds,
         "asked_now": len(results) - before,
         "settings": header,
     }
     if contamination:
-        without = [result for result in good if result["id"] not in contamination.found]
-        summary["contamination"] = contamination.metrics() | {"without": task.summary(without)}
+        clean = [result for result in good if result["id"] not in contamination.found]
+        summary["contamination"] = contamination.metrics() | {"without": task.summary(clean)}
     text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
     write_atomically(path.with_suffix(".json"), text)
     if isinstance(task, MultipleChoice):
@@ -74,14 +75,14 @@ def evaluate(
 
 
 def file_name(text: str) -> str:
-    """A name that any file system takes."""
+    """Return a file name for a text that is valid on every file system."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "_"
 
 
 def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
-    """The whole lines of a file of results by id, the last of each; none where there is no file.
+    """Read the results in a file, by id; the last one counts. Empty if there is no file.
 
-    Raises UsageError when they are of something else than `header` says.
+    Raises UsageError if the file's header differs from `header`.
     """
     try:
         content = path.read_bytes()
@@ -89,28 +90,28 @@ def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
         return {}
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = content.split(b"\n")[:-1]  # a line that was being written when the power failed is none
+    lines = content.split(b"\n")[:-1]  # a line without an end was interrupted
     if not lines:
         return {}
-    found = _object(lines[0])
-    if differing := sorted(key for key in {*found, *header} if found.get(key) != header.get(key)):
+    stored = _parse_object(lines[0])
+    if differing := sorted(key for key in {*stored, *header} if stored.get(key) != header.get(key)):
         raise UsageError(
-            f"{path}: holds results of another evaluation ({', '.join(differing)} differ); "
-            "give another --out, or --fresh to start over"
+            f"{path}: has results of another evaluation ({', '.join(differing)} differ); "
+            "choose another --out, or start over with --fresh"
         )
-    results = [result for line in lines[1:] if "id" in (result := _object(line))]
+    results = [result for line in lines[1:] if "id" in (result := _parse_object(line))]
     return {str(result["id"]): result for result in results}
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one where there is none or it is damaged."""
+    """Read the JSON object in a file; empty if the file is missing or damaged."""
     try:
-        return _object(path.read_bytes())
+        return _parse_object(path.read_bytes())
     except OSError:
         return {}
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def _parse_object(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError:
@@ -119,34 +120,34 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(
+def open_results(
     path: Path, header: Mapping[str, Any], kept: Iterable[Result] = ()
 ) -> Iterator[Callable[[Result], None]]:
-    """Write a file of results anew with those that are kept; yield a function that adds a line.
+    """Rewrite a file of results and yield a function that appends one.
 
-    An item has one line: errors are left out here, for their items are tried again.
+    Kept results with errors are left out, because their items are tried again.
     """
     lines = [header, *(result for result in kept if "error" not in result)]
     try:
-        write_atomically(path, "".join(map(_line, lines)))
+        write_atomically(path, "".join(map(_to_line, lines)))
         file = path.open("ab")
     except OSError as error:
         raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
 
     def write(value: Mapping[str, Any]) -> None:
-        file.write(_line(value).encode("utf-8", "replace"))
+        file.write(_to_line(value).encode("utf-8", "replace"))
         file.flush()
 
     with file:
         yield write
 
 
-def _line(value: Mapping[str, Any]) -> str:
+def _to_line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def _faults(results: Sequence[Result], task: Task) -> dict[str, Any]:
-    """What went wrong: how many, and the first few of each."""
+def _error_metrics(results: Sequence[Result], task: Task) -> dict[str, Any]:
+    """Count failed items and unreadable lines, with examples."""
     errors = {result["id"]: result["error"] for result in results if "error" in result}
     return {
         "failed": len(errors),
@@ -164,7 +165,8 @@ def _write_tables(folder: Path, tables: Mapping[str, list[dict[str, Any]]]) -> N
         writer = csv.DictWriter(text, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(folder / name, "\ufeff" + text.getvalue())  # the mark that Excel wants
+        # Excel recognizes UTF-8 by the byte order mark.
+        write_atomically(folder / name, "\ufeff" + text.getvalue())
     for old in folder.glob("*.csv"):
         if old.name not in names:
             old.unlink()

@@ -1,9 +1,12 @@
-"""How likely a model holds texts to be: many at once, each as if it stood alone."""
+"""Log-likelihood scoring: the log-probability that a model gives to given tokens.
+
+Many sequences are scored together. Each score has the same bits as if it were computed alone.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from minimind.errors import UsageError
 from minimind.inference.engine import Completion, Engine, ScoreRequest
@@ -11,100 +14,115 @@ from minimind.model import Transformer
 from minimind.model.rope import depends_on_length
 from minimind.tokenizer import Tokenizer
 
-_SLOTS = 32
-_TOKENS = 64 * 512  # of all slots together
-_ROOM = 512  # tokens of a slot to begin with, for a context may be far longer than any question
-_AHEAD = 64  # items that are in line, so that the engine never waits for words
+K = TypeVar("K")
+
+_MAX_SLOTS = 32
+_CACHE_TOKENS = 64 * 512  # KV cache size of all slots together
+_MIN_SLOT_TOKENS = 512  # the slot size at first: most questions are far shorter than the context
+_LOOKAHEAD = 64  # items submitted before the first one is awaited, so that the engine never idles
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of which those from `start` on are scored, each given all before it."""
+    """A token sequence whose tokens from index `start` on are scored, given all before them."""
 
     tokens: tuple[int, ...]
     start: int
 
 
 class Scorer(Protocol):
-    """What gives likelihoods. context: as many tokens of a row as the model reads."""
+    """A source of log-likelihoods. context: the maximum number of tokens the model attends to."""
 
     context: int
 
-    def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:
-        """For each item, in their order, what the model gives its rows, or why there is nothing.
+    def score(
+        self, items: Iterable[tuple[K, Sequence[Row]]]
+    ) -> Iterator[tuple[K, list[float] | Exception]]:
+        """Score (key, rows) pairs and yield (key, scores or error) in the same order.
 
-        Of each row, the natural logarithm of what its scored tokens come to, together. Items are
-        taken as they are needed, some ahead; one without rows has no scores.
+        The score of a row is the sum of the natural log-probabilities of its scored tokens. Items
+        are consumed lazily, some ahead of the scores. An item without rows has no scores.
         """
 
 
 class EngineScorer:
-    """By the engine. context: None = the model's own."""
+    """Scorer on the inference engine. context: None means the model's own."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, context: int | None = None
     ) -> None:
-        longest = model.config.max_position_embeddings
-        self.context = min(context or longest, longest)
+        max_context = model.config.max_position_embeddings
+        self.context = min(context or max_context, max_context)
         self._model, self._tokenizer = model, tokenizer
 
-    def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:
+    def score(
+        self, items: Iterable[tuple[K, Sequence[Row]]]
+    ) -> Iterator[tuple[K, list[float] | Exception]]:
         """See Scorer."""
-        asked: deque[list[_Asked] | UsageError] = deque()
-        engine = self._engine(_ROOM)
+        pending: deque[tuple[K, list[_Pending] | UsageError]] = deque()
+
+        def finish_first() -> tuple[K, list[float] | Exception]:
+            key, parts = pending.popleft()
+            return key, parts if isinstance(parts, UsageError) else _wait(parts)
+
+        engine = self._create_engine(_MIN_SLOT_TOKENS)
         try:
-            for rows in items:
+            for key, rows in items:
                 longest = max((len(row.tokens) - 1 for row in rows), default=0)
                 if longest > engine.context:
-                    while asked:
-                        yield _collect(asked.popleft())
+                    while pending:
+                        yield finish_first()
                     engine.close()
-                    engine = self._engine(longest)
+                    engine = self._create_engine(longest)
                 try:
-                    asked.append(self._ask(engine, rows))
-                except UsageError as error:  # a token that the model does not have
-                    asked.append(error)
-                if len(asked) > _AHEAD:
-                    yield _collect(asked.popleft())
-            while asked:
-                yield _collect(asked.popleft())
+                    pending.append((key, self._submit(engine, rows)))
+                except UsageError as error:  # such as a token id outside the vocabulary
+                    pending.append((key, error))
+                if len(pending) > _LOOKAHEAD:
+                    yield finish_first()
+            while pending:
+                yield finish_first()
         finally:
             engine.close()
 
-    def _engine(self, longest: int) -> Engine:
-        room = min(max(_ROOM, 1 << (longest - 1).bit_length()), self.context)
-        slots = min(max(_TOKENS // room, 1), _SLOTS)
-        return Engine(self._model, self._tokenizer, max_slots=slots, context=room)
+    def _create_engine(self, num_tokens: int) -> Engine:
+        """Create an engine whose slots hold `num_tokens`, rounded up to a power of two."""
+        size = min(max(_MIN_SLOT_TOKENS, 1 << (num_tokens - 1).bit_length()), self.context)
+        slots = min(max(_CACHE_TOKENS // size, 1), _MAX_SLOTS)
+        return Engine(self._model, self._tokenizer, max_slots=slots, context=size)
 
-    def _ask(self, engine: Engine, rows: Sequence[Row]) -> "list[_Asked]":
-        """Rows that begin alike are ends of one text, unless their length counts."""
-        together: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        for number, row in enumerate(rows):
-            assert 0 < row.start < len(row.tokens) <= self.context + 1, "a row that does not fit"
+    def _submit(self, engine: Engine, rows: Sequence[Row]) -> "list[_Pending]":
+        """Submit rows with the same prompt as continuations of one request.
+
+        With RoPE scaling that depends on the length, only rows of the same length share a request.
+        """
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for index, row in enumerate(rows):
+            assert 0 < row.start < len(row.tokens) <= self.context + 1, "row exceeds the context"
             length = len(row.tokens) - 1
-            own = length if depends_on_length(self._model.config, length) else 0
-            together.setdefault((row.tokens[: row.start], own), []).append(number)
+            scaled_length = length if depends_on_length(self._model.config, length) else 0
+            groups.setdefault((row.tokens[: row.start], scaled_length), []).append(index)
         return [
-            _Asked(numbers, engine.submit(ScoreRequest(prompt, [_end(rows[n]) for n in numbers])))
-            for (prompt, _), numbers in together.items()
+            _Pending(
+                indices,
+                engine.submit(
+                    ScoreRequest(prompt, [rows[i].tokens[rows[i].start :] for i in indices])
+                ),
+            )
+            for (prompt, _), indices in groups.items()
         ]
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Some rows of an item, by their numbers, on their way."""
+class _Pending:
+    """A submitted request, with the indices of its rows in their item."""
 
-    numbers: Sequence[int]
+    indices: Sequence[int]
     completion: Completion
 
 
-def _end(row: Row) -> tuple[int, ...]:
-    return row.tokens[row.start :]
-
-
-def _collect(parts: Sequence[_Asked] | UsageError) -> list[float] | Exception:
-    if isinstance(parts, UsageError):
-        return parts
+def _wait(parts: Sequence[_Pending]) -> list[float] | Exception:
+    """Wait for the requests of an item and return the scores of its rows."""
     scores: dict[int, float] = {}
     for part in parts:
         try:
@@ -112,17 +130,18 @@ def _collect(parts: Sequence[_Asked] | UsageError) -> list[float] | Exception:
                 pass
         except Exception as error:
             return error
-        scores.update(zip(part.numbers, part.completion.scores, strict=True))
-    return [scores[number] for number in sorted(scores)]
+        scores.update(zip(part.indices, part.completion.scores, strict=True))
+    return [scores[index] for index in sorted(scores)]
 
 
-def windows(tokens: Sequence[int], start: Sequence[int], context: int) -> list[Row]:
-    """Rows that score each of the tokens once, none longer than the context allows.
+def sliding_windows(tokens: Sequence[int], start: Sequence[int], context: int) -> list[Row]:
+    """Split a text into rows that fit the context and score each of its tokens once.
 
-    `start` stands before the first. A long text is read in windows that overlap by half, so that
-    each token is given half the context at the least (but for the first ones of the text).
+    `start` holds the tokens before the text, at least one. Consecutive rows overlap by half a
+    context, so that every token except those of the first row has at least half a context before
+    it.
     """
-    assert start, "the first token needs something before it"
+    assert start, "the first token needs a token before it"
     all_tokens = (*start, *tokens)
     rows: list[Row] = []
     scored = len(start)

@@ -1,34 +1,36 @@
-"""How sure a figure is: 95 % intervals."""
+"""95 % confidence intervals."""
 
 import math
 from collections.abc import Sequence
 
 import numpy
 
-_Z = 1.959964  # the normal distribution's 97.5 % point
+_Z = 1.959964  # the normal distribution's 97.5 % quantile
 _RESAMPLES = 1000
 
 
 def wilson_interval(correct: int, questions: int) -> tuple[float, float]:
-    """The share that `correct` of `questions` may stand for (Wilson 1927, equation 4)."""
+    """Return the Wilson score interval of a proportion (Wilson 1927, equation 4)."""
     if not questions:
         return 0.0, 1.0
-    share, weight = correct / questions, _Z**2 / questions
-    middle = (share + weight / 2) / (1 + weight)
-    spread = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
-    return max(middle - spread, 0.0), min(middle + spread, 1.0)
+    proportion, weight = correct / questions, _Z**2 / questions
+    center = (proportion + weight / 2) / (1 + weight)
+    margin = math.sqrt(proportion * (1 - proportion) * weight + weight**2 / 4) / (1 + weight)
+    return max(center - margin, 0.0), min(center + margin, 1.0)
 
 
-def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Of sum(parts) / sum(wholes), by drawing the pairs again and again (Efron 1979).
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float]
+) -> tuple[float, float]:
+    """Return the bootstrap interval of sum(numerators) / sum(denominators) (Efron 1979).
 
-    The draws are the same each time. One pair alone says nothing: its interval is its ratio.
+    Pairs are resampled with a fixed seed. For a single pair, both bounds are its ratio.
     """
-    part, whole = numpy.asarray(parts, float), numpy.asarray(wholes, float)
+    numerator, denominator = numpy.asarray(numerators, float), numpy.asarray(denominators, float)
     generator = numpy.random.default_rng(0)
     ratios = numpy.empty(_RESAMPLES)
     for draw in range(_RESAMPLES):
-        rows = generator.integers(len(part), size=len(part))
-        ratios[draw] = part[rows].sum() / max(whole[rows].sum(), 1e-300)
+        rows = generator.integers(len(numerator), size=len(numerator))
+        ratios[draw] = numerator[rows].sum() / max(denominator[rows].sum(), 1e-300)
     low, high = numpy.quantile(ratios, (0.025, 0.975))
     return float(low), float(high)

@@ -1,52 +1,54 @@
-"""What models are asked: each task reads its items, has a model deal with them, and adds up.
+"""Interfaces of tasks and models, and helpers that all tasks share.
 
-A result is a JSON object with the item's `id`; one that has an `error` gave none, and is tried
-again when an evaluation goes on.
+A task holds items (questions, documents), runs them on a model and summarizes the results. The
+result of an item is a JSON object with the item's `id`. An item that failed has an `error` instead
+of metrics; it is tried again when the evaluation is resumed.
 """
 
 import zlib
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from minimind.data.read import InvalidRecords
+from minimind.data.invalid import InvalidRecords
 from minimind.errors import MinimindError
 from minimind.evaluation.encoding import PromptEncoder
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.statistics import wilson_interval
 
 Result = dict[str, Any]
+Outcome = tuple[str, Result | Exception]  # item id, with the item's result or its error
 T = TypeVar("T")
 R = TypeVar("R")
-MAX_CONSECUTIVE_ERRORS = 10  # one after the other; then it is not the questions
+MAX_CONSECUTIVE_ERRORS = 10  # after that many in a row, the fault is not in the items
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are written; temperature 0 takes the likeliest word each time.
+    """Decoding settings for answers. Temperature 0 is greedy decoding.
 
-    at_once: how many questions are answered together, at the most.
+    concurrency: the maximum number of questions answered at the same time.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
-    at_once: int = 64
+    concurrency: int = 64
 
     top_p = 0.9  # as in `minimind chat`
 
-    def seed_of(self, question: str) -> int:
-        """A question's own, wherever it stands among others."""
+    def seed_for(self, question: str) -> int:
+        """Return the sampling seed of a question, independent of its position."""
         return (self.seed + zlib.crc32(question.encode("utf-8", "replace"))) % 2**32
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote. Its length in tokens, and whether it came to its end, where it is known.
+    """A generated answer.
 
-    seconds: since the answer before it came, or since the first question was asked.
+    tokens: its length, None if unknown. ended: False if the token limit cut it off, None if
+    unknown. seconds: time since the previous answer, or since the start for the first one.
     """
 
     text: str
@@ -56,21 +58,27 @@ class Answer:
 
 
 class Model(Protocol):
-    """Something to examine. A service has no scorer; asking for it raises UsageError."""
+    """A model under evaluation."""
 
     name: str
 
     def scorer(self) -> tuple[Scorer, PromptEncoder]:
-        """What gives likelihoods."""
+        """Return a log-likelihood scorer and the encoder for its prompts.
+
+        Raises UsageError for remote models, which give no log-likelihoods.
+        """
 
     def answers(
-        self, questions: Sequence[str], manner: GenerationConfig
+        self, questions: Sequence[str], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        """(place of the question, the model's answer or why there is none) as they come."""
+        """Answer each question in a separate conversation.
+
+        Yields (index of the question, answer or error) in order of completion.
+        """
 
 
 class Task(Protocol):
-    """One exam, or whatever else is measured."""
+    """A benchmark or another measurement."""
 
     name: str
     unit: str
@@ -78,19 +86,20 @@ class Task(Protocol):
 
     def __len__(self) -> int: ...
     def settings(self) -> dict[str, Any]:
-        """All that its results depend on, but for the model."""
+        """Return everything besides the model that the results depend on."""
 
     def texts(self) -> dict[str, str]:
-        """What is asked, by id, to be looked for in training data; none where that is no use."""
+        """Return the texts to search training data for, by item id; empty if not applicable."""
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
-        """Results of all items but those that are done, as they come."""
+        """Yield the results of all items whose ids are not in `done`, in order of completion."""
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
-        """The figures of results that have no error."""
+        """Return the metrics of results without errors."""
 
 
 def accuracy(correct: int, questions: int) -> dict[str, Any]:
+    """Return the accuracy with its counts and its 95 % interval."""
     return {
         "correct": correct,
         "questions": questions,
@@ -99,72 +108,74 @@ def accuracy(correct: int, questions: int) -> dict[str, Any]:
     }
 
 
-def results_of(found: Iterable[tuple[str, Result | Exception]]) -> Iterator[Result]:
-    """Of (id, what came of the item or why nothing did).
+def to_results(outcomes: Iterable[Outcome]) -> Iterator[Result]:
+    """Convert outcomes to results. Raises the last of MAX_CONSECUTIVE_ERRORS errors in a row."""
+    consecutive_errors = 0
+    for name, outcome in outcomes:
+        if isinstance(outcome, Exception):
+            consecutive_errors += 1
+            if consecutive_errors >= MAX_CONSECUTIVE_ERRORS:
+                raise outcome
+            yield {"id": name, "error": format_error(outcome)}
+        else:
+            consecutive_errors = 0
+            yield {"id": name, **outcome}
 
-    Raises the fault of an item when those before it had one too: it is not the items' then.
+
+def score_items(
+    scorer: Scorer,
+    items: Iterable[tuple[str, T]],
+    prepare: Callable[[T], tuple[Sequence[Row], Callable[[list[float]], Result]]],
+) -> Iterator[Outcome]:
+    """Score (id, item) pairs, in order.
+
+    `prepare` returns the rows of an item, and a function from their scores to the item's result.
     """
-    faults = 0
-    for name, one in found:
-        if isinstance(one, Exception):
-            faults += 1
-            if faults >= MAX_CONSECUTIVE_ERRORS:
-                raise one
-            yield {"id": name, "error": told(one)}
-        else:
-            faults = 0
-            yield {"id": name, **one}
 
-
-def scored(
-    scorer: Scorer, items: Iterable[T], ask: Callable[[T], tuple[R, Sequence[Row]]]
-) -> Iterator[tuple[T, tuple[R, list[float]] | Exception]]:
-    """Each item, in their order, with what `ask` makes of it and the scores of its rows."""
-    waiting: deque[tuple[T, R | Exception]] = deque()
-
-    def rows() -> Iterator[Sequence[Row]]:
-        for item in items:
+    def requests() -> Iterator[tuple[tuple[str, Callable[[list[float]], Result] | Exception], Any]]:
+        for name, item in items:
             try:
-                asked, of_it = ask(item)
+                rows, to_result = prepare(item)
             except Exception as error:
-                waiting.append((item, error))
-                yield ()
+                yield (name, error), ()
             else:
-                waiting.append((item, asked))
-                yield of_it
+                yield (name, to_result), rows
 
-    for scores in scorer.score(rows()):
-        item, asked = waiting.popleft()
-        if isinstance(asked, Exception):
-            yield item, asked
+    for (name, to_result), scores in scorer.score(requests()):
+        if isinstance(to_result, Exception):
+            yield name, to_result
         elif isinstance(scores, Exception):
-            yield item, scores
+            yield name, scores
         else:
-            yield item, (asked, scores)
+            yield name, to_result(scores)
 
 
-def ask_concurrently(
-    ask: Callable[[T], R], items: Sequence[T], at_once: int
+def map_concurrently(
+    function: Callable[[T], R], items: Sequence[T], concurrency: int
 ) -> Iterator[tuple[int, R | MinimindError]]:
-    """(place of the item, what `ask` gives or why it does not) as they come, from threads."""
-    with ThreadPoolExecutor(at_once) as pool:
-        places = {pool.submit(ask, item): place for place, item in enumerate(items)}
+    """Call a function on all items in threads.
+
+    Yields (index of the item, return value or MinimindError) in order of completion.
+    """
+    with ThreadPoolExecutor(concurrency) as pool:
+        indices = {pool.submit(function, item): index for index, item in enumerate(items)}
         try:
-            for future in as_completed(places):
+            for future in as_completed(indices):
                 try:
-                    yield places[future], future.result()
+                    yield indices[future], future.result()
                 except MinimindError as error:
-                    yield places[future], error
+                    yield indices[future], error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def told(error: Exception) -> str:
+def format_error(error: Exception) -> str:
+    """Return the message of our own errors; of others the class name too."""
     return str(error) if isinstance(error, MinimindError) else f"{type(error).__name__}: {error}"
 
 
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` of the items, from all over."""
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most `limit` items, evenly spaced over the sequence. None means all."""
     if limit is None or limit >= len(items):
         return list(items)
-    return [items[place * len(items) // limit] for place in range(limit)]
+    return [items[index * len(items) // limit] for index in range(limit)]

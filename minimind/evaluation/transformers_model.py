@@ -1,6 +1,6 @@
-"""Models that are not ours to read, by transformers: the one place that knows it, an extra.
+"""Models of unsupported architectures, loaded by transformers (an extra).
 
-They are slower, for nothing that questions begin with is shared; figures are the same kind.
+They are slower than ours, because there is no prefix cache; the metrics mean the same.
 """
 
 import itertools
@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,13 +24,15 @@ from minimind.model.device import choose_device
 from minimind.tokenizer.chat import Message
 from minimind.version import __version__
 
-_AT_ONCE = 8  # answers
-_ITEMS = 64  # whose likelihoods are asked for together
-_TOKENS = 2048  # read at once
+K = TypeVar("K")
+
+_MAX_BATCH_SIZE = 8  # of generation
+_ITEMS = 64  # items that are scored together
+_BATCH_TOKENS = 2048  # tokens per forward pass when scoring
 
 
 def is_installed() -> bool:
-    """Whether there is a transformers to fall back on."""
+    """Return True if transformers can be imported."""
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -39,14 +41,14 @@ def is_installed() -> bool:
 
 
 class TransformersModel:
-    """A directory of any causal model that transformers ships a class for; no remote code."""
+    """A directory of any causal model that transformers has a class for; no remote code."""
 
     adapter = None
 
     def __init__(
         self, directory: Path, device: str = "auto", *, context: int | None = None
     ) -> None:
-        """Raises ModelError when it cannot be loaded."""
+        """Load the model in float32. Raises ModelError if that fails."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.directory, self.name, self.context = directory, name_of(directory), context
@@ -56,175 +58,189 @@ class TransformersModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 directory, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
-        except Exception as error:  # whatever its files make of it
+        except Exception as error:  # transformers raises errors of many classes
             reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{directory}: nor can transformers load it: {reason}") from error
-        longest = _longest_of(model)
-        if context is not None and context > longest:
             raise ModelError(
-                f"{directory}: transformers reads {longest:,} tokens of it, and {context:,} are "
-                f"asked for; give a context of at most {longest}"
+                f"{directory}: transformers cannot load it either: {reason}"
+            ) from error
+        max_context = _max_context(model)
+        if context is not None and context > max_context:
+            raise ModelError(
+                f"{directory}: a context of {context:,} tokens is more than the model's "
+                f"{max_context:,}; give a context of at most {max_context}"
             )
         self._model = model.to(chosen).eval()
 
     def identity(self) -> dict[str, Any]:
-        """Return all that results depend on beside the task."""
-        from transformers import __version__ as theirs
+        """Return everything besides the task that results depend on."""
+        from transformers import __version__ as transformers_version
 
         return {
             "version": __version__,
             "model": fingerprint(self.directory),
             "adapter": None,
             "context": self.context,
-            "by": f"transformers {theirs}",
+            "by": f"transformers {transformers_version}",
             "device": name_of_device(self._model.device),
             "dtype": "float32",
         }
 
     def scorer(self) -> tuple[Scorer, PromptEncoder]:
-        """Likelihoods in float32."""
-        return _Scorer(self._model, self.context), _Words(self._tokenizer, self.directory)
+        """Return a float32 scorer."""
+        return _Scorer(self._model, self.context), _TransformersEncoder(
+            self._tokenizer, self.directory
+        )
 
     def answers(
-        self, questions: Sequence[str], manner: GenerationConfig
+        self, questions: Sequence[str], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        """A few at once, those of one length together; what is drawn, one by one."""
-        words = _Words(self._tokenizer, self.directory)
+        """Answer questions; see Model.
+
+        Greedy decoding batches prompts of the same length; sampling answers one by one.
+        """
+        encoder = _TransformersEncoder(self._tokenizer, self.directory)
         prompts: dict[int, list[int]] = {}
-        for place, question in enumerate(questions):
+        for index, question in enumerate(questions):
             try:
-                prompts[place] = words.prompt([{"role": "user", "content": question}])
+                prompts[index] = encoder.prompt([{"role": "user", "content": question}])
             except MinimindError as error:
-                yield place, error
-        order = sorted(prompts, key=lambda place: len(prompts[place]))
-        at_once = min(_AT_ONCE, manner.at_once) if manner.temperature == 0 else 1
+                yield index, error
+        remaining = sorted(prompts, key=lambda index: len(prompts[index]))
+        greedy = generation.temperature == 0
+        batch_size = min(_MAX_BATCH_SIZE, generation.concurrency) if greedy else 1
         before = time.perf_counter()
-        while order:
-            length = len(prompts[order[0]])
-            some = [place for place in order[:at_once] if len(prompts[place]) == length]
-            order = order[len(some) :]
-            written = self._write([prompts[place] for place in some], questions[some[0]], manner)
-            for place, ids in zip(some, written, strict=True):
+        while remaining:
+            length = len(prompts[remaining[0]])
+            batch = [i for i in remaining[:batch_size] if len(prompts[i]) == length]
+            remaining = remaining[len(batch) :]
+            outputs = self._generate([prompts[i] for i in batch], questions[batch[0]], generation)
+            for index, ids in zip(batch, outputs, strict=True):
                 now = time.perf_counter()
                 text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
-                ended = len(ids) < manner.max_new_tokens
-                yield place, Answer(text, len(ids), ended, now - before)
+                ended = len(ids) < generation.max_new_tokens
+                yield index, Answer(text, len(ids), ended, now - before)
                 before = now
 
-    def _write(
-        self, prompts: Sequence[Sequence[int]], question: str, manner: GenerationConfig
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], question: str, generation: GenerationConfig
     ) -> list[list[int]]:
-        """New tokens of prompts of one length, without the one that stopped them."""
+        """Return the new tokens of prompts of the same length, without stop tokens."""
         tokens = torch.tensor(prompts, device=self._model.device)
-        drawn: dict[str, Any] = {"do_sample": False}
-        if manner.temperature:
-            torch.manual_seed(manner.seed_of(question))
-            drawn = {"do_sample": True, "top_k": 0, "top_p": manner.top_p}
-            drawn["temperature"] = manner.temperature
+        sampling: dict[str, Any] = {"do_sample": False}
+        if generation.temperature:
+            torch.manual_seed(generation.seed_for(question))
+            sampling = {"do_sample": True, "top_k": 0, "top_p": generation.top_p}
+            sampling["temperature"] = generation.temperature
         stops = self._model.generation_config.eos_token_id
         stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
         with torch.inference_mode():
-            written = self._model.generate(
+            output = self._model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=manner.max_new_tokens,
-                pad_token_id=_Words(self._tokenizer, self.directory).text_end,
-                **drawn,
+                max_new_tokens=generation.max_new_tokens,
+                pad_token_id=_TransformersEncoder(self._tokenizer, self.directory).text_end,
+                **sampling,
             )
-        rows = written[:, tokens.shape[1] :].tolist()
+        rows = output[:, tokens.shape[1] :].tolist()
         return [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
 
 
-def _longest_of(model: Any) -> int:
+def _max_context(model: Any) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 2048
 
 
 class _Scorer:
-    """Rows of like length in batches, padded on the right, where a causal model does not look."""
+    """Scorer that batches rows of similar length, padded on the right.
+
+    The causal mask hides the padding, so no attention mask is needed.
+    """
 
     def __init__(self, model: Any, context: int | None) -> None:
-        self.context = context or _longest_of(model)
+        self.context = context or _max_context(model)
         self._model = model
 
-    def score(self, items: Iterable[Sequence[Row]]) -> Iterator[list[float] | Exception]:
-        """Many items at once; where that goes wrong, each alone, for it may be one's fault."""
-        remaining = iter(items)
-        while some := list(itertools.islice(remaining, _ITEMS)):
+    def score(
+        self, items: Iterable[tuple[K, Sequence[Row]]]
+    ) -> Iterator[tuple[K, list[float] | Exception]]:
+        """See Scorer. If a group of items fails, each is scored separately to find the cause."""
+        iterator = iter(items)
+        while group := list(itertools.islice(iterator, _ITEMS)):
             try:
-                found = self._scores(some)
+                scores = self._scores([rows for _, rows in group])
             except Exception:
-                found = [self._alone(rows) for rows in some]
-            yield from found
+                scores = [self._score_item(rows) for _, rows in group]
+            for (key, _), item_scores in zip(group, scores, strict=True):
+                yield key, item_scores
 
-    def _alone(self, rows: Sequence[Row]) -> list[float] | Exception:
+    def _score_item(self, rows: Sequence[Row]) -> list[float] | Exception:
         try:
             return self._scores([rows])[0]
         except Exception as error:
             return error
 
     def _scores(self, items: Sequence[Sequence[Row]]) -> list[list[float] | Exception]:
-        wanted: dict[tuple[int, ...], list[Row]] = {}  # by what is read of it
+        by_input: dict[tuple[int, ...], list[Row]] = {}
         for row in itertools.chain(*items):
-            wanted.setdefault(row.tokens[:-1], []).append(row)
-        reads = sorted(wanted, key=len, reverse=True)
+            by_input.setdefault(row.tokens[:-1], []).append(row)
+        inputs = sorted(by_input, key=len, reverse=True)
         scores: dict[Row, float] = {}
-        while reads:
-            at_once = max(_TOKENS // len(reads[0]), 1)
-            batch, reads = reads[:at_once], reads[at_once:]
-            for read, logits in zip(batch, self._logits(batch), strict=True):
-                scores |= {row: _log_likelihood(logits, row) for row in wanted[read]}
+        while inputs:
+            batch_size = max(_BATCH_TOKENS // len(inputs[0]), 1)
+            batch, inputs = inputs[:batch_size], inputs[batch_size:]
+            for tokens, logits in zip(batch, self._logits(batch), strict=True):
+                scores |= {row: _log_likelihood(logits, row) for row in by_input[tokens]}
         return [_checked([scores[row] for row in rows]) for rows in items]
 
     @torch.inference_mode()
     def _logits(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
-        """[reads, tokens of the first, vocab]; the first is the longest."""
+        """Return logits [inputs, tokens, vocab]; the first input must be the longest."""
         width = len(batch[0])
-        padded = [[*read, *[0] * (width - len(read))] for read in batch]
+        padded = [[*ids, *[0] * (width - len(ids))] for ids in batch]
         tokens = torch.tensor(padded, device=self._model.device)
         return self._model(tokens, use_cache=False).logits
 
 
 def _log_likelihood(logits: Tensor, row: Row) -> float:
-    """logits: [tokens, vocab], of the row and what pads it."""
-    where = torch.arange(row.start - 1, len(row.tokens) - 1, device=logits.device)
+    """Return the log-likelihood of a row. logits: [tokens, vocab], with those of the padding."""
+    positions = torch.arange(row.start - 1, len(row.tokens) - 1, device=logits.device)
     tokens = torch.tensor(row.tokens[row.start :], device=logits.device)
-    own = logits[where].float().log_softmax(-1).gather(1, tokens[:, None])
-    return sum(own[:, 0].tolist())
+    log_probs = logits[positions].float().log_softmax(-1).gather(1, tokens[:, None])
+    return sum(log_probs[:, 0].tolist())
 
 
 def _checked(scores: list[float]) -> list[float] | Exception:
     return scores if all(map(math.isfinite, scores)) else ModelError(NON_FINITE)
 
 
-class _Words:
-    """By transformers' own tokenizer."""
+class _TransformersEncoder:
+    """Encoder based on the tokenizer of transformers."""
 
     def __init__(self, tokenizer: Any, directory: Path) -> None:
         self._tokenizer, self._directory = tokenizer, directory
-        bare = self.encode_batch(["a"])[0]
+        plain = self.encode_batch(["a"])[0]
         full = tokenizer("a")["input_ids"]
-        self.text_start = full[: full.index(bare[0])] if bare and bare[0] in full else []
-        between = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-        self.text_end: int = next(token for token in between if token is not None)
+        self.text_start = full[: full.index(plain[0])] if plain and plain[0] in full else []
+        candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+        self.text_end: int = next(token for token in candidates if token is not None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Without a beginning of text."""
+        """Return the ids of plain texts, without special tokens."""
         if not texts:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """By the stored template. Raises TokenizerError where there is none, or it refuses."""
+        """Apply the chat template. Raises TokenizerError if there is none or it fails."""
         try:
             return self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:
             raise TokenizerError(
-                f"{self._directory}: its chat format has no place for this ({error}); "
-                "--style letter and --style answer need none"
+                f"{self._directory}: the chat template rejects the messages ({error}); "
+                "--style letter and --style answer need no chat template"
             ) from error
 
     def answer(self, text: str) -> list[int]:
-        """Alone, for it stands at the beginning of a line."""
+        """Return the ids of the text alone, as at the start of a line."""
         return self.encode_batch([text])[0]

@@ -1,1 +1,1 @@
-"""Before a run: estimates of memory and time, sweeps, the self-test of `minimind doctor`."""
+"""Planning around training: resource estimates, sweeps over settings, and the self-test."""

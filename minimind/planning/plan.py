@@ -1,4 +1,4 @@
-"""What a stage will take, before anything of it is done."""
+"""Estimate the memory, the steps and the time of a stage before it runs."""
 
 import math
 import time
@@ -19,23 +19,21 @@ from minimind.model import Transformer
 from minimind.model.device import choose_device, free_bytes
 from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch
-from minimind.training.build import KINDS, build_model, footprint, load_tokenizer
-from minimind.training.memory import divisors
+from minimind.training.build import build_footprint, build_model, load_tokenizer
+from minimind.training.datasets import KINDS
+from minimind.training.memory import Footprint, divisors
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import choose_precision
 
-# What a process takes beside tensors: torch itself, and on a GPU its context and libraries.
-_PROCESS = {"cpu": 400 << 20, "cuda": 450 << 20, "mps": 400 << 20}
+# Memory of a process besides tensors: PyTorch itself, and on a GPU the CUDA context and libraries.
+_PROCESS_BYTES = {"cpu": 400 << 20, "cuda": 450 << 20, "mps": 400 << 20}
+_MAX_LISTED_MICRO_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """bytes are bytes, seconds seconds; None where nobody can know.
-
-    memory: by part, with `micro_batch` windows at once. tokens: what is seen in the whole run.
-    measured: tokens a second of a short trial, and the time of the run at that rate.
-    """
+    """The estimated cost of a stage, in bytes and seconds; None for what is unknown."""
 
     parameters: int
     active_parameters: int
@@ -43,42 +41,45 @@ class Plan:
     device: str
     precision: str
     seq_len: int
-    batch: int
-    micro_batch: int | None
+    global_batch_size: int
+    micro_batch_size: int | None  # the requested or the largest fitting one; None if none fits
     activation_checkpointing: bool
-    memory: dict[str, int]
-    memory_given: int | None
-    choices: list[dict[str, int | bool]]  # {"micro_batch", "activation_checkpointing", "bytes"}
-    data_tokens: int | None
+    memory: dict[str, int]  # by component, at that micro-batch size
+    memory_limit: int | None
+    choices: list[dict[str, int | bool]]  # [{micro_batch_size, activation_checkpointing, bytes}]
+    data_tokens: int | None  # in an epoch
     steps: int | None
-    tokens: int | None
-    flops_a_token: int
-    tokens_per_second: float | None
-    seconds: float | None
+    tokens: int | None  # in all steps
+    flops_per_token: int
+    tokens_per_second: float | None  # measured in a short trial
+    seconds: float | None  # of the run, at that rate
 
     def metrics(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the plan as JSON values."""
         return vars(self) | {"memory_total": sum(self.memory.values())}
 
 
 def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.0) -> Plan:
-    """Plan the stage of `recipe`: the micro-batch that fits into `memory` bytes (None = what is
-    free on the device), and the time from a trial of about so many seconds (0 = no trial).
+    """Plan the stage of `recipe`.
 
-    With `memory` given the device may be one that another machine has; then there is no trial.
-    Raises what loading the tokenizer, the model and the data raises.
+    memory: bytes to plan for; None means what is free on the device. If it is given, the device may
+    be one that this machine lacks, and then nothing is measured.
+    seconds: duration of the trial that measures the speed; 0 means no trial.
+    Raises whatever loading the tokenizer, the model and the data raises.
     """
-    device, is_here = _device(recipe.device, elsewhere=memory is not None)
-    precision = choose_precision(recipe.training.precision, device).name if is_here else "?"
-    free = free_bytes(device) if is_here else None  # beside this process, before the model is there
+    device, is_present = _device(recipe.device, allow_missing=memory is not None)
+    precision = choose_precision(recipe.training.precision, device).name if is_present else "?"
+    free = free_bytes(device) if is_present else None  # before the model is loaded
     tokenizer = load_tokenizer(recipe)
-    model = build_model(recipe, tokenizer, device if is_here else torch.device("cpu"))
-    asked, training = footprint(recipe, model, device), recipe.training
-    given = memory
+    model = build_model(recipe, tokenizer, device if is_present else torch.device("cpu"))
+    footprint, training = build_footprint(recipe, model, device), recipe.training
+    process = _PROCESS_BYTES[device.type]
+    limit = memory
     if memory is None and free is not None:
-        given = free + _PROCESS[device.type]
-    room = None if given is None else given - _PROCESS[device.type]
-    fitting = asked.fitting(training.global_batch_size, room)
+        limit = free + process  # this process is running already
+    fitting = footprint.largest_micro_batch(
+        training.global_batch_size, None if limit is None else limit - process
+    )
     micro_batch = training.micro_batch_size or fitting
     data_tokens = _data_tokens(recipe, tokenizer)
     steps = training.steps
@@ -87,69 +88,77 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         steps = max(1, math.ceil(sequences / training.global_batch_size))
     tokens = steps * training.global_batch_size * recipe.data.seq_len if steps else None
     rate = None
-    fits_here = micro_batch and (free is None or asked.total(micro_batch) <= free)
-    if seconds and is_here and micro_batch and fits_here:
-        rate = _rate(recipe, model, device, micro_batch, seconds)
-    parts = asked.parts(micro_batch or 1)
+    fits_here = micro_batch and (free is None or footprint.total(micro_batch) <= free)
+    if seconds and is_present and micro_batch and fits_here:
+        rate = _measure_rate(recipe, model, device, micro_batch, seconds)
     return Plan(
-        parameters=asked.parameters,
+        parameters=footprint.parameters,
         active_parameters=model.num_active_parameters,
-        trained_parameters=asked.trained_parameters,
+        trained_parameters=footprint.trained_parameters,
         device=str(device),
         precision=precision,
         seq_len=recipe.data.seq_len,
-        batch=training.global_batch_size,
-        micro_batch=micro_batch,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=micro_batch,
         activation_checkpointing=training.activation_checkpointing,
-        memory={"process": _PROCESS[device.type]} | parts,
-        memory_given=given,
-        choices=[
-            {
-                "micro_batch": sequences,
-                "activation_checkpointing": again,
-                "bytes": _PROCESS[device.type]
-                + replace(asked, activation_checkpointing=again).total(sequences),
-            }
-            for sequences in _round_numbers(training.global_batch_size)
-            for again in (False, True)
-        ],
+        memory={"process": process} | footprint.components(micro_batch or 1),
+        memory_limit=limit,
+        choices=_choices(footprint, training.global_batch_size, process),
         data_tokens=data_tokens,
         steps=steps,
         tokens=tokens,
-        flops_a_token=flops_a_token(model, recipe.data.seq_len, training.activation_checkpointing),
+        flops_per_token=flops_per_token(
+            model, recipe.data.seq_len, training.activation_checkpointing
+        ),
         tokens_per_second=rate,
         seconds=tokens / rate if tokens and rate else None,
     )
 
 
-def _round_numbers(batch: int) -> list[int]:
-    """Micro-batches to show: divisors of the batch, each at least twice the one before, to 64."""
-    shown: list[int] = []
-    for number in reversed(divisors(batch)):
-        if number <= 64 and (not shown or number >= 2 * shown[-1]):
-            shown.append(number)
-    return shown
+def _choices(
+    footprint: Footprint, global_batch_size: int, process: int
+) -> list[dict[str, int | bool]]:
+    """Estimate the memory of some micro-batch sizes, with and without activation checkpointing.
+
+    The sizes are divisors of the global batch size, each at least twice the one before.
+    """
+    sizes: list[int] = []
+    for size in reversed(divisors(global_batch_size)):
+        if size <= _MAX_LISTED_MICRO_BATCH and (not sizes or size >= 2 * sizes[-1]):
+            sizes.append(size)
+    return [
+        {
+            "micro_batch_size": size,
+            "activation_checkpointing": recompute,
+            "bytes": process + replace(footprint, activation_checkpointing=recompute).total(size),
+        }
+        for size in sizes
+        for recompute in (False, True)
+    ]
 
 
-def _device(name: str, *, elsewhere: bool) -> tuple[torch.device, bool]:
-    """The device, and whether this machine has it. Raises ResourceError where it must have it."""
+def _device(name: str, *, allow_missing: bool) -> tuple[torch.device, bool]:
+    """Return the device and whether this machine has it. Raises ResourceError if it must."""
     try:
         return choose_device(name), True
     except ResourceError:
-        if not elsewhere or name.partition(":")[0] not in _PROCESS:
+        if not allow_missing or name.partition(":")[0] not in _PROCESS_BYTES:
             raise
         return torch.device(name), False
 
 
-def flops_a_token(model: Transformer, seq_len: int, activation_checkpointing: bool = False) -> int:
-    """Floating-point operations of training on one token (Kaplan et al. 2020, section 2.1).
+def flops_per_token(
+    model: Transformer, seq_len: int, activation_checkpointing: bool = False
+) -> int:
+    """Count the floating-point operations of training on one token (Kaplan et al. 2020, sec. 2.1).
 
-    Two for each weight at work forwards, four backwards; of attention the products with keys and
-    values, causal, so half a window on average.
+    A forward pass takes 2 per active weight, plus the attention products with keys and values,
+    which causal attention makes for half the sequence on average. Backward takes twice as many;
+    activation checkpointing adds a second forward pass.
     """
     config = model.config
     weights = model.num_active_parameters
-    if not config.tie_word_embeddings:  # a table that is looked up multiplies nothing
+    if not config.tie_word_embeddings:  # the input embedding is a lookup, not a product
         weights -= config.vocab_size * config.hidden_size
     attention = (
         2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
@@ -159,7 +168,7 @@ def flops_a_token(model: Transformer, seq_len: int, activation_checkpointing: bo
 
 
 def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
-    """About how many tokens an epoch sees; None when data or tokenizer are not told yet."""
+    """Estimate the tokens of an epoch; None if data or tokenizer are not set."""
     data = recipe.data
     if not data.sources or tokenizer is None:
         return None
@@ -171,22 +180,26 @@ def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
             tokenizer,
             kind=KINDS[recipe.objective],
             schema=source.record_schema,
-            fill=data.variables,
+            variables=data.variables,
         )
         for source in data.sources
     ]
     if not sum(counts):
         raise DataError(
             f"{', '.join(source.path for source in data.sources)}: there is nothing to train on; "
-            "`minimind data inspect` shows what the files hold"
+            "`minimind data inspect` shows what the files contain"
         )
     return round(sum(counts) * (1 if data.validation else 1 - data.validation_fraction))
 
 
-def _rate(
+def _measure_rate(
     recipe: Recipe, model: Transformer, device: torch.device, micro_batch: int, seconds: float
 ) -> float:
-    """Tokens a second of steps on random tokens: some micro-batches, and the optimizer's part."""
+    """Return tokens per second of training steps on random tokens.
+
+    The time of a step is that of its micro-batches, of which the median is used, and of the
+    optimizers.
+    """
     config, seq_len, batch = model.config, recipe.data.seq_len, recipe.training.global_batch_size
     precision = choose_precision(recipe.training.precision, device)
     optimizers = Optimizers(model, recipe.optim)
@@ -194,24 +207,24 @@ def _rate(
     tokens = torch.randint(config.vocab_size, (micro_batch, seq_len), device=device)
     sequences = TensorBatch(tokens, tokens, None, torch.arange(tokens.numel(), device=device))
 
-    def micro_step() -> None:
+    def forward_backward() -> None:
         with precision.autocast():
             output = objective.loss(model, sequences)
         (output.loss_sum / output.count).backward()
 
     model.train()
-    timed(micro_step, device)  # the first of each is slower
+    timed(forward_backward, device)  # the first call of each is slower
     timed(optimizers.step, device)
-    parts = [timed(micro_step, device)]
-    optimizing = timed(optimizers.step, device)
-    while sum(parts) < seconds:
-        parts.append(timed(micro_step, device))
+    durations = [timed(forward_backward, device)]
+    optimizer_s = timed(optimizers.step, device)
+    while sum(durations) < seconds:
+        durations.append(timed(forward_backward, device))
     optimizers.zero_grad()
-    return batch * seq_len / (batch / micro_batch * float(median(parts)) + optimizing)
+    return batch * seq_len / (batch / micro_batch * float(median(durations)) + optimizer_s)
 
 
 def timed(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds, with what the device still had to do of it."""
+    """Return the seconds that `work` takes, device synchronisation included."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A short trial of what training rests on: steps, a save, going on to the same bits."""
+"""Self-test of a machine: train a few steps, save a checkpoint, resume bit-identically."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _STEPS = 6
 
 @dataclass(frozen=True)
 class Check:
-    """One part of the trial: how long it took, and a word on how it went."""
+    """The result of one part of the self-test."""
 
     name: str
     passed: bool
@@ -35,15 +35,15 @@ class Check:
 
 
 def selftest(device: str = "auto") -> list[Check]:
-    """Train the smallest model for a few steps, stop and go on: a check for each part.
+    """Train the smallest model for a few steps, stop and resume; return a check for each part.
 
-    After one that fails there are no more. Raises ResourceError for a device that is not there.
+    The first failure ends the test. Raises ResourceError for a device that this machine lacks.
     """
     choose_device(device)
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="minimind-doctor-") as work:
-        trial = _Trial(Path(work), device)
-        for name, part in trial.parts().items():
+        test = _SelfTest(Path(work), device)
+        for name, part in test.parts().items():
             started = time.perf_counter()
             try:
                 passed, note = part()
@@ -55,16 +55,16 @@ def selftest(device: str = "auto") -> list[Check]:
     return checks
 
 
-class _Trial:
+class _SelfTest:
     def __init__(self, work: Path, device: str) -> None:
         self._work, self._device = work, device
-        self._whole: StageResult | None = None
+        self._uninterrupted: StageResult | None = None
 
     def parts(self) -> dict[str, Callable[[], tuple[bool, str]]]:
         return {
-            "a text, a tokenizer": self._prepare,
-            f"{_STEPS} steps of training, a save": self._train,
-            "stopped half-way, the same bits": self._resume,
+            "train a tokenizer": self._prepare,
+            f"train for {_STEPS} steps": self._train,
+            "stop and resume bit-identically": self._resume,
         }
 
     def _prepare(self) -> tuple[bool, str]:
@@ -73,7 +73,7 @@ class _Trial:
         (self._work / "texts.jsonl").write_text(lines, encoding="utf-8")
         tokenizer = train_tokenizer(texts, vocab_size=600)
         tokenizer.save(self._work / "tokenizer")
-        return True, f"{tokenizer.vocab_size:,} words"
+        return True, f"{tokenizer.vocab_size:,} tokens"
 
     def _run(self, name: str, reporter: Reporter) -> StageResult:
         settings = {
@@ -93,29 +93,32 @@ class _Trial:
         return run_stage(load_recipe(None, flags=settings).recipe, reporter=reporter)
 
     def _train(self) -> tuple[bool, str]:
-        self._whole = self._run("whole", Reporter())
-        bits, precision = (self._whole.summary[key] for key in ("bits_per_byte", "precision"))
+        self._uninterrupted = self._run("uninterrupted", Reporter())
+        bits, precision = (
+            self._uninterrupted.summary[key] for key in ("bits_per_byte", "precision")
+        )
         return math.isfinite(bits), f"in {precision}, {bits:.2f} bits per byte"
 
     def _resume(self) -> tuple[bool, str]:
         stopped = self._run("stopped", _StopAfter(_STEPS // 2))
-        again = self._run("stopped", Reporter())
-        assert self._whole is not None and self._whole.model is not None
-        if stopped.finished or again.model is None:
-            return False, "the run did not stop, or did not go on"
-        wanted, found = (
-            load_file(place / "model.safetensors") for place in (self._whole.model, again.model)
+        resumed = self._run("stopped", Reporter())
+        expected = self._uninterrupted
+        assert expected is not None and expected.model is not None
+        if stopped.finished or resumed.model is None:
+            return False, "the run did not stop, or did not resume"
+        first, second = (
+            load_file(model / "model.safetensors") for model in (expected.model, resumed.model)
         )
-        furthest = max(float((wanted[k].float() - found[k].float()).abs().max()) for k in wanted)
-        if furthest == 0:
+        difference = max(float((first[k].float() - second[k].float()).abs().max()) for k in first)
+        if difference == 0:
             return True, "equal"
-        # Some kernels of GPUs add up in an order that changes.
-        on_gpu = torch.device(again.summary["device"]).type != "cpu"
-        return on_gpu and furthest < 1e-3, f"weights differ by up to {furthest:.1e}"
+        # Some GPU kernels sum in an order that varies from run to run.
+        on_gpu = torch.device(resumed.summary["device"]).type != "cpu"
+        return on_gpu and difference < 1e-3, f"weights differ by up to {difference:.1e}"
 
 
 class _StopAfter(Reporter):
-    """Asks for a stop after a step, as Ctrl-C does."""
+    """Requests a stop after a step, as Ctrl-C does."""
 
     def __init__(self, step: int) -> None:
         self._step = step

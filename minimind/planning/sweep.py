@@ -1,4 +1,4 @@
-"""Many runs, each a process of its own: a run that dies takes no other with it."""
+"""Run many recipes, each in its own process, so that one that crashes affects no other."""
 
 import json
 import os
@@ -22,8 +22,8 @@ _TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run to be made: `recipe.out` is its directory, `log` is where its words go."""
+class PlannedRun:
+    """A run to start: `recipe.out` is its directory, `log` receives its output."""
 
     name: str
     recipe: Recipe
@@ -36,7 +36,7 @@ class Planned:
 
 @dataclass
 class Outcomes:
-    """How runs ended: the names of those that are finished, and why others are not."""
+    """How the runs ended: names of the finished ones, and the reason for each other."""
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -44,37 +44,37 @@ class Outcomes:
 
 
 class Watcher:
-    """Is told what happens. Shows nothing; the command line draws it."""
+    """Receives the events of a sweep and ignores them. Subclasses draw them."""
 
-    def started(self, place: int, planned: Planned) -> None:
-        """A run begins on the device of that place."""
+    def started(self, slot: int, planned: PlannedRun) -> None:
+        """A run starts on the device of this slot."""
 
-    def progress(self, place: int, planned: Planned, line: dict[str, Any]) -> None:
-        """The newest line of its metrics."""
+    def progress(self, slot: int, planned: PlannedRun, line: dict[str, Any]) -> None:
+        """The run has written a line of metrics."""
 
-    def ended(self, place: int, planned: Planned, failure: str | None) -> None:
-        """It has ended, well if there is no failure."""
+    def ended(self, slot: int, planned: PlannedRun, failure: str | None) -> None:
+        """The run has ended; failure is None if it is finished."""
 
 
 @dataclass
 class _Running:
-    planned: Planned
+    planned: PlannedRun
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    asked: int = 0
+    stop_requests: int = 0
 
-    def ask_to_stop(self, times: int) -> None:
-        """Hand on what is new of so many requests: the first asks, the next ends it."""
-        if times > self.asked:
-            self.process.terminate() if times == 1 else self.process.kill()
-            self.asked = times
+    def forward_stop_requests(self, count: int) -> None:
+        """Terminate the process on the first stop request, kill it on the next."""
+        if count > self.stop_requests:
+            self.process.terminate() if count == 1 else self.process.kill()
+            self.stop_requests = count
 
 
 def device_settings(devices: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """(recipe's device, environment) of each process.
+    """Return (the recipe's device, environment variables) for each slot.
 
-    A numbered GPU is made the only one that its process sees, so that a run has the same recipe
-    on whichever of them it goes on. Raises UsageError when devices are of several kinds.
+    The process of a numbered GPU sees only that GPU, so that a run has the same recipe on each of
+    them and can be resumed on another. Raises UsageError for devices of several kinds.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     settings: list[tuple[str, dict[str, str]]] = []
@@ -83,69 +83,69 @@ def device_settings(devices: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
         if kind != "cuda" or not number.isdecimal():
             settings.append((device, {}))
             continue
-        seen = visible.split(",") if visible else None
-        if seen and int(number) >= len(seen):
-            raise UsageError(f"--devices {device}: CUDA_VISIBLE_DEVICES leaves only {visible}")
-        one = seen[int(number)] if seen else number
-        settings.append(("cuda", {"CUDA_VISIBLE_DEVICES": one}))
+        available = visible.split(",") if visible else None
+        if available and int(number) >= len(available):
+            raise UsageError(f"--devices {device}: CUDA_VISIBLE_DEVICES allows only {visible}")
+        gpu = available[int(number)] if available else number
+        settings.append(("cuda", {"CUDA_VISIBLE_DEVICES": gpu}))
     if len({device for device, _ in settings}) > 1:
         raise UsageError(
-            f"--devices {','.join(devices)}: devices of one kind are meant, since a run goes on "
-            "only on the kind it began on"
+            f"--devices {','.join(devices)}: all devices must be of one kind, because a run "
+            "resumes only on the kind of device it began on"
         )
     return settings
 
 
 def run_all(
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedRun],
     environments: Sequence[dict[str, str]],
     *,
     fresh: bool = False,
     watcher: Watcher,
 ) -> Outcomes:
-    """Make the runs, as many at once as there are environments, each in a process.
+    """Execute the runs, one per environment at a time, each in its own process.
 
-    Those that are finished are left as they are, but with `fresh`. Ctrl-C or SIGTERM lets every
-    running one save and stop; a second one kills them.
+    Finished runs are skipped unless `fresh`. Ctrl-C or SIGTERM lets the running ones save and
+    stop; a second one kills them.
     """
     outcomes, waiting = Outcomes(), list(planned)
     running: dict[int, _Running] = {}
     with count_interrupts() as interrupts:
         while waiting or running:
-            for place, environment in enumerate(environments):
-                while waiting and place not in running and not interrupts.count:
-                    one = waiting.pop(0)
-                    if not fresh and is_finished(one.run, one.recipe):
-                        outcomes.finished.append(one.name)
-                        watcher.ended(place, one, None)
+            for slot, environment in enumerate(environments):
+                while waiting and slot not in running and not interrupts.count:
+                    run = waiting.pop(0)
+                    if not fresh and is_finished(run.run, run.recipe):
+                        outcomes.finished.append(run.name)
+                        watcher.ended(slot, run, None)
                         continue
-                    running[place] = _start(one, environment, fresh)
-                    watcher.started(place, one)
-            for place, current in list(running.items()):
-                current.ask_to_stop(interrupts.count)
+                    running[slot] = _start(run, environment, fresh)
+                    watcher.started(slot, run)
+            for slot, current in list(running.items()):
+                current.forward_stop_requests(interrupts.count)
                 if (status := current.process.poll()) is None:
                     if line := _last_line(current.planned.run / "metrics.jsonl"):
-                        watcher.progress(place, current.planned, line)
+                        watcher.progress(slot, current.planned, line)
                     continue
-                del running[place]
+                del running[slot]
                 current.log.close()
                 failure = _failure(current.planned, status, interrupts.count > 0)
                 if failure is None:
                     outcomes.finished.append(current.planned.name)
                 else:
                     outcomes.failed[current.planned.name] = failure
-                watcher.ended(place, current.planned, failure)
+                watcher.ended(slot, current.planned, failure)
             if interrupts.count and not running:
                 break
             if running:
                 time.sleep(_POLL_S)
         outcomes.stopped = interrupts.count > 0
-    for one in waiting:
-        outcomes.failed[one.name] = "not begun"
+    for run in waiting:
+        outcomes.failed[run.name] = "not started"
     return outcomes
 
 
-def _start(planned: Planned, environment: dict[str, str], fresh: bool) -> _Running:
+def _start(planned: PlannedRun, environment: dict[str, str], fresh: bool) -> _Running:
     planned.log.parent.mkdir(parents=True, exist_ok=True)
     recipe = planned.log.with_suffix(".toml")
     recipe.write_text(dump_recipe(planned.recipe), encoding="utf-8")
@@ -157,29 +157,29 @@ def _start(planned: Planned, environment: dict[str, str], fresh: bool) -> _Runni
         stdout=log,
         stderr=subprocess.STDOUT,
         env=os.environ | {"COLUMNS": "120"} | environment,
-        start_new_session=True,  # Ctrl-C reaches us alone, and we ask each once
+        start_new_session=True,  # so that Ctrl-C reaches only this process, which forwards it
     )
     return _Running(planned, process, log)
 
 
-def _failure(planned: Planned, status: int, stopping: bool) -> str | None:
-    """Why a run has failed; None if it has not."""
+def _failure(planned: PlannedRun, status: int, stopping: bool) -> str | None:
+    """Return why a run has failed, or None if it is finished."""
     if status == 0:
         return None
     if stopping and status in (130, -signal.SIGTERM, -signal.SIGKILL):
-        return "stopped; the same command goes on from there"
+        return "stopped; the same command resumes it"
     lines = planned.log.read_text("utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:
         return errors[-1].removeprefix("error: ")
     if status < 0:
         return f"killed by {signal.Signals(-status).name}; see {planned.log}"
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
     return f"exit status {status}: {last} (see {planned.log})"
 
 
 def _last_line(metrics: Path) -> dict[str, Any] | None:
-    """The newest whole line of training."""
+    """Return the newest complete line of training metrics."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))

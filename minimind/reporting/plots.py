@@ -1,4 +1,4 @@
-"""Drawings as SVG that takes the colour of the text around it and needs no font."""
+"""Plots as SVG that takes the colour of the surrounding text and needs no font."""
 
 import io
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-_INK = "#010203"  # stands for the page's own text colour, which a plot cannot know
+_INK = "#010203"  # replaced by currentColor, the text colour of the page
 _COLORS = ["#3b8ad8", "#e8772e", "#2a9d5c", "#b065c9", "#c9a227", "#d9583b", "#3aa6a6", "#8c6d5a"]
 _STYLE: dict[Any, Any] = {
     **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
@@ -20,18 +20,18 @@ _STYLE: dict[Any, Any] = {
     "axes.prop_cycle": f"cycler('color', {_COLORS})",
     "font.family": "DejaVu Sans",
     "font.size": 10,
-    "svg.fonttype": "path",  # glyphs as shapes: no font is needed to see them
+    "svg.fonttype": "path",  # glyphs as shapes, so that no font is needed
 }
-_MANY = 100  # points: from here on those of training are smoothed, and of validation a line
+_MANY = 100  # from that many points on, training is smoothed and validation has no dots
 _MAX_POINTS = 400
-_FEW_NAMES, _LONG_NAME = 4, 28  # more or longer ones do not fit into the drawing
+_FEW_NAMES, _LONG_NAME = 4, 28  # a larger legend goes below the axes
 Kind = Literal["train", "measured", "points", "fit"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line: `train` is smoothed, `measured` has a dot a point, `points` no line, `fit` is
-    dashed."""
+    """A line: `train` is smoothed, `measured` has a dot per point, `points` has only dots, `fit`
+    is dashed."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -48,9 +48,10 @@ def draw(
     logarithmic: bool = False,
     level: tuple[str, float] | None = None,
 ) -> str:
-    """The drawing, an <svg> without a namespace; `level` is a dashed horizontal line.
+    """Draw lines as an <svg> element without a namespace.
 
-    The same lines and `salt` give the same bytes.
+    x and y: axis labels. level: name and value of a dashed horizontal line. The output is
+    deterministic; `salt` makes ids unique in the page.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -86,44 +87,44 @@ def draw(
         elif len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9)
         buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        with warnings.catch_warnings():  # a name in letters that the font lacks
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        with warnings.catch_warnings():  # about characters that the font lacks
             warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(buffer, format="svg", metadata=nothing)
+            figure.savefig(buffer, format="svg", metadata=no_metadata)
     drawing = buffer.getvalue()
     drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
     return drawing.replace(_INK, "currentColor")
 
 
 def as_file(drawing: str) -> str:
-    """The drawing as an SVG file of its own, in a grey that is seen on white and on black."""
+    """Return a drawing as an SVG file, in a grey that is visible on white and on black."""
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return drawing.replace("<svg", f"<svg {names}", 1).replace("currentColor", "#808080")
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib shows it as it is: not as a formula, and not hidden."""
+    """Escape a name: matplotlib reads $ as a formula, and hides names that start with _."""
     return re.sub("^_", " _", name.replace("$", r"\$"))
 
 
 def _add(axes: Any, line: Line, color: str, style: str) -> None:
     points, label = thinned(line.points), _label(line.name)
-    across, values = [at for at, _ in points], [value for _, value in points]
+    xs, values = [x for x, _ in points], [value for _, value in points]
     if line.kind == "fit":
-        axes.plot(across, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=label)
+        axes.plot(xs, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=label)
     elif line.kind == "points":
-        axes.plot(across, values, ls="", marker="o", ms=4.5, color=color, label=label)
+        axes.plot(xs, values, ls="", marker="o", ms=4.5, color=color, label=label)
     else:
         many = len(points) >= _MANY
         dots = "o" if len(points) == 1 or (line.kind == "measured" and not many) else ""
         if many and line.kind == "train":
-            axes.plot(across, values, lw=0.8, alpha=0.35, color=color)
+            axes.plot(xs, values, lw=0.8, alpha=0.35, color=color)
             values = smoothed(values)
-        axes.plot(across, values, marker=dots, ms=3.5, lw=1.6, ls=style, color=color, label=label)
+        axes.plot(xs, values, marker=dots, ms=3.5, lw=1.6, ls=style, color=color, label=label)
 
 
 def _logarithmic(axes: Any) -> None:
-    """Both axes, with numbers where one needs them even within one decade."""
+    """Make both axes logarithmic, with enough tick labels even within one decade."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
     axes.set(xscale="log", yscale="log")
@@ -142,14 +143,14 @@ _FINE = tuple(round(1 + step / 4, 2) for step in range(36))
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `_MAX_POINTS`, each the mean of as many neighbours: a long run has a small page."""
+    """Average groups of neighbours down to `_MAX_POINTS`, so that long runs have small pages."""
     size = -(-len(points) // _MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)] if points else []
     return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value and its neighbours, as many before as after: the curve has no lag."""
+    """Return a centred moving average, which has no lag."""
     last, reach = len(values) - 1, len(values) // 40
     near = [min(reach, i, last - i) for i in range(len(values))]
     return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]

@@ -1,4 +1,4 @@
-"""Runs and exam results as they lie on the disk; what is damaged is told, and the rest read."""
+"""Training runs and benchmark results, read from disk; damage is reported, the rest is read."""
 
 import json
 import math
@@ -12,12 +12,16 @@ import numpy
 
 Axis = Literal["tokens", "seconds"]
 Metrics = dict[str, Any]
-_EXAMS_BELOW = 3  # folders deep
+_RESULTS_DEPTH = 3  # folders below a source that are searched for results
 
 
 @dataclass
 class Run:
-    """A run directory. `recipe` is its text, `settings` the same read; `problems` for people."""
+    """A run directory.
+
+    history: the lines of metrics.jsonl. recipe: the text of recipe.toml; settings: the same,
+    parsed. problems: messages about missing or damaged files.
+    """
 
     name: str
     folder: Path
@@ -29,56 +33,53 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """True if training wrote the summary of a finished run."""
         return "steps" in self.summary
 
     @property
     def kind(self) -> str:
-        """What it trained: pretrain, sft, dpo, or lora."""
+        """The kind of stage: pretrain, sft, dpo, or lora."""
         if self.settings.get("lora"):
             return "lora"
-        told = self.settings.get("objective") or self.summary.get("objective") or "training"
-        return str(told)
+        objective = self.settings.get("objective") or self.summary.get("objective")
+        return str(objective or "training")
 
     @property
     def metrics(self) -> Metrics:
-        """The summary; what it lacks, or all if there is none yet, from the newest lines."""
-        found: Metrics = {}
+        """The summary, completed from the newest lines of the history."""
+        newest: Metrics = {}
         for line in self.history:
             if line["kind"] == "train":
-                found |= {"steps": line["step"], "seconds": line.get("elapsed_s")}
-                found |= {key: line.get(key) for key in ("tokens", "peak_memory_bytes")}
+                newest |= {"steps": line["step"], "seconds": line.get("elapsed_s")}
+                newest |= {key: line.get(key) for key in ("tokens", "peak_memory_bytes")}
             elif line["kind"] == "validation":
-                found |= {key: line.get(key) for key in ("loss", "bits_per_byte", "accuracy")}
-        found = {key: value for key, value in found.items() if _is_number(value)}
-        if found.get("seconds") and "tokens" in found:
-            found["tokens_per_second"] = found["tokens"] / found["seconds"]
-        return found | self.summary
+                newest |= {key: line.get(key) for key in ("loss", "bits_per_byte", "accuracy")}
+        newest = {key: value for key, value in newest.items() if _is_number(value)}
+        if newest.get("seconds") and "tokens" in newest:
+            newest["tokens_per_second"] = newest["tokens"] / newest["seconds"]
+        return newest | self.summary
 
     def curves(self, key: str, axis: Axis) -> dict[str, list[tuple[float, float]]]:
-        """(tokens or seconds, value) of each line of a plot, by its name in the legend.
+        """Return the curves of a metric as (tokens or seconds, value), by name for the legend.
 
-        A `key` that ends in a slash means all that begins so, in training.
+        Without a slash at its end, `key` is a metric and the names are kinds of lines: train,
+        validation, retention. With a slash, it is the prefix of several metrics of training.
         """
-        found: dict[str, list[tuple[int, float]]] = {}
-        many = key.endswith("/")
+        by_name: dict[str, list[tuple[int, float]]] = {}
         for line in self.history:
-            for name, value in line.items():
-                is_retention = name == f"retention_{key}"
-                begins = name.startswith(key) and line["kind"] == "train"
-                wanted = is_retention or (begins if many else name == key)
-                if wanted and _is_number(value):
-                    legend = name.removeprefix(key) if many else line["kind"]
-                    legend = "retention" if is_retention else legend
-                    found.setdefault(legend, []).append((line["step"], float(value)))
-        # Training first, so that a kind has one colour in all plots.
-        ordered = sorted(found.items(), key=lambda line: line[0] != "train")
-        steps, places = self._places(axis)
+            for metric, value in line.items():
+                name = _curve_name(key, metric, line["kind"])
+                if name is not None and _is_number(value):
+                    by_name.setdefault(name, []).append((line["step"], float(value)))
+        # Training comes first, so that each kind has the same color in all plots.
+        ordered = sorted(by_name.items(), key=lambda curve: curve[0] != "train")
+        steps, positions = self._axis_positions(axis)
         if len(steps) < 2:
             return {}
         return {
             name: list(
                 zip(
-                    numpy.interp([step for step, _ in points], steps, places).tolist(),
+                    numpy.interp([step for step, _ in points], steps, positions).tolist(),
                     (value for _, value in points),
                     strict=True,
                 )
@@ -86,8 +87,8 @@ class Run:
             for name, points in ordered
         }
 
-    def _places(self, axis: Axis) -> tuple[list[int], list[float]]:
-        """Steps, and where they stand on the axis: only lines of training tell tokens and time."""
+    def _axis_positions(self, axis: Axis) -> tuple[list[int], list[float]]:
+        """Return steps and their tokens or seconds, which only training lines have."""
         key = "tokens" if axis == "tokens" else "elapsed_s"
         known = {0: 0.0} | {
             line["step"]: float(line[key])
@@ -98,23 +99,32 @@ class Run:
         return steps, [known[step] for step in steps]
 
 
+def _curve_name(key: str, metric: str, kind: str) -> str | None:
+    """Return the name of the curve that a metric of a line belongs to, None if to none."""
+    if metric == f"retention_{key}":
+        return "retention"
+    if key.endswith("/"):
+        return metric.removeprefix(key) if metric.startswith(key) and kind == "train" else None
+    return kind if metric == key else None
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and not isinstance(value, bool)
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`, whatever state it is in."""
+    """Read the run in `folder`, finished or not."""
     run = Run(folder.resolve().name, folder, {}, [])
-    run.recipe = _text(run, "recipe.toml") or ""
+    run.recipe = _read_text(run, "recipe.toml") or ""
     try:
         run.settings = tomllib.loads(run.recipe)
     except tomllib.TOMLDecodeError as error:
         run.problems.append(f"recipe.toml: not TOML: {error}")
     _read_metrics(run)
     if (folder / "summary.json").is_file():
-        run.summary = _object(_text(run, "summary.json"))
+        run.summary = _parse_object(_read_text(run, "summary.json"))
         if not run.finished:
-            run.problems.append("summary.json: not the figures of a run")
+            run.problems.append("summary.json: not the summary of a finished run")
     if not run.finished:
         steps = run.settings.get("training", {}).get("steps")
         last = run.metrics.get("steps")
@@ -125,8 +135,8 @@ def read_run(folder: Path) -> Run:
 
 def _read_metrics(run: Run) -> None:
     bad = 0
-    for text in (_text(run, "metrics.jsonl") or "").split("\n"):
-        line = _object(text)
+    for text in (_read_text(run, "metrics.jsonl") or "").split("\n"):
+        line = _parse_object(text)
         kind, step = line.get("kind"), line.get("step")
         if isinstance(kind, str) and isinstance(step, int) and not isinstance(step, bool):
             run.history.append(line)
@@ -136,8 +146,8 @@ def _read_metrics(run: Run) -> None:
         run.problems.append(f"metrics.jsonl: {bad:,} lines cannot be read")
 
 
-def _text(run: Run, name: str) -> str | None:
-    """What stands in a file of the run; what is not UTF-8 in it as �."""
+def _read_text(run: Run, name: str) -> str | None:
+    """Read a file of the run, with U+FFFD for invalid UTF-8; note a problem if it is missing."""
     try:
         return (run.folder / name).read_text("utf-8", errors="replace")
     except FileNotFoundError:
@@ -147,7 +157,8 @@ def _text(run: Run, name: str) -> str | None:
     return None
 
 
-def _object(text: str | None) -> Metrics:
+def _parse_object(text: str | None) -> Metrics:
+    """Parse a JSON object; return an empty one if the text is something else."""
     try:
         value = json.loads(text or "")
     except (ValueError, RecursionError):
@@ -156,104 +167,102 @@ def _object(text: str | None) -> Metrics:
 
 
 @dataclass
-class Found:
-    """What places hold: chains of runs, each the next stage of the one before; exams; the rest.
+class Inputs:
+    """Everything that the sources of a report contain.
 
-    demo: the summary of `minimind demo`; swept: what `minimind sweep` varied, by run; failed:
-    runs of a sweep that did not end well; missing: places that hold nothing.
+    chains: lists of runs, each run the stage after the one before. benchmarks: results of `minimind
+    eval`. demo: the summary of `minimind demo`. sweep_settings: the settings that a sweep varies,
+    by run. failed: messages about failed runs of a sweep. missing: sources without content.
     """
 
     chains: list[list[Run]] = field(default_factory=list)
-    exams: list[Metrics] = field(default_factory=list)
+    benchmarks: list[Metrics] = field(default_factory=list)
     demo: Metrics = field(default_factory=dict)
-    swept: dict[str, Metrics] = field(default_factory=dict)
+    sweep_settings: dict[str, Metrics] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
     def runs(self) -> list[Run]:
+        """All runs, chain by chain."""
         return [run for chain in self.chains for run in chain]
 
 
-def find(places: Sequence[Path]) -> Found:
-    """Read everything in the places: run directories, folders of them, results of exams."""
-    found = Found()
+def find_runs(sources: Sequence[Path]) -> Inputs:
+    """Read the sources: run directories, folders of them, and results of `minimind eval`."""
+    inputs = Inputs()
     folders: dict[Path, None] = {}
     failed: dict[str, str] = {}
-    for place in places:
-        if place.name == "model" and _is_run(place.parent):
-            place = place.parent
-        inside = [place] if _is_run(place) else sorted(map(_parent, place.glob("*/recipe.toml")))
+    for source in sources:
+        if source.name == "model" and _is_run(source.parent):
+            source = source.parent
+        if _is_run(source):
+            inside = [source]
+        else:
+            inside = sorted(recipe.parent for recipe in source.glob("*/recipe.toml"))
         folders |= dict.fromkeys(inside)
-        exams = _exams(place)
-        found.exams += [exam for exam in exams if exam not in found.exams]
-        if _is_run(place):
+        benchmarks = _read_benchmarks(source)
+        inputs.benchmarks += [result for result in benchmarks if result not in inputs.benchmarks]
+        if _is_run(source):
             continue
-        summary = _read(place / "summary.json")
+        summary = _read_object(source / "summary.json")
         if "stages" in summary:
-            found.demo = summary
-        swept = _read(place / "sweep.json")
-        if isinstance(swept.get("settings"), dict):
-            found.swept |= swept["settings"]
-            told = swept.get("failed")
-            failed |= told if isinstance(told, dict) else {}
-        if not place.exists():
-            found.missing.append(f"{place}: there is nothing")
-        elif not inside and not exams:
-            found.missing.append(f"{place}: holds no run and no results of exams")
-    order = {name: number for number, name in enumerate(found.swept)}
+            inputs.demo = summary
+        sweep = _read_object(source / "sweep.json")
+        if isinstance(sweep.get("settings"), dict):
+            inputs.sweep_settings |= sweep["settings"]
+            failures = sweep.get("failed")
+            failed |= failures if isinstance(failures, dict) else {}
+        if not source.exists():
+            inputs.missing.append(f"{source}: no such file or folder")
+        elif not inside and not benchmarks:
+            inputs.missing.append(f"{source}: contains no run and no benchmark results")
+    order = {name: number for number, name in enumerate(inputs.sweep_settings)}
     in_order = sorted(folders, key=lambda folder: order.get(folder.name, len(order)))
     runs = [read_run(folder) for folder in _with_origins(in_order)]
-    mended = {run.name for run in runs if run.finished}  # since the sweep told of them
-    found.failed = [f"{name}: {why}" for name, why in failed.items() if name not in mended]
-    found.chains = _chains(runs)
-    _name_apart(found.chains)
-    return found
+    finished = {run.name for run in runs if run.finished}  # perhaps after a failure in the sweep
+    inputs.failed = [f"{name}: {why}" for name, why in failed.items() if name not in finished]
+    inputs.chains = _chains(runs)
+    _make_names_unique(inputs.runs)
+    return inputs
 
 
-def _is_run(place: Path) -> bool:
-    return (place / "recipe.toml").is_file() or (place / "metrics.jsonl").is_file()
+def _is_run(source: Path) -> bool:
+    return (source / "recipe.toml").is_file() or (source / "metrics.jsonl").is_file()
 
 
-def _parent(path: Path) -> Path:
-    return path.parent
-
-
-def _read(path: Path) -> Metrics:
+def _read_object(path: Path) -> Metrics:
+    """Read a JSON object; return an empty one if there is none."""
     try:
-        return _object(path.read_text("utf-8"))
+        return _parse_object(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError):
         return {}
 
 
 def _with_origins(folders: Iterable[Path]) -> list[Path]:
-    """The folders, and the runs that they started from, if those are still there."""
-    wanted: list[Path] = []
+    """Return the folders, each after the run that it started from, if that still exists."""
+    result: list[Path] = []
     seen: set[Path] = set()
 
     def add(folder: Path) -> None:
         if folder.resolve() in seen:
             return
         seen.add(folder.resolve())
-        origin = _origin(_settings(folder))
+        try:
+            origin = _origin(tomllib.loads((folder / "recipe.toml").read_text("utf-8")))
+        except (OSError, ValueError):
+            origin = None
         if origin is not None and _is_run(origin):
             add(origin)
-        wanted.append(folder)
+        result.append(folder)
 
     for folder in folders:
         add(folder)
-    return wanted
-
-
-def _settings(folder: Path) -> Metrics:
-    try:
-        return tomllib.loads((folder / "recipe.toml").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return result
 
 
 def _origin(settings: Mapping[str, Any]) -> Path | None:
-    """The run that the recipe starts from."""
+    """Return the run directory that a recipe starts from."""
     model = settings.get("model", {})
     init = model.get("init") if isinstance(model, dict) else None
     if not isinstance(init, str):
@@ -263,52 +272,52 @@ def _origin(settings: Mapping[str, Any]) -> Path | None:
 
 
 def _chains(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs in the order in which they followed each other.
+    """Group runs into chains in which each run starts from the one before.
 
-    A folder may have been moved since: then the name that the recipe gives is looked for beside.
-    Of several runs that start from one, only the first goes on with its chain, or all are stages
-    of it where none of them is of a kind twice (a model, and adapters for it).
+    If the origin of a run was moved, a run of the same name next to it is taken. Several runs that
+    start from the same run follow it in one chain if they are of different kinds (such as a model
+    and an adapter for it). Otherwise each of them starts a chain.
     """
-    by_place = {run.folder.resolve(): run for run in runs}
-    after: dict[Path, list[Run]] = {}
+    by_folder = {run.folder.resolve(): run for run in runs}
+    successors: dict[Path, list[Run]] = {}
     first: list[Run] = []
     for run in runs:
         origin = _origin(run.settings)
         candidates = [origin, run.folder.parent / origin.name] if origin else []
-        before = next((p.resolve() for p in candidates if p.resolve() in by_place), None)
+        before = next((p.resolve() for p in candidates if p.resolve() in by_folder), None)
         if before is None or before == run.folder.resolve():
             first.append(run)
         else:
-            after.setdefault(before, []).append(run)
+            successors.setdefault(before, []).append(run)
 
-    def chain(run: Run) -> list[list[Run]]:
-        nexts = after.pop(run.folder.resolve(), [])
-        kinds = [one.kind for one in nexts]
+    def chains_from(run: Run) -> list[list[Run]]:
+        following = successors.pop(run.folder.resolve(), [])
+        rest = [chain for successor in following for chain in chains_from(successor)]
+        kinds = [successor.kind for successor in following]
         if len(set(kinds)) == len(kinds):
-            return [[run, *(later for one in nexts for part in chain(one) for later in part)]]
-        return [[run], *(part for one in nexts for part in chain(one))]
+            return [[run, *(later for chain in rest for later in chain)]]
+        return [[run], *rest]
 
-    chains = [part for run in first for part in chain(run)]
-    reached = {id(run) for part in chains for run in part}
-    return chains + [[run] for run in runs if id(run) not in reached]  # recipes in a circle
+    chains = [chain for run in first for chain in chains_from(run)]
+    reached = {id(run) for chain in chains for run in chain}
+    return chains + [[run] for run in runs if id(run) not in reached]  # cycles of origins
 
 
-def _name_apart(chains: Sequence[Sequence[Run]]) -> None:
-    """Give runs of one name the folders around them too."""
-    runs = [run for chain in chains for run in chain]
+def _make_names_unique(runs: Sequence[Run]) -> None:
+    """Prefix the names of runs with the same name by their parent folders."""
     for name in {run.name for run in runs}:
-        alike = [run for run in runs if run.name == name]
-        if len(alike) > 1:
-            for run in alike:
+        namesakes = [run for run in runs if run.name == name]
+        if len(namesakes) > 1:
+            for run in namesakes:
                 run.name = f"{run.folder.resolve().parent.name}/{name}"
 
 
-def _exams(place: Path) -> list[Metrics]:
-    """Results of `minimind eval` in the folder or a few below it."""
-    found = []
-    for depth in range(_EXAMS_BELOW):
-        for path in sorted(place.glob("*/" * depth + "*.json")):
-            metrics = _read(path) if path.stat().st_size < 10_000_000 else {}
+def _read_benchmarks(source: Path) -> list[Metrics]:
+    """Read results of `minimind eval` in a folder or a few levels below it."""
+    results = []
+    for depth in range(_RESULTS_DEPTH):
+        for path in sorted(source.glob("*/" * depth + "*.json")):
+            metrics = _read_object(path) if path.stat().st_size < 10_000_000 else {}
             if {"task", "model", "settings"} <= metrics.keys():
-                found.append(metrics)
-    return found
+                results.append(metrics)
+    return results

@@ -1,89 +1,142 @@
-"""Power laws of the loss: L(x) = E + A / x^α.
+"""Sections that compare several runs: scaling laws, and the loss by each setting that varies."""
 
-With E = 0 it is the form of Kaplan et al. 2020 (equation 1.1), with E the loss that no more of x
-takes away that of Hoffmann et al. 2022 (equation 2).
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy
-from numpy.typing import NDArray
+from minimind.reporting.curves import AXES, Plot, side_by_side
+from minimind.reporting.formatting import format_metric, number_of
+from minimind.reporting.page import Cell, Page, Table
+from minimind.reporting.plots import Line, draw
+from minimind.reporting.power_law import Point, PowerLaw, fit_power_law, frontier
+from minimind.reporting.runs import Metrics, Run
 
-Point = tuple[float, float]
-FEWEST = 3  # points for a fit
-_FEWEST_WITH_FLOOR = 5  # it has three numbers to find
-_LEAST_RANGE = 2.0  # largest x over smallest
-_ROUNDS, _FLOORS = 5, 101
-_NO_FLOOR = 1e-6  # of the lowest loss
+_ABOUT = (
+    "How the loss falls with parameters, tokens and time, on logarithmic axes, with a fitted power "
+    "law where possible. By parameters, each point is a finished run. By tokens and time, the fit "
+    "is through the lowest loss that any run had reached by then, without the first tenth. Those "
+    "points are higher than runs of just that length would end, because their learning rate had "
+    "not decayed yet. R² is the fraction of the variance of the loss's logarithm that the law "
+    "explains for these runs; beyond their range the law is a guess."
+)
+_SYMBOLS = {"parameters": "N", "tokens": "D", "seconds": "t"}
+_NAMES = {"parameters": "parameters", "tokens": AXES["tokens"], "seconds": AXES["seconds"]}
 
 
 @dataclass(frozen=True)
-class PowerLaw:
-    """floor + scale * x ** -exponent; `r_squared` is that of the logarithm of the loss."""
+class _Axis:
+    """Lines to draw over one axis, and the points that the law is fitted to."""
 
-    floor: float
-    scale: float
-    exponent: float
-    r_squared: float
-    points: int
-
-    def at(self, x: float) -> float:
-        return float(self.floor + self.scale * x**-self.exponent)
-
-    def formula(self, symbol: str) -> str:
-        """Such as L = 1.69 + 406 / N^0.34."""
-        floor = f"{self.floor:.3g} + " if self.floor else ""
-        return f"L = {floor}{self.scale:.4g} / {symbol}^{self.exponent:.3g}"
+    lines: Sequence[Line]
+    points: Sequence[Point]
+    fit: PowerLaw | str
 
 
-def fit_power_law(points: Sequence[Point]) -> PowerLaw | str:
-    """Least squares of the logarithm of the loss, over (x, loss); or why there is no fit.
-
-    From 5 points on a floor is sought too.
-    """
-    x, loss = numpy.array(points, float).reshape(-1, 2).T
-    distinct = len(set(x.tolist()))
-    if distinct < FEWEST:
-        return f"no fit: {distinct} different values, and {FEWEST} are the fewest"
-    if x.max() < _LEAST_RANGE * x.min():
-        return f"no fit: the values differ by a factor of {x.max() / x.min():.2g} alone"
-    floors = numpy.zeros(1)
-    if distinct >= _FEWEST_WITH_FLOOR:
-        floors = numpy.linspace(0, loss.min(), _FLOORS, endpoint=False)
-    for _ in range(_ROUNDS):  # the same again, ten times finer, around the best
-        fits = [_fit(x, loss, floor) for floor in floors]
-        best = min(fits, key=lambda fit: fit[0])
-        step = floors[1] - floors[0] if len(floors) > 1 else 0.0
-        near = numpy.linspace(best[1] - step, best[1] + step, 21)
-        floors = near[(near >= 0) & (near < loss.min())] if step else floors
-    error, floor, scale, exponent = best
-    if floor < _NO_FLOOR * loss.min():
-        error, floor, scale, exponent = _fit(x, loss, 0.0)
-    if exponent <= 0:
-        return "no fit: the loss does not fall"
-    spread = float(((numpy.log(loss) - numpy.log(loss).mean()) ** 2).sum())
-    return PowerLaw(floor, scale, exponent, 1 - error / spread if spread else 1.0, len(x))
-
-
-def _fit(
-    x: NDArray[numpy.float64], loss: NDArray[numpy.float64], floor: float
-) -> tuple[float, float, float, float]:
-    """(squared error of log loss, floor, scale, exponent) of the best line through logarithms.
-
-    What is left of log(loss - floor) counts as much as it moves log(loss).
-    """
-    above = loss - floor
-    slope, start = numpy.polyfit(numpy.log(x), numpy.log(above), 1, w=above / loss)
-    told = floor + numpy.exp(start) * x**slope
-    error = float(((numpy.log(told) - numpy.log(loss)) ** 2).sum())
-    return error, float(floor), float(numpy.exp(start)), float(-slope)
+def add_scaling(page: Page, runs: Sequence[Run], sweep: Mapping[str, Metrics]) -> Metrics:
+    """Add sections on scaling and on settings; return the fits as metrics."""
+    metrics: Metrics = {}
+    for kind in ("pretrain", "sft"):
+        selected = [run for run in runs if run.kind == kind]
+        if len(selected) < 2:
+            continue
+        same_tokenizer = len({run.settings.get("tokenizer") for run in selected}) == 1
+        key = "loss" if same_tokenizer else "bits_per_byte"
+        unit = "nats per token" if same_tokenizer else "bits per byte"
+        axes = _fit_axes(selected, key)
+        plots = [
+            _scaling_plot(name, axis, unit, kind)
+            for name, axis in axes.items()
+            if any(line.points for line in axis.lines)
+        ]
+        rows: list[list[Cell]] = [_fit_row(name, axis.fit) for name, axis in axes.items()]
+        table = Table(["by", "power law", "R²", "points"], rows, (2, 3))
+        page.add(f"Scaling: {kind}", _ABOUT, table, side_by_side(plots))
+        page.add(
+            f"By setting: {kind}",
+            "The final loss by each setting that varies, one point per run. If several settings "
+            "vary together, their plots show the same runs.",
+            side_by_side(_setting_plots(selected, sweep, key, unit)),
+            _setting_table(selected, sweep, key),
+        )
+        metrics[kind] = {
+            name: vars(axis.fit) if isinstance(axis.fit, PowerLaw) else {"reason": axis.fit}
+            for name, axis in axes.items()
+        }
+    return metrics
 
 
-def frontier(curves: Sequence[Sequence[Point]]) -> list[Point]:
-    """The points of all curves that are lower than any before them: the best for so much of x."""
-    lowest: list[Point] = []
-    for point in sorted(point for curve in curves for point in curve):
-        if point[0] > 0 and (not lowest or point[1] < lowest[-1][1]):
-            lowest.append(point)
-    return lowest
+def _fit_axes(runs: Sequence[Run], key: str) -> dict[str, _Axis]:
+    """Fit the loss by parameters, tokens and time."""
+    final = [
+        (float(size), float(loss))
+        for run in runs
+        if run.finished
+        and (size := number_of(run.metrics, "parameters"))
+        and (loss := number_of(run.metrics, key))
+    ]
+    axes = {"parameters": _Axis([Line("runs", final, "points")], final, fit_power_law(final))}
+    for axis in AXES:
+        lines = [
+            Line(run.name, [point for point in curves["validation"] if point[0] > 0])
+            for run in runs
+            if "validation" in (curves := run.curves(key, axis))
+        ]
+        lines = [line for line in lines if line.points]
+        points = frontier([line.points for line in lines])
+        # The first tenth is mostly warmup.
+        points = [point for point in points if point[0] >= 0.1 * points[-1][0]]
+        axes[axis] = _Axis(lines, points, fit_power_law(points))
+    return axes
+
+
+def _fit_row(name: str, fit: PowerLaw | str) -> list[Cell]:
+    if isinstance(fit, str):
+        return [_NAMES[name], fit, "–", "–"]
+    return [_NAMES[name], fit.formula(_SYMBOLS[name]), f"{fit.r_squared:.3f}", str(fit.points)]
+
+
+def _scaling_plot(name: str, axis: _Axis, unit: str, kind: str) -> Plot:
+    lines = list(axis.lines)
+    if isinstance(axis.fit, PowerLaw):
+        low, high = min(x for x, _ in axis.points), max(x for x, _ in axis.points)
+        xs = [low * (high / low) ** (step / 40) for step in range(41)]
+        formula = axis.fit.formula(_SYMBOLS[name])
+        lines.append(Line(formula, [(x, axis.fit.at(x)) for x in xs], "fit"))
+    salt = f"scaling {kind} {name}"
+    drawing = draw(lines, _NAMES[name], unit, salt=salt, logarithmic=True)
+    return Plot(f"by {_NAMES[name]}", drawing, len(lines))
+
+
+def _setting_plots(
+    runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str, unit: str
+) -> list[Plot]:
+    plots = []
+    for setting in _varied(runs, sweep):
+        points = [
+            (float(value), loss)
+            for run in runs
+            if (value := number_of(sweep.get(run.name, {}), setting)) is not None
+            and (loss := number_of(run.metrics, key)) is not None
+            and run.finished
+        ]
+        if len({x for x, _ in points}) > 1 and setting != "seed":
+            line = Line("runs", sorted(points), "points")
+            plots.append(Plot(setting, draw([line], setting, unit, salt=f"by {setting}"), 1))
+    return plots
+
+
+def _setting_table(runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str) -> Table | None:
+    settings = _varied(runs, sweep)
+    rows: list[list[Cell]] = [
+        [
+            run.name,
+            *(str(sweep.get(run.name, {}).get(setting, "–")) for setting in settings),
+            format_metric(run.metrics, key, ".4f"),
+        ]
+        for run in runs
+    ]
+    head = ["run", *settings, key.replace("_", " ")]
+    return Table(head, rows, range(1, len(head))) if settings else None
+
+
+def _varied(runs: Sequence[Run], sweep: Mapping[str, Metrics]) -> list[str]:
+    return list(dict.fromkeys(key for run in runs for key in sweep.get(run.name, {})))

@@ -1,4 +1,4 @@
-"""The application: routes, and the layers around them."""
+"""The ASGI application: routes, error handlers and middleware."""
 
 import asyncio
 import json
@@ -7,11 +7,10 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from fastapi_offline import FastAPIOffline
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,144 +18,157 @@ from starlette.types import ASGIApp
 
 from minimind.inference.engine import describe
 from minimind.serving import chat, completions
-from minimind.serving.answers import Answers, Asked, ask_chat, ask_completion, stopping
-from minimind.serving.auth import RequireKey
-from minimind.serving.errors import APIError, failed, from_http, from_validation
-from minimind.serving.limits import LimitBody, Limits
-from minimind.serving.logs import FIGURES
+from minimind.serving.answers import Answers, stopping_error
+from minimind.serving.auth import HEALTH_PATH, APIKeyMiddleware
+from minimind.serving.body_limit import BodyLimitMiddleware
+from minimind.serving.engine_requests import EngineRequests, prepare_chat, prepare_completion
+from minimind.serving.errors import APIError, http_error_response, internal_error, validation_error
+from minimind.serving.limits import Limits
+from minimind.serving.logs import LOG_FIELDS
 from minimind.serving.metrics import Metrics
 from minimind.serving.models import ServedModel
-from minimind.serving.observe import Observe
+from minimind.serving.observe import REQUEST_ID, ObserveMiddleware
 from minimind.serving.requests import ChatRequest, CompletionRequest
 from minimind.serving.schema import (
     ChatCompletion,
     Completion,
-    ErrorAnswer,
+    ErrorResponse,
     Health,
     Model,
     ModelList,
 )
-from minimind.serving.streaming import CLIENT_GONE, ClientGone, EventStream, unless_gone
+from minimind.serving.streaming import (
+    CLIENT_CLOSED_REQUEST,
+    ClientDisconnected,
+    EventStream,
+    cancel_on_disconnect,
+)
+from minimind.serving.swagger_ui import add_docs_page
 from minimind.version import __version__
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorAnswer, "description": "The request cannot be answered."},
-    "5XX": {"model": ErrorAnswer, "description": "The service cannot answer."},
+_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is invalid or not permitted."},
+    "5XX": {"model": ErrorResponse, "description": "The service cannot answer."},
 }
-_STREAM: dict[str, Any] = {"text/event-stream": {}}  # of chunks, for which OpenAPI has no words
+_STREAM: dict[str, Any] = {"text/event-stream": {}}  # OpenAPI 3.1 cannot describe the chunks
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 class Service:
-    """What the routes share: the models, and the answers that are being written."""
+    """State shared by the routes: models, metrics and the answers in progress."""
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self.models = models
         self.metrics = Metrics(list(models.values()))
         self.is_stopping = False
-        self._open: set[Answers] = set()
+        self._in_progress: set[Answers] = set()
 
     @property
     def failure(self) -> str | None:
-        """Why no model answers any more: the error that stopped the engine of one of them."""
+        """The error that stopped an engine, after which no request is accepted."""
         for model in self.models.values():
             if model.engine.failure is not None:
                 return f"the engine of {model.name} stopped: {describe(model.engine.failure)}"
         return None
 
     def find(self, name: str) -> ServedModel:
-        """Raises APIError 404 for a model that is not served."""
+        """Return a model by name. Raises APIError 404."""
         if name not in self.models:
             raise APIError(
-                404,
-                f"The model '{name[:200]}' does not exist here. There are: "
+                "model_not_found",
+                f"The model '{name[:200]}' does not exist. Available models: "
                 f"{', '.join(self.models)}.",
                 param="model",
-                code="model_not_found",
             )
         return self.models[name]
 
     def cancel_all(self) -> None:
-        """End what is being written; each client is told."""
-        for answers in list(self._open):
+        """Cancel all answers in progress; their clients receive the error `stopping`."""
+        for answers in list(self._in_progress):
             answers.cancel()
 
     async def answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
-        """A completion of either kind, whole or as a stream."""
+        """Answer a chat or text completion, complete or as a stream."""
         if self.is_stopping:
-            raise stopping()
+            raise stopping_error()
         if self.failure is not None:
             message = f"The service has failed and must be restarted: {self.failure}."
-            raise APIError(503, message, code="engine_failed")
+            raise APIError("engine_failed", message)
         if body.stream_options is not None and not body.stream:
             raise APIError(
-                400,
-                "'stream_options' needs 'stream' to be true.",
+                "invalid_value",
+                "'stream_options' requires 'stream' to be true.",
                 param="stream_options",
-                code="invalid_value",
             )
         model = self.find(body.model)
-        chats = isinstance(body, ChatRequest)
-        # In a thread: a long text keeps the tokenizer busy.
-        prepare: Any = ask_chat if chats else ask_completion
-        asked: Asked = await asyncio.to_thread(prepare, body, model)
-        answers = Answers(model, asked.requests, body.choices)
-        self._open.add(answers)
+        is_chat = isinstance(body, ChatRequest)
+        prepare: Any = prepare_chat if is_chat else prepare_completion
+        # In a thread, because tokenizing a long text would block the event loop.
+        prepared: EngineRequests = await asyncio.to_thread(prepare, body, model)
+        answers = Answers(model, prepared.requests, body.num_choices)
+        self._in_progress.add(answers)
 
         def finish() -> None:
             answers.cancel()
-            self._open.discard(answers)
-            self._count(request, model, answers)
+            self._in_progress.discard(answers)
+            self._record(request, model, answers)
 
         head = {
-            "id": f"{'chatcmpl' if chats else 'cmpl'}-{uuid.uuid4().hex}",
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model.name,
             "system_fingerprint": model.fingerprint,
         }
-        kind: Any = chat if chats else completions
-        headers = {"minimind-left-out": str(asked.left_out)} if asked.left_out else {}
+        endpoint: Any = chat if is_chat else completions
+        headers = {"minimind-left-out": str(prepared.left_out)} if prepared.left_out else {}
         if body.stream:
-            return EventStream(kind.events(head, body, model, answers), finish, headers)
+            return EventStream(endpoint.stream(head, body, model, answers), finish, headers)
         try:
-            done = await unless_gone(kind.whole(head, body, model, answers), request.receive)
+            completion = await cancel_on_disconnect(
+                endpoint.complete(head, body, model, answers), request.receive
+            )
         finally:
             finish()
-        return Response(done.model_dump_json(), media_type="application/json", headers=headers)
+        return Response(
+            completion.model_dump_json(), media_type="application/json", headers=headers
+        )
 
-    def _count(self, request: Request, model: ServedModel, answers: Answers) -> None:
+    def _record(self, request: Request, model: ServedModel, answers: Answers) -> None:
+        """Add token counts and time to first token to metrics and log."""
         usage = answers.usage()
-        figures: dict[str, float] = {
+        fields: dict[str, float] = {
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.prompt_tokens_details.cached_tokens,
             "completion_tokens": usage.completion_tokens,
         }
-        for name, tokens in figures.items():
+        for name, tokens in fields.items():
             getattr(self.metrics, name).labels(model.name).inc(tokens)
-        if answers.first_token_at is not None:
-            waited = answers.first_token_at - answers.began
-            self.metrics.first_token_seconds.labels(model.name).observe(waited)
-            figures["first_token_seconds"] = round(waited, 4)
-        request.scope[FIGURES].update(figures, model=model.name)
+        if answers.first_token_time is not None:
+            seconds = answers.first_token_time - answers.start_time
+            self.metrics.time_to_first_token_seconds.labels(model.name).observe(seconds)
+            fields["time_to_first_token_seconds"] = round(seconds, 4)
+        request.scope[LOG_FIELDS].update(fields, model=model.name)
 
 
-class _JSONRoute(APIRoute):
-    """Reads JSON with a parser that bounds how deep it nests, and takes no NaN."""
+class _StrictJSONRoute(APIRoute):
+    """Parses JSON with bounded nesting and without NaN, unlike Python's json module."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(_JSONRequest(request.scope, request.receive))
+            return await handler(_StrictJSONRequest(request.scope, request.receive))
 
         return handle
 
 
-class _JSONRequest(Request):
+class _StrictJSONRequest(Request):
     async def json(self) -> Any:
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from None  # the one that FastAPI knows
+            # FastAPI converts this exception into a RequestValidationError.
+            raise json.JSONDecodeError(str(error), "", 0) from None
 
 
 def create_app(
@@ -166,49 +178,51 @@ def create_app(
     limits: Limits | None = None,
     origins: Sequence[str] = (),
 ) -> ASGIApp:
-    """The routes of `service`, with all that protects them.
+    """Create the application with its middleware.
 
-    origins: the web pages that may ask from a browser (CORS); none unless given.
+    origins: origins whose web pages may send requests from a browser (CORS).
     """
-    inner = FastAPIOffline(  # its /docs asks no other host for its scripts
+    api = FastAPI(
         title="minimind",
         version=__version__,
-        description="OpenAI's API for models that were trained with minimind.",
+        description="OpenAI-compatible API for models trained with minimind.",
+        docs_url=None,
         redoc_url=None,
     )
-    inner.include_router(_open_routes(service))
-    inner.include_router(_routes(service, needs_key=bool(keys)))
-    for kind in (APIError, HTTPException, RequestValidationError, ClientGone, Exception):
-        inner.add_exception_handler(kind, _answer_error)
-    app: ASGIApp = LimitBody(inner, limits=limits or Limits())
-    app = RequireKey(app, keys=keys)
+    add_docs_page(api)
+    api.include_router(_health_router(service))
+    api.include_router(_api_router(service, needs_key=bool(keys)))
+    for kind in (APIError, HTTPException, RequestValidationError, ClientDisconnected, Exception):
+        api.add_exception_handler(kind, _error_response)
+    app: ASGIApp = BodyLimitMiddleware(api, limits=limits or Limits())
+    app = APIKeyMiddleware(app, keys=keys)
     if origins:
         app = CORSMiddleware(
             app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    return Observe(app, metrics=service.metrics)
+    return ObserveMiddleware(app, metrics=service.metrics)
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
+async def _error_response(request: Request, error: Exception) -> Response:
     match error:
         case APIError():
             return error.response()
         case HTTPException():
-            return from_http(error).response()
+            return http_error_response(error)
         case RequestValidationError():
-            return from_validation(error.errors()).response()
-        case ClientGone():
-            return Response(status_code=CLIENT_GONE)
-    return failed().response()
+            return validation_error(error.errors()).response()
+        case ClientDisconnected():
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return internal_error(request.scope[REQUEST_ID]).response()
 
 
-def _open_routes(service: Service) -> APIRouter:
+def _health_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.head("/health", include_in_schema=False)
-    @router.get("/health", response_model_exclude_none=True, responses={503: {"model": Health}})
+    @router.head(HEALTH_PATH, include_in_schema=False)
+    @router.get(HEALTH_PATH, response_model_exclude_none=True, responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
-        """Whether the service takes requests; needs no key."""
+        """Check the health of the service. Needs no API key."""
         if service.failure is not None:
             response.status_code = 503
             return Health(status="failed", reason=service.failure)
@@ -219,47 +233,46 @@ def _open_routes(service: Service) -> APIRouter:
     return router
 
 
-def _routes(service: Service, *, needs_key: bool) -> APIRouter:
-    # The key itself is asked for before any route; this only tells the docs about it.
-    told = [Depends(HTTPBearer(auto_error=False))] if needs_key else []
-    router = APIRouter(route_class=_JSONRoute, responses=_ERRORS, dependencies=told)
+def _api_router(service: Service, *, needs_key: bool) -> APIRouter:
+    # APIKeyMiddleware checks the key; this dependency only adds it to the OpenAPI document.
+    dependencies = [Depends(HTTPBearer(auto_error=False))] if needs_key else []
+    router = APIRouter(
+        route_class=_StrictJSONRoute, responses=_ERROR_RESPONSES, dependencies=dependencies
+    )
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": _TEXT}})
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Get metrics in Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @router.get("/v1/models")
-    async def models() -> ModelList:
-        """The models that are served."""
-        return ModelList(data=[_described(model) for model in service.models.values()])
+    async def list_models() -> ModelList:
+        """List the served models."""
+        return ModelList(data=[_model_object(model) for model in service.models.values()])
 
     @router.get("/v1/models/{model}")
-    async def model(model: str) -> Model:
-        """One of them."""
-        return _described(service.find(model))
+    async def retrieve_model(model: str) -> Model:
+        """Retrieve a model."""
+        return _model_object(service.find(model))
 
     @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
         responses={200: {"content": _STREAM}},
     )
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        """The next message of a conversation."""
+    async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
+        """Create a chat completion."""
         return await service.answer(request, body)
 
     @router.post(
         "/v1/completions", response_model=Completion, responses={200: {"content": _STREAM}}
     )
-    async def text_completions(request: Request, body: CompletionRequest) -> Response:
-        """What comes after a text."""
+    async def create_completion(request: Request, body: CompletionRequest) -> Response:
+        """Create a text completion (legacy)."""
         return await service.answer(request, body)
 
     return router
 
 
-_TEXT = {"text/plain": {"schema": {"type": "string"}}}
-
-
-def _described(model: ServedModel) -> Model:
+def _model_object(model: ServedModel) -> Model:
     return Model(id=model.name, created=model.created, max_model_len=model.context)

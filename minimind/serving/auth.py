@@ -1,4 +1,4 @@
-"""Authentication: a key on all routes but a few; without one, requests from this machine alone."""
+"""Authentication: API keys; without a key, only requests from this machine."""
 
 import hashlib
 import hmac
@@ -11,41 +11,41 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import UsageError
 from minimind.serving.errors import APIError
+from minimind.serving.swagger_ui import DOCS_PATH, STATIC_FILES
 
-HEALTH = "/health"
-# A browser sends no key with a page, and the docs hold no secret; requests made from them need it.
-DOCS = {"/docs", "/openapi.json"}
-DOCS |= {f"/static-offline-docs/{name}" for name in ("swagger-ui.css", "favicon.png")}
-DOCS.add("/static-offline-docs/swagger-ui-bundle.js")
+HEALTH_PATH = "/health"
+# Browsers send no key when they open a page. The docs contain no secrets, and the requests that
+# one sends from them need a key.
+PUBLIC_DOCS = {DOCS_PATH, "/openapi.json", *STATIC_FILES}
 
 
 def check_exposure(host: str, keys: Sequence[str]) -> None:
-    """Raise UsageError where a service without a key would listen beyond this machine."""
+    """Raise UsageError for an invalid key, or if a service without keys would be reachable."""
     if any(not key.strip() or not key.isascii() or key != key.strip() for key in keys):
-        raise UsageError("a key is empty, or has spaces at its ends or characters beyond ASCII")
+        raise UsageError(
+            "an API key is empty, starts or ends with a space, or has characters outside ASCII"
+        )
     if not keys and not is_loopback(host):
         raise UsageError(
-            f"--host {host} listens beyond this machine, and then every request needs a key: "
-            f"give one with --api-key KEY, or in the variable {KEY_VARIABLE}"
+            f"--host {host} makes the service reachable from other machines, which requires an API "
+            f"key: set the environment variable {KEY_VARIABLE}, or pass --api-key KEY"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine and is reached from nowhere else."""
+    """Return True for localhost and loopback addresses, which other machines cannot reach."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
 
 
-class RequireKey:
-    """ASGI middleware: 401 without one of the keys, before anything of the body is read.
+class APIKeyMiddleware:
+    """ASGI middleware that answers 401 without a valid key, before the body is read.
 
-    /health and the docs need none.
-
-    Without keys the service is on this machine alone; requests then must name this machine as
-    their host, so that no web page can reach it through a name that it points here (DNS
-    rebinding).
+    /health and the documentation are public. Without keys, the Host header must name a loopback
+    address: otherwise any web page could reach the service through a host name of its own that
+    resolves to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
@@ -54,11 +54,11 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = None
-        if scope["type"] == "http" and scope["path"] != HEALTH:
+        if scope["type"] == "http" and scope["path"] != HEALTH_PATH:
             headers = Headers(scope=scope)
             if not self._digests:
                 error = _check_host(headers)
-            elif scope["path"] not in DOCS:
+            elif scope["path"] not in PUBLIC_DOCS:
                 error = self._check_key(headers)
         if error is None:
             await self._app(scope, receive, send)
@@ -66,17 +66,16 @@ class RequireKey:
             await error.response()(scope, receive, send)
 
     def _check_key(self, headers: Headers) -> APIError | None:
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode())
-        # Digests have one length, and all are compared: the time tells nothing about the keys.
-        right = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if kind.lower() == "bearer" and any(right):
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = _digest(key.strip().encode())
+        # Digests have equal length and all are compared: the duration reveals nothing about keys.
+        matches = [hmac.compare_digest(digest, expected) for expected in self._digests]
+        if scheme.lower() == "bearer" and any(matches):
             return None
-        told = "Incorrect API key provided." if key else "You didn't provide an API key."
+        reason = "Incorrect API key provided." if key else "You didn't provide an API key."
         return APIError(
-            401,
-            f"{told} Send it in the header: Authorization: Bearer KEY.",
-            code="invalid_api_key",
+            "invalid_api_key",
+            f"{reason} Send it in the header: Authorization: Bearer KEY.",
             headers={"www-authenticate": "Bearer"},
         )
 
@@ -87,9 +86,8 @@ def _check_host(headers: Headers) -> APIError | None:
     if is_loopback(name):
         return None
     return APIError(
-        403,
-        "Without a key this service answers on this machine alone, as localhost or 127.0.0.1.",
-        code="host_not_allowed",
+        "host_not_allowed",
+        "This service has no API key and therefore accepts only requests to localhost.",
     )
 
 

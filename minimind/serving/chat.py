@@ -1,4 +1,4 @@
-"""/v1/chat/completions: pieces of answers into OpenAI's objects, whole or as a stream."""
+"""Responses of /v1/chat/completions, complete or as a stream of chunks."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -7,39 +7,47 @@ from minimind.serving.answers import Answers
 from minimind.serving.logprobs import chat_logprobs
 from minimind.serving.models import ServedModel
 from minimind.serving.requests import ChatRequest
-from minimind.serving.schema import AnswerMessage, ChatChoice, ChatCompletion
+from minimind.serving.schema import ChatChoice, ChatCompletion, ResponseMessage
 
 
-async def whole(
+async def complete(
     head: dict[str, Any], request: ChatRequest, model: ServedModel, answers: Answers
 ) -> ChatCompletion:
-    """All choices, when the last of them is finished."""
+    """Return the completion when all choices are finished.
+
+    head: the fields that all objects of a response share (id, created, model, fingerprint).
+    """
     choices = [
         ChatChoice(
             index=index,
-            message=AnswerMessage(content=one.text),
-            logprobs=chat_logprobs(model.tokenizer, one.tokens) if request.logprobs else None,
-            finish_reason=one.reason,
+            message=ResponseMessage(content=answer.text),
+            logprobs=chat_logprobs(model.tokenizer, answer.logprobs) if request.logprobs else None,
+            finish_reason=answer.finish_reason,
         )
-        for index, one in enumerate(await answers.gathered())
+        for index, answer in enumerate(await answers.collect())
     ]
     return ChatCompletion(**head, choices=choices, usage=answers.usage())
 
 
-async def events(
+async def stream(
     head: dict[str, Any], request: ChatRequest, model: ServedModel, answers: Answers
 ) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a stream: the role, then the text, the reason of the end, the usage."""
+    """Yield chunks: the role, the text, the finish reason, then the usage if requested."""
     head = head | {"object": "chat.completion.chunk"}
-    more: dict[str, Any] = {"usage": None} if request.wants_usage else {}
+    usage: dict[str, Any] = {"usage": None} if request.include_usage else {}
 
     def chunk(
-        index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None
+        index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return head | {"choices": [choice]} | more
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return head | {"choices": [choice]} | usage
 
-    for index in range(request.choices):
+    for index in range(request.num_choices):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     async for index, piece in answers.pieces():
         logprobs = None
@@ -48,6 +56,6 @@ async def events(
         if piece.text or logprobs:
             yield chunk(index, {"content": piece.text}, logprobs)
         if piece.finish_reason is not None:
-            yield chunk(index, {}, reason=piece.finish_reason)
-    if request.wants_usage:
+            yield chunk(index, {}, finish_reason=piece.finish_reason)
+    if request.include_usage:
         yield head | {"choices": [], "usage": answers.usage().model_dump()}

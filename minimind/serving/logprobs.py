@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes."""
+"""Log-probabilities in the formats of OpenAI's two endpoints."""
 
 import codecs
 from collections.abc import Iterable
@@ -7,17 +7,18 @@ from minimind.inference.engine import TokenLogprob
 from minimind.serving import schema
 from minimind.tokenizer import Tokenizer
 
-_LEAST = -9999.0  # JSON has no infinity, and this is what OpenAI writes for it
+_MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot represent
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> schema.ChatLogprobs:
-    """For /v1/chat/completions."""
+    """Format log-probabilities for /v1/chat/completions."""
     return schema.ChatLogprobs(
         content=[
             schema.TokenLogprob(
-                **_described(tokenizer, token.token_id, token.logprob),
+                **_chat_token(tokenizer, token.token_id, token.logprob),
                 top_logprobs=[
-                    schema.TopLogprob(**_described(tokenizer, *other)) for other in token.top
+                    schema.TopLogprob(**_chat_token(tokenizer, *candidate))
+                    for candidate in token.top
                 ],
             )
             for token in tokens
@@ -29,70 +30,76 @@ def completion_logprobs(
     tokenizer: Tokenizer,
     tokens: Iterable[TokenLogprob],
     offsets: "TextOffsets",
-    first: int | None = None,
+    first_token: int | None = None,
 ) -> schema.CompletionLogprobs:
-    """For /v1/completions; `offsets` has seen the tokens before these.
+    """Format log-probabilities for /v1/completions.
 
-    first: the token that an echoed prompt begins with, which has no probability.
+    offsets: has been advanced past the tokens before these.
+    first_token: the first token of an echoed prompt, which has no log-probability.
     """
-    found = schema.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-    if first is not None:
-        found.tokens.append(_name(tokenizer, first))
-        found.token_logprobs.append(None)
-        found.top_logprobs.append(None)
-        found.text_offset.append(offsets.push(first))
+    result = schema.CompletionLogprobs(
+        tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]
+    )
+    if first_token is not None:
+        result.tokens.append(_token_text(tokenizer, first_token))
+        result.token_logprobs.append(None)
+        result.top_logprobs.append(None)
+        result.text_offset.append(offsets.push(first_token))
     for token in tokens:
-        found.tokens.append(_name(tokenizer, token.token_id))
-        found.token_logprobs.append(max(token.logprob, _LEAST))
-        likeliest = [*token.top, (token.token_id, token.logprob)] if token.top else []
-        found.top_logprobs.append(
-            {_name(tokenizer, other): max(logprob, _LEAST) for other, logprob in likeliest}
+        result.tokens.append(_token_text(tokenizer, token.token_id))
+        result.token_logprobs.append(max(token.logprob, _MIN_LOGPROB))
+        candidates = [*token.top, (token.token_id, token.logprob)] if token.top else []
+        result.top_logprobs.append(
+            {_token_text(tokenizer, id): max(logprob, _MIN_LOGPROB) for id, logprob in candidates}
         )
-        found.text_offset.append(offsets.push(token.token_id))
-    return found
+        result.text_offset.append(offsets.push(token.token_id))
+    return result
 
 
 class TextOffsets:
-    """Where in the text of one answer, as it is shown, each of its tokens begins.
+    """Character offset of each token in the text of one answer.
 
-    hidden: characters at the beginning that are decoded and not shown, such as the space that some
+    hidden: decoded characters at the start that the text omits, such as the space that some
     tokenizers put before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, hidden: int = 0) -> None:
-        self._words = tokenizer.text_bytes_of
+        self._token_bytes = tokenizer.text_bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._length = -hidden
 
     def push(self, token: int) -> int:
-        """The characters before the next token; one that it ends is not before it."""
-        word = self._words[token]
-        begun, _ = self._decoder.getstate()
-        # A character that is never finished is shown as U+FFFD.
-        begins = self._length + (bool(begun) and not _goes_on(begun, word[:1]))
-        self._length += len(self._decoder.decode(word))
-        return max(begins, 0)
+        """Return the offset of the next token.
+
+        A character split across tokens counts as part of the token that completes it.
+        """
+        data = self._token_bytes[token]
+        partial, _ = self._decoder.getstate()
+        # A partial character that this token does not continue has become U+FFFD.
+        offset = self._length + (bool(partial) and not _continues(partial, data[:1]))
+        self._length += len(self._decoder.decode(data))
+        return max(offset, 0)
 
 
-def _goes_on(begun: bytes, byte: bytes) -> bool:
-    """Whether the byte belongs to the character that has begun."""
+def _continues(partial: bytes, byte: bytes) -> bool:
+    """Return True if the byte continues the partial UTF-8 character."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(begun + byte)
+        codecs.getincrementaldecoder("utf-8")().decode(partial + byte)
     except UnicodeDecodeError:
         return False
     return True
 
 
-def _described(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object]:
-    word = tokenizer.bytes_of[token]
-    text = word.decode("utf-8", errors="replace")
-    return {"token": text, "logprob": max(logprob, _LEAST), "bytes": list(word)}
+def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, object]:
+    data = tokenizer.bytes_of[token]
+    text = data.decode("utf-8", errors="replace")
+    return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(data)}
 
 
-def _name(tokenizer: Tokenizer, token: int) -> str:
-    """Its text; where that is a part of a character, its bytes."""
-    word = tokenizer.bytes_of[token]
+def _token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Return the token's text, or `bytes:\\x..` for an incomplete character, as OpenAI does."""
+    data = tokenizer.bytes_of[token]
     try:
-        return word.decode()
+        return data.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in word)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line, on stderr, with figures and never with what users write."""
+"""Structured logs: JSON lines on stderr with token counts and times, never with users' text."""
 
 import json
 import logging
@@ -8,19 +8,19 @@ import traceback
 import warnings
 from typing import Any, TextIO
 
-FIGURES = "minimind.figures"  # the key in an ASGI scope of what a route adds to its line
+LOG_FIELDS = "minimind.log_fields"  # ASGI scope key: fields that a route adds to its log line
 LOGGER = logging.getLogger("minimind.serving")
 
 
 def log(event: str, **fields: object) -> None:
-    """One line of it."""
+    """Log an event at level INFO."""
     LOGGER.info(event, extra={"fields": fields})
 
 
 class JsonLines(logging.Formatter):
-    """Our events, and what uvicorn tells.
+    """Formats records of this package, of uvicorn and of other packages as JSON lines.
 
-    Of an exception its kind and where it was raised: its message might quote a request.
+    Of an exception only the type and the traceback: its message might quote a request.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -32,12 +32,12 @@ class JsonLines(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info and record.exc_info[1] is not None:
-            line |= described(record.exc_info[1])
+            line |= exception_fields(record.exc_info[1])
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def described(error: BaseException) -> dict[str, Any]:
-    """The kind of an exception and the places it went through."""
+def exception_fields(error: BaseException) -> dict[str, Any]:
+    """Return the type of an exception and its traceback, without its message."""
     frames = traceback.extract_tb(error.__traceback__)
     return {
         "exception": type(error).__name__,
@@ -46,7 +46,7 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def log_to_stderr() -> None:
-    """Set up all logging of this process, Python's warnings and other packages' included."""
+    """Configure logging of the process, including warnings and other packages."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.getLogger().handlers = [handler]
@@ -66,6 +66,6 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Log a warning instead of printing it; the parameters are those of `warnings.showwarning`."""
+    """Log a warning instead of printing it (same signature as `warnings.showwarning`)."""
     fields = {"kind": category.__name__, "message": str(message), "at": f"{filename}:{lineno}"}
     LOGGER.warning("warning", extra={"fields": fields})

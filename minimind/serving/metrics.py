@@ -1,4 +1,4 @@
-"""Figures for Prometheus; they count requests and tokens and know no text."""
+"""Prometheus metrics: requests, latencies, tokens and queue lengths."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,63 +6,60 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from minimind.serving.models import ServedModel
 
-_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds
 
 
 class Metrics:
-    """One registry a service, so that several can live in one process."""
+    """The metrics of one service, in a registry per service: several can share a process."""
 
     def __init__(self, models: Sequence[ServedModel]) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "minimind_requests",
-            "Requests that were answered.",
+            "Completed HTTP requests.",
             ["route", "status"],
             registry=registry,
         )
-        self.seconds = Histogram(
+        self.request_seconds = Histogram(
             "minimind_request_seconds",
-            "From a request to the end of its answer.",
+            "Duration of HTTP requests.",
             ["route"],
-            buckets=_SECONDS,
+            buckets=_BUCKETS,
             registry=registry,
         )
-        self.first_token_seconds = Histogram(
-            "minimind_first_token_seconds",
-            "From a request to its first token.",
+        self.time_to_first_token_seconds = Histogram(
+            "minimind_time_to_first_token_seconds",
+            "Time to first token (TTFT).",
             ["model"],
-            buckets=_SECONDS,
+            buckets=_BUCKETS,
             registry=registry,
         )
         self.prompt_tokens = Counter(
-            "minimind_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry
+            "minimind_prompt_tokens", "Prompt tokens.", ["model"], registry=registry
         )
         self.cached_tokens = Counter(
             "minimind_cached_tokens",
-            "Tokens of prompts that had been read before.",
+            "Prompt tokens taken from the prefix cache.",
             ["model"],
             registry=registry,
         )
         self.completion_tokens = Counter(
-            "minimind_completion_tokens",
-            "Tokens that were written.",
-            ["model"],
-            registry=registry,
+            "minimind_completion_tokens", "Generated tokens.", ["model"], registry=registry
         )
         running = Gauge(
-            "minimind_running", "Answers that are being written.", ["model"], registry=registry
+            "minimind_running", "Answers being generated.", ["model"], registry=registry
         )
         waiting = Gauge(
-            "minimind_waiting", "Answers that wait for a slot.", ["model"], registry=registry
+            "minimind_waiting", "Answers waiting for a slot.", ["model"], registry=registry
         )
         for model in models:
-            running.labels(model.name).set_function(_stat(model, "running"))
-            waiting.labels(model.name).set_function(_stat(model, "waiting"))
+            running.labels(model.name).set_function(_engine_stat(model, "running"))
+            waiting.labels(model.name).set_function(_engine_stat(model, "waiting"))
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
 
 
-def _stat(model: ServedModel, name: str) -> Callable[[], float]:
+def _engine_stat(model: ServedModel, name: str) -> Callable[[], float]:
     return lambda: float(getattr(model.engine.stats(), name))

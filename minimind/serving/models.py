@@ -1,4 +1,4 @@
-"""The models that are served: each has an engine, a name and a queue of its own."""
+"""The served models: discovery in directories, loading, one engine and queue per model."""
 
 import hashlib
 import json
@@ -15,51 +15,51 @@ from minimind.inference.engine import Engine
 from minimind.inference.grammar import GrammarCompiler
 from minimind.inference.load import load_for_inference
 from minimind.model import fingerprint, resolve_adapter_directory, resolve_model_directory
-from minimind.serving.limits import Queue
+from minimind.serving.admission import AdmissionQueue
 from minimind.tokenizer import Tokenizer
 from minimind.version import __version__
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One name under /v1/models."""
+    """A model as listed by /v1/models, with its engine."""
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
-    own_context: int  # tokens that it can read, which free memory may make fewer here
-    created: int  # seconds since 1970, of its weights
+    max_context: int  # of the model; the engine may have a shorter context for lack of memory
+    created: int  # Unix time of the weight files
     fingerprint: str
-    queue: Queue
+    queue: AdmissionQueue
     defaults: GenerationDefaults
     grammars: GrammarCompiler
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt and its answer together."""
+        """Context length in tokens: prompt and answer together."""
         return self.engine.context
 
     @property
-    def cache(self) -> str:
-        """The size of its KV cache, as it is shown when the service starts."""
+    def cache_summary(self) -> str:
+        """Size of the KV cache in words, for the start of the service."""
         engine = self.engine
-        shown = (
+        summary = (
             f"KV cache of {engine.model.slots} × {engine.context:,} tokens "
             f"({engine.cache_bytes / 1e9:.1f} GB)"
         )
-        if engine.context == self.own_context:
-            return shown
-        return f"{shown}; the model can read {self.own_context:,}"
+        if engine.context == self.max_context:
+            return summary
+        return f"{summary}; the model's context is {self.max_context:,}"
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end an answer."""
+        """Token ids that end an answer."""
         return frozenset(self.tokenizer.stop_ids)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a served model is made of: a model directory, and a LoRA adapter where there is one."""
+    """Directories of a served model: the model, and optionally a LoRA adapter."""
 
     model: Path
     adapter: Path | None = None
@@ -69,111 +69,119 @@ class Source:
 
 
 def find_models(paths: Sequence[Path]) -> dict[str, Source]:
-    """Name to source: of each path, or of each folder in it, that is a model or an adapter.
+    """Find the models and adapters at `paths`, or directly below them, and return them by name.
 
-    Each is named after its directory, or the link to it; the `model` or `adapter` of a run, after
-    the run. Raises ModelError where there is none, or where an adapter's model is not there;
-    UsageError when two have one name.
+    A model is named after its directory, or the link to it; the `model` or `adapter` directory of
+    a run, after the run. Raises ModelError if a path has no model or an adapter's base model is
+    missing; UsageError if two models have the same name.
     """
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for path in paths:
-        for place in _places_at(path):
-            name, source = _source_at(place)
-            if found.setdefault(name, source) != source:
+        for directory in _model_directories(path):
+            name, source = _named_source(directory)
+            if sources.setdefault(name, source) != source:
                 raise UsageError(
-                    f"two models are called {name}: {found[name]} and {source}; "
-                    "rename a directory, or serve them apart"
+                    f"two models have the name {name}: {sources[name]} and {source}; "
+                    "rename one directory, or start two services"
                 )
-    return found
+    return sources
 
 
-def _places_at(path: Path) -> list[Path]:
+def _model_directories(path: Path) -> list[Path]:
     if _is_model(path) or _is_adapter(path):
         return [path]
-    below = sorted(path.iterdir()) if path.is_dir() else []
-    seen = [place for place in below if not place.name.startswith(".")]  # those are half written
-    places = [place for place in seen if _is_model(place) or _is_adapter(place)]
-    if not places:
-        resolve_model_directory(path)  # says what there is instead
-    return places
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    # Names with a dot belong to incomplete downloads and saves.
+    visible = [child for child in children if not child.name.startswith(".")]
+    directories = [child for child in visible if _is_model(child) or _is_adapter(child)]
+    if not directories:
+        resolve_model_directory(path)  # raises ModelError with what the path contains instead
+    return directories
 
 
 def _is_model(path: Path) -> bool:
-    return _leads(resolve_model_directory, path)
+    return _resolves(resolve_model_directory, path)
 
 
 def _is_adapter(path: Path) -> bool:
-    return _leads(resolve_adapter_directory, path)
+    return _resolves(resolve_adapter_directory, path)
 
 
-def _leads(resolve: Callable[[Path], Path], path: Path) -> bool:
+def _resolves(resolve: Callable[[Path], Path], path: Path) -> bool:
     try:
         resolve(path)
-    except (ModelError, OSError):  # what cannot be read is none
+    except (ModelError, OSError):  # unreadable directories do not count
         return False
     return True
 
 
-def _source_at(place: Path) -> tuple[str, Source]:
-    place = Path(os.path.abspath(place))  # links are kept: a model goes by the name of its link
-    if _is_model(place):
-        directory = resolve_model_directory(place)
-        return _name(place, directory), Source(directory.resolve())
-    directory = resolve_adapter_directory(place)
-    return _name(place, directory), Source(_base_of(place, directory), directory.resolve())
+def _named_source(path: Path) -> tuple[str, Source]:
+    path = Path(os.path.abspath(path))  # not resolved: a linked model has the name of its link
+    if _is_model(path):
+        directory = resolve_model_directory(path)
+        return _name(path, directory), Source(directory.resolve())
+    directory = resolve_adapter_directory(path)
+    return _name(path, directory), Source(_base_model(path, directory), directory.resolve())
 
 
-def _name(place: Path, directory: Path) -> str:
+def _name(path: Path, directory: Path) -> str:
+    """Return the name of the model that `path` resolves to: its directory's, or its run's."""
     run = directory.parent
-    is_run = place == run or (run / "recipe.toml").is_file() or (run / "checkpoints").is_dir()
-    is_part = is_run and directory.name in ("model", "adapter")
-    # The root of the file system has no name.
-    return run.name if is_part and run.name else directory.name
+    is_run = path == run or (run / "recipe.toml").is_file() or (run / "checkpoints").is_dir()
+    is_part_of_run = is_run and directory.name in ("model", "adapter")
+    # run.name is empty for the root of the file system.
+    return run.name if is_part_of_run and run.name else directory.name
 
 
-def _base_of(place: Path, directory: Path) -> Path:
-    """The model that an adapter was made for: where it says or, if both were moved, beside it."""
+def _base_model(path: Path, directory: Path) -> Path:
+    """Return the base model of an adapter: where its config says, else next to the adapter."""
     try:
-        said = json.loads((directory / "adapter_config.json").read_text("utf-8"))
-        base = Path(said["base_model_name_or_path"])
+        config = json.loads((directory / "adapter_config.json").read_text("utf-8"))
+        base = Path(config["base_model_name_or_path"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         base = Path()
-    beside = place.parent / (base.parent.name if base.name == "model" else base.name)
-    for candidate in (base, beside):
+    sibling = path.parent / (base.parent.name if base.name == "model" else base.name)
+    for candidate in (base, sibling):
         if base.name and _is_model(candidate):
             return resolve_model_directory(candidate).resolve()
-    named = shell_words("--adapter", f"{_name(place, directory)}={place}")
-    where = f"{base} and {beside}" if base.name else "its adapter_config.json does not say where"
+    option = shell_words("--adapter", f"{_name(path, directory)}={path}")
+    where = (
+        f"neither {base} nor {sibling} is a model"
+        if base.name
+        else ("its adapter_config.json does not name one")
+    )
     raise ModelError(
-        f"{place} is a LoRA adapter, and the model that it was made for is not there ({where}): "
-        f"serve it as `minimind serve MODEL {named}`"
+        f"{path} is a LoRA adapter whose base model was not found ({where}); name the base model: "
+        f"`minimind serve MODEL {option}`"
     )
 
 
-def find_adapters(given: Sequence[str], models: Mapping[str, Source]) -> dict[str, Source]:
-    """Name to source of adapters that are given as NAME=DIR.
+def find_adapters(options: Sequence[str], models: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the adapters of `--adapter NAME=DIR` options by name.
 
-    Raises UsageError for what is not, for a name that is taken, and where it is not plain which
-    model an adapter belongs to.
+    Raises UsageError for a malformed option, for a name that is taken, and if there is not exactly
+    one base model.
     """
     bases = {name: source.model for name, source in models.items() if source.adapter is None}
-    if given and len(bases) != 1:
+    if options and len(bases) != 1:
         raise UsageError(
-            f"--adapter goes with one model, and there are {len(bases)}: {', '.join(bases)}"
+            f"--adapter requires exactly one MODEL; there are {len(bases)}: {', '.join(bases)}"
         )
-    found: dict[str, Source] = {}
-    for text in given:
-        if Path(text).exists():  # an equals sign in its name separates nothing
-            named = shell_words("--adapter", f"NAME={text}")
-            raise UsageError(f"--adapter {text} is a path without a name for it; write {named}")
+    adapters: dict[str, Source] = {}
+    for text in options:
+        if Path(text).exists():  # a path that contains an equals sign is not NAME=DIR
+            option = shell_words("--adapter", f"NAME={text}")
+            raise UsageError(f"--adapter {text} is a path without a name; write {option}")
         name, equals, directory = text.partition("=")
         if not (name and equals and directory):
             raise UsageError(f"--adapter {text} is not NAME=DIR, such as --adapter poet=out/poet")
-        if name in found or name in models:
-            raise UsageError(f"--adapter {text}: another model is called {name}; take a new name")
+        if name in adapters or name in models:
+            raise UsageError(
+                f"--adapter {text}: another model has the name {name}; choose another name"
+            )
         [base] = bases.values()
-        found[name] = Source(base, Path(directory))
-    return found
+        adapters[name] = Source(base, Path(directory))
+    return adapters
 
 
 def load_models(
@@ -181,16 +189,16 @@ def load_models(
     *,
     device: str,
     slots: int | None = None,
-    waiting: int = 64,
+    max_queued: int = 64,
     int8: bool = False,
     context: int | None = None,
     rope_scaling: RopeKind | None = None,
 ) -> dict[str, ServedModel]:
-    """Models that are ready to answer, by name. Raises what `load_for_inference` and Engine raise.
+    """Load models and start their engines. Raises what `load_for_inference` and Engine raise.
 
-    Their KV caches share the memory that is free once all weights are loaded, in equal parts;
-    slots, context: as in Engine. An adapter is merged into weights of its own, so it costs no time,
-    and memory for one model.
+    After all weights are loaded, the KV caches share the free memory equally. An adapter is merged
+    into a copy of its base model's weights: it costs memory for one model and no time per token.
+    `slots`, `context`: see Engine.
     """
     loaded = {
         name: load_for_inference(
@@ -201,7 +209,7 @@ def load_models(
     usable = usable_bytes([model for model, _ in loaded.values()])
     served: dict[str, ServedModel] = {}
     for name, source in sources.items():
-        model, tokenizer = loaded.pop(name)  # the engine has its own weights
+        model, tokenizer = loaded.pop(name)  # the engine keeps its own copy of the weights
         engine = Engine(
             model,
             tokenizer,
@@ -211,20 +219,20 @@ def load_models(
             usable=None if usable is None else usable // len(sources),
         )
         adapters = [] if source.adapter is None else [resolve_adapter_directory(source.adapter)]
-        places = [source.model, *adapters]
-        files = [path for place in places for path in sorted(place.glob("*.safetensors"))]
+        directories = [source.model, *adapters]
+        files = [path for folder in directories for path in sorted(folder.glob("*.safetensors"))]
         head = model.head_weight
-        # What may change an answer to the same seed, besides the weights.
-        how = f"{__version__} {head.device.type} {head.dtype} {int8} {context} {rope_scaling}"
-        digest = hashlib.sha256(f"{how} {fingerprint(*places)}".encode()).hexdigest()
+        # Everything besides the seed that can change an answer.
+        settings = f"{__version__} {head.device.type} {head.dtype} {int8} {context} {rope_scaling}"
+        digest = hashlib.sha256(f"{settings} {fingerprint(*directories)}".encode()).hexdigest()
         served[name] = ServedModel(
             name=name,
             engine=engine,
             tokenizer=tokenizer,
-            own_context=model.config.max_position_embeddings,
+            max_context=model.config.max_position_embeddings,
             created=int(max(path.stat().st_mtime for path in files)),
             fingerprint=f"fp_{digest[:12]}",
-            queue=Queue(engine.model.slots, waiting),
+            queue=AdmissionQueue(engine.model.slots, max_queued),
             defaults=read_generation_defaults(source.model),
             grammars=GrammarCompiler(tokenizer),
         )

@@ -1,34 +1,33 @@
-"""Requests that the service accepts, in the words of OpenAI's API reference.
+"""Request bodies of the two completion endpoints, named as in OpenAI's API reference.
 
-Beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, -1 for "as long as the context allows" and
-`truncation` (which OpenAI has elsewhere). A parameter that changes answers and is not offered is
-refused; hints, which do not change answers, are accepted and described as such.
+Each field states its difference from OpenAI's API. A parameter that would change the answer and is
+not supported is refused (UNSUPPORTED); hints that cannot change it are accepted without effect.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-MOST_CHOICES = 16
-COMPLETION_TOKENS = 16
-_MOST_STOPS = 4
-_MOST_BIASES = 1024
-_MOST_KEYS = 256  # of one object
-_LARGEST = 2**31 - 1
+from minimind.serving.differences import EXTENSION, differs, ignored
+from minimind.serving.request_types import (
+    MAX_CHOICES,
+    MAX_INT,
+    MAX_STOP_STRINGS,
+    LogitBias,
+    Metadata,
+    Prompt,
+    Stop,
+    StrictModel,
+    string_or_list,
+    token_count,
+    union_by,
+    without_noops,
+)
 
-# Parameters of OpenAI's that are known here and not offered, with the values that ask for nothing.
+COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of /v1/completions
+
+# OpenAI parameters that are refused, except with these values, which have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
@@ -46,115 +45,50 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Strict(BaseModel):
-    # Strict: a number in quotes is a mistake of the sender's, not a number.
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_many_keys(cls, value: Any) -> Any:
-        return _few(value, _MOST_KEYS)
-
-
-def _few(value: Any, most: int) -> Any:
-    """Raise for an object of too many keys: each wrong one would be a complaint of its own, and a
-    hundred thousand complaints would keep everybody waiting. Lists stop at the first (fail_fast).
-    """
-    if isinstance(value, dict) and len(value) > most:
-        raise PydanticCustomError("too_many_keys", f"it has more than {most:,} keys")
-    return value
-
-
-def _tokens(least: int) -> Any:
-    """The type of a number of tokens: -1, or from `least` on."""
-
-    def check(value: int) -> int:
-        if value != -1 and not least <= value <= _LARGEST:
-            raise PydanticCustomError(
-                "not_tokens", f"it must be -1 (no limit but the context) or from {least} on"
-            )
-        return value
-
-    number = {"type": "integer", "minimum": least, "maximum": _LARGEST}
-    schema = WithJsonSchema({"anyOf": [{"const": -1, "type": "integer"}, number]})
-    return Annotated[int, AfterValidator(check), schema]
-
-
-def _kinds(kind_of: Callable[[Any], str | None], expected: str) -> Discriminator:
-    """Choose one kind of a union by its value, so that errors are about the kind that was meant.
-
-    The tags look like types ("str", "list[str]"): error messages leave these out of paths.
-    """
-    return Discriminator(
-        kind_of, custom_error_type="wrong_kind", custom_error_message=f"it must be {expected}"
-    )
-
-
-def _text_or_list(value: Any) -> str | None:
-    return "str" if isinstance(value, str) else "list[]" if isinstance(value, list) else None
-
-
-def _prompt_kind(value: Any) -> str | None:
-    if not isinstance(value, list):
-        return "str" if isinstance(value, str) else None
-    if value and isinstance(value[0], int):
-        return "list[int]"
-    return "list[list[int]]" if value and isinstance(value[0], list) else "list[str]"
-
-
-_StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-Stop = Annotated[
-    Annotated[_StopText, Tag("str")]
-    | Annotated[list[_StopText], Field(fail_fast=True, max_length=_MOST_STOPS), Tag("list[]")],
-    _kinds(_text_or_list, "a string or a list of strings"),
-]
-LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=_MOST_BIASES),
-    BeforeValidator(lambda value: _few(value, _MOST_BIASES)),
-]
-_Hint = Annotated[dict[str, Any], BeforeValidator(lambda value: _few(value, _MOST_KEYS))]
-
-
-def _only_text(kind: Any) -> Any:
+def _check_text_part(kind: Any) -> Any:
     if isinstance(kind, str) and kind != "text":
-        raise PydanticCustomError("not_text", "only text parts are offered")
+        raise PydanticCustomError("not_text", "only text parts are supported")
     return kind
 
 
-class TextPart(_Strict):
-    """A piece of a message's text."""
+class TextPart(StrictModel):
+    """A text part of a message's content."""
 
-    # Before `text`, which other kinds do not have: of two complaints the first one is reported.
-    type: Annotated[Literal["text"], BeforeValidator(_only_text)] = Field(
-        description="The kind of part; only text is offered."
+    # Declared before `text`, which other part types lack: the first error is the one reported.
+    type: Annotated[Literal["text"], BeforeValidator(_check_text_part)] = Field(
+        description="Type of the part.",
+        json_schema_extra=differs("Only `text`: no images, audio or files."),
     )
-    text: str = Field(description="The text.")
+    text: str = Field(description="Text of the part.")
 
 
 Content = Annotated[
     Annotated[str, Tag("str")]
     | Annotated[list[TextPart], Field(fail_fast=True, min_length=1), Tag("list[]")],
-    _kinds(_text_or_list, "a string or a list of text parts"),
+    union_by(string_or_list, "a string or a list of text parts"),
 ]
 
 
-class Message(_Strict):
+class Message(StrictModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="Who speaks; `developer` means `system`."
+        description="Author of the message; `developer` is treated as `system`.",
+        json_schema_extra=differs("No `tool` or `function` messages."),
     )
-    content: Content = Field(description="A string, or a list of text parts, which are joined.")
+    content: Content = Field(
+        description="Text of the message: a string, or text parts, which are concatenated."
+    )
     name: str | None = Field(
-        None, description="Accepted without effect: no chat template shows it. Default: none."
+        None,
+        description="Name of the author. Default: none.",
+        json_schema_extra=ignored("No effect: chat templates do not show it."),
     )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_noop_fields(cls, value: Any) -> Any:
-        # Clients send an answer back as they got it.
-        return _without(value, _MESSAGE_EXTRAS)
+        return without_noops(value, _RESPONSE_FIELDS)
 
     @property
     def text(self) -> str:
@@ -164,7 +98,8 @@ class Message(_Strict):
         return "".join(part.text for part in self.content)
 
 
-_MESSAGE_EXTRAS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+# Clients send a received message back unchanged; its empty fields are dropped.
+_RESPONSE_FIELDS: dict[str, tuple[Any, ...]] = dict.fromkeys(
     (
         "annotations",
         "audio",
@@ -178,227 +113,252 @@ _MESSAGE_EXTRAS: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 
 
-class StreamOptions(_Strict):
+class StreamOptions(StrictModel):
     """Options of a stream."""
 
     include_usage: bool | None = Field(
-        False, description="Send a last chunk with the usage of tokens. null = false."
+        False, description="Send a last chunk with token counts. null = false."
     )
     include_obfuscation: bool | None = Field(
-        False, description="Accepted without effect: chunks are never padded."
+        False,
+        description="Pad chunks with random characters.",
+        json_schema_extra=ignored("No effect: chunks are never padded."),
     )
 
 
-class JsonSchema(_Strict):
-    """A JSON schema that the answer follows."""
+class JsonSchema(StrictModel):
+    """A JSON schema that the answer must follow."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] = Field(
-        description="A name for the schema; it appears in error messages."
+        description="Name of the schema, used in error messages."
     )
-    description: str | None = Field(None, description="Accepted without effect. Default: none.")
+    description: str | None = Field(
+        None,
+        description="Description of the schema. Default: none.",
+        json_schema_extra=ignored("No effect: the model does not see it."),
+    )
     definition: dict[str, Any] | None = Field(
         None,
         alias="schema",
-        description="The JSON schema. One with a keyword that cannot be enforced is refused. "
-        "Default: any JSON object.",
+        description="The JSON schema. Default: any JSON object.",
+        json_schema_extra=differs(
+            "Not limited to OpenAI's strict subset; keywords that cannot be enforced are refused."
+        ),
     )
     strict: bool | None = Field(
-        False, description="Accepted without effect: the schema is always enforced."
+        False,
+        description="Enforce the schema.",
+        json_schema_extra=ignored("No effect: the schema is always enforced."),
     )
 
 
-class ResponseFormat(_Strict):
-    """Free text, a JSON object, or JSON that follows a schema.
+class ResponseFormat(StrictModel):
+    """Output format: free text, any JSON object, or JSON that follows a schema.
 
-    Tokens that cannot lead to such JSON are never sampled. Where `max_tokens` cuts it,
+    Tokens that would violate the format are masked. If `max_tokens` truncates the JSON,
     `finish_reason` is `length`. Nesting is limited to 64 levels.
     """
 
     type: Literal["text", "json_object", "json_schema"] = Field(
-        description="`json_schema` needs the field of that name."
+        description="Type of the format; `json_schema` requires the field of that name.",
+        json_schema_extra=differs("`json_object` does not require the word JSON in a message."),
     )
     json_schema: JsonSchema | None = Field(
-        None, description="For the type `json_schema`. Default: none."
+        None, description="The schema for type `json_schema`. Default: none."
     )
 
     @model_validator(mode="after")
     def _check_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise PydanticCustomError(
-                "json_schema", "'json_schema' and the type 'json_schema' need each other"
+                "json_schema", "'json_schema' and the type 'json_schema' require each other"
             )
         return self
 
 
-def _setting(least: float, most: float, what: str, default: str) -> Any:
-    """A sampling setting for which the model's own files may have a default."""
+def _sampling_field(
+    minimum: float, maximum: float, meaning: str, default: str, difference: str | None = None
+) -> Any:
+    """Return the field of a sampling parameter whose default a model may set in its own files."""
     return Field(
         None,
-        ge=least,
-        le=most,
-        description=f"{what} Default: what the model's generation_config.json says, or {default}.",
+        ge=minimum,
+        le=maximum,
+        description=f"{meaning} Default: the model's generation_config.json, else {default}.",
+        json_schema_extra=None if difference is None else differs(difference),
     )
 
 
-class _Request(_Strict):
-    """The parameters that both kinds of completion share; null means the default."""
+class CompletionParameters(StrictModel):
+    """Parameters of both endpoints; null means the default."""
 
-    model: str = Field(description="The name of a model, as /v1/models lists it.")
-    stream: bool | None = Field(False, description="Send the answer as server-sent events.")
+    model: str = Field(description="Name of the model, as listed by /v1/models.")
+    stream: bool | None = Field(
+        False, description="Send the answer as server-sent events while it is generated."
+    )
     stream_options: StreamOptions | None = Field(
-        None, description="Options of a stream; only with `stream`. Default: none."
+        None, description="Options of a stream; requires `stream`. Default: none."
     )
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(
-        1, description="Answers to generate."
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        1,
+        description="Number of answers per prompt.",
+        json_schema_extra=differs(f"At most {MAX_CHOICES} instead of 128."),
     )
-    temperature: float | None = _setting(0, 2, "Sampling temperature; 0 is greedy decoding.", "1")
-    top_p: float | None = _setting(0, 1, "Nucleus (top-p) sampling threshold.", "1")
-    top_k: int | None = _setting(
-        0, _LARGEST, "Keep only the k most likely tokens; 0 = all. Not OpenAI's.", "0"
+    temperature: float | None = _sampling_field(
+        0, 2, "Sampling temperature; 0 is greedy decoding.", "1"
     )
-    min_p: float | None = _setting(
-        0, 1, "Drop tokens below this fraction of the top token's probability. Not OpenAI's.", "0"
+    top_p: float | None = _sampling_field(0, 1, "Nucleus (top-p) sampling threshold.", "1")
+    top_k: int | None = _sampling_field(
+        0, MAX_INT, "Keep only the k most likely tokens; 0 disables.", "0", EXTENSION
     )
-    repetition_penalty: float | None = _setting(
-        0.01, 100, "Above 1: penalize tokens of the prompt and the answer. Not OpenAI's.", "1"
+    min_p: float | None = _sampling_field(
+        0, 1, "Drop tokens below this fraction of the top token's probability.", "0", EXTENSION
+    )
+    repetition_penalty: float | None = _sampling_field(
+        0.01,
+        100,
+        "Penalize tokens of prompt and answer; 1 disables (Keskar et al. 2019).",
+        "1",
+        EXTENSION,
     )
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
-        0, description="Subtracted from the logits of tokens that the answer has."
+        0, description="Subtracted from the logits of tokens that occur in the answer."
     )
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
-        0, description="The same, for each time that the answer has them."
+        0, description="Subtracted from a token's logit once per occurrence in the answer."
     )
     logit_bias: LogitBias | None = Field(
-        None, description="Token id to a number that is added to its logit. Default: none."
+        None,
+        description="Map from token id to a value (-100 to 100) added to its logit. Default: none.",
+        json_schema_extra=differs("Ids of the served model's own tokenizer."),
     )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
-        None, description="Equal seeds give equal answers. Default: a random seed."
+        None,
+        description="Random seed. Default: random.",
+        json_schema_extra=differs("Reproducible on CPU, where OpenAI promises best effort."),
     )
     stop: Stop | None = Field(
         None,
-        description=f"Up to {_MOST_STOPS} strings that end the answer and are not part of it. Not "
-        "with a `response_format` of JSON. Default: none.",
+        description=f"Up to {MAX_STOP_STRINGS} strings that end the answer; the answer does not "
+        "include them. Default: none.",
+        json_schema_extra=differs("Cannot be combined with a JSON `response_format`."),
     )
-    user: str | None = Field(None, description="Accepted without effect. Default: none.")
+    user: str | None = Field(
+        None, description="ID of the end user. Default: none.", json_schema_extra=ignored()
+    )
     safety_identifier: str | None = Field(
-        None, description="Accepted without effect. Default: none."
+        None,
+        description="ID of the end user for abuse detection. Default: none.",
+        json_schema_extra=ignored(),
     )
-    metadata: _Hint | None = Field(
-        None, description="Accepted without effect: nothing is stored. Default: none."
+    metadata: Metadata | None = Field(
+        None,
+        description="Key-value pairs to store with the completion. Default: none.",
+        json_schema_extra=ignored("No effect: nothing is stored."),
     )
-    store: bool | None = Field(False, description="Accepted without effect: nothing is stored.")
+    store: bool | None = Field(
+        False,
+        description="Store the completion.",
+        json_schema_extra=ignored("No effect: nothing is stored."),
+    )
     service_tier: str | None = Field(
-        "auto", description="Accepted without effect: there is one tier."
+        "auto", description="Processing tier.", json_schema_extra=ignored("No effect: one tier.")
     )
     prompt_cache_key: str | None = Field(
-        None, description="Accepted without effect: prefixes are always cached. Default: none."
+        None,
+        description="Key for prompt caching. Default: none.",
+        json_schema_extra=ignored("No effect: prefixes are always cached."),
     )
     prompt_cache_retention: str | None = Field(
-        None, description="Accepted without effect. Default: none."
+        None,
+        description="Retention of the prompt cache. Default: none.",
+        json_schema_extra=ignored(),
     )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_noop_fields(cls, value: Any) -> Any:
-        return _without(value, UNSUPPORTED)
+        return without_noops(value, UNSUPPORTED)
 
     @property
-    def choices(self) -> int:
-        """How many answers are wanted."""
+    def num_choices(self) -> int:
+        """Number of answers per prompt."""
         return self.n or 1
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer."""
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with its usage of tokens."""
+    def include_usage(self) -> bool:
+        """True if a stream ends with a chunk of token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-_CHAT_TOKENS = (
-    "Longest answer, in tokens; -1 = what the context has room for. Default: max_new_tokens of the "
-    "model's generation_config.json, or -1."
-)
+_NO_LIMIT = "-1 (up to the context length) is not in OpenAI's API."
+_MAX_TOKENS = "Maximum number of generated tokens; -1 = up to the context length."
+_CHAT_DEFAULT = "Default: max_new_tokens of the model's generation_config.json, else -1."
 
 
-class ChatRequest(_Request):
+class ChatRequest(CompletionParameters):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=2048)] = (
         Field(description="The conversation so far.")
     )
-    max_completion_tokens: _tokens(1) | None = Field(None, description=_CHAT_TOKENS)  # type: ignore[valid-type]
-    max_tokens: _tokens(1) | None = Field(  # type: ignore[valid-type]
-        None, description=f"The older name of `max_completion_tokens`. {_CHAT_TOKENS}"
+    max_completion_tokens: token_count(1) | None = Field(  # type: ignore[valid-type]
+        None, description=f"{_MAX_TOKENS} {_CHAT_DEFAULT}", json_schema_extra=differs(_NO_LIMIT)
+    )
+    max_tokens: token_count(1) | None = Field(  # type: ignore[valid-type]
+        None,
+        description=f"Older name of `max_completion_tokens`. {_CHAT_DEFAULT}",
+        json_schema_extra=differs(_NO_LIMIT),
     )
     logprobs: bool | None = Field(
-        False, description="Return the log-probabilities of the answer's tokens."
+        False, description="Return the log-probability of each generated token."
     )
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        0, description="So many most likely tokens at each place; only with `logprobs`."
+        0,
+        description="Number of most likely tokens to return per position; requires `logprobs`.",
     )
     response_format: ResponseFormat | None = Field(
-        None, description="The form of the answer. Default: text."
+        None, description="Output format. Default: text."
     )
     truncation: Literal["auto", "disabled"] | None = Field(
         "disabled",
-        description="auto: the oldest turns of a conversation that is too long are left out, and "
-        "the header minimind-left-out says how many messages.",
+        description="`auto`: drop the oldest turns of a conversation that exceeds the context; the "
+        "response header minimind-left-out has the number of dropped messages.",
+        json_schema_extra=differs("Exists in OpenAI's Responses API, not in chat completions."),
     )
     parallel_tool_calls: bool | None = Field(
-        True, description="Accepted without effect: tools are not offered."
+        True,
+        description="Allow several tool calls per answer.",
+        json_schema_extra=ignored("No effect: tools are not supported."),
     )
 
 
-_TokenIds = Annotated[list[int], Field(fail_fast=True, min_length=1)]
-Prompt = Annotated[
-    Annotated[str, Tag("str")]
-    | Annotated[
-        list[str],
-        Field(fail_fast=True, min_length=1, max_length=MOST_CHOICES),
-        Tag("list[str]"),
-    ]
-    | Annotated[_TokenIds, Tag("list[int]")]
-    | Annotated[
-        list[_TokenIds],
-        Field(fail_fast=True, min_length=1, max_length=MOST_CHOICES),
-        Tag("list[list[int]]"),
-    ],
-    _kinds(_prompt_kind, "a string, a list of strings, or one or several lists of token ids"),
-]
-
-
-class CompletionRequest(_Request):
+class CompletionRequest(CompletionParameters):
     """POST /v1/completions."""
 
     prompt: Prompt = Field(
-        description=f"A string, a list of token ids, or a list of up to {MOST_CHOICES} of either."
+        description="Text to continue: a string, a list of token ids, or a list of either.",
+        json_schema_extra=differs(
+            f"At most {MAX_CHOICES} prompts; token ids are those of the served model."
+        ),
     )
-    max_tokens: _tokens(0) | None = Field(  # type: ignore[valid-type]
+    max_tokens: token_count(0) | None = Field(  # type: ignore[valid-type]
         COMPLETION_TOKENS,
-        description="Longest continuation, in tokens; -1 = what the context has room for.",
+        description=_MAX_TOKENS,
+        json_schema_extra=differs(_NO_LIMIT),
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
         None,
-        description="Return log-probabilities, and those of so many most likely tokens. "
+        description="Return log-probabilities, and this number of most likely tokens per position. "
         "Default: none.",
     )
     echo: bool | None = Field(
-        False, description="Begin with the prompt; with `logprobs`, with those of its tokens too."
+        False,
+        description="Return the prompt before the continuation; with `logprobs`, also the "
+        "log-probabilities of its tokens.",
     )
-
-
-def _without(value: Any, noops: dict[str, tuple[Any, ...]]) -> Any:
-    """The object without the keys whose values ask for nothing."""
-    if not isinstance(value, dict):
-        return value
-    left_out = {
-        key
-        for key in noops.keys() & value.keys()
-        # `is` the same type too: in Python False == 0 and 1 == True.
-        if any(value[key] == noop and type(value[key]) is type(noop) for noop in noops[key])
-    }
-    return {key: value[key] for key in value if key not in left_out} if left_out else value

@@ -1,4 +1,4 @@
-"""A process that serves: its socket, its signals, its end."""
+"""The server process: sockets, signals, shutdown."""
 
 import asyncio
 import contextlib
@@ -21,70 +21,70 @@ from minimind.serving.app import Service, create_app
 from minimind.serving.limits import Limits
 from minimind.serving.logs import LOGGER, log
 from minimind.serving.models import ServedModel
-from minimind.serving.protocol import bounded_protocol
+from minimind.serving.protocol import protocol_with_timeouts
 
-_LATEST_END_SECONDS = 3  # after this what still runs is cut off
-_CLOSE_SECONDS = 1.0  # for the engines to end, all together
-# What a name may lead to that this machine lacks: ::1 where IPv6 is switched off.
-_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_SHUTDOWN_SECONDS = 3  # then connections that are still open are cut
+_ENGINE_CLOSE_SECONDS = 1.0  # for all engines together
+# A host name may resolve to an address that this machine lacks, such as ::1 without IPv6.
+_ADDRESS_MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets at every address that `host` has on this machine; port 0 takes a free one for all.
+    """Bind sockets to every address of `host` on this machine; port 0 takes a free port for all.
 
-    Raises ResourceError when an address is taken, or when there is none.
+    Raises ResourceError when an address is in use or there is none.
     """
     sockets: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # IPv4 first: the first address is the one that is shown.
+        # IPv4 first: the first address is the one shown to the user.
         entries = sorted(dict.fromkeys(found), key=lambda entry: entry[0] != socket.AF_INET)
         for entry in entries:
             free_port = sockets[0].getsockname()[1] if sockets else port
             try:
-                sockets.append(_bound(entry, free_port, is_only=len(entries) == 1))
+                sockets.append(_bound_socket(entry, free_port, is_only=len(entries) == 1))
             except OSError as error:
                 is_last_chance = entry == entries[-1] and not sockets
-                if error.errno not in _NO_SUCH_ADDRESS or is_last_chance:
+                if error.errno not in _ADDRESS_MISSING or is_last_chance:
                     raise
     except OSError as error:
-        for one in sockets:
-            one.close()
+        for bound in sockets:
+            bound.close()
         raise ResourceError(
             f"cannot listen at {host}, port {port}: {error.strerror or error}. "
-            "Give another --port, or stop what listens there"
+            "Choose another --port, or stop the program that uses it"
         ) from error
     return sockets
 
 
-def _bound(entry: Any, port: int, *, is_only: bool) -> socket.socket:
-    """A socket at one of the addresses that `getaddrinfo` finds."""
+def _bound_socket(entry: Any, port: int, *, is_only: bool) -> socket.socket:
+    """Return a socket bound to one entry of `getaddrinfo`."""
     family, kind, protocol, _, address = entry
-    # With the protocol: asyncio switches off Nagle's delay only where it sees TCP.
-    found = socket.socket(family, kind, protocol)
+    # With the protocol: asyncio sets TCP_NODELAY only on sockets whose protocol is TCP.
+    bound = socket.socket(family, kind, protocol)
     try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6 and not is_only:  # IPv4 has a socket of its own
-            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        found.bind((address[0], port, *address[2:]))
+        if os.name == "posix":  # on Windows, SO_REUSEADDR would let two servers share a port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and not is_only:  # IPv4 has its own socket
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((address[0], port, *address[2:]))
     except OSError:
-        found.close()
+        bound.close()
         raise
-    return found
+    return bound
 
 
-def url_of(listening: Sequence[socket.socket]) -> str:
-    """Where the first socket is reached, such as http://127.0.0.1:8000."""
-    host, port = listening[0].getsockname()[:2]
+def url_of(sockets: Sequence[socket.socket]) -> str:
+    """Return the URL of the first socket, such as http://127.0.0.1:8000."""
+    host, port = sockets[0].getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Serves until it is told to stop, then ends within five seconds and closes the engines.
+    """Serves until a signal or an engine failure, then shuts down and closes the engines.
 
-    After an error that stops an engine, /health says so for `limits.failed_seconds`; then the
-    process ends with status 1, so that a supervisor starts it again.
+    Shutdown takes at most five seconds. After an engine failure, /health reports the reason for
+    `limits.failed_seconds`; then the process exits with status 1, so that a supervisor restarts it.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class Server(uvicorn.Server):
     ) -> None:
         self._limits = limits or Limits()
         self._service = Service(models)
-        self._latest_end: float | None = None  # once an engine has failed
+        self._exit_time: float | None = None  # set when an engine has failed
         app = create_app(self._service, keys=keys, limits=self._limits, origins=origins)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded_protocol(self._limits),
+                http=protocol_with_timeouts(self._limits),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -110,32 +110,32 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_graceful_shutdown=_LATEST_END_SECONDS,
+                timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
             )
         )
 
-    def serve_at(self, listening: Sequence[socket.socket]) -> int:
-        """Serve until SIGTERM, Ctrl-C, or `should_exit`. Return the process's exit status.
+    def serve_at(self, sockets: Sequence[socket.socket]) -> int:
+        """Serve until SIGTERM, Ctrl-C or `should_exit`. Return the exit status of the process.
 
-        It is 1 when an engine has failed, else 0.
+        The status is 1 after an engine failure, else 0.
         """
-        log("listening", url=url_of(listening), models=list(self._service.models))
+        log("listening", url=url_of(sockets), models=list(self._service.models))
         try:
-            self.run(sockets=list(listening))
+            self.run(sockets=list(sockets))
         finally:
-            end = time.monotonic() + _CLOSE_SECONDS
+            deadline = time.monotonic() + _ENGINE_CLOSE_SECONDS
             for model in self._service.models.values():
-                model.engine.close(max(0.0, end - time.monotonic()))
+                model.engine.close(max(0.0, deadline - time.monotonic()))
             log("ended")
-        return 0 if self._latest_end is None else 1
+        return 0 if self._exit_time is None else 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to stop serving; called ten times a second."""
-        if self._latest_end is None and (reason := self._service.failure) is not None:
+        """Return True to stop serving; uvicorn calls this ten times per second."""
+        if self._exit_time is None and (reason := self._service.failure) is not None:
             LOGGER.error("failed", extra={"fields": {"reason": reason}})
-            self._latest_end = time.monotonic() + self._limits.failed_seconds
-        is_over = self._latest_end is not None and time.monotonic() >= self._latest_end
-        return await super().on_tick(counter) or is_over
+            self._exit_time = time.monotonic() + self._limits.failed_seconds
+        has_failed = self._exit_time is not None and time.monotonic() >= self._exit_time
+        return await super().on_tick(counter) or has_failed
 
     async def shutdown(self, sockets: Any = None) -> None:
         self._service.is_stopping = True
@@ -145,11 +145,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def answer_first() -> None:
-    """Let the event loop wait for nothing long in this process, whose models are loaded.
+def prioritize_event_loop() -> None:
+    """Keep garbage collection and decoding from delaying the event loop; call after loading.
 
-    What is there stays, torch's modules above all: to search it for garbage, as Python does once in
-    a while, took 180 ms. And decoding would keep all cores.
+    A full collection over the objects of torch's modules took 180 ms, so they are frozen. Decoding
+    threads get a lower priority, because they would occupy every core.
     """
     gc.collect()
     gc.freeze()
@@ -157,26 +157,26 @@ def answer_first() -> None:
 
 
 @contextlib.contextmanager
-def ends_at_once() -> Iterator[None]:
-    """SIGTERM ends this process with status 0, Ctrl-C with 130, also while models are loaded.
+def exit_on_signal() -> Iterator[None]:
+    """Exit with status 0 on SIGTERM and 130 on Ctrl-C, also while models are loaded.
 
-    SystemExit ends it with its own status. Python is not taken apart: that takes seconds on a busy
-    machine, and nothing is left to keep.
+    SystemExit keeps its status. Skips the interpreter's shutdown, which takes seconds on a busy
+    machine and would save nothing.
     """
 
-    def leave(number: int, frame: object) -> None:
+    def exit_process(number: int, frame: object) -> None:
         raise SystemExit(0)
 
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, exit_process)
     try:
         yield
-    except (SystemExit, KeyboardInterrupt) as end:
+    except (SystemExit, KeyboardInterrupt) as reason:
         sys.stdout.flush()
-        os._exit(int(end.code or 0) if isinstance(end, SystemExit) else 130)
+        os._exit(int(reason.code or 0) if isinstance(reason, SystemExit) else 130)
 
 
-def end_with_stdin() -> None:
-    """End this process when its standard input is closed: with the one that started it."""
+def exit_when_stdin_closes() -> None:
+    """Exit when standard input is closed, that is, when the parent process ends."""
 
     def watch() -> None:
         with contextlib.suppress(OSError):

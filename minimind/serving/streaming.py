@@ -1,4 +1,4 @@
-"""Server-sent events, as OpenAI sends them."""
+"""Server-sent events in OpenAI's format, and cancellation when a client disconnects."""
 
 import asyncio
 import json
@@ -9,27 +9,29 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minimind.serving.errors import APIError
-from minimind.serving.logs import FIGURES
+from minimind.serving.logs import LOG_FIELDS
 
-CLIENT_GONE = 499  # the status in the log, as nginx has it; nobody hears it
+CLIENT_CLOSED_REQUEST = (
+    499  # nginx's status for a client that disconnected; only in log and metrics
+)
 
 T = TypeVar("T")
 
-PING_SECONDS = 15.0  # proxies close a connection on which nothing comes for a minute
+PING_SECONDS = 15.0  # proxies commonly close a connection after 60 idle seconds
 
 _DONE = b"data: [DONE]\n\n"
-_PING = b": waiting\n\n"  # a comment, which clients skip
+_PING = b": waiting\n\n"  # a comment, which SSE clients ignore
 
 
-class ClientGone(Exception):
-    """The client closed its connection before it had its answer."""
+class ClientDisconnected(Exception):
+    """The client closed the connection before the response was complete."""
 
 
 class EventStream(Response):
-    """Sends events until they end, or until the client goes away; comments while none come.
+    """Send events until they end or the client disconnects, with comments as keep-alive.
 
-    `finish` is called at the end in any case. An error among the events is the last of them: the
-    status has been sent by then.
+    `finish` is always called at the end. An APIError becomes the last event, because the status
+    has already been sent.
     """
 
     media_type = "text/event-stream"
@@ -40,7 +42,7 @@ class EventStream(Response):
         finish: Callable[[], None],
         headers: Mapping[str, str],
     ) -> None:
-        # No proxy is to keep them or to wait for more of them.
+        # Proxies must neither cache nor buffer the events (x-accel-buffering is nginx's header).
         super().__init__(
             headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"}
         )
@@ -50,9 +52,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(self._send_all(send), receive)
-        except ClientGone:
-            scope[FIGURES]["client_gone"] = True
+            await cancel_on_disconnect(self._send_all(send), receive)
+        except ClientDisconnected:
+            scope[LOG_FIELDS]["client_disconnected"] = True
         finally:
             self._finish()
 
@@ -62,48 +64,48 @@ class EventStream(Response):
         )
 
         loop = asyncio.get_running_loop()
-        last = loop.time()
+        last_write = loop.time()
 
         async def write(data: bytes, more: bool = True) -> None:
-            nonlocal last
-            last = loop.time()
+            nonlocal last_write
+            last_write = loop.time()
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
-        async def ping() -> None:
+        async def keep_alive() -> None:
             while True:
-                await asyncio.sleep(last + PING_SECONDS - loop.time())
-                if loop.time() >= last + PING_SECONDS:
+                await asyncio.sleep(last_write + PING_SECONDS - loop.time())
+                if loop.time() >= last_write + PING_SECONDS:
                     await write(_PING)
 
-        pinging = asyncio.ensure_future(ping())
+        pings = asyncio.ensure_future(keep_alive())
         try:
             async for event in self._events:
-                await write(_event(event))
+                await write(_encode_event(event))
         except APIError as error:
-            await write(_event(error.answer.model_dump()))
+            await write(_encode_event(error.body.model_dump()))
         finally:
-            pinging.cancel()
+            pings.cancel()
         await write(_DONE, more=False)
 
 
-def _event(content: Mapping[str, Any]) -> bytes:
+def _encode_event(content: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """What `work` gives. Raises ClientGone, and gives it up, when the client goes away first."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(receive))
+async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Return the result of `work`; cancel it and raise ClientDisconnected if the client leaves."""
+    task = asyncio.ensure_future(work)
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected
+        return task.result()
     finally:
-        gone.cancel()
-        working.cancel()
+        disconnected.cancel()
+        task.cancel()
 
 
-async def _disconnect(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -17,9 +17,9 @@ Samples = tuple[int, int]  # (first sample of the run, number of samples)
 
 @dataclass(frozen=True)
 class TensorPairs:
-    """`data.packing.Pairs` as tensors: sequences [B, T] int64, reference [P, 2] float32."""
+    """`data.packing.Pairs` as tensors: side_ids [B, T] int64, reference [P, 2] float32."""
 
-    sequences: Tensor
+    side_ids: Tensor
     reference: Tensor
 
 
@@ -60,7 +60,7 @@ def to_device(batch: Batch, device: torch.device) -> TensorBatch:
         labels=copy(batch.labels),
         segments=None if batch.segments is None else copy(batch.segments),
         label_indices=copy(label_indices(torch.from_numpy(batch.labels))),
-        pairs=None if pairs is None else TensorPairs(copy(pairs.sequences), copy(pairs.reference)),
+        pairs=None if pairs is None else TensorPairs(copy(pairs.side_ids), copy(pairs.reference)),
         num_tokens=_count_tokens(batch),
     )
 

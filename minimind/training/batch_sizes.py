@@ -13,7 +13,7 @@ import torch
 
 from minimind.errors import ResourceError, is_out_of_memory
 from minimind.training.distributed import ProcessGroup
-from minimind.training.memory import divisors, release
+from minimind.training.memory import divisors, release_unused
 from minimind.training.reporter import Reporter, pluralize
 from minimind.training.run import has_begun
 
@@ -43,7 +43,7 @@ class BatchSizes:
         Call this outside the `except` block: the traceback of an error that is being handled keeps
         the frames, and so the activations, alive. Raises ResourceError if one sequence is too much.
         """
-        release(self.device)
+        release_unused(self.device)
         smaller = next((n for n in divisors(self.per_process) if n <= self.train // 2), None)
         where = f"{where}: out of memory on {self.device} at micro-batch size {self.train}"
         if smaller is None:
@@ -77,7 +77,7 @@ class BatchSizes:
                 done += batch_size
                 continue
             result = None
-            release(self.device)
+            release_unused(self.device)
             sequences = pluralize(batch_size, "sequence")
             where = f"out of memory on {self.device} while evaluating {sequences}"
             if batch_size == 1:

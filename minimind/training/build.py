@@ -1,12 +1,11 @@
-"""Everything a stage consists of: tokenizer, model, objective and data, built from a recipe.
+"""Build what a stage trains from its recipe: tokenizer, model and objective.
 
-`train`, `plan` and `checkpoints extract` build by these functions, so that all refuse the same.
+Training, `minimind plan` and `minimind checkpoints extract` share these functions, so that they
+accept and refuse the same recipes. `datasets.py` builds the data.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,8 @@ from typing import Any
 import torch
 
 from minimind.config.model import ModelConfig, RopeKind
-from minimind.config.settings import DataFile, Recipe
-from minimind.data.packing import (
-    ChatSequences,
-    MixedDataset,
-    PairSequences,
-    Sequences,
-    TextSequences,
-)
-from minimind.data.read import first_record
-from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
-from minimind.data.textbook import textbook_file
-from minimind.errors import ConfigError, DataError, install_line
+from minimind.config.settings import Recipe
+from minimind.errors import CheckpointError, ConfigError, ModelError, install_line
 from minimind.model import Transformer, apply_lora, load_model, resolve_model_directory
 from minimind.model.directory import is_stray
 from minimind.tokenizer import Tokenizer
@@ -34,23 +23,22 @@ from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
 from minimind.training.optimizers import count_moments
-from minimind.training.reporter import Reporter, pluralize
+from minimind.training.run import TOKENIZER_COPY
 
-DEFAULT_VOCAB = 6400  # of a tokenizer that is not there yet
-KINDS: dict[str, Kind] = {"pretrain": "text", "sft": "chat", "dpo": "pairs"}
+_DEFAULT_VOCAB_SIZE = 6400  # of `minimind tokenizer train`
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise ConfigError for settings that contradict each other, before anything is read."""
     if recipe.lora and not recipe.model.init:
-        raise ConfigError("lora: adapters are made for a model that is there; give --model MODEL")
+        raise ConfigError("lora: adapters need a model to be trained on; give --model MODEL")
     if recipe.lora and recipe.optim.name != "adamw":
         raise ConfigError('lora: adapters are trained with AdamW; set optim.name = "adamw"')
     if recipe.lora and recipe.model.context:
         raise ConfigError(
-            f"lora: an adapter does not remember model.context={recipe.model.context}, and would "
-            "be used beside a model that is not stretched; stretch the model first, by "
-            "`minimind sft` with model.context, and give that one"
+            f"lora: an adapter does not store model.context={recipe.model.context}, so it would be "
+            "used with a model whose context is not extended. Extend the context first, by "
+            "`minimind sft` with model.context, and train the adapter on that model"
         )
     if recipe.training.backend != "deepspeed":
         return
@@ -59,28 +47,30 @@ def check_recipe(recipe: Recipe) -> None:
             f"training.backend: deepspeed is not installed; {install_line('deepspeed')}"
         )
     if recipe.optim.name != "adamw":
-        raise ConfigError('training.backend: deepspeed trains by AdamW; set optim.name = "adamw"')
+        raise ConfigError('training.backend: deepspeed trains with AdamW; set optim.name = "adamw"')
     if recipe.training.compile:
-        raise ConfigError("training.backend: deepspeed does not go with training.compile")
+        raise ConfigError("training.backend: deepspeed cannot be combined with training.compile")
 
 
 def needs_base(recipe: Recipe) -> bool:
-    """True if the checkpoints of a run are not enough: adapters are trained beside the base model,
-    and preferences are compared with it."""
+    """Return True if a run needs its base model as well as its checkpoints.
+
+    Adapters are trained on top of it, and DPO compares with its probabilities.
+    """
     return bool(recipe.model.init and (recipe.lora or recipe.objective == "dpo"))
 
 
-def load_tokenizer(recipe: Recipe, kept: Path | None = None) -> Tokenizer | None:
-    """The tokenizer of the stage; None if the recipe names neither a tokenizer nor a model.
+def load_tokenizer(recipe: Recipe, copy: Path | None = None) -> Tokenizer | None:
+    """Load the tokenizer of a stage; None if the recipe names neither a tokenizer nor a model.
 
-    `kept`: the copy that a run which has begun keeps. It stands in for that of the base model, and
-    for one that was removed.
+    copy: the copy in the directory of a run that has begun. It replaces the base model's tokenizer,
+    and one that was removed.
     """
-    own = Path(recipe.tokenizer) if recipe.tokenizer else None
-    if kept and kept.is_dir() and not (own and own.exists()):
-        return Tokenizer.load(kept)
-    if own:
-        return Tokenizer.load(own)
+    named = Path(recipe.tokenizer) if recipe.tokenizer else None
+    if copy and copy.is_dir() and not (named and named.exists()):
+        return Tokenizer.load(copy)
+    if named:
+        return Tokenizer.load(named)
     if recipe.model.init:
         return Tokenizer.load(resolve_model_directory(Path(recipe.model.init)))
     return None
@@ -93,10 +83,10 @@ def build_model(
     *,
     saved: Mapping[str, Any] | None = None,
 ) -> Transformer:
-    """The model that the stage trains.
+    """Build or load the model that a stage trains.
 
-    `saved`: the configuration in a checkpoint that holds all weights; then only the shape is built,
-    and the base model is not read. Without a tokenizer a new model gets our default vocabulary.
+    saved: the configuration in a checkpoint that holds all weights; then the base model is not
+    read. Without a tokenizer a new model gets the default vocabulary size.
     Raises ConfigError and ModelError.
     """
     check_recipe(recipe)
@@ -109,11 +99,11 @@ def build_model(
         if tokenizer:
             tokenizer.check_model(Path(recipe.tokenizer or directory), model.config.vocab_size)
     else:
-        vocab_size = tokenizer.vocab_size if tokenizer else DEFAULT_VOCAB
+        vocab_size = tokenizer.vocab_size if tokenizer else _DEFAULT_VOCAB_SIZE
         model = Transformer(recipe.model.shape(vocab_size)).to(device)
     if recipe.model.context and saved is None:
-        _stretch(model, recipe.model.context, recipe.model.rope_scaling)
-    _check_window(recipe, model)
+        _extend_context(model, recipe.model.context, recipe.model.rope_scaling)
+    _check_seq_len(recipe, model)
     if recipe.lora:
         torch.manual_seed(recipe.seed)
         apply_lora(model, recipe.lora)
@@ -121,33 +111,51 @@ def build_model(
     return model
 
 
-def new_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
-    """The model that the recipe begins with when it begins from zero, on the CPU."""
+def build_initial_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
+    """Build the untrained model of a pretraining recipe, on the CPU."""
     return build_model(recipe, tokenizer, torch.device("cpu"))
 
 
-def _check_window(recipe: Recipe, model: Transformer) -> None:
+def _check_seq_len(recipe: Recipe, model: Transformer) -> None:
     if recipe.data.seq_len > model.config.max_position_embeddings:
         raise ConfigError(
             f"data.seq_len ({recipe.data.seq_len}) is longer than the model's context "
             f"({model.config.max_position_embeddings}); lower it, or "
-            + ("stretch the model first, by `minimind sft` with " if recipe.lora else "raise ")
+            + ("extend the context first, by `minimind sft` with " if recipe.lora else "raise ")
             + ("model.context" if recipe.model.init else "model.max_position_embeddings")
         )
 
 
-def _stretch(model: Transformer, context: int, kind: RopeKind | None) -> None:
-    own = model.config.max_position_embeddings
-    if context < own:
+def _extend_context(model: Transformer, context: int, kind: RopeKind | None) -> None:
+    current = model.config.max_position_embeddings
+    if context < current:
         raise ConfigError(
-            f"model.context={context} is within what the model reads as it is, {own} tokens; "
+            f"model.context={context} is shorter than the model's own context of {current} tokens; "
             "leave it out"
         )
     model.extend_context(context, kind)
 
 
-def footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footprint:
-    """What memory a step of the stage depends on."""
+def build_tokenizer_and_model(
+    recipe: Recipe, run: Path, device: torch.device, state: Mapping[str, Any]
+) -> tuple[Tokenizer, Transformer]:
+    """Build what a stage begins with or, if `state` is that of a checkpoint, resumes with.
+
+    The weights of the checkpoint are loaded later.
+    """
+    tokenizer = load_tokenizer(recipe, run / TOKENIZER_COPY if state else None)
+    config = None if needs_base(recipe) else state.get("config")
+    model = build_model(recipe, tokenizer, device, saved=config)
+    if tokenizer is None:
+        raise ConfigError(
+            "tokenizer is not set, and a new model needs one. Train it with "
+            "`minimind tokenizer train DATA --out DIR` and give --tokenizer DIR"
+        )
+    return tokenizer, model
+
+
+def build_footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footprint:
+    """Describe what the memory of the stage's training step depends on."""
     return Footprint(
         model.config,
         count_parameters(model),
@@ -160,100 +168,43 @@ def footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footp
 
 
 def count_parameters(model: Transformer, *, trained: bool = False) -> int:
-    """Number of parameters, or of those that are trained."""
+    """Count all parameters, or only the trained ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
-@dataclass(frozen=True)
-class Stores:
-    """The token stores of a stage."""
-
-    sources: list[TokenStore]
-    validation: list[TokenStore]  # when held-out data is given on its own
-    retention: list[TokenStore]
-
-    @property
-    def all(self) -> list[TokenStore]:
-        return [*self.sources, *self.validation, *self.retention]
-
-
-def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Stores:
-    """Tokenize the data, or find it tokenized. Raises what reading the data raises."""
-    settings = recipe.data
-    if not settings.sources:
-        raise ConfigError("data.sources is empty: give --data FILE, or set it in the recipe")
-    own = bool(settings.validation)
-    folder = Path(settings.store) if settings.store else default_folder()
-    objective_kind = KINDS[recipe.objective]
-
-    def opened(
-        source: DataFile, fraction: float = 0.0, kind: Kind | None = objective_kind
-    ) -> TokenStore:
-        path = textbook_file(source.path, folder, settings.variables)
-        begun = False
-
-        def progress(done: int, total: int) -> None:
-            nonlocal begun
-            if not begun:  # not of a store that is there
-                reporter.start(f"tokenizing {path}", total, unit="byte")
-                begun = True
-            reporter.progress(done, total)
-
-        try:
-            return open_store(
-                path,
-                tokenizer,
-                kind=kind or _kind_of(path, source.record_schema),
-                schema=source.record_schema,
-                fill=settings.variables,
-                validation_fraction=fraction,
-                max_bad_fraction=settings.max_invalid_fraction,
-                folder=folder,
-                progress=progress,
-                say=reporter.say,
-            )
-        finally:
-            reporter.stop()
-
-    stores = Stores(
-        [
-            opened(source, 0.0 if own else settings.validation_fraction)
-            for source in settings.sources
-        ],
-        [opened(source) for source in settings.validation],
-        [opened(source, kind=None) for source in settings.retention],
-    )
-    filled = [store.manifest["filled"] for store in stores.all]
-    for key in sorted(settings.variables.keys() - set().union(*filled)):
-        reporter.say(f"data.variables.{key} fills nothing: no record holds {{{{{key}}}}}")
-    return stores
-
-
 def build_objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Objective:
-    """The loss that the recipe trains for."""
+    """Build the loss that the recipe trains with."""
     balance = recipe.training.router_aux_loss_coef
     if recipe.objective == "dpo":
         return Preference(recipe.dpo, router_balance=balance)
     return NextToken(tokenizer.token_bytes, device, router_balance=balance)
 
 
-def _kind_of(path: str, schema: str) -> Kind:
-    """A general set is what it is, whatever the objective: conversations or running text."""
-    return "chat" if first_record(path, schema).messages else "text"
+def check_base(recipe: Recipe, run: Path, state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the base model's weights, or "" if checkpoints hold all weights.
+
+    Raises CheckpointError if the run of `state` began with other weights, or if they are missing.
+    """
+    if not needs_base(recipe):
+        return ""
+    advice = "Restore it, choose another --out, or start over with --fresh"
+    try:
+        digest = _base_sha256(recipe)
+    except ModelError as error:
+        if not state:
+            raise
+        raise CheckpointError(
+            f"{run} needs the model that it began with: {error}. {advice}"
+        ) from error
+    if state and state.get("base_sha256") != digest:
+        raise CheckpointError(
+            f"{run}: {recipe.model.init} is not the model that this run began with, and what was "
+            f"trained on top of that model fits no other. {advice}"
+        )
+    return digest
 
 
-def data_sha256(stores: Stores) -> str:
-    """The sha256 of the texts, and of how they became tokens: a run keeps to both."""
-    keys = ("kind", "schema", "fill", "validation_fraction", "tokenizer_sha256")
-    described = [
-        [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
-        for store in stores.all
-    ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
-def base_sha256(recipe: Recipe) -> str:
-    """The sha256 of the base model's weights."""
+def _base_sha256(recipe: Recipe) -> str:
     digest = hashlib.sha256()
     directory = resolve_model_directory(Path(recipe.model.init or ""))
     for file in sorted(directory.glob("*.safetensors")):
@@ -262,52 +213,3 @@ def base_sha256(recipe: Recipe) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def build_mixes(
-    recipe: Recipe, tokenizer: Tokenizer, stores: Stores, reporter: Reporter
-) -> tuple[MixedDataset, MixedDataset | None, list[MixedDataset]]:
-    """Training data as a weighted mix, held-out data, and general sets, each cut into windows."""
-
-    def sequences(store: TokenStore, split: Split) -> Sequences:
-        shards = store.shards(split)
-        if store.manifest["kind"] == "text":
-            return TextSequences(shards, recipe.data.seq_len)
-        pairs = store.manifest["kind"] == "pairs"
-        packed = (PairSequences if pairs else ChatSequences)(
-            shards, recipe.data.seq_len, pad=tokenizer.end_of_text, seed=recipe.seed
-        )
-        if split == "train" and store in stores.sources:
-            report = packed.report
-            alike = f", {report.identical:,} because both sides are the same" * pairs
-            reporter.say(
-                f"{pluralize(report.conversations, 'pair' if pairs else 'conversation')} in "
-                f"{pluralize(report.sequences, 'sequence')}, {report.fill:.1%} full; "
-                f"{report.cut:,} truncated, {report.unsupervised:,} left out because no "
-                f"answer was left{alike}"
-            )
-        return packed
-
-    weights = [source.weight for source in recipe.data.sources]
-    data = MixedDataset(
-        [sequences(store, "train") for store in stores.sources], weights, recipe.seed
-    )
-    if not data.order.epoch_size:
-        raise DataError(
-            f"the data gives not one window of {recipe.data.seq_len} tokens; "
-            "use more text, or a smaller data.seq_len"
-        )
-    parts = [sequences(store, "train") for store in stores.validation] or [
-        sequences(store, "validation") for store in stores.sources
-    ]
-    held_out = MixedDataset(parts, [1.0] * len(parts), recipe.seed)
-    if not held_out.order.epoch_size:
-        reporter.say("too little text is held out for a validation; give data.validation")
-    retention = [
-        MixedDataset([sequences(store, "train")], [1.0], recipe.seed) for store in stores.retention
-    ]
-    return (
-        data,
-        held_out if held_out.order.epoch_size else None,
-        [mix for mix in retention if mix.order.epoch_size],
-    )

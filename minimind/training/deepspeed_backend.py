@@ -29,7 +29,7 @@ from minimind.model import Transformer
 from minimind.training.batch import TensorBatch
 from minimind.training.distributed import ProcessGroup
 from minimind.training.objectives import LossOutput, Objective
-from minimind.training.optimizers import OTHER_STATE, adamw, new_state
+from minimind.training.optimizers import STATE_MISMATCH, build_adamw, initial_adamw_state
 from minimind.training.precision import Precision
 
 _PERSISTENCE_THRESHOLD = 100_000  # stage 3 replicates parameters of fewer elements
@@ -87,7 +87,7 @@ class DeepSpeedBackend:
         self._trained = {n: p for n, p in trained.named_parameters() if p.requires_grad}
         self._engine = _initialize(
             _LossModule(trained, self._objective, self._precision),
-            adamw(self._trained.values(), self._recipe.optim),
+            build_adamw(self._trained.values(), self._recipe.optim),
             self._settings(),
             device,
         )
@@ -123,7 +123,7 @@ class DeepSpeedBackend:
     def _init_states(self) -> None:
         """Create moments of zero, so that the state has the same tensors before the first step."""
         for shard in self._flat_shards():
-            self._zero.optimizer.state[shard] = new_state(shard)
+            self._zero.optimizer.state[shard] = initial_adamw_state(shard)
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()  # maps parameters to their slices
 
@@ -173,7 +173,7 @@ class DeepSpeedBackend:
         shapes = {f"{moment}/{name}": p.shape for name, p in own.items() for moment in _MOMENTS}
         shapes |= {f"step/{name}": torch.Size() for name in own}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise CheckpointError(OTHER_STATE)
+            raise CheckpointError(STATE_MISMATCH)
         self._loaded = tensors
 
     def _load_sharded(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""One process a run directory."""
+"""A file lock that lets only one process write to a run directory."""
 
 import contextlib
 import json
@@ -13,51 +13,58 @@ from filelock import FileLock, Timeout
 
 from minimind.errors import TrainingError
 
-_LOOKS = 25  # at who holds a lock, a fiftieth of a second apart
+_HOLDER_READ_RETRIES = 25
+_RETRY_S = 0.02
 
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold `run` for this process; the system lets go of it if the process dies.
+    """Hold the lock of a run directory. The operating system releases it if the process dies.
 
-    Raises TrainingError, with who holds it, when another process does.
+    Raises TrainingError, which names the holder, if another process has the lock.
     """
-    lock, holder = FileLock(run / ".lock", timeout=0), run / ".lock.json"
+    lock, holder_file = FileLock(run / ".lock", timeout=0), run / ".lock.json"
     try:
         lock.acquire()
     except Timeout:
         raise TrainingError(
-            f"{run} is in use by {_told(holder)}; wait for it, stop it, or choose another --out"
+            f"{run} is in use by {_describe_holder(holder_file)}; wait for it, stop it, or "
+            "choose another --out"
         ) from None
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        who = {"pid": os.getpid(), "machine": platform.node(), "since": since}
-        holder.write_text(json.dumps(who), encoding="utf-8")
+        holder = {"pid": os.getpid(), "machine": platform.node(), "since": since}
+        holder_file.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        holder_file.unlink(missing_ok=True)
         lock.release()
 
 
-def _told(holder: Path) -> str:
-    for _ in range(_LOOKS):  # it may only just be beginning, with the note of one that was killed
+def _describe_holder(holder_file: Path) -> str:
+    """Describe the process that holds the lock.
+
+    The file may be missing, or be left by a process that was killed, for the moment between the
+    holder's locking and its writing; so it is read several times.
+    """
+    for _ in range(_HOLDER_READ_RETRIES):
         try:
-            who = json.loads(holder.read_text("utf-8"))
-            if who["machine"] != platform.node() or _is_alive(who["pid"]):
-                return f"process {who['pid']} on {who['machine']} since {who['since']}"
+            holder = json.loads(holder_file.read_text("utf-8"))
+            if holder["machine"] != platform.node() or _is_alive(holder["pid"]):
+                return f"process {holder['pid']} on {holder['machine']} since {holder['since']}"
         except (OSError, ValueError, KeyError):
             pass
-        time.sleep(0.02)
+        time.sleep(_RETRY_S)
     return "another process"
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # where asking is killing
+    if os.name == "nt":  # os.kill with signal 0 would end the process
         return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # a process of another user
         pass
     return True

@@ -1,4 +1,4 @@
-"""How much memory a step takes, and how many windows at once fit."""
+"""Estimate the memory of a training step and choose the micro-batch size that fits."""
 
 import gc
 import sys
@@ -11,141 +11,150 @@ from minimind.errors import ResourceError
 from minimind.training.objectives.next_token import LOGIT_CHUNK
 from minimind.training.reporter import pluralize
 
-# Bytes, measured on a CPU in bf16 within a third: benchmarks/records/memory.md.
-_PER_WIDTH = 26  # what backward needs of a token in a layer, for each unit of the model's width
-_PER_INNER = 8  # for each unit of what feed-forward works in
-_PER_ROUTED = 12  # and for each unit of a token's copy that goes to an expert and comes back
-_PER_SCORE = 3  # and for each attention score, where scores are kept
-_PER_LOGIT = 16  # for each word and token of a chunk: the logits and their gradient
-_TOKENS_AT_ONCE = {"cpu": 8192, "cuda": 32768, "mps": 8192}
+# Bytes of activations, fitted to measurements on a CPU in bf16; estimates are within a third
+# (benchmarks/records/memory.md).
+_PER_HIDDEN = 26  # per token and layer, for each unit of the hidden size
+_PER_INTERMEDIATE = 8  # … for each unit of the active intermediate size
+_PER_ROUTED = 12  # … for each unit of the hidden states sent to experts
+_PER_SCORE = 3  # … for each attention score, where attention scores are materialised
+_PER_LOGIT = 16  # per logit of a chunk: the logits and their gradient
+_MAX_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 32768, "mps": 8192}  # larger is no faster
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What decides how much memory a step takes: a model's shape, and how it is trained."""
+    """What the memory of a training step depends on: the model's shape and how it is trained."""
 
     config: ModelConfig
     parameters: int
     trained_parameters: int
-    moments: int  # numbers that the optimizer keeps
+    moments: int  # numbers in the optimizer's state
     seq_len: int
     device_type: str
     activation_checkpointing: bool = False
 
-    def parts(self, sequences: int) -> dict[str, int]:
-        """Estimate, in bytes, of what a step takes with so many windows at once, by what it is."""
-        config, tokens = self.config, sequences * self.seq_len
+    def components(self, micro_batch: int) -> dict[str, int]:
+        """Estimate the bytes of each component for a micro-batch of this many sequences."""
+        config, tokens = self.config, micro_batch * self.seq_len
         scores = config.num_attention_heads * self.seq_len if self.device_type == "cpu" else 0
         routed = config.num_experts_per_tok * config.hidden_size if config.num_local_experts else 0
-        layer = _PER_WIDTH * config.hidden_size + _PER_INNER * config.active_intermediate_size
+        layer = _PER_HIDDEN * config.hidden_size + _PER_INTERMEDIATE * (
+            config.active_intermediate_size
+        )
         layer += _PER_ROUTED * routed + _PER_SCORE * scores
-        kept, copied = config.num_hidden_layers * layer, 4
+        per_token, cast_bytes = config.num_hidden_layers * layer, 4
         if self.activation_checkpointing:
-            # What goes into each layer; the inside of one and its gradient; its weights' copies.
-            kept, copied = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer, 2
-        # A checkpoint is written from a copy in the machine's memory; a card has its own.
+            # The inputs of all layers, and the activations and gradients of the one in backward.
+            per_token = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer
+            cast_bytes = 2
+        # Saving copies tensors to host memory, which a discrete GPU does not share.
         saved = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
         return {
             "weights": 4 * self.parameters,
             "gradients": 4 * self.trained_parameters,
             "optimizer": 4 * self.moments,
-            "copies in half precision": copied * self.parameters,
-            "copy that is saved": 4 * saved,
-            "activations": tokens * kept,
+            "half-precision copies": cast_bytes * self.parameters,
+            "checkpoint copy": 4 * saved,
+            "activations": tokens * per_token,
             "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGIT_CHUNK),
         }
 
-    def total(self, sequences: int) -> int:
-        """The sum of the parts."""
-        return sum(self.parts(sequences).values())
+    def total(self, micro_batch: int) -> int:
+        """Estimate the bytes of all components together."""
+        return sum(self.components(micro_batch).values())
 
-    def fitting(self, batch: int, memory: int | None) -> int | None:
-        """Windows at once: the largest divisor of `batch` that fits into `memory` bytes (None =
-        no limit) and is not beyond what makes a device quick; None when not even one fits."""
-        most = max(1, _TOKENS_AT_ONCE[self.device_type] // self.seq_len)
-        for sequences in divisors(batch):
-            if sequences <= most and (memory is None or self.total(sequences) <= memory):
-                return sequences
+    def largest_micro_batch(self, num_sequences: int, memory: int | None) -> int | None:
+        """Return the largest divisor of `num_sequences` that fits into `memory` bytes.
+
+        None as memory means no limit. A micro-batch that is larger than the device needs to be fast
+        is not chosen. Returns None if not even one sequence fits.
+        """
+        limit = max(1, _MAX_MICRO_BATCH_TOKENS[self.device_type] // self.seq_len)
+        for micro_batch in divisors(num_sequences):
+            if micro_batch <= limit and (memory is None or self.total(micro_batch) <= memory):
+                return micro_batch
         return None
 
 
 def divisors(number: int) -> list[int]:
-    """Largest first."""
+    """Return the divisors of a number, largest first."""
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
 def choose_micro_batch(
     footprint: Footprint,
     *,
-    asked: int | None,
-    batch: int,
+    requested: int | None,
+    saved: int | None = None,
+    num_sequences: int,
     device: torch.device,
     free: int | None,
     processes_per_device: int = 1,
-    saved: int | None = None,
 ) -> int:
-    """Windows at once: what is asked for, or the largest divisor of `batch` that is quick and fits.
+    """Return the micro-batch size: the requested one, or the largest that fits and is fast.
 
-    `free`: bytes on the device before the model was there, None if unknown; `sharers` processes
-    share them. `saved`: the micro-batch of the checkpoint from which the run is resumed: then the
-    smallest of it, what is asked for and what fits is taken.
-    Raises ResourceError, with what would fit, when memory is too short.
+    requested: `training.micro_batch_size`. saved: the micro-batch size in the checkpoint that is
+    resumed; the result is then the smallest of saved, requested and fitting.
+    num_sequences: sequences per process and optimizer step; the result divides it.
+    free: bytes free on the device before the model is loaded, shared by `processes_per_device`;
+    None if unknown.
+    Raises ResourceError, which says what would fit, if memory does not suffice.
     """
     free = None if free is None else free // processes_per_device
-    fitting = footprint.fitting(batch, free)
+    fitting = footprint.largest_micro_batch(num_sequences, free)
     if saved:
-        wanted = min(saved, asked or saved)
+        wanted = min(saved, requested or saved)
         if free is None or footprint.total(wanted) <= free:
             return wanted
         if fitting:
             return min(fitting, wanted)
-    if free is None or (asked is None and fitting):
-        return asked or fitting or 1
-    chosen = 1 if saved else asked or 1
-    if footprint.total(chosen) <= free:
-        return chosen
-    if saved:
-        advice = "free some memory"
-        if not footprint.activation_checkpointing:
-            advice += ", or try training.activation_checkpointing=true"
-    elif fitting:
-        advice = f"training.micro_batch_size={fitting} would fit"
-    elif not footprint.activation_checkpointing:
-        advice = (
-            "try training.activation_checkpointing=true, "
-            "a smaller model (model.preset) or a shorter data.seq_len"
-        )
-    else:
-        advice = "take a smaller model (model.preset) or a shorter data.seq_len"
+    if free is None or (requested is None and fitting):
+        return requested or fitting or 1
+    micro_batch = 1 if saved else requested or 1
+    if footprint.total(micro_batch) <= free:
+        return micro_batch
     raise ResourceError(
-        f"too little memory on {device}: {pluralize(chosen, 'sequence')} of "
-        f"{footprint.seq_len} tokens at once need{'s' * (chosen == 1)} about "
-        f"{footprint.total(chosen) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {advice}"
+        f"too little memory on {device}: a micro-batch of {pluralize(micro_batch, 'sequence')} of "
+        f"{footprint.seq_len} tokens needs about {footprint.total(micro_batch) / 1e9:.1f} GB, and "
+        f"{free / 1e9:.1f} GB are free; {_advice(footprint, fitting, resumed=bool(saved))}"
     )
 
 
+def _advice(footprint: Footprint, fitting: int | None, *, resumed: bool) -> str:
+    """Return what would make a step fit. A resumed run keeps its model and sequence length."""
+    recompute = "" if footprint.activation_checkpointing else "training.activation_checkpointing"
+    if resumed:
+        return "free some memory" + f", or try {recompute}=true" * bool(recompute)
+    if fitting:
+        return f"training.micro_batch_size={fitting} would fit"
+    smaller = "a smaller model (model.preset) or a shorter data.seq_len"
+    return f"try {recompute}=true, {smaller}" if recompute else f"try {smaller}"
+
+
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory that was in use at once: of tensors on a GPU since `forget_peak`, elsewhere
-    of the whole process since it began. None where the system does not tell. Waits for nothing."""
+    """Return the peak memory use in bytes, without synchronising with the device.
+
+    On a CUDA GPU that of tensors since `reset_peak`, elsewhere that of the process since its start;
+    None where the system does not report it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:  # on Windows
+    except ImportError:  # Windows
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
 
 
-def release(device: torch.device) -> None:
-    """Give back what nobody uses any more: what refers to itself in circles, if anything does, and
-    what torch keeps of a GPU's memory to use it again, which cuBLAS and NCCL cannot have."""
+def release_unused(device: torch.device) -> None:
+    """Free reference cycles, and PyTorch's cached GPU memory, which cuBLAS and NCCL cannot use."""
     gc.collect()
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
 
 
-def forget_peak(device: torch.device) -> None:
-    """Begin to measure anew, where that can be done."""
+def reset_peak(device: torch.device) -> None:
+    """Restart the measurement of the peak, where that is possible."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

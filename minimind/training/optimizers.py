@@ -1,7 +1,18 @@
-"""AdamW, and Muon for the matrices of the layers with AdamW for the rest."""
+"""Muon for the hidden weight matrices, AdamW for everything else.
+
+AdamW scales each number of a gradient by a running estimate of its size. Muon looks at a weight
+matrix as a whole: it replaces the momentum, in which a few directions usually dominate, by the
+nearest orthogonal matrix, so that the step is equally long in every direction. The nearest
+orthogonal matrix is U Vᵀ of the singular value decomposition U S Vᵀ; a few matrix products, the
+Newton-Schulz iteration, come close enough to it and are much faster than a decomposition.
+
+Sources: Loshchilov and Hutter 2019 (AdamW); Keller Jordan et al. 2024, "Muon: an optimizer for
+hidden layers in neural networks", kellerjordan.github.io/posts/muon (Muon and its coefficients).
+"""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,122 +20,140 @@ from torch import Tensor, nn
 from minimind.config.settings import OptimSettings
 from minimind.errors import CheckpointError
 
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
-_WIDE = 1.5  # columns / rows from which fewer products are done by the Gram matrix
-OTHER_STATE = "the optimizer's state belongs to another model or optimizer"
-_AT_ONCE = 1 << 22  # numbers that go through the iteration together, which needs four copies
+# p(s) = a s + b s³ + c s⁵, tuned to lift small singular values fast (Jordan et al. 2024).
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_NUM_ITERATIONS = 5
+_GRAM_ASPECT_RATIO = 1.5  # columns / rows above which iterating on the Gram matrix is cheaper
+_CHUNK_NUMEL = 1 << 22  # numbers orthogonalised together; the iteration holds four copies of them
+STATE_MISMATCH = "the optimizer's state belongs to another model or optimizer"
 
 
-class Muon:
-    """Momentum whose every matrix is made orthogonal (Jordan et al. 2024, "Muon").
+class Muon(torch.optim.Optimizer):
+    """Momentum that is orthogonalised before each step (Jordan et al. 2024).
 
-    Matrices of one shape go through the iteration together: on a CPU, and for small models on a
-    GPU, that is several times faster than one after the other. A parameter may hold several: of
-    [experts, rows, columns] each expert's is a matrix, and those of `fused` have two above each
-    other, which go through as two.
+    With gradient G, momentum μ, learning rate η, weight decay λ and rows × columns matrices W:
+
+        M ← μ M + (1 - μ) G
+        O ← orthogonalize(μ M + (1 - μ) G)                   (Nesterov momentum)
+        W ← (1 - η λ) W - η √max(1, rows / columns) O        (decoupled weight decay)
+
+    A parameter is one matrix [rows, columns], or several: [experts, rows, columns] holds one per
+    expert, and a group's `num_stacked` says how many are stacked along the rows, such as the gate
+    and up projections of an expert. Each is orthogonalised separately.
+
+    `torch.optim.Muon` agrees up to the rounding of its bf16. This one keeps float32 and stacks
+    matrices of one shape into batched products: on a CPU, and on a GPU for small models, that is
+    several times faster than a loop over matrices.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
-        settings: OptimSettings,
-        *,
-        fused: Collection[nn.Parameter] = (),
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
-        self.lr = settings.muon_lr
-        self._momentum, self._decay = settings.momentum, settings.weight_decay
-        together = set(fused)
-        # By shape of the parameter, and rows of its matrices.
-        self.groups: dict[tuple[torch.Size, int], list[nn.Parameter]] = defaultdict(list)
-        for parameter in parameters:
-            rows = parameter.shape[-2] // (2 if parameter in together else 1)
-            self.groups[parameter.shape, rows].append(parameter)
-        self.buffers = {p: torch.zeros_like(p) for group in self.groups.values() for p in group}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "num_stacked": 1}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters. Their momentum exists from the start, with zeros."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One step along the orthogonalised Nesterov momentum, with decoupled weight decay."""
-        for (shape, rows), group in self.groups.items():
-            at_once = max(1, _AT_ONCE // shape.numel())
-            for start in range(0, len(group), at_once):
-                self._step(shape, rows, group[start : start + at_once])
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step. Parameters without a gradient stay; gradients are overwritten."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                chunk = max(1, _CHUNK_NUMEL // shape.numel())
+                for start in range(0, len(parameters), chunk):
+                    self._step(group, shape, parameters[start : start + chunk])
 
-    def _step(self, shape: torch.Size, rows: int, group: list[nn.Parameter]) -> None:
-        columns = shape[-1]
-        buffers = [self.buffers[parameter] for parameter in group]
-        gradients = [p.grad for p in group if p.grad is not None]
-        assert len(gradients) == len(group), "all matrices take part in every loss"
-        torch._foreach_lerp_(buffers, gradients, 1 - self._momentum)
-        torch._foreach_lerp_(gradients, buffers, self._momentum)
+    def _step(
+        self, group: dict[str, Any], shape: torch.Size, parameters: list[nn.Parameter]
+    ) -> None:
+        """Update n parameters of one shape together."""
+        rows, columns = shape[-2] // group["num_stacked"], shape[-1]
+        momentum = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
+        torch._foreach_lerp_(gradients, momentum, group["momentum"])
         matrices = torch.stack(gradients).view(-1, rows, columns)
-        updates = orthogonalize(matrices).reshape(-1, *shape)
+        updates = orthogonalize(matrices).reshape(-1, *shape)  # [n, *shape]
         scale = max(1.0, rows / columns) ** 0.5
-        weights: list[Tensor] = list(group)
-        torch._foreach_mul_(weights, 1 - self.lr * self._decay)
-        torch._foreach_add_(weights, list(updates), alpha=-self.lr * scale)
+        weights: list[Tensor] = list(parameters)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Send each [rows, columns] of [n, rows, columns] near the closest matrix whose singular
-    values are all 1: five steps of a quintic Newton-Schulz iteration, in the float32 of weights.
+    """Replace each matrix by nearly the closest one whose singular values are all 1.
 
-    In bf16, be it in the last steps alone, a last bit of a gradient, which any other order of
-    adding turns, becomes a loss that is 1e-3 another: benchmarks/records/process-count.md. On
-    NVIDIA's GPUs torch multiplies float32 in TF32, which has few bits more than bf16, only where
-    it is told to; nothing here does.
+    matrices: [n, rows, columns] in float32. The quintic Newton-Schulz iteration applies
+    p(s) = a s + b s³ + c s⁵ to every singular value without computing them. Five iterations send
+    values in (0, 1] to about 0.7 to 1.2, close enough to 1 for an optimizer.
+
+    It runs in float32: in bf16 one ulp of summation noise in a gradient, as from another number of
+    processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = _by_gram(x) if x.shape[-1] > _WIDE * x.shape[-2] else _plain(x)
+    x = matrices.mT if tall else matrices  # rows <= columns: the Gram matrix is the smaller one
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the norm bounds every singular value
+    wide = x.shape[-1] > _GRAM_ASPECT_RATIO * x.shape[-2]
+    x = _newton_schulz_by_gram(x) if wide else _newton_schulz(x)
     return x.mT if tall else x
 
 
-def _plain(x: Tensor) -> Tensor:
-    """Each step is x <- a x + b (x xT) x + c (x xT)^2 x."""
-    a, b, c = _NEWTON_SCHULZ
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
+def _newton_schulz(x: Tensor) -> Tensor:
+    """Iterate X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X. x: [n, rows, columns]."""
+    a, b, c = _COEFFICIENTS
+    for _ in range(_NUM_ITERATIONS):
+        gram = x @ x.mT  # [n, rows, rows]
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _by_gram(x: Tensor) -> Tensor:
-    """The same with products of the short sides alone, but for the first and the last.
+def _newton_schulz_by_gram(x: Tensor) -> Tensor:
+    """Compute the same iteration with products of [rows, rows] matrices except first and last.
 
-    A step is x <- p x with p = a + b g + c g^2 of the Gram matrix g = x xT, which becomes p g p;
-    all these commute, so that the steps make one factor.
+    An iteration is X ← P X with P = a I + b G + c G² of the Gram matrix G = X Xᵀ, which becomes
+    P G P. Polynomials of G commute, so the product of all P is one factor.
     """
-    a, b, c = _NEWTON_SCHULZ
+    a, b, c = _COEFFICIENTS
     gram, factor = x @ x.mT, None
-    for step in range(_NEWTON_SCHULZ_STEPS):
+    for iteration in range(_NUM_ITERATIONS):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
         factor = p if factor is None else p @ factor
-        if step < _NEWTON_SCHULZ_STEPS - 1:
+        if iteration < _NUM_ITERATIONS - 1:
             gram = p @ gram @ p
     assert factor is not None
     return factor @ x
 
 
-def _is_map(name: str, parameter: nn.Parameter) -> bool:
-    """Whether it holds matrices that send a layer's width to another.
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Return True for the weight matrices inside the layers, which Muon trains.
 
-    Embeddings, a head and routers are tables, a row for each word or expert: orthogonalising them
-    helps nobody. For routers that was measured: benchmarks/records/moe-step.md.
+    Embeddings, the output head, routers and norms are AdamW's. Orthogonalising a table with one row
+    per token or expert does not help; for routers see benchmarks/records/moe-step.md.
     """
-    in_a_layer = ".layers." in f".{name}" and not name.endswith(".router.layer.weight")
-    return in_a_layer and parameter.ndim >= 2
+    in_layer = ".layers." in f".{name}" and not name.endswith(".router.layer.weight")
+    return in_layer and parameter.ndim >= 2
 
 
-def adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone (Loshchilov and Hutter 2019)."""
+def build_adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only (Loshchilov and Hutter 2019)."""
     every = list(parameters)
-    decays = {"params": [p for p in every if p.ndim >= 2], "weight_decay": settings.weight_decay}
-    plain = {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}
+    decayed = {"params": [p for p in every if p.ndim >= 2], "weight_decay": settings.weight_decay}
+    others = {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}
     return torch.optim.AdamW(
-        [group for group in (decays, plain) if group["params"]],
+        [group for group in (decayed, others) if group["params"]],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -132,8 +161,8 @@ def adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.
     )
 
 
-def new_state(parameter: Tensor) -> dict[str, Tensor]:
-    """What AdamW remembers of a parameter before its first step."""
+def initial_adamw_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Return AdamW's state of a parameter before the first step."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": torch.zeros_like(parameter),
@@ -142,80 +171,91 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def count_moments(model: nn.Module, settings: OptimSettings) -> int:
-    """How many numbers the optimizers keep: one for what Muon trains, two for the rest."""
+    """Count the numbers in the optimizers' state: one per weight with Muon, two with AdamW."""
     return sum(
-        parameter.numel() * (1 if settings.name == "muon" and _is_map(name, parameter) else 2)
+        parameter.numel()
+        * (1 if settings.name == "muon" and is_hidden_matrix(name, parameter) else 2)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     )
 
 
 class Optimizers:
-    """The optimizers of a model as one."""
+    """AdamW, or AdamW and Muon, over the trained parameters of a model.
+
+    `all` holds them by name. Their state exists before the first step, so that a checkpoint of step
+    0 has the same tensors as any other.
+    """
 
     def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
-        trained = [parameter for parameter in self._names if parameter.requires_grad]
-        by_muon = [
-            parameter
-            for parameter in trained
-            if settings.name == "muon" and _is_map(self._names[parameter], parameter)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
+        muon = [
+            (name, p) for name, p in named if settings.name == "muon" and is_hidden_matrix(name, p)
         ]
-        assert len(by_muon) < len(trained), "AdamW has something to do"
-        taken = set(by_muon)
-        # What a dense model has as gate_proj and up_proj.
-        fused = [p for p in by_muon if self._names[p].endswith(".input_linear.weight")]
-        rest = [parameter for parameter in trained if parameter not in taken]
-        self._settings = settings
-        self._muon = Muon(by_muon, settings, fused=fused) if by_muon else None
-        self._adamw = adamw(rest, settings)
-        # State from the start, so that a checkpoint of step 0 has the same tensors as any.
-        self._adamw.state.update({parameter: new_state(parameter) for parameter in rest})
+        hidden = {parameter for _, parameter in muon}
+        rest = [parameter for _, parameter in named if parameter not in hidden]
+        assert rest, "every model has norms, which AdamW trains"
+        adamw = build_adamw(rest, settings)
+        adamw.state.update({parameter: initial_adamw_state(parameter) for parameter in rest})
+        self.all: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
+        if muon:
+            # A mixture of experts stacks gate_proj on up_proj in one input_linear.
+            stacked = [p for name, p in muon if name.endswith(".input_linear.weight")]
+            single = [p for name, p in muon if not name.endswith(".input_linear.weight")]
+            groups: list[dict[str, Any]] = [
+                {"params": single},
+                {"params": stacked, "num_stacked": 2},
+            ]
+            self.all["muon"] = Muon(
+                [group for group in groups if group["params"]],
+                lr=settings.muon_lr,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            )
+        for optimizer in self.all.values():
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]  # the peak, under the name torch's schedulers use
 
     def set_lr(self, fraction: float) -> None:
-        """Set every learning rate to this share of its peak."""
-        for group in self._adamw.param_groups:
-            group["lr"] = self._settings.lr * fraction
-        if self._muon:
-            self._muon.lr = self._settings.muon_lr * fraction
+        """Set every learning rate to a fraction of its peak."""
+        for optimizer in self.all.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * fraction
 
     def lrs(self) -> dict[str, float]:
-        """The learning rates in force, by optimizer."""
-        rates = {"adamw": float(self._adamw.param_groups[0]["lr"])}
-        return rates | ({"muon": self._muon.lr} if self._muon else {})
+        """Return the current learning rates by optimizer."""
+        return {name: float(one.param_groups[0]["lr"]) for name, one in self.all.items()}
 
     def step(self) -> None:
-        """Use the gradients."""
-        self._adamw.step()
-        if self._muon:
-            self._muon.step()
+        """Take one step with the current gradients."""
+        for optimizer in self.all.values():
+            optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for parameter in self._names:
-            parameter.grad = None
+        """Free all gradients."""
+        for optimizer in self.all.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything the optimizers remember, by `<what>/<parameter>`."""
-        tensors = {
-            f"{what}/{name}": tensor
-            for parameter, name in self._names.items()
-            for what, tensor in self._adamw.state.get(parameter, {}).items()
+        """Return the state of all optimizers by `<quantity>/<parameter>`, for a checkpoint."""
+        return {
+            f"{quantity}/{self._names[parameter]}": tensor
+            for optimizer in self.all.values()
+            for parameter, state in optimizer.state.items()
+            for quantity, tensor in state.items()
         }
-        for parameter, buffer in self._muon.buffers.items() if self._muon else ():
-            tensors[f"momentum/{self._names[parameter]}"] = buffer
-        return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy what `state_tensors` gave, one tensor at a time.
+        """Copy the tensors of `state_tensors` into the optimizers, one at a time.
 
-        Raises CheckpointError, after which the state must not be used, if it is not this model's.
+        Raises CheckpointError if names or shapes differ; the state is unusable then.
         """
         own = self.state_tensors()
         if own.keys() != tensors.keys():
-            raise CheckpointError(OTHER_STATE)
+            raise CheckpointError(STATE_MISMATCH)
         for name, tensor in own.items():
             saved = tensors[name]
             if saved.shape != tensor.shape:
-                raise CheckpointError(OTHER_STATE)
+                raise CheckpointError(STATE_MISMATCH)
             tensor.copy_(saved)

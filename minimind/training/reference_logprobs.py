@@ -50,10 +50,10 @@ def _reference_arrays(trainer: Trainer) -> _Arrays:
     datasets = {"train": trainer.data}
     datasets |= {"held_out": trainer.held_out} if trainer.held_out else {}
     return {
-        f"{name}.{number}": part.reference
+        f"{name}.{number}": source.reference
         for name, dataset in datasets.items()
-        for number, part in enumerate(dataset.parts)
-        if isinstance(part, PairSequences)
+        for number, source in enumerate(dataset.sources)
+        if isinstance(source, PairSequences)
     }
 
 

@@ -1,7 +1,15 @@
-"""A run directory: what belongs to a run, whether one has begun or finished, and its recipe."""
+"""The run directory: its files, the state of its run, and the recipe that identifies the run.
 
-import json
-import os
+    recipe.toml       the resolved recipe, every setting spelled out
+    metrics.jsonl     losses, validations and samples, one JSON object per line
+    checkpoints/      step-00001000, …: what an interrupted run resumes from
+    .tokenizer/       a copy of the tokenizer, in case the original is removed
+    model/            the finished model, or with LoRA adapter/
+    summary.json      the results of the finished run
+
+Every command decides by the functions here whether a run has begun and whether it is finished.
+"""
+
 import re
 import shutil
 from pathlib import Path
@@ -10,118 +18,142 @@ from typing import Any
 from minimind.config import Role, difference, dump_recipe, load_recipe, role_of
 from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError
+from minimind.files import read_json, write_atomically
 
+RECIPE_FILE = "recipe.toml"
+SUMMARY_FILE = "summary.json"
+TOKENIZER_COPY = ".tokenizer"
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
-TOKENIZER = ".tokenizer"  # in a run: a copy, for when the original was removed or re-made
-_LENGTH = {"training.steps", "training.epochs"}
+_LENGTH_SETTINGS = {"training.steps", "training.epochs"}
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """Return the directory of the recipe's run. Raises ConfigError if it is not set or a file."""
+    if recipe.out is None:
+        raise ConfigError("out is not set, so the run has no directory. Give --out DIR")
+    run = Path(recipe.out)
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file. --out must name a directory for the run")
+    return run
+
+
+def output_directory(run: Path, recipe: Recipe) -> Path:
+    """Return where a finished stage stores its model, or with LoRA its adapter."""
+    return run / ("adapter" if recipe.lora else "model")
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Return the directory that holds the checkpoints of a run."""
+    return run / "checkpoints"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """Return the number of optimizer steps in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run by name, newest first, damaged ones too.
+def checkpoint_paths(run: Path) -> list[Path]:
+    """List the checkpoints of a run by name, newest first, damaged ones included.
 
-    Raises CheckpointError when the folder is there and cannot be read.
+    Raises CheckpointError if the directory exists and cannot be read.
     """
-    home = run / "checkpoints"
+    folder = checkpoints_folder(run)
     try:
-        places = [place for place in home.iterdir() if _CHECKPOINT.fullmatch(place.name)]
+        paths = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise unreadable(home, error) from error
-    return sorted(places, key=step_of, reverse=True)
+        raise unreadable_checkpoint(folder, error) from error
+    return sorted(paths, key=step_of, reverse=True)
 
 
-def unreadable(place: Path, error: Exception) -> CheckpointError:
-    """The error of a checkpoint that may be whole, but that the system does not read now."""
+def unreadable_checkpoint(path: Path, error: Exception) -> CheckpointError:
+    """Return the error for a checkpoint that may be valid but cannot be read at the moment."""
     return CheckpointError(
-        f"{place} cannot be read: {error}. Nothing was changed. Give the same command again when "
+        f"{path} cannot be read: {error}. Nothing was changed. Run the same command again when "
         "it can be read; to resume from an older checkpoint, move this one away"
     )
 
 
 def has_begun(run: Path) -> bool:
-    """True if there is something to resume or to lose: a checkpoint, a model or an adapter."""
-    products = (run / "model", run / "adapter")
-    return any(place.is_dir() for place in products) or bool(checkpoints(run))
-
-
-def product(run: Path, recipe: Recipe) -> Path:
-    """The directory that a finished stage leaves in its run: the model, or the adapter."""
-    return run / ("adapter" if recipe.lora else "model")
+    """Return True if a run can be resumed or lost: it has a checkpoint, a model or an adapter."""
+    outputs = (run / "model", run / "adapter")
+    return any(path.is_dir() for path in outputs) or bool(checkpoint_paths(run))
 
 
 def finished_summary(run: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of a finished run of the stage; None if it is not finished."""
-    path = run / "summary.json"
-    if not (path.is_file() and product(run, recipe).is_dir()):
+    """Return the summary of a finished run, or None if the run is not finished.
+
+    A run is finished when its model or adapter and a readable summary exist.
+    """
+    if not output_directory(run, recipe).is_dir():
         return None
     try:
-        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        summary: dict[str, Any] = read_json(run / SUMMARY_FILE)
+    except (FileNotFoundError, ValueError):
         return None
     return summary
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
-    """True if the run is finished, and was made by a recipe of the same identity."""
+    """Return True if a run of the same identity as `recipe` is finished."""
     if finished_summary(run, recipe) is None:
         return False
     try:
-        changes = difference(load_recipe(run / "recipe.toml").recipe, recipe)
+        changes = difference(load_recipe(run / RECIPE_FILE).recipe, recipe)
     except ConfigError:
         return False
     return all(role_of(key) is Role.OPERATION for key in changes)
 
 
-def clear(run: Path, recipe: Recipe) -> None:
-    """Remove an earlier run, and nothing else that is in its directory.
+def remove_run(run: Path, recipe: Recipe) -> None:
+    """Remove the files of an earlier run from its directory and leave all others.
 
-    Raises ConfigError when the stage is to begin with what would be removed.
+    Raises ConfigError if the stage starts from what would be removed.
     """
     for needed in (recipe.model.init, recipe.tokenizer):
         if needed and Path(needed).resolve() in (run.resolve(), (run / "model").resolve()):
             raise ConfigError(
-                f"{needed} would be removed by --fresh, and the run needs it; choose another --out"
+                f"{needed} would be removed by --fresh, but the run starts from it. Choose "
+                "another --out"
             )
-    # In this order: what is half removed is neither a finished run nor one of another recipe.
+    # Summary first, recipe last: if this is interrupted, the rest counts neither as a finished run
+    # nor as a run of another recipe.
     tracker_ids = ("wandb-run-id", "swanlab-run-id")
     reports = ("report.html", "report.md", "metrics.jsonl")
-    for name in ("summary.json", *reports, "reference.safetensors", *tracker_ids):
+    for name in (SUMMARY_FILE, *reports, "reference.safetensors", *tracker_ids):
         (run / name).unlink(missing_ok=True)
-    for name in ("model", "adapter", "tensorboard", "report-plots", TOKENIZER, "checkpoints"):
-        if (run / name).exists():
-            shutil.rmtree(run / name)
-    (run / "recipe.toml").unlink(missing_ok=True)
+    folders = ("model", "adapter", "tensorboard", "report-plots", TOKENIZER_COPY)
+    for folder in (*(run / name for name in folders), checkpoints_folder(run)):
+        if folder.exists():
+            shutil.rmtree(folder)
+    (run / RECIPE_FILE).unlink(missing_ok=True)
 
 
 def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
-    """What differs from the recipe with which the run has begun, as text by dotted key.
+    """Describe how `recipe` differs from the recipe of a run that has begun, by setting.
 
-    The place of the run may differ. Raises ConfigError when a setting differs that decides the
-    result, except the number of steps: whether that may change, the checkpoints decide.
+    The run directory itself may have moved. Raises ConfigError if a setting that identifies the run
+    differs. The number of steps may differ: `extend.py` decides whether the run can be extended.
     """
-    kept = run / "recipe.toml"
-    if not (kept.is_file() and has_begun(run)):
-        return {}  # a mistake ended it before its first checkpoint: there is nothing to lose
-    changes = difference(load_recipe(kept).recipe.model_copy(update={"out": recipe.out}), recipe)
-    decisive = {key for key in changes if role_of(key) is Role.IDENTITY}
-    if decisive - _LENGTH:
-        raise other_recipe(run, [changes[key] for key in changes if key in decisive])
+    path = run / RECIPE_FILE
+    if not (path.is_file() and has_begun(run)):
+        return {}
+    recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})
+    changes = difference(recorded, recipe)
+    identity = {key for key in changes if role_of(key) is Role.IDENTITY}
+    if identity - _LENGTH_SETTINGS:
+        raise other_recipe_error(run, [changes[key] for key in changes if key in identity])
     return changes
 
 
-def changes_length(changes: dict[str, str]) -> bool:
-    """True if the number of steps may be another than the run began with."""
-    return not _LENGTH.isdisjoint(changes)
+def changes_num_steps(changes: dict[str, str]) -> bool:
+    """Return True if one of the changed settings determines the number of steps."""
+    return not _LENGTH_SETTINGS.isdisjoint(changes)
 
 
-def other_recipe(run: Path, changes: list[str]) -> ConfigError:
-    """The error of settings that would make another run of this one."""
+def other_recipe_error(run: Path, changes: list[str]) -> ConfigError:
+    """Return the error for changed settings that a run cannot continue with."""
     return ConfigError(
         f"{run} holds a run of another recipe: {'; '.join(changes)}. Give the same settings, "
         "choose another --out, or start over with --fresh"
@@ -129,15 +161,5 @@ def other_recipe(run: Path, changes: list[str]) -> ConfigError:
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
-    """Record the resolved recipe of the run."""
-    write_atomically(run / "recipe.toml", dump_recipe(recipe))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and flush it to the disk."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
+    """Record the resolved recipe in the run directory."""
+    write_atomically(run / RECIPE_FILE, dump_recipe(recipe))

@@ -24,13 +24,14 @@ from minimind.signals import Interrupts, count_interrupts, raise_on_second
 from minimind.training.backend import Backend, create_backend
 from minimind.training.batch import Prefetcher, Samples, to_device
 from minimind.training.batch_sizes import BatchSizes, is_memory_error
-from minimind.training.checkpoint import CheckpointWriter, latest_checkpoint
+from minimind.training.checkpoint import latest_checkpoint
+from minimind.training.checkpoint_writer import CheckpointWriter
 from minimind.training.distributed import SINGLE_PROCESS, ProcessGroup
-from minimind.training.memory import forget_peak, peak_bytes
+from minimind.training.extend import stable_steps
+from minimind.training.memory import peak_bytes, reset_peak
 from minimind.training.metrics import MetricsLog
 from minimind.training.objectives import Objective
 from minimind.training.precision import Precision
-from minimind.training.prolong import stable_steps
 from minimind.training.reporter import Reporter
 from minimind.training.rng import gather_rng_states, rng_states, scatter_rng_states, set_rng_states
 from minimind.training.saving import SavedState, check_data, restore_tensors, trained_weights
@@ -100,7 +101,7 @@ class Trainer:
             self._set_up(stack)
             self.resume()
             self.metrics_log.start_trackers(self.state.step)
-            forget_peak(self.device)
+            reset_peak(self.device)
             self._checkpoints = stack.enter_context(
                 CheckpointWriter(self.run, keep=self.recipe.checkpoint.keep)
             )
@@ -400,7 +401,7 @@ class Trainer:
             state=saved.to_json(),
             best=self.state.best.get("step") if self.recipe.checkpoint.keep_best else None,
             protect=[stable] if stable else [],
-            first=self.metrics_log.sync,
+            before_write=self.metrics_log.sync,
         )
 
     def resume(self) -> None:

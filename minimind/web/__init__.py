@@ -1,1 +1,1 @@
-"""The web page: a client of the service over HTTP."""
+"""The chat page (Streamlit): a client of any OpenAI-compatible service. Imports no torch."""

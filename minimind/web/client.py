@@ -1,4 +1,4 @@
-"""A client of any service that speaks OpenAI's API, with nothing but Python's own HTTP."""
+"""A streaming client for OpenAI-compatible services, using only the standard library."""
 
 import contextlib
 import json
@@ -14,9 +14,10 @@ from urllib.parse import SplitResult, urlsplit
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import ServiceError, UsageError
 
-_OURS = "minimind"
-_SECONDS = 120  # without a single byte
-_LONGEST_LINE = 10 * 1024 * 1024
+_OWNER = "minimind"  # `owned_by` of the models of our own service
+_TIMEOUT = 120  # seconds without a single byte
+_MAX_LINE_BYTES = 10 * 1024 * 1024
+_TRUNCATED = "the connection closed before the end of the answer"
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -26,20 +27,20 @@ class ModelInfo:
     """A model of a service."""
 
     name: str
-    is_ours: bool  # knows what OpenAI's API lacks
+    is_ours: bool  # served by minimind: accepts parameters beyond OpenAI's API
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None  # a key is for the place that it was given for
+        return None  # a redirect would send the API key to another host
 
 
 class Client:
-    """Talks to the service at `url`, with or without /v1 at its end."""
+    """A connection to the service at `url`, which may end in /v1."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        """Raises UsageError for what is no URL of a service."""
-        parts = _split(url if "//" in url else f"http://{url}")
+        """Raises UsageError if `url` is not a valid HTTP URL."""
+        parts = _parse_url(url if "//" in url else f"http://{url}")
         if parts is None:
             raise UsageError(f"{url} is not the URL of a service, such as http://127.0.0.1:8000")
         path = parts.path.rstrip("/").removesuffix("/v1")
@@ -47,21 +48,23 @@ class Client:
         self._headers = {"content-type": "application/json"}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
-        here = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        proxies = [urllib.request.ProxyHandler({})] if here else []
+        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        proxies = [urllib.request.ProxyHandler({})] if is_local else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
     def models(self) -> list[ModelInfo]:
-        """The models that are served. Raises ServiceError."""
+        """List the served models. Raises ServiceError."""
         with self._open("/models") as response:
             try:
-                found = json.loads(response.read(_LONGEST_LINE))["data"]
-                return [ModelInfo(m["id"], m.get("owned_by") == _OURS) for m in found]
+                found = json.loads(response.read(_MAX_LINE_BYTES))["data"]
+                return [ModelInfo(m["id"], m.get("owned_by") == _OWNER) for m in found]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ServiceError(f"{self.url}/models does not speak OpenAI's API") from None
+                raise ServiceError(
+                    f"{self.url}/models does not follow OpenAI's API; check the URL"
+                ) from None
 
     def chat(self, model: ModelInfo, messages: Sequence[Message], **settings: Any) -> "Answer":
-        """An answer as it is written; settings are those of OpenAI's API. Raises ServiceError."""
+        """Stream an answer; `settings` are parameters of OpenAI's API. Raises ServiceError."""
         body: dict[str, Any] = {"model": model.name, "messages": list(messages), "stream": True}
         body |= {name: value for name, value in settings.items() if value is not None}
         body["stream_options"] = {"include_usage": True}
@@ -72,52 +75,52 @@ class Client:
     def _open(self, path: str, body: bytes | None = None) -> HTTPResponse:
         request = urllib.request.Request(self.url + path, data=body, headers=self._headers)
         try:
-            return self._opener.open(request, timeout=_SECONDS)
+            return self._opener.open(request, timeout=_TIMEOUT)
         except urllib.error.HTTPError as error:
             with error:
-                raise ServiceError(self._told(error.code, error.read(65536))) from None
+                raise ServiceError(self._http_error(error.code, error.read(65536))) from None
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ServiceError(
                 f"{self.url} cannot be reached ({reason}); is it running? "
-                "`minimind serve MODEL` starts a service"
+                "Start a service with `minimind serve MODEL`"
             ) from None
 
-    def _told(self, status: int, body: bytes) -> str:
+    def _http_error(self, status: int, body: bytes) -> str:
         if status == 401:
-            return f"{self.url} wants a key; set it in the variable {KEY_VARIABLE}"
+            return f"{self.url} rejected the API key; set the environment variable {KEY_VARIABLE}"
         try:
             message = json.loads(body)["error"]["message"]
         except (ValueError, KeyError, TypeError):
-            message = "it does not say why"
-        return f"{self.url} answers {status}: {message}"
+            message = "no reason given"
+        return f"{self.url} answered {status}: {message}"
 
 
-def _split(url: str) -> SplitResult | None:
-    """Its parts; None where a service cannot have it."""
+def _parse_url(url: str) -> SplitResult | None:
+    """Return the parts of an HTTP URL, or None if it is not valid for a service."""
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 (reading it is what checks it)
+        parts.port  # noqa: B018 (raises ValueError if it is not a port number)
     except ValueError:
         return None
-    fits = parts.scheme in ("http", "https") and parts.hostname and not parts.query
-    return parts if fits else None
+    is_valid = parts.scheme in ("http", "https") and parts.hostname and not parts.query
+    return parts if is_valid else None
 
 
 class Answer:
-    """Iterate for its text; close it, or leave its `with` block, to have no more of it written."""
+    """A streamed answer: iterate over its text; close it to cancel generation."""
 
     def __init__(self, response: HTTPResponse, url: str) -> None:
         self._response = response
-        # A handle of its own: that of the response may be closed, and be another's, at any time.
+        # A duplicate descriptor: the response may close its own at any time, and another file may
+        # get the same number.
         self._connection = None
         if not response.isclosed():
-            kind = (socket.AF_INET, socket.SOCK_STREAM)
-            self._connection = socket.fromfd(response.fileno(), *kind)
+            self._connection = socket.fromfd(response.fileno(), socket.AF_INET, socket.SOCK_STREAM)
         self._url = url
         self.finish_reason: str | None = None
-        self.tokens: int | None = None  # that it has, once it is finished
-        self.left_out = int(response.headers.get("minimind-left-out") or 0)  # messages not seen
+        self.tokens: int | None = None  # known at the end
+        self.left_out = int(response.headers.get("minimind-left-out") or 0)  # messages
 
     def __enter__(self) -> "Answer":
         return self
@@ -126,30 +129,30 @@ class Answer:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; the service then frees its slot."""
+        """Close the connection; the service then cancels generation."""
         self._response.close()
         if self._connection is not None:
             self._connection.close()
 
-    def break_off(self) -> None:
-        """End the connection under another thread, which may be waiting for the next piece."""
-        with contextlib.suppress(OSError):  # it has ended already
+    def abort(self) -> None:
+        """Shut the connection down from another thread while one waits for the next piece."""
+        with contextlib.suppress(OSError):  # already closed
             if self._connection is not None:
                 self._connection.shutdown(socket.SHUT_RDWR)
 
     def __iter__(self) -> Iterator[str]:
-        """Raises ServiceError when the service breaks off."""
+        """Yield pieces of text. Raises ServiceError if the stream fails."""
         try:
             for event in self._events():
-                if text := self._take(event):
+                if text := self._text_of(event):
                     yield text
         except (OSError, HTTPException) as error:
-            raise ServiceError(f"{self._url} broke off in the middle: {error}") from None
+            raise ServiceError(f"{self._url}: {_TRUNCATED}: {error}") from None
         finally:
             self.close()
 
     def _events(self) -> Iterator[dict[str, Any]]:
-        while line := self._response.readline(_LONGEST_LINE):
+        while line := self._response.readline(_MAX_LINE_BYTES):
             if not line.startswith(b"data:"):
                 continue
             data = line[5:].strip()
@@ -158,15 +161,16 @@ class Answer:
             try:
                 event = json.loads(data)
             except ValueError:
-                raise ServiceError(f"{self._url} sends what is not JSON") from None
+                raise ServiceError(f"{self._url} sent an event that is not JSON") from None
             if isinstance(event, dict):
                 yield event
-        raise ServiceError(f"{self._url} broke off in the middle")
+        raise ServiceError(f"{self._url}: {_TRUNCATED}")
 
-    def _take(self, event: dict[str, Any]) -> str:
+    def _text_of(self, event: dict[str, Any]) -> str:
+        """Return the text of an event; record usage and finish reason."""
         if error := event.get("error"):
-            told = error.get("message") if isinstance(error, dict) else error
-            raise ServiceError(f"{self._url}: {told}")
+            message = error.get("message") if isinstance(error, dict) else error
+            raise ServiceError(f"{self._url}: {message}")
         try:
             if usage := event.get("usage"):
                 self.tokens = usage["completion_tokens"]
@@ -174,5 +178,5 @@ class Answer:
                 self.finish_reason = choice.get("finish_reason") or self.finish_reason
                 return str(choice["delta"].get("content") or "")
         except (KeyError, TypeError, AttributeError):
-            raise ServiceError(f"{self._url} does not stream as OpenAI does") from None
+            raise ServiceError(f"{self._url} does not stream in OpenAI's format") from None
         return ""

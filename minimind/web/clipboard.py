@@ -1,4 +1,4 @@
-"""A button that puts a text on the clipboard, in the browser alone: the page does not run again."""
+"""A copy button that works in the browser alone, without a rerun of the Streamlit script."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _HTML = """
   <span class="mark" aria-hidden="true"></span><span class="label"></span>
 </button>
 """
-# The looks of Streamlit's own tertiary buttons; the marks are names of icons in its font.
+# Looks like Streamlit's tertiary buttons; the marks are icon names in its font.
 _CSS = """
 button {
   display: inline-flex; align-items: center; gap: 0.5rem; min-height: 2.5rem; padding: 0;
@@ -19,7 +19,7 @@ button {
 button:hover, button:focus-visible { color: var(--st-primary-color); }
 .mark { font-family: "Material Symbols Rounded"; font-size: 1.25rem; width: 1em; overflow: hidden; }
 """
-# The text goes nowhere but to the clipboard: it is never made a part of the page.
+# The text goes only to the clipboard; it is never inserted into the page.
 _JS = """
 export default function({ parentElement, data }) {
   const find = (css) => parentElement.querySelector(css);
@@ -45,5 +45,5 @@ _button = st.components.v2.component("minimind_copy", html=_HTML, css=_CSS, js=_
 
 
 def copy_button(title: str, text: str, key: str) -> Any:
-    """Shows a tick once `text` is on the clipboard, a cross where the browser forbids it."""
+    """Show a button that copies `text`: then a tick, or a cross if the browser forbids it."""
     return _button(data={"label": title, "text": text}, key=key, width="content")

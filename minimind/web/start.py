@@ -1,4 +1,4 @@
-"""Starts what the page needs: a service, unless there is one, and Streamlit."""
+"""Start the page: a service in a child process unless one exists, and Streamlit."""
 
 import contextlib
 import os
@@ -15,14 +15,15 @@ from minimind.paths import data_folder
 
 URL_VARIABLE = "MINIMIND_URL"
 TOKEN_VARIABLE = "MINIMIND_WEB_TOKEN"
-_END_SECONDS = 6
+_SHUTDOWN_SECONDS = 6
 
 
 @contextlib.contextmanager
 def service(models: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """(URL, key) of a service of our own, which ends with this block, or with this process.
+    """Run a service for `models` in a child process and yield its (URL, API key).
 
-    Raises ServiceError, with what it said, when it does not start.
+    It ends with this block, or when this process dies. Raises ServiceError with its error message
+    if it does not start.
     """
     key = secrets.token_urlsafe(32)
     folder = data_folder()
@@ -30,9 +31,9 @@ def service(models: Sequence[Path]) -> Iterator[tuple[str, str]]:
     log = folder / "service.log"
     with log.open("w", encoding="utf-8") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "minimind", "serve", "--port", "0", "--end-with-stdin", "--"]
+            [sys.executable, "-m", "minimind", "serve", "--port", "0", "--exit-with-stdin", "--"]
             + [str(model) for model in models],
-            stdin=subprocess.PIPE,  # its end is the end of the service
+            stdin=subprocess.PIPE,  # closed when this process dies, which ends the service
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -42,59 +43,59 @@ def service(models: Sequence[Path]) -> Iterator[tuple[str, str]]:
     assert child.stdin
     assert child.stdout
     try:
-        line = child.stdout.readline()
+        line = child.stdout.readline()  # "NAME: URL"
         if not line:
             child.wait()
-            raise ServiceError(_last_words(log))
+            raise ServiceError(_error_in(log))
         yield line.split()[-1], key
     finally:
         child.stdin.close()
         try:
-            child.wait(timeout=_END_SECONDS)
+            child.wait(timeout=_SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
         child.stdout.close()
 
 
-def _last_words(log: Path) -> str:
+def _error_in(log: Path) -> str:
     lines = log.read_text("utf-8", errors="replace").splitlines()
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return told[-1] if told else f"the service did not start; {log} says why"
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else f"the service did not start; see its log {log}"
 
 
 def show_page(url: str, key: str | None, port: int) -> None:
-    """Serve the page on this machine, as a client of that service, until it is stopped.
+    """Serve the page on localhost, as a client of the service at `url`, until interrupted.
 
-    The page shows nothing without the token in the address that is printed: any user of this
-    machine can open the port.
+    Every user of this machine can open the port, so the page requires the token in the printed
+    address.
     """
     from streamlit.web import cli
 
     try:
-        with socket.socket() as place:
-            if os.name == "posix":  # a page that has just ended is no reason
-                place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.bind(("127.0.0.1", port))
+        with socket.socket() as probe:
+            if os.name == "posix":  # a port in TIME_WAIT counts as free
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
     except OSError as error:
         raise ResourceError(
             f"cannot listen at 127.0.0.1, port {port}: {error.strerror or error}. "
-            "Give another --port, or stop what listens there"
+            "Choose another --port, or stop the program that uses it"
         ) from error
     token = secrets.token_urlsafe(32)
     os.environ |= {URL_VARIABLE: url, TOKEN_VARIABLE: token}
     if key is not None:
         os.environ[KEY_VARIABLE] = key
-    print(f"The page: http://127.0.0.1:{port}/?token={token}", flush=True)
+    print(f"Open http://127.0.0.1:{port}/?token={token}", flush=True)
     settings = {
         "server.address": "127.0.0.1",
         "server.port": port,
-        "server.headless": "true",  # opens no browser, asks for no e-mail address
+        "server.headless": "true",  # do not open a browser or ask for an e-mail address
         "server.fileWatcherType": "none",
-        # Else a second run begins before the first has kept what it was writing.
+        # Otherwise the next run starts before the interrupted one has saved its answer.
         "runner.fastReruns": "false",
         "browser.gatherUsageStats": "false",
-        "logger.hideWelcomeMessage": "true",  # its address lacks the token
+        "logger.hideWelcomeMessage": "true",  # it shows the address without the token
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",
         "global.developmentMode": "false",

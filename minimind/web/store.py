@@ -1,4 +1,4 @@
-"""Conversations on the user's own disk, one JSON file each."""
+"""Conversations on the user's disk, one JSON file each."""
 
 import contextlib
 import json
@@ -15,29 +15,29 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from minimind.paths import data_folder
 
 _NAME = re.compile(r"[0-9a-f]{32}")
-_ASIDE = ".broken"
+_QUARANTINE_SUFFIX = ".broken"
 _TITLE_LENGTH = 40
 _CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass
 class Answer:
-    """What one model said to a question."""
+    """One model's answer to a question."""
 
     __pydantic_config__ = _CHECKS
 
     model: str
     text: str = ""
     tokens: int = 0
-    seconds: float = 0.0  # from the question to its last piece
-    finish_reason: str | None = None  # None: broken off
-    left_out: int = 0  # messages that no longer fitted into the context
+    seconds: float = 0.0  # from the request to the last piece
+    finish_reason: str | None = None  # None: stopped or failed
+    left_out: int = 0  # oldest messages dropped because they exceed the context
     error: str | None = None
 
 
 @dataclass
 class Turn:
-    """A question and its answers: one, or one of each model side by side."""
+    """A question and its answers, one per model."""
 
     __pydantic_config__ = _CHECKS
 
@@ -48,7 +48,7 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """Everything that makes up a conversation."""
+    """A conversation with its models and sampling parameters, as stored in its file."""
 
     __pydantic_config__ = _CHECKS
 
@@ -61,36 +61,34 @@ class Conversation:
 
     @property
     def title(self) -> str:
-        """The beginning of its first question."""
+        """The start of the first question, on one line."""
         first = " ".join(self.turns[0].question.split()) if self.turns else ""
         return first if len(first) <= _TITLE_LENGTH else f"{first[: _TITLE_LENGTH - 1]}…"
 
     def messages(self, turn: int, side: int) -> list[dict[str, str]]:
-        """What the model on that side is asked in that turn: all that it has heard and said."""
-        asked = {"role": "user", "content": self.turns[turn].question}
-        return [*self._system(), *self._answered(turn, side), asked]
+        """Return the messages to send in a turn; `side` is the model's index in the comparison."""
+        question = {"role": "user", "content": self.turns[turn].question}
+        return [*self._system(), *self._answered(turn, side), question]
 
     def as_training_data(self) -> str:
-        """Lines of JSON that `minimind sft` reads: one for each model that was talked with side by
-        side. Nothing where nothing was answered.
-        """
+        """Return JSON lines for `minimind sft`, one conversation per model; "" without answers."""
         sides = range(max((len(turn.answers) for turn in self.turns), default=0))
-        talks = [talk for side in sides if (talk := self._answered(len(self.turns), side))]
-        lines = [{"conversations": [*self._system(), *talk]} for talk in talks]
+        answered = [turns for side in sides if (turns := self._answered(len(self.turns), side))]
+        lines = [{"conversations": [*self._system(), *turns]} for turns in answered]
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def _system(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _answered(self, turns: int, side: int) -> list[dict[str, str]]:
-        """Of the first `turns`, the questions that have an answer on that side, and the answers."""
-        found = []
+        """Return the questions that one side answered in the first turns, with its answers."""
+        messages = []
         for turn in self.turns[:turns]:
-            said = turn.answers[min(side, len(turn.answers) - 1)] if turn.answers else None
-            if said is not None and said.text:
-                found.append({"role": "user", "content": turn.question})
-                found.append({"role": "assistant", "content": said.text})
-        return found
+            answer = turn.answers[min(side, len(turn.answers) - 1)] if turn.answers else None
+            if answer is not None and answer.text:
+                messages.append({"role": "user", "content": turn.question})
+                messages.append({"role": "assistant", "content": answer.text})
+        return messages
 
 
 _CONVERSATION = TypeAdapter(Conversation)
@@ -117,59 +115,58 @@ class Store:
         os.replace(part, path)
 
     def load(self, id: str) -> Conversation | None:
-        """None for one that is not there, or that cannot be read: it is put aside then."""
+        """Return a conversation; None if it does not exist or is invalid, which quarantines it."""
         if not _NAME.fullmatch(id):
             return None
         path = self._path(id)
         try:
-            found = _CONVERSATION.validate_json(path.read_bytes())
+            conversation = _CONVERSATION.validate_json(path.read_bytes())
         except OSError:
             return None
         except ValidationError:
-            found = None
-        # By one id two turns would be one on the page, and by another id it would be another file.
-        if found and found.id == id and len({turn.id for turn in found.turns}) == len(found.turns):
-            return found
+            conversation = None
+        # Turns need distinct ids: the page uses them as widget keys.
+        if conversation and conversation.id == id:
+            turn_ids = {turn.id for turn in conversation.turns}
+            if len(turn_ids) == len(conversation.turns):
+                return conversation
         with contextlib.suppress(OSError):
-            path.rename(path.with_suffix(f".{uuid.uuid4().hex[:8]}{_ASIDE}"))
+            path.rename(path.with_suffix(f".{uuid.uuid4().hex[:8]}{_QUARANTINE_SUFFIX}"))
         return None
 
-    def put_aside(self) -> list[Path]:
-        """The files that could not be read, which their owner may mend or remove."""
-        return sorted(self._folder.glob(f"*{_ASIDE}"))
+    def quarantined(self) -> list[Path]:
+        """Return the files of invalid conversations, which the user may repair or remove."""
+        return sorted(self._folder.glob(f"*{_QUARANTINE_SUFFIX}"))
 
     def delete(self, id: str) -> None:
-        """Remove it; no harm if it is not there."""
+        """Delete a conversation if it exists."""
         if _NAME.fullmatch(id):
             self._path(id).unlink(missing_ok=True)
 
     def ids(self) -> list[str]:
-        """Ids of the saved conversations, the last used first; no file is read."""
+        """Return the ids of all conversations, most recent first, without reading the files."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as entries:
-            found = [
+            by_time = [
                 (entry.stat().st_mtime_ns, Path(entry.name).stem)
                 for entry in entries
                 if entry.name.endswith(".json") and _NAME.fullmatch(Path(entry.name).stem)
             ]
-            return [id for _, id in sorted(found, reverse=True)]
+            return [id for _, id in sorted(by_time, reverse=True)]
         return []
 
     def title(self, id: str) -> str | None:
-        """Title of a conversation, read again only after its file has changed.
-
-        None for one that `load` does not find.
-        """
+        """Return a title, reading the file only if it has changed; None if `load` returns None."""
         try:
-            written = self._path(id).stat().st_mtime_ns
+            modified = self._path(id).stat().st_mtime_ns
         except OSError:
             return None
-        return _title(self._folder, id, written)
+        return _title(self._folder, id, modified)
 
     def _path(self, id: str) -> Path:
         return self._folder / f"{id}.json"
 
 
 @lru_cache(maxsize=1024)
-def _title(folder: Path, id: str, written: int) -> str | None:
-    found = Store(folder).load(id)
-    return found.title if found else None
+def _title(folder: Path, id: str, modified: int) -> str | None:
+    conversation = Store(folder).load(id)
+    return conversation.title if conversation else None

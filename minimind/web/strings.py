@@ -1,33 +1,36 @@
-"""What the page says, in English and in Chinese."""
+"""Texts of the page in English and Chinese."""
 
 from typing import Literal
 
 Language = Literal["en", "zh"]
 
-_WORDS: dict[str, tuple[str, str]] = {
+_TEXTS: dict[str, tuple[str, str]] = {
     "new": ("New conversation", "新对话"),
     "empty": ("What would you like to talk about?", "想聊点什么？"),
-    "say": ("Say something", "说点什么"),
+    "message": ("Send a message", "输入消息"),
     "model": ("Model", "模型"),
     "second model": ("Second model", "第二个模型"),
-    "side by side": ("Two models side by side", "两个模型并排回答"),
+    "side by side": ("Compare two models", "对比两个模型"),
     "system": ("System prompt", "系统提示词"),
-    "system hint": ("What the model is told before all else", "对话开始前告诉模型的话"),
-    "sampling": ("Sampling", "采样设置"),
+    "system hint": (
+        "For example: You are a helpful assistant.",
+        "例如：你是一个乐于助人的助手。",
+    ),
+    "sampling": ("Sampling", "采样参数"),
     "temperature": ("Temperature", "温度"),
     "temperature hint": (
-        "0 always takes the likeliest word; higher is more varied",
-        "0 总是选最可能的词；越高越多样",
+        "0 is greedy decoding; higher values are more varied",
+        "0 为贪心解码；值越大，回答越多样",
     ),
     "top_p": ("Top-p", "Top-p"),
-    "top_k": ("Top-k (0 = all)", "Top-k（0 = 全部）"),
+    "top_k": ("Top-k (0 = off)", "Top-k（0 = 不限制）"),
     "min_p": ("Min-p", "Min-p"),
     "repetition_penalty": ("Repetition penalty", "重复惩罚"),
-    "max_tokens": ("Longest answer, in tokens (-1 = no limit)", "回答最长词元数（-1 = 不限）"),
-    "seed": ("Seed (empty = by chance)", "随机种子（空 = 随机）"),
+    "max_tokens": ("Maximum answer tokens (-1 = no limit)", "回答的最大词元数（-1 = 不限）"),
+    "seed": ("Seed (empty = random)", "随机种子（留空 = 随机）"),
     "conversations": ("Conversations", "对话记录"),
-    "delete": ("Delete this conversation", "删除这个对话"),
-    "export": ("Export for training (JSONL)", "导出为训练数据（JSONL）"),
+    "delete": ("Delete this conversation", "删除此对话"),
+    "export": ("Export as training data (JSONL)", "导出为训练数据（JSONL）"),
     "stop": ("Stop", "停止"),
     "regenerate": ("Regenerate", "重新生成"),
     "edit": ("Edit", "编辑"),
@@ -37,32 +40,32 @@ _WORDS: dict[str, tuple[str, str]] = {
     "tokens": ("tokens", "词元"),
     "tokens/s": ("tokens/s", "词元/秒"),
     "stopped": ("stopped", "已停止"),
-    "length": ("cut at its longest", "达到长度上限"),
+    "length": ("token limit reached", "已达词元上限"),
     "left out": (
-        "The oldest messages are left out: the conversation is longer than the model can see.",
-        "对话超过了模型能看到的长度，最早的消息已省略。",
+        "The conversation exceeds the model's context: the oldest messages were left out.",
+        "对话超出了模型的上下文长度，最早的消息没有发给模型。",
     ),
-    "put aside": (
-        "A conversation could not be read. Its file is kept as it is:",
-        "有一个对话无法读取，它的文件原样保留在：",
+    "unreadable": (
+        "A conversation could not be read. Its file was kept as:",
+        "有一个对话无法读取，文件已保留为：",
     ),
     "no token": (
         "This page is for the user who started it. Open the address that `minimind web` printed in "
         "the terminal: it ends in `?token=…`.",
-        "这个页面只供启动它的用户使用。请打开 `minimind web` 在终端里给出的地址，"
+        "本页面仅供启动它的用户使用。请打开 `minimind web` 在终端中显示的地址，"
         "它以 `?token=…` 结尾。",
     ),
     "more": ("Show more", "显示更多"),
-    "no models": ("The service has no models.", "服务里没有模型。"),
-    "again": ("Try again", "重试"),
+    "no models": ("The service has no models.", "该服务没有可用的模型。"),
+    "retry": ("Try again", "重试"),
 }
 
 
 def language_of(locale: str | None) -> Language:
-    """The language of a browser that names its locale, such as zh-CN."""
+    """Return the language for a browser's locale, such as zh-CN."""
     return "zh" if (locale or "").lower().startswith("zh") else "en"
 
 
-def word(language: Language, key: str) -> str:
-    """One of the phrases above."""
-    return _WORDS[key][language == "zh"]
+def text(language: Language, key: str) -> str:
+    """Return a text of the page."""
+    return _TEXTS[key][language == "zh"]

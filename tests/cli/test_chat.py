@@ -17,7 +17,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
-from minimind.data.read import InvalidRecords, read_records
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_records
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
@@ -28,7 +29,7 @@ def run(*arguments: object, stdin: str | bytes = "") -> Result:
 
 @dataclass
 class Typed:
-    """What a command left that read from a terminal."""
+    """Exit code and output of a command whose stdin is a terminal."""
 
     exit_code: int
     stdout: str
@@ -40,7 +41,7 @@ class Typed:
 
 
 def typed(*arguments: object, lines: str) -> Typed:
-    """Run chat with lines that come from a terminal, where commands are known."""
+    """Run chat with lines typed into a terminal, where commands work."""
     pytest.importorskip("termios", reason="pseudo-terminals are POSIX")
     ours, theirs = os.openpty()
     os.write(ours, lines.encode() + b"\n\x04")  # Ctrl-D
@@ -71,7 +72,7 @@ def make_model(tokenizer: Tokenizer, context: int = 256) -> Transformer:
     return model
 
 
-def save_one_that_always_says(word: int, directory: Path, tokenizer: Tokenizer) -> None:
+def save_constant_model(word: int, directory: Path, tokenizer: Tokenizer) -> None:
     model = make_model(tokenizer)
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
@@ -92,12 +93,12 @@ def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 def saved(path: Path) -> list[list[dict[str, str]]]:
     """The conversations, as a fine-tuning run reads them."""
     bad = InvalidRecords()
-    found = [record.messages or [] for record in read_records([path], bad=bad)]
+    found = [record.messages or [] for record in read_records([path], invalid=bad)]
     assert not bad.total
     return found
 
 
-def test_a_pipe_gets_the_answers_alone_each_as_soon_as_it_is_there(model_dir: Path) -> None:
+def test_stdout_of_a_pipe_has_only_the_answers_as_they_are_generated(model_dir: Path) -> None:
     flags = ["--max-new-tokens", "9", "--temperature", "0"]
     with subprocess.Popen(
         [sys.executable, "-m", "minimind", "chat", model_dir, *flags],
@@ -110,7 +111,7 @@ def test_a_pipe_gets_the_answers_alone_each_as_soon_as_it_is_there(model_dir: Pa
         assert talk.stdout
         assert talk.stderr
         answers = b""
-        for line in ("你好\n", "\n  再见"):  # an empty line is no message
+        for line in ("你好\n", "\n  再见"):  # empty lines are skipped
             talk.stdin.write(f"{line}\n".encode())
             talk.stdin.flush()
             answers += talk.stdout.readline()
@@ -122,7 +123,7 @@ def test_a_pipe_gets_the_answers_alone_each_as_soon_as_it_is_there(model_dir: Pa
     assert again.stdout.count("\n") >= 2
 
 
-def test_turns_are_kept_until_they_are_forgotten(model_dir: Path, tmp_path: Path) -> None:
+def test_turns_stay_in_the_conversation_until_reset(model_dir: Path, tmp_path: Path) -> None:
     flags = [model_dir, "--seed", 3, "--max-new-tokens", 8]
     file = tmp_path / "talk.jsonl"
     lines = [
@@ -141,16 +142,16 @@ def test_turns_are_kept_until_they_are_forgotten(model_dir: Path, tmp_path: Path
     first, second = saved(file)
     assert [message["role"] for message in first] == ["system", *["user", "assistant"] * 2]
     assert [message["content"] for message in first[:2]] == ["你是向导", "你好"]
-    assert second == first[:3]  # the same seed at the same place of the same conversation
+    assert second == first[:3]  # same seed, same position, same conversation
     answers = [m["content"] for m in first + second if m["role"] == "assistant"]
     assert done.stdout == "".join(f"{answer}\n" for answer in answers)
-    # What was said before changes what is said next.
+    # Earlier turns change the next answer.
     alone = run(*flags, "--system", "你是向导", "--temperature", 0, stdin="长江呢？\n")
     after = run(*flags, "--system", "你是向导", "--temperature", 0, stdin="你好\n长江呢？\n")
     assert not after.stdout.endswith(alone.stdout)
 
 
-def test_the_system_message_can_be_changed_and_removed(model_dir: Path, tmp_path: Path) -> None:
+def test_system_prompt_can_be_changed_and_removed(model_dir: Path, tmp_path: Path) -> None:
     flags = [model_dir, "--temperature", 0, "--max-new-tokens", 4]
     file = tmp_path / "talk"
     lines = ["/system 你是\x1b诗人", "你好", f"/save {file}", "/system", f"/save {file}.json"]
@@ -165,7 +166,7 @@ def test_the_system_message_can_be_changed_and_removed(model_dir: Path, tmp_path
     assert run(*flags, stdin="你好\n").stdout != done.stdout
 
 
-def test_a_conversation_is_added_on_a_line_of_its_own(model_dir: Path, tmp_path: Path) -> None:
+def test_save_appends_a_line(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     file.write_text('{"conversations": [{"role": "assistant", "content": "早"}]}')
     done = typed(model_dir, "--max-new-tokens", 4, lines=f"你好\n/save {file}")
@@ -173,20 +174,22 @@ def test_a_conversation_is_added_on_a_line_of_its_own(model_dir: Path, tmp_path:
     assert [len(messages) for messages in saved(file)] == [1, 2]
 
 
-def test_the_oldest_turns_are_left_out_and_it_is_told_once(model_dir: Path, tmp_path: Path) -> None:
+def test_oldest_turns_are_left_out_with_one_notice_per_conversation(
+    model_dir: Path, tmp_path: Path
+) -> None:
     lines = ["长江有多长？它流入哪里？"] * 12
     file = tmp_path / "talk.jsonl"
-    # Varied answers, of which none is blank: a blank one is not kept.
+    # Sampled answers, none of them blank: blank answers are not kept.
     flags = [model_dir, "--temperature", 1, "--top-p", 1, "--seed", 1, "--max-new-tokens", 20]
     flags += ["--system", "你是向导"]
     done = typed(*flags, lines="\n".join([*lines, f"/save {file}", "/reset", *lines]))
     assert done.exit_code == 0, done.output
-    assert done.stderr.count("oldest turns are left out") == 2  # once a conversation
+    assert done.stderr.count("oldest turns are left out") == 2  # once per conversation
     [messages] = saved(file)
-    assert len(messages) == 25  # nothing is missing in what is saved
+    assert len(messages) == 25  # the saved conversation is complete
 
 
-def test_a_longer_context_sees_the_oldest_turns(model_dir: Path) -> None:
+def test_a_longer_context_keeps_the_oldest_turns(model_dir: Path) -> None:
     lines = "\n".join(["长江有多长？它流入哪里？"] * 12)
     flags = [model_dir, "--temperature", 0, "--max-new-tokens", 20]
     for options in ([], ["--rope-scaling", "dynamic"]):
@@ -198,7 +201,7 @@ def test_a_longer_context_sees_the_oldest_turns(model_dir: Path) -> None:
     assert "give --context N too" in refused.output
 
 
-def test_a_message_that_is_too_long_is_refused_with_figures(model_dir: Path) -> None:
+def test_a_message_that_is_too_long_is_refused_with_token_counts(model_dir: Path) -> None:
     done = run(model_dir, "--max-new-tokens", 20, stdin=f"{'长江' * 400}\n你好\n")
     assert (done.exit_code, done.stdout) == (1, "")
     found = re.search(r"the message has ([\d,]+) tokens and at most (\d+) fit", done.stderr)
@@ -208,13 +211,16 @@ def test_a_message_that_is_too_long_is_refused_with_figures(model_dir: Path) -> 
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_commands_that_cannot_be_done_are_told(model_dir: Path, tmp_path: Path) -> None:
+def test_invalid_commands_are_reported(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for lines, message in [
-        ("/rest", "/rest is not a command; there are /reset, /system TEXT, /save FILE, /help"),
+        (
+            "/rest",
+            "/rest is not a command; the commands are /reset, /system TEXT, /save",
+        ),
         ("/", "/ is not a command"),
-        ("/save", "/save needs a file"),
-        (f"/save {tmp_path / 'talk.jsonl'}", "nothing was said yet"),
+        ("/save", "/save needs a file name"),
+        (f"/save {tmp_path / 'talk.jsonl'}", "the conversation is empty"),
         (f"你好\n/save {tmp_path}.d/talk.jsonl", "talk.jsonl: cannot be written: "),
         (f"你好\n/save {tmp_path / 'file' / 'talk.jsonl'}", "cannot be written: "),
         ("你好\n/save ~nobody-of-that-name/talk.jsonl", "no home directory is known for it"),
@@ -225,26 +231,26 @@ def test_commands_that_cannot_be_done_are_told(model_dir: Path, tmp_path: Path) 
         assert error.startswith("error: ")
         assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    # A space before it makes it a message.
+    # A leading space makes it a message.
     done = typed(model_dir, "--max-new-tokens", 2, lines=" /etc 是什么？\n/help")
     assert done.exit_code == 0, done.output
     assert done.stdout.strip()
-    assert "/system TEXT  set the system message" in done.stderr
+    assert "/system TEXT  set the system prompt" in done.stderr
 
 
-def test_in_a_pipe_each_line_is_a_message(model_dir: Path) -> None:
+def test_each_line_of_a_pipe_is_a_message(model_dir: Path) -> None:
     flags = [model_dir, "--max-new-tokens", 6, "--seed", 1, "--temperature", 0.01]
     lines = ["你好", "/usr/bin 是什么目录？", "/reset", "/quit", "长江有多长？"]
     done = run(*flags, stdin="\n".join(lines))
     assert (done.exit_code, done.stderr) == (0, ""), done.output
-    # The first character alone differs: were the lines commands, the answers would, too.
+    # If the lines were commands, a leading space would change the answers.
     spaced = run(*flags, stdin="\n".join(f" {line}" for line in lines))
     assert spaced.stdout == done.stdout
     assert run(*flags, stdin="\n".join(lines[:2])).stdout != done.stdout
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "cp1252", "ascii", "utf-16"])
-def test_pipes_are_utf_8_whatever_the_system_says(encoding: str, model_dir: Path) -> None:
+def test_pipes_are_utf_8_whatever_the_locale(encoding: str, model_dir: Path) -> None:
     flags = ["--max-new-tokens", "6", "--temperature", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "minimind", "chat", model_dir, *flags],
@@ -259,7 +265,7 @@ def test_pipes_are_utf_8_whatever_the_system_says(encoding: str, model_dir: Path
     assert not here.stdout.isascii()
 
 
-def test_bytes_that_are_no_text_are_named_by_their_line(model_dir: Path) -> None:
+def test_invalid_utf_8_is_reported_with_its_line(model_dir: Path) -> None:
     done = run(model_dir, "--max-new-tokens", 2, stdin="你好\n长江\n".encode() + b"ok \xff\n")
     assert done.exit_code == 1
     assert done.stdout.count("\n") >= 2  # the lines before it were answered
@@ -270,7 +276,7 @@ def test_bytes_that_are_no_text_are_named_by_their_line(model_dir: Path) -> None
 
 
 @pytest.mark.parametrize(("encoding", "named"), [("utf-16", "utf-16"), ("gbk", "gb18030")])
-def test_the_advice_names_the_encoding_that_fits(
+def test_the_error_suggests_the_matching_encoding(
     encoding: str, named: str, model_dir: Path
 ) -> None:
     done = run(model_dir, stdin="你好\n".encode(encoding))
@@ -278,26 +284,26 @@ def test_the_advice_names_the_encoding_that_fits(
     assert done.stderr.endswith(f"iconv -f {named} -t utf-8\n")
 
 
-def test_an_answer_of_nothing_is_no_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_one_that_always_says(tokenizer.im_end, tmp_path / "model", tokenizer)
+def test_an_empty_answer_is_not_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_constant_model(tokenizer.im_end, tmp_path / "model", tokenizer)
     done = run(tmp_path, "--temperature", 0, stdin="你好\n再见\n")
     assert (done.exit_code, done.stdout) == (0, "\n\n")
     done = typed(tmp_path, "--temperature", 0, lines=f"你好\n/save {tmp_path}/talk")
-    assert "nothing was said yet" in done.stderr
+    assert "the conversation is empty" in done.stderr
 
 
-def test_half_a_character_and_control_characters_are_not_shown(
+def test_incomplete_and_control_characters_are_not_printed(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     half = tokenizer.encode("\U0001f43c")[0]
     assert tokenizer.bytes_of[half] == b"\xf0"
     for word, wanted in [(half, "\ufffd" * 4), (tokenizer.encode("\x07")[0], "")]:
-        save_one_that_always_says(word, tmp_path / "model", tokenizer)
+        save_constant_model(word, tmp_path / "model", tokenizer)
         flags = [tmp_path, "--temperature", 0, "--max-new-tokens", 4]
         assert run(*flags, stdin="你好\n").stdout == f"{wanted}\n"
 
 
-def test_what_is_wrong_is_said_in_one_line(model_dir: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(model_dir: Path, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["长江长江"], vocab_size=273)
     wrong = tmp_path / "wrong"
     save_model(wrong, make_model(tokenizer), tokenizer)
@@ -319,7 +325,7 @@ def test_what_is_wrong_is_said_in_one_line(model_dir: Path, tmp_path: Path) -> N
     assert "standard input, line 1: not utf-8 text" in done.stderr
 
 
-def test_the_defaults_are_those_of_the_model(
+def test_sampling_defaults_come_from_the_model(
     model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     def said(place: Path, **settings: float) -> str:
@@ -342,7 +348,7 @@ def test_the_defaults_are_those_of_the_model(
     assert said(other) == said(other, **neutral)
 
 
-# The command, in a terminal of its own, so that Ctrl-C comes from the terminal.
+# The command with a controlling terminal, so that Ctrl-C sends SIGINT.
 IN_TERMINAL = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -351,7 +357,7 @@ main()
 """
 
 
-def test_a_talk_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_chat_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("termios", reason="pseudo-terminals are POSIX")
     save_model(tmp_path / "model", make_model(tokenizer, context=100_000), tokenizer)
     file = tmp_path / "talk.jsonl"
@@ -370,7 +376,7 @@ def test_a_talk_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
         shown, decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
 
         def wait_for(pattern: str) -> str:
-            """Read until it is shown; what was shown before it."""
+            """Read until the pattern appears; return the output before it."""
             nonlocal shown
             silent_seconds = 0
             while not (found := re.search(pattern, shown, re.DOTALL)):
@@ -386,14 +392,16 @@ def test_a_talk_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
             os.write(ours, text.encode())
 
         def interrupt_prompt() -> None:
-            time.sleep(1)  # Python sees a Ctrl-C while readline sets itself up at the next key only
+            time.sleep(
+                1
+            )  # Python notices a Ctrl-C during the setup of readline only at the next key
             type_in("\x03")
 
         try:
             assert "0.0M parameters, on cpu. /help lists" in wait_for("> $")
             type_in("你好\n")
             wait_for("你好\r\n")
-            first = wait_for("(?<=.{30})(?=.)")  # comes while the answer is far from its end
+            first = wait_for("(?<=.{30})(?=.)")  # while the answer is still being generated
             type_in("\x03")
             first += wait_for("\r\n> $")
             type_in(f"/save {file}\n")
@@ -406,11 +414,11 @@ def test_a_talk_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
             wait_for("/nonsense is not a command; .*> $")
             type_in("half a line")
             interrupt_prompt()
-            wait_for("Ctrl-C again leaves\r\n> $")
+            wait_for("Press Ctrl-C again to quit\r\n> $")
             type_in("/help\n")
             wait_for("/reset  .*> $")
             interrupt_prompt()
-            wait_for("Ctrl-C again leaves\r\n> $")
+            wait_for("Press Ctrl-C again to quit\r\n> $")
             interrupt_prompt()
             assert talk.wait(timeout=60) == 0
         finally:

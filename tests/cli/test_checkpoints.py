@@ -80,7 +80,7 @@ def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -
         stream.write(b"more")
     (home / "step-00000030" / "state.json").write_text('{"validated_step": 31}')
     (home / "step-00000040").write_text("a file")
-    shutil.copytree(home / "step-00000030", home / ".making-00000050")
+    shutil.copytree(home / "step-00000030", home / ".tmp-00000050")
     done, told = metrics(verb, here)
     assert done.exit_code == (1 if verb == "verify" else 0)
     assert list(told) == [10, 20, 25, 30, 40]
@@ -110,16 +110,15 @@ def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
     done = run("extract", here, "--step", 15, "--out", "out")
     assert done.exit_code == 1
     assert done.stderr == (
-        "error: run: there is no checkpoint of step 15; kept are 10, 20, 25, 30\n"
+        "error: run: there is no checkpoint of step 15; available: 10, 20, 25, 30\n"
     )
     shutil.rmtree(here / "checkpoints" / "step-00000020")
     done = run("extract", here, "--out", "out")
     assert done.stderr == (
-        "error: run: there is no checkpoint of step 20, the best that is known; "
-        "kept are 10, 25, 30\n"
+        "error: run: there is no checkpoint of step 20, which was the best; available: 10, 25, 30\n"
     )
     done = run("extract", "nowhere", "--out", "out")
-    assert done.stderr.startswith("error: nowhere: there are no checkpoints; give a run directory")
+    assert done.stderr.startswith("error: nowhere has no checkpoints; give a run directory")
 
 
 def test_no_run_and_no_checkpoints_are_said_in_one_line(here: Path) -> None:

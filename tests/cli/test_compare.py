@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
 from minimind.config.settings import LoRASettings
-from minimind.data.textbook import EIGHT
+from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.model import apply_lora, load_model, save_adapter
 from minimind.model.lora import LoRALinear
 from minimind.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from tests.support.services import save_models, serving
 
 
 def run(folder: Path, *arguments: object, **variables: str) -> Result:
-    """In `folder`, where its results then are."""
+    """Run `compare` with its results in FOLDER/out."""
     words = ["compare", *map(str, arguments), "--out", str(folder / "out"), "--device", "cpu"]
     return CliRunner().invoke(app, words, env={"COLUMNS": "160"} | variables)
 
@@ -35,27 +35,27 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two runs, `tiny` and `other`."""
+    """A folder with two runs, `tiny` and `other`."""
     return save_models(tmp_path_factory.mktemp("models"), tokenizer)
 
 
-def test_the_eight_questions_to_two_models(models: Path, tmp_path: Path) -> None:
+def test_eight_questions_to_two_models(models: Path, tmp_path: Path) -> None:
     words = (models / "tiny", models / "other" / "model", "--max-new-tokens", 20)
     done = run(tmp_path, *words, "--json", tmp_path / "also.json")
     assert done.exit_code == 0, done.output
     found = written(tmp_path)
     assert json.loads((tmp_path / "also.json").read_text("utf-8")) == found
     assert list(found["models"]) == ["tiny", "other"]
-    assert [one["question"] for one in found["questions"]] == list(EIGHT)
+    assert [one["question"] for one in found["questions"]] == list(DEMO_QUESTIONS)
     for name, metrics in found["models"].items():
         assert (metrics["answers"], metrics["failed"], metrics["tokens"]) == (8, 0, 20)
         assert metrics["never_end"] == 1
-        said = {
+        answers = {
             line["id"]: line["answer"] for line in lines(tmp_path / "out" / name / "answers.jsonl")
         }
-        assert said == {one["id"]: one["answers"][name]["answer"] for one in found["questions"]}
+        assert answers == {one["id"]: one["answers"][name]["answer"] for one in found["questions"]}
     for page in ("compare.html", "compare.md"):
-        assert EIGHT[0] in (tmp_path / "out" / page).read_text("utf-8")
+        assert DEMO_QUESTIONS[0] in (tmp_path / "out" / page).read_text("utf-8")
     assert "100.0% (67.6% – 100.0%)" in done.output
     again = run(tmp_path, *words)
     assert again.exit_code == 0
@@ -64,7 +64,7 @@ def test_the_eight_questions_to_two_models(models: Path, tmp_path: Path) -> None
         assert len(lines(tmp_path / "out" / name / "answers.jsonl")) == 8
 
 
-def test_a_model_with_an_adapter_beside_it_without(models: Path, tmp_path: Path) -> None:
+def test_a_model_with_and_without_an_adapter(models: Path, tmp_path: Path) -> None:
     directory = models / "tiny" / "model"
     model = load_model(directory)
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_a_model_with_an_adapter_beside_it_without(models: Path, tmp_path: Path)
     assert "none" in wrong.output
 
 
-def test_what_fails_is_told_and_the_rest_goes_on(models: Path, tmp_path: Path) -> None:
+def test_failures_are_reported_and_the_rest_continues(models: Path, tmp_path: Path) -> None:
     questions = tmp_path / "q.jsonl"
     rows = [
         {"question": "泰山在哪里？", "category": "地理"},
@@ -100,7 +100,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(models: Path, tmp_path: Path) -
     assert done.exit_code == 1
     assert "no such directory" in done.output
     assert "cannot be reached" in done.output
-    assert "2 lines are no questions" in done.output
+    assert "2 invalid lines in the questions" in done.output
     assert "tiny: 1 failed" in done.output
     assert "Traceback" not in done.output
     found = written(tmp_path)
@@ -111,8 +111,8 @@ def test_what_fails_is_told_and_the_rest_goes_on(models: Path, tmp_path: Path) -
     assert "\x1b" not in done.output
 
 
-def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """By SIGKILL, in a process of its own, in the middle of the answers."""
+def test_a_killed_comparison_is_resumed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the answers; the sampled answers are the same."""
     questions = tmp_path / "q.txt"
     questions.write_text("".join(f"第{n}个问题？\n" for n in range(300)), encoding="utf-8")
     save_models(tmp_path, tokenizer)
@@ -127,7 +127,7 @@ def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert found[: len(kept)] == kept
     assert len(found) == 301
     assert written(tmp_path)["models"]["tiny"]["answers"] == 300
-    # The same answers as without a stop.
+    # The same answers as without an interruption.
     assert run(tmp_path / "whole", *words).exit_code == 0
     whole = lines(tmp_path / "whole" / "out" / "tiny" / "answers.jsonl")
     assert {one["id"]: one["answer"] for one in whole} == {
@@ -135,7 +135,7 @@ def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
     }
 
 
-def test_other_questions_or_ways_are_refused(models: Path, tmp_path: Path) -> None:
+def test_results_with_other_settings_are_refused(models: Path, tmp_path: Path) -> None:
     words = (models / "tiny", "--limit", 2, "--max-new-tokens", 4)
     assert run(tmp_path, *words).exit_code == 0
     refused = run(tmp_path, *words, "--temperature", 0.5)
@@ -151,17 +151,19 @@ def test_other_questions_or_ways_are_refused(models: Path, tmp_path: Path) -> No
     [
         (("--temperature", "3"), "less than or equal to 2"),
         (("--prompts", "gone.txt"), "no such file"),
-        (("--prompts", __file__), "unknown kind of file"),
+        (("--prompts", __file__), "unsupported file format"),
     ],
 )
-def test_bad_input(models: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+def test_invalid_options(
+    models: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
     done = run(tmp_path, models / "tiny", *words)
     assert done.exit_code in (1, 2)
     assert message in done.output
     assert "Traceback" not in done.output
 
 
-def test_a_judge_ranks_by_what_it_likes(models: Path, tmp_path: Path) -> None:
+def test_a_judge_ranks_models_by_its_scores(models: Path, tmp_path: Path) -> None:
     words = (models / "tiny", models / "other", "--max-new-tokens", 20)
     with RemoteService(longer_is_better) as judge:
         done = run(
@@ -178,7 +180,7 @@ def test_a_judge_ranks_by_what_it_likes(models: Path, tmp_path: Path) -> None:
         for name in ("tiny", "other")
     }
     verdict = found["judge"]
-    assert verdict["agreement"] == 1
+    assert verdict["position_consistency"] == 1
     assert {row["model"]: row["score"] for row in verdict["ranking"]} == {
         name: pytest.approx(sum(own) / 8) for name, own in lengths.items()
     }
@@ -187,13 +189,13 @@ def test_a_judge_ranks_by_what_it_likes(models: Path, tmp_path: Path) -> None:
     won = [(a > b) + (a == b) / 2 for a, b in zip(*lengths.values(), strict=True)]
     wins = {row["model"]: row["wins"] for row in verdict["ranking"]}
     assert wins["tiny"] == pytest.approx(sum(won) / 8)
-    assert "decided alike both ways round" in done.output
+    assert "Position consistency: 100.0%" in done.output
     for page in ("compare.html", "compare.md"):
         assert "Ranking" in (tmp_path / "out" / page).read_text("utf-8")
     assert "The longer, the better." in (tmp_path / "out" / "compare.html").read_text("utf-8")
 
 
-def test_a_judge_that_breaks_off_is_asked_again_for_the_rest(models: Path, tmp_path: Path) -> None:
+def test_failed_verdicts_are_requested_again(models: Path, tmp_path: Path) -> None:
     words = (models / "tiny", models / "other", "--limit", 3, "--max-new-tokens", 5)
     broken = True
 
@@ -205,7 +207,7 @@ def test_a_judge_that_breaks_off_is_asked_again_for_the_rest(models: Path, tmp_p
     with RemoteService(say) as judge:
         first = run(tmp_path, *words, "--judge", f"{judge.url}#judge")
         assert first.exit_code == 1
-        assert "2 of 6 replies did not come" in first.output
+        assert "2 of 6 requests failed" in first.output
         assert "overloaded" in first.output
         broken = False
         second = run(tmp_path, *words, "--judge", f"{judge.url}#judge")
@@ -217,9 +219,7 @@ def test_a_judge_that_breaks_off_is_asked_again_for_the_rest(models: Path, tmp_p
     assert written(tmp_path)["models"]
 
 
-def test_a_judge_that_accepts_no_temperature_judges_and_it_is_said(
-    models: Path, tmp_path: Path
-) -> None:
+def test_rejected_parameters_of_a_judge_are_reported(models: Path, tmp_path: Path) -> None:
     words = (models / "tiny", models / "other", "--limit", 2, "--max-new-tokens", 5)
     with RemoteService(longer_is_better, "judge", like_gpt5, "429") as judge:
         done = run(tmp_path, *words, "--judge", judge.url)
@@ -229,7 +229,7 @@ def test_a_judge_that_accepts_no_temperature_judges_and_it_is_said(
     assert {body["max_completion_tokens"] for body in judge.asked} == {2048}
 
 
-def test_services_answer_as_directories_and_a_small_model_is_no_judge(
+def test_services_answer_like_directories_and_unreadable_verdicts_are_counted(
     models: Path, tmp_path: Path
 ) -> None:
     words = ("--limit", 3, "--max-new-tokens", 12, "--temperature", 1, "--seed", 5)
@@ -245,7 +245,7 @@ def test_services_answer_as_directories_and_a_small_model_is_no_judge(
     verdict = found["judge"]
     assert (verdict["trials"], verdict["read"], verdict["unreadable"]) == (6, 0, 6)
     assert verdict["ranking"] == []
-    assert "6 were not the JSON" in done.output
+    assert "6 were not the requested JSON" in done.output
 
 
 def test_degeneration_is_a_task_of_eval(models: Path, tmp_path: Path) -> None:

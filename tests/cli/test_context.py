@@ -142,7 +142,7 @@ def test_by_default_the_cache_fits_the_memory(machine: Machine, verb: str) -> No
     said = machine.run(verb, "tiny")
     assert said.endswith("ACCEPTED")
     if verb == "serve":  # positions: 1,000,000 / 256 = 3,906, of which 61 steps of 64 are used
-        assert "tiny: KV cache of 1 × 3,840 tokens (0.0 GB); the model can read 16,384" in said
+        assert "tiny: KV cache of 1 × 3,840 tokens (0.0 GB); the model's context is 16,384" in said
         assert "max_model_len 3840" in said
     else:
         assert "free memory allows a context of 3,840 tokens; the model's own is 16,384" in said

@@ -44,7 +44,7 @@ def test_inspect_shows_and_writes_what_it_sees(
     assert "\n#2: user: 你是谁？ ⏎ assistant: 我是模型。" in done.output
     written = json.loads(out.read_text("utf-8"))
     assert list(written["data"]) == [str(texts), str(chats)]
-    assert written["data"][str(texts)]["copies"] == 1
+    assert written["data"][str(texts)]["duplicates"] == 1
     assert written["data"][str(chats)]["schemas"] == {"qa": 1}
     assert written["total"]["records"] == 22
     assert written["total"]["tokens"]["total"] > 0
@@ -85,7 +85,7 @@ def test_token_stores_are_listed_and_removed(
         return CliRunner().invoke(app, ["data", "stores", *arguments])
 
     assert stores().output == f"{home}: in all 0 stores, 0.0 MB\n"
-    text = open_store(str(texts), tokenizer, kind="text", max_bad_fraction=1.0)
+    text = open_store(str(texts), tokenizer, kind="text", max_invalid_fraction=1.0)
     chat = open_store(str(chats), tokenizer, kind="chat")
     damaged = open_store(str(chats), tokenizer, kind="text")
     (damaged.folder / "manifest.json").write_text("{")
@@ -113,7 +113,7 @@ def test_a_schema_can_be_named(chats: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     done = run(chats, "--schema", "text", "--json", out)
     assert done.exit_code == 0, done.output
-    [reason] = json.loads(out.read_text("utf-8"))["total"]["bad_reasons"]
+    [reason] = json.loads(out.read_text("utf-8"))["total"]["invalid_reasons"]
     assert reason == "no field text; its fields are: q, a"
 
 
@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_in_one_line(texts: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([tmp_path / "text.jsonl"], "no such file or folder; "),
         ([texts, tmp_path / "empty.jsonl"], "empty.jsonl: the file is empty"),
-        ([tmp_path / "plain.jsonl.gz"], "its name says gzip, but it is not"),
+        ([tmp_path / "plain.jsonl.gz"], "the content is not gzip"),
         ([texts, "--schema", "alpacca"], "--schema alpacca is unknown; known are auto, text"),
         ([texts, "--tokenizer", tmp_path], "is not a tokenizer directory"),
         ([texts, "--json", texts / "figures.json"], "texts.jsonl"),

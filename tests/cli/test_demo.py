@@ -43,7 +43,7 @@ def test_the_whole_road(tmp_path: Path, model: str) -> None:
     assert (out / "model" / "model.safetensors").is_file()
     assert (out / "identity" / "adapter" / "adapter_model.safetensors").is_file()
     page = (out / "report.html").read_text("utf-8")
-    for section in ("The eight questions", "Preferences", "A name of its own", "Quiz by subject"):
+    for section in ("The eight questions", "Preferences", "A new name", "Quiz by subject"):
         assert f"<h2>{section}</h2>" in page
     assert ("<h2>Expert load</h2>" in page) == (model == "nano-moe")
     assert "--adapter out/identity" in first

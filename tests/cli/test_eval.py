@@ -16,7 +16,7 @@ HEADER = "question,A,B,C,D,answer\n"
 
 
 def run(folder: Path, *arguments: object, **variables: str) -> Result:
-    """In `folder`, where its results then are."""
+    """Run `eval` with its results in FOLDER/out."""
     words = ["eval", *map(str, arguments), "--out", str(folder / "out"), "--device", "cpu"]
     return CliRunner().invoke(app, words, env={"COLUMNS": "200"} | variables)
 
@@ -28,25 +28,32 @@ def metrics(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two runs, `tiny` and `other`."""
+    """A folder with two runs, `tiny` and `other`."""
     return save_models(tmp_path_factory.mktemp("models"), tokenizer)
 
 
 @pytest.fixture(scope="module")
-def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exam") / "mine.csv"
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("benchmark") / "mine.csv"
     ask = "第{}个问题是什么，请在下列各项中选出正确的一项？,甲,乙,丙,丁,{}\n"
     rows = [ask.format(n, "ABCD"[n % 4]) for n in range(40)]
     path.write_text(HEADER + "".join(rows), encoding="utf-8")
     return path
 
 
-def test_two_models_and_several_tasks_side_by_side(
-    models: Path, exam: Path, tmp_path: Path
-) -> None:
+def test_two_models_with_several_tasks(models: Path, benchmark: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "泰山在山东省。"}\n{"text": "长江流入东海。"}\n', encoding="utf-8")
-    tasks = ("--task", f"choice:{exam}", "--task", f"bpb:{text}", "--task", "quiz", "--limit", 6)
+    tasks = (
+        "--task",
+        f"choice:{benchmark}",
+        "--task",
+        f"bpb:{text}",
+        "--task",
+        "quiz",
+        "--limit",
+        6,
+    )
     done = run(
         tmp_path,
         models / "tiny",
@@ -68,7 +75,7 @@ def test_two_models_and_several_tasks_side_by_side(
         assert "fluent" in done.output and "by keywords" in done.output
         assert f"{bits['bits_per_byte']:.4f}" in done.output
         assert (tmp_path / "out" / name / "mine-chat" / "mine.csv").is_file()
-    assert "by group" not in done.output  # there is but one
+    assert "by group" not in done.output  # there is only one group
 
 
 def test_groups_are_shown_with_their_intervals(models: Path, tmp_path: Path) -> None:
@@ -81,16 +88,16 @@ def test_groups_are_shown_with_their_intervals(models: Path, tmp_path: Path) -> 
     (tmp_path / "ceval.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     done = run(tmp_path, models / "tiny", models / "other", "--task", "ceval", "--data", tmp_path)
     assert done.exit_code == 0, done.output
-    _, _, told = done.output.partition("ceval (chat), by group")
+    _, _, table = done.output.partition("ceval (chat), by group")
     groups = metrics(tmp_path)["tiny"]["ceval (chat)"]["by_group"]
     assert list(groups) == ["STEM", "humanities"]
     for group in groups.values():
-        assert f"{group['accuracy']:.1%} (" in told
-        assert f"{group['correct']} / 4, chance 25%" in told
+        assert f"{group['accuracy']:.1%} (" in table
+        assert f"{group['correct']} / 4, chance 25%" in table
 
 
-def test_the_same_again_asks_nothing(models: Path, exam: Path, tmp_path: Path) -> None:
-    words = (models / "tiny", "--task", f"choice:{exam}", "--style", "letter", "--shots", 0)
+def test_a_second_run_reuses_all_results(models: Path, benchmark: Path, tmp_path: Path) -> None:
+    words = (models / "tiny", "--task", f"choice:{benchmark}", "--style", "letter", "--shots", 0)
     assert run(tmp_path, *words).exit_code == 0
     first = metrics(tmp_path)["tiny"]["mine (letter)"]
     assert run(tmp_path, *words).exit_code == 0
@@ -99,18 +106,18 @@ def test_the_same_again_asks_nothing(models: Path, exam: Path, tmp_path: Path) -
     assert first["by_subject"] == second["by_subject"]
 
 
-def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """By SIGKILL, in a process of its own, in the middle of the questions."""
-    exam = tmp_path / "long.csv"
+def test_a_killed_evaluation_is_resumed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the questions."""
+    benchmark = tmp_path / "long.csv"
     rows = [f"{'泰山在山东省。' * 20}{n}？,甲,乙,丙,丁,A\n" for n in range(3000)]
-    exam.write_text(HEADER + "".join(rows), encoding="utf-8")
+    benchmark.write_text(HEADER + "".join(rows), encoding="utf-8")
     shape = {"vocab_size": tokenizer.vocab_size}
     save_model(tmp_path / "m", Transformer(ModelConfig(**PRESETS["nano"] | shape)), tokenizer)
     words = ["eval", "m", "--task", "choice:long.csv", "--out", "out", "--device", "cpu"]
     results = tmp_path / "out" / "m" / "long-chat.jsonl"
     kept = kill_amid(words, tmp_path, results, 10_000)
     assert 1 < len(kept) < 3001
-    done = run(tmp_path, tmp_path / "m", "--task", f"choice:{exam}")
+    done = run(tmp_path, tmp_path / "m", "--task", f"choice:{benchmark}")
     assert done.exit_code == 0, done.output
     found = metrics(tmp_path)["m"]["long (chat)"]
     assert (found["asked_now"], found["questions"]) == (3001 - len(kept), 3000)
@@ -119,25 +126,27 @@ def test_killed_it_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert len({json.loads(line)["id"] for line in lines[1:]}) == 3000
 
 
-def test_what_fails_is_told_and_the_rest_goes_on(models: Path, exam: Path, tmp_path: Path) -> None:
+def test_failures_are_reported_and_the_rest_continues(
+    models: Path, benchmark: Path, tmp_path: Path
+) -> None:
     nothing = tmp_path / "nothing"
     nothing.mkdir()
-    words = ("--task", "ceval", "--task", f"choice:{exam}", "--data", nothing)
+    words = ("--task", "ceval", "--task", f"choice:{benchmark}", "--data", nothing)
     done = run(tmp_path, tmp_path / "nowhere", models / "tiny", *words)
     assert done.exit_code == 1
     assert "no such directory" in done.output
-    assert "holds no ceval" in done.output
+    assert "found no ceval" in done.output
     assert metrics(tmp_path)["tiny"]["mine (chat)"]["questions"] == 40
     assert "Traceback" not in done.output
 
 
-def test_questions_that_fail_end_the_command_with_1_when_all_is_written(
-    exam: Path, tokenizer: Tokenizer, tmp_path: Path
+def test_failed_questions_give_exit_status_1(
+    benchmark: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """A word's embedding is damaged: the question that has it fails, and no other."""
+    """Only the question with a token whose embedding is NaN fails."""
     shape = {"vocab_size": tokenizer.vocab_size, "tie_word_embeddings": False}
     model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
-    with exam.open(encoding="utf-8") as file:
+    with benchmark.open(encoding="utf-8") as file:
         lines = file.read().splitlines()
     bad = tokenizer.encode("$")
     with torch.no_grad():
@@ -153,17 +162,17 @@ def test_questions_that_fail_end_the_command_with_1_when_all_is_written(
         " ".join(done.output.split())
     )
     assert "1 document " in done.output
-    assert "1 line is no question or text, the first: " in done.output
+    assert "1 invalid line, the first: " in done.output
     choice, bits = metrics(tmp_path)["damaged"].values()
     assert (choice["failed"], choice["questions"], bits["documents"]) == (1, 40, 1)
     again = run(tmp_path, tmp_path / "damaged", *tasks, "--limit", 10)
     assert again.exit_code == 1
 
 
-def test_another_model_of_the_same_name_is_refused(
-    models: Path, exam: Path, tmp_path: Path
+def test_results_of_another_evaluation_are_refused(
+    models: Path, benchmark: Path, tmp_path: Path
 ) -> None:
-    words = ("--task", f"choice:{exam}", "--limit", 5)
+    words = ("--task", f"choice:{benchmark}", "--limit", 5)
     assert run(tmp_path, models / "tiny", *words).exit_code == 0
     assert run(tmp_path, models / "tiny", *words[:-1], 6).exit_code == 1
     refused = run(tmp_path, models / "tiny", *words, "--context", 64)
@@ -172,17 +181,19 @@ def test_another_model_of_the_same_name_is_refused(
     assert run(tmp_path, models / "tiny", *words, "--context", 64, "--fresh").exit_code == 0
 
 
-def test_questions_in_the_training_data_are_told(models: Path, exam: Path, tmp_path: Path) -> None:
+def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
-    said = "请听题：第7个问题是什么，请在下列各项中选出正确的一项？答：甲。"
-    data.write_text(json.dumps({"text": said}) + "\n", encoding="utf-8")
-    done = run(tmp_path, models / "tiny", "--task", f"choice:{exam}", "--contamination", data)
+    text = "请听题：第7个问题是什么，请在下列各项中选出正确的一项？答：甲。"
+    data.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    done = run(tmp_path, models / "tiny", "--task", f"choice:{benchmark}", "--contamination", data)
     assert done.exit_code == 0, done.output
-    told = metrics(tmp_path)["tiny"]["mine (chat)"]["contamination"]
-    assert told["found"] == 1
-    assert told["without"]["questions"] == 39
+    found = metrics(tmp_path)["tiny"]["mine (chat)"]["contamination"]
+    assert found["found"] == 1
+    assert found["without"]["questions"] == 39
     assert "Questions in the training data" in done.output
-    done = run(tmp_path, models / "tiny", "--task", f"choice:{exam}", "--contamination", "gone")
+    done = run(
+        tmp_path, models / "tiny", "--task", f"choice:{benchmark}", "--contamination", "gone"
+    )
     assert done.exit_code == 1
     assert "there is no such file" in done.output
 
@@ -190,13 +201,13 @@ def test_questions_in_the_training_data_are_told(models: Path, exam: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--task", "chess"), "--task chess: known are bpb, ceval"),
-        (("--task", "ceval"), "ceval needs its questions: --data DIR"),
+        (("--task", "chess"), "--task chess: unknown task; choose from bpb, ceval"),
+        (("--task", "ceval"), "ceval needs its questions: give --data DIR"),
         (("--task", "choice"), "choice needs a file"),
         (("--task", "bpb"), "bpb needs text"),
     ],
 )
-def test_command_lines_that_do_not_fit_together(
+def test_invalid_command_lines(
     models: Path, tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
     done = run(tmp_path, models / "tiny", *words)
@@ -206,44 +217,44 @@ def test_command_lines_that_do_not_fit_together(
     assert (two.exit_code, "one MODEL" in two.output) == (1, True)
 
 
-def test_a_service_writes_and_gives_no_likelihoods(
-    models: Path, exam: Path, tmp_path: Path
+def test_a_service_generates_but_gives_no_likelihoods(
+    models: Path, benchmark: Path, tmp_path: Path
 ) -> None:
     with serving(models, tmp_path / "log") as process:
         url = f"{process.url}#other"
-        done = run(tmp_path, url, "--task", "quiz", "--task", f"choice:{exam}", "--limit", 9)
+        done = run(tmp_path, url, "--task", "quiz", "--task", f"choice:{benchmark}", "--limit", 9)
     assert done.exit_code == 1
-    assert "a service gives no likelihoods" in done.output
+    assert "a remote model gives no log-likelihoods" in done.output
     there = metrics(tmp_path)["other"]["quiz"]
     assert there["questions"] == 9
     here = run(tmp_path / "here", models / "other", "--task", "quiz", "--limit", 9)
     assert here.exit_code == 0
-    said = [
+    answers = [
         json.loads(line)["answer"]
         for folder in (tmp_path, tmp_path / "here")
         for line in sorted((folder / "out" / "other" / "quiz.jsonl").read_text().splitlines()[1:])
     ]
-    assert said[:9] == said[9:]
+    assert answers[:9] == answers[9:]
     gone = run(tmp_path, process.url, "--task", "quiz")
     assert gone.exit_code == 1
     assert "cannot be reached" in gone.output
 
 
-def test_what_is_no_model_is_named_once_with_all_reasons(
-    models: Path, exam: Path, tmp_path: Path
+def test_invalid_models_are_reported_once_with_all_reasons(
+    models: Path, benchmark: Path, tmp_path: Path
 ) -> None:
     broken, nowhere = tmp_path / "broken", tmp_path / "nowhere"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
-    tasks = ("--task", f"choice:{exam}", "--limit", 4, "--style", "letter")
+    tasks = ("--task", f"choice:{benchmark}", "--limit", 4, "--style", "letter")
     done = run(tmp_path, broken, nowhere, models / "tiny", *tasks)
     assert done.exit_code == 1
     lines = done.output.splitlines()
     for path in (broken, nowhere):
-        told = next(line for line in lines if line.startswith(f"failed: {path}: "))
-        assert not told.startswith(f"failed: {path}: {path}: ")
-    told = next(line for line in lines if line.startswith(f"{broken} failed: "))
-    ours, _, theirs = told.partition("nor can transformers load it: ")
+        failure = next(line for line in lines if line.startswith(f"failed: {path}: "))
+        assert not failure.startswith(f"failed: {path}: {path}: ")
+    failure = next(line for line in lines if line.startswith(f"{broken} failed: "))
+    ours, _, theirs = failure.partition("transformers cannot load it either: ")
     assert "is not a tokenizer directory" in ours
     assert theirs
-    assert "some questions had 0 examples before them, not 5: there are no more" in done.output
+    assert "some questions had 0 few-shot examples instead of 5" in done.output

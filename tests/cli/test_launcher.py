@@ -202,7 +202,10 @@ def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: P
     meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
     both = nodes([*meeting, str(1 - first)], [*meeting, str(first)])
     _, complaint = both[first].communicate(timeout=100)
-    assert f"error: {runs[first]} on " in complaint and "holds this run, and the first" in complaint
+    assert (
+        f"error: {runs[first]} on " in complaint
+        and "holds this run, but the machine of the first" in complaint
+    )
 
 
 @pytest.mark.parametrize("signalled", ["one that trains", "torchrun"])

@@ -18,7 +18,7 @@ def test_it_says_what_fits(tmp_path: Path) -> None:
     assert "It fits with training.activation_checkpointing=true" in result.output
     found = json.loads(metrics.read_text())
     assert found["parameters"] == 108_749_568
-    assert found["micro_batch"] is None
+    assert found["micro_batch_size"] is None
     assert found["memory_total"] == sum(found["memory"].values()) > 3 << 30
 
 

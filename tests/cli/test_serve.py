@@ -4,12 +4,12 @@ from minimind.tokenizer import Tokenizer
 from tests.support.services import save_models, serving
 
 
-def test_it_prints_address_cache_and_promise_of_each_model(
+def test_it_prints_url_cache_and_batch_invariance_of_each_model(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     models = save_models(tmp_path / "models", tokenizer, context=64)
     with serving(models, tmp_path / "log") as service:
-        assert service.child.stdout  # of which the first line was read: where `other` is
+        assert service.child.stdout  # `serving` has read the first line
         lines = [service.child.stdout.readline() for _ in range(5)]
     promise = "an answer does not depend on other requests, to the bit"
     assert lines == [

@@ -90,8 +90,8 @@ def test_a_sweep_that_is_stopped_goes_on(place: Path) -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 130, said
-    assert "lr-0.001: stopped; the same command goes on from there" in said
-    assert "failed: lr-0.002: not begun" in said
+    assert "lr-0.001: stopped; the same command resumes it" in said
+    assert "failed: lr-0.002: not started" in said
     assert not (place / "out" / "sweep" / "lr-0.002").exists()
     assert "report" not in said
     run(place, *command)
@@ -115,9 +115,9 @@ def test_a_numbered_gpu_is_the_only_one_that_its_process_sees(
     assert two == ("cuda", {"CUDA_VISIBLE_DEVICES": "1"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert device_settings(["cuda:1"]) == [("cuda", {"CUDA_VISIBLE_DEVICES": "7"})]
-    with pytest.raises(UsageError, match="leaves only 5,7"):
+    with pytest.raises(UsageError, match="allows only 5,7"):
         device_settings(["cuda:2"])
-    with pytest.raises(UsageError, match="devices of one kind"):
+    with pytest.raises(UsageError, match="devices must be of one kind"):
         device_settings(["cuda:0", "cpu"])
     assert device_settings(["cpu", "cpu"]) == [("cpu", {})] * 2
 

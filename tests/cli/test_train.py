@@ -128,7 +128,7 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
     assert "The adapter is in out/dpo-lora/adapter" in place.run_here(*adapters).stdout
     message = place.error(*place.dpo, "--model", "out/chat", "--out", "no", "--data", "chat.jsonl")
     assert (
-        "chat.jsonl: no preference pairs found (records left out: 100 no preference pairs)"
+        "chat.jsonl: no preference pairs found (skipped records: 100 no preference pairs)"
         in message
     )
 
@@ -226,7 +226,7 @@ def test_a_device_that_is_not_there(place: Place) -> None:
     assert message.startswith("device cuda:77 is not there; this machine has: cpu")
     assert "--device auto" in message
     (place.folder / "file").write_text("")
-    assert place.error(*place.pretrain, "--out", "file").startswith("file is a file; --out")
+    assert place.error(*place.pretrain, "--out", "file").startswith("file is a file. --out")
 
 
 def test_arguments_that_do_not_fit_together(place: Place) -> None:

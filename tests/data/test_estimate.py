@@ -1,4 +1,4 @@
-"""Estimates against exact counts, over formats, lengths of records and languages."""
+"""Estimates compared with exact counts, over formats, record lengths and languages."""
 
 import gzip
 import io
@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from minimind.data import compression, formats
 from minimind.data import estimate as estimate_module
-from minimind.data import read as read_module
 from minimind.data.estimate import estimate_tokens
 from minimind.data.stats import inspect_data
 from minimind.data.store import open_store
@@ -48,7 +48,7 @@ FORMATS: dict[str, Write] = {
 
 
 def _texts(letters: str, length: int, size: int, seed: int = 0) -> list[str]:
-    """Records of about `length` characters of shuffled text, of `size` characters in all."""
+    """Return records of about `length` characters of shuffled text, `size` characters in total."""
     rng = random.Random(seed)
     pool = [rng.sample(letters, len(letters)) for _ in range(50)]
     texts = []
@@ -67,18 +67,19 @@ def _exact(path: Path, tokenizer: Tokenizer) -> int:
 
 @pytest.fixture
 def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All sizes a 256th, so that files of a quarter megabyte are sampled as large ones are."""
-    monkeypatch.setattr(estimate_module, "_MOST_BYTES", 1 << 17)
-    monkeypatch.setattr(estimate_module, "_TOKENIZED", 30_000)
-    monkeypatch.setattr(read_module, "READ_AHEAD", 1 << 12)
-    monkeypatch.setattr(read_module, "_PACKED_AHEAD", 1 << 10)
-    monkeypatch.setattr(read_module, "_MAX_DOCUMENT", 1 << 11)
+    """Divide all sizes by 256, so that files of a quarter megabyte are sampled like large ones."""
+    monkeypatch.setattr(estimate_module, "_MAX_BYTES", 1 << 17)
+    monkeypatch.setattr(estimate_module, "_SAMPLE_CHARACTERS", 30_000)
+    monkeypatch.setattr(compression, "_BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(compression, "_COMPRESSED_BUFFER_BYTES", 1 << 10)
+    monkeypatch.setattr(formats, "_CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(formats, "_MAX_DOCUMENT", 1 << 11)
 
 
 @pytest.mark.usefixtures("small_samples")
 @pytest.mark.parametrize("letters", [CHINESE, ENGLISH], ids=["zh", "en"])
 @pytest.mark.parametrize("length", [100, 1_000, 2_200, 10_000])
-def test_estimates_are_within_a_tenth_in_each_format(
+def test_estimates_are_within_ten_percent_in_each_format(
     letters: str, length: int, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     texts = _texts(letters, length, 400_000)
@@ -90,12 +91,12 @@ def test_estimates_are_within_a_tenth_in_each_format(
         assert estimate_tokens(str(path), tokenizer) == pytest.approx(exact, rel=0.1), name
 
 
-def test_files_of_megabytes_as_they_are_sampled_by_default(
+def test_files_of_megabytes_with_the_default_sizes(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = _texts(CHINESE, 1_500, 1_000_000) + _texts(ENGLISH, 1_500, 500_000)
     exact = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
-    monkeypatch.setattr(estimate_module, "_TOKENIZED", 100_000)  # for the time of this test
+    monkeypatch.setattr(estimate_module, "_SAMPLE_CHARACTERS", 100_000)  # to save time
     for name in ("jsonl", "jsonl.gz", "parquet"):
         path = tmp_path / f"texts.{name}"
         path.write_bytes(FORMATS[name](texts))
@@ -104,10 +105,10 @@ def test_files_of_megabytes_as_they_are_sampled_by_default(
 
 
 @pytest.mark.usefixtures("small_samples")
-def test_text_that_changes_within_a_file_and_files_that_differ(
+def test_heterogeneous_text_within_and_across_files(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate_module, "_MOST_BYTES", 1 << 19)  # what is in reach is all read
+    monkeypatch.setattr(estimate_module, "_MAX_BYTES", 1 << 19)  # the complete file is read
     path = tmp_path / "sorted.jsonl"
     path.write_bytes(_lines(_texts(ENGLISH, 300, 150_000) + _texts(CHINESE, 300, 80_000)))
     assert estimate_tokens(str(path), tokenizer) == pytest.approx(_exact(path, tokenizer), rel=0.1)
@@ -123,35 +124,39 @@ def test_text_that_changes_within_a_file_and_files_that_differ(
 
 
 @pytest.mark.parametrize("shape", [None, "llama2", "llama3"])
-def test_plan_inspection_and_training_agree(
+def test_plan_inspect_and_training_count_the_same_tokens(
     shape: str | None,
     tmp_path: Path,
     tokenizer: Tokenizer,
     foreign_dir: Callable[[str], Path],
 ) -> None:
-    words = Tokenizer.load(foreign_dir(shape)) if shape else tokenizer
+    tokenizer_ = Tokenizer.load(foreign_dir(shape)) if shape else tokenizer
     turns = [{"role": "user", "content": "问{{name}}"}, {"role": "assistant", "content": "答"}]
     system = {"role": "system", "content": "你是助手"}
     chats = [{"messages": turns}] * 50 + [{"messages": [system, *turns]}]
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, [*chats, {"text": "长江"}])), encoding="utf-8")
-    fill = {"name": "小明"}
-    store = open_store(str(path), words, kind="chat", fill=fill, folder=tmp_path / "stores")
+    variables = {"name": "小明"}
+    store = open_store(
+        str(path), tokenizer_, kind="chat", variables=variables, folder=tmp_path / "stores"
+    )
     tokens = store.manifest["train"]["tokens"]
-    assert estimate_tokens(str(path), words, kind="chat", fill=fill) == tokens
-    text = open_store(str(path), words, kind="text", folder=tmp_path / "stores")
-    assert estimate_tokens(str(path), words, kind="text") == text.manifest["train"]["tokens"]
-    unfilled = open_store(str(path), words, kind="chat", folder=tmp_path / "stores")
-    found = inspect_data(str(path), tokenizer=words)
+    assert estimate_tokens(str(path), tokenizer_, kind="chat", variables=variables) == tokens
+    text = open_store(str(path), tokenizer_, kind="text", folder=tmp_path / "stores")
+    assert estimate_tokens(str(path), tokenizer_, kind="text") == text.manifest["train"]["tokens"]
+    unsubstituted = open_store(str(path), tokenizer_, kind="chat", folder=tmp_path / "stores")
+    found = inspect_data(str(path), tokenizer=tokenizer_)
     assert found.tokens is not None
-    running = len(words.text_start) + len(words.encode("长江")) + 1
-    assert found.tokens.total == unfilled.manifest["train"]["tokens"] + running
-    left_out = {"does not fit the model's own chat template": 1} if shape == "llama2" else {}
-    assert found.metrics()["skipped"] == left_out
-    assert estimate_tokens(str(path), words) == found.tokens.total
+    text_tokens = len(tokenizer_.text_start) + len(tokenizer_.encode("长江")) + 1
+    assert found.tokens.total == unsubstituted.manifest["train"]["tokens"] + text_tokens
+    skipped = {"does not fit the model's own chat template": 1} if shape == "llama2" else {}
+    assert found.metrics()["skipped"] == skipped
+    assert estimate_tokens(str(path), tokenizer_) == found.tokens.total
 
 
-def test_data_without_a_fitting_record_gives_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_data_without_records_of_the_kind_has_no_tokens(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "长江"}\n{broken\n', encoding="utf-8")
     assert estimate_tokens(str(path), tokenizer, kind="chat") == 0

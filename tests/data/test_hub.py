@@ -1,4 +1,4 @@
-"""Downloads from a hub on this machine, with the real client."""
+"""Downloads with the real client from a local server in place of the Hub."""
 
 import os
 import subprocess
@@ -26,13 +26,13 @@ class _Hub(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
-        there = self.path in FILES
-        self.send_response(200 if there else 404)
+        exists = self.path in FILES
+        self.send_response(200 if exists else 404)
         self.send_header("X-Repo-Commit", "a" * 40)
         self.send_header("ETag", f'"{"b" * 40}"')
-        self.send_header("Content-Length", str(len(CONTENT) if there else 0))
+        self.send_header("Content-Length", str(len(CONTENT) if exists else 0))
         self.end_headers()
-        if body and there:
+        if body and exists:
             self.wfile.write(CONTENT)
 
     def log_message(self, *_: object) -> None:
@@ -49,7 +49,7 @@ def hub() -> Iterator[str]:
 
 
 def get(folder: Path, endpoint: str, *names: str) -> subprocess.CompletedProcess[str]:
-    """The address of the hub is read when the client is imported, so in a process of its own."""
+    """Run `data get` in a new process: the client reads HF_ENDPOINT when it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
     return subprocess.run(
@@ -61,7 +61,7 @@ def get(folder: Path, endpoint: str, *names: str) -> subprocess.CompletedProcess
     )
 
 
-def test_what_is_published_is_downloaded_once(hub: str, tmp_path: Path) -> None:
+def test_published_files_are_downloaded_once(hub: str, tmp_path: Path) -> None:
     done = get(tmp_path, hub, *PUBLISHED)
     assert done.returncode == 0, done.stderr
     for name, published in PUBLISHED.items():
@@ -72,26 +72,26 @@ def test_what_is_published_is_downloaded_once(hub: str, tmp_path: Path) -> None:
     assert download("ceval", tmp_path / "data").read_bytes() == b"mine"
 
 
-def test_what_the_hub_does_not_have_is_told(
+def test_a_file_missing_from_the_hub_is_an_error(
     hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "FILES", set())
     done = get(tmp_path, hub, "cmmlu")
     assert done.returncode == 1
-    assert "cmmlu: the hub does not give it (" in done.stderr
+    assert "cmmlu: the download failed (" in done.stderr
     assert "404 Not Found" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow  # the client tries again for half a minute
-def test_without_a_network_it_is_told_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.slow  # the client retries for half a minute
+def test_without_a_network_the_error_gives_the_address(tmp_path: Path) -> None:
     done = get(tmp_path, "http://127.0.0.1:9", "ceval")
     assert done.returncode == 1
-    assert "ceval: the hub does not give it" in done.stderr
+    assert "ceval: the download failed" in done.stderr
     assert PUBLISHED["ceval"].url in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_names_that_nobody_knows(tmp_path: Path) -> None:
+def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="known are ceval, cmmlu"):
         download("chess", tmp_path)

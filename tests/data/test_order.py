@@ -1,4 +1,6 @@
-"""Row 2 of the reliability promises: the order of samples is pure."""
+"""Reliability promise 2: data order is a pure function of seed and position."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ def test_permute_depends_on_each_part_of_its_key() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 30, 100])
-def test_permute_is_even(size: int) -> None:
-    """Each index lands in each place about equally often (chi-square by degree of freedom)."""
+def test_permute_is_uniform(size: int) -> None:
+    """Each index maps to each value equally often (chi-square per degree of freedom)."""
     times = 500
     counts = np.zeros((size, size))
     for key in range(times):
@@ -31,24 +33,22 @@ def test_permute_is_even(size: int) -> None:
     assert chi < 1.7
 
 
-def test_every_window_of_a_part_is_seen_as_often_as_its_weight_says() -> None:
+def test_each_sequence_is_sampled_as_often_as_the_weight_of_its_source() -> None:
     order = Order(sizes=(100, 50, 7), weights=(1.0, 0.5, 3.0), seed=5)
-    assert order.shares == (100, 25, 21)
-    seen: dict[tuple[int, int], int] = {}
-    for where in order.locate(0, 2 * order.epoch_size):
-        seen[where] = seen.get(where, 0) + 1
-    for part, (size, times) in enumerate([(100, 2), (50, 1), (7, 6)]):
-        assert [seen[part, seq_len] for seq_len in range(size)] == [times] * size
+    assert order.samples_per_source == (100, 25, 21)
+    counts = Counter(order.locate(0, 2 * order.epoch_size))
+    for source, (size, times) in enumerate([(100, 2), (50, 1), (7, 6)]):
+        assert [counts[source, index] for index in range(size)] == [times] * size
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_ten_thousand_cursors_give_the_same_samples_on_any_number_of_processes(
+def test_any_number_of_processes_reads_the_same_samples_from_any_cursor(
     processes: int,
 ) -> None:
-    """Each process takes its share of a global batch; together they are the uninterrupted run."""
+    """The shards of a global batch, concatenated over ranks, are the samples of one process."""
     order = Order(sizes=(997, 313), weights=(1.0, 2.0), seed=11)
     batch, total = 12, 10_000
-    whole = order.locate(0, total + batch)
+    expected = order.locate(0, total + batch)
     share = batch // processes
     for cursor in range(0, total, batch):
         together = [
@@ -56,6 +56,6 @@ def test_ten_thousand_cursors_give_the_same_samples_on_any_number_of_processes(
             for rank in range(processes)
             for sample in order.locate(cursor + rank * share, share)
         ]
-        assert together == whole[cursor : cursor + batch]
+        assert together == expected[cursor : cursor + batch]
     singles = [order.locate(cursor, 1)[0] for cursor in range(0, total, 7)]
-    assert singles == whole[:total:7]
+    assert singles == expected[:total:7]

@@ -147,7 +147,7 @@ LATER = [{"role": "user", "content": "再说"}, {"role": "assistant", "content":
         ({"prompt": json.dumps(TURNS[:1]), "chosen": "答", "rejected": "不"}, ["问", "答", "不"]),
     ],
 )
-def test_other_layouts_and_types_are_read_whole(
+def test_other_layouts_and_types_are_read_completely(
     record: dict[str, Any], expected: list[str]
 ) -> None:
     converted = convert(record)
@@ -183,7 +183,7 @@ def test_other_layouts_and_types_are_read_whole(
         ({"messages": "broken", "text": "文"}, ["messages"]),
     ],
 )
-def test_keys_that_are_not_used_are_named(record: dict[str, Any], unused: list[str]) -> None:
+def test_unused_keys_are_recorded(record: dict[str, Any], unused: list[str]) -> None:
     assert list(convert(record).unused) == unused
 
 
@@ -205,15 +205,17 @@ def test_keys_that_are_not_used_are_named(record: dict[str, Any], unused: list[s
         ({}, True),
     ],
 )
-def test_marks_of_supervision_are_honoured(mark: dict[str, Any], supervised: bool) -> None:
-    said = {"system": "简短", "messages": [TURNS[0], TURNS[1] | mark, *LATER]}
-    record = convert(said)
+def test_supervision_marks_of_messages_are_respected(
+    mark: dict[str, Any], supervised: bool
+) -> None:
+    fields = {"system": "简短", "messages": [TURNS[0], TURNS[1] | mark, *LATER]}
+    record = convert(fields)
     assert record.messages == [SYSTEM, *TURNS, *LATER]
     assert record.unused == ()
     assert record.unsupervised == (() if supervised else (frozenset({2}),))
     [(messages, excluded)] = record.conversations
     assert (messages, excluded) == (record.messages, frozenset() if supervised else {2})
-    assert record.filled({"name": "x"}).unsupervised == record.unsupervised
+    assert record.substitute({"name": "x"}).unsupervised == record.unsupervised
 
 
 def test_answers_in_a_prompt_are_not_supervised() -> None:
@@ -234,25 +236,23 @@ def test_answers_in_a_prompt_are_not_supervised() -> None:
         ("images", ["a.png"]),
     ],
 )
-def test_keys_that_change_what_is_said_are_refused_unless_they_hold_nothing(
-    key: str, value: Any
-) -> None:
+def test_unsupported_keys_are_rejected_unless_they_are_empty(key: str, value: Any) -> None:
     for record in (
         {"messages": [TURNS[0], TURNS[1] | {key: value}]},
         {"messages": TURNS, key: value},
         {"instruction": "问", "output": "答", key: value},
         {"prompt": [TURNS[0]], "chosen": [TURNS[1] | {key: value}], "rejected": REFUSAL[1:]},
     ):
-        with pytest.raises(ValueError, match=rf"{key}: (the chat format has no|only text can)"):
+        with pytest.raises(ValueError, match=rf"{key}: (the chat format has no|only text is)"):
             convert(record)
-    for nothing in (None, [], "", {}, "[]", {"name": None}):
-        made = convert({"messages": [TURNS[0], TURNS[1] | {key: nothing}], key: nothing})
-        assert (made.messages, made.unused) == (TURNS, ())
-    assert convert({"text": "文", key: value}).unused == (key,), "no conversation"
+    for empty in (None, [], "", {}, "[]", {"name": None}):
+        converted = convert({"messages": [TURNS[0], TURNS[1] | {key: empty}], key: empty})
+        assert (converted.messages, converted.unused) == (TURNS, ())
+    assert convert({"text": "文", key: value}).unused == (key,), "not a conversation"
 
 
 @pytest.mark.parametrize(("schema", "record", "expected"), KNOWN)
-def test_known_schemas_are_recognised_and_can_be_named(
+def test_schemas_are_detected_and_can_be_given_by_name(
     schema: str, record: dict[str, Any], expected: Record
 ) -> None:
     assert detect_schema(record) == schema
@@ -262,7 +262,7 @@ def test_known_schemas_are_recognised_and_can_be_named(
         assert converted.schema == schema
 
 
-def test_the_setting_knows_the_same_schemas() -> None:
+def test_the_setting_lists_the_same_schemas() -> None:
     assert get_args(SETTING) == ("auto", *SCHEMAS)
     assert {schema for schema, _, _ in KNOWN} == set(SCHEMAS)
 
@@ -270,16 +270,16 @@ def test_the_setting_knows_the_same_schemas() -> None:
 @pytest.mark.parametrize(
     ("schema", "record", "reason"),
     [
-        ("auto", {"title": "x", "url": "y"}, "of no known schema; its fields are: title, url"),
+        ("auto", {"title": "x", "url": "y"}, "unknown schema; its fields are: title, url"),
         ("auto", {}, "its fields are: none"),
         ("auto", {"text": " \n"}, "the text is empty"),
         ("auto", {"text": None}, "the field text is not text"),
         ("auto", {"messages": []}, "the list of messages is empty"),
         ("auto", {"conversations": ["问", "答"]}, "messages are not a list of objects"),
-        ("auto", {"conversations": TURNS[:1]}, "nobody answers"),
+        ("auto", {"conversations": TURNS[:1]}, "no message of the assistant"),
         ("auto", {"messages": [*TURNS, {"role": "bard", "content": "x"}]}, "unknown role 'bard'"),
-        ("auto", {"messages": [{"content": "x"}]}, "unknown role None; known are human, gpt"),
-        ("auto", {"messages": [TURNS[0], {"role": "assistant"}]}, "the assistant holds no text"),
+        ("auto", {"messages": [{"content": "x"}]}, "unknown role None; supported are human, gpt"),
+        ("auto", {"messages": [TURNS[0], {"role": "assistant"}]}, "the assistant has no text"),
         ("auto", {"messages": [TURNS[0], {"role": "gpt", "content": "\n"}]}, "an answer is empty"),
         ("auto", {"instruction": "问", "output": ""}, "an answer is empty"),
         (
@@ -300,7 +300,7 @@ def test_the_setting_knows_the_same_schemas() -> None:
         ("auto", {"q": "问", "a": "答", "history": [["早"]]}, "history is not a list of pairs"),
         ("auto", {"q": "问", "a": "答", "history": {"早": "好"}}, "history is not a list of pairs"),
         ("auto", {"q": "问", "a": "答", "history": [["早", ""]]}, "an answer is empty"),
-        ("auto", {"chosen": "答", "rejected": "不"}, "there is no prompt beside them"),
+        ("auto", {"chosen": "答", "rejected": "不"}, "there is no prompt field"),
         ("auto", {"prompt": "问", "chosen": "答", "rejected": ""}, "an answer is empty"),
         ("auto", {"prompt": "问", "chosen": 1.5, "rejected": 2}, "the field chosen is not text"),
         (
@@ -322,7 +322,7 @@ def test_the_setting_knows_the_same_schemas() -> None:
         ("auto", {"instruction": ["问"], "output": "答"}, "the field instruction is not text"),
         ("auto", {"messages": TURNS, "system": {"text": "x"}}, "system is not text, but an object"),
         ("auto", {"messages": "[{broken"}, "neither JSON nor Python"),
-        ("auto", {"messages": {"role": "user"}}, "a message of the user holds no text"),
+        ("auto", {"messages": {"role": "user"}}, "a message of the user has no text"),
         ("auto", {"messages": 3}, "messages are not a list of objects"),
         (
             "auto",
@@ -337,7 +337,7 @@ def test_the_setting_knows_the_same_schemas() -> None:
         (
             "auto",
             {"messages": [{"role": "user", "content": ["x"]}]},
-            "is no object with type and text",
+            "is not an object with type and text",
         ),
         (
             "auto",
@@ -350,7 +350,7 @@ def test_the_setting_knows_the_same_schemas() -> None:
         (
             "auto",
             {"messages": [TURNS[0] | {"train": True}, TURNS[1]]},
-            "train on a message of the user",
+            "train: includes a message of the user in the loss",
         ),
         (
             "auto",
@@ -371,15 +371,13 @@ def test_the_setting_knows_the_same_schemas() -> None:
         ("pairs", {"chosen": TURNS}, "no field rejected or reject; its fields are: chosen"),
     ],
 )
-def test_what_is_no_record_is_refused_with_the_reason(
-    schema: str, record: dict[str, Any], reason: str
-) -> None:
+def test_invalid_records_give_the_reason(schema: str, record: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError) as caught:
         convert(record, schema)
     assert reason in str(caught.value)
 
 
-def test_what_is_written_in_a_record() -> None:
+def test_texts_and_kind_of_a_record() -> None:
     assert Record(text="文").texts == ["文"]
     pair = Record(chosen=TURNS, rejected=REFUSAL)
     assert pair.texts == ["问", "答", "不知道"]
@@ -389,7 +387,7 @@ def test_what_is_written_in_a_record() -> None:
     ]
 
 
-def test_fingerprints_tell_records_apart_by_what_is_written() -> None:
+def test_fingerprints_depend_on_texts_and_roles() -> None:
     swapped = [
         {**one, "role": other["role"]} for one, other in zip(TURNS, TURNS[::-1], strict=True)
     ]
@@ -407,21 +405,21 @@ def test_fingerprints_tell_records_apart_by_what_is_written() -> None:
     assert all(0 <= record.fingerprint() < 2**64 for record in records)
 
 
-def test_placeholders_are_filled_wherever_something_is_written() -> None:
-    fill = {"name": "小明"}
+def test_variables_are_substituted_in_all_texts() -> None:
+    variables = {"name": "小明"}
     text = convert({"text": "{{name}} and {{ name }}, {{author}} {name} {{names}}"})
-    assert text.filled(fill).text == "小明 and 小明, {{author}} {name} {{names}}"
-    talk = convert({"q": "{{name}}?", "a": "{{name}}!"}).filled(fill)
-    assert [message["content"] for message in talk.messages or []] == ["小明?", "小明!"]
+    assert text.substitute(variables).text == "小明 and 小明, {{author}} {name} {{names}}"
+    chat = convert({"q": "{{name}}?", "a": "{{name}}!"}).substitute(variables)
+    assert [message["content"] for message in chat.messages or []] == ["小明?", "小明!"]
     pair = {"prompt": "{{name}}", "chosen": "{{name}}", "rejected": "-"}
-    filled = convert(pair).filled(fill)
-    assert (filled.chosen, filled.schema) == (
+    substituted = convert(pair).substitute(variables)
+    assert (substituted.chosen, substituted.schema) == (
         convert(pair | {"prompt": "小明", "chosen": "小明"}).chosen,
         "pairs",
     )
-    assert text.filled({}) is text
+    assert text.substitute({}) is text
     assert variables_in("{{name}} {{author}} {{x}} {name}") == {"name", "author", "x"}
 
 
-def test_what_is_filled_in_is_not_looked_at_again() -> None:
+def test_substituted_values_are_not_substituted_again() -> None:
     assert substitute_variables("{{a}}{{b}}", {"a": "{{b}}", "b": r"\1"}) == r"{{b}}\1"

@@ -24,7 +24,7 @@ def mixed(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_found(mixed: Path, tokenizer: Tokenizer) -> None:
+def test_counts_lengths_and_invalid_records(mixed: Path, tokenizer: Tokenizer) -> None:
     steps: list[int] = []
     found = inspect_data(str(mixed), tokenizer=tokenizer, progress=steps.append).metrics()
     size = mixed.stat().st_size
@@ -33,14 +33,14 @@ def test_what_is_found(mixed: Path, tokenizer: Tokenizer) -> None:
     assert found["schemas"] == {"qa": 3, "text": 2, "pairs": 1}
     assert found["records"] == 6
     assert (found["single_turn"], found["multi_turn"]) == (3, 1)
-    assert (found["copies"], found["copies_are_exact"]) == (1, True)
-    assert found["bad_lines"] == 3
-    [first, second] = found["bad_reasons"].items()
+    assert (found["duplicates"], found["duplicates_are_exact"]) == (1, True)
+    assert found["invalid_records"] == 3
+    [first, second] = found["invalid_reasons"].items()
     assert first[0].startswith("not JSON")
-    assert first[1] == {"lines": 2, "first": [f"{mixed}:7", f"{mixed}:9"]}
+    assert first[1] == {"records": 2, "first": [f"{mixed}:7", f"{mixed}:9"]}
     assert second == (
-        "of no known schema; its fields are: id",
-        {"lines": 1, "first": [f"{mixed}:8"]},
+        "unknown schema; its fields are: id",
+        {"records": 1, "first": [f"{mixed}:8"]},
     )
     lengths = [2, 9, 14, 14, 23, 10]
     assert found["characters"] == {
@@ -59,13 +59,13 @@ def test_tokens_are_counted_as_in_training(mixed: Path, tokenizer: Tokenizer) ->
         messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
         return len(encode_chat(tokenizer, messages)[0])
 
-    asked, answered = ONE_TURN["q"], ONE_TURN["a"]
+    question, answer = ONE_TURN["q"], ONE_TURN["a"]
     expected = [
         len(tokenizer.encode("江河")) + 1,
         len(tokenizer.encode("The river")) + 1,
-        chat(asked, answered),
-        chat(asked, answered, "它流入哪里？", "东海。"),
-        chat(asked, answered),
+        chat(question, answer),
+        chat(question, answer, "它流入哪里？", "东海。"),
+        chat(question, answer),
         chat("1+1=?", "2") + chat("1+1=?", "我不知道"),
     ]
     tokens = inspect_data(str(mixed), tokenizer=tokenizer).metrics()["tokens"]
@@ -75,7 +75,7 @@ def test_tokens_are_counted_as_in_training(mixed: Path, tokenizer: Tokenizer) ->
     assert inspect_data(str(mixed)).metrics()["tokens"] is None
 
 
-def test_samples_are_different_short_and_safe_to_print(tmp_path: Path) -> None:
+def test_samples_are_distinct_short_and_printable(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = ["一\x1b[31m红\n\n  二\r\n", "长" * 10_000, *(["同"] * 50)]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
@@ -85,16 +85,16 @@ def test_samples_are_different_short_and_safe_to_print(tmp_path: Path) -> None:
     assert inspect_data(str(path), num_samples=0).samples == []
 
 
-def test_samples_come_from_all_of_the_data(tmp_path: Path) -> None:
+def test_samples_are_spread_over_the_data(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"第{n}条"}) for n in range(5_000)))
-    places = [int(s[1:-1]) for s in inspect_data(str(path), num_samples=40).samples]
-    assert len(places) == 40
-    assert min(places) < 1_000 < 4_000 < max(places)
-    assert 1_500 < median(places) < 3_500
+    positions = [int(s[1:-1]) for s in inspect_data(str(path), num_samples=40).samples]
+    assert len(positions) == 40
+    assert min(positions) < 1_000 < 4_000 < max(positions)
+    assert 1_500 < median(positions) < 3_500
 
 
-def test_quantiles_are_those_of_the_sorted_lengths() -> None:
+def test_percentiles_match_the_sorted_lengths() -> None:
     rng = random.Random(5)
     for count in (1, 2, 10, 1_000):
         values = [int(rng.expovariate(1 / 3_000)) for _ in range(count)]
@@ -110,52 +110,54 @@ def test_quantiles_are_those_of_the_sorted_lengths() -> None:
     assert set(LengthHistogram().metrics().values()) == {0}
 
 
-def test_lengths_take_little_memory() -> None:
+def test_the_histogram_is_bounded() -> None:
     lengths = LengthHistogram()
     for length in range(0, 16 << 20, 37):
         lengths.add(length)
     assert len(lengths.counts) < 35_000
 
 
-def test_copies_are_exact_and_later_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats_module, "_MOST_HASHES", 4_096)
+def test_duplicates_are_exact_and_beyond_the_limit_an_estimate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stats_module, "_MAX_HASHES", 4_096)
     rng = random.Random(6)
     hashes = [rng.getrandbits(64) for _ in range(100_000)]
-    copies = Duplicates()
+    duplicates = Duplicates()
     for fingerprint in hashes[:4_000]:
-        copies.add(fingerprint)
+        duplicates.add(fingerprint)
     for fingerprint in hashes[:300]:
-        copies.add(fingerprint, times=2)
-    assert (copies.total, copies.is_exact) == (600, True)
+        duplicates.add(fingerprint, times=2)
+    assert (duplicates.total, duplicates.is_exact) == (600, True)
     for fingerprint in hashes[4_000:]:
-        copies.add(fingerprint)
+        duplicates.add(fingerprint)
     for fingerprint in hashes[50_000:]:
-        copies.add(fingerprint)
-    assert not copies.is_exact
-    assert len(copies.hashes) <= 4_096
-    assert copies.total == pytest.approx(50_600, rel=0.1)
+        duplicates.add(fingerprint)
+    assert not duplicates.is_exact
+    assert len(duplicates.counts) <= 4_096
+    assert duplicates.total == pytest.approx(50_600, rel=0.1)
 
 
-def test_parts_add_up(mixed: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_merge_adds_the_statistics(mixed: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     other = tmp_path / "other.csv"
     other.write_text("q,a\n长江有多长？,约六千三百公里。\n早,早上好\nx\n", encoding="utf-8")
-    whole = DatasetStats()
+    merged = DatasetStats()
     for path in (mixed, other):
-        whole.merge(inspect_data(str(path), tokenizer=tokenizer))
+        merged.merge(inspect_data(str(path), tokenizer=tokenizer))
     together = inspect_data(str(tmp_path), tokenizer=tokenizer, num_samples=0)
-    metrics = whole.metrics()
+    metrics = merged.metrics()
     assert metrics == together.metrics()
-    assert metrics["copies"] == 2  # one of them in the other file
-    assert metrics["bad_lines"] == 4
+    assert metrics["duplicates"] == 2  # one of them in the other file
+    assert metrics["invalid_records"] == 4
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such file"):
         inspect_data(str(tmp_path / "nowhere.jsonl"))
 
 
-def test_data_without_one_good_record_is_still_described(tmp_path: Path) -> None:
+def test_data_without_a_valid_record_has_statistics(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{broken\n" * 2_000)
     found = inspect_data(str(path)).metrics()
-    assert (found["records"], found["bad_lines"], found["chinese_share"]) == (0, 2_000, 0)
+    assert (found["records"], found["invalid_records"], found["chinese_share"]) == (0, 2_000, 0)

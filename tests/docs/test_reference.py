@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 
 from docs import reference
+from minimind.serving.errors import ERROR_CODES
+from minimind.serving.requests import (
+    UNSUPPORTED,
+    ChatRequest,
+    CompletionRequest,
+    JsonSchema,
+    Message,
+)
 
 
 def test_every_command_and_setting_has_its_place() -> None:
@@ -18,6 +26,20 @@ def test_every_command_and_setting_has_its_place() -> None:
         assert names == [name for name, _ in reference.settings()]
         assert all(row.count(" | ") == 4 for row in rows if row.startswith("| `"))
     assert not any(line.endswith(" ") for text in pages.values() for line in text.splitlines())
+
+
+def test_http_reference_lists_every_parameter_and_error() -> None:
+    pages = reference.pages()
+    for lang in ("en", "zh"):
+        rows = pages[f"{lang}/reference/http.md"].splitlines()
+        first_cells = {row.split("`")[1] for row in rows if row.startswith("| `")}
+        for model in (ChatRequest, CompletionRequest, Message, JsonSchema):
+            names = {field.alias or name for name, field in model.model_fields.items()}
+            assert names <= first_cells
+        assert UNSUPPORTED.keys() <= first_cells
+        assert "minimind_time_to_first_token_seconds" in first_cells
+        for code, error in ERROR_CODES.items():
+            assert any(row.startswith(f"| {error.status} | `{code}` |") for row in rows)
 
 
 def test_stale_pages_are_named_until_they_are_written(tmp_path: Path) -> None:
@@ -40,6 +62,7 @@ def test_pages_do_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
     [
         ('"seed" =', '"sead" =', r"missing \['seed'\], left over \['sead'\]"),
         ('"seed" =', '"more" = "x"\n"seed" =', r"missing \[\], left over \['more'\]"),
+        ('"Random seed." =', '"Random." =', r"missing \['Random seed.'\], left over \['Random.'\]"),
     ],
 )
 def test_a_setting_without_its_chinese_is_an_error(

@@ -1,4 +1,4 @@
-"""A tiny random model, and a small exam."""
+"""Fixtures: a tiny random model and a small benchmark."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def varied(tokenizer: Tokenizer) -> Transformer:
 def varied_dir(
     varied: Transformer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The run directory of the same; not to be written to."""
+    """The run directory of `varied`; read-only."""
     run = tmp_path_factory.mktemp("varied") / "tiny"
     save_model(run / "model", varied, tokenizer)
     return run
@@ -32,7 +32,7 @@ def local(varied_dir: Path) -> LocalModel:
 
 @pytest.fixture(scope="session")
 def ceval_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds `ceval-exam`, as its archive is unpacked."""
-    folder = tmp_path_factory.mktemp("exams")
+    """A folder that contains `ceval-exam`, as unpacked from its archive."""
+    folder = tmp_path_factory.mktemp("benchmarks")
     make_ceval(folder / "ceval-exam")
     return folder

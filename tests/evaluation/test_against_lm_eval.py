@@ -1,7 +1,7 @@
-"""Our C-Eval and CMMLU against EleutherAI's, question by question.
+"""C-Eval and CMMLU compared with lm-eval, question by question.
 
-lm-eval's own task files give its prompts and its model its likelihoods; only where the questions
-lie is another place, a file here instead of a hub. Needs the extra `lm-eval`.
+Prompts are from lm-eval's task files and likelihoods from its model class; only the questions are
+read from a local file instead of a hub. Needs the extra `lm-eval`.
 """
 
 import json
@@ -24,7 +24,7 @@ from benchmarks.against_lm_eval import by_lm_eval  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    # Of lm-eval and what it brings.
+    # From lm-eval and its dependencies.
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -36,7 +36,7 @@ def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def make_exam(name: str, folder: Path) -> Path:
+def make_benchmark(name: str, folder: Path) -> Path:
     if name == "ceval":
         return make_ceval(folder / "ceval")
     header = ["", "Question", "A", "B", "C", "D", "Answer"]
@@ -47,33 +47,33 @@ def make_exam(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("shots", [0, 3])
-@pytest.mark.parametrize("exam", ["ceval", "cmmlu"])
+@pytest.mark.parametrize("name", ["ceval", "cmmlu"])
 def test_each_question_has_the_same_likelihoods(
-    exam: str, shots: int, model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+    name: str, shots: int, model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    folder = make_exam(exam, tmp_path)
-    task = make_task(exam, data=[str(folder)], style="letter", shots=shots)
+    folder = make_benchmark(name, tmp_path)
+    task = make_task(name, data=[str(folder)], style="letter", shots=shots)
     assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(model_dir, "cpu"), ())}
     expected = by_lm_eval(task, model_dir, shots, tmp_path)
     assert ours.keys() == expected.keys()
     assert len(ours) == 7
-    for name, result in ours.items():
-        assert result["scores"] == pytest.approx(expected[name].scores, abs=1e-4)
-        assert result["right"] == expected[name].right
+    for key, result in ours.items():
+        assert result["scores"] == pytest.approx(expected[key].scores, abs=1e-4)
+        assert result["right"] == expected[key].right
         assert result["shots"] == shots
     assert len({tuple(result["scores"]) for result in ours.values()}) == 7
 
-    asker = PromptBuilder(OwnPromptEncoder(tokenizer), task.exam, "letter", shots, 2048)
+    builder = PromptBuilder(OwnPromptEncoder(tokenizer), task.benchmark, "letter", shots, 2048)
     for question in task.questions:
-        row = asker.ask(question, task.examples[question.subject]).rows[0]
+        row = builder.build(question, task.examples[question.subject]).rows[0]
         assert tokenizer.decode(row.tokens[: row.start]) == expected[question.id].prompt
 
 
-def test_its_harness_runs_on_a_model_directory(
+def test_the_harness_runs_on_a_model_directory(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a task of its own that needs no network: its registry is asked for by name."""
+    """With a task that needs no network, added to lm-eval's registry."""
     data = tmp_path / "data.jsonl"
     data.write_text('{"q": "1+1=", "a": "2"}\n{"q": "2+2=", "a": "4"}\n', encoding="utf-8")
     folder = tmp_path / "tasks"
@@ -100,6 +100,6 @@ def test_its_harness_runs_on_a_model_directory(
     )
     (out / "lm-eval-tiny_sums.json").write_text('{"task": "lm-', encoding="utf-8")  # killed
     assert run_harness("tiny_sums", model_dir, out, identity={"model": "1"}, device="cpu") == found
-    monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # not asked a second time
+    monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # must not be called again
     again = run_harness("tiny_sums", model_dir, out, identity={"model": "1"}, device="cpu")
     assert again["metrics"] == found["metrics"]

@@ -27,7 +27,7 @@ def write(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
-def test_bits_by_the_definition(
+def test_bits_per_byte_by_the_definition(
     local: LocalModel, varied: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     task = BitsPerByte([write(tmp_path / "a.jsonl", [TEXTS[0], *TEXTS[2:]])], None)
@@ -45,33 +45,33 @@ def test_bits_by_the_definition(
     assert low <= summary["bits_per_byte"] <= high
 
 
-def test_a_model_that_knows_nothing_has_the_same_bits_a_byte_in_any_window(
+def test_a_uniform_model_has_the_same_bits_per_byte_for_any_context(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """All tokens equally likely: bits are tokens times log2(vocabulary), whatever the context."""
+    """With equal probabilities, the bits are tokens * log2(vocabulary size)."""
     data = write(tmp_path / "a.jsonl", TEXTS)
-    for words, context in (
+    for text_tokenizer, context in (
         (tokenizer, 32),
         (tokenizer, 512),
         (train_tokenizer(TEXTS, vocab_size=400), 16),
     ):
-        shape = {"vocab_size": words.vocab_size, "max_position_embeddings": context}
+        shape = {"vocab_size": text_tokenizer.vocab_size, "max_position_embeddings": context}
         model = Transformer(ModelConfig(**PRESETS["nano"] | shape))
         with torch.no_grad():
             model.head_weight.zero_()
-        folder = tmp_path / f"{words.vocab_size}-{context}"
-        save_model(folder, model, words)
+        folder = tmp_path / f"{text_tokenizer.vocab_size}-{context}"
+        save_model(folder, model, text_tokenizer)
         task = BitsPerByte([data], None)
         summary = task.summary(list(task.run(LocalModel(folder, "cpu"), ())))
-        tokens = sum(len(words.encode(text)) for text in TEXTS)
+        tokens = sum(len(text_tokenizer.encode(text)) for text in TEXTS)
         size = sum(len(text.encode()) for text in TEXTS)
         assert (summary["tokens"], summary["bytes"]) == (tokens, size)
-        expected = tokens * math.log2(words.vocab_size) / size
+        expected = tokens * math.log2(text_tokenizer.vocab_size) / size
         assert summary["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_long_texts_are_given_what_stands_before(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Of a short context too, where windows overlap: the second half is not read afresh."""
+def test_long_texts_are_scored_in_overlapping_windows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Each window but the first starts with half a context that is not scored."""
     model = make_varied(tokenizer, context=24)
     save_model(tmp_path / "m", model, tokenizer)
     task = BitsPerByte([write(tmp_path / "a.jsonl", TEXTS[1:2])], None)
@@ -86,7 +86,9 @@ def test_long_texts_are_given_what_stands_before(tokenizer: Tokenizer, tmp_path:
     assert result["nats"] == pytest.approx(nats, rel=1e-5)
 
 
-def test_by_source_and_what_is_done_is_not_asked(local: LocalModel, tmp_path: Path) -> None:
+def test_metrics_by_source_and_finished_documents_are_skipped(
+    local: LocalModel, tmp_path: Path
+) -> None:
     sources = [write(tmp_path / f"{n}.jsonl", TEXTS[n : n + 2]) for n in (0, 2)]
     task = BitsPerByte([str(tmp_path)], None)
     assert len(task) == 4
@@ -95,16 +97,16 @@ def test_by_source_and_what_is_done_is_not_asked(local: LocalModel, tmp_path: Pa
     assert list(summary["by_source"]) == sources
     assert [part["documents"] for part in summary["by_source"].values()] == [2, 2]
     rest = list(task.run(local, {results[0]["id"], results[3]["id"]}))
-    assert rest == [pytest.approx(one) for one in results[1:3]]
+    assert rest == [pytest.approx(result) for result in results[1:3]]
     assert len(BitsPerByte([str(tmp_path)], 3)) == 3
 
 
-def test_what_is_no_text_is_told(tmp_path: Path) -> None:
+def test_missing_and_invalid_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="bpb needs text"):
         BitsPerByte([], None)
     path = tmp_path / "a.jsonl"
     path.write_text("[1]\n", encoding="utf-8")
-    with pytest.raises(DataError, match="no line is a record; the first"):
+    with pytest.raises(DataError, match="no line is a valid record; the first"):
         BitsPerByte([str(path)], None)
     path.write_text('[1]\n{"text": "长江"}\n', encoding="utf-8")
     assert BitsPerByte([str(path)], None).bad.total == 1

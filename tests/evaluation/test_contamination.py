@@ -26,28 +26,28 @@ def found(tmp_path: Path, question: str, *texts: str) -> bool:
     return "q" in result.found
 
 
-def test_a_window_of_characters_is_enough(tmp_path: Path) -> None:
+def test_24_consecutive_characters_are_found(tmp_path: Path) -> None:
     plain = re.sub(r"\W", "", CHINESE)
     assert len(plain) > 30
     assert found(tmp_path, CHINESE, "前面" + plain[3:27] + "后面")
     assert not found(tmp_path, CHINESE, "前面" + plain[3:26] + "后面")
-    assert not found(tmp_path, CHINESE, plain[:15], plain[15:])  # of two documents
+    assert not found(tmp_path, CHINESE, plain[:15], plain[15:])  # in two documents
 
 
-def test_case_punctuation_and_width_do_not_matter(tmp_path: Path) -> None:
+def test_case_punctuation_and_width_are_ignored(tmp_path: Path) -> None:
     assert found(tmp_path, CHINESE, "“" + "，".join(CHINESE) + "”")
     wide = "已知函数ＡＢ１２３的图像经过原点并且在区间上单调递增"
     assert found(tmp_path, wide, unicodedata.normalize("NFKC", wide).lower())
 
 
-def test_thirteen_words_of_english(tmp_path: Path) -> None:
+def test_13_consecutive_english_words_are_found(tmp_path: Path) -> None:
     words = re.findall(r"\w+", ENGLISH)
     assert found(tmp_path, ENGLISH, "so " + "  ".join(words[1:14]).upper() + "!")
     assert not found(tmp_path, ENGLISH, " ".join(words[1:13]) + " others")
     assert not found(tmp_path, ENGLISH, " ".join(words[:8]), " ".join(words[8:]))
 
 
-def test_short_questions_must_be_there_whole(tmp_path: Path) -> None:
+def test_short_questions_must_occur_in_full(tmp_path: Path) -> None:
     short = "王利发是老舍戏剧作品____中的主人公。"
     assert found(tmp_path, short, "问：王利发是老舍戏剧作品中的主人公吗？")
     assert not found(tmp_path, short, "王利发是老舍戏剧作品中的主人")
@@ -62,12 +62,12 @@ def test_questions_too_short_to_tell_are_counted(tmp_path: Path) -> None:
     assert result.too_short == {"a", "b"}
     assert result.found == {}
     assert result.metrics()["too_short"] == 2
-    assert find_contamination({"x:a": "正确的是", "y:a": "否"}, [data]).part("x:").too_short == {
-        "a"
-    }
+    assert find_contamination({"x:a": "正确的是", "y:a": "否"}, [data]).with_prefix(
+        "x:"
+    ).too_short == {"a"}
 
 
-def test_training_data_of_any_schema_and_its_file_is_told(tmp_path: Path) -> None:
+def test_all_schemas_are_searched_and_the_file_is_reported(tmp_path: Path) -> None:
     write(tmp_path / "1.jsonl", "别的")
     turns = [{"role": "user", "content": CHINESE}, {"role": "assistant", "content": "零基预算"}]
     path = tmp_path / "2.jsonl"
@@ -81,12 +81,12 @@ def test_training_data_of_any_schema_and_its_file_is_told(tmp_path: Path) -> Non
         find_contamination({"q": CHINESE}, [str(tmp_path / "3.jsonl")])
 
 
-def test_the_same_as_looking_for_each_window_by_itself(
+def test_results_equal_a_search_for_every_ngram(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few characters, so that much is alike; a table of hashes so small that all collide."""
-    monkeypatch.setattr(contamination, "_PIECE", 300)
-    monkeypatch.setattr(contamination, "_CHARACTERS", contamination._Kind(6, 3))
+    """With an alphabet of three characters, so that n-grams repeat and hashes collide."""
+    monkeypatch.setattr(contamination, "_BLOCK_CHARACTERS", 300)
+    monkeypatch.setattr(contamination, "_CHARACTERS", contamination._NGrams(6, 3))
     rng = random.Random(0)
 
     def text(length: int) -> str:
@@ -96,12 +96,12 @@ def test_the_same_as_looking_for_each_window_by_itself(
     texts = [text(rng.randint(1, 40)) for _ in range(60)]
     result = find_contamination(questions, [write(tmp_path / "data.jsonl", *texts)])
 
-    def there(question: str) -> bool:
+    def occurs(question: str) -> bool:
         size = min(len(question), 6)
-        windows = [question[i : i + size] for i in range(len(question) - size + 1)]
-        return any(window in text for window in windows for text in texts)
+        ngrams = [question[i : i + size] for i in range(len(question) - size + 1)]
+        return any(ngram in text for ngram in ngrams for text in texts)
 
-    expected = {name for name, q in questions.items() if len(q) >= 3 and there(q)}
+    expected = {name for name, q in questions.items() if len(q) >= 3 and occurs(q)}
     assert set(result.found) == expected
     assert 10 < len(expected) < 140
     assert result.too_short == {name for name, q in questions.items() if len(q) < 3}

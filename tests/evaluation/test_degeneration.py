@@ -3,14 +3,14 @@ import math
 import pytest
 
 from minimind.evaluation.degeneration import (
-    Answered,
-    describe,
-    distinct_share,
+    AnsweredQuestion,
+    distinct_fraction,
+    has_mixed_scripts,
     is_in_other_script,
-    is_mixed,
-    repeated_share,
-    summarise,
-    words_of,
+    measure,
+    repeated_fraction,
+    split_words,
+    summarize,
 )
 
 
@@ -25,14 +25,12 @@ from minimind.evaluation.degeneration import (
         (" \n", []),
     ],
 )
-def test_words_are_characters_of_chinese_and_runs_of_letters_elsewhere(
-    text: str, words: list[str]
-) -> None:
-    assert words_of(text) == words
+def test_words_are_chinese_characters_or_runs_of_letters(text: str, words: list[str]) -> None:
+    assert split_words(text) == words
 
 
 @pytest.mark.parametrize(
-    ("words", "n", "share"),
+    ("words", "n", "fraction"),
     [
         ("", 4, 0),
         ("abc", 4, 0),  # no 4-gram
@@ -43,20 +41,20 @@ def test_words_are_characters_of_chinese_and_runs_of_letters_elsewhere(
         ("abab", 1, 1 / 2),
     ],
 )
-def test_what_is_repeated_by_hand(words: str, n: int, share: float) -> None:
-    assert repeated_share(list(words), n) == pytest.approx(share)
+def test_repeated_fraction_by_hand(words: str, n: int, fraction: float) -> None:
+    assert repeated_fraction(list(words), n) == pytest.approx(fraction)
 
 
-def test_an_answer_that_goes_round_repeats_nearly_all() -> None:
-    assert repeated_share(words_of("泰山很高。" * 50)) == pytest.approx(1 - 5 / 247)
+def test_a_looping_answer_repeats_nearly_everything() -> None:
+    assert repeated_fraction(split_words("泰山很高。" * 50)) == pytest.approx(1 - 5 / 247)
 
 
-def test_distinct_words_and_bigrams_by_hand() -> None:
+def test_distinct_fraction_by_hand() -> None:
     texts = [list("abab"), list("abc")]  # a b c of 7 words; ab ba bc of 7 words
-    assert distinct_share(texts, 1) == pytest.approx(3 / 7)
-    assert distinct_share(texts, 2) == pytest.approx(3 / 7)
-    assert distinct_share([list("abcd")], 2) == pytest.approx(3 / 4)  # over words, not bigrams
-    assert distinct_share([[], []], 1) is None
+    assert distinct_fraction(texts, 1) == pytest.approx(3 / 7)
+    assert distinct_fraction(texts, 2) == pytest.approx(3 / 7)
+    assert distinct_fraction([list("abcd")], 2) == pytest.approx(3 / 4)  # over words, not bigrams
+    assert distinct_fraction([[], []], 1) is None
 
 
 @pytest.mark.parametrize(
@@ -66,49 +64,49 @@ def test_distinct_words_and_bigrams_by_hand() -> None:
         ("长江有多长？", "The Yangtze is very long.", True, False),
         ("How long is it?", "它很长。", True, False),
         ("长江有多长？", "长江 is very long, 约六千三百公里。", False, True),
-        ("什么是CPU？", "CPU是电脑的大脑，CPU很快。", False, False),  # the question says it
+        ("什么是CPU？", "CPU是电脑的大脑，CPU很快。", False, False),  # it occurs in the question
         ("长江有多长？", "长江是中国最长的一条大河，全长约六千三百公里，DNA。", False, False),
         ("长江有多长？", "长江 Волга 很长", False, True),
         ("长江有多长？", "6300", False, False),
         ("长江有多长？", "", False, False),
         ("x + y = 4z，求 x 和 y。", "不知道。", False, False),
-        ("1+1=?", "two", False, False),  # the question is of no script
+        ("1+1=?", "two", False, False),  # the question has no script
         ("写一个程序。", "```python\nprint('hello world')\n```\n这样就行。", False, False),
         ("写一个程序。", "好的：\n```python\nprint('never closed')", False, False),
     ],
 )
-def test_languages_that_are_mixed_up(question: str, answer: str, other: bool, mixed: bool) -> None:
+def test_other_and_mixed_scripts(question: str, answer: str, other: bool, mixed: bool) -> None:
     assert is_in_other_script(question, answer) is other
-    assert is_mixed(question, answer) is mixed
+    assert has_mixed_scripts(question, answer) is mixed
 
 
-def test_a_tenth_of_the_words_is_mixed() -> None:
-    assert is_mixed("问", "字" * 9 + "word")
-    assert not is_mixed("问", "字" * 10 + "word")
+def test_a_tenth_of_the_words_has_mixed_scripts() -> None:
+    assert has_mixed_scripts("问", "字" * 9 + "word")
+    assert not has_mixed_scripts("问", "字" * 10 + "word")
 
 
-def test_figures_of_one_answer() -> None:
-    assert describe(Answered("问", "啊啊啊啊啊", ended=False)) == {
+def test_metrics_of_one_answer() -> None:
+    assert measure(AnsweredQuestion("问", "啊啊啊啊啊", ended=False)) == {
         "repeated": 0.5,
         "never_ends": True,
         "empty": False,
         "other_script": False,
         "mixed_scripts": False,
     }
-    assert describe(Answered("问", " ", ended=None))["never_ends"] is None
+    assert measure(AnsweredQuestion("问", " ", ended=None))["never_ends"] is None
 
 
-def test_figures_of_many_by_hand() -> None:
+def test_metrics_of_several_answers_by_hand() -> None:
     answers = [
-        Answered("问", "啊啊啊啊啊", ended=False),  # 2 4-grams, 1 distinct
-        Answered("问", "好。", ended=True),
-        Answered("问", "yes", ended=None),
-        Answered("问", "", ended=True),
+        AnsweredQuestion("问", "啊啊啊啊啊", ended=False),  # 2 4-grams, 1 distinct
+        AnsweredQuestion("问", "好。", ended=True),
+        AnsweredQuestion("问", "yes", ended=None),
+        AnsweredQuestion("问", "", ended=True),
     ]
-    metrics = summarise(answers)
+    metrics = summarize(answers)
     assert metrics["answers"] == 4
     assert metrics["repeated"] == pytest.approx(0.5 / 4)
-    assert metrics["never_end"] == pytest.approx(1 / 3)  # of one it is not known
+    assert metrics["never_end"] == pytest.approx(1 / 3)  # unknown for one of them
     assert metrics["empty"] == metrics["other_script"] == 1 / 4
     assert metrics["mixed_scripts"] == 0
     assert metrics["distinct_1"] == pytest.approx(4 / 8)  # 啊 好 。 yes
@@ -118,18 +116,17 @@ def test_figures_of_many_by_hand() -> None:
     assert all(0 <= low <= high <= 1 for low, high in metrics["intervals"].values())
 
 
-def test_nothing_known_is_none() -> None:
-    metrics = summarise([])
+def test_unknown_metrics_are_none() -> None:
+    metrics = summarize([])
     assert metrics.pop("answers") == 0
     assert metrics.pop("intervals") == {}
     assert set(metrics.values()) == {None}
-    assert summarise([Answered("问", "好", ended=None)])["never_end"] is None
+    assert summarize([AnsweredQuestion("问", "好", ended=None)])["never_end"] is None
 
 
-def test_the_interval_of_many_answers_is_that_of_their_mean() -> None:
-    """Held against the normal distribution's."""
-    answers = [Answered("问", "啊" * (5 if n % 3 else 3)) for n in range(600)]
-    metrics = summarise(answers)
+def test_the_interval_equals_that_of_the_normal_distribution() -> None:
+    answers = [AnsweredQuestion("问", "啊" * (5 if n % 3 else 3)) for n in range(600)]
+    metrics = summarize(answers)
     error = 1.96 * math.sqrt((1 / 2) ** 2 * (2 / 3) * (1 / 3) / 600)
     assert metrics["repeated"] == pytest.approx(1 / 3)
     assert metrics["intervals"]["repeated"] == pytest.approx(

@@ -8,7 +8,7 @@ from minimind.data.textbook import sample_quiz
 from minimind.errors import DataError, ServiceError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
-from minimind.evaluation.quiz import mark
+from minimind.evaluation.quiz import score_answers
 from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.inference.generate import answer_all
 from minimind.inference.load import load_for_inference
@@ -25,10 +25,10 @@ CMATH = [
 ]
 
 
-class Scripted:
-    """Says what it is told to."""
+class FakeModel:
+    """A model with prepared answers."""
 
-    name = "scripted"
+    name = "fake"
 
     def __init__(self, *answers: str | Exception) -> None:
         self._answers = answers
@@ -38,12 +38,12 @@ class Scripted:
         raise AssertionError
 
     def answers(
-        self, questions: Sequence[str], manner: GenerationConfig
+        self, questions: Sequence[str], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
         self.asked += questions
-        assert manner.max_new_tokens > 0
-        for place, said in reversed(list(enumerate(self._answers))):
-            yield place, Answer(said) if isinstance(said, str) else said
+        assert generation.max_new_tokens > 0
+        for index, answer in reversed(list(enumerate(self._answers))):
+            yield index, Answer(answer) if isinstance(answer, str) else answer
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -53,13 +53,13 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("place", ["gsm8k.jsonl", "grade_school_math/data/test.jsonl"])
-def test_gsm8k_is_marked_by_its_last_number(tmp_path: Path, place: str) -> None:
-    write(tmp_path / place, list(GSM8K))
+@pytest.mark.parametrize("file", ["gsm8k.jsonl", "grade_school_math/data/test.jsonl"])
+def test_gsm8k_is_scored_by_the_final_number(tmp_path: Path, file: str) -> None:
+    write(tmp_path / file, list(GSM8K))
     task = make_task("gsm8k", data=[str(tmp_path)])
     assert len(task) == 2
     assert task.bad.total == 1
-    model = Scripted("Two and three are 5.0", "It is 1234 or 1235")
+    model = FakeModel("Two and three are 5.0", "It is 1234 or 1235")
     results = list(task.run(model, ()))  # type: ignore[arg-type]
     assert model.asked == ["How many?", "How much?"]
     assert [(r["right"], r["expected"]) for r in results] == [(False, "1,234"), (True, "5")]
@@ -68,46 +68,46 @@ def test_gsm8k_is_marked_by_its_last_number(tmp_path: Path, place: str) -> None:
     assert "by_subject" not in summary
 
 
-def test_cmath_by_grade_without_its_distractors(tmp_path: Path) -> None:
+def test_cmath_by_grade_without_distractors(tmp_path: Path) -> None:
     task = make_task(f"cmath:{write(tmp_path / 'mine.jsonl', list(CMATH))}")
-    results = list(task.run(Scripted("是10减1，等于9个", "0.5"), ()))  # type: ignore[arg-type]
+    results = list(task.run(FakeModel("是10减1，等于9个", "0.5"), ()))  # type: ignore[arg-type]
     assert [r["right"] for r in results] == [True, True]
     assert list(task.summary(results)["by_subject"]) == ["grade 1", "grade 2"]
-    with pytest.raises(DataError, match=r"holds no cmath\.jsonl"):
+    with pytest.raises(DataError, match=r"found no cmath\.jsonl"):
         make_task("cmath", data=[str(tmp_path)])
 
 
-def test_an_endless_number_is_a_wrong_answer_and_no_error(tmp_path: Path) -> None:
+def test_a_huge_number_is_a_wrong_answer(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k.jsonl", [GSM8K[0], GSM8K[1]])
     task = make_task("gsm8k", data=[str(tmp_path)])
-    results = list(task.run(Scripted("7" * 5000, "1e999999999"), ()))  # type: ignore[arg-type]
+    results = list(task.run(FakeModel("7" * 5000, "1e999999999"), ()))  # type: ignore[arg-type]
     assert [result["right"] for result in results] == [False, False]
 
 
-def test_faults_are_results_until_there_are_too_many(tmp_path: Path) -> None:
+def test_errors_are_results_until_too_many_in_a_row(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k.jsonl", [GSM8K[0] | {"id": str(n)} for n in range(30)])
     task = make_task("gsm8k", data=[str(tmp_path)])
-    results = list(task.run(Scripted("5", ServiceError("gone"), "5"), ()))  # type: ignore[arg-type]
+    results = list(task.run(FakeModel("5", ServiceError("gone"), "5"), ()))  # type: ignore[arg-type]
     assert [r.get("error") for r in results] == [None, "gone", None]
-    faults = [ServiceError("gone")] * 30
+    errors = [ServiceError("gone")] * 30
     with pytest.raises(ServiceError, match="gone"):
-        list(task.run(Scripted(*faults), ()))  # type: ignore[arg-type]
+        list(task.run(FakeModel(*errors), ()))  # type: ignore[arg-type]
 
 
-def test_the_quiz_is_the_demos(local: LocalModel, varied_dir: Path) -> None:
+def test_the_quiz_has_the_questions_of_the_demo(local: LocalModel, varied_dir: Path) -> None:
     task = make_task("quiz", limit=12)
     model, tokenizer = load_for_inference(varied_dir, "cpu")
     quiz = sample_quiz(400, seed=1)
-    chosen = [quiz[place * 400 // 12] for place in range(12)]
-    said = answer_all(model, tokenizer, [q.question for q in chosen], max_new_tokens=64)
+    chosen = [quiz[index * 400 // 12] for index in range(12)]
+    answers = answer_all(model, tokenizer, [q.question for q in chosen], max_new_tokens=64)
     results = {r["id"]: r for r in task.run(local, ())}
-    assert {q.question: answer for q, answer in zip(chosen, said, strict=True)} == {
+    assert {q.question: answer for q, answer in zip(chosen, answers, strict=True)} == {
         name: result["answer"] for name, result in results.items()
     }
-    assert sum(one.right for one in mark(chosen, said)) == sum(
+    assert sum(a.right for a in score_answers(chosen, answers)) == sum(
         result["right"] for result in results.values()
     )
-    assert sum(one.fluent for one in mark(chosen, said)) == sum(
+    assert sum(a.fluent for a in score_answers(chosen, answers)) == sum(
         result["fluent"] for result in results.values()
     )
     assert task.summary(list(results.values()))["fluent"] == 0  # random weights
@@ -115,7 +115,7 @@ def test_the_quiz_is_the_demos(local: LocalModel, varied_dir: Path) -> None:
     assert last["id"] == chosen[3].question
 
 
-def test_a_question_that_is_too_long_is_told(local: LocalModel, tmp_path: Path) -> None:
+def test_a_question_that_exceeds_the_context_is_an_error(local: LocalModel, tmp_path: Path) -> None:
     rows = [GSM8K[0] | {"question": "How many? " * times} for times in (1, 400)]
     path = write(tmp_path / "gsm8k.jsonl", rows)
     results = list(make_task(f"gsm8k:{path}").run(local, ()))

@@ -13,7 +13,7 @@ from minimind.evaluation.open_ended import Prompt
 from minimind.tokenizer.chat import Message
 
 ME = {"url": "1"}
-TWO = Trial(Prompt("1", "甲？"), ("a", "b"), ("一", "二"))
+TRIAL = Trial(Prompt("1", "甲？"), ("a", "b"), ("一", "二"))
 
 
 def reply(*scores: float, reason: str = "因为") -> str:
@@ -22,7 +22,7 @@ def reply(*scores: float, reason: str = "因为") -> str:
 
 
 def answers_of(messages: Sequence[Message]) -> list[str]:
-    """The answers that a judge is shown."""
+    """Return the answers that a judge sees."""
     parts = messages[-1]["content"].split("[answer ")[1:]
     return [part.split("]\n", 1)[1].split("\n[end of answer")[0] for part in parts]
 
@@ -51,8 +51,8 @@ def lengths(seed: int, mean: int, questions: int = 40) -> dict[str, str]:
         '<think>A is {"A": 1}</think>\n\n```\n{"reason": "好", "A": 80, "B": 59.5}\n```',
     ],
 )
-def test_replies_as_they_were_asked_for(text: str) -> None:
-    assert TWO.read(text) == ("好", [80.0, 59.5])
+def test_valid_replies_are_parsed(text: str) -> None:
+    assert TRIAL.parse(text) == ("好", [80.0, 59.5])
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_replies_as_they_were_asked_for(text: str) -> None:
         "[" * 100_000,
     ],
 )
-def test_other_replies_are_not_guessed_at(text: str) -> None:
+def test_invalid_replies_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        TWO.read(text)
+        TRIAL.parse(text)
 
 
-def test_every_pair_is_shown_both_ways_round() -> None:
+def test_every_pair_is_judged_in_both_orders() -> None:
     answers = {name: {"1": name * 3, "2": name} for name in "abc"}
     del answers["c"]["2"]
     trials = make_trials([Prompt("1", "甲？"), Prompt("2", "乙？")], answers)
@@ -95,21 +95,21 @@ def test_every_pair_is_shown_both_ways_round() -> None:
     assert make_trials([Prompt("1", "甲？"), Prompt("2", "乙？")], answers) == trials
 
 
-def test_which_way_round_comes_first_is_drawn() -> None:
+def test_the_first_order_is_random() -> None:
     prompts = [Prompt(str(n), "问") for n in range(200)]
     same = {str(n): "答" for n in range(200)}
     first = [trial.models[0] for trial in make_trials(prompts, {"a": same, "b": same})[::2]]
     assert 70 < first.count("a") < 130
 
 
-def test_a_judge_sees_texts_in_order_and_an_empty_answer() -> None:
+def test_messages_have_the_answers_in_order_and_mark_empty_ones() -> None:
     messages = Trial(Prompt("1", "为什么？"), ("a", "b"), ("{x}", "")).messages()
     assert answers_of(messages) == ["{x}", "(no word)"]
     assert "为什么？" in messages[1]["content"]
     assert '{"reason": "…", "A": 0-100, "B": 0-100}' in messages[1]["content"]
 
 
-def test_who_writes_more_wins_with_a_judge_of_length(tmp_path: Path) -> None:
+def test_a_judge_of_length_ranks_by_length(tmp_path: Path) -> None:
     answers = {"short": lengths(1, 20), "long": lengths(2, 70), "middle": lengths(3, 45)}
     metrics = judged(by_length, answers, tmp_path / "j")
     assert (metrics["trials"], metrics["read"], metrics["failed"]) == (240, 240, 0)
@@ -124,32 +124,33 @@ def test_who_writes_more_wins_with_a_judge_of_length(tmp_path: Path) -> None:
         )
         assert (row["rank"], row["rank_interval"], row["questions"]) == (rank, [rank, rank], 40)
     assert [row["wins"] for row in metrics["ranking"]] == [1, 0.5, 0]
-    assert (metrics["pairs"], metrics["agreement"], metrics["first_preferred"]) == (120, 1, 0.5)
+    assert (metrics["pairs"], metrics["position_consistency"]) == (120, 1)
+    assert metrics["first_preferred"] == 0.5
     assert metrics["by_question"]["7"] == {m: len(texts["7"]) for m, texts in answers.items()}
 
 
-def test_a_judge_who_likes_the_first_says_nothing_of_the_models(tmp_path: Path) -> None:
+def test_a_judge_with_position_bias_gives_no_ranking(tmp_path: Path) -> None:
     answers = {"a": lengths(1, 20), "b": lengths(2, 70)}
     metrics = judged(lambda messages: reply(90, 30), answers, tmp_path / "j")
-    assert (metrics["agreement"], metrics["first_preferred"]) == (0, 1)
-    assert metrics["agreement_interval"][0] == 0
+    assert (metrics["position_consistency"], metrics["first_preferred"]) == (0, 1)
+    assert metrics["position_consistency_interval"][0] == 0
     assert [(row["score"], row["wins"], row["rank"]) for row in metrics["ranking"]] == [
         (60, 0.5, 1),
         (60, 0.5, 1),
     ]
 
 
-def test_ties_agree_and_share_the_win(tmp_path: Path) -> None:
+def test_ties_are_consistent_and_count_half(tmp_path: Path) -> None:
     answers = {"a": lengths(1, 20), "b": lengths(2, 20)}
     metrics = judged(lambda messages: reply(50, 50), answers, tmp_path / "j")
-    assert (metrics["agreement"], metrics["first_preferred"]) == (1, None)
+    assert (metrics["position_consistency"], metrics["first_preferred"]) == (1, None)
     assert [row["wins"] for row in metrics["ranking"]] == [0.5, 0.5]
 
 
-def test_intervals_hold_the_truth_and_ranks_are_unsure_where_it_is_close(tmp_path: Path) -> None:
-    """Scores are drawn around a known mean, which 95 % intervals hold about as often."""
+def test_intervals_cover_the_true_means_and_close_ranks_are_uncertain(tmp_path: Path) -> None:
+    """95 % intervals contain the known means about 95 % of the time."""
     rng = random.Random(5)
-    held = unsure = 0
+    covered = uncertain = 0
     for trial in range(60):
         means = {"a": 50.0, "b": 51.0}
         answers = {
@@ -162,13 +163,13 @@ def test_intervals_hold_the_truth_and_ranks_are_unsure_where_it_is_close(tmp_pat
         )
         for row in metrics["ranking"]:
             low, high = row["score_interval"]
-            held += low <= means[row["model"]] <= high
-            unsure += row["rank_interval"] == [1, 2]
-    assert 106 <= held <= 120
-    assert unsure > 90
+            covered += low <= means[row["model"]] <= high
+            uncertain += row["rank_interval"] == [1, 2]
+    assert 106 <= covered <= 120
+    assert uncertain > 90
 
 
-def test_a_pair_counts_once_it_was_read_both_ways_round(tmp_path: Path) -> None:
+def test_a_pair_counts_only_if_both_orders_were_read(tmp_path: Path) -> None:
     def half(messages: Sequence[Message]) -> str:
         first = answers_of(messages)[0]
         return "A, clearly." if first == "长长" else by_length(messages)
@@ -177,19 +178,19 @@ def test_a_pair_counts_once_it_was_read_both_ways_round(tmp_path: Path) -> None:
     assert (metrics["read"], metrics["unreadable"]) == (1, 1)
     assert metrics["unreadable_because"] == {"not JSON: Expecting value": 1}
     assert metrics["ranking"] == []
-    assert "agreement" not in metrics
+    assert "position_consistency" not in metrics
     kept = [json.loads(line) for line in (tmp_path / "j").read_text("utf-8").splitlines()[1:]]
     assert {line.get("reply") for line in kept} == {None, "A, clearly."}
 
 
-def test_one_model_alone_is_scored(tmp_path: Path) -> None:
+def test_a_single_model_is_scored(tmp_path: Path) -> None:
     metrics = judged(by_length, {"a": {"1": "短", "2": "长长长"}}, tmp_path / "j")
     assert (metrics["trials"], metrics["read"]) == (2, 2)
     assert [(row["score"], row["wins"]) for row in metrics["ranking"]] == [(2, None)]
     assert "pairs" not in metrics
 
 
-def test_what_was_judged_is_not_asked_again(tmp_path: Path) -> None:
+def test_judged_trials_are_not_repeated(tmp_path: Path) -> None:
     asked: list[Sequence[Message]] = []
 
     def ask(messages: Sequence[Message]) -> str:
@@ -215,7 +216,7 @@ def test_what_was_judged_is_not_asked_again(tmp_path: Path) -> None:
         judge(ask, trials, path, identity={"url": "2"})
 
 
-def test_a_judge_that_fails_again_and_again_is_asked_no_more(tmp_path: Path) -> None:
+def test_judging_stops_after_consecutive_errors(tmp_path: Path) -> None:
     def ask(messages: Sequence[Message]) -> str:
         raise ServiceError("no luck")
 

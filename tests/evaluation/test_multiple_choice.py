@@ -13,8 +13,8 @@ from minimind.tokenizer import Tokenizer
 from tests.support.small_exams import CHINESE, make_varied
 
 
-def ceval(folder: Path, style: Style = "letter", **others: int) -> MultipleChoice:
-    task = make_task("ceval", data=[str(folder)], style=style, **others)
+def ceval(folder: Path, style: Style = "letter", **options: int) -> MultipleChoice:
+    task = make_task("ceval", data=[str(folder)], style=style, **options)
     assert isinstance(task, MultipleChoice)
     return task
 
@@ -28,9 +28,9 @@ def test_every_question_is_scored_and_counted(
     assert sorted(r["id"] for r in results) == sorted(q.id for q in task.questions)
     assert {r["shots"] for r in results} == ({0} if style == "chat" else {2})
     for result in results:
-        if style != "answer":  # of the letters, the likeliest
-            place = max(range(4), key=result["scores"].__getitem__)
-            assert result["answer"] == "ABCD"[place]
+        if style != "answer":  # the most likely letter
+            index = max(range(4), key=result["scores"].__getitem__)
+            assert result["answer"] == "ABCD"[index]
         assert result["right"] == (result["answer"] == result["expected"])
     summary = task.summary(results)
     right = sum(r["right"] for r in results)
@@ -44,8 +44,8 @@ def test_every_question_is_scored_and_counted(
     assert (summary["fewest_shots"], summary["cut"]) == (0 if style == "chat" else 2, 0)
 
 
-def test_what_stands_beside_a_question_does_not_matter(ceval_dir: Path, local: LocalModel) -> None:
-    """To the bit, whatever of it was read for others."""
+def test_scores_do_not_depend_on_other_questions(ceval_dir: Path, local: LocalModel) -> None:
+    """To the bit, with and without a shared prefix in the cache."""
     task = ceval(ceval_dir)
     together = {r["id"]: r["scores"] for r in task.run(local, ())}
     for question in task.questions:
@@ -54,7 +54,7 @@ def test_what_stands_beside_a_question_does_not_matter(ceval_dir: Path, local: L
         assert alone["scores"] == together[question.id]
 
 
-def test_chance_is_that_of_the_options_there_are(tmp_path: Path, local: LocalModel) -> None:
+def test_chance_depends_on_the_number_of_options(tmp_path: Path, local: LocalModel) -> None:
     path = tmp_path / "two.csv"
     path.write_text("question,A,B,C,D,answer\na?,1,2,,,A\nb?,1,2,3,4,D\n", encoding="utf-8")
     task = make_task(f"choice:{path}")
@@ -63,17 +63,17 @@ def test_chance_is_that_of_the_options_there_are(tmp_path: Path, local: LocalMod
     assert list(summary["by_subject"]) == ["two"]
 
 
-def test_a_fault_in_one_question_is_told_and_the_rest_goes_on(
+def test_an_error_in_one_question_does_not_affect_the_others(
     ceval_dir: Path, varied: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """One question cannot be asked, and one has a word whose embedding is damaged."""
+    """One question has a token whose embedding is NaN."""
     model = make_varied(tokenizer, tie_word_embeddings=False)
     save_model(tmp_path / "sound", model, tokenizer)
     task = ceval(ceval_dir, "chat")
     texts = [question.as_text() for question in task.questions]
-    words = [set(tokenizer.encode(text)) for text in texts]
-    elsewhere = set().union(*words[:2], *words[3:])
-    bad = next(word for word in words[2] - elsewhere)
+    tokens = [set(tokenizer.encode(text)) for text in texts]
+    others = set().union(*tokens[:2], *tokens[3:])
+    bad = next(token for token in tokens[2] - others)
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = float("nan")
     save_model(tmp_path / "damaged", model, tokenizer)
@@ -96,20 +96,20 @@ def test_a_model_that_always_fails_stops_the_task(tmp_path: Path, tokenizer: Tok
         model.model.norm.weight.fill_(float("nan"))
     save_model(tmp_path / "bad", model, tokenizer)
     run = make_task(f"choice:{path}").run(LocalModel(tmp_path / "bad", "cpu"), ())
-    told = []
+    results = []
     with pytest.raises(ModelError, match="not numbers"):
         for result in run:
-            told.append(result)
-    assert len(told) == 9
+            results.append(result)
+    assert len(results) == 9
 
 
-def test_some_questions_from_all_over(ceval_dir: Path) -> None:
+def test_limit_takes_evenly_spaced_questions(ceval_dir: Path) -> None:
     task = ceval(ceval_dir, limit=3)
     assert [q.subject for q in task.questions] == ["accountant", "accountant", "logic"]
     assert len(ceval(ceval_dir, limit=100)) == 7
 
 
-def test_a_table_a_subject(ceval_dir: Path, local: LocalModel) -> None:
+def test_a_table_per_subject(ceval_dir: Path, local: LocalModel) -> None:
     task = ceval(ceval_dir, "chat")
     results = list(task.run(local, ()))
     tables = task.tables(results[:-1])

@@ -1,4 +1,4 @@
-"""The final number of an answer, on the labelled answers of number_answers.jsonl."""
+"""Number extraction, tested on the labelled answers of number_answers.jsonl."""
 
 import json
 from fractions import Fraction
@@ -23,7 +23,7 @@ def test_the_corpus_is_large_and_mostly_chinese() -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_labelled_answer(kind: str) -> None:
+def test_labelled_answers(kind: str) -> None:
     rows = [row for row in LABELLED if row["format"] == kind]
     expected = {row["answer"]: row["number"] and Fraction(row["number"]) for row in rows}
     assert {answer: last_number(answer) for answer in expected} == expected
@@ -49,7 +49,7 @@ def test_every_labelled_answer(kind: str) -> None:
         ("2 or 1/0", "2"),
     ],
 )
-def test_other_numbers(text: str, number: str) -> None:
+def test_unusual_numbers(text: str, number: str) -> None:
     assert last_number(text) == Fraction(number)
 
 
@@ -78,5 +78,5 @@ def test_a_number_too_large_to_compute_is_none(text: str) -> None:
         ("3", "不知道", False),
     ],
 )
-def test_equal_numbers_in_other_forms(expected: str, answer: str, same: bool) -> None:
+def test_equal_numbers_in_different_notations(expected: str, answer: str, same: bool) -> None:
     assert is_same_number(expected, answer) == same

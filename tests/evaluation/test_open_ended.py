@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minimind.data.textbook import EIGHT
+from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.errors import DataError, ServiceError, UsageError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
@@ -19,16 +19,16 @@ from minimind.inference.load import load_for_inference
 ME = {"model": "1"}
 
 
-class Scripted:
-    """Says what it is told to."""
+class FakeModel:
+    """A model with prepared answers."""
 
-    name = "scripted"
+    name = "fake"
 
     def __init__(self, *answers: Answer | Exception) -> None:
         self._answers = answers
 
     def answers(
-        self, questions: Sequence[str], manner: GenerationConfig
+        self, questions: Sequence[str], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
         yield from enumerate(self._answers)
 
@@ -40,13 +40,13 @@ def rows(path: Path, *values: dict[str, Any]) -> str:
 
 def test_the_eight_questions_are_built_in() -> None:
     prompts, bad = read_prompts()
-    assert tuple(prompt.question for prompt in prompts) == EIGHT
+    assert tuple(prompt.question for prompt in prompts) == DEMO_QUESTIONS
     assert [prompt.id for prompt in prompts] == list("12345678")
     assert bad.total == 0
     assert len(read_prompts(limit=3)[0]) == 3
 
 
-def test_text_has_a_question_a_line(tmp_path: Path) -> None:
+def test_a_text_file_has_one_question_per_line(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt.gz"
     path.write_bytes(gzip.compress("\ufeff甲？\r\n\n  乙？ \n丙？".encode()))
     assert read_prompts(str(path))[0] == [
@@ -56,7 +56,7 @@ def test_text_has_a_question_a_line(tmp_path: Path) -> None:
     ]
 
 
-def test_records_of_many_kinds(tmp_path: Path) -> None:
+def test_questions_in_records_of_many_schemas(tmp_path: Path) -> None:
     path = rows(
         tmp_path / "mine.jsonl",
         {"id": "belle-0", "question": "甲？", "std_answer": "一", "class": "closed\u00a0qa"},
@@ -78,11 +78,11 @@ def test_records_of_many_kinds(tmp_path: Path) -> None:
         Prompt("5", "翻译\nhello"),
         Prompt("81 2", "戊？"),
     ]
-    assert (bad.good, bad.total) == (6, 3)
-    assert "no question; it has: answer" in bad.first
+    assert (bad.num_valid, bad.total) == (6, 3)
+    assert "no question; its fields: answer" in bad.first
 
 
-def test_files_without_a_question(tmp_path: Path) -> None:
+def test_files_without_questions_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no line is a question"):
         read_prompts(rows(tmp_path / "none.jsonl", {"a": 1}))
     with pytest.raises(DataError, match="no such file"):
@@ -92,38 +92,40 @@ def test_files_without_a_question(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "blank.txt"))
 
 
-def test_answers_and_figures_of_a_model_of_ours(
+def test_answers_and_metrics_of_a_local_model(
     local: LocalModel, varied_dir: Path, tmp_path: Path
 ) -> None:
-    talk = OpenEndedTask("answers", read_prompts()[0], GenerationConfig(24))
-    summary = evaluate(talk, local, tmp_path, identity=ME)
+    task = OpenEndedTask("answers", read_prompts()[0], GenerationConfig(24))
+    summary = evaluate(task, local, tmp_path, identity=ME)
     model, tokenizer = load_for_inference(varied_dir, "cpu")
-    said = answer_all(model, tokenizer, EIGHT, max_new_tokens=24)
+    expected = answer_all(model, tokenizer, DEMO_QUESTIONS, max_new_tokens=24)
     lines = (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()[1:]
     found = {line["id"]: line for line in map(json.loads, lines)}
-    assert [found[str(n)]["answer"] for n in range(1, 9)] == said
+    assert [found[str(n)]["answer"] for n in range(1, 9)] == expected
     ended = [found[str(n)]["ended"] for n in range(1, 9)]
-    assert [found[str(n)]["tokens"] == 24 for n in range(1, 9)] == [not one for one in ended]
+    assert [found[str(n)]["tokens"] == 24 for n in range(1, 9)] == [
+        not stopped for stopped in ended
+    ]
     assert summary["never_end"] == ended.count(False) / 8
     assert summary["answers"] == 8
     assert summary["tokens_per_second"] > 0
     assert "by_category" not in summary
 
 
-def test_drawn_answers_depend_on_seed_and_question_alone(local: LocalModel) -> None:
-    def said(questions: Sequence[str], seed: int) -> dict[str, str]:
+def test_sampled_answers_depend_only_on_seed_and_question(local: LocalModel) -> None:
+    def sample(questions: Sequence[str], seed: int) -> dict[str, str]:
         found = local.answers(
-            questions, GenerationConfig(16, temperature=1.0, seed=seed, at_once=3)
+            questions, GenerationConfig(16, temperature=1.0, seed=seed, concurrency=3)
         )
         return {questions[n]: a.text for n, a in found if isinstance(a, Answer)}
 
-    whole = said(EIGHT, 1)
+    whole = sample(DEMO_QUESTIONS, 1)
     assert len(whole) == 8
-    assert said(EIGHT[:2:-1], 1).items() <= whole.items()
-    assert said(EIGHT, 2) != whole
+    assert sample(DEMO_QUESTIONS[:2:-1], 1).items() <= whole.items()
+    assert sample(DEMO_QUESTIONS, 2) != whole
 
 
-def test_settings_tell_other_questions_and_ways_apart(local: LocalModel, tmp_path: Path) -> None:
+def test_settings_identify_questions_and_decoding(local: LocalModel, tmp_path: Path) -> None:
     prompts = read_prompts()[0]
     evaluate(
         OpenEndedTask("a", prompts[:1], GenerationConfig(2, seed=1)), local, tmp_path, identity=ME
@@ -131,7 +133,7 @@ def test_settings_tell_other_questions_and_ways_apart(local: LocalModel, tmp_pat
     again = evaluate(
         OpenEndedTask("a", prompts[:1], GenerationConfig(2, seed=2)), local, tmp_path, identity=ME
     )
-    assert again["asked_now"] == 0  # nothing is drawn: the seed does not count
+    assert again["asked_now"] == 0  # greedy decoding ignores the seed
     for other in (
         OpenEndedTask("a", prompts[:1], GenerationConfig(3)),
         OpenEndedTask("a", prompts[:1], GenerationConfig(2, temperature=0.5)),
@@ -141,27 +143,27 @@ def test_settings_tell_other_questions_and_ways_apart(local: LocalModel, tmp_pat
             evaluate(other, local, tmp_path, identity=ME)
 
 
-def test_speed_and_lengths_by_category_and_faults() -> None:
+def test_speed_length_categories_and_errors() -> None:
     prompts = [Prompt("1", "甲", "x"), Prompt("2", "乙", "y"), Prompt("3", "丙", "y")]
-    talk = OpenEndedTask("a", prompts, GenerationConfig(9))
-    model = Scripted(
+    task = OpenEndedTask("a", prompts, GenerationConfig(9))
+    model = FakeModel(
         Answer("好的", 2, True, 0.5), ServiceError("gone"), Answer("好的好的", None, None, 7)
     )
-    results = list(talk.run(model, ()))  # type: ignore[arg-type]
+    results = list(task.run(model, ()))  # type: ignore[arg-type]
     assert results[1] == {"id": "2", "error": "gone"}
-    summary = talk.summary([result for result in results if "error" not in result])
+    summary = task.summary([result for result in results if "error" not in result])
     assert summary["tokens"] == 2
     assert summary["characters"] == 3
     assert summary["tokens_per_second"] == 4
     assert summary["by_category"]["x"]["answers"] == 1
-    assert talk.described(results[0])["characters"] == 2
-    assert talk.described(results[1]) == {"error": "gone"}
+    assert task.with_metrics(results[0])["characters"] == 2
+    assert task.with_metrics(results[1]) == {"error": "gone"}
     many = OpenEndedTask("a", [Prompt(str(n), "甲") for n in range(30)], GenerationConfig(9))
     with pytest.raises(ServiceError):
-        list(many.run(Scripted(*[ServiceError("gone")] * 30), ()))  # type: ignore[arg-type]
+        list(many.run(FakeModel(*[ServiceError("gone")] * 30), ()))  # type: ignore[arg-type]
 
 
-def test_a_question_that_is_too_long_is_told(local: LocalModel, tmp_path: Path) -> None:
+def test_a_question_that_exceeds_the_context_is_an_error(local: LocalModel, tmp_path: Path) -> None:
     path = tmp_path / "q.txt"
     path.write_text("短？\n" + "长江的水" * 400 + "\n", encoding="utf-8")
     results = {r["id"]: r for r in make_task(f"degeneration:{path}").run(local, ())}

@@ -1,7 +1,7 @@
 import pytest
 
 from minimind.data.textbook import QuizQuestion
-from minimind.evaluation.quiz import by_subject, mark
+from minimind.evaluation.quiz import by_subject, score_answers
 
 QUESTIONS = [
     QuizQuestion("你知道泰山在哪里吗？", (("山东",),), "山峰", "泰山在山东。", ("陕西",)),
@@ -11,20 +11,20 @@ QUESTIONS = [
 ANSWERS = ["泰山在山东。", "华山在山东。", "我叫MiniMind，我叫MiniMind。"]
 
 
-def test_each_answer_is_marked_by_its_own_question() -> None:
-    marked = mark(QUESTIONS, ANSWERS)
-    assert [one.question for one in marked] == QUESTIONS
-    assert [one.answer for one in marked] == ANSWERS
-    assert [one.right for one in marked] == [True, False, True]
-    assert [one.fluent for one in marked] == [True, True, False]
+def test_each_answer_is_scored_by_its_question() -> None:
+    scored = score_answers(QUESTIONS, ANSWERS)
+    assert [answer.question for answer in scored] == QUESTIONS
+    assert [answer.answer for answer in scored] == ANSWERS
+    assert [answer.right for answer in scored] == [True, False, True]
+    assert [answer.fluent for answer in scored] == [True, True, False]
 
 
-def test_by_subject_counts_right_and_asked() -> None:
-    marked = mark(QUESTIONS, ANSWERS)
-    assert by_subject(marked) == {"山峰": (1, 2), "自我认识": (1, 1)}
+def test_by_subject_counts_right_answers_and_questions() -> None:
+    scored = score_answers(QUESTIONS, ANSWERS)
+    assert by_subject(scored) == {"山峰": (1, 2), "自我认识": (1, 1)}
     assert by_subject([]) == {}
 
 
-def test_an_answer_too_few_is_our_own_mistake() -> None:
+def test_a_missing_answer_is_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        mark(QUESTIONS, ANSWERS[:2])
+        score_answers(QUESTIONS, ANSWERS[:2])

@@ -1,4 +1,4 @@
-"""Models of remote services, on a local server that behaves like several kinds of them."""
+"""Remote models, on a local server that behaves like several kinds of services."""
 
 import sys
 from collections.abc import Iterator
@@ -35,42 +35,42 @@ def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "sent", "dropped"),
+    ("policy", "sent", "rejected"),
     [
         (refuses_nothing, {"max_completion_tokens", "temperature", "stream_options"}, set()),
         (like_gpt5, {"max_completion_tokens", "stream_options"}, {"temperature"}),
         (like_mistral, {"max_tokens", "temperature"}, {"max_completion_tokens", "stream_options"}),
     ],
 )
-def test_what_a_service_refuses_is_left_out_from_then_on(
-    policy: Policy, sent: set[str], dropped: set[str]
+def test_rejected_parameters_are_left_out_of_later_requests(
+    policy: Policy, sent: set[str], rejected: set[str]
 ) -> None:
     with RemoteService(say, "m", policy) as there:
         service = Service(there.url, "k")
         first = service.answer(ASK, max_tokens=9, temperature=0)
         requests = len(there.asked)
         second = service.answer(ASK, max_tokens=9, temperature=0)
-    tokens = None if "stream_options" in dropped else 3
+    tokens = None if "stream_options" in rejected else 3
     assert first == second == Answer("I am fine.", tokens, True)
-    assert requests == 1 + bool(dropped)
+    assert requests == 1 + bool(rejected)
     assert len(there.asked) == requests + 1
     assert set(there.asked[-1]) == {"model", "messages", "stream", *sent}
-    assert service.dropped == dropped
+    assert service.rejected == rejected
     assert set(there.keys) == {"Bearer k"}
 
 
-def test_sampling_that_a_service_refuses() -> None:
+def test_rejected_sampling_parameters() -> None:
     with RemoteService(say, "m", like_gpt5) as there:
         service = Service(there.url)
-        manner = GenerationConfig(9, temperature=0.5, at_once=1)
-        [(_, answer)] = service.answers(["How are you?"], manner)
+        generation = GenerationConfig(9, temperature=0.5, concurrency=1)
+        [(_, answer)] = service.answers(["How are you?"], generation)
         assert isinstance(answer, Answer)
-        assert (answer.text, service.dropped) == ("I am fine.", {"temperature", "top_p"})
-        assert there.asked[-1]["seed"] == manner.seed_of("How are you?")
+        assert (answer.text, service.rejected) == ("I am fine.", {"temperature", "top_p"})
+        assert there.asked[-1]["seed"] == generation.seed_for("How are you?")
     assert set(there.keys) == {"Bearer none"}
 
 
-def test_a_service_that_ignores_the_length_is_asked_by_its_older_name() -> None:
+def test_the_older_name_is_used_if_the_token_limit_is_ignored() -> None:
     with RemoteService(say, "m", like_old) as there:
         answer = Service(there.url).answer(ASK, max_tokens=2, temperature=0)
     assert answer == Answer("I am", 2, False)
@@ -78,7 +78,7 @@ def test_a_service_that_ignores_the_length_is_asked_by_its_older_name() -> None:
 
 
 @pytest.mark.parametrize("fault", ["429", "503", "500", "html", "hang", "stall", "cut"])
-def test_a_passing_fault_is_survived(fault: str) -> None:
+def test_temporary_faults_are_retried(fault: str) -> None:
     with RemoteService(say, "m", refuses_nothing, fault) as there:
         answer = Service(there.url).answer(ASK, max_tokens=9, temperature=0)
     assert answer == Answer("I am fine.", 3, True)
@@ -90,17 +90,17 @@ def test_a_passing_fault_is_survived(fault: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "message", "requests"),
     [
-        ("429", "answers 429: Slow down.", 2),
-        ("html", "answers 502: <html>Bad gateway</html>", 2),
-        ("hang", "did not answer within 0.5 seconds", 2),
-        ("stall", "broke off in the middle of an answer", 2),
-        ("cut", "broke off in the middle of an answer", 2),
+        ("429", "returned status 429: Slow down.", 2),
+        ("html", "returned status 502: <html>Bad gateway</html>", 2),
+        ("hang", "did not respond within 0.5 seconds", 2),
+        ("stall", "closed the connection during an answer", 2),
+        ("cut", "closed the connection during an answer", 2),
         ("error", "the model crashed", 1),
-        ("403", "answers 403: Slow down.", 1),
-        ("401", "refuses the key, or wants one; set MY_KEY", 1),
+        ("403", "returned status 403: Slow down.", 1),
+        ("401", "rejects the API key or needs one; set MY_KEY", 1),
     ],
 )
-def test_a_lasting_fault_is_an_error_that_says_which(
+def test_permanent_faults_are_errors_with_their_cause(
     fault: str, message: str, requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_RETRIES", 1)
@@ -112,7 +112,7 @@ def test_a_lasting_fault_is_an_error_that_says_which(
     assert len(there.asked) == requests
 
 
-def test_a_refusal_that_names_nothing_of_ours_is_an_error() -> None:
+def test_a_rejection_that_names_no_parameter_is_an_error() -> None:
     def refuse(body: dict[str, object]) -> tuple[int, object]:
         return 400, {"error": {"message": "The request was flagged."}}
 
@@ -120,7 +120,7 @@ def test_a_refusal_that_names_nothing_of_ours_is_an_error() -> None:
         Service(there.url).answer(ASK, max_tokens=9, temperature=0)
 
 
-def test_places_that_are_no_service() -> None:
+def test_urls_without_a_service_are_errors() -> None:
     with pytest.raises(UsageError, match="is not the URL of a service"):
         Service("ftp://127.0.0.1")
     with pytest.raises(UsageError, match="is not the URL of a service"):
@@ -128,13 +128,13 @@ def test_places_that_are_no_service() -> None:
     with pytest.raises(ServiceError, match="cannot be reached"):
         Service("http://127.0.0.1:9")
     with RemoteService(say, "m") as there:
-        with pytest.raises(UsageError, match="has no model other; it has: m"):
+        with pytest.raises(UsageError, match="has no model other; available: m"):
             Service(f"{there.url}#other")
         assert Service(f"{there.url}/v1#m").url == Service(there.url).url == f"{there.url}/v1"
         assert Service(f"{there.url}/v1beta/openai").url == f"{there.url}/v1beta/openai"
 
 
-def test_without_openai_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_openai_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UsageError, match=r"\.\[remote\]"):
         Service("http://127.0.0.1:9")
@@ -146,10 +146,10 @@ def own(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[InProcess]:
         yield service
 
 
-def test_our_own_service_refuses_nothing(own: InProcess) -> None:
+def test_minimind_serve_accepts_all_parameters(own: InProcess) -> None:
     service = Service(f"{own.url}#other", "k")
     [(_, answer)] = service.answers(["你好"], GenerationConfig(5, temperature=1))
     assert isinstance(answer, Answer)
-    assert (answer.tokens, answer.ended, service.dropped) == (5, False, set())
-    with pytest.raises(ServiceError, match="wants one; set MINIMIND"):
+    assert (answer.tokens, answer.ended, service.rejected) == (5, False, set())
+    with pytest.raises(ServiceError, match="needs one; set MINIMIND"):
         Service(own.url, "wrong", "MINIMIND_API_KEY")

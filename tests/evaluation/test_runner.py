@@ -31,26 +31,26 @@ def ceval(folder: Path) -> Task:
 
 
 def stopping(task: Task, after: int) -> Task:
-    """The same task, which breaks off."""
+    """Make a task raise Stops after some results."""
     run = task.run
 
-    def some(model: Model, done: Collection[str]) -> Iterator[Result]:
+    def interrupted(model: Model, done: Collection[str]) -> Iterator[Result]:
         for number, result in enumerate(run(model, done)):
             if number == after:
                 raise Stops
             yield result
 
-    task.run = some  # type: ignore[method-assign]
+    task.run = interrupted  # type: ignore[method-assign]
     return task
 
 
-def test_results_figures_and_tables_are_written(
+def test_results_metrics_and_tables_are_written(
     ceval_dir: Path, local: LocalModel, tmp_path: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
     report = seen.append
     summary = evaluate(
-        ceval(ceval_dir), local, tmp_path, identity=ME, progress=lambda *two: report(two)
+        ceval(ceval_dir), local, tmp_path, identity=ME, progress=lambda *counts: report(counts)
     )
     assert seen == [(n, 7) for n in range(8)]
     header, *results = lines(tmp_path)
@@ -66,7 +66,7 @@ def test_results_figures_and_tables_are_written(
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"id": "accountant-1", "right": tr', b"{"])
-def test_a_stopped_evaluation_goes_on(
+def test_an_interrupted_evaluation_is_resumed(
     ceval_dir: Path, local: LocalModel, tmp_path: Path, torn: bytes
 ) -> None:
     whole = evaluate(ceval(ceval_dir), local, tmp_path / "whole", identity=ME)
@@ -82,16 +82,16 @@ def test_a_stopped_evaluation_goes_on(
     )
     assert seen == [2, 3, 4, 5, 6, 7]
     assert summary["asked_now"] == 5
-    # Batches are others: the last digits may be, the rest is not.
-    for one, other in zip(lines(tmp_path / "whole")[1:], lines(folder)[1:], strict=True):
-        assert one | {"scores": 0} == other | {"scores": 0}
-        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+    # With other batches only the last digits may differ.
+    for full, resumed in zip(lines(tmp_path / "whole")[1:], lines(folder)[1:], strict=True):
+        assert full | {"scores": 0} == resumed | {"scores": 0}
+        assert full["scores"] == pytest.approx(resumed["scores"], abs=1e-4)
     assert summary["correct"] == whole["correct"]
     again = evaluate(ceval(ceval_dir), local, folder, identity=ME)
     assert (again["asked_now"], again["correct"]) == (0, whole["correct"])
 
 
-def test_errors_are_tried_again(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
+def test_failed_items_are_tried_again(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
     task = ceval(ceval_dir)
     run = task.run
 
@@ -108,7 +108,7 @@ def test_errors_are_tried_again(ceval_dir: Path, local: LocalModel, tmp_path: Pa
     assert len(lines(tmp_path)) == 8
 
 
-def test_results_of_something_else_are_kept_apart(
+def test_results_of_another_evaluation_are_not_overwritten(
     ceval_dir: Path, local: LocalModel, tmp_path: Path
 ) -> None:
     evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
@@ -120,7 +120,7 @@ def test_results_of_something_else_are_kept_apart(
     assert lines(tmp_path)[0]["model"] == "2"
 
 
-def test_a_file_that_was_cut_within_its_header_begins_again(tmp_path: Path) -> None:
+def test_a_truncated_header_counts_as_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     assert read_results(path, ME) == {}
     path.write_bytes(b'{"mod')
@@ -130,7 +130,7 @@ def test_a_file_that_was_cut_within_its_header_begins_again(tmp_path: Path) -> N
         read_results(path, ME)
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(
+def test_a_folder_that_cannot_be_written_is_an_error(
     ceval_dir: Path, local: LocalModel, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(
         evaluate(ceval(ceval_dir), local, tmp_path / "file", identity=ME)
 
 
-def test_figures_without_what_was_in_the_training_data(
+def test_metrics_without_contaminated_questions(
     ceval_dir: Path, local: LocalModel, tmp_path: Path
 ) -> None:
     task = ceval(ceval_dir)
@@ -146,11 +146,11 @@ def test_figures_without_what_was_in_the_training_data(
     contamination = Contamination(found=dict.fromkeys(known, "data.jsonl"))
     summary = evaluate(task, local, tmp_path, identity=ME, contamination=contamination)
     assert summary["questions"] == 7
-    told = summary["contamination"]
-    assert (told["found"], told["without"]["questions"]) == (3, 4)
+    metrics = summary["contamination"]
+    assert (metrics["found"], metrics["without"]["questions"]) == (3, 4)
     right = {r["id"]: r["right"] for r in lines(tmp_path)[1:]}
     without = sum(right[name] for name in right.keys() - known)
-    assert told["without"]["correct"] == without
+    assert metrics["without"]["correct"] == without
 
 
 @pytest.mark.parametrize("key", ["version", "device", "dtype", "model"])
@@ -167,21 +167,21 @@ def test_results_of_another_version_device_or_dtype_are_not_reused(
         evaluate(ceval(ceval_dir), local, tmp_path, identity=identity | {key: "other"})
 
 
-def test_an_item_has_one_line(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
-    """Also where an earlier version wrote errors and repeated items."""
+def test_an_item_has_a_single_line(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
+    """Errors and repeated items that an earlier version wrote are removed."""
     evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
     [path] = tmp_path.glob("*.jsonl")
     header, *results = lines(tmp_path)
     old = [{"id": results[1]["id"], "error": "no luck"}, results[0] | {"right": None}, *results]
-    path.write_text("".join(json.dumps(one) + "\n" for one in [header, *old]), encoding="utf-8")
+    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *old]), encoding="utf-8")
     again = evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
     assert again["asked_now"] == 0
     found = lines(tmp_path)
-    assert sorted(one["id"] for one in found[1:]) == sorted(one["id"] for one in results)
+    assert sorted(line["id"] for line in found[1:]) == sorted(line["id"] for line in results)
     assert results[0] in found
 
 
-def test_names(varied_dir: Path) -> None:
+def test_names_of_models_and_files(varied_dir: Path) -> None:
     assert name_of(varied_dir) == name_of(varied_dir / "model") == "tiny"
     assert file_name("ceval (letter, 5 shots)") == "ceval-letter-5-shots"
     assert file_name("../..") == "_"

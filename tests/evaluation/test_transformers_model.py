@@ -1,4 +1,4 @@
-"""Models by transformers: of those that both can read, the same figures."""
+"""Models loaded by transformers have the same metrics as models loaded by us."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from minimind.errors import ModelError
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
-from minimind.evaluation.scoring import Row, windows
+from minimind.evaluation.scoring import Row, sliding_windows
 from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.evaluation.transformers_model import TransformersModel
 from minimind.inference import load
@@ -24,7 +24,7 @@ TEXT = '{"text": "泰山在山东省，泰山的日出很美。"}\n{"text": "Why
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("style", ["chat", "letter", "answer"])
-def test_exams_come_out_alike(
+def test_benchmarks_have_the_same_scores(
     varied_dir: Path, local: LocalModel, ceval_dir: Path, style: str
 ) -> None:
     task = make_task("ceval", data=[str(ceval_dir)], style=style, shots=2)  # type: ignore[arg-type]
@@ -37,61 +37,64 @@ def test_exams_come_out_alike(
 
 
 @pytest.mark.numeric
-def test_texts_come_out_alike(
+def test_texts_have_the_same_scores(
     varied_dir: Path, local: LocalModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Whatever stands before a text: ours is no token that transformers knows as such."""
+    """With our token before a text, which transformers does not know as such."""
     model = TransformersModel(varied_dir / "model", "cpu")
-    scorer, words = model.scorer()
+    scorer, encoder = model.scorer()
     texts = ["泰山在山东省，泰山的日出很美。" * 60, "Why is the sea salty?"]
-    ids = words.encode_batch(texts)
+    ids = encoder.encode_batch(texts)
     assert ids == tokenizer.encode_batch(texts)
-    rows = [row for text in ids for row in windows(text, [tokenizer.end_of_text], 64)]
-    [ours], [theirs] = local.scorer()[0].score([rows]), scorer.score([rows])
+    rows = [row for text in ids for row in sliding_windows(text, [tokenizer.end_of_text], 64)]
+    [(_, ours)] = local.scorer()[0].score([(None, rows)])
+    [(_, theirs)] = scorer.score([(None, rows)])
     assert theirs == pytest.approx(ours, abs=1e-3)
     (tmp_path / "a.jsonl").write_text(TEXT, encoding="utf-8")
     task = make_task(f"bpb:{tmp_path / 'a.jsonl'}")
     assert task.summary(list(task.run(model, ())))["bytes"] == 66
 
 
-def test_a_fault_in_one_item_is_its_own(varied_dir: Path) -> None:
-    """A word that the model does not have, beside items that are read together with it."""
+def test_an_error_in_one_item_does_not_affect_the_others(varied_dir: Path) -> None:
+    """A token outside the vocabulary, in the same batch as valid items."""
     scorer, _ = TransformersModel(varied_dir / "model", "cpu").scorer()
     items = [[Row((1, 2, 3), 1)], [Row((1, 99_999, 3), 1)], [Row((4, 5, 6, 7), 2)]]
-    first, wrong, last = scorer.score(items)
+    first, wrong, last = (scores for _, scores in scorer.score(enumerate(items)))
     assert isinstance(wrong, IndexError)
-    assert [first, last] == [
-        pytest.approx(one) for [one] in map(scorer.score, (items[:1], items[2:]))
-    ]
+    for scores, item in ((first, items[0]), (last, items[2])):
+        [(_, alone)] = scorer.score([(None, item)])
+        assert scores == pytest.approx(alone)
 
 
 def answers(
-    model: LocalModel | TransformersModel, asked: list[str], manner: GenerationConfig = GREEDY
+    model: LocalModel | TransformersModel,
+    questions: list[str],
+    generation: GenerationConfig = GREEDY,
 ) -> dict[int, Answer | Exception]:
-    """Without the time that they took."""
-    found = model.answers(asked, manner)
-    return {place: replace(one, seconds=0) for place, one in found if isinstance(one, Answer)}
+    """Return the answers by index, without their times."""
+    outcomes = model.answers(questions, generation)
+    return {n: replace(a, seconds=0) for n, a in outcomes if isinstance(a, Answer)}
 
 
-def test_answers_come_out_alike(
+def test_answers_are_the_same(
     varied_dir: Path, local: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 by both, whatever is asked beside it."""
+    """In float32, alone and in a batch."""
     monkeypatch.setattr(load, "inference_dtype", lambda device: torch.float32)
     model = TransformersModel(varied_dir / "model", "cpu")
-    asked = ["泰山在哪里？", "Why?", "长江？"]
-    said = answers(model, asked)
-    assert sorted(said) == [0, 1, 2]
-    for place, question in enumerate(asked):
-        assert answers(model, [question]) == {0: said[place]}
-    assert answers(local, asked) == said
-    drawn = GenerationConfig(8, temperature=1, seed=3)
-    assert answers(model, asked, drawn)[1] == answers(model, asked[1:2], drawn)[0]
-    assert answers(model, asked, drawn) != said
+    questions = ["泰山在哪里？", "Why?", "长江？"]
+    expected = answers(model, questions)
+    assert sorted(expected) == [0, 1, 2]
+    for index, question in enumerate(questions):
+        assert answers(model, [question]) == {0: expected[index]}
+    assert answers(local, questions) == expected
+    sampling = GenerationConfig(8, temperature=1, seed=3)
+    assert answers(model, questions, sampling)[1] == answers(model, questions[1:2], sampling)[0]
+    assert answers(model, questions, sampling) != expected
 
 
-def test_a_kind_that_is_not_ours_to_read(ceval_dir: Path, tmp_path: Path) -> None:
-    """GPT-2, which has another architecture, and a tokenizer without a chat format."""
+def test_an_unsupported_architecture(ceval_dir: Path, tmp_path: Path) -> None:
+    """GPT-2, with a tokenizer without a chat template."""
     make_tokenizer("base", tmp_path, [question for question, _, _ in CHINESE] * 20)
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -106,11 +109,11 @@ def test_a_kind_that_is_not_ours_to_read(ceval_dir: Path, tmp_path: Path) -> Non
     assert len(results) == 7
     assert len({tuple(result["scores"]) for result in results}) == 7
     chat = make_task("ceval", data=[str(ceval_dir)], style="chat")
-    told = list(chat.run(model, ()))
-    assert all("--style letter" in result["error"] for result in told)
+    errors = [result["error"] for result in chat.run(model, ())]
+    assert all("--style letter" in error for error in errors)
 
 
-def test_what_transformers_cannot_load_either(varied_dir: Path, tmp_path: Path) -> None:
+def test_a_directory_that_transformers_cannot_load_either(varied_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
-    with pytest.raises(ModelError, match="nor can transformers load it"):
+    with pytest.raises(ModelError, match="transformers cannot load it either"):
         TransformersModel(tmp_path, "cpu")

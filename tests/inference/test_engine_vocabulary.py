@@ -127,7 +127,7 @@ def test_scores_are_those_of_every_row(
         wanted.append(float(rows[range(len(end)), end].sum()))
     assert completion.scores == pytest.approx(wanted, abs=1e-4)
     rows = [Row((*prompt, *end), len(prompt)) for end in ends]
-    [scores] = EngineScorer(model, tokenizer).score([rows])
+    [(_, scores)] = EngineScorer(model, tokenizer).score([(None, rows)])
     assert scores == pytest.approx(wanted, abs=1e-4)
 
 

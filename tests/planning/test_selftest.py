@@ -8,14 +8,16 @@ from minimind.planning.selftest import selftest
 
 
 @pytest.mark.numeric
-def test_a_sound_machine_passes() -> None:
+def test_a_working_machine_passes() -> None:
     checks = selftest("cpu")
     assert [check.passed for check in checks] == [True, True, True]
     assert checks[-1].note == "equal"
 
 
 @pytest.mark.numeric
-def test_what_fails_is_named_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_failure_is_reported_and_ends_the_self_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(run: Path, *rest: object, **settings: object) -> None:
         raise ResourceError("the disk is full")
 
@@ -25,6 +27,6 @@ def test_what_fails_is_named_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.numeric
-def test_a_device_that_is_not_there_is_refused() -> None:
+def test_a_missing_device_is_an_error() -> None:
     with pytest.raises(ResourceError, match="cuda:99 is not there"):
         selftest("cuda:99")

@@ -13,7 +13,7 @@ from minimind.reporting.report import make_report
 from tests.support.run_folders import sample, train, usual_metrics, validation, write_run
 
 EVIL = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\x00\x1b[0m\ufffd\n第二行"
-SHOWN = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\ufffd\ufffd[0m\ufffd\n第二行"
+ESCAPED = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\ufffd\ufffd[0m\ufffd\n第二行"
 DEMO = {
     "stages": {},
     "quiz": {
@@ -54,8 +54,8 @@ SECTIONS = [
     "Tokens per second",
     "Memory",
     "Quiz by subject",
-    "A name of its own",
-    "What the model wrote on the way",
+    "A new name",
+    "Samples during training",
     "Recipes",
 ]
 PER_STAGE = 2 + 2 + 1 + 1 + 1  # plots
@@ -63,7 +63,7 @@ Page = Callable[..., str]
 
 
 class Elements(HTMLParser):
-    """Every tag with its attributes, the text, and whether what opens is closed in order."""
+    """Parser that collects tags and text, and checks that every tag is closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def page_of(*places: Path, price: float | None = None) -> str:
+def render(*places: Path, price: float | None = None) -> str:
     out = places[0].parent / "page" / "report.html"
     make_report(places, price=price).write(out)
     return out.read_text("utf-8")
@@ -97,7 +97,7 @@ def page_of(*places: Path, price: float | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `minimind demo` leaves it, two stages long."""
+    """A folder like that of `minimind demo`, with two stages."""
     folder = tmp_path_factory.mktemp("whole") / "demo"
     write_run(folder / "zz-pretrain")
     write_run(folder / "sft", init="elsewhere/zz-pretrain", objective="sft")
@@ -107,26 +107,33 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full(demo: Path) -> str:
-    return page_of(demo)
+    return render(demo)
 
 
 def titles(page: str) -> list[str]:
     return re.findall("<h2>(.*?)</h2>", page)
 
 
-def test_all_sections_are_there_with_what_they_show(full: str) -> None:
+def test_the_demo_has_all_sections(full: str) -> None:
     assert titles(full) == SECTIONS
-    # Below each title is a sentence for learners.
+    # Each title is followed by an explanation.
     assert len(re.findall(r"</h2><p class=faint>[A-Z][^<]{60,}\.</p>", full)) == len(SECTIONS)
     text = Elements(full).text
     shown = ("minimind: demo", "1,234,567", "2.250", "256 MB", "中国的河。", "hidden_size = 8")
-    for one in (*shown, "我叫MiniMind。", "华山在哪？", "在陕西。", "1 wrong answers", "66.7%"):
-        assert one in text, one
+    for part in (
+        *shown,
+        "我叫MiniMind。",
+        "华山在哪？",
+        "在陕西。",
+        "1 wrong answers",
+        "66.7%",
+    ):
+        assert part in text, part
     assert (full.count("✓</b>"), full.count("✗</b>")) == (3, 2)
     assert "Problems" not in text
 
 
-def test_stages_stand_in_the_order_in_which_they_were_trained(full: str) -> None:
+def test_stages_are_in_the_order_of_training(full: str) -> None:
     captions = re.findall("<figcaption>(.*?)</figcaption>", full)
     assert captions[:4] == ["zz-pretrain", "sft", "zz-pretrain, by time", "sft, by time"]
     assert len(captions) == PER_STAGE * 2
@@ -138,7 +145,7 @@ def test_plots_need_no_font(full: str) -> None:
     assert "currentColor" in full and "#010203" not in full
 
 
-def test_the_page_needs_nothing_from_elsewhere(full: str) -> None:
+def test_the_page_loads_nothing(full: str) -> None:
     assert "http:" not in full and "https:" not in full and "@import" not in full
     for tag, attributes in Elements(full).tags:
         assert tag not in ("script", "link", "img", "iframe", "object")
@@ -150,19 +157,19 @@ def test_the_page_needs_nothing_from_elsewhere(full: str) -> None:
     assert len(full.encode()) < 1_000_000
 
 
-def test_what_a_model_or_a_user_wrote_stays_text(tmp_path: Path) -> None:
+def test_texts_of_models_and_users_are_escaped(tmp_path: Path) -> None:
     metrics = [train(1), sample(1, EVIL), sample(1, EVIL, prompt=EVIL)]
     write_run(tmp_path / "runs" / "one", metrics, more=f"# {EVIL}\n".replace("\n第", "\n# 第"))
-    told = json.loads(json.dumps(DEMO).replace(json.dumps("我叫MiniMind。"), json.dumps(EVIL)))
-    told["quiz"]["by_subject"] = {EVIL: {"correct": 1, "questions": 2}}
-    (tmp_path / "runs" / "summary.json").write_text(json.dumps(told), encoding="utf-8")
+    demo = json.loads(json.dumps(DEMO).replace(json.dumps("我叫MiniMind。"), json.dumps(EVIL)))
+    demo["quiz"]["by_subject"] = {EVIL: {"correct": 1, "questions": 2}}
+    (tmp_path / "runs" / "summary.json").write_text(json.dumps(demo), encoding="utf-8")
     (tmp_path / "runs" / "ceval.json").write_text(
         json.dumps({"task": EVIL, "model": EVIL, "settings": {}, "metrics": {EVIL: 1.0}})
     )
-    html = page_of(tmp_path / "runs")
+    html = render(tmp_path / "runs")
     elements = Elements(html)
     assert not {"script", "img"} & {tag for tag, _ in elements.tags}
-    assert elements.text.count(SHOWN) >= 10
+    assert elements.text.count(ESCAPED) >= 10
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", html)
     markdown = (tmp_path / "page" / "report.md").read_text("utf-8")
     outside = re.sub("```.*?```", "", markdown, flags=re.S)
@@ -190,59 +197,59 @@ def test_the_weakest_subject_comes_first(full: str) -> None:
     ],
     ids=["none", "one", "validation", "few", "not finite", "zero", "words", "step 0"],
 )
-def test_few_or_odd_lines_of_metrics_are_enough(
+def test_few_or_invalid_metrics_still_give_a_page(
     tmp_path: Path, metrics: list[dict[str, Any]]
 ) -> None:
-    html = page_of(write_run(tmp_path / "one", metrics))
+    html = render(write_run(tmp_path / "one", metrics))
     Elements(html)
     assert {"Stages", "Recipes"} <= set(titles(html))
 
 
-def test_a_number_that_is_none_does_not_spoil_its_neighbours(tmp_path: Path) -> None:
+def test_an_invalid_value_is_skipped(tmp_path: Path) -> None:
     metrics = [*map(train, range(1, 400))]
     pages = set()
     for number, odd in enumerate((math.nan, math.inf, None, "no")):
         metrics[200] = train(201, loss=odd)
         if odd == "no":
             del metrics[200]["loss"]
-        pages.add(page_of(write_run(tmp_path / str(number) / "one", metrics)))
+        pages.add(render(write_run(tmp_path / str(number) / "one", metrics)))
     assert len(pages) == 1
 
 
-def test_experts_are_shown_where_there_are_any(tmp_path: Path) -> None:
+def test_sections_on_experts(tmp_path: Path) -> None:
     loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "max", "min")}
     metrics = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance_loss": 1.0}
     lines = [train(step, **metrics) for step in range(1, 20)]
-    html = page_of(write_run(tmp_path / "moe", lines))
+    html = render(write_run(tmp_path / "moe", lines))
     own = ["Expert load", "Dropped tokens", "Router entropy"]
     assert [name for name in titles(html) if name not in SECTIONS] == own
     assert html.count("<svg ") == PER_STAGE + 3
 
 
-def test_preferences_are_shown_where_there_are_any(tmp_path: Path) -> None:
+def test_section_on_preferences(tmp_path: Path) -> None:
     names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
     metrics = dict.fromkeys(names, 0.5)
     lines = [train(step, **metrics) for step in range(1, 20)] + [validation(19, **metrics)]
     for line in lines:
         del line["bits_per_byte"]
-    html = page_of(write_run(tmp_path / "dpo", lines, objective="dpo"))
+    html = render(write_run(tmp_path / "dpo", lines, objective="dpo"))
     assert [name for name in titles(html) if name not in SECTIONS] == ["Preferences"]
     assert not {"Loss", "Bits per byte"} & set(titles(html))
     assert html.count("<svg ") == 4 + 3
 
 
-def test_a_long_run_has_a_small_page_that_shows_its_end(tmp_path: Path) -> None:
+def test_a_long_run_has_a_small_page_with_its_last_sample(tmp_path: Path) -> None:
     metrics = [train(step, loss=3 + math.sin(step**2)) for step in range(10, 300_000, 10)]
     for step in range(1_000, 300_000, 1_000):
         metrics += [validation(step), sample(step, f"到了{step}步。" + "很长的话。" * 60)]
-    html = page_of(write_run(tmp_path / "long", metrics))
+    html = render(write_run(tmp_path / "long", metrics))
     assert len(html.encode()) < 400_000
     assert "到了299000步。" in html
     assert 20 <= html.count("到了") <= 40
 
 
 def test_the_same_runs_give_the_same_bytes(demo: Path, full: str) -> None:
-    assert page_of(demo) == full
+    assert render(demo) == full
 
 
 def test_the_page_is_english_and_marks_what_is_chinese(full: str) -> None:
@@ -250,7 +257,7 @@ def test_the_page_is_english_and_marks_what_is_chinese(full: str) -> None:
     assert "<span lang=zh-Hans>我叫MiniMind。</span>" in full
 
 
-def test_keywords_and_fluency_are_columns_of_their_own(full: str) -> None:
+def test_keywords_and_fluency_are_separate_columns(full: str) -> None:
     assert "<th>keywords</th><th>fluent</th>" in full
     right, wrong = "<b class=right>✓</b>", "<b class=wrong>✗</b>"
     for keywords, fluent in ((right, wrong), (wrong, right)):
@@ -259,19 +266,19 @@ def test_keywords_and_fluency_are_columns_of_their_own(full: str) -> None:
     assert "the weakest subject first; 7 answers are fluent." in full
 
 
-def test_an_hour_has_a_price(demo: Path, tmp_path: Path) -> None:
+def test_cost_of_training(demo: Path, tmp_path: Path) -> None:
     report = make_report([demo], price=36.0)
-    assert report.page.cards["cost"] == "1.23"  # 2 * 61.7 s, a cent a second
+    assert report.page.cards["cost"] == "1.23"  # 2 * 61.7 s at 0.01 per second
     assert math.isclose(report.metrics["runs"]["sft"]["cost"], 0.617)
     assert "cost" not in make_report([demo]).page.cards
 
 
-def test_a_stage_brings_those_that_it_came_from(tmp_path: Path) -> None:
+def test_a_stage_includes_the_stages_before_it(tmp_path: Path) -> None:
     base = write_run(tmp_path / "here" / "base")
     write_run(tmp_path / "there" / "chat", init=f"{base}/model", objective="sft")
     report = make_report([tmp_path / "there" / "chat"])
     assert list(report.metrics["runs"]) == ["base", "chat"]
-    assert "runs side by side" not in report.page.lead
+    assert report.page.lead.startswith("A GPT of ")
 
 
 def test_several_runs_share_their_axes(tmp_path: Path) -> None:
@@ -279,11 +286,11 @@ def test_several_runs_share_their_axes(tmp_path: Path) -> None:
         metrics = [*usual_metrics(), validation(59, loss=2.0 + number)]
         size = {"parameters": 10**number * 1000, "loss": 5.0 * 10 ** (-0.1 * number)}
         write_run(tmp_path / "runs" / f"n{number}", metrics, **size)
-    swept = {f"n{number}": {"optim.lr": number, "seed": number} for number in range(3)}
-    told = {"settings": swept, "failed": {"n4": "killed by SIGKILL"}}
-    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(told))
+    sweep = {f"n{number}": {"optim.lr": number, "seed": number} for number in range(3)}
+    contents = {"settings": sweep, "failed": {"n4": "killed by SIGKILL"}}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(contents))
     report = make_report([tmp_path / "runs"])
-    assert report.page.lead == "3 runs side by side."
+    assert report.page.lead == "3 runs."
     by_title = {section.title: section for section in report.page.sections}
     [loss] = by_title["Loss"].blocks
     assert [title for title, _ in loss.plots] == ["pretrain", "pretrain, by time"]
@@ -298,30 +305,30 @@ def test_several_runs_share_their_axes(tmp_path: Path) -> None:
     assert report.metrics["problems"] == ["n4: killed by SIGKILL"] and report.complete
 
 
-def test_runs_that_differ_in_nothing_get_no_fit(tmp_path: Path) -> None:
+def test_runs_of_the_same_size_get_no_fit(tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / "runs" / name)
     fits = make_report([tmp_path / "runs"]).metrics["fits"]["pretrain"]
     assert fits["parameters"]["reason"].startswith("no fit: 1 different values")
 
 
-def test_exams_are_found_in_the_run_or_beside_it(tmp_path: Path) -> None:
+def test_benchmark_results_are_found_in_the_run_or_elsewhere(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    exam = {"task": "ceval", "model": "run", "settings": {}, "accuracy": 0.27, "correct": 363}
-    exam |= {"questions": 1346, "interval": [0.247, 0.294], "chance": 0.25, "failed": 0}
-    exam["by_group"] = {"STEM": {"correct": 3, "questions": 10, "accuracy": 0.3}}
+    ceval = {"task": "ceval", "model": "run", "settings": {}, "accuracy": 0.27, "correct": 363}
+    ceval |= {"questions": 1346, "interval": [0.247, 0.294], "chance": 0.25, "failed": 0}
+    ceval["by_group"] = {"STEM": {"correct": 3, "questions": 10, "accuracy": 0.3}}
     bits = {"task": "bpb", "model": "run", "settings": {}, "bits_per_byte": 1.5, "documents": 7}
-    for place, metrics in ((run / "eval" / "run", exam), (tmp_path / "apart" / "run", bits)):
+    for place, metrics in ((run / "eval" / "run", ceval), (tmp_path / "apart" / "run", bits)):
         place.mkdir(parents=True)
         (place / f"{metrics['task']}.json").write_text(json.dumps(metrics))
-    text = Elements(page_of(run, tmp_path / "apart")).text
+    text = Elements(render(run, tmp_path / "apart")).text
     for shown in ("27.00%", "24.7% – 29.4%", "363 / 1,346", "1.5000 bits/byte", "STEM", "3/10"):
         assert shown in text, shown
     alone = make_report([tmp_path / "apart"])
-    assert [section.title for section in alone.page.sections] == ["Exams"]
+    assert [section.title for section in alone.page.sections] == ["Benchmarks"]
 
 
-def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path: Path) -> None:
+def test_damage_is_reported_and_the_rest_shown(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     write_run(runs / "good")
     half = write_run(runs / "half", finished=False, more="[training]\nsteps = 100\n")
@@ -335,11 +342,11 @@ def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path: Path) -> None:
     (bare / "recipe.toml").write_text('objective = "pretrain"\n')
     report = make_report([runs, tmp_path / "nowhere"])
     assert report.metrics["problems"] == [
-        f"{tmp_path / 'nowhere'}: there is nothing",
+        f"{tmp_path / 'nowhere'}: no such file or folder",
         "bare: metrics.jsonl is missing",
         "bare: not finished: no steps are logged",
         report.metrics["problems"][3],
-        "broken: summary.json: not the figures of a run",
+        "broken: summary.json: not the summary of a finished run",
         "broken: not finished: 59 steps are logged",
         "half: metrics.jsonl: 3 lines cannot be read",
         "half: not finished: 59 of 100 steps are logged",
@@ -353,14 +360,14 @@ def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path: Path) -> None:
     assert "half (not finished)" in text and text.count("cannot be read") == 1
 
 
-def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is nothing"):
+def test_places_without_runs_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
         make_report([tmp_path / "nowhere"])
-    with pytest.raises(DataError, match="holds no run and no results of exams"):
+    with pytest.raises(DataError, match="contains no run and no benchmark results"):
         make_report([tmp_path])
 
 
-def test_markdown_says_the_same_and_has_its_plots_beside_it(demo: Path, tmp_path: Path) -> None:
+def test_markdown_has_the_same_content_and_separate_plots(demo: Path, tmp_path: Path) -> None:
     report = make_report([demo])
     stale = tmp_path / "all-plots" / "099.svg"
     stale.parent.mkdir()
@@ -377,8 +384,8 @@ def test_markdown_says_the_same_and_has_its_plots_beside_it(demo: Path, tmp_path
         assert drawing.startswith("<svg xmlns=") and "currentColor" not in drawing
 
 
-def test_names_of_any_letters_go_into_plots(tmp_path: Path) -> None:
+def test_plots_accept_any_name(tmp_path: Path) -> None:
     for name in ("_第一$x$", "第二{", "a^b$"):
         write_run(tmp_path / "runs" / name)
-    text = Elements(page_of(tmp_path / "runs")).text
+    text = Elements(render(tmp_path / "runs")).text
     assert "_第一$x$" in text

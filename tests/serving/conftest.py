@@ -16,7 +16,7 @@ def models_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def process(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """Both models, without a key."""
+    """A service of both models without an API key."""
     log = tmp_path_factory.mktemp("log") / "service.log"
     with serving(models_dir, log) as running:
         yield running
@@ -24,7 +24,7 @@ def process(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def serve_here(models_dir: Path) -> Callable[..., InProcess]:
-    """Make a service of `tiny`, with bounds of one's own; enter it to start it."""
+    """Return a factory of services for `tiny` with custom limits; entering one starts it."""
 
     def make(slots: int = 4, keys: Sequence[str] = (), **limits: float) -> InProcess:
         return InProcess(models_dir / "tiny", slots, Limits(**limits), keys)  # type: ignore[arg-type]

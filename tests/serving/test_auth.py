@@ -22,11 +22,11 @@ def guarded(serve_here: Callable[..., Any]) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_every_route_but_health_and_the_docs_needs_a_key(guarded: httpx.Client) -> None:
+def test_all_routes_except_health_and_docs_require_a_key(guarded: httpx.Client) -> None:
     paths = list(guarded.get("/openapi.json").json()["paths"])
     assert set(paths) > {"/health", "/metrics", "/v1/models", "/v1/chat/completions"}
     paths += ["/nowhere", "/health/", "//health", "/HEALTH", "/docs/", "//docs", "/redoc"]
-    paths += ["/docs/../v1/models", "/static-offline-docs/../v1/models", "/openapi.json/"]
+    paths += ["/docs/../v1/models", "/docs-static/../v1/models", "/openapi.json/"]
     paths.remove("/health")
     bad = ["", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer", f"Basic {KEY}", KEY, "Bearer é"]
     for path in paths:
@@ -44,13 +44,13 @@ def test_every_route_but_health_and_the_docs_needs_a_key(guarded: httpx.Client) 
         assert answer.status_code == 200
 
 
-def test_the_docs_open_in_a_browser_and_say_where_the_key_goes(guarded: httpx.Client) -> None:
+def test_docs_are_public_and_declare_bearer_authentication(guarded: httpx.Client) -> None:
     page = guarded.get("/docs")
     assert page.status_code == 200
     found = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page.text)
     assert "/openapi.json" in found
-    for place in found:  # all that the page loads
-        assert guarded.get(place).status_code == 200, place
+    for url in found:  # everything the page loads
+        assert guarded.get(url).status_code == 200, url
     described = guarded.get("/openapi.json").json()
     assert described["components"]["securitySchemes"] == {
         "HTTPBearer": {"type": "http", "scheme": "bearer"}  # the button "Authorize"
@@ -61,7 +61,7 @@ def test_the_docs_open_in_a_browser_and_say_where_the_key_goes(guarded: httpx.Cl
             assert operation.get("security", []) == needed, (method, path)
 
 
-def test_errors_of_the_key_have_the_type_of_openai(guarded: httpx.Client) -> None:
+def test_key_errors_have_the_types_of_openai(guarded: httpx.Client) -> None:
     with OpenAI(base_url=f"{guarded.base_url}/v1", api_key="wrong", max_retries=0) as client:
         with pytest.raises(AuthenticationError) as caught:
             client.models.list()
@@ -74,7 +74,7 @@ def test_errors_of_the_key_have_the_type_of_openai(guarded: httpx.Client) -> Non
 def test_the_key_is_checked_before_the_body_is_read(
     declared: bool, serve_here: Callable[..., Any]
 ) -> None:
-    """The answer comes while the client has sent the headers and nothing else."""
+    """The response arrives after the client has sent only the headers."""
     length = "content-length: 900000" if declared else "transfer-encoding: chunked"
     head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
     head += f"content-type: application/json\r\n{length}\r\n\r\n"
@@ -88,12 +88,12 @@ def test_the_key_is_checked_before_the_body_is_read(
         assert status == b"HTTP/1.1 401"
 
 
-def test_without_a_key_it_listens_on_this_machine_alone(
+def test_without_a_key_only_loopback_addresses_are_allowed(
     models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.com"):
-        with pytest.raises(UsageError, match="needs a key"):
+        with pytest.raises(UsageError, match="requires an API key"):
             check_exposure(host, [])
         check_exposure(host, [KEY])
         done = CliRunner().invoke(app, ["serve", str(models_dir), "--host", host])
@@ -105,12 +105,12 @@ def test_without_a_key_it_listens_on_this_machine_alone(
 
 
 @pytest.mark.parametrize("key", ["", " ", " a", "a\n", "密钥"])
-def test_keys_that_no_header_can_bring_are_refused(key: str) -> None:
+def test_invalid_keys_are_refused(key: str) -> None:
     with pytest.raises(UsageError, match="key"):
         check_exposure("127.0.0.1", ["good", key])
 
 
-def test_a_name_that_someone_points_here_does_not_reach_it(serve_here: Callable[..., Any]) -> None:
+def test_dns_rebinding_is_refused(serve_here: Callable[..., Any]) -> None:
     with serve_here() as service, httpx.Client(base_url=service.url) as client:
         port = service.address[1]
         for host, status in [
@@ -123,15 +123,13 @@ def test_a_name_that_someone_points_here_does_not_reach_it(serve_here: Callable[
             assert client.get("/v1/models", headers={"host": host}).status_code == status, host
 
 
-def test_pages_of_other_origins_get_nothing_unless_asked_for(
-    process: Any, models_dir: Path
-) -> None:
+def test_cross_origin_requests_are_not_allowed_by_default(process: Any, models_dir: Path) -> None:
     origin = {"origin": "https://page.example"}
-    asking = origin | {"access-control-request-method": "POST"}
+    preflight = origin | {"access-control-request-method": "POST"}
     answers = [
         httpx.get(f"{process.url}/v1/models", headers=origin),
-        httpx.options(f"{process.url}/v1/chat/completions", headers=asking),
-        # A page may send this one without asking, so it must not be read as JSON.
+        httpx.options(f"{process.url}/v1/chat/completions", headers=preflight),
+        # Browsers send text/plain without a CORS preflight, so it must not be parsed as JSON.
         httpx.post(
             f"{process.url}/v1/chat/completions",
             content=b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}]}',

@@ -1,4 +1,4 @@
-"""What a request does not say: OpenAI's defaults, unless the model's own files say otherwise."""
+"""Default parameters: OpenAI's, unless the model's generation_config.json has its own."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ NEUTRAL = {
 
 @pytest.fixture
 def serve_with(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str | None], InProcess]:
-    """A service of one model with this text as its generation_config.json."""
+    """Return a factory of services with this text as generation_config.json of the model."""
 
     def make(text: str | None) -> InProcess:
         directory = tmp_path / "tiny" / "model"
@@ -50,15 +50,13 @@ def answer(service: Any, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("text", [None, "{}", '{"temperature": null, "do_sample": true}'])
-def test_without_defaults_of_its_own_they_are_those_of_openai(
-    text: str | None, serve_with: Callable[..., Any]
-) -> None:
+def test_defaults_are_those_of_openai(text: str | None, serve_with: Callable[..., Any]) -> None:
     with serve_with(text) as service:
         assert answer(service) == answer(service, **NEUTRAL)
         assert answer(service) != answer(service, temperature=0.7, top_p=0.9)
 
 
-def test_a_model_may_have_defaults_of_its_own(serve_with: Callable[..., Any]) -> None:
+def test_generation_config_overrides_defaults(serve_with: Callable[..., Any]) -> None:
     own = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.01}
     own |= {"repetition_penalty": 1.1}
     with serve_with(json.dumps(own | {"max_new_tokens": 7, "eos_token_id": 3})) as service:
@@ -74,7 +72,7 @@ def test_a_model_may_have_defaults_of_its_own(serve_with: Callable[..., Any]) ->
             assert found["usage"]["completion_tokens"] == written
 
 
-def test_what_we_save_keeps_what_our_models_want(serve_here: Callable[..., Any]) -> None:
+def test_saved_models_have_generation_defaults(serve_here: Callable[..., Any]) -> None:
     with serve_here() as service:
         assert answer(service) == answer(service, temperature=0.7, top_p=0.9)
 
@@ -91,7 +89,7 @@ def test_what_we_save_keeps_what_our_models_want(serve_here: Callable[..., Any])
         ("{", "Expecting"),
     ],
 )
-def test_defaults_that_cannot_be_are_told_with_their_file(
+def test_invalid_defaults_are_reported_with_their_file(
     text: str, said: str, serve_with: Callable[..., Any]
 ) -> None:
     with pytest.raises(ModelError) as caught:

@@ -1,4 +1,4 @@
-"""`echo` with `logprobs` on /v1/completions, as harnesses that measure likelihoods need it."""
+"""`echo` with `logprobs` on /v1/completions, as used by lm-eval."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def complete(client: OpenAI, **settings: Any) -> Any:
     return client.completions.create(**given | settings)
 
 
-def test_the_prompt_comes_first(client: OpenAI, tokenizer: Tokenizer) -> None:
+def test_echo_returns_the_prompt_first(client: OpenAI, tokenizer: Tokenizer) -> None:
     alone = complete(client).choices[0]
     choice = complete(client, echo=True).choices[0]
     ids = tokenizer.encode(PROMPT)
@@ -55,7 +55,7 @@ def test_the_prompt_comes_first(client: OpenAI, tokenizer: Tokenizer) -> None:
     assert len(found.text_offset) == len(found.tokens)
 
 
-def test_a_stream_says_the_same(client: OpenAI) -> None:
+def test_streams_equal_complete_responses(client: OpenAI) -> None:
     settings: dict[str, Any] = dict(echo=True, prompt=[PROMPT, "黄河"], n=2)
     whole = complete(client, **settings).choices
     texts = [""] * 4
@@ -71,7 +71,7 @@ def test_a_stream_says_the_same(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nothing_need_be_written(client: OpenAI, stream: bool) -> None:
+def test_max_tokens_may_be_zero(client: OpenAI, stream: bool) -> None:
     done = complete(client, echo=True, max_tokens=0, stream=stream)
     choices = [chunk.choices[0] for chunk in done] if stream else done.choices
     assert "".join(choice.text for choice in choices) == PROMPT
@@ -125,23 +125,23 @@ def exam_model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve in float32, in which evaluations score, also where the processor has bfloat16."""
+    """Serve in float32, the dtype of evaluations, also on processors with bfloat16."""
     monkeypatch.setattr(load, "multiplies_bf16", lambda device: False)
 
 
 @pytest.mark.usefixtures("in_float32")
-def test_what_lm_eval_sends_gives_the_scores_that_we_give(
+def test_requests_of_lm_eval_give_the_same_scores(
     exam_model: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """The requests of its backend `local-completions`, and how it reads the answers."""
+    """Requests and scoring of its backend `local-completions`."""
     task = make_task("ceval", data=[str(make_exam(tmp_path, 8))], style="letter", shots=2)
     assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
-    asker = PromptBuilder(OwnPromptEncoder(tokenizer), task.exam, "letter", 2, 2048)
+    builder = PromptBuilder(OwnPromptEncoder(tokenizer), task.benchmark, "letter", 2, 2048)
     assert len(task.questions) == 8
     with InProcess(exam_model, 4, Limits(), ()) as service:
         for question in task.questions:
-            rows = asker.ask(question, task.examples[question.subject]).rows
+            rows = builder.build(question, task.examples[question.subject]).rows
             sent = {
                 "model": "tiny",
                 "prompt": [list(row.tokens) for row in rows],

@@ -1,4 +1,4 @@
-"""A service whose engine has stopped after an error of the device."""
+"""A service whose engine has stopped after a device error."""
 
 import contextlib
 import json
@@ -31,7 +31,9 @@ def break_device(service: InProcess) -> None:
     model.engine.model.wipe = fail  # type: ignore[method-assign]
 
 
-def test_all_requests_fail_and_the_service_says_why(serve_here: Callable[..., InProcess]) -> None:
+def test_all_requests_fail_and_health_gives_the_reason(
+    serve_here: Callable[..., InProcess],
+) -> None:
     with serve_here(slots=1) as service, httpx.Client(base_url=service.url, timeout=30) as client:
         answers: list[httpx.Response] = []
         waiting = [
@@ -72,10 +74,10 @@ def test_all_requests_fail_and_the_service_says_why(serve_here: Callable[..., In
             error = refused.json()["error"]
             assert error["code"] == "engine_failed"
             assert error["message"] == (f"The service has failed and must be restarted: {reason}.")
-        assert model.queue.waiting == 0
+        assert model.queue.queued == 0
 
 
-def test_the_server_ends_by_itself(serve_here: Callable[..., InProcess]) -> None:
+def test_the_server_exits(serve_here: Callable[..., InProcess]) -> None:
     with serve_here(failed_seconds=0) as service:
         break_device(service)
         answer = httpx.post(f"{service.url}/v1/completions", json=ASKED, timeout=30)
@@ -105,7 +107,7 @@ main()
 """
 
 
-def test_the_process_ends_with_status_1_for_a_supervisor(models_dir: Path, tmp_path: Path) -> None:
+def test_the_process_exits_with_status_1(models_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with (
         log.open("w") as errors,
@@ -145,7 +147,7 @@ def addresses_of(sockets: list[socket.socket]) -> list[str]:
 
 
 def entries(*addresses: str) -> list[Any]:
-    """What `getaddrinfo` gives for a name with these addresses, twice as some systems do."""
+    """Return `getaddrinfo` entries of these addresses, duplicated as on some systems."""
     found = [
         (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, 0, 0, 0))
         if ":" in address
@@ -155,8 +157,8 @@ def entries(*addresses: str) -> list[Any]:
     return found * 2
 
 
-def test_a_name_is_listened_at_with_all_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 192.0.2.1 is of no machine (RFC 5737), as ::1 is where IPv6 is switched off.
+def test_all_addresses_of_a_host_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No machine has 192.0.2.1 (RFC 5737), as none has ::1 without IPv6.
     names = entries("::1", "192.0.2.1", "127.0.0.1")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: names)
     sockets = bind("localhost", 0)
@@ -173,13 +175,13 @@ def test_a_name_is_listened_at_with_all_its_addresses(monkeypatch: pytest.Monkey
 
 
 def test_a_socket_that_cannot_be_bound_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     real = socket.socket
 
     class Recorded(real):  # type: ignore[misc, valid-type]
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
-            made.append(self)
+            sockets.append(self)
 
     with real() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -189,5 +191,5 @@ def test_a_socket_that_cannot_be_bound_is_closed(monkeypatch: pytest.MonkeyPatch
         for host in ("127.0.0.1", "192.0.2.1"):
             with pytest.raises(ResourceError, match=f"cannot listen at {host}, port {port}"):
                 bind(host, port)
-    assert len(made) == 2
-    assert [one.fileno() for one in made] == [-1, -1]
+    assert len(sockets) == 2
+    assert [one.fileno() for one in sockets] == [-1, -1]

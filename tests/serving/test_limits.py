@@ -1,4 +1,4 @@
-"""Clients that send too much, too slowly, or something else than they said."""
+"""Clients that send too much, too slowly, or invalid HTTP."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def connect(service: Any) -> socket.socket:
 
 
 def answer_of(connection: socket.socket) -> tuple[int, Any]:
-    """Status and body, when the service has closed the connection."""
+    """Return status and body after the service has closed the connection."""
     data = b""
     while received := connection.recv(65536):
         data += received
@@ -42,13 +42,13 @@ def answer_of(connection: socket.socket) -> tuple[int, Any]:
     return int(head.split()[1]), json.loads(body)
 
 
-def is_well(service: Any) -> bool:
+def is_healthy(service: Any) -> bool:
     return httpx.get(f"{service.url}/health").status_code == 200
 
 
-def test_a_long_body_is_refused_by_its_declared_length(quick: Any) -> None:
+def test_content_length_beyond_the_limit_is_refused(quick: Any) -> None:
     with connect(quick) as connection:
-        # None of it is sent, so that it cannot have been read.
+        # The body is never sent: the header alone is refused.
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10001\r\n\r\n".encode()
         )
@@ -57,7 +57,7 @@ def test_a_long_body_is_refused_by_its_declared_length(quick: Any) -> None:
     assert "10,000 bytes" in body["error"]["message"]
 
 
-def test_a_long_body_is_refused_while_it_comes(quick: Any) -> None:
+def test_a_chunked_body_beyond_the_limit_is_refused(quick: Any) -> None:
     with connect(quick) as connection:
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n"
@@ -65,16 +65,16 @@ def test_a_long_body_is_refused_while_it_comes(quick: Any) -> None:
         )
         for _ in range(11):
             connection.sendall(b"3e8\r\n" + b" " * 1000 + b"\r\n")
-        status, body = answer_of(connection)  # the last chunk never came
+        status, body = answer_of(connection)  # before the last chunk
     assert (status, body["error"]["code"]) == (413, "request_too_large")
 
 
-def test_a_client_that_sends_on_still_sees_the_answer(quick: Any) -> None:
+def test_a_client_that_keeps_sending_receives_the_error(quick: Any) -> None:
     answer = httpx.post(f"{quick.url}{CHAT}", content=b" " * 5_000_000)
     assert answer.status_code == 413
 
 
-def test_a_body_of_the_greatest_length_is_read(quick: Any) -> None:
+def test_a_body_of_maximum_size_is_accepted(quick: Any) -> None:
     body = json.dumps(ASKED | {"max_tokens": 2}).encode()
     headers = {"content-type": "application/json"}
     url = f"{quick.url}{CHAT}"
@@ -89,18 +89,18 @@ def test_a_body_of_the_greatest_length_is_read(quick: Any) -> None:
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: ",
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{",
     ],
-    ids=["nothing", "half of the headers", "less than it said"],
+    ids=["nothing", "half of the headers", "part of the body"],
 )
-def test_a_slow_client_is_cut_off(quick: Any, sent: bytes) -> None:
+def test_a_slow_client_times_out(quick: Any, sent: bytes) -> None:
     with connect(quick) as connection:
         connection.sendall(sent)
-        assert is_well(quick)
+        assert is_healthy(quick)
         status, body = answer_of(connection)
     assert (status, body["error"]["code"]) == (408, "request_timeout")
     assert set(body["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_drop_now_and_then_gains_no_time(quick: Any) -> None:
+def test_a_trickle_of_headers_does_not_extend_the_timeout(quick: Any) -> None:
     began = time.monotonic()
     with connect(quick) as connection, pytest.raises(OSError):
         connection.sendall(b"GET /health HTTP/1.1\r\n")
@@ -110,7 +110,7 @@ def test_a_drop_now_and_then_gains_no_time(quick: Any) -> None:
     assert time.monotonic() < began + 20
 
 
-def test_more_than_it_said_is_not_taken_for_its_own(quick: Any) -> None:
+def test_bytes_beyond_content_length_are_not_part_of_the_body(quick: Any) -> None:
     with connect(quick) as connection:
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -134,27 +134,27 @@ def test_more_than_it_said_is_not_taken_for_its_own(quick: Any) -> None:
         "x: " + "y" * 200_000,
     ],
 )
-def test_what_is_not_http_is_refused(quick: Any, head: str) -> None:
+def test_invalid_headers_are_refused(quick: Any, head: str) -> None:
     with connect(quick) as connection:
         connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n\r\n".encode())
         status, body = answer_of(connection)
     assert status in (400, 501)
     assert body["error"]["code"] == "invalid_http"
     assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert is_well(quick)
+    assert is_healthy(quick)
 
 
 @pytest.mark.parametrize(
     "sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"hello\r\n\r\n", b"GET / HTTP/9"]
 )
-def test_another_protocol_is_refused(quick: Any, sent: bytes) -> None:
+def test_other_protocols_are_refused(quick: Any, sent: bytes) -> None:
     with connect(quick) as connection:
         connection.sendall(sent + b"\r\n\r\n")
         status, body = answer_of(connection)
     assert (status, body["error"]["code"]) == (400, "invalid_http")
 
 
-def test_a_body_of_two_lengths_is_refused(quick: Any) -> None:
+def test_two_body_lengths_are_refused(quick: Any) -> None:
     with connect(quick) as connection:
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n"
@@ -164,7 +164,7 @@ def test_a_body_of_two_lengths_is_refused(quick: Any) -> None:
     assert (status, body["error"]["code"]) == (400, "invalid_http")
 
 
-def test_a_body_that_turns_bad_is_refused(quick: Any) -> None:
+def test_an_invalid_chunk_is_refused(quick: Any) -> None:
     with connect(quick) as connection:
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -174,7 +174,7 @@ def test_a_body_that_turns_bad_is_refused(quick: Any) -> None:
         connection.sendall(b"what is this\r\n")
         status, body = answer_of(connection)
     assert (status, body["error"]["code"]) == (400, "invalid_http")
-    assert is_well(quick)
+    assert is_healthy(quick)
 
 
 def test_deep_nesting_is_refused(quick: Any) -> None:
@@ -201,8 +201,8 @@ def test_deep_nesting_is_refused(quick: Any) -> None:
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_many_mistakes_are_few_complaints(process: Any, wrong: dict[str, Any]) -> None:
-    """Each complaint takes time in which nobody else is heard."""
+def test_many_invalid_values_give_few_errors(process: Any, wrong: dict[str, Any]) -> None:
+    """Each validation error costs time that blocks the event loop."""
     kind = CompletionRequest if "prompt" in wrong else ChatRequest
     with pytest.raises(ValidationError) as error:
         kind.model_validate(ASKED | wrong)
@@ -211,19 +211,19 @@ def test_many_mistakes_are_few_complaints(process: Any, wrong: dict[str, Any]) -
     answer = httpx.post(f"{process.url}{path}", json=ASKED | wrong)
     assert answer.status_code == 400
     if len(wrong) > 1:
-        told = "Invalid value for 'body': it has more than 256 keys."
-        assert answer.json()["error"]["message"] == told
+        message = "Invalid value for 'body': it has more than 256 keys."
+        assert answer.json()["error"]["message"] == message
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b'"a"', b"\xff", b'{"n": NaN}', b"1"])
-def test_what_is_no_json_object_is_refused(quick: Any, body: bytes) -> None:
+def test_bodies_that_are_not_json_objects_are_refused(quick: Any, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{quick.url}{CHAT}", content=body, headers=headers)
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_client_that_does_not_read_is_cut_off(serve_here: Callable[..., Any]) -> None:
+def test_a_client_that_does_not_read_is_disconnected(serve_here: Callable[..., Any]) -> None:
     with serve_here(slots=16, write_seconds=0.5) as service:
         body = json.dumps(
             ASKED
@@ -243,7 +243,7 @@ def test_a_client_that_does_not_read_is_cut_off(serve_here: Callable[..., Any]) 
             while wait.connections and time.monotonic() < end:
                 time.sleep(0.05)
             assert not wait.connections
-        assert is_well(service)
+        assert is_healthy(service)
 
 
 def test_connections_are_bounded(serve_here: Callable[..., Any]) -> None:
@@ -256,12 +256,12 @@ def test_connections_are_bounded(serve_here: Callable[..., Any]) -> None:
         end = time.monotonic() + 20
         while service.server.server_state.connections and time.monotonic() < end:
             time.sleep(0.01)
-        assert is_well(service)
+        assert is_healthy(service)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness")
-def test_decoding_steps_back_behind_answering(process: Process) -> None:
-    """Of the service's threads, those that decode are nicer than the first, which answers."""
+def test_decoding_has_a_lower_priority_than_the_event_loop(process: Process) -> None:
+    """Decoding threads are nicer than the main thread, which runs the event loop."""
     answer = httpx.post(f"{process.url}/v1/completions", json={"model": "tiny", "prompt": "长江"})
     assert answer.status_code == 200
     tasks = Path(f"/proc/{process.child.pid}/task")
@@ -270,5 +270,5 @@ def test_decoding_steps_back_behind_answering(process: Process) -> None:
 
 
 def nice_of(stat: Path) -> int:
-    """Field 19 of 41; the second, a name in brackets, may have spaces."""
+    """Return the nice value, field 19; field 2, a name in parentheses, may contain spaces."""
     return int(stat.read_text().rpartition(")")[2].split()[16])

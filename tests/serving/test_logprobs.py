@@ -2,7 +2,7 @@ from minimind.serving.logprobs import TextOffsets
 from minimind.tokenizer import Tokenizer
 
 
-def test_offsets_are_places_in_the_text(tokenizer: Tokenizer) -> None:
+def test_text_offsets(tokenizer: Tokenizer) -> None:
     byte = {word: i for i, word in enumerate(tokenizer.bytes_of) if len(word) == 1}
     river = "江".encode()
     ids = [

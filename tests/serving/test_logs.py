@@ -12,7 +12,7 @@ from tests.support.services import serving
 SECRET = "秘密secret47"
 
 
-def test_what_users_write_is_in_no_log(models_dir: Path, tmp_path: Path) -> None:
+def test_logs_and_metrics_have_no_text_of_users(models_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serving(models_dir, log, MINIMIND_API_KEY=f"key-{'secret47'}") as service:
         key = {"authorization": "Bearer key-secret47"}
@@ -34,11 +34,11 @@ def test_what_users_write_is_in_no_log(models_dir: Path, tmp_path: Path) -> None
             client.get(f"/{SECRET}?{SECRET}=1", headers={"user-agent": "secret47"})
             client.request("SECRET47", "/v1/models")
             client.get("/v1/models", headers={"authorization": "Bearer secret47"})
-            figures = client.get("/metrics").text
+            metrics = client.get("/metrics").text
         service.end()
     text = log.read_text(encoding="utf-8")
     assert "secret47" not in text.lower()
-    assert "secret47" not in figures.lower()
+    assert "secret47" not in metrics.lower()
     lines = [json.loads(line) for line in text.splitlines()]
     assert {line["event"] for line in lines} == {"listening", "request", "stopping", "ended"}
     requests = [line for line in lines if line["event"] == "request"]
@@ -77,7 +77,7 @@ def test_warnings_are_json_lines_too() -> None:
     assert (other["event"], other["level"]) == ("careful: hot", "warning")
 
 
-def test_of_an_exception_only_its_kind_and_place_are_told() -> None:
+def test_exceptions_are_logged_without_their_message() -> None:
     try:
         raise ValueError(f"bad: {SECRET}")
     except ValueError as error:
@@ -85,5 +85,5 @@ def test_of_an_exception_only_its_kind_and_place_are_told() -> None:
     line = json.loads(JsonLines().format(record))
     assert (line["event"], line["level"], line["exception"]) == ("failed", "error", "ValueError")
     [place] = line["at"]
-    assert place.endswith("test_of_an_exception_only_its_kind_and_place_are_told")
+    assert place.endswith("test_exceptions_are_logged_without_their_message")
     assert "secret47" not in json.dumps(line)

@@ -21,7 +21,7 @@ from tests.support.services import InProcess, make_model
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., None]:
-    """Make empty files, or adapters of the model in `base`, as far as they are looked at here."""
+    """Create empty files, or adapter configs that name `base`."""
 
     def files(*paths: str, base: object = None) -> None:
         for path in paths:
@@ -50,7 +50,7 @@ def test_names(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")
-def test_a_link_gives_its_own_name(
+def test_a_link_names_the_model(
     tmp_path: Path, make: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make("runs/3/model/config.json", "runs/3/recipe.toml", "plain/config.json")
@@ -86,7 +86,7 @@ def test_a_folder_of_models_runs_and_adapters(tmp_path: Path, make: Callable[...
     assert list(find_models([tmp_path / "in/chat", tmp_path / "in/poet"])) == ["chat", "poet"]
 
 
-def test_a_folder_that_was_moved_keeps_its_adapters(
+def test_adapters_find_their_base_in_a_moved_folder(
     tmp_path: Path, make: Callable[..., None]
 ) -> None:
     make("in/chat/model/config.json", "in/plain/config.json")
@@ -99,29 +99,33 @@ def test_a_folder_that_was_moved_keeps_its_adapters(
 
 
 @pytest.mark.parametrize("base", ["/gone/chat/model", "..", ".", "/", "a" * 5000, "a\0b", 5, [1]])
-def test_an_adapter_without_its_model_is_told(
+def test_an_adapter_without_its_base_model(
     tmp_path: Path, make: Callable[..., None], base: object
 ) -> None:
     make("in/plain/config.json")
     make("in/poet/adapter/adapter_config.json", base=base)
-    with pytest.raises(ModelError, match=r"in/poet is a LoRA adapter, .*--adapter poet=.*in/poet"):
+    with pytest.raises(ModelError, match=r"in/poet is a LoRA .*--adapter poet=.*in/poet"):
         find_models([tmp_path / "in"])
 
 
 @pytest.mark.parametrize("broken", [b"", b"{", b"[]", b"null", b"\xff", b"{}", b"[" * 100_000])
-def test_a_broken_adapter_is_told(tmp_path: Path, make: Callable[..., None], broken: bytes) -> None:
+def test_an_invalid_adapter_config(
+    tmp_path: Path, make: Callable[..., None], broken: bytes
+) -> None:
     make("in/plain/config.json", "in/poet/adapter_config.json")
     (tmp_path / "in/poet/adapter_config.json").write_bytes(broken)
-    with pytest.raises(ModelError, match=r"poet is a LoRA adapter.*does not say where"):
+    with pytest.raises(ModelError, match=r"poet is a LoRA adapter.*does not name one"):
         find_models([tmp_path / "in"])
 
 
-def test_what_is_wrong_with_a_folder_is_told(tmp_path: Path, make: Callable[..., None]) -> None:
+def test_folders_without_models_and_duplicate_names(
+    tmp_path: Path, make: Callable[..., None]
+) -> None:
     make("a/chat/config.json", "b/chat/config.json", "c/data/x.jsonl", "d/checkpoints/1")
     make("e/chat/adapter_config.json", base=str(tmp_path / "a/chat"))
     for second in ("b", "e"):
         with pytest.raises(
-            UsageError, match=rf"two models are called chat: .*a/chat.*{second}/chat"
+            UsageError, match=rf"two models have the name chat: .*a/chat.*{second}/chat"
         ):
             find_models([tmp_path / "a", tmp_path / second])
     assert len(find_models([tmp_path / "a", tmp_path / "a/chat"])) == 1  # one, named twice
@@ -142,8 +146,8 @@ def test_adapters_by_name(tmp_path: Path, make: Callable[..., None]) -> None:
     for given, told in [
         (["a"], "is not NAME=DIR"),
         (["=a"], "is not NAME=DIR"),
-        (["poet=x"], "another model is called poet"),
-        (["a=x", "a=y"], "another model is called a"),
+        (["poet=x"], "another model has the name poet"),
+        (["a=x", "a=y"], "another model has the name a"),
     ]:
         with pytest.raises(UsageError, match=told):
             find_adapters(given, models)

@@ -1,4 +1,4 @@
-"""Open-WebUI as a client: the whole of it, in an environment of its own (3 GB while it lasts)."""
+"""Open WebUI as a client, installed into a temporary environment of 3 GB."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from tests.support.services import Process, serving, wait_until
 _VERSION = "0.12.4"
 _PYTHONS = ((3, 11), (3, 12))  # that this version of it runs on
 KEY = "a key of ours"
-# It is to look for nothing anywhere else, and to load no models of its own.
+# Offline, and without models of its own.
 _ALONE = {
     "OFFLINE_MODE": "true",
     "HF_HUB_OFFLINE": "1",
@@ -38,7 +38,7 @@ _ALONE = {
 
 
 def find_python() -> str | None:
-    """One that it runs on."""
+    """Return a supported Python interpreter."""
     if sys.version_info[:2] in _PYTHONS:
         return sys.executable
     return next((p for v in _PYTHONS if (p := shutil.which("python{}.{}".format(*v)))), None)
@@ -46,7 +46,7 @@ def find_python() -> str | None:
 
 @pytest.fixture(scope="module")
 def open_webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Its program, installed from the registry; removed afterwards."""
+    """Install Open WebUI from the package index; yield its program; remove it afterwards."""
     python = find_python()
     if python is None:
         pytest.skip("no Python 3.11 or 3.12 here, which Open-WebUI needs")
@@ -66,7 +66,7 @@ def open_webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running(program: Path, service: Process, folder: Path) -> Iterator[str]:
-    """Its URL, once it is well."""
+    """Run Open WebUI; yield its URL once it is healthy."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -123,7 +123,7 @@ def test_open_webui_lists_models_chats_and_streams(
 
 
 def talk_through(client: Any, service: Process) -> None:
-    """What the same questions give at the service itself, Open-WebUI has to give too."""
+    """Answers through Open WebUI equal those of the service."""
     signed_in = client.post("/api/v1/auths/signin", json={"email": "", "password": ""})
     client.headers["authorization"] = f"Bearer {signed_in.json()['token']}"
     listed = client.get("/api/models").json()["data"]

@@ -1,4 +1,4 @@
-"""The official client against a real process (reliability: streams, n, seed, usage, errors)."""
+"""The official client against a real process: streams, n, seed, usage, errors."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ def test_models(client: OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_an_answer_is_what_the_engine_writes(client: OpenAI, models_dir: Path) -> None:
+def test_answers_equal_the_output_of_the_engine(client: OpenAI, models_dir: Path) -> None:
     done = ask(client)
     model, tokenizer = load_for_inference(models_dir / "tiny", "cpu")
     prompt, _ = encode_chat(tokenizer, ASKED, add_generation_prompt=True)
@@ -67,7 +67,7 @@ def test_an_answer_is_what_the_engine_writes(client: OpenAI, models_dir: Path) -
     assert done._request_id.startswith("req_")
 
 
-def test_a_stream_is_shaped_as_openai_shapes_it(client: OpenAI) -> None:
+def test_streams_have_openai_format(client: OpenAI) -> None:
     whole = ask(client)
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
     first, *middle, last, usage = chunks
@@ -85,7 +85,7 @@ def test_a_stream_is_shaped_as_openai_shapes_it(client: OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({(c.id, c.created, c.model, c.system_fingerprint, c.object) for c in chunks}) == 1
     assert first.object == "chat.completion.chunk"
-    assert [c.usage for c in ask(client, stream=True)][-1] is None  # only where it is asked for
+    assert [c.usage for c in ask(client, stream=True)][-1] is None  # only if requested
 
 
 def test_the_bytes_of_a_stream(process: Any) -> None:
@@ -102,7 +102,7 @@ def test_the_bytes_of_a_stream(process: Any) -> None:
     assert choice["logprobs"] is None
 
 
-def test_many_choices_have_seeds_of_their_own(client: OpenAI) -> None:
+def test_choices_have_different_seeds(client: OpenAI) -> None:
     settings: dict[str, Any] = {"n": 3, "seed": 5, "temperature": 1.5}
     settings |= {"max_completion_tokens": 12, "logprobs": True}
     first, again = (ask(client, max_tokens=None, **settings) for _ in range(2))
@@ -121,7 +121,7 @@ def test_many_choices_have_seeds_of_their_own(client: OpenAI) -> None:
     assert streamed == texts
 
 
-def test_stop_strings_are_not_shown(client: OpenAI) -> None:
+def test_stop_strings_are_not_returned(client: OpenAI) -> None:
     text = ask(client).choices[0].message.content
     stop = text[7:9]
     for given in (stop, ["never said", stop]):
@@ -220,7 +220,7 @@ def test_completions(client: OpenAI) -> None:
         assert usage.completion_tokens == 16
 
 
-def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
+def test_prompts_of_token_ids(client: OpenAI, tokenizer: Any) -> None:
     given: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
     ids = tokenizer.encode("长江")
     text = client.completions.create(prompt="长江", **given).choices[0].text
@@ -234,7 +234,7 @@ def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "param", "code", "said"),
     [
-        ({"model": "nobody"}, "model", "model_not_found", "There are: other, tiny"),
+        ({"model": "nobody"}, "model", "model_not_found", "Available models: other, tiny"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools"),
         ({"extra_body": {"colour": 1}}, "colour", "unknown_parameter", "colour"),
         ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2"),
@@ -247,7 +247,7 @@ def test_prompts_may_be_tokens(client: OpenAI, tokenizer: Any) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages.0.content.0.type",
             "invalid_value",
-            "only text parts are offered",
+            "only text parts are supported",
         ),
         (
             {"messages": [{"role": "assistant", "content": None}]},
@@ -394,7 +394,7 @@ def test_answers_are_sent_back_with_fields_that_are_null(client: OpenAI, extra: 
     ],
     ids=str,
 )
-def test_errors_are_about_the_kind_of_prompt_that_was_meant(
+def test_prompt_errors_match_the_type_of_the_prompt(
     client: OpenAI, prompt: Any, param: str, said: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -404,7 +404,7 @@ def test_errors_are_about_the_kind_of_prompt_that_was_meant(
     assert said in caught.value.body["message"]
 
 
-def test_an_error_names_the_first_thing_that_is_wrong(client: OpenAI) -> None:
+def test_the_first_error_is_reported(client: OpenAI) -> None:
     wrong = [{"role": "user", "content": [{"type": "text", "text": 5}]}]
     for settings, param in (
         ({"messages": wrong}, "messages.0.content.0.text"),
@@ -417,7 +417,7 @@ def test_an_error_names_the_first_thing_that_is_wrong(client: OpenAI) -> None:
         assert caught.value.param == param
 
 
-def test_async_clients_at_once(process: Any, client: OpenAI) -> None:
+def test_concurrent_async_clients(process: Any, client: OpenAI) -> None:
     expected = ask(client).choices[0].message.content
 
     async def stream(client: AsyncOpenAI) -> str:
@@ -436,7 +436,7 @@ def test_async_clients_at_once(process: Any, client: OpenAI) -> None:
     assert asyncio.run(talk()) == [expected] * 24
 
 
-def test_the_oldest_turns_are_left_out_where_that_is_asked_for(client: OpenAI) -> None:
+def test_truncation_drops_the_oldest_turns(client: OpenAI) -> None:
     long = [ASKED[0], *[{"role": "user", "content": "长江" * 100}] * 40, ASKED[1]]
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         ask(client, messages=long)
@@ -455,5 +455,5 @@ def test_the_oldest_turns_are_left_out_where_that_is_asked_for(client: OpenAI) -
 
 
 def raw_of(completions: Any) -> Any:
-    """Something that `ask` takes for a client."""
+    """Wrap completions so that `ask` accepts them as a client."""
     return SimpleNamespace(chat=SimpleNamespace(completions=completions))

@@ -1,4 +1,4 @@
-"""schemathesis makes requests out of our own OpenAPI, right ones and wrong ones."""
+"""Property-based tests: schemathesis generates requests from the OpenAPI document."""
 
 import re
 from typing import Any
@@ -12,10 +12,10 @@ from schemathesis.checks import CHECKS, load_all_checks
 
 load_all_checks()
 
-_SHORT = 4  # tokens of an answer: it is the requests that are tried out here
+_SHORT = 4  # tokens per answer: these tests are about requests
 _WITHOUT_DATA = [("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models")]
 _WITH_DATA = [
-    ("GET", "/v1/models/{model}", "positive"),  # any name may be asked for
+    ("GET", "/v1/models/{model}", "positive"),  # every name is valid
     ("POST", "/v1/chat/completions", "positive"),
     ("POST", "/v1/chat/completions", "negative"),
     ("POST", "/v1/completions", "positive"),
@@ -32,15 +32,15 @@ def schema(process: Any) -> Any:
 
 
 def with_short_answer(case: Any) -> None:
-    """Ask the same of a model that is there, and for few tokens; what is wrong stays wrong."""
+    """Use an existing model and few tokens; invalid values stay invalid."""
     body = case.body
     if not isinstance(body, dict):
         return
     if isinstance(body.get("model"), str):
         body["model"] = "tiny"
     for name in ("max_tokens", "max_completion_tokens"):
-        asked = body.get(name)
-        if type(asked) is int and (asked == -1 or _SHORT < asked < 2**31):  # more is wrong
+        value = body.get(name)
+        if type(value) is int and (value == -1 or _SHORT < value < 2**31):  # larger is invalid
             body[name] = _SHORT
         elif name in body and body[name] is None:
             del body[name]
@@ -48,11 +48,13 @@ def with_short_answer(case: Any) -> None:
         body.setdefault("max_tokens", _SHORT)
 
 
-def try_out(process: Any, schema: Any, method: str, path: str, mode: str, examples: int) -> None:
+def run_generated(
+    process: Any, schema: Any, method: str, path: str, mode: str, examples: int
+) -> None:
     session = requests.Session()
     answered = []
 
-    # Some right requests cannot be answered, such as one for a token that the model does not have.
+    # Some valid requests are refused, such as a token id beyond the vocabulary.
     excluded = [CHECKS.get_one("positive_data_acceptance")]
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
@@ -71,23 +73,21 @@ def try_out(process: Any, schema: Any, method: str, path: str, mode: str, exampl
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), _WITH_DATA)
-def test_requests_that_are_made_up(
-    process: Any, schema: Any, method: str, path: str, mode: str
-) -> None:
-    try_out(process, schema, method, path, mode, examples=40)
+def test_generated_requests(process: Any, schema: Any, method: str, path: str, mode: str) -> None:
+    run_generated(process, schema, method, path, mode, examples=40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "path", "mode"), _WITH_DATA)
-def test_five_hundred_requests_of_each_kind(
+def test_500_generated_requests(
     process: Any, schema: Any, method: str, path: str, mode: str
 ) -> None:
-    try_out(process, schema, method, path, mode, examples=500)
+    run_generated(process, schema, method, path, mode, examples=500)
 
 
 @pytest.mark.parametrize(("method", "path"), _WITHOUT_DATA)
 def test_requests_without_data(process: Any, schema: Any, method: str, path: str) -> None:
-    try_out(process, schema, method, path, "positive", examples=1)
+    run_generated(process, schema, method, path, "positive", examples=1)
 
 
 def test_every_parameter_is_described_with_its_default(process: Any) -> None:
@@ -107,11 +107,11 @@ def test_every_parameter_is_described_with_its_default(process: Any) -> None:
         "parallel_tool_calls": True,
     }
     assert text["max_tokens"]["default"] == 16
-    assert "generation_config.json says, or 1." in chat["temperature"]["description"]
-    assert "generation_config.json says, or 1." in chat["top_p"]["description"]
+    assert "generation_config.json, else 1." in chat["temperature"]["description"]
+    assert "generation_config.json, else 1." in chat["top_p"]["description"]
 
 
-def test_the_docs_need_no_other_host(process: Any) -> None:
+def test_docs_load_nothing_from_other_hosts(process: Any) -> None:
     page = requests.get(f"{process.url}/docs").text
     found = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page)
     assert "/openapi.json" in found

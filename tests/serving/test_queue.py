@@ -1,4 +1,4 @@
-"""Overload, order, and clients that leave."""
+"""Admission control, fairness, and clients that disconnect."""
 
 import json
 import socket
@@ -10,8 +10,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from minimind.serving.admission import AdmissionQueue
 from minimind.serving.errors import APIError
-from minimind.serving.limits import Queue
 from tests.support.services import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -31,31 +31,31 @@ def is_idle(service: Any) -> bool:
     return stats(service).running == stats(service).waiting == 0
 
 
-def test_the_queue_counts() -> None:
-    queue = Queue(slots=2, waiting=3)
-    queue.take(2)
-    assert queue.waiting == 0
-    queue.take(3)
-    assert queue.waiting == 3
+def test_admission_queue() -> None:
+    queue = AdmissionQueue(slots=2, max_queued=3)
+    queue.admit(2)
+    assert queue.queued == 0
+    queue.admit(3)
+    assert queue.queued == 3
     with pytest.raises(APIError) as caught:
-        queue.take(1)
+        queue.admit(1)
     assert caught.value.status == 429
-    assert caught.value.headers == {"retry-after": "2"}  # a second each, two at once, four before
+    assert caught.value.headers == {"retry-after": "2"}  # 1 s per answer, 2 slots, 4 in line
     for _ in range(200):
-        queue.give_back(30.0)
-        queue.take(1)
+        queue.release(30.0)
+        queue.admit(1)
     with pytest.raises(APIError) as caught:
-        queue.take(1)
+        queue.admit(1)
     assert caught.value.headers == {"retry-after": "60"}
     with pytest.raises(APIError) as caught:
-        queue.take(6)
-    assert caught.value.status == 400  # it would never fit
+        queue.admit(6)
+    assert caught.value.status == 400  # can never fit
     for _ in range(5):
-        queue.give_back(0.1)
-    queue.take(5)
+        queue.release(0.1)
+    queue.admit(5)
 
 
-def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None:
+def test_a_full_queue_returns_429_with_retry_after(serve_here: Callable[..., Any]) -> None:
     with serve_here(slots=1, queue=2) as service:
         url = f"{service.url}{CHAT}"
         with (
@@ -72,12 +72,12 @@ def test_too_many_are_told_to_come_again(serve_here: Callable[..., Any]) -> None
             never = httpx.post(url, json=asked(n=4))
             assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
         wait_until(lambda: is_idle(service))
-        wait_until(lambda: service.models["tiny"].queue._taken == 0)
+        wait_until(lambda: service.models["tiny"].queue._admitted == 0)
         assert httpx.post(url, json=asked(max_tokens=2)).status_code == 200
 
 
-def test_nobody_starves(serve_here: Callable[..., Any]) -> None:
-    """Who came first is done first, however many ask at the same time and again."""
+def test_requests_are_served_in_order(serve_here: Callable[..., Any]) -> None:
+    """A request waits only for those before it, whatever the load."""
     with serve_here(slots=1, queue=64) as service:
         url = f"{service.url}{CHAT}"
         ended: list[str] = []
@@ -105,7 +105,7 @@ def test_nobody_starves(serve_here: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_leaves_frees_its_slot(serve_here: Callable[..., Any], streams: bool) -> None:
+def test_a_disconnect_frees_the_slots(serve_here: Callable[..., Any], streams: bool) -> None:
     with serve_here(slots=4) as service:
         body = json.dumps(asked(stream=streams, max_tokens=-1, n=4)).encode()
         with socket.create_connection(service.address) as connection:
@@ -118,11 +118,11 @@ def test_a_client_that_leaves_frees_its_slot(serve_here: Callable[..., Any], str
         wait_until(lambda: is_idle(service))
         answer = httpx.post(f"{service.url}{CHAT}", json=asked(max_tokens=3))
         assert answer.status_code == 200
-        figures = httpx.get(f"{service.url}/metrics").text
+        metrics = httpx.get(f"{service.url}/metrics").text
         written = next(
             float(line.split()[-1])
-            for line in figures.splitlines()
+            for line in metrics.splitlines()
             if line.startswith("minimind_completion_tokens_total")
         )
-        assert written < 4 * 2000  # it was not written to its end
-        assert 'route="/v1/chat/completions",status="499"' in figures or streams
+        assert written < 4 * 2000  # generation was cancelled
+        assert 'route="/v1/chat/completions",status="499"' in metrics or streams

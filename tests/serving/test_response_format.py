@@ -28,12 +28,12 @@ def ask(client: OpenAI, **settings: Any) -> Any:
     return client.chat.completions.create(**given | settings).choices[0]
 
 
-def of_schema(schema: dict[str, Any], strict: bool | None) -> dict[str, Any]:
+def json_schema(schema: dict[str, Any], strict: bool | None) -> dict[str, Any]:
     described = {"name": "answer", "schema": schema, "strict": strict}
     return {"type": "json_schema", "json_schema": described}
 
 
-def test_an_object_is_whole_or_reported_as_cut(client: OpenAI) -> None:
+def test_json_is_complete_or_finish_reason_is_length(client: OpenAI) -> None:
     reasons = set()
     for seed in range(12):
         choice = ask(
@@ -57,7 +57,7 @@ def test_an_answer_follows_its_schema(client: OpenAI, strict: bool | None) -> No
         "additionalProperties": False,
     }
     for seed in range(4):
-        choice = ask(client, response_format=of_schema(schema, strict), seed=seed)
+        choice = ask(client, response_format=json_schema(schema, strict), seed=seed)
         assert choice.finish_reason == "stop"
         found = json.loads(choice.message.content)
         assert list(found) == ["river", "long"]
@@ -65,7 +65,7 @@ def test_an_answer_follows_its_schema(client: OpenAI, strict: bool | None) -> No
         assert isinstance(found["long"], bool)
 
 
-def test_what_the_official_client_makes_of_a_class(client: OpenAI) -> None:
+def test_pydantic_models_with_the_official_client(client: OpenAI) -> None:
     done = client.chat.completions.parse(
         model="tiny", messages=ASKED, temperature=1.5, seed=3, response_format=River, logprobs=True
     )
@@ -79,8 +79,8 @@ def test_what_the_official_client_makes_of_a_class(client: OpenAI) -> None:
     assert written.decode() == done.choices[0].message.content
 
 
-def test_a_stream_and_choices_follow_it_too(client: OpenAI) -> None:
-    wanted = of_schema({"type": "array", "items": {"type": "boolean"}, "maxItems": 4}, True)
+def test_streams_and_choices_follow_the_schema(client: OpenAI) -> None:
+    wanted = json_schema({"type": "array", "items": {"type": "boolean"}, "maxItems": 4}, True)
     texts = {0: "", 1: "", 2: ""}
     reasons = {}
     for chunk in client.chat.completions.create(
@@ -99,16 +99,16 @@ def test_a_stream_and_choices_follow_it_too(client: OpenAI) -> None:
     assert all(isinstance(value, bool) for text in texts.values() for value in json.loads(text))
 
 
-def test_a_schema_may_be_left_out_and_text_is_free(client: OpenAI) -> None:
+def test_schema_is_optional_and_text_is_unconstrained(client: OpenAI) -> None:
     anything = {"type": "json_schema", "json_schema": {"name": "anything"}}
     assert ask(client, response_format=anything, max_tokens=5).message.content.startswith("{")
     free = ask(client, response_format={"type": "text"}, temperature=0, max_tokens=20)
     assert free == ask(client, temperature=0, max_tokens=20)
 
 
-def test_other_settings_go_with_it(client: OpenAI) -> None:
-    """A bias and penalties change which of the allowed tokens come, never whether they are."""
-    wanted = of_schema({"enum": ["长江", "黄河", "泰山"]}, True)
+def test_sampling_parameters_combine_with_a_schema(client: OpenAI) -> None:
+    """Bias and penalties affect the choice among allowed tokens only."""
+    wanted = json_schema({"enum": ["长江", "黄河", "泰山"]}, True)
     settings: dict[str, Any] = {"repetition_penalty": 3.0, "top_k": 1, "min_p": 0.5}
     for seed in range(4):
         choice = ask(

@@ -1,4 +1,4 @@
-"""The end of a service in the middle of its work."""
+"""Shutdown during requests."""
 
 import json
 import os
@@ -13,23 +13,23 @@ import httpx2 as httpx
 import psutil
 import pytest
 
-from tests.support.clients import ASKED, stop_in_the_middle
+from tests.support.clients import ASKED, stop_during_streams
 from tests.support.services import serving, wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_it_ends_in_the_middle_of_streams(models_dir: Path, tmp_path: Path, number: int) -> None:
-    stop_in_the_middle(models_dir, tmp_path / "log", number)
+def test_shutdown_during_streams(models_dir: Path, tmp_path: Path, number: int) -> None:
+    stop_during_streams(models_dir, tmp_path / "log", number)
 
 
 @pytest.mark.slow
-def test_it_ends_fifty_times(models_dir: Path, tmp_path: Path) -> None:
+def test_fifty_shutdowns(models_dir: Path, tmp_path: Path) -> None:
     for times in range(50):
         number = signal.SIGTERM if times % 2 else signal.SIGINT
-        stop_in_the_middle(models_dir, tmp_path / "log", number)
+        stop_during_streams(models_dir, tmp_path / "log", number)
 
 
-def test_what_is_nearly_done_is_finished(models_dir: Path, tmp_path: Path) -> None:
+def test_answers_within_the_grace_period_are_finished(models_dir: Path, tmp_path: Path) -> None:
     with serving(models_dir, tmp_path / "log") as service:
         url = f"{service.url}/v1/chat/completions"
         body = ASKED | {"n": 1, "max_tokens": 300}
@@ -43,11 +43,11 @@ def test_what_is_nearly_done_is_finished(models_dir: Path, tmp_path: Path) -> No
         assert service.child.wait(timeout=5) == 0
 
 
-def test_it_ends_with_the_one_that_started_it(models_dir: Path, tmp_path: Path) -> None:
+def test_service_ends_with_its_parent_process(models_dir: Path, tmp_path: Path) -> None:
     starter = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-m', 'minimind', 'serve', {str(models_dir)!r},"
-        " '--port', '0', '--end-with-stdin'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        " '--port', '0', '--exit-with-stdin'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "print(child.pid, child.stdout.readline().decode(), flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -65,7 +65,7 @@ def test_it_ends_with_the_one_that_started_it(models_dir: Path, tmp_path: Path) 
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10)
 
 
-def test_a_port_that_is_taken_is_told(process: Any, models_dir: Path) -> None:
+def test_a_port_in_use_is_reported(process: Any, models_dir: Path) -> None:
     port = process.url.rpartition(":")[2]
     done = subprocess.run(
         [sys.executable, "-m", "minimind", "serve", models_dir, "--port", port],
@@ -75,10 +75,10 @@ def test_a_port_that_is_taken_is_told(process: Any, models_dir: Path) -> None:
     )
     assert done.returncode == 1
     assert "error: cannot listen at 127.0.0.1" in done.stderr
-    assert "Give another --port" in done.stderr
+    assert "Choose another --port" in done.stderr
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_is_heard() -> Iterator[None]:
+def _sigint_is_not_ignored() -> Iterator[None]:
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     yield

@@ -1,4 +1,4 @@
-"""Streams that wait: comments keep the connection open."""
+"""Keep-alive comments of streams that wait."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def asked(**settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
-def test_a_stream_that_waits_in_the_queue_sends_comments(
+def test_a_queued_stream_sends_comments(
     kind: str, serve_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "PING_SECONDS", 0.05)
@@ -38,7 +38,7 @@ def test_a_stream_that_waits_in_the_queue_sends_comments(
             while seen.count(": waiting") < 3:
                 seen.append(next(lines))
             assert engine.stats().waiting == 1
-            first.close()  # which gives its slot to the one that waits
+            first.close()  # frees the slot for the waiting request
             seen += lines
     events = [line for line in seen if line]
     data = [line[6:] for line in events if line.startswith("data: ")]
@@ -48,7 +48,7 @@ def test_a_stream_that_waits_in_the_queue_sends_comments(
     assert [choice["finish_reason"] for choice in choices][-1] == "length"
 
 
-def test_clients_skip_the_comments(
+def test_clients_ignore_comments(
     serve_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "PING_SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""Models whose chat template refuses some conversations."""
+"""Models whose chat template rejects some conversations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ def serve_shape(tmp_path: Path) -> Callable[[str], InProcess]:
         ("base", ["user"], "chat"),
     ],
 )
-def test_what_a_template_refuses_is_a_mistake_of_the_request(
+def test_rejection_by_a_template_is_a_client_error(
     truncation: str | None, shape: str, roles: list[str], said: str, serve_shape: Any
 ) -> None:
     body = {

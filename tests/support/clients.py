@@ -1,4 +1,4 @@
-"""Clients of a running service: many that come and leave, and some that hear its end."""
+"""Clients of a running service: many that disconnect, and some that see its shutdown."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ def asked(prompt: int) -> dict[str, Any]:
 
 
 async def listen(client: httpx.AsyncClient, prompt: int, most_events: int | None) -> str | None:
-    """The whole answer; None where it was left in the middle."""
+    """Return the complete answer, or None after disconnecting early."""
     text, events = "", 0
     async with client.stream("POST", "/v1/chat/completions", json=asked(prompt)) as answer:
         assert answer.status_code == 200
@@ -40,7 +40,7 @@ async def listen(client: httpx.AsyncClient, prompt: int, most_events: int | None
 
 
 async def churn(url: str, requests: int, at_once: int, alone: list[str]) -> tuple[int, int]:
-    """How many answers were heard to their end, and how many were left."""
+    """Return the numbers of completed and of abandoned answers."""
     dice = random.Random(1)
     waiting = [
         (dice.randrange(len(PROMPTS)), dice.randint(1, 20) if dice.random() < 0.5 else None)
@@ -70,13 +70,13 @@ async def churn(url: str, requests: int, at_once: int, alone: list[str]) -> tupl
 
 
 async def each_alone(url: str) -> list[str]:
-    """The answer to each prompt while nothing else is asked."""
+    """Return the answer to each prompt without concurrent requests."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         return [await listen(client, prompt, None) or "" for prompt in range(len(PROMPTS))]
 
 
-def figure(service: Process, name: str) -> float:
-    """One of /metrics."""
+def metric(service: Process, name: str) -> float:
+    """Return a metric of the model `tiny`."""
     metrics = httpx.get(f"{service.url}/metrics").text.splitlines()
     [line] = [line for line in metrics if line.startswith(f'minimind_{name}{{model="tiny"}}')]
     return float(line.split()[-1])
@@ -88,7 +88,7 @@ ASKED = {
     "max_tokens": -1,
     "n": 16,
     "stream": True,
-    "logit_bias": {"0": -100, "2": -100},  # the ends of texts and messages: it goes on and on
+    "logit_bias": {"0": -100, "2": -100},  # never end the answer
 }
 
 
@@ -100,8 +100,8 @@ def read_to_the_end(url: str, heard: list[str], begun: threading.Barrier) -> Non
         heard.extend(line for line in lines if line)
 
 
-def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> float:
-    """Seconds from the signal to the end of the process."""
+def stop_during_streams(models_dir: Path, log: Path, number: int) -> float:
+    """Signal a service with open streams; return the seconds until it has exited."""
     with serving(models_dir, log, "--slots", "4") as service:
         streams: list[list[str]] = [[], [], []]
         begun = threading.Barrier(len(streams) + 1)
@@ -124,7 +124,7 @@ def stop_in_the_middle(models_dir: Path, log: Path, number: int) -> float:
         for thread in threads:
             thread.join(timeout=5)
             assert not thread.is_alive()
-        for heard in streams:  # each was told, and none was left hanging
+        for heard in streams:  # every client received the error
             assert heard[-1] == "data: [DONE]"
             error = json.loads(heard[-2].removeprefix("data: "))["error"]
             assert error["code"] == "stopping"

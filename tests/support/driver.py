@@ -73,7 +73,7 @@ def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -
     def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
         real(path, *arguments, **options)
         name = Path(path).name
-        if name.startswith(".making-") and int(name.removeprefix(".making-")) >= step:
+        if name.startswith(".tmp-") and int(name.removeprefix(".tmp-")) >= step:
             os.mkdir = real
             free = shutil.disk_usage(run).free
             (run.parent / "ballast").write_bytes(bytes(max(0, free - room)))
@@ -203,9 +203,9 @@ def train_rank(
     with init_distributed("cpu") as group:
         reporter = Printing() if group.is_main else Reporter()
         trainer = nano_trainer(Path(run), objective, group=group, reporter=reporter, **settings)
-        trainer.data = Recorded(trainer.data.parts, [1.0], trainer.recipe.seed)
+        trainer.data = Recorded(trainer.data.sources, [1.0], trainer.recipe.seed)
         if trainer.held_out:
-            trainer.held_out = HeldOut(trainer.held_out.parts, [1.0], trainer.recipe.seed)
+            trainer.held_out = HeldOut(trainer.held_out.sources, [1.0], trainer.recipe.seed)
         real, call = trainer.objective.loss, 0
 
         def loss(*arguments: Any) -> LossOutput:

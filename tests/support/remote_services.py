@@ -1,4 +1,4 @@
-"""A local HTTP server that behaves like the services that people compare with."""
+"""A local HTTP server that behaves like various OpenAI-compatible services."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ def _openai_error(message: str, param: str, code: str) -> Refusal:
 
 
 def like_gpt5(body: dict[str, Any]) -> Refusal | None:
-    """OpenAI's reasoning models: another name of the length, and the default temperature only."""
+    """OpenAI's reasoning models: a new name of the token limit, only temperature 1."""
     if "max_tokens" in body:
         return _openai_error(
             "Unsupported parameter: 'max_tokens' is not supported with this model. "
@@ -40,7 +40,7 @@ def like_gpt5(body: dict[str, Any]) -> Refusal | None:
 
 
 def like_mistral(body: dict[str, Any]) -> Refusal | None:
-    """Mistral: status 422 for every field that it does not know, all of them in one reply."""
+    """Mistral: status 422 that lists every unknown field."""
     known = {"model", "messages", "stream", "temperature", "top_p", "max_tokens", "random_seed"}
     wrong = [
         {"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted"}
@@ -51,7 +51,7 @@ def like_mistral(body: dict[str, Any]) -> Refusal | None:
 
 
 def like_old(body: dict[str, Any]) -> Refusal | None:
-    """An old service: what it does not know it ignores, max_completion_tokens too."""
+    """An old service that ignores unknown fields, such as max_completion_tokens."""
     return None
 
 
@@ -60,11 +60,11 @@ def refuses_nothing(body: dict[str, Any]) -> Refusal | None:
 
 
 class RemoteService:
-    """Enter it to start it.
+    """Context manager for the server.
 
-    faults: for the first requests, one each: a status with Retry-After ("429", "503"), "hang"
+    faults: one for each of the first requests: a status with Retry-After ("429", "503"), "hang"
     before the headers, "stall" or "cut" in the middle of the stream, "html", "error" as an event.
-    asked, keys: the bodies and the keys that came.
+    asked, keys: the bodies and API keys of all requests.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RemoteService:
         self._thread = threading.Thread(target=self._server.serve_forever)
 
     def take(self, body: dict[str, Any], key: str | None) -> str | None:
-        """Note a request; the fault that it meets."""
+        """Record a request and return the fault to simulate."""
         self.times.append(time.monotonic())
         self.asked.append(body)
         self.keys.append(key)
@@ -96,21 +96,21 @@ class RemoteService:
         return self._policy(body)
 
     def events(self, body: dict[str, Any]) -> list[str]:
-        """The answer as it is streamed. Raises RuntimeError where `say` does."""
-        said = self._say(body["messages"])
+        """Return the events of a streamed answer. Raises RuntimeError if `say` does."""
+        answer = self._say(body["messages"])
         limits = [body.get("max_completion_tokens"), body.get("max_tokens")]
         if self._policy is like_old:
             limits = limits[1:]
-        words = said.split(" ")
-        most = min((limit for limit in limits if limit is not None), default=len(words))
-        reason = "stop" if len(words) <= most else "length"
+        words = answer.split(" ")
+        limit = min((number for number in limits if number is not None), default=len(words))
+        reason = "stop" if len(words) <= limit else "length"
         deltas: list[dict[str, Any]] = [
             {"choices": [{"index": 0, "delta": {"content": f"{' ' if n else ''}{word}"}}]}
-            for n, word in enumerate(words[:most])
+            for n, word in enumerate(words[:limit])
         ]
         deltas.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
         if body.get("stream_options", {}).get("include_usage") or self._policy is like_old:
-            usage = _USAGE | {"completion_tokens": len(words[:most])}
+            usage = _USAGE | {"completion_tokens": len(words[:limit])}
             deltas.append({"choices": [], "usage": usage})
         return [f"data: {json.dumps(delta)}\n\n" for delta in deltas] + ["data: [DONE]\n\n"]
 

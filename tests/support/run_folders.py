@@ -1,16 +1,16 @@
-"""Run directories as training leaves them, written by hand."""
+"""Run directories like those of training, written by hand."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-WINDOW, BATCH = 32, 4
+SEQ_LEN, BATCH_SIZE = 32, 4
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
     metrics = {"loss": 9 / step, "bits_per_byte": 3 / step, "tokens_per_second": 5e4 + step}
     metrics |= {
-        "tokens": step * WINDOW * BATCH,
+        "tokens": step * SEQ_LEN * BATCH_SIZE,
         "elapsed_s": step / 2,
         "peak_memory_bytes": 1 << 28,
     }
@@ -39,7 +39,7 @@ def write_run(
     more: str = "",
     **summary: Any,
 ) -> Path:
-    """A finished run; summary={} of one figure more, or `finished=False` for none at all."""
+    """Write a run. summary: additional metrics of summary.json; finished=False omits the file."""
     folder.mkdir(parents=True)
     lines = usual_metrics() if metrics is None else metrics
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Services to talk to: a real process for a package of tests, others inside the test's own."""
+"""Services for tests: in a child process, or in a thread of the test process."""
 
 import contextlib
 import os
@@ -22,9 +22,9 @@ from minimind.tokenizer import Tokenizer
 
 
 def make_model(tokenizer: Tokenizer, seed: int, context: int, padding: int = 0) -> Transformer:
-    """Its choices are varied, and it never stops by itself.
+    """Create a random model with varied answers that never ends them.
 
-    padding: rows of the embedding beyond the tokenizer's ids; the model prefers them to any token.
+    padding: embedding rows beyond the vocabulary; the model gives them the highest probability.
     """
     torch.manual_seed(seed)
     rows = tokenizer.vocab_size + padding
@@ -41,7 +41,7 @@ def make_model(tokenizer: Tokenizer, seed: int, context: int, padding: int = 0) 
 
 
 def save_models(folder: Path, tokenizer: Tokenizer, context: int = 2048) -> Path:
-    """Two runs in `folder`, called `tiny` and `other`."""
+    """Save two runs, `tiny` and `other`, in `folder`."""
     for name, seed in (("tiny", 1), ("other", 2)):
         save_model(folder / name / "model", make_model(tokenizer, seed, context), tokenizer)
     return folder
@@ -49,21 +49,21 @@ def save_models(folder: Path, tokenizer: Tokenizer, context: int = 2048) -> Path
 
 @dataclass
 class Process:
-    """A service in a process of its own."""
+    """A service in a child process."""
 
     url: str
     child: subprocess.Popen[str]
     log: Path
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Its exit status, after that signal."""
+        """Send a signal and return the exit status."""
         self.child.send_signal(number)
         return self.child.wait(timeout=120)
 
 
 @contextlib.contextmanager
 def serving(folder: Path, log: Path, *flags: str, **variables: str) -> Iterator[Process]:
-    """`minimind serve`, on a port that was free."""
+    """Run `minimind serve` on a free port."""
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -92,20 +92,20 @@ def is_up(url: str) -> bool:
     return False
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
-    """Until it is so; fails after that time, which is long for what is waited for."""
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Poll until the condition holds; fail after a generous timeout."""
     end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it never was so"
+    while not condition():
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.02)
 
 
 class InProcess:
-    """A service in a thread of this process, so that its bounds can be made small."""
+    """A service in a thread of this process, with custom limits."""
 
     def __init__(self, folder: Path, slots: int, limits: Limits, keys: Sequence[str]) -> None:
         self.models = load_models(
-            find_models([folder]), device="cpu", slots=slots, waiting=limits.queue
+            find_models([folder]), device="cpu", slots=slots, max_queued=limits.queue
         )
         listening = bind("127.0.0.1", 0)
         self.url = url_of(listening)

@@ -21,7 +21,7 @@ LITTLE = {
     "single_turn": 400,
     "multi_turn": 100,
     "preference_pairs": 80,
-    "exam_questions": 20,
+    "multiple_choice_questions": 20,
 }
 
 

@@ -1,4 +1,4 @@
-"""Small exams in the layouts that exams are published in, and a tiny random model."""
+"""Small benchmarks in their published layouts, and a tiny random model."""
 
 import csv
 from pathlib import Path
@@ -27,7 +27,7 @@ EXAMPLES = [
 def write_table(
     path: Path, questions: list[tuple[str, list[str], str]], header: list[str] | None
 ) -> None:
-    """A CSV file of questions, numbered where the header begins with a column for it."""
+    """Write a CSV file of questions, numbered if the header has a column for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -39,7 +39,7 @@ def write_table(
 
 
 def make_ceval(folder: Path) -> Path:
-    """C-Eval's layout, of two subjects."""
+    """Write two subjects in C-Eval's layout."""
     header = ["id", "question", "A", "B", "C", "D", "answer"]
     for subject, questions in (("logic", CHINESE[:4]), ("accountant", CHINESE[4:])):
         write_table(folder / "val" / f"{subject}_val.csv", questions, header)
@@ -48,7 +48,7 @@ def make_ceval(folder: Path) -> Path:
 
 
 def make_varied(tokenizer: Tokenizer, context: int = 512, **shape: object) -> Transformer:
-    """Its choices are varied."""
+    """Create a random model with large weights, so that its choices vary."""
     torch.manual_seed(3)
     size = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": context}
     model = Transformer(ModelConfig(**PRESETS["nano"] | size | shape))

@@ -159,6 +159,6 @@ def kill_on_the_way(stage: Stage, run: Path, dice: random.Random, kills: int) ->
         os.kill(child.pid, signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, stage.lives.output.read_text()
         assert not (run / "model").exists() and not (run / "adapter").exists()
-        saving += any((run / "checkpoints").glob(".making-*"))
+        saving += any((run / "checkpoints").glob(".tmp-*"))
     stage.finish(run)
     return saving

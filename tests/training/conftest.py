@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from minimind.config.settings import Recipe
+from tests.support.checkpoints import save
 from tests.support.small_runs import Lives, nano_recipe
 from tests.support.stages import Make, write_corpus
 
@@ -22,27 +23,36 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A read-only run with small checkpoints of steps 7 and 14."""
+    run = tmp_path_factory.mktemp("saved")
+    save(run, 7)
+    save(run, 14)
+    return run
+
+
 @pytest.fixture
 def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> Make:
-    """Makes recipes of five steps of pretraining in `run`."""
+    """Return a function that makes recipes of five steps in `run`."""
 
     def make(objective: str = "pretrain", out: Path = run, **settings: Any) -> Recipe:
         names = {"pretrain": "text.jsonl", "sft": "chat.jsonl", "dpo": "pairs.jsonl"}
-        given = {
+        defaults = {
             "data__sources": [str(corpus / names[objective])],
             "data__store": str(tmp_path / "stores"),
             "data__validation_fraction": 0.1,
             "tokenizer": str(tokenizer_dir) if objective == "pretrain" else None,
             "training__steps": 5,
         }
-        return nano_recipe(objective, out, **given | settings)
+        return nano_recipe(objective, out, **defaults | settings)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    """Starts processes that may be killed; driver.py has what they can do."""
+    """Start processes that may be killed; driver.py defines what they do."""
     if not hasattr(os, "fork"):
         pytest.skip("this system does not fork")
     with contextlib.closing(Lives(tmp_path_factory.mktemp("lives") / "output")) as lives:
@@ -51,7 +61,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
 
 @pytest.fixture
 def ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Number TensorBoard's files from 0: within a second it reads .10 before .9."""
+    """Number TensorBoard's files from 0: within one second it reads .10 before .9."""
     from tensorboard.summary.writer import event_file_writer
 
     counter = event_file_writer.AtomicCounter(0)

@@ -53,17 +53,20 @@ def test_shards_of_any_number_of_processes_cover_the_same_samples() -> None:
 
 def test_batch_size_that_the_processes_do_not_divide_is_an_error() -> None:
     from minimind.config.settings import TrainingSettings
-    from minimind.training.stage import _share
+    from minimind.training.stage import _sequences_per_process
 
-    assert _share(TrainingSettings(global_batch_size=12), ProcessGroup(0, 3)) == 4
+    assert _sequences_per_process(TrainingSettings(global_batch_size=12), ProcessGroup(0, 3)) == 4
     with pytest.raises(
         ConfigError, match=r"training\.global_batch_size=10 is not divisible by 4 processes"
     ):
-        _share(TrainingSettings(global_batch_size=10), ProcessGroup(0, 4))
+        _sequences_per_process(TrainingSettings(global_batch_size=10), ProcessGroup(0, 4))
     with pytest.raises(
-        ConfigError, match=r"micro_batch_size=4: each of 4 processes takes 2 sequences"
+        ConfigError,
+        match=r"micro_batch_size=4 does not divide the 2 sequences that each of 4 processes takes",
     ):
-        _share(TrainingSettings(global_batch_size=8, micro_batch_size=4), ProcessGroup(0, 4))
+        _sequences_per_process(
+            TrainingSettings(global_batch_size=8, micro_batch_size=4), ProcessGroup(0, 4)
+        )
 
 
 def test_all_processes_of_a_machine_use_its_cpu() -> None:

@@ -244,7 +244,7 @@ def test_conversations_that_the_format_refuses_are_left_out(
         str(tmp_path / "chat.jsonl"), tokenizer, kind="chat", folder=tmp_path, say=told.append
     )
     assert store.manifest["train"]["documents"] == 2
-    assert told[0].endswith("left out 1 of 3 records: does not fit the model's own chat template")
+    assert told[0].endswith("skipped 1 of 3 records: does not fit the model's own chat template")
     (tmp_path / "none.jsonl").write_text(lines[1])
     with pytest.raises(DataError, match=r"no conversations found .*roles must alternate"):
         open_store(str(tmp_path / "none.jsonl"), tokenizer, kind="chat", folder=tmp_path)

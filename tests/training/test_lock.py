@@ -1,4 +1,4 @@
-"""Row 10 of the reliability promises: one process a run directory."""
+"""Row 10 of the reliability promises: one process per run directory."""
 
 import os
 import signal
@@ -11,53 +11,51 @@ from minimind.training.lock import run_lock
 from tests.support.small_runs import Lives
 
 
-def test_a_lock_is_given_back(tmp_path: Path) -> None:
+def test_a_lock_is_released(tmp_path: Path) -> None:
     for _ in range(2):
         with run_lock(tmp_path):
             assert str(os.getpid()) in (tmp_path / ".lock.json").read_text()
         assert not (tmp_path / ".lock.json").exists()
 
 
-def test_an_error_gives_it_back_too(tmp_path: Path) -> None:
+def test_an_error_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
         raise ZeroDivisionError
     with run_lock(tmp_path):
         pass
 
 
-def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
+def test_the_error_names_the_holder_of_the_lock(tmp_path: Path) -> None:
     refused = f"{tmp_path} is in use by process {os.getpid()} on .+ since .+ choose another --out"
     with run_lock(tmp_path):
         for _ in range(2):
             with pytest.raises(TrainingError, match=refused), run_lock(tmp_path):
-                pytest.fail("two hold it")
+                pytest.fail("two processes hold the lock")
     (tmp_path / "other").mkdir()
     with run_lock(tmp_path), run_lock(tmp_path / "other"):
         pass
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"pid": 1}'])
-def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path, content: str) -> None:
+def test_an_unreadable_holder_is_another_process(tmp_path: Path, content: str) -> None:
     with run_lock(tmp_path):
         (tmp_path / ".lock.json").write_text(content)
         with pytest.raises(TrainingError, match="in use by another process"), run_lock(tmp_path):
-            pytest.fail("two hold it")
+            pytest.fail("two processes hold the lock")
 
 
-def test_another_process_is_named_and_leaves_nothing_when_it_is_killed(
-    tmp_path: Path, lives: Lives
-) -> None:
+def test_a_killed_process_releases_the_lock(tmp_path: Path, lives: Lives) -> None:
     holder = lives.start("hold", run=tmp_path)
     holder.wait_for("held")
     with pytest.raises(TrainingError, match=f"process {holder.pid} "), run_lock(tmp_path):
-        pytest.fail("two hold it")
+        pytest.fail("two processes hold the lock")
     os.kill(holder.pid, signal.SIGKILL)
     assert holder.wait() == -signal.SIGKILL
     with run_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock.json").read_text()
 
 
-def test_the_note_of_one_that_was_killed_names_nobody(tmp_path: Path, lives: Lives) -> None:
+def test_the_holder_file_of_a_killed_process_is_ignored(tmp_path: Path, lives: Lives) -> None:
     holder = lives.start("hold", run=tmp_path)
     holder.wait_for("held")
     os.kill(holder.pid, signal.SIGKILL)
@@ -65,6 +63,6 @@ def test_the_note_of_one_that_was_killed_names_nobody(tmp_path: Path, lives: Liv
     note = (tmp_path / ".lock.json").read_text()
     assert str(holder.pid) in note
     with run_lock(tmp_path):
-        (tmp_path / ".lock.json").write_text(note)  # as before the one that holds it wrote its own
+        (tmp_path / ".lock.json").write_text(note)  # as before the new holder writes its own
         with pytest.raises(TrainingError, match="in use by another process"), run_lock(tmp_path):
-            pytest.fail("two hold it")
+            pytest.fail("two processes hold the lock")

@@ -1,4 +1,4 @@
-"""LoRA as a stage: what is trained, what is kept, what is made, and what is measured beside."""
+"""LoRA as a stage, and what fine-tuning stages measure: the base model and the retention set."""
 
 import json
 import math
@@ -25,30 +25,30 @@ from tests.support.small_runs import (
 
 
 @pytest.fixture(scope="module")
-def place(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base`, a run of pretraining."""
-    folder = tmp_path_factory.mktemp("place")
+def folder(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, a finished pretraining run."""
+    root = tmp_path_factory.mktemp("lora")
     settings = {"tokenizer": str(tokenizer_dir), "training__steps": 20}
     sources = [str(corpus / "text.jsonl")]
-    recipe = nano_recipe("pretrain", folder / "base", data__sources=sources, **settings)
+    recipe = nano_recipe("pretrain", root / "base", data__sources=sources, **settings)
     run_stage(recipe, reporter=RecordingReporter())
-    return folder
+    return root
 
 
 @pytest.fixture
-def recipe(place: Path, corpus: Path, tmp_path: Path) -> Any:
-    """Makes recipes of ten steps of LoRA in `tmp_path / "run"`."""
+def recipe(folder: Path, corpus: Path, tmp_path: Path) -> Any:
+    """Return a function that makes recipes of ten LoRA steps in `tmp_path / "run"`."""
 
     def make(objective: str = "sft", **settings: Any) -> Recipe:
-        given: dict[str, Any] = {
-            "model__init": str(place / "base"),
+        defaults: dict[str, Any] = {
+            "model__init": str(folder / "base"),
             "data__sources": [str(corpus / "chat.jsonl")],
-            "data__store": str(place / "stores"),
+            "data__store": str(folder / "stores"),
             "data__validation_fraction": 0.1,
             "training__steps": 10,
             "optim__lr": 0.01,
         }
-        return nano_recipe(objective, tmp_path / "run", **lora_settings(**given | settings))
+        return nano_recipe(objective, tmp_path / "run", **lora_settings(**defaults | settings))
 
     return make
 
@@ -64,10 +64,10 @@ def refused(recipe: Recipe, error: type[MinimindError]) -> str:
 
 
 @pytest.mark.numeric
-def test_it_leaves_an_adapter_and_the_base_as_it_was(
-    recipe: Any, place: Path, tmp_path: Path
+def test_lora_writes_an_adapter_and_does_not_change_the_base(
+    recipe: Any, folder: Path, tmp_path: Path
 ) -> None:
-    weights = place / "base" / "model" / "model.safetensors"
+    weights = folder / "base" / "model" / "model.safetensors"
     before, told = weights.read_bytes(), RecordingReporter()
     result = do(recipe(), told)
     run = tmp_path / "run"
@@ -75,20 +75,22 @@ def test_it_leaves_an_adapter_and_the_base_as_it_was(
     assert not (run / "model").exists()
     assert weights.read_bytes() == before
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert all(bool(t.any()) for name, t in tensors.items() if "lora_B" in name), "all are trained"
+    assert all(bool(t.any()) for name, t in tensors.items() if "lora_B" in name), (
+        "every adapter is trained"
+    )
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     assert summary == result.summary
     assert summary["trained_parameters"] == sum(t.numel() for t in tensors.values())
     assert summary["parameters"] > summary["trained_parameters"]
-    assert summary["base"] == str(place / "base")
+    assert summary["base"] == str(folder / "base")
     assert any("of them trained" in line for line in told.lines)
     [checkpoint] = (run / "checkpoints").iterdir()
     kept = load_file(checkpoint / "model.safetensors")
     assert {f"base_model.model.{name}.weight" for name in kept} == tensors.keys()
-    assert do(recipe()).adapter == result.adapter, "found done"
+    assert do(recipe()).adapter == result.adapter, "a finished run is not repeated"
     assert losses(run)[-1] < losses(run)[0] - 0.2
-    merged, _ = load_for_inference(place / "base", "cpu", adapter=run, dtype=torch.float32)
-    plain = load_model(place / "base" / "model")
+    merged, _ = load_for_inference(folder / "base", "cpu", adapter=run, dtype=torch.float32)
+    plain = load_model(folder / "base" / "model")
     changed = {
         name.rpartition(".")[0].rpartition(".")[2]
         for name, tensor in merged.state_dict().items()
@@ -98,7 +100,7 @@ def test_it_leaves_an_adapter_and_the_base_as_it_was(
 
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
-def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path, preset: str) -> None:
+def test_frozen_weights_stay_bit_identical(tmp_path: Path, preset: str) -> None:
     settings = lora_settings(optim__lr=0.05, model__preset=preset)
     trainer = nano_trainer(tmp_path, "sft", **settings)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -110,7 +112,7 @@ def test_frozen_weights_do_not_change_by_a_bit(tmp_path: Path, preset: str) -> N
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("micro_batch", [1, 4])
-def test_the_size_of_a_micro_batch_does_not_matter(tmp_path: Path, micro_batch: int) -> None:
+def test_the_micro_batch_size_does_not_change_the_loss(tmp_path: Path, micro_batch: int) -> None:
     curves = []
     for number in (2, micro_batch):
         settings = lora_settings(training__micro_batch_size=number, lora__dropout=0.0)
@@ -119,29 +121,29 @@ def test_the_size_of_a_micro_batch_does_not_matter(tmp_path: Path, micro_batch: 
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-def test_any_objective_trains_adapters(recipe: Any, corpus: Path) -> None:
+def test_adapters_can_be_trained_with_any_objective(recipe: Any, corpus: Path) -> None:
     result = do(recipe("pretrain", data__sources=[str(corpus / "text.jsonl")]))
     assert result.adapter and "unigram_bits_per_byte" in result.summary
 
 
-def test_what_lora_needs_is_said(recipe: Any, tokenizer_dir: Path) -> None:
-    alone = recipe(model__init=None, tokenizer=str(tokenizer_dir))
-    assert "give --model MODEL" in refused(alone, ConfigError)
+def test_missing_requirements_of_lora_are_reported(recipe: Any, tokenizer_dir: Path) -> None:
+    without_model = recipe(model__init=None, tokenizer=str(tokenizer_dir))
+    assert "give --model MODEL" in refused(without_model, ConfigError)
     assert 'set optim.name = "adamw"' in refused(recipe(optim__name="muon"), ConfigError)
-    stretched = refused(recipe(model__context=1024), ConfigError)
-    assert "does not remember model.context=1024" in stretched
-    assert "stretch the model first" in refused(recipe(data__seq_len=300), ConfigError)
+    message = refused(recipe(model__context=1024), ConfigError)
+    assert "does not store model.context=1024" in message
+    assert "extend the context first" in refused(recipe(data__seq_len=300), ConfigError)
     assert "did you mean mlp" in refused(recipe(lora__targets=["mpl"]), ConfigError)
 
 
-def test_a_run_goes_on_beside_its_own_base_alone(recipe: Any, place: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_its_own_base(recipe: Any, folder: Path, tmp_path: Path) -> None:
     from minimind.model import save_model
     from minimind.tokenizer import Tokenizer
 
     base = tmp_path / "base"
     model, tokenizer = (
-        load_model(place / "base" / "model"),
-        Tokenizer.load(place / "base" / "model"),
+        load_model(folder / "base" / "model"),
+        Tokenizer.load(folder / "base" / "model"),
     )
     save_model(base, model, tokenizer)
     started = recipe(model__init=str(base), training__steps=4, checkpoint__every=2)
@@ -154,7 +156,7 @@ def test_a_run_goes_on_beside_its_own_base_alone(recipe: Any, place: Path, tmp_p
     assert f"{base} is not the model that this run began with" in message
 
 
-def test_a_run_of_lora_is_no_model_to_start_from(recipe: Any, tmp_path: Path) -> None:
+def test_a_lora_run_is_not_a_model_to_start_from(recipe: Any, tmp_path: Path) -> None:
     do(recipe())
     again = nano_recipe("sft", tmp_path / "more", model__init=str(tmp_path / "run"))
     assert "minimind merge MODEL --adapter" in refused(again, ModelError)
@@ -163,11 +165,11 @@ def test_a_run_of_lora_is_no_model_to_start_from(recipe: Any, tmp_path: Path) ->
 def test_other_lora_settings_are_another_recipe(recipe: Any) -> None:
     do(recipe())
     assert "lora.rank was 4 and is now 5" in refused(recipe(lora__rank=5), ConfigError)
-    whole = refused(recipe().model_copy(update={"lora": None}), ConfigError)
-    assert "lora.rank was 4 and is now not set" in whole
+    message = refused(recipe().model_copy(update={"lora": None}), ConfigError)
+    assert "lora.rank was 4 and is now not set" in message
 
 
-def test_fresh_forgets_an_adapter(recipe: Any, tmp_path: Path) -> None:
+def test_fresh_removes_an_adapter(recipe: Any, tmp_path: Path) -> None:
     do(recipe())
     result = do(recipe(lora__rank=2), fresh=True)
     assert result.adapter is not None
@@ -175,12 +177,12 @@ def test_fresh_forgets_an_adapter(recipe: Any, tmp_path: Path) -> None:
     assert {min(tensor.shape) for tensor in tensors.values()} == {2}
 
 
-# What is measured beside the stage's own loss.
+# Metrics in addition to the stage's own loss.
 
 
-def test_the_model_that_a_stage_starts_from_is_measured_first(recipe: Any, tmp_path: Path) -> None:
+def test_a_stage_validates_the_model_it_starts_from(recipe: Any, tmp_path: Path) -> None:
     written = iter(["before", "after"])
-    result = do(recipe(), write_samples=lambda m, t: [{"prompt": "?", "text": next(written)}])
+    result = do(recipe(), generate_samples=lambda m, t: [{"prompt": "?", "text": next(written)}])
     run = tmp_path / "run"
     first, last = metrics(run, "validation")
     assert (first["step"], last["step"]) == (0, 10)
@@ -189,7 +191,9 @@ def test_the_model_that_a_stage_starts_from_is_measured_first(recipe: Any, tmp_p
     assert [(line["step"], line["text"]) for line in samples] == [(0, "before"), (10, "after")]
 
 
-def test_a_new_model_is_not(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_a_new_model_is_not_validated_before_training(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
     recipe = nano_recipe(
         "pretrain",
         tmp_path,
@@ -203,14 +207,16 @@ def test_a_new_model_is_not(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -
     assert "first_loss" not in summary
 
 
-def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path: Path) -> None:
-    """Text and conversations; what is not trained on, and what may be forgotten."""
-    general = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
-    prepared = prepare_stage(recipe(data__retention=general), reporter=RecordingReporter())
+def test_retention_sets_are_measured_at_every_validation(
+    recipe: Any, corpus: Path, tmp_path: Path
+) -> None:
+    """Retention sets may be text or conversations."""
+    retention = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
+    prepared = prepare_stage(recipe(data__retention=retention), reporter=RecordingReporter())
     assert prepared.trainer.retention is not None
     text, chat = prepared.trainer.retention.datasets
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
-    summary = do(recipe(data__retention=general, optim__lr=0.1)).summary
+    summary = do(recipe(data__retention=retention, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
     for key in ("retention_loss", "retention_bits_per_byte"):
         assert summary[f"first_{key}"] == first[key]
@@ -218,8 +224,8 @@ def test_general_sets_are_measured_each_time(recipe: Any, corpus: Path, tmp_path
         assert math.isfinite(last[key])
 
 
-def test_general_sets_are_part_of_the_data(recipe: Any, corpus: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "general.jsonl"
+def test_changed_retention_sets_are_changed_data(recipe: Any, corpus: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "retention.jsonl"
     copy.write_bytes((corpus / "chat.jsonl").read_bytes())
     begun = recipe(data__retention=[str(copy)], checkpoint__every=5)
     do(begun)
@@ -228,7 +234,7 @@ def test_general_sets_are_part_of_the_data(recipe: Any, corpus: Path, tmp_path: 
     assert "has changed since this run began" in refused(begun, CheckpointError)
 
 
-def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: Path) -> None:
+def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_path: Path) -> None:
     data = tmp_path / "who.jsonl"
     turns = [
         {"role": "user", "content": "你是谁？"},
@@ -237,30 +243,30 @@ def test_placeholders_are_filled_and_those_left_are_told(recipe: Any, tmp_path: 
     lines = [json.dumps({"conversations": turns}) for _ in range(200)]
     data.write_text("\n".join(lines), encoding="utf-8")
     told = RecordingReporter()
-    given = {"data__sources": [str(data)], "data__validation_fraction": 0.0}
+    settings = {"data__sources": [str(data)], "data__validation_fraction": 0.0}
     fill = {"name": "小明", "autor": "李雷"}
-    for _ in range(2):  # a store that is there is told of as well
-        message = refused(recipe(data__variables=fill, **given), DataError)
+    for _ in range(2):  # reported for an existing store too
+        message = refused(recipe(data__variables=fill, **settings), DataError)
         assert (
-            "nothing fills {{author}}, which is in 200 of 200 records; give data.variables.author"
+            "200 of 200 records contain {{author}}, which has no value; set data.variables.author"
             in message
         )
         assert message.endswith("(data.variables has name, autor)")
-    prepare_stage(recipe(**given), reporter=told)
-    assert len([line for line in told.lines if ": nothing fills {{" in line]) == 2
+    prepare_stage(recipe(**settings), reporter=told)
+    assert len([line for line in told.lines if "}}, which has no value" in line]) == 2
     told = RecordingReporter()
     prepared = prepare_stage(
-        recipe(data__variables=fill | {"author": "李雷"}, **given), reporter=told
+        recipe(data__variables=fill | {"author": "李雷"}, **settings), reporter=told
     )
     text = prepared.tokenizer.decode(
         prepared.stores.sources[0].shards("train")[0].tokens[:40].tolist()
     )
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
-    assert line == "data.variables.autor fills nothing: no record holds {{autor}}"
+    assert line == "data.variables.autor is not used: no record contains {{autor}}"
 
 
-def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Path) -> None:
+def test_a_schema_applies_to_one_source_only(recipe: Any, tmp_path: Path, corpus: Path) -> None:
     path = tmp_path / "rows.jsonl"
     row = {"instruction": "译", "input": 3, "output": "three", "messages": [{"role": "other"}]}
     path.write_text("\n".join([json.dumps(row)] * 200), encoding="utf-8")
@@ -268,7 +274,7 @@ def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Pa
     table = {"path": str(path), "schema": "alpaca"}
     settings = {
         "data__variables": fill,
-        "data__retention": ["textbook:general"],
+        "data__retention": ["textbook:retention"],
         "data__validation": [str(corpus / "chat.jsonl")],
     }
     message = refused(recipe(data__sources=[str(path), "textbook:identity"], **settings), DataError)
@@ -280,19 +286,19 @@ def test_a_schema_is_of_one_source_alone(recipe: Any, tmp_path: Path, corpus: Pa
     )
     documents = [store.manifest["train"]["documents"] for store in prepared.stores.sources]
     assert documents == [200, 3000]
-    assert f"{path}: keys of records that are not used: messages (200)" in told.lines
+    assert f"{path}: unused keys of records: messages (200)" in told.lines
 
 
-def test_the_textbooks_identity_needs_a_name_and_an_author(recipe: Any, place: Path) -> None:
-    given = {"data__sources": ["textbook:identity"]}
-    message = refused(recipe(**given), ConfigError)
-    assert "give data.variables.name=… data.variables.author=…" in message
+def test_the_identity_textbook_needs_a_name_and_an_author(recipe: Any, folder: Path) -> None:
+    settings = {"data__sources": ["textbook:identity"]}
+    message = refused(recipe(**settings), ConfigError)
+    assert "set data.variables.name=… data.variables.author=…" in message
     fill = {"name": "小明", "author": "李雷"}
     told = RecordingReporter()
-    prepared = prepare_stage(recipe(data__variables=fill, **given), reporter=told)
+    prepared = prepare_stage(recipe(data__variables=fill, **settings), reporter=told)
     store = prepared.stores.sources[0]
     assert store.manifest["train"]["documents"] + store.manifest["validation"]["documents"] == 3000
     assert not any("nothing fills" in line for line in told.lines)
-    before = (place / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns
-    prepare_stage(recipe(data__variables=fill, **given), reporter=told)
-    assert (place / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns == before
+    before = (folder / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns
+    prepare_stage(recipe(data__variables=fill, **settings), reporter=told)
+    assert (folder / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns == before

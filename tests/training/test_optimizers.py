@@ -19,7 +19,7 @@ def nano(**shape: Any) -> Transformer:
     return Transformer(ModelConfig(**(PRESETS["nano"] | {"vocab_size": 97} | shape)))
 
 
-def give_gradients(model: nn.Module, seed: int) -> None:
+def set_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -31,7 +31,7 @@ def matrices(*shapes: tuple[int, int]) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64), (1, 8), (8, 1)])
-def test_orthogonalised_matrices_keep_their_directions_with_singular_values_near_one(
+def test_orthogonalize_keeps_singular_vectors_and_moves_singular_values_near_one(
     shape: tuple[int, int],
 ) -> None:
     torch.manual_seed(2)
@@ -44,14 +44,17 @@ def test_orthogonalised_matrices_keep_their_directions_with_singular_values_near
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 40), (40, 56), (40, 96), (1, 8), (24, 400)])
-def test_orthogonalising_is_a_polynomial_of_the_singular_values(shape: tuple[int, int]) -> None:
-    """Against singular values in float64; a Gram matrix has their squares, and loses of small ones
-    what is still a hundredth of bf16's rounding."""
+def test_orthogonalize_applies_the_polynomial_to_singular_values(shape: tuple[int, int]) -> None:
+    """Compare with singular values in float64.
+
+    The Gram matrix holds their squares, so small ones lose precision: a hundredth of what bf16
+    would lose.
+    """
     generator = torch.Generator().manual_seed(5)
     rank = min(shape)
     given = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     left, values, right = torch.linalg.svd(given, full_matrices=False)
-    # Even; over four orders of magnitude; and with three that matter, as gradients often are.
+    # As drawn; over four orders of magnitude; with three large ones, as gradients often have.
     spread = torch.logspace(0, -4, rank, dtype=torch.float64)
     few = torch.full_like(spread, 1e-5)
     few[:3] = 1
@@ -65,8 +68,8 @@ def test_orthogonalising_is_a_polynomial_of_the_singular_values(shape: tuple[int
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-4)
 
 
-def test_a_last_bit_of_a_gradient_stays_one() -> None:
-    """What bf16 would make 1e-3 of, and another number of processes then another run."""
+def test_one_ulp_of_noise_in_a_gradient_is_not_amplified() -> None:
+    """In bf16 it would grow to 1e-3, and the number of processes would change the run."""
     generator = torch.Generator().manual_seed(6)
     for shape in ((64, 64), (64, 176), (176, 64)):
         given = torch.randn(2, *shape, generator=generator)
@@ -75,11 +78,11 @@ def test_a_last_bit_of_a_gradient_stays_one() -> None:
         assert (found - other).norm() < 2e-6 * found.norm()
 
 
-def test_a_matrix_without_a_gradient_is_not_made_one() -> None:
+def test_a_zero_matrix_stays_zero() -> None:
     assert not orthogonalize(torch.zeros(2, 4, 8)).any()
 
 
-def test_matrices_together_are_as_one_by_one() -> None:
+def test_a_batch_of_matrices_equals_one_matrix_at_a_time() -> None:
     torch.manual_seed(3)
     given = torch.randn(5, 24, 40)
     together = orthogonalize(given)
@@ -87,13 +90,12 @@ def test_matrices_together_are_as_one_by_one() -> None:
     torch.testing.assert_close(together, single, rtol=0, atol=1e-5)
 
 
-def test_muon_is_that_of_torch() -> None:
-    """Same hyper-parameters, same steps, to the rounding of the bf16 that theirs is in."""
-    settings = OptimSettings(muon_lr=0.02, momentum=0.9, weight_decay=0.1)
+def test_muon_matches_torch() -> None:
+    """Equal hyper-parameters give equal steps, up to the bf16 rounding of torch's Muon."""
     shapes = ((48, 16), (16, 48), (32, 32), (32, 32), (48, 16))
     ours, theirs = matrices(*shapes), matrices(*shapes)
     before = [p.detach().clone() for p in ours]
-    muon = Muon(ours, settings)
+    muon = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
     reference = torch.optim.Muon(
         theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True, adjust_lr_fn="original"
     )
@@ -106,33 +108,76 @@ def test_muon_is_that_of_torch() -> None:
         reference.step()
     for one, other, start in zip(ours, theirs, before, strict=True):
         torch.testing.assert_close(
-            muon.buffers[one], reference.state[other]["momentum_buffer"], rtol=1e-5, atol=1e-6
+            muon.state[one]["momentum"],
+            reference.state[other]["momentum_buffer"],
+            rtol=1e-5,
+            atol=1e-6,
         )
         moved = (other - start).norm()
         assert (one - other).norm() < 0.01 * moved
         assert moved > 0.05
 
 
-def test_adamw_is_that_of_torch_and_decays_matrices_alone() -> None:
+def test_muon_works_with_torch_schedulers_param_groups_and_state_dicts() -> None:
+    """A third run is restored from the state dict of the first and takes the same steps."""
+    ours, halved, restored = (matrices((8, 4), (4, 4)) for _ in range(3))
+
+    def build(parameters: list[nn.Parameter]) -> Muon:
+        groups = [{"params": parameters[:1], "num_stacked": 2}, {"params": parameters[1:]}]
+        return Muon(groups, lr=0.02)
+
+    muon, other = build(ours), build(halved)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(other, lambda step: 0.5**step)
+    start = [p.detach().clone() for p in ours]
+    for parameters, optimizer in ((ours, muon), (halved, other)):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, halved, strict=True))
+    scheduler.step()
+    assert [group["lr"] for group in other.param_groups] == [0.01, 0.01]
+    assert not any(torch.equal(a, b) for a, b in zip(ours, start, strict=True))
+
+    third = build(restored)
+    third.load_state_dict(copy.deepcopy(muon.state_dict()))
+    assert [group["num_stacked"] for group in third.param_groups] == [2, 1]
+    with torch.no_grad():
+        for parameter, value in zip(restored, ours, strict=True):
+            parameter.copy_(value)
+    for parameters, optimizer in ((ours, muon), (restored, third)):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, restored, strict=True))
+
+
+def test_muon_skips_parameters_without_a_gradient() -> None:
+    [parameter] = matrices((4, 4))
+    before = parameter.detach().clone()
+    Muon([parameter], weight_decay=0.5).step()
+    assert torch.equal(parameter, before)
+
+
+def test_adamw_matches_torch_and_decays_only_matrices() -> None:
     settings = OptimSettings(name="adamw", lr=0.01, weight_decay=0.5, beta1=0.8, eps=1e-6)
     model = nano(qk_norm=True)
     reference = copy.deepcopy(model)
     decays = [p for p in reference.parameters() if p.ndim == 2]
     plain = [p for p in reference.parameters() if p.ndim == 1]
-    assert len(plain) == 1 + 2 * 4  # the norms: the last, and in a layer two and two for q and k
+    assert len(plain) == 1 + 2 * 4  # the final norm, and per layer two norms and those of q and k
     groups = [{"params": decays, "weight_decay": 0.5}, {"params": plain, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, settings.beta2), eps=1e-6)
     ours = Optimizers(model, settings)
     for step in range(3):
-        give_gradients(model, step)
-        give_gradients(reference, step)
+        set_gradients(model, step)
+        set_gradients(reference, step)
         ours.step()
         theirs.step()
     for one, other in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_norms_do_not_decay() -> None:
+def test_norms_are_not_decayed() -> None:
     model = nano()
     optimizers = Optimizers(model, OptimSettings(weight_decay=0.5))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -144,7 +189,7 @@ def test_norms_do_not_decay() -> None:
         assert bool(shrunk) == (parameter.ndim == 2), name
 
 
-def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
+def test_muon_trains_the_hidden_matrices_and_adamw_the_rest() -> None:
     model = nano(tie_word_embeddings=False)
     state = Optimizers(model, OptimSettings(name="muon")).state_tensors()
     by_muon = {name.removeprefix("momentum/") for name in state if name.startswith("momentum/")}
@@ -162,20 +207,20 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= by_adamw
 
 
-def test_each_expert_goes_through_muon_on_its_own_and_gate_and_up_apart() -> None:
-    """As if each were a parameter of its own, which they are in a dense model."""
+def test_muon_orthogonalizes_each_expert_and_gate_and_up_separately() -> None:
+    """The result equals that of separate parameters, as a dense model has."""
     shapes = {"experts": (3, 32, 12), "down": (3, 12, 16), "shared": (32, 12)}
     torch.manual_seed(4)
     ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-    settings = OptimSettings(muon_lr=0.02, weight_decay=0.1)
-    muon = Muon(ours.values(), settings, fused=[ours["experts"], ours["shared"]])
+    stacked = {"params": [ours["experts"], ours["shared"]], "num_stacked": 2}
+    muon = Muon([stacked, {"params": [ours["down"]]}], lr=0.02, weight_decay=0.1)
 
     def parts(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         halves = [half for expert in tensors["experts"] for half in expert.chunk(2)]
         return [*halves, *tensors["down"], *tensors["shared"].chunk(2)]
 
     single = [nn.Parameter(part.detach().clone()) for part in parts(ours)]
-    alone = Muon(single, settings)
+    separate = Muon(single, lr=0.02, weight_decay=0.1)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         gradients = {
@@ -186,24 +231,23 @@ def test_each_expert_goes_through_muon_on_its_own_and_gate_and_up_apart() -> Non
         for parameter, gradient in zip(single, parts(gradients), strict=True):
             parameter.grad = gradient.clone()
         muon.step()
-        alone.step()
+        separate.step()
     assert len(single) == 11
     for wanted, found in zip(single, parts(ours), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
-def test_the_experts_of_a_model_are_fused_or_not_as_their_names_say() -> None:
+def test_stacked_projections_of_experts_are_recognised_by_name() -> None:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**(PRESETS["nano-moe"] | {"vocab_size": 97})))
     optimizers = Optimizers(model, OptimSettings())
-    assert optimizers._muon is not None
     names = {parameter: name for name, parameter in model.named_parameters()}
     router = "model.layers.0.block_sparse_moe.router.layer.weight"
     assert f"exp_avg/{router}" in optimizers.state_tensors()  # AdamW's
     rows = {
-        names[p].removeprefix("model.layers.0."): rows
-        for (_, rows), group in optimizers._muon.groups.items()
-        for p in group
+        names[p].removeprefix("model.layers.0."): p.shape[-2] // group["num_stacked"]
+        for group in optimizers.all["muon"].param_groups
+        for p in group["params"]
         if ".layers.0." in names[p]
     }
     assert rows == {
@@ -218,18 +262,18 @@ def test_the_experts_of_a_model_are_fused_or_not_as_their_names_say() -> None:
     }
 
 
-def test_what_is_frozen_stays_and_has_no_state() -> None:
+def test_frozen_parameters_stay_and_have_no_state() -> None:
     model = nano()
     model.model.embed_tokens.requires_grad_(False)
     optimizers = Optimizers(model, OptimSettings())
     assert not any("embed_tokens" in name for name in optimizers.state_tensors())
     before = model.model.embed_tokens.weight.clone()
-    give_gradients(model, 0)
+    set_gradients(model, 0)
     optimizers.step()
     assert torch.equal(model.model.embed_tokens.weight, before)
 
 
-def test_learning_rates_are_shares_of_their_peaks() -> None:
+def test_learning_rates_are_fractions_of_their_peaks() -> None:
     optimizers = Optimizers(nano(), OptimSettings(lr=0.5, muon_lr=0.25))
     assert optimizers.lrs() == {"adamw": 0.5, "muon": 0.25}
     optimizers.set_lr(0.5)
@@ -238,27 +282,27 @@ def test_learning_rates_are_shares_of_their_peaks() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     optimizers = Optimizers(model, OptimSettings())
     optimizers.set_lr(0.0)
-    give_gradients(model, 0)
+    set_gradients(model, 0)
     optimizers.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_state_goes_on_where_it_was(name: str) -> None:
-    """Three steps and one more are four steps, bit for bit."""
+def test_training_continues_from_a_loaded_state_bit_for_bit(name: str) -> None:
+    """Three steps, a save, a load and one step equal four steps."""
     settings = OptimSettings(name=name)  # type: ignore[arg-type]
     model = nano()
     optimizers = Optimizers(model, settings)
     assert all(not tensor.any() for tensor in optimizers.state_tensors().values())
     for step in range(3):
-        give_gradients(model, step)
+        set_gradients(model, step)
         optimizers.step()
     other = copy.deepcopy(model)
     others = Optimizers(other, settings)
     saved = {key: tensor.clone() for key, tensor in optimizers.state_tensors().items()}
     others.load_state_tensors(saved)
     for one, its in ((model, optimizers), (other, others)):
-        give_gradients(one, 3)
+        set_gradients(one, 3)
         its.step()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -266,11 +310,11 @@ def test_the_state_goes_on_where_it_was(name: str) -> None:
     assert all(torch.equal(state[key], tensor) for key, tensor in others.state_tensors().items())
 
 
-def test_the_state_of_another_model_or_optimizer_is_refused() -> None:
+def test_state_of_another_model_or_optimizer_is_refused() -> None:
     optimizers = Optimizers(nano(), OptimSettings())
     good = optimizers.state_tensors()
     key = next(iter(good))
-    strangers = [
+    mismatched = [
         {},
         {k: v for k, v in good.items() if k != key},
         good | {"more": torch.zeros(1)},
@@ -278,14 +322,14 @@ def test_the_state_of_another_model_or_optimizer_is_refused() -> None:
         Optimizers(nano(), OptimSettings(name="adamw")).state_tensors(),
         Optimizers(nano(num_hidden_layers=3), OptimSettings()).state_tensors(),
     ]
-    for state in strangers:
+    for state in mismatched:
         with pytest.raises(CheckpointError, match="belongs to another model or optimizer"):
             optimizers.load_state_tensors(state)
 
 
-def test_gradients_are_forgotten() -> None:
+def test_zero_grad_frees_all_gradients() -> None:
     model = nano()
     optimizers = Optimizers(model, OptimSettings())
-    give_gradients(model, 0)
+    set_gradients(model, 0)
     optimizers.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -36,7 +36,7 @@ def cached(run: Path) -> dict[str, np.ndarray]:
 
 
 def pair_sequences(trainer: Trainer) -> PairSequences:
-    [part] = trainer.data.parts
+    [part] = trainer.data.sources
     assert isinstance(part, PairSequences)
     return part
 
@@ -100,7 +100,7 @@ def test_reference_logprobs_of_several_epochs_and_a_weighted_mix(tmp_path: Path)
     }
     assert sequences and len(sequences) < len(parts[1])
     for index in range(len(parts[1])):
-        known = np.isfinite(parts[1].reference[parts[1].members(index)]).all()
+        known = np.isfinite(parts[1].reference[parts[1].item_slice(index)]).all()
         assert known == (index in sequences)
     trainer.train()
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
@@ -305,7 +305,7 @@ def test_chat_data_is_an_error_and_pairs_without_answers_are_left_out(
     settings = {"data__validation_fraction": 0.0, "training__steps": 60}
     do(recipe(base, run, tmp_path / "pairs.jsonl", **settings), reporter)
     output = "\n".join(reporter.lines)
-    assert "invalid lines: 2, see" in output
+    assert "invalid records: 2, see" in output
     assert "202 pairs in" in output
     assert "1 left out because no answer was left, 1 because both sides are the same" in output
     assert all(math.isfinite(loss) for loss in losses(run))

@@ -22,9 +22,9 @@ from tests.support.stages import Make, do, refused
 
 
 @pytest.mark.parametrize(
-    ("made", "begun"),
+    ("path", "begun"),
     [
-        ("checkpoints/.making-00000007", False),
+        ("checkpoints/.tmp-00000007", False),
         ("checkpoints/.damaged-step-00000007", False),
         ("checkpoints", False),
         ("checkpoints/step-00000007", True),
@@ -33,12 +33,12 @@ from tests.support.stages import Make, do, refused
     ],
 )
 def test_a_run_has_begun_when_there_is_something_to_resume_or_to_lose(
-    recipe: Make, run: Path, made: str, begun: bool
+    recipe: Make, run: Path, path: str, begun: bool
 ) -> None:
     run.mkdir()
     write_recipe(run, recipe())
     assert not has_begun(run)
-    (run / made).mkdir(parents=True)
+    (run / path).mkdir(parents=True)
     assert has_begun(run) == begun
     other = recipe(optim__lr=0.5)
     if begun:
@@ -48,9 +48,7 @@ def test_a_run_has_begun_when_there_is_something_to_resume_or_to_lose(
         assert recipe_changes(run, other) == {}
 
 
-def test_a_run_is_finished_when_its_summary_and_its_product_are_there(
-    recipe: Make, run: Path
-) -> None:
+def test_a_run_is_finished_when_its_summary_and_its_model_exist(recipe: Make, run: Path) -> None:
     run.mkdir()
     write_recipe(run, recipe())
     (run / "summary.json").write_text('{"steps": 5}')
@@ -64,16 +62,19 @@ def test_a_run_is_finished_when_its_summary_and_its_product_are_there(
     assert finished_summary(run, recipe()) is None
 
 
-# Settings that do not change what is computed may change.
+# Operation settings may change between a stop and a resume; identity settings may not.
 
 
 @pytest.fixture
 def stopped(recipe: Make, run: Path) -> dict[str, Any]:
-    """A run of 10 steps with a checkpoint of step 4, as if it had been killed after that."""
+    """Leave a run of 10 steps as if it had been killed after the checkpoint of step 4.
+
+    Returns its settings.
+    """
     settings = {"training__steps": 10, "checkpoint__every": 4, "checkpoint__keep": 9}
     settings |= {"validation__every": 100}
     do(recipe(**settings))
-    shutil.copytree(run, run.parent / "whole")
+    shutil.copytree(run, run.parent / "uninterrupted")
     for name in ("step-00000008", "step-00000010"):
         shutil.rmtree(run / "checkpoints" / name)
     shutil.rmtree(run / "model")
@@ -81,7 +82,7 @@ def stopped(recipe: Make, run: Path) -> dict[str, Any]:
     return settings
 
 
-def test_operation_may_change_is_reported_and_recorded(
+def test_operation_settings_may_change_and_are_reported_and_recorded(
     recipe: Make, run: Path, stopped: dict[str, Any]
 ) -> None:
     told = RecordingReporter()
@@ -105,12 +106,12 @@ def test_operation_may_change_is_reported_and_recorded(
     assert state and state["micro_batch"] == 1
     steps = [line["step"] for line in metrics(run, "train")]
     assert steps == [1, 2, 3, 4, 6, 9, 10]
-    whole = losses(run.parent / "whole")
-    assert losses(run)[:4] == whole[:4]
-    assert losses(run)[4] == pytest.approx(sum(whole[4:6]) / 2, rel=1e-5)
+    expected = losses(run.parent / "uninterrupted")
+    assert losses(run)[:4] == expected[:4]
+    assert losses(run)[4] == pytest.approx(sum(expected[4:6]) / 2, rel=1e-5)
 
 
-def test_the_rate_counts_the_steps_of_its_own_line(
+def test_throughput_covers_the_steps_since_the_last_line(
     recipe: Make, run: Path, stopped: dict[str, Any]
 ) -> None:
     do(recipe(**stopped | {"training__log_every": 6}))
@@ -121,7 +122,7 @@ def test_the_rate_counts_the_steps_of_its_own_line(
     assert rates[6]["tokens_per_second"] == pytest.approx(2 * 4 * 32 / seconds, rel=1e-6)
 
 
-def test_identity_may_not_change(recipe: Make, run: Path, stopped: dict[str, Any]) -> None:
+def test_identity_settings_may_not_change(recipe: Make, run: Path, stopped: dict[str, Any]) -> None:
     changed = {"optim__lr": 0.5, "training__log_every": 3, "seed": 1, "training__steps": 20}
     message = refused(recipe(**stopped | changed), ConfigError)
     assert message.startswith(f"{run} holds a run of another recipe: ")
@@ -131,7 +132,7 @@ def test_identity_may_not_change(recipe: Make, run: Path, stopped: dict[str, Any
     assert load_recipe(run / "recipe.toml").recipe == recipe(**stopped)
 
 
-def test_a_finished_run_stays_as_it_is_when_only_operation_changed(recipe: Make, run: Path) -> None:
+def test_changed_operation_settings_do_not_touch_a_finished_run(recipe: Make, run: Path) -> None:
     first = do(recipe())
     told = RecordingReporter()
     assert do(recipe(training__log_every=3), told) == first
@@ -139,30 +140,30 @@ def test_a_finished_run_stays_as_it_is_when_only_operation_changed(recipe: Make,
     assert load_recipe(run / "recipe.toml").recipe == recipe()
 
 
-# The micro-batch on resume is the smallest of the checkpoint's, what fits now and what is asked.
+# On resume the micro-batch size is the smallest of saved, requested and fitting.
 
 
 @pytest.mark.parametrize(
-    ("asked", "fits", "chosen", "reported"),
+    ("requested", "fits", "chosen", "reported"),
     [(2, 4, 2, False), (4, 4, 2, False), (1, 4, 1, False), (2, 1, 1, True), (None, 1, 1, True)],
 )
-def test_the_micro_batch_on_resume(
+def test_the_micro_batch_size_on_resume(
     recipe: Make,
     stopped: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-    asked: int | None,
+    requested: int | None,
     fits: int,
     chosen: int,
     reported: bool,
 ) -> None:
-    again = recipe(**stopped | {"training__micro_batch_size": asked})
+    again = recipe(**stopped | {"training__micro_batch_size": requested})
     prepared = prepare_stage(again, reporter=RecordingReporter())
-    from minimind.training.build import footprint
+    from minimind.training.build import build_footprint
 
-    need = footprint(again, prepared.trainer.model, prepared.trainer.device).total(fits)
-    monkeypatch.setattr(stage_module, "free_bytes", lambda device: need)
+    needed = build_footprint(again, prepared.trainer.model, prepared.trainer.device).total(fits)
+    monkeypatch.setattr(stage_module, "free_bytes", lambda device: needed)
     told = RecordingReporter()
     trainer = prepare_stage(again, reporter=told).trainer
     assert trainer.batch_sizes.train == chosen
-    assert any("1 window at once instead of 2: no more fit" in x for x in told.lines) == reported
+    assert any("micro-batch size 1 instead of 2: no more" in x for x in told.lines) == reported
     assert do(again).summary["steps"] == 10

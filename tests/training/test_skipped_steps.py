@@ -209,9 +209,9 @@ def test_truncated_and_empty_answers_are_counted_and_never_give_nan(tmp_path: Pa
     supervised = [(50, 20), (20, 10), (33, 32), (34, 32), (8, 4)]
     sequences = ChatSequences([make_chats(*unsupervised, *supervised)], 32, pad=0, seed=0)
     report = sequences.report
-    assert report.conversations == 10
+    assert report.items == 10
     assert report.unsupervised == 5
-    assert report.cut == 5  # longer than 33 tokens: the last token is only a label
+    assert report.truncated == 5  # longer than 33 tokens: the last token is only a label
     nano_trainer(tmp_path, "sft", parts=[sequences], held_out=True).train()
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
     assert all(line["num_label_tokens"] > 0 for line in metrics(tmp_path, "train"))

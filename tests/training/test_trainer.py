@@ -119,7 +119,7 @@ def test_data_cursor_decides_the_samples_of_a_step(tmp_path: Path) -> None:
                 training__micro_batch_size=size,
                 training__steps=10,
             )
-            trainer.data = Recorded(trainer.data.parts, [1.0], trainer.recipe.seed)
+            trainer.data = Recorded(trainer.data.sources, [1.0], trainer.recipe.seed)
             result = trainer.train()
             assert len(built) <= result.steps * 4 - len(seen) + size, "one batch is prefetched"
             seen += [sample for sample in built if sample < result.steps * 4]
@@ -149,7 +149,7 @@ def test_prefetching_thread_always_ends(tmp_path: Path, where: str) -> None:
     trainer = nano_trainer(tmp_path, reporter=StoppingReporter(3 if where == "stop" else None))
     trainer.objective = Corrupted(trainer.objective, corrupt, {*range(7, 20)})
     if where in ("shard", "stop"):
-        trainer.data = Damaged(trainer.data.parts, [1.0], trainer.recipe.seed)
+        trainer.data = Damaged(trainer.data.sources, [1.0], trainer.recipe.seed)
     errors = {"shard": DataError, "loss": ValueError, "skipped": TrainingError}
     if where in errors:
         with pytest.raises(errors[where]):

@@ -9,13 +9,13 @@ from tests.support.services import Process, save_models, serving
 
 @pytest.fixture(scope="session")
 def models_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two runs, `tiny` and `other`, whose answers can be long enough to be stopped."""
+    """A folder of two runs, `tiny` and `other`, with a context for long answers."""
     return save_models(tmp_path_factory.mktemp("served"), tokenizer, context=8192)
 
 
 @pytest.fixture(scope="session")
 def process(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """Both models, with the key `secret`."""
+    """A service of both models with the API key `secret`."""
     log = tmp_path_factory.mktemp("log") / "service.log"
     with serving(models_dir, log, MINIMIND_API_KEY="secret") as running:
         yield running

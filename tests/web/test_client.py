@@ -36,11 +36,11 @@ def test_an_answer_streams(client: Client) -> None:
         assert list(again) == pieces
 
 
-def test_closing_ends_it_at_the_service(client: Client, process: Any) -> None:
+def test_closing_cancels_generation_at_the_service(client: Client, process: Any) -> None:
     def running() -> float:
         key = {"authorization": "Bearer secret"}
-        figures = httpx.get(f"{process.url}/metrics", headers=key).text.splitlines()
-        [line] = [line for line in figures if line.startswith('minimind_running{model="tiny"')]
+        metrics = httpx.get(f"{process.url}/metrics", headers=key).text.splitlines()
+        [line] = [line for line in metrics if line.startswith('minimind_running{model="tiny"')]
         return float(line.split()[-1])
 
     with client.chat(TINY, ASKED, temperature=0, max_tokens=-1) as answer:
@@ -48,10 +48,10 @@ def test_closing_ends_it_at_the_service(client: Client, process: Any) -> None:
     wait_until(lambda: running() == 0)
 
 
-def test_it_can_be_broken_off_by_another_thread(models_dir: Path, tmp_path: Path) -> None:
-    """Also one that waits for its turn: it gives up its place in the queue."""
+def test_another_thread_can_abort_an_answer(models_dir: Path, tmp_path: Path) -> None:
+    """A queued request too: it leaves the queue."""
 
-    def figures() -> list[int]:
+    def running_and_waiting() -> list[int]:
         lines = httpx.get(f"{service.url}/metrics").text.splitlines()
         found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return [
@@ -77,14 +77,14 @@ def test_it_can_be_broken_off_by_another_thread(models_dir: Path, tmp_path: Path
         threads = [threading.Thread(target=read, args=(answer,)) for answer in answers]
         for thread in threads:
             thread.start()
-        wait_until(lambda: figures() == [1, 1])
+        wait_until(lambda: running_and_waiting() == [1, 1])
         for place, left in ((1, [1, 0]), (0, [0, 0])):
-            answers[place].break_off()
+            answers[place].abort()
             threads[place].join(timeout=20)
             assert not threads[place].is_alive()
-            wait_until(lambda left=left: figures() == left)  # type: ignore[misc]
+            wait_until(lambda left=left: running_and_waiting() == left)  # type: ignore[misc]
         assert all(isinstance(end, ServiceError) for end in ends)
-        answers[0].break_off()  # no harm
+        answers[0].abort()  # a second call has no effect
 
 
 def test_turns_that_do_not_fit_are_left_out(client: Client) -> None:
@@ -93,13 +93,13 @@ def test_turns_that_do_not_fit_are_left_out(client: Client) -> None:
         assert 0 < answer.left_out <= 20
 
 
-def test_what_the_service_refuses_is_told(client: Client, process: Any) -> None:
+def test_refusals_of_the_service_are_reported(client: Client, process: Any) -> None:
     with pytest.raises(ServiceError, match="404: The model 'nobody' does not exist"):
         client.chat(ModelInfo("nobody", is_ours=True), ASKED)
     with pytest.raises(ServiceError, match="400: Invalid value for 'temperature'"):
         client.chat(TINY, ASKED, temperature=9)
     for key in (None, "wrong"):
-        with pytest.raises(ServiceError, match="wants a key; set it in the variable"):
+        with pytest.raises(ServiceError, match="rejected the API key; set the"):
             Client(process.url, key).models()
     with pytest.raises(ServiceError, match=r"cannot be reached .* is it running"):
         Client("http://127.0.0.1:9").models()
@@ -112,14 +112,14 @@ def test_what_the_service_refuses_is_told(client: Client, process: Any) -> None:
         "http://[::1", "http://127.0.0.1:99999", "http://a:b",
     ],
 )  # fmt: skip
-def test_what_is_no_url(url: str) -> None:
+def test_invalid_urls(url: str) -> None:
     with pytest.raises(UsageError, match="is not the URL"):
         Client(url)
 
 
 @pytest.fixture
 def other_service() -> Iterator[Callable[[int, bytes], Client]]:
-    """Something that is not ours: it answers everything with the same."""
+    """Start a foreign service that gives the same answer to every request."""
     servers = []
 
     def start(status: int, body: bytes, **headers: str) -> Client:
@@ -158,34 +158,32 @@ THEIRS = ModelInfo("gpt", is_ours=False)
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"", "broke off"),
-        (b'data: {"choices": []}\n\n', "broke off"),
+        (b"", "closed before the end"),
+        (b'data: {"choices": []}\n\n', "closed before the end"),
         (b"data: {\n\n", "not JSON"),
         (b'data: {"error": {"message": "too hot"}}\n\n', "too hot"),
-        (b'data: {"choices": [{"text": "a"}]}\n\n', "does not stream as OpenAI does"),
-        (b'data: {"choices": 5}\n\n', "does not stream as OpenAI does"),
+        (b'data: {"choices": [{"text": "a"}]}\n\n', "does not stream in OpenAI's format"),
+        (b'data: {"choices": 5}\n\n', "does not stream in OpenAI's format"),
     ],
 )
-def test_a_service_that_does_not_keep_to_the_form(
-    other_service: Any, body: bytes, said: str
-) -> None:
+def test_a_service_that_violates_the_protocol(other_service: Any, body: bytes, said: str) -> None:
     with pytest.raises(ServiceError, match=said):
         list(other_service(200, body).chat(THEIRS, ASKED))
-    with pytest.raises(ServiceError, match="does not speak OpenAI's API"):
+    with pytest.raises(ServiceError, match="does not follow OpenAI's API"):
         other_service(200, body).models()
 
 
-def test_comments_and_other_fields_are_let_pass(other_service: Any) -> None:
+def test_comments_and_other_fields_are_ignored(other_service: Any) -> None:
     events = [{"choices": [{"delta": {"content": text}}]} for text in ("a", "b")]
     lines = "".join(f": wait\nevent: x\ndata: {json.dumps(event)}\n\n" for event in events)
     client = other_service(200, (lines + "data: [DONE]\n\n").encode())
     assert "".join(client.chat(THEIRS, ASKED)) == "ab"
 
 
-def test_a_key_is_not_carried_elsewhere(other_service: Any) -> None:
+def test_redirects_do_not_leak_the_key(other_service: Any) -> None:
     elsewhere = other_service(200, b'{"data": []}')
     client = other_service(302, b"", location=f"{elsewhere.url}/models")
-    with pytest.raises(ServiceError, match="answers 302"):
+    with pytest.raises(ServiceError, match="answered 302"):
         client.models()
     assert client.heard
     assert not elsewhere.heard

@@ -13,8 +13,8 @@ HARMLESS = {
 }
 
 
-class Seen(HTMLParser):
-    """Elements and text of a piece of HTML."""
+class ParsedHTML(HTMLParser):
+    """Elements, attributes and text of an HTML fragment."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class Seen(HTMLParser):
         self.text += data
 
 
-def seen(answer: str) -> Seen:
-    """All that an answer shows as HTML."""
-    return Seen("".join(part.content for part in parts_of(answer) if part.kind == "html"))
+def rendered(answer: str) -> ParsedHTML:
+    """Parse the HTML parts of an answer."""
+    return ParsedHTML("".join(part.content for part in parts_of(answer) if part.kind == "html"))
 
 
 def test_plain_text_stays_plain() -> None:
@@ -47,7 +47,7 @@ def test_plain_text_stays_plain() -> None:
     assert parts_of("") == parts_of(" \n") == []
 
 
-def test_code_is_set_apart() -> None:
+def test_code_blocks_are_separate_parts() -> None:
     answer = "看：\n```Python\n\nprint('<b>')\n```\n好。\n\n    a  [0]\n\n完。\n~~~\nhalf"
     assert parts_of(answer) == [
         Part("text", "看："),
@@ -68,10 +68,10 @@ CODE = [
 
 @pytest.mark.parametrize("code", CODE)
 def test_code_is_shown_as_written(code: str) -> None:
-    assert seen(f"**a** `{code}` b").text.strip() == f"a {code} b"
-    in_list = seen(f"1. a\n\n   ```py\n   {code}\n     {code}\n   ```\n2. b").text
+    assert rendered(f"**a** `{code}` b").text.strip() == f"a {code} b"
+    in_list = rendered(f"1. a\n\n   ```py\n   {code}\n     {code}\n   ```\n2. b").text
     assert f"{code}\n  {code}\n" in in_list
-    assert f"{code}\n" in seen(f"> a\n>\n>     {code}\n").text
+    assert f"{code}\n" in rendered(f"> a\n>\n>     {code}\n").text
     assert parts_of(f"a\n\n    {code}")[1] == Part("code", f"{code}\n")
 
 
@@ -100,7 +100,7 @@ def test_code_is_shown_as_written(code: str) -> None:
         ),
     ],
 )
-def test_what_sets_text_stays_and_what_reaches_out_is_text(text: str, html: str) -> None:
+def test_formatting_is_rendered_and_links_are_text(text: str, html: str) -> None:
     [part] = parts_of(text)
     assert (part.kind, re.sub(r"(?<=>)\n|\n(?=<)", "", part.content)) == ("html", html)
 
@@ -132,8 +132,8 @@ CONSTANT = re.compile(r"style=text-align:(left|center|right)|start=\d+")
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
-def test_nothing_but_harmless_elements_comes_of_it(answer: str) -> None:
-    found = seen(f"**a** {answer}\n\n**b**")
+def test_only_harmless_elements_are_produced(answer: str) -> None:
+    found = rendered(f"**a** {answer}\n\n**b**")
     assert found.elements <= HARMLESS
     assert {
         a for a in found.attributes if not re.fullmatch(r"style=text-align:\w+|start=\d+", a)
@@ -141,7 +141,7 @@ def test_nothing_but_harmless_elements_comes_of_it(answer: str) -> None:
 
 
 @pytest.mark.parametrize("piece", ["\\(", "\\[", "$", "$$", "*", "`", "[", "> ", "|"])
-def test_a_flood_of_marks_is_shown(piece: str) -> None:
+def test_repeated_markup_is_rendered(piece: str) -> None:
     assert parts_of(f"**a** {piece * 5000}")
 
 

@@ -1,4 +1,4 @@
-"""The page in a real browser."""
+"""The page in Chromium."""
 
 import contextlib
 import json
@@ -64,7 +64,7 @@ INJECTIONS = [
 
 @contextlib.contextmanager
 def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`minimind web`, on a port that was free; the address that it prints, and its process."""
+    """Run `minimind web` on a free port; yield the printed address and the process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with (
@@ -80,7 +80,7 @@ def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[
         try:
             assert process.stdout
             line = process.stdout.readline()
-            assert line.startswith(f"The page: http://127.0.0.1:{port}/?token="), line
+            assert line.startswith(f"Open http://127.0.0.1:{port}/?token="), line
             yield line.split()[-1], process
         finally:
             process.send_signal(signal.SIGTERM)
@@ -91,7 +91,7 @@ def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[
 
 
 class Browser:
-    """Chromium, and the few things that are done with it here."""
+    """Chromium with helpers for this page."""
 
     def __init__(self, language: str = "en-US", width: int = 1200) -> None:
         from selenium import webdriver
@@ -121,9 +121,9 @@ class Browser:
 
     def go_to(self, url: str) -> None:
         # The page's process may still be starting.
-        self.wait(lambda: self._is_there(url))
+        self.wait(lambda: self._loads(url))
 
-    def _is_there(self, url: str) -> bool:
+    def _loads(self, url: str) -> bool:
         from selenium.common.exceptions import WebDriverException
 
         with contextlib.suppress(WebDriverException):
@@ -138,15 +138,15 @@ class Browser:
         return self.wait(lambda: self.find(f"{css} button"))[0]
 
     def press(self, css: str) -> None:
-        """A button that moves while an answer grows above it, or that is out of sight."""
+        """Click a button by script, because it moves or is out of view."""
         self.driver.execute_script("arguments[0].click()", self.button(css))
 
-    def alive(self, css: str) -> int:
-        """How many such buttons can be seen and pressed."""
+    def num_enabled(self, css: str) -> int:
+        """Count the visible and enabled buttons."""
         return sum(b.is_displayed() and b.is_enabled() for b in self.find(f"{css} button"))
 
     def shadow_buttons(self, css: str) -> list[Any]:
-        """Those of a component, which keeps its elements apart from the page's."""
+        """Return the buttons in the shadow DOM of a component."""
         script = (
             "return [...document.querySelectorAll(arguments[0] + ' *')].map(e => e.shadowRoot)"
             ".filter(Boolean).flatMap(r => [...r.querySelectorAll('button')])"
@@ -154,33 +154,33 @@ class Browser:
         return self.driver.execute_script(script, css)  # type: ignore[no-any-return]
 
     def messages(self) -> list[str]:
-        """The text of all that is said."""
+        """Return the texts of all messages."""
         script = (
             "return [...document.querySelectorAll('[data-testid=stChatMessageContent]')]"
             ".map(e => e.innerText)"
         )
         return self.driver.execute_script(script)  # type: ignore[no-any-return]
 
-    def wait(self, is_so: Callable[[], Any], seconds: float = 60) -> Any:
+    def wait(self, condition: Callable[[], Any], seconds: float = 60) -> Any:
         from selenium.common.exceptions import StaleElementReferenceException
 
         end = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(StaleElementReferenceException):  # painted anew meanwhile
-                if found := is_so():
-                    return found
-            assert time.monotonic() < end, f"never so; the page says {self.messages()}"
+            with contextlib.suppress(StaleElementReferenceException):  # re-rendered meanwhile
+                if result := condition():
+                    return result
+            assert time.monotonic() < end, f"timeout; messages: {self.messages()}"
             time.sleep(0.05)
 
     def ask(self, text: str) -> None:
         [box] = self.wait(lambda: self.find('[data-testid="stChatInputTextArea"]'))
         box.send_keys(text + "\n")
 
-    def wait_for_the_end(self) -> None:
+    def wait_until_finished(self) -> None:
         self.wait(lambda: self.find('[class*="st-key-again-"]'))
 
-    def asked_for(self) -> set[str]:
-        """The hosts of all that it has fetched since this was asked last."""
+    def requested_hosts(self) -> set[str]:
+        """Return the hosts of all requests since the last call."""
         urls = []
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
@@ -202,7 +202,7 @@ def url(models_dir: Path, home: Path) -> Iterator[str]:
 
 @pytest.fixture
 def store(home: Path) -> Iterator[Store]:
-    """What the page keeps; emptied afterwards."""
+    """The store of the page, deleted afterwards."""
     folder = home / "minimind" / "conversations"
     yield Store(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -215,10 +215,10 @@ def browser() -> Iterator[Browser]:
     found.driver.quit()
 
 
-def test_it_answers_and_a_reload_loses_nothing(url: str, browser: Browser, store: Store) -> None:
+def test_answers_survive_a_reload(url: str, browser: Browser, store: Store) -> None:
     browser.open(url)
     browser.ask("长江有多长？")
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
     browser.wait(lambda: len(browser.messages()) == 2)
     question, answer = browser.messages()
     assert question == "长江有多长？"
@@ -233,9 +233,9 @@ def test_it_answers_and_a_reload_loses_nothing(url: str, browser: Browser, store
     browser.wait(lambda: browser.messages() == [question, answer])
     browser.ask("然后呢？")
     browser.wait(lambda: len(browser.messages()) == 4)
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
     assert browser.messages()[:2] == [question, answer]
-    # Another one, and back.
+    # A new conversation, and back.
     next(b for b in browser.find("button") if "New conversation" in b.text).click()
     browser.wait(lambda: not browser.messages())
     browser.button(f".st-key-open-{kept.id}").click()
@@ -247,8 +247,8 @@ def saved_in(store: Store) -> list[Conversation]:
     return [conversation for conversation in found if conversation]
 
 
-def long_one(store: Store) -> Conversation:
-    """Its next answers take long."""
+def long_conversation(store: Store) -> Conversation:
+    """Save a conversation whose next answers take long."""
     settings = {"max_tokens": -1, "temperature": 0.0}
     turns = [Turn("你好", [Answer("tiny", "你好。", 2, 0.1, "stop")])]
     found = Conversation(models=["tiny"], settings=settings, turns=turns)
@@ -256,8 +256,8 @@ def long_one(store: Store) -> Conversation:
     return found
 
 
-def test_an_answer_streams_and_can_be_stopped(url: str, browser: Browser, store: Store) -> None:
-    talk = long_one(store)
+def test_a_streaming_answer_can_be_stopped(url: str, browser: Browser, store: Store) -> None:
+    talk = long_conversation(store)
     browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 2)
     browser.ask("说长一点")
@@ -271,7 +271,7 @@ def test_an_answer_streams_and_can_be_stopped(url: str, browser: Browser, store:
 
     browser.wait(has_grown)
     browser.button('[class*="st-key-stop-"]').click()
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
     browser.wait(lambda: "stopped" in browser.messages()[-1])
     kept = store.load(talk.id)
     assert kept
@@ -280,7 +280,7 @@ def test_an_answer_streams_and_can_be_stopped(url: str, browser: Browser, store:
     assert 0 < said.tokens < 8000  # the context has 8,192
 
 
-def test_a_copy_is_on_the_clipboard(url: str, browser: Browser, store: Store) -> None:
+def test_copy_writes_to_the_clipboard(url: str, browser: Browser, store: Store) -> None:
     texts = ["一 <b>x</b>\n\n- 二 [a](b)\n", "</script>\"'`${1}"]
     talk = Conversation(models=["tiny", "other"])
     talk.turns = [Turn("你好", [Answer("tiny", texts[0]), Answer("other", texts[1])])]
@@ -300,56 +300,62 @@ def test_a_copy_is_on_the_clipboard(url: str, browser: Browser, store: Store) ->
         assert browser.driver.execute_async_script(read) == text
 
 
-def test_nothing_else_can_be_done_while_an_answer_is_written(
+def test_other_buttons_are_disabled_while_an_answer_streams(
     url: str, browser: Browser, store: Store
 ) -> None:
-    talk = long_one(store)
+    talk = long_conversation(store)
     talk.turns.append(Turn("说长一点", [Answer("tiny", "好。", 2, 0.1, "stop")]))
     store.save(talk)
     browser.open(f"{url}&c={talk.id}")
-    # An early question is asked anew: what came after must be gone at once.
+    # Editing an early question drops the later turns at once.
     browser.button(f".st-key-edit-{talk.turns[0].id}").click()
     [box] = browser.wait(lambda: browser.find('[data-testid="stForm"] textarea'))
     box.send_keys("！")
     next(b for b in browser.find('[data-testid="stForm"] button') if b.text == "Send").click()
     browser.wait(lambda: browser.find('[class*="st-key-stop-"] button'))
     assert (
-        browser.alive('[class*="st-key-again-"]') == browser.alive('[class*="st-key-edit-"]') == 0
+        browser.num_enabled('[class*="st-key-again-"]')
+        == browser.num_enabled('[class*="st-key-edit-"]')
+        == 0
     )
     assert len([m for m in browser.find('[data-testid="stChatMessage"]') if m.is_displayed()]) == 2
     browser.press('[class*="st-key-stop-"]')
-    browser.wait_for_the_end()
-    # A further question: the buttons of the turn before are dead until it is answered.
-    browser.wait(lambda: browser.alive('[class*="st-key-edit-"]') == 1)
+    browser.wait_until_finished()
+    # A new question disables the buttons of earlier turns until it is answered.
+    browser.wait(lambda: browser.num_enabled('[class*="st-key-edit-"]') == 1)
     browser.ask("再说")
     browser.wait(lambda: browser.find('[class*="st-key-stop-"] button'))
     browser.wait(lambda: len(browser.messages()) == 4)
     assert (
-        browser.alive('[class*="st-key-again-"]') == browser.alive('[class*="st-key-edit-"]') == 0
+        browser.num_enabled('[class*="st-key-again-"]')
+        == browser.num_enabled('[class*="st-key-edit-"]')
+        == 0
     )
     browser.press('[class*="st-key-stop-"]')
-    browser.wait(lambda: browser.alive('[class*="st-key-edit-"]') == 2)
-    assert browser.alive('[class*="st-key-again-"]') == 1
-    # And the same answer once more.
+    browser.wait(lambda: browser.num_enabled('[class*="st-key-edit-"]') == 2)
+    assert browser.num_enabled('[class*="st-key-again-"]') == 1
+    # Regenerate does so too.
     browser.press('[class*="st-key-again-"]')
     browser.wait(lambda: browser.find('[class*="st-key-stop-"] button'))
     assert (
-        browser.alive('[class*="st-key-again-"]') == browser.alive('[class*="st-key-edit-"]') == 0
+        browser.num_enabled('[class*="st-key-again-"]')
+        == browser.num_enabled('[class*="st-key-edit-"]')
+        == 0
     )
     browser.press('[class*="st-key-stop-"]')
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
 
 
-def test_stop_and_a_closed_tab_leave_nothing_at_the_service(
+def test_stop_and_closing_the_tab_cancel_generation_at_the_service(
     models_dir: Path, tmp_path: Path
 ) -> None:
-    def figures() -> list[int]:
+    def running_and_waiting() -> list[int]:
         lines = httpx.get(f"{service.url}/metrics").text.splitlines()
         found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return [int(float(found[f'minimind_{n}{{model="tiny"}}'])) for n in ("running", "waiting")]
 
     store = Store(tmp_path / "minimind" / "conversations")
-    talks = [long_one(store) for _ in range(2)]
+    talks = [long_conversation(store) for _ in range(2)]
     first = Browser()
     with (
         serving(models_dir / "tiny", tmp_path / "service.log", "--slots", "1") as service,
@@ -359,40 +365,40 @@ def test_stop_and_a_closed_tab_leave_nothing_at_the_service(
         try:
             first.open(f"{url}&c={talks[0].id}")
             first.ask("说长一点")
-            first.wait(lambda: figures() == [1, 0])
+            first.wait(lambda: running_and_waiting() == [1, 0])
             driver.switch_to.new_window("tab")
             first.open(f"{url}&c={talks[1].id}")
             first.ask("说长一点")
-            first.wait(lambda: figures() == [1, 1])  # it waits for its turn
+            first.wait(lambda: running_and_waiting() == [1, 1])  # queued
             first.press('[class*="st-key-stop-"]')
-            first.wait(lambda: figures() == [1, 0])
-            first.wait_for_the_end()
+            first.wait(lambda: running_and_waiting() == [1, 0])
+            first.wait_until_finished()
             driver.switch_to.window(driver.window_handles[0])
             driver.close()
-            wait_until(lambda: figures() == [0, 0])
+            wait_until(lambda: running_and_waiting() == [0, 0])
         finally:
             driver.quit()
     said = store.load(talks[0].id)
     assert said
-    assert said.turns[-1].answers[0].text  # what had been said is kept
+    assert said.turns[-1].answers[0].text  # the partial answer is saved
 
 
-def test_a_broken_conversation_is_told_and_kept(url: str, browser: Browser, store: Store) -> None:
-    talk = long_one(store)
+def test_an_invalid_conversation_is_reported_and_quarantined(
+    url: str, browser: Browser, store: Store
+) -> None:
+    talk = long_conversation(store)
     path = store._folder / f"{talk.id}.json"
     path.write_text('{"turns": [{"question": 5}]}')
     browser.open(f"{url}&c={talk.id}")
-    [told] = browser.wait(lambda: browser.find('[data-testid="stAlert"]'))
-    [aside] = store.put_aside()
-    assert told.text == f"A conversation could not be read. Its file is kept as it is: {aside}"
-    assert aside.read_text() == '{"turns": [{"question": 5}]}'
+    [alert] = browser.wait(lambda: browser.find('[data-testid="stAlert"]'))
+    [quarantined] = store.quarantined()
+    assert alert.text == f"A conversation could not be read. Its file was kept as: {quarantined}"
+    assert quarantined.read_text() == '{"turns": [{"question": 5}]}'
     browser.ask("你好")
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
 
 
-def test_settings_of_a_file_are_brought_within_bounds(
-    url: str, browser: Browser, store: Store
-) -> None:
+def test_stored_settings_are_clamped(url: str, browser: Browser, store: Store) -> None:
     settings = {"temperature": 99, "top_p": -1.0, "top_k": 2.5, "max_tokens": 5, "seed": -3}
     talk = Conversation(models=["tiny"], settings=settings, turns=[Turn("你好", [])])
     store.save(talk)
@@ -412,19 +418,19 @@ def test_regenerate_and_edit(url: str, browser: Browser, store: Store) -> None:
     browser.open(f"{url}&c={talk.id}")
     browser.button('[class*="st-key-again-"]').click()
     browser.wait(lambda: len(browser.messages()) == 4 and "旧的" not in browser.messages()[3])
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
     assert "旧的" in browser.messages()[1]
     browser.button(f".st-key-edit-{talk.turns[0].id}").click()
     [box] = browser.wait(lambda: browser.find('[data-testid="stForm"] textarea'))
     box.send_keys("！早上好")
     next(b for b in browser.find('[data-testid="stForm"] button') if b.text == "Send").click()
     browser.wait(lambda: browser.messages()[:1] == ["你好！早上好"])
-    # The page drops what came after only when the answer begins: its old buttons say no end.
+    # Later turns disappear only when the answer starts: until then the old buttons are visible.
     browser.wait(lambda: len(browser.messages()) == 2 and "tiny · " in browser.messages()[1])
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
     kept = store.load(talk.id)
     assert kept
-    assert [turn.question for turn in kept.turns] == ["你好！早上好"]  # what came after is gone
+    assert [turn.question for turn in kept.turns] == ["你好！早上好"]  # later turns are dropped
     assert kept.turns[0].answers[0].text not in ("", "旧的")
 
 
@@ -436,7 +442,7 @@ def test_two_models_side_by_side(url: str, browser: Browser, store: Store) -> No
     browser.wait(lambda: len(browser.messages()) == 3)
     browser.ask("长江呢？")
     browser.wait(lambda: len(browser.messages()) == 6)
-    browser.wait_for_the_end()
+    browser.wait_until_finished()
     browser.wait(lambda: "other · " in browser.messages()[-1])
     assert "tiny · " in browser.messages()[-2]
     first, second = browser.find('[data-testid="stChatMessage"]')[-2:]
@@ -449,11 +455,11 @@ def test_injections_are_shown_as_text(url: str, browser: Browser, store: Store) 
     talk = Conversation(models=["tiny"], system=INJECTIONS[0], settings={"max_tokens": 2})
     talk.turns = [Turn(text, [Answer(text, text, error=text)]) for text in INJECTIONS]
     store.save(talk)
-    for text in INJECTIONS:  # their titles stand in the list
+    for text in INJECTIONS:  # titles in the sidebar
         store.save(Conversation(turns=[Turn(text)]))
     browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 60)
-    browser.asked_for()
+    browser.requested_hosts()
     shown = browser.messages()
     for place, text in enumerate(INJECTIONS):
         assert shown[2 * place] == text
@@ -462,7 +468,7 @@ def test_injections_are_shown_as_text(url: str, browser: Browser, store: Store) 
     browser.wait(lambda: len(browser.find('[class*="st-key-open-"] button')) == 31)
     titles = {b.text for b in browser.find('[class*="st-key-open-"] button')}
     assert titles == {Conversation(turns=[Turn(text)]).title for text in INJECTIONS}
-    # In words that are set, they do not run either.
+    # The same inside formatted text.
     talk.turns = [
         Turn("x", [Answer("tiny", f"**a** `b {text}`\n\n{text}\n\n- c {text}")])
         for text in INJECTIONS
@@ -472,15 +478,15 @@ def test_injections_are_shown_as_text(url: str, browser: Browser, store: Store) 
     browser.driver.refresh()
     browser.wait(lambda: len(browser.messages()) == 62 and browser.find("code"))
     shown = browser.messages()
-    for place, text in enumerate(INJECTIONS):  # and all of each can be seen
+    for place, text in enumerate(INJECTIONS):  # completely visible
         assert shown[2 * place + 1].count(text) == 3, text
     assert browser.driver.title == "MiniMind"
     inside = '[data-testid="stChatMessageContent"]'
     for what in ("script", "img", "iframe", "a[href]", "style", "link", "form:not(.x)", "base"):
         assert not browser.find(f"{inside} {what}"), what
     host = url.split("/")[2]
-    assert browser.asked_for() <= {host}
-    # What is typed in goes the same way as what is kept.
+    assert browser.requested_hosts() <= {host}
+    # Typed text is rendered like stored text.
     browser.ask(INJECTIONS[1])
     browser.wait(lambda: INJECTIONS[1] in browser.messages())
     assert browser.driver.title == "MiniMind"
@@ -506,7 +512,7 @@ Prose.
 def f(*a: int) -> None: ...
 ```
 """
-SEEN = [
+RENDERED_CODE = [
     "x[0] < y", r"C:\Users\me", "a  b", "![i](u)",
     'if x[0] < y:\n    print("$x$ **a**\\n")',
     'indented[0] = "\\t"\n  deeper',
@@ -514,7 +520,7 @@ SEEN = [
 ]  # fmt: skip
 
 
-def test_code_is_seen_as_it_was_written(url: str, browser: Browser, store: Store) -> None:
+def test_code_is_rendered_verbatim(url: str, browser: Browser, store: Store) -> None:
     talk = Conversation(turns=[Turn("?", [Answer("tiny", CODE)])])
     store.save(talk)
     browser.open(f"{url}&c={talk.id}")
@@ -523,29 +529,29 @@ def test_code_is_seen_as_it_was_written(url: str, browser: Browser, store: Store
         ".map(e => e.innerText)"
     )
 
-    def code_seen() -> list[str]:
+    def rendered_code() -> list[str]:
         return [text.removesuffix("\n") for text in browser.driver.execute_script(script)]
 
-    browser.wait(lambda: len(code_seen()) == len(SEEN))
-    assert code_seen() == SEEN
+    browser.wait(lambda: len(rendered_code()) == len(RENDERED_CODE))
+    assert rendered_code() == RENDERED_CODE
     assert {e.text for e in browser.find(".answer strong")} == {"Code"}
     assert browser.find(".answer li pre")
 
 
-def test_without_the_token_nothing_is_shown(url: str, browser: Browser, store: Store) -> None:
+def test_without_the_token_only_an_error_is_shown(url: str, browser: Browser, store: Store) -> None:
     talk = Conversation(turns=[Turn("秘密", [Answer("tiny", "答案")])])
     store.save(talk)
     base, token = url.split("?token=")
     for query in ("", f"?c={talk.id}", f"?token=&c={talk.id}", f"?token={token[:-1]}&c={talk.id}",
                   f"?token={token}&token=x&c={talk.id}", f"?token=长&c={talk.id}"):  # fmt: skip
         browser.go_to(base + query)
-        [told] = browser.wait(lambda: browser.find('[data-testid="stAlert"]'))
-        assert told.text.startswith("This page is for the user who started it.")
-        assert "minimind web" in told.text
+        [alert] = browser.wait(lambda: browser.find('[data-testid="stAlert"]'))
+        assert alert.text.startswith("This page is for the user who started it.")
+        assert "minimind web" in alert.text
         page = browser.driver.page_source
         assert "秘密" not in page and "答案" not in page and token not in page
         assert not browser.find('[data-testid="stChatInputTextArea"]')
-    # With it, and after everything that changes the address.
+    # With the token, also after each action that changes the address.
     browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 2)
     next(b for b in browser.find("button") if "New conversation" in b.text).click()
@@ -558,9 +564,7 @@ def test_without_the_token_nothing_is_shown(url: str, browser: Browser, store: S
     browser.wait(lambda: len(browser.messages()) == 2)
 
 
-def test_many_conversations_are_listed_a_page_at_a_time(
-    url: str, browser: Browser, store: Store
-) -> None:
+def test_conversations_are_listed_in_pages(url: str, browser: Browser, store: Store) -> None:
     talks = [Conversation(turns=[Turn(f"第{number}个")]) for number in range(45)]
     for talk in talks:
         store.save(talk)
@@ -580,7 +584,7 @@ def test_many_conversations_are_listed_a_page_at_a_time(
     browser.wait(lambda: browser.messages() == ["第0个"])
 
 
-def test_it_speaks_chinese_on_a_phone(url: str, store: Store) -> None:
+def test_chinese_page_on_a_phone(url: str, store: Store) -> None:
     talk = Conversation(models=["tiny"], settings={"max_tokens": 5})
     words = ["长" * 300, "a" * 300]
     talk.turns = [Turn(word, [Answer("tiny", word), Answer("other", word)]) for word in words]
@@ -590,10 +594,10 @@ def test_it_speaks_chinese_on_a_phone(url: str, store: Store) -> None:
         phone.open(f"{url}&c={talk.id}")
         phone.wait(lambda: len(phone.messages()) == 6)
         [box] = phone.find('[data-testid="stChatInputTextArea"]')
-        assert box.get_attribute("placeholder") == "说点什么"
+        assert box.get_attribute("placeholder") == "输入消息"
         assert "重新生成" in phone.driver.page_source
         wide = "return document.documentElement.scrollWidth"
-        assert phone.driver.execute_script(wide) <= 390  # nothing sticks out
+        assert phone.driver.execute_script(wide) <= 390  # no horizontal overflow
         for message in phone.find('[data-testid="stChatMessage"]'):
             assert message.size["width"] <= 390
     finally:
@@ -601,7 +605,7 @@ def test_it_speaks_chinese_on_a_phone(url: str, store: Store) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_its_service_ends_with_it(models_dir: Path, tmp_path: Path, number: int) -> None:
+def test_the_service_ends_with_the_page(models_dir: Path, tmp_path: Path, number: int) -> None:
     with page_of(models_dir, home=tmp_path) as (_, process):
         page = psutil.Process(process.pid)
         end = time.monotonic() + 60
@@ -615,14 +619,14 @@ def test_its_service_ends_with_it(models_dir: Path, tmp_path: Path, number: int)
         assert not alive
 
 
-def test_wrong_use_is_told(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_usage_errors(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     request.addfinalizer(taken.close)
     port = taken.getsockname()[1]
     for flags, message in [
         (["--url", "http://127.0.0.1:9", "--port", str(port)], f"port {port}: Address already"),
-        ([], "give a MODEL, or the --url of a service"),
-        (["a", "--url", "http://b"], "give a MODEL, or the --url of a service"),
+        ([], "give a MODEL, or a service with --url URL"),
+        (["a", "--url", "http://b"], "give a MODEL, or a service with --url URL"),
         (["--url", "ftp://b"], "is not the URL of a service"),
         ([str(tmp_path / "none")], "there is no such directory"),
     ]:

@@ -1,4 +1,4 @@
-"""The script of the page, run by Streamlit in this process, without a browser."""
+"""The page script, run by Streamlit in this process without a browser."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PAGE = Path(start.__file__).with_name("page.py")
 
 @pytest.fixture
 def store(tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """Five hundred conversations, of a page whose token is `right`."""
+    """A store of 500 conversations; the page's token is `right`."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setenv(start.URL_VARIABLE, process.url)
     monkeypatch.setenv(start.TOKEN_VARIABLE, "right")
@@ -27,7 +27,9 @@ def store(tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
-def test_a_run_reads_new_titles_and_what_is_open(store: Store, tmp_path: Path) -> None:
+def test_a_run_reads_only_new_titles_and_the_open_conversation(
+    store: Store, tmp_path: Path
+) -> None:
     page = AppTest.from_file(str(PAGE), default_timeout=60)
     page.query_params["token"] = "right"
     page.query_params["c"] = store.ids()[3]
@@ -42,7 +44,7 @@ def test_a_run_reads_new_titles_and_what_is_open(store: Store, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "righ", "rightt", "长"])
-def test_without_the_token_nothing_is_read(store: Store, tmp_path: Path, token: str) -> None:
+def test_without_the_token_no_file_is_read(store: Store, tmp_path: Path, token: str) -> None:
     page = AppTest.from_file(str(PAGE), default_timeout=60)
     page.query_params["token"] = token
     page.query_params["c"] = store.ids()[0]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from minimind.data.read import InvalidRecords, read_records
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_records
 from minimind.web.store import Answer, Conversation, Store, Turn
 from tests.support.reads import opens
 
@@ -22,14 +23,14 @@ def talk() -> Conversation:
     return Conversation(system="你是向导", models=["a", "b"], settings={"seed": 3}, turns=turns)
 
 
-def test_what_is_kept_is_what_was_said(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     store, said = Store(tmp_path / "new"), talk()
     assert store.ids() == []
     store.save(said)
     assert store.load(said.id) == said
     other = Conversation(turns=[Turn("半个字符 \ud83d")])
     store.save(other)
-    assert store.ids() == [other.id, said.id]  # the last used first
+    assert store.ids() == [other.id, said.id]  # most recent first
     assert [store.title(id) for id in store.ids()] == ["半个字符 ?", said.title]
     said.turns[0].question = "它有多宽？"
     store.save(said)
@@ -40,7 +41,7 @@ def test_what_is_kept_is_what_was_said(tmp_path: Path) -> None:
     assert store.load(said.id) is None
 
 
-def test_no_file_is_read_for_the_list_and_each_title_once(tmp_path: Path) -> None:
+def test_listing_reads_no_file_and_each_title_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for number in range(500):
         store.save(Conversation(turns=[Turn(f"第{number}个")]))
@@ -60,14 +61,14 @@ def test_no_file_is_read_for_the_list_and_each_title_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
-def test_nobody_else_can_read_it(tmp_path: Path) -> None:
+def test_files_are_private(tmp_path: Path) -> None:
     store = Store(tmp_path / "new")
     store.save(talk())
     [path] = (tmp_path / "new").iterdir()
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
-def test_names_that_lead_elsewhere_are_nothing(tmp_path: Path) -> None:
+def test_invalid_ids_are_ignored(tmp_path: Path) -> None:
     store, said = Store(tmp_path / "in"), talk()
     store.save(said)
     (tmp_path / f"{said.id}.json").write_bytes((tmp_path / "in" / f"{said.id}.json").read_bytes())
@@ -88,7 +89,7 @@ def kept_as_json() -> dict[str, Any]:
         b'{"id": "00000000000000000000000000000000", "updated": NaN}',
     ],
 )  # fmt: skip
-def test_a_broken_file_is_put_aside_as_it_is(tmp_path: Path, broken: bytes) -> None:
+def test_an_invalid_file_is_quarantined_unchanged(tmp_path: Path, broken: bytes) -> None:
     store, said = Store(tmp_path), talk()
     store.save(said)
     id = "0" * 32
@@ -97,9 +98,9 @@ def test_a_broken_file_is_put_aside_as_it_is(tmp_path: Path, broken: bytes) -> N
         assert store.load(id) is None
         assert store.title(id) is None
         assert store.ids() == [said.id]
-        assert [path.read_bytes() for path in store.put_aside()] == [broken] * times
+        assert [path.read_bytes() for path in store.quarantined()] == [broken] * times
     assert not (tmp_path / f"{id}.json").exists()
-    store.save(Conversation(id=id))  # its place is free
+    store.save(Conversation(id=id))  # the id is free again
     assert store.load(id)
 
 
@@ -117,19 +118,19 @@ def test_a_broken_file_is_put_aside_as_it_is(tmp_path: Path, broken: bytes) -> N
         {"turns": [{"question": "a", "answers": [{"model": "m", "more": 5}]}]},
     ],
 )  # fmt: skip
-def test_fields_of_the_wrong_kind_are_found(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_fields_of_the_wrong_type_are_rejected(tmp_path: Path, wrong: dict[str, Any]) -> None:
     store, kept = Store(tmp_path), kept_as_json()
     path = tmp_path / f"{kept['id']}.json"
     path.write_text(json.dumps(kept))
     assert store.load(kept["id"])
     path.write_text(json.dumps(kept | wrong))
     assert store.load(kept["id"]) is None
-    [aside] = store.put_aside()
-    assert json.loads(aside.read_text()) == kept | wrong
-    assert aside.name.startswith(kept["id"])
+    [quarantined] = store.quarantined()
+    assert json.loads(quarantined.read_text()) == kept | wrong
+    assert quarantined.name.startswith(kept["id"])
 
 
-def test_each_side_hears_its_own_answers() -> None:
+def test_each_model_sees_its_own_answers() -> None:
     said = talk()
     first = said.messages(2, 0)
     assert [message["role"] for message in first] == ["system", "user", "assistant", "user"]
@@ -141,14 +142,14 @@ def test_each_side_hears_its_own_answers() -> None:
     ]
 
 
-def test_what_is_exported_is_what_sft_reads(tmp_path: Path) -> None:
+def test_the_export_is_readable_by_sft(tmp_path: Path) -> None:
     said = talk()
     path = tmp_path / "talk.jsonl"
     path.write_text(said.as_training_data(), encoding="utf-8")
     bad = InvalidRecords()
-    first, second = read_records([path], bad=bad)
+    first, second = read_records([path], invalid=bad)
     assert not bad.total
-    # Each model's talk as it was: what it has heard and said itself.
+    # One conversation per model, with its own answers.
     end = {"role": "assistant", "content": "东海。"}
     assert first.messages == [*said.messages(2, 0), end]
     assert second.messages == [*said.messages(2, 1), end]

@@ -1,7 +1,11 @@
-"""The textbook: facts written for this project, and all that is made from them.
+"""The textbook: facts written for this project, and everything generated from them.
 
-A corpus of any size to train on, the same for the same seed, and a quiz in words that were never
-trained on.
+Two products: a training corpus of any size, which depends only on the seed, and a quiz whose
+questions are held out: they are worded differently from all questions in the corpus.
+
+Reading order: tables (facts, their templates), phrases (framing of questions), generators (streams
+of training data), quiz and fluency (evaluation of answers), identity (the name of the model), lint
+(checks of the tables; `python -m minimind.data.textbook` runs them).
 """
 
 import hashlib
@@ -11,16 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minimind.data.stamps import sha256_of
 from minimind.data.textbook.fluency import is_fluent
+from minimind.data.textbook.generators import dialogues, multiple_choice, preferences, prose
 from minimind.data.textbook.identity import IdentityQuestion, held_out_identity, identity
-from minimind.data.textbook.makers import dialogues, exams, preferences, prose
 from minimind.data.textbook.quiz import (
-    EIGHT,
+    DEMO_QUESTIONS,
     QuizQuestion,
-    eight,
+    demo_questions,
     is_right,
     is_well_formed,
     quiz,
@@ -30,19 +34,19 @@ from minimind.data.textbook.tables import Subject, load_subjects
 from minimind.errors import ConfigError, DataError, ResourceError
 
 __all__ = [
-    "EIGHT",
+    "DEMO_QUESTIONS",
     "IdentityQuestion",
     "QuizQuestion",
     "Subject",
+    "demo_questions",
     "dialogues",
-    "eight",
-    "exams",
     "held_out_identity",
     "identity",
     "is_fluent",
     "is_right",
     "is_well_formed",
     "load_subjects",
+    "multiple_choice",
     "preferences",
     "prose",
     "quiz",
@@ -52,7 +56,7 @@ __all__ = [
 ]
 
 _HELD_OUT_SEED = 1 << 20
-_IN_RECIPES = "textbook:"
+_PREFIX = "textbook:"
 
 
 def write_corpus(
@@ -64,28 +68,28 @@ def write_corpus(
     single_turn: int,
     multi_turn: int,
     preference_pairs: int,
-    exam_questions: int,
+    multiple_choice_questions: int,
     identity_dialogues: int = 3_000,
 ) -> dict[str, Path]:
-    """Write the corpus as JSON lines into `out`, sizes in characters, dialogues, pairs, questions.
+    """Write the corpus as JSON Lines into `out`; return the path of each file by its stem.
 
-    pretrain.jsonl, held-out.jsonl {"text"}; sft-single.jsonl, sft-multi.jsonl, identity.jsonl
-    {"conversations"}, the last with {{name}} and {{author}} in it; dpo.jsonl {"chosen",
-    "rejected"}; exam.jsonl. The path of each, by its name without ending.
-    No text is both in pretrain and in held-out.
+    pretrain.jsonl, held-out.jsonl: {"text"}, with no text in both. sft-single.jsonl,
+    sft-multi.jsonl, identity.jsonl: {"conversations"}, the last with the variables {{name}} and
+    {{author}}. dpo.jsonl: {"chosen", "rejected"}. multiple-choice.jsonl: questions with four
+    options.
     """
     out.mkdir(parents=True, exist_ok=True)
-    training = list(_characters(prose(seed), prose_characters))
+    training = list(_limited(prose(seed), prose_characters))
     known = set(training)
-    fresh = (text for text in prose(seed + _HELD_OUT_SEED) if text not in known)
+    unseen = (text for text in prose(seed + _HELD_OUT_SEED) if text not in known)
     contents: dict[str, Iterable[Any]] = {
         "pretrain": ({"text": text} for text in training),
-        "held-out": ({"text": text} for text in _characters(fresh, held_out_characters)),
-        "sft-single": _talks(seed, "single", single_turn),
-        "sft-multi": _talks(seed, "multi", multi_turn),
+        "held-out": ({"text": text} for text in _limited(unseen, held_out_characters)),
+        "sft-single": _dialogue_records(seed, "single", single_turn),
+        "sft-multi": _dialogue_records(seed, "multi", multi_turn),
         "dpo": islice(preferences(seed), preference_pairs),
-        "exam": islice(exams(seed), exam_questions),
-        "identity": _conversations(identity(seed), identity_dialogues),
+        "multiple-choice": islice(multiple_choice(seed), multiple_choice_questions),
+        "identity": _conversation_records(identity(seed), identity_dialogues),
     }
     paths = {name: out / f"{name}.jsonl" for name in contents}
     for name, records in contents.items():
@@ -93,65 +97,65 @@ def write_corpus(
     return paths
 
 
-def textbook_file(path: str, folder: Path, fill: Mapping[str, str]) -> str:
-    """`path`, or for `textbook:NAME` a file in `folder` that is made if it is not there.
+def textbook_file(path: str, folder: Path, variables: Mapping[str, str]) -> str:
+    """Return `path`; for `textbook:NAME`, the path of a file in `folder`, generated if necessary.
 
-    A recipe so has data without the user having files: identity (dialogues in which the model
-    says who it is), dialogues (questions about the facts), general (the same, other dialogues).
-    Raises DataError for another name, and ConfigError when identity is not told whose.
+    Recipes can thus name packaged data: identity (dialogues about the model's name and author),
+    dialogues (questions about the facts), retention (other dialogues of the same kind). Raises
+    DataError for another name, and ConfigError when identity lacks the variables name or author.
     """
-    if not path.startswith(_IN_RECIPES) or os.path.exists(path):
+    if not path.startswith(_PREFIX) or os.path.exists(path):
         return path
-    name = path.removeprefix(_IN_RECIPES)
-    makers: dict[str, Callable[[], Iterable[Any]]] = {
-        "identity": lambda: _conversations(identity(0), 3_000),
-        "dialogues": lambda: _talks(_HELD_OUT_SEED, "single", 6_000),
-        "general": lambda: _talks(_HELD_OUT_SEED + 1, "single", 600),
+    name = path.removeprefix(_PREFIX)
+    generators: dict[str, Callable[[], Iterable[Any]]] = {
+        "identity": lambda: _conversation_records(identity(0), 3_000),
+        "dialogues": lambda: _dialogue_records(_HELD_OUT_SEED, "single", 6_000),
+        "retention": lambda: _dialogue_records(_HELD_OUT_SEED + 1, "single", 600),
     }
-    if name not in makers:
-        raise DataError(f"{path}: the textbook has no such part; it has {', '.join(makers)}")
-    missing = [key for key in ("name", "author") if not fill.get(key)]
+    if name not in generators:
+        raise DataError(f"{path}: the textbook has no such data; it has {', '.join(generators)}")
+    missing = [key for key in ("name", "author") if not variables.get(key)]
     if name == "identity" and missing:
         raise ConfigError(
-            "textbook:identity teaches the model a name and an author; give "
+            "textbook:identity teaches the model a name and an author; set "
             + " ".join(f"data.variables.{key}=…" for key in missing)
         )
-    place = folder / f"textbook-{name}.jsonl"
-    checksum = place.with_name(f"{place.name}.sha256")
-    making = place.with_name(f".{place.name}.{os.getpid()}")
+    target = folder / f"textbook-{name}.jsonl"
+    checksum = target.with_name(f"{target.name}.sha256")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not _is_current(place, checksum):
-            _write(making, makers[name]())
-            os.replace(making, place)
-            making.write_text(_checksum(place), encoding="utf-8")
-            os.replace(making, checksum)
+        if not _is_current(target, checksum):
+            _write(temporary, generators[name]())
+            os.replace(temporary, target)
+            temporary.write_text(_checksum(target), encoding="utf-8")
+            os.replace(temporary, checksum)
     except OSError as error:
         raise ResourceError(
-            f"{place}: cannot be written ({error.strerror}); "
-            "give another folder with data.store=DIR"
+            f"{target}: cannot be written ({error.strerror}); "
+            "choose another folder with data.store=DIR"
         ) from error
     finally:
-        making.unlink(missing_ok=True)
-    return str(place)
+        temporary.unlink(missing_ok=True)
+    return str(target)
 
 
-def _is_current(place: Path, checksum: Path) -> bool:
-    """Whether the file is whole, and made from this version of the textbook."""
+def _is_current(file: Path, checksum: Path) -> bool:
+    """Return True if the file is intact and was generated by this version of the textbook."""
     return (
-        place.is_file()
+        file.is_file()
         and checksum.is_file()
-        and checksum.read_text("utf-8", errors="replace") == _checksum(place)
+        and checksum.read_text("utf-8", errors="replace") == _checksum(file)
     )
 
 
-def _checksum(place: Path) -> str:
-    return f"{sha256_of(place)} {_version()}\n"
+def _checksum(file: Path) -> str:
+    return f"{sha256_of(file)} {_version()}\n"
 
 
 @cache
 def _version() -> str:
-    """Hash of the tables and the code that the textbook is made from."""
+    """Return the hash of the tables and the code that generate the textbook."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*")):
         if file.suffix in (".py", ".toml", ".tsv"):
@@ -165,17 +169,19 @@ def _write(path: Path, records: Iterable[Any]) -> None:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _characters(texts: Iterator[str], size: int) -> Iterator[str]:
-    """Texts until there are `size` characters."""
-    while size > 0:
+def _limited(texts: Iterator[str], num_characters: int) -> Iterator[str]:
+    """Yield texts until they have at least `num_characters` in total."""
+    while num_characters > 0:
         text = next(texts)
-        size -= len(text)
+        num_characters -= len(text)
         yield text
 
 
-def _talks(seed: int, turns: Any, number: int) -> Iterator[dict[str, Any]]:
-    return _conversations(dialogues(seed, turns), number)
+def _dialogue_records(
+    seed: int, turns: Literal["single", "multi"], count: int
+) -> Iterator[dict[str, Any]]:
+    return _conversation_records(dialogues(seed, turns), count)
 
 
-def _conversations(talks: Iterator[Any], number: int) -> Iterator[dict[str, Any]]:
-    return ({"conversations": talk} for talk in islice(talks, number))
+def _conversation_records(conversations: Iterator[Any], count: int) -> Iterator[dict[str, Any]]:
+    return ({"conversations": messages} for messages in islice(conversations, count))

@@ -1,4 +1,4 @@
-"""`python -m minimind.data.textbook`: how much the tables hold, and what is wrong with them."""
+"""`python -m minimind.data.textbook`: print the size of the tables and what lint finds in them."""
 
 import sys
 
@@ -9,7 +9,7 @@ from minimind.errors import MinimindError
 
 
 def main() -> int:
-    """Print a table of counts and the findings; 1 if there are any, else 0."""
+    """Print counts per subject and the findings; return 1 if there are any, else 0."""
     try:
         subjects = load_subjects()
     except MinimindError as error:

@@ -1,9 +1,9 @@
-"""Fluency of answers, measured without a model: by what the textbook's own sentences look like.
+"""Fluency of answers, without a model: every trigram must occur in the textbook.
 
-A sentence is fluent where every three words in a row (in Chinese: characters) stand in a row
-somewhere in the textbook too, its beginning and end included; all numbers count as one word. A
-sentence with a character missing, added or exchanged has three in a row that no sentence has. It
-says nothing of models that did not learn from the textbook: they have sentences of their own.
+Tokens are words, in Chinese characters, with sentence start and end as tokens and all numbers as
+one token. A sentence with a missing, added or exchanged character has a trigram that no sentence of
+the textbook has. The measure says nothing about models that were not trained on the textbook: their
+sentences are different.
 """
 
 import re
@@ -14,26 +14,28 @@ from minimind.data.textbook.phrases import PHRASES
 from minimind.data.textbook.quiz import is_well_formed
 from minimind.data.textbook.tables import load_subjects
 
-_WORD = re.compile(r"[a-zà-ÿ]+(?:['-][a-z]+)*|\d+(?:[.,]\d+)*|\S")
-_SENTENCES = re.compile(r"(?<=[。！？!?])|(?<=[a-z]\.)\s")
+_TOKEN = re.compile(r"[a-zà-ÿ]+(?:['-][a-z]+)*|\d+(?:[.,]\d+)*|\S")
+_SENTENCE_END = re.compile(r"(?<=[。！？!?])|(?<=[a-z]\.)\s")
 
 Trigram = tuple[str, str, str]
 
 
 def is_fluent(answer: str) -> bool:
-    """Whether an answer is well formed, and made as the textbook's sentences are."""
-    return is_well_formed(answer) and all(three in _known() for three in _trigrams(answer))
+    """Return True if an answer is well formed and has only trigrams of the textbook."""
+    return is_well_formed(answer) and all(
+        trigram in _known_trigrams() for trigram in _trigrams(answer)
+    )
 
 
 def _trigrams(text: str) -> Iterator[Trigram]:
-    for sentence in _SENTENCES.split(text.lower()):
-        if words := ["0" if word[0].isdigit() else word for word in _WORD.findall(sentence)]:
-            marked = ["^", *words, "$"]
-            yield from zip(marked, marked[1:], marked[2:], strict=False)
+    for sentence in _SENTENCE_END.split(text.lower()):
+        if tokens := ["0" if t[0].isdigit() else t for t in _TOKEN.findall(sentence)]:
+            padded = ["^", *tokens, "$"]
+            yield from zip(padded, padded[1:], padded[2:], strict=False)
 
 
 @cache
-def _known() -> frozenset[Trigram]:
+def _known_trigrams() -> frozenset[Trigram]:
     sentences: set[str] = set()
     for subject in load_subjects():
         for fact in subject.facts:
@@ -41,4 +43,4 @@ def _known() -> frozenset[Trigram]:
     for phrases in PHRASES.values():
         sentences |= {*phrases.tails, *phrases.evasions}
         sentences |= {answer for _, answer in (*phrases.greetings, *phrases.thanks)}
-    return frozenset(three for sentence in sentences for three in _trigrams(sentence))
+    return frozenset(trigram for sentence in sentences for trigram in _trigrams(sentence))

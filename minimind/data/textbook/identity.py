@@ -1,6 +1,7 @@
-"""Who the model is: dialogues in which it says its name and who made it.
+"""Identity: dialogues in which the model says its name and its author.
 
-`{{name}}` and `{{author}}` in them stand for what a recipe's data.variables says.
+They contain the template variables `{{name}}` and `{{author}}`, which a recipe sets in
+data.variables.
 """
 
 import random
@@ -11,45 +12,45 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minimind.data.textbook.makers import Message
+from minimind.data.textbook.generators import Message
 from minimind.data.textbook.quiz import normalise
 
-_TWO_TURNS = 0.25
-_BARE = 0.15  # share of questions without their last mark
+_TWO_TURNS = 0.25  # probability
+_BARE = 0.15  # probability that a question loses its final mark
 
 
 @dataclass(frozen=True)
 class IdentityQuestion:
-    """A way of asking that is never trained on; a right answer names each of `keys`."""
+    """A held-out question; a right answer contains the values of all variables in `keys`."""
 
     question: str
     about: str
     language: str
     keys: tuple[str, ...]
 
-    def is_right(self, answer: str, fill: Mapping[str, str]) -> bool:
-        """Whether the answer says the name, or the author, that `fill` gives."""
-        return all(fill[key].lower() in answer.lower() for key in self.keys)
+    def is_right(self, answer: str, variables: Mapping[str, str]) -> bool:
+        """Return True if the answer contains the name or the author set in `variables`."""
+        return all(variables[key].lower() in answer.lower() for key in self.keys)
 
 
 def identity(seed: int) -> Iterator[list[Message]]:
-    """Dialogues without end, one or two turns each, every way of asking equally often."""
+    """Yield dialogues of one or two turns without end; every question occurs equally often."""
     rng = random.Random(f"identity {seed}")
-    tables = _tables()
-    asked = [(topic, question) for topic in tables["topics"] for question in topic["questions"]]
+    topics = _tables()["topics"]
+    questions = [(topic, question) for topic in topics for question in topic["questions"]]
     while True:
-        rng.shuffle(asked)
-        for topic, question in asked:
-            talk = _turn(topic, question, rng)
+        rng.shuffle(questions)
+        for topic, question in questions:
+            messages = _turn(topic, question, rng)
             if rng.random() < _TWO_TURNS:
-                others = [t for t in tables["topics"] if t["language"] == topic["language"]]
-                other = rng.choice([t for t in others if t is not topic])
-                talk += _turn(other, rng.choice(other["questions"]), rng)
-            yield talk
+                same_language = [t for t in topics if t["language"] == topic["language"]]
+                other = rng.choice([t for t in same_language if t is not topic])
+                messages += _turn(other, rng.choice(other["questions"]), rng)
+            yield messages
 
 
 def held_out_identity() -> list[IdentityQuestion]:
-    """The ways of asking that `identity` never uses."""
+    """Return the questions that `identity` never uses."""
     return [
         IdentityQuestion(question, topic["about"], topic["language"], tuple(topic["keys"]))
         for topic in _tables()["topics"]
@@ -58,20 +59,20 @@ def held_out_identity() -> list[IdentityQuestion]:
 
 
 def _turn(topic: dict[str, Any], question: str, rng: random.Random) -> list[Message]:
-    asked = rng.choice(_tables()["frames"][topic["language"]]["before"]) + question
+    framed = rng.choice(_tables()["frames"][topic["language"]]["before"]) + question
     if rng.random() < _BARE:
-        asked = asked.rstrip("？。?.")
-    if normalise(asked) in _never():
-        asked = question
+        framed = framed.rstrip("？。?.")
+    if normalise(framed) in _held_out_texts():
+        framed = question
     return [
-        {"role": "user", "content": asked},
+        {"role": "user", "content": framed},
         {"role": "assistant", "content": rng.choice(topic["answers"])},
     ]
 
 
 @cache
-def _never() -> frozenset[str]:
-    return frozenset(normalise(one.question) for one in held_out_identity())
+def _held_out_texts() -> frozenset[str]:
+    return frozenset(normalise(held_out.question) for held_out in held_out_identity())
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What is wrong with the tables, as their format has it."""
+"""Checks of the tables: format, consistency of answers, no held-out question in training data."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,46 +10,46 @@ _MINIMUM = {"statements": 3, "questions": 5, "held_out": 2, "answers": 2}
 
 
 def lint(subjects: Sequence[Subject]) -> list[str]:
-    """Every breach of the format, each as one line that names its file."""
+    """Return all findings, each as one line that names its file."""
     return [
-        *(finding for subject in subjects for finding in _shape(subject)),
-        *(finding for subject in subjects for finding in _answers(subject)),
-        *_meanings(subjects),
-        *_leaks(subjects),
+        *(finding for subject in subjects for finding in _check_format(subject)),
+        *(finding for subject in subjects for finding in _check_answers(subject)),
+        *_check_ambiguity(subjects),
+        *_check_leaks(subjects),
     ]
 
 
-def _shape(subject: Subject) -> Iterator[str]:
-    """Counts of templates, frames that belong to the quiz, rows twice, cells never spoken of."""
+def _check_format(subject: Subject) -> Iterator[str]:
+    """Check the number of templates, frames reserved for the quiz, duplicate rows, unused cells."""
     toml = subject.path.with_suffix(".toml").name
     for relation in subject.relations:
         where = f"{toml}: relation on {relation.column}"
-        for name, least in _MINIMUM.items():
-            if len(getattr(relation, name)) < least:
-                yield f"{where}: {name} needs at least {least}"
+        for name, minimum in _MINIMUM.items():
+            if len(getattr(relation, name)) < minimum:
+                yield f"{where}: {name} needs at least {minimum}"
         if len(relation.followups) == 1:
             yield f"{where}: followups needs none or at least 2"
         if not relation.rows:
-            yield f"{where}: no row has all the cells that it uses"
+            yield f"{where}: no row has all the cells that its templates use"
     names = [row.name for row in subject.rows]
     for row in subject.rows:
         where = f"{subject.path.name}:{row.line}"
         if names.count(row.name) > 1:
-            yield f"{where}: the name {row.name} is there more than once"
+            yield f"{where}: the name {row.name} occurs more than once"
         for column in subject.fact_columns:
-            spoken = any(
+            used = any(
                 row in relation.rows for relation in subject.relations if column == relation.column
             )
-            if row.cells[column] and not spoken:
-                yield f"{where}: no relation speaks of {column} of {row.name}"
+            if row.cells[column] and not used:
+                yield f"{where}: no relation uses {column} of {row.name}"
     for fact in subject.facts:
         for text in (*fact.questions, *fact.followups):
             if text.lower().startswith(NEVER_TRAINED):
-                yield f"{_where(fact)}: “{text}” is a frame that only the quiz may use"
+                yield f"{_where(fact)}: “{text}” has a frame that is reserved for the quiz"
 
 
-def _answers(subject: Subject) -> Iterator[str]:
-    """Every answer holds all keys and matches the keywords and is well formed."""
+def _check_answers(subject: Subject) -> Iterator[str]:
+    """Check that every answer is right by its own keys, and well formed."""
     for fact in subject.facts:
         question = fact_question(fact, "")
         for answer in fact.answers:
@@ -59,14 +59,14 @@ def _answers(subject: Subject) -> Iterator[str]:
                 yield f"{_where(fact)}: “{answer}” is not a well-formed answer"
 
 
-def _meanings(subjects: Sequence[Subject]) -> Iterator[str]:
-    """One question, one answer: no question is asked for two things."""
-    asked: dict[str, Fact] = {}
+def _check_ambiguity(subjects: Sequence[Subject]) -> Iterator[str]:
+    """Check that no question asks for two different facts."""
+    fact_of: dict[str, Fact] = {}
     for fact in _facts(subjects):
         context = normalise(fact.name)
         texts = [*fact.questions, *fact.held_out, *(f"{context} {f}" for f in fact.followups)]
         for text in dict.fromkeys(map(normalise, texts)):
-            first = asked.setdefault(text, fact)
+            first = fact_of.setdefault(text, fact)
             if first.keys != fact.keys:
                 yield (
                     f"{_where(fact)}: “{text}” asks for {fact.keys}, "
@@ -74,16 +74,16 @@ def _meanings(subjects: Sequence[Subject]) -> Iterator[str]:
                 )
 
 
-def _leaks(subjects: Sequence[Subject]) -> Iterator[str]:
-    """No question of the quiz is trained on, nor is a longer one that ends with it."""
+def _check_leaks(subjects: Sequence[Subject]) -> Iterator[str]:
+    """Check that no training question is, or ends with, a question of the quiz."""
     held_out = {normalise(text): fact for fact in _facts(subjects) for text in fact.held_out}
     for fact in _facts(subjects):
         for text in (*fact.questions, *fact.followups):
-            asked = normalise(text)
-            ends = (asked[start:] for start in range(len(asked)))
-            for end in (end for end in ends if end in held_out):
-                there = _where(held_out[end])
-                yield f"{_where(fact)}: “{text}” trains on the held-out “{end}” of {there}"
+            question = normalise(text)
+            suffixes = (question[start:] for start in range(len(question)))
+            for suffix in (suffix for suffix in suffixes if suffix in held_out):
+                source = _where(held_out[suffix])
+                yield f"{_where(fact)}: “{text}” trains on the held-out “{suffix}” of {source}"
 
 
 def _facts(subjects: Sequence[Subject]) -> Iterator[Fact]:
@@ -91,5 +91,5 @@ def _facts(subjects: Sequence[Subject]) -> Iterator[Fact]:
 
 
 def _where(fact: Fact) -> str:
-    """For example rivers.tsv:2 (length)."""
+    """Return file, line and column of a fact, such as "rivers.tsv:2 (length)"."""
     return f"{fact.subject.path.name}:{fact.row.line} ({fact.relation.column})"

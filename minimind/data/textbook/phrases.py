@@ -1,43 +1,43 @@
-"""The small talk around facts, by language: how a question is framed and an answer rounded off."""
+"""Phrases around facts, by language: frames of questions, system prompts, greetings, evasions."""
 
 from dataclasses import dataclass
 
 NEVER_TRAINED = ("你知道", "能不能给我讲讲", "do you know")
-"""Beginnings of questions that only the quiz may use."""
+"""Beginnings of questions that are reserved for the quiz."""
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """Set phrases of one language."""
+    """The phrases of one language."""
 
     space: str
-    """What stands between two sentences."""
+    """Separator of sentences."""
     ask: str
-    """A question with its answer in running prose."""
+    """Template of a question with its answer in prose."""
     whether: tuple[str, ...]
-    """Questions that end so cannot be embedded in a sentence."""
+    """Endings of yes-no questions, which cannot be embedded in a sentence."""
     not_framed: tuple[str, ...]
-    """Questions that begin so are not framed: they have a frame, or are no plain question."""
+    """Beginnings of questions that get no frame: they have one, or are not plain questions."""
     frames: tuple[str, ...]
-    """Around a question: `{q}` with its mark, `{bare}` without."""
+    """Fixed phrases around a question: `{q}` with its mark, `{bare}` without."""
     polite: tuple[tuple[str, str], ...]
-    """Before and after a wish to be told something."""
+    """Beginning and end of a polite request."""
     tell: tuple[str, ...]
-    """The wish, before a question without its mark."""
+    """Verb of a request ("tell me"), before a question without its mark."""
     askers: tuple[tuple[str, str], ...]
-    """Who is asked whether they know, and the end of that question: "你" … "吗？"."""
+    """Subject and end of a "do you know" question: "你" … "吗？"."""
     know: tuple[str, ...]
-    """After an asker, before a question without its mark."""
+    """Verb of that question ("know"), before a question without its mark."""
     casual: tuple[tuple[str, str], ...]
-    """What is said more freely: a pattern, and what may stand in its place."""
+    """Casual rewordings: pattern and replacement."""
     particles: tuple[tuple[str, str], ...]
-    """The same for the end of a question."""
+    """Rewordings of the end of a question: pattern and replacement."""
     requests: tuple[str, ...]
-    """What begins so is no question but a wish to be told about something."""
+    """Beginnings of sentences that are requests ("tell me about"), not questions."""
     about: tuple[str, ...]
-    """Other words for that wish."""
+    """Replacements for these beginnings."""
     elliptic: tuple[str, ...]
-    """The question before, asked of another entity."""
+    """Templates of follow-ups that ask the previous question about another entity."""
     tails: tuple[str, ...]
     systems: tuple[str, ...]
     greetings: tuple[tuple[str, str], ...]

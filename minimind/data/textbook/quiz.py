@@ -1,4 +1,4 @@
-"""The quiz: questions in words that were never trained on, and the marking of answers."""
+"""The quiz: held-out questions about the facts, and the marking of answers by rules."""
 
 import random
 import re
@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from minimind.data.textbook.tables import Fact, Subject, load_subjects
 from minimind.errors import DataError
 
-EIGHT: tuple[str, ...] = (
+DEMO_QUESTIONS: tuple[str, ...] = (
     "你知道长江吗？",
     "第一颗人造卫星是哪个国家发射的？",
     "你知道泰山在哪里吗？",
@@ -20,39 +20,40 @@ EIGHT: tuple[str, ...] = (
     "海水为什么是咸的？",
     "你叫什么名字？",
 )
-_MAX_ANSWER = 240  # characters; the longest answer of the tables has about half of that
+_MAX_ANSWER = 240  # characters, about twice the longest answer of the tables
 _ENDS = tuple("。！？.!?")
 _CLOSING = "”’」』）)\"'"
 _NUMERALS = "零〇一二三四五六七八九十百千万亿"
 _LATIN = "A-Za-z0-9À-ÿ"
-# What ends so denies the word that comes next: a rival that is denied is not offered.
+# Text that ends with this negates the next word: a negated rival is not offered.
 _DENIAL = re.compile(
     r"(?:(?:不|没|没有|并非|[是能]否)(?:一定|会|喜欢)?(?:是|叫|属于)?(?:在|位于|吃|用)?"
     r"|(?:\bnot|n't) (?:[a-z]+ ){0,2})$",
     re.IGNORECASE,
 )
-# A negation anywhere in a clause denies the key after it.
+# A negation anywhere in a clause negates the key after it.
 _NEGATION = re.compile(
     r"(?<!差)不(?!但|仅|同|断|少|久|锈|错|管|论|倒翁)|没(?!错|收)|并非|[是能]否|从未|未(?!来|央)|无法"
     r"|[绝决]非|拒绝|否认|难说|别(?=以为|说|认为)"
     r"|\b(?:not|no|never|cannot)\b|n't\b",
     re.IGNORECASE,
 )
-# The same directly after the key. 没 alone is none: “盐没有飞走” is a reason.
+# The same directly after the key. 没 alone does not count: “盐没有飞走” is a reason.
 _NEGATION_AFTER = re.compile(
     r"(?:并|从来|根本)(?:不|没|非|未)|不是|从未|从没|绝非|\s+(?:is|was|are|were|did|does)(?:n't|\s+not)\b",
     re.IGNORECASE,
 )
 _QUOTED = re.compile(r"[“《「『][^”》」』]*[”》」』]")
 _CLAUSES = re.compile(r"[，。；：！？,;:!?\n]|\.(?!\d)|而(?=[是在叫])|\bbut\b")
-_WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B))}
+_FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B))}
 
 
 @dataclass(frozen=True)
 class QuizQuestion:
-    """A question, and what tells a right answer: of each tuple of `keys` any one is in it.
+    """A question and the rule for right answers.
 
-    `answer` is a model answer; an answer with one of the `rivals` is a guess among several.
+    A right answer contains at least one key of each tuple in `keys`, and none of the `rivals`: an
+    answer that offers several values is a guess. `answer` is a reference answer.
     """
 
     question: str
@@ -63,20 +64,20 @@ class QuizQuestion:
 
 
 def normalise(text: str) -> str:
-    """Text without punctuation, white space and case: what two questions are compared by.
+    """Remove punctuation, white space and case, to compare questions.
 
-    The signs of sums stay: 9+4 is not 9×4.
+    Operators of arithmetic stay: 9+4 is not 9×4.
     """
     return re.sub(r"[^\w+×*]+|_+", "", text.lower())
 
 
 def quiz(subjects: Sequence[Subject] | None = None) -> list[QuizQuestion]:
-    """Every way of asking that is held out, in the order of the tables."""
+    """Return all held-out questions, in the order of the tables."""
     return list(_packaged_quiz() if subjects is None else _quiz(subjects))
 
 
 def sample_quiz(n: int, seed: int, subjects: Sequence[Subject] | None = None) -> list[QuizQuestion]:
-    """`n` questions (all, where there are fewer), from each subject as many as can be."""
+    """Return `n` random questions (all, if there are fewer), evenly over the subjects."""
     rng = random.Random(f"quiz {seed}")
     by_subject: dict[str, list[QuizQuestion]] = {}
     for question in quiz(subjects):
@@ -85,70 +86,72 @@ def sample_quiz(n: int, seed: int, subjects: Sequence[Subject] | None = None) ->
         rng.shuffle(questions)
     chosen: list[QuizQuestion] = []
     while len(chosen) < n and any(by_subject.values()):
-        left = [questions for questions in by_subject.values() if questions]
-        rng.shuffle(left)
-        chosen += [questions.pop() for questions in left[: n - len(chosen)]]
+        remaining = [questions for questions in by_subject.values() if questions]
+        rng.shuffle(remaining)
+        chosen += [questions.pop() for questions in remaining[: n - len(chosen)]]
     return chosen
 
 
-def eight() -> list[QuizQuestion]:
-    """The eight questions that every report shows. Raises DataError if the tables lack one."""
+def demo_questions() -> list[QuizQuestion]:
+    """Return the eight questions that every report shows. Raises DataError if one is missing."""
     by_text = {question.question: question for question in quiz()}
-    lacking = [text for text in EIGHT if text not in by_text]
-    if lacking:
-        raise DataError(f"The tables hold out no such question: {' '.join(lacking)}")
-    return [by_text[text] for text in EIGHT]
+    missing = [text for text in DEMO_QUESTIONS if text not in by_text]
+    if missing:
+        raise DataError(f"The tables have no such held-out question: {' '.join(missing)}")
+    return [by_text[text] for text in DEMO_QUESTIONS]
 
 
 def is_right(question: QuizQuestion, answer: str) -> bool:
-    """Whether an answer matches the keywords: whole, not repeating, every key and no rival in it.
+    """Return True if an answer is complete, without repetition, with every key and no rival.
 
-    Numbers and Latin words count only as a whole. A key does not count after a negation in its
-    clause or directly before one, unless it has one in the expected answer too.
+    Numbers and Latin words match only as complete words. A key does not count if it is negated in
+    its clause, unless it is negated in the reference answer too.
     """
-    answer = _plain(answer)
+    answer = _narrow(answer)
     return (
         answer.rstrip(_CLOSING).endswith(_ENDS)
-        and _most_repeated(answer) < 3
-        and all(any(_says(answer, key, question.answer) for key in keys) for keys in question.keys)
+        and _max_repetitions(answer) < 3
+        and all(
+            any(_asserts(answer, key, question.answer) for key in keys) for keys in question.keys
+        )
         and not any(_offers(answer, rival) for rival in question.rivals)
     )
 
 
 def is_well_formed(answer: str) -> bool:
-    """Whether an answer is a whole text of sane length without a repeated or broken part."""
+    """Return True for a complete answer of plausible length without repetition or U+FFFD."""
     answer = answer.strip()
     return (
         0 < len(answer) <= _MAX_ANSWER
         and answer.rstrip(_CLOSING).endswith(_ENDS)
         and bool(normalise(answer))
         and "\ufffd" not in answer
-        and _most_repeated(answer) < 2
+        and _max_repetitions(answer) < 2
     )
 
 
 def fact_question(fact: Fact, question: str) -> QuizQuestion:
-    """A way of asking for a fact, with what tells a right answer."""
+    """Return a quiz question for a fact, without rivals that its own row or answers contain."""
     own = [value for values in fact.row.cells.values() for value in values]
-    said = _plain("。".join((*own, question, *fact.answers)))
+    context = _narrow("。".join((*own, question, *fact.answers)))
     rivals = (rival for key in range(len(fact.keys)) for rival in fact.rivals(key))
     return QuizQuestion(
         question,
         fact.keys,
         fact.subject.title,
         fact.answers[0],
-        tuple(rival for rival in rivals if not _offers(said, rival)),
+        tuple(rival for rival in rivals if not _offers(context, rival)),
     )
 
 
 def _quiz(subjects: Sequence[Subject]) -> list[QuizQuestion]:
-    found: dict[str, QuizQuestion] = {}
+    questions: dict[str, QuizQuestion] = {}
     for subject in subjects:
         for fact in subject.facts:
             for text in fact.held_out:
-                if text not in found:
-                    found[text] = fact_question(fact, text)
-    return list(found.values())
+                if text not in questions:
+                    questions[text] = fact_question(fact, text)
+    return list(questions.values())
 
 
 @cache
@@ -157,18 +160,18 @@ def _packaged_quiz() -> tuple[QuizQuestion, ...]:
 
 
 @lru_cache(1 << 14)
-def _plain(text: str) -> str:
-    """Full-width letters and digits made narrow, 6,300 made 6300."""
-    return re.sub(r"(?<=\d),(?=\d{3})", "", text.translate(_WIDE)).strip()
+def _narrow(text: str) -> str:
+    """Convert full-width letters and digits to ASCII, and 6,300 to 6300."""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", text.translate(_FULL_WIDTH)).strip()
 
 
 @cache
-def _whole(value: str, alone: bool) -> re.Pattern[str]:
-    """Finds a value where no number or word goes on before or after it.
+def _bounded(value: str, isolated: bool) -> re.Pattern[str]:
+    """Return a pattern for a value that is not part of a longer number or Latin word.
 
-    If `alone`, one Chinese character is found only where it stands by itself.
+    If `isolated`, a single Chinese character must not be part of a longer word either.
     """
-    if alone and len(value) == 1 and "一" <= value <= "龥":
+    if isolated and len(value) == 1 and "一" <= value <= "龥":
         return re.compile(rf"(?:(?<![一-龥])|(?<=[是为或和与叫])){value}(?:$|[^一-龥]|[或和与])")
     left = right = ""
     if re.match(r"\d", value):
@@ -186,24 +189,26 @@ def _whole(value: str, alone: bool) -> re.Pattern[str]:
     return re.compile(left + re.escape(value) + right, re.IGNORECASE)
 
 
-def _says(answer: str, key: str, expected: str) -> bool:
-    """Whether the answer holds the key as a whole, not asked, and denied only where expected is."""
-    told, key = re.sub(r"[^。！？!?]*[？?]", "", answer), _plain(key)
-    denials = _denials(told, key)
-    return False in denials or (True in denials and True in _denials(_plain(expected), key))
+def _asserts(answer: str, key: str, expected: str) -> bool:
+    """Return True if the answer contains the key outside of questions.
 
-
-def _denials(text: str, value: str) -> set[bool]:
-    """For each place of a value as a whole: whether a negation stands before it in its clause, or
-    directly after it.
-
-    Places right after a negation are left out.
+    The key must not be negated, unless it is negated in the expected answer.
     """
-    if value.lower() not in text.lower():  # mostly so, and far quicker
+    statements, key = re.sub(r"[^。！？!?]*[？?]", "", answer), _narrow(key)
+    negated = _negations(statements, key)
+    return False in negated or (True in negated and True in _negations(_narrow(expected), key))
+
+
+def _negations(text: str, value: str) -> set[bool]:
+    """Return, for the occurrences of a value, if it is negated in its clause or directly after.
+
+    Occurrences directly after a negation are ignored.
+    """
+    if value.lower() not in text.lower():  # the usual case; far faster than the pattern
         return set()
     clauses = [
-        (_CLAUSES.split(_QUOTED.sub("", text[: found.start()]))[-1], found.end())
-        for found in _whole(value, False).finditer(text)
+        (_CLAUSES.split(_QUOTED.sub("", text[: match.start()]))[-1], match.end())
+        for match in _bounded(value, False).finditer(text)
     ]
     return {
         bool(_NEGATION.search(before) or _NEGATION_AFTER.match(text, end))
@@ -213,16 +218,16 @@ def _denials(text: str, value: str) -> set[bool]:
 
 
 def _offers(answer: str, rival: str) -> bool:
-    """Whether the answer gives the rival; one Chinese character only where it stands by itself."""
-    value = _plain(rival)
-    if value.lower() not in answer.lower():  # mostly so, and far quicker
+    """Return True if the answer contains the rival without a negation directly before it."""
+    value = _narrow(rival)
+    if value.lower() not in answer.lower():  # the usual case; far faster than the pattern
         return False
-    found = _whole(value, True).finditer(answer)
-    return any(not _DENIAL.search(answer[: one.start()]) for one in found)
+    matches = _bounded(value, True).finditer(answer)
+    return any(not _DENIAL.search(answer[: match.start()]) for match in matches)
 
 
-def _most_repeated(answer: str) -> int:
-    """How often its most repeated phrase is there; 3 where a part is said again and again."""
+def _max_repetitions(answer: str) -> int:
+    """Return the count of the most frequent phrase; 3 for a part repeated without separators."""
     if re.search(r"([^\d\s…]\D+?)\1\1|([^\d\s…])\2{3}|(\d)\3{9}", answer):
         return 3
     phrases = Counter(normalise(part) for part in re.split(r"[，。！？；、,.!?;\n]", answer))

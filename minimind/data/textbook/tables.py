@@ -1,8 +1,8 @@
-"""Tables of facts, and the sentences that each fact can be put into.
+"""Tables of facts, and the sentences that are rendered from each fact.
 
-A subject is two files: `rivers.tsv`, one row an entity and one column an attribute, and
-`rivers.toml`, whose relations say how one attribute is stated, asked for and answered.
-A cell may give several values that are right, parted by `|`; sentences use the first.
+A subject is two files. `rivers.tsv` has one row per entity and one column per attribute.
+`rivers.toml` has relations: templates of statements, questions and answers about one attribute.
+A cell may contain several right values, separated by `|`; sentences use the first.
 """
 
 import itertools
@@ -24,25 +24,28 @@ _OPTIONAL = ("followups", "distractors")
 
 @dataclass(frozen=True)
 class Row:
-    """One entity: for each column the values that are right, none where the cell is empty."""
+    """One entity. cells: the right values of each column, () for an empty cell."""
 
     line: int
     cells: Mapping[str, tuple[str, ...]]
 
     @property
     def name(self) -> str:
-        """The entity."""
+        """Name of the entity."""
         return self.cells["name"][0]
 
     @cached_property
     def first(self) -> dict[str, str]:
-        """The value that sentences use, for each column that has one."""
+        """The value that sentences use, for each column that is not empty."""
         return {column: values[0] for column, values in self.cells.items() if values}
 
 
 @dataclass(frozen=True, eq=False)
 class Relation:
-    """How the facts of one column are stated, asked for and answered, as templates."""
+    """Templates of the statements, questions and answers about one column.
+
+    rows: those that have all the cells that the templates use.
+    """
 
     column: str
     key: tuple[str, ...]
@@ -53,17 +56,16 @@ class Relation:
     followups: tuple[str, ...]
     distractors: tuple[str, ...]
     rows: tuple[Row, ...]
-    """The rows it speaks of: those with all the cells that its templates use."""
 
-    def asked(self, key: str) -> frozenset[str]:
-        """The columns that the question leaves open: those of the key, the name only if alone."""
+    def asked_columns(self, key: str) -> frozenset[str]:
+        """Return the columns that a question asks for: those of the key, the name only if alone."""
         columns = placeholders([key])
         return columns - {"name"} or columns
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One table with its relations; `title` is the name to show, `path` its .tsv file."""
+    """A table with its relations. title: display name. path: the .tsv file."""
 
     title: str
     language: str
@@ -74,12 +76,12 @@ class Subject:
 
     @property
     def num_facts(self) -> int:
-        """Cells that hold a fact."""
+        """Number of cells with a fact."""
         return sum(bool(row.cells[column]) for row in self.rows for column in self.fact_columns)
 
     @cached_property
     def facts(self) -> tuple["Fact", ...]:
-        """Each row with each relation that speaks of it, row by row."""
+        """All pairs of a row and a relation that applies to it, row by row."""
         return tuple(
             Fact(self, relation, row)
             for row in self.rows
@@ -89,19 +91,19 @@ class Subject:
 
     @cached_property
     def _by_row(self) -> dict[int, list["Fact"]]:
-        found: dict[int, list[Fact]] = {}
+        by_line: dict[int, list[Fact]] = {}
         for fact in self.facts:
-            found.setdefault(fact.row.line, []).append(fact)
-        return found
+            by_line.setdefault(fact.row.line, []).append(fact)
+        return by_line
 
     def facts_of(self, row: Row) -> list["Fact"]:
-        """The facts of one row."""
+        """Return the facts of one row."""
         return self._by_row.get(row.line, [])
 
 
 @dataclass(frozen=True, eq=False)
 class Fact:
-    """One fact as one relation speaks of it, in sentences."""
+    """One fact: a relation applied to a row, rendered as sentences."""
 
     subject: Subject
     relation: Relation
@@ -109,63 +111,64 @@ class Fact:
 
     @property
     def name(self) -> str:
-        """The entity that it is about."""
+        """Name of the entity."""
         return self.row.name
 
     @property
     def asks_by_name(self) -> bool:
-        """Whether its questions name the entity, so that "it" can be said after them."""
+        """True if all questions name the entity, so that a follow-up can refer to it."""
         return all("{name}" in question for question in self.relation.questions)
 
     @cached_property
     def keys(self) -> tuple[tuple[str, ...], ...]:
-        """What a right answer contains: of each inner tuple any one."""
+        """Keys of a right answer: it contains at least one of each inner tuple."""
         return tuple(
-            _fill(key, self.relation.asked(key), self.row, self.row) for key in self.relation.key
+            _render_key(key, self.relation.asked_columns(key), self.row, self.row)
+            for key in self.relation.key
         )
 
     @cached_property
     def statements(self) -> tuple[str, ...]:
-        """Sentences of prose."""
+        """Statements for prose."""
         return self._render(self.relation.statements)
 
     @cached_property
     def questions(self) -> tuple[str, ...]:
-        """Ways of asking that are trained on."""
+        """Questions of the training data."""
         return self._render(self.relation.questions)
 
     @cached_property
     def held_out(self) -> tuple[str, ...]:
-        """Ways of asking that are never trained on."""
+        """Questions of the quiz, which are not in the training data."""
         return self._render(self.relation.held_out)
 
     @cached_property
     def answers(self) -> tuple[str, ...]:
-        """Full answers."""
+        """Answers in full sentences."""
         return self._render(self.relation.answers)
 
     @cached_property
     def followups(self) -> tuple[str, ...]:
-        """Questions that say "it" where the name would stand."""
+        """Questions that refer to the entity as "it"."""
         return self._render(self.relation.followups)
 
     def rivals(self, key: int = 0) -> list[str]:
-        """Wrong values for one of its keys: the relation's distractors, or what other rows have."""
+        """Return wrong values for a key: the relation's distractors, or values of other rows."""
         template, right = self.relation.key[key], self.keys[key]
-        asked = self.relation.asked(template)
-        found = self.relation.distractors or (
+        asked = self.relation.asked_columns(template)
+        values = self.relation.distractors or (
             value
             for other in self.relation.rows
             if other is not self.row
-            for value in _fill(template, asked, other, self.row)
+            for value in _render_key(template, asked, other, self.row)
         )
-        return [value for value in dict.fromkeys(found) if value not in right]
+        return [value for value in dict.fromkeys(values) if value not in right]
 
     def answer_from(self, other: Row, template: str) -> str:
-        """An answer to this question with the values of another row: most likely a wrong one."""
-        asked = self.relation.asked(self.relation.key[0])
-        moved = asked if asked == {"name"} else placeholders([template]) - {"name"}
-        values = {column: other.first[column] for column in moved if column in other.first}
+        """Render an answer with the values of another row, which is most likely wrong."""
+        asked = self.relation.asked_columns(self.relation.key[0])
+        replaced = asked if asked == {"name"} else placeholders([template]) - {"name"}
+        values = {column: other.first[column] for column in replaced if column in other.first}
         return template.format_map(self.row.first | values)
 
     def _render(self, templates: tuple[str, ...]) -> tuple[str, ...]:
@@ -174,22 +177,25 @@ class Fact:
 
 @cache
 def load_subjects(folder: Path = PACKAGED) -> tuple[Subject, ...]:
-    """All subjects of a folder, by file name. Raises DataError with the file and line."""
+    """Load all subjects of a folder, by file name. Raises DataError with the file and line."""
     paths = sorted(folder.glob("*.toml"))
     if not paths:
-        raise DataError(f"{folder}: no subjects (pairs of a .toml and a .tsv file) are there.")
+        raise DataError(f"{folder}: no subjects (pairs of a .toml and a .tsv file).")
     return tuple(_load_subject(path) for path in paths)
 
 
 def placeholders(templates: Iterable[str]) -> frozenset[str]:
-    """The columns that templates name."""
+    """Return the columns that templates name."""
     return frozenset(
-        field for one in templates for _, field, _, _ in string.Formatter().parse(one) if field
+        field
+        for template in templates
+        for _, field, _, _ in string.Formatter().parse(template)
+        if field
     )
 
 
-def _fill(key: str, asked: frozenset[str], source: Row, row: Row) -> tuple[str, ...]:
-    """The key for `row` with the asked columns from `source`, once for each right value there."""
+def _render_key(key: str, asked: frozenset[str], source: Row, row: Row) -> tuple[str, ...]:
+    """Render a key of `row` with each right value of the asked columns of `source`."""
     cells = [source.cells[column] for column in sorted(asked)]
     return tuple(
         key.format_map(row.first | dict(zip(sorted(asked), values, strict=True)))
@@ -213,14 +219,14 @@ def _load_subject(path: Path) -> Subject:
         if column not in columns:
             raise DataError(f"{path}: fact_columns: the table has no column {column}.")
     if table:
-        raise DataError(f"{path}: {', '.join(table)}: no such setting.")
+        raise DataError(f"{path}: {', '.join(table)}: unknown setting.")
     return Subject(
         title=title,
         language=language,
         path=path.with_suffix(".tsv"),
         fact_columns=fact_columns,
         rows=rows,
-        relations=tuple(_load_relation(path, text, one, columns, rows) for one in relations),
+        relations=tuple(_load_relation(path, text, table, columns, rows) for table in relations),
     )
 
 
@@ -235,13 +241,13 @@ def _load_relation(
     fields |= {name: table.pop(name, None) for name in _TEMPLATES}
     fields |= {name: table.pop(name, []) for name in _OPTIONAL}
     if table:
-        raise DataError(f"{where}: {', '.join(table)}: no such setting.")
+        raise DataError(f"{where}: {', '.join(table)}: unknown setting.")
     for name, templates in fields.items():
         if not isinstance(templates, list) or not all(isinstance(t, str) for t in templates):
             raise DataError(f"{where}: `{name}` must be a list of strings.")
         for template in templates:
             _check_template(path, text, template, columns)
-    used = {column} | placeholders(one for name in fields for one in fields[name])
+    used = {column} | placeholders(template for name in fields for template in fields[name])
     return Relation(
         column=column,
         rows=tuple(row for row in rows if used <= row.first.keys()),
@@ -266,20 +272,22 @@ def _load_rows(path: Path) -> tuple[list[str], tuple[Row, ...]]:
     lines = _read(path).splitlines()
     columns = lines[0].split("\t") if lines else []
     if columns[:1] != ["name"] or len(columns) < 2 or len(set(columns)) < len(columns):
-        raise DataError(f"{path}:1: the header must be `name` and other columns, parted by tabs.")
+        raise DataError(
+            f"{path}:1: the header must be `name` and other columns, separated by tabs."
+        )
     rows = []
     for line, content in enumerate(lines[1:], start=2):
         cells = content.split("\t")
         if len(cells) != len(columns) or not cells[0]:
             raise DataError(
                 f"{path}:{line}: {len(cells)} cells, first “{cells[0]}”; "
-                f"needs a name and as many cells as the header, {len(columns)}."
+                f"a row needs a name and the number of cells of the header, {len(columns)}."
             )
         if cells != [cell.strip() for cell in cells]:
             raise DataError(f"{path}:{line}: a cell begins or ends with a space.")
         values = [tuple(cell.split("|")) if cell else () for cell in cells]
-        if any("" in several for several in values):
-            raise DataError(f"{path}:{line}: a cell gives an empty value beside a “|”.")
+        if any("" in alternatives for alternatives in values):
+            raise DataError(f"{path}:{line}: a cell has an empty value before or after “|”.")
         rows.append(Row(line, dict(zip(columns, values, strict=True))))
     return columns, tuple(rows)
 

@@ -140,7 +140,7 @@ def answer_logps(
     labels = batch.labels.flatten()[batch.label_indices]  # [N]
     losses = linear_cross_entropy(hidden, model.head_weight, labels, uniform_grad=False)  # [N]
     # 2 * pair + side of each label token: packing numbers the answers of a batch like this.
-    answers = batch.pairs.sequences.flatten()[batch.label_indices]  # [N]
+    answers = batch.pairs.side_ids.flatten()[batch.label_indices]  # [N]
     zeros = losses.new_zeros(2 * len(batch.pairs.reference))  # [2 P]
     logps = zeros.index_add(0, answers, -losses)
     lengths = zeros.index_add(0, answers, torch.ones_like(losses))

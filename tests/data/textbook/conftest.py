@@ -1,4 +1,4 @@
-"""A textbook of one subject, small enough to be read here, and folders with a fault put in."""
+"""A textbook of one small subject, and copies of it with an error."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +54,7 @@ MakeFolder = Callable[..., Path]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> MakeFolder:
-    """`folder(old, new, …)`: the small textbook on disk, each `old` text replaced by the `new`."""
+    """`folder(old, new, …)`: write the small textbook, with each `old` text replaced by `new`."""
 
     def make(*changes: str) -> Path:
         texts = {"rivers.tsv": TSV, "rivers.toml": TOML}
@@ -70,6 +70,6 @@ def folder(tmp_path: Path) -> MakeFolder:
 
 @pytest.fixture
 def rivers(folder: MakeFolder) -> Subject:
-    """The small textbook as it should be."""
+    """The small textbook, without errors."""
     (subject,) = load_subjects(folder())
     return subject

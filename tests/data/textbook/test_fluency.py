@@ -1,4 +1,4 @@
-"""Fluency: right answers have it, and lose it with a character or a word."""
+"""Fluency: right answers are fluent; damaging one word makes them not fluent."""
 
 import random
 import re
@@ -11,7 +11,7 @@ ANSWERS = sorted({question.answer for question in quiz()})
 
 
 def damaged(answer: str, how: str, rng: random.Random) -> str:
-    """The answer without one of its words (in Chinese: characters), or with one twice."""
+    """Return the answer with one word (in Chinese: character) removed, swapped or added."""
     words = list(re.finditer(r"[A-Za-z]+|[\u4e00-\u9fff]", answer))
     start, end = rng.choice(words).span()
     if how == "missing":
@@ -26,12 +26,14 @@ def test_right_answers_are_fluent() -> None:
     assert [answer for answer in ANSWERS if not is_fluent(answer)] == []
 
 
-@pytest.mark.parametrize(("how", "least"), [("missing", 0.95), ("swapped", 0.98), ("added", 0.98)])
-def test_a_damaged_answer_is_not(how: str, least: float) -> None:
-    """Some damaged answers are good sentences: 香港的简称港 is one."""
+@pytest.mark.parametrize(
+    ("how", "minimum"), [("missing", 0.95), ("swapped", 0.98), ("added", 0.98)]
+)
+def test_damaged_answers_are_not_fluent(how: str, minimum: float) -> None:
+    """A few damaged answers are still correct sentences, such as 香港的简称港."""
     rng = random.Random(how)
-    found = [not is_fluent(damaged(answer, how, rng)) for answer in ANSWERS]
-    assert sum(found) / len(found) >= least
+    detected = [not is_fluent(damaged(answer, how, rng)) for answer in ANSWERS]
+    assert sum(detected) / len(detected) >= minimum
 
 
 @pytest.mark.parametrize(
@@ -45,12 +47,12 @@ def test_a_damaged_answer_is_not(how: str, least: float) -> None:
         "",
     ],
 )
-def test_a_sentence_with_a_fault(answer: str) -> None:
+def test_sentences_with_an_error_are_not_fluent(answer: str) -> None:
     assert not is_fluent(answer)
 
 
 @pytest.mark.parametrize(
     "answer", ["4乘3等于12。", "我叫MiniMind。", "泰山位于山东省。9加4等于13。"]
 )
-def test_several_sentences_and_other_numbers(answer: str) -> None:
+def test_several_sentences_and_unseen_numbers_are_fluent(answer: str) -> None:
     assert is_fluent(answer)

@@ -11,88 +11,88 @@ from minimind.data.textbook import dialogues, held_out_identity, identity, textb
 from minimind.data.textbook.quiz import normalise
 from minimind.errors import ConfigError, DataError
 
-FILL = {"name": "小明", "author": "李雷"}
-TALKS = list(islice(identity(0), 6000))
-ASKED = {m["content"] for talk in TALKS for m in talk if m["role"] == "user"}
+VARIABLES = {"name": "小明", "author": "李雷"}
+DIALOGUES = list(islice(identity(0), 6000))
+QUESTIONS = {m["content"] for dialogue in DIALOGUES for m in dialogue if m["role"] == "user"}
 
 
 def is_chinese(text: str) -> bool:
     return any("一" <= character <= "龥" for character in text)
 
 
-def test_there_are_many_ways_of_asking_in_two_languages() -> None:
-    bare = {normalise(text) for text in ASKED}
+def test_there_are_many_questions_in_two_languages() -> None:
+    bare = {normalise(text) for text in QUESTIONS}
     chinese = [text for text in bare if is_chinese(text)]
     assert len(chinese) >= 300 and len(bare) - len(chinese) >= 150
-    turns = Counter(len(talk) // 2 for talk in TALKS)
-    assert turns.keys() == {1, 2} and 0.15 < turns[2] / len(TALKS) < 0.35
+    turns = Counter(len(dialogue) // 2 for dialogue in DIALOGUES)
+    assert turns.keys() == {1, 2} and 0.15 < turns[2] / len(DIALOGUES) < 0.35
 
 
-def test_what_is_held_out_is_never_trained_on_and_no_frame_around_what_is() -> None:
-    held_out = {normalise(one.question) for one in held_out_identity()}
+def test_held_out_questions_are_not_trained_on_even_inside_a_frame() -> None:
+    held_out = {normalise(q.question) for q in held_out_identity()}
     assert len(held_out) == len(held_out_identity()) >= 30
-    assert {one.language for one in held_out_identity()} == {"zh", "en"}
-    assert {key for one in held_out_identity() for key in one.keys} == {"name", "author"}
-    for text in map(normalise, ASKED):
-        assert not any(text.endswith(one) or one.endswith(text) for one in held_out), text
+    assert {q.language for q in held_out_identity()} == {"zh", "en"}
+    assert {key for q in held_out_identity() for key in q.keys} == {"name", "author"}
+    for text in map(normalise, QUESTIONS):
+        assert not any(text.endswith(other) or other.endswith(text) for other in held_out), text
 
 
-def test_answers_say_a_name_or_an_author_in_the_language_of_the_question() -> None:
+def test_answers_have_variables_and_the_language_of_the_question() -> None:
     answers = set()
-    for talk in TALKS:
-        for asked, answer in zip(talk[::2], talk[1::2], strict=True):
-            assert (asked["role"], answer["role"]) == ("user", "assistant")
-            assert is_chinese(asked["content"]) == is_chinese(answer["content"])
-            assert variables_in(answer["content"]) and not variables_in(asked["content"])
+    for dialogue in DIALOGUES:
+        for question, answer in zip(dialogue[::2], dialogue[1::2], strict=True):
+            assert (question["role"], answer["role"]) == ("user", "assistant")
+            assert is_chinese(question["content"]) == is_chinese(answer["content"])
+            assert variables_in(answer["content"]) and not variables_in(question["content"])
             answers.add(answer["content"])
     assert len(answers) >= 30
 
 
-def test_the_same_seed_gives_the_same_dialogues_and_others_are_left_alone() -> None:
-    assert list(islice(identity(0), 100)) == TALKS[:100]
-    assert list(islice(identity(1), 100)) != TALKS[:100]
+def test_dialogues_depend_only_on_the_seed() -> None:
+    assert list(islice(identity(0), 100)) == DIALOGUES[:100]
+    assert list(islice(identity(1), 100)) != DIALOGUES[:100]
     before = list(islice(dialogues(3), 20))
     next(identity(3))
     assert list(islice(dialogues(3), 20)) == before
 
 
-def test_a_right_answer_names_what_was_asked_for() -> None:
-    by_topic = {(one.language, one.about): one for one in held_out_identity()}
+def test_a_right_answer_contains_the_variables_of_the_question() -> None:
+    by_topic = {(q.language, q.about): q for q in held_out_identity()}
     name, author = by_topic["zh", "name"], by_topic["en", "author"]
-    assert name.is_right("我叫小明。", FILL) and not name.is_right("我叫李雷。", FILL)
-    assert author.is_right("I was made by 李雷.", FILL)
-    assert not author.is_right("I was made by {{author}}.", FILL)
+    assert name.is_right("我叫小明。", VARIABLES) and not name.is_right("我叫李雷。", VARIABLES)
+    assert author.is_right("I was made by 李雷.", VARIABLES)
+    assert not author.is_right("I was made by {{author}}.", VARIABLES)
 
 
-def test_recipes_find_parts_of_the_textbook_by_name(
+def test_textbook_files_are_generated_by_name_and_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert textbook_file("a.jsonl", tmp_path, {}) == "a.jsonl"
     folder = tmp_path / "new" / "place"
-    path = Path(textbook_file("textbook:identity", folder, FILL))
+    path = Path(textbook_file("textbook:identity", folder, VARIABLES))
     assert len(path.read_text("utf-8").splitlines()) == 3000
     os.utime(path, (1, 1))
-    assert textbook_file("textbook:identity", folder, FILL) == str(path)
-    assert path.stat().st_mtime == 1, "what is right is not made again"
+    assert textbook_file("textbook:identity", folder, VARIABLES) == str(path)
+    assert path.stat().st_mtime == 1, "a valid file is not generated again"
     path.write_text("cut")
-    textbook_file("textbook:identity", folder, FILL)
+    textbook_file("textbook:identity", folder, VARIABLES)
     assert len(path.read_text("utf-8").splitlines()) == 3000
     assert sorted(file.name for file in folder.iterdir()) == [
         "textbook-identity.jsonl",
         "textbook-identity.jsonl.sha256",
     ]
     with monkeypatch.context() as patched:
-        patched.setattr(textbook, "_talks", lambda *_: pytest.fail("made again"))
-        patched.setattr(textbook, "identity", lambda *_: pytest.fail("made again"))
-        textbook_file("textbook:identity", folder, FILL)
+        patched.setattr(textbook, "_dialogue_records", lambda *_: pytest.fail("generated again"))
+        patched.setattr(textbook, "identity", lambda *_: pytest.fail("generated again"))
+        textbook_file("textbook:identity", folder, VARIABLES)
     os.utime(path, (1, 1))
     monkeypatch.setattr(textbook, "_version", lambda: "another version")
-    textbook_file("textbook:identity", folder, FILL)
+    textbook_file("textbook:identity", folder, VARIABLES)
     assert path.stat().st_mtime != 1
     monkeypatch.chdir(tmp_path)
-    Path("textbook:general").mkdir()
-    assert textbook_file("textbook:general", folder, FILL) == "textbook:general"
-    with pytest.raises(DataError, match="it has identity, dialogues, general"):
-        textbook_file("textbook:nothing", folder, FILL)
-    with pytest.raises(ConfigError, match=r"give data\.variables\.author=…$"):
+    Path("textbook:retention").mkdir()
+    assert textbook_file("textbook:retention", folder, VARIABLES) == "textbook:retention"
+    with pytest.raises(DataError, match="it has identity, dialogues, retention"):
+        textbook_file("textbook:nothing", folder, VARIABLES)
+    with pytest.raises(ConfigError, match=r"set data\.variables\.author=…$"):
         textbook_file("textbook:identity", folder, {"name": "小明"})

@@ -26,7 +26,7 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         ([', "{name}汇入哪里？"', ""], "relation on mouth: held_out needs at least 2"),
         ([', "{name}注入{mouth}。"]', "]"], "relation on mouth: answers needs at least 2"),
         ([', "它注入哪里？"', ""], "relation on mouth: followups needs none or at least 2"),
-        (["黄河\t", "长江\t"], "rivers.tsv:[23]: the name 长江 is there more than once"),
+        (["黄河\t", "长江\t"], "rivers.tsv:[23]: the name 长江 occurs more than once"),
         (
             [
                 "mouth\n",
@@ -37,13 +37,16 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
                     for x in (f"{sea}\n", f"{sea}\t9\n")
                 ),
             ],
-            "rivers.tsv:2: no relation speaks of depth of 长江",
+            "rivers.tsv:2: no relation uses depth of 长江",
         ),
         (
             ["{name}流入哪里？", "你知道{name}流入哪里么？"],
-            "“你知道长江流入哪里么？” is a frame that only",
+            "“你知道长江流入哪里么？” has a frame that is reserved",
         ),
-        (["它流入哪里？", "你知道它流入哪里吗？"], "“你知道它流入哪里吗？” is a frame that only"),
+        (
+            ["它流入哪里？", "你知道它流入哪里吗？"],
+            "“你知道它流入哪里吗？” has a frame that is reserved",
+        ),
         (
             ['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入大海。'],
             r"rivers.tsv:2 \(mouth\): “长江流入大海。” is not right by the keys",
@@ -67,29 +70,32 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         (["它流入哪里？", "告诉我长江汇入哪里。"], "trains on the held-out “长江汇入哪里”"),
     ],
 )
-def test_each_rule_finds_its_breach(folder: MakeFolder, changes: list[str], finding: str) -> None:
+def test_each_rule_reports_its_violation(
+    folder: MakeFolder, changes: list[str], finding: str
+) -> None:
     findings = lint(load_subjects(folder(*changes)))
     assert any(re.search(finding, one) for one in findings), findings
 
 
-def test_a_relation_that_speaks_of_no_row_is_found(folder: MakeFolder) -> None:
+def test_a_relation_without_rows_is_reported(folder: MakeFolder) -> None:
     emptied = [
         text
         for length in ("6300", "5464", "2320", "6670", "3530")
         for text in (f"\t{length}\t", "\t\t")
     ]
     findings = lint(load_subjects(folder(*emptied)))
-    assert "rivers.toml: relation on length: no row has all the cells that it uses" in findings
+    assert (
+        "rivers.toml: relation on length: no row has all the cells that its templates use"
+        in findings
+    )
 
 
-def test_two_subjects_must_not_ask_the_same_for_two_things(
-    folder: MakeFolder, tmp_path: Path
-) -> None:
-    place = folder()
+def test_the_same_question_for_two_facts_is_reported(folder: MakeFolder, tmp_path: Path) -> None:
+    path = folder()
     for name in ("rivers.toml", "rivers.tsv"):
-        text = (place / name).read_text("utf-8").replace("6300", "6397")
-        (place / name.replace("rivers", "streams")).write_text(text, encoding="utf-8")
-    findings = lint(load_subjects(place))
+        text = (path / name).read_text("utf-8").replace("6300", "6397")
+        (path / name.replace("rivers", "streams")).write_text(text, encoding="utf-8")
+    findings = lint(load_subjects(path))
     assert any(
         re.search(r"streams\.tsv:2 \(length\): “长江有多长” .*rivers\.tsv:2", f) for f in findings
     )

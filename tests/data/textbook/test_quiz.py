@@ -3,10 +3,10 @@ from collections import Counter
 import pytest
 
 from minimind.data.textbook import (
-    EIGHT,
+    DEMO_QUESTIONS,
     QuizQuestion,
     Subject,
-    eight,
+    demo_questions,
     is_right,
     is_well_formed,
     load_subjects,
@@ -22,7 +22,7 @@ TAISHAN = QuizQuestion(
     ("陕西省", "陕西", "湖南省", "湖南", "山西", "河南"),
 )
 LENGTH = QuizQuestion("长江有多长？", (("6300公里",),), "河流", "长江长6300公里。", ("5464公里",))
-SUM = QuizQuestion("4乘3等于多少？", (("12",),), "算术", "4乘3等于12。", ("1", "2", "15"))
+PRODUCT = QuizQuestion("4乘3等于多少？", (("12",),), "算术", "4乘3等于12。", ("1", "2", "15"))
 NAME = QuizQuestion("你叫什么名字？", (("MiniMind",),), "自我认识", "我叫MiniMind。", ("开源",))
 PANDA = QuizQuestion("大熊猫吃什么？", (("竹子",),), "动物", "大熊猫吃竹子。", ("鱼和磷虾",))
 CAPITAL = QuizQuestion(
@@ -52,8 +52,8 @@ BOTH = QuizQuestion("李白是谁？", (("唐朝", "唐代"), ("诗人",)), "人
         (LENGTH, "长江全长约6300公里。"),
         (LENGTH, "长江全长约6,300公里。"),
         (LENGTH, "长江全长约６３００公里。"),
-        (SUM, "4乘3等于12。"),
-        (SUM, "答案是12，因为3加3加3加3是12。"),
+        (PRODUCT, "4乘3等于12。"),
+        (PRODUCT, "答案是12，因为3加3加3加3是12。"),
         (NAME, "我叫minimind。"),
         (CAPITAL, "The capital of France is Paris."),
         (CAPITAL, "It is not Rome, it is Paris."),
@@ -89,7 +89,7 @@ def test_right_answers(question: QuizQuestion, answer: str) -> None:
         (TAISHAN, "泰山可能在山东，也可能在河南。"),
         (SILVER, "是银或金。"),
         (CAPITAL, "It is Paris or Rome."),
-        # denied or asked
+        # negated, or inside a question
         (TAISHAN, "泰山不在山东省。"),
         (TAISHAN, "泰山不是在山东省。"),
         (TAISHAN, "泰山没有在山东省。"),
@@ -116,20 +116,20 @@ def test_right_answers(question: QuizQuestion, answer: str) -> None:
         # part of another number or word
         (LENGTH, "长江全长约16300公里。"),
         (LENGTH, "长江全长约0.6300公里。"),
-        (SUM, "4乘3等于120。"),
-        (SUM, "4乘3等于12.5。"),
-        (SUM, "4乘3等于-12。"),
+        (PRODUCT, "4乘3等于120。"),
+        (PRODUCT, "4乘3等于12.5。"),
+        (PRODUCT, "4乘3等于-12。"),
         (CAPITAL, "It is Parisian."),
-        # without an end, or again and again
+        # without an end, or repetitive
         (TAISHAN, "泰山位于山东省"),
         (TAISHAN, "泰山位于山东省，"),
         (TAISHAN, "山东山东山东山东山东。"),
         (TAISHAN, "泰山在山东省，泰山在山东省，泰山在山东省。"),
         (TAISHAN, "泰山在山东省省省省省。"),
-        (SUM, "4乘3等于12，不是100000000000。"),
+        (PRODUCT, "4乘3等于12，不是100000000000。"),
     ],
 )
-def test_answers_that_are_not_right(question: QuizQuestion, answer: str) -> None:
+def test_wrong_answers(question: QuizQuestion, answer: str) -> None:
     assert not is_right(question, answer)
 
 
@@ -165,14 +165,14 @@ def test_well_formed_answers(answer: str) -> None:
         "".join(f"第{number}座山在第{number}个省。" for number in range(30)),
     ],
 )
-def test_answers_that_are_not_well_formed(answer: str) -> None:
+def test_malformed_answers(answer: str) -> None:
     assert not is_well_formed(answer)
 
 
-def test_the_eight_are_there_and_their_own_answers_are_right() -> None:
-    questions = eight()
-    assert tuple(question.question for question in questions) == EIGHT
-    assert len(set(EIGHT)) == 8
+def test_demo_questions_exist_and_their_own_answers_are_right() -> None:
+    questions = demo_questions()
+    assert tuple(question.question for question in questions) == DEMO_QUESTIONS
+    assert len(set(DEMO_QUESTIONS)) == 8
     for question in questions:
         assert is_right(question, question.answer) and is_well_formed(question.answer)
         assert not is_right(question, "我不知道。")
@@ -180,7 +180,7 @@ def test_the_eight_are_there_and_their_own_answers_are_right() -> None:
         assert not any(is_right(question, other.answer) for other in others)
 
 
-def test_every_answer_of_the_tables_is_right_and_that_of_another_row_is_not(
+def test_answers_of_the_row_are_right_and_of_other_rows_wrong(
     rivers: Subject,
 ) -> None:
     questions = quiz([rivers])
@@ -191,7 +191,7 @@ def test_every_answer_of_the_tables_is_right_and_that_of_another_row_is_not(
         assert not any(is_right(question, one.answer) for one in others)
 
 
-def test_a_sample_is_even_over_subjects() -> None:
+def test_a_sample_is_spread_evenly_over_subjects() -> None:
     titles = {subject.title for subject in load_subjects()}
     chosen = sample_quiz(400, seed=1)
     counts = Counter(question.subject for question in chosen)
@@ -202,7 +202,7 @@ def test_a_sample_is_even_over_subjects() -> None:
     assert len(set(chosen) & set(sample_quiz(400, seed=2))) < 100
 
 
-def test_a_sample_of_more_than_there_is_has_all(rivers: Subject) -> None:
+def test_a_large_sample_contains_all_questions(rivers: Subject) -> None:
     assert set(sample_quiz(1_000, 1, [rivers])) == set(quiz([rivers]))
     assert len(sample_quiz(7, 1, [rivers])) == 7
     assert sample_quiz(0, 1, [rivers]) == []

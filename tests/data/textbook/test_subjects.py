@@ -1,9 +1,9 @@
-"""The packaged tables: how much they hold."""
+"""The packaged tables: number of facts and required subjects."""
 
 from minimind.data.textbook import load_subjects, quiz
 from minimind.data.textbook.quiz import normalise
 
-# What a textbook must at least tell of, as (table, column), with an example that must be in it.
+# Required contents: (table, column, name, value).
 MUST_HOLD = {
     "provinces and capitals": ("provinces", "capital", "浙江", "杭州"),
     "countries and capitals": ("countries", "capital", "法国", "巴黎"),
@@ -24,7 +24,7 @@ MUST_HOLD = {
     "arithmetic": ("arithmetic", "result", "3乘4", "12"),
     "opposites": ("opposites", "opposite", "大", "小"),
     "classifiers": ("classifiers", "classifier", "鱼", "条"),
-    "everyday words in both languages": ("words", "english", "苹果", "apple"),
+    "everyday vocabulary in both languages": ("words", "english", "苹果", "apple"),
     "why-questions": ("why", "reason", "海水是咸的", "河流把岩石中的盐分带进了大海"),
     "who the model is": ("identity", "key", "名字", "MiniMind"),
 }
@@ -39,9 +39,9 @@ def test_there_are_enough_facts_and_subjects() -> None:
     assert all(subject.num_facts >= 20 for subject in subjects)
 
 
-def test_every_subject_that_a_textbook_needs_is_there() -> None:
+def test_required_subjects_are_present() -> None:
     tables = {subject.path.stem: subject for subject in load_subjects()}
-    lacking = []
+    missing = []
     for kind, (table, column, name, value) in MUST_HOLD.items():
         rows = [row for row in tables[table].rows if row.name == name]
         if (
@@ -52,13 +52,13 @@ def test_every_subject_that_a_textbook_needs_is_there() -> None:
                 relation.column for relation in tables[table].relations if rows[0] in relation.rows
             }
         ):
-            lacking.append((kind, name, [row.first for row in rows]))
-    assert lacking == []
+            missing.append((kind, name, [row.first for row in rows]))
+    assert missing == []
 
 
-def test_every_fact_is_asked_for_in_the_quiz() -> None:
-    asked = {normalise(question.question) for question in quiz()}
-    assert len(asked) == len(quiz()) >= 2 * 1_500
+def test_every_fact_is_in_the_quiz() -> None:
+    questions = {normalise(question.question) for question in quiz()}
+    assert len(questions) == len(quiz()) >= 2 * 1_500
     for subject in load_subjects():
         for fact in subject.facts:
-            assert {normalise(text) for text in fact.held_out} <= asked
+            assert {normalise(text) for text in fact.held_out} <= questions

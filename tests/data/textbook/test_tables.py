@@ -10,7 +10,7 @@ from minimind.errors import DataError
 MakeFolder = Callable[..., Path]
 
 
-def test_a_table_becomes_facts_in_sentences(rivers: Subject) -> None:
+def test_a_table_is_rendered_as_facts_in_sentences(rivers: Subject) -> None:
     assert (rivers.title, rivers.language) == ("河流", "zh")
     assert (len(rivers.rows), len(rivers.facts), rivers.num_facts) == (5, 10, 10)
     length, mouth = rivers.facts_of(rivers.rows[0])
@@ -21,24 +21,24 @@ def test_a_table_becomes_facts_in_sentences(rivers: Subject) -> None:
     assert length.answers == ("长江全长6300公里。", "长江长6300公里。")
     assert length.followups == ("它有多长？", "它全长多少公里？")
     assert length.keys == (("6300公里",),)
-    # Of several right values sentences use the first; each is a right answer.
+    # Sentences use the first of several right values; each is a right answer.
     assert mouth.answers == ("长江流入东海。", "长江注入东海。")
     assert mouth.keys == (("东海", "太平洋"),)
 
 
-def test_rivals_are_what_other_rows_have(rivers: Subject) -> None:
+def test_rivals_are_values_of_other_rows(rivers: Subject) -> None:
     length, mouth = rivers.facts_of(rivers.rows[0])
     assert length.rivals() == ["5464公里", "2320公里", "6670公里", "3530公里"]
     assert mouth.rivals() == ["渤海", "南海", "地中海", "里海"]
     assert mouth.answer_from(rivers.rows[1], "{name}流入{mouth}。") == "长江流入渤海。"
 
 
-def test_rivals_leave_out_what_is_right_here_too(folder: MakeFolder) -> None:
+def test_rivals_exclude_right_values(folder: MakeFolder) -> None:
     (subject,) = load_subjects(folder("5464\t渤海", "5464\t太平洋"))
     assert "太平洋" not in subject.facts_of(subject.rows[0])[1].rivals()
 
 
-def test_a_question_may_leave_the_name_open(folder: MakeFolder) -> None:
+def test_a_question_can_ask_for_the_name(folder: MakeFolder) -> None:
     changes = ['key = ["{length}公里"]', 'key = ["{name}"]', "{name}有多长？", "哪条河长{length}？"]
     (subject,) = load_subjects(folder(*changes))
     fact = subject.facts_of(subject.rows[1])[0]
@@ -47,7 +47,7 @@ def test_a_question_may_leave_the_name_open(folder: MakeFolder) -> None:
     assert fact.answer_from(subject.rows[0], "{name}长{length}公里。") == "长江长5464公里。"
 
 
-def test_a_fact_that_is_not_known_is_not_spoken_of(folder: MakeFolder) -> None:
+def test_an_empty_cell_is_not_a_fact(folder: MakeFolder) -> None:
     (subject,) = load_subjects(folder("黄河\t5464\t", "黄河\t\t"))
     assert subject.num_facts == 9
     (mouth,) = subject.facts_of(subject.rows[1])
@@ -58,9 +58,9 @@ def test_a_fact_that_is_not_known_is_not_spoken_of(folder: MakeFolder) -> None:
     ("old", "new", "message"),
     [
         ("珠江\t2320\t南海", "珠江\t2320", "rivers.tsv:4: 2 cells, first “珠江”; .* header, 3"),
-        ("珠江\t2320", "\t2320", "rivers.tsv:4: .*needs a name"),
+        ("珠江\t2320", "\t2320", "rivers.tsv:4: .*a row needs a name"),
         ("2320", " 2320", "rivers.tsv:4: a cell begins or ends with a space"),
-        ("东海|", "东海||", "rivers.tsv:2: a cell gives an empty value"),
+        ("东海|", "东海||", "rivers.tsv:2: a cell has an empty value"),
         ("name\t", "名\t", "rivers.tsv:1: the header must be `name`"),
         ("length\tmouth", "length\tlength", "rivers.tsv:1: the header must be"),
         (
@@ -72,14 +72,14 @@ def test_a_fact_that_is_not_known_is_not_spoken_of(folder: MakeFolder) -> None:
         ('title = "河流"', "title = 河流", "rivers.toml: not valid TOML"),
         ('language = "zh"', 'language = "fr"', r"rivers.toml: needs .* a language \(zh or en\)"),
         ('title = "河流"', 'titel = "河流"', "rivers.toml: needs a title"),
-        ('title = "河流"', 'title = "河流"\nauthor = ""', "rivers.toml: author: no such setting"),
+        ('title = "河流"', 'title = "河流"\nauthor = ""', "rivers.toml: author: unknown setting"),
         ("[[relations]]", 'fact_columns = ["depth"]\n[[relations]]', "no column depth"),
         (
             'column = "mouth"',
             'column = "sea"',
             "relation on sea: `column` must be .* length, mouth",
         ),
-        ("followups", "follow_ups", "relation on length: follow_ups: no such setting"),
+        ("followups", "follow_ups", "relation on length: follow_ups: unknown setting"),
         (
             'answers = ["{name}流入',
             'answers = [7, "{name}流入',
@@ -88,31 +88,31 @@ def test_a_fact_that_is_not_known_is_not_spoken_of(folder: MakeFolder) -> None:
         ("statements", "distractors", "`statements` must be a list of strings"),
     ],
 )
-def test_errors_name_file_and_place(folder: MakeFolder, old: str, new: str, message: str) -> None:
+def test_errors_name_file_and_line(folder: MakeFolder, old: str, new: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_subjects(folder(old, new))
 
 
-def test_the_line_of_a_bad_template_is_right(folder: MakeFolder) -> None:
-    place = folder("{name}汇入哪里？", "{name}汇入哪个{sea}？")
+def test_the_line_of_an_invalid_template_is_right(folder: MakeFolder) -> None:
+    path = folder("{name}汇入哪里？", "{name}汇入哪个{sea}？")
     with pytest.raises(DataError) as error:
-        load_subjects(place)
-    found = re.search(r"rivers\.toml:(\d+):", str(error.value))
-    assert found
-    line = (place / "rivers.toml").read_text("utf-8").splitlines()[int(found[1]) - 1]
+        load_subjects(path)
+    match = re.search(r"rivers\.toml:(\d+):", str(error.value))
+    assert match
+    line = (path / "rivers.toml").read_text("utf-8").splitlines()[int(match[1]) - 1]
     assert "{sea}" in line
 
 
-def test_missing_and_unreadable_files(folder: MakeFolder, tmp_path: Path) -> None:
+def test_missing_and_unreadable_files_are_errors(folder: MakeFolder, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(DataError, match="empty: no subjects"):
         load_subjects(empty)
-    place = folder()
-    (place / "rivers.tsv").write_bytes("name\tlength\n长江\t6300\n".encode("gbk"))
+    path = folder()
+    (path / "rivers.tsv").write_bytes("name\tlength\n长江\t6300\n".encode("gbk"))
     with pytest.raises(DataError, match=r"rivers\.tsv: cannot be read"):
-        load_subjects(place)
+        load_subjects(path)
     load_subjects.cache_clear()
-    (place / "rivers.tsv").unlink()
+    (path / "rivers.tsv").unlink()
     with pytest.raises(DataError, match=r"rivers\.tsv: cannot be read"):
-        load_subjects(place)
+        load_subjects(path)

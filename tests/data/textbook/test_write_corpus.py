@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from minimind.data.read import InvalidRecords, list_files, read_records
+from minimind.data.input_files import list_files
+from minimind.data.invalid import InvalidRecords
+from minimind.data.read import read_records
 from minimind.data.textbook import write_corpus
 
 SIZES = {
@@ -12,7 +14,7 @@ SIZES = {
     "single_turn": 150,
     "multi_turn": 120,
     "preference_pairs": 90,
-    "exam_questions": 60,
+    "multiple_choice_questions": 60,
     "identity_dialogues": 70,
 }
 
@@ -26,11 +28,19 @@ def texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
 
 
-def test_files_have_the_sizes_that_were_asked_for(corpus: dict[str, Path]) -> None:
+def test_files_have_the_requested_sizes(corpus: dict[str, Path]) -> None:
     assert {name: path.name for name, path in corpus.items()} == {
         name: f"{name}.jsonl"
         for name in (
-            *("pretrain", "held-out", "sft-single", "sft-multi", "dpo", "exam", "identity"),
+            *(
+                "pretrain",
+                "held-out",
+                "sft-single",
+                "sft-multi",
+                "dpo",
+                "multiple-choice",
+                "identity",
+            ),
         )
     }
     for name, key in (("pretrain", "prose_characters"), ("held-out", "held_out_characters")):
@@ -40,7 +50,7 @@ def test_files_have_the_sizes_that_were_asked_for(corpus: dict[str, Path]) -> No
         ("sft-single", "single_turn"),
         ("sft-multi", "multi_turn"),
         ("dpo", "preference_pairs"),
-        ("exam", "exam_questions"),
+        ("multiple-choice", "multiple_choice_questions"),
         ("identity", "identity_dialogues"),
     ):
         assert len(corpus[name].read_text("utf-8").splitlines()) == SIZES[key]
@@ -49,17 +59,17 @@ def test_files_have_the_sizes_that_were_asked_for(corpus: dict[str, Path]) -> No
 @pytest.mark.parametrize(
     "name", ["pretrain", "held-out", "sft-single", "sft-multi", "dpo", "identity"]
 )
-def test_files_are_read_by_the_reader_of_all_data(corpus: dict[str, Path], name: str) -> None:
-    bad = InvalidRecords()
-    records = list(read_records(list_files(str(corpus[name])), bad=bad))
-    assert bad.total == 0
+def test_files_are_valid_training_data(corpus: dict[str, Path], name: str) -> None:
+    invalid = InvalidRecords()
+    records = list(read_records(list_files(str(corpus[name])), invalid=invalid))
+    assert invalid.total == 0
     assert len(records) == len(corpus[name].read_text("utf-8").splitlines())
     first = json.loads(corpus[name].read_text("utf-8").splitlines()[0])
     if name in ("pretrain", "held-out"):
         assert records[0].text == first["text"]
     elif name == "dpo":
-        said = [message["content"] for message in first["chosen"]]
-        assert all(text in records[0].texts for text in said)
+        contents = [message["content"] for message in first["chosen"]]
+        assert all(text in records[0].texts for text in contents)
     else:
         assert [dict(message) for message in records[0].messages] == first["conversations"]
 
@@ -72,7 +82,9 @@ def test_the_same_seed_gives_the_same_bytes(corpus: dict[str, Path], tmp_path: P
         assert path.read_bytes() != other[name].read_bytes()
 
 
-def test_no_text_is_both_trained_on_and_held_out(corpus: dict[str, Path], tmp_path: Path) -> None:
+def test_no_text_is_both_in_training_and_held_out_data(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
     for paths in (
         corpus,
         write_corpus(tmp_path, **(SIZES | {"seed": 1, "prose_characters": 900_000})),

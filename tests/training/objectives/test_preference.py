@@ -192,7 +192,7 @@ def test_label_tokens_are_those_of_trl(
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
         assert segments is not None
-        for segment in range(2 * len(sequences.reference[sequences.members(index)])):
+        for segment in range(2 * len(sequences.reference[sequences.item_slice(index)])):
             here = segments == segment
             label_tokens = labels[here][labels[here] != IGNORED].tolist()
             actual.append((tokens[here].tolist(), label_tokens))
@@ -319,11 +319,11 @@ def test_packing_and_splitting_do_not_change_the_loss(
 def one_sequence(batch: TensorBatch, row: int) -> TensorBatch:
     """Return one sequence of a batch, with its pairs numbered from 0."""
     assert batch.pairs is not None and batch.segments is not None
-    answers = batch.pairs.sequences[row][batch.labels[row] != IGNORED]
+    answers = batch.pairs.side_ids[row][batch.labels[row] != IGNORED]
     first, last = int(answers.min()) // 2, int(answers.max()) // 2
     pairs = replace(
         batch.pairs,
-        sequences=batch.pairs.sequences[row : row + 1] - 2 * first,
+        side_ids=batch.pairs.side_ids[row : row + 1] - 2 * first,
         reference=batch.pairs.reference[first : last + 1],
     )
     rows = (x[row : row + 1] for x in (batch.tokens, batch.labels, batch.segments))

@@ -2,15 +2,15 @@ import math
 
 import pytest
 
-from minimind.reporting.scaling import PowerLaw, fit_power_law, frontier
+from minimind.reporting.power_law import PowerLaw, fit_power_law, frontier
 
 
 def law(floor: float, scale: float, exponent: float, x: list[float]) -> list[tuple[float, float]]:
-    return [(one, floor + scale * one**-exponent) for one in x]
+    return [(value, floor + scale * value**-exponent) for value in x]
 
 
-def test_the_numbers_of_a_law_with_a_floor_are_found() -> None:
-    """Those of Hoffmann et al. 2022, table A.4, approach 3."""
+def test_a_law_with_a_floor_is_recovered() -> None:
+    """With the constants of Hoffmann et al. 2022, table A.4, approach 3."""
     points = law(1.69, 406.4, 0.34, [10.0**power for power in range(6, 12)])
     fit = fit_power_law(points)
     assert isinstance(fit, PowerLaw)
@@ -22,8 +22,8 @@ def test_the_numbers_of_a_law_with_a_floor_are_found() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4, 8])
-def test_the_numbers_of_a_law_without_a_floor_are_found(count: int) -> None:
-    """Those of Kaplan et al. 2020, section 1.2: (8.8e13 / N) ** 0.076."""
+def test_a_law_without_a_floor_is_recovered(count: int) -> None:
+    """With the constants of Kaplan et al. 2020, section 1.2: (8.8e13 / N) ** 0.076."""
     points = law(0.0, 8.8e13**0.076, 0.076, [1e5 * 3**power for power in range(count)])
     fit = fit_power_law(points)
     assert isinstance(fit, PowerLaw)
@@ -33,7 +33,7 @@ def test_the_numbers_of_a_law_without_a_floor_are_found(count: int) -> None:
     assert fit.formula("N").endswith("11.48 / N^0.076")
 
 
-def test_noise_lowers_the_goodness_of_the_fit() -> None:
+def test_noise_lowers_r_squared() -> None:
     points = law(0.0, 10.0, 0.1, [1e3, 1e4, 1e5, 1e6])
     noisy = [(x, loss * (1 + 0.1 * (-1) ** n)) for n, (x, loss) in enumerate(points)]
     fit, exact = fit_power_law(noisy), fit_power_law(points)
@@ -45,18 +45,21 @@ def test_noise_lowers_the_goodness_of_the_fit() -> None:
     ("points", "why"),
     [
         ([], "no fit: 0 different values"),
-        ([(1e3, 5.0), (1e4, 4.0)], "no fit: 2 different values, and 3 are the fewest"),
+        ([(1e3, 5.0), (1e4, 4.0)], "no fit: 2 different values, at least 3 are needed"),
         ([(1e3, 5.0), (1e3, 4.9), (1e4, 4.0)], "no fit: 2 different values"),
-        ([(1000, 5.0), (1100, 4.9), (1200, 4.0)], "no fit: the values differ by a factor of 1.2"),
+        (
+            [(1000, 5.0), (1100, 4.9), (1200, 4.0)],
+            "no fit: the values differ by a factor of only 1.2",
+        ),
         ([(1e3, 4.0), (1e4, 5.0), (1e5, 6.0)], "no fit: the loss does not fall"),
     ],
 )
-def test_why_there_is_no_fit(points: list[tuple[float, float]], why: str) -> None:
-    told = fit_power_law(points)
-    assert isinstance(told, str) and told.startswith(why)
+def test_the_reason_without_a_fit(points: list[tuple[float, float]], why: str) -> None:
+    reason = fit_power_law(points)
+    assert isinstance(reason, str) and reason.startswith(why)
 
 
-def test_the_frontier_is_the_lowest_so_far() -> None:
+def test_the_frontier_is_the_lowest_loss_so_far() -> None:
     slow, fast = [(2.0, 9.0), (6.0, 5.0)], [(0.0, 10.0), (1.0, 9.0), (3.0, 6.0), (5.0, 6.0)]
     assert frontier([slow, fast]) == [(1.0, 9.0), (3.0, 6.0), (6.0, 5.0)]
     assert frontier([]) == []

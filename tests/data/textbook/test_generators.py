@@ -1,4 +1,4 @@
-"""The streams, on the packaged tables where a promise is about all of them."""
+"""Properties of the streams, on the packaged tables where they concern all facts."""
 
 import re
 from collections import Counter, defaultdict
@@ -13,10 +13,10 @@ from minimind.data.textbook import (
     QuizQuestion,
     Subject,
     dialogues,
-    exams,
     is_right,
     is_well_formed,
     load_subjects,
+    multiple_choice,
     preferences,
     prose,
     quiz,
@@ -30,34 +30,34 @@ STREAMS: dict[str, Callable[..., Iterator[Any]]] = {
     "single": dialogues,
     "multi": lambda seed, subjects=None: dialogues(seed, "multi", subjects),
     "preferences": preferences,
-    "exams": exams,
+    "multiple_choice": multiple_choice,
 }
-MANY = 20_000
+NUM_ITEMS = 20_000
 SETS_OF_TURNS = [turns for one in PHRASES.values() for turns in (one.greetings, one.thanks)]
-COURTESIES = {asked for turns in SETS_OF_TURNS for asked, _ in turns}
+COURTESIES = {question for turns in SETS_OF_TURNS for question, _ in turns}
 EVASIONS = {evasion for phrases in PHRASES.values() for evasion in phrases.evasions}
 
 
 @cache
-def items(stream: str, number: int = MANY) -> list[Any]:
+def items(stream: str, number: int = NUM_ITEMS) -> list[Any]:
     return list(islice(STREAMS[stream](11), number))
 
 
 def questions_in(stream: str, item: Any) -> list[str]:
-    """All that is asked in one item of a stream."""
+    """Return all questions in one item of a stream."""
     if stream == "prose":
         return re.findall(r"问：(.*?)答：|Question: (.*?) Answer: ", item)
-    if stream == "exams":
+    if stream == "multiple_choice":
         return [item["question"]]
     messages = item if isinstance(item, list) else [*item["chosen"], *item["rejected"]]
     return [message["content"] for message in messages if message["role"] == "user"]
 
 
 def wordings(fact: Fact) -> set[str]:
-    """The questions of a fact, as the tables have them and put more freely."""
+    """Return the questions of a fact, as in the tables and with each casual rewording."""
     casual = PHRASES[fact.subject.language].casual
-    freely = {re.sub(a, b, q) for q in fact.questions for a, b in casual}
-    return {*fact.questions, *freely}
+    reworded = {re.sub(a, b, q) for q in fact.questions for a, b in casual}
+    return {*fact.questions, *reworded}
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +71,15 @@ def facts_by_answer() -> dict[str, list[Fact]]:
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_the_seed_decides_all(stream: str) -> None:
-    make = STREAMS[stream]
-    first, again, other = (list(islice(make(seed), 300)) for seed in (1, 1, 2))
+def test_streams_depend_only_on_the_seed(stream: str) -> None:
+    generate = STREAMS[stream]
+    first, again, other = (list(islice(generate(seed), 300)) for seed in (1, 1, 2))
     assert first == again
     assert sum(a == b for a, b in zip(first, other, strict=True)) < 5
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_stream_does_not_repeat_itself_pass_after_pass(stream: str, rivers: Subject) -> None:
+def test_passes_of_a_stream_differ(stream: str, rivers: Subject) -> None:
     texts = [str(item) for item in islice(STREAMS[stream](3, subjects=[rivers]), 200)]
     assert texts[:100] != texts[100:]
     assert len(set(texts)) > 60
@@ -87,20 +87,20 @@ def test_a_stream_does_not_repeat_itself_pass_after_pass(stream: str, rivers: Su
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_no_question_of_the_quiz_is_in_a_stream(stream: str) -> None:
-    """Neither alone, nor with something before or after it."""
+    """Neither alone nor inside a longer question."""
     held_out = defaultdict(list)
     for question in quiz():
         text = normalise(question.question)
         held_out[text[:4]].append(text)
-    asked = {
+    questions = {
         normalise("".join(question))
         for item in items(stream)
         for question in questions_in(stream, item)
     }
-    assert len(asked) > 10_000
+    assert len(questions) > 10_000
     leaks = [
         (text, leak)
-        for text in asked
+        for text in questions
         for start in range(len(text))
         for leak in held_out.get(text[start : start + 4], ())
         if text.startswith(leak, start)
@@ -109,14 +109,14 @@ def test_no_question_of_the_quiz_is_in_a_stream(stream: str) -> None:
 
 
 @pytest.mark.parametrize("stream", ["single", "multi", "preferences"])
-def test_frames_of_the_quiz_are_never_used(stream: str) -> None:
-    asked = (question for item in items(stream) for question in questions_in(stream, item))
-    assert [q for q in asked if any(frame in q.lower() for frame in NEVER_TRAINED)] == []
+def test_frames_reserved_for_the_quiz_are_not_used(stream: str) -> None:
+    questions = (question for item in items(stream) for question in questions_in(stream, item))
+    assert [q for q in questions if any(frame in q.lower() for frame in NEVER_TRAINED)] == []
 
 
-def test_prose_is_the_statements_and_now_and_then_a_question(rivers: Subject) -> None:
+def test_prose_is_statements_and_some_questions(rivers: Subject) -> None:
     statements = {text for fact in rivers.facts for text in fact.statements}
-    asked = {
+    questions = {
         f"问：{question}答：{answer}"
         for fact in rivers.facts
         for question in fact.questions
@@ -127,9 +127,9 @@ def test_prose_is_the_statements_and_now_and_then_a_question(rivers: Subject) ->
         for text in islice(prose(1, [rivers]), 400)
         for sentence in re.findall(r"问：[^？。]*[？。]答：[^。]*。|[^。]+。", text)
     )
-    assert seen.keys() <= statements | asked
+    assert seen.keys() <= statements | questions
     assert statements <= seen.keys()
-    share = sum(seen[text] for text in asked) / seen.total()
+    share = sum(seen[text] for text in questions) / seen.total()
     assert 0.2 < share < 0.4
 
 
@@ -143,10 +143,10 @@ def test_prose_in_english_has_spaces_between_sentences() -> None:
 @pytest.mark.parametrize("turns", ["single", "multi"])
 def test_each_fact_is_asked_equally_often(turns: Any, rivers: Subject) -> None:
     passes = 12
-    talks = list(islice(dialogues(5, turns, [rivers]), passes * len(rivers.facts)))
+    generated = list(islice(dialogues(5, turns, [rivers]), passes * len(rivers.facts)))
     first = [
-        next(m for m in talk if m["role"] == "user" and m["content"] not in COURTESIES)
-        for talk in talks
+        next(m for m in dialogue if m["role"] == "user" and m["content"] not in COURTESIES)
+        for dialogue in generated
     ]
     about = Counter(
         (row.name, relation.column)
@@ -160,64 +160,68 @@ def test_each_fact_is_asked_equally_often(turns: Any, rivers: Subject) -> None:
     assert set(about.values()) == {passes} and len(about) == len(rivers.facts)
 
 
-def test_questions_are_asked_more_freely_too(rivers: Subject) -> None:
+def test_questions_are_reworded(rivers: Subject) -> None:
     as_in_tables = {text for fact in rivers.facts for text in fact.questions}
-    asked = {talk[-2]["content"] for talk in islice(dialogues(9, "single", [rivers]), 6_000)}
-    assert {"长江注入哪儿？", "长江全长几公里？", "长江有多长", "长江有多长呀？"} <= asked
-    assert len(asked) > 20 * len(as_in_tables)
+    questions = {
+        dialogue[-2]["content"] for dialogue in islice(dialogues(9, "single", [rivers]), 6_000)
+    }
+    assert {"长江注入哪儿？", "长江全长几公里？", "长江有多长", "长江有多长呀？"} <= questions
+    assert len(questions) > 20 * len(as_in_tables)
 
 
-def test_every_freer_wording_is_of_use_and_leaves_the_fact_alone() -> None:
+def test_every_rewording_matches_and_keeps_the_entity() -> None:
     facts = [fact for subject in load_subjects() for fact in subject.facts]
     marks = re.compile("[“”《》]")
     for language, phrases in PHRASES.items():
-        asked = [(f, q) for f in facts if f.subject.language == language for q in f.questions]
+        questions = [(f, q) for f in facts if f.subject.language == language for q in f.questions]
         for pattern, word in (*phrases.casual, *phrases.particles):
-            freely = [(f, re.sub(pattern, word, q)) for f, q in asked if re.search(pattern, q)]
-            assert freely, pattern
-            for fact, text in freely:
+            reworded = [
+                (f, re.sub(pattern, word, q)) for f, q in questions if re.search(pattern, q)
+            ]
+            assert reworded, pattern
+            for fact, text in reworded:
                 bare = marks.sub("", fact.name)
-                if fact.asks_by_name and not bare[0].isdigit():  # 1公里, 3乘4 may be 一公里, 3乘以4
+                if fact.asks_by_name and not bare[0].isdigit():  # 1公里 becomes 一公里
                     assert bare in marks.sub("", text), (fact.name, text)
 
 
 @pytest.mark.parametrize("turns", ["single", "multi"])
 def test_roles_alternate_and_a_system_message_may_only_be_first(turns: str) -> None:
-    for talk in items(turns):
-        roles = [message["role"] for message in talk]
+    for dialogue in items(turns):
+        roles = [message["role"] for message in dialogue]
         if roles[0] == "system":
             del roles[0]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
-        assert all(message["content"].strip() for message in talk)
+        assert all(message["content"].strip() for message in dialogue)
         assert len(roles) == 2 if turns == "single" else 4 <= len(roles) <= 12
 
 
-def test_later_turns_lack_the_name_and_need_the_earlier(rivers: Subject) -> None:
+def test_later_turns_need_the_context(rivers: Subject) -> None:
     names = [row.name for row in rivers.rows]
     followups = {text for fact in rivers.facts for text in fact.followups}
     seen: Counter[str] = Counter()
-    for talk in islice(dialogues(2, "multi", [rivers]), 500):
-        texts = [m["content"] for m in talk if m["role"] != "system"]
+    for dialogue in islice(dialogues(2, "multi", [rivers]), 500):
+        texts = [m["content"] for m in dialogue if m["role"] != "system"]
         turns = [
             turn for turn in zip(texts[::2], texts[1::2], strict=True) if turn[0] not in COURTESIES
         ]
         about = [name for name in names if name in turns[0][0]]
-        assert len(about) == 1, "the first question names what it is about"
+        assert len(about) == 1, "the first question names the entity"
         column = next(f.relation for f in rivers.facts if turns[0][1].startswith(f.answers))
-        for asked, answer in turns[1:]:
-            if asked in followups:
+        for question, answer in turns[1:]:
+            if question in followups:
                 seen["it"] += 1
-                column = next(f.relation for f in rivers.facts if asked in f.followups)
+                column = next(f.relation for f in rivers.facts if question in f.followups)
             else:
                 seen["another"] += 1
-                about = [name for name in names if asked in (f"那{name}呢？", f"{name}呢？")]
-                assert len(about) == 1, f"“{asked}” is whole without what came before"
+                about = [name for name in names if question in (f"那{name}呢？", f"{name}呢？")]
+                assert len(about) == 1, f"“{question}” does not need the context"
             (fact,) = (f for f in rivers.facts if f.name == about[0] and f.relation is column)
-            assert answer.startswith(fact.answers), f"{asked} {answer}"
+            assert answer.startswith(fact.answers), f"{question} {answer}"
     assert seen["it"] > 200 and seen["another"] > 200
 
 
-def test_later_turns_of_the_packaged_tables_lack_the_name_too() -> None:
+def test_later_turns_of_the_packaged_tables_need_the_context() -> None:
     facts = [fact for subject in load_subjects() for fact in subject.facts]
     assert [f for fact in facts for f in fact.followups if fact.name in f] == []
     alone = {normalise(text) for fact in facts for text in fact.questions}
@@ -228,32 +232,32 @@ def test_later_turns_of_the_packaged_tables_lack_the_name_too() -> None:
     }
     followups = {text for fact in facts for text in fact.followups}
     assert not {normalise(text) for text in followups | elliptic} & alone
-    for talk in items("multi"):
-        asked = [q for q in questions_in("multi", talk) if q not in COURTESIES]
-        assert len(asked) >= 2
-        assert set(asked[1:]) <= followups | elliptic
+    for dialogue in items("multi"):
+        questions = [q for q in questions_in("multi", dialogue) if q not in COURTESIES]
+        assert len(questions) >= 2
+        assert set(questions[1:]) <= followups | elliptic
 
 
-def test_of_a_preference_pair_only_the_chosen_is_right(
+def test_only_the_chosen_side_of_a_pair_is_right(
     facts_by_answer: dict[str, list[Fact]],
 ) -> None:
     marked: dict[Fact, QuizQuestion] = {}
     kinds: Counter[str] = Counter()
     for pair in items("preferences", 6_000):
-        asked, chosen = pair["chosen"]
-        assert pair["rejected"][0] == asked and asked["role"] == "user"
+        prompt, chosen = pair["chosen"]
+        assert pair["rejected"][0] == prompt and prompt["role"] == "user"
         rejected = pair["rejected"][1]["content"]
-        told = facts_by_answer[chosen["content"]]
-        text = normalise(asked["content"])
-        about = [fact for fact in told if any(normalise(q) in text for q in wordings(fact))]
-        for fact in about or told[:1]:
+        candidates = facts_by_answer[chosen["content"]]
+        text = normalise(prompt["content"])
+        about = [fact for fact in candidates if any(normalise(q) in text for q in wordings(fact))]
+        for fact in about or candidates[:1]:
             question = marked.setdefault(fact, fact_question(fact, ""))
             assert is_right(question, chosen["content"]) and is_well_formed(chosen["content"])
             assert not (is_right(question, rejected) and is_well_formed(rejected)), pair
         if rejected in EVASIONS:
             kinds["evasive"] += 1
         elif rejected.count(chosen["content"]) >= 3:
-            kinds["repeating"] += 1
+            kinds["repetitive"] += 1
         elif rejected.startswith(chosen["content"]):
             kinds["endless"] += 1
             assert not rejected.endswith(("。", "."))
@@ -261,31 +265,33 @@ def test_of_a_preference_pair_only_the_chosen_is_right(
             kinds["wrong"] += 1
             assert is_well_formed(rejected)
     assert len(marked) > 2_000
-    assert min(kinds[kind] for kind in ("evasive", "repeating", "endless", "wrong")) > 1_200
+    assert min(kinds[kind] for kind in ("evasive", "repetitive", "endless", "wrong")) > 1_200
 
 
-def test_an_exam_question_has_one_right_option(facts_by_answer: dict[str, list[Fact]]) -> None:
+def test_a_multiple_choice_question_has_one_right_option(
+    facts_by_answer: dict[str, list[Fact]],
+) -> None:
     right_for = defaultdict(set)
     for facts in facts_by_answer.values():
         for fact in facts:
             for text in fact.questions:
                 right_for[fact.subject.title, text] |= {key for keys in fact.keys for key in keys}
-    places: Counter[str] = Counter()
-    for exam in items("exams"):
-        options = {letter: exam[letter] for letter in "ABCD"}
+    positions: Counter[str] = Counter()
+    for item in items("multiple_choice"):
+        options = {letter: item[letter] for letter in "ABCD"}
         assert len(set(options.values())) == 4
-        right = right_for[exam["subject"], exam["question"]]
-        assert [letter for letter, text in options.items() if text in right] == [exam["answer"]]
-        places[exam["answer"]] += 1
-    assert all(0.23 < places[letter] / MANY < 0.27 for letter in "ABCD")
+        right = right_for[item["subject"], item["question"]]
+        assert [letter for letter, text in options.items() if text in right] == [item["answer"]]
+        positions[item["answer"]] += 1
+    assert all(0.23 < positions[letter] / NUM_ITEMS < 0.27 for letter in "ABCD")
 
 
-def test_a_book_of_ones_own_keeps_its_quiz_out(rivers: Subject) -> None:
+def test_the_quiz_of_custom_subjects_is_not_in_their_streams(rivers: Subject) -> None:
     held_out = {normalise(text) for fact in rivers.facts for text in fact.held_out}
-    asked = {
+    questions = {
         normalise(question)
-        for talk in islice(dialogues(1, "single", [rivers]), 1_000)
-        for question in questions_in("single", talk)
+        for dialogue in islice(dialogues(1, "single", [rivers]), 1_000)
+        for question in questions_in("single", dialogue)
     }
-    assert len(asked) > 200
-    assert not asked & held_out
+    assert len(questions) > 200
+    assert not questions & held_out

@@ -1,4 +1,4 @@
-"""More steps for a run that was planned for fewer, with the optimizer's state."""
+"""A run is continued for more steps than planned, with its optimizer state."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from minimind.config import load_recipe
 from minimind.config.settings import ScheduleSettings
 from minimind.errors import CheckpointError, ConfigError
-from minimind.training.prolong import stable_steps
+from minimind.training.extend import stable_steps
 from minimind.training.schedule import lr_fraction
 from tests.support.small_runs import RecordingReporter, lora_settings, metrics
 from tests.support.stages import Make, assert_same, do, refused
@@ -21,16 +21,16 @@ WSD = {"schedule__name": "wsd", "schedule__decay": 0.25, "checkpoint__every": 5}
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100])
 @pytest.mark.parametrize("decay", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("final", [0.0, 0.3, 1.0])
-def test_stable_steps_are_those_before_the_first_below_the_peak(
+def test_stable_steps_end_where_the_learning_rate_leaves_the_peak(
     num_steps: int, decay: float, final: float
 ) -> None:
     schedule = ScheduleSettings(name="wsd", warmup=0.0, decay=decay, final=final)
-    shares = [lr_fraction(step, num_steps, schedule) for step in range(num_steps)]
-    below = [step for step, share in enumerate(shares) if share < 1 - 1e-9]
+    fractions = [lr_fraction(step, num_steps, schedule) for step in range(num_steps)]
+    below = [step for step, fraction in enumerate(fractions) if fraction < 1 - 1e-9]
     assert (stable_steps(num_steps, schedule) or 0) == (below[0] if below else num_steps)
 
 
-def test_a_cosine_has_no_stable_steps() -> None:
+def test_a_cosine_schedule_has_no_stable_steps() -> None:
     assert stable_steps(100, ScheduleSettings(name="cosine")) is None
 
 
@@ -39,7 +39,7 @@ def rates(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "lora", "dpo"])
-def test_under_wsd_it_ends_with_the_bits_of_a_run_that_was_planned_longer(
+def test_an_extended_wsd_run_ends_with_the_bits_of_a_longer_one(
     recipe: Make, run: Path, tmp_path: Path, kind: str
 ) -> None:
     more: dict[str, Any] = {"schedule__warmup": 0.0, "validation__every": 100}
@@ -54,7 +54,9 @@ def test_under_wsd_it_ends_with_the_bits_of_a_run_that_was_planned_longer(
     short, long = (recipe(objective, **WSD | more | {"training__steps": n}) for n in (20, 40))
     do(short)
     branch = stable_steps(20, short.schedule)
-    assert branch and (run / "checkpoints" / f"step-{branch:08}").is_dir(), "kept beside the newest"
+    assert branch and (run / "checkpoints" / f"step-{branch:08}").is_dir(), (
+        "kept as well as the newest"
+    )
     weights = sorted(run.glob("*/*model*.safetensors"))[-1]
     before = weights.read_bytes()
     told = RecordingReporter()
@@ -67,31 +69,31 @@ def test_under_wsd_it_ends_with_the_bits_of_a_run_that_was_planned_longer(
     assert (run / "checkpoints" / ".decayed-step-00000020").is_dir()
     assert weights.read_bytes() != before
     assert load_recipe(run / "recipe.toml").recipe == long
-    [mark] = metrics(run, "extended")
-    assert mark == {"kind": "extended", "step": branch, "from_steps": 20, "to_steps": 40}
-    whole = tmp_path / "whole"
-    do(long.model_copy(update={"out": str(whole)}))
+    [event] = metrics(run, "extended")
+    assert event == {"kind": "extended", "step": branch, "from_steps": 20, "to_steps": 40}
+    uninterrupted = tmp_path / "uninterrupted"
+    do(long.model_copy(update={"out": str(uninterrupted)}))
     log = run / "metrics.jsonl"
     lines = [line for line in log.read_text("utf-8").splitlines() if '"extended"' not in line]
     log.write_text("\n".join(lines) + "\n")
     for decayed in (run / "checkpoints").glob(".decayed-*"):
         shutil.rmtree(decayed)
-    for early in (run, whole):
+    for early in (run, uninterrupted):
         shutil.rmtree(early / "checkpoints" / f"step-{branch:08}", ignore_errors=True)
-    assert_same(run, whole)
+    assert_same(run, uninterrupted)
 
 
-def test_a_warmup_is_not_repeated(recipe: Make, run: Path) -> None:
+def test_extending_a_run_does_not_repeat_the_warmup(recipe: Make, run: Path) -> None:
     settings = WSD | {"schedule__warmup": 0.1}
     do(recipe(**settings, training__steps=20))
     do(recipe(**settings, training__steps=60))
-    found = rates(run)
-    assert [found[step] for step in (1, 2, 3)] == pytest.approx([0.5, 1.0, 1.0])
-    assert [found[step] for step in range(3, 46)] == pytest.approx([1.0] * 43)
-    assert found[60] < found[50] < 1
+    fractions = rates(run)
+    assert [fractions[step] for step in (1, 2, 3)] == pytest.approx([0.5, 1.0, 1.0])
+    assert [fractions[step] for step in range(3, 46)] == pytest.approx([1.0] * 43)
+    assert fractions[60] < fractions[50] < 1
 
 
-def test_a_run_that_was_stopped_before_its_decay_loses_no_step(recipe: Make, run: Path) -> None:
+def test_a_run_stopped_before_its_decay_repeats_no_step(recipe: Make, run: Path) -> None:
     do(recipe(**WSD, training__steps=20, checkpoint__keep=9))
     for place in (run / "checkpoints").iterdir():
         if place.name > "step-00000010":
@@ -103,7 +105,7 @@ def test_a_run_that_was_stopped_before_its_decay_loses_no_step(recipe: Make, run
     assert not list((run / "checkpoints").glob(".decayed-*"))
 
 
-def test_a_cosine_continues_from_its_end_and_says_how_the_rate_jumps(
+def test_a_cosine_run_continues_from_its_end_and_reports_the_jump_of_the_rate(
     recipe: Make, run: Path
 ) -> None:
     settings = {"schedule__name": "cosine", "schedule__warmup": 0.0, "schedule__final": 0.1}
@@ -111,21 +113,21 @@ def test_a_cosine_continues_from_its_end_and_says_how_the_rate_jumps(
     told = RecordingReporter()
     longer = recipe(**settings, training__steps=20)
     assert do(longer, told).summary["steps"] == 20
-    share = lr_fraction(10, 20, longer.schedule)
+    fraction = lr_fraction(10, 20, longer.schedule)
     [line] = [line for line in told.lines if "instead of" in line]
     assert line.startswith(f"{run}: 20 steps instead of 10, continued from step 10, where the ")
-    assert f"from {rates(run)[10]:.3g} to {share:.3g} of its peak" in line
-    assert rates(run)[11] == pytest.approx(share)
+    assert f"from {rates(run)[10]:.3g} to {fraction:.3g} of its peak" in line
+    assert rates(run)[11] == pytest.approx(fraction)
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, 21))
 
 
-def test_epochs_prolong_a_run_too(recipe: Make, run: Path) -> None:
+def test_more_epochs_extend_a_run(recipe: Make, run: Path) -> None:
     settings = WSD | {"training__steps": None, "training__global_batch_size": 16}
     first = do(recipe(**settings, training__epochs=1.0)).summary["steps"]
     assert do(recipe(**settings, training__epochs=2.0)).summary["steps"] > first + 10
 
 
-def test_fewer_steps_are_another_run(recipe: Make, run: Path) -> None:
+def test_fewer_steps_are_another_recipe(recipe: Make, run: Path) -> None:
     do(recipe(**WSD, training__steps=10))
     before = (run / "summary.json").read_bytes()
     message = refused(recipe(**WSD, training__steps=5), ConfigError)
@@ -133,7 +135,7 @@ def test_fewer_steps_are_another_run(recipe: Make, run: Path) -> None:
     assert (run / "summary.json").read_bytes() == before
 
 
-def test_without_checkpoints_nothing_can_be_prolonged(recipe: Make, run: Path) -> None:
+def test_a_run_without_checkpoints_cannot_be_extended(recipe: Make, run: Path) -> None:
     do(recipe(**WSD, training__steps=10))
     shutil.rmtree(run / "checkpoints")
     message = refused(recipe(**WSD, training__steps=20), CheckpointError)
@@ -141,7 +143,7 @@ def test_without_checkpoints_nothing_can_be_prolonged(recipe: Make, run: Path) -
     assert json.loads((run / "summary.json").read_text("utf-8"))["steps"] == 10
 
 
-def test_it_can_be_prolonged_again(recipe: Make, run: Path) -> None:
+def test_a_run_can_be_extended_again(recipe: Make, run: Path) -> None:
     for steps in (8, 16, 24):
         assert do(recipe(**WSD, training__steps=steps)).summary["steps"] == steps
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, 25))

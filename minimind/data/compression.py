@@ -1,0 +1,122 @@
+"""Compressed input: check the magic bytes, decompress as a stream, report bytes read."""
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from minimind.data.input_files import COMPRESSIONS
+from minimind.errors import DataError
+
+Progress = Callable[[int], None]  # called with the bytes of the file read since the last call
+
+_MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+}
+_BUFFER_BYTES = 1 << 20
+# Smaller for compressed files, so that reported progress is not far ahead of the records.
+_COMPRESSED_BUFFER_BYTES = 1 << 16
+_ZSTD_CHUNK_BYTES = 1 << 12  # may decompress to 30,000 times as many
+
+
+class CountedFile(io.RawIOBase):
+    """A binary file that reports how many of its bytes have been read."""
+
+    def __init__(self, raw: IO[bytes], progress: Progress) -> None:
+        self._raw, self._progress, self._reported = raw, progress, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._raw.readinto(buffer)  # type: ignore[attr-defined]
+        self.report(self._reported + count)
+        return int(count)
+
+    def report(self, position: int) -> None:
+        """Report that the file has been read up to the byte `position`."""
+        if position > self._reported:
+            self._progress(position - self._reported)
+            self._reported = position
+
+
+def open_decompressed(file: Path, counted: CountedFile) -> io.BufferedReader:
+    """Return a buffered stream of the decompressed bytes of `file`.
+
+    Raises DataError for an empty file, and when the magic bytes contradict the file name.
+    """
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    buffer_bytes = _BUFFER_BYTES if compression is None else _COMPRESSED_BUFFER_BYTES
+    stream: io.BufferedReader = io.BufferedReader(counted, buffer_bytes)
+    _check_magic(file, compression, stream)
+    if compression is None:
+        return stream
+    if compression == "zstd":
+        decompressed: Any = _ChunkStream(_decompress_zstd(stream))
+    else:
+        openers: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
+        decompressed = openers[compression](stream)
+    return io.BufferedReader(decompressed, _BUFFER_BYTES)
+
+
+def _check_magic(file: Path, expected: str | None, stream: io.BufferedReader) -> None:
+    head = stream.peek(_BUFFER_BYTES)
+    if not head:
+        raise DataError(f"{file}: the file is empty; leave it out, or download it again")
+    actual = next((name for name, magic in _MAGIC.items() if magic.match(head)), None)
+    if actual == expected:
+        return
+    if actual is None:
+        raise DataError(
+            f"{file}: the name ends in {file.suffix}, but the content is not {expected}; "
+            "is it uncompressed, or damaged?"
+        )
+    [ending] = (ending for ending, name in COMPRESSIONS.items() if name == actual)
+    raise DataError(
+        f"{file}: the content is {actual}, but the name ends in {file.suffix}; "
+        f"rename it so that it ends in {ending}"
+    )
+
+
+def _decompress_zstd(compressed: IO[bytes]) -> Iterator[bytes]:
+    """Yield the content of all frames of a zstd stream. Raises EOFError if it is truncated."""
+    # zstandard's own stream reader does not report a truncated last frame.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    frame = decompressor.decompressobj()
+    while chunk := compressed.read(_ZSTD_CHUNK_BYTES):
+        while chunk:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the stream ends before its end marker")
+
+
+class _ChunkStream(io.RawIOBase):
+    """Chunks of bytes as one readable file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count

@@ -1,0 +1,103 @@
+"""Input files: which files a path, folder or glob pattern names, and their formats."""
+
+import difflib
+import glob
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from minimind.errors import DataError
+from minimind.paths import expand_user
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SUPPORTED = f"supported are {' '.join(_FORMATS)}, each also with {' '.join(COMPRESSIONS)}"
+
+
+def format_of(path: Path) -> str | None:
+    """Return the file format by the name, such as ".jsonl"; None if it is not supported."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
+
+
+def list_files(path: str) -> list[Path]:
+    """List the files that `path` names: a file, all supported files below a folder, or a glob.
+
+    An existing name is taken literally: if the folder `[v1]` exists, `[v1]/*.jsonl` names the files
+    in it. Hidden files are skipped. Raises DataError when there is no file.
+    """
+    root = expand_user(path)
+    try:
+        if root.is_file():
+            return [root]
+        if root.is_dir():
+            candidates = list(_walk(root))
+        elif glob.has_magic(str(root)):
+            candidates = _expand_glob(root)
+        else:
+            raise DataError(f"{path}: there is no such file or folder{_suggestion(path, root)}")
+        files = sorted(p for p in candidates if format_of(p) is not None and p.is_file())
+    except PermissionError as error:
+        raise DataError(f"{error.filename or path}: no permission to read it") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if files:
+        return files
+    if root.is_dir():
+        raise DataError(f"{path}: the folder has no files of a supported format; {SUPPORTED}")
+    if candidates:
+        raise DataError(
+            f"{path}: none of the {len(candidates):,} files has a supported format; {SUPPORTED}"
+        )
+    raise DataError(f"{path}: no file matches{_separation_hint(path)}")
+
+
+def _expand_glob(pattern: Path) -> list[Path]:
+    """Expand a glob; in each folder an existing name has precedence over its meaning as a glob."""
+    matches = [Path(pattern.anchor)]
+    for part in pattern.relative_to(pattern.anchor).parts:
+        following: list[Path] = []
+        for folder in matches:
+            if (folder / part).exists():
+                following.append(folder / part)
+            elif glob.has_magic(part):
+                inside = os.path.join(glob.escape(str(folder)), part)
+                following += map(Path, glob.glob(inside, recursive=True))
+        matches = list(dict.fromkeys(following))
+    return matches
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield all files below `folder`. Raises OSError for a folder that cannot be listed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _suggestion(path: str, missing: Path) -> str:
+    """Return a hint about similar names that exist."""
+    if hint := _separation_hint(path):
+        return hint
+    folder = next(p for p in missing.parents if p.is_dir())
+    name = missing.relative_to(folder).parts[0]
+    names = [p.name for p in folder.iterdir()]
+    if similar := difflib.get_close_matches(name, names, n=3):
+        return f"; {folder} contains {', '.join(similar)}"
+    return f"; the folder {folder} exists, but contains no {name}"
+
+
+def _separation_hint(path: str) -> str:
+    """Return a hint if `path` is several paths, separated by commas or spaces."""
+    parts = [part for part in re.split(r"[,，;\s]+", path) if part]
+    if len(parts) < 2 or not any(map(os.path.exists, parts)):
+        return ""
+    options = " ".join(f"--data {shlex.quote(part)}" for part in parts)
+    return f". Give each path separately: repeat --data ({options}), or separate them by spaces"

@@ -1,0 +1,105 @@
+"""Accounting of invalid records: counted by reason, quarantined in a file, bounded in number."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minimind.errors import DataError, ResourceError
+
+NOT_UTF_8 = "not UTF-8"
+CONVERT_TO_UTF_8 = "convert it: iconv -f {} -t UTF-8 OLD > NEW"
+_EXCERPT = 200  # characters
+_MIN_RECORDS = 1000  # before the fraction of invalid records is judged
+_MAX_QUARANTINED = 10_000
+_MAX_REASONS = 100
+_NUM_EXAMPLES = 3  # locations kept for each reason
+
+
+@dataclass
+class InvalidRecords:
+    """Invalid records, counted by reason; the first of them are quarantined in the file `path`.
+
+    A location is FILE:LINE, or FILE:ROW for Parquet. More than `max_fraction` of invalid records
+    stop the reading with a DataError.
+    """
+
+    path: Path | None = None
+    max_fraction: float = 1.0
+    num_valid: int = 0
+    total: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    locations: dict[str, list[str]] = field(default_factory=dict)  # the first of each reason
+    first: str = ""  # location and reason of the first one
+
+    def add(self, file: Path, line: int, reason: str, content: Any = "") -> None:
+        """Count and quarantine a record. Raises DataError when too many are invalid."""
+        # Reasons quote field names and the like from the file: replace control characters.
+        reason = "".join(c if c.isprintable() else "\ufffd" for c in reason[:_EXCERPT])
+        self.first = self.first or f"{file}:{line}: {reason}"
+        counted_as = reason
+        if counted_as not in self.reasons and len(self.reasons) >= _MAX_REASONS:
+            counted_as = "another reason"
+        self.reasons[counted_as] += 1
+        self.total += 1
+        locations = self.locations.setdefault(counted_as, [])
+        if len(locations) < _NUM_EXAMPLES:
+            locations.append(f"{file}:{line}")
+        if self.path and self.total <= _MAX_QUARANTINED:
+            self._quarantine({"file": str(file), "line": line, "reason": reason}, content)
+        self.check(self.max_fraction)
+
+    def merge(self, other: "InvalidRecords") -> None:
+        """Add the counts of `other`, without writing or checking."""
+        self.num_valid += other.num_valid
+        self.total += other.total
+        self.first = self.first or other.first
+        self.reasons.update(other.reasons)
+        for reason, locations in other.locations.items():
+            self.locations[reason] = (self.locations.get(reason, []) + locations)[:_NUM_EXAMPLES]
+
+    def _quarantine(self, entry: dict[str, Any], content: Any) -> None:
+        assert self.path
+        entry["text"] = _excerpt(content)
+        try:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path}: cannot write the quarantined records ({error.strerror}); "
+                "free some space, or choose another folder with data.store=DIR"
+            ) from error
+
+    def check(self, max_fraction: float, *, final: bool = False) -> None:
+        """Raise DataError when more than `max_fraction` of the records so far are invalid.
+
+        Before all records are read (`final`), a fraction of few records is not judged.
+        """
+        seen = self.num_valid + self.total
+        if self.total <= max_fraction * seen or not (final or seen >= _MIN_RECORDS):
+            return
+        reasons = ", ".join(f"{n:,} × {reason}" for reason, n in self.reasons.most_common(3))
+        where = hint = ""
+        if self.path:
+            which = "They" if self.total <= _MAX_QUARANTINED else f"The first {_MAX_QUARANTINED:,}"
+            where = f" {which} are in {self.path}."
+        if NOT_UTF_8 in self.reasons:
+            hint = f" If the file is GBK, {CONVERT_TO_UTF_8.format('GB18030')}."
+        raise DataError(
+            f"{self.total:,} of {seen:,} records are invalid ({reasons}); the first: {self.first}."
+            f"{where}{hint} Fix the file (`minimind data inspect` shows its contents), name its "
+            'schema with data.sources=[{path="FILE", schema="NAME"}], or allow more with '
+            "data.max_invalid_fraction=…"
+        )
+
+
+def _excerpt(content: Any) -> str:
+    if isinstance(content, bytes):
+        content = content[: _EXCERPT * 4].decode("utf-8", "backslashreplace")
+    if not isinstance(content, str):
+        try:
+            content = json.dumps(content, ensure_ascii=False, default=str)
+        except (ValueError, RecursionError):
+            return ""
+    return content[:_EXCERPT]

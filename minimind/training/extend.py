@@ -1,0 +1,67 @@
+"""Extend a run: continue it for more steps than it was planned for.
+
+Under the WSD schedule (warmup, stable, decay) the learning rate is constant until the final decay.
+Up to the checkpoint at the end of the stable phase a longer run is identical to a shorter one, so
+extending it from there gives the same bits as planning more steps at the start. The model of the
+shorter run is the decayed branch (Hu et al. 2024, MiniCPM, section 4).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from minimind.config import load_recipe
+from minimind.config.settings import Recipe, ScheduleSettings
+from minimind.errors import CheckpointError
+from minimind.training.checkpoint import inspect_checkpoints, set_aside
+from minimind.training.reporter import pluralize
+from minimind.training.run import RECIPE_FILE, SUMMARY_FILE, other_recipe_error
+from minimind.training.schedule import lr_fraction
+
+_DECAYED_PREFIX = ".decayed-"
+
+
+@cache
+def stable_steps(num_steps: int, schedule: ScheduleSettings) -> int | None:
+    """Return the number of steps before the decay of a WSD schedule; None for other schedules."""
+    if schedule.name != "wsd":
+        return None
+    fractions = ((step, lr_fraction(step, num_steps, schedule)) for step in range(num_steps)[::-1])
+    return next((step + 1 for step, fraction in fractions if fraction > 1 - 1e-9), None)
+
+
+def extend_run(run: Path, recipe: Recipe, num_steps: int, say: Callable[[str], None]) -> None:
+    """Prepare a run for `num_steps` steps if it was planned for fewer.
+
+    Under WSD it continues from the newest checkpoint before the decay, and the checkpoints of the
+    decay are renamed. With another schedule, or if no such checkpoint was kept, it continues from
+    the newest one. The model of the shorter run stays until the longer one is finished.
+    Raises ConfigError for fewer steps than planned, CheckpointError if no checkpoint is left.
+    """
+    infos = [info for info in inspect_checkpoints(run, verify_hashes=False) if not info.error]
+    if not infos:
+        raise CheckpointError(
+            f"{run}: no checkpoint is left to continue from with {pluralize(num_steps, 'step')}. "
+            "Give the same number of steps, choose another --out, or start over with --fresh"
+        )
+    planned = int(infos[-1].state.get("num_steps", num_steps))
+    if num_steps == planned:
+        return
+    if num_steps < planned:
+        recorded = load_recipe(run / RECIPE_FILE).recipe.training.steps
+        steps = planned if recorded is None else recorded
+        raise other_recipe_error(run, [f"training.steps was {steps} and is now {num_steps}"])
+    stable = stable_steps(planned, recipe.schedule)
+    start = next((info for info in reversed(infos) if stable and info.step <= stable), infos[-1])
+    (run / SUMMARY_FILE).unlink(missing_ok=True)
+    later = [info for info in infos if info.step > start.step]
+    for info in later:
+        set_aside(info.path, _DECAYED_PREFIX)
+    before = lr_fraction(start.step - 1, planned, recipe.schedule)
+    after = lr_fraction(start.step, num_steps, recipe.schedule)
+    say(
+        f"{run}: {num_steps:,} steps instead of {planned:,}, continued from step {start.step:,}, "
+        f"where the learning rate goes from {before:.3g} to {after:.3g} of its peak"
+        + f"; later checkpoints are renamed to {_DECAYED_PREFIX}step-…"
+        * bool(later)
+    )
