@@ -6,11 +6,11 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY minimind ./minimind
 COPY recipes ./recipes
-# PyTorch's own index has the CPU build; the default one on PyPI brings gigabytes of CUDA libraries.
+# PyTorch's own index has the CPU build; PyPI's default build includes gigabytes of CUDA libraries.
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
     -c constraints.txt '.[web]'
 
-# A user of its own: files in mounted folders do not belong to root. Override with --user "$(id -u)".
+# Not root, so that files in mounted folders belong to a user. Override with --user "$(id -u)".
 RUN useradd --create-home --uid 1000 minimind && mkdir /data && chown minimind /data
 USER minimind
 WORKDIR /data

@@ -1,8 +1,8 @@
-# make demo    from nothing to a model of your own, and a chat with it
+# make demo    train a small model from scratch, about 10 to 20 minutes on two CPU cores
 # make test    every check: style, types, imports, documentation, tests
-# make test-processors   the numerically sensitive tests as on other processors, under 10 minutes
+# make test-processors   numerically sensitive tests, emulating other processors, under 10 minutes
 # make slow    the tests that take minutes
-# make test-lm-eval   likelihoods and prompts against EleutherAI's lm-eval, in .venv-lm-eval
+# make test-lm-eval   compare likelihoods and prompts with EleutherAI's lm-eval, in .venv-lm-eval
 # make docs    the documentation site, in site/
 # make format  fix the style and rewrite generated pages
 # Another interpreter: make PYTHON=python3.12 test
@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.build --check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 	$(BIN)/python -m tests.processors avx2-1 --pytest "tests/inference tests/model tests/training/objectives"
 
 test-processors: $(READY)
@@ -43,7 +43,7 @@ format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/python -m docs.reference
 
-# What the demo needs; the checks need more. tools/install.py says which torch it takes, and why.
+# The demo needs fewer packages than the checks. tools/install.py chooses the build of torch.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) tools/install.py
 	@touch $@

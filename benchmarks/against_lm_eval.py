@@ -1,12 +1,12 @@
-"""C-Eval and CMMLU by `minimind eval` and by lm-eval itself, question by question.
+"""Compare the C-Eval and CMMLU scores of `minimind eval` and lm-eval on every question.
 
     pip install -c constraints.txt -e '.[lm-eval]'
     python benchmarks/against_lm_eval.py MODEL --exam ceval --data DIR [--shots 5] [--subjects N]
 
-lm-eval's own task files give its prompts, its `hf` model its likelihoods; only where the questions
-lie is another place, files made of ours instead of a hub. Questions that do not fit into the
-model's context with all their examples are left out: lm-eval cuts them elsewhere. On small files
-tests/evaluation/test_against_lm_eval.py does the same.
+lm-eval uses its own task files for the prompts and its `hf` model for the likelihoods; only the
+questions are read from local files instead of a hub. Questions that do not fit into the context
+with all their examples are skipped, because lm-eval truncates them differently.
+tests/evaluation/test_against_lm_eval.py does the same with small files.
 """
 
 import argparse
@@ -31,13 +31,13 @@ PREFIX = {"ceval": "ceval-valid_", "cmmlu": "cmmlu_"}
 
 
 def main() -> None:
-    """Compare, and print how far apart the two are at most."""
+    """Compare, and print the largest difference."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--exam", choices=FIELDS, default="ceval")
     parser.add_argument("--data", required=True)
     parser.add_argument("--shots", type=int, default=5)
-    parser.add_argument("--subjects", type=int, help="only so many of them")
+    parser.add_argument("--subjects", type=int, help="number of subjects; default: all")
     args = parser.parse_args()
     task = make_task(args.exam, data=[args.data], style="letter", shots=args.shots)
     assert isinstance(task, MultipleChoice)
@@ -47,23 +47,23 @@ def main() -> None:
         theirs = by_lm_eval(task, args.model, args.shots, Path(work))
     ours = {result["id"]: result for result in task.run(LocalModel(args.model, "cpu"), ())}
     assert ours.keys() == theirs.keys()
-    whole = [n for n, r in ours.items() if r["shots"] == args.shots and not r.get("cut")]
-    apart = max(
+    complete = [n for n, r in ours.items() if r["shots"] == args.shots and not r.get("cut")]
+    difference = max(
         abs(one - other)
-        for name in whole
+        for name in complete
         for one, other in zip(ours[name]["scores"], theirs[name].scores, strict=True)
     )
-    same = sum(ours[name]["right"] == theirs[name].right for name in whole)
-    right = sum(ours[n]["right"] for n in whole), sum(theirs[n].right for n in whole)
-    print(f"{args.exam}, {args.shots} shots: {len(whole):,} of {len(ours):,} questions of "
+    same = sum(ours[name]["right"] == theirs[name].right for name in complete)
+    right = sum(ours[n]["right"] for n in complete), sum(theirs[n].right for n in complete)
+    print(f"{args.exam}, {args.shots} shots: {len(complete):,} of {len(ours):,} questions of "
           f"{len(subjects)} subjects compared")  # fmt: skip
-    print(f"log-probabilities are at most {apart:.1e} apart; {same:,} are marked alike; "
+    print(f"log-probabilities are at most {difference:.1e} apart; {same:,} have the same mark; "
           f"right: {right[0]:,} by minimind, {right[1]:,} by lm-eval")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Theirs:
-    """What lm-eval makes of a question: each letter's log-probability, and whether it is right."""
+    """Result of lm-eval for a question: the log-probability of each letter, and correctness."""
 
     prompt: str
     scores: list[float]
@@ -73,9 +73,9 @@ class Theirs:
 def by_lm_eval(
     task: MultipleChoice, model: Path, shots: int, work: Path, service: str | None = None
 ) -> dict[str, Theirs]:
-    """All questions by lm-eval, by id. work: a folder for the files that it reads.
+    """Return the results of lm-eval by question id. work: a folder for the files that it reads.
 
-    service: the URL of a service of the model, which is then asked in place of lm-eval's own code.
+    service: URL of a service that serves the model, to use instead of the `hf` model.
     """
     exam, manager = task.benchmark.name, TaskManager()
     by_subject: dict[str, list[Question]] = {}
@@ -88,14 +88,14 @@ def by_lm_eval(
             "dev": records(exam, work / f"{subject}-dev.jsonl", task.examples[subject]),
         }
         entry: Any = manager.task_index[PREFIX[exam] + subject]
-        where = {"dataset_path": "json", "dataset_name": None}
-        where |= {"dataset_kwargs": {"data_files": files, "cache_dir": str(work / "cache")}}
-        tasks.append(load_yaml(entry.yaml_path) | where)
+        dataset = {"dataset_path": "json", "dataset_name": None}
+        dataset |= {"dataset_kwargs": {"data_files": files, "cache_dir": str(work / "cache")}}
+        tasks.append(load_yaml(entry.yaml_path) | dataset)
     arguments: dict[str, Any] = {"pretrained": str(model), "dtype": "float32"}
     if service is not None:
         url = f"{service}/v1/completions"
         arguments = {"model": "tiny", "base_url": url, "tokenizer": str(model)}
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model="hf" if service is None else "local-completions",
         model_args=arguments,
         device="cpu",
@@ -112,20 +112,20 @@ def by_lm_eval(
             [float(response[0][0]) for response in sample["resps"]],
             bool(sample["acc"]),
         )
-        for name, samples in found["samples"].items()
+        for name, samples in results["samples"].items()
         for sample in samples
     }
 
 
 def _prompt(arguments: Any) -> str:
-    """What stands before the first letter; lm-eval has two ways of logging it."""
+    """Return the prompt before the first letter, from either log format of lm-eval."""
     if isinstance(arguments, dict):
         return arguments["gen_args_0"]["arg_0"]
     return arguments[0][0]
 
 
 def records(exam: str, path: Path, questions: list[Question]) -> str:
-    """A file of questions with the fields that lm-eval's task names."""
+    """Write questions with the field names of the lm-eval task; return the path."""
     question, answer = FIELDS[exam]
     rows = (
         {question: q.question, answer: q.letter} | dict(zip(LETTERS, q.options, strict=False))

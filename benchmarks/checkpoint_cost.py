@@ -1,15 +1,14 @@
-"""What saving costs training: steps with a save against steps without, in turns, in one process.
+"""Cost of saving a checkpoint: training steps with and without a save, alternating in one process.
 
     python benchmarks/checkpoint_cost.py [--rounds 2] [--threads 1] [--json FILE]
 
-A round is one optimizer step of `small` on 8 windows of 512 tokens, with a save just before, whose
-writing goes on beside it, and the same without. The recipe pretrain-small saves after 4,000 times
-as many tokens. Beside it: how long the loop waits in `save`,
-how long the thread writes, how long a save takes when the loop itself writes, and what memory the
-copies take. Seconds are those of the clock, and those of the processor, which waiting for others
-on a machine that they use too does not change: what a save takes of them, copy, checksums and
-writing together, is all that it can take from training. With more threads than cores are free,
-threads that wait for each other count as busy: there give --threads 1.
+A round is one optimizer step of `small` on 8 sequences of 512 tokens right after a save, which is
+written in the background, and one step without a save. The recipe pretrain-small saves after 4,000
+times as many tokens. Also measured: how long the loop waits in `save`, how long the thread writes,
+how long a synchronous save takes, and the memory of the copies. Both wall-clock and CPU seconds are
+recorded; CPU seconds do not depend on other processes of the machine. The CPU seconds of a save
+(copy, hashes and writing) bound what it can take from training. Threads that wait for each other
+count as busy: with fewer free cores than threads, give --threads 1.
 """
 
 import argparse
@@ -45,11 +44,11 @@ def main() -> None:
     """Measure, print, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--windows", type=int, default=8, help="windows between saves")
-    parser.add_argument("--micro-batch", type=int, default=8, help="windows at once")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences per step")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences per micro-batch")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
     device = choose_device(args.device)
     if args.threads:
@@ -131,9 +130,9 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "parameters": parameters,
         "checkpoint_bytes": size,
-        "bytes_a_parameter": round(size / parameters, 2),
+        "bytes_per_parameter": round(size / parameters, 2),
         "peak_resident_bytes": {"before_the_first_save": before, "in_the_end": peak},
-        "tokens_a_step": batch * seq_len,
+        "tokens_per_step": batch * seq_len,
         "median_seconds": {
             clock: {name: round(value, 3) for name, value in all_s.items()}
             for clock, all_s in median.items()
@@ -157,7 +156,7 @@ def main() -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has had in use."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts in KiB
 
 

@@ -1,11 +1,11 @@
-"""How long C-Eval's 1,346 questions take: `minimind eval`, each way of asking.
+"""Time of `minimind eval` for the 1,346 questions of C-Eval, in each prompt style.
 
     python benchmarks/eval_speed.py --data DIR --tokenizer DIR [--preset small] [--json FILE]
 
-Random weights: the time does not depend on what a model knows. `--data` holds C-Eval, `--tokenizer`
-a tokenizer of the preset's size, for the number of tokens does depend on it. The whole command
-counts, loading and writing included; processor seconds, all cores added up, are given too, for
-other work on the machine changes them less.
+The weights are random, because the time does not depend on them. `--data` holds C-Eval, and
+`--tokenizer` a tokenizer of the preset's size, which determines the number of tokens. The time of
+the complete command counts, loading and writing included. CPU seconds, summed over all cores, are
+recorded too, because other work on the machine changes them less.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as work:
@@ -54,23 +54,25 @@ def main() -> None:
 
 
 def prepare(preset: str, tokenizer: Path, model: Path) -> tuple[int, int]:
-    """A model directory of random weights; its parameters and context."""
+    """Write a model directory with random weights; return its parameters and context."""
     import torch
 
     from minimind.model import PRESETS, ModelConfig, Transformer, save_model
     from minimind.tokenizer import Tokenizer
 
-    words = Tokenizer.load(tokenizer)
+    loaded = Tokenizer.load(tokenizer)
     torch.manual_seed(0)
-    made = Transformer(ModelConfig(**PRESETS[preset] | {"vocab_size": words.vocab_size}))
-    save_model(model, made, words)
-    return sum(p.numel() for p in made.parameters()), made.config.max_position_embeddings
+    transformer = Transformer(ModelConfig(**PRESETS[preset] | {"vocab_size": loaded.vocab_size}))
+    save_model(model, transformer, loaded)
+    return sum(
+        p.numel() for p in transformer.parameters()
+    ), transformer.config.max_position_embeddings
 
 
 def measure(
     args: argparse.Namespace, model: Path, out: Path, style: str, shots: int
 ) -> dict[str, object]:
-    """One evaluation in a process of its own."""
+    """Run one evaluation in a separate process."""
     command = [sys.executable, "-m", "minimind", "eval", str(model), "--task", "ceval"]
     command += ["--data", args.data, "--style", style, "--shots", str(shots)]
     command += ["--out", str(out), "--device", "cpu"]

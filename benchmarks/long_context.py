@@ -1,13 +1,13 @@
-"""Bits per byte at contexts longer than a model was trained at, by kind of RoPE scaling.
+"""Bits per byte beyond the trained context length, by RoPE scaling method.
 
     python benchmarks/long_context.py --work DIR train      # minutes on 2 CPU cores
     python benchmarks/long_context.py --work DIR measure --out benchmarks/records/long-context
 
-`train` gathers the source files of the Python standard library that runs this script (whole files
-are real documents of many thousand tokens, anybody has them, and names far back help), trains a
-tokenizer, and a model of 1M parameters with a window of 512. `measure` reads held-out files of
-at least 4,096 tokens with windows of 512, 1,024, 2,048 and 4,096 tokens, and writes the bits per
-byte of each kind of scaling: by length of window, and by position within the longest one.
+`train` collects the source files of the Python standard library (long documents with long-range
+dependencies that every installation has), and trains a tokenizer and a model of 1M parameters on
+sequences of 512 tokens. `measure` reads held-out files of at least 4,096 tokens at contexts of
+512, 1,024, 2,048 and 4,096 tokens, and writes the bits per byte of each scaling method, by context
+length and by position within the longest context.
 """
 
 import argparse
@@ -27,23 +27,23 @@ TRAINED_AT = 512
 LENGTHS = [512, 1024, 2048, 4096]
 KINDS = ["none", "linear", "dynamic", "yarn"]
 DOCUMENTS = 24  # read by `measure`, the first 4,096 tokens of each
-_BY_WINDOW = "bits_per_byte_by_window"
-_CHUNK = 1024  # tokens whose logits exist at once
-HELD_OUT = 12  # one file of so many, chosen by the hash of its text
+_BY_CONTEXT = "bits_per_byte_by_context"
+_CHUNK = 1024  # tokens per chunk of logits
+HELD_OUT = 12  # one in 12 files is held out, chosen by the hash of its text
 
 
 def documents() -> tuple[list[str], list[str]]:
-    """(for training, held out): the texts of the standard library's source files."""
+    """Return the training and the held-out source files of the standard library."""
     sides: tuple[list[str], list[str]] = ([], [])
     seen = set()
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         inside = path.relative_to(sysconfig.get_path("stdlib")).parts
         if inside[0] in ("site-packages", "lib2to3", "encodings") or "idlelib" in inside:
-            continue  # not of the library, or tables
+            continue  # third-party code, or tables
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError:
-            continue  # a test of other encodings
+            continue  # a test of another encoding
         key = hashlib.sha256(text.encode()).digest()
         if len(text) > 500 and key not in seen:
             seen.add(key)
@@ -52,18 +52,18 @@ def documents() -> tuple[list[str], list[str]]:
 
 
 def train(work: Path) -> None:
-    """Data, tokenizer and model, each kept in `work`."""
+    """Write data, tokenizer and model to `work`."""
     from minimind.cli.console import RichReporter
     from minimind.config import Recipe
     from minimind.tokenizer import train_tokenizer
     from minimind.training.stage import run_stage
 
     work.mkdir(parents=True, exist_ok=True)
-    learned, held_out = documents()
-    for name, texts in (("learned", learned), ("held-out", held_out)):
+    training, held_out = documents()
+    for name, texts in (("training", training), ("held-out", held_out)):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (work / f"{name}.jsonl").write_text(lines, "utf-8")
-    train_tokenizer(learned, vocab_size=2048).save(work / "tokenizer")
+    train_tokenizer(training, vocab_size=2048).save(work / "tokenizer")
     recipe = Recipe.model_validate(
         {
             "objective": "pretrain",
@@ -78,7 +78,7 @@ def train(work: Path) -> None:
                 "num_key_value_heads": 2,
             },
             "data": {
-                "sources": [str(work / "learned.jsonl")],
+                "sources": [str(work / "training.jsonl")],
                 "validation": [str(work / "held-out.jsonl")],
                 "seq_len": TRAINED_AT,
                 "store": str(work / "stores"),
@@ -106,7 +106,7 @@ def measure(work: Path, out: Path) -> None:
     num_bytes = torch.tensor(tokenizer.token_bytes)[tokens[:, 1:]]
 
     def bits(kind: str, context: int, length: int) -> torch.Tensor:
-        """[documents, longest] bits of each token, read in windows of `length`."""
+        """Return the bits of each token in contexts of `length`: [documents, longest]."""
         model.config, model._rope = plain, None
         if kind == "none":
             model.config = plain.model_copy(update={"max_position_embeddings": context})
@@ -118,21 +118,22 @@ def measure(work: Path, out: Path) -> None:
         return float(bits_of[:, where].sum() / num_bytes[:, where].sum())
 
     by_length: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
-    stretched: dict[str, dict[int, float]] = {kind: {} for kind in KINDS[1:]}
+    extended: dict[str, dict[int, float]] = {kind: {} for kind in KINDS[1:]}
     by_position: dict[str, dict[str, float]] = {}
-    places = list(zip([0, *LENGTHS], LENGTHS, strict=False))
+    ranges = list(zip([0, *LENGTHS], LENGTHS, strict=False))
     for kind in KINDS:
         for length in LENGTHS:
-            found = bits(kind, length, length)
-            by_length[kind][length] = per_byte(found)
+            token_bits = bits(kind, length, length)
+            by_length[kind][length] = per_byte(token_bits)
             if length == longest:
                 by_position[kind] = {
-                    f"{start}-{end}": per_byte(found, slice(start, end)) for start, end in places
+                    f"{start}-{end}": per_byte(token_bits, slice(start, end))
+                    for start, end in ranges
                 }
             print(kind, length, by_length[kind][length], flush=True)
         if kind != "none":
             for length in LENGTHS:
-                stretched[kind][length] = per_byte(bits(kind, longest, length))
+                extended[kind][length] = per_byte(bits(kind, longest, length))
     record = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
@@ -143,9 +144,9 @@ def measure(work: Path, out: Path) -> None:
         "documents": len(encoded),
         "tokens": int(num_bytes.numel()),
         "bytes": int(num_bytes.sum()),
-        _BY_WINDOW: by_length,
+        _BY_CONTEXT: by_length,
         "bits_per_byte_by_position_at_4096": by_position,
-        "bits_per_byte_stretched_to_4096_by_window": stretched,
+        "bits_per_byte_extended_to_4096_by_context": extended,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
@@ -155,7 +156,7 @@ def measure(work: Path, out: Path) -> None:
 
 @torch.inference_mode()
 def _nats(model: Any, row: torch.Tensor, length: int) -> torch.Tensor:
-    """[1, len(row) - 1] nats of each token of `row` after the first, in windows of `length`."""
+    """Return the nats of each token of `row` after the first: [1, len(row) - 1]."""
     parts = []
     for start in range(0, len(row) - 1, length):
         hidden = model(row[None, start : start + length])[0]
@@ -174,39 +175,39 @@ def _page(record: dict[str, Any]) -> str:
         "",
         f"`{record['command']}` · {record['date']} · {record['machine']}",
         "",
-        f"A model of {trained['parameters']:,} parameters, trained with windows of "
+        f"A model of {trained['parameters']:,} parameters, trained on sequences of "
         f"{TRAINED_AT} on {trained['tokens']:,} tokens of the Python standard library's source "
         f"({trained['seconds']:.0f} s; other work ran on the machine), reads the first "
         f"{LENGTHS[-1]:,} tokens of {record['documents']} held-out source files of at least that "
-        f"length ({record['bytes']:,} bytes), cut into windows. Every figure is over the same "
-        "tokens; lower is better. Recipe and all figures: `long-context.json`; plot: "
+        f"length ({record['bytes']:,} bytes), split into contexts. Every value is over the same "
+        "tokens; lower is better. Recipe and all values: `long-context.json`; plot: "
         "`long-context.svg`.",
     ]
-    at_longest = {kind: row[LENGTHS[-1]] for kind, row in record[_BY_WINDOW].items()}
+    at_longest = {kind: row[LENGTHS[-1]] for kind, row in record[_BY_CONTEXT].items()}
     best = min(at_longest, key=lambda kind: at_longest[kind])
-    short = record[_BY_WINDOW]["none"][LENGTHS[0]]
+    short = record[_BY_CONTEXT]["none"][LENGTHS[0]]
     lines += [
         "",
-        f"Of the kinds, {best} reads {LENGTHS[-1]:,} tokens best: {at_longest[best]:.3f}, without "
-        f"scaling {at_longest['none']:.3f}. In windows of {LENGTHS[0]} it is {short:.3f}: "
+        f"At {LENGTHS[-1]:,} tokens {best} is the best method: {at_longest[best]:.3f}, without "
+        f"scaling {at_longest['none']:.3f}. In contexts of {LENGTHS[0]} it is {short:.3f}: "
         + (
             "the longer context helps this model."
             if at_longest[best] < short
             else "scaling keeps longer texts readable, but this small, briefly trained model does "
-            "not profit from them."
+            "not benefit from them."
         ),
     ]
     for title, key, first in (
-        ("Stretched to the length of the window", _BY_WINDOW, "window"),
+        ("Extended to the context length", _BY_CONTEXT, "context"),
         (
-            "By place in windows of 4,096",
+            "By position in contexts of 4,096",
             "bits_per_byte_by_position_at_4096",
             "tokens",
         ),
         (
-            "Stretched to 4,096, whatever the window: the price of asking for too much",
-            "bits_per_byte_stretched_to_4096_by_window",
-            "window",
+            "Extended to 4,096 at every context length: the cost of too large an extension",
+            "bits_per_byte_extended_to_4096_by_context",
+            "context",
         ),
     ):
         table: dict[str, dict[Any, float]] = record[key]
@@ -231,10 +232,10 @@ def _plot(
     for kind in KINDS:
         axes[0].plot(LENGTHS, list(by_length[kind].values()), marker="o", label=kind)
         axes[1].plot(list(by_position[kind]), list(by_position[kind].values()), marker="o")
-    axes[0].set(xscale="log", xlabel="window, tokens", ylabel="bits per byte")
+    axes[0].set(xscale="log", xlabel="context, tokens", ylabel="bits per byte")
     axes[0].set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
     axes[0].minorticks_off()
-    axes[1].set(xlabel="place in windows of 4,096")
+    axes[1].set(xlabel="position in contexts of 4,096")
     axes[0].legend(title=f"scaling (trained at {TRAINED_AT})")
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-Two steps (forward, backward, optimizer) on random tokens, each case in a process of its own: the
-peak of its resident memory less what it held before the model was made.
+Each case runs two steps (forward, backward, optimizer) on random tokens in a separate process. Its
+peak is the peak resident memory minus the memory before the model was created.
 """
 
 import json
@@ -25,25 +25,23 @@ CASES = [
 
 
 def main() -> None:
-    """Print a table of all cases, or measure the one that is given as JSON."""
+    """Print a table of all cases, or measure the case in the JSON argument."""
     if len(sys.argv) > 1:
         print(measure(*json.loads(sys.argv[1])))
         return
-    print("| model | windows × tokens | activations | optimizer | peak | estimate |")
+    print("| model | sequences × tokens | activations | optimizer | peak | estimate |")
     print("|---|---|---|---|---|---|")
     for case in CASES:
         preset, sequences, seq_len, checkpointing, optimizer = case
         command = [sys.executable, __file__, json.dumps(case)]
         metrics = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        kept = "computed again" if checkpointing else "kept"
-        print(
-            f"| `{preset}` | {sequences} × {seq_len} | {kept} | {optimizer} | {metrics.strip()} |",
-            flush=True,
-        )
+        activations = "recomputed" if checkpointing else "stored"
+        shape = f"`{preset}` | {sequences} × {seq_len}"
+        print(f"| {shape} | {activations} | {optimizer} | {metrics.strip()} |", flush=True)
 
 
 def measure(preset: str, sequences: int, seq_len: int, checkpointing: bool, optimizer: str) -> str:
-    """Peak and estimate of one case, in MB."""
+    """Return the peak and the estimate of one case, in MB."""
     from pathlib import Path
 
     import psutil

@@ -1,15 +1,14 @@
-"""A training step of `moe` against one of a dense model with as many parameters at work.
+"""Training step of `moe` compared with a dense model that has as many active parameters.
 
     python benchmarks/moe_step.py [--rounds 5] [--json benchmarks/records/moe-step.json]
 
-Same attention, and feed-forward 2,816 + 2 * 1,408 = 5,632 wide for each token in both. A step is
-what the training loop does: forward, backward, as many micro-batches as the recipe's batch has,
-then Muon and AdamW. Micro-batches of the contenders take turns, in one process, and so do their
-optimizer steps; a step is the median micro-batch times their number and the median optimizer step.
-Seconds are those of the clock, and those of the processor: on a machine that others use too, give
---threads 1 and look at the latter, which waiting for them does not change.
-Beside it: one layer of routed experts, sorted by expert as in training, against the plain
-definition in which every expert reads every token.
+Both have the same attention, and 2,816 + 2 * 1,408 = 5,632 feed-forward units per token. A step is
+that of the training loop: forward and backward over the micro-batches of the recipe's batch, then
+Muon and AdamW. Micro-batches of the contenders alternate in one process, and so do their optimizer
+steps; a step is the median micro-batch times their number plus the median optimizer step. Both
+wall-clock and CPU seconds are recorded: on a busy machine give --threads 1 and use the latter.
+Also measured: one layer of routed experts, grouped by expert as in training, and the reference
+implementation in which every expert computes every token.
 """
 
 import argparse
@@ -39,12 +38,12 @@ def main() -> None:
     """Measure, print, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--micro-batch", type=int, default=8, help="windows at once")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences per micro-batch")
     parser.add_argument("--preset", default="moe")
-    parser.add_argument("--layers", type=int, help="fewer, for a quick look")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick test")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
     device = choose_device(args.device)
     if args.threads:
@@ -105,8 +104,8 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{machine()}, {torch.get_num_threads()} threads, {device}",
         "command": " ".join(["python", *sys.argv]),
-        "windows_of_tokens": [recipe.training.global_batch_size, seq_len],
-        "windows_at_once": args.micro_batch,
+        "batch_of_sequences": [recipe.training.global_batch_size, seq_len],
+        "micro_batch": args.micro_batch,
         "rounds": args.rounds,
     }
     for name, model in models.items():
@@ -141,7 +140,7 @@ def _rounded(seconds: dict[str, float]) -> dict[str, float]:
 def take_turns(
     work: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, list[dict[str, float]]]:
-    """Seconds of each piece of work in each round, after one round that warms up."""
+    """Return the seconds of each function in each round, after a warm-up round."""
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, run in work.items():
@@ -158,7 +157,7 @@ def take_turns(
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was told."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""Statistics of repeated measurements: the same for every contender."""
+"""Statistics of repeated measurements."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ Metrics = Mapping[str, float]
 
 
 def over_rounds(rounds: Mapping[str, Sequence[Metrics]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Median, minimum and maximum over the rounds, of each figure of each contender."""
+    """Return median, minimum and maximum over the rounds of each metric of each contender."""
     return {
         name: {
             key: {
@@ -21,6 +21,6 @@ def over_rounds(rounds: Mapping[str, Sequence[Metrics]]) -> dict[str, dict[str, 
     }
 
 
-def spread(figure: Mapping[str, float]) -> str:
-    """Minimum and maximum, as in "2,700-2,835"."""
-    return f"{figure['min']:,.0f}-{figure['max']:,.0f}"
+def spread(metric: Mapping[str, float]) -> str:
+    """Format minimum and maximum as "2,700-2,835"."""
+    return f"{metric['min']:,.0f}-{metric['max']:,.0f}"

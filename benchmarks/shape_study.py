@@ -1,10 +1,10 @@
-"""Deep and narrow against short and wide: five shapes of about as many parameters, by `sweep`.
+"""Depth against width: five shapes with similar parameter counts, trained by `minimind sweep`.
 
     python benchmarks/shape_study.py --work DIR train DATA…     # about half an hour on 2 CPU cores
     python benchmarks/shape_study.py --work DIR record --out benchmarks/records/shape-study
 
-`train` makes a tokenizer of DATA and runs `minimind sweep`; stopped, it goes on when started
-again. `record` writes OUT.json, OUT.md and OUT.svg from the runs that are finished.
+`train` trains a tokenizer on DATA and runs `minimind sweep`; the same command resumes it. `record`
+writes OUT.json, OUT.md and OUT.svg from the finished runs.
 """
 
 import argparse
@@ -56,7 +56,7 @@ keep = 1
 
 
 def shapes() -> str:
-    """The values of `model` for the sweep, a table a shape."""
+    """Return the values of `model` for the sweep, one TOML table per shape."""
     tables = []
     for layers, (hidden, inner) in WIDTHS.items():
         heads = hidden // HEAD_DIM
@@ -68,7 +68,7 @@ def shapes() -> str:
 
 
 def train(work: Path, data: list[str]) -> None:
-    """Tokenizer, recipe and runs, each kept in `work`."""
+    """Write tokenizer, recipe and runs to `work`."""
     minimind = [sys.executable, "-m", "minimind"]
     work.mkdir(parents=True, exist_ok=True)
     tokenizer, recipe = work / "tokenizer", work / "recipe.toml"
@@ -83,12 +83,12 @@ def train(work: Path, data: list[str]) -> None:
     command = [*minimind, "sweep", str(recipe), f"seed={seeds}", f"model={shapes()}"]
     command += [*sources, "--tokenizer", str(tokenizer), "--out", str(work / "runs")]
     command += [f"data.store={work / 'stores'}", "--devices", "cpu,cpu"]
-    # Two runs of one thread each: matrices this small gain little from a second one.
+    # Two runs with one thread each: matrices this small gain little from a second thread.
     sys.exit(subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode)
 
 
 def record(work: Path, out: Path) -> None:
-    """OUT.json, OUT.md and OUT.svg, of the runs that are finished."""
+    """Write OUT.json, OUT.md and OUT.svg from the finished runs."""
     from minimind.reporting.runs import Run, find_runs
 
     found = find_runs([work / "runs"])
@@ -97,23 +97,25 @@ def record(work: Path, out: Path) -> None:
         if run.finished:
             runs[found.sweep_settings[run.name]["model.num_hidden_layers"]].append(run)
     shapes = []
-    for layers, some in runs.items():
+    for layers, runs_of_shape in runs.items():
         hidden, inner = WIDTHS[layers]
-        whole = some[0].summary["parameters"]
+        parameters = runs_of_shape[0].summary["parameters"]
         shapes.append(
             {
                 "layers": layers,
                 "width": hidden,
                 "feed_forward": inner,
-                "parameters": whole,
-                "parameters_without_embeddings": whole - VOCAB * hidden,
-                "loss_by_seed": {run.settings["seed"]: run.summary["loss"] for run in some},
-                "loss": fmean(run.summary["loss"] for run in some),
-                "bits_per_byte": fmean(run.summary["bits_per_byte"] for run in some),
-                "seconds": [round(run.summary["seconds"], 1) for run in some],
+                "parameters": parameters,
+                "parameters_without_embeddings": parameters - VOCAB * hidden,
+                "loss_by_seed": {
+                    run.settings["seed"]: run.summary["loss"] for run in runs_of_shape
+                },
+                "loss": fmean(run.summary["loss"] for run in runs_of_shape),
+                "bits_per_byte": fmean(run.summary["bits_per_byte"] for run in runs_of_shape),
+                "seconds": [round(run.summary["seconds"], 1) for run in runs_of_shape],
             }
         )
-    first = next(run for some in runs.values() for run in some)
+    first = next(run for of_shape in runs.values() for run in of_shape)
     metrics: dict[str, Any] = {
         "command": "python benchmarks/shape_study.py --work DIR train DATA…; … record",
         "date": date.today().isoformat(),
@@ -142,22 +144,22 @@ def _page(metrics: dict[str, Any]) -> str:
         if len(losses := list(shape["loss_by_seed"].values())) > 1
     ]
     noise = (
-        f"Two seeds of a shape differ by {max(spreads):.3f} at the most "
+        f"Two seeds of a shape differ by at most {max(spreads):.3f} "
         f"({len(spreads)} of the five have two)."
         if spreads
-        else "There is one seed a shape, so nothing says how much of this is chance."
+        else "With one seed per shape, the noise is unknown."
     )
     lines = [
-        "# Deep and narrow against short and wide",
+        "# Depth against width",
         "",
         f"`{metrics['command']}` · {metrics['date']} · {metrics['machine']}",
         "",
         "Five shapes of about 0.4 million parameters without embeddings, from 2 wide layers to 16 "
         f"narrow ones, each trained on the same {metrics['tokens']:,} tokens of Chinese text "
         "(encyclopaedia, web pages, news and essays: "
-        f"{', '.join(metrics['data'])}; a tokenizer of {VOCAB:,} words trained on it) with the "
-        "same recipe and seeds, by `minimind sweep`. Held-out loss in nats a token, mean over the "
-        "seeds; lower is better. A model that knows only how often each token occurs has "
+        f"{', '.join(metrics['data'])}; a tokenizer of {VOCAB:,} tokens trained on it) with the "
+        "same recipe and seeds, by `minimind sweep`. Held-out loss in nats per token, mean over "
+        "seeds; lower is better. A unigram model has "
         f"{metrics['unigram_bits_per_byte']:.3f} bits per byte.",
         "",
         "| layers × width | parameters | without embeddings | loss | by seed | bits per byte |",
@@ -180,12 +182,11 @@ def _page(metrics: dict[str, Any]) -> str:
         "",
         "**What it cannot show.** Whether deep and narrow wins at 26 million parameters, or at the "
         "125 million of MobileLLM (Liu et al. 2024), which finds that it does: those models see "
-        "thousands of times as many tokens, and depth may pay late. Nor are the shapes "
-        "alike in all but depth: with tied embeddings a wider model has more of them (the column "
-        "of all parameters), and here they are a good part of it. The learning rates are the same "
-        "for all, tuned for none; heads are 16 wide, so the narrow models have few. Training was "
-        "timed beside other work on the machine, so that the seconds in `shape-study.json` do not "
-        "compare the shapes' speed.",
+        "thousands of times as many tokens, and depth may pay late. Nor do the "
+        "shapes differ in depth alone: a wider model has more embedding parameters (see the column "
+        "of all parameters), a large share at this size. All shapes use the same untuned learning "
+        "rates; heads are 16 wide, so narrow models have few. Other work ran on the machine, so "
+        "the seconds in `shape-study.json` do not compare the speed of the shapes.",
         "",
         "With a GPU the same command, given wider shapes and more steps, can ask that.",
     ]
@@ -211,8 +212,8 @@ def _plot(shapes: list[dict[str, Any]], runs: dict[int, list[Any]], path: Path) 
     axes[1].plot(
         [shape["layers"] for shape in shapes], [shape["loss"] for shape in shapes], color="C0"
     )
-    axes[0].set(xlabel="tokens", ylabel="held-out loss, nats a token")
-    axes[1].set(xscale="log", xlabel="layers, about as many parameters in each")
+    axes[0].set(xlabel="tokens", ylabel="held-out loss, nats per token")
+    axes[1].set(xscale="log", xlabel="layers, at similar parameter counts")
     axes[1].set_xticks(list(WIDTHS), list(map(str, WIDTHS)))
     axes[1].minorticks_off()
     axes[0].legend(title="layers × width")

@@ -1,13 +1,13 @@
-"""Training speed and memory: minimind against a plain Hugging Face Trainer, in one run.
+"""Training speed and memory of minimind and a plain Hugging Face Trainer, in one run.
 
     pip install -c constraints.txt -e '.[bench]'
-    python benchmarks/training_speed.py [--data FILES] [--preset small] [--window 512]
+    python benchmarks/training_speed.py [--data FILES] [--preset small] [--seq-len 512]
 
-Same shape, same tokenizer, same documents, same tokens a step at most. The baseline is what most
-people run: `Trainer` on `LlamaForCausalLM`, a document a row, cut at the window and padded to the
-longest of the batch (or, "-fixed", to the window). Only supervised tokens count. Each contender is
-a process of its own; they take turns. For each of them a round is the median over its steps, the
-first left out, and the table shows the median over the rounds and their spread.
+Same model shape, tokenizer, documents and maximum number of tokens per step. The baseline is the
+common setup: `Trainer` on `LlamaForCausalLM`, one document per row, truncated to the sequence
+length and padded to the longest row of the batch (with "-fixed": to the sequence length). Only
+supervised tokens count. Each contender runs in its own process; they take turns. A round is the
+median over the steps except the first; the table shows the median and the spread of the rounds.
 """
 
 import argparse
@@ -34,19 +34,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="*", default=[], help="JSON lines; default: the textbook")
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=16, help="windows, or documents, a step")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=16, help="sequences, or documents, per step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         run = minimind if args.one == "minimind" else trainer
         metrics = run(args) | {"peak_rss_mb": _peak_mb()}
-        (args.work / "figures.json").write_text(json.dumps(metrics))
+        (args.work / "metrics.json").write_text(json.dumps(metrics))
         return
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
@@ -60,7 +60,7 @@ def main() -> None:
                     done = subprocess.run(command, stderr=stream, stdout=stream)
                 if done.returncode:
                     sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
-                rounds[name].append(json.loads((args.work / "figures.json").read_text()))
+                rounds[name].append(json.loads((args.work / "metrics.json").read_text()))
                 print(name, rounds[name][-1], flush=True)
     metrics = over_rounds(rounds)
     own = metrics["minimind"]["real_tokens_per_second"]["median"]
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """The documents of all, and a tokenizer of 6,400 words trained on them."""
+    """Write the documents of all contenders, and a tokenizer of 6,400 tokens trained on them."""
     from minimind.data.input_files import list_files
     from minimind.data.invalid import InvalidRecords
     from minimind.data.read import read_texts
@@ -102,13 +102,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _textbook(sentences):
-    """Documents of ten textbook paragraphs, up to about 900 characters."""
+    """Yield documents of 4 to 15 textbook paragraphs."""
     for number in range(5_000):
         yield "\n".join(islice(sentences, 4 + number % 12))
 
 
 def minimind(args: argparse.Namespace) -> dict[str, float]:
-    """The product itself: recipe, loop, token store."""
+    """Measure minimind: recipe, training loop, token store."""
     from minimind.config import load_recipe
     from minimind.training.reporter import Reporter
     from minimind.training.stage import run_stage
@@ -140,7 +140,7 @@ def minimind(args: argparse.Namespace) -> dict[str, float]:
 
 
 def trainer(args: argparse.Namespace) -> dict[str, float]:
-    """Hugging Face's Trainer on a list of documents."""
+    """Measure the Hugging Face Trainer on a list of documents."""
     import torch
     from transformers import (
         AutoTokenizer,
@@ -212,7 +212,7 @@ def trainer(args: argparse.Namespace) -> dict[str, float]:
 
 
 def machine() -> str:
-    """Processor, cores, versions."""
+    """Describe this machine: processor, cores, torch version."""
     import os
 
     import torch

@@ -5,7 +5,7 @@
     model = minimind.load("out/demo")
     print(model.chat("长江流入哪里？"))
 
-Nothing heavy is imported before it is used: torch comes with the first call that needs it.
+Imports are lazy: torch is imported by the first call that needs it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ __all__ = ["Model", "Recipe", "RunResult", "Tokenizer", "evaluate", "load", "tra
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
+    """Import a public name on first use."""
     if name in __all__:
         from minimind import api
 

@@ -1,4 +1,4 @@
-"""`python -m minimind` is `minimind`."""
+"""Run the command line with `python -m minimind`."""
 
 from minimind.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The public Python API: load models, chat, generate, score, train and evaluate."""
+"""Public Python API: load models, chat, generate, score, train and evaluate."""
 
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -36,11 +36,11 @@ def load(
     rope_scaling: RopeKind | None = None,
     int8: bool = False,
 ) -> "Model":
-    """Load a model or run directory, with a LoRA adapter if one is given.
+    """Load a model or run directory, optionally with a LoRA adapter.
 
     device: auto, cpu, cuda, cuda:1 or mps. context: context length in tokens; beyond the trained
-    length RoPE is scaled by `rope_scaling` (linear, dynamic, yarn). int8: 8-bit weights on a CPU.
-    Raises ModelError, TokenizerError and ResourceError.
+    length, RoPE scaling is used: `rope_scaling` is linear, dynamic or yarn. int8: 8-bit weights on
+    a CPU. Raises ModelError, TokenizerError and ResourceError.
     """
     return Model(
         Path(path),
@@ -70,7 +70,7 @@ class Model:
         )
         self._defaults = read_generation_defaults(path)
         self._engine = Engine(model, self.tokenizer, context=context, int8=int8)
-        # Scores are computed in float32, as `minimind eval` does; loaded when first needed.
+        # A float32 copy for scores, as in `minimind eval`; loaded on first use.
         self._local = LocalModel(path, device, adapter=adapter, context=context)
 
     def __enter__(self) -> Self:
@@ -85,7 +85,7 @@ class Model:
         return self._engine.context
 
     def close(self) -> None:
-        """Stop decoding and free the KV cache."""
+        """Stop generating and free the KV cache."""
         self._engine.close()
 
     @overload
@@ -122,18 +122,18 @@ class Model:
         """Return the assistant's next message, or a generator of its pieces with `stream`.
 
         messages: a question, or a conversation as a list of {"role", "content"}. The oldest turns
-        are left out when the conversation exceeds the context. sampling: temperature, top_p,
+        are dropped when the conversation exceeds the context. sampling: temperature, top_p,
         top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty; the model's own
-        defaults otherwise. Raises UsageError for settings or messages that do not fit.
+        defaults otherwise. Raises UsageError for invalid settings or messages.
         """
         turns: Sequence[Message] = (
             [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         )
-        most = self._most_new_tokens(max_new_tokens)
-        room_for_answer = min(most, self.context // 4)
-        prompt, _ = fit_chat(self.tokenizer, list(turns), self.context - room_for_answer)
+        new_tokens = self._max_new_tokens(max_new_tokens)
+        reserved = min(new_tokens, self.context // 4)  # tokens kept free for the answer
+        prompt, _ = fit_chat(self.tokenizer, list(turns), self.context - reserved)
         pieces = self._engine.stream_text(
-            prompt, max_new_tokens=most, sampling=self._sampling(sampling), seed=seed
+            prompt, max_new_tokens=new_tokens, sampling=self._sampling(sampling), seed=seed
         )
         return pieces if stream else "".join(pieces).strip()
 
@@ -168,10 +168,10 @@ class Model:
         seed: int | None = None,
         **sampling: float,
     ) -> str | list[str]:
-        """Return the continuation of a prompt, or of several, decoded together.
+        """Return the continuation of each prompt; several prompts are decoded as one batch.
 
-        Without the chat format, as a pretrained model continues text. stop: strings that end a
-        continuation and are not part of it. sampling: as in `chat`. Raises UsageError.
+        Prompts are plain text, without the chat format. stop: strings that end a continuation and
+        are not part of it. sampling: as in `chat`. Raises UsageError.
         """
         if isinstance(prompt, str):
             [text] = self.generate(
@@ -182,7 +182,7 @@ class Model:
             Request(
                 self.tokenizer.text_start + self.tokenizer.encode(text),
                 self._sampling(sampling),
-                self._most_new_tokens(max_new_tokens),
+                self._max_new_tokens(max_new_tokens),
                 stop=tuple(stop),
                 stop_ids=frozenset(self.tokenizer.stop_ids),
                 seed=seed,
@@ -199,8 +199,8 @@ class Model:
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
         """Return the log-likelihood of each continuation given the prompt, in nats.
 
-        The sum over the continuation's tokens, computed in float32. Raises UsageError if one is
-        empty or exceeds the context.
+        The sum over the tokens of the continuation, computed in float32. Raises UsageError if a
+        continuation is empty or exceeds the context.
         """
         scorer, encoder = self._local.scorer()
         prefix = [*encoder.text_start, *(encoder.encode_batch([prompt])[0] if prompt else [])]
@@ -221,14 +221,15 @@ class Model:
         return scores
 
     def bits_per_byte(self, texts: Sequence[str]) -> float:
-        """Return the bits per byte of texts: their cross-entropy in bits over their UTF-8 bytes.
+        """Return the bits per byte of texts: total cross-entropy in bits over UTF-8 bytes.
 
-        Lower is better, and comparable across tokenizers. Raises UsageError if there is no text.
+        Lower is better, and comparable across tokenizers. Raises UsageError if all texts are
+        empty.
         """
         return measure_texts(self._local, texts)
 
-    def _most_new_tokens(self, asked: int | None) -> int:
-        return asked or self._defaults.max_new_tokens or min(512, self.context // 2)
+    def _max_new_tokens(self, requested: int | None) -> int:
+        return requested or self._defaults.max_new_tokens or min(512, self.context // 2)
 
     def _sampling(self, settings: Mapping[str, Any]) -> Sampling:
         try:
@@ -241,8 +242,8 @@ class Model:
 class RunResult:
     """The outcome of a training stage.
 
-    run: its directory. model: the model or adapter directory; None if the stage was stopped before
-    its end, and the same call continues it. summary: what `summary.json` holds.
+    run: the run directory. model: the model or adapter directory; None if the stage was
+    interrupted, in which case the same call resumes it. summary: the content of `summary.json`.
     """
 
     run: Path
@@ -258,12 +259,12 @@ class RunResult:
 def train(
     recipe: str | Path | Recipe, *, fresh: bool = False, quiet: bool = False, **overrides: Any
 ) -> RunResult:
-    """Train one stage: pretraining, fine-tuning, LoRA or DPO, as the recipe says.
+    """Train one stage: the pretraining, fine-tuning, LoRA or DPO run that a recipe describes.
 
     recipe: a TOML file, the name of a packaged recipe ("pretrain-small"), or a Recipe. overrides:
     settings by name, with "__" for the dot, such as `training__steps=100` or `out="out/run"`.
-    A run that exists in `out` is continued. Ctrl-C saves and returns; a second one raises
-    KeyboardInterrupt. fresh: discard an existing run. Raises the errors of `minimind.errors`.
+    An interrupted run in `out` is resumed. Ctrl-C saves a checkpoint and returns; a second
+    one raises KeyboardInterrupt. fresh: discard the previous run. Raises MinimindError.
     """
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     if isinstance(recipe, Recipe):
@@ -287,11 +288,11 @@ def evaluate(
     device: str = "auto",
     adapter: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate a model or run directory and return the metrics of each task by its name.
+    """Evaluate a model or run directory; return the metrics of each task by its name.
 
-    tasks: as `minimind eval --task` takes them: "bpb:held-out.jsonl", "ceval", "quiz"… data:
-    folders or files with the questions. limit: an evenly spaced subset of so many questions.
-    Nothing is written; `minimind eval` keeps every answer. Raises UsageError and DataError.
+    tasks: names as in `minimind eval --task`: "bpb:held-out.jsonl", "ceval", "quiz"… data: folders
+    or files with the questions. limit: evaluate an evenly spaced subset of this many questions.
+    Writes no files; `minimind eval` also saves every answer. Raises UsageError and DataError.
     """
     local = LocalModel(Path(model), device, adapter=None if adapter is None else Path(adapter))
     names = [tasks] if isinstance(tasks, str) else tasks

@@ -1,3 +1,3 @@
-"""Environment variables that several parts of the product read."""
+"""Names of environment variables that several packages read."""
 
-KEY_VARIABLE = "MINIMIND_API_KEY"  # the key of a service: it asks for it, and clients send it
+KEY_VARIABLE = "MINIMIND_API_KEY"  # API key: the service requires it, clients send it

@@ -1,4 +1,4 @@
-"""Folders of the user: caches, data, and paths that begin with `~`."""
+"""User folders: cache, data, and paths that begin with `~`."""
 
 import contextlib
 import os
@@ -13,19 +13,19 @@ CACHE_VARIABLE = "MINIMIND_CACHE"
 
 
 def cache_folder() -> Path:
-    """Folder for files that can be made again: `$MINIMIND_CACHE`, or the system's cache folder.
+    """Return the folder of rebuildable files: `$MINIMIND_CACHE`, or the system's cache folder.
 
-    Raises UsageError for a user without a home.
+    Raises UsageError if the user has no home directory.
     """
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given)
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
     return _user_folder(user_cache_path, CACHE_VARIABLE)
 
 
 def data_folder() -> Path:
-    """Folder for the user's own data, such as saved conversations.
+    """Return the folder of the user's data, such as saved conversations.
 
-    Raises UsageError for a user without a home.
+    Raises UsageError if the user has no home directory.
     """
     return _user_folder(user_data_path, "XDG_DATA_HOME")
 
@@ -42,9 +42,9 @@ def _user_folder(find: Callable[..., Path], variable: str) -> Path:
 
 
 def expand_user(path: str | Path) -> Path:
-    """`path` with a leading `~` or `~name` replaced by that user's home.
+    """Return `path` with a leading `~` or `~name` replaced by that user's home directory.
 
-    Raises UsageError where the system knows no such home.
+    Raises UsageError if that home directory is unknown.
     """
     try:
         return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Progress bars and messages of long work, in a terminal or a notebook."""
+"""Progress bars and messages of long tasks, in a terminal or a notebook."""
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from minimind.training.reporter import Reporter
 
-# Text comes from files and models as often as from us, so nothing is read as markup.
+# Text often comes from files and models, so none of it is interpreted as markup.
 console = Console(markup=False, highlight=False, emoji=False)
 
 
@@ -35,7 +35,7 @@ def format_number(value: object) -> str:
 
 
 class _Count(ProgressColumn):
-    """Completed units and their total, which is left out if it is unknown."""
+    """Completed units and their total, if it is known."""
 
     def __init__(self) -> None:
         super().__init__(Column(no_wrap=True))
@@ -46,7 +46,7 @@ class _Count(ProgressColumn):
 
 
 class _Rate(ProgressColumn):
-    """Units per second, or seconds per unit if that is above 1."""
+    """Units per second, or seconds per unit for slow tasks."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(Column(no_wrap=True))
@@ -54,7 +54,7 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.speed
-        if task.finished and task.elapsed:  # over the whole task: its end may have come in a burst
+        if task.finished and task.elapsed:  # average over the task: the last updates may burst
             speed = (task.completed - task.fields.get("before", 0)) / task.elapsed
         if not speed:
             return Text("")
@@ -84,7 +84,7 @@ def make_progress(unit: str) -> Progress:
 
 
 class RichReporter(Reporter):
-    """Draws one task at a time and prints messages."""
+    """Draw the progress of one task at a time and print messages."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

@@ -1,4 +1,4 @@
-"""What many tests need: a small tokenizer."""
+"""Fixtures that many tests share: tokenizers and a small demo."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ import torch
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from tests.support.foreign import make_tokenizer
 
-# Several threads on tiny matrices cost far more than they bring, above all on cores that are busy.
+# Several threads slow tiny matrices down, above all on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell makes what it starts in the background deaf to Ctrl-C, and all that this starts after it.
+# A shell ignores SIGINT in background jobs, and their children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,7 +40,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def fixed_threads() -> Iterator[None]:
-    """One thread, as exact numbers need a fixed one; tests/processors.py asks for others too."""
+    """Fix the number of threads, on which exact sums depend; tests/processors.py varies it."""
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("MINIMIND_TEST_THREADS", "1")))
     yield
@@ -49,19 +49,19 @@ def fixed_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same random tensors in a test, whichever tests ran before it."""
+    """Seed torch before each test, so that the order of tests does not matter."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """600 words, of which some are made of several Chinese characters or line breaks."""
+    """A tokenizer of 600 tokens; some span several Chinese characters or line breaks."""
     return train_tokenizer(TEXTS, vocab_size=600)
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same tokenizer as a directory; not to be written to."""
+    """The directory of the same tokenizer; read-only."""
     directory = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(directory)
     return directory
@@ -69,20 +69,20 @@ def tokenizer_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def foreign_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a tokenizer as others make them, by the name of its shape; read only."""
-    made: dict[str, Path] = {}
+    """Return the directory of a foreign tokenizer by the name of its kind; read-only."""
+    directories: dict[str, Path] = {}
 
     def directory(name: str) -> Path:
-        if name not in made:
-            made[name] = make_tokenizer(name, tmp_path_factory.mktemp("foreign"), TEXTS)
-        return made[name]
+        if name not in directories:
+            directories[name] = make_tokenizer(name, tmp_path_factory.mktemp("foreign"), TEXTS)
+        return directories[name]
 
     return directory
 
 
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with `out/demo`, made by few steps, and what the command printed; read only."""
+    """A folder with `out/demo` after a few steps, and the output of the command; read-only."""
     from tests.support.small_demo import make_small_demo
 
     folder = tmp_path_factory.mktemp("demo")

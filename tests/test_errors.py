@@ -26,22 +26,22 @@ from minimind.errors import install_line, shell_words
         "plain/a-b_c.d",
     ],
 )
-def test_a_suggested_command_is_read_back_as_it_was(name: str) -> None:
+def test_shell_words_round_trip(name: str) -> None:
     words = shlex.split(f"minimind {shell_words('chat', Path('folder') / name)}")
     assert words == ["minimind", "chat", str(Path("folder") / name)]
 
 
-def test_plain_names_stay_plain_and_a_dash_is_no_option() -> None:
+def test_simple_names_are_not_quoted_and_dashes_are_escaped() -> None:
     assert shell_words("chat", Path("out/demo")) == "chat out/demo"
     assert shell_words("chat", Path("-x"), "--adapter", Path("--y")) == "chat ./-x --adapter ./--y"
 
 
-def test_windows_has_quotes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_quoting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "win32")
     assert shell_words("chat", Path("我的 模型[1]")) == 'chat "我的 模型[1]"'
 
 
-def test_an_extra_is_installed_as_the_package_was(tmp_path: Path) -> None:
+def test_install_line_for_checkout_and_wheel(tmp_path: Path) -> None:
     assert install_line("wandb") == 'pip install -c constraints.txt -e ".[wandb]"'
     wheel = tmp_path / "site-packages" / "minimind"
     assert install_line("wandb", wheel) == 'pip install "minimind[wandb]"'

@@ -7,10 +7,12 @@ import pytest
 from minimind.errors import UsageError
 from minimind.paths import cache_folder, data_folder, expand_user
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the places that Linux has")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="paths of Linux")
 
 
-def test_the_variables_are_honoured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_variables_set_the_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in ("MINIMIND_CACHE", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -25,11 +27,11 @@ def test_the_variables_are_honoured(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert cache_folder() == tmp_path / "own"
 
 
-def test_no_home_is_told_with_the_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody(*_: object) -> None:
+def test_a_missing_home_names_the_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
         raise KeyError
 
-    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("pwd.getpwuid", missing)
     for name in ("HOME", "MINIMIND_CACHE", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="variable MINIMIND_CACHE to a folder"):

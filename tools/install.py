@@ -38,35 +38,35 @@ def main(extras: list[str]) -> None:
 
 
 def check_python() -> None:
-    """Exit with the remedy if this Python is too old or cannot make environments."""
+    """Exit with the remedy if this Python is too old or cannot create environments."""
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(
             "minimind needs Python 3.11 or newer. On Debian: apt install python3 python3-venv. "
-            "Or name another: make PYTHON=python3.12"
+            "Or use another interpreter: make PYTHON=python3.12"
         )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
         sys.exit(
-            "This Python cannot make virtual environments. On Debian: apt install python3-venv"
+            "This Python cannot create virtual environments. On Debian: apt install python3-venv"
         )
 
 
 def installer() -> tuple[list[str], str]:
-    """Return the command that installs packages, and why it is this one."""
+    """Return the command that installs packages, and the reason for choosing it."""
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet"]
     if platform.system() != "Linux":
         return pip, "torch from PyPI"
     if not answers(CPU_INDEX):
-        return pip, "PyTorch's own index does not answer, so the torch that pip finds"
+        return pip, "PyTorch's own index does not answer; using the torch that pip finds"
     uv = shutil.which("uv")
     if uv:
         command = [uv, "pip", "install", "--quiet", "--python", str(PYTHON)]
         return [*command, "--torch-backend", "auto"], "uv chooses the torch build for this machine"
     if shutil.which("nvidia-smi"):
-        return pip, "there is an NVIDIA GPU, so torch with CUDA from PyPI"
-    return [*pip, "--extra-index-url", CPU_INDEX], "there is no NVIDIA GPU, so torch's CPU build"
+        return pip, "NVIDIA GPU found; torch with CUDA from PyPI"
+    return [*pip, "--extra-index-url", CPU_INDEX], "no NVIDIA GPU found; the CPU build of torch"
 
 
 def answers(url: str) -> bool:

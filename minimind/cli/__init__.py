@@ -1,1 +1,1 @@
-"""The command line: one file a verb; heavy imports stay inside the verb."""
+"""Command-line interface: one file per command; heavy imports stay inside the commands."""

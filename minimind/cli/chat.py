@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minimind.cli.generate import (
+from minimind.cli.options import (
     Adapter,
     Context,
     Device,
@@ -24,11 +24,9 @@ from minimind.cli.generate import (
     Temperature,
     TopK,
     TopP,
-    plain,
-    report_short_context,
-    stdin_lines,
-    stretched,
+    validated_context,
 )
+from minimind.cli.terminal import report_short_context, stdin_lines, strip_controls
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ResourceError, UsageError
 from minimind.paths import expand_user
@@ -77,7 +75,7 @@ def chat(
     """Chat with a model. If stdin is a pipe or a file, each line is a message."""
     if model is None and url is None:
         raise UsageError("give a MODEL, or a service with --url URL")
-    context = stretched(context, rope_scaling)
+    context = validated_context(context, rope_scaling)
     if url is not None and (adapter or device != "auto" or int8 or context):
         raise UsageError(
             "--adapter, --device, --int8 and --context cannot be used with --url: the service "
@@ -232,7 +230,7 @@ class _Conversation:
 
     def __init__(self, answer: "Answer", system: str) -> None:
         self._answer = answer
-        self._system = plain(system)
+        self._system = strip_controls(system)
         self._turns: list[Message] = []  # user, assistant, user, …
         self._first = 0  # index of the first message that still fits into the context
 
@@ -241,7 +239,7 @@ class _Conversation:
         if not line.startswith("/"):
             return self.send(line)
         command, _, argument = line.partition(" ")
-        argument = plain(argument.strip())
+        argument = strip_controls(argument.strip())
         match command.rstrip():
             case "/reset":
                 self._turns, self._first = [], 0
@@ -266,7 +264,7 @@ class _Conversation:
 
         An interrupted answer stays in the conversation as far as it was printed.
         """
-        question = {"role": "user", "content": plain(line.strip())}
+        question = {"role": "user", "content": strip_controls(line.strip())}
         if not question["content"]:
             return True
         messages = [*self._system_message(), *self._turns[self._first :], question]
@@ -276,7 +274,7 @@ class _Conversation:
         self._first += left_out
         answer = ""
         try:
-            for piece in map(plain, pieces):
+            for piece in map(strip_controls, pieces):
                 print(piece, end="", flush=True)
                 answer += piece
         finally:
@@ -317,4 +315,4 @@ def _last_byte(file: io.BufferedRandom) -> bytes:
 
 def _print_notice(text: str) -> None:
     """Print to stderr: stdout has only the answers."""
-    print(plain(text), file=sys.stderr, flush=True)
+    print(strip_controls(text), file=sys.stderr, flush=True)

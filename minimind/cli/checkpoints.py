@@ -6,26 +6,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console
+from minimind.cli.options import Json, Run
 from minimind.errors import CheckpointError
 
 if TYPE_CHECKING:
     from minimind.training.checkpoint import CheckpointInfo
 
-app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
-
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
+app = typer.Typer(help="List, verify and extract the checkpoints of a run.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_checkpoints(run: Run, json: Json = None) -> None:
-    """Show what is kept: step, date, size, validation, and whether a file is missing or cut."""
+    """List the checkpoints: step, date, size, validation, and missing or truncated files."""
     _show(run, json, thorough=False)
 
 
 @app.command()
 def verify(run: Run, json: Json = None) -> None:
-    """The same, but read every byte; exit with status 1 if a checkpoint is damaged."""
+    """Verify the hash of every checkpoint file; exit with status 1 if one is damaged."""
     damaged = _show(run, json, thorough=True)
     if damaged:
         raise typer.Exit(1)
@@ -35,74 +33,72 @@ def verify(run: Run, json: Json = None) -> None:
 def extract(
     run: Run,
     out: Annotated[Path, typer.Option(help="Model or adapter directory to write.")],
-    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the best.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoint; default: the best.")
+    ] = None,
 ) -> None:
-    """Make a model directory (of a LoRA run: an adapter) of a checkpoint, such as the best."""
+    """Export a checkpoint as a model directory, or as an adapter for a LoRA run."""
     from minimind.training.extract import extract_checkpoint
 
-    console.say(
-        f"What the run had learned by step {extract_checkpoint(run, step, out):,} is in {out}"
-    )
+    extracted = extract_checkpoint(run, step, out)
+    console.say(f"The checkpoint of step {extracted:,} is in {out}")
 
 
 def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
-    """Print the table; how many are damaged."""
+    """Print the table of checkpoints; return the number of damaged ones."""
     from minimind.training.checkpoint import damaged_checkpoints, inspect_checkpoints
 
-    there = inspect_checkpoints(run, verify_hashes=thorough)
-    if not there:
+    inspected = inspect_checkpoints(run, verify_hashes=thorough)
+    if not inspected:
         raise CheckpointError(
-            f"{run}: there are no checkpoints; give a run directory, one that has saved something"
+            f"{run}: there are no checkpoints; give a run directory that has saved one"
         )
-    metrics = [_metrics(one, there) for one in there]
+    metrics = [_metrics(checkpoint, inspected) for checkpoint in inspected]
     rows = [
         [
-            one["step"],
-            one["saved"].replace("T", " ")[:19],
-            f"{one['bytes'] / 1e6:,.1f}",
-            ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in one["validation"].items()),
-            ", ".join(name for name in ("newest", "best") if one[name]),
-            one["trouble"] or ("whole" if thorough else "complete"),
+            row["step"],
+            row["saved"].replace("T", " ")[:19],
+            f"{row['bytes'] / 1e6:,.1f}",
+            ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["validation"].items()),
+            ", ".join(name for name in ("newest", "best") if row[name]),
+            row["trouble"] or ("verified" if thorough else "complete"),
         ]
-        for one in metrics
+        for row in metrics
     ]
     columns = ["step", "saved", "MB", "validation", "", "state"]
     console.show(console.table(str(run), columns, rows))
-    damaged = sum(bool(one["trouble"]) for one in metrics)
+    damaged = sum(bool(row["trouble"]) for row in metrics)
     if json:
         console.write_json(json, {"run": str(run), "read": thorough, "checkpoints": metrics})
     if damaged:
-        left = "goes on from the newest whole one" if damaged < len(there) else "cannot go on"
-        console.say(f"{damaged} of {len(there)} damaged; the run {left}")
-    for one in there:
-        if one.unknown:
-            console.say(f"{one.path}: {', '.join(one.unknown)} does not belong to a checkpoint")
-    if aside := damaged_checkpoints(run):
-        names = ", ".join(place.name for place in aside)
-        console.say(f"set aside in {run / 'checkpoints'} because they were damaged: {names}")
+        can_resume = damaged < len(inspected)
+        effect = "resumes from the newest valid one" if can_resume else "cannot be resumed"
+        console.say(f"{damaged} of {len(inspected)} damaged; the run {effect}")
+    for checkpoint in inspected:
+        if checkpoint.unknown:
+            names = ", ".join(checkpoint.unknown)
+            console.say(f"{checkpoint.path}: {names} does not belong to a checkpoint")
+    if quarantined := damaged_checkpoints(run):
+        names = ", ".join(path.name for path in quarantined)
+        console.say(f"damaged and quarantined in {run / 'checkpoints'}: {names}")
     return damaged
 
 
-def _metrics(one: "CheckpointInfo", there: list["CheckpointInfo"]) -> dict[str, Any]:
-    """What is told of a checkpoint."""
+def _metrics(checkpoint: "CheckpointInfo", all_of_run: list["CheckpointInfo"]) -> dict[str, Any]:
+    """Return the description of a checkpoint for the table and the JSON file."""
     from minimind.training.checkpoint import best_step
     from minimind.training.validation import selection_metric
 
-    validation = (
-        one.state.get("validation") if one.state.get("validated_step") == one.step else None
-    )
-    shown = (
-        {selection_metric(validation): validation[selection_metric(validation)]}
-        if validation
-        else {}
-    )
+    is_current = checkpoint.state.get("validated_step") == checkpoint.step
+    validation = checkpoint.state.get("validation") if is_current else None
+    name = selection_metric(validation) if validation else None
     return {
-        "step": one.step,
-        "path": str(one.path),
-        "saved": one.saved.isoformat(timespec="seconds"),
-        "bytes": one.bytes,
-        "validation": shown,
-        "newest": one is there[-1],
-        "best": one.step == best_step(there),
-        "trouble": one.error,
+        "step": checkpoint.step,
+        "path": str(checkpoint.path),
+        "saved": checkpoint.saved.isoformat(timespec="seconds"),
+        "bytes": checkpoint.bytes,
+        "validation": {name: validation[name]} if validation and name else {},
+        "newest": checkpoint is all_of_run[-1],
+        "best": checkpoint.step == best_step(all_of_run),
+        "trouble": checkpoint.error,
     }

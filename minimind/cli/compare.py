@@ -8,7 +8,8 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.evaluation import Evaluation
-from minimind.cli.generate import Context, Device, MaxNewTokens, plain
+from minimind.cli.options import Context, Device, MaxNewTokens
+from minimind.cli.terminal import strip_controls
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ServiceError
 
@@ -192,11 +193,15 @@ class _Comparison(Evaluation):
         if self.comparison:
             self._show_tables()
         if self.task.bad.total:
-            lines = console.count(self.task.bad.total, "invalid line", "invalid lines")
-            console.say(plain(f"{lines} in the questions, the first: {self.task.bad.first}"))
+            lines = console.pluralize(self.task.bad.total, "invalid line")
+            console.say(
+                strip_controls(f"{lines} in the questions, the first: {self.task.bad.first}")
+            )
         for name, metrics in self.metrics.items():
             if error := metrics["first_error"]:
-                console.say(plain(f"{name}: {metrics['failed']:,} failed, the first: {error}"))
+                console.say(
+                    strip_controls(f"{name}: {metrics['failed']:,} failed, the first: {error}")
+                )
         if self.comparison:
             console.say(f"All answers: {self.out / 'compare.html'}, .md and .json")
         self.show_failures()
@@ -210,11 +215,11 @@ class _Comparison(Evaluation):
             ranking_rows,
         )
 
-        models = [plain(model) for model in self.metrics]
+        models = [strip_controls(model) for model in self.metrics]
         questions = self.comparison["questions"]
         rows = [
             [
-                plain(question["question"]),
+                strip_controls(question["question"]),
                 *(_excerpt(question["answers"].get(model)) for model in self.metrics),
             ]
             for question in questions[:_SHOWN_QUESTIONS]
@@ -224,13 +229,13 @@ class _Comparison(Evaluation):
         console.show(console.table(title, ["question", *models], rows))
         rows = metric_rows(self.comparison)
         console.show(console.table("Metrics", ["", *models], rows, numbers=len(models)))
-        if rows := [[*map(plain, row)] for row in category_rows(self.comparison)]:
+        if rows := [[*map(strip_controls, row)] for row in category_rows(self.comparison)]:
             head = ["category", "questions", *models]
             console.show(console.table("By category", head, rows, numbers=len(head) - 1))
         if self.comparison["judge"]:
-            rows = [[*map(plain, row)] for row in ranking_rows(self.comparison)]
+            rows = [[*map(strip_controls, row)] for row in ranking_rows(self.comparison)]
             console.show(console.table("Ranking", list(RANKING_COLUMNS), rows, numbers=3))
-            console.say(plain(describe_judge(self.comparison["judge"])))
+            console.say(strip_controls(describe_judge(self.comparison["judge"])))
 
 
 def _excerpt(answer: dict[str, Any] | None) -> str:
@@ -239,7 +244,7 @@ def _excerpt(answer: dict[str, Any] | None) -> str:
     if answer is None:
         return "–"
     if "error" in answer:
-        return plain(f"failed: {answer['error']}")
-    text = plain(answer["answer"])
+        return strip_controls(f"failed: {answer['error']}")
+    text = strip_controls(answer["answer"])
     ellipsis = "…" if len(text) > _EXCERPT else ""
     return f"{text[:_EXCERPT]}{ellipsis}\n({', '.join(describe_answer(answer))})"

@@ -1,4 +1,4 @@
-"""What the verbs print with: one console, progress bars, tables, figures as JSON."""
+"""Console output of the commands: lines, tables, progress bars, and metrics as JSON."""
 
 import json
 import shutil
@@ -13,47 +13,42 @@ from rich.text import Text
 
 from minimind.errors import shell_words
 from minimind.files import write_atomically
-from minimind.progress import RichReporter, console, make_progress
-from minimind.progress import format_number as figure
+from minimind.progress import RichReporter, console, format_number, make_progress
+from minimind.training.reporter import pluralize
 
-__all__ = ["RichReporter", "console", "figure", "make_progress"]  # and what is defined here
+__all__ = ["RichReporter", "console", "format_number", "make_progress", "pluralize"]
 
 
 def say(text: str) -> None:
-    """Print one line, or a few."""
+    """Print text without wrapping or markup."""
     console.print(text, soft_wrap=True)
 
 
 def heading(number: str, title: str) -> None:
-    """Begin a part of long work: "2/6", "training the tokenizer"."""
+    """Print the heading of a step, such as "2/6" and "the tokenizer"."""
     console.print(Text.assemble((f"\n{number} ", "dim"), (title, "bold")))
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a table, or whatever else rich draws."""
+    """Print a table or another rich renderable."""
     console.print(renderable)
 
 
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: int = 0
 ) -> Table:
-    """A table; its last `numbers` columns are set to the right, as figures are."""
+    """Return a table whose last `numbers` columns are right-aligned."""
     drawn = Table(title=Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         right = index >= len(columns) - numbers
         drawn.add_column(Text(column), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(figure(value)) for value in row))
+        drawn.add_row(*(Text(format_number(value)) for value in row))
     return drawn
 
 
-def count(number: int, one: str, more: str) -> str:
-    """How many there are, as one or as more of them are called."""
-    return f"{number:,} {one if number == 1 else more}"
-
-
 def command(*words: str | Path) -> str:
-    """Return a `minimind` command that works when pasted, also if its folder is not on PATH."""
+    """Return a `minimind` command that works when pasted, even if it is not on PATH."""
     here = Path(sys.executable).with_name("minimind")
     found = shutil.which("minimind")
     if (found and Path(found).resolve() == here.resolve()) or not here.exists():
@@ -63,15 +58,15 @@ def command(*words: str | Path) -> str:
 
 
 def show_metrics(title: str, metrics: Mapping[str, Any]) -> None:
-    """Print the plain figures of a summary as a table; nested ones are for the JSON alone."""
-    plain = [
+    """Print the scalar metrics of a summary as a table; nested ones are only in the JSON."""
+    rows = [
         (name.replace("_", " "), value)
         for name, value in metrics.items()
         if not isinstance(value, Mapping | list)
     ]
-    show(table(title, ["figure", "value"], plain, numbers=1))
+    show(table(title, ["metric", "value"], rows, numbers=1))
 
 
 def write_json(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write figures for programs to read, making the folder if need be."""
+    """Write metrics as a JSON file, creating its folder."""
     write_atomically(path, json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""`minimind doctor`: what this machine has, what will be used, what is missing."""
+"""`minimind doctor`: describe this machine, list missing extras, run a self-test."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from minimind.cli import console
+from minimind.cli.options import Device, Json
 from minimind.cli.plan import size
 from minimind.errors import install_line
 
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
 
     from minimind.planning.selftest import Check
 
-# What an extra brings, the module that shows it is there, and the line that installs it.
+# Extra -> its purpose and the module that it installs.
 _EXTRAS = {
-    "web": ("the chat page", "streamlit"),
-    "tensorboard": ("curves in TensorBoard", "tensorboard"),
-    "wandb": ("tracking with Weights & Biases", "wandb"),
-    "swanlab": ("tracking with SwanLab", "swanlab"),
-    "hub": ("downloading exams", "huggingface_hub"),
-    "lm-eval": ("tasks of EleutherAI's harness", "lm_eval"),
-    "deepspeed": ("DeepSpeed's ZeRO", "deepspeed"),
+    "web": ("the web chat page", "streamlit"),
+    "tensorboard": ("experiment tracking with TensorBoard", "tensorboard"),
+    "wandb": ("experiment tracking with Weights & Biases", "wandb"),
+    "swanlab": ("experiment tracking with SwanLab", "swanlab"),
+    "hub": ("benchmark downloads", "huggingface_hub"),
+    "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
+    "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
 }
 
 
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    json: Annotated[Path | None, typer.Option("--json", help="Write it here too.")] = None,
+    device: Device = "auto",
+    json: Json = None,
 ) -> None:
-    """Look at this machine: what it has, what will be used, what is missing, and a self-test.
+    """Describe this machine, list missing extras, and run a self-test of training.
 
-    The exit status is 1 when the self-test fails.
+    The exit status is 1 if the self-test fails.
     """
-    found = _machine(device)
-    console.show_metrics("This machine", found)
+    machine = _machine(device)
+    console.show_metrics("This machine", machine)
     extras = _missing_extras()
     if extras:
-        rows = [(e["what"], e["install"]) for e in extras]
-        console.show(console.table("Not installed", ["for", "install with"], rows))
+        rows = [(extra["purpose"], extra["install"]) for extra in extras]
+        console.show(console.table("Not installed", ["purpose", "install with"], rows))
     from minimind.planning.selftest import selftest
 
     checks = selftest(device)
@@ -47,11 +47,11 @@ def doctor(
     if json:
         console.write_json(
             json,
-            {"machine": found, "missing": extras, "checks": [vars(check) for check in checks]},
+            {"machine": machine, "missing": extras, "checks": [vars(check) for check in checks]},
         )
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
-    console.say("All is well. Begin with: minimind demo")
+    console.say("Everything works. Begin with: minimind demo")
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -68,33 +68,33 @@ def _machine(device: str) -> dict[str, Any]:
 
     chosen = choose_device(device)
     free = free_bytes(chosen)
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "minimind": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "CUDA devices": torch.cuda.device_count(),
         "Apple MPS": torch.backends.mps.is_available(),
-        "processor cores": os.cpu_count(),
-        "threads of torch": torch.get_num_threads(),
-        "free disk here": size(shutil.disk_usage(".").free),
+        "CPU cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "free disk space": size(shutil.disk_usage(".").free),
         "device": str(chosen),
-        "its free memory": "unknown" if free is None else size(free),
-        "precision of training": choose_precision("auto", chosen).name,
-        "precision of decoding": str(inference_dtype(chosen)).removeprefix("torch."),
+        "free memory of the device": "unknown" if free is None else size(free),
+        "training precision": choose_precision("auto", chosen).name,
+        "decoding precision": str(inference_dtype(chosen)).removeprefix("torch."),
         "batch invariance": _batch_invariance(chosen),
-        "attention": "torch's scaled_dot_product_attention"
-        + (", plain up to 256 tokens of training" if chosen.type == "cpu" else ""),
+        "attention": "torch.nn.functional.scaled_dot_product_attention"
+        + (", explicit up to 256 tokens in training" if chosen.type == "cpu" else ""),
         "C++ compiler, for training.compile": _compiler() or "none",
     }
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
         capability = f"{properties.major}.{properties.minor}"
-        found["GPU"] = f"{properties.name}, {size(properties.total_memory)}, sm {capability}"
-    return found
+        machine["GPU"] = f"{properties.name}, {size(properties.total_memory)}, sm {capability}"
+    return machine
 
 
 def _batch_invariance(device: "torch.device") -> str:
-    """Whether answers depend on other requests here, tried with a model of the preset `small`."""
+    """Describe if output depends on the batch here, tried with a model of preset `small`."""
     import torch
 
     from minimind.inference.batched_model import BatchedModel
@@ -118,8 +118,8 @@ def _missing_extras() -> list[dict[str, str]]:
     from importlib.util import find_spec
 
     return [
-        {"what": what, "install": install_line(extra)}
-        for extra, (what, module) in _EXTRAS.items()
+        {"purpose": purpose, "install": install_line(extra)}
+        for extra, (purpose, module) in _EXTRAS.items()
         if find_spec(module) is None
     ]
 
@@ -129,4 +129,4 @@ def _show(checks: "list[Check]") -> None:
         (check.name, "passed" if check.passed else "FAILED", f"{check.seconds:.1f} s", check.note)
         for check in checks
     ]
-    console.show(console.table("Self-test", ["what", "", "time", ""], rows))
+    console.show(console.table("Self-test", ["check", "result", "time", "note"], rows))

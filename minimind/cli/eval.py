@@ -10,7 +10,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.evaluation import Evaluation, Metrics, OpenedModel
-from minimind.cli.generate import Adapter, Context, Device
+from minimind.cli.options import Adapter, Context, Device
 from minimind.errors import MinimindError, UsageError
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _row(metrics: Metrics) -> list[object]:
         # One document gives no interval.
         known = low is not None and metrics["documents"] > 1
         interval = f"{low:.4f} – {high:.4f}" if known else "–"
-        chance, counts = None, console.count(metrics["documents"], "document", "documents")
+        chance, counts = None, console.pluralize(metrics["documents"], "document")
     else:
         interval = "–" if low is None else f"{low:.1%} – {high:.1%}"
         chance = f"{metrics['chance']:.1%}" if "chance" in metrics else None
@@ -278,7 +278,7 @@ def _score(metrics: Metrics) -> str:
         kind = " by keywords" if "fluent" in metrics else ""
         return f"{metrics['accuracy']:.2%}{kind}"
     values = metrics.get("metrics", {})
-    return ", ".join(f"{name} {console.figure(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {console.format_number(value)}" for name, value in values.items())
 
 
 def _detailed_score(metrics: Metrics) -> str:
@@ -298,14 +298,14 @@ def _report_problems(metrics: Metrics) -> None:
         question, error = next(iter(metrics["errors"].items()))
         console.say(f"{title}: {metrics['failed']:,} failed, the first: {question}: {error}")
     if metrics.get("unreadable"):
-        lines = console.count(metrics["unreadable"], "invalid line", "invalid lines")
+        lines = console.pluralize(metrics["unreadable"], "invalid line")
         console.say(f"{title}: {lines}, the first: {metrics['first_unreadable']}")
     if metrics.get("cut"):
-        questions = console.count(metrics["cut"], "question", "questions")
+        questions = console.pluralize(metrics["cut"], "question")
         console.say(f"{title}: {questions} lost the beginning to fit into the context")
     requested, fewest = metrics.get("settings", {}).get("shots", 0), metrics.get("fewest_shots")
     if requested and fewest is not None and fewest < requested:
-        examples = console.count(fewest, "few-shot example", "few-shot examples")
+        examples = console.pluralize(fewest, "few-shot example")
         console.say(
             f"{title}: some questions had {examples} instead of {requested}, because there are no "
             "more, or no more fit into the context"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind.cli import console
-from minimind.cli.generate import plain
+from minimind.cli.terminal import strip_controls
 from minimind.errors import MinimindError
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class Evaluation:
         from minimind.evaluation.tasks import format_error
 
         # Messages about models and files begin with the same path.
-        message = plain(format_error(error).removeprefix(f"{subject}: "))
-        self.failures.append(f"{plain(subject)}: {message}")
-        console.say(f"{plain(subject)} failed: {message}")
+        message = strip_controls(format_error(error).removeprefix(f"{subject}: "))
+        self.failures.append(f"{strip_controls(subject)}: {message}")
+        console.say(f"{strip_controls(subject)} failed: {message}")
 
     def open_model(
         self,

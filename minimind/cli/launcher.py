@@ -1,6 +1,6 @@
-"""`--nproc`: one command line in several processes on this machine, which live and die together.
+"""`--nproc N`: run one command line in N data-parallel processes on this machine.
 
-torchrun does the same, and more (several machines); the processes work alike under both.
+torchrun does the same across machines, and training behaves the same under both.
 """
 
 import os
@@ -16,34 +16,34 @@ import typer
 from minimind.errors import TrainingError
 from minimind.signals import count_interrupts
 
-_WATCHED = "MINIMIND_WATCHED"  # set where standard input ends when the starting process does
-_LOOK_EVERY_S = 0.05
+_EXIT_WITH_PARENT = "MINIMIND_EXIT_WITH_PARENT"  # set if stdin closes when the parent exits
+_POLL_S = 0.05
 INTERRUPTED = 130
 
 
-def is_first_process() -> bool:
-    """False in all but one of several processes: what one of them says need not be said again."""
+def is_main_process() -> bool:
+    """Return True on rank 0, the only rank that prints messages."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_one_of_several() -> bool:
-    """Whether this process was started by torchrun, or by `run_workers`."""
+def is_distributed() -> bool:
+    """Return True if torchrun or `launch_processes` started this process."""
     return "RANK" in os.environ
 
 
-def stopped() -> int:
-    """Exit status of a run that was asked to stop and has saved: that of any interrupted program.
+def interrupted_status() -> int:
+    """Return the exit status of a run that was stopped by Ctrl-C and has saved a checkpoint.
 
-    torchrun would take it for a failure, and bury under a page of text what the run has said.
+    130 as for any interrupted program, but 0 under torchrun, which would report a failure.
     """
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else INTERRUPTED
 
 
-def run_workers(number: int) -> None:
-    """Run this command line in `number` processes, wait, and end as they do.
+def launch_processes(number: int) -> None:
+    """Run this command line in `number` processes, wait for them, and exit as they do.
 
-    When one of them fails the others are killed; TrainingError says which it was. The first
-    SIGINT or SIGTERM is passed on to them, the second kills them.
+    The first SIGINT or SIGTERM is passed on to all processes, the second kills them. If a process
+    fails, the others are killed and TrainingError names its rank.
     """
 
     def stop(count: int) -> None:
@@ -56,13 +56,12 @@ def run_workers(number: int) -> None:
         try:
             shared = _environment(number)
             for rank in range(number):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "minimind", *sys.argv[1:]],
-                        env=os.environ | shared | own,
+                        env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdin=subprocess.PIPE,
-                        start_new_session=True,  # Ctrl-C comes to this process alone
+                        start_new_session=True,  # Ctrl-C reaches only the parent
                     )
                 )
             failed = _wait(processes)
@@ -73,20 +72,20 @@ def run_workers(number: int) -> None:
                 process.wait()
     stops = interrupts.count
     if stops > 1 or (stops and failed is not None and statuses[failed] == -signal.SIGTERM):
-        raise KeyboardInterrupt  # before training, or not to be waited for
+        raise KeyboardInterrupt  # killed, or stopped before training began
     if failed is not None:
-        if failed == 0 and statuses[0] == 1:  # it has said why
+        if failed == 0 and statuses[0] == 1:  # rank 0 has printed its error
             raise typer.Exit(1)
         raise TrainingError(
-            f"process {failed} of 0-{number - 1} {_how(statuses[failed])}; the others were "
-            "stopped. The same command goes on from the last checkpoint"
+            f"process {failed} of 0-{number - 1} {_how_it_ended(statuses[failed])}; the others "
+            "were stopped. Run the same command again to resume from the last checkpoint"
         )
     if INTERRUPTED in statuses:
         raise typer.Exit(INTERRUPTED)
 
 
 def _environment(number: int) -> dict[str, str]:
-    """What torchrun would set for all of them."""
+    """Return the variables that torchrun would set for all processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -97,36 +96,37 @@ def _environment(number: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        _WATCHED: "1",
+        _EXIT_WITH_PARENT: "1",
     }
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Until all have ended well or were asked to stop, or one has failed: which?"""
+    """Wait until all processes have exited or one has failed; return the rank of that one."""
     while True:
         statuses = [process.poll() for process in processes]
         failed = [i for i, s in enumerate(statuses) if s not in (None, 0, INTERRUPTED)]
         if failed:
-            return min(failed, key=lambda i: statuses[i] or 0)  # killed comes before gave up
+            # Negative statuses first: a killed process makes the others fail, not vice versa.
+            return min(failed, key=lambda i: statuses[i] or 0)
         if None not in statuses:
             return None
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)
 
 
-def _how(status: int | None) -> str:
+def _how_it_ended(status: int | None) -> str:
     if status is not None and status < 0:
-        short = " (the system does so when memory is short)" * (status == -signal.SIGKILL)
-        return f"was ended by {signal.Signals(-status).name}{short}"
-    return f"ended with exit status {status}; what it said is above"
+        cause = " (often because memory ran out)" * (status == -signal.SIGKILL)
+        return f"was ended by {signal.Signals(-status).name}{cause}"
+    return f"exited with status {status}; its error is above"
 
 
-def end_with_starter() -> None:
-    """In a process that `run_workers` started: leave at once when the starting process dies."""
-    if _WATCHED not in os.environ:
+def exit_with_parent() -> None:
+    """In a process that `launch_processes` started, exit as soon as the parent has died."""
+    if _EXIT_WITH_PARENT not in os.environ:
         return
 
     def watch() -> None:
-        while os.read(0, 1):  # not through sys.stdin, whose lock would be held at the end
+        while os.read(0, 1):  # not sys.stdin, whose lock would block the interpreter's shutdown
             pass
         os._exit(1)
 

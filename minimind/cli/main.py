@@ -1,4 +1,4 @@
-"""The command `minimind`: its verbs, and what a user sees when something goes wrong."""
+"""The `minimind` command: its subcommands, and error messages instead of tracebacks."""
 
 import contextlib
 import errno
@@ -35,14 +35,14 @@ from minimind.errors import MinimindError, is_out_of_memory
 from minimind.version import __version__
 
 _OUT_OF_MEMORY = (
-    "too little memory{detail}. In training, lower training.micro_batch_size (windows at once) or "
-    "data.seq_len; else take a smaller model, or another --device"
+    "out of memory{detail}. In training, lower training.micro_batch_size or data.seq_len; "
+    "otherwise use a smaller model or another --device"
 )
-_FIRST_TO_SPEAK_S = 2.0  # what several processes all run into is said once
+_MAIN_PROCESS_HEAD_START_S = 2.0  # so that an error common to all ranks is printed once
 
 
-class _Verbs(TyperGroup):
-    """The verbs; whatever one of them raises ends here."""
+class _Commands(TyperGroup):
+    """A command group that reports the errors of its commands as messages."""
 
     def invoke(self, ctx: Any) -> Any:
         with errors_as_messages():
@@ -51,19 +51,20 @@ class _Verbs(TyperGroup):
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Turn what users and their machines can cause into one line on stderr and an exit status.
+    """Print errors that users or their machines cause as one line on stderr, and exit.
 
-    1 for an error, 130 for Ctrl-C. What is left over, with its traceback, is a bug of ours.
+    The exit status is 1 for an error and 130 for Ctrl-C. Any other exception is a bug of minimind
+    and keeps its traceback.
     """
     try:
         yield
-        sys.stdout.flush()  # so that a closed pipe is met here, not while Python shuts down
+        sys.stdout.flush()  # raises here if the pipe is closed, not while Python shuts down
     except MinimindError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise typer.Exit(130) from None
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except MemoryError:
@@ -79,12 +80,12 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def _fail(message: str) -> NoReturn:
-    if not launcher.is_first_process():  # which says the same as a rule, and then all are ended
-        time.sleep(_FIRST_TO_SPEAK_S)
+    if not launcher.is_main_process():  # rank 0 usually prints the same and ends all processes
+        time.sleep(_MAIN_PROCESS_HEAD_START_S)
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if launcher.is_one_of_several():
-        # What the processes talk through has threads of its own. They end with the run; after an
-        # error they are still there, and while Python shuts down they would abort it now and then.
+    if launcher.is_distributed():
+        # After an error the threads of the process group still run, and they can abort the
+        # interpreter while it shuts down.
         sys.stdout.flush()
         os._exit(1)
     raise typer.Exit(1)
@@ -94,16 +95,16 @@ def _system_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
         return (
-            f"{where}the disk is full. Free some space and give the same command again: "
-            "what is finished is kept"
+            f"{where}the disk is full. Free some space and run the same command again; "
+            "finished work is kept"
         )
     return f"{where}{error.strerror or error}"
 
 
 app = typer.Typer(
     name="minimind",
-    cls=_Verbs,
-    # Plain help pages: rich would cost as much time as all the rest of `minimind --help`.
+    cls=_Commands,
+    # Importing rich for help pages would double the time of `minimind --help`.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     invoke_without_command=True,
@@ -112,7 +113,7 @@ app = typer.Typer(
 
 _FIRST_STEPS = """Train a small GPT from zero on your own computer.
 
-  minimind demo                                             a whole small model in 10 to 20 minutes
+  minimind demo                                             a small model in 10 to 20 minutes
   minimind chat out/demo                                    talk to it
   minimind tokenizer train TEXTS --out out/tokenizer        your own text: a tokenizer,
   minimind pretrain --tokenizer out/tokenizer --data TEXTS --out out/base     pretraining,
@@ -121,8 +122,8 @@ _FIRST_STEPS = """Train a small GPT from zero on your own computer.
 All commands: minimind --help"""
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"minimind {__version__}")
         raise typer.Exit()
 
@@ -139,18 +140,18 @@ def _start(
 ) -> None:
     """Train a small GPT from zero on your own computer.
 
-    Begin with `minimind demo`. KEY=VALUE changes a setting of a recipe, such as optim.lr=3e-4.
+    Begin with `minimind demo`. KEY=VALUE overrides a setting of a recipe, such as optim.lr=3e-4.
     """
     if context.invoked_subcommand is None:
         print(_FIRST_STEPS)
 
 
-for _verb in (
+for _command in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
 ):
-    app.command()(_verb)
+    app.command()(_command)
 app.command("eval")(evaluate)
 app.command()(compare)
 app.add_typer(tokenizer.app, name="tokenizer")
@@ -160,15 +161,15 @@ app.add_typer(checkpoints.app, name="checkpoints")
 
 def _open_missing_streams() -> None:
     """Connect standard streams that were closed before the start to the null device."""
-    # In this order, so that each gets its own descriptor and no file opened later does.
+    # In this order, so that each gets its own descriptor (0, 1, 2).
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _use_utf_8() -> None:
-    """Make pipes and files UTF-8 on every platform; a terminal keeps its own encoding."""
-    # A terminal that lacks a character shows "?" for it rather than stopping the run.
+    """Use UTF-8 for pipes and files on every platform; a terminal keeps its own encoding."""
+    # A terminal shows "?" for a character that its encoding lacks, and the run continues.
     for stream, errors in (
         (sys.stdin, "strict"),
         (sys.stdout, "replace"),
@@ -179,7 +180,7 @@ def _use_utf_8() -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     _open_missing_streams()
     _use_utf_8()
     app(prog_name="minimind")

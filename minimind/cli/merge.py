@@ -1,4 +1,4 @@
-"""`minimind merge MODEL --adapter DIR --out DIR`: a plain model of a model and its adapter."""
+"""`minimind merge MODEL --adapter DIR --out DIR`: merge a LoRA adapter into its model."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,22 +6,22 @@ from typing import Annotated, Literal
 import typer
 
 from minimind.cli import console
-from minimind.cli.generate import Model
+from minimind.cli.options import Model
 from minimind.errors import UsageError, shell_words
 
 
 def merge(
     model: Model,
     adapter: Annotated[
-        Path, typer.Option(metavar="DIR", help="LoRA adapter, or the run that made it.")
+        Path, typer.Option(metavar="DIR", help="LoRA adapter, or the run directory that holds one.")
     ],
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Precision of the weights that are written; default: the MODEL's."),
+        typer.Option(help="Data type of the merged weights; default: that of MODEL."),
     ] = None,
 ) -> None:
-    """Merge a LoRA adapter into its model; the sums are formed in float32."""
+    """Merge a LoRA adapter into its model; the weights are added in float32."""
     import torch
 
     from minimind.inference.load import load_for_inference
@@ -29,7 +29,7 @@ def merge(
     from minimind.model.directory import stored_dtype
 
     if out.resolve() == resolve_model_directory(model).resolve():
-        raise UsageError(f"{out} is the model that the adapter was made for; give another --out")
+        raise UsageError(f"{out} is the base model of the adapter; choose another --out")
     merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter, dtype=torch.float32)
     save_model(out, merged, tokenizer, dtype=dtype or stored_dtype(resolve_model_directory(model)))
     console.say(f"The merged model is in {out}. Try it: minimind {shell_words('chat', out)}")

@@ -1,4 +1,4 @@
-"""What `eval` and `compare` are given: directories, with an adapter or without, and services."""
+"""Open the models that `eval` and `compare` name: directories, adapters, and services."""
 
 import os
 from collections.abc import Container
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
 
 def open_model(
-    place: str,
+    model_spec: str,
     device: str,
     *,
     adapter: Path | None = None,
     context: int | None = None,
     taken: Container[str] = (),
 ) -> Any:
-    """DIR, DIR+ADAPTER, URL or URL#NAME; of a name that is not yet taken.
+    """Open DIR, DIR+ADAPTER, URL or URL#NAME under a name that is not in `taken`.
 
-    Raises ModelError for what is no model or no adapter, ServiceError when nobody answers, and
-    UsageError for a service without that model.
+    Raises ModelError for an invalid model or adapter, ServiceError if a service is unreachable,
+    and UsageError if it lacks the model.
     """
     model: Any
-    if is_service(place):
+    if is_service(model_spec):
         if adapter or context:
-            raise UsageError("--adapter and --context are for a service to choose")
-        model = open_service(place)
+            raise UsageError("--adapter and --context do not apply to a service; set them there")
+        model = open_service(model_spec)
     else:
-        directory, beside = _split(place)
-        if adapter and beside:
-            raise UsageError(f"{place} names an adapter already; leave out --adapter")
-        model = _local(directory, device, adapter or beside, context)
+        directory, named_adapter = _split(model_spec)
+        if adapter and named_adapter:
+            raise UsageError(f"{model_spec} already names an adapter; omit --adapter")
+        model = _local(directory, device, adapter or named_adapter, context)
     name, number = model.name, 1
     while model.name in taken:
         number += 1
@@ -44,7 +44,7 @@ def open_model(
 
 
 def _local(directory: Path, device: str, adapter: Path | None, context: int | None) -> Any:
-    """By our own reading; what that refuses, by transformers where it is installed."""
+    """Open a local model; fall back to transformers, if installed, for other architectures."""
     from minimind.evaluation.models import LocalModel
     from minimind.evaluation.transformers_model import TransformersModel, is_installed
 
@@ -55,35 +55,35 @@ def _local(directory: Path, device: str, adapter: Path | None, context: int | No
         if adapter or not is_installed():
             raise
         try:
-            there = TransformersModel(model.directory, device, context=context)
+            fallback = TransformersModel(model.directory, device, context=context)
         except ModelError as other:
             raise ModelError(f"{error}; {other}") from other
-        console.say(f"{directory}: read by transformers, because {error}")
-        return there
+        console.say(f"{directory}: loaded with transformers, because {error}")
+        return fallback
     return model
 
 
-def is_service(place: str) -> bool:
-    """Whether a model is named by the URL of its service; an existing path is always a path."""
-    return "://" in place and not Path(place).exists()
+def is_service(model_spec: str) -> bool:
+    """Return True for the URL of a service; an existing path is always a path."""
+    return "://" in model_spec and not Path(model_spec).exists()
 
 
-def _split(place: str) -> tuple[Path, Path | None]:
-    """A directory, and the adapter named after a plus sign unless that sign is part of a path."""
+def _split(model_spec: str) -> tuple[Path, Path | None]:
+    """Split DIR+ADAPTER at the plus sign that is not part of an existing path."""
     splits = [
-        (Path(place[:at]), Path(place[at + 1 :]))
-        for at, sign in enumerate(place)
-        if sign == "+" and at and Path(place[:at]).exists()
+        (Path(model_spec[:at]), Path(model_spec[at + 1 :]))
+        for at, sign in enumerate(model_spec)
+        if sign == "+" and at and Path(model_spec[:at]).exists()
     ]
-    if not splits or Path(place).exists():
-        return Path(place), None
+    if not splits or Path(model_spec).exists():
+        return Path(model_spec), None
     return max(splits, key=lambda split: split[1].exists())
 
 
 def open_service(url: str, *key_variables: str) -> "Service":
-    """A model of a service; its key is in the first of the variables that is set.
+    """Open a model of a service; the first variable that is set holds its API key.
 
-    Raises ServiceError when nobody answers, UsageError when it lacks the model.
+    Raises ServiceError if the service is unreachable and UsageError if it lacks the model.
     """
     from minimind.evaluation.remote import Service
 
@@ -93,6 +93,6 @@ def open_service(url: str, *key_variables: str) -> "Service":
 
 
 def report_dropped(model: Any) -> None:
-    """Name the parameters that a service refused, for its own defaults hold instead."""
-    if dropped := sorted(getattr(model, "rejected", ())):
-        console.say(f"{model.name}: the service refuses {', '.join(dropped)}: its defaults hold")
+    """Report the sampling parameters that a service rejected and replaced by its defaults."""
+    if rejected := sorted(getattr(model, "rejected", ())):
+        console.say(f"{model.name}: the service rejects {', '.join(rejected)}; its defaults apply")

@@ -1,14 +1,13 @@
-"""`minimind plan RECIPE`: what a stage will take, before it starts."""
+"""`minimind plan RECIPE`: estimate memory, steps and time of a training stage."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minimind.cli import console
+from minimind.cli.options import Json, Tokenizer
 from minimind.cli.train import Arguments, Data, Device, resolve
 from minimind.errors import UsageError
-from minimind.training.reporter import pluralize
 
 if TYPE_CHECKING:
     from minimind.planning.plan import Plan
@@ -20,30 +19,32 @@ def plan(
     arguments: Arguments = None,
     data: Data = None,
     model: Annotated[str | None, typer.Option(help="Model or run directory to start from.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory.")] = None,
+    tokenizer: Tokenizer = None,
     device: Device = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory to plan for, such as 2GB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory limit, such as 2GB; default: what is free."),
     ] = None,
     trial: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Length of the trial; 0 = none.")
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="Duration of a speed measurement; 0 skips it."),
     ] = 10.0,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    json: Json = None,
 ) -> None:
-    """Say what a stage will take: parameters, tokens, memory, time. Nothing is written."""
-    given = None if memory is None else parse_size(memory)
+    """Estimate parameters, tokens, memory and time of a stage. Writes nothing."""
+    limit = None if memory is None else parse_size(memory)
     flags = {"data.sources": data, "model.init": model, "tokenizer": tokenizer, "device": device}
     recipe = resolve(arguments or [], "pretrain-small", flags).recipe
     from minimind.planning.plan import make_plan
 
-    made = make_plan(recipe, memory=given, seconds=trial)
-    _show(made)
+    estimate = make_plan(recipe, memory=limit, seconds=trial)
+    _show(estimate)
     if json:
-        console.write_json(json, made.metrics())
+        console.write_json(json, estimate.metrics())
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "2GB", "1.5 GB", "800MB"; units go by 1,024. Raises UsageError for anything else."""
+    """Parse "2GB", "1.5 GB" or "800MB" to bytes (1 KB = 1,024). Raises UsageError otherwise."""
     number = text.strip().upper().replace("IB", "B")
     unit = next((u for u in ("KB", "MB", "GB", "TB") if number.endswith(u)), "")
     try:
@@ -55,76 +56,78 @@ def parse_size(text: str) -> int:
     raise UsageError(f"--memory {text}: give a size such as 2GB or 800MB")
 
 
-def _show(made: "Plan") -> None:
-    total = sum(made.memory.values())
-    rows: list[tuple[str, object]] = [("parameters", made.parameters)]
-    if made.active_parameters != made.parameters:
-        rows.append(("active per token", made.active_parameters))
-    if made.trained_parameters != made.parameters:
-        rows.append(("of them trained", made.trained_parameters))
+def _show(estimate: "Plan") -> None:
+    total = sum(estimate.memory.values())
+    rows: list[tuple[str, object]] = [("parameters", estimate.parameters)]
+    if estimate.active_parameters != estimate.parameters:
+        rows.append(("active per token", estimate.active_parameters))
+    if estimate.trained_parameters != estimate.parameters:
+        rows.append(("trained parameters", estimate.trained_parameters))
     rows += [
-        ("device", f"{made.device}, {made.precision}".removesuffix(", ?")),
-        ("tokens of the data, about", made.data_tokens),
-        ("steps", made.steps),
-        ("windows a step", f"{made.global_batch_size} of {made.seq_len} tokens"),
-        ("tokens in all", made.tokens),
-        ("operations a token", f"{made.flops_per_token / 1e6:,.0f} million"),
+        ("device", f"{estimate.device}, {estimate.precision}".removesuffix(", ?")),
+        ("tokens in the data, approximately", estimate.data_tokens),
+        ("steps", estimate.steps),
+        ("global batch size, sequences", estimate.global_batch_size),
+        ("sequence length, tokens", estimate.seq_len),
+        ("training tokens", estimate.tokens),
+        ("FLOPs per token", f"{estimate.flops_per_token / 1e6:,.0f} million"),
     ]
-    if made.tokens:
-        rows.append(("operations in all", f"{made.flops_per_token * made.tokens:.2e}"))
-    if made.tokens_per_second:
-        rows.append(("tokens a second, of a trial", made.tokens_per_second))
-    if made.seconds:
-        rows.append(("time in all", duration(made.seconds)))
-    console.show(console.table("Plan", ["figure", "value"], rows, numbers=1))
-    parts = [(name, size(part)) for name, part in made.memory.items()]
-    title = f"Memory with {pluralize(made.micro_batch_size or 1, 'window')} at once"
-    console.show(console.table(title, ["part", "size"], [*parts, ("in all", size(total))], 1))
-    by_windows: dict[object, list[str]] = {}
-    for choice in made.choices:
-        fits = made.memory_limit is None or choice["bytes"] <= made.memory_limit
+    if estimate.tokens:
+        rows.append(("total FLOPs", f"{estimate.flops_per_token * estimate.tokens:.2e}"))
+    if estimate.tokens_per_second:
+        rows.append(("tokens per second, measured", estimate.tokens_per_second))
+    if estimate.seconds:
+        rows.append(("total time", duration(estimate.seconds)))
+    console.show(console.table("Plan", ["metric", "value"], rows, numbers=1))
+    parts = [(name, size(part)) for name, part in estimate.memory.items()]
+    micro_batch = console.pluralize(estimate.micro_batch_size or 1, "sequence")
+    title = f"Memory with a micro-batch of {micro_batch}"
+    console.show(console.table(title, ["part", "size"], [*parts, ("total", size(total))], 1))
+    by_micro_batch: dict[object, list[str]] = {}
+    for choice in estimate.choices:
+        fits = estimate.memory_limit is None or choice["bytes"] <= estimate.memory_limit
         cell = size(choice["bytes"]) + ("" if fits else " (too much)")
-        by_windows.setdefault(choice["micro_batch_size"], []).append(cell)
-    given = "any memory" if made.memory_limit is None else size(made.memory_limit)
+        by_micro_batch.setdefault(choice["micro_batch_size"], []).append(cell)
+    limit = "any memory" if estimate.memory_limit is None else size(estimate.memory_limit)
     console.show(
         console.table(
-            f"What fits into {given}",
-            ["training.micro_batch_size", "activations kept", "activations computed again"],
-            [(sequences, *cells) for sequences, cells in by_windows.items()],
+            f"Micro-batch sizes that fit into {limit}",
+            ["training.micro_batch_size", "activations stored", "activations recomputed"],
+            [(sequences, *cells) for sequences, cells in by_micro_batch.items()],
             numbers=2,
         )
     )
-    console.say(_verdict(made))
+    console.say(_verdict(estimate))
 
 
-def _verdict(made: "Plan") -> str:
-    if made.micro_batch_size:
-        need = sum(made.memory.values())
-        if made.memory_limit is not None and need > made.memory_limit:
+def _verdict(estimate: "Plan") -> str:
+    if estimate.micro_batch_size:
+        need = sum(estimate.memory.values())
+        if estimate.memory_limit is not None and need > estimate.memory_limit:
             return (
-                f"It does not fit with training.micro_batch_size={made.micro_batch_size}, as the "
-                "recipe says; take a number of the table that does"
+                f"Recipe: training.micro_batch_size={estimate.micro_batch_size}. It does not fit; "
+                "choose a size from the table that fits"
             )
-        again = " training.activation_checkpointing=true" * made.activation_checkpointing
-        return f"It fits with training.micro_batch_size={made.micro_batch_size}{again}"
-    fitting = [c for c in made.choices if c["bytes"] <= (made.memory_limit or 0)]
+        recompute = " training.activation_checkpointing=true" * estimate.activation_checkpointing
+        return f"It fits with training.micro_batch_size={estimate.micro_batch_size}{recompute}"
+    fitting = [c for c in estimate.choices if c["bytes"] <= (estimate.memory_limit or 0)]
     if fitting:
         return (
             "It fits with training.activation_checkpointing=true "
             f"training.micro_batch_size={fitting[-1]['micro_batch_size']}"
         )
-    return "It does not fit: take a smaller model (model.preset) or a shorter data.seq_len"
+    return "It does not fit: use a smaller model (model.preset) or a shorter data.seq_len"
 
 
 def size(num_bytes: int) -> str:
-    """1.25 GB, 800 MB; units go by 1,024."""
+    """Format bytes as 1.25 GB or 800 MB (1 KB = 1,024 bytes)."""
     if num_bytes >= 1 << 30:
         return f"{num_bytes / (1 << 30):.2f} GB"
     return f"{num_bytes / (1 << 20):,.0f} MB"
 
 
 def duration(seconds: float) -> str:
-    """3 h 05 min, 12 min, 40 s."""
+    """Format seconds as 3 h 05 min, 12 min or 40 s."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minimind.cli.generate import Context, Device, Int8, RopeScaling, stretched
+from minimind.cli.options import Context, Device, Int8, RopeScaling, validated_context
 from minimind.environment import KEY_VARIABLE
 
 Models = Annotated[
@@ -74,7 +74,7 @@ def serve(
 
     keys = api_key or [key for key in [os.environ.get(KEY_VARIABLE, "")] if key]
     check_exposure(host, keys)
-    context = stretched(context, rope_scaling)
+    context = validated_context(context, rope_scaling)
     sources = find_models(models)
     sources |= find_adapters(adapter or [], sources)
     sockets = server.bind(host, port)  # before loading, which takes long: the port may be in use

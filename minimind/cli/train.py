@@ -1,4 +1,4 @@
-"""`minimind pretrain`, `sft`, `lora`, `dpo`, and `minimind train RECIPE` behind them."""
+"""`minimind pretrain`, `sft`, `lora` and `dpo`, and the general `minimind train RECIPE`."""
 
 import os
 from pathlib import Path
@@ -7,46 +7,46 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console, launcher
+from minimind.cli.options import DEVICE_HELP, Json, Tokenizer
 from minimind.errors import UsageError, shell_words
 
 if TYPE_CHECKING:
     from minimind.config import ResolvedRecipe
     from minimind.config.settings import Recipe
     from minimind.model import Transformer
-    from minimind.tokenizer import Tokenizer
+    from minimind.tokenizer import Tokenizer as LoadedTokenizer
     from minimind.training.stage import GenerateSamples, StageResult
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe, and settings to change."),
+    typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe, and settings to override."),
 ]
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="DATA", help="File, folder or glob (quoted), with @WEIGHT if wanted; give it again."
+        metavar="DATA", help="File, folder or quoted glob, optionally with @WEIGHT; repeatable."
     ),
 ]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over, forgetting an earlier run.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run; stop if there is none.")]
+Device = Annotated[str | None, typer.Option(help=DEVICE_HELP)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard the previous run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume a run; an error if there is none.")]
 Explain = Annotated[
-    bool, typer.Option("--explain", help="Show each setting and where it came from, and stop.")
+    bool, typer.Option("--explain", help="Show each setting and its origin, and exit.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Prepare everything, say what would be done, and stop.")
+    bool, typer.Option("--dry-run", help="Prepare data and model, report the plan, and exit.")
 ]
 Nproc = Annotated[
     int | None,
-    typer.Option("--nproc", min=1, help="Processes on this machine that share the work."),
+    typer.Option("--nproc", min=1, help="Number of data-parallel processes on this machine."),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the final figures here too.")]
 
 
 def pretrain(
     arguments: Arguments = None,
     data: Data = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer directory.")] = None,
+    tokenizer: Tokenizer = None,
     out: Out = None,
     device: Device = None,
     nproc: Nproc = None,
@@ -56,7 +56,7 @@ def pretrain(
     dry_run: DryRun = False,
     json: Json = None,
 ) -> None:
-    """Train a new model on running text."""
+    """Pretrain a new model on plain text."""
     flags = {"objective": "pretrain", "data.sources": data, "tokenizer": tokenizer}
     flags |= {"out": out, "device": device}
     _stage(arguments, "pretrain-small", flags, nproc, fresh, resume, explain, dry_run, json)
@@ -75,7 +75,7 @@ def sft(
     dry_run: DryRun = False,
     json: Json = None,
 ) -> None:
-    """Fine-tune a model on conversations, single and multi turn."""
+    """Fine-tune a model on single-turn and multi-turn conversations (SFT)."""
     flags = {"objective": "sft", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
     _stage(arguments, "sft-small", flags, nproc, fresh, resume, explain, dry_run, json)
@@ -94,11 +94,11 @@ def lora(
     dry_run: DryRun = False,
     json: Json = None,
 ) -> None:
-    """Train a small adapter (LoRA) beside a model that stays as it is."""
+    """Train a LoRA adapter; the weights of the model stay frozen."""
     flags = {"data.sources": data, "model.init": model, "out": out, "device": device}
     if resolve(arguments or [], "lora-small", flags).recipe.lora is None:
         raise UsageError(
-            "the recipe trains the whole model; take one with a [lora] table, such as lora-small, "
+            "the recipe trains the full model; use one with a [lora] table, such as lora-small, "
             "or set lora.rank=8"
         )
     _stage(arguments, "lora-small", flags, nproc, fresh, resume, explain, dry_run, json)
@@ -117,7 +117,7 @@ def dpo(
     dry_run: DryRun = False,
     json: Json = None,
 ) -> None:
-    """Make a chat model prefer the better of two answers (direct preference optimisation)."""
+    """Train a chat model on preference pairs (direct preference optimization)."""
     flags = {"objective": "dpo", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
     _stage(arguments, "dpo-small", flags, nproc, fresh, resume, explain, dry_run, json)
@@ -134,14 +134,14 @@ def train(
     dry_run: DryRun = False,
     json: Json = None,
 ) -> None:
-    """Run the stage that a recipe describes."""
+    """Train the stage that a recipe describes."""
     flags = {"out": out, "device": device}
     _stage(arguments, None, flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def _stage(
     arguments: list[str] | None,
-    standard_recipe: str | None,
+    default_recipe: str | None,
     flags: dict[str, Any],
     nproc: int | None,
     fresh: bool,
@@ -150,7 +150,7 @@ def _stage(
     dry_run: bool,
     json: Path | None,
 ) -> None:
-    resolved = resolve(arguments or [], standard_recipe, flags)
+    resolved = resolve(arguments or [], default_recipe, flags)
     if explain:
         from minimind.config import explain as explanation
 
@@ -158,18 +158,18 @@ def _stage(
         return
     recipe = resolved.recipe
     if fresh and resume:
-        raise UsageError("--fresh and --resume exclude each other; give one of them")
+        raise UsageError("--fresh and --resume exclude each other; use one of them")
     from minimind.training.run import has_begun
 
     begun = recipe.out is not None and has_begun(Path(recipe.out))
-    if resume and launcher.is_first_process() and not begun:
+    if resume and launcher.is_main_process() and not begun:
         where = recipe.out or "no --out is given"
-        raise UsageError(f"{where}: there is no run to go on with; leave out --resume")
-    if (nproc or 1) > 1 and not dry_run and not launcher.is_one_of_several():
-        launcher.run_workers(nproc or 1)
+        raise UsageError(f"{where}: there is no run to resume; omit --resume")
+    if (nproc or 1) > 1 and not dry_run and not launcher.is_distributed():
+        launcher.launch_processes(nproc or 1)
         return
-    launcher.end_with_starter()
-    console.console.quiet = not launcher.is_first_process()
+    launcher.exit_with_parent()
+    console.console.quiet = not launcher.is_main_process()
     from minimind.training.stage import prepare_stage, run_stage
 
     reporter = console.RichReporter()
@@ -183,37 +183,39 @@ def _stage(
 
 
 def resolve(
-    arguments: list[str], standard_recipe: str | None, flags: dict[str, Any]
+    arguments: list[str], default_recipe: str | None, flags: dict[str, Any]
 ) -> "ResolvedRecipe":
-    """Recipe, then KEY=VALUE, then flags: the later wins."""
+    """Load the recipe with overrides; command-line options take precedence over KEY=VALUE."""
     from minimind.config import load_recipe
 
-    name, overrides = recipe_and_settings(arguments, standard_recipe)
-    given = {key: value for key, value in flags.items() if value}
-    return load_recipe(name, overrides=overrides, flags=given)
+    name, overrides = recipe_and_settings(arguments, default_recipe)
+    set_flags = {key: value for key, value in flags.items() if value}
+    return load_recipe(name, overrides=overrides, flags=set_flags)
 
 
 def recipe_and_settings(
-    arguments: list[str], standard_recipe: str | None = None
+    arguments: list[str], default_recipe: str | None = None
 ) -> tuple[str, list[str]]:
-    """The recipe that is named, or the standard one, and the KEY=VALUE arguments."""
-    recipes = [one for one in arguments if "=" not in one or os.path.isfile(one)]
-    overrides = [one for one in arguments if one not in recipes]
+    """Split arguments into the recipe, or the default one, and the KEY=VALUE overrides."""
+    recipes = [arg for arg in arguments if "=" not in arg or os.path.isfile(arg)]
+    overrides = [arg for arg in arguments if arg not in recipes]
     if len(recipes) > 1:
         raise UsageError(
-            f"two recipes are given, {recipes[0]} and {recipes[1]}. If one is data: repeat --data "
-            'before each file, or quote the pattern: --data "texts/*.jsonl"'
+            f"two recipes are given, {recipes[0]} and {recipes[1]}. If one of them is a data file, "
+            'repeat --data before each file, or quote the pattern: --data "texts/*.jsonl"'
         )
-    name = recipes[0] if recipes else standard_recipe
+    name = recipes[0] if recipes else default_recipe
     if name is None:
-        raise UsageError("which recipe? Give a TOML file, or a name such as pretrain-small")
+        raise UsageError(
+            "no recipe is given; name a TOML file or a packaged recipe such as pretrain-small"
+        )
     return name, overrides
 
 
 def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "GenerateSamples":
-    """A callback that lets the model continue or answer the recipe's prompts, and shows it."""
+    """Return a callback that generates from the validation prompts and prints the samples."""
 
-    def write(model: "Transformer", tokenizer: "Tokenizer") -> list[dict[str, str]]:
+    def write(model: "Transformer", tokenizer: "LoadedTokenizer") -> list[dict[str, str]]:
         from minimind.inference.generate import answer_all, continue_all
 
         prompts = recipe.validation.prompts
@@ -228,13 +230,13 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "GenerateSamp
 
 
 def finish(result: "StageResult", json: Path | None) -> None:
-    """Say how it ended; a stopped run ends with the exit status that `launcher.stopped` says."""
-    if json and launcher.is_first_process():
+    """Print the outcome of a run; exit with `launcher.interrupted_status` if it was stopped."""
+    if json and launcher.is_main_process():
         console.write_json(json, result.summary)
     if not result.finished:
         done = result.summary["steps"]
-        console.say(f"stopped after step {done:,}; the same command goes on from there")
-        raise typer.Exit(launcher.stopped())
+        console.say(f"stopped after step {done:,}; run the same command again to resume")
+        raise typer.Exit(launcher.interrupted_status())
     console.show_metrics(result.run.name, result.summary)
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""

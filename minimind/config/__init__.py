@@ -1,4 +1,4 @@
-"""Recipes and settings: everything a run can be told."""
+"""Recipes (TOML files), the settings of a training run, and model architectures."""
 
 from minimind.config.explain import explain
 from minimind.config.grid import Variant, variants
@@ -12,7 +12,8 @@ from minimind.config.load import (
     role_of,
 )
 from minimind.config.model import PRESETS, ModelConfig
-from minimind.config.settings import Recipe, Role
+from minimind.config.roles import Role
+from minimind.config.settings import Recipe
 
 __all__ = [
     "PRESETS",

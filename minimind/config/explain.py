@@ -1,4 +1,4 @@
-"""Each setting of a run, and where it came from: what `--explain` shows."""
+"""Table of all settings, their values and origins, for `--explain`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from minimind.config.load import ResolvedRecipe, setting_names, toml_value
 
 
 def explain(resolved: ResolvedRecipe) -> Table:
-    """A table of every setting, its value and its origin; defaults are dim."""
+    """Return a table of every setting, its value and its origin; defaults are dimmed."""
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     table.columns[2].overflow = "fold"
@@ -17,7 +17,7 @@ def explain(resolved: ResolvedRecipe) -> Table:
     for key in setting_names():
         value: Any = values
         for part in key.split("."):
-            value = None if value is None else value[part]  # a table that is not there
+            value = None if value is None else value[part]  # an optional table that is not set
         origin = _origin(key, resolved.origins)
         row = (key, "" if value is None else toml_value(value), origin or "default")
         table.add_row(*map(Text, row), style=None if origin else "dim")
@@ -25,7 +25,7 @@ def explain(resolved: ResolvedRecipe) -> Table:
 
 
 def _origin(key: str, origins: dict[str, str]) -> str | None:
-    """Where the setting, what is in it, or the whole group that holds it, was given."""
+    """Return where a setting, an entry of it, or the group that contains it was set."""
     within = [where for name, where in origins.items() if name.startswith(f"{key}.")]
     if within:
         return within[-1]

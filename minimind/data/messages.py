@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minimind.data.strict_json import check_characters, parse_json
-from minimind.tokenizer.chat import ROLES
+from minimind.tokenizer.format import ROLES
 
 _ROLE_OF = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 _ROLE_OF |= {"observation": "tool", "function": "tool", "prompter": "user", "model": "assistant"}

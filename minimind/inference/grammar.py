@@ -172,7 +172,7 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text that the grammar dictates, to the byte."""
-        [ids] = self._tokenizer.encode_sections([(text, "middle")])
+        [ids] = self._tokenizer.encode_segments([(text, "inline")])
         wanted = text.encode()
         if b"".join(self.tokens[i] for i in ids) == wanted:
             return ids

@@ -1,4 +1,11 @@
-"""Grouped-query causal self-attention (Vaswani et al. 2017; Ainslie et al. 2023)."""
+"""Grouped-query causal self-attention (Vaswani et al. 2017; Ainslie et al. 2023).
+
+Shapes: B sequences, T queries (new tokens), S keys (cached and new tokens), H query heads,
+K key/value heads, D head_dim; H is a multiple of K. During training S = T.
+
+`scaled_dot_product_attention` accepts any boolean mask but then cannot use FlashAttention; see
+`transformer.py` on packed sequences for the lengths where a dense mask stops being a good choice.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,46 +14,53 @@ from torch import Tensor, nn
 from minimind.config.model import ModelConfig
 from minimind.model.kv_cache import KVCache
 from minimind.model.norm import RMSNorm
-from minimind.model.rope import rotate
+from minimind.model.rope import apply_rotary
 
-_PLAIN_UP_TO = 256  # tokens a window, on a CPU
-_QUERIES = 128  # at once on a CPU: what lies in the future is not computed
+_PLAIN_MAX_LENGTH = 256  # tokens per sequence up to which a CPU trains with `_plain_attention`
+_QUERY_BLOCK = 128  # queries per block there: most keys in a block's future are never computed
 
 
 class Attention(nn.Module):
-    """B sequences, T tokens, H query heads, K key/value heads, D wide each."""
+    """Projections, optional QK-norm, rotary embedding and scaled dot-product attention."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.scale = config.attention_multiplier  # of the scores; None = 1 / sqrt(head_dim)
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        """x: [B, T, hidden]; mask: [B or 1, 1, T, S] True where a query may look, None = causal."""
+        """Attend from x to itself and to the cached tokens: [B, T, hidden] -> [B, T, hidden].
+
+        cos, sin: [B or 1, T, 1, D], or without the batch dimension. mask: [B or 1, 1, T, S], True
+        where a query may attend to a key; None = causal.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
+        # q [B, T, H, D]; k, v [B, T, K, D]
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        q, k = apply_rotary(q, cos, sin).to(v.dtype), apply_rotary(k, cos, sin).to(v.dtype)
+        # q [B, H, T, D]; k, v [B, K, T, D]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        one = q.shape[2] == 1  # while decoding: copies would cost more than the attention itself
-        if not one:
+            k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
+        is_decoding = q.shape[2] == 1
+        if not is_decoding:  # repeating keys costs more than attention itself when T = 1
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            # k, v [B, H, S, D]
         trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-        if trains_on_cpu and 1 < q.shape[2] <= _PLAIN_UP_TO:
+        if trains_on_cpu and 1 < q.shape[2] <= _PLAIN_MAX_LENGTH:
             out = _plain_attention(q, k, v, mask, self.scale or self.head_dim**-0.5)
         else:
             out = F.scaled_dot_product_attention(
@@ -54,27 +68,27 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=mask is None and not one,
+                is_causal=mask is None and not is_decoding,
                 scale=self.scale,
-                enable_gqa=one,
+                enable_gqa=is_decoding,
             )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D]
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The textbook formula, some queries at a time against the keys up to theirs.
+    """Compute softmax(q k^T * scale) v in blocks of queries; q, k, v and the result [B, H, T, D].
 
-    For short training windows on a CPU that is faster than torch's fused kernel;
-    benchmarks/records/cpu-kernels.md has the figures.
+    For short training sequences on a CPU this is faster than PyTorch's fused kernel:
+    benchmarks/records/cpu-kernels.md.
     """
     length = q.shape[2]
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
-    hidden, q, least = ~mask, q * scale, torch.finfo(q.dtype).min
-    parts = []
-    for start in range(0, length, _QUERIES):
-        here = slice(start, min(start + _QUERIES, length))
-        scores = q[:, :, here] @ k[:, :, : here.stop].transpose(-1, -2)
-        scores = scores.masked_fill_(hidden[:, :, here, : here.stop], least)
-        parts.append(scores.softmax(-1, dtype=v.dtype) @ v[:, :, : here.stop])
-    return torch.cat(parts, dim=2)
+    masked_out, q, lowest = ~mask, q * scale, torch.finfo(q.dtype).min
+    blocks = []
+    for start in range(0, length, _QUERY_BLOCK):
+        block = slice(start, min(start + _QUERY_BLOCK, length))
+        scores = q[:, :, block] @ k[:, :, : block.stop].transpose(-1, -2)  # [B, H, block, keys]
+        scores = scores.masked_fill_(masked_out[:, :, block, : block.stop], lowest)
+        blocks.append(scores.softmax(-1, dtype=v.dtype) @ v[:, :, : block.stop])
+    return torch.cat(blocks, dim=2)

@@ -1,4 +1,4 @@
-"""Which device to work on, and how much memory it has free."""
+"""Choice of the device, and its free memory."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from minimind.errors import ResourceError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU.
+    """Return the device of this name; `auto` prefers CUDA, then Apple's MPS, then the CPU.
 
-    Raises ResourceError for a device that is not there.
+    Raises ResourceError for an unknown or unavailable device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -20,24 +20,24 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ResourceError(
-            f"device {name!r} is not known; use auto, cpu, cuda, cuda:1, … or mps"
+            f"unknown device {name!r}; use auto, cpu, cuda, cuda:1, … or mps"
         ) from None
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available() and not device.index,
     }
-    if not there.get(device.type, False):
-        found = [kind for kind, is_there in there.items() if is_there]
+    if not available.get(device.type, False):
+        names = [kind for kind, is_available in available.items() if is_available]
         raise ResourceError(
-            f"device {name} is not there; this machine has: {', '.join(found)} "
+            f"device {name} is not available; this machine has: {', '.join(names)} "
             f"({torch.cuda.device_count()} CUDA devices). Use --device auto"
         )
     return device
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself: elsewhere it is slower than float32."""
+    """True if the hardware multiplies bfloat16 natively; emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -45,14 +45,14 @@ def multiplies_bf16(device: torch.device) -> bool:
             torch.backends.mkldnn.is_available()
             and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         ):
-            return False  # ONEDNN_MAX_CPU_ISA, for one, keeps it from using what is there
+            return False  # for example because ONEDNN_MAX_CPU_ISA disables it
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return False
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on the device, None where the system does not tell."""
+    """Return the free memory of the device in bytes, None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -60,7 +60,7 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
-    try:  # a container may be allowed less; what it caches of files can be given back
+    try:  # the limit of a container; its page cache counts as free
         group = Path("/sys/fs/cgroup")
         limit, used = ((group / f"memory.{x}").read_text("ascii") for x in ("max", "current"))
         stat = (group / "memory.stat").read_text("ascii").splitlines()

@@ -1,12 +1,15 @@
-"""The mixture of experts: feed-forward layers of which each token uses only some.
+"""Mixture of experts: feed-forward layers of which each token uses only a few.
 
-Shared experts that every token uses and routed ones that a router chooses (Dai et al. 2024,
-DeepSeekMoE), computed and named as transformers' GraniteMoeShared class does, so that what is in
-memory is what is on disk. N tokens, E experts, K of them chosen for each token.
+Shared experts process every token; a router chooses a few routed experts per token (Dai et al.
+2024, DeepSeekMoE). Computation and parameter names are those of transformers' GraniteMoeShared
+class, so that a state dict can be saved as it is.
 
-That class has no bias on its router, so balancing without an auxiliary loss, which needs one
-(Wang et al. 2024), could not be written to disk; experts are balanced by a loss instead:
-minimind/training/objectives/balance.py.
+That class has no bias on its router. Balancing without an auxiliary loss needs one (Wang et al.
+2024) and could not be saved, so experts are balanced by an auxiliary loss:
+`minimind/training/objectives/balance.py`.
+
+Shapes: B sequences, T tokens per sequence, N = B * T tokens, E routed experts, K experts chosen
+per token, R = N * K rows (one per pair of token and chosen expert), `inner` the width of an expert.
 """
 
 from dataclasses import dataclass, field
@@ -17,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
-from minimind.model.rows import padding_to_multiple
+from minimind.model.padding import padding_to_multiple
 
-_MANY = 64  # rows from which on their number is rounded
+_MAX_UNPADDED_ROWS = 64
 
 
 @dataclass
 class Routing:
-    """What the routers decide in a forward pass, collected by whoever passes one to it.
+    """Decisions of the routers in one forward pass, one tensor per layer.
 
-    A tensor a layer, first layer first. logits: [B, T, E] float32; chosen: [B, T, K] int64.
+    logits: [B, T, E] float32. chosen: [B, T, K] int64 expert indices.
     """
 
     logits: list[Tensor] = field(default_factory=list)
@@ -34,7 +37,7 @@ class Routing:
 
 
 class SharedExperts(nn.Module):
-    """The experts of every token, side by side as one SwiGLU layer: [..., hidden] -> the same."""
+    """Experts of every token, computed as one SwiGLU layer: [..., hidden] -> [..., hidden]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,11 +46,11 @@ class SharedExperts(nn.Module):
         self.output_linear = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_linear(_gated(self.input_linear(x)))
+        return self.output_linear(_swiglu(self.input_linear(x)))
 
 
 class RoutedExperts(nn.Module):
-    """The K experts that the router likes best for each token: [B, T, hidden] -> the same."""
+    """Router and the K experts it chooses for each token: [B, T, hidden] -> [B, T, hidden]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,16 +65,16 @@ class RoutedExperts(nn.Module):
         self.output_linear = ExpertMatrices(experts, hidden, inner)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        logits = self.router(x)
-        best, chosen = logits.topk(self.num_chosen, dim=-1)
+        logits = self.router(x)  # [B, T, E]
+        top_logits, chosen = logits.topk(self.num_chosen, dim=-1)  # [B, T, K] each
         if routing is not None:
             routing.logits.append(logits)
             routing.chosen.append(chosen)
-        weights = best.softmax(-1).to(x.dtype)
+        weights = top_logits.softmax(-1).to(x.dtype)
         out = moe(
-            x.flatten(0, 1),
-            chosen.flatten(0, 1),
-            weights.flatten(0, 1),
+            x.flatten(0, 1),  # [N, hidden]
+            chosen.flatten(0, 1),  # [N, K]
+            weights.flatten(0, 1),  # [N, K]
             self.input_linear.weight,
             self.output_linear.weight,
         )
@@ -79,7 +82,10 @@ class RoutedExperts(nn.Module):
 
 
 class Router(nn.Module):
-    """[..., hidden] -> logits [..., E] in float32: a choice turns on small differences."""
+    """Linear router: [..., hidden] -> logits [..., E], in float32 even under autocast.
+
+    Small differences between logits decide which expert is chosen.
+    """
 
     def __init__(self, hidden: int, experts: int) -> None:
         super().__init__()
@@ -91,134 +97,135 @@ class Router(nn.Module):
 
 
 class ExpertMatrices(nn.Module):
-    """A matrix for each expert: weight [E, out, in]."""
+    """One weight matrix per expert: `weight` [E, out, in]."""
 
-    def __init__(self, experts: int, out: int, into: int) -> None:
+    def __init__(self, experts: int, out_features: int, in_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, out, into))
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
 
 
 def moe_reference(
     x: Tensor, chosen: Tensor, weights: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
-    """What `routed` computes, as the definition has it; E / K times as much work.
+    """Compute `moe` straight from its definition; E / K times as much work.
 
-    Every expert reads every token, and counts as much as the router says: mostly nothing.
+    Every expert processes every token. Its output is multiplied by the router's weight, which is
+    0 where the expert was not chosen.
     """
     out = torch.zeros_like(x)
-    for expert, (into, back) in enumerate(zip(input_weight, output_weight, strict=True)):
-        share = (weights * (chosen == expert)).sum(-1, keepdim=True)
-        out = out + F.linear(_gated(F.linear(x, into)), back) * share
+    for expert, (w_in, w_out) in enumerate(zip(input_weight, output_weight, strict=True)):
+        weight = (weights * (chosen == expert)).sum(-1, keepdim=True)  # [N, 1]
+        out = out + F.linear(_swiglu(F.linear(x, w_in)), w_out) * weight
     return out
 
 
 def moe(
     x: Tensor, chosen: Tensor, weights: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
-    """The chosen experts' outputs [N, hidden], weighted and added up.
+    """Return the weighted sum of each token's chosen experts, [N, hidden].
 
-    x: [N, hidden]; chosen: [N, K] int64; weights: [N, K]; input_weight: [E, 2 * inner, hidden], a
-    gate above what it lets through; output_weight: [E, hidden, inner].
+    x: [N, hidden]. chosen: [N, K] int64. weights: [N, K]. input_weight: [E, 2 * inner, hidden],
+    gate projection above up projection. output_weight: [E, hidden, inner].
 
-    Tokens are sorted by expert, so that each expert reads its own as one matrix and no token is
-    dropped, however uneven the experts' shares are.
+    Rows are sorted by expert, so that each expert computes one matrix product over its own rows.
+    No token is dropped, however unbalanced the experts are.
     """
     num_chosen = chosen.shape[1]
-    chosen, places = chosen.sort(dim=-1)  # added up in the order of the experts
-    weights = weights.gather(-1, places)
-    by_expert, order = chosen.flatten().sort(stable=True)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    rows = _Rows.apply(x, order, back, num_chosen)
-    if _has_grouped_products(x.device, output_weight):
-        rows = moe_grouped_mm(rows, by_expert, input_weight, output_weight)
+    chosen, ranks = chosen.sort(dim=-1)  # a token's outputs are summed in the order of experts
+    weights = weights.gather(-1, ranks)
+    row_experts, order = chosen.flatten().sort(stable=True)  # [R] each
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    rows = _Permute.apply(x, order, inverse, num_chosen)  # [R, hidden], sorted by expert
+    if _supports_grouped_mm(x.device, output_weight):
+        rows = moe_grouped_mm(rows, row_experts, input_weight, output_weight)
     else:
-        rows = moe_loop(rows, by_expert, input_weight, output_weight)
-    rows = _Rows.apply(rows, back, order, 1).unflatten(0, (-1, num_chosen))
+        rows = moe_loop(rows, row_experts, input_weight, output_weight)
+    rows = _Permute.apply(rows, inverse, order, 1)  # [R, hidden], in the order of tokens
+    rows = rows.unflatten(0, (-1, num_chosen))  # [N, K, hidden]
     return (rows * weights.unsqueeze(-1)).sum(1)
 
 
-def _has_grouped_products(device: torch.device, output_weight: Tensor) -> bool:
-    """Torch's need NVIDIA's Ampere or later, and rows that begin at multiples of 16 bytes."""
+def _supports_grouped_mm(device: torch.device, output_weight: Tensor) -> bool:
+    """True if `grouped_mm` works: NVIDIA Ampere or later, and rows aligned to 16 bytes."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return all(size % 8 == 0 for size in output_weight.shape[1:])
 
 
 def moe_loop(
-    rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor
+    rows: Tensor, row_experts: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
-    """SwiGLU of rows sorted by expert, an expert after the other.
+    """Apply each expert's SwiGLU to its rows in a loop over experts.
 
-    Their number has to be known here, which on a GPU would mean to wait for it: see `grouped`.
+    rows: [R, hidden], sorted by expert. row_experts: [R], the expert of each row. The loop needs
+    the row counts on the host, which would sync a GPU; `moe_grouped_mm` does not.
     """
-    counts = by_expert.bincount(minlength=len(input_weight)).tolist()
-    parts = [
-        F.linear(_gated(F.linear(_rounded(mine), into)), back)[: len(mine)]
-        for mine, into, back in zip(
+    counts = row_experts.bincount(minlength=len(input_weight)).tolist()
+    outputs = [
+        F.linear(_swiglu(F.linear(_padded(expert_rows), w_in)), w_out)[: len(expert_rows)]
+        for expert_rows, w_in, w_out in zip(
             rows.split(counts), input_weight.unbind(), output_weight.unbind(), strict=True
         )
-        if len(mine)
+        if len(expert_rows)
     ]
-    return torch.cat(parts)
+    return torch.cat(outputs)
 
 
-def _rounded(rows: Tensor) -> Tensor:
-    """With rows of zeros up to a round number, once there are many.
-
-    An expert has another number of tokens each time.
-    """
-    short = padding_to_multiple(len(rows)) if len(rows) > _MANY else 0
-    return F.pad(rows, (0, 0, 0, short)) if short else rows
+def _padded(rows: Tensor) -> Tensor:
+    """Pad more than 64 rows with zeros to a multiple of 64: an expert's row count varies."""
+    padding = padding_to_multiple(len(rows)) if len(rows) > _MAX_UNPADDED_ROWS else 0
+    return F.pad(rows, (0, 0, 0, padding)) if padding else rows
 
 
 def moe_grouped_mm(
-    rows: Tensor, by_expert: Tensor, input_weight: Tensor, output_weight: Tensor
+    rows: Tensor, row_experts: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
-    """The same with two products over all experts, whose borders never leave the device.
+    """Compute `moe_loop` with two grouped matrix products; row counts stay on the device.
 
-    That holds for bf16 from NVIDIA's Hopper on; in other numbers and on older devices torch itself
-    waits for the borders, once a product.
+    This holds for bf16 on NVIDIA Hopper and later. For other dtypes and older devices, PyTorch
+    itself syncs once per product.
     """
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     experts = torch.arange(len(input_weight), device=rows.device)
-    ends = torch.searchsorted(by_expert, experts, right=True).int()
-    inner = _gated(_GroupedProduct.apply(rows.to(dtype), input_weight.to(dtype), ends))
-    out: Tensor = _GroupedProduct.apply(inner, output_weight.to(dtype), ends)
+    ends = torch.searchsorted(row_experts, experts, right=True).int()  # [E]
+    inner = _swiglu(_GroupedMM.apply(rows.to(dtype), input_weight.to(dtype), ends))
+    out: Tensor = _GroupedMM.apply(inner, output_weight.to(dtype), ends)
     return out
 
 
-def _gated(x: Tensor) -> Tensor:
-    """[..., 2 * inner] -> [..., inner]: the first half decides how much of the second passes."""
+def _swiglu(x: Tensor) -> Tensor:
+    """Multiply the second half of the features by SiLU of the first: [..., 2 * n] -> [..., n]."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-class _Rows(torch.autograd.Function):
-    """Row order[i] // copies of x [N, width] as row i; `back` is the inverse of `order`.
+class _Permute(torch.autograd.Function):
+    """Gather rows of x [rows, width]: output row i is row order[i] // copies.
 
-    The gradient is picked up in the same way, where torch's own would add row by row: slow on a
-    CPU, and on a GPU in no fixed order.
+    `inverse` is the inverse permutation of `order`. The gradient is gathered too. PyTorch's own
+    backward would scatter-add row by row, which is slow on a CPU and nondeterministic on a GPU.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(back)
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
         ctx.copies = copies
         return x.index_select(0, order // copies if copies > 1 else order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        grad = grads[0].index_select(0, back)
+        (inverse,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, inverse)
         return grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
 
 
-class _GroupedProduct(torch.autograd.Function):
-    """rows [n, in], sorted by expert, times each expert's weight.T of [E, out, in] -> [n, out].
+class _GroupedMM(torch.autograd.Function):
+    """Multiply rows [R, in], sorted by expert, by each expert's weight: -> [R, out].
 
-    Of an expert without a token torch leaves the gradient's memory as it finds it on some devices
-    (pytorch issue 172439), so that this does not lean on torch's own backward.
+    weight: [E, out, in]. ends: [E], the end of each expert's rows. On some devices PyTorch's own
+    backward leaves the weight gradient of an expert without rows uninitialized (pytorch issue
+    172439), so the backward is written out and sets it to zero.
     """
 
     @staticmethod
@@ -230,7 +237,7 @@ class _GroupedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
-        weight_grad = F.grouped_mm(grad.mT, rows, offs=ends)
-        idle = ends.diff(prepend=ends.new_zeros(1)) == 0
-        weight_grad = weight_grad.masked_fill(idle[:, None, None], 0.0)
+        weight_grad = F.grouped_mm(grad.mT, rows, offs=ends)  # [E, out, in]
+        has_no_rows = ends.diff(prepend=ends.new_zeros(1)) == 0  # [E]
+        weight_grad = weight_grad.masked_fill(has_no_rows[:, None, None], 0.0)
         return F.grouped_mm(grad, weight, offs=ends), weight_grad, None

@@ -7,7 +7,7 @@ from minimind.config.model import ModelConfig
 
 
 class FeedForward(nn.Module):
-    """[..., hidden] -> [..., hidden]."""
+    """SwiGLU: down(SiLU(gate(x)) * up(x)), [..., hidden] -> [..., hidden]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One fingerprint of a model for everything that depends on its files."""
+"""Fingerprint of a model's files, for caches and results that depend on them."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ _SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def fingerprint(*directories: Path) -> str:
-    """Return the SHA-256 of the names and whole contents of the files of model directories."""
+    """Return the SHA-256 over names and contents of the model files in `directories`."""
     digest = hashlib.sha256()
     for directory in directories:
         for path in sorted(directory.iterdir()):

@@ -1,4 +1,4 @@
-"""Keys and values of what a model has already read, so that decoding reads each token once."""
+"""KV cache: keys and values of past tokens, so that decoding computes each token only once."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,11 @@ from minimind.config.model import ModelConfig
 
 
 class KVCache:
-    """Room for `max_length` tokens of `batch` sequences of equal length, allocated once.
+    """Keys and values of up to `max_length` tokens of `batch` sequences of equal length.
 
-    keys, values: [layers, batch, kv_heads, max_length, head_dim].
+    Shapes: L layers, B sequences, K key/value heads, S positions, D head_dim; `keys` and `values`
+    are [L, B, K, S, D], allocated once for S = max_length. The inference engine, whose sequences
+    differ in length, has its own cache: `inference/batched_model.py`.
     """
 
     def __init__(
@@ -28,12 +30,12 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [batch, kv_heads, T, head_dim] of one layer; all there is of that layer so far.
+        """Store new keys and values [B, K, T, D] of one layer; return all of that layer so far.
 
-        The length moves on when the last layer has stored its part.
+        `length` advances when the last layer has stored its part.
         """
         end = self.length + keys.shape[2]
-        assert end <= self.keys.shape[3], "the cache is full"
+        assert end <= self.keys.shape[3], "the KV cache is full"
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         if layer == self.keys.shape[0] - 1:
@@ -41,5 +43,5 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences `rows` alone."""
+        """Keep only the sequences with the indices `rows`."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Scales [..., width] to a root mean square of 1, then by a learned weight, in float32.
+    """Divide [..., width] by its root mean square, then multiply by a weight, in float32.
 
-    Under autocast what comes out is in the lower precision, in which it is used next.
+    The result has the dtype of the input; under autocast, the autocast dtype.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -29,16 +29,16 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm_cpu(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x [..., width] with a root mean square of 1, what it was multiplied by [..., 1])."""
+    """Return (normalized x [..., width], the factors 1 / RMS [..., 1])."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale, scale
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """The same in fewer passes over memory: torch puts it together from small steps on a CPU.
+    """RMSNorm in fewer passes over memory than `F.rms_norm`, which is not fused on a CPU.
 
-    Measured forward and backward on [8192, 512], 2 cores: 22 ms against 41.
+    Forward and backward of [8192, 512] on 2 cores: 22 ms instead of 41.
     """
 
     @staticmethod
@@ -53,5 +53,5 @@ class _RMSNormOnCPU(torch.autograd.Function):
         grad = grads[0].float()
         weight_grad = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.addcmul_(normed, along, value=-1).mul_(scale), weight_grad, None, None
+        projection = (grad * normed).mean(-1, keepdim=True)  # [..., 1]
+        return grad.addcmul_(normed, projection, value=-1).mul_(scale), weight_grad, None, None

@@ -1,7 +1,15 @@
-"""The decoder: token embedding, layers of attention and feed-forward, and a tied head.
+"""The decoder-only transformer: token embedding, layers, final norm, tied output head.
 
-Parameters are named as Hugging Face's Llama, Qwen3 and GraniteMoeShared classes name them, so that
-what is in memory is what is on disk.
+Parameters have the names of Hugging Face's Llama, Qwen3 and GraniteMoeShared classes, so that a
+state dict can be saved as it is.
+
+Shapes: B sequences per batch, T new tokens per sequence, S keys (cached and new), D head_dim;
+`hidden` is the width of the residual stream, `vocab` the vocabulary size.
+
+Packed batches (several conversations per sequence) use a dense [B, 1, T, T] attention mask. It is
+simple and right at the lengths of our recipes: 256 KiB per sequence at T = 512. It grows with T^2
+and rules out FlashAttention kernels; for several thousand tokens on a GPU,
+variable-length attention (`cu_seqlens`) or FlexAttention is the better choice.
 """
 
 import torch
@@ -21,9 +29,10 @@ _INIT_STD = 0.02
 
 
 class Layer(nn.Module):
-    """Attention, then feed-forward, each behind a norm and added to the residual stream.
+    """Pre-norm attention and feed-forward, each added to the residual stream.
 
-    Feed-forward is one for all tokens, or routed experts and as a rule shared ones.
+    The feed-forward part is one dense layer, or a mixture of experts: routed experts and, in most
+    models, shared ones.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -45,10 +54,11 @@ class Layer(nn.Module):
         cache: KVCache | None,
         routing: Routing | None,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        x = x + _times(attended, self.residual_multiplier)
-        fed = self._feed_forward(self.post_attention_layernorm(x), routing)
-        return x + _times(fed, self.residual_multiplier)
+        """Map [B, T, hidden] to the same shape; the other arguments are those of `Attention`."""
+        attention = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + _scaled(attention, self.residual_multiplier)
+        feed_forward = self._feed_forward(self.post_attention_layernorm(x), routing)
+        return x + _scaled(feed_forward, self.residual_multiplier)
 
     def _feed_forward(self, x: Tensor, routing: Routing | None) -> Tensor:
         if self.block_sparse_moe is None:
@@ -59,7 +69,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the head."""
+    """Embedding, layers and final norm: all of the model except the output head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,47 +79,48 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model over `config.vocab_size` tokens. B sequences of T tokens."""
+    """A causal language model over `config.vocab_size` tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        # Untied heads come with models made elsewhere; ours are tied.
+        # The models trained here tie the head to the embedding; imported models may not.
         self.lm_head = (
             None
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.activation_checkpointing = False  # in training; Chen et al. 2016, section 3
+        # Recompute activations in the backward pass (Chen et al. 2016, section 3).
+        self.activation_checkpointing = False
         self._rope: Tensor | None = None
-        self._initialise()
+        self._init_weights()
 
-    def _initialise(self) -> None:
-        """Normal weights; those that write to the residual stream smaller (GPT-2, section 2.3)."""
-        shrink = (2 * self.config.num_hidden_layers) ** -0.5
+    def _init_weights(self) -> None:
+        """Draw normal weights, with a smaller std for residual projections (GPT-2, section 2.3)."""
+        residual_std = _INIT_STD * (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
-                writes = name.endswith(
+                is_residual = name.endswith(
                     ("o_proj.weight", "down_proj.weight", "output_linear.weight")
                 )
-                nn.init.normal_(parameter, std=_INIT_STD * (shrink if writes else 1.0))
+                nn.init.normal_(parameter, std=residual_std if is_residual else _INIT_STD)
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocab, hidden]."""
+        """Weight of the output head, [vocab, hidden]."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that take part in each token: of the routed experts, those that it uses."""
+        """Number of parameters used per token: all but the routed experts that are not chosen."""
         config = self.config
-        everything = sum(parameter.numel() for parameter in self.parameters())
+        total = sum(parameter.numel() for parameter in self.parameters())
         if not config.num_local_experts:
-            return everything
-        idle = config.num_local_experts - config.num_experts_per_tok
-        of_an_expert = 3 * config.hidden_size * config.intermediate_size
-        return everything - config.num_hidden_layers * idle * of_an_expert
+            return total
+        num_inactive = config.num_local_experts - config.num_experts_per_tok
+        expert_size = 3 * config.hidden_size * config.intermediate_size
+        return total - config.num_hidden_layers * num_inactive * expert_size
 
     def forward(
         self,
@@ -119,74 +130,81 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, hidden] after the last norm, ready for the head.
+        """Return the hidden states [B, T, hidden] after the final norm: the input of `logits`.
 
-        tokens: [B, T] int64. segments: [B, T], a number for each conversation packed into
-        a window, rising along it: attention and positions stop at its borders. cache: what was
-        read before; `tokens` go on from there. routing: collects what the routers decide.
+        tokens: [B, T] int64. segments: [B, T], for packed training batches: the number of each
+        token's conversation, non-decreasing along T; attention and positions restart at each
+        conversation. cache: keys and values of the tokens before these; it is appended to.
+        routing: collects the decisions of the routers.
         """
+        length = tokens.shape[1]
         past = cache.length if cache is not None else 0
-        mask, positions = None, torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        lengths = None
+        positions = torch.arange(past, past + length, device=tokens.device)  # [T]
+        mask, segment_lengths = None, None
         if segments is not None:
-            assert cache is None, "packed windows are for training"
-            mask = _causal_mask(tokens.shape[1], 0, tokens.device)[None, None] & (
+            assert cache is None, "packed sequences are for training"
+            mask = _causal_mask(length, 0, tokens.device)[None, None] & (
                 segments[:, None, :, None] == segments[:, None, None, :]
-            )
-            positions, lengths = _places_in(segments)
-        elif past and tokens.shape[1] > 1:
-            mask = _causal_mask(tokens.shape[1], past, tokens.device)[None, None]
-        cos, sin = self.rope(positions, past + tokens.shape[1], lengths).unsqueeze(-2)
-        x = _times(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
+            )  # [B, 1, T, T]
+            positions, segment_lengths = _segment_positions(segments)  # [B, T] each
+        elif past and length > 1:
+            mask = _causal_mask(length, past, tokens.device)[None, None]  # [1, 1, T, S]
+        table = self.rope(positions, past + length, segment_lengths)  # [2, (B,) T, D]
+        cos, sin = table.unsqueeze(-2)  # [(B,) T, 1, D] each: the same for all heads
+        x = _scaled(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
         for layer in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, cache, routing, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask, cache, routing)
-        # Scaled here and not in the logits, which losses make for themselves, a few at a time.
-        return _times(self.model.norm(x), 1 / self.config.logits_scaling)
+        # Scaled here instead of in `logits`: the losses compute their logits in chunks themselves.
+        return _scaled(self.model.norm(x), 1 / self.config.logits_scaling)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocab]."""
+        """Apply the output head: [..., hidden] -> [..., vocab]."""
         return F.linear(hidden, self.head_weight)
 
     def extend_context(self, context: int, kind: RopeKind | None = None) -> None:
-        """Read `context` tokens from now on. Raises ModelError when the model is stretched already.
+        """Extend the context to `context` tokens by RoPE scaling, in place.
 
-        kind: None = the best that was measured. Within the model's own context nothing changes.
+        kind: None selects the method that measured best. A context within the model's own changes
+        nothing. Raises ModelError when the context has been extended before.
         """
         self.config, self._rope = extend_context(self.config, context, kind), None
 
     def rope(self, positions: Tensor, length: int, lengths: Tensor | None = None) -> Tensor:
-        """Cosines and sines [2, ..., head_dim] at `positions` of texts of `length` tokens so far.
+        """Return the cosines and sines [2, ..., D] of the rotary embedding at `positions` [...].
 
-        lengths: [...], of the text that each position is in, where several make up `length`.
-        A table serves for as much of the context as is used: config.json may promise any length.
+        length: tokens of the sequence so far. lengths: [...], tokens of each position's own
+        segment in a packed sequence. Only dynamic scaling depends on them. Otherwise one cached
+        table is indexed; it grows with the length in use, because config.json may promise a
+        context of any length.
         """
         config, device = self.config, positions.device
         if depends_on_length(config, length):
             return rope_table(config, positions, length if lengths is None else lengths)
         if self._rope is None or self._rope.device != device or self._rope.shape[1] < length:
             size = min(max(512, 1 << (length - 1).bit_length()), config.max_position_embeddings)
-            with torch.inference_mode(False):  # training may go on with it
+            with torch.inference_mode(False):  # a later training step may use the same table
                 self._rope = rope_table(config, torch.arange(size), length).to(device)
         return self._rope[:, positions]
 
 
-def _times(x: Tensor, factor: float) -> Tensor:
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """Multiply by `factor`; a factor of 1, the usual case, costs nothing."""
     return x if factor == 1.0 else x * factor
 
 
 def _causal_mask(length: int, past: int, device: torch.device) -> Tensor:
-    """[length, past + length], True where a query may look."""
+    """Mask [length, past + length] that is True where a query may attend to a key."""
     return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
 
 
-def _places_in(segments: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, T] -> each token's position in its segment, and how long that is, each [B, T]."""
+def _segment_positions(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's position within its segment and that segment's length, both [B, T]."""
     width = segments.shape[1]
-    places = torch.arange(width, device=segments.device).expand_as(segments)
-    borders = segments[:, 1:] != segments[:, :-1]
-    starts = torch.where(F.pad(borders, (1, 0), value=True), places, 0).cummax(dim=1).values
-    ends = torch.where(F.pad(borders, (0, 1), value=True), places + 1, width)
-    return places - starts, ends.flip(1).cummin(dim=1).values.flip(1) - starts
+    indices = torch.arange(width, device=segments.device).expand_as(segments)
+    borders = segments[:, 1:] != segments[:, :-1]  # [B, T - 1]
+    starts = torch.where(F.pad(borders, (1, 0), value=True), indices, 0).cummax(dim=1).values
+    ends = torch.where(F.pad(borders, (0, 1), value=True), indices + 1, width)
+    return indices - starts, ends.flip(1).cummin(dim=1).values.flip(1) - starts

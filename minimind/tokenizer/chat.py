@@ -1,45 +1,36 @@
-"""The chat format, in the one place that knows it.
+"""Conversations to token ids and loss masks.
 
-    <|im_start|>role
-    content<|im_end|>
+Messages are encoded piece by piece: control tokens as ids, everything else as plain text. So no
+message can contain a control token. `CHAT_TEMPLATE`, which is saved for other programs, renders
+to the same ids with two exceptions:
 
-Messages are encoded piece by piece: control tokens by their ids, all else as plain text, so that
-nobody can write a control token. The template that is stored for other programs renders to the
-same ids, with two exceptions. Control tokens spelt in a message are text here and control tokens
-there. And an answer that begins with a blank line is kept apart from the "assistant\\n" before it
-(where a string would join their line breaks into one token), because a model that is prompted
-with "assistant\\n" must have been trained on exactly that.
+- A control token spelled out in a message is text here, and a control token there.
+- An answer that begins with a blank line is encoded separately from the "assistant\\n" before it.
+  A rendered string would merge their line breaks into one token, but a model that is prompted with
+  "assistant\\n" must be trained on exactly these ids.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 
 from minimind.errors import TokenizerError
-from minimind.tokenizer.bpe import IM_END, IM_START, Tokenizer
-from minimind.tokenizer.template import Run
+from minimind.tokenizer.format import ASSISTANT, IM_END, IM_START, ROLES
+from minimind.tokenizer.template import TextSegment
+from minimind.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
-EncodedChat = tuple[list[int], list[int]]  # ids, and 1 for each that the model is to produce
-
-ROLES = ("system", "user", "assistant", "tool")
-_ANSWERS = "assistant"
+EncodedChat = tuple[list[int], list[int]]  # ids, and the loss mask: 1 on supervised tokens
 
 _NO_FORMAT = (
-    f"the model's tokenizer has no chat template, nor {IM_START} and {IM_END} for ours, so it "
-    "cannot chat or be fine-tuned on conversations; `minimind pretrain` and `generate` need none. "
-    "Put its chat_template.jinja into its directory if there is one"
-)
-
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    f"{{{{- '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n' -}}}}"
-    "{%- endfor -%}"
-    f"{{%- if add_generation_prompt -%}}{{{{- '{IM_START}{_ANSWERS}\\n' -}}}}{{%- endif -%}}"
+    f"the model's tokenizer has no chat template, nor the tokens {IM_START} and {IM_END} of ours, "
+    "so the model cannot chat or be fine-tuned on conversations. `minimind pretrain` and "
+    "`minimind generate` work without one. If the model has a chat_template.jinja, put it into its "
+    "directory"
 )
 
 
 def validate_messages(messages: Sequence[Message]) -> None:
-    """Raise ValueError with the reason why `messages` are not a conversation."""
+    """Raise ValueError, with the reason, if `messages` are not a valid conversation."""
     if not messages:
         raise ValueError("there are no messages")
     for number, message in enumerate(messages, 1):
@@ -48,20 +39,20 @@ def validate_messages(messages: Sequence[Message]) -> None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(
-                f"message {number} has the role {role!r}; known are {', '.join(ROLES)}"
+                f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}"
             )
         if not isinstance(content, str):
-            raise ValueError(f"message {number} ({role}) has no text as its content")
+            raise ValueError(f"message {number} ({role}): content is not text")
 
 
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> EncodedChat:
-    """(ids, mask): the mask is 1 on what the model is to produce, each answer and its end.
+    """Encode a conversation; the loss mask is 1 on each answer and the token that ends it.
 
-    In a format made elsewhere not on answers that stand after another opening than a prompt's.
-    Raises ValueError for bad messages, and TokenizerError for what the model's own chat format
-    has no place for.
+    In a third-party chat format, answers that do not follow the generation prompt are masked out.
+    Raises ValueError for invalid messages, TokenizerError for a conversation that the model's chat
+    template does not accept.
     """
     if tokenizer.template:
         validate_messages(messages)
@@ -70,8 +61,8 @@ def encode_chat(
         )[0]
     [(ids, mask)] = encode_chats(tokenizer, [messages])
     if add_generation_prompt:
-        opening = _head(tokenizer, _ANSWERS)
-        return ids + opening, mask + [0] * len(opening)
+        header = _header(tokenizer, ASSISTANT)
+        return ids + header, mask + [0] * len(header)
     return ids, mask
 
 
@@ -81,10 +72,9 @@ def encode_chats(
     *,
     unsupervised: Iterable[Container[int]] | None = None,
 ) -> list[EncodedChat]:
-    """`encode_chat` for many conversations, on all cores, with the same errors.
+    """Encode many conversations on all cores. Raises the errors of `encode_chat`.
 
-    `unsupervised`: the messages of each conversation (numbers from 0) that are no answers to
-    learn from: the mask is 0 on them.
+    unsupervised: for each conversation, the indices of messages whose loss mask is 0.
     """
     conversations = list(conversations)
     for messages in conversations:
@@ -96,26 +86,29 @@ def encode_chats(
     if not tokenizer.has_chat_tokens:
         raise TokenizerError(_NO_FORMAT)
     texts = iter(tokenizer.encode_batch([_text(m) for messages in conversations for m in messages]))
-    answer_head, line_end = _head(tokenizer, _ANSWERS), tokenizer.encode("\n")
+    header, line_end = _header(tokenizer, ASSISTANT), tokenizer.encode("\n")
     return [
-        _join(tokenizer, messages, texts, answer_head, line_end, excluded)
+        _join(tokenizer, messages, texts, header, line_end, excluded)
         for messages, excluded in zip(conversations, unsupervised or repeat(()), strict=False)
     ]
 
 
 def unsupported_reason(tokenizer: Tokenizer, messages: Sequence[Message]) -> str | None:
-    """Why a conversation is none to learn from in the model's own chat format; in ours all are."""
+    """Return why a conversation cannot be trained on in a third-party chat format, or None.
+
+    Our own format supports every conversation.
+    """
     if not tokenizer.template:
         return None
     roles = _roles(messages)
     try:
-        skeleton = tokenizer.template.skeleton(roles)
+        layout = tokenizer.template.layout(roles)
     except TokenizerError as error:
         return str(error)
-    if _ANSWERS in roles and not any(part.learned for part in skeleton):
+    if ASSISTANT in roles and not any(part.is_supervised for part in layout):
         return (
-            "the model's chat template opens no answer in it as it opens the answer that it asks "
-            "for (add_generation_prompt), so what is learned from it would be of no use"
+            "the model's chat template opens no answer of it with the generation prompt "
+            "(add_generation_prompt), so training on it would not help generation"
         )
     return None
 
@@ -131,57 +124,67 @@ def _encode_by_template(
     add_generation_prompt: bool = False,
     unsupervised: Iterable[Container[int]] | None = None,
 ) -> list[EncodedChat]:
-    """Conversations in the format of a model made elsewhere.
+    """Encode conversations in a third-party chat format.
 
-    Only answers after what a prompt ends with are the model's to produce.
+    Only answers that follow the generation prompt are supervised.
     """
     assert tokenizer.template is not None
-    skeletons = [
-        tokenizer.template.skeleton(_roles(messages), add_generation_prompt)
+    layouts = [
+        tokenizer.template.layout(_roles(messages), add_generation_prompt)
         for messages in conversations
     ]
-    sections = []
-    for messages, skeleton in zip(conversations, skeletons, strict=True):
+    segments = []
+    for messages, layout in zip(conversations, layouts, strict=True):
         contents = [message["content"] for message in messages]
-        sections += [(p.fill(contents), p.place) for p in skeleton if isinstance(p, Run)]
-    texts = iter(tokenizer.encode_sections(sections))
+        segments += [
+            (part.render(contents), part.position)
+            for part in layout
+            if isinstance(part, TextSegment)
+        ]
+    texts = iter(tokenizer.encode_segments(segments))
     encoded = []
-    for skeleton, excluded in zip(skeletons, unsupervised or repeat(()), strict=False):
+    for layout, excluded in zip(layouts, unsupervised or repeat(()), strict=False):
         ids: list[int] = []
         mask: list[int] = []
-        for part in skeleton:
-            some = next(texts) if isinstance(part, Run) else [part.id]
-            ids += some
-            learned = part.answer is not None and part.learned and part.answer not in excluded
-            mask += [int(learned)] * len(some)
+        for part in layout:
+            part_ids = next(texts) if isinstance(part, TextSegment) else [part.id]
+            is_label = (
+                part.answer is not None and part.is_supervised and part.answer not in excluded
+            )
+            ids += part_ids
+            mask += [int(is_label)] * len(part_ids)
         encoded.append((ids, mask))
     return encoded
 
 
-def _head(tokenizer: Tokenizer, role: str) -> list[int]:
+def _header(tokenizer: Tokenizer, role: str) -> list[int]:
     return [tokenizer.im_start, *tokenizer.encode(f"{role}\n")]
 
 
 def _text(message: Message) -> str:
-    """What is encoded in one go. An answer stands alone: its head is what prompts the model."""
+    """Return the text that is encoded in one piece.
+
+    An answer is encoded without its header, which is encoded separately for prompts too.
+    """
     role, content = message["role"], message["content"]
-    return content if role == _ANSWERS else f"{role}\n{content}"
+    return content if role == ASSISTANT else f"{role}\n{content}"
 
 
 def _join(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     texts: Iterator[list[int]],
-    answer_head: list[int],
+    answer_header: list[int],
     line_end: list[int],
     excluded: Container[int],
 ) -> EncodedChat:
+    """Add control tokens around the encoded `texts` of a conversation, and make its loss mask."""
     ids: list[int] = []
     mask: list[int] = []
-    for number, message in enumerate(messages):
-        answers = message["role"] == _ANSWERS
-        head, text = answer_head if answers else [tokenizer.im_start], next(texts)
-        ids += [*head, *text, tokenizer.im_end, *line_end]
-        learned = int(answers and number not in excluded)
-        mask += [0] * len(head) + [learned] * (len(text) + 1) + [0] * len(line_end)
+    for index, message in enumerate(messages):
+        is_answer = message["role"] == ASSISTANT
+        header, text = answer_header if is_answer else [tokenizer.im_start], next(texts)
+        ids += [*header, *text, tokenizer.im_end, *line_end]
+        label = int(is_answer and index not in excluded)
+        mask += [0] * len(header) + [label] * (len(text) + 1) + [0] * len(line_end)
     return ids, mask

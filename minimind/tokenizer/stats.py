@@ -1,4 +1,4 @@
-"""What a tokenizer knows: its words by script, and how short it makes text of each language."""
+"""Statistics of a tokenizer: its vocabulary by script, characters and bytes per token."""
 
 import unicodedata
 from collections import Counter
@@ -16,9 +16,9 @@ Script = Literal["Chinese", "Latin", "other letters", "digits and signs"]
 SCRIPTS: tuple[Script, ...] = ("Chinese", "Latin", "other letters", "digits and signs")
 PART_OF_CHARACTER = "part of a character"
 _NUM_LONGEST = 12
-_BATCH = 256
+_BATCH_SIZE = 256
 
-# Written for this purpose; what a page of each kind of text looks like.
+# Written for this purpose: typical text of each kind.
 SAMPLE_TEXTS = [
     (
         "清晨的集市已经热闹起来，卖豆腐的老人把木板一块块摆好，向路过的邻居点头问好。"
@@ -41,7 +41,7 @@ SAMPLE_TEXTS = [
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of a tokenizer: counts by kind, and the longest words of each script."""
+    """Vocabulary of a tokenizer: token counts by kind, and the longest tokens of each script."""
 
     num_tokens: int
     num_control: int
@@ -51,7 +51,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Usage:
-    """How a tokenizer writes some text: characters a token by language, and what it never used."""
+    """Encoding of some text: characters per token by script, bytes per token, unused tokens."""
 
     characters_per_token: dict[str, float]
     bytes_per_token: float
@@ -59,32 +59,32 @@ class Usage:
 
 
 def describe_vocabulary(bpe: BPE) -> Vocabulary:
-    """Sort the words of a tokenizer by what is written in them."""
+    """Count the tokens of a vocabulary by script."""
     control = bpe.get_added_tokens_decoder()
-    words: dict[str, list[str]] = {kind: [] for kind in (*SCRIPTS, PART_OF_CHARACTER)}
+    tokens: dict[str, list[str]] = {kind: [] for kind in (*SCRIPTS, PART_OF_CHARACTER)}
     for i in sorted(bpe.get_vocab().values()):
         if i not in control:
-            word = bpe.decode([i], skip_special_tokens=False)
-            words[PART_OF_CHARACTER if "\ufffd" in word else script_of(word)].append(word)
+            token = bpe.decode([i], skip_special_tokens=False)
+            tokens[PART_OF_CHARACTER if "\ufffd" in token else script_of(token)].append(token)
     return Vocabulary(
         num_tokens=bpe.get_vocab_size(),
         num_control=len(control),
-        by_script={kind: len(found) for kind, found in words.items()},
+        by_script={kind: len(of_kind) for kind, of_kind in tokens.items()},
         longest={
-            script: sorted(words[script], key=lambda word: (-len(word), word))[:_NUM_LONGEST]
+            script: sorted(tokens[script], key=lambda token: (-len(token), token))[:_NUM_LONGEST]
             for script in SCRIPTS
         },
     )
 
 
 def measure(bpe: BPE, texts: Iterable[str]) -> Usage:
-    """Encode the texts and count. Each text counts for the script that most of it is in."""
+    """Encode texts and measure the result. Each text counts toward its predominant script."""
     characters: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     used: set[int] = set()
     num_bytes = 0
     texts = map(without_surrogates, texts)
-    while batch := list(islice(texts, _BATCH)):
+    while batch := list(islice(texts, _BATCH_SIZE)):
         encoded = bpe.encode_batch_fast(batch, add_special_tokens=False)
         for text, ids in zip(batch, (e.ids for e in encoded), strict=True):
             script = script_of(text)
@@ -102,10 +102,10 @@ def measure(bpe: BPE, texts: Iterable[str]) -> Usage:
 
 
 def script_of(text: str) -> Script:
-    """The script that `text` is mostly in.
+    """Return the predominant script of a text.
 
-    Chinese letters count double, since one says as much as several Latin ones. Text of which
-    more than two thirds are no letters at all is digits and signs.
+    Chinese characters count double, since one carries as much as several Latin letters. Text with
+    more than two thirds non-letters is "digits and signs".
     """
     counts = Counter[Script]()
     for character, count in Counter(text).items():

@@ -1,13 +1,13 @@
-"""Chat formats of other people's models: the Jinja templates that come with them.
+"""Chat templates of third-party models: Jinja programs that come with them.
 
-A template is never rendered with what people wrote. It is rendered with a placeholder for each
-message, once for each sequence of roles, and what comes out is cut at the placeholders: there the
-messages go in, as text. What the template itself wrote around them may hold control tokens. A
-template that leaves messages out or changes them shows when it is rendered with letters of ours,
-and is refused; one that looks for certain words in them (as some do for "</think>") is not noticed.
+A template is never rendered with the contents of messages. It is rendered once per sequence of
+roles, with a placeholder for each message. The result is split at the placeholders; the messages
+are inserted there as text, and only the template's own text can contain control tokens. A template
+that omits or changes messages is detected by rendering it with known text, and refused. A template
+that reacts to particular words in a message (some do to "</think>") is not detected.
 
-A template is a program of someone else's. It runs in Jinja's sandbox, where it reaches no files and
-no Python, and how much it may write and count is bounded; how long it may take is not.
+A template is untrusted code. It runs in Jinja's sandbox, without access to files or Python. How
+much it may write and count is bounded; how long it may run is not.
 """
 
 import json
@@ -19,26 +19,29 @@ from datetime import datetime
 from typing import Any, Literal
 
 from minimind.errors import TokenizerError
+from minimind.tokenizer.format import ASSISTANT
 
-# "start": the beginning of all. "section": after a control token. "middle": going on in a line.
-Place = Literal["start", "section", "middle"]
+# "start": at the beginning of the conversation. "after_control": after a control token. "inline":
+# continues a line.
+TextPosition = Literal["start", "after_control", "inline"]
 
-# Around a placeholder stands white space that no template writes: whether it is still there
-# afterwards tells whether the template strips messages.
+# Placeholders are surrounded by white space that no template writes. If it is missing in the
+# result, the template strips messages.
 _SPACE = "\u2003"
 _PLACEHOLDER = re.compile(f"({_SPACE}?)\ue000([0-9]{{1,9}})\ue001({_SPACE}?)")
-_MOST_KEPT = 4096
-# What a template may write beside four times the messages, in characters, and count up to.
-_MOST_WRITTEN = 1_000_000
+_MAX_CACHED_LAYOUTS = 4096
+# Limit on the characters that a template may write in addition to four times the messages, and on
+# how far it may count.
+_MAX_WRITTEN = 1_000_000
 
-# What any filter would change: letters of both cases, digits, quotes, line breaks, a long text.
+# Text that any filter would change: both cases, digits, quotes, line breaks, a great length.
 _LETTERS = string.ascii_letters + string.digits + string.punctuation
 _LETTERS += "\n\n  长江 É" + "A long text, " * 400 + "end"
 
 
 @dataclass(frozen=True)
-class Control:
-    """A control token: its id, and whether white space before or after it belongs to it."""
+class SpecialToken:
+    """A control token of the vocabulary; lstrip, rstrip: it absorbs the white space beside it."""
 
     id: int
     lstrip: bool = False
@@ -46,94 +49,107 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where a message goes, and which characters the template strips off it; "" is all space."""
+class Placeholder:
+    """Position of a message, and what the template strips from it.
+
+    left, right: characters stripped on that side, "" for all white space, None for nothing.
+    """
 
     message: int
     left: str | None = None
     right: str | None = None
 
-    def fill(self, text: str) -> str:
+    def strip(self, text: str) -> str:
+        """Strip a message as the template does."""
         if self.left is not None:
             text = text.lstrip(self.left or None)
         return text if self.right is None else text.rstrip(self.right or None)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Text that is encoded in one go: the template's, and messages."""
+class TextSegment:
+    """Text that is encoded in one piece: text of the template and placeholders of messages."""
 
-    parts: tuple[str | Slot, ...]
-    place: Place
-    answer: int | None  # the message that it is, if that is an answer
-    learned: bool  # whether that answer stands after what a prompt for it ends with
+    parts: tuple[str | Placeholder, ...]
+    position: TextPosition
+    answer: int | None  # index of the message, if the segment is an answer
+    is_supervised: bool  # the answer follows the generation prompt
 
-    def fill(self, contents: Sequence[str]) -> str:
-        return "".join(p if isinstance(p, str) else p.fill(contents[p.message]) for p in self.parts)
+    def render(self, contents: Sequence[str]) -> str:
+        """Insert the contents of the messages."""
+        return "".join(
+            part if isinstance(part, str) else part.strip(contents[part.message])
+            for part in self.parts
+        )
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A control token of the template."""
+class ControlToken:
+    """A control token that the template writes."""
 
     id: int
-    answer: int | None  # the message that it ends, if that is an answer
-    learned: bool  # as in Run
+    answer: int | None  # index of the message that it ends, if that is an answer
+    is_supervised: bool  # as in TextSegment
 
 
-Layout = tuple[Run | Mark, ...]
+Layout = tuple[TextSegment | ControlToken, ...]
 
 
 @dataclass
 class ChatTemplate:
-    """A Jinja template. Raises TokenizerError where it is not one.
+    """A Jinja chat template. Raises TokenizerError if it cannot be compiled.
 
-    names: what the template may write by name, such as `bos_token`. controls: control tokens by
-    what they look like in the template.
+    variables: what the template may insert by name, such as `bos_token`. special_tokens: control
+    tokens by the text with which the template writes them.
     """
 
     source: str
-    names: Mapping[str, str]
-    controls: Mapping[str, Control]
-    _skeletons: dict[tuple[tuple[str, ...], bool], Layout] = field(default_factory=dict)
-    _prompt_ends: dict[tuple[str, ...], list[str | Control] | None] = field(default_factory=dict)
+    variables: Mapping[str, str]
+    special_tokens: Mapping[str, SpecialToken]
+    _layouts: dict[tuple[tuple[str, ...], bool], Layout] = field(default_factory=dict)
+    _generation_prompts: dict[tuple[str, ...], list[str | SpecialToken] | None] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self._compiled = _compile(self.source)
-        longest_first = sorted(self.controls, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Layout:
-        """What the template writes around messages of these roles.
+    def layout(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Layout:
+        """Return what the template writes for messages of these roles.
 
-        Raises TokenizerError with the template's own words when it wants other roles, and when it
-        leaves a message out or changes it.
+        Raises TokenizerError, with the template's own message, if it refuses these roles, and if
+        it omits or changes a message.
         """
         key = roles, add_generation_prompt
-        if key not in self._skeletons:
-            if len(self._skeletons) >= _MOST_KEPT:
-                self._skeletons.clear()
-            parts = list(self._parts(roles, add_generation_prompt))
-            self._skeletons[key] = self._cut(parts, roles, self._learned(parts, roles))
-        return self._skeletons[key]
+        if key not in self._layouts:
+            if len(self._layouts) >= _MAX_CACHED_LAYOUTS:
+                self._layouts.clear()
+            parts = list(self._parse(roles, add_generation_prompt))
+            supervised = self._supervised_answers(parts, roles)
+            self._layouts[key] = _to_layout(parts, roles, supervised)
+        return self._layouts[key]
 
     def end_of_answer(self) -> int | None:
-        """Id of the control token that ends an answer, if one does."""
+        """Return the id of the control token that ends an answer, if there is one."""
         try:
-            skeleton = self.skeleton(("user", "assistant"))
-        except TokenizerError:  # which whoever chats will be told
+            layout = self.layout(("user", ASSISTANT))
+        except TokenizerError:  # reported by the first chat
             return None
-        return next((p.id for p in skeleton if isinstance(p, Mark) and p.answer is not None), None)
+        return next(
+            (p.id for p in layout if isinstance(p, ControlToken) and p.answer is not None), None
+        )
 
     def _render(
         self, roles: tuple[str, ...], contents: Sequence[str], add_generation_prompt: bool
     ) -> str:
-        """What the template writes. Raises TokenizerError when it refuses, or writes no end."""
+        """Render the template. Raises TokenizerError when it fails or writes too much."""
         messages = [
             {"role": role, "content": content}
             for role, content in zip(roles, contents, strict=True)
         ]
-        most = _MOST_WRITTEN + 4 * sum(map(len, contents))
+        budget = _MAX_WRITTEN + 4 * sum(map(len, contents))
         written: list[str] = []
         try:
             for piece in self._compiled.generate(
@@ -141,180 +157,189 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                enable_thinking=False,  # answers are trained and asked for without
+                enable_thinking=False,  # in training and generation
                 range=_bounded_range(),
-                **self.names,
+                **self.variables,
             ):
                 written.append(piece)
-                most -= len(piece)
-                if most < 0:
+                budget -= len(piece)
+                if budget < 0:
                     raise OverflowError("it writes without end")
-        except Exception as error:  # a template is a program of someone else's
+        except Exception as error:  # untrusted code can raise anything
             raise TokenizerError(
                 f"the model's chat template refuses messages of {', '.join(roles)}: {error}"
             ) from error
         return "".join(written)
 
-    def _learned(
-        self, parts: Sequence[str | Slot | Control], roles: tuple[str, ...]
+    def _supervised_answers(
+        self, parts: Sequence[str | Placeholder | SpecialToken], roles: tuple[str, ...]
     ) -> frozenset[int]:
-        """The answers before which stands what a prompt for them ends with.
+        """Return the indices of answers that follow the generation prompt.
 
-        Not all do: Qwen 3 opens the last answer with empty thoughts, as it does the prompt, and the
-        ones before it without. Learned after an opening that no prompt has, those would be of no
-        use.
+        Not all do. Qwen 3 opens the last answer, like the prompt, with an empty <think> block, and
+        earlier answers without one. A model is never prompted with the opening of these, so
+        training on them would be useless.
         """
-        learned: set[int] = set()
-        opening: list[str | Control] = []
+        supervised: set[int] = set()
+        opening: list[str | SpecialToken] = []
         for part in parts:
-            if not isinstance(part, Slot):
+            if not isinstance(part, Placeholder):
                 opening.append(part)
                 continue
-            if roles[part.message] == "assistant" and _bare(opening) == self._prompt_end(
+            is_answer = roles[part.message] == ASSISTANT
+            if is_answer and _without_trailing_space(opening) == self._generation_prompt(
                 roles[: part.message]
             ):
-                learned.add(part.message)
+                supervised.add(part.message)
             opening = []
-        return frozenset(learned)
+        return frozenset(supervised)
 
-    def _prompt_end(self, roles: tuple[str, ...]) -> list[str | Control] | None:
-        """What a prompt writes after the last of these messages; None where it refuses them."""
-        if roles not in self._prompt_ends:
-            if len(self._prompt_ends) >= _MOST_KEPT:
-                self._prompt_ends.clear()
-            end: list[str | Control] | None = []
+    def _generation_prompt(self, roles: tuple[str, ...]) -> list[str | SpecialToken] | None:
+        """Return what a prompt has after the last message; None if the template refuses it."""
+        if roles not in self._generation_prompts:
+            if len(self._generation_prompts) >= _MAX_CACHED_LAYOUTS:
+                self._generation_prompts.clear()
+            end: list[str | SpecialToken] | None = []
             try:
-                for part in self._parts(roles, True):
-                    end = [] if isinstance(part, Slot) else [*(end or []), part]
+                for part in self._parse(roles, True):
+                    end = [] if isinstance(part, Placeholder) else [*(end or []), part]
             except TokenizerError:
                 end = None
-            self._prompt_ends[roles] = None if end is None else _bare(end)
-        return self._prompt_ends[roles]
+            self._generation_prompts[roles] = None if end is None else _without_trailing_space(end)
+        return self._generation_prompts[roles]
 
-    def _cut(
-        self,
-        rendered: Sequence[str | Slot | Control],
-        roles: tuple[str, ...],
-        learned: frozenset[int],
-    ) -> Layout:
-        """Runs and marks; an answer begins a run of its own, since its beginning is a prompt's end.
-
-        To an answer belongs all up to and with the control token that ends it.
-        """
-        skeleton: list[Run | Mark] = []
-        parts: list[str | Slot] = []
-        place: Place = "start"
-        answer: int | None = None  # whose run it is
-
-        def end_run(*, at_control: bool) -> None:
-            nonlocal place
-            # Without a control token an answer ends with itself.
-            size = len(parts) if at_control or answer is None else 2
-            for some, whose in ((parts[:size], answer), (parts[size:], None)):
-                if any(some):
-                    skeleton.append(Run(tuple(some), place, whose, whose in learned))
-                    place = "middle"
-            parts.clear()
-
-        for part in rendered:
-            if isinstance(part, Control):
-                end_run(at_control=True)
-                skeleton.append(Mark(part.id, answer, answer in learned))
-                place, answer = "section", None
-            elif isinstance(part, Slot) and (
-                answer is not None or roles[part.message] == "assistant"
-            ):
-                # A space before an answer is the answer's: prompts end without.
-                opening = parts.pop() if parts else ""
-                assert isinstance(opening, str), "messages do not touch: each is an answer's end"
-                words = opening.rstrip(" ")
-                parts.append(words)
-                end_run(at_control=False)
-                parts = [opening[len(words) :], part]
-                answer = part.message if roles[part.message] == "assistant" else None
-            else:
-                parts.append(part)
-        end_run(at_control=False)
-        return tuple(skeleton)
-
-    def _parts(
+    def _parse(
         self, roles: tuple[str, ...], add_generation_prompt: bool
-    ) -> Iterator[str | Slot | Control]:
-        """What the template writes, and where messages stand in it, stripped in which way."""
-        marked = [f"{_SPACE}\ue000{i}\ue001{_SPACE}" for i in range(len(roles))]
+    ) -> Iterator[str | Placeholder | SpecialToken]:
+        """Yield text, control tokens and placeholders in the order in which they are written."""
+        placeholders = [f"{_SPACE}\ue000{i}\ue001{_SPACE}" for i in range(len(roles))]
+        # Line breaks around the placeholders show which characters the template strips.
         plain, before, after = (
             _PLACEHOLDER.split(self._render(roles, contents, add_generation_prompt))
-            for contents in (marked, [f"\n{m}" for m in marked], [f"{m}\n" for m in marked])
+            for contents in (
+                placeholders,
+                [f"\n{text}" for text in placeholders],
+                [f"{text}\n" for text in placeholders],
+            )
         )
         if not len(plain) == len(before) == len(after):
             raise TokenizerError(
-                "the model's chat template looks into the messages; it cannot be used"
+                "the model's chat template depends on the text of messages; it cannot be used"
             )
-        pieces: list[str | Slot] = [plain[0]]
-        for at in range(1, len(plain), 4):
-            left, number, right, text = plain[at : at + 4]
-            slot = Slot(
+        parts: list[str | Placeholder] = [plain[0]]
+        for index in range(1, len(plain), 4):
+            left, number, right, text = plain[index : index + 4]
+            placeholder = Placeholder(
                 int(number),
-                "" if not left else "\n" if before[at - 1] == plain[at - 1] else None,
-                "" if not right else "\n" if after[at + 3] == text else None,
+                "" if not left else "\n" if before[index - 1] == plain[index - 1] else None,
+                "" if not right else "\n" if after[index + 3] == text else None,
             )
-            pieces += [slot, text]
-        self._check(pieces, roles, add_generation_prompt)
-        for piece in pieces:
-            yield from self._split(piece) if isinstance(piece, str) else [piece]
+            parts += [placeholder, text]
+        self._check_messages_are_kept(parts, roles, add_generation_prompt)
+        for part in parts:
+            yield from self._split_special(part) if isinstance(part, str) else [part]
 
-    def _check(
-        self, pieces: Sequence[str | Slot], roles: tuple[str, ...], add_generation_prompt: bool
+    def _check_messages_are_kept(
+        self,
+        parts: Sequence[str | Placeholder],
+        roles: tuple[str, ...],
+        add_generation_prompt: bool,
     ) -> None:
-        """Raise TokenizerError unless all messages are there, and as they were but for the ends."""
-        placed = {piece.message for piece in pieces if isinstance(piece, Slot)}
-        for number, role in enumerate(roles):
-            if number not in placed:
+        """Raise TokenizerError unless the template writes every message, changed by strip only."""
+        placed = {part.message for part in parts if isinstance(part, Placeholder)}
+        for index, role in enumerate(roles):
+            if index not in placed:
                 raise TokenizerError(
-                    f"the model's chat template leaves out message {number + 1} of "
-                    f"{', '.join(roles)}, which is of the role {role}, or does not take it as text"
+                    f"the model's chat template leaves out message {index + 1} of "
+                    f"{', '.join(roles)} (role {role}), or does not accept text as its content"
                 )
-        letters = [f"Message {number} {_LETTERS}" for number in range(len(roles))]
+        letters = [f"Message {index} {_LETTERS}" for index in range(len(roles))]
         for contents in (letters, [f" \n {text} \n " for text in letters]):
             written = self._render(roles, contents, add_generation_prompt)
             if placed > set(range(len(roles))) or written != "".join(
-                piece if isinstance(piece, str) else piece.fill(contents[piece.message])
-                for piece in pieces
+                part if isinstance(part, str) else part.strip(contents[part.message])
+                for part in parts
             ):
                 raise TokenizerError(
-                    "the model's chat template does not write messages as they are: it shortens or "
-                    "changes them; it cannot be used"
+                    "the model's chat template shortens or changes messages; it cannot be used"
                 )
 
-    def _split(self, text: str) -> Iterator[str | Control]:
-        """The template's own text and control tokens."""
-        at, strips = 0, False
-        for found in self._control.finditer(text):
-            control = self.controls[found[0]]
-            between = text[at : found.start()]
+    def _split_special(self, text: str) -> Iterator[str | SpecialToken]:
+        """Split text of the template into plain text and control tokens."""
+        start, strips = 0, False
+        for match in self._special.finditer(text):
+            token = self.special_tokens[match[0]]
+            between = text[start : match.start()]
             between = between.lstrip() if strips else between
-            yield between.rstrip() if control.lstrip else between
-            yield control
-            at, strips = found.end(), control.rstrip
-        yield text[at:].lstrip() if strips else text[at:]
+            yield between.rstrip() if token.lstrip else between
+            yield token
+            start, strips = match.end(), token.rstrip
+        yield text[start:].lstrip() if strips else text[start:]
 
 
-def _bare(opening: Sequence[str | Control]) -> list[str | Control]:
-    """Without the space at its end, which belongs to the answer."""
+def _to_layout(
+    rendered: Sequence[str | Placeholder | SpecialToken],
+    roles: tuple[str, ...],
+    supervised: frozenset[int],
+) -> Layout:
+    """Group parts into segments and control tokens.
+
+    An answer starts a segment of its own, because generation starts there too. It extends up to
+    and including the control token that ends it.
+    """
+    layout: list[TextSegment | ControlToken] = []
+    parts: list[str | Placeholder] = []
+    position: TextPosition = "start"
+    answer: int | None = None  # index of the answer that the current segment belongs to
+
+    def end_segment(*, at_control: bool) -> None:
+        nonlocal position
+        # If no control token ends an answer, it consists of its space and its text alone.
+        size = len(parts) if at_control or answer is None else 2
+        for segment, owner in ((parts[:size], answer), (parts[size:], None)):
+            if any(segment):
+                layout.append(TextSegment(tuple(segment), position, owner, owner in supervised))
+                position = "inline"
+        parts.clear()
+
+    for part in rendered:
+        if isinstance(part, SpecialToken):
+            end_segment(at_control=True)
+            layout.append(ControlToken(part.id, answer, answer in supervised))
+            position, answer = "after_control", None
+        elif isinstance(part, Placeholder) and (
+            answer is not None or roles[part.message] == ASSISTANT
+        ):
+            # A space before an answer belongs to the answer: prompts end without it.
+            opening = parts.pop() if parts else ""
+            assert isinstance(opening, str), "an answer ends before the next message"
+            stripped = opening.rstrip(" ")
+            parts.append(stripped)
+            end_segment(at_control=False)
+            parts = [opening[len(stripped) :], part]
+            answer = part.message if roles[part.message] == ASSISTANT else None
+        else:
+            parts.append(part)
+    end_segment(at_control=False)
+    return tuple(layout)
+
+
+def _without_trailing_space(opening: Sequence[str | SpecialToken]) -> list[str | SpecialToken]:
+    """Remove the space at the end, which belongs to the answer."""
     *others, last = opening
-    assert isinstance(last, str), "text stands after each control token, if empty"
+    assert isinstance(last, str), "text, possibly empty, follows each control token"
     return [*others, last.rstrip(" ")]
 
 
 def _bounded_range() -> Callable[..., range]:
-    """`range` for one rendering, which all in all counts up to _MOST_WRITTEN."""
-    left = _MOST_WRITTEN
+    """Return a `range` for one rendering, limited to _MAX_WRITTEN numbers in total."""
+    budget = _MAX_WRITTEN
 
     def bounded(*bounds: int) -> range:
-        nonlocal left
+        nonlocal budget
         numbers = range(*bounds)
-        left -= min(len(numbers), left + 1)
-        if left < 0:
+        budget -= min(len(numbers), budget + 1)
+        if budget < 0:
             raise OverflowError("it counts without end")
         return numbers
 
@@ -322,7 +347,7 @@ def _bounded_range() -> Callable[..., range]:
 
 
 def _compile(source: str) -> Any:
-    """As transformers does: sandboxed, with the same filters, functions and white space."""
+    """Compile a template as transformers does: sandbox, filters, functions, white space."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -337,9 +362,9 @@ def _compile(source: str) -> Any:
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator == "*":
-                texts = [len(side) for side in (left, right) if hasattr(side, "__len__")]
+                lengths = [len(side) for side in (left, right) if hasattr(side, "__len__")]
                 times = [side for side in (left, right) if isinstance(side, int)]
-                if texts and times and texts[0] * times[0] > _MOST_WRITTEN:
+                if lengths and times and lengths[0] * times[0] > _MAX_WRITTEN:
                     raise OverflowError("it repeats a text too often")
             elif max(abs(left), abs(right)) > 1000:
                 raise OverflowError("its numbers are too large")
@@ -350,12 +375,12 @@ def _compile(source: str) -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    now = datetime.now()  # the same for all that is rendered, so that it can be compared
+    now = datetime.now()  # fixed, so that renderings can be compared
     environment.globals["strftime_now"] = now.strftime
-    # A tag that marks answers for transformers alone.
+    # The tag {% generation %} only marks answers for transformers.
     plain = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", source)
     plain = re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", plain)
     try:
         return environment.from_string(plain)
-    except Exception as error:  # Python's own too: what Jinja makes of it is compiled
+    except Exception as error:  # Jinja's errors, and Python's: Jinja compiles to Python
         raise TokenizerError(f"the model's chat template cannot be read: {error}") from error

@@ -16,7 +16,7 @@ from minimind.config.model import ModelConfig, RopeKind
 from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError, ModelError, install_line
 from minimind.model import Transformer, apply_lora, load_model, resolve_model_directory
-from minimind.model.directory import is_stray
+from minimind.model.saving import is_stray
 from minimind.tokenizer import Tokenizer
 from minimind.training.memory import Footprint
 from minimind.training.objectives import Objective

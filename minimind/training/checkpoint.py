@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from minimind.errors import CheckpointError, ResourceError
 from minimind.files import fsync, read_json
-from minimind.model.directory import is_stray
+from minimind.model.saving import is_stray
 from minimind.training.run import (
     checkpoint_paths,
     checkpoints_folder,

@@ -6,7 +6,7 @@ import torch
 
 from minimind.config import load_recipe
 from minimind.errors import CheckpointError, ModelError
-from minimind.model.directory import is_empty
+from minimind.model.saving import is_empty
 from minimind.training.build import build_tokenizer_and_model, check_base
 from minimind.training.checkpoint import (
     CheckpointInfo,

@@ -198,7 +198,7 @@ def test_a_longer_context_keeps_the_oldest_turns(model_dir: Path) -> None:
         assert "left out" not in done.stderr
     refused = run(*flags, "--rope-scaling", "linear", stdin=lines)
     assert refused.exit_code == 1
-    assert "give --context N too" in refused.output
+    assert "add --context N" in refused.output
 
 
 def test_a_message_that_is_too_long_is_refused_with_token_counts(model_dir: Path) -> None:
@@ -311,8 +311,8 @@ def test_errors_are_one_line(model_dir: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([tmp_path / "nowhere"], "there is no such directory"),
         ([tmp_path], "is not a model directory"),
-        ([wrong], "272 words and its model 273, so they do not belong together"),
-        ([model_dir, "--device", "cuda:99"], "device cuda:99 is not there"),
+        ([wrong], "272 tokens but its model 273, so they do not belong together"),
+        ([model_dir, "--device", "cuda:99"], "device cuda:99 is not available"),
         ([model_dir, "--temperature", "nan"], "temperature is nan; it must be"),
     ]:
         done = run(*arguments, stdin="你好\n")

@@ -24,7 +24,7 @@ def save(at: Path, step: int, validated: int, best: int, value: float) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of which step 20 was the best; step 25 was not validated."""
+    """A run whose best step is 20; step 25 was not validated."""
     monkeypatch.chdir(tmp_path)
     place = Path("run")
     place.mkdir()
@@ -35,44 +35,44 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def metrics(*arguments: object) -> tuple[Result, dict[int, dict[str, Any]]]:
-    done = run(*arguments, "--json", "figures.json")
-    written = json.loads(Path("figures.json").read_text("utf-8"))
+    done = run(*arguments, "--json", "metrics.json")
+    written = json.loads(Path("metrics.json").read_text("utf-8"))
     return done, {one["step"]: one for one in written["checkpoints"]}
 
 
 @pytest.mark.parametrize("verb", ["list", "verify"])
-def test_steps_sizes_validation_best_and_newest(here: Path, verb: str) -> None:
-    done, told = metrics(verb, here)
+def test_list_shows_step_size_validation_best_and_newest(here: Path, verb: str) -> None:
+    done, found = metrics(verb, here)
     assert done.exit_code == 0, done.output
-    assert list(told) == [10, 20, 25, 30]
-    values = [one["validation"].get("bits_per_byte") for one in told.values()]
+    assert list(found) == [10, 20, 25, 30]
+    values = [one["validation"].get("bits_per_byte") for one in found.values()]
     assert values == [1.5, 1.25, None, 1.75]
-    assert [step for step, one in told.items() if one["best"]] == [20]
-    assert [step for step, one in told.items() if one["newest"]] == [30]
-    assert not any(one["trouble"] for one in told.values())
-    for one in told.values():
+    assert [step for step, one in found.items() if one["best"]] == [20]
+    assert [step for step, one in found.items() if one["newest"]] == [30]
+    assert not any(one["trouble"] for one in found.values())
+    for one in found.values():
         size = sum(file.stat().st_size for file in Path(one["path"]).iterdir())
         assert one["bytes"] == size > 80_000
-    assert done.output.count("complete" if verb == "list" else "whole") == 4
+    assert done.output.count("complete" if verb == "list" else "verified") == 4
     assert "bits per byte 1.25" in done.output
 
 
-def test_a_flipped_bit_is_found_by_reading_alone(here: Path) -> None:
+def test_only_verify_finds_a_flipped_bit(here: Path) -> None:
     weights = here / "checkpoints" / "step-00000020" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     assert run("list", here).exit_code == 0
-    done, told = metrics("verify", here)
+    done, found = metrics("verify", here)
     assert done.exit_code == 1
-    assert "1 of 4 damaged; the run goes on from the newest whole one" in done.output
-    assert [step for step, one in told.items() if one["trouble"]] == [20]
-    assert told[20]["trouble"] == "manifest.json does not describe model.safetensors"
-    assert told[20]["best"], "the ones after it remember"
+    assert "1 of 4 damaged; the run resumes from the newest valid one" in done.output
+    assert [step for step, one in found.items() if one["trouble"]] == [20]
+    assert found[20]["trouble"] == "manifest.json does not describe model.safetensors"
+    assert found[20]["best"], "later checkpoints record the best step"
 
 
 @pytest.mark.parametrize("verb", ["list", "verify"])
-def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -> None:
+def test_list_finds_missing_and_truncated_files(here: Path, verb: str) -> None:
     home = here / "checkpoints"
     (home / "step-00000010" / "state.json").unlink()
     (home / "step-00000020" / "manifest.json").write_text("[]")
@@ -81,32 +81,32 @@ def test_what_else_is_wrong_is_seen_without_reading_all(here: Path, verb: str) -
     (home / "step-00000030" / "state.json").write_text('{"validated_step": 31}')
     (home / "step-00000040").write_text("a file")
     shutil.copytree(home / "step-00000030", home / ".tmp-00000050")
-    done, told = metrics(verb, here)
+    done, found = metrics(verb, here)
     assert done.exit_code == (1 if verb == "verify" else 0)
-    assert list(told) == [10, 20, 25, 30, 40]
-    assert all(one["trouble"] for one in told.values())
-    assert "state.json: missing" in told[10]["trouble"]
-    assert "optimizer.safetensors" in told[25]["trouble"]
-    assert "state.json" in told[30]["trouble"]
-    assert "5 of 5 damaged; the run cannot go on" in done.output
+    assert list(found) == [10, 20, 25, 30, 40]
+    assert all(one["trouble"] for one in found.values())
+    assert "state.json: missing" in found[10]["trouble"]
+    assert "optimizer.safetensors" in found[25]["trouble"]
+    assert "state.json" in found[30]["trouble"]
+    assert "5 of 5 damaged; the run cannot be resumed" in done.output
 
 
 @pytest.mark.parametrize("verb", ["list", "verify"])
-def test_stray_files_are_no_damage_and_others_are_named(here: Path, verb: str) -> None:
+def test_unknown_files_are_named_but_are_no_damage(here: Path, verb: str) -> None:
     home = here / "checkpoints"
     (home / "step-00000010" / ".DS_Store").touch()
     (home / "step-00000020" / "more.json").touch()
     (home / ".damaged-step-00000015").mkdir()
-    done, told = metrics(verb, here)
+    done, found = metrics(verb, here)
     assert done.exit_code == 0
-    assert [one["trouble"] for one in told.values()] == ["", "", "", ""]
-    said = " ".join(done.output.split())
-    assert "step-00000020: more.json does not belong to a checkpoint" in said
-    assert "because they were damaged: .damaged-step-00000015" in said
-    assert ".DS_Store" not in said
+    assert [one["trouble"] for one in found.values()] == ["", "", "", ""]
+    output = " ".join(done.output.split())
+    assert "step-00000020: more.json does not belong to a checkpoint" in output
+    assert "damaged and quarantined in run/checkpoints: .damaged-step-00000015" in output
+    assert ".DS_Store" not in output
 
 
-def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
+def test_extract_names_the_available_steps(here: Path) -> None:
     done = run("extract", here, "--step", 15, "--out", "out")
     assert done.exit_code == 1
     assert done.stderr == (
@@ -121,7 +121,7 @@ def test_one_that_is_not_kept_is_not_extracted(here: Path) -> None:
     assert done.stderr.startswith("error: nowhere has no checkpoints; give a run directory")
 
 
-def test_no_run_and_no_checkpoints_are_said_in_one_line(here: Path) -> None:
+def test_a_missing_run_prints_one_line(here: Path) -> None:
     Path("empty").mkdir()
     for place in ("empty", "nowhere"):
         done = run("verify", place)

@@ -225,7 +225,7 @@ def test_rejected_parameters_of_a_judge_are_reported(models: Path, tmp_path: Pat
         done = run(tmp_path, *words, "--judge", judge.url)
     assert done.exit_code == 0, done.output
     assert written(tmp_path)["judge"]["read"] == 4
-    assert "judge: the service refuses temperature: its defaults hold" in done.output
+    assert "judge: the service rejects temperature; its defaults apply" in done.output
     assert {body["max_completion_tokens"] for body in judge.asked} == {2048}
 
 

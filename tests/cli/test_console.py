@@ -19,11 +19,11 @@ from minimind.cli import console
         ("[b]cpu[/b]", "[b]cpu[/b]"),
     ],
 )
-def test_figures_are_told_as_people_read_them(value: object, expected: str) -> None:
-    assert console.figure(value) == expected
+def test_format_number(value: object, expected: str) -> None:
+    assert console.format_number(value) == expected
 
 
-def test_text_is_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     console.say("[bold]长江[/bold] :smile: [1, 2]")
     console.show(console.table("[t]", ["[c]", "n"], [["[/x]", 1234]], numbers=1))
     out = capsys.readouterr().out
@@ -31,7 +31,7 @@ def test_text_is_never_read_as_markup(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(part in out for part in ("[t]", "[c]", "[/x]", "1,234"))
 
 
-def test_summaries_show_plain_figures_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_metrics_omits_nested_values(capsys: pytest.CaptureFixture[str]) -> None:
     console.show_metrics("run", {"bits_per_byte": 1.5, "device": "cpu", "nested": {"secret": 1}})
     out = capsys.readouterr().out
     assert "bits per byte" in out
@@ -39,8 +39,8 @@ def test_summaries_show_plain_figures_only(capsys: pytest.CaptureFixture[str]) -
     assert "secret" not in out
 
 
-def test_figures_go_to_json(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "figures.json"
+def test_write_json_creates_folders(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.json"
     console.write_json(path, {"name": "长江", "n": 1})
     assert json.loads(path.read_text("utf-8")) == {"name": "长江", "n": 1}
     assert "长江" in path.read_text("utf-8")
@@ -61,18 +61,18 @@ def test_progress_shows_count_and_note(unit: str, capsys: pytest.CaptureFixture[
     assert ("1,500/2,000" if unit == "step" else "1.5/2.0 kB") in out
 
 
-def test_the_rate_at_the_end_is_that_of_all_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+def test_final_rate_is_the_average(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = console.RichReporter()
-    reporter.start("asking", 510, done=500, unit="question")
+    reporter.start("answering", 510, done=500, unit="question")
     time.sleep(0.2)
-    for done in range(501, 511):  # all at once
+    for done in range(501, 511):  # in a burst
         reporter.progress(done, 510)
     reporter.stop()
     rate = re.search(r"([\d.,]+) questions/s", capsys.readouterr().out)
     assert rate and 0 < float(rate[1].replace(",", "")) <= 10 / 0.2
 
 
-def test_progress_without_a_total_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_total(capsys: pytest.CaptureFixture[str]) -> None:
     with console.make_progress("document") as bar:
         bar.update(bar.add_task("reading", total=None, note=""), completed=1234)
     assert "1,234" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`--context` and `--slots`: one meaning in every verb, and advice that is then accepted."""
+"""`--context` and `--slots`: the same in every command, with advice that works."""
 
 import os
 import re
@@ -20,19 +20,19 @@ from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer
 from tests.support.services import is_up, make_model, wait_until
 
-ROOM = 1_000_000  # bytes for KV caches, of which a position of the model takes 256
-OWN = 16_384
+CACHE_BYTES = 1_000_000  # free for KV caches; a position of the model takes 256 bytes
+TRAINED_CONTEXT = 16_384
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Models, texts, and a machine with little free memory."""
+    """A folder with models and text, on a machine with little free memory."""
 
     folder: Path
     free: int
 
     def run(self, verb: str, model: str, *options: str) -> str:
-        """What it says; ends with "ACCEPTED" where it does what it should."""
+        """Return the output of a command, with "ACCEPTED" at its end if it succeeded."""
         arguments = {
             "generate": [model, "长江", "--max-new-tokens", "2"],
             "chat": [model, "--max-new-tokens", "2"],
@@ -50,7 +50,7 @@ class Machine:
         return done.output if done.exit_code else done.output + "ACCEPTED"
 
     def _serve(self, command: list[str]) -> str:
-        """The beginning of what a process says, as far as it shows whether it serves."""
+        """Return the first lines of a server process, with "ACCEPTED" if it serves."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
         with subprocess.Popen(
             [sys.executable, "-m", "tests.support.little_memory", str(self.free), *command],
@@ -77,7 +77,7 @@ class Machine:
 
 def make_tiny(**changes: object) -> Transformer:
     torch.manual_seed(0)
-    shape = PRESETS["nano"] | {"vocab_size": 600, "max_position_embeddings": OWN}
+    shape = PRESETS["nano"] | {"vocab_size": 600, "max_position_embeddings": TRAINED_CONTEXT}
     return Transformer(ModelConfig(**shape | changes))
 
 
@@ -85,29 +85,29 @@ def make_tiny(**changes: object) -> Transformer:
 def machine(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Machine:
     folder = tmp_path_factory.mktemp("machine")
     save_model(folder / "tiny", make_tiny(), tokenizer)
-    stretched = make_tiny(max_position_embeddings=1024)
-    stretched.extend_context(2048)
-    save_model(folder / "stretched", stretched, tokenizer)
+    extended = make_tiny(max_position_embeddings=1024)
+    extended.extend_context(2048)
+    save_model(folder / "extended", extended, tokenizer)
     save_model(folder / "short", make_model(tokenizer, seed=1, context=256), tokenizer)
     (folder / "long.txt").write_text("长江是中国最长的河流。" * 1500, encoding="utf-8")
     itemsize = inference_dtype(torch.device("cpu")).itemsize
     weights = itemsize * sum(parameter.numel() for parameter in make_tiny().parameters())
-    return Machine(folder, weights + int(ROOM / 0.8) + 1)
+    return Machine(folder, weights + int(CACHE_BYTES / 0.8) + 1)
 
 
 def advised(said: str) -> list[list[str]]:
-    """The options that a message recommends, each alternative on its own."""
+    """Return the alternatives that an error message recommends, as options."""
     if found := re.search(r"give a context of at most (\d+)", said):
         return [["--context", found[1]]]
-    if "give --context N too" in said:
+    if "add --context N" in said:
         return [["--context", "512"]]
     found = re.search(r"can be used for it; give (.*)", said)
     assert found, said
     return [shlex.split(one) for one in found[1].split(" or ")]
 
 
-def followed(options: list[str], advice: list[str]) -> list[str]:
-    """The options with those of the advice in their place."""
+def with_advice(options: list[str], advice: list[str]) -> list[str]:
+    """Return the options with those of the advice replacing them."""
     changed = dict(zip(options[::2], options[1::2], strict=True))
     changed |= dict(zip(advice[::2], advice[1::2], strict=True))
     return [word for pair in changed.items() for word in pair]
@@ -118,7 +118,7 @@ REFUSED = [
     ("serve", "tiny", "--context 2048 --slots 16", 2),
     ("serve", "tiny", "--slots 256", 1),
     ("generate", "tiny", "--context 1000000", 1),
-    *((verb, "stretched", "--context 4096", 1) for verb in ("generate", "chat", "eval", "serve")),
+    *((verb, "extended", "--context 4096", 1) for verb in ("generate", "chat", "eval", "serve")),
     *((verb, "tiny", "--rope-scaling yarn", 1) for verb in ("generate", "chat")),
 ]
 
@@ -133,12 +133,12 @@ def test_advice_is_accepted(
     advice = advised(refused)
     assert len(advice) == alternatives, refused
     for one in advice:
-        again = machine.run(verb, model, *followed(options.split(), one))
+        again = machine.run(verb, model, *with_advice(options.split(), one))
         assert again.endswith("ACCEPTED"), (one, again)
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
-def test_by_default_the_cache_fits_the_memory(machine: Machine, verb: str) -> None:
+def test_default_cache_fits_free_memory(machine: Machine, verb: str) -> None:
     said = machine.run(verb, "tiny")
     assert said.endswith("ACCEPTED")
     if verb == "serve":  # positions: 1,000,000 / 256 = 3,906, of which 61 steps of 64 are used
@@ -149,7 +149,7 @@ def test_by_default_the_cache_fits_the_memory(machine: Machine, verb: str) -> No
 
 
 @pytest.mark.parametrize("context", [100, 512])
-def test_serve_takes_a_shorter_and_a_longer_context(machine: Machine, context: int) -> None:
+def test_serve_accepts_shorter_and_longer_contexts(machine: Machine, context: int) -> None:
     said = machine.run("serve", "short", "--context", str(context), "--slots", "1")
     assert f"short: KV cache of 1 × {context} tokens" in said
     assert f"max_model_len {context}" in said

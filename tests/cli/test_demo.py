@@ -1,4 +1,4 @@
-"""`minimind demo`, whole, with models far too small to learn much; its clock."""
+"""`minimind demo` end to end with tiny models, and its total time."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def demo(folder: Path, model: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-moe"])
-def test_the_whole_road(tmp_path: Path, model: str) -> None:
+def test_full_demo(tmp_path: Path, model: str) -> None:
     first = demo(tmp_path, model)
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text("utf-8"))
@@ -48,15 +48,15 @@ def test_the_whole_road(tmp_path: Path, model: str) -> None:
     assert ("<h2>Expert load</h2>" in page) == (model == "nano-moe")
     assert "--adapter out/identity" in first
 
-    # Again: nothing is done twice, and the same is shown.
+    # A second run repeats no work and prints the same summary.
     model_time = (out / "model" / "model.safetensors").stat().st_mtime_ns
     again = demo(tmp_path, model)
-    assert "finished before" in again
+    assert "already finished" in again
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == model_time
     assert again[again.index("Summary") :] == first[first.index("Summary") :]
 
 
-def test_all_stages_in_few_steps(small_demo: tuple[Path, str]) -> None:
+def test_small_demo_runs_every_stage(small_demo: tuple[Path, str]) -> None:
     folder, output = small_demo
     out = folder / "out" / "demo"
     summary = json.loads((out / "summary.json").read_text("utf-8"))
@@ -68,15 +68,15 @@ def test_all_stages_in_few_steps(small_demo: tuple[Path, str]) -> None:
     assert output.rstrip().endswith("minimind chat out/demo --adapter out/demo/identity")
 
 
-def test_the_time_of_earlier_starts_counts(tmp_path: Path) -> None:
-    """Of one that ended and of one that was killed, up to the last line of its metrics."""
+def test_total_time_includes_earlier_sessions(tmp_path: Path) -> None:
+    """A session that was killed counts up to the last change of its metrics."""
     path = tmp_path / "time.json"
     path.write_text(json.dumps({"seconds": 1_000.0}), encoding="utf-8")
     with pytest.raises(KeyboardInterrupt), timed(tmp_path) as total:
         assert total() >= 1_000
         raise KeyboardInterrupt
-    kept = json.loads(path.read_text("utf-8"))
-    assert kept.keys() == {"seconds"} and kept["seconds"] >= 1_000
+    stored = json.loads(path.read_text("utf-8"))
+    assert stored.keys() == {"seconds"} and stored["seconds"] >= 1_000
     path.write_text(json.dumps({"seconds": 1_000.0, "began": 5_000.0}), encoding="utf-8")
     (tmp_path / "pretrain").mkdir()
     metrics = tmp_path / "pretrain" / "metrics.jsonl"

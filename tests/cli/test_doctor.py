@@ -6,12 +6,12 @@ from typer.testing import CliRunner
 from minimind.cli.main import app
 
 
-def test_it_tells_what_there_is_and_tries_it(tmp_path: Path) -> None:
-    findings = tmp_path / "doctor.json"
-    result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json", str(findings)])
+def test_doctor_describes_the_machine_and_runs_the_self_test(tmp_path: Path) -> None:
+    json_file = tmp_path / "doctor.json"
+    result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json", str(json_file)])
     assert result.exit_code == 0, result.output
-    assert "All is well" in result.output
-    found = json.loads(findings.read_text())
+    assert "Everything works" in result.output
+    found = json.loads(json_file.read_text())
     assert found["machine"]["device"] == "cpu"
     promise = "an answer does not depend on other requests, to the bit"
     assert found["machine"]["batch invariance"] == promise
@@ -19,7 +19,7 @@ def test_it_tells_what_there_is_and_tries_it(tmp_path: Path) -> None:
     assert all(e["install"].startswith("pip install") for e in found["missing"])
 
 
-def test_a_device_that_is_not_there_is_said_in_a_line() -> None:
+def test_a_missing_device_is_an_error() -> None:
     result = CliRunner().invoke(app, ["doctor", "--device", "cuda:99"])
     assert result.exit_code == 1
     assert "is not there" in result.output

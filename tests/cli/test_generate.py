@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from minimind.cli.generate import plain
 from minimind.cli.main import app
+from minimind.cli.terminal import strip_controls
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
@@ -22,7 +22,7 @@ def run(*arguments: object, stdin: str | bytes = "") -> Result:
 
 
 def make_model(tokenizer: Tokenizer) -> Transformer:
-    """Its choices are varied."""
+    """Return a random model whose output is varied."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**PRESETS["nano"] | {"vocab_size": tokenizer.vocab_size}))
     with torch.no_grad():
@@ -40,7 +40,7 @@ def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
     return directory
 
 
-def test_text_is_gone_on_with(model_dir: Path) -> None:
+def test_generate_continues_the_prompt(model_dir: Path) -> None:
     long = run(model_dir, PROMPT, "--max-new-tokens", 30, "--seed", 1)
     assert long.exit_code == 0, long.output
     assert long.stdout.startswith(PROMPT)
@@ -55,7 +55,7 @@ def test_text_is_gone_on_with(model_dir: Path) -> None:
     assert len(short.stdout) < len(long.stdout)
 
 
-def test_the_command_as_people_type_it(model_dir: Path) -> None:
+def test_prompt_from_stdin(model_dir: Path) -> None:
     command = [sys.executable, "-m", "minimind", "generate", model_dir]
     done = subprocess.run(
         [*command, "-", "--seed", "1", "--max-new-tokens", "30"],
@@ -70,7 +70,7 @@ def test_the_command_as_people_type_it(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "cp1252"])
-def test_a_file_gets_utf_8_whatever_the_system_says(
+def test_output_files_are_utf_8_on_every_platform(
     encoding: str, model_dir: Path, tmp_path: Path
 ) -> None:
     with (tmp_path / "text").open("wb") as file:
@@ -85,17 +85,17 @@ def test_a_file_gets_utf_8_whatever_the_system_says(
     assert (tmp_path / "text").read_text("utf-8").startswith(f"{PROMPT}é")
 
 
-def test_the_settings_reach_the_choice(model_dir: Path) -> None:
+def test_sampling_options_take_effect(model_dir: Path) -> None:
     greedy = run(model_dir, PROMPT, "--temperature", 0).stdout
     assert run(model_dir, PROMPT, "--top-k", 1).stdout == greedy
     assert run(model_dir, PROMPT, "--top-p", 1e-9).stdout == greedy
     assert run(model_dir, PROMPT, "--temperature", 0, "--repetition-penalty", 5).stdout != greedy
 
 
-def test_the_defaults_are_those_of_the_model(
+def test_defaults_come_from_generation_config(
     model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    def said(place: Path, **settings: float) -> str:
+    def output(place: Path, **settings: float) -> str:
         named = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
         flags = ["--seed", 3, "--max-new-tokens", 30, *(part for pair in named for part in pair)]
         done = run(place, PROMPT, *flags)
@@ -104,24 +104,24 @@ def test_the_defaults_are_those_of_the_model(
 
     ours = dict(temperature=0.7, top_p=0.9)
     neutral = dict(temperature=1, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
-    assert said(model_dir) == said(model_dir, **ours) != said(model_dir, **neutral)
+    assert output(model_dir) == output(model_dir, **ours) != output(model_dir, **neutral)
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
     own = dict(temperature=1.3, top_k=9, min_p=0.01, repetition_penalty=1.2)
     (other / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
-    assert said(other) == said(other, **own)
-    assert said(other, top_k=0) == said(other, **own | dict(top_k=0))
+    assert output(other) == output(other, **own)
+    assert output(other, top_k=0) == output(other, **own | dict(top_k=0))
     (other / "generation_config.json").unlink()
-    assert said(other) == said(other, **neutral)
+    assert output(other) == output(other, **neutral)
 
 
-def test_nothing_in_a_text_steers_the_terminal(
+def test_control_characters_are_stripped(
     tokenizer: Tokenizer, model_dir: Path, tmp_path: Path
 ) -> None:
-    assert plain("a\x1b[31mb\x9b2J\r\n\tc\x00\x7f\x85[b]é长") == "a[31mb2J\n\tc[b]é长"
+    assert strip_controls("a\x1b[31mb\x9b2J\r\n\tc\x00\x7f\x85[b]é长") == "a[31mb2J\n\tc[b]é长"
     done = run(model_dir, "红\x1b[31m色[b]", "--max-new-tokens", 1)
     assert done.stdout.startswith("红[31m色[b]")
-    # A model that says nothing but ESC.
+    # A model that generates only ESC.
     model = make_model(tokenizer)
     [escape] = tokenizer.encode("\x1b")
     with torch.no_grad():
@@ -135,28 +135,26 @@ def test_nothing_in_a_text_steers_the_terminal(
     assert (done.exit_code, done.stdout, done.stderr) == (0, "[red]红\n", "")
 
 
-def test_what_is_wrong_is_said_in_one_line(
-    model_dir: Path, tokenizer_dir: Path, tmp_path: Path
-) -> None:
+def test_errors_print_one_line(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     tokenizer = train_tokenizer(["长江长江"], vocab_size=273)
     save_model(wrong, make_model(tokenizer), tokenizer)
     train_tokenizer(["长江长江"], vocab_size=272).save(wrong)
     (tmp_path / "file").write_text("not a model")
     for arguments, stdin, message in [
-        ([model_dir, ""], "", "the prompt is empty; give a text to go on with"),
+        ([model_dir, ""], "", "the prompt is empty; give a text to continue"),
         ([model_dir, "-"], "\n", "the prompt is empty"),
         ([model_dir, "-"], PROMPT.encode("gb18030"), "standard input, line 1: not utf-8 text"),
         ([model_dir, "长江" * 500], "", "tokens and the model's context is 256; shorten it"),
         ([model_dir, "a", "--temperature", "-1"], "", "temperature is -1.0; it must be"),
         ([model_dir, "a", "--top-p", "2"], "", "top-p is 2.0; it must be"),
-        ([model_dir, "a", "--device", "cuda:99"], "", "device cuda:99 is not there"),
+        ([model_dir, "a", "--device", "cuda:99"], "", "device cuda:99 is not available"),
         ([model_dir, "a", "--device", "gpu"], "", "device 'gpu' is not known"),
         ([tmp_path / "nowhere", "a"], "", "there is no such directory"),
         ([tmp_path, "a"], "", "is not a model directory: it has no config.json"),
         ([tmp_path / "file", "a"], "", "is not a model directory"),
         ([tokenizer_dir, "a"], "", "is not a model directory"),
-        ([wrong, "a"], "", "272 words and its model 273, so they do not belong together"),
+        ([wrong, "a"], "", "272 tokens but its model 273, so they do not belong together"),
     ]:
         done = run(*arguments, stdin=stdin)
         assert (done.exit_code, done.stdout) == (1, ""), arguments
@@ -169,28 +167,28 @@ def test_what_is_wrong_is_said_in_one_line(
     "arguments",
     [[], ["model"], ["model", "a", "--max-new-tokens", "0"], ["m", "a", "--seed", "-1"]],
 )
-def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-def test_a_longer_context_is_written_to_the_end(model_dir: Path) -> None:
-    def written(*options: object) -> str:
+def test_context_limits_the_output(model_dir: Path) -> None:
+    def generated(*options: object) -> str:
         done = run(model_dir, PROMPT, "--temperature", 0, "--max-new-tokens", 1000, *options)
         assert done.exit_code == 0, done.output
         return done.stdout
 
-    short = written()  # the model's context is 256
-    assert written("--context", 256) == short
-    shorter = written("--context", 100).rstrip("\n\ufffd")
+    short = generated()  # the model's context is 256
+    assert generated("--context", 256) == short
+    shorter = generated("--context", 100).rstrip("\n\ufffd")
     assert short.startswith(shorter)
     assert len(PROMPT) < len(shorter) < len(short)
     for kind in ("linear", "dynamic", "yarn"):
-        longer = written("--context", 600, "--rope-scaling", kind)
+        longer = generated("--context", 600, "--rope-scaling", kind)
         assert len(longer) > 1.5 * len(short)
         assert longer.startswith(short.rstrip("\n\ufffd")) == (kind == "dynamic")
 
 
-def test_scaling_needs_a_context(model_dir: Path) -> None:
+def test_rope_scaling_needs_a_context(model_dir: Path) -> None:
     alone = run(model_dir, PROMPT, "--rope-scaling", "yarn")
     assert alone.exit_code == 1
-    assert "give --context N too" in alone.output
+    assert "add --context N" in alone.output

@@ -1,4 +1,4 @@
-"""Several processes of the real command: killed, stopped, orphaned, on two machines; row 6."""
+"""Data-parallel processes of the real command: killed, stopped, orphaned, on two nodes."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ TEXT = "第{0}段长{1}公里，最后流入东海。Part {0} of the river is {1
 
 @pytest.fixture(scope="module")
 def training(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Arguments of an endless run of the smallest model; a run directory is still to be given."""
+    """Arguments of a long run of the smallest model, without a run directory."""
     folder = tmp_path_factory.mktemp("workers")
     texts = (json.dumps({"text": TEXT.format(n, 7 * n)}, ensure_ascii=False) for n in range(200))
     (folder / "text.jsonl").write_text("\n".join(texts), encoding="utf-8")
@@ -46,7 +46,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts python with arguments; what still runs in the end is killed, with its children."""
+    """Start Python processes, which are killed with their children after the test."""
     with contextlib.ExitStack() as stack:
 
         def begin(*arguments: str, module: str = "") -> subprocess.Popen[str]:
@@ -74,7 +74,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> int:
-    """Until the run has made so many more steps than it had; how many it has then."""
+    """Wait until the run has logged `steps` more steps; return their total."""
 
     def done() -> int:
         path = run / "metrics.jsonl"
@@ -88,12 +88,12 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> int
 
 
 def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """The processes that train, by rank."""
+    """Return the training processes by rank."""
     children = psutil.Process(process.pid).children(recursive=True)
     return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
 
 
-def test_one_that_is_killed_takes_the_others_with_it_and_the_run_goes_on(
+def test_a_killed_process_ends_the_others_and_the_run_resumes(
     training: list[str], start: Start, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -106,8 +106,8 @@ def test_one_that_is_killed_takes_the_others_with_it_and_the_run_goes_on(
         said, complaint = process.communicate(timeout=60)  # it takes a second
         assert process.returncode == 1
         assert complaint == (
-            f"error: process {victim} of 0-1 was ended by SIGKILL (the system does so when memory "
-            "is short); the others were stopped. The same command goes on from the last "
+            f"error: process {victim} of 0-1 was ended by SIGKILL (often because memory ran out); "
+            "the others were stopped. Run the same command again to resume from the last "
             "checkpoint\n"
         )
         assert ("resuming from step" in said) == (victim == 0)
@@ -120,16 +120,14 @@ def test_one_that_is_killed_takes_the_others_with_it_and_the_run_goes_on(
     assert "resuming from step" in said
 
 
-def test_stopped_orphaned_and_stopped_at_once(
-    training: list[str], start: Start, tmp_path: Path
-) -> None:
+def test_orphaned_stopped_and_killed(training: list[str], start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [*training, "--out", str(run), "--nproc", "2"]
     process = start(*command)
     wait_for_steps(run, 10, process)
     both = workers(process)
     process.kill()
-    psutil.wait_procs(both.values())  # pytest's time limit ends it if they stay
+    psutil.wait_procs(both.values())  # fails by pytest's time limit if they keep running
 
     process = start(*command)
     wait_for_steps(run, 10, process)
@@ -151,7 +149,7 @@ def test_stopped_orphaned_and_stopped_at_once(
     assert not any(worker.is_running() for worker in both.values())
 
 
-def test_a_mistake_is_told_once(training: list[str], start: Start, tmp_path: Path) -> None:
+def test_an_error_is_printed_once(training: list[str], start: Start, tmp_path: Path) -> None:
     process = start(*training, "--out", str(tmp_path / "run"), "--nproc", "3")
     _, complaint = process.communicate()
     assert process.returncode == 1
@@ -168,7 +166,7 @@ def free_port() -> int:
 
 
 def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: Path) -> None:
-    """Two nodes that meet on this machine, a process and a folder each; one of them is lost."""
+    """Two nodes on this machine, with one process and one folder each; one of them is killed."""
 
     def nodes(*options: list[str]) -> list[subprocess.Popen[str]]:
         return [
@@ -193,10 +191,10 @@ def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: P
     lost.kill()
     ends = [node.communicate(timeout=100) for node in both]
     assert all(node.returncode == 1 for node in both)
-    assert sum("SIGKILL" in complaint for _, complaint in ends) == 1  # its own node tells
+    assert sum("SIGKILL" in complaint for _, complaint in ends) == 1  # reported by its own node
     assert not other.is_running()
 
-    # The run is where the first process was. Where it is not, it is not begun anew.
+    # The run is on the node of rank 0. Another rank 0 does not start it again.
     first = 0 if 0 in ranks[0] else 1
     assert not (runs[1 - first] / "metrics.jsonl").exists()
     meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
@@ -208,11 +206,11 @@ def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: P
     )
 
 
-@pytest.mark.parametrize("signalled", ["one that trains", "torchrun"])
-def test_a_stop_under_torchrun_is_no_failure(
+@pytest.mark.parametrize("signalled", ["training process", "torchrun"])
+def test_stopping_under_torchrun_is_no_failure(
     training: list[str], start: Start, tmp_path: Path, signalled: str
 ) -> None:
-    """All save and leave with status 0. What torchrun makes of a signal to itself is its own."""
+    """All processes save and exit with 0; torchrun itself exits with an error on a signal."""
     run = tmp_path / "run"
     options = ["--standalone", "--nproc-per-node", "2"]
     process = start(*options, *training, "--out", str(run), module="torch.distributed.run")

@@ -1,4 +1,4 @@
-"""From a model to an adapter, a chat with both, and one model of them: as people type it."""
+"""LoRA on the command line: train an adapter, chat with it, merge it."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A folder with `base`, which calls itself 小红, and an adapter for it in `run`: 小明."""
     folder = tmp_path_factory.mktemp("folder")
     _write(folder / "who.jsonl", "你是谁？", "我是{{name}}。")
-    _write(folder / "he.jsonl", "他是谁？", "他是小明。")  # so that the base knows the word
+    _write(folder / "he.jsonl", "他是谁？", "他是小明。")  # so that the base can generate the name
     run(
         folder,
         *("sft", *QUICK, "--data", "who.jsonl", "--data", "he.jsonl", "--out", "base-run"),
@@ -57,14 +57,14 @@ def _write(path: Path, question: str, answer: str) -> None:
     path.write_text((json.dumps({"conversations": messages}) + "\n") * 200, encoding="utf-8")
 
 
-def test_chat_and_generate_take_an_adapter(folder: Path) -> None:
+def test_chat_and_generate_with_an_adapter(folder: Path) -> None:
     for adapter in ("run", "run/adapter"):
         chat = run(
             folder, "chat", "base", "--adapter", adapter, "--temperature", 0, stdin="你是谁？\n"
         )
         assert chat.stdout.strip() == "我是小明。"
-    plain = run(folder, "chat", "base", "--temperature", 0, stdin="你是谁？\n")
-    assert plain.stdout.strip() == "我是小红。"
+    base = run(folder, "chat", "base", "--temperature", 0, stdin="你是谁？\n")
+    assert base.stdout.strip() == "我是小红。"
     texts = [
         run(folder, "generate", "base", "长江", "--temperature", 0, *more).stdout
         for more in ((), ("--adapter", "run"))
@@ -72,7 +72,7 @@ def test_chat_and_generate_take_an_adapter(folder: Path) -> None:
     assert texts[0] != texts[1]
 
 
-def test_merge_makes_a_plain_model_that_says_the_same(folder: Path) -> None:
+def test_a_merged_model_gives_the_same_answer(folder: Path) -> None:
     done = run(folder, "merge", "base", "--adapter", "run", "--out", "merged")
     assert "minimind chat merged" in done.output
     chat = run(folder, "chat", "merged", "--temperature", 0, stdin="你是谁？\n")
@@ -83,7 +83,7 @@ def test_merge_makes_a_plain_model_that_says_the_same(folder: Path) -> None:
     assert Tokenizer.load(folder / "merged").sha256 == Tokenizer.load(folder / "base").sha256
     before = (folder / "base" / "model.safetensors").read_bytes()
     error = run(folder, "merge", "base", "--adapter", "run", "--out", "base", status=1).stderr
-    assert "is the model that the adapter was made for; give another --out" in error
+    assert "is the base model of the adapter; choose another --out" in error
     assert (folder / "base" / "model.safetensors").read_bytes() == before
 
 
@@ -116,21 +116,21 @@ def test_merge_keeps_the_dtype_of_the_base(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("chat", "run"), "holds a LoRA adapter and no model of its own"),
+        (("chat", "run"), "holds a LoRA adapter but no model"),
         (("sft", "--model", "run", "--data", "who.jsonl", "--out", "x"), "minimind merge MODEL"),
         (("chat", "base", "--adapter", "base"), "base is not a LoRA adapter"),
         (("generate", "base", "a", "--adapter", "no"), "no: there is no such directory"),
-        (("lora", "sft-small", "--model", "base"), "take one with a [lora] table"),
+        (("lora", "sft-small", "--model", "base"), "use one with a [lora] table"),
         (("lora", "lora-identity", "--model", "base", "--out", "x"), "data.variables.author=…"),
         (("lora", "--data", "who.jsonl", "--out", "x"), "give --model MODEL"),
     ],
 )
-def test_mistakes_are_one_line(folder: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_errors_print_one_line(folder: Path, arguments: tuple[str, ...], words: str) -> None:
     done = run(folder, *arguments, status=1)
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line
 
 
-def test_explain_shows_a_recipe_of_lora(folder: Path) -> None:
+def test_explain_shows_lora_settings(folder: Path) -> None:
     shown = run(folder, "lora", "lora-identity", "--explain", "data.variables.name=小明").output
     assert "lora.rank" in shown and "lora-small.toml" in shown and "小明" in shown

@@ -13,8 +13,8 @@ from minimind.cli.main import errors_as_messages
 from minimind.errors import ConfigError
 from minimind.version import __version__
 
-# The command with one more verb, whose body is given on the command line of the test.
-WITH_VERB = """
+# The command line with an extra command `work`, whose body a test supplies.
+WITH_WORK = """
 import sys
 from minimind.cli.main import app, main
 
@@ -30,7 +30,7 @@ def run(
     *arguments: str, body: str = "pass", stdin: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", WITH_VERB.format(body=body), *arguments],
+        [sys.executable, "-c", WITH_WORK.format(body=body), *arguments],
         input=stdin,
         capture_output=True,
         text=True,
@@ -55,12 +55,12 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_installed_command_says_its_version() -> None:
+def test_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"minimind {__version__}\n")
 
 
-def test_without_arguments_it_shows_the_first_five_commands() -> None:
+def test_without_arguments_it_shows_the_first_steps() -> None:
     done = run()
     assert done.returncode == 0
     commands = [
@@ -71,7 +71,7 @@ def test_without_arguments_it_shows_the_first_five_commands() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-def test_a_suggested_command_works_where_the_command_is_not_on_the_path(
+def test_suggested_commands_work_when_minimind_is_not_on_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = Path(sys.executable).with_name("minimind")
@@ -88,28 +88,28 @@ def test_a_suggested_command_works_where_the_command_is_not_on_the_path(
 
 
 @pytest.mark.parametrize("arguments", [["wrok"], ["work", "--frsh"], ["work", "more"]])
-def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert "Usage: minimind" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_errors_are_one_plain_message() -> None:
+def test_minimind_errors_print_one_line() -> None:
     body = "from minimind.errors import DataError; raise DataError('[b]长江.txt[/b]: 空')"
     done = run("work", body=body)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: [b]长江.txt[/b]: 空\n"
 
 
-def test_our_own_bugs_show_where_they_are() -> None:
+def test_bugs_keep_their_traceback() -> None:
     done = run("work", body="raise KeyError('bug')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "KeyError: 'bug'" in done.stderr
 
 
-def test_interruption_is_status_130() -> None:
+def test_ctrl_c_exits_with_130() -> None:
     done = run("work", body="import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     assert done.returncode == 130
     assert done.stderr.strip() == "stopped"
@@ -117,13 +117,13 @@ def test_interruption_is_status_130() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 @pytest.mark.parametrize("body", ["print('x' * 1_000_000)", "print('x')"])
-def test_a_reader_that_has_had_enough_is_no_error(body: str) -> None:
-    # The pipe has no reader at all, so that the first byte breaks it.
+def test_a_closed_pipe_is_silent(body: str) -> None:
+    # The pipe has no reader, so the first byte breaks it.
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
         done = subprocess.run(
-            [sys.executable, "-c", WITH_VERB.format(body=body), "work"],
+            [sys.executable, "-c", WITH_WORK.format(body=body), "work"],
             stdout=pipe,
             stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGPIPE, signal.SIG_IGN),
@@ -134,12 +134,12 @@ def test_a_reader_that_has_had_enough_is_no_error(body: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX descriptors")
 @pytest.mark.parametrize("descriptor", [0, 1, 2])
-def test_a_stream_may_be_closed(descriptor: int, tmp_path: Path) -> None:
-    made = tmp_path / "made"
+def test_standard_streams_may_be_closed(descriptor: int, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
     body = "import sys; print('长江'); print(sys.stdin.read(), file=sys.stderr); "
-    body += f"open({str(made)!r}, 'w').close()"
+    body += f"open({str(marker)!r}, 'w').close()"
     done = subprocess.run(
-        [sys.executable, "-c", WITH_VERB.format(body=body), "work"],
+        [sys.executable, "-c", WITH_WORK.format(body=body), "work"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         preexec_fn=lambda: os.close(descriptor),
@@ -147,11 +147,11 @@ def test_a_stream_may_be_closed(descriptor: int, tmp_path: Path) -> None:
     )
     output = [b"" if descriptor == 1 else "长江\n".encode(), b"" if descriptor == 2 else b"\n"]
     assert [done.returncode, done.stdout, done.stderr] == [0, *output]
-    assert made.exists()
+    assert marker.exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_a_full_disk_is_told() -> None:
+def test_a_full_disk_is_reported() -> None:
     body = "open('/dev/full', 'w').write('x' * 100_000)"
     done = run("work", body=body)
     assert done.returncode == 1
@@ -164,14 +164,14 @@ def test_a_full_disk_is_told() -> None:
         (ConfigError("r.toml:3: x is not a setting"), "error: r.toml:3: x is not a setting\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), "error: a.txt: No such file\n"),
         (OSError(errno.ENOSPC, "full", "out/a"), "error: out/a: the disk is full. Free"),
-        (MemoryError(), "error: too little memory. In training, lower"),
+        (MemoryError(), "error: out of memory. In training, lower"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nmore"),
-            "error: too little memory ([enforce fail] DefaultCPUAllocator: can't allocate memory).",
+            "error: out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory).",
         ),
     ],
 )
-def test_what_users_and_machines_cause_is_told(
+def test_user_and_machine_errors_print_one_line(
     raised: Exception, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(typer.Exit) as caught, errors_as_messages():
@@ -180,32 +180,32 @@ def test_what_users_and_machines_cause_is_told(
     assert capsys.readouterr().err.startswith(expected)
 
 
-def test_gpu_memory_is_known_by_the_class_of_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_out_of_memory_is_recognised_by_class(capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(typer.Exit), errors_as_messages():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    assert "too little memory (CUDA out of memory" in capsys.readouterr().err
+    assert "out of memory (CUDA out of memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("raised", [OSError("no file in it"), RuntimeError("shape mismatch")])
-def test_the_rest_is_passed_on(raised: Exception) -> None:
+def test_other_errors_propagate(raised: Exception) -> None:
     with pytest.raises(type(raised)), errors_as_messages():
         raise raised
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk", "utf-16"])
-def test_pipes_are_utf_8_whatever_the_system_says(encoding: str) -> None:
+def test_pipes_are_utf_8_on_every_platform(encoding: str) -> None:
     body = "import sys; print('长江 é \\ud83d'); print('黄河 \\udcff', file=sys.stderr)"
     done = run("work", body=body, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
     assert (done.returncode, done.stdout, done.stderr) == (0, "长江 é ?\n", "黄河 \\udcff\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
-def test_a_terminal_without_chinese_does_not_stop_the_run() -> None:
+def test_a_terminal_without_chinese_prints_question_marks() -> None:
     ours, theirs = os.openpty()
     with open(ours, "rb", buffering=0) as terminal:
         subprocess.run(
-            [sys.executable, "-c", WITH_VERB.format(body="print('长江')"), "work"],
+            [sys.executable, "-c", WITH_WORK.format(body="print('长江')"), "work"],
             stdout=theirs,
             env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
             timeout=60,
@@ -215,20 +215,20 @@ def test_a_terminal_without_chinese_does_not_stop_the_run() -> None:
         assert terminal.read(100) == b"??\r\n"
 
 
-# A user without HOME and without an entry in the list of users, as in some containers.
+# A user without HOME and without an entry in the password database, as in some containers.
 HOMELESS = """
 import pwd
 
-def nobody(*_):
+def missing(*_):
     raise KeyError
 
-pwd.getpwuid = pwd.getpwnam = nobody
+pwd.getpwuid = pwd.getpwnam = missing
 from minimind.cli.main import main
 main()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a home comes from the system there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows always has a home directory")
 @pytest.mark.parametrize(
     ("arguments", "variable"),
     [
@@ -241,7 +241,7 @@ main()
         (["eval", "OUT", "--data", "~nobody/exams", "--task", "gsm8k"], "HOME"),
     ],
 )
-def test_no_home_is_one_line(
+def test_a_missing_home_prints_one_line(
     arguments: list[str], variable: str, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     texts = tmp_path / "texts.txt"

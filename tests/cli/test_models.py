@@ -1,4 +1,4 @@
-"""Names of models on the command line: an existing path always wins over syntax in its name."""
+"""Model names on the command line: an existing path takes precedence over DIR+ADAPTER and URLs."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "directory", "adapter"),
+    ("spec", "directory", "adapter"),
     [
         ("base", "base", None),
         ("base+lora", "base", "lora"),
@@ -30,13 +30,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("+lora", "+lora", None),
     ],
 )
-def test_a_plus_sign_in_a_path_is_part_of_it(
-    place: str, directory: str, adapter: str | None
+def test_adapter_is_split_at_a_plus_sign_outside_of_paths(
+    spec: str, directory: str, adapter: str | None
 ) -> None:
-    assert _split(place) == (Path(directory), adapter and Path(adapter))
+    assert _split(spec) == (Path(directory), adapter and Path(adapter))
 
 
-def test_a_path_that_looks_like_a_url_is_a_path() -> None:
+def test_an_existing_path_is_not_a_url() -> None:
     assert is_service("http://127.0.0.1:8000")
     assert not is_service("http://odd")
     assert not is_service("base")

@@ -9,7 +9,7 @@ from minimind.cli.plan import duration, parse_size, size
 from minimind.errors import UsageError
 
 
-def test_it_says_what_fits(tmp_path: Path) -> None:
+def test_plan_recommends_what_fits(tmp_path: Path) -> None:
     metrics = tmp_path / "plan.json"
     arguments = ["plan", "pretrain-base", "--memory", "3GB", "--trial", "0", "--device", "cpu"]
     result = CliRunner().invoke(app, [*arguments, "--json", str(metrics)])
@@ -22,7 +22,7 @@ def test_it_says_what_fits(tmp_path: Path) -> None:
     assert found["memory_total"] == sum(found["memory"].values()) > 3 << 30
 
 
-def test_sizes() -> None:
+def test_sizes_and_durations() -> None:
     assert parse_size("2GB") == parse_size("2 GiB") == parse_size("2048MB") == 2 << 30
     assert parse_size("1.5gb") == 3 << 29
     for wrong in ("", "much", "-1GB", "0", "nanGB", "1PB"):

@@ -1,4 +1,4 @@
-"""`minimind sweep` and `minimind report` as people start them, with the smallest models."""
+"""`minimind sweep` and `minimind report` with the smallest models."""
 
 import json
 import os
@@ -50,14 +50,14 @@ def run(place: Path, *arguments: str, status: int = 0) -> str:
     return said
 
 
-def test_variants_are_trained_and_compared_and_what_fails_is_told(place: Path) -> None:
+def test_sweep_compares_variants_and_reports_failures(place: Path) -> None:
     command = (*NANO, "--tokenizer", "tokenizer", "training.steps=3", "--devices", "cpu,cpu")
     heads = "model.num_attention_heads=4,3"
     said = run(place, *command, heads, "model.num_hidden_layers=1,2", status=1)
     first, second = (f"num_attention_heads-4-num_hidden_layers-{layers}" for layers in (1, 2))
     assert f"{first}: finished" in said and f"{second}: finished" in said
-    told = "num_attention_heads (3) must be a multiple of num_key_value_heads (2)"
-    assert len(re.findall(r"^failed: .*\b" + re.escape(told), said, re.M)) == 2
+    reason = "num_attention_heads (3) must be a multiple of num_key_value_heads (2)"
+    assert len(re.findall(r"^failed: .*\b" + re.escape(reason), said, re.M)) == 2
     assert "loss by parameters: no fit: 2 different values" in said
     out = place / "out" / "sweep"
     metrics = json.loads((out / "summary.json").read_text("utf-8"))
@@ -122,6 +122,6 @@ def test_a_numbered_gpu_is_the_only_one_that_its_process_sees(
     assert device_settings(["cpu", "cpu"]) == [("cpu", {})] * 2
 
 
-def test_a_device_that_is_not_there_is_told_once(place: Path) -> None:
+def test_a_missing_device_is_reported_once(place: Path) -> None:
     said = run(place, *NANO, "--tokenizer", "tokenizer", "--devices", "cuda:77", status=1)
-    assert said.count("device cuda:77 is not there") == 1
+    assert said.count("device cuda:77 is not available") == 1

@@ -25,10 +25,10 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_train_then_inspect(texts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "made" / "tokenizer"
+    out = tmp_path / "new" / "tokenizer"
     done = run("train", texts, "--out", out, "--vocab-size", 300)
     assert done.exit_code == 0, done.output
-    assert f"A tokenizer of 300 words is in {out}." in done.output
+    assert f"The tokenizer with 300 tokens is in {out}." in done.output
     assert Tokenizer.load(out).vocab_size == 300
     done = run("inspect", out)
     assert done.exit_code == 0, done.output
@@ -38,45 +38,43 @@ def test_train_then_inspect(texts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="another shell")
 @pytest.mark.parametrize("name", ["我的 词表[1]", "it's $HOME"])
-def test_the_suggested_command_can_be_pasted(texts: Path, tmp_path: Path, name: str) -> None:
+def test_the_suggested_command_works_when_pasted(texts: Path, tmp_path: Path, name: str) -> None:
     done = run("train", texts, "--out", tmp_path / name, "--vocab-size", 300)
     _, found, suggested = done.output.rstrip().rpartition("minimind tokenizer ")
     assert found
     assert run(*shlex.split(suggested)).exit_code == 0
 
 
-def test_the_defaults_are_those_of_the_function() -> None:
-    of_verb, of_function = (signature(f).parameters for f in (train, train_tokenizer))
-    assert of_verb["vocab_size"].default == of_function["vocab_size"].default
-    assert of_verb["sample_mb"].default << 20 == of_function["sample_bytes"].default
+def test_defaults_match_train_tokenizer() -> None:
+    of_command, of_function = (signature(f).parameters for f in (train, train_tokenizer))
+    assert of_command["vocab_size"].default == of_function["vocab_size"].default
+    assert of_command["sample_mb"].default << 20 == of_function["sample_bytes"].default
 
 
-def test_several_files_are_one_stream(texts: Path, tmp_path: Path) -> None:
+def test_several_files_are_combined(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("山山山山\n", encoding="utf-8")
     run("train", texts, tmp_path / "more.txt", "--out", tmp_path / "out")
     assert len(Tokenizer.load(tmp_path / "out").encode("山山山山")) == 1
 
 
-def test_inspect_compares_and_writes_the_figures(
-    texts: Path, tokenizer_dir: Path, tmp_path: Path
-) -> None:
+def test_inspect_compares_tokenizers(texts: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     run("train", texts, "--out", tmp_path / "other", "--vocab-size", 280)
-    metrics = tmp_path / "figures.json"
+    metrics = tmp_path / "metrics.json"
     done = run("inspect", tokenizer_dir, tmp_path / "other", "--data", texts, "--json", metrics)
     assert done.exit_code == 0, done.output
     assert "unused" in done.output
     written = json.loads(metrics.read_text("utf-8"))
     assert written["measured_on"] == [str(texts)]
     ours, other = written["tokenizers"].values()
-    assert (ours["num_words"], other["num_words"]) == (600, 280)
+    assert (ours["num_tokens"], other["num_tokens"]) == (600, 280)
     assert ours["characters_per_token"]["Chinese"] > other["characters_per_token"]["Chinese"]
 
 
-def test_bad_lines_are_left_out_and_told(texts: Path, tmp_path: Path) -> None:
+def test_invalid_lines_are_skipped_and_reported(texts: Path, tmp_path: Path) -> None:
     texts.write_bytes(b"{broken\n" + texts.read_bytes())
     done = run("train", texts, "--out", tmp_path / "out", "--vocab-size", 280)
     assert done.exit_code == 0, done.output
-    assert "bad lines left out: 1;" in done.output
+    assert "skipped 1 invalid records;" in done.output
     assert ":1: not JSON" in done.output
 
 
@@ -84,11 +82,11 @@ def test_an_existing_tokenizer_is_not_overwritten(texts: Path, tokenizer_dir: Pa
     before = (tokenizer_dir / "tokenizer.json").read_bytes()
     done = run("train", texts, "--out", tokenizer_dir)
     assert done.exit_code == 1
-    assert "already holds a tokenizer" in done.output
+    assert "already contains a tokenizer" in done.output
     assert (tokenizer_dir / "tokenizer.json").read_bytes() == before
 
 
-def test_what_is_wrong_is_said_in_one_line(texts: Path, tmp_path: Path) -> None:
+def test_errors_print_one_line(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{broken\n" * 3)
     (tmp_path / "file").write_text("")
     out = ["--out", tmp_path / "out"]

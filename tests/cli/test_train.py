@@ -1,4 +1,4 @@
-"""The training verbs as people start them: processes of their own, the smallest model."""
+"""The training commands, run with the smallest model."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MINIMIND_CACHE": "cache", "COLUMNS": "20
 
 
 class Place:
-    """A folder with data and a tokenizer, in which commands are run."""
+    """A folder with data and a tokenizer, in which commands run."""
 
     def __init__(self, folder: Path, tokenizer: Path) -> None:
         self.folder = folder
@@ -51,14 +51,14 @@ class Place:
         return done
 
     def run_here(self, *arguments: object, status: int = 0) -> Result:
-        """The same without a process of its own, which takes seconds to start."""
+        """Run a command in this process, which saves seconds of start-up."""
         with contextlib.chdir(self.folder):
             done = CliRunner().invoke(app, [*map(str, arguments)], env=ENVIRONMENT)
         assert done.exit_code == status, done.output
         return done
 
     def error(self, *arguments: object) -> str:
-        """The one line that a command ends with."""
+        """Return the error message of a command that fails."""
         return only_line(self.run_here(*arguments, status=1).stderr)
 
 
@@ -88,7 +88,7 @@ def place(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Plac
 
 @pytest.mark.skipif(sys.platform == "win32", reason="another shell")
 @pytest.mark.parametrize("name", ["我的 模型[1]", "it's $HOME"])
-def test_the_suggested_command_can_be_pasted(
+def test_the_suggested_command_works_when_pasted(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, base = tmp_path / name, tmp_path / f"base of {name}"
@@ -104,11 +104,11 @@ def test_the_suggested_command_can_be_pasted(
         assert shlex.split(suggested) == words
 
 
-def test_pretrain_then_sft_then_found_done(place: Place) -> None:
+def test_pretrain_sft_dpo_and_finished_runs(place: Place) -> None:
     done = place.run(*place.pretrain, "--out", "out/base", "--json", "figures/base.json")
     assert "bits per byte" in done.stdout
     assert "The model is in out/base/model. Try it: minimind generate out/base" in done.stdout
-    assert "长江是" in done.stdout, "a prompt of the recipe, and how the model goes on"
+    assert "长江是" in done.stdout, "a sample for a prompt of the recipe"
     run = place.folder / "out" / "base"
     metrics = json.loads((place.folder / "figures" / "base.json").read_text("utf-8"))
     assert metrics == json.loads((run / "summary.json").read_text("utf-8"))
@@ -132,20 +132,20 @@ def test_pretrain_then_sft_then_found_done(place: Place) -> None:
         in message
     )
 
-    # What a run keeps is a recipe that `train` finds done.
+    # `train` with the recipe of a finished run does nothing.
     done = place.run_here("train", "out/chat/recipe.toml", "--json", "again.json")
     assert "Try it: minimind chat out/chat" in done.stdout
     again = json.loads((place.folder / "again.json").read_text("utf-8"))
     assert again == json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))
 
-    # Another recipe in its place is refused; --fresh is how to mean it.
+    # A different recipe for the same run is an error without --fresh.
     message = place.error("train", "out/chat/recipe.toml", "training.steps=2")
     assert message.startswith("out/chat holds a run of another recipe: training.steps was ")
     place.run_here("train", "out/chat/recipe.toml", "training.steps=2", "--fresh")
     assert json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))["steps"] == 2
 
 
-def test_a_mixture_of_experts_is_pretrained_tuned_and_asked(place: Place) -> None:
+def test_mixture_of_experts(place: Place) -> None:
     moe = ("model.preset=nano-moe", "training.log_every=2")
     done = place.run_here(*place.pretrain, *moe, "--out", "out/moe")
     assert "parameters (" in done.output and " active per token) on cpu" in done.output
@@ -171,7 +171,7 @@ def test_a_mixture_of_experts_is_pretrained_tuned_and_asked(place: Place) -> Non
     assert said.exit_code == 0 and said.output
 
 
-def test_explain_shows_where_each_setting_came_from_and_needs_no_torch(place: Place) -> None:
+def test_explain_shows_origins_without_torch(place: Place) -> None:
     script = (
         "import atexit, sys\n"
         "atexit.register(lambda: print(sorted({'torch', 'numpy'} & set(sys.modules))))\n"
@@ -197,20 +197,20 @@ def test_explain_shows_where_each_setting_came_from_and_needs_no_torch(place: Pl
     assert not (place.folder / "never").exists()
 
 
-def test_a_dry_run_prepares_everything_and_trains_nothing(place: Place) -> None:
+def test_dry_run_trains_nothing(place: Place) -> None:
     done = place.run_here(*place.pretrain, "--out", "dry", "--dry-run")
     assert "6 steps of 4 sequences" in done.stdout
     assert not (place.folder / "dry").exists()
 
 
-def test_a_mistyped_setting_is_named_with_the_nearest(place: Place) -> None:
+def test_a_mistyped_setting_gets_a_suggestion(place: Place) -> None:
     message = place.error(*place.pretrain, "--out", "typo", "optim.ler=0.1")
     assert message == "command line: optim.ler is not a setting; did you mean optim.lr?"
     assert "training.steps" in place.error(*place.pretrain, "--out", "typo", "training.steps=many")
     assert not (place.folder / "typo").exists()
 
 
-def test_what_is_not_there_is_named(place: Place) -> None:
+def test_missing_files_are_named(place: Place) -> None:
     arguments: tuple[str, ...] = (*place.pretrain, "--out", "no1", "--data", "gone.jsonl")
     assert "gone.jsonl" in only_line(place.run(*arguments, status=1).stderr)
     for arguments, name in [
@@ -221,23 +221,23 @@ def test_what_is_not_there_is_named(place: Place) -> None:
         assert name in place.error(*arguments)
 
 
-def test_a_device_that_is_not_there(place: Place) -> None:
+def test_a_missing_device_is_an_error(place: Place) -> None:
     message = place.error(*place.pretrain, "--out", "no4", "--device", "cuda:77")
-    assert message.startswith("device cuda:77 is not there; this machine has: cpu")
+    assert message.startswith("device cuda:77 is not available; this machine has: cpu")
     assert "--device auto" in message
     (place.folder / "file").write_text("")
     assert place.error(*place.pretrain, "--out", "file").startswith("file is a file. --out")
 
 
-def test_arguments_that_do_not_fit_together(place: Place) -> None:
-    assert "no run to go on with" in place.error(*place.pretrain, "--out", "no5", "--resume")
+def test_contradictory_arguments(place: Place) -> None:
+    assert "no run to resume" in place.error(*place.pretrain, "--out", "no5", "--resume")
     assert place.error(*place.pretrain, "--out", "failed", "--data", "gone.jsonl")
-    # A start that failed has left its recipe, and is no run.
-    assert "no run to go on with" in place.error(*place.pretrain, "--out", "failed", "--resume")
+    # A failed start leaves a recipe but no run.
+    assert "no run to resume" in place.error(*place.pretrain, "--out", "failed", "--resume")
     assert "exclude each other" in place.error(
         *place.pretrain, "--out", "no5", "--resume", "--fresh"
     )
-    assert "which recipe?" in place.error("train")
+    assert "no recipe is given" in place.error("train")
     assert "two recipes are given, a.jsonl and b.jsonl" in place.error(
         "pretrain", "a.jsonl", "b.jsonl"
     )

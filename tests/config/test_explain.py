@@ -22,7 +22,7 @@ def test_explain_shows_every_setting_and_its_origin() -> None:
     assert rows["schedule.name"][1].startswith("sft-small.toml:")
 
 
-def test_explain_shows_what_is_in_a_table_and_one_that_is_not_there() -> None:
+def test_explain_shows_entries_of_tables_and_unset_tables() -> None:
     resolved = load_recipe("sft-base", overrides=["data.variables.name=小明"])
     console = Console(file=io.StringIO(), width=160)
     console.print(explain(resolved))

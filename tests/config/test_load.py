@@ -24,13 +24,13 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def complaint(name: str | Path | None, *overrides: str) -> str:
+def error_message(name: str | Path | None, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_recipe(name, overrides=overrides)
     return str(caught.value)
 
 
-def test_later_layers_win_and_origins_say_which(tmp_path: Path) -> None:
+def test_later_layers_take_precedence_and_origins_name_them(tmp_path: Path) -> None:
     write(tmp_path / "base.toml", 'objective = "sft"\n[optim]\nlr = 1e-4\nbeta1 = 0.8\n')
     path = write(
         tmp_path / "mine.toml",
@@ -62,10 +62,10 @@ def test_extends_finds_packaged_recipes_too(tmp_path: Path) -> None:
     assert load_recipe(path).recipe == expected
 
 
-def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
+def test_circular_extends_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.toml", 'extends = "b.toml"\n')
     write(tmp_path / "b.toml", 'extends = "a.toml"\n')
-    message = complaint(tmp_path / "a.toml")
+    message = error_message(tmp_path / "a.toml")
     assert message.startswith(f"{tmp_path / 'a.toml'}: this recipe extends itself")
 
 
@@ -76,14 +76,14 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
         ("optim = {lrr = 1}\n", ":2: optim.lrr is not a setting; did you mean optim.lr?"),
         ("[optimm]\nlr = 1\n", ":3: optimm is not a setting; did you mean optim?"),
         ("warmup = 0.1\n", ":2: warmup is not a setting; did you mean schedule.warmup?"),
-        ("[optim]\n\nlr = -1.0\n", ":4: optim.lr = -1.0 will not do: it should be greater than 0"),
-        ("optim.lr = '1'\n", ':2: optim.lr = "1" will not do: it should be a valid number'),
-        ("optim.lr = nan\n", ":2: optim.lr = nan will not do: it should be"),
-        ("seed = true\n", ":2: seed = true will not do: it should be a valid integer"),
-        ("seed = 1979-05-27\n", ":2: seed = 1979-05-27 will not do: it should be"),
-        ("optim = 3\n", ":2: optim = 3 will not do: it should be a group of settings"),
-        ("[training]\nprecision = 'bf8'\n", "it should be 'auto', 'bf16', 'fp16' or 'fp32'"),
-        ("[model]\npreset = 'smal'\n", "it should be one of nano, nano-moe, demo"),
+        ("[optim]\n\nlr = -1.0\n", ":4: optim.lr = -1.0: must be greater than 0"),
+        ("optim.lr = '1'\n", ':2: optim.lr = "1": must be a valid number'),
+        ("optim.lr = nan\n", ":2: optim.lr = nan: must be"),
+        ("seed = true\n", ":2: seed = true: must be a valid integer"),
+        ("seed = 1979-05-27\n", ":2: seed = 1979-05-27: must be"),
+        ("optim = 3\n", ":2: optim = 3: must be a group of settings"),
+        ("[training]\nprecision = 'bf8'\n", "must be 'auto', 'bf16', 'fp16' or 'fp32'"),
+        ("[model]\npreset = 'smal'\n", "must be one of nano, nano-moe, demo"),
         ("[[data.sources]]\npath = 'a'\nwait = 2\n", ":2: data.sources.0.wait is not a setting"),
         (
             "[training]\nglobal_batch_size = 10\nmicro_batch_size = 4\n",
@@ -91,32 +91,32 @@ def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
         ),
         (
             "[schedule]\nname = 'cosine'\ndecay = 0.3\n",
-            ":4: schedule: decay (0.3) belongs to WSD, and the schedule is cosine; leave decay out",
+            ":4: schedule: decay (0.3) applies to wsd only, but the schedule is cosine",
         ),
         (
             "[schedule]\nname = 'wsd'\nwarmup = 0.9\n",
-            ":4: schedule: warmup (0.9) and decay (0.2) are shares of the same steps and add up to "
+            ":4: schedule: warmup (0.9) and decay (0.2) are fractions of the same steps and sum to "
             "more than 1; lower one of them",
         ),
         ("[model]\nnum_attention_heads = 3\n", ":3: model: num_attention_heads (3) must be"),
-        ("[model]\nhidden_size = 0\n", ":3: model.hidden_size = 0 will not do: it should be"),
+        ("[model]\nhidden_size = 0\n", ":3: model.hidden_size = 0: must be"),
         ("[optim\nlr = 1\n", ":2: not TOML: "),
         ("seed = 1\nseed = 2\n", ":3: not TOML: "),
         ("seed = [1,\n", ":2: not TOML: "),
-        ("extends = 3\n", ":2: extends = 3 will not do"),
+        ("extends = 3\n", ":2: extends = 3: must be the name of one recipe"),
         ("extends = 'nowhere'\n", ':2: extends = "nowhere": '),
     ],
 )
-def test_mistakes_are_told_with_file_line_and_key(tmp_path: Path, text: str, expected: str) -> None:
+def test_errors_name_file_line_and_key(tmp_path: Path, text: str, expected: str) -> None:
     path = write(tmp_path / "mine.toml", f"objective = 'sft'\n{text}")
-    message = complaint(path)
+    message = error_message(path)
     assert message.startswith(f"{path}:")
     assert expected in message
 
 
-def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_together(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", "objective = 'sft'\nsed = 1\n[optim]\nlr = 0.0\n")
-    lines = complaint(path, "data.seq_lens=3").splitlines()
+    lines = error_message(path, "data.seq_lens=3").splitlines()
     assert len(lines) == 3
     assert f"{path}:2: sed is not a setting; did you mean seed?" in lines
     assert "command line: data.seq_lens is not a setting; did you mean data.seq_len?" in lines
@@ -131,18 +131,18 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         ("zzz=1", "command line: zzz is not a setting; --explain lists all settings"),
         (
             "optim.lr=fast",
-            'command line: optim.lr = "fast" will not do: it should be a valid number',
+            'command line: optim.lr = "fast": must be a valid number',
         ),
-        ("=1", "command line: '=1' should be KEY=VALUE, such as optim.lr=3e-4"),
-        ("seed", "command line: 'seed' should be KEY=VALUE, such as optim.lr=3e-4"),
+        ("=1", "command line: '=1' is not of the form KEY=VALUE, such as optim.lr=3e-4"),
+        ("seed", "command line: 'seed' is not of the form KEY=VALUE, such as optim.lr=3e-4"),
         (
             "training.micro_batch_size=7",
             "command line: training: global_batch_size (128) must be a multiple",
         ),
     ],
 )
-def test_mistakes_on_the_command_line(override: str, expected: str) -> None:
-    assert complaint("pretrain-small", override).startswith(expected)
+def test_errors_on_the_command_line(override: str, expected: str) -> None:
+    assert error_message("pretrain-small", override).startswith(expected)
 
 
 def test_override_values_are_toml_or_bare_strings() -> None:
@@ -162,23 +162,23 @@ def test_override_values_are_toml_or_bare_strings() -> None:
     ]
 
 
-def test_what_must_be_set_is_asked_for() -> None:
-    assert complaint(None).startswith("objective is not set")
+def test_a_missing_required_setting_is_an_error() -> None:
+    assert error_message(None).startswith("objective is not set")
 
 
-def test_unknown_recipes_name_the_nearest_and_all() -> None:
-    message = complaint("pretran-small")
+def test_an_unknown_recipe_is_refused_with_suggestions() -> None:
+    message = error_message("pretran-small")
     assert "did you mean pretrain-small?" in message
     assert all(name in message for name in packaged_recipes())
 
 
-def test_unreadable_recipes_are_told(tmp_path: Path) -> None:
+def test_recipes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes("objective = '中'".encode("gbk"))
-    assert complaint(path) == f"{path}: not UTF-8 text (byte 13); save it as UTF-8"
+    assert error_message(path) == f"{path}: not UTF-8 text (byte 13); save it as UTF-8"
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(b"\xef\xbb\xbfobjective = 'sft'\r\nseed = 4\r\n")
     assert load_recipe(path).recipe.seed == 4
@@ -191,13 +191,13 @@ def test_packaged_recipes_load_and_survive_a_dump(name: str, tmp_path: Path) -> 
     assert recipe.objective in kind.split("-")
     shapes = {"pretrain-base": "base", "pretrain-moe": "moe", "demo-pretrain": "demo"}
     assert recipe.model.preset == shapes.get(name, "small")
-    again = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
-    assert again == recipe
-    assert difference(again, recipe) == {}
+    reloaded = load_recipe(write(tmp_path / "recipe.toml", dump_recipe(recipe))).recipe
+    assert reloaded == recipe
+    assert difference(reloaded, recipe) == {}
 
 
-def test_the_decay_of_an_inherited_wsd_schedule_goes_when_cosine_is_chosen(tmp_path: Path) -> None:
-    """In a recipe that extends it or on the command line; a decay given beside it is refused."""
+def test_choosing_cosine_drops_the_decay_of_an_inherited_wsd_schedule(tmp_path: Path) -> None:
+    """In an extending recipe and on the command line; an explicit decay is refused."""
     assert load_recipe("pretrain-small").recipe.schedule.decay == 0.4
     chosen = load_recipe("pretrain-small", overrides=["schedule.name=cosine"])
     assert (chosen.recipe.schedule.name, chosen.recipe.schedule.decay) == ("cosine", None)
@@ -207,13 +207,15 @@ def test_the_decay_of_an_inherited_wsd_schedule_goes_when_cosine_is_chosen(tmp_p
     assert load_recipe(path).recipe.schedule == chosen.recipe.schedule
     path = write(path, dump_recipe(chosen.recipe))
     assert load_recipe(path).recipe == chosen.recipe
-    again = load_recipe(path, overrides=["schedule.name=wsd"]).recipe
-    assert again.schedule.decay == 0.2
+    wsd = load_recipe(path, overrides=["schedule.name=wsd"]).recipe
+    assert wsd.schedule.decay == 0.2
     for overrides in (["schedule.decay=0.3"], ["schedule.decay=0.3", "schedule.name=cosine"]):
-        with pytest.raises(ConfigError, match=r"command line: schedule: decay \(0.3\) belongs to"):
+        with pytest.raises(
+            ConfigError, match=r"command line: schedule: decay \(0.3\) applies to wsd"
+        ):
             load_recipe(path, overrides=overrides)
-    whole = ['schedule={name="wsd",decay=0.3}', "schedule.name=cosine"]
-    assert load_recipe(path, overrides=whole).recipe.schedule.decay is None
+    table = ['schedule={name="wsd",decay=0.3}', "schedule.name=cosine"]
+    assert load_recipe(path, overrides=table).recipe.schedule.decay is None
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -244,10 +246,10 @@ def test_toml_values() -> None:
     assert toml_value([True, 1, 1e-8, "长"]) == '[true, 1, 1e-08, "长"]'
 
 
-def test_difference_names_what_differs() -> None:
-    kept = load_recipe("pretrain-small").recipe
-    given = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
-    assert difference(kept, given) == {
+def test_difference_describes_changed_settings() -> None:
+    old = load_recipe("pretrain-small").recipe
+    new = load_recipe("pretrain-small", overrides=["optim.lr=0.002", "out=x"]).recipe
+    assert difference(old, new) == {
         "out": 'out was not set and is now "x"',
         "optim.lr": "optim.lr was 0.001 and is now 0.002",
     }
@@ -262,7 +264,7 @@ OPERATION = {
 
 
 def test_every_setting_is_marked_as_identity_or_operation() -> None:
-    """A setting without exactly one mark raises; a new operation must be added here."""
+    """A setting without exactly one mark raises. New operation settings must be added here."""
     roles = setting_roles()
     assert {key for key, role in roles.items() if role is Role.OPERATION} == OPERATION
     assert set(roles) == set(setting_names())
@@ -278,9 +280,9 @@ def test_entries_of_a_setting_and_absent_groups_have_a_role() -> None:
     assert role_of("training.trackers") is Role.OPERATION
 
 
-def test_a_seed_is_what_generators_take() -> None:
+def test_the_seed_has_the_range_of_generators() -> None:
     assert load_recipe("sft-small", overrides=[f"seed={2**63 - 1}"]).recipe.seed == 2**63 - 1
-    with pytest.raises(ConfigError, match=r"seed = 9223372036854775808 .*less than"):
+    with pytest.raises(ConfigError, match=r"seed = 9223372036854775808: must be less than"):
         load_recipe("sft-small", overrides=[f"seed={2**63}"])
 
 
@@ -290,17 +292,17 @@ def test_setting_names_reach_into_groups() -> None:
     assert "optim" not in names
 
 
-def test_lora_is_there_or_not_and_fill_holds_any_words(tmp_path: Path) -> None:
+def test_optional_lora_and_arbitrary_variables_survive_a_dump(tmp_path: Path) -> None:
     plain = load_recipe("sft-small").recipe
     assert plain.lora is None and "[lora]" not in dump_recipe(plain)
-    given = ["lora.rank=4", "data.variables.name=小明", 'data.variables.author="李雷 }\\""']
-    adapted = load_recipe("sft-small", overrides=given).recipe
+    overrides = ["lora.rank=4", "data.variables.name=小明", 'data.variables.author="李雷 }\\""']
+    adapted = load_recipe("sft-small", overrides=overrides).recipe
     assert adapted.lora is not None and (adapted.lora.rank, adapted.lora.alpha) == (4, 16.0)
     assert adapted.data.variables == {"name": "小明", "author": '李雷 }"'}
-    strange = adapted.model_copy(
+    unusual = adapted.model_copy(
         update={"data": adapted.data.model_copy(update={"variables": {"作者 1": "李雷"}})}
     )
-    for recipe in (plain, adapted, strange):
+    for recipe in (plain, adapted, unusual):
         path = tmp_path / "recipe.toml"
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         assert load_recipe(path).recipe == recipe
@@ -310,20 +312,21 @@ def test_lora_is_there_or_not_and_fill_holds_any_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora-small", "lora-identity", "lora-medical"])
-def test_recipes_of_lora_hang_together(name: str) -> None:
+def test_recipes_with_lora_are_consistent(name: str) -> None:
     recipe = load_recipe(name).recipe
     assert recipe.lora is not None
     assert (recipe.objective, recipe.optim.name) == ("sft", "adamw")
 
 
-def test_adapters_asked_for_on_the_command_line_take_adamw() -> None:
-    asked = load_recipe("dpo-small", overrides=["lora.rank=8"])
-    assert (asked.recipe.optim.name, asked.recipe.optim.lr) == ("adamw", 1e-3)
-    assert asked.origins["optim.lr"] == "because of lora"
+def test_adding_lora_on_the_command_line_selects_adamw() -> None:
+    adapted = load_recipe("dpo-small", overrides=["lora.rank=8"])
+    expected = ("adamw", load_recipe("lora-small").recipe.optim.lr)
+    assert (adapted.recipe.optim.name, adapted.recipe.optim.lr) == expected == ("adamw", 1e-3)
+    assert adapted.origins["optim.lr"] == "default with lora"
     own = load_recipe("dpo-small", overrides=["lora.rank=8", "optim.lr=1e-4"]).recipe.optim
     assert (own.name, own.lr) == ("adamw", 1e-4)
     assert load_recipe("dpo-small").recipe.optim.name == "muon"
     muon = load_recipe("dpo-small", overrides=["lora.rank=8", "optim.name=muon"]).recipe.optim
-    assert (muon.name, muon.lr) == ("muon", 5e-5)  # which the stage refuses
-    ours = load_recipe("lora-small", overrides=["lora.rank=8"])
-    assert "because of lora" not in ours.origins.values()
+    assert (muon.name, muon.lr) == ("muon", 5e-5)  # the stage refuses it
+    unchanged = load_recipe("lora-small", overrides=["lora.rank=8"])
+    assert "default with lora" not in unchanged.origins.values()

@@ -15,7 +15,8 @@ from minimind.data import store as store_module
 from minimind.data.store import Kind, TokenStore, default_folder, open_store
 from minimind.errors import ResourceError
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.bpe import SPECIAL_TOKENS, new_bpe
+from minimind.tokenizer.bpe import new_bpe
+from minimind.tokenizer.format import SPECIAL_TOKENS
 from tests.support.token_stores import TEXTS, documents, names, write_lines
 
 

@@ -149,12 +149,12 @@ def test_a_model_is_ready_to_write(model_dir: Path, model: Transformer) -> None:
 
 def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
     train_tokenizer(["长江长江"], vocab_size=273).save(copy)
-    with pytest.raises(TokenizerError, match="has 273 words and its model 600, so they do not"):
+    with pytest.raises(TokenizerError, match="has 273 tokens but its model 600, so they do not"):
         load_for_inference(copy)
 
 
 def test_what_is_missing_is_told(copy: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ResourceError, match="device cuda:99 is not there"):
+    with pytest.raises(ResourceError, match="device cuda:99 is not available"):
         load_for_inference(copy, "cuda:99")
     (copy / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):

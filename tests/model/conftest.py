@@ -1,11 +1,14 @@
-"""Random models whose greedy choices are many and well apart."""
+"""Random models whose greedy continuations are diverse and free of near-ties."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from minimind.model import PRESETS, ModelConfig, Transformer
+from minimind.model import PRESETS, ModelConfig, Transformer, save_model
+from minimind.tokenizer import Tokenizer
 
 PROMPTS = [
     "长江是中国最长的河流，全长约六千三百公里。",
@@ -33,13 +36,13 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """Chinese, English and mixed, each of 12 tokens and more."""
+    """Chinese, English and mixed prompts of at least 12 tokens each."""
     return PROMPTS
 
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Transformer]:
-    """Make a model of a preset, of the layouts that are asked for."""
+    """Return a function that makes a random model of a preset, with changed settings."""
 
     def make(preset: str, *, seed: int = 0, **changes: int | float) -> Transformer:
         torch.manual_seed(seed)
@@ -50,7 +53,7 @@ def random_model() -> Callable[..., Transformer]:
                 if parameter.ndim == 1:
                     parameter.uniform_(0.5, 1.5)
                 elif name.endswith(("o_proj.weight", "down_proj.weight", "output_linear.weight")):
-                    parameter.mul_(60)  # else the residual stream hides what the layers do
+                    parameter.mul_(60)  # so that the layers outweigh the residual stream
                 elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
                     parameter.mul_(5 if preset.startswith("nano") else 1)
                 else:
@@ -58,3 +61,34 @@ def random_model() -> Callable[..., Transformer]:
         return model
 
     return make
+
+
+@pytest.fixture
+def model(random_model: Callable[..., Transformer]) -> Transformer:
+    """A random model of the preset nano."""
+    return random_model("nano")
+
+
+@pytest.fixture
+def saved(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """Directory of the saved `model`, inside a run directory."""
+    save_model(tmp_path / "run" / "model", model, tokenizer)
+    return tmp_path / "run" / "model"
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 600, (3, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def base(
+    random_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path
+) -> Callable[..., Path]:
+    """Return a function that saves a random model of a layout."""
+
+    def save(preset: str = "nano", **layout: bool) -> Path:
+        save_model(tmp_path / "base", random_model(preset, **layout), tokenizer)
+        return tmp_path / "base"
+
+    return save

@@ -1,4 +1,4 @@
-"""Our models, as transformers runs what we save: rows 12 and 13 of the reliability figures."""
+"""Our models compared with transformers (rows 12 and 13 of the reliability promises)."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +51,7 @@ def _load_theirs(directory: Path) -> torch.nn.Module:
         directory, attn_implementation="sdpa", dtype=torch.float32
     ).eval()
     if theirs.config.model_type == "granitemoeshared":
-        theirs.set_experts_implementation("eager")  # its grouped products are 7e-6 off
+        theirs.set_experts_implementation("eager")  # grouped products differ by 7e-6
     return theirs
 
 
@@ -62,7 +62,7 @@ def pair(
     tokenizer: Tokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, Transformer, torch.nn.Module]:
-    """(name of the layout, our model, theirs of the same directory)."""
+    """Return (name of the layout, our model, the model of transformers), of one directory."""
     preset, changes = LAYOUTS[request.param]
     directory = tmp_path_factory.mktemp("model") / "model"
     save_model(directory, random_model(preset, **changes), tokenizer)
@@ -70,7 +70,7 @@ def pair(
 
 
 @pytest.mark.numeric
-def test_the_class_is_one_that_transformers_ships(
+def test_the_architecture_is_one_that_transformers_ships(
     pair: tuple[str, Transformer, torch.nn.Module],
 ) -> None:
     name, ours, theirs = pair
@@ -88,13 +88,13 @@ def test_logits_are_equal(
 ) -> None:
     _, ours, theirs = pair
     rows = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
-    # What stands behind a text does not change it, so all go at once.
+    # Padding at the end does not change the logits before it.
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    logits, wanted = ours.logits(ours(ids)), theirs(ids).logits
+    all_ours, all_theirs = ours.logits(ours(ids)), theirs(ids).logits
     for row, tokens in enumerate(rows):
-        assert logits[row, : len(tokens)].std() > 0.1
-        found, expected = logits[row, : len(tokens)], wanted[row, : len(tokens)]
-        assert largest_difference(found, expected) <= logits_rounding(ours.config, len(tokens))
+        actual, expected = all_ours[row, : len(tokens)], all_theirs[row, : len(tokens)]
+        assert actual.std() > 0.1
+        assert largest_difference(actual, expected) <= logits_rounding(ours.config, len(tokens))
 
 
 @torch.inference_mode()
@@ -108,19 +108,19 @@ def test_greedy_tokens_are_equal(
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_greedy_tokens_of_larger_ones_are_equal(
+def test_greedy_tokens_of_larger_models_are_equal(
     pair: tuple[str, Transformer, torch.nn.Module], tokenizer: Tokenizer, prompts: list[str]
 ) -> None:
     name, ours, theirs = pair
     if name.startswith("nano"):
-        pytest.skip("done on each change")
+        pytest.skip("covered by the fast test")
     _check_greedy(ours, theirs, tokenizer, prompts, 20, 256)
 
 
 @pytest.mark.numeric
 @pytest.mark.slow
 @torch.inference_mode()
-def test_the_mixture_of_experts_at_full_size(
+def test_a_full_size_mixture_of_experts(
     random_model: Callable[..., Transformer],
     tokenizer: Tokenizer,
     prompts: list[str],
@@ -130,8 +130,8 @@ def test_the_mixture_of_experts_at_full_size(
     ours, theirs = load_model(tmp_path / "model").eval(), _load_theirs(tmp_path / "model")
     ids = torch.tensor([tokenizer.encode(prompt)[:12] for prompt in prompts])
     logits = ours.logits(ours(ids))
-    close = logits_rounding(ours.config, ids.shape[1])
-    assert largest_difference(logits, theirs(ids).logits) <= close
+    bound = logits_rounding(ours.config, ids.shape[1])
+    assert largest_difference(logits, theirs(ids).logits) <= bound
     _check_greedy(ours, theirs, tokenizer, prompts, 20, 256)
 
 
@@ -143,22 +143,22 @@ def _check_greedy(
     number: int,
     length: int,
 ) -> None:
-    chosen = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
-    written = write_all(ours, tokenizer, chosen, max_new_tokens=length, stops=frozenset())
+    starts = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
+    actual = write_all(ours, tokenizer, starts, max_new_tokens=length, stops=frozenset())
     theirs.generation_config.eos_token_id = None
-    ids = torch.tensor(chosen)
+    ids = torch.tensor(starts)
     output = theirs.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length
     )
-    wanted = output[:, ids.shape[1] :]
-    assert len(set(wanted.flatten().tolist())) > 60  # else equality would say little
-    best = theirs(output[:, :-1]).logits[:, ids.shape[1] - 1 :].topk(2).values
-    closest = (best[..., 0] - best[..., 1]).min().item()
-    assert written == wanted.tolist(), f"the closest two choices are {closest} apart"
+    expected = output[:, ids.shape[1] :]
+    assert len(set(expected.flatten().tolist())) > 60  # diverse enough for equality to mean much
+    top = theirs(output[:, :-1]).logits[:, ids.shape[1] - 1 :].topk(2).values
+    margin = (top[..., 0] - top[..., 1]).min().item()
+    assert actual == expected.tolist(), f"the smallest margin of a greedy choice is {margin}"
 
 
 @pytest.mark.numeric
-def test_other_precisions_load_as_saved(
+def test_bfloat16_weights_load_as_saved(
     random_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     model = random_model("nano")
@@ -172,7 +172,7 @@ def test_other_precisions_load_as_saved(
 
 
 @pytest.mark.numeric
-def test_the_tokenizer_gives_the_same_ids(
+def test_the_saved_tokenizer_gives_the_same_ids(
     random_model: Callable[..., Transformer],
     tokenizer: Tokenizer,
     prompts: list[str],
@@ -190,7 +190,7 @@ def test_the_tokenizer_gives_the_same_ids(
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("layout", ["llama", "qwen3", "granitemoe", "granitemoeshared"])
-def test_what_transformers_saves_is_read_and_written_bit_for_bit(
+def test_models_of_transformers_are_loaded_and_saved_bit_for_bit(
     layout: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     shape = dict(
@@ -214,7 +214,7 @@ def test_what_transformers_saves_is_read_and_written_bit_for_bit(
             transformers.GraniteMoeSharedForCausalLM,
         ),
     }
-    if layout.startswith("granite"):  # with what IBM's models have
+    if layout.startswith("granite"):  # as in IBM's models
         shape |= dict(num_local_experts=6, num_experts_per_tok=3, initializer_range=0.2)
         shape |= dict(embedding_multiplier=12, residual_multiplier=0.22)
         shape |= dict(attention_multiplier=0.0625, logits_scaling=6.0, rms_norm_eps=1e-5)
@@ -228,14 +228,14 @@ def test_what_transformers_saves_is_read_and_written_bit_for_bit(
     ours = load_model(tmp_path / "theirs").eval()
     ids = torch.arange(40)[None]
     with torch.inference_mode():
-        wanted = theirs(ids).logits
-        assert wanted.std() > 0.01
-        close = logits_rounding(ours.config, ids.shape[1])
-        assert largest_difference(ours.logits(ours(ids)), wanted) <= close
+        expected = theirs(ids).logits
+        assert expected.std() > 0.01
+        bound = logits_rounding(ours.config, ids.shape[1])
+        assert largest_difference(ours.logits(ours(ids)), expected) <= bound
     save_model(tmp_path / "ours", ours, tokenizer)
     before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("theirs", "ours"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    again = _load_theirs(tmp_path / "ours")
+    reloaded = _load_theirs(tmp_path / "ours")
     with torch.inference_mode():
-        assert torch.equal(again(ids).logits, wanted)
+        assert torch.equal(reloaded(ids).logits, expected)

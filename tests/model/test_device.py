@@ -5,7 +5,7 @@ from minimind.errors import ResourceError
 from minimind.model.device import choose_device
 
 
-def test_the_best_that_is_there_is_taken() -> None:
+def test_auto_chooses_the_best_available_device() -> None:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.backends.mps.is_available():
         best = "mps"
@@ -14,6 +14,6 @@ def test_the_best_that_is_there_is_taken() -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "mps:7", "meta", "xpu", "gpu", "", "cuda:x", "auto "])
-def test_a_device_that_is_not_there_is_named(name: str) -> None:
+def test_unavailable_devices_are_refused(name: str) -> None:
     with pytest.raises(ResourceError, match=r"[Uu]se (--device )?auto"):
         choose_device(name)

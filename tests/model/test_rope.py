@@ -1,4 +1,4 @@
-"""Scaled positions, held against transformers."""
+"""RoPE and RoPE scaling, compared with transformers."""
 
 import math
 from collections.abc import Callable
@@ -43,16 +43,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def transformers() -> Any:
-    found = pytest.importorskip("transformers")
-    found.utils.logging.disable_progress_bar()
-    found.utils.logging.set_verbosity_error()
-    return found
+    module = pytest.importorskip("transformers")
+    module.utils.logging.disable_progress_bar()
+    module.utils.logging.set_verbosity_error()
+    return module
 
 
 def scaled(
     random_model: Callable[..., Transformer], scaling: dict[str, Any], **changes: Any
 ) -> Transformer:
-    """A random model of the context 64 that is scaled to 256."""
+    """Make a random model whose context is scaled from 64 to 256 tokens."""
     shape = dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=256)
     full = {"original_max_position_embeddings": ORIGINAL} | scaling
     return random_model("nano", **shape | changes, rope_scaling=full)
@@ -61,7 +61,7 @@ def scaled(
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_beyond_the_original_context_are_those_of_transformers(
+def test_logits_beyond_the_original_context_equal_transformers(
     name: str,
     layout: str,
     transformers: Any,
@@ -71,21 +71,21 @@ def test_logits_beyond_the_original_context_are_those_of_transformers(
 ) -> None:
     ours = scaled(random_model, SCALINGS[name], **LAYOUTS[layout])
     save_model(tmp_path / "model", ours, tokenizer)
-    again = load_model(tmp_path / "model").eval()
+    reloaded = load_model(tmp_path / "model").eval()
     if "dynamic" in name or "linear" in name:
-        assert again.config == ours.config
+        assert reloaded.config == ours.config
     ids = torch.randint(0, 600, (2, 256), generator=torch.Generator().manual_seed(0))
     for length in (20, ORIGINAL, ORIGINAL + 1, 128, 256):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         with torch.inference_mode():
             expected = theirs(ids[:, :length]).logits
-            for model in (ours, again):
-                found = model.logits(model(ids[:, :length]))
-                assert largest_difference(found, expected) <= logits_rounding(model.config, length)
+            for model in (ours, reloaded):
+                logits = model.logits(model(ids[:, :length]))
+                assert largest_difference(logits, expected) <= logits_rounding(model.config, length)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_greedy_tokens_across_the_border_are_those_of_transformers(
+def test_greedy_tokens_across_the_original_context_equal_transformers(
     name: str,
     transformers: Any,
     random_model: Callable[..., Transformer],
@@ -106,17 +106,17 @@ def test_greedy_tokens_across_the_border_are_those_of_transformers(
             eos_token_id=None,
             pad_token_id=0,
         )
-        [found] = write_all(ours, tokenizer, [ids], max_new_tokens=150, stops=frozenset())
-        assert len(ids) < ORIGINAL < len(ids) + len(found)
-        assert found == expected[0, len(ids) :].tolist()
+        [generated] = write_all(ours, tokenizer, [ids], max_new_tokens=150, stops=frozenset())
+        assert len(ids) < ORIGINAL < len(ids) + len(generated)
+        assert generated == expected[0, len(ids) :].tolist()
         unscaled.load_state_dict(ours.state_dict())
         [plain] = write_all(unscaled, tokenizer, [ids], max_new_tokens=150, stops=frozenset())
-        assert found != plain  # the test sees a difference
+        assert generated != plain  # the scaling has an effect
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-def test_a_stretched_model_is_written_so_that_it_is_read_again(
+def test_an_extended_model_survives_saving_and_loading(
     kind: Any,
     transformers: Any,
     random_model: Callable[..., Transformer],
@@ -135,7 +135,7 @@ def test_a_stretched_model_is_written_so_that_it_is_read_again(
 
 
 @pytest.mark.numeric
-def test_what_needs_no_stretching_is_left_alone() -> None:
+def test_a_context_that_needs_no_extension_changes_nothing() -> None:
     config = ModelConfig(max_position_embeddings=512)
     assert extend_context(config, 512) is config
     assert extend_context(config, 100, "linear") is config
@@ -144,13 +144,13 @@ def test_what_needs_no_stretching_is_left_alone() -> None:
     assert longer.rope_scaling.factor == 4
     assert extend_context(longer, 2048) is longer
     with pytest.raises(
-        ModelError, match=r"stretched already, by yarn, .* to 4,096; give a context of at most 2"
+        ModelError, match=r"already extended by yarn .* to 4,096; give a context of at most 2"
     ):
         extend_context(longer, 4096)
 
 
 @pytest.mark.numeric
-def test_dynamic_scaling_leaves_short_texts_as_they_were() -> None:
+def test_dynamic_scaling_does_not_change_short_sequences() -> None:
     plain = ModelConfig(max_position_embeddings=64)
     dynamic = extend_context(plain, 256, "dynamic")
     short, longer = rope_frequencies(dynamic, 64)[0], rope_frequencies(dynamic, 65)[0]
@@ -160,32 +160,32 @@ def test_dynamic_scaling_leaves_short_texts_as_they_were() -> None:
 
 
 @pytest.mark.numeric
-def test_yarn_keeps_fast_pairs_and_slows_the_slow_ones() -> None:
+def test_yarn_keeps_high_frequencies_and_divides_low_ones() -> None:
     plain = ModelConfig(head_dim=64, max_position_embeddings=512)
     before, factor = rope_frequencies(plain, 512)
-    after, sharper = rope_frequencies(extend_context(plain, 2048, "yarn"), 512)
-    turns = 512 * before / (2 * math.pi)
-    assert torch.allclose(after[turns > 40], before[turns > 40])
-    assert torch.allclose(after[turns < 0.7], before[turns < 0.7] / 4)
-    assert (factor, sharper) == (1.0, 0.1 * math.log(4) + 1)
+    after, yarn_factor = rope_frequencies(extend_context(plain, 2048, "yarn"), 512)
+    rotations = 512 * before / (2 * math.pi)
+    assert torch.allclose(after[rotations > 40], before[rotations > 40])
+    assert torch.allclose(after[rotations < 0.7], before[rotations < 0.7] / 4)
+    assert (factor, yarn_factor) == (1.0, 0.1 * math.log(4) + 1)
 
 
 @pytest.mark.numeric
-def test_a_context_out_of_reach_is_told() -> None:
+def test_a_context_out_of_range_is_refused() -> None:
     for config, context in [
         (ModelConfig(max_position_embeddings=512), 2_000_000_000),
         (ModelConfig(max_position_embeddings=512, rope_theta=1.0), 1024),
     ]:
-        with pytest.raises(ModelError, match=r"cannot be stretched from 512 tokens to [\d,]+: "):
+        with pytest.raises(ModelError, match=r"cannot be extended from 512 tokens to [\d,]+: "):
             extend_context(config, context)
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", SCALINGS)
-def test_a_packed_conversation_is_read_as_it_is_alone(
+def test_a_packed_conversation_gives_the_same_logits_as_alone(
     name: str, random_model: Callable[..., Transformer]
 ) -> None:
-    """Under dynamic scaling too, whose angles go by the length of each conversation."""
+    """Also under dynamic scaling, where angles depend on the length of each conversation."""
     model = scaled(random_model, SCALINGS[name])
     lengths = (20, ORIGINAL, 100, 30)
     ids = torch.randint(0, 600, (2, 256), generator=torch.Generator().manual_seed(0))
@@ -196,15 +196,17 @@ def test_a_packed_conversation_is_read_as_it_is_alone(
         start = 0
         for length in lengths:
             alone = model.logits(model(ids[:1, start : start + length]))
-            found = packed[:1, start : start + length]
-            assert largest_difference(found, alone) <= logits_rounding(model.config, length)
+            ours = packed[:1, start : start + length]
+            assert largest_difference(ours, alone) <= logits_rounding(model.config, length)
             start += length
-        wanted = model.logits(model(ids[1:]))
-        assert largest_difference(packed[1:], wanted) <= logits_rounding(model.config, ids.shape[1])
+        expected = model.logits(model(ids[1:]))
+        assert largest_difference(packed[1:], expected) <= logits_rounding(
+            model.config, ids.shape[1]
+        )
 
 
 @pytest.mark.numeric
-def test_training_goes_on_after_a_longer_text_was_written(
+def test_training_works_after_inference_has_enlarged_the_rope_table(
     random_model: Callable[..., Transformer],
 ) -> None:
     model = random_model("nano", max_position_embeddings=2048)

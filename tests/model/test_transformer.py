@@ -21,13 +21,13 @@ def test_parameter_counts(preset: str, count: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-def test_parameters_at_work_are_those_of_the_dense_model_of_their_width() -> None:
-    dense = PRESETS["small"] | {"intermediate_size": 5632}
+def test_active_parameters_are_those_of_a_dense_model_of_the_active_width() -> None:
+    shape = PRESETS["small"] | {"intermediate_size": 5632}
     with torch.device("meta"):
-        moe, as_wide = Transformer(ModelConfig(**PRESETS["moe"])), Transformer(ModelConfig(**dense))
+        moe, dense = Transformer(ModelConfig(**PRESETS["moe"])), Transformer(ModelConfig(**shape))
     routers = 8 * 4 * 512
-    assert moe.num_active_parameters == as_wide.num_active_parameters + routers
-    assert as_wide.num_active_parameters == sum(p.numel() for p in as_wide.parameters())
+    assert moe.num_active_parameters == dense.num_active_parameters + routers
+    assert dense.num_active_parameters == sum(p.numel() for p in dense.parameters())
 
 
 @pytest.mark.parametrize(
@@ -40,20 +40,22 @@ def test_parameters_at_work_are_those_of_the_dense_model_of_their_width() -> Non
     ],
 )
 @torch.inference_mode()
-def test_reading_with_a_cache_is_reading_at_once(
+def test_decoding_with_a_cache_gives_the_same_hidden_states(
     random_model: Callable[..., Transformer], preset: str, changes: dict[str, float]
 ) -> None:
     model = random_model(preset, **changes)
     tokens = torch.randint(600, (3, 40))
-    whole = model(tokens)
+    expected = model(tokens)
     cache = KVCache(model.config, 3, 40, device=tokens.device, dtype=torch.float32)
     parts = [model(part, cache=cache) for part in tokens.split([7, 1, 1, 12, 1, 18], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-4)
     assert cache.length == 40
 
 
 @torch.inference_mode()
-def test_a_cache_goes_on_with_some_sequences(random_model: Callable[..., Transformer]) -> None:
+def test_a_cache_can_keep_a_subset_of_its_sequences(
+    random_model: Callable[..., Transformer],
+) -> None:
     model = random_model("nano")
     tokens = torch.randint(600, (3, 20))
     cache = KVCache(model.config, 3, 20, device=tokens.device, dtype=torch.float32)
@@ -65,7 +67,7 @@ def test_a_cache_goes_on_with_some_sequences(random_model: Callable[..., Transfo
 
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 @pytest.mark.parametrize("training", [False, True])
-def test_conversations_in_one_window_do_not_see_each_other(
+def test_conversations_in_a_packed_sequence_do_not_attend_to_each_other(
     random_model: Callable[..., Transformer], training: bool, preset: str
 ) -> None:
     model = random_model(preset)
@@ -83,10 +85,10 @@ def test_conversations_in_one_window_do_not_see_each_other(
 @pytest.mark.parametrize(
     ("preset", "changes"), [("nano", {}), ("nano-moe", {"attention_multiplier": 0.3})]
 )
-def test_attention_of_training_and_of_reading_agree(
+def test_attention_in_training_and_inference_agree(
     random_model: Callable[..., Transformer], preset: str, changes: dict[str, float]
 ) -> None:
-    """On a CPU the former is written out, the latter is torch's own."""
+    """On a CPU, training uses `_plain_attention` and inference PyTorch's kernel."""
     model = random_model(preset, **changes)
     tokens = torch.randint(600, (2, 40))
     trained = model(tokens)
@@ -96,16 +98,18 @@ def test_attention_of_training_and_of_reading_agree(
 
 
 @torch.inference_mode()
-def test_bfloat16_is_close_and_silent(random_model: Callable[..., Transformer]) -> None:
+def test_bfloat16_is_close_to_float32_without_warnings(
+    random_model: Callable[..., Transformer],
+) -> None:
     model = random_model("nano")
     tokens = torch.randint(600, (2, 40))
     exact = model.logits(model(tokens))
-    rough = model.bfloat16().logits(model(tokens)).float()
-    assert (rough - exact).abs().mean() < 0.05 * exact.std()
+    bf16 = model.bfloat16().logits(model(tokens)).float()
+    assert (bf16 - exact).abs().mean() < 0.05 * exact.std()
 
 
 @torch.inference_mode()
-def test_a_long_context_costs_nothing_until_it_is_used(
+def test_a_long_context_takes_no_memory_until_it_is_used(
     random_model: Callable[..., Transformer],
 ) -> None:
     model = random_model("nano", max_position_embeddings=10**12)
@@ -113,7 +117,7 @@ def test_a_long_context_costs_nothing_until_it_is_used(
 
 
 @torch.inference_mode()
-def test_a_token_depends_on_those_before_it_alone(
+def test_attention_is_causal(
     random_model: Callable[..., Transformer],
 ) -> None:
     model = random_model("nano")
@@ -127,9 +131,11 @@ def test_a_token_depends_on_those_before_it_alone(
 
 @pytest.mark.parametrize("shape", ["nano", "nano-moe"])
 @pytest.mark.parametrize(("adapters", "half"), [(False, False), (True, False), (False, True)])
-def test_activation_checkpointing_changes_no_bit(shape: str, adapters: bool, half: bool) -> None:
+def test_activation_checkpointing_gives_identical_bits(
+    shape: str, adapters: bool, half: bool
+) -> None:
     tokens = torch.randint(0, 50, (2, 16))
-    found = []
+    results = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = Transformer(ModelConfig(**(PRESETS[shape] | {"vocab_size": 50}))).train()
@@ -144,6 +150,6 @@ def test_activation_checkpointing_changes_no_bit(shape: str, adapters: bool, hal
             loss = loss + logits.square().mean()
         loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
-        found.append([loss.detach(), *(p.grad for p in trained if p.grad is not None)])
-        assert len(found[-1]) == len(trained) + 1
-    assert all(map(torch.equal, *found))
+        results.append([loss.detach(), *(p.grad for p in trained if p.grad is not None)])
+        assert len(results[-1]) == len(trained) + 1
+    assert all(map(torch.equal, *results))

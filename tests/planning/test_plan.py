@@ -75,7 +75,7 @@ def test_a_plan_for_a_missing_device_needs_its_memory(tmp_path: Path) -> None:
     recipe = nano_recipe("pretrain", tmp_path, device="cuda:9")
     plan = make_plan(recipe, memory=2 << 30)
     assert (plan.device, plan.tokens_per_second) == ("cuda:9", None)
-    with pytest.raises(ResourceError, match="cuda:9 is not there"):
+    with pytest.raises(ResourceError, match="cuda:9 is not available"):
         make_plan(recipe)
 
 

@@ -28,5 +28,5 @@ def test_the_first_failure_is_reported_and_ends_the_self_test(
 
 @pytest.mark.numeric
 def test_a_missing_device_is_an_error() -> None:
-    with pytest.raises(ResourceError, match="cuda:99 is not there"):
+    with pytest.raises(ResourceError, match="cuda:99 is not available"):
         selftest("cuda:99")

@@ -1,4 +1,4 @@
-"""What other devices lack, made to be missed on a CPU."""
+"""Limits of other devices, reproduced on a CPU."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class NoDoubles(TorchDispatchMode):
-    """Raises for numbers in double precision, which Apple's MPS does not have."""
+    """Raise for float64 tensors, which Apple's MPS does not support."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -74,7 +74,7 @@ def _as_on_cuda() -> None:
         return real_grouped_mm(a.bfloat16(), b.bfloat16(), offs=offs).to(a.dtype)
 
     F.grouped_mm = grouped_mm
-    experts._has_grouped_products = lambda device, weight: device.type == GPU
+    experts._supports_grouped_mm = lambda device, output_weight: device.type == GPU
 
 
 def _move(model: Any, dtype: torch.dtype = torch.float32) -> Any:

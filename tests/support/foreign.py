@@ -1,4 +1,4 @@
-"""Tokenizers in the shapes of models that people fine-tune, small, made for the tests."""
+"""Small tokenizers built like those of well-known models that people fine-tune."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ _CHATML = """\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# The question opens the answer, whether or not it is asked for.
+# Each user message opens the answer, even without add_generation_prompt.
 _MINIMIND2 = """\
 {% if messages[0]['role'] == 'system' %}\
 {{ '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\
@@ -133,7 +133,7 @@ _TAGS = ["<think>", "</think>", "<tool_response>", "</tool_response>"]
 _LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 _LLAMA3_TOKENS += ["<|start_header_id|>", "<|end_header_id|>"]
 
-# Template, control tokens, tags that are not called special, names, ids that end an answer.
+# Template, control tokens, tags that are not marked special, named tokens, EOS tokens.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": dict(
         template=_CHATML,
@@ -195,7 +195,7 @@ CHATTING = [name for name, shape in SHAPES.items() if shape["template"]]
 
 
 def make_tokenizer(name: str, directory: Path, texts: list[str]) -> Path:
-    """Write a tokenizer of this shape, as Hugging Face lays it out; 600 words at most."""
+    """Write a tokenizer of this shape, in Hugging Face's layout, with at most 600 tokens."""
     shape = SHAPES[name]
     bpe = _pieces(shape, texts) if "pieces" in shape else _byte_level(shape, texts)
     if bos := shape.get("bos"):
@@ -244,7 +244,7 @@ def _byte_level(shape: dict[str, Any], texts: list[str]) -> BPE:
 
 
 def _pieces(shape: dict[str, Any], texts: list[str]) -> BPE:
-    """As SentencePiece does, with bytes for what is no word."""
+    """Build a BPE like SentencePiece's, with byte fallback."""
     bpe = BPE(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if shape["pieces"] == "each":
         bpe.normalizer = normalizers.Sequence(
@@ -261,12 +261,12 @@ def _pieces(shape: dict[str, Any], texts: list[str]) -> BPE:
         ]
     )
     special = shape["special"]
-    in_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-    words = [line for text in texts for line in text.splitlines()]  # a line break stays a byte
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    lines = [line for text in texts for line in text.splitlines()]  # line breaks stay bytes
     bpe.train_from_iterator(
-        words,
-        BpeTrainer(vocab_size=560, special_tokens=[*special, *in_bytes], show_progress=False),
+        lines,
+        BpeTrainer(vocab_size=560, special_tokens=[*special, *byte_tokens], show_progress=False),
     )
-    whole = json.loads(bpe.to_str())
-    whole["added_tokens"] = whole["added_tokens"][: len(special)]
-    return BPE.from_str(json.dumps(whole))
+    content = json.loads(bpe.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(special)]
+    return BPE.from_str(json.dumps(content))

@@ -1,4 +1,4 @@
-"""A command that is killed in the middle of what it writes."""
+"""Kill a command while it writes."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def kill_amid(words: list[str], cwd: Path, results: Path, num_bytes: int) -> list[bytes]:
-    """SIGKILL `minimind` once `results` has so many bytes: the whole lines that it has left."""
+    """SIGKILL `minimind` once `results` has this many bytes; return its complete lines."""
     child = subprocess.Popen(
         [sys.executable, "-m", "minimind", *words],
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""How often Python opens files below a folder, by its audit events."""
+"""Count the files that Python opens below a folder, by audit events."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ sys.addaudithook(_see)
 
 
 def opens(act: Callable[[], object], folder: Path) -> int:
-    """Number of files below `folder` that are opened while `act` runs."""
+    """Return the number of files below `folder` that are opened while `act` runs."""
     global _folder, _opened
     _folder, _opened = folder, 0
     try:

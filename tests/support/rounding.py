@@ -21,12 +21,12 @@ LAMBDA = 4.0  # exceeded by one rounding in 1,500
 
 
 def rounding(*lengths: float) -> float:
-    """Bound on the relative difference of two float32 results of sums of these lengths in turn."""
+    """Bound the relative difference of two float32 results of consecutive sums of these lengths."""
     return 2 * LAMBDA * UNIT * sum(math.sqrt(length) for length in lengths)
 
 
 def forward_sums(config: ModelConfig, positions: int) -> list[int]:
-    """Lengths of the sums on the way from the embedding to the logits.
+    """Return the lengths of the sums from the embedding to the logits.
 
     positions: keys that a query attends to at most.
     """
@@ -40,12 +40,12 @@ def forward_sums(config: ModelConfig, positions: int) -> list[int]:
 
 
 def logits_rounding(config: ModelConfig, positions: int) -> float:
-    """Bound on the relative difference of two implementations' logits."""
+    """Bound the relative difference of the logits of two implementations."""
     return rounding(*forward_sums(config, positions))
 
 
 def gradient_rounding(config: ModelConfig, positions: int, tokens: int) -> float:
-    """Bound on the relative difference of two implementations' loss and gradient.
+    """Bound the relative difference of loss and gradient of two implementations.
 
     The backward pass has two products for each of the forward pass. Between both are the softmax
     over the vocabulary and its gradient; the gradient of a weight sums over the tokens.
@@ -55,12 +55,12 @@ def gradient_rounding(config: ModelConfig, positions: int, tokens: int) -> float
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference, relative to the norm of `wanted`."""
+    """Return the norm of the difference, relative to the norm of `wanted`."""
     one, other = found.detach().double(), wanted.detach().double()
     return float((one - other).norm() / other.norm())
 
 
 def largest_difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference of two elements, relative to the largest element of `wanted`."""
+    """Return the largest difference of two elements, relative to the largest in `wanted`."""
     one, other = found.detach().double(), wanted.detach().double()
     return float((one - other).abs().max() / other.abs().max())

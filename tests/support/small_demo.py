@@ -1,4 +1,4 @@
-"""`minimind demo` in a few steps on little text: every stage for real, in seconds."""
+"""A `minimind demo` of a few steps on a small corpus: every stage runs, within seconds."""
 
 import contextlib
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from minimind.cli import demo as verb
+from minimind.cli import demo, demo_results
 from minimind.cli.main import app
 
-FEW = {
+FEW_STEPS = {
     "training": {"steps": 4, "global_batch_size": 4, "log_every": 2},
     "validation": {"every": 2, "num_sequences": 4},
     "checkpoint": {"every": 2},
 }
-LITTLE = {
+SMALL_CORPUS = {
     "prose_characters": 60_000,
     "held_out_characters": 3_000,
     "single_turn": 400,
@@ -26,20 +26,24 @@ LITTLE = {
 
 
 def make_small_demo(folder: Path) -> str:
-    """Make `out/demo` in `folder` and return what the command printed."""
-    whole = verb._recipe
+    """Run the demo in `folder`, writing `out/demo`; return its output."""
+    full_recipe = demo._recipe
 
     def short(*arguments: Any) -> Any:
-        recipe = whole(*arguments)
-        parts = {name: getattr(recipe, name).model_copy(update=few) for name, few in FEW.items()}
-        return recipe.model_copy(update=parts)
+        recipe = full_recipe(*arguments)
+        tables = {
+            name: getattr(recipe, name).model_copy(update=table)
+            for name, table in FEW_STEPS.items()
+        }
+        return recipe.model_copy(update=tables)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        patch.setattr(verb, "_recipe", short)
-        patch.setattr(verb, "_CORPUS", LITTLE)
-        patch.setattr(verb, "_VOCAB_SIZE", 500)
-        patch.setattr(verb, "_QUIZ_QUESTIONS", 8)
-        patch.setattr(verb, "_ANSWER_TOKENS", 8)
+        patch.setattr(demo, "_recipe", short)
+        patch.setattr(demo, "_CORPUS", SMALL_CORPUS)
+        patch.setattr(demo, "_VOCAB_SIZE", 500)
+        patch.setattr(demo_results, "_QUIZ_QUESTIONS", 8)
+        patch.setattr(demo_results, "_MAX_ANSWER_TOKENS", 8)
         done = CliRunner().invoke(app, ["demo", "--model", "nano"])
-    assert done.exit_code == 0, done.output
+    if done.exit_code != 0:
+        raise AssertionError(done.output) from done.exception
     return done.output

@@ -1,4 +1,4 @@
-"""Tiny random models of every shape, whose greedy choices are varied, and texts for them."""
+"""Tiny random models of every architecture with varied greedy output, and texts for them."""
 
 import random
 

@@ -6,7 +6,8 @@ import pytest
 
 from minimind.data.schemas import convert
 from minimind.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minimind.tokenizer.chat import ROLES, Message, encode_chat, encode_chats, validate_messages
+from minimind.tokenizer.chat import Message, encode_chat, encode_chats, validate_messages
+from minimind.tokenizer.format import ROLES
 
 FRAGMENTS = [
     *SPECIAL_TOKENS,
@@ -25,13 +26,13 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in tokenizer.special_ids]
 
 
-def produced(tokenizer: Tokenizer, messages: list[Message]) -> str:
+def label_text(tokenizer: Tokenizer, messages: list[Message]) -> str:
     ids, mask = encode_chat(tokenizer, messages)
     return tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
 
 
 def conversation(*contents: str) -> list[Message]:
-    """User and assistant in turn."""
+    """Make messages that alternate between user and assistant."""
     roles = ("user", "assistant")
     return [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
 
@@ -54,51 +55,51 @@ def test_the_generation_prompt(tokenizer: Tokenizer) -> None:
     assert mask == [0] * len(ids)
 
 
-def test_only_answers_and_their_ends_are_supervised(tokenizer: Tokenizer) -> None:
+def test_only_answers_and_their_end_tokens_are_supervised(tokenizer: Tokenizer) -> None:
     messages = [
         {"role": "system", "content": "S"},
         *conversation("问一", "答一", "问二", ""),
         {"role": "tool", "content": "T"},
         {"role": "assistant", "content": "答三\n"},
     ]
-    assert produced(tokenizer, messages) == "答一<|im_end|><|im_end|>答三\n<|im_end|>"
+    assert label_text(tokenizer, messages) == "答一<|im_end|><|im_end|>答三\n<|im_end|>"
 
 
 @pytest.mark.parametrize("answer", ["好", "\n好", "\n\n\n", "  \n 好", "", " 好", "\r\n"])
-def test_what_is_trained_on_begins_with_what_is_prompted_with(
+def test_a_training_example_starts_with_the_ids_of_the_prompt(
     tokenizer: Tokenizer, answer: str
 ) -> None:
     prompt, _ = encode_chat(tokenizer, conversation("你好"), add_generation_prompt=True)
     ids, mask = encode_chat(tokenizer, conversation("你好", answer))
     assert ids[: len(prompt)] == prompt
     assert mask.index(1) == len(prompt)
-    assert produced(tokenizer, conversation("你好", answer)) == f"{answer}<|im_end|>"
+    assert label_text(tokenizer, conversation("你好", answer)) == f"{answer}<|im_end|>"
 
 
-def test_many_conversations_are_encoded_like_each_alone(tokenizer: Tokenizer) -> None:
+def test_a_batch_is_encoded_like_single_conversations(tokenizer: Tokenizer) -> None:
     many = [conversation("一", "二"), conversation("三", "四", "五"), conversation("\n六")]
-    assert encode_chats(tokenizer, many) == [encode_chat(tokenizer, one) for one in many]
+    assert encode_chats(tokenizer, many) == [encode_chat(tokenizer, messages) for messages in many]
     assert encode_chats(tokenizer, []) == []
 
 
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))]
 )
-def test_no_message_of_any_role_can_make_a_control_token(tokenizer: Tokenizer, seed: int) -> None:
-    strings = hostile_strings(seed, 5_000)  # 100,000 with the slow ones
+def test_messages_cannot_contain_control_tokens(tokenizer: Tokenizer, seed: int) -> None:
+    strings = hostile_strings(seed, 5_000)  # 100,000 with the slow tests
     chats = [[{"role": role, "content": text} for role in ROLES] for text in strings]
     frame = [tokenizer.im_start, tokenizer.im_end]
     for text, (ids, mask) in zip(strings, encode_chats(tokenizer, chats), strict=True):
         assert control_ids(tokenizer, ids) == frame * len(ROLES)
         contents = "".join(f"{role}\n{text}\n" for role in ROLES)
         assert tokenizer.decode(ids, skip_special_tokens=True) == contents
-        said = [i for i, m in zip(ids, mask, strict=True) if m]
-        assert said[-1] == tokenizer.im_end
-        assert tokenizer.decode(said[:-1]) == text
+        labels = [i for i, m in zip(ids, mask, strict=True) if m]
+        assert labels[-1] == tokenizer.im_end
+        assert tokenizer.decode(labels[:-1]) == text
 
 
 def _records(text: str) -> list[dict[str, Any]]:
-    """The text in each field that data comes in, and in the system prompt."""
+    """Put the text into each field of each schema, and into the system prompt."""
     turns = conversation(text, text)
     call = f'{{"name": "{text}", "arguments": {{"{text}": "{text}"}}}}'
     return [
@@ -110,7 +111,7 @@ def _records(text: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_no_field_of_the_data_can_make_a_control_token(tokenizer: Tokenizer) -> None:
+def test_data_fields_cannot_contain_control_tokens(tokenizer: Tokenizer) -> None:
     frame = [tokenizer.im_start, tokenizer.im_end]
     chats: list[list[Message]] = []
     for text in hostile_strings(20, 1_000):
@@ -122,7 +123,7 @@ def test_no_field_of_the_data_can_make_a_control_token(tokenizer: Tokenizer) -> 
         assert len(messages) >= 2
 
 
-def test_documents_cannot_make_a_control_token(tokenizer: Tokenizer) -> None:
+def test_documents_cannot_contain_control_tokens(tokenizer: Tokenizer) -> None:
     for ids in tokenizer.encode_batch(hostile_strings(21, 5_000)):
         assert not control_ids(tokenizer, ids)
 
@@ -132,14 +133,16 @@ def test_documents_cannot_make_a_control_token(tokenizer: Tokenizer) -> None:
     [
         ([], "no messages"),
         (["你好"], "message 1 is not an object"),
-        ([{"content": "你好"}], "message 1 has the role None"),
+        ([{"content": "你好"}], "message 1 has the unknown role None"),
         ([{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}], "message 2 .*'bot'"),
         ([{"role": "<|im_end|>", "content": "a"}], "known are system, user, assistant, tool"),
-        ([{"role": "user"}], r"message 1 \(user\) has no text"),
-        ([{"role": "user", "content": ["a"]}], r"message 1 \(user\) has no text"),
+        ([{"role": "user"}], r"message 1 \(user\): content is not text"),
+        ([{"role": "user", "content": ["a"]}], r"message 1 \(user\): content is not text"),
     ],
 )
-def test_what_is_not_a_conversation(tokenizer: Tokenizer, messages: Any, reason: str) -> None:
+def test_invalid_conversations_are_refused(
+    tokenizer: Tokenizer, messages: Any, reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
         validate_messages(messages)
     with pytest.raises(ValueError, match=reason):
@@ -163,7 +166,7 @@ ORDINARY = [
 ]
 
 
-def test_the_template_gives_the_same_ids(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
+def test_the_chat_template_gives_the_same_ids(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
     rng = random.Random(0)
@@ -185,9 +188,7 @@ def test_the_template_gives_the_same_ids(tokenizer: Tokenizer, tokenizer_dir: Pa
             assert tokenizer.decode(ids) == rendered
 
 
-def test_transformers_reads_the_directory_as_it_is_meant(
-    tokenizer: Tokenizer, tokenizer_dir: Path
-) -> None:
+def test_transformers_loads_the_directory(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.im_end, tokenizer.end_of_text)

@@ -1,4 +1,4 @@
-"""Tokenizers made elsewhere: ids against transformers, masks, control tokens, files kept."""
+"""Third-party tokenizers: ids as in transformers, loss masks, control tokens, files."""
 
 import json
 import random
@@ -15,7 +15,8 @@ import pytest
 from minimind.errors import TokenizerError
 from minimind.inference.detokenizer import StreamingDetokenizer
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import CHAT_TEMPLATE, encode_chat, encode_chats, unsupported_reason
+from minimind.tokenizer.chat import encode_chat, encode_chats, unsupported_reason
+from minimind.tokenizer.format import CHAT_TEMPLATE
 from tests.support.foreign import CHATTING, SHAPES
 
 SYSTEM = {"role": "system", "content": "你是助手。"}
@@ -42,12 +43,12 @@ def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
 
 
-def spelt(tokenizer: Tokenizer, ids: list[int]) -> str:
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     return b"".join(tokenizer.bytes_of[i] for i in ids).decode()
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_text_is_encoded_as_transformers_encodes_it(
+def test_text_is_encoded_as_in_transformers(
     name: str, foreign_dir: Directory, transformers: Any
 ) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
@@ -58,7 +59,7 @@ def test_text_is_encoded_as_transformers_encodes_it(
 
 
 @pytest.mark.parametrize("name", CHATTING)
-def test_conversations_are_encoded_as_the_template_says(
+def test_conversations_are_encoded_as_in_transformers(
     name: str, foreign_dir: Directory, transformers: Any
 ) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
@@ -92,20 +93,20 @@ ANSWER_ENDS = {
 
 @pytest.mark.parametrize("name", CHATTING)
 @pytest.mark.parametrize("answer", ["好。", "The sea.", "\n\n  a line later", "", " "])
-def test_answers_and_their_ends_are_learned_after_what_is_prompted_with(
+def test_answers_after_the_generation_prompt_and_their_end_tokens_are_supervised(
     name: str, answer: str, foreign_dir: Directory
 ) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
     chats = [turns("问", "一", "再问", answer), turns("问一", answer), turns("问")]
-    begin, end = " " if name == "llama2" else "", ANSWER_ENDS[name]
+    prefix, end = " " if name == "llama2" else "", ANSWER_ENDS[name]
     strips = {"llama3": str.strip, "llama2": str.strip, "qwen3": lambda text: text.lstrip("\n")}
-    said = strips.get(name, str)(answer)
+    stripped = strips.get(name, str)(answer)
     for messages, (ids, mask) in zip(chats, encode_chats(tokenizer, chats), strict=True):
         assert (ids, mask) == encode_chat(tokenizer, messages)
-        learned = [i for i, m in zip(ids, mask, strict=True) if m]
-        # Qwen 3's prompts end with empty thoughts, which it puts before the last answer alone.
-        answers = {4: ["一"] * (name != "qwen3") + [said], 2: [said], 1: []}[len(messages)]
-        assert spelt(tokenizer, learned) == "".join(begin + text + end for text in answers)
+        labels = [i for i, m in zip(ids, mask, strict=True) if m]
+        # Qwen 3 ends prompts with an empty <think> block, but only opens the last answer with it.
+        answers = {4: ["一"] * (name != "qwen3") + [stripped], 2: [stripped], 1: []}[len(messages)]
+        assert decoded(tokenizer, labels) == "".join(prefix + text + end for text in answers)
     (ids, mask) = encode_chat(tokenizer, chats[1])
     prompt, _ = encode_chat(tokenizer, chats[1][:1], add_generation_prompt=True)
     assert ids[: len(prompt)] == prompt
@@ -113,62 +114,62 @@ def test_answers_and_their_ends_are_learned_after_what_is_prompted_with(
 
 
 @pytest.mark.parametrize("name", CHATTING)
-def test_answers_that_are_given_are_not_learned(name: str, foreign_dir: Directory) -> None:
+def test_unsupervised_answers_have_a_zero_mask(name: str, foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
     messages = turns("问", "一", "再问", "二")
     [(all_ids, both)] = encode_chats(tokenizer, [messages])
     [(ids, last)] = encode_chats(tokenizer, [messages], unsupervised=[range(3)])
     assert ids == all_ids
-    learned = spelt(tokenizer, [i for i, m in zip(ids, last, strict=True) if m])
-    assert learned.strip(" ").startswith("二")
+    labels = decoded(tokenizer, [i for i, m in zip(ids, last, strict=True) if m])
+    assert labels.strip(" ").startswith("二")
     assert 0 < sum(last) < sum(both) or (name == "qwen3" and last == both)
     assert all(m <= n for m, n in zip(last, both, strict=True))
 
 
 @pytest.mark.parametrize("name", CHATTING)
-def test_no_message_can_make_a_control_token(name: str, foreign_dir: Directory) -> None:
+def test_messages_cannot_contain_control_tokens(name: str, foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
     tags = [*SHAPES[name]["special"], *SHAPES[name].get("tags", []), "<0x0A>", "[INST]", "\ue0001"]
     tags += ["\ue0000\ue001", "<|", "|>", "</", "think>", "\n", " ", "{{ bos_token }}", "好", "s>"]
     control = tokenizer.special_ids
-    frames = [encode_chat(tokenizer, turns("a", "b", "c", "d"))[0]]
-    frame = [i for i in frames[0] if i in control]
+    ids, _ = encode_chat(tokenizer, turns("a", "b", "c", "d"))
+    expected = [i for i in ids if i in control]
     rng = random.Random(1)
     chats = [
         turns(*("".join(rng.choices(tags, k=rng.randrange(1, 10))) for _ in range(4)))
         for _ in range(500)
     ]
     for messages, (ids, mask) in zip(chats, encode_chats(tokenizer, chats), strict=True):
-        assert [i for i in ids if i in control] == frame
-        learned = spelt(tokenizer, [i for i, m in zip(ids, mask, strict=True) if m])
+        assert [i for i in ids if i in control] == expected
+        labels = decoded(tokenizer, [i for i, m in zip(ids, mask, strict=True) if m])
         for message in messages[1::2]:
-            assert message["content"].strip() in learned or name == "qwen3"
+            assert message["content"].strip() in labels or name == "qwen3"
     for text in ("".join(rng.choices(tags, k=10)) for _ in range(500)):
         assert control.isdisjoint(tokenizer.encode(text))
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_text_comes_back(name: str, foreign_dir: Directory) -> None:
+def test_encoding_and_decoding_gives_the_same_text(name: str, foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
     rng = random.Random(2)
-    space = " " if "pieces" in SHAPES[name] else ""  # SentencePiece puts one before a text
+    space = " " if "pieces" in SHAPES[name] else ""  # SentencePiece adds one before a text
     for number in range(1000):
         letters = [
             chr(rng.choice([rng.randrange(32, 0x250), rng.randrange(0x3040, 0xD7FF)]))
             for _ in range(rng.randrange(1, 20))
         ]
         text = ORDINARY[number] if number < len(ORDINARY) else "".join(letters)
-        if space and "\u2581" in text:  # which is how SentencePiece writes a space
+        if space and "\u2581" in text:  # SentencePiece decodes it as a space
             continue
         ids = tokenizer.encode(text)
         if not SHAPES[name].get("nfc"):
-            has_one = SHAPES[name].get("pieces") == "first" and text.startswith(" ")
-            assert tokenizer.decode(ids) == (text if has_one else space + text)
+            has_space = SHAPES[name].get("pieces") == "first" and text.startswith(" ")
+            assert tokenizer.decode(ids) == (text if has_space else space + text)
         stream = StreamingDetokenizer(tokenizer)
         assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
 
 
-def test_where_texts_and_answers_end(foreign_dir: Directory) -> None:
+def test_stop_ids_and_end_of_text(foreign_dir: Directory) -> None:
     for name, first, end_of_text in [
         ("smollm2", "<|im_end|>", "<|endoftext|>"),
         ("qwen3", "<|im_end|>", "<|endoftext|>"),
@@ -178,14 +179,14 @@ def test_where_texts_and_answers_end(foreign_dir: Directory) -> None:
         ("base with our tokens", "<|im_end|>", "<|endoftext|>"),
     ]:
         tokenizer = Tokenizer.load(foreign_dir(name))
-        names = [spelt(tokenizer, [i]) for i in tokenizer.stop_ids]
+        names = [decoded(tokenizer, [i]) for i in tokenizer.stop_ids]
         assert names[0] == first
         assert set(names) == {first, end_of_text}
-        assert spelt(tokenizer, [tokenizer.end_of_text]) == end_of_text
-        assert spelt(tokenizer, tokenizer.text_start) == SHAPES[name].get("bos", "")
+        assert decoded(tokenizer, [tokenizer.end_of_text]) == end_of_text
+        assert decoded(tokenizer, tokenizer.text_start) == SHAPES[name].get("bos", "")
 
 
-def test_tags_for_people_are_shown_and_control_tokens_are_not(foreign_dir: Directory) -> None:
+def test_decoding_keeps_tags_and_omits_control_tokens(foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir("qwen3"))
     ids, _ = encode_chat(tokenizer, turns("问", "答"))
     assert tokenizer.decode(ids, skip_special_tokens=True) == (
@@ -194,12 +195,14 @@ def test_tags_for_people_are_shown_and_control_tokens_are_not(foreign_dir: Direc
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_files_are_kept_as_they_were(name: str, foreign_dir: Directory, tmp_path: Path) -> None:
+def test_saving_copies_the_files_unchanged(
+    name: str, foreign_dir: Directory, tmp_path: Path
+) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
     tokenizer.save(tmp_path / "saved")
     before = {path.name: path.read_bytes() for path in foreign_dir(name).iterdir()}
     after = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
-    if name == "base with our tokens":  # which now chats, and ends otherwise
+    if name == "base with our tokens":  # it gets our template and with it another EOS
         assert after.pop("chat_template.jinja").decode() == CHAT_TEMPLATE
         del before["generation_config.json"]
     else:
@@ -207,18 +210,19 @@ def test_files_are_kept_as_they_were(name: str, foreign_dir: Directory, tmp_path
     assert after == before
 
 
-def test_a_base_model_gets_our_format_if_it_has_our_tokens(foreign_dir: Directory) -> None:
+def test_a_base_model_with_our_control_tokens_gets_our_format(foreign_dir: Directory) -> None:
     ours = Tokenizer.load(foreign_dir("base with our tokens"))
     ids, _ = encode_chat(ours, turns("问", "答"))
     assert (
-        spelt(ours, ids) == "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n"
+        decoded(ours, ids)
+        == "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n"
     )
     none = Tokenizer.load(foreign_dir("base"))
     with pytest.raises(TokenizerError, match="has no chat template, nor"):
         encode_chat(none, turns("问"))
 
 
-def test_what_a_template_refuses_is_told_in_its_words(foreign_dir: Directory) -> None:
+def test_errors_of_a_template_are_reported(foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir("llama2"))
     assert unsupported_reason(tokenizer, turns("a", "b")) is None
     assert "roles must alternate" in (unsupported_reason(tokenizer, [SYSTEM, *turns("a")]) or "")
@@ -233,7 +237,7 @@ def with_template(source: Path, directory: Path, template: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("written", "reason"),
+    ("expression", "reason"),
     [
         ("m.content[:3]", "leaves out message 1"),
         ("m.content[:3] ~ m.content", "shortens or changes"),
@@ -246,18 +250,18 @@ def with_template(source: Path, directory: Path, template: str) -> Tokenizer:
         ("m.content.strip(' ')", "shortens or changes"),
         ("m.content[0].text", "leaves out message 1"),
         ("m.role", "leaves out message 1"),
-        ("m.content if m.role != 'system'", "leaves out message 1 .* of the role system"),
+        ("m.content if m.role != 'system'", "leaves out message 1 .*role system"),
         ("m.content if loop.last", "leaves out message 1"),
         ("'\ue0000\ue001' ~ m.content", "shortens or changes"),
         ("'\ue00099\ue001' ~ m.content", "shortens or changes"),
     ],
 )
-def test_templates_that_do_not_write_messages_as_they_are_are_refused(
-    written: str, reason: str, foreign_dir: Directory, tmp_path: Path
+def test_templates_that_change_messages_are_refused(
+    expression: str, reason: str, foreign_dir: Directory, tmp_path: Path
 ) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        f"{{{{ {written} }}}}<|im_end|>\n{{% endfor %}}"
+        f"{{{{ {expression} }}}}<|im_end|>\n{{% endfor %}}"
     )
     tokenizer = with_template(foreign_dir("qwen3"), tmp_path / "a", template)
     messages = [SYSTEM, *turns("a")]
@@ -266,7 +270,7 @@ def test_templates_that_do_not_write_messages_as_they_are_are_refused(
     assert unsupported_reason(tokenizer, messages)
 
 
-def test_answers_after_another_opening_than_a_prompts_are_none_to_learn_from(
+def test_answers_that_do_not_follow_the_generation_prompt_are_not_supervised(
     foreign_dir: Directory, tmp_path: Path
 ) -> None:
     template = (
@@ -278,27 +282,25 @@ def test_answers_after_another_opening_than_a_prompts_are_none_to_learn_from(
     assert unsupported_reason(tokenizer, turns("a")) is None
     _, mask = encode_chat(tokenizer, turns("a", "b"))
     assert not any(mask)
-    assert spelt(tokenizer, [tokenizer.im_end]) == "<|im_end|>"
+    assert decoded(tokenizer, [tokenizer.im_end]) == "<|im_end|>"
     thinking = Tokenizer.load(foreign_dir("qwen3"))
     assert unsupported_reason(thinking, turns("a", "b", "c", "d")) is None
 
 
-def test_a_template_of_ours_that_somebody_has_edited_counts(
-    tokenizer_dir: Path, tmp_path: Path
-) -> None:
+def test_an_edited_template_is_used(tokenizer_dir: Path, tmp_path: Path) -> None:
     edited = with_template(
         tokenizer_dir,
         tmp_path / "a",
         CHAT_TEMPLATE.replace("'<|im_start|>' +", "'<|im_start|>:' +"),
     )
     ids, _ = encode_chat(edited, turns("a"))
-    assert spelt(edited, ids) == "<|im_start|>:user\na<|im_end|>\n"
+    assert decoded(edited, ids) == "<|im_start|>:user\na<|im_end|>\n"
     assert edited.sha256 != Tokenizer.load(tokenizer_dir).sha256
     (tmp_path / "a" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     assert Tokenizer.load(tmp_path / "a").sha256 == Tokenizer.load(tokenizer_dir).sha256
 
 
-def test_files_that_say_where_texts_end_are_missed(foreign_dir: Directory, tmp_path: Path) -> None:
+def test_missing_files_that_define_eos_are_reported(foreign_dir: Directory, tmp_path: Path) -> None:
     directory = shutil.copytree(foreign_dir("llama3"), tmp_path / "a")
     for path in directory.iterdir():
         if path.name != "tokenizer.json":
@@ -318,7 +320,7 @@ def changed(source: Path, directory: Path, file: str, change: Callable[[Any], ob
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("tokenizer_config.json", {"chat_template": 5}, "chat_template is no text"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template is not text"),
         ("tokenizer_config.json", {"chat_template": "{% for %}"}, "template cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% import os %}"}, "template cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% break %}"}, "template cannot be read"),
@@ -326,7 +328,7 @@ def changed(source: Path, directory: Path, file: str, change: Callable[[Any], ob
         ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id is neither"),
     ],
 )
-def test_files_that_cannot_be_used_are_told(
+def test_invalid_files_are_refused(
     file: str, changes: dict[str, Any], message: str, foreign_dir: Directory, tmp_path: Path
 ) -> None:
     broken = changed(foreign_dir("llama3"), tmp_path / "a", file, lambda c: c.update(changes))
@@ -352,7 +354,7 @@ def test_files_that_cannot_be_used_are_told(
         "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     ],
 )
-def test_a_template_that_tries_to_get_out_is_refused(
+def test_hostile_templates_are_refused(
     template: str, foreign_dir: Directory, tmp_path: Path
 ) -> None:
     hostile = changed(
@@ -365,10 +367,10 @@ def test_a_template_that_tries_to_get_out_is_refused(
         encode_chat(Tokenizer.load(hostile), turns("a"))
 
 
-def test_a_tokenizer_whose_text_makes_control_tokens_is_refused(
+def test_a_tokenizer_in_which_text_can_spell_a_control_token_is_refused(
     foreign_dir: Directory, tmp_path: Path
 ) -> None:
-    def merge(content: Any) -> None:  # "</s>" out of its letters
+    def merge(content: Any) -> None:  # adds merges that build "</s>" from its characters
         vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
         for left, right in (("<", "/"), ("</", "s"), ("</s", ">")):
             vocabulary.setdefault(left + right, len(vocabulary) + 10)
@@ -383,18 +385,20 @@ def test_a_tokenizer_whose_text_makes_control_tokens_is_refused(
         Tokenizer.load(broken)
 
 
-def test_a_word_that_was_added_stays_a_word(foreign_dir: Directory, tmp_path: Path) -> None:
+def test_an_added_token_that_is_not_special_is_text(foreign_dir: Directory, tmp_path: Path) -> None:
     def add(content: Any) -> None:
-        like = content["added_tokens"][0]
-        content["added_tokens"].append(like | {"id": 555, "content": "    ", "special": False})
+        template = content["added_tokens"][0]
+        content["added_tokens"].append(template | {"id": 555, "content": "    ", "special": False})
 
     loaded = Tokenizer.load(changed(foreign_dir("llama3"), tmp_path / "a", "tokenizer.json", add))
-    _, word, _ = loaded.encode("a    b")
-    assert word not in loaded.special_ids
+    _, added, _ = loaded.encode("a    b")
+    assert added not in loaded.special_ids
     assert loaded.decode(loaded.encode("a    b"), skip_special_tokens=True) == "a    b"
 
 
-def test_a_model_may_have_more_words_and_not_fewer(foreign_dir: Directory, tmp_path: Path) -> None:
+def test_a_model_may_have_more_tokens_than_the_tokenizer_but_not_fewer(
+    foreign_dir: Directory, tmp_path: Path
+) -> None:
     tokenizer = Tokenizer.load(foreign_dir("qwen3"))
     tokenizer.check_model(tmp_path, tokenizer.vocab_size)
     tokenizer.check_model(tmp_path, tokenizer.vocab_size + 64)
@@ -402,8 +406,8 @@ def test_a_model_may_have_more_words_and_not_fewer(foreign_dir: Directory, tmp_p
         tokenizer.check_model(tmp_path, tokenizer.vocab_size - 1)
 
 
-class Watched:
-    """A tokenizer of the library that records the attributes that are set on it."""
+class RecordingBPE:
+    """Wrapper of a library tokenizer that records the attributes set on it."""
 
     def __init__(self, bpe: Any) -> None:
         object.__setattr__(self, "bpe", bpe)
@@ -418,22 +422,23 @@ class Watched:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_nothing_changes_the_protection_after_loading(name: str, foreign_dir: Directory) -> None:
+def test_no_property_changes_the_tokenizer_after_loading(name: str, foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
-    watched = Watched(tokenizer._bpe)
-    tokenizer._bpe = watched  # type: ignore[assignment]
+    recording = RecordingBPE(tokenizer._bpe)
+    tokenizer._bpe = recording  # type: ignore[assignment]
     for attribute in dir(type(tokenizer)):
         if isinstance(getattr(type(tokenizer), attribute), cached_property):
-            with suppress(TokenizerError, AssertionError):  # not each tokenizer has each
+            with suppress(TokenizerError, AssertionError):  # not defined for every tokenizer
                 getattr(tokenizer, attribute)
-    tokenizer.encode_sections([("x", "start"), ("y", "section"), ("z", "middle")])
-    assert watched.changes == []
-    assert watched.bpe.encode_special_tokens
+    tokenizer.encode_segments([("x", "start"), ("y", "after_control"), ("z", "inline")])
+    assert recording.changes == []
+    assert recording.bpe.encode_special_tokens
 
 
 @pytest.mark.parametrize("name", ["tinyllama", "llama2", "llama3"])
-def test_no_thread_makes_a_control_token_from_text(name: str, foreign_dir: Directory) -> None:
-    """While others use the tokenizer for the first time, again and again."""
+def test_encoding_is_safe_while_other_threads_compute_properties(
+    name: str, foreign_dir: Directory
+) -> None:
     tokenizer = Tokenizer.load(foreign_dir(name))
     names = [tokenizer._bpe.id_to_token(i) for i in sorted(tokenizer.special_ids)]
     properties = [n for n, v in vars(Tokenizer).items() if isinstance(v, cached_property)]
@@ -441,7 +446,7 @@ def test_no_thread_makes_a_control_token_from_text(name: str, foreign_dir: Direc
     def first_use(_: int) -> None:
         for attribute in properties:
             tokenizer.__dict__.pop(attribute, None)
-        tokenizer.encode_sections([("x", "start"), ("y", "section"), ("z", "middle")])
+        tokenizer.encode_segments([("x", "start"), ("y", "after_control"), ("z", "inline")])
 
     def control_tokens(_: int) -> int:
         ids = {i for _ in range(50) for text in names for i in tokenizer.encode(f"{text}x")}
@@ -449,7 +454,7 @@ def test_no_thread_makes_a_control_token_from_text(name: str, foreign_dir: Direc
 
     with ThreadPoolExecutor(4) as threads:
         uses = [threads.submit(first_use, n) for n in range(100)]
-        found = sum(threads.map(control_tokens, range(40)))
+        num_control = sum(threads.map(control_tokens, range(40)))
         for use in uses:
             use.result()
-    assert found == 0
+    assert num_control == 0

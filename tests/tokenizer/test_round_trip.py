@@ -1,4 +1,4 @@
-"""Any text comes back as it was, whole or as a stream."""
+"""Decoding returns the encoded text, in one call or as a stream."""
 
 import random
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from minimind.inference.detokenizer import StreamingDetokenizer
 from minimind.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _CHUNK = 10_000
-_AWKWARD = [
+_EDGE_CASES = [
     *SPECIAL_TOKENS,
     "",
     "\r\n",
@@ -41,13 +41,15 @@ _AWKWARD = [
 
 
 def random_strings(seed: int, num_strings: int) -> Iterator[list[str]]:
-    """Chunks of strings of 0 to 24 pieces: all planes, Chinese, ASCII, and what is awkward."""
+    """Yield chunks of strings of 0 to 24 pieces: all planes, Chinese, ASCII, edge cases."""
     rng = random.Random(seed)
     for _ in range(num_strings // _CHUNK):
         anything = [chr(_scalar_value(rng.randrange(0x110000 - 0x800))) for _ in range(6000)]
         plane_0 = [chr(_scalar_value(rng.randrange(0x10000 - 0x800))) for _ in range(6000)]
         chinese = [chr(rng.randrange(0x4E00, 0xA000)) for _ in range(6000)]
-        pieces = anything + plane_0 + chinese + [chr(i) for i in range(128)] * 40 + _AWKWARD * 100
+        pieces = (
+            anything + plane_0 + chinese + [chr(i) for i in range(128)] * 40 + _EDGE_CASES * 100
+        )
         yield ["".join(rng.choices(pieces, k=rng.randrange(25))) for _ in range(_CHUNK)]
 
 
@@ -56,7 +58,7 @@ def _scalar_value(number: int) -> int:
 
 
 @pytest.mark.parametrize("num_strings", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_random_unicode_comes_back_whole_and_streamed(
+def test_random_unicode_round_trips_in_one_call_and_as_a_stream(
     tokenizer: Tokenizer, num_strings: int
 ) -> None:
     num_checked = 0
@@ -65,14 +67,14 @@ def test_random_unicode_comes_back_whole_and_streamed(
         encoded = tokenizer.encode_batch(strings)
         for text, ids in zip(strings, encoded, strict=True):
             assert tokenizer.decode(ids) == text
-            assert "".join(map(stream.push, ids)) == text  # nothing waits at the end of a text
+            assert "".join(map(stream.push, ids)) == text  # nothing is held back at the end
             assert stream.finish() == ""
         assert not any(tokenizer.special_ids.intersection(ids) for ids in encoded)
         num_checked += len(strings)
     assert num_checked == num_strings
 
 
-def test_the_strings_reach_every_plane() -> None:
+def test_the_strings_cover_every_plane() -> None:
     [strings] = random_strings(0, _CHUNK)
     planes = {ord(character) >> 16 for text in strings for character in text}
     assert planes == set(range(17))

@@ -30,17 +30,17 @@ def test_script(text: str, script: str) -> None:
     assert script_of(text) == script
 
 
-def test_each_word_is_counted_once(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
+def test_each_token_is_counted_once(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
     vocabulary = describe_vocabulary(load_bpe(tokenizer_dir))
     assert vocabulary.num_tokens == tokenizer.vocab_size
     assert vocabulary.num_control == 16
     assert sum(vocabulary.by_script.values()) + 16 == tokenizer.vocab_size
-    assert vocabulary.by_script["part of a character"] >= 128  # bytes that are no characters
+    assert vocabulary.by_script["part of a character"] >= 128  # bytes that are not characters
     assert "大熊猫" in vocabulary.longest["Chinese"]
     assert " capital" in vocabulary.longest["Latin"]
 
 
-def test_characters_per_token_by_language(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
+def test_characters_per_token_by_script(tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
     chinese, english = "长江，黄河。", "The river and the sea."
     usage = measure(load_bpe(tokenizer_dir), [chinese, chinese, english])
     num_chinese, num_english = len(tokenizer.encode(chinese)), len(tokenizer.encode(english))
@@ -55,18 +55,18 @@ def test_characters_per_token_by_language(tokenizer: Tokenizer, tokenizer_dir: P
     assert usage.num_unused == tokenizer.vocab_size - 16 - len(used)
 
 
-def test_no_text_is_no_division_by_zero(tokenizer_dir: Path) -> None:
+def test_no_text_gives_zero(tokenizer_dir: Path) -> None:
     assert measure(load_bpe(tokenizer_dir), []).characters_per_token == {"all": 0.0}
 
 
-def test_the_built_in_sentences_show_three_scripts(tokenizer_dir: Path) -> None:
+def test_the_built_in_texts_cover_three_scripts(tokenizer_dir: Path) -> None:
     usage = measure(load_bpe(tokenizer_dir), SAMPLE_TEXTS)
     assert list(usage.characters_per_token) == ["Chinese", "Latin", "digits and signs", "all"]
 
 
-def test_a_tokenizer_of_another_kind(tmp_path: Path) -> None:
-    words = [("<unk>", 0.0), ("▁river", -1.0), ("▁", -2.0), ("长", -3.0), ("江", -3.0)]
-    other = BPE(models.Unigram(words, unk_id=0))
+def test_a_unigram_tokenizer(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("▁river", -1.0), ("▁", -2.0), ("长", -3.0), ("江", -3.0)]
+    other = BPE(models.Unigram(pieces, unk_id=0))
     other.pre_tokenizer = pre_tokenizers.Metaspace()
     other.decoder = decoders.Metaspace()
     other.add_special_tokens(["<unk>"])

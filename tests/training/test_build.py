@@ -108,7 +108,7 @@ def test_a_model_is_fine_tuned_at_an_extended_context(
     assert "model.context=256 is shorter than the model's own context of 1024 tokens" in message
     again["model__context"] = 2048
     message = refused(recipe("sft", tmp_path / "twice", **again), ModelError)
-    assert "stretched already" in message
+    assert "already extended" in message
 
 
 def test_a_new_model_needs_a_tokenizer(recipe: Make) -> None:
@@ -126,7 +126,7 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Make, run: Path, tmp_pa
     train_tokenizer(["长江很长。"] * 10, vocab_size=280).save(tmp_path / "small")
     settings = {"model__init": str(run), "tokenizer": str(tmp_path / "small")}
     message = refused(recipe("sft", tmp_path / "tuned", **settings), TokenizerError)
-    assert f"{tmp_path / 'small'}: its tokenizer.json has 280 words and its model 600" in message
+    assert f"{tmp_path / 'small'}: its tokenizer.json has 280 tokens but its model 600" in message
 
 
 def test_a_missing_or_unfinished_model_is_an_error(recipe: Make, run: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_single_step_has_the_peak_lr(settings: dict[str, object], final: float) 
 def test_contradictory_settings_are_errors() -> None:
     with pytest.raises(ValidationError, match=r"warmup \(0.7\) and decay \(0.6\) .* more than 1"):
         ScheduleSettings(name="wsd", warmup=0.7, decay=0.6)
-    with pytest.raises(ValidationError, match=r"decay \(0.2\) belongs to WSD"):
+    with pytest.raises(ValidationError, match=r"decay \(0.2\) applies to wsd only"):
         ScheduleSettings(name="cosine", decay=0.2)
     assert ScheduleSettings(name="wsd", warmup=0.3, decay=0.7).decay == 0.7
     assert ScheduleSettings(name="wsd").decay == 0.2

@@ -26,7 +26,7 @@ from torch import Tensor
 from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.model.experts import Routing
-from minimind.model.rows import padding_to_multiple
+from minimind.model.padding import padding_to_multiple
 from minimind.training.batch import TensorBatch
 from minimind.training.objectives import LossOutput
 from minimind.training.objectives.balance import with_balance, without_balance

@@ -391,5 +391,5 @@ def test_tie_counts_as_half_in_accuracy() -> None:
 
 
 def test_contradictory_settings_are_an_error() -> None:
-    with pytest.raises(ValueError, match="label_smoothing goes with the sigmoid losses"):
+    with pytest.raises(ValueError, match="label_smoothing applies to the sigmoid losses"):
         DPOSettings(loss="ipo", label_smoothing=0.1)
