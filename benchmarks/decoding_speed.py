@@ -1,16 +1,17 @@
-"""Decoding speed and memory: minimind's engine, transformers and llama.cpp, in one run.
+"""Decoding speed and memory of minimind, transformers and llama.cpp, compared in one run.
 
     pip install -c constraints.txt -e '.[bench]' gguf llama-cpp-python
     python benchmarks/decoding_speed.py [--preset small] [--json FILE]
 
-The same random weights for all, greedy decoding, no stops. One stream: `--tokens` new tokens after
-a prompt of `--prompt` tokens. 16 streams: as many of each, with prompts that differ, at once;
-llama.cpp has its server's way of doing so, all sequences in one batch, driven here through its C
-interface. Reading the prompts counts; loading a model and allocating its KV cache does not, for any
-of them. Each contender is a process of its own; they take turns. A round is the median of three
-repetitions, the table shows the median over the rounds and their spread. Tokens per second of the
-processor, all cores added up, are given too: other work on the machine changes them far less.
-Memory is the peak of the process up to its first answer.
+All use the same random weights, greedy decoding and no stop tokens. One stream: `--tokens` new
+tokens after a prompt of `--prompt` tokens. 16 streams: the same with 16 different prompts in one
+batch; llama.cpp is driven through its C interface as its server does it. The time includes prefill,
+but not loading a model or allocating its KV cache.
+
+Contenders run in turns, each in a separate process. A round is the median of three repetitions; the
+table shows the median over the rounds and their spread. Tokens per CPU second, summed over cores,
+are shown too: other work on the machine changes them far less. Memory is the peak of the process up
+to its first completion.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
     if args.one:
         contender = dict(CONTENDERS[args.one])
         run = globals()[contender.pop("run")]
-        (args.work / "figures.json").write_text(json.dumps(run(args, **contender)))
+        (args.work / "metrics.json").write_text(json.dumps(run(args, **contender)))
         return
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
     with tempfile.TemporaryDirectory() as work:
@@ -81,31 +82,33 @@ def main() -> None:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """One contender, in a process of its own."""
+    """Measure one contender in a separate process."""
     log = args.work / "log"
     command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--work", str(args.work)]
     with log.open("w") as stream:
         done = subprocess.run(command, stderr=stream, stdout=stream)
     if done.returncode:
         sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
-    return json.loads((args.work / "figures.json").read_text())
+    return json.loads((args.work / "metrics.json").read_text())
 
 
 def show(metrics: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print medians over the rounds, with the spread below each."""
-    for what, suffix in (("second", ""), ("processor second", "_a_processor_second")):
-        print(f"\ntokens per {what:16} {'1 stream':>13} {'16 streams':>13}  ratio  peak MB")
-        for name, one in metrics.items():
-            alone, together = one[f"streams_1{suffix}"], one[f"streams_16{suffix}"]
+    """Print medians over the rounds, with their spread below."""
+    for unit, suffix in (("second", ""), ("CPU second", "_per_cpu_second")):
+        print(f"\ntokens per {unit:16} {'1 stream':>13} {'16 streams':>13}  ratio  peak MB")
+        for name, contender in metrics.items():
+            single = contender[f"streams_1{suffix}"]
+            batched = contender[f"streams_16{suffix}"]
             print(
-                f"{name:27} {alone['median']:13,.0f} {together['median']:13,.0f}"
-                f" {together['median'] / alone['median']:6.1f} {one['peak_mb']['median']:8,.0f}\n"
-                f"{'':27} {spread(alone):>13} {spread(together):>13}"
+                f"{name:27} {single['median']:13,.0f} {batched['median']:13,.0f}"
+                f" {batched['median'] / single['median']:6.1f}"
+                f" {contender['peak_mb']['median']:8,.0f}\n"
+                f"{'':27} {spread(single):>13} {spread(batched):>13}"
             )
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """A model directory with a tokenizer, and the same weights as GGUF."""
+    """Write a model directory with a tokenizer, and the same weights as GGUF."""
     import torch
 
     from minimind.data.textbook import prose
@@ -117,7 +120,7 @@ def prepare(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     shape = PRESETS[args.preset] | {"vocab_size": tokenizer.vocab_size}
     model = Transformer(ModelConfig(**shape))
-    with torch.no_grad():  # at their first values the same word would always win
+    with torch.no_grad():  # with initial weights the same token would always be the argmax
         model.head_weight.mul_(5)
     save_model(args.work / "model", model, tokenizer)
     for kind in ("F16", "Q8_0"):
@@ -125,18 +128,18 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def prompts(args: argparse.Namespace, number: int) -> list[list[int]]:
-    """As many prompts, which differ from their first token on."""
+    """Return random prompts."""
     import random
 
     rng = random.Random(number)
     return [[rng.randrange(1000, 6000) for _ in range(args.prompt)] for _ in range(number)]
 
 
-def timed(open_writer, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second for each number of streams, and memory.
+def timed(open_generator, args: argparse.Namespace) -> dict[str, float]:
+    """Measure tokens per second for each number of streams, and memory.
 
-    open_writer: a context manager that allocates for a number of streams, outside the timed part,
-    and gives `write`: prompts -> number of tokens written.
+    open_generator: a context manager that allocates for a number of streams, outside the timed
+    part, and yields `generate`: prompts -> number of generated tokens.
     """
     import psutil
 
@@ -148,32 +151,33 @@ def timed(open_writer, args: argparse.Namespace) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with open_writer(1) as write:
-        write(prompts(args, 1))
+    with open_generator(1) as generate:
+        generate(prompts(args, 1))
     done.set()
     watcher.join()
     metrics = {"peak_mb": max(peak[0], psutil.Process().memory_info().rss) / 2**20}
     for streams in STREAMS:
-        seconds, processor = [], []
-        with open_writer(streams) as write:
-            write(prompts(args, streams))  # warms up
+        seconds, cpu_seconds = [], []
+        with open_generator(streams) as generate:
+            generate(prompts(args, streams))  # warm-up
             for _ in range(3):
                 started = time.perf_counter(), time.process_time()
-                written = write(prompts(args, streams))
+                generated = generate(prompts(args, streams))
                 seconds.append(time.perf_counter() - started[0])
-                processor.append(time.process_time() - started[1])
-                assert written == streams * args.tokens
-        metrics[f"streams_{streams}"] = written / statistics.median(seconds)
-        metrics[f"streams_{streams}_a_processor_second"] = written / statistics.median(processor)
+                cpu_seconds.append(time.process_time() - started[1])
+                assert generated == streams * args.tokens
+        metrics[f"streams_{streams}"] = generated / statistics.median(seconds)
+        metrics[f"streams_{streams}_per_cpu_second"] = generated / statistics.median(cpu_seconds)
     return metrics
 
 
 def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, float]:
-    """The engine."""
+    """Measure minimind's engine."""
     import torch
 
-    from minimind.inference.engine import Engine, Request
+    from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
+    from minimind.inference.requests import Request
     from minimind.inference.sampling import Sampling
 
     torch.set_num_threads(args.threads)
@@ -181,16 +185,16 @@ def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, 
     engine = Engine(model, tokenizer, slots=max(STREAMS), int8=int8)
     del model
 
-    def write(prompts: list[list[int]]) -> int:
+    def generate(prompts: list[list[int]]) -> int:
         requests = [Request(prompt, Sampling(temperature=0), args.tokens) for prompt in prompts]
-        return sum(len(generated.token_ids) for _, generated in engine.generate(requests))
+        return sum(len(result.token_ids) for _, result in engine.generate(requests))
 
     with engine:
-        return timed(lambda streams: contextlib.nullcontext(write), args)
+        return timed(lambda streams: contextlib.nullcontext(generate), args)
 
 
 def transformers(args: argparse.Namespace, dtype: str) -> dict[str, float]:
-    """`generate` of the class that the model directory names; many prompts are one batch."""
+    """Measure `generate` of transformers; all prompts form one batch."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -201,7 +205,7 @@ def transformers(args: argparse.Namespace, dtype: str) -> dict[str, float]:
     model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
-    def write(prompts: list[list[int]]) -> int:
+    def generate(prompts: list[list[int]]) -> int:
         ids = torch.tensor(prompts)
         output = model.generate(
             ids,
@@ -212,11 +216,11 @@ def transformers(args: argparse.Namespace, dtype: str) -> dict[str, float]:
         )
         return output[:, ids.shape[1] :].numel()
 
-    return timed(lambda streams: contextlib.nullcontext(write), args)
+    return timed(lambda streams: contextlib.nullcontext(generate), args)
 
 
 def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
-    """Greedy decoding with llama.cpp: all sequences in one batch."""
+    """Measure llama.cpp; all sequences form one batch."""
     import ctypes
 
     import llama_cpp as lib
@@ -230,7 +234,7 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
     vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
     @contextlib.contextmanager
-    def open_writer(streams: int):
+    def open_generator(streams: int):
         settings = lib.llama_context_default_params()
         settings.n_ctx = streams * (args.prompt + args.tokens)
         settings.n_seq_max = streams
@@ -238,20 +242,20 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
         settings.n_threads = settings.n_threads_batch = args.threads
         context = lib.llama_init_from_model(model, settings)
         batch = lib.llama_batch_init(settings.n_ctx, 0, 1)
-        yield functools.partial(write, context, batch)
+        yield functools.partial(generate, context, batch)
         lib.llama_batch_free(batch)
         lib.llama_free(context)
 
     def step(context, batch, rows: list[tuple[int, int, int, bool]]) -> None:
         batch.n_tokens = len(rows)
-        for i, (token, position, sequence, wanted) in enumerate(rows):
+        for i, (token, position, sequence, with_logits) in enumerate(rows):
             batch.token[i], batch.pos[i] = token, position
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            batch.logits[i] = wanted
+            batch.logits[i] = with_logits
         assert lib.llama_decode(context, batch) == 0
 
-    def write(context, batch, prompts: list[list[int]]) -> int:
-        lib.llama_memory_clear(lib.llama_get_memory(context), False)  # as a server reuses it
+    def generate(context, batch, prompts: list[list[int]]) -> int:
+        lib.llama_memory_clear(lib.llama_get_memory(context), False)  # as its server does
         step(
             context,
             batch,
@@ -261,23 +265,23 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
                 for position, token in enumerate(prompt)
             ],
         )
-        at = [(s + 1) * args.prompt - 1 for s in range(len(prompts))]
+        logit_rows = [(s + 1) * args.prompt - 1 for s in range(len(prompts))]
         for done in range(args.tokens):
             tokens = []
-            for place in at:
-                logits = lib.llama_get_logits_ith(context, place)
+            for row in logit_rows:
+                logits = lib.llama_get_logits_ith(context, row)
                 tokens.append(int(numpy.ctypeslib.as_array(logits, (vocab,)).argmax()))
             if done < args.tokens - 1:
                 rows = [(t, args.prompt + done, s, True) for s, t in enumerate(tokens)]
                 step(context, batch, rows)
-                at = list(range(len(prompts)))
+                logit_rows = list(range(len(prompts)))
         return len(prompts) * args.tokens
 
-    return timed(open_writer, args)
+    return timed(open_generator, args)
 
 
 def write_gguf(path: Path, model, kind: str) -> None:
-    """The weights as llama.cpp reads them; no tokenizer, ids are all that is decoded here."""
+    """Write the weights for llama.cpp, without a tokenizer."""
     import gguf
     import numpy
 
@@ -310,20 +314,20 @@ def write_gguf(path: Path, model, kind: str) -> None:
     }
     quantised = getattr(gguf.GGMLQuantizationType, kind)
     for name, tensor in model.state_dict().items():
-        own = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
-        if name not in own:
+        names = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
+        if name not in names:
             _, _, number, rest = name.removesuffix(".weight").split(".", 3)
-            own[name] = f"blk.{number}.{layer_names[rest]}"
+            names[name] = f"blk.{number}.{layer_names[rest]}"
         data = tensor.numpy()
-        if own[name].endswith(("attn_q", "attn_k")):  # llama.cpp turns neighbours, not halves
+        if names[name].endswith(("attn_q", "attn_k")):  # llama.cpp rotates adjacent pairs
             data = data.reshape(-1, 2, config.head_dim // 2, data.shape[1])
             data = data.swapaxes(1, 2).reshape(-1, data.shape[-1])
         data = numpy.ascontiguousarray(data)
         if data.ndim == 1:
-            writer.add_tensor(f"{own[name]}.weight", data)
+            writer.add_tensor(f"{names[name]}.weight", data)
         else:
             packed = gguf.quants.quantize(data, quantised)
-            writer.add_tensor(f"{own[name]}.weight", packed, raw_dtype=quantised)
+            writer.add_tensor(f"{names[name]}.weight", packed, raw_dtype=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -331,7 +335,7 @@ def write_gguf(path: Path, model, kind: str) -> None:
 
 
 def machine(args: argparse.Namespace) -> str:
-    """Processor, cores, versions."""
+    """Describe the processor, cores and library versions."""
     import os
     from importlib.metadata import version
 

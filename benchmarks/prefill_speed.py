@@ -1,4 +1,4 @@
-"""Prefill and decoding rates of the engine, to compare two checkouts in turns.
+"""Prefill and decode speed of the engine, to compare two checkouts in turns.
 
     python benchmarks/prefill_speed.py TOKENIZER [--threads 2] [--preset small]
 
@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from minimind.inference.engine import Engine, Request
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.tokenizer import Tokenizer
 
 
 def main() -> None:
-    """Measure and print one line of JSON."""
+    """Measure and print a line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--threads", type=int, default=2)
@@ -33,13 +34,13 @@ def main() -> None:
     tokenizer = Tokenizer.load(args.tokenizer)
     shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
     model = Transformer(ModelConfig(**PRESETS[args.preset] | shape)).to(torch.bfloat16).eval()
-    dice = random.Random(0)
+    rng = random.Random(0)
     with Engine(model, tokenizer, slots=16) as engine:
 
         def seconds(streams: int, prompt: int, new: int) -> float:
             requests = [
                 Request(
-                    [dice.randrange(10, tokenizer.vocab_size) for _ in range(prompt)],
+                    [rng.randrange(10, tokenizer.vocab_size) for _ in range(prompt)],
                     Sampling(temperature=0),
                     new,
                 )
@@ -57,7 +58,7 @@ def main() -> None:
             "one_stream": [96 / seconds(1, 8, 96) for _ in range(3)],
             "sixteen_streams": [16 * 64 / seconds(16, 8, 64) for _ in range(3)],
         }
-    print(json.dumps({name: round(statistics.median(some), 1) for name, some in rates.items()}))
+    print(json.dumps({name: round(statistics.median(values), 1) for name, values in rates.items()}))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.scoring import Row
 from minimind.inference.defaults import read_generation_defaults
-from minimind.inference.engine import Engine, Request
+from minimind.inference.engine import Engine
 from minimind.inference.load import load_for_inference
+from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
-from minimind.inference.truncation import fit_chat
+from minimind.inference.truncation import truncate_chat
 from minimind.progress import RichReporter
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import Message
@@ -131,7 +132,7 @@ class Model:
         )
         new_tokens = self._max_new_tokens(max_new_tokens)
         reserved = min(new_tokens, self.context // 4)  # tokens kept free for the answer
-        prompt, _ = fit_chat(self.tokenizer, list(turns), self.context - reserved)
+        prompt, _ = truncate_chat(self.tokenizer, list(turns), self.context - reserved)
         pieces = self._engine.stream_text(
             prompt, max_new_tokens=new_tokens, sampling=self._sampling(sampling), seed=seed
         )

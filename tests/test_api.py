@@ -19,7 +19,7 @@ from minimind.config import load_recipe
 from minimind.errors import ConfigError, UsageError
 from minimind.evaluation.bits_per_byte import BitsPerByte
 from minimind.evaluation.models import LocalModel
-from minimind.inference.generate import write_all
+from minimind.inference.generate import generate_all
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model, save_model
 from minimind.tokenizer import Tokenizer, encode_chat
@@ -69,7 +69,7 @@ def test_chat_answers_a_question_or_a_conversation(model: minimind.Model, model_
     turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": "为什么？"}]
     loaded, tokenizer = load_for_inference(model_dir, "cpu")
     prompt, _ = encode_chat(tokenizer, turns, add_generation_prompt=True)
-    [tokens] = write_all(loaded, tokenizer, [prompt], max_new_tokens=12)
+    [tokens] = generate_all(loaded, tokenizer, [prompt], max_new_tokens=12)
     expected = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     assert model.chat(turns, temperature=0, max_new_tokens=12) == expected
 

@@ -126,7 +126,7 @@ def _local_model(
     from minimind.inference.defaults import read_generation_defaults
     from minimind.inference.engine import Engine
     from minimind.inference.load import load_for_inference
-    from minimind.inference.truncation import fit_chat
+    from minimind.inference.truncation import truncate_chat
 
     sampling = read_generation_defaults(model).sampling_with(settings)
     loaded, tokenizer = load_for_inference(model, **loading)
@@ -137,7 +137,7 @@ def _local_model(
         reserved = min(max_new_tokens, engine.context // 4)
 
         def answer(messages: "list[Message]", seed_offset: int) -> tuple[int, Generator[str]]:
-            prompt, left_out = fit_chat(tokenizer, messages, engine.context - reserved)
+            prompt, left_out = truncate_chat(tokenizer, messages, engine.context - reserved)
             return left_out, engine.stream_text(
                 prompt,
                 max_new_tokens=max_new_tokens,

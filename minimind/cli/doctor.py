@@ -103,7 +103,7 @@ def _batch_invariance(device: "torch.device") -> str:
 
     with torch.device(device):
         model = Transformer(ModelConfig(**PRESETS["small"], vocab_size=6400))
-    return BatchedModel(model.to(inference_dtype(device)), slots=16, context=512).promise
+    return BatchedModel(model.to(inference_dtype(device)), slots=16, context=512).invariance_note
 
 
 def _compiler() -> str | None:

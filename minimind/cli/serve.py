@@ -95,7 +95,7 @@ def serve(
             print(f"{name}: {server.url_of(sockets)}/v1", flush=True)
         for name, model in served.items():
             print(f"{name}: {model.cache_summary}", flush=True)
-            print(f"{name}: {model.engine.model.promise}", flush=True)
+            print(f"{name}: {model.engine.model.invariance_note}", flush=True)
         server.prioritize_event_loop()
         limits = Limits(queue=queue)
         running = server.Server(served, keys=keys, origins=cors or [], limits=limits)

@@ -11,8 +11,9 @@ from minimind.errors import MinimindError
 from minimind.evaluation.encoding import OwnPromptEncoder, PromptEncoder
 from minimind.evaluation.scoring import EngineScorer, Scorer
 from minimind.evaluation.tasks import Answer, GenerationConfig
-from minimind.inference.engine import Engine, Request
+from minimind.inference.engine import Engine
 from minimind.inference.load import inference_dtype, load_for_inference
+from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
 from minimind.model import (
     Transformer,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from minimind.errors import UsageError
-from minimind.inference.engine import Completion, Engine, ScoreRequest
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Completion, ScoreRequest
 from minimind.model import Transformer
 from minimind.model.rope import depends_on_length
 from minimind.tokenizer import Tokenizer

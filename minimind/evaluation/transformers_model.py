@@ -18,7 +18,7 @@ from minimind.evaluation.encoding import PromptEncoder
 from minimind.evaluation.models import name_of, name_of_device
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.tasks import Answer, GenerationConfig
-from minimind.inference.engine import NON_FINITE
+from minimind.inference.failures import NON_FINITE
 from minimind.model import fingerprint
 from minimind.model.device import choose_device
 from minimind.tokenizer.chat import Message

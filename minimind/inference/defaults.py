@@ -1,4 +1,4 @@
-"""Generation defaults of a model: its generation_config.json, read as vLLM reads it."""
+"""Generation defaults of a model: its generation_config.json, interpreted as by vLLM."""
 
 import json
 from collections.abc import Mapping
@@ -16,21 +16,24 @@ _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Used where a request says nothing. max_new_tokens: None = what the context has room for."""
+    """Values for what a request leaves out. max_new_tokens: None = up to the end of the context."""
 
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
 
     def sampling_with(self, settings: Mapping[str, Any]) -> Sampling:
-        """Replace what is not None among the settings. Raises UsageError for bad values."""
-        given = {name: value for name, value in settings.items() if value is not None}
-        return replace(self.sampling, **given)
+        """Override the defaults with settings that are not None.
+
+        Raises UsageError for values out of range.
+        """
+        overrides = {name: value for name, value in settings.items() if value is not None}
+        return replace(self.sampling, **overrides)
 
 
 def read_generation_defaults(directory: Path) -> GenerationDefaults:
-    """Read them from a model or run directory; neutral sampling where it says nothing.
+    """Read generation_config.json of a model or run directory; without it sampling is neutral.
 
-    Raises ModelError for a value that is out of range, and for what is no model.
+    Raises ModelError for an invalid value, and when the directory holds no model.
     """
     path = resolve_model_directory(directory) / "generation_config.json"
     if not path.is_file():
@@ -44,10 +47,10 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
             for key in (*_INTEGERS, *_NUMBERS)
             if raw.get(key) is not None
         }
-        most = settings.pop("max_new_tokens", None)
-        if most is not None and most < 1:
-            raise ValueError(f"max_new_tokens is {most}; it must be 1 or more")
-        return GenerationDefaults(Sampling(**settings), most)
+        max_new_tokens = settings.pop("max_new_tokens", None)
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+        return GenerationDefaults(Sampling(**settings), max_new_tokens)
     except (OSError, ValueError, RecursionError, UsageError) as error:
         raise ModelError(f"{path}: {error}. Correct the file, or delete the entry") from error
 
@@ -56,4 +59,4 @@ def _number(key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if key in _INTEGERS else int | float):
         kind = "an integer" if key in _INTEGERS else "a number"
         raise ValueError(f"{key} is {value!r}, not {kind}")
-    return 0 if key == "top_k" and value == -1 else value  # both mean all tokens
+    return 0 if key == "top_k" and value == -1 else value  # both disable top-k

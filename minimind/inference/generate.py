@@ -1,14 +1,15 @@
-"""Many short prompts at once: what evaluations and samples need."""
+"""Offline batch generation: short-lived engines for lists of prompts."""
 
 from collections.abc import Callable, Sequence
 
-from minimind.inference.engine import Engine, Request
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import encode_chat
 
-_AT_ONCE = 64
+_MAX_SLOTS = 64
 
 
 def answer_all(
@@ -19,50 +20,55 @@ def answer_all(
     max_new_tokens: int = 96,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """A greedy answer to each question, each in a conversation of its own."""
+    """Answer each question greedily, in a conversation without further messages."""
     prompts = [
         encode_chat(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True)[0]
         for q in questions
     ]
-    outputs = write_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    outputs = generate_all(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress
+    )
     return [tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
 
 
 def continue_all(
     model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], *, max_new_tokens: int = 64
 ) -> list[str]:
-    """A greedy continuation of each text."""
+    """Continue each text greedily."""
     prompts = [tokenizer.text_start + tokenizer.encode(text) for text in texts]
-    outputs = write_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    outputs = generate_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     return [tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
 
 
-def write_all(
+def generate_all(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    stops: frozenset[int] | None = None,
+    stop_ids: frozenset[int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, without the one that stopped it.
+    """Return the generated tokens of each prompt, without the stop token.
 
-    sampling: None = greedy. stops: None = the ends of messages and documents. Raises UsageError
-    when a prompt is empty or does not fit into the context.
+    sampling: None = greedy. stop_ids: None = the tokenizer's. Raises UsageError when a prompt is
+    empty or does not fit into the context.
     """
     if not prompts:
         return []
-    stops = frozenset(tokenizer.stop_ids) if stops is None else stops
+    sampling = sampling or Sampling(temperature=0)
+    stop_ids = frozenset(tokenizer.stop_ids) if stop_ids is None else stop_ids
+    slots = min(_MAX_SLOTS, len(prompts))
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    with Engine(model, tokenizer, max_slots=min(_AT_ONCE, len(prompts)), context=longest) as engine:
-        chosen = sampling or Sampling(temperature=0)
-        requests = [Request(prompt, chosen, max_new_tokens, stop_ids=stops) for prompt in prompts]
+    with Engine(model, tokenizer, max_slots=slots, context=longest) as engine:
+        requests = [
+            Request(prompt, sampling, max_new_tokens, stop_ids=stop_ids) for prompt in prompts
+        ]
         outputs: list[list[int]] = [[] for _ in prompts]
-        for done, (index, generated) in enumerate(engine.generate(requests), 1):
-            if generated.error is not None:
-                raise generated.error
-            outputs[index] = list(generated.token_ids)
+        for done, (index, result) in enumerate(engine.generate(requests), 1):
+            if result.error is not None:
+                raise result.error
+            outputs[index] = list(result.token_ids)
             progress(done, len(prompts))
     return outputs

@@ -1,7 +1,7 @@
 """Grammar-constrained decoding with llguidance: JSON objects and JSON schemas.
 
-Before each token a mask marks those that the grammar allows. A mask is computed in a thread pool
-while the model computes the logits that it will be applied to.
+A mask marks the tokens that the grammar allows next. It is computed in a thread pool while the
+model computes the logits that it applies to.
 """
 
 import subprocess
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-MAX_DEPTH = 64  # nested objects and arrays: parsers refuse more, at 100 or at 1,000 levels
+MAX_DEPTH = 64  # nested objects and arrays; parsers have limits between 100 and 1,000 levels
 CHECK_SECONDS = 10
-# Without a bound some models write spaces until the limit.
+# Without a bound some models generate whitespace up to the token limit.
 _OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
 _LIMITS = LLParserLimits(verbose_errors=False)
 _POOL = ThreadPoolExecutor(4, "minimind-grammar")  # llguidance releases the GIL
@@ -47,7 +47,7 @@ class GrammarCompiler:
         )
 
     def compile(self, schema: Mapping[str, Any] = ANY_OBJECT) -> "Grammar":
-        """Raise UsageError with the reason where the schema cannot be enforced."""
+        """Compile a schema. Raises UsageError with the reason when it cannot be enforced."""
         try:
             text = LLMatcher.grammar_from_json_schema(dict(schema), overrides=_OPTIONS)
         except ValueError as error:
@@ -62,21 +62,22 @@ class GrammarCompiler:
 
 @dataclass(frozen=True)
 class Grammar:
-    """A compiled schema; any number of answers can follow it."""
+    """A compiled schema, for any number of completions."""
 
     _matcher: LLMatcher
     _vocabulary: "_Vocabulary"
 
     def start(self) -> "GrammarConstraint":
-        """Return the constraint of one answer."""
+        """Return the constraint of one completion."""
         return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary)
 
 
 class GrammarConstraint:
-    """The state of one answer; see engine.Constraint.
+    """The state of one completion; see `requests.Constraint`.
 
-    is_met: the value is complete and nothing can follow it. is_stuck: no token is allowed, because
-    the schema demands more than MAX_DEPTH levels or a value that refers to itself.
+    is_met: the JSON value is complete and nothing can follow it.
+    is_stuck: no token is allowed, because the schema requires more than MAX_DEPTH levels, or a
+        value that contains itself.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: "_Vocabulary") -> None:
@@ -87,18 +88,21 @@ class GrammarConstraint:
         self._mask: Future[Tensor] = _POOL.submit(self._compute_mask)
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long for the next mask, and return whether it is there."""
+        """Wait up to `seconds` for the next mask; return True when it is ready."""
         return bool(wait([self._mask], seconds).done)
 
     def allowed(self) -> Tensor:
-        """[vocab] bool; wait for the mask where it is not ready. Raise ModelError on an error."""
+        """Return the next mask, [vocab] bool; block until it is ready.
+
+        Raises ModelError when llguidance fails.
+        """
         return self._mask.result()
 
     def advance(self, token: int) -> None:
-        """Append a token that the mask allows."""
+        """Append a token that the mask allows. Raises ModelError when llguidance rejects it."""
         if not self._matcher.consume_token(token):
             raise ModelError(_one_line(self._matcher.get_error()))
-        self._nesting.read(self._vocabulary.tokens[token])
+        self._nesting.update(self._vocabulary.tokens[token])
         self.is_met = self._matcher.is_stopped()
         if not self.is_met:
             self._mask = _POOL.submit(self._compute_mask)
@@ -112,9 +116,9 @@ class GrammarConstraint:
                 return torch.zeros(len(self._vocabulary.tokens), dtype=torch.bool)
             raise ModelError(_one_line(error))
         allowed = np.unpackbits(bits, count=len(self._vocabulary.tokens), bitorder="little")
-        room = MAX_DEPTH - self._nesting.depth
-        if room < self._vocabulary.most_opens:
-            too_deep = self._vocabulary.opens > room
+        levels_left = MAX_DEPTH - self._nesting.depth
+        if levels_left < self._vocabulary.max_opens:
+            too_deep = self._vocabulary.opens > levels_left
             if self._nesting.in_string:
                 too_deep &= self._vocabulary.has_quote
             allowed[too_deep] = 0
@@ -124,26 +128,26 @@ class GrammarConstraint:
 
 @lru_cache(256)
 def _unsupported_reason(grammar: str) -> str:
-    """Why a grammar cannot be used; empty if it can. See grammar_check."""
+    """Return why a grammar cannot be used, or an empty string; see `grammar_check`."""
     command = [sys.executable, "-m", "minimind.inference.grammar_check"]
     try:
         done = subprocess.run(
             command, input=grammar.encode(), capture_output=True, timeout=CHECK_SECONDS, check=True
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-        return "it is too complex: compiling it takes too long, or too much memory"
+        return "it is too complex: compiling it takes too long or too much memory"
     return done.stdout.decode()
 
 
 class _Nesting:
-    """How deep a JSON text is nested where it has been read to."""
+    """Nesting depth at the end of an incomplete JSON text."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.in_string = False
         self._escaped = False
 
-    def read(self, text: bytes) -> None:
+    def update(self, text: bytes) -> None:
         for byte in text:
             if self.in_string:
                 if self._escaped:
@@ -159,7 +163,7 @@ class _Nesting:
 
 
 class _Vocabulary:
-    """A tokenizer in the form that llguidance reads; control tokens stand for no text."""
+    """Adapter of a tokenizer to the interface that llguidance expects."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -171,12 +175,12 @@ class _Vocabulary:
         self.special_token_ids = [i for i, text in enumerate(tokenizer.text_bytes_of) if not text]
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens of a text that the grammar dictates, to the byte."""
+        """Tokenize text that the grammar requires, without changing a byte."""
         [ids] = self._tokenizer.encode_segments([(text, "inline")])
-        wanted = text.encode()
-        if b"".join(self.tokens[i] for i in ids) == wanted:
+        expected = text.encode()
+        if b"".join(self.tokens[i] for i in ids) == expected:
             return ids
-        return [self._byte_ids[byte] for byte in wanted]  # the tokenizer normalizes this text
+        return [self._byte_ids[byte] for byte in expected]  # the tokenizer normalizes this text
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
@@ -184,16 +188,16 @@ class _Vocabulary:
 
     @cached_property
     def opens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """[vocab] opening brackets in each token."""
+        """Number of opening brackets per token, [vocab]."""
         return np.array([token.count(b"[") + token.count(b"{") for token in self.tokens])
 
     @cached_property
-    def most_opens(self) -> int:
+    def max_opens(self) -> int:
         return int(self.opens.max())
 
     @cached_property
     def has_quote(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[vocab] whether a token may end a string."""
+        """True for tokens that may end a string, [vocab]."""
         return np.array([b'"' in token for token in self.tokens])
 
 

@@ -1,8 +1,8 @@
-"""Try out a grammar in a process of its own: `python -m minimind.inference.grammar_check`.
+"""Check a grammar in a separate process: `python -m minimind.inference.grammar_check`.
 
-llguidance overflows its stack on references that nest thousands deep, and takes minutes and all
-memory for some intersections of patterns. Here that ends this process and not the service.
-The grammar comes on stdin; the reason why it cannot be used goes to stdout, empty if it can.
+llguidance overflows its stack on references that are thousands of levels deep, and takes minutes
+and all memory for some intersections of patterns. That must not end the service. The process reads
+the grammar from stdin and writes why it cannot be used to stdout, or nothing.
 """
 
 import contextlib
@@ -11,22 +11,22 @@ import threading
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-_STACK = 2 * 2**20  # a quarter of what a thread of the service has
-_MEMORY = 4 * 2**30
+_STACK_BYTES = 2 * 2**20  # a quarter of a thread's stack in the service
+_MEMORY_BYTES = 4 * 2**30
 
 
 def main() -> None:
-    """Check the grammar on stdin."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such module
+    """Check the grammar on stdin in a thread with a small stack."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no `resource`
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     grammar = sys.stdin.buffer.read().decode("utf-8")
-    threading.stack_size(_STACK)
-    checking = threading.Thread(target=_check, args=(grammar,))
-    checking.start()
-    checking.join()
+    threading.stack_size(_STACK_BYTES)
+    checker = threading.Thread(target=_check, args=(grammar,))
+    checker.start()
+    checker.join()
 
 
 def _check(grammar: str) -> None:

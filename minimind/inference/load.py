@@ -1,4 +1,4 @@
-"""A model directory, made ready to write text."""
+"""Loading a model directory for inference."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,15 +28,16 @@ def load_for_inference(
     context: int | None = None,
     rope_scaling: RopeKind | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of a model or run directory.
+    """Load the model and the tokenizer of a model or run directory.
 
-    dtype: None = what the device is fastest in. A LoRA adapter (or its run directory) is merged
-    into the weights: it costs no time afterwards. context: tokens that the model is to read;
-    where it was made for fewer, its positions are scaled, as `rope_scaling` says or in the best
-    way that was measured. A shorter one is the engine's to keep to: give it there too.
+    adapter: LoRA adapter or its run directory, merged into the weights.
+    dtype: None = the fastest on the device.
+    context: extends the model's context with RoPE scaling when longer than the trained one. To
+        shorten the context, pass it to the engine as well.
+    rope_scaling: None = the kind that measured best.
 
-    Raises ResourceError for a device that is not there, ModelError for what is no model or
-    adapter, and TokenizerError when the tokenizer is broken or not that of the model.
+    Raises ResourceError for a missing device, ModelError for an invalid model or adapter, and
+    TokenizerError when the tokenizer is broken or does not match the model.
     """
     chosen = choose_device(device)
     directory = resolve_model_directory(path)
@@ -57,11 +58,11 @@ def load_for_inference(
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Let torch work with one core, in this thread, so that it starts no helpers for it.
+    """Keep OpenMP from starting a thread pool for the current thread.
 
-    OpenMP gives each thread that calls torch helpers of its own. Where there are more of them than
-    cores they sleep between any two products instead of waiting at the ready, and an engine's step
-    takes twice as long; so whoever loads a model must not have any when the engine works.
+    OpenMP keeps a pool per calling thread. With more pool threads than cores it puts them to sleep
+    between any two matrix products instead of spinning, and an engine step takes twice as long. A
+    thread that loads a model must therefore not have a pool in addition to the engine's.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,6 +73,9 @@ def single_threaded() -> Iterator[None]:
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it; benchmarks/records/decoding-speed.md: figures."""
-    packs = device.type != "cpu" or torch.backends.mkldnn.is_available()
-    return torch.bfloat16 if packs and multiplies_bf16(device) else torch.float32
+    """Return bfloat16 where the hardware multiplies it, else float32.
+
+    Measured in benchmarks/records/decoding-speed.md.
+    """
+    can_pack = device.type != "cpu" or torch.backends.mkldnn.is_available()
+    return torch.bfloat16 if can_pack and multiplies_bf16(device) else torch.float32

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Sampling: from logits to the next token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,21 +9,27 @@ from torch import Tensor
 
 from minimind.errors import UsageError
 
-_GREEDY = 1e-5  # below this temperature logits overflow, and nothing but the best is ever chosen
-_LIKELIEST = 64  # words among which the choice mostly falls: finding them is cheaper than sorting
-_MOST_BIAS = 100  # OpenAI's limit: more than this decides a choice alone
+_GREEDY_TEMPERATURE = 1e-5  # below it scaled logits overflow, and the argmax is always drawn
+# On a CPU: a top-k of this size is cheaper than sorting the vocabulary, and nearly always holds
+# every token that can be drawn.
+_TOP = 64
+_MAX_BIAS = 100  # OpenAI's limit; a bias of this size alone decides
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 takes the most likely one.
+    """Sampling parameters. Raises UsageError for values out of range.
 
-    top_k: 0 = all; top_p: nucleus sampling (Holtzman et al. 2020); min_p: at least this share of
-    the likeliest token's probability (Nguyen et al. 2024); they cut in this order.
-    repetition_penalty: Keskar et al. 2019 (CTRL), section 4.1, over the prompt and what was
-    written. presence_penalty is taken off the logits of tokens that were written, frequency_penalty
-    as often as they were, and logit_bias is added, as OpenAI defines them. Raises UsageError for
-    values out of range.
+    temperature: 0 = greedy.
+    top_k: keep the k most likely tokens; 0 = all.
+    top_p: nucleus sampling (Holtzman et al. 2020), after top_k.
+    min_p: drop tokens below this fraction of the top token's probability (Nguyen et al. 2024),
+        after top_p.
+    repetition_penalty: for tokens of the prompt and of the completion (Keskar et al. 2019, CTRL,
+        section 4.1); 1 = none.
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens of the completion,
+        once and once per occurrence, as OpenAI defines them.
+    logit_bias: added to the logits, by token id.
     """
 
     temperature: float = 1.0
@@ -36,14 +42,14 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wrong_bias = [bias for bias in self.logit_bias.values() if not abs(bias) <= _MOST_BIAS]
+        invalid = [bias for bias in self.logit_bias.values() if not abs(bias) <= _MAX_BIAS]
         for name, value, least, most, note in (
             ("temperature", self.temperature, 0, 100, ""),
             ("repetition-penalty", self.repetition_penalty, 0.01, 100, " (1 = none)"),
             ("min-p", self.min_p, 0, 1, ""),
             ("presence-penalty", self.presence_penalty, -2, 2, ""),
             ("frequency-penalty", self.frequency_penalty, -2, 2, ""),
-            ("logit-bias", next(iter(wrong_bias), 0), -_MOST_BIAS, _MOST_BIAS, ""),
+            ("logit-bias", next(iter(invalid), 0), -_MAX_BIAS, _MAX_BIAS, ""),
         ):
             if not least <= value <= most:
                 raise UsageError(f"{name} is {value}; it must be from {least} to {most}{note}")
@@ -54,17 +60,17 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken, whatever the random number."""
-        return self.temperature < _GREEDY
+        """True when the most likely token is always taken."""
+        return self.temperature < _GREEDY_TEMPERATURE
 
     @property
     def truncates(self) -> bool:
-        """Whether unlikely tokens are left out."""
+        """True when top-k, top-p or min-p is active."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def changes_logits(self) -> bool:
-        """Whether what was said, or a bias, counts."""
+        """True when a penalty or a bias is active."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -74,7 +80,7 @@ class Sampling:
 
 
 class Penalties:
-    """What one text's own words and biases do to its logits."""
+    """Penalties and biases of one sequence, with the counts of its tokens."""
 
     def __init__(
         self, sampling: Sampling, prompt: Sequence[int], vocab_size: int, device: torch.device
@@ -82,67 +88,71 @@ class Penalties:
         self._sampling = sampling
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self._seen[torch.tensor(prompt, device=device)] = True
-        self._written = torch.zeros(vocab_size, device=device)
+        self._counts = torch.zeros(vocab_size, device=device)
         self._bias = torch.zeros(vocab_size, device=device)
         for token, bias in sampling.logit_bias.items():
             self._bias[token] = bias
 
-    def wrote(self, token: int) -> None:
-        """Count a token that was chosen."""
+    def add(self, token: int) -> None:
+        """Count a sampled token."""
         self._seen[token] = True
-        self._written[token] += 1
+        self._counts[token] += 1
 
     def apply(self, logits: Tensor) -> Tensor:
-        """[vocab] -> [vocab]. Repetition: divide what is positive, multiply the rest."""
+        """Return adjusted logits, [vocab] -> [vocab].
+
+        The repetition penalty divides positive logits and multiplies the others.
+        """
         s = self._sampling
         if s.repetition_penalty != 1:
             penalty = s.repetition_penalty
             changed = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, changed, logits)
         if s.presence_penalty or s.frequency_penalty:
-            written = self._written
-            logits = logits - (s.frequency_penalty * written + s.presence_penalty * (written > 0))
+            counts = self._counts
+            logits = logits - (s.frequency_penalty * counts + s.presence_penalty * (counts > 0))
         return logits + self._bias
 
 
-def choose(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
-    """The next token of each row: logits [B, vocab] float32, a number from [0, 1) each -> [B].
+def sample(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
+    """Return the next token of each row: logits [B, vocab] float32 -> [B] int64.
 
-    A row's token depends on its own logits, sampling and number alone.
+    uniform: a random number from [0, 1) per row. A row's token depends on its own logits, sampling
+    parameters and number alone.
     """
-    drawn = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
-    if not drawn:
+    random_rows = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
+    if not random_rows:
         return logits.argmax(-1)
-    chosen = (
+    tokens = (
         logits.argmax(-1)
-        if len(drawn) < len(samplings)
+        if len(random_rows) < len(samplings)
         else logits.new_empty(len(samplings), dtype=torch.int64)
     )
     for truncates in (False, True):
-        rows = [row for row in drawn if samplings[row].truncates == truncates]
+        rows = [row for row in random_rows if samplings[row].truncates == truncates]
         if rows:
-            chosen[rows] = _draw(
+            tokens[rows] = _sample_rows(
                 logits[rows], [samplings[row] for row in rows], [uniform[row] for row in rows]
             )
-    return chosen
+    return tokens
 
 
-def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
-    """The token at which the sum of probabilities passes the row's number."""
+def _sample_rows(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
+    """Invert the cumulative distribution of each row at its random number."""
     ids, weights = candidates(logits, samplings)
-    sums = weights.cumsum(-1)
+    cumulative = weights.cumsum(-1)
     number = torch.tensor(uniform, device=logits.device)[:, None]
-    place = torch.searchsorted(sums, number * sums[:, -1:], right=True)
+    index = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
     ranks = torch.arange(1, weights.shape[-1] + 1, device=logits.device)
     last = ((weights > 0) * ranks).amax(-1, keepdim=True).sub_(1)
-    # Rounding may lead beyond the last; scores that are not numbers have none.
-    return ids.gather(-1, torch.minimum(place, last).clamp_(min=0))[:, 0]
+    # Rounding may lead past the last candidate. Rows of NaN have none, hence the clamp.
+    return ids.gather(-1, torch.minimum(index, last).clamp_(min=0))[:, 0]
 
 
 def candidates(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
-    """(token ids, weights), both [B, n]: what tokens are drawn with, up to a factor a row.
+    """Return (token ids, unnormalized probabilities), both [B, n], after truncation.
 
-    The rows all cut unlikely tokens off, or none does. What is cut off weighs 0.
+    Either all rows truncate or none does. Tokens that are cut have probability 0.
     """
     device, vocab = logits.device, logits.shape[-1]
     scaled = logits / torch.tensor([s.temperature for s in samplings], device=device)[:, None]
@@ -151,37 +161,37 @@ def candidates(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, T
     limits = torch.tensor(
         [(min(s.top_k or vocab, vocab), s.top_p, s.min_p) for s in samplings], device=device
     )
-    if device.type != "cpu" or vocab <= _LIKELIEST:
-        return _cut(scaled, limits, vocab)
-    ids, weights = _cut(scaled, limits, _LIKELIEST)
+    if device.type != "cpu" or vocab <= _TOP:
+        return _truncate(scaled, limits, vocab)
+    ids, weights = _truncate(scaled, limits, _TOP)
     top_k = limits[:, 0]
-    is_open = (top_k > _LIKELIEST) & ((weights[:, -1] > 0) | (top_k < vocab))
-    if is_open.any():  # these need all tokens in order
-        rows = is_open.nonzero()[:, 0]
-        more = (0, vocab - _LIKELIEST)
-        ids, weights = F.pad(ids, more), F.pad(weights, more)
-        ids[rows], weights[rows] = _cut(scaled[rows], limits[rows], vocab)
+    needs_more = (top_k > _TOP) & ((weights[:, -1] > 0) | (top_k < vocab))
+    if needs_more.any():  # sort all tokens of these rows
+        rows = needs_more.nonzero()[:, 0]
+        padding = (0, vocab - _TOP)
+        ids, weights = F.pad(ids, padding), F.pad(weights, padding)
+        ids[rows], weights[rows] = _truncate(scaled[rows], limits[rows], vocab)
     return ids, weights
 
 
-def _cut(scaled: Tensor, limits: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """(ids, weights) [B, number] of the likeliest tokens, in falling order.
+def _truncate(scaled: Tensor, limits: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Return (ids, weights) [B, number] of the most likely tokens, in descending order.
 
-    scaled: [B, vocab]; limits: [B, 3], top_k, top_p and min_p. The nucleus is a share of what top_k
-    leaves: with a top_k between `number` and all, weights mean nothing.
+    scaled: logits over temperature, [B, vocab]; limits: [B, 3], top_k, top_p and min_p. The nucleus
+    is a fraction of what top_k leaves, so weights are invalid where number < top_k < vocab.
     """
     vocab = scaled.shape[-1]
-    top_k, top_p, min_p = limits[:, :, None].unbind(1)
-    some = scaled.topk(number).indices.sort(-1).values if number < vocab else None
-    values, ids = (scaled if some is None else scaled.gather(-1, some)).sort(
+    top_k, top_p, min_p = limits[:, :, None].unbind(1)  # [B, 1] each
+    top = scaled.topk(number).indices.sort(-1).values if number < vocab else None
+    values, ids = (scaled if top is None else scaled.gather(-1, top)).sort(
         stable=True, dim=-1, descending=True
-    )  # of equal ones the first word comes first, as in a greedy choice
-    ids = ids if some is None else some.gather(-1, ids)
+    )  # stable: of equal logits the lowest id comes first, as in argmax
+    ids = ids if top is None else top.gather(-1, ids)
     best = values[:, :1]
     rank = torch.arange(number, device=scaled.device)
     weights = (values - best).exp().masked_fill(rank >= top_k, 0)
-    everything = (scaled - best).exp().sum(-1, keepdim=True)
-    total = torch.where(top_k < vocab, weights.sum(-1, keepdim=True), everything)
+    sum_of_all = (scaled - best).exp().sum(-1, keepdim=True)
+    total = torch.where(top_k < vocab, weights.sum(-1, keepdim=True), sum_of_all)
     before = weights.cumsum(-1) - weights
     cut = ((before >= top_p * total) & (top_p < 1)) | (weights < min_p)
     return ids, weights.masked_fill(cut, 0)

@@ -1,4 +1,4 @@
-"""Conversations that grow longer than a model's context."""
+"""Truncation of conversations that are longer than the context."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -8,38 +8,37 @@ from minimind.tokenizer import Tokenizer, encode_chat
 from minimind.tokenizer.chat import Message
 
 
-def fit_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], most_tokens: int
+def truncate_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int
 ) -> tuple[list[int], int]:
-    """(prompt for the next answer, number of messages left out so that it has `most_tokens`).
+    """Return (prompt of at most `max_tokens` tokens, number of messages dropped to reach it).
 
-    The oldest turns go first, the system message never. The last message is the user's. Raises
-    UsageError when that one alone is too long.
+    The oldest turns are dropped first, the system message never. The last message must be the
+    user's. Raises UsageError when it does not fit alone.
     """
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
 
     def prompt_from(start: int) -> list[int]:
-        seen = [*system, *turns[start:]]
-        return encode_chat(tokenizer, seen, add_generation_prompt=True)[0]
+        kept = [*system, *turns[start:]]
+        return encode_chat(tokenizer, kept, add_generation_prompt=True)[0]
 
-    # By halving: a long conversation is not to be encoded once for each of its turns.
-    first = bisect_left(starts, True, key=lambda start: len(prompt_from(start)) <= most_tokens)
+    # Binary search, to encode a long conversation a few times and not once per turn.
+    first = bisect_left(starts, True, key=lambda start: len(prompt_from(start)) <= max_tokens)
     if first < len(starts):
         return prompt_from(starts[first]), starts[first]
-    prompt = prompt_from(starts[-1])
     length = len(tokenizer.encode(turns[-1]["content"]))
-    others = len(prompt) - length
-    if others >= most_tokens:
+    overhead = len(prompt_from(starts[-1])) - length
+    if overhead >= max_tokens:
         raise UsageError(
-            f"the chat format{' with the system message' if system else ''} takes {others:,} "
-            f"tokens, and the prompt may have {most_tokens:,}: no message fits. Take a model of a "
+            f"the chat template{' with the system message' if system else ''} takes {overhead:,} "
+            f"tokens and the prompt may have {max_tokens:,}: no message fits. Use a model with a "
             "longer context" + (", or a shorter system message" if system else "")
         )
     raise UsageError(
-        f"the message has {length:,} tokens and at most {max(most_tokens - others, 0):,} fit: the "
-        f"prompt may have {most_tokens:,}, of which {others:,} go to the chat format"
+        f"the message has {length:,} tokens and at most {max_tokens - overhead:,} fit: the prompt "
+        f"may have {max_tokens:,}, of which {overhead:,} go to the chat template"
         + (" and the system message" if system else "")
-        + ". Say it shorter"
+        + ". Shorten the message"
     )

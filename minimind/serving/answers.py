@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minimind.inference.engine import Completion, Piece, Request, TokenLogprob
+from minimind.inference.requests import Completion, Piece, Request, TokenLogprob
 from minimind.serving.errors import APIError
 from minimind.serving.models import ServedModel
 from minimind.serving.schema import PromptTokensDetails, Usage

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from minimind.inference.engine import describe
+from minimind.inference.failures import describe_error
 from minimind.serving import chat, completions
 from minimind.serving.answers import Answers, stopping_error
 from minimind.serving.auth import HEALTH_PATH, APIKeyMiddleware
@@ -68,7 +68,7 @@ class Service:
         """The error that stopped an engine, after which no request is accepted."""
         for model in self.models.values():
             if model.engine.failure is not None:
-                return f"the engine of {model.name} stopped: {describe(model.engine.failure)}"
+                return f"the engine of {model.name} stopped: {describe_error(model.engine.failure)}"
         return None
 
     def find(self, name: str) -> ServedModel:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimind.errors import MinimindError, UsageError
-from minimind.inference.engine import Request
 from minimind.inference.grammar import ANY_OBJECT, Grammar
+from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
-from minimind.inference.truncation import fit_chat
+from minimind.inference.truncation import truncate_chat
 from minimind.serving.errors import APIError
 from minimind.serving.models import ServedModel
 from minimind.serving.requests import COMPLETION_TOKENS, ChatRequest, CompletionRequest
@@ -88,7 +88,7 @@ def _chat_prompt(
             return encode_chat(model.tokenizer, messages, add_generation_prompt=True)[0], 0
         quarter = model.context // 4
         reserved = quarter if max_tokens in (None, -1) else min(max_tokens, quarter)
-        return fit_chat(model.tokenizer, messages, model.context - reserved)
+        return truncate_chat(model.tokenizer, messages, model.context - reserved)
     except UsageError as error:
         raise APIError("context_length_exceeded", f"{error}.", param="messages") from None
     except (ValueError, MinimindError) as error:  # the chat template rejects the conversation

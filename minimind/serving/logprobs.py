@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Iterable
 
-from minimind.inference.engine import TokenLogprob
+from minimind.inference.requests import TokenLogprob
 from minimind.serving import schema
 from minimind.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from minimind.errors import ResourceError
-from minimind.inference.engine import lower_thread_priority
+from minimind.inference.engine_thread import lower_thread_priority
 from minimind.serving.app import Service, create_app
 from minimind.serving.limits import Limits
 from minimind.serving.logs import LOGGER, log

@@ -158,7 +158,7 @@ def test_failed_questions_give_exit_status_1(
     tasks = ("--task", f"choice:{tmp_path / 'mine.csv'}", "--task", f"bpb:{text}")
     done = run(tmp_path, tmp_path / "damaged", *tasks)
     assert done.exit_code == 1
-    assert "1 failed, the first: mine-42: the model gives scores that are not numbers" in (
+    assert "1 failed, the first: mine-42: the model's logits are not finite" in (
         " ".join(done.output.split())
     )
     assert "1 document " in done.output

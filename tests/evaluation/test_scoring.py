@@ -54,7 +54,7 @@ def score_all(
 def test_rows_scored_together_have_the_scores_of_the_definition(
     tokenizer: Tokenizer, prefix: int, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minimind.inference.engine._LOGITS", 10_000)  # a few tokens per chunk
+    monkeypatch.setattr("minimind.inference.scheduler.MAX_LOGITS", 10_000)  # a few tokens
     model = make_varied(tokenizer, **{k: v for k, v in PRESETS[shape].items()})
     rows = random_rows(tokenizer.vocab_size, 30, prefix, 100)
     letters = [Row((*rows[0].tokens[:-1], letter), len(rows[0].tokens) - 1) for letter in range(4)]

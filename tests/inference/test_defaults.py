@@ -15,12 +15,12 @@ def read(directory: Path, **content: object) -> GenerationDefaults:
     return read_generation_defaults(directory)
 
 
-def test_what_models_of_others_say(tmp_path: Path) -> None:
+def test_files_of_published_models(tmp_path: Path) -> None:
     qwen3 = dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, eos_token_id=[7, 9])
     assert read(tmp_path, **qwen3) == GenerationDefaults(Sampling(0.6, 0.95, 20))
     assert read(tmp_path, top_k=-1, max_new_tokens=9) == GenerationDefaults(Sampling(), 9)
     assert read(tmp_path, top_k=None) == GenerationDefaults()
-    assert read(tmp_path, do_sample=False) == GenerationDefaults()  # as vLLM has it
+    assert read(tmp_path, do_sample=False) == GenerationDefaults()  # like vLLM
     (tmp_path / "generation_config.json").unlink()
     assert read_generation_defaults(tmp_path) == GenerationDefaults()
 
@@ -32,14 +32,14 @@ def test_without_settings_sampling_is_neutral() -> None:
     assert not neutral.changes_logits
 
 
-def test_settings_replace_defaults_unless_they_are_none() -> None:
+def test_settings_override_defaults_unless_they_are_none() -> None:
     defaults = GenerationDefaults(Sampling(0.6, 0.95, 20))
     assert defaults.sampling_with({"top_k": 0, "top_p": None}) == Sampling(0.6, 0.95, 0)
     with pytest.raises(UsageError, match="temperature is 101"):
         defaults.sampling_with({"temperature": 101})
 
 
-def test_a_run_directory_means_its_model(tmp_path: Path) -> None:
+def test_a_run_directory_stands_for_its_model(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     assert read(tmp_path / "model", top_k=5).sampling.top_k == 5
     assert read_generation_defaults(tmp_path).sampling.top_k == 5

@@ -10,9 +10,7 @@ from minimind.tokenizer import Tokenizer, encode_chat
 QUESTIONS = ["泰山在哪里？", "长江？", "Why?", "黄河？", "你好"] * 20
 
 
-def test_each_question_is_a_conversation_of_its_own(
-    model: Transformer, tokenizer: Tokenizer
-) -> None:
+def test_each_question_is_a_separate_conversation(model: Transformer, tokenizer: Tokenizer) -> None:
     reported: list[tuple[int, int]] = []
     answers = answer_all(
         model,
@@ -32,7 +30,7 @@ def test_each_question_is_a_conversation_of_its_own(
     assert len(set(answers)) > 1
 
 
-def test_texts_are_gone_on_with(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_texts_are_continued(model: Transformer, tokenizer: Tokenizer) -> None:
     [long] = continue_all(model, tokenizer, ["长江是"], max_new_tokens=20)
     [short] = continue_all(model, tokenizer, ["长江是"], max_new_tokens=5)
     assert short

@@ -1,4 +1,4 @@
-"""Random walks through grammars: whatever is chosen, a finished answer is valid."""
+"""Grammar-constrained decoding: random walks always end in valid JSON."""
 
 import json
 import random
@@ -14,8 +14,9 @@ from pydantic_core import from_json
 
 from minimind.errors import UsageError
 from minimind.inference import grammar as grammar_module
-from minimind.inference.engine import Engine, Piece, Request
+from minimind.inference.engine import Engine
 from minimind.inference.grammar import MAX_DEPTH, Grammar, GrammarCompiler
+from minimind.inference.requests import Piece, Request
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -66,19 +67,19 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "required": ["id"],
     },
     "integer": {"type": "integer"},
-    "nothing but a constant": {"const": {"a": ["null", "北京"]}},
+    "constant": {"const": {"a": ["null", "北京"]}},
 }
 
 
-def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, most: int = 60) -> str | None:
-    """A text of random allowed tokens; None where it is not finished after `most` of them."""
-    chance, constraint = random.Random(seed), grammar.start()
+def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, max_tokens: int = 60) -> str | None:
+    """Generate random allowed tokens; None when the text is incomplete after `max_tokens`."""
+    rng, constraint = random.Random(seed), grammar.start()
     ids: list[int] = []
-    for _ in range(most):
+    for _ in range(max_tokens):
         choices = constraint.allowed().nonzero()[:, 0].tolist()
-        # Half of the steps end something where they can: most tokens are text, and strings go on.
+        # Half of the steps prefer delimiters: most tokens are text, so strings would not end.
         ending = [i for i in choices if tokenizer.bytes_of[i] in (b'"', b"}", b"]", b",", b":")]
-        token = chance.choice(ending if ending and chance.random() < 0.5 else choices)
+        token = rng.choice(ending if ending and rng.random() < 0.5 else choices)
         if token in tokenizer.stop_ids:
             break
         ids.append(token)
@@ -91,7 +92,7 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, most: int = 60) -> s
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
-def test_what_a_random_walk_finishes_is_valid(schema: Any, tokenizer: Tokenizer) -> None:
+def test_random_walks_end_in_valid_json(schema: Any, tokenizer: Tokenizer) -> None:
     grammar = GrammarCompiler(tokenizer).compile(schema)
     texts = [text for seed in range(100) if (text := walk(grammar, tokenizer, seed)) is not None]
     assert len(texts) >= 10
@@ -100,7 +101,7 @@ def test_what_a_random_walk_finishes_is_valid(schema: Any, tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tokenizers_made_elsewhere(shape: str, tmp_path: Path) -> None:
+def test_foreign_tokenizers(shape: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(make_tokenizer(shape, tmp_path / "tokenizer", TEXTS))
     compiler = GrammarCompiler(tokenizer)
     for name, schema in SCHEMAS.items():
@@ -112,7 +113,7 @@ def test_tokenizers_made_elsewhere(shape: str, tmp_path: Path) -> None:
 
 
 def feed(grammar: Grammar, tokenizer: Tokenizer, text: str) -> Any:
-    """The constraint after the text, one byte a token; stops where a byte is not allowed."""
+    """Feed a text byte by byte, up to the first byte that is not allowed; `read` counts them."""
     byte = {token[0]: i for i, token in enumerate(tokenizer.bytes_of) if len(token) == 1}
     constraint = grammar.start()
     constraint.read = 0
@@ -130,12 +131,12 @@ def test_nesting_is_bounded(tokenizer: Tokenizer) -> None:
     deepest = '{"a":' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}"
     assert feed(grammar, tokenizer, deepest).is_met
     assert from_json(deepest)
-    # Brackets inside a string open nothing.
+    # Brackets inside a string do not nest.
     inside = '{"[[[":' + "[" * (MAX_DEPTH - 1) + '"\\"[[{{[[",{"'
     assert feed(grammar, tokenizer, inside).read == len(inside) - 2
 
 
-def test_a_schema_that_demands_deeper_nesting_is_stuck(tokenizer: Tokenizer) -> None:
+def test_a_schema_that_requires_deeper_nesting_gets_stuck(tokenizer: Tokenizer) -> None:
     node = {"type": "array", "items": {"$ref": "#/$defs/node"}, "minItems": 1}
     endless = {"$defs": {"node": node}, "$ref": "#/$defs/node"}
     grammar = GrammarCompiler(tokenizer).compile(endless)
@@ -145,7 +146,7 @@ def test_a_schema_that_demands_deeper_nesting_is_stuck(tokenizer: Tokenizer) -> 
     assert constraint.is_stuck
 
 
-def test_a_value_that_refers_to_itself_is_stuck_where_it_begins(tokenizer: Tokenizer) -> None:
+def test_a_value_that_contains_itself_gets_stuck_at_its_start(tokenizer: Tokenizer) -> None:
     loop = {"$ref": "#/$defs/loop"}
     schema = {"properties": {"a": loop}, "required": ["a"], "$defs": {"loop": loop}}
     grammar = GrammarCompiler(tokenizer).compile({"type": "object"} | schema)
@@ -155,7 +156,7 @@ def test_a_value_that_refers_to_itself_is_stuck_where_it_begins(tokenizer: Token
     assert constraint.is_stuck
 
 
-def test_spaces_are_bounded(tokenizer: Tokenizer) -> None:
+def test_whitespace_is_bounded(tokenizer: Tokenizer) -> None:
     grammar = GrammarCompiler(tokenizer).compile()
     assert feed(grammar, tokenizer, "{" + " " * 30).read == 9
 
@@ -191,7 +192,7 @@ def _chain(length: int) -> dict[str, Any]:
     return {"$defs": links, "$ref": "#/$defs/0"}
 
 
-def test_a_schema_that_breaks_the_compiler_breaks_nothing_else(
+def test_a_schema_that_crashes_the_compiler_is_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar_module, "CHECK_SECONDS", 3)
@@ -203,8 +204,8 @@ def test_a_schema_that_breaks_the_compiler_breaks_nothing_else(
             compiler.compile(hostile)
 
 
-def test_the_text_that_a_grammar_dictates_is_tokenized_as_usual(tokenizer: Tokenizer) -> None:
-    """A model that was trained on whole words is not made to spell them."""
+def test_required_text_is_tokenized_as_usual(tokenizer: Tokenizer) -> None:
+    """The model sees the tokens it was trained on, not single bytes."""
     constant = {"const": "长江是中国最长的河流"}
     constraint = GrammarCompiler(tokenizer).compile(constant).start()
     ids = []
@@ -226,7 +227,7 @@ def generate(engine: Engine, tokenizer: Tokenizer, **settings: Any) -> tuple[str
     return "".join(piece.text for piece in pieces), pieces[-1].finish_reason
 
 
-def test_the_engine_follows_a_grammar_and_says_where_it_was_cut(
+def test_the_engine_follows_a_grammar_and_reports_truncation(
     model: Transformer, tokenizer: Tokenizer
 ) -> None:
     schema = {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 6}
@@ -246,45 +247,45 @@ def test_the_engine_follows_a_grammar_and_says_where_it_was_cut(
     assert set(reasons) == {"stop", "length"}
 
 
-def test_a_value_that_ends_with_the_last_token_is_not_cut(
+def test_a_value_that_ends_at_the_token_limit_is_complete(
     model: Transformer, tokenizer: Tokenizer
 ) -> None:
     grammar = GrammarCompiler(tokenizer).compile({"const": "长江"})
     length = len(tokenizer.encode('"长江"'))
     with Engine(model, tokenizer, slots=1) as engine:
-        for most, expected in ((length, ('"长江"', "stop")), (length - 1, ('"长江', "length"))):
+        for limit, expected in ((length, ('"长江"', "stop")), (length - 1, ('"长江', "length"))):
             assert expected == generate(
-                engine, tokenizer, max_new_tokens=most, constraint=grammar.start()
+                engine, tokenizer, max_new_tokens=limit, constraint=grammar.start()
             )
 
 
-def test_a_mask_that_takes_long_stalls_nobody_else(
+def test_a_slow_mask_does_not_delay_other_requests(
     model: Transformer, tokenizer: Tokenizer
 ) -> None:
     class Slow:
-        """A constraint whose first mask never comes."""
+        """A constraint whose masks are never ready."""
 
         def __init__(self) -> None:
             self.is_met = self.is_stuck = False
-            self.asked, self.given = threading.Event(), threading.Event()
+            self.requested, self.ready = threading.Event(), threading.Event()
 
         def wait(self, seconds: float) -> bool:
-            self.asked.set()
-            return self.given.wait(seconds)
+            self.requested.set()
+            return self.ready.wait(seconds)
 
         def allowed(self) -> torch.Tensor:
             return torch.ones(tokenizer.vocab_size, dtype=torch.bool)
 
         def advance(self, token: int) -> None:
-            self.given.clear()
+            self.ready.clear()
 
     prompt = tokenizer.encode("长江")
     slow = Slow()
     with Engine(model, tokenizer, slots=2) as engine:
-        written: list[Piece] = []
+        delivered: list[Piece] = []
         first = Request(prompt, Sampling(temperature=0), 8, constraint=slow)
-        blocked = engine.submit(first, written.append)
-        assert slow.asked.wait(10)
+        blocked = engine.submit(first, delivered.append)
+        assert slow.requested.wait(10)
         other = engine.submit(Request(prompt, Sampling(temperature=0), 50))
         assert sum(len(piece.token_ids) for piece in other) == 50
         assert blocked.completion_tokens == 1
@@ -303,7 +304,7 @@ def test_llguidance_writes_nothing_to_stderr(
 
 
 def test_rows_of_the_model_without_a_token_are_never_sampled(tokenizer: Tokenizer) -> None:
-    """Embedding tables of models made elsewhere are often padded."""
+    """Embedding tables of foreign models are often padded."""
     model = make_varied(tokenizer, vocab_size=tokenizer.vocab_size + 21)
     grammar = GrammarCompiler(tokenizer).compile({"type": "array", "items": {"type": "integer"}})
     with Engine(model, tokenizer, slots=1) as engine:

@@ -14,8 +14,8 @@ from minimind.inference.load import load_for_inference
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, train_tokenizer
 
-# Damages a model directory in some hundred ways, and prints what loading it and writing two
-# tokens came to: {damage: "fine" or the error}, and by how much the peak of memory rose.
+# Damages a model directory in several hundred ways, loads it and generates two tokens. Prints the
+# outcomes, {damage: "fine" or the error}, and the increase of peak memory in bytes.
 MUTANTS = """
 import json, random, struct, sys
 from pathlib import Path
@@ -73,10 +73,10 @@ def mutants():
     for rope in ROPES:
         yield f"rope {rope}", "config.json", dumps(config | {"rope_parameters": rope})
     for name in others:
-        whole = json.loads(sound[name])
-        for key in whole:
+        content = json.loads(sound[name])
+        for key in content:
             for value in VALUES:
-                yield f"{name} {key} = {value!r}", name, dumps(whole | {key: value})
+                yield f"{name} {key} = {value!r}", name, dumps(content | {key: value})
     yield from flips("config.json", 0, len(sound["config.json"]), 40)
     weights = sound[weights_name]
     header, data = header_of(weights)
@@ -92,15 +92,15 @@ def mutants():
         changed = header | {name: header[name] | change}
         yield f"{name}: {change}", weights_name, with_header(changed, data)
     yield "no tensors", weights_name, with_header({}, b"")
-    words = json.loads(sound["tokenizer.json"])
+    content = json.loads(sound["tokenizer.json"])
     yield from flips("tokenizer.json", 0, len(sound["tokenizer.json"]), 60)
-    for key in words:
+    for key in content:
         for value in (None, [], {}, "x", 10**30):
-            yield f"tokenizer {key} = {value!r}", "tokenizer.json", dumps(words | {key: value})
-    vocab = words["model"]["vocab"]
+            yield f"tokenizer {key} = {value!r}", "tokenizer.json", dumps(content | {key: value})
+    vocab = content["model"]["vocab"]
     for change in ({"a": 10**12}, {"a": -1}, {"a": 7}, {"新": 600}, {"a": None}):
-        model = words["model"] | {"vocab": vocab | change}
-        yield f"vocab: {change}", "tokenizer.json", dumps(words | {"model": model})
+        model = content["model"] | {"vocab": vocab | change}
+        yield f"vocab: {change}", "tokenizer.json", dumps(content | {"model": model})
 
 def attempt():
     model, tokenizer = load_for_inference(directory, "cpu")
@@ -137,10 +137,10 @@ def copy(model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
-def test_a_model_is_ready_to_write(model_dir: Path, model: Transformer) -> None:
+def test_a_loaded_model_is_in_eval_mode(model_dir: Path, model: Transformer) -> None:
     loaded, tokenizer = load_for_inference(model_dir.parent, "cpu")
     assert not loaded.training
-    assert loaded.head_weight.dtype in (torch.float32, torch.bfloat16)  # as the machine likes it
+    assert loaded.head_weight.dtype in (torch.float32, torch.bfloat16)  # depends on the machine
     assert torch.equal(loaded.head_weight, model.head_weight.to(loaded.head_weight.dtype))
     exact, _ = load_for_inference(model_dir, "cpu", dtype=torch.float32)
     assert torch.equal(exact.head_weight, model.head_weight)
@@ -153,7 +153,7 @@ def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
         load_for_inference(copy)
 
 
-def test_what_is_missing_is_told(copy: Path, tokenizer: Tokenizer) -> None:
+def test_missing_files_and_devices_are_reported(copy: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(ResourceError, match="device cuda:99 is not available"):
         load_for_inference(copy, "cuda:99")
     (copy / "tokenizer.json").unlink()
@@ -168,7 +168,7 @@ def test_what_is_missing_is_told(copy: Path, tokenizer: Tokenizer) -> None:
 
 
 def damaged(directory: Path, *files: str) -> dict[str, str]:
-    """What came of each mutant; none is a bug, and none takes memory."""
+    """Return the outcome of each damage; none may be an internal error or take memory."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", MUTANTS, directory, *files],
         capture_output=True,
@@ -177,11 +177,11 @@ def damaged(directory: Path, *files: str) -> dict[str, str]:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    outcomes: dict[str, str] = found["outcomes"]
+    actual = json.loads(done.stdout)
+    outcomes: dict[str, str] = actual["outcomes"]
     assert len(outcomes) > 350
     assert {k: v for k, v in outcomes.items() if v.startswith("BUG")} == {}
-    assert found["memory"] < 200 << 20
+    assert actual["memory"] < 200 << 20
     assert sum(outcome != "fine" for outcome in outcomes.values()) > 200
     for name, outcome in outcomes.items():
         if " cut at " in name or "of zeros" in name or "header of" in name:
@@ -189,13 +189,13 @@ def damaged(directory: Path, *files: str) -> dict[str, str]:
     return outcomes
 
 
-def test_damaged_directories_give_our_errors_and_cost_nothing(copy: Path) -> None:
+def test_damaged_directories_raise_minimind_errors(copy: Path) -> None:
     outcomes = damaged(copy, "model.safetensors")
     for name, outcome in outcomes.items():
         assert " = 'x'" not in name or outcome != "fine"
 
 
-def test_so_do_damaged_directories_of_models_made_elsewhere(
+def test_damaged_foreign_directories_raise_minimind_errors(
     copy: Path, foreign_dir: Callable[[str], Path]
 ) -> None:
     for file in copy.iterdir():
@@ -205,7 +205,7 @@ def test_so_do_damaged_directories_of_models_made_elsewhere(
         shutil.copy(file, copy)
     (copy / "model.safetensors").rename(copy / "part.safetensors")
     with safe_open(copy / "part.safetensors", framework="pt") as tensors:
-        places = dict.fromkeys(tensors.keys(), "part.safetensors")
+        shards = dict.fromkeys(tensors.keys(), "part.safetensors")
     index = "model.safetensors.index.json"
-    (copy / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (copy / index).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     damaged(copy, "part.safetensors", index, "tokenizer_config.json", "generation_config.json")

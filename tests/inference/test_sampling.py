@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minimind.errors import UsageError
-from minimind.inference.sampling import Penalties, Sampling, candidates, choose
+from minimind.inference.sampling import Penalties, Sampling, candidates, sample
 
 pytestmark = pytest.mark.numeric
 
@@ -29,22 +29,22 @@ SETTINGS = [
 
 
 def probabilities(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """[B, vocab]: what is drawn, once `seen` [B, T] was written after the prompt [0]."""
+    """Sampling probabilities [B, vocab] after the prompt [0] and the tokens `seen` [B, T]."""
     rows = []
     for row, tokens in zip(logits, seen.tolist(), strict=True):
         penalties = Penalties(sampling, [0], len(row), logits.device)
         for token in tokens:
-            penalties.wrote(token)
+            penalties.add(token)
         rows.append(penalties.apply(row))
     ids, weights = candidates(torch.stack(rows), [sampling] * len(rows))
-    found = torch.zeros_like(logits).scatter(-1, ids, weights)
-    if ids.shape[-1] < logits.shape[-1]:  # padding must not have put anything down
-        assert (weights.sum(-1) - found.sum(-1)).abs().max() < 1e-5
-    return found / found.sum(-1, keepdim=True)
+    actual = torch.zeros_like(logits).scatter(-1, ids, weights)
+    if ids.shape[-1] < logits.shape[-1]:  # padding must not have overwritten a weight
+        assert (weights.sum(-1) - actual.sum(-1)).abs().max() < 1e-5
+    return actual / actual.sum(-1, keepdim=True)
 
 
-def by_hand(logits: list[float], seen: list[int], sampling: Sampling) -> list[float]:
-    """The same, one token after the other, in Python's own floats."""
+def reference(logits: list[float], seen: list[int], sampling: Sampling) -> list[float]:
+    """The same probabilities by the definition, in plain Python."""
     scores = list(logits)
     for token in {0, *seen}:
         penalty = sampling.repetition_penalty
@@ -71,18 +71,18 @@ def by_hand(logits: list[float], seen: list[int], sampling: Sampling) -> list[fl
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
-def test_probabilities_are_those_of_the_definition(sampling: Sampling) -> None:
+def test_probabilities_follow_the_definition(sampling: Sampling) -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
     logits = torch.randn(20, 150) * 3
     seen = torch.tensor([rng.choices(range(50), k=8) for _ in range(20)])
-    found = probabilities(logits, seen, sampling)
-    wanted = [by_hand(logits[i].tolist(), seen[i].tolist(), sampling) for i in range(20)]
-    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-5, rtol=1e-4)
+    actual = probabilities(logits, seen, sampling)
+    expected = [reference(logits[i].tolist(), seen[i].tolist(), sampling) for i in range(20)]
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
-def test_probabilities_are_those_of_transformers(sampling: Sampling) -> None:
+def test_probabilities_equal_those_of_transformers(sampling: Sampling) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     logits, seen = torch.randn(20, 300) * 3, torch.randint(300, (20, 30))
@@ -101,13 +101,13 @@ def test_probabilities_are_those_of_transformers(sampling: Sampling) -> None:
     theirs = logits
     for step in steps:
         theirs = step(seen, theirs)
-    found = probabilities(logits, seen, sampling)
-    torch.testing.assert_close(found, theirs.softmax(-1), atol=1e-6, rtol=1e-4)
+    actual = probabilities(logits, seen, sampling)
+    torch.testing.assert_close(actual, theirs.softmax(-1), atol=1e-6, rtol=1e-4)
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, seed: int = 0) -> torch.Tensor:
     numbers = random.Random(seed)
-    return choose(logits, [sampling] * len(logits), [numbers.random() for _ in logits])
+    return sample(logits, [sampling] * len(logits), [numbers.random() for _ in logits])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1, 0.95), Sampling(1, 1), Sampling(3, 1, 100)])
@@ -116,65 +116,65 @@ def test_draws_follow_the_probabilities(sampling: Sampling) -> None:
     logits, draws = torch.randn(1, 130) * 2, 20_000
     shares = draw(logits.expand(draws, -1), sampling).bincount(minlength=130) / draws
     ids, weights = candidates(logits, [sampling])
-    wanted = torch.zeros(1, 130).scatter_add(-1, ids, weights)[0]
-    wanted /= wanted.sum()
-    assert (wanted == 0).any() == sampling.truncates
-    assert torch.equal(shares[wanted == 0], torch.zeros_like(shares[wanted == 0]))
-    deviation = (wanted * (1 - wanted) / draws).sqrt()
-    assert ((shares - wanted).abs() <= 5 * deviation).all()
+    expected = torch.zeros(1, 130).scatter_add(-1, ids, weights)[0]
+    expected /= expected.sum()
+    assert (expected == 0).any() == sampling.truncates
+    assert torch.equal(shares[expected == 0], torch.zeros_like(shares[expected == 0]))
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((shares - expected).abs() <= 5 * deviation).all()
 
 
-def test_a_row_is_chosen_as_if_it_were_alone() -> None:
-    """Whatever the others ask for; flat rows need all tokens in order, steep ones a few."""
+def test_rows_are_sampled_independently() -> None:
+    """Rows have different settings; flat distributions need a full sort, peaked ones do not."""
     torch.manual_seed(0)
     rng = random.Random(0)
     logits = torch.randn(60, 300) * torch.logspace(-2, 1, 60)[:, None]
     samplings = [rng.choice([*SETTINGS, Sampling(0)]) for _ in range(60)]
     numbers = [rng.random() for _ in range(60)]
-    alone = [choose(logits[i : i + 1], [samplings[i]], [numbers[i]]).item() for i in range(60)]
+    alone = [sample(logits[i : i + 1], [samplings[i]], [numbers[i]]).item() for i in range(60)]
     for _ in range(5):
         order = rng.sample(range(60), 40)
-        together = choose(logits[order], [samplings[i] for i in order], [numbers[i] for i in order])
+        together = sample(logits[order], [samplings[i] for i in order], [numbers[i] for i in order])
         assert together.tolist() == [alone[i] for i in order]
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_random_numbers_are_tokens_too(sampling: Sampling, number: float) -> None:
+def test_the_extreme_random_numbers_give_valid_tokens(sampling: Sampling, number: float) -> None:
     torch.manual_seed(0)
     logits = torch.randn(30, 300) * 5
     ids, weights = candidates(logits, [sampling] * 30)
-    chosen = choose(logits, [sampling] * 30, [number] * 30)
+    chosen = sample(logits, [sampling] * 30, [number] * 30)
     assert (weights.gather(-1, (ids == chosen[:, None]).int().argmax(-1)[:, None]) > 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-9])
-def test_no_temperature_takes_the_likeliest(temperature: float) -> None:
+def test_zero_temperature_is_greedy(temperature: float) -> None:
     logits = torch.randn(10, 40) * 1000
     assert torch.equal(draw(logits, Sampling(temperature)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocab", [40, 300])
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1, top_k=1), Sampling(1, top_p=1e-9)])
-def test_of_equal_tokens_the_first_is_the_best(sampling: Sampling, vocab: int) -> None:
+def test_of_equal_logits_the_lowest_id_wins(sampling: Sampling, vocab: int) -> None:
     torch.manual_seed(0)
     logits = torch.randint(0, 40, (50, vocab)).float()
     assert torch.equal(draw(logits, sampling), logits.argmax(-1))
 
 
-def test_the_penalty_turns_a_greedy_choice_too() -> None:
+def test_the_repetition_penalty_changes_greedy_tokens() -> None:
     logits = torch.tensor([2.0, 1.9, -1.0])
     for penalty, best in ((1.0, 0), (1.2, 1)):
         sampling = Sampling(0, repetition_penalty=penalty)
         penalties = Penalties(sampling, [0, 0, 2], 3, logits.device)
-        assert choose(penalties.apply(logits)[None], [sampling], [0.0]).item() == best
+        assert sample(penalties.apply(logits)[None], [sampling], [0.0]).item() == best
 
 
-def test_only_what_was_written_counts_for_presence_and_frequency() -> None:
+def test_presence_and_frequency_penalties_ignore_the_prompt() -> None:
     sampling = Sampling(presence_penalty=2, frequency_penalty=0.5)
     penalties = Penalties(sampling, [0, 0, 1], 3, torch.device("cpu"))
     for token in (1, 2, 2):
-        penalties.wrote(token)
+        penalties.add(token)
     assert penalties.apply(torch.zeros(3)).tolist() == [0, -2.5, -3]
 
 
@@ -211,7 +211,7 @@ def test_a_bias_out_of_range_is_named() -> None:
 @pytest.mark.parametrize(
     "sampling", [Sampling(100, 1, 0, 100), Sampling(100, 1e-9, 0, 0.01), Sampling(2e-5, 1, 3, 100)]
 )
-def test_the_ends_of_the_ranges_work(sampling: Sampling) -> None:
+def test_the_limits_of_the_ranges_work(sampling: Sampling) -> None:
     penalties = Penalties(sampling, [0, 1], 4, torch.device("cpu"))
     logits = penalties.apply(torch.tensor([1e4, -1e4, 0.0, 1.0]))
     assert draw(logits[None], sampling).item() in range(4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind.inference.generate import write_all
+from minimind.inference.generate import generate_all
 from minimind.model import Transformer, load_model, save_model
 from minimind.tokenizer import Tokenizer
 from tests.support.rounding import largest_difference, logits_rounding
@@ -144,7 +144,7 @@ def _check_greedy(
     length: int,
 ) -> None:
     starts = [tokenizer.encode(prompt)[:12] for prompt in prompts[-number:]]
-    actual = write_all(ours, tokenizer, starts, max_new_tokens=length, stops=frozenset())
+    actual = generate_all(ours, tokenizer, starts, max_new_tokens=length, stop_ids=frozenset())
     theirs.generation_config.eos_token_id = None
     ids = torch.tensor(starts)
     output = theirs.generate(

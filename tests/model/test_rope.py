@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minimind.errors import ModelError
-from minimind.inference.generate import write_all
+from minimind.inference.generate import generate_all
 from minimind.model import ModelConfig, Transformer, extend_context, load_model, save_model
 from minimind.model.rope import rope_frequencies
 from minimind.tokenizer import Tokenizer
@@ -106,11 +106,11 @@ def test_greedy_tokens_across_the_original_context_equal_transformers(
             eos_token_id=None,
             pad_token_id=0,
         )
-        [generated] = write_all(ours, tokenizer, [ids], max_new_tokens=150, stops=frozenset())
+        [generated] = generate_all(ours, tokenizer, [ids], max_new_tokens=150, stop_ids=frozenset())
         assert len(ids) < ORIGINAL < len(ids) + len(generated)
         assert generated == expected[0, len(ids) :].tolist()
         unscaled.load_state_dict(ours.state_dict())
-        [plain] = write_all(unscaled, tokenizer, [ids], max_new_tokens=150, stops=frozenset())
+        [plain] = generate_all(unscaled, tokenizer, [ids], max_new_tokens=150, stop_ids=frozenset())
         assert generated != plain  # the scaling has an effect
 
 

@@ -27,8 +27,8 @@ def break_device(service: InProcess) -> None:
         raise RuntimeError(DEVICE_ERROR)
 
     [model] = service.models.values()
-    model.engine._steps.forward = fail  # type: ignore[method-assign]
-    model.engine.model.wipe = fail  # type: ignore[method-assign]
+    model.engine._graphed_model.forward = fail  # type: ignore[method-assign]
+    model.engine.model.cache.clear = fail  # type: ignore[method-assign]
 
 
 def test_all_requests_fail_and_health_gives_the_reason(

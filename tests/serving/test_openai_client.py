@@ -12,8 +12,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from minimind.inference.engine import Engine, Request
+from minimind.inference.engine import Engine
 from minimind.inference.load import load_for_inference
+from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
 from minimind.tokenizer import encode_chat
 

@@ -178,13 +178,15 @@ def inference() -> dict[str, Callable[[], int]]:
 def _decode(**shape: Any) -> int:
     from minimind.inference.batched_model import BatchedModel, Part
     from minimind.model import PRESETS, ModelConfig, Transformer
-    from tests.support.tiny import VOCAB, chunks_of, words
+    from tests.support.tiny import VOCAB, chunks_of, random_tokens
 
     with FakeGPU() as mode:
         config = ModelConfig(**PRESETS["nano"] | {"vocab_size": VOCAB} | shape)
         model = BatchedModel(_move(Transformer(config), torch.bfloat16), 3, 256)
-        first = model.forward([], [*chunks_of(0, words(90)), *chunks_of(2, words(64))])
-        both = model.forward([Part(0, 90, [5]), Part(2, 64, [7])], chunks_of(1, words(3)))
+        first = model.forward(
+            [], [*chunks_of(0, random_tokens(90)), *chunks_of(2, random_tokens(64))]
+        )
+        both = model.forward([Part(0, 90, [5]), Part(2, 64, [7])], chunks_of(1, random_tokens(3)))
         one = model.forward([Part(2, 65, [9])], [])
         assert {x.device.type for x in (first, both, one)} == {GPU}
         assert both.shape == (3, VOCAB) and one.shape == (1, VOCAB)

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture with varied greedy output, and texts for them."""
+"""Tiny random models of every architecture with varied greedy output, and token ids for them."""
 
 import random
 
@@ -20,12 +20,12 @@ SHAPES = {
         logits_scaling=2.0,
         attention_multiplier=0.3,
     ),
-    "routed experts alone": dict(num_local_experts=3, num_experts_per_tok=1),
+    "routed experts only": dict(num_local_experts=3, num_experts_per_tok=1),
 }
 VOCAB = 600
 
 
-def make(dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
+def make_tiny(dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**PRESETS["nano"] | {"vocab_size": VOCAB} | changes))
     with torch.no_grad():
@@ -34,7 +34,7 @@ def make(dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
     return model.to(dtype).eval()
 
 
-def words(number: int, seed: int = 0) -> list[int]:
+def random_tokens(number: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(VOCAB), k=number)
 
 

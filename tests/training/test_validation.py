@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from minimind.inference.generate import write_all
+from minimind.inference.generate import generate_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def test_validation_and_samples_do_not_change_training(
     def sampler(model: Transformer) -> Callable[[], list[dict[str, str]]]:
         def generate() -> list[dict[str, str]]:
             model.eval()
-            [tokens] = write_all(
+            [tokens] = generate_all(
                 model, tokenizer, [[1, 2, 3]], max_new_tokens=5, sampling=Sampling(temperature=1.0)
             )
             model.train()

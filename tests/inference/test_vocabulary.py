@@ -1,4 +1,4 @@
-"""Models with more embedding rows than their tokenizer has tokens, such as Qwen3-0.6B."""
+"""Models with more embedding rows than tokens, such as Qwen3-0.6B."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from minimind.errors import UsageError
 from minimind.evaluation.scoring import EngineScorer, Row
-from minimind.inference.engine import Engine, Piece, Request, ScoreRequest
-from minimind.inference.generate import write_all
+from minimind.inference.engine import Engine
+from minimind.inference.generate import generate_all
+from minimind.inference.requests import Piece, Request, ScoreRequest
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
+from tests.support.decoding import GREEDY
 from tests.support.services import make_model
 
 PADDING = 8
-GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module", params=["padded", "padded, with a gap"])
@@ -27,17 +28,17 @@ def tokenizer(
     foreign_dir: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Tokenizer:
-    """A tokenizer made elsewhere; with a gap, an id in the middle has no token."""
+    """A foreign tokenizer; with a gap, an id in the middle has no token."""
     directory = foreign_dir("qwen3")
     if request.param == "padded":
         return Tokenizer.load(directory)
-    whole = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-    last = "".join(whole["model"]["merges"].pop())  # no other merge builds on the last one
-    del whole["model"]["vocab"][last]
+    content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    last = "".join(content["model"]["merges"].pop())  # no other merge builds on the last one
+    del content["model"]["vocab"][last]
     copy = tmp_path_factory.mktemp("gap")
     for path in directory.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    (copy / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    (copy / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     return Tokenizer.load(copy)
 
 
@@ -61,7 +62,7 @@ def pieces_of(engine: Engine, prompt: list[int], sampling: Sampling, **more: obj
 
 
 def all_logprobs(model: Transformer, ids: list[int]) -> Tensor:
-    """[len(ids), rows] as transformers computes them: over every row of the embedding."""
+    """Log-probabilities over all embedding rows, as in transformers: [len(ids), rows]."""
     with torch.inference_mode():
         return model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
 
@@ -83,7 +84,7 @@ def test_the_fixture_prefers_ids_without_a_token(model: Transformer, tokenizer: 
         Sampling(temperature=0, logit_bias={5: 100, 6: -100}),
     ],
 )
-def test_ids_without_a_token_are_neither_chosen_nor_listed(
+def test_ids_without_a_token_are_never_sampled_or_listed(
     engine: Engine, tokenizer: Tokenizer, sampling: Sampling
 ) -> None:
     for seed in range(5):
@@ -97,49 +98,52 @@ def test_ids_without_a_token_are_neither_chosen_nor_listed(
             assert len(entry.top) == 20
 
 
-def test_log_probabilities_are_those_of_every_row(
+def test_logprobs_are_normalized_over_all_rows(
     engine: Engine, model: Transformer, tokenizer: Tokenizer
 ) -> None:
-    """Comparable with transformers, vLLM and lm-eval, which normalise over every row."""
+    """As in transformers, vLLM and lm-eval."""
     prompt = tokenizer.encode("长江是中国")
     pieces = pieces_of(engine, prompt, GREEDY, logprobs=5)
     entries = [entry for piece in pieces for entry in piece.logprobs]
-    written = [entry.token_id for entry in entries]
-    wanted = all_logprobs(model, prompt + written)[len(prompt) - 1 : -1]
-    own = wanted.gather(1, torch.tensor(written)[:, None])[:, 0]
-    found = torch.tensor([entry.logprob for entry in entries])
-    torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
+    sampled = [entry.token_id for entry in entries]
+    expected = all_logprobs(model, prompt + sampled)[len(prompt) - 1 : -1]
+    own = expected.gather(1, torch.tensor(sampled)[:, None])[:, 0]
+    actual = torch.tensor([entry.logprob for entry in entries])
+    torch.testing.assert_close(actual, own, atol=1e-4, rtol=0)
     tokens = torch.tensor(sorted(tokenizer.token_ids))
     top = torch.tensor([[value for _, value in entry.top] for entry in entries])
-    torch.testing.assert_close(top, wanted[:, tokens].topk(5).values, atol=1e-4, rtol=0)
-    assert written == tokens[wanted[:, tokens].argmax(-1)].tolist()
+    torch.testing.assert_close(top, expected[:, tokens].topk(5).values, atol=1e-4, rtol=0)
+    assert sampled == tokens[expected[:, tokens].argmax(-1)].tolist()
 
 
-def test_scores_are_those_of_every_row(
+def test_scores_are_normalized_over_all_rows(
     engine: Engine, model: Transformer, tokenizer: Tokenizer
 ) -> None:
-    prompt, ends = tokenizer.encode("长江"), [tokenizer.encode(text) for text in ("是", "的河流")]
-    completion = engine.submit(ScoreRequest(prompt, ends))
+    prompt = tokenizer.encode("长江")
+    continuations = [tokenizer.encode(text) for text in ("是", "的河流")]
+    completion = engine.submit(ScoreRequest(prompt, continuations))
     assert [piece.finish_reason for piece in completion] == ["stop"]
-    wanted = []
-    for end in ends:
-        rows = all_logprobs(model, prompt + end[:-1])[len(prompt) - 1 :]
-        wanted.append(float(rows[range(len(end)), end].sum()))
-    assert completion.scores == pytest.approx(wanted, abs=1e-4)
-    rows = [Row((*prompt, *end), len(prompt)) for end in ends]
+    expected = []
+    for tokens in continuations:
+        rows = all_logprobs(model, prompt + tokens[:-1])[len(prompt) - 1 :]
+        expected.append(float(rows[range(len(tokens)), tokens].sum()))
+    assert completion.scores == pytest.approx(expected, abs=1e-4)
+    rows = [Row((*prompt, *tokens), len(prompt)) for tokens in continuations]
     [(_, scores)] = EngineScorer(model, tokenizer).score([(None, rows)])
-    assert scores == pytest.approx(wanted, abs=1e-4)
+    assert scores == pytest.approx(expected, abs=1e-4)
 
 
-def test_continuations_of_many_prompts(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_batch_generation_returns_known_tokens_only(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
     prompts = [tokenizer.encode(text) for text in ("长江", "黄河", "泰山")]
-    for output in write_all(model, tokenizer, prompts, max_new_tokens=20):
+    for output in generate_all(model, tokenizer, prompts, max_new_tokens=20):
         assert output
         assert set(output) <= tokenizer.token_ids
 
 
 class Only:
-    """Allows a few tokens, by a mask of some width."""
+    """Constraint that allows a few tokens, with a mask of the given width."""
 
     def __init__(self, tokens: list[int], width: int) -> None:
         self.mask = torch.zeros(width, dtype=torch.bool)
@@ -157,7 +161,7 @@ class Only:
 
 
 @pytest.mark.parametrize("width", ["tokens", "rows"])
-def test_a_mask_is_as_wide_as_the_tokenizer_or_the_model(
+def test_a_mask_covers_the_tokenizer_or_all_embedding_rows(
     engine: Engine, tokenizer: Tokenizer, width: str
 ) -> None:
     sizes = {"tokens": tokenizer.vocab_size, "rows": engine.model.vocab_size}
@@ -167,14 +171,12 @@ def test_a_mask_is_as_wide_as_the_tokenizer_or_the_model(
     assert {token for piece in pieces for token in piece.token_ids} == {5, 7}
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_refused(
-    engine: Engine, tokenizer: Tokenizer
-) -> None:
+def test_ids_outside_the_vocabulary_are_refused(engine: Engine, tokenizer: Tokenizer) -> None:
     beyond = tokenizer.vocab_size
     for request, name in (
         (Request([5], Sampling(logit_bias={beyond: 1})), "logit_bias"),
         (Request([beyond], GREEDY), "prompt"),
-        (ScoreRequest([5], [[beyond]]), "end"),
+        (ScoreRequest([5], [[beyond]]), "continuation"),
     ):
         with pytest.raises(UsageError, match=f"{name}: token ids go from 0 to {beyond - 1}"):
             engine.submit(request)

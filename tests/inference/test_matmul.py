@@ -1,4 +1,4 @@
-"""Ranges of row counts with the same bits: on imagined processors, and on the one at hand."""
+"""Row ranges with the same bits: on simulated processors, and on this one."""
 
 from collections.abc import Callable
 
@@ -7,35 +7,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference import products
-from minimind.inference.products import (
+from minimind.inference import matmul
+from minimind.inference.matmul import (
     Linear,
     Packer,
     RowRange,
-    attends_alike,
+    attention_is_batch_invariant,
+    can_pack,
     find_row_range,
-    packs,
 )
 
-ANY = products._ANY
+UNLIMITED = matmul._UNLIMITED
 
 
 def in_another_order(x: Tensor, weight: Tensor) -> Tensor:
-    """The same product, its sums taken in two parts."""
+    """The same product, summed in two parts."""
     half = weight.shape[1] // 3
     return F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:])
 
 
 def processor(order: Callable[[int, int], bool]) -> Callable[[Tensor], Linear]:
-    """Row by row, with another order of summation where `order(rows, place)` says so."""
+    """Simulate a processor that sums a row of a batch in another order if `order(rows, row)`."""
 
     def pack(weight: Tensor) -> Linear:
         def product(x: Tensor) -> Tensor:
             rows = [
-                (in_another_order if order(len(x), place) else F.linear)(
-                    x[place : place + 1], weight
-                )
-                for place in range(len(x))
+                (in_another_order if order(len(x), row) else F.linear)(x[row : row + 1], weight)
+                for row in range(len(x))
             ]
             return torch.cat(rows)
 
@@ -47,25 +45,28 @@ def processor(order: Callable[[int, int], bool]) -> Callable[[Tensor], Linear]:
 @pytest.mark.parametrize(
     ("order", "expected"),
     [
-        (lambda rows, place: False, RowRange(1, ANY)),
-        (lambda rows, place: rows == 1, RowRange(2, ANY)),
-        (lambda rows, place: rows < 4, RowRange(4, ANY)),
-        (lambda rows, place: rows < 11, RowRange(16, ANY)),
-        (lambda rows, place: rows > 32, RowRange(1, 32)),
-        (lambda rows, place: rows == 1 or rows > 64, RowRange(2, 64)),
-        (lambda rows, place: rows < 16 or rows > 32, RowRange(16, 32)),
-        (lambda rows, place: place >= rows // 16 * 16, RowRange(16, 16)),  # where tiles end
-        (lambda rows, place: place % 2 == 1, None),
+        (lambda rows, row: False, RowRange(1, UNLIMITED)),
+        (lambda rows, row: rows == 1, RowRange(2, UNLIMITED)),
+        (lambda rows, row: rows < 4, RowRange(4, UNLIMITED)),
+        (lambda rows, row: rows < 11, RowRange(16, UNLIMITED)),
+        (lambda rows, row: rows > 32, RowRange(1, 32)),
+        (lambda rows, row: rows == 1 or rows > 64, RowRange(2, 64)),
+        (lambda rows, row: rows < 16 or rows > 32, RowRange(16, 32)),
+        (
+            lambda rows, row: row >= rows // 16 * 16,
+            RowRange(16, 16),
+        ),  # rows after the last full tile
+        (lambda rows, row: row % 2 == 1, None),
     ],
 )
-def test_a_range_is_found_for_each_kind_of_processor(
+def test_a_row_range_is_found_for_each_kind_of_processor(
     order: Callable[[int, int], bool], expected: RowRange | None
 ) -> None:
     pack = processor(order)
     assert find_row_range(pack, 24, 40, torch.float32, 1) == expected
-    if expected:  # and keeps what it promises
+    if expected:  # and gives the same bits
         weight, rows = torch.randn(24, 40), torch.randn(200, 40)
-        product = products._within(pack(weight), expected)
+        product = matmul._in_blocks(pack(weight), expected)
         wanted = product(rows)
         torch.testing.assert_close(wanted, F.linear(rows, weight))
         for count in (1, 2, 3, 5, 16, 17, 31, 33, 64, 65, 100, 130):
@@ -82,10 +83,10 @@ def test_a_range_is_found_for_each_kind_of_processor(
         (RowRange(1, 32), 40, [32, 8]),
         (RowRange(16, 16), 3, [16]),
         (RowRange(16, 16), 50, [16, 16, 16, 16]),
-        (RowRange(4, ANY), 500, [500]),
+        (RowRange(4, UNLIMITED), 500, [500]),
     ],
 )
-def test_batches_are_cut_into_the_range(rows: RowRange, count: int, expected: list[int]) -> None:
+def test_batches_are_split_into_the_range(rows: RowRange, count: int, expected: list[int]) -> None:
     seen, weight = [], torch.randn(5, 8)
 
     def product(x: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def test_batches_are_cut_into_the_range(rows: RowRange, count: int, expected: li
         return F.linear(x, weight)
 
     x = torch.randn(count, 8)
-    torch.testing.assert_close(products._within(product, rows)(x), F.linear(x, weight))
+    torch.testing.assert_close(matmul._in_blocks(product, rows)(x), F.linear(x, weight))
     assert seen == expected
 
 
@@ -104,13 +105,13 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfl
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(64, 32), (1408, 256), (256, 704), (512, 1408), (6400, 768)])
-def test_this_processor_keeps_the_promise_for_each_number_of_rows(
+def test_products_are_batch_invariant_on_this_processor(
     shape: tuple[int, int], kind: str, threads: int
 ) -> None:
-    """Also for those that the trial leaves out, and for a matrix wider than the trial's."""
+    """Row counts that the trial leaves out and a matrix wider than the trial's are included."""
     dtype = KINDS[kind]
     packer = Packer(torch.device("cpu"), int8=kind == "int8", threads=threads)
-    weight, row = products._cancelling(*shape, dtype)
+    weight, row = matmul._cancelling(*shape, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -118,42 +119,44 @@ def test_this_processor_keeps_the_promise_for_each_number_of_rows(
         assert packer.batch_invariant
         with torch.inference_mode():
             wanted = product(row.expand(16, -1).contiguous())[0]
-            assert float(wanted.float().abs().max()) > 0, "rounding errors are seen"
+            assert float(wanted.float().abs().max()) > 0, "no rounding errors to compare"
             counts = [*range(1, 20), 31, 32, 33, 35, 37, 63, 64, 65, 100, 129, 257, 320]
             for count in counts if shape[0] < 6400 else counts[::4]:
-                found = product(row.expand(count, -1).contiguous())
-                assert bool((found == wanted).all()), count
+                actual = product(row.expand(count, -1).contiguous())
+                assert bool((actual == wanted).all()), count
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_row_of_any_length_cancels() -> None:
+def test_cancelling_rows_of_any_length() -> None:
     for inputs in (1, 2, 7, 40):
-        weight, row = products._cancelling(9, inputs, torch.bfloat16)
+        weight, row = matmul._cancelling(9, inputs, torch.bfloat16)
         assert weight.shape == (9, inputs) and row.shape == (inputs,)
         assert not (weight.double() @ row.double()).any()
 
 
-def test_attention_that_changes_in_company_is_noticed() -> None:
-    def look(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        scores = torch.baddbmm(bias, q.reshape(len(keys), -1, 8), keys.transpose(1, 2))
+def test_attention_that_depends_on_the_batch_is_detected() -> None:
+    def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.baddbmm(mask, q.reshape(len(keys), -1, 8), keys.transpose(1, 2))
         return torch.bmm(scores.softmax(-1), values).reshape(len(q), -1)
 
-    def by_number(q: Tensor, *others: Tensor) -> Tensor:
-        return look(q, *others) * (1 + 1e-7 * (len(q) > 2))
+    def by_count(q: Tensor, *others: Tensor) -> Tensor:
+        return attend(q, *others) * (1 + 1e-7 * (len(q) > 2))
 
     def by_span(q: Tensor, keys: Tensor, *others: Tensor) -> Tensor:
-        return look(q, keys, *others) * (1 + 1e-7 * (keys.shape[1] > 64))
+        return attend(q, keys, *others) * (1 + 1e-7 * (keys.shape[1] > 64))
 
-    how = dict(heads=2, groups=2, width=8, slots=9, step=64, threads=1)
-    assert [attends_alike(kind, **how) for kind in (look, by_number, by_span)] == [
+    sizes = dict(kv_heads=2, groups=2, dim=8, slots=9, step=64, threads=1)
+    assert [
+        attention_is_batch_invariant(kind, **sizes) for kind in (attend, by_count, by_span)
+    ] == [
         True,
         False,
         False,
     ]
 
 
-def test_weights_that_onednn_does_not_pack_are_multiplied_as_they_are() -> None:
-    assert not packs(torch.float64)
+def test_weights_that_onednn_cannot_pack_are_used_as_they_are() -> None:
+    assert not can_pack(torch.float64)
     weight, x = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
-    assert torch.equal(products._pack_weight(weight)(x), F.linear(x, weight))
+    assert torch.equal(matmul._pack_weight(weight)(x), F.linear(x, weight))
