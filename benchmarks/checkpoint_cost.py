@@ -66,7 +66,7 @@ def main() -> None:
     def step() -> None:
         for _ in range(batch // args.micro_batch):
             with precision.autocast():
-                loss, _, _ = objective.loss(model, sequences)
+                loss = objective.loss(model, sequences).loss_sum
             (loss / (batch * seq_len)).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))

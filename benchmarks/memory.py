@@ -67,9 +67,8 @@ def measure(preset: str, sequences: int, seq_len: int, checkpointing: bool, opti
     for _ in range(2):
         tokens = torch.randint(0, config.vocab_size, (sequences, seq_len))
         with Precision("bf16", "cpu").autocast():
-            loss, _, _ = objective.loss(
-                model, TensorBatch(tokens, tokens, None, label_indices(tokens))
-            )
+            batch = TensorBatch(tokens, tokens, None, label_indices(tokens))
+            loss = objective.loss(model, batch).loss_sum
         loss.backward()
         optimizers.step()
         optimizers.zero_grad()

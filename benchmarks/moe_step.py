@@ -65,7 +65,7 @@ def main() -> None:
     def micro_batch(name: str) -> Callable[[], None]:
         def run() -> None:
             with precision.autocast():
-                loss, _, _ = objective.loss(models[name], batch)
+                loss = objective.loss(models[name], batch).loss_sum
             (loss / tokens.numel()).backward()
 
         return run

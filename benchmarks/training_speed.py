@@ -72,7 +72,7 @@ def main() -> None:
             f"{name:20} {rate['median']:14,.0f} {spread(rate):>15} {one['fill']['median']:7.1%}"
             f" {one['peak_rss_mb']['median']:8,.0f} {own / rate['median']:7.2f} x"
         )
-    print(f"data loading: {metrics['minimind']['data_share']['median']:.2%} of a step")
+    print(f"data loading: {metrics['minimind']['data_wait_fraction']['median']:.2%} of a step")
     if args.json:
         record = {
             "date": date.today().isoformat(),
@@ -135,7 +135,7 @@ def minimind(args: argparse.Namespace) -> dict[str, float]:
     return {
         "real_tokens_per_second": statistics.median(s["tokens_per_second"] for s in steps),
         "fill": statistics.mean(s["num_label_tokens"] for s in steps) / (args.rows * args.seq_len),
-        "data_share": statistics.median(s["data_share"] for s in steps),
+        "data_wait_fraction": statistics.median(s["data_wait_fraction"] for s in steps),
     }
 
 

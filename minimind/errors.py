@@ -1,4 +1,4 @@
-"""The exceptions for what can go wrong for a user.
+"""Exceptions for errors that a user can cause or fix.
 
     MinimindError
     ├── UsageError          contradictory command-line arguments
@@ -9,7 +9,7 @@
     ├── CheckpointError     no valid checkpoint, or a checkpoint of another run
     ├── ResourceError       too little disk or memory, or a missing device
     ├── ServiceError        a service that is unreachable, refuses a request or disconnects
-    └── TrainingError       training cannot continue: non-finite values, no labels, a locked run
+    └── TrainingError       non-finite values, no supervised tokens, a run locked by another process
 
 Each message says what happened, in which file, key or line, and what to do next. The command line
 prints the message and exits with status 1. A traceback means a bug in minimind.
@@ -77,10 +77,10 @@ def install_line(extra: str, package: Path = Path(__file__).parent) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if a PyTorch operation has run out of memory.
+    """Return True if `error` means that a PyTorch operation ran out of memory.
 
-    Only PyTorch's GPU allocator raises `OutOfMemoryError`. Allocations on a CPU or an Apple GPU,
-    and inside CUDA, cuBLAS and NCCL, are recognised by their message.
+    Only PyTorch's GPU allocator raises `OutOfMemoryError`. Errors of the CPU and the Apple GPU, and
+    of CUDA, cuBLAS and NCCL, are recognized by their message.
     """
     messages = ("DefaultCPUAllocator", "not enough memory", "out of memory", "_ALLOC_FAILED")
     by_message = any(message in str(error) for message in messages)

@@ -1,7 +1,7 @@
 """Atomic, durable file writes, and JSON files.
 
-A file is written under a temporary name, flushed to the disk, then renamed. A reader, and a restart
-after a power cut, finds the old file or the new one, never a part of either.
+A file is written under a temporary name, flushed to disk, then renamed. So the old or the new file
+is there at any time, never a partial one, also after a power failure.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     if path.is_dir() and os.name == "nt":  # Windows flushes directory entries by itself
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -26,10 +26,10 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
-    """Yield an empty temporary file to write to, which then replaces `path`.
+    """Yield an empty temporary file; at the end of the `with` block it replaces `path`.
 
-    mode: permissions of the new file, before the umask. A symbolic link stays a link. After an
-    error `path` is unchanged and the temporary file is removed.
+    mode: permissions of the new file, before the umask. If `path` is a symbolic link, the file it
+    points to is replaced. After an error `path` is unchanged and the temporary file is removed.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -13,7 +13,7 @@ CACHE_VARIABLE = "MINIMIND_CACHE"
 
 
 def cache_folder() -> Path:
-    """Return the folder of rebuildable files: `$MINIMIND_CACHE`, or the system's cache folder.
+    """Return the cache folder: `$MINIMIND_CACHE`, or the one of the operating system.
 
     Raises UsageError if the user has no home directory.
     """
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 
 def data_folder() -> Path:
-    """Return the folder of the user's data, such as saved conversations.
+    """Return the folder for data of the user, such as saved conversations.
 
     Raises UsageError if the user has no home directory.
     """
@@ -50,5 +50,5 @@ def expand_user(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UsageError(
-            f"{path}: no home directory is known for it; write the path without ~, or set HOME"
+            f"{path}: the home directory for ~ is unknown; write the path without ~, or set HOME"
         ) from None

@@ -1,33 +1,33 @@
-"""Device synchronisations of training and decoding, counted on a fake GPU (fake_gpu.py)."""
+"""Training and decoding on a simulated GPU; fake_gpu.py describes what that shows."""
 
 import json
 import subprocess
 import sys
 
 
-def measure(scenario: str) -> dict[str, int | str]:
+def run_on_fake_gpu(work: str) -> dict[str, int | str]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fake_gpu", scenario], capture_output=True, text=True
+        [sys.executable, "-m", "tests.support.fake_gpu", work], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout))
 
 
-def test_the_fake_gpu_detects_faults() -> None:
-    assert measure("faults") == {
-        "left on the CPU": "FakeTensorDeviceMismatchError",
-        "left there on the way back": "FakeTensorDeviceMismatchError",
-        "a shape by numbers": "DynamicOutputShapeException",
-        "numbers asked for": 2,
+def test_faults_are_detected() -> None:
+    assert run_on_fake_gpu("faults") == {
+        "CPU tensor in forward": "FakeTensorDeviceMismatchError",
+        "CPU tensor in backward": "FakeTensorDeviceMismatchError",
+        "shape that depends on values": "DynamicOutputShapeException",
+        "values read": 2,
     }
 
 
-def test_a_training_step_synchronises_once() -> None:
-    """The one synchronisation reads the gradient norm, to detect a non-finite gradient."""
-    found = measure("training")
-    assert len(found) == 8 and set(found.values()) == {1}, found
+def test_training_step_synchronizes_once_and_leaves_no_tensor_on_the_cpu() -> None:
+    """The gradient norm is read, to detect a step that is not finite."""
+    syncs = run_on_fake_gpu("training")
+    assert len(syncs) == 8 and set(syncs.values()) == {1}, syncs
 
 
-def test_the_engine_never_synchronises() -> None:
-    found = measure("inference")
-    assert len(found) == 5 and set(found.values()) == {0}, found
+def test_engine_never_synchronizes_and_leaves_no_tensor_on_the_cpu() -> None:
+    syncs = run_on_fake_gpu("inference")
+    assert len(syncs) == 5 and set(syncs.values()) == {0}, syncs

@@ -38,7 +38,7 @@ def test_a_missing_home_names_the_variable_to_set(monkeypatch: pytest.MonkeyPatc
         cache_folder()
     with pytest.raises(UsageError, match="variable XDG_DATA_HOME to a folder"):
         data_folder()
-    with pytest.raises(UsageError, match="~/a: no home directory is known"):
+    with pytest.raises(UsageError, match="~/a: the home directory for ~ is unknown"):
         expand_user("~/a")
     assert expand_user("a/~") == Path("a/~")
     monkeypatch.setenv("MINIMIND_CACHE", "cache")

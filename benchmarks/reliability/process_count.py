@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.common import arguments, record, said, workshop
-from tests.support.small_runs import lora_settings, metrics, samples, share
+from tests.support.small_runs import lora_settings, metrics, run_distributed, samples_seen
 
 STEPS, BATCH = 60, 8
 CLOSE = 1e-4
@@ -44,8 +44,8 @@ def main() -> None:
             settings = {"training__steps": STEPS, "training__global_batch_size": BATCH} | more
 
             def go(run: Path, processes: int, stop: tuple[int, int] | None = None) -> list[int]:
-                share(shop.lives, run, processes, objective, stop=stop, **settings)  # noqa: B023
-                return samples(run, processes, BATCH)
+                run_distributed(shop.lives, run, processes, objective, stop=stop, **settings)  # noqa: B023
+                return samples_seen(run, processes, BATCH)
 
             whole = shop.folder / f"{kind}-1"
             wanted = go(whole, 1)
@@ -54,7 +54,7 @@ def main() -> None:
             figure |= {"worst_grad_norm": 0.0}
             for micro_batch in (2, 4):
                 split = settings | {"training__micro_batch_size": micro_batch}
-                share(shop.lives, shop.folder / "split", 1, objective, **split)
+                run_distributed(shop.lives, shop.folder / "split", 1, objective, **split)
                 figure[f"micro_batch_of_{micro_batch}"] = farthest(
                     whole, shop.folder / "split", "loss"
                 )

@@ -87,9 +87,9 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
 def _metrics(checkpoint: "CheckpointInfo", all_of_run: list["CheckpointInfo"]) -> dict[str, Any]:
     """Return the description of a checkpoint for the table and the JSON file."""
     from minimind.training.checkpoint import best_step
-    from minimind.training.trainer import selection_metric
+    from minimind.training.validation import selection_metric
 
-    is_current = checkpoint.state.get("validated") == checkpoint.step
+    is_current = checkpoint.state.get("validated_step") == checkpoint.step
     validation = checkpoint.state.get("validation") if is_current else None
     name = selection_metric(validation) if validation else None
     return {

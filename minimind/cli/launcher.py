@@ -10,11 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from types import FrameType
 
 import typer
 
 from minimind.errors import TrainingError
+from minimind.signals import count_interrupts
 
 _EXIT_WITH_PARENT = "MINIMIND_EXIT_WITH_PARENT"  # set if stdin closes when the parent exits
 _POLL_S = 0.05
@@ -45,36 +45,32 @@ def launch_processes(number: int) -> None:
     The first SIGINT or SIGTERM is passed on to all processes, the second kills them. If a process
     fails, the others are killed and TrainingError names its rank.
     """
-    stops = 0
 
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal stops
-        stops += 1
+    def stop(count: int) -> None:
         for process in processes:
             if process.poll() is None:
-                process.terminate() if stops == 1 else process.kill()
+                process.terminate() if count == 1 else process.kill()
 
     processes: list[subprocess.Popen[bytes]] = []
-    previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        shared = _environment(number)
-        for rank in range(number):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "minimind", *sys.argv[1:]],
-                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.PIPE,
-                    start_new_session=True,  # Ctrl-C reaches only the parent, which passes it on
+    with count_interrupts(stop) as interrupts:
+        try:
+            shared = _environment(number)
+            for rank in range(number):
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "minimind", *sys.argv[1:]],
+                        env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.PIPE,
+                        start_new_session=True,  # Ctrl-C reaches only the parent
+                    )
                 )
-            )
-        failed = _wait(processes)
-        statuses = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for signal_number, handler in previous.items():
-            signal.signal(signal_number, handler)
+            failed = _wait(processes)
+            statuses = [process.poll() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    stops = interrupts.count
     if stops > 1 or (stops and failed is not None and statuses[failed] == -signal.SIGTERM):
         raise KeyboardInterrupt  # killed, or stopped before training began
     if failed is not None:

@@ -1,10 +1,11 @@
-"""Variants of a recipe: settings with several values, `key=a,b,c`, and all their combinations.
+"""Grid of variants of a recipe: all combinations of settings with several values, `key=a,b,c`.
 
-Values are written as in any override and separated by commas outside of brackets and quotes; an
-existing path is one value. So `data.seq_len=64,128` gives two variants,
-`validation.prompts=["a", "b"]` one, and
-`model={hidden_size = 256, num_hidden_layers = 2},{hidden_size = 128, num_hidden_layers = 8}`
-two in which several settings change together (the braces replace the [model] table of a recipe).
+Commas outside of brackets and quotes separate values. A path that exists is one value. Examples:
+
+    data.seq_len=64,128               two variants
+    validation.prompts=["a", "b"]     one variant: the value is a list
+    model={hidden_size = 256, num_hidden_layers = 2},{hidden_size = 128, num_hidden_layers = 8}
+                                      two variants; each table replaces [model] of the recipe
 """
 
 import itertools
@@ -27,7 +28,7 @@ _PIECES = re.compile(
 class Variant:
     """One combination of values.
 
-    name: usable as a directory name. settings: those that vary, by dotted key.
+    name: valid as a directory name. settings: values of the settings that vary, by dotted key.
     """
 
     name: str
@@ -72,15 +73,17 @@ def variants(overrides: Sequence[str]) -> list[Variant]:
         if len({toml_value(variant.get(key)) for variant in settings}) > 1
     ]
     keys_in_name = _distinguishing_keys(settings, varied)
-    names = [_name({key: variant.get(key) for key in keys_in_name}) for variant in settings]
+    names = [_variant_name({key: variant.get(key) for key in keys_in_name}) for variant in settings]
     return [
         Variant(name, {key: variant.get(key) for key in varied}, combination)
-        for name, variant, combination in zip(_distinct(names), settings, combinations, strict=True)
+        for name, variant, combination in zip(
+            _number_duplicates(names), settings, combinations, strict=True
+        )
     ]
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Number duplicate names; case is ignored, as on case-insensitive file systems."""
+def _number_duplicates(names: Sequence[str]) -> list[str]:
+    """Append numbers to duplicate names; case is ignored, as on some file systems."""
     counts = Counter(name.casefold() for name in names)
     taken = {name for name, count in counts.items() if count == 1}
     distinct = []
@@ -106,7 +109,7 @@ def _settings(combination: Sequence[str]) -> dict[str, Any]:
 
 
 def _distinguishing_keys(settings: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> list[str]:
-    """Return the first of the varied settings that suffice to distinguish all variants."""
+    """Return as many of the varied settings as are needed to tell all variants apart."""
     keys: list[str] = []
     num_groups = 1
     for key in varied:
@@ -117,12 +120,13 @@ def _distinguishing_keys(settings: Sequence[Mapping[str, Any]], varied: Sequence
     return keys
 
 
-def _name(settings: Mapping[str, Any]) -> str:
-    lasts = [key.rpartition(".")[2] for key in settings]
+def _variant_name(settings: Mapping[str, Any]) -> str:
+    """Return a name such as `seq_len-64-lr-0.001`; ambiguous keys are written in full."""
+    last_parts = [key.rpartition(".")[2] for key in settings]
     parts = []
     for key, value in settings.items():
         last = key.rpartition(".")[2]
         text = value if isinstance(value, str) else toml_value(value)
-        parts.append(f"{last if lasts.count(last) == 1 else key}-{text}")
+        parts.append(f"{last if last_parts.count(last) == 1 else key}-{text}")
     name = re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.")
     return name[:80] or "variant"

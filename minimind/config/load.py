@@ -16,7 +16,7 @@ from minimind.config.roles import Role
 from minimind.config.settings import Recipe
 from minimind.errors import ConfigError
 
-COMMAND_LINE, FLAG = "command line", "flag"
+COMMAND_LINE, FLAG = "command line", "flag"  # origins of settings, besides files
 _LORA_DEFAULT = "default with lora"
 _ADAPTER_LR = 1e-3  # equals optim.lr of lora-small.toml; a test compares them
 
@@ -73,7 +73,7 @@ def find_recipe(name: str, directory: Path = Path()) -> Path:
     stem = name.removesuffix(".toml")
     if stem not in packaged:
         raise ConfigError(
-            f"{path}: there is no such recipe{_nearest(stem, packaged)}; "
+            f"{path}: there is no such recipe{_did_you_mean(stem, packaged)}; "
             f"minimind comes with {', '.join(packaged)}"
         )
     return packaged[stem]
@@ -83,7 +83,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[
     """Return the values of a recipe file, merged with those it extends, and their origins."""
     if path.resolve() in children:
         raise ConfigError(f"{path}: this recipe extends itself through {children[-1]}")
-    text = _text(path)
+    text = _read_text(path)
     values = _parse(path, text)
     lines = _key_lines(text)
     parent = values.pop("extends", None)
@@ -110,8 +110,8 @@ def _drop_inherited_decay(
 ) -> None:
     """Drop the decay of an inherited WSD schedule when cosine is chosen instead.
 
-    keys: what the extending recipe or the command line sets. A decay among them stays, and is
-    refused later.
+    keys: settings of the extending recipe or the command line. A decay that they set is kept, and
+    validation rejects it.
     """
     schedule = values.get("schedule")
     if not isinstance(schedule, dict) or schedule.get("name") != "cosine":
@@ -126,11 +126,11 @@ def _from_command_line(origins: Mapping[str, str]) -> set[str]:
 
 
 def _short_path(path: Path) -> str:
-    """Return the name of a packaged recipe, whose location is of no interest, or the path."""
+    """Return the path for messages; of a packaged recipe only the file name."""
     return path.name if path in packaged_recipes().values() else str(path)
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except OSError as error:
@@ -152,7 +152,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
 
 def _key_lines(text: str) -> dict[str, int]:
-    """Return the line on which each table and dotted key of a TOML text first appears."""
+    """Return the number of the line on which each table and dotted key first appears."""
     lines: dict[str, int] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -169,7 +169,7 @@ def _without_quotes(key: str) -> str:
 
 
 def _line(key: str, lines: Mapping[str, int]) -> int:
-    """Return the line of a key, or of the inline table that contains it."""
+    """Return the line number of a key, or of the inline table that contains it."""
     while key not in lines and "." in key:
         key = key.rpartition(".")[0]
     return lines.get(key, 1)
@@ -216,7 +216,7 @@ def _set(
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{origin}: {_unknown(key)}")
+            raise ConfigError(f"{origin}: {_unknown_setting(key)}")
     values[last] = value
     for old in [name for name in origins if f"{name}.".startswith(f"{key}.")]:
         del origins[old]
@@ -224,9 +224,10 @@ def _set(
 
 
 def _use_adamw_for_lora(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Choose AdamW and its learning rate when the command line adds LoRA to a recipe with Muon.
+    """Set AdamW and its learning rate if the command line adds LoRA to a recipe with Muon.
 
-    So that `lora.rank=8` is enough. Settings of optim on the command line take precedence.
+    So the option `lora.rank=8` needs no others. Settings of optim on the command line take
+    precedence.
     """
     keys = _from_command_line(origins)
     optim = values.get("optim", {})
@@ -263,7 +264,7 @@ def _format_errors(
         if details["type"] == "model_type":
             reason = "must be a group of settings (a table)"
         if details["type"] == "extra_forbidden":
-            lines.append(f"{where}{_unknown(key)}")
+            lines.append(f"{where}{_unknown_setting(key)}")
         elif details["type"] == "missing":
             lines.append(f"{where}{key} is not set; set it in the recipe, or give {key}=…")
         elif details["type"] == "value_error" and isinstance(details["input"], dict | BaseModel):
@@ -283,14 +284,14 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
     return ""
 
 
-def _unknown(key: str) -> str:
+def _unknown_setting(key: str) -> str:
     names = setting_names()
     groups = dict.fromkeys(name.partition(".")[0] for name in names)
-    hint = _nearest(key, [*names, *groups]) or "; --explain lists all settings"
+    hint = _did_you_mean(key, [*names, *groups]) or "; --explain lists all settings"
     return f"{key} is not a setting{hint}"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean …?" with the most similar name, or nothing."""
     names = list(known)
     close = [full for full in names if full.endswith(f".{name}")]  # without its group
@@ -336,7 +337,7 @@ def difference(old: Recipe, new: Recipe) -> dict[str, str]:
 
 
 def role_of(key: str) -> Role:
-    """Return the role of a setting, or of an entry in one; absent groups count as identity."""
+    """Return the role of a setting or of an entry in it; identity for a group that is None."""
     roles = setting_roles()
     while key not in roles and "." in key:
         key = key.rpartition(".")[0]
@@ -376,7 +377,7 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    return str(value)  # a date: no setting is one, but a recipe may contain one by mistake
+    return str(value)  # a date, which only an invalid recipe contains
 
 
 def _toml_key(key: str) -> str:

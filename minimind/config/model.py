@@ -32,7 +32,7 @@ class RopeScaling(BaseModel):
     original_max_position_embeddings: int = Field(
         ge=1, le=2**53, description="Context length of training, in tokens."
     )
-    # YaRN only. The bounds are far from all values in use and keep its logarithms finite.
+    # YaRN only. The bounds keep its logarithms finite, and exclude no value in use.
     attention_factor: float | None = Field(None, gt=0, le=1e6)
     beta_fast: float | None = Field(None, ge=1e-6, le=1e6)
     beta_slow: float | None = Field(None, ge=1e-6, le=1e6)
@@ -53,7 +53,7 @@ class RopeScaling(BaseModel):
         keys = keys_of.get(self.rope_type, set())
         keys |= {"rope_type", "factor", "original_max_position_embeddings"}
         if extra := sorted(self.model_dump(exclude_none=True).keys() - keys):
-            raise ValueError(f"{extra[0]} does not belong to the rope_type {self.rope_type!r}")
+            raise ValueError(f"{extra[0]} is not a setting of rope_type {self.rope_type!r}")
         if self.rope_type == "llama3":
             low, high = self.low_freq_factor, self.high_freq_factor
             if low is None or high is None or low >= high:
@@ -119,7 +119,9 @@ class ModelConfig(BaseModel):
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs")
         if self.rope_scaling is not None and self.rope_theta < 1.1:  # YaRN divides by its logarithm
-            raise ValueError(f"rope_theta ({self.rope_theta}) must be 1.1 or more to be scaled")
+            raise ValueError(
+                f"rope_theta ({self.rope_theta}) must be at least 1.1 with rope_scaling"
+            )
         if self.num_local_experts:
             if self.num_experts_per_tok > self.num_local_experts:
                 raise ValueError(
@@ -129,12 +131,12 @@ class ModelConfig(BaseModel):
             if self.qk_norm:
                 raise ValueError(
                     "qk_norm cannot be combined with num_local_experts: "
-                    "no class of transformers has both"
+                    "transformers has no class with both"
                 )
         elif any(
             getattr(self, name) != type(self).model_fields[name].default for name in MOE_FIELDS
         ):
-            raise ValueError("num_local_experts is 0: a dense model has no settings of experts")
+            raise ValueError("num_local_experts is 0: a dense model has no expert settings")
         return self
 
     @property

@@ -1,6 +1,6 @@
-"""Base class of settings, and the mark that says whether a setting may change on resume.
+"""Base class of settings, and the role that decides if a setting may change on resume.
 
-Each setting is marked at its declaration. `Identity` settings determine the result of a run and
+Each setting is declared with its role. `Identity` settings determine the result of a run and
 must be the same when it is resumed. `Operation` settings, such as the micro-batch size, do not
 affect the result and may change.
 """

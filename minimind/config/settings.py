@@ -39,8 +39,8 @@ def _architecture_setting(name: str) -> Any:
 class ModelSettings(Settings):
     """The model: an existing one to start from, or the architecture of a new one.
 
-    The architecture settings are the `ModelConfig` fields of the same names, all optional: None
-    stands for the value of the preset. `tests/config/test_settings.py` keeps the two in step.
+    The architecture settings have the names of `ModelConfig` fields; None stands for the value of
+    the preset. A test in `tests/config/test_settings.py` compares the two classes.
     """
 
     init: Identity[str | None] = Field(
@@ -78,7 +78,7 @@ class ModelSettings(Settings):
 
     @field_validator("preset")
     @classmethod
-    def _known_preset(cls, preset: str) -> str:
+    def _check_preset(cls, preset: str) -> str:
         if preset not in PRESETS:
             raise ValueError(f"must be one of {', '.join(PRESETS)}")
         return preset
@@ -137,11 +137,11 @@ class DataFile(Settings):
     """Data by path (file, folder or glob), and the schema of its records."""
 
     path: str
-    record_schema: SCHEMAS = Field("auto", alias="schema")  # pydantic models have a `schema`
+    record_schema: SCHEMAS = Field("auto", alias="schema")  # `schema` is a method of BaseModel
 
 
 class Source(DataFile):
-    """A source of training data and its weight: how often one epoch repeats it."""
+    """A source of training data and its weight: the number of repetitions per epoch."""
 
     weight: float = Field(1.0, gt=0, description="Repetitions per epoch; 0.5 = half of the data.")
 
@@ -321,7 +321,7 @@ class TrainingSettings(Settings):
     )
     compile: Operation[bool] = Field(
         False,
-        description="Compile the model with torch.compile; worth its start-up time in long runs.",
+        description="Compile the model with torch.compile; saves time only in long runs.",
     )
     log_every: Operation[int] = Field(
         10, ge=1, description="Number of optimizer steps between lines of metrics.jsonl."
@@ -332,7 +332,7 @@ class TrainingSettings(Settings):
     )
 
     @model_validator(mode="after")
-    def _micro_batch_divides(self) -> "TrainingSettings":
+    def _check_micro_batch_size(self) -> "TrainingSettings":
         if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "

@@ -209,8 +209,8 @@ def _measure_rate(
 
     def forward_backward() -> None:
         with precision.autocast():
-            loss, count, _ = objective.loss(model, sequences)
-        (loss / count).backward()
+            output = objective.loss(model, sequences)
+        (output.loss_sum / output.count).backward()
 
     model.train()
     timed(forward_backward, device)  # the first call of each is slower

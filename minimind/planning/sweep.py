@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 from minimind.config import dump_recipe
 from minimind.config.settings import Recipe
 from minimind.errors import UsageError
+from minimind.signals import count_interrupts
 from minimind.training.run import is_finished
 
 _POLL_S = 0.25
@@ -111,10 +110,10 @@ def run_all(
     """
     outcomes, waiting = Outcomes(), list(planned)
     running: dict[int, _Running] = {}
-    with _stop_requests() as stop_requested:
+    with count_interrupts() as interrupts:
         while waiting or running:
             for slot, environment in enumerate(environments):
-                while waiting and slot not in running and not stop_requested():
+                while waiting and slot not in running and not interrupts.count:
                     run = waiting.pop(0)
                     if not fresh and is_finished(run.run, run.recipe):
                         outcomes.finished.append(run.name)
@@ -123,24 +122,24 @@ def run_all(
                     running[slot] = _start(run, environment, fresh)
                     watcher.started(slot, run)
             for slot, current in list(running.items()):
-                current.forward_stop_requests(stop_requested())
+                current.forward_stop_requests(interrupts.count)
                 if (status := current.process.poll()) is None:
                     if line := _last_line(current.planned.run / "metrics.jsonl"):
                         watcher.progress(slot, current.planned, line)
                     continue
                 del running[slot]
                 current.log.close()
-                failure = _failure(current.planned, status, stop_requested() > 0)
+                failure = _failure(current.planned, status, interrupts.count > 0)
                 if failure is None:
                     outcomes.finished.append(current.planned.name)
                 else:
                     outcomes.failed[current.planned.name] = failure
                 watcher.ended(slot, current.planned, failure)
-            if stop_requested() and not running:
+            if interrupts.count and not running:
                 break
             if running:
                 time.sleep(_POLL_S)
-        outcomes.stopped = stop_requested() > 0
+        outcomes.stopped = interrupts.count > 0
     for run in waiting:
         outcomes.failed[run.name] = "not started"
     return outcomes
@@ -195,20 +194,3 @@ def _last_line(metrics: Path) -> dict[str, Any] | None:
         if line.get("kind") == "train":
             return dict(line)
     return None
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-    """Count how often Ctrl-C or SIGTERM has asked to stop."""
-    asked = 0
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2), computed by `tokenizers`.
 
-A token is a byte sequence. Text is first split by a regular expression; merges never cross the
-pieces.
+A token is a byte sequence. A regular expression first splits the text into pieces; merges never
+cross their borders.
 """
 
 import re
@@ -45,7 +45,7 @@ def load_bpe(directory: Path) -> BPE:
     if not path.is_file():
         raise TokenizerError(
             f"{directory} is not a tokenizer directory: it has no tokenizer.json. "
-            "Make one with `minimind tokenizer train DATA --out DIR`"
+            "Train one with `minimind tokenizer train DATA --out DIR`"
         )
     try:
         return BPE.from_str(path.read_text("utf-8"))
@@ -55,17 +55,17 @@ def load_bpe(directory: Path) -> BPE:
         raise
     except BaseException as error:  # a bare Exception, or a Rust panic, which is not an Exception
         raise TokenizerError(
-            f"{path}: is not a tokenizer or is damaged ({error}); copy it again or train a new one"
+            f"{path}: not a tokenizer file, or damaged ({error}); copy it again or train a new one"
         ) from error
 
 
 def byte_encoder(bpe: BPE) -> Callable[[str], bytes]:
-    """Return the function from the name of a token to the bytes it stands for.
+    """Return a function that maps a token string of the vocabulary to its bytes.
 
-    Raises ValueError for a tokenizer that does not work on bytes.
+    Raises ValueError for a tokenizer whose tokens are not byte sequences.
     """
     if not isinstance(bpe.model, models.BPE):
-        raise ValueError(f"it is a {type(bpe.model).__name__}")
+        raise ValueError(f"its model is {type(bpe.model).__name__}")
     if bpe.model.byte_fallback:  # SentencePiece: U+2581 is a space, <0x0A> a byte
 
         def encode_piece(name: str) -> bytes:
@@ -84,5 +84,5 @@ def byte_encoder(bpe: BPE) -> Callable[[str], bytes]:
 
 
 def without_surrogates(text: str) -> str:
-    """Replace unpaired UTF-16 surrogates, which have no UTF-8 encoding, by U+FFFD."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD."""
     return _SURROGATE.sub("\ufffd", text)

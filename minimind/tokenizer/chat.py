@@ -1,10 +1,10 @@
 """Conversations to token ids and loss masks.
 
-Messages are encoded piece by piece: control tokens as ids, everything else as plain text. So no
-message can contain a control token. `CHAT_TEMPLATE`, which is saved for other programs, renders
-to the same ids with two exceptions:
+Control tokens are inserted as ids; the text of messages is encoded as plain text, so it cannot
+contain a control token. `CHAT_TEMPLATE`, which is saved for other programs, gives the same ids
+with two exceptions:
 
-- A control token spelled out in a message is text here, and a control token there.
+- A control token spelled out in a message is encoded as text here, as a control token there.
 - An answer that begins with a blank line is encoded separately from the "assistant\\n" before it.
   A rendered string would merge their line breaks into one token, but a model that is prompted with
   "assistant\\n" must be trained on exactly these ids.
@@ -22,8 +22,8 @@ Message = dict[str, str]  # {"role": ..., "content": ...}
 EncodedChat = tuple[list[int], list[int]]  # ids, and the loss mask: 1 on supervised tokens
 
 _NO_FORMAT = (
-    f"the model's tokenizer has no chat template, nor the tokens {IM_START} and {IM_END} of ours, "
-    "so the model cannot chat or be fine-tuned on conversations. `minimind pretrain` and "
+    f"the model's tokenizer has no chat template and no tokens {IM_START} and {IM_END}, so the "
+    "model cannot chat or be fine-tuned on conversations. `minimind pretrain` and "
     "`minimind generate` work without one. If the model has a chat_template.jinja, put it into its "
     "directory"
 )
@@ -39,7 +39,7 @@ def validate_messages(messages: Sequence[Message]) -> None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(
-                f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}"
+                f"message {number} has the unknown role {role!r}; supported are {', '.join(ROLES)}"
             )
         if not isinstance(content, str):
             raise ValueError(f"message {number} ({role}): content is not text")
@@ -88,7 +88,7 @@ def encode_chats(
     texts = iter(tokenizer.encode_batch([_text(m) for messages in conversations for m in messages]))
     header, line_end = _header(tokenizer, ASSISTANT), tokenizer.encode("\n")
     return [
-        _join(tokenizer, messages, texts, header, line_end, excluded)
+        _add_control_tokens(tokenizer, messages, texts, header, line_end, excluded)
         for messages, excluded in zip(conversations, unsupervised or repeat(()), strict=False)
     ]
 
@@ -107,8 +107,8 @@ def unsupported_reason(tokenizer: Tokenizer, messages: Sequence[Message]) -> str
         return str(error)
     if ASSISTANT in roles and not any(part.is_supervised for part in layout):
         return (
-            "the model's chat template opens no answer of it with the generation prompt "
-            "(add_generation_prompt), so training on it would not help generation"
+            "the model's chat template writes none of its answers after the generation prompt "
+            "(add_generation_prompt), so training on it would not improve generation"
         )
     return None
 
@@ -162,15 +162,15 @@ def _header(tokenizer: Tokenizer, role: str) -> list[int]:
 
 
 def _text(message: Message) -> str:
-    """Return the text that is encoded in one piece.
+    """Return the text of a message that is encoded in one piece, with its role.
 
-    An answer is encoded without its header, which is encoded separately for prompts too.
+    An answer is encoded without its role, because a prompt ends with the role.
     """
     role, content = message["role"], message["content"]
     return content if role == ASSISTANT else f"{role}\n{content}"
 
 
-def _join(
+def _add_control_tokens(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     texts: Iterator[list[int]],

@@ -1,4 +1,4 @@
-"""Third-party tokenizers: their files, kept unchanged, and what is read from them."""
+"""Third-party tokenizers: their files, kept unchanged, and the values read from them."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from minimind.errors import TokenizerError
 
 _TEMPLATE = "chat_template.jinja"
 _GENERATION = "generation_config.json"
-# Files of a tokenizer. The last has the EOS ids, which belong to the chat format.
+# Files of a tokenizer. The last contains the EOS ids, which belong to the chat format.
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -109,7 +109,7 @@ class ForeignFiles:
         ):
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(i) is int and i >= 0 for i in values):
-                raise TokenizerError(f"{file}: eos_token_id is neither an id nor a list of ids")
+                raise TokenizerError(f"{file}: eos_token_id must be an id or a list of ids")
             ids += values
         return ids
 

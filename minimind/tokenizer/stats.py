@@ -18,7 +18,7 @@ PART_OF_CHARACTER = "part of a character"
 _NUM_LONGEST = 12
 _BATCH_SIZE = 256
 
-# Written for this purpose: typical text of each kind.
+# Typical text of each kind, written for this project.
 SAMPLE_TEXTS = [
     (
         "清晨的集市已经热闹起来，卖豆腐的老人把木板一块块摆好，向路过的邻居点头问好。"
@@ -51,7 +51,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Usage:
-    """Encoding of some text: characters per token by script, bytes per token, unused tokens."""
+    """Statistics of encoded text: characters and bytes per token, number of unused tokens."""
 
     characters_per_token: dict[str, float]
     bytes_per_token: float
@@ -104,8 +104,8 @@ def measure(bpe: BPE, texts: Iterable[str]) -> Usage:
 def script_of(text: str) -> Script:
     """Return the predominant script of a text.
 
-    Chinese characters count double, since one carries as much as several Latin letters. Text with
-    more than two thirds non-letters is "digits and signs".
+    A Chinese character counts as two letters, because it carries more information. Text with more
+    than two thirds non-letters is "digits and signs".
     """
     counts = Counter[Script]()
     for character, count in Counter(text).items():

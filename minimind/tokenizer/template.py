@@ -3,11 +3,11 @@
 A template is never rendered with the contents of messages. It is rendered once per sequence of
 roles, with a placeholder for each message. The result is split at the placeholders; the messages
 are inserted there as text, and only the template's own text can contain control tokens. A template
-that omits or changes messages is detected by rendering it with known text, and refused. A template
-that reacts to particular words in a message (some do to "</think>") is not detected.
+that omits or changes messages is detected by rendering it with known text, and rejected. A template
+that depends on certain words in a message (some do on "</think>") is not detected.
 
-A template is untrusted code. It runs in Jinja's sandbox, without access to files or Python. How
-much it may write and count is bounded; how long it may run is not.
+A template is untrusted code. It runs in Jinja's sandbox, without access to files or Python. The
+length of its output and of its loops is limited; its run time is not.
 """
 
 import json
@@ -25,23 +25,23 @@ from minimind.tokenizer.format import ASSISTANT
 # continues a line.
 TextPosition = Literal["start", "after_control", "inline"]
 
-# Placeholders are surrounded by white space that no template writes. If it is missing in the
-# result, the template strips messages.
+# Placeholders are surrounded by a kind of white space that no template writes. If it is missing in
+# the result, the template strips messages.
 _SPACE = "\u2003"
 _PLACEHOLDER = re.compile(f"({_SPACE}?)\ue000([0-9]{{1,9}})\ue001({_SPACE}?)")
 _MAX_CACHED_LAYOUTS = 4096
-# Limit on the characters that a template may write in addition to four times the messages, and on
-# how far it may count.
-_MAX_WRITTEN = 1_000_000
+# Limit on the output of a template, in characters beyond four times the length of the messages, and
+# on the total length of its ranges.
+_MAX_OUTPUT = 1_000_000
 
-# Text that any filter would change: both cases, digits, quotes, line breaks, a great length.
-_LETTERS = string.ascii_letters + string.digits + string.punctuation
-_LETTERS += "\n\n  长江 É" + "A long text, " * 400 + "end"
+# Text that any filter would change: mixed case, digits, quotes, line breaks, 5,000 characters.
+_PROBE_TEXT = string.ascii_letters + string.digits + string.punctuation
+_PROBE_TEXT += "\n\n  长江 É" + "A long text, " * 400 + "end"
 
 
 @dataclass(frozen=True)
 class SpecialToken:
-    """A control token of the vocabulary; lstrip, rstrip: it absorbs the white space beside it."""
+    """A control token. lstrip, rstrip: it absorbs the white space to its left or right."""
 
     id: int
     lstrip: bool = False
@@ -99,8 +99,8 @@ Layout = tuple[TextSegment | ControlToken, ...]
 class ChatTemplate:
     """A Jinja chat template. Raises TokenizerError if it cannot be compiled.
 
-    variables: what the template may insert by name, such as `bos_token`. special_tokens: control
-    tokens by the text with which the template writes them.
+    variables: values that the template refers to by name, such as `bos_token`. special_tokens: the
+    control tokens, by the text with which the template writes them.
     """
 
     source: str
@@ -119,7 +119,7 @@ class ChatTemplate:
     def layout(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Layout:
         """Return what the template writes for messages of these roles.
 
-        Raises TokenizerError, with the template's own message, if it refuses these roles, and if
+        Raises TokenizerError, with the template's own message, if it rejects these roles, and if
         it omits or changes a message.
         """
         key = roles, add_generation_prompt
@@ -149,7 +149,7 @@ class ChatTemplate:
             {"role": role, "content": content}
             for role, content in zip(roles, contents, strict=True)
         ]
-        budget = _MAX_WRITTEN + 4 * sum(map(len, contents))
+        budget = _MAX_OUTPUT + 4 * sum(map(len, contents))
         written: list[str] = []
         try:
             for piece in self._compiled.generate(
@@ -164,10 +164,10 @@ class ChatTemplate:
                 written.append(piece)
                 budget -= len(piece)
                 if budget < 0:
-                    raise OverflowError("it writes without end")
+                    raise OverflowError("its output is too long")
         except Exception as error:  # untrusted code can raise anything
             raise TokenizerError(
-                f"the model's chat template refuses messages of {', '.join(roles)}: {error}"
+                f"the model's chat template rejects the roles {', '.join(roles)}: {error}"
             ) from error
         return "".join(written)
 
@@ -176,9 +176,9 @@ class ChatTemplate:
     ) -> frozenset[int]:
         """Return the indices of answers that follow the generation prompt.
 
-        Not all do. Qwen 3 opens the last answer, like the prompt, with an empty <think> block, and
-        earlier answers without one. A model is never prompted with the opening of these, so
-        training on them would be useless.
+        Qwen 3, for example, writes an empty <think> block before the last answer, as in the
+        generation prompt, but none before earlier answers. No prompt ends like the text before
+        these, so training on them would be useless.
         """
         supervised: set[int] = set()
         opening: list[str | SpecialToken] = []
@@ -195,7 +195,7 @@ class ChatTemplate:
         return frozenset(supervised)
 
     def _generation_prompt(self, roles: tuple[str, ...]) -> list[str | SpecialToken] | None:
-        """Return what a prompt has after the last message; None if the template refuses it."""
+        """Return the template's text after the last message; None if it rejects the roles."""
         if roles not in self._generation_prompts:
             if len(self._generation_prompts) >= _MAX_CACHED_LAYOUTS:
                 self._generation_prompts.clear()
@@ -246,17 +246,17 @@ class ChatTemplate:
         add_generation_prompt: bool,
     ) -> None:
         """Raise TokenizerError unless the template writes every message, changed by strip only."""
-        placed = {part.message for part in parts if isinstance(part, Placeholder)}
+        kept = {part.message for part in parts if isinstance(part, Placeholder)}
         for index, role in enumerate(roles):
-            if index not in placed:
+            if index not in kept:
                 raise TokenizerError(
                     f"the model's chat template leaves out message {index + 1} of "
                     f"{', '.join(roles)} (role {role}), or does not accept text as its content"
                 )
-        letters = [f"Message {index} {_LETTERS}" for index in range(len(roles))]
-        for contents in (letters, [f" \n {text} \n " for text in letters]):
+        probes = [f"Message {index} {_PROBE_TEXT}" for index in range(len(roles))]
+        for contents in (probes, [f" \n {text} \n " for text in probes]):
             written = self._render(roles, contents, add_generation_prompt)
-            if placed > set(range(len(roles))) or written != "".join(
+            if kept > set(range(len(roles))) or written != "".join(
                 part if isinstance(part, str) else part.strip(contents[part.message])
                 for part in parts
             ):
@@ -294,7 +294,7 @@ def _to_layout(
 
     def end_segment(*, at_control: bool) -> None:
         nonlocal position
-        # If no control token ends an answer, it consists of its space and its text alone.
+        # If no control token ends an answer, it consists of its leading space and its text.
         size = len(parts) if at_control or answer is None else 2
         for segment, owner in ((parts[:size], answer), (parts[size:], None)):
             if any(segment):
@@ -332,15 +332,15 @@ def _without_trailing_space(opening: Sequence[str | SpecialToken]) -> list[str |
 
 
 def _bounded_range() -> Callable[..., range]:
-    """Return a `range` for one rendering, limited to _MAX_WRITTEN numbers in total."""
-    budget = _MAX_WRITTEN
+    """Return a `range` for one rendering, limited to _MAX_OUTPUT numbers in total."""
+    budget = _MAX_OUTPUT
 
     def bounded(*bounds: int) -> range:
         nonlocal budget
         numbers = range(*bounds)
         budget -= min(len(numbers), budget + 1)
         if budget < 0:
-            raise OverflowError("it counts without end")
+            raise OverflowError("its loops are too long")
         return numbers
 
     return bounded
@@ -364,8 +364,8 @@ def _compile(source: str) -> Any:
             if operator == "*":
                 lengths = [len(side) for side in (left, right) if hasattr(side, "__len__")]
                 times = [side for side in (left, right) if isinstance(side, int)]
-                if lengths and times and lengths[0] * times[0] > _MAX_WRITTEN:
-                    raise OverflowError("it repeats a text too often")
+                if lengths and times and lengths[0] * times[0] > _MAX_OUTPUT:
+                    raise OverflowError("it repeats a string too often")
             elif max(abs(left), abs(right)) > 1000:
                 raise OverflowError("its numbers are too large")
             return super().call_binop(context, operator, left, right)

@@ -21,16 +21,16 @@ class Tokenizer:
     """Encode and decode text. Text never becomes a control token; those exist only as ids."""
 
     def __init__(self, bpe: BPE, foreign: ForeignFiles | None = None) -> None:
-        """Wrap a tokenizer of the library. foreign: the files of a third-party tokenizer."""
+        """Wrap a `tokenizers.Tokenizer`. foreign: the files of a third-party tokenizer."""
         self._bpe, self._foreign = bpe, foreign
         added = bpe.get_added_tokens_decoder()
         self._visible_tags = {i for i, t in added.items() if not t.special and _is_tag(t.content)}
-        # Makes text that spells such a tag ordinary text.
+        # As special tokens, they are not recognized in text, see `encode_special_tokens` below.
         bpe.add_special_tokens([added[i].content for i in self._visible_tags])
         bpe.no_padding()
         bpe.no_truncation()
-        # Probe this before `encode_special_tokens` is set. It is what keeps text from becoming
-        # control tokens, and threads share the tokenizer, so it is never unset again.
+        # `encode_special_tokens` encodes control tokens in text as plain text. Threads share the
+        # tokenizer, so it is set once, after this probe, which needs it unset.
         name = bpe.id_to_token(min(self.special_ids, default=0)) or ""
         after_control = bpe.encode(f"{name}x", add_special_tokens=False).ids[1:]
         bpe.encode_special_tokens = True
@@ -41,7 +41,7 @@ class Tokenizer:
         """Read the tokenizer of a tokenizer or model directory, trained here or third-party.
 
         Raises TokenizerError when it is missing, damaged or not supported: if it is not a BPE over
-        bytes, or if text can spell a control token.
+        bytes, or if it encodes some text as a control token.
         """
         path = directory / "tokenizer.json"
         bpe = load_bpe(directory)
@@ -63,11 +63,14 @@ class Tokenizer:
         return tokenizer
 
     def _check_control_tokens(self, path: Path) -> None:
-        """Raise TokenizerError when text can spell a control token, or when none ends a text."""
+        """Raise TokenizerError when text is encoded as a control token, or none ends a text."""
         names = [self._bpe.id_to_token(i) or "" for i in sorted(self.special_ids)]
         for name, ids in zip(names, self.encode_batch(names), strict=True):
             if not self.special_ids.isdisjoint(ids):
-                raise TokenizerError(f"{path}: text can spell the control token {name!r}")
+                raise TokenizerError(
+                    f"{path}: text can be encoded as the control token {name!r}; such a tokenizer "
+                    "is not supported"
+                )
         _ = self.end_of_text, self.stop_ids, self.template
 
     def check_model(self, directory: Path, vocab_size: int) -> None:
@@ -77,8 +80,8 @@ class Tokenizer:
         """
         if self.vocab_size != vocab_size and (not self._foreign or self.vocab_size > vocab_size):
             raise TokenizerError(
-                f"{directory}: its tokenizer.json has {self.vocab_size:,} tokens but its model "
-                f"{vocab_size:,}, so they do not belong together; use the tokenizer that the model "
+                f"{directory}: its tokenizer.json has {self.vocab_size:,} tokens, but its model "
+                f"has {vocab_size:,}, so they do not match; use the tokenizer that the model "
                 "was trained with"
             )
         outside = [i for i in (self._foreign.eos_ids if self._foreign else ()) if i >= vocab_size]
@@ -259,8 +262,7 @@ class Tokenizer:
     def text_bytes_of(self) -> list[bytes]:
         """Bytes of text that each token stands for, [vocab_size]; empty for control tokens.
 
-        Tags such as <think> that third-party files do not mark as special are text for readers and
-        keep their names.
+        Tags such as <think> that a third-party tokenizer does not mark as special count as text.
         """
         hidden = self.special_ids - self._visible_tags
         return [b"" if i in hidden else token for i, token in enumerate(self.bytes_of)]
@@ -282,8 +284,8 @@ class Tokenizer:
     def encode_segments(self, segments: Sequence[tuple[str, TextPosition]]) -> list[list[int]]:
         """Encode texts at positions within a conversation, on all cores.
 
-        SentencePiece tokenizers add a space before a text. There must be none before a text that
-        continues a line, so such a text is encoded behind a line break, which is then removed.
+        SentencePiece tokenizers add a space before each text. A text that continues a line must not
+        get one, so it is encoded with a line break in front, which is then removed.
         """
         standalone = {
             "never": ("start", "after_control", "inline"),
@@ -302,7 +304,7 @@ class Tokenizer:
 
     @cached_property
     def _adds_space(self) -> Literal["never", "first", "each"]:
-        """Texts that get a leading space: none, the first, or each after a control token."""
+        """Texts that encoding adds a space to: none, the first, or each after a control token."""
         text = self.encode("x")
         if not b"".join(self.bytes_of[i] for i in text).startswith(b" "):
             return "never"
@@ -337,5 +339,5 @@ def _is_ours(directory: Path, bpe: BPE) -> bool:
         return all(special.values()) and not (directory / "chat_template.jinja").is_file()
     template = directory / "chat_template.jinja"
     if template.is_file() and template.read_bytes() != CHAT_TEMPLATE.encode():
-        return False  # it was edited, and transformers uses this file
+        return False  # edited; transformers reads this file first
     return read_json(path, path.read_bytes()).get("chat_template") == CHAT_TEMPLATE

@@ -26,7 +26,7 @@ def train_tokenizer(
     if vocab_size < min_size:
         raise TokenizerError(
             f"a vocabulary of {vocab_size} tokens is too small: the {len(SPECIAL_TOKENS)} control "
-            f"tokens and the 256 bytes need {min_size}; 6400 is usual"
+            f"tokens and the 256 bytes need {min_size}; use 6400, for example"
         )
     sample = sample_uniformly(texts, sample_bytes)
     if not sample:
@@ -38,7 +38,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Makes each role of the chat format one token, a third fewer tokens in short dialogues.
+    # So each role of the chat format becomes one token; short dialogues take a third fewer tokens.
     headers = [f"{role}\n" for role in ROLES] * (sum(map(len, sample)) // 500)
     bpe.train_from_iterator([*sample, *headers], trainer)
     return Tokenizer(bpe)
@@ -47,8 +47,8 @@ def train_tokenizer(
 def sample_uniformly(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Sample pieces of the texts, all with the same probability, up to `max_bytes` of UTF-8.
 
-    Each piece gets a pseudo-random key; those with the smallest keys are kept, in their order
-    (reservoir sampling). Memory is bounded, and the length of the stream need not be known.
+    Reservoir sampling: each piece gets a pseudo-random key, and those with the smallest keys are
+    kept, in order. Memory is bounded, and the length of the stream need not be known.
     """
     kept: list[tuple[int, int, str, int]] = []  # a heap of (-key, index, piece, bytes)
     size, ceiling = 0, 2**64

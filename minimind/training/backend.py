@@ -1,4 +1,7 @@
-"""What takes a training step: losses, gradients, optimizers, and how processes share them."""
+"""Training backends: forward, backward and optimizer step, and how processes share the state.
+
+`TorchBackend` replicates everything; `deepspeed_backend.py` shards it (ZeRO).
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,19 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minimind.config.settings import OptimSettings
+from minimind.config.settings import OptimSettings, Recipe
 from minimind.model import Transformer
 from minimind.training.batch import TensorBatch
 from minimind.training.distributed import ProcessGroup
-from minimind.training.objectives import Objective
+from minimind.training.objectives import LossOutput, Objective
 from minimind.training.optimizers import Optimizers
 from minimind.training.precision import Precision
 
-Loss = tuple[Tensor, Tensor, dict[str, Tensor]]  # as an objective gives it
-
 
 class Backend(Protocol):
-    """The loop knows an engine by these methods alone; all processes call them, in one order."""
+    """The interface of the training loop to a backend. All ranks call all methods, in one order."""
 
     @property
     def replicates(self) -> bool:
@@ -27,51 +28,52 @@ class Backend(Protocol):
         ...
 
     def begin(self) -> None:
-        """Let all processes start with the first one's weights and states, once it has loaded."""
+        """Give all processes the weights and optimizer state of rank 0, after it loaded them."""
         ...
 
-    def loss(self, sequences: TensorBatch) -> Loss:
-        """The objective's loss of some windows."""
+    def loss(self, batch: TensorBatch) -> LossOutput:
+        """Run the forward pass on a micro-batch."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to those of the step."""
+        """Accumulate the gradient of a loss."""
         ...
 
     def step(self, scale: float) -> float:
-        """Use the sum of all processes' gradients times `scale`: the norm of that.
+        """All-reduce, scale, clip and apply the gradients; return their norm before clipping.
 
-        A norm that is not finite leaves everything as it was, except that the gradients are gone.
+        A norm that is not finite skips the step: weights and optimizer state stay as they are.
+        The gradients are cleared in both cases.
         """
         ...
 
     def discard(self) -> bool:
-        """Forget the gradients of a step that was not finished; False where that cannot be."""
+        """Clear the gradients of an unfinished step; return False if that is impossible."""
         ...
 
     def set_lr(self, fraction: float) -> None:
-        """Set every learning rate to this share of its peak."""
+        """Set every learning rate to this fraction of its peak."""
         ...
 
     def lrs(self) -> dict[str, float]:
-        """The learning rates in force, by optimizer."""
+        """Return the current learning rates by optimizer."""
         ...
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything the optimizers remember, by `<what>/<parameter>`."""
+        """Return the optimizer state, by `<kind>/<parameter>`; complete on rank 0."""
         ...
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """In the first process, before `begin`: take over what `state_tensors` gave."""
+        """Load what `state_tensors` returned; on rank 0 only, before `begin`."""
         ...
 
     def gather_weights(self) -> None:
-        """Put the weights into the first process's model, where they are not there already."""
+        """Copy sharded weights into the model of rank 0."""
         ...
 
 
 class TorchBackend:
-    """Every process holds everything: weights, gradients and moments."""
+    """Replicated data parallelism: every process holds all weights, gradients and moments."""
 
     replicates = True
 
@@ -82,11 +84,11 @@ class TorchBackend:
         settings: OptimSettings,
         objective: Objective,
         precision: Precision,
-        workers: ProcessGroup,
+        group: ProcessGroup,
     ) -> None:
-        """`compiled` is the model itself, or what torch.compile made of it."""
+        """Create the optimizers. `compiled` is the model itself, or torch.compile's wrapper."""
         self._model, self._compiled, self._objective = model, compiled, objective
-        self._precision, self._workers = precision, workers
+        self._precision, self._group = precision, group
         self._grad_clip = settings.grad_clip
         optimizers = Optimizers(model, settings)
         self._optimizers = optimizers
@@ -95,20 +97,18 @@ class TorchBackend:
         self.load_state_tensors = optimizers.load_state_tensors
 
     def begin(self) -> None:
-        self._workers.broadcast_(
-            [*self._model.state_dict().values(), *self.state_tensors().values()]
-        )
+        self._group.broadcast_([*self._model.state_dict().values(), *self.state_tensors().values()])
 
-    def loss(self, sequences: TensorBatch) -> Loss:
+    def loss(self, batch: TensorBatch) -> LossOutput:
         with self._precision.autocast():
-            return self._objective.loss(self._compiled, sequences)
+            return self._objective.loss(self._compiled, batch)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, scale: float) -> float:
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        self._workers.all_reduce_(gradients)
+        self._group.all_reduce_(gradients)
         norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
         if math.isfinite(norm):
             clip = min(1.0, self._grad_clip / (norm + 1e-6))
@@ -122,4 +122,21 @@ class TorchBackend:
         return True
 
     def gather_weights(self) -> None:
-        pass
+        pass  # every process has them
+
+
+def create_backend(
+    model: Transformer,
+    compiled: Transformer,
+    recipe: Recipe,
+    objective: Objective,
+    precision: Precision,
+    group: ProcessGroup,
+) -> Backend:
+    """Create the backend that the recipe chooses."""
+    if recipe.training.backend == "deepspeed":
+        # An optional dependency that is slow to import.
+        from minimind.training.deepspeed_backend import DeepSpeedBackend
+
+        return DeepSpeedBackend(model, recipe, objective, precision, group)
+    return TorchBackend(model, compiled, recipe.optim, objective, precision, group)

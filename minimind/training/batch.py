@@ -1,4 +1,7 @@
-"""Batches of windows: built in a thread one ahead, and copied to the device as tensors."""
+"""Batches on the device: prefetched by a thread, and copied as tensors.
+
+Shapes: B sequences of T tokens; N label tokens among the B * T; P preference pairs.
+"""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,10 +12,12 @@ from torch import Tensor
 
 from minimind.data.packing import IGNORED, Batch, MixedDataset
 
+Samples = tuple[int, int]  # (first sample of the run, number of samples)
+
 
 @dataclass(frozen=True)
 class TensorPairs:
-    """side_ids: [B, T] int64; reference: [P, 2] float32, as `data.packing.Pairs` has them."""
+    """`data.packing.Pairs` as tensors: side_ids [B, T] int64, reference [P, 2] float32."""
 
     side_ids: Tensor
     reference: Tensor
@@ -20,83 +25,83 @@ class TensorPairs:
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """tokens, labels: [B, T] int64; segments: [B, T] int32 or None; pairs of preference data.
+    """`data.packing.Batch` as tensors.
 
-    learned: [N] int64, the places in [B * T] whose labels are learned, in order. A GPU that was
-    asked for them would have to be waited for. num_tokens: how many tokens are no padding.
+    tokens, labels: [B, T] int64. segments: [B, T] int32, or None.
+    label_indices: [N] int64, ascending positions in the flattened labels [B * T] that are not
+    IGNORED. Computed on the host: boolean indexing on a GPU would wait for the device.
+    pairs: for preference data. num_tokens: number of tokens without padding.
     """
 
     tokens: Tensor
     labels: Tensor
     segments: Tensor | None
-    learned: Tensor
+    label_indices: Tensor
     pairs: TensorPairs | None = None
     num_tokens: int = 0
 
 
 def label_indices(labels: Tensor) -> Tensor:
-    """`TensorBatch.learned` of labels [B, T] in the CPU's memory."""
+    """Return `TensorBatch.label_indices` [N] of labels [B, T] in host memory."""
     return (labels.flatten() != IGNORED).nonzero()[:, 0]
 
 
 def to_device(batch: Batch, device: torch.device) -> TensorBatch:
-    """Copy a batch to the device; to a GPU from pinned memory, without waiting for the copy."""
+    """Copy a batch to the device. Copies to a GPU are asynchronous, from pinned memory."""
 
-    def move(host: Tensor) -> Tensor:
+    def copy(array: object) -> Tensor:
+        host = torch.as_tensor(array)
         host = host.pin_memory() if device.type == "cuda" else host
         return host.to(device, non_blocking=True)
 
-    def moved(array: object) -> Tensor:
-        return move(torch.from_numpy(array))
-
     pairs = batch.pairs
     return TensorBatch(
-        moved(batch.tokens),
-        moved(batch.labels),
-        None if batch.segments is None else moved(batch.segments),
-        move(label_indices(torch.from_numpy(batch.labels))),
-        None if pairs is None else TensorPairs(moved(pairs.side_ids), moved(pairs.reference)),
-        _count_tokens(batch),
+        tokens=copy(batch.tokens),
+        labels=copy(batch.labels),
+        segments=None if batch.segments is None else copy(batch.segments),
+        label_indices=copy(label_indices(torch.from_numpy(batch.labels))),
+        pairs=None if pairs is None else TensorPairs(copy(pairs.side_ids), copy(pairs.reference)),
+        num_tokens=_count_tokens(batch),
     )
 
 
 def _count_tokens(batch: Batch) -> int:
-    """Count the tokens that are no padding: of packed windows the last segment, without labels."""
+    """Count the tokens without padding, which is the last segment of a sequence, without labels."""
     if batch.segments is None:
         return batch.tokens.size
-    last = np.where(batch.labels != IGNORED, batch.segments, -1).max(1, keepdims=True)
+    last = np.where(batch.labels != IGNORED, batch.segments, -1).max(1, keepdims=True)  # [B, 1]
     return int((batch.segments <= last).sum())
 
 
 class Prefetcher:
-    """Builds batches of a mix in a thread, one ahead of the one in use.
+    """Builds batches in a background thread, one ahead of the batch in use.
 
-    The thread works on NumPy arrays alone, so that it takes no processor from torch's threads.
+    The thread only runs NumPy code, so that it does not compete with torch's thread pool.
     """
 
-    def __init__(self, mix: MixedDataset) -> None:
-        self._mix = mix
+    def __init__(self, dataset: MixedDataset) -> None:
+        self._dataset = dataset
         self._thread = ThreadPoolExecutor(1, "minimind-batches")
-        self._ahead: tuple[tuple[int, int], Future[Batch]] | None = None
+        self._pending: tuple[Samples, Future[Batch]] | None = None
 
-    def batch(self, part: tuple[int, int], following: tuple[int, int] | None) -> Batch:
-        """Return `part`, (first sample, number of samples), and start to build the `following` one.
+    def batch(self, samples: Samples, following: Samples | None) -> Batch:
+        """Return the batch of `samples`, and start to build that of the `following` ones.
 
-        Raises what building `part` has raised.
+        Raises what building this batch raised; errors of a batch that is never used are dropped.
         """
-        if self._ahead is None or self._ahead[0] != part:
-            self._start(part)
-        assert self._ahead is not None
-        batch = self._ahead[1].result()
+        if self._pending is None or self._pending[0] != samples:
+            self._start(samples)
+        assert self._pending is not None
+        batch = self._pending[1].result()
         if following is not None:
             self._start(following)
         return batch
 
-    def _start(self, part: tuple[int, int]) -> None:
-        if self._ahead:
-            self._ahead[1].cancel()
-        self._ahead = part, self._thread.submit(self._mix.batch, *part)
+    def _start(self, samples: Samples) -> None:
+        if self._pending:
+            self._pending[1].cancel()
+        self._pending = samples, self._thread.submit(self._dataset.batch, *samples)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._thread.shutdown(cancel_futures=True)

@@ -1,11 +1,11 @@
-"""Several processes that train one model: which of them this is, and what they tell each other.
+"""Data-parallel training: ranks, world size and collectives.
 
-Each process holds the whole model and takes an equal share of every batch. Gradients are added up
-once a step, after the last micro-batch, in buckets as Li et al. 2020 ("PyTorch Distributed") have
-them; unlike there nothing overlaps with the backward pass, since only the sum over all
-micro-batches is sent. Then each process takes the same optimizer step from the same numbers.
+Each process holds a replica of the model and takes an equal shard of every batch. Gradients are
+all-reduced once per step, after the last micro-batch of gradient accumulation, in buckets (Li et
+al. 2020, "PyTorch Distributed", section 3.2.2). Unlike in PyTorch's DDP the all-reduce does not
+overlap with the backward pass. All replicas then take the same optimizer step.
 
-torchrun, or `--nproc`, starts the processes and says in the environment which is which.
+torchrun or `--nproc` starts the processes and sets RANK, WORLD_SIZE and the like.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from torch import Tensor
 from minimind.errors import ConfigError, ResourceError, TrainingError, is_out_of_memory
 from minimind.model.device import choose_device
 
-_BUCKET = 1 << 23  # numbers sent at once: 32 MiB
-_PATIENCE = timedelta(days=7)  # the others wait while the first tokenizes, validates, saves
-_KILLED_WITHIN_S = 5  # of another's death, by whoever started this process
-# What gloo, NCCL and torch's store say when a connection is lost or nobody answers, in lower case.
+_BUCKET_NUMEL = 1 << 23  # 32 MiB of float32
+TIMEOUT = timedelta(days=7)  # the other ranks wait while rank 0 tokenizes, validates and saves
+_LAUNCHER_GRACE_S = 5  # within which the launcher kills the remaining processes
+# Messages of gloo, NCCL and torch's store for a lost connection or a timeout, in lower case.
 _LOST_CONNECTION = (
     "connection closed",
     "connection reset",
@@ -45,76 +45,81 @@ _LOST_CONNECTION = (
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that train together; alone unless told otherwise."""
+    """This process and its collectives; a single process by default.
+
+    Every method but `shard` is a collective: all ranks must call it, in the same order.
+    """
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # on this machine
+    local_rank: int = 0  # rank on this machine
     local_size: int = 1
-    _talk: Any = field(default=None, repr=False)  # a group over the CPU's memory
+    cpu_group: Any = field(default=None, repr=False)  # gloo, for tensors in host memory
 
     @property
     def is_main(self) -> bool:
-        """The one that writes: logs, checkpoints, the model; and that shows progress."""
+        """True for rank 0, which writes logs, checkpoints and the model, and shows progress."""
         return self.rank == 0
 
     def shard(self, start: int, count: int) -> range:
-        """Which of samples start … start+count-1 are this process's; all have as many."""
-        assert count % self.size == 0, "every process has as many samples"
-        each = count // self.size
-        return range(start + self.rank * each, start + (self.rank + 1) * each)
+        """Return this rank's shard of the samples start … start + count - 1."""
+        assert count % self.size == 0, "all shards have the same size"
+        shard_size = count // self.size
+        return range(start + self.rank * shard_size, start + (self.rank + 1) * shard_size)
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether it is so in any process. Like all that follows, all call it or none does."""
+        """Logical OR over all ranks."""
         if self.size == 1:
             return flag
-        told = torch.tensor([flag], dtype=torch.uint8)
-        with self._company():
-            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._talk)
-        return bool(told)
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        with self.collective_errors():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(flags)
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
-        """Put the sums over all processes in place of tensors of one type and device."""
+        """Sum tensors of one dtype and device over all ranks, in place."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
-            with self._company():
-                dist.all_reduce(flat, group=None if flat.is_cuda else self._talk)
+            with self.collective_errors():
+                dist.all_reduce(flat, group=None if flat.is_cuda else self.cpu_group)
             parts = flat.split([tensor.numel() for tensor in bucket])
-            shaped = [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
-            torch._foreach_copy_(bucket, shaped)
+            sums = [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
+            torch._foreach_copy_(bucket, sums)
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
-        """Put the first process's numbers in place of everybody's."""
+        """Broadcast tensors from rank 0, in place."""
         for tensor in tensors if self.size > 1 else ():
-            with self._company():
-                dist.broadcast(tensor, 0, group=None if tensor.is_cuda else self._talk)
+            with self.collective_errors():
+                dist.broadcast(tensor, 0, group=None if tensor.is_cuda else self.cpu_group)
 
     def broadcast_object(self, value: Any) -> Any:
-        """What the first process says, as JSON can; what the others give is of no matter."""
+        """Broadcast a JSON-serializable object from rank 0; the values of others are ignored."""
         if self.size == 1:
             return value
         text = bytearray(json.dumps(value).encode() if self.is_main else b"")
-        size = torch.tensor([len(text)])
-        self.broadcast_([size])
-        told = torch.frombuffer(text, dtype=torch.uint8) if self.is_main else None
-        told = torch.empty(int(size), dtype=torch.uint8) if told is None else told
-        self.broadcast_([told])
-        return json.loads(told.numpy().tobytes())
+        num_bytes = torch.tensor([len(text)])
+        self.broadcast_([num_bytes])
+        if self.is_main:
+            buffer = torch.frombuffer(text, dtype=torch.uint8)
+        else:
+            buffer = torch.empty(int(num_bytes), dtype=torch.uint8)
+        self.broadcast_([buffer])
+        return json.loads(buffer.numpy().tobytes())
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Each process's tensor, by rank; all are of one shape, and in the CPU's memory."""
+        """Gather a tensor in host memory, of the same shape on all ranks; indexed by rank."""
         if self.size == 1:
             return [tensor]
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._company():
-            dist.all_gather(found, tensor, group=self._talk)
-        return found
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.collective_errors():
+            dist.all_gather(tensors, tensor, group=self.cpu_group)
+        return tensors
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The first process does it, then all others: they find made what it has made."""
+        """Run the block on rank 0 first, then on the others, which find its cached results."""
         if not self.is_main:
             self.any_rank(False)
         yield
@@ -122,11 +127,11 @@ class ProcessGroup:
             self.any_rank(False)
 
     @contextlib.contextmanager
-    def _company(self) -> Iterator[None]:
-        """Raise TrainingError for a lost connection to another process; other errors stay.
+    def collective_errors(self) -> Iterator[None]:
+        """Turn a lost connection into TrainingError; let other errors through.
 
-        Whoever started this process sees that too, says which one it was, and ends this one: with
-        a message of its own it waits, for it may be on another machine.
+        The launcher notices the lost process too, reports it, and terminates this one. Wait for
+        that before raising: only a process on another machine reports the error itself.
         """
         try:
             yield
@@ -135,26 +140,26 @@ class ProcessGroup:
                 raise
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_KILLED_WITHIN_S)
+            time.sleep(_LAUNCHER_GRACE_S)
             raise TrainingError(
                 f"process {self.rank} of 0-{self.size - 1}: another process of this run has ended; "
-                "the same command goes on from the last checkpoint"
+                "run the same command again to resume from the last checkpoint"
             ) from error
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     message = str(error).lower()
-    return any(words in message for words in _LOST_CONNECTION) and not is_out_of_memory(error)
+    return any(part in message for part in _LOST_CONNECTION) and not is_out_of_memory(error)
 
 
 SINGLE_PROCESS = ProcessGroup()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, some at a time."""
+    """Split tensors, in order, into buckets of at most _BUCKET_NUMEL elements or one tensor."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET_NUMEL:
             yield bucket
             bucket = []
         bucket.append(tensor)
@@ -163,52 +168,52 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def join(device: str) -> Iterator[ProcessGroup]:
-    """Meet the processes that were started together with this one; alone if none were.
+def init_distributed(device: str) -> Iterator[ProcessGroup]:
+    """Join the process group that the environment describes; a single process without RANK.
 
-    Raises ConfigError or ResourceError for a device of which there is not one for each, ConfigError
-    when somebody else than a launcher has set RANK.
+    Raises ConfigError or ResourceError if there is not one device per process, and ConfigError if
+    RANK is set without the launcher's other variables.
     """
     if "RANK" not in os.environ:
         yield SINGLE_PROCESS
         return
-    told = os.environ
+    env = os.environ
     try:
-        rank, size, local_rank = (int(told[x]) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        # DeepSpeed's launcher has a name of its own for it.
-        local_size = int(told.get("LOCAL_WORLD_SIZE") or told["LOCAL_SIZE"])
+        rank, size, local_rank = (int(env[x]) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        # DeepSpeed's launcher sets LOCAL_SIZE instead.
+        local_size = int(env.get("LOCAL_WORLD_SIZE") or env["LOCAL_SIZE"])
     except KeyError as error:
         raise ConfigError(
-            f"RANK is set and {error.args[0]} is not: start several processes by torchrun or "
-            "--nproc, and one without RANK"
+            f"RANK is set and {error.args[0]} is not. Start several processes with torchrun or "
+            "--nproc, and unset RANK to train in a single process"
         ) from None
-    own = local_device(device, ProcessGroup(rank, size, local_rank, local_size))
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-        dist.init_process_group("nccl", device_id=own)
-        talk = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    own_device = local_device(device, ProcessGroup(rank, size, local_rank, local_size))
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+        dist.init_process_group("nccl", device_id=own_device)
+        cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     else:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-        talk = dist.group.WORLD
-    yield ProcessGroup(rank, size, local_rank, local_size, talk)
-    dist.destroy_process_group()  # not after an error: others may be gone, or be waiting
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        cpu_group = dist.group.WORLD
+    yield ProcessGroup(rank, size, local_rank, local_size, cpu_group)
+    dist.destroy_process_group()  # not after an error: other ranks may be gone, or waiting
 
 
-def local_device(name: str, workers: ProcessGroup) -> torch.device:
-    """The device of this process: on a machine with GPUs each has its own.
+def local_device(name: str, group: ProcessGroup) -> torch.device:
+    """Return the device of this process; several processes on a machine take one GPU each.
 
-    Raises ConfigError or ResourceError when there is not one for each.
+    Raises ConfigError or ResourceError if there is not one device per process.
     """
     device = choose_device(name)
-    if workers.size == 1 or device.type == "cpu":
+    if group.size == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
         raise ConfigError(
-            f"device={name}: {workers.size} processes need a device each; use cuda, or cpu"
+            f"device={name}: {group.size} processes need one device each; use cuda or cpu"
         )
-    if workers.local_size > torch.cuda.device_count():
+    if group.local_size > torch.cuda.device_count():
         raise ResourceError(
-            f"{workers.local_size} processes on this machine need as many GPUs, and it has "
-            f"{torch.cuda.device_count()}; start fewer processes, or give --device cpu"
+            f"{group.local_size} processes on this machine need one GPU each, and it has "
+            f"{torch.cuda.device_count()}; start fewer processes, or use --device cpu"
         )
-    return torch.device("cuda", workers.local_rank)
+    return torch.device("cuda", group.local_rank)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: every metric of a run, a JSON object per line; trackers get the same numbers."""
+"""`metrics.jsonl`: the metrics of a run, one JSON object per line. Trackers log them too."""
 
 import contextlib
 import json
@@ -14,16 +14,17 @@ from minimind.errors import ConfigError, ResourceError, install_line
 
 
 class _Tracker(Protocol):
+    """The interface to an experiment tracker."""
+
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class MetricsLog:
-    """Append lines to `path`, and hand the numbers to trackers once they are started.
+    """Appends lines to a file, and logs their numbers to trackers after `start_trackers`.
 
-    A tracker that fails is dropped with a warning: training does not depend on it.
-    Raises ConfigError for a tracker that is not installed.
+    A tracker that fails is dropped with a warning, and training continues.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class MetricsLog:
         name: str = "run",
         warn: Callable[[str], None] = print,
     ) -> None:
+        """Open `path` for appending. Raises ConfigError for a tracker that is not installed."""
         for tracker in trackers:
             spec = find_spec(tracker)
-            if spec is None or spec.origin is None:  # a folder of that name is no package
+            if spec is None or spec.origin is None:  # a folder of that name is not a package
                 raise ConfigError(
                     f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
                 )
@@ -45,63 +47,64 @@ class MetricsLog:
         self._path, self._stream = path, path.open("ab")
 
     def start_trackers(self, step: int) -> None:
-        """Open the trackers for a run that stands at `step`: above 0 they continue their curves.
+        """Open the trackers of a run that has done `step` steps; a resumed run keeps its curves.
 
-        What they hold of later steps is dropped, where the tracker can: it will come again.
+        Where the tracker can, it drops the metrics of later steps, which will be logged again.
         """
         for name in self._names:
-            with self._failures_of(name):
+            with self._drop_if_failing(name):
                 self._trackers[name] = _TRACKERS[name](self._path.parent, self._run_name, step)
 
     @contextlib.contextmanager
-    def _failures_of(self, name: str) -> Iterator[None]:
+    def _drop_if_failing(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a tracker raises: no login, no network, a full disk
+        except Exception as error:  # any: no login, no network, a full disk
             self._trackers.pop(name, None)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._warn(
-                f"training.trackers: {name} has failed and gets no more metrics ({reason}). "
-                f"Training continues; {self._path} holds every metric"
+                f"training.trackers: {name} failed and will receive no more metrics ({reason}). "
+                f"Training continues; {self._path} contains all metrics"
             )
 
     @property
     def offset(self) -> int:
-        """Bytes written so far."""
+        """Number of bytes written so far."""
         return self._stream.tell()
 
     def sync(self) -> None:
-        """Wait until they are safe on the disk. Raises ResourceError if they cannot be."""
-        with self._errors_as_ours():
+        """Flush the file to the disk. Raises ResourceError if that fails."""
+        with self._write_errors():
             os.fsync(self._stream.fileno())
 
     @contextlib.contextmanager
-    def _errors_as_ours(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise ResourceError(
-                f"{self._path}: cannot be written ({error}). Checkpoints are whole: free some "
-                "space and give the same command again"
+                f"{self._path}: cannot be written ({error}). The checkpoints are intact: free some "
+                "space and run the same command again to resume"
             ) from error
 
     def truncate(self, offset: int) -> None:
-        """Forget what was written after `offset`: a resumed run writes it again."""
-        if offset < self._stream.tell():  # a file that somebody has emptied is not filled up
+        """Remove the lines after `offset` bytes, which a resumed run will write again."""
+        if offset < self._stream.tell():  # never extend a file that was emptied by the user
             self._stream.truncate(offset)
             self._stream.seek(offset)
 
     def write(self, metrics: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """Append one line: what the run's seed and data decide, then what the clock does.
+        """Append a line of reproducible metrics, followed by those that depend on the clock.
 
-        Numbers that are not finite become null: JSON has no others. Raises ResourceError.
+        Numbers that are not finite become null, since JSON cannot represent them. Raises
+        ResourceError if the file cannot be written.
         """
         line: dict[str, Any] = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in (dict(metrics) | dict(timing or {})).items()
         }
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-        with self._errors_as_ours():
+        with self._write_errors():
             self._stream.write(text.encode() + b"\n")
             self._stream.flush()
         numbers = {
@@ -110,15 +113,15 @@ class MetricsLog:
             if isinstance(value, int | float) and key != "step"
         }
         for name, tracker in list(self._trackers.items()) if numbers else ():
-            with self._failures_of(name):
+            with self._drop_if_failing(name):
                 tracker.log(numbers, int(line["step"]))
 
     def close(self) -> None:
         """Close the file and the trackers."""
-        with contextlib.suppress(OSError):  # of a line that could not be written; that was raised
+        with contextlib.suppress(OSError):  # of a failed write, which was raised then
             self._stream.close()
         for name, tracker in list(self._trackers.items()):
-            with self._failures_of(name):
+            with self._drop_if_failing(name):
                 tracker.close()
 
 
@@ -126,7 +129,7 @@ class _TensorBoard:
     def __init__(self, run: Path, name: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Step 0 has metrics of its own, of the validation before the first step.
+        # Step 0 has metrics too, from the validation before the first step.
         self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1 if step else 0)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -180,10 +183,10 @@ _TRACKERS: dict[str, Callable[[Path, str, int], _Tracker]] = {
 
 
 def _run_id(run: Path, tracker: str, step: int) -> str:
-    """Return the tracker's id of the run; one that begins at step 0 gets a new one."""
+    """Return the run's id in the tracker; a run that starts at step 0 gets a new one."""
     file = run / f"{tracker}-run-id"
     if step and file.is_file():
         return file.read_text("ascii").strip()
-    run_id = uuid.uuid4().hex[:21]  # SwanLab takes 21 characters
+    run_id = uuid.uuid4().hex[:21]  # SwanLab allows 21 characters
     file.write_text(run_id + "\n", "ascii")
     return run_id

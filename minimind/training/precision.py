@@ -1,4 +1,4 @@
-"""In what numbers the model computes; its weights stay float32."""
+"""Mixed precision: autocast dtype and loss scaling, with float32 master weights."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -9,62 +9,64 @@ import torch
 from minimind.errors import ResourceError
 from minimind.model.device import multiplies_bf16
 
-_GROW_AFTER = 2000  # good steps before the loss scale is doubled
+_GROWTH_INTERVAL = 2000  # finite steps in a row before the loss scale is doubled
 
 
 @dataclass
 class LossScaler:
-    """Keeps small fp16 gradients from vanishing (Micikevicius et al. 2018, section 3.2).
+    """Dynamic loss scaling for fp16, against underflow of small gradients.
 
-    Torch's own scaler unscales optimizer by optimizer; here the loop scales the whole gradient
-    once anyway, for the number of losses and for clipping, so that this is one more factor.
+    Micikevicius et al. 2018, section 3.2. torch.amp.GradScaler unscales the gradients in a pass of
+    its own. The training loop multiplies them once anyway, to average and to clip, and the loss
+    scale is one more factor.
     """
 
     scale: float = 1.0
     enabled: bool = False
-    good_steps: int = 0
+    good_steps: int = 0  # finite steps in a row
 
     def update(self, finite: bool) -> None:
-        """Halve the scale after a step that overflowed; double it after many good ones."""
+        """Halve the scale after an overflow; double it after many finite steps in a row."""
         if not self.enabled:
             return
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale = max(1.0, self.scale / 2)
-        elif self.good_steps % _GROW_AFTER == 0:
+        elif self.good_steps % _GROWTH_INTERVAL == 0:
             self.scale *= 2
 
-    def state(self) -> dict[str, Any]:
-        """As JSON."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
         return vars(self)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.scale, self.good_steps = state["scale"], state["good_steps"]
 
 
 @dataclass
 class Precision:
-    """`name` is bf16, fp16 or fp32."""
+    """The compute dtype. `name`: bf16, fp16 or fp32."""
 
     name: str
     device_type: str
     scaler: LossScaler = field(default_factory=LossScaler)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Matrix products in half precision, everything delicate in float32."""
+        """Return a context in which matrix products use the compute dtype."""
         if self.name == "fp32":
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
-        # No cache: each weight is used once, and with activation checkpointing copies of all of
-        # them would be kept until the end of the forward pass.
+        # No cache of cast weights: each weight is used once per pass, and with activation
+        # checkpointing the cache would hold copies of all of them until the forward pass ends.
         return torch.autocast(self.device_type, dtype, cache_enabled=False)
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """`auto`: bf16 where the hardware has it, fp16 on other CUDA devices, else fp32.
+    """Return the precision of that name; `auto` chooses bf16, fp16 or fp32 for the device.
 
-    Raises ResourceError for a precision that the device does not have.
+    auto: bf16 if the hardware multiplies it, else fp16 on CUDA devices, else fp32.
+    Raises ResourceError if the device does not support the precision.
     """
     has_bf16 = multiplies_bf16(device)
     if name == "auto":
@@ -72,6 +74,6 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     if name == "fp16" and device.type != "cuda":
         raise ResourceError(f"fp16 needs a CUDA device, and this is {device}; use bf16 or fp32")
     if name == "bf16" and not has_bf16 and device.type == "cuda":
-        raise ResourceError(f"{device} has no bf16; use training.precision=fp16")
+        raise ResourceError(f"{device} does not support bf16; use training.precision=fp16")
     scaler = LossScaler(scale=2.0**16, enabled=True) if name == "fp16" else LossScaler()
     return Precision(name, device.type, scaler)

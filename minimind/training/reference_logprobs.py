@@ -1,7 +1,8 @@
-"""What the model that training began with thinks of both answers of each preference pair.
+"""Reference log-probabilities for DPO, computed once and cached in the run directory.
 
-Asked once, before the first step, and kept in the run directory as `reference.safetensors`: then
-no second model is ever in memory.
+The reference is the model at the start of training. Its log-probabilities of all answers are
+computed before the first step and saved as `reference.safetensors`, so that no second model is in
+memory during training.
 """
 
 import hashlib
@@ -20,151 +21,157 @@ from minimind.config import identity
 from minimind.data.packing import MixedDataset, PairSequences
 from minimind.errors import ResourceError
 from minimind.training.batch import to_device
+from minimind.training.batch_sizes import fits_in_memory
 from minimind.training.distributed import ProcessGroup
 from minimind.training.objectives.preference import answer_logps
-from minimind.training.trainer import Trainer, evaluated, fits_in_memory, take_fewer
+from minimind.training.trainer import Trainer
 
 FILE = "reference.safetensors"
-_Arrays = dict[str, NDArray[np.float32]]
+_Arrays = dict[str, NDArray[np.float32]]  # [pairs, 2] each; NaN where not computed
 
 
-def compute_reference_logprobs(job: Trainer) -> None:
-    """Give the run's pairs the log-probabilities of `job.model` as it is now, or those kept.
+def compute_reference_logprobs(trainer: Trainer) -> None:
+    """Fill in the reference log-probabilities of the trainer's pairs, from the cache if possible.
 
-    Raises ResourceError when they cannot be written.
+    Raises ResourceError if the cache cannot be written.
     """
-    path, key, arrays = job.run / FILE, _key(job), _arrays(job)
-    if not job.workers.broadcast_object(job.workers.is_main and _take_kept(job, path, key, arrays)):
-        _ask(job)
-        _put_together(job.workers, arrays)
-        if job.workers.is_main:
+    group, path, key = trainer.group, trainer.run / FILE, _cache_key(trainer)
+    arrays = _reference_arrays(trainer)
+    if not group.broadcast_object(group.is_main and _read_cache(trainer, path, key, arrays)):
+        _compute(trainer)
+        _average_over_ranks(group, arrays)
+        if group.is_main:
             _save(path, key, arrays)
-    job.workers.broadcast_([torch.from_numpy(array) for array in arrays.values()])
+    group.broadcast_([torch.from_numpy(array) for array in arrays.values()])
 
 
-def _take_kept(job: Trainer, path: Path, key: str, arrays: _Arrays) -> bool:
-    """Fill the arrays from the file; False if there is none that fits."""
-    try:
-        kept = _load(path, key)
-    except (OSError, ValueError, SafetensorError) as error:
-        if path.exists():
-            job.reporter.say(f"{path} is not used, and made again: {error}")
-        return False
-    for name, array in arrays.items():
-        array[:] = kept[name]
-    return True
-
-
-def _put_together(workers: ProcessGroup, arrays: _Arrays) -> None:
-    """Give each pair what the processes that asked found; the mean, if several did."""
-    for array in arrays.values() if workers.size > 1 else ():
-        found = torch.from_numpy(array)
-        values, askers = found.nan_to_num(), (~found.isnan()).float()
-        workers.all_reduce_([values, askers])
-        found.copy_(values / askers)
-
-
-def _key(job: Trainer) -> str:
-    """All that the log-probabilities and their order come from."""
-    settings = json.dumps(identity(job.recipe), sort_keys=True)
-    return hashlib.sha256(
-        f"{job.data_sha256} {job.base_sha256} {job.num_steps}\n{settings}".encode()
-    ).hexdigest()
-
-
-def _arrays(job: Trainer) -> _Arrays:
-    """Where the log-probabilities belong, by name."""
-    mixes = {"train": job.data} | ({"held_out": job.held_out} if job.held_out else {})
+def _reference_arrays(trainer: Trainer) -> _Arrays:
+    """Return the datasets' own arrays of reference log-probabilities, by name in the file."""
+    datasets = {"train": trainer.data}
+    datasets |= {"held_out": trainer.held_out} if trainer.held_out else {}
     return {
-        f"{name}.{number}": part.reference
-        for name, mix in mixes.items()
-        for number, part in enumerate(mix.sources)
-        if isinstance(part, PairSequences)
+        f"{name}.{number}": source.reference
+        for name, dataset in datasets.items()
+        for number, source in enumerate(dataset.sources)
+        if isinstance(source, PairSequences)
     }
 
 
-def _ask(job: Trainer) -> None:
-    """Read each window that this process will read, in the batches and kernels of its turn.
+def _cache_key(trainer: Trainer) -> str:
+    """Hash everything that the log-probabilities and their order depend on."""
+    settings = json.dumps(identity(trainer.recipe), sort_keys=True)
+    return hashlib.sha256(
+        f"{trainer.data_sha256} {trainer.base_sha256} {trainer.num_steps}\n{settings}".encode()
+    ).hexdigest()
 
-    So the first loss of a run is that of no difference at all, in any precision. Where memory runs
-    out, training and validation take fewer windows at once too.
+
+def _compute(trainer: Trainer) -> None:
+    """Compute the log-probabilities of all sequences that this rank will train or validate on.
+
+    They are computed in the same batches and by the same kernels as in training. The first loss is
+    then exactly that of a zero margin, in any precision. After running out of memory, training and
+    validation use the smaller batches too.
     """
-    batch, workers = job.recipe.training.global_batch_size, job.workers
-    training = job.num_steps * batch // workers.size
-    held_out = min(job.recipe.validation.num_sequences, _size(job.held_out))
-    total = training + -(-held_out // workers.size)
-    job.model.eval()
-    job.reporter.start("reference log-probabilities", total, unit="window")
+    batch_size, group = trainer.recipe.training.global_batch_size, trainer.group
+    num_train = trainer.num_steps * batch_size // group.size
+    epoch_size = trainer.held_out.order.epoch_size if trainer.held_out else 0
+    num_held_out = min(trainer.recipe.validation.num_sequences, epoch_size)
+    total = num_train + -(-num_held_out // group.size)
+    trainer.model.eval()
+    trainer.reporter.start("reference log-probabilities", total, unit="sequence")
     try:
-        for step in range(job.num_steps):
-            while not fits_in_memory(workers, partial(_fill_step, job, step)):
-                take_fewer(job, f"reference log-probabilities of step {step + 1}")
-            job.reporter.progress((step + 1) * batch // workers.size, total)
-        done = training
-        for number in evaluated(job, workers, held_out, partial(_fill_held_out, job)):
-            done += number or 0
-            job.reporter.progress(done, total)
+        for step in range(trainer.num_steps):
+            while not fits_in_memory(group, partial(_compute_step, trainer, step)):
+                trainer.batch_sizes.reduce(f"reference log-probabilities of step {step + 1}")
+            trainer.reporter.progress((step + 1) * batch_size // group.size, total)
+        done = num_train
+        compute = partial(_compute_held_out, trainer)
+        for size in trainer.batch_sizes.map_eval_batches(num_held_out, group, compute):
+            done += size or 0
+            trainer.reporter.progress(done, total)
     finally:
-        job.reporter.stop()
+        trainer.reporter.stop()
 
 
-def _size(mix: MixedDataset | None) -> int:
-    return mix.order.epoch_size if mix else 0
+def _compute_step(trainer: Trainer, step: int) -> None:
+    batch_size = trainer.recipe.training.global_batch_size
+    size = trainer.batch_sizes.train
+    for sample in trainer.group.shard(step * batch_size, batch_size)[::size]:
+        _compute_samples(trainer, trainer.data, sample, size, training=True)
 
 
-def _fill_step(job: Trainer, step: int) -> None:
-    batch = job.recipe.training.global_batch_size
-    for sample in job.workers.shard(step * batch, batch)[:: job.micro_batch]:
-        _fill(job, job.data, sample, job.micro_batch, training=True)
-
-
-def _fill_held_out(job: Trainer, start: int, count: int) -> int:
-    assert job.held_out is not None
-    _fill(job, job.held_out, start, count, training=False)
+def _compute_held_out(trainer: Trainer, start: int, count: int) -> int:
+    assert trainer.held_out is not None
+    _compute_samples(trainer, trainer.held_out, start, count, training=False)
     return count
 
 
-def _fill(job: Trainer, mix: MixedDataset, start: int, count: int, *, training: bool) -> None:
-    """Samples start … start+count-1 of the run; what is known from an earlier epoch stays."""
-    places = mix.order.locate(start, count)
-    known = mix.references(places)
-    if not any(np.isnan(one).any() for one in known):
+def _compute_samples(
+    trainer: Trainer, dataset: MixedDataset, start: int, count: int, *, training: bool
+) -> None:
+    """Fill in samples start … start + count - 1; values from an earlier epoch are kept."""
+    places = dataset.order.locate(start, count)
+    references = dataset.references(places)  # [pairs, 2] per sequence
+    if not any(np.isnan(reference).any() for reference in references):
         return
-    batch = to_device(mix.stack(places), job.device)
-    # A CPU has other kernels where a gradient will be wanted; here it is only given away.
-    with torch.set_grad_enabled(training), job.precision.autocast():
-        logps, _ = answer_logps(job.model, batch)
-    found = logps.detach().cpu().numpy()
-    for one in known:
-        now, found = found[: len(one)], found[len(one) :]
-        one[:] = np.where(np.isnan(one), now, one)
+    batch = to_device(dataset.stack(places), trainer.device)
+    # CPU kernels differ with and without gradients, and so would the last bits.
+    with torch.set_grad_enabled(training), trainer.precision.autocast():
+        logps, _ = answer_logps(trainer.model, batch)  # [P, 2]
+    computed = logps.detach().cpu().numpy()
+    for reference in references:
+        new, computed = computed[: len(reference)], computed[len(reference) :]
+        reference[:] = np.where(np.isnan(reference), new, reference)
+
+
+def _average_over_ranks(group: ProcessGroup, arrays: _Arrays) -> None:
+    """Average each value over the ranks that computed it, in place."""
+    for array in arrays.values() if group.size > 1 else ():
+        tensor = torch.from_numpy(array)
+        values, counts = tensor.nan_to_num(), (~tensor.isnan()).float()
+        group.all_reduce_([values, counts])
+        tensor.copy_(values / counts)
+
+
+def _read_cache(trainer: Trainer, path: Path, key: str, arrays: _Arrays) -> bool:
+    """Fill the arrays from the file; return False if there is no valid file."""
+    try:
+        cached = _load(path, key)
+    except (OSError, ValueError, SafetensorError) as error:
+        if path.exists():
+            trainer.reporter.say(f"{path} cannot be used and is computed again: {error}")
+        return False
+    for name, array in arrays.items():
+        array[:] = cached[name]
+    return True
 
 
 def _load(path: Path, key: str) -> _Arrays:
-    """Raises ValueError for a file that is damaged or of another run."""
+    """Read and verify the file. Raises ValueError if it is damaged or belongs to another run."""
     with safe_open(path, "numpy") as file:
         metadata = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("sha256") != _sha256(metadata.get("key", ""), arrays):
         raise ValueError("it is damaged")
     if metadata["key"] != key:
-        raise ValueError("it is of other data, settings or weights")
+        raise ValueError("it belongs to other data, settings or weights")
     return arrays
 
 
 def _save(path: Path, key: str, arrays: _Arrays) -> None:
-    beside = path.with_name(f".{path.name}.making")
+    """Write the file atomically. Raises ResourceError if that fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(arrays, beside, metadata={"key": key, "sha256": _sha256(key, arrays)})
-        with beside.open("rb+") as stream:
+        save_file(arrays, temporary, metadata={"key": key, "sha256": _sha256(key, arrays)})
+        with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        needed = sum(array.nbytes for array in arrays.values())
+        temporary.unlink(missing_ok=True)
+        num_bytes = sum(array.nbytes for array in arrays.values())
         raise ResourceError(
-            f"{path}: cannot be written ({error}); it needs {needed:,} bytes. Free some space and "
-            "give the same command again"
+            f"{path}: cannot be written ({error}); it needs {num_bytes:,} bytes. Free some space "
+            "and run the same command again"
         ) from error
 
 

@@ -1,22 +1,22 @@
-"""What long work tells whoever is watching; the command line draws it, tests ignore it."""
+"""Progress reports of long tasks. The command line draws them; the base class ignores them."""
 
 
 class Reporter:
-    """Shows nothing. Subclasses draw progress and print lines."""
+    """Ignores everything. Subclasses draw progress bars and print lines."""
 
     def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
-        """A piece of work of `total` units begins, `done` of them already behind it."""
+        """Begin a task of `total` units, of which `done` are finished already."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units are behind it; `note` is a short figure to show beside."""
+        """Update the task; `note` is a short text to show next to the progress bar."""
 
     def stop(self) -> None:
-        """The piece of work is over."""
+        """End the task."""
 
     def say(self, text: str) -> None:
-        """One line (or a few) worth reading."""
+        """Print one or a few lines."""
 
 
-def pluralize(number: int, what: str) -> str:
-    """`1 window`, `2,000 windows`."""
-    return f"{number:,} {what}" + "s" * (number != 1)
+def pluralize(number: int, noun: str) -> str:
+    """Format a count: `1 sequence`, `2,000 sequences`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)

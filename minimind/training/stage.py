@@ -28,7 +28,12 @@ from minimind.training.build import (
 )
 from minimind.training.checkpoint import newest_state
 from minimind.training.datasets import Stores, build_datasets, data_sha256, open_stores
-from minimind.training.distributed import SINGLE_PROCESS, ProcessGroup, join, local_device
+from minimind.training.distributed import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    init_distributed,
+    local_device,
+)
 from minimind.training.extend import extend_run
 from minimind.training.lock import run_lock
 from minimind.training.memory import choose_micro_batch
@@ -50,7 +55,8 @@ from minimind.training.run import (
     write_recipe,
 )
 from minimind.training.summary import summarize, unigram_baseline
-from minimind.training.trainer import EvalSet, Trainer, train
+from minimind.training.trainer import Trainer
+from minimind.training.validation import EvalSet
 
 # (model, tokenizer) -> [{"prompt", "text"}, …]: training does not import the inference room, so
 # the caller provides the function that generates text at each validation.
@@ -98,7 +104,7 @@ def run_stage(
     data, the tokenizer and the model raises.
     """
     run = run_directory(recipe)
-    with join(recipe.device) as group, contextlib.ExitStack() as stack:
+    with init_distributed(recipe.device) as group, contextlib.ExitStack() as stack:
         changes: dict[str, str] = {}
         summary = None
         if group.is_main:
@@ -122,13 +128,14 @@ def run_stage(
             )
         trainer = stage.trainer
         _check_same_on_all_ranks(trainer)
-        trainer.micro_batch = group.broadcast_object(trainer.micro_batch)
+        sizes = trainer.batch_sizes
+        sizes.train = group.broadcast_object(sizes.train)
         if group.is_main:
             _record_start(stage, changes)
         if recipe.objective == "dpo":
             compute_reference_logprobs(trainer)
 
-        result = train(trainer)
+        result = trainer.train()
         summary = summarize(trainer, result)
         if not result.finished:
             return StageResult(run, None, summary)
@@ -197,16 +204,16 @@ def prepare_stage(
         recipe=recipe,
         run=run,
         num_steps=num_steps,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch,
         device=device,
         precision=precision,
         reporter=reporter,
-        write_samples=lambda: generate_samples(model, tokenizer),
+        generate_samples=lambda: generate_samples(model, tokenizer),
         data_sha256=data_sha256(stores),
         base_sha256=base,
         retention=retention,
         validate_first=bool(recipe.model.init),
-        workers=group,
+        group=group,
     )
     reporter.say(_describe(trainer))
     return PreparedStage(trainer, tokenizer, stores)
@@ -238,7 +245,7 @@ def _describe(trainer: Trainer) -> str:
         f"{number:,} parameters"
         + (f" ({active:,} active per token)" if active < number else "")
         + f", {trained:,} of them trained," * bool(recipe.lora)
-        + f" in {trainer.workers.size} processes" * (trainer.workers.size > 1)
+        + f" in {trainer.group.size} processes" * (trainer.group.size > 1)
         + f" on {trainer.device} in {trainer.precision.name}; "
         f"{pluralize(trainer.data.order.epoch_size, 'sequence')} of {recipe.data.seq_len} tokens "
         f"per epoch; {pluralize(trainer.num_steps, 'step')} of "
@@ -264,7 +271,7 @@ def _check_launch(recipe: Recipe, run: Path, group: ProcessGroup) -> None:
 
 def _check_same_on_all_ranks(trainer: Trainer) -> None:
     """Raise ConfigError if this process has other settings, data or base weights than rank 0."""
-    recipe, group = trainer.recipe.model_copy(update={"out": None}), trainer.workers
+    recipe, group = trainer.recipe.model_copy(update={"out": None}), trainer.group
     identity = [dump_recipe(recipe), trainer.data_sha256, trainer.base_sha256]
     if group.broadcast_object(identity) != identity:
         raise ConfigError(

@@ -11,7 +11,8 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.build import count_parameters
 from minimind.training.datasets import Stores
 from minimind.training.memory import peak_bytes
-from minimind.training.trainer import Trainer, TrainingResult
+from minimind.training.state import TrainingResult
+from minimind.training.trainer import Trainer
 
 
 def summarize(trainer: Trainer, result: TrainingResult) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def summarize(trainer: Trainer, result: TrainingResult) -> dict[str, Any]:
         summary["active_parameters"] = active
     if trainer.recipe.lora:
         summary["base"] = trainer.recipe.model.init
-    first = {f"first_{name}": value for name, value in result.first.items()}
+    first = {f"first_{name}": value for name, value in result.initial_validation.items()}
     best = result.best and {
         "best_step": result.best["step"],
         f"best_{result.best['metric']}": result.best["value"],

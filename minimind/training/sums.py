@@ -1,4 +1,4 @@
-"""Sums of losses and metrics over micro-batches, steps and processes."""
+"""Totals of losses and metrics over micro-batches, steps and processes."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,64 +7,80 @@ import torch
 from torch import Tensor
 
 from minimind.training.distributed import ProcessGroup
-from minimind.training.objectives import Objective
+from minimind.training.objectives import LossOutput, Objective
 
 
 @dataclass
 class LossSums:
-    """Losses, their number, and what else an objective adds up; kept on the device until read.
+    """The fields of `LossOutput`, detached and added up; on the device until they are read.
 
-    tokens: how many were read, without padding.
+    num_tokens: input tokens without padding.
     """
 
-    loss: Tensor | float = 0.0
+    loss_sum: Tensor | float = 0.0
     count: Tensor | int = 0
-    more: dict[str, Tensor] = field(default_factory=dict)
-    tokens: Tensor | int = 0
-
-    def add(self, other: "LossSums") -> None:
-        self.loss = self.loss + other.loss
-        self.count = self.count + other.count
-        self.tokens = self.tokens + other.tokens
-        self.more = {key: self.more.get(key, 0) + value for key, value in other.more.items()}
-
-    def over(self, workers: ProcessGroup, device: torch.device) -> None:
-        """Add up those of all processes. Double precision holds every number exactly."""
-        if workers.size == 1:
-            return
-        own = (self.loss, self.count, self.tokens, *self.more.values())
-        parts = [torch.as_tensor(part) for part in own]
-        sizes = [part.numel() for part in parts]
-        flat = torch.cat([part.to(device, torch.float64).flatten() for part in parts])
-        workers.all_reduce_([flat])
-        totals = [
-            total.view(part.shape).to(part.dtype)
-            for part, total in zip(parts, flat.split(sizes), strict=True)
-        ]
-        self.loss, self.count, self.tokens = totals[:3]
-        self.more = dict(zip(self.more, totals[3:], strict=True))
-
-    def complete(self, workers: ProcessGroup, device: torch.device) -> None:
-        """Add zeros for what the first process has and this one, without a sample, has not."""
-        shapes = workers.broadcast_object(
-            {name: list(value.shape) for name, value in self.more.items()}
-        )
-        for name, shape in shapes.items():
-            self.more.setdefault(name, torch.zeros(shape, device=device))
-
-    def state(self) -> dict[str, Any]:
-        """As JSON; single precision survives the way through Python's doubles exactly."""
-        more = {key: value.tolist() for key, value in self.more.items()}
-        numbers = {"loss": float(self.loss), "count": int(self.count), "tokens": int(self.tokens)}
-        return numbers | {"more": more}
+    metric_sums: dict[str, Tensor] = field(default_factory=dict)
+    num_tokens: Tensor | int = 0
 
     @classmethod
-    def load(cls, state: dict[str, Any], device: torch.device) -> "LossSums":
-        more = {key: torch.tensor(value, device=device) for key, value in state["more"].items()}
-        loss = torch.tensor(state["loss"], device=device)
-        count = torch.tensor(state["count"], device=device)
-        return cls(loss, count, more, state["tokens"])
+    def of(cls, output: LossOutput, num_tokens: int = 0) -> "LossSums":
+        """Return the sums of one micro-batch."""
+        return cls(output.loss_sum.detach(), output.count, output.metric_sums, num_tokens)
+
+    def add(self, other: "LossSums") -> None:
+        """Add the sums of more micro-batches or steps."""
+        self.loss_sum = self.loss_sum + other.loss_sum
+        self.count = self.count + other.count
+        self.num_tokens = self.num_tokens + other.num_tokens
+        self.metric_sums = {
+            key: self.metric_sums.get(key, 0) + value for key, value in other.metric_sums.items()
+        }
+
+    def all_reduce_(self, group: ProcessGroup, device: torch.device) -> None:
+        """Sum over all processes, in place. float64 represents every float32 and count exactly."""
+        if group.size == 1:
+            return
+        values = (self.loss_sum, self.count, self.num_tokens, *self.metric_sums.values())
+        tensors = [torch.as_tensor(value) for value in values]
+        flat = torch.cat([tensor.to(device, torch.float64).flatten() for tensor in tensors])
+        group.all_reduce_([flat])
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        totals = [
+            part.view(tensor.shape).to(tensor.dtype)
+            for tensor, part in zip(tensors, parts, strict=True)
+        ]
+        self.loss_sum, self.count, self.num_tokens = totals[:3]
+        self.metric_sums = dict(zip(self.metric_sums, totals[3:], strict=True))
+
+    def add_missing_metrics(self, group: ProcessGroup, device: torch.device) -> None:
+        """Add zeros for the metrics of rank 0 that this process lacks because it had no samples."""
+        shapes = group.broadcast_object(
+            {name: list(value.shape) for name, value in self.metric_sums.items()}
+        )
+        for name, shape in shapes.items():
+            self.metric_sums.setdefault(name, torch.zeros(shape, device=device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums as JSON values; float32 survives the conversion to float exactly."""
+        return {
+            "loss_sum": float(self.loss_sum),
+            "count": int(self.count),
+            "metric_sums": {key: value.tolist() for key, value in self.metric_sums.items()},
+            "num_tokens": int(self.num_tokens),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "LossSums":
+        """Rebuild the sums on `device`."""
+        return cls(
+            torch.tensor(state["loss_sum"], device=device),
+            torch.tensor(state["count"], device=device),
+            {key: torch.tensor(x, device=device) for key, x in state["metric_sums"].items()},
+            state["num_tokens"],
+        )
 
     def metrics(self, objective: Objective) -> dict[str, float]:
-        mean = float(self.loss) / max(int(self.count), 1)
-        return objective.metrics(mean, {key: value.tolist() for key, value in self.more.items()})
+        """Compute the objective's metrics from the totals."""
+        mean = float(self.loss_sum) / max(int(self.count), 1)
+        sums = {key: value.tolist() for key, value in self.metric_sums.items()}
+        return objective.metrics(mean, sums)

@@ -223,7 +223,7 @@ def test_invalid_commands_are_reported(model_dir: Path, tmp_path: Path) -> None:
         (f"/save {tmp_path / 'talk.jsonl'}", "the conversation is empty"),
         (f"你好\n/save {tmp_path}.d/talk.jsonl", "talk.jsonl: cannot be written: "),
         (f"你好\n/save {tmp_path / 'file' / 'talk.jsonl'}", "cannot be written: "),
-        ("你好\n/save ~nobody-of-that-name/talk.jsonl", "no home directory is known for it"),
+        ("你好\n/save ~nobody-of-that-name/talk.jsonl", "the home directory for ~ is unknown"),
     ]:
         done = typed(model_dir, "--max-new-tokens", 2, lines=lines)
         assert done.exit_code == 1, lines
@@ -311,7 +311,7 @@ def test_errors_are_one_line(model_dir: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([tmp_path / "nowhere"], "there is no such directory"),
         ([tmp_path], "is not a model directory"),
-        ([wrong], "272 tokens but its model 273, so they do not belong together"),
+        ([wrong], "272 tokens, but its model has 273, so they do not match"),
         ([model_dir, "--device", "cuda:99"], "device cuda:99 is not available"),
         ([model_dir, "--temperature", "nan"], "temperature is nan; it must be"),
     ]:

@@ -16,7 +16,7 @@ def run(*arguments: object) -> Result:
 
 
 def save(at: Path, step: int, validated: int, best: int, value: float) -> Path:
-    state: dict[str, Any] = {"validated": validated, "validation": {"bits_per_byte": value}}
+    state: dict[str, Any] = {"validated_step": validated, "validation": {"bits_per_byte": value}}
     state["best"] = {"step": best, "metric": "bits_per_byte", "value": 1.25}
     numbers = {"weight": torch.arange(5000) + step}
     return save_checkpoint(at, step, model=numbers, optimizer=numbers, state=state, keep=9)
@@ -78,7 +78,7 @@ def test_list_finds_missing_and_truncated_files(here: Path, verb: str) -> None:
     (home / "step-00000020" / "manifest.json").write_text("[]")
     with (home / "step-00000025" / "optimizer.safetensors").open("ab") as stream:
         stream.write(b"more")
-    (home / "step-00000030" / "state.json").write_text('{"validated": 31}')
+    (home / "step-00000030" / "state.json").write_text('{"validated_step": 31}')
     (home / "step-00000040").write_text("a file")
     shutil.copytree(home / "step-00000030", home / ".tmp-00000050")
     done, found = metrics(verb, here)

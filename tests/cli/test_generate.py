@@ -154,7 +154,7 @@ def test_errors_print_one_line(model_dir: Path, tokenizer_dir: Path, tmp_path: P
         ([tmp_path, "a"], "", "is not a model directory: it has no config.json"),
         ([tmp_path / "file", "a"], "", "is not a model directory"),
         ([tokenizer_dir, "a"], "", "is not a model directory"),
-        ([wrong, "a"], "", "272 tokens but its model 273, so they do not belong together"),
+        ([wrong, "a"], "", "272 tokens, but its model has 273, so they do not match"),
     ]:
         done = run(*arguments, stdin=stdin)
         assert (done.exit_code, done.stdout) == (1, ""), arguments

@@ -110,14 +110,14 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(
             "the others were stopped. Run the same command again to resume from the last "
             "checkpoint\n"
         )
-        assert ("going on from step" in said) == (victim == 0)
+        assert ("resuming from step" in said) == (victim == 0)
         assert not any(worker.is_running() for worker in both.values())
     process = start(*training, "--out", str(run))  # and so does one process alone
     wait_for_steps(run, 5, process)
     process.send_signal(signal.SIGTERM)
     said, complaint = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, complaint
-    assert "going on from step" in said
+    assert "resuming from step" in said
 
 
 def test_orphaned_stopped_and_killed(training: list[str], start: Start, tmp_path: Path) -> None:

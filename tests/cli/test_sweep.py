@@ -98,7 +98,7 @@ def test_a_sweep_that_is_stopped_goes_on(place: Path) -> None:
     steps = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     assert [line["step"] for line in steps if line["kind"] == "train"] == [*range(1, 61)]
     log = (place / "out" / "sweep" / "logs" / "lr-0.001.log").read_text("utf-8")
-    assert "going on from step" in log
+    assert "resuming from step" in log
 
 
 def test_all_variants_wrong_is_a_mistake_of_the_command(place: Path) -> None:

@@ -33,7 +33,7 @@ def test_settings_of_experts_are_validated() -> None:
     for wrong, message in [
         (dict(preset="moe", num_experts_per_tok=5), "must not exceed num_local_experts"),
         (dict(preset="moe", qk_norm=True), "qk_norm cannot be combined with num_local_experts"),
-        (dict(preset="moe", num_local_experts=0), "a dense model has no settings of experts"),
+        (dict(preset="moe", num_local_experts=0), "a dense model has no expert settings"),
         (dict(preset="small", shared_intermediate_size=64), "num_local_experts is 0"),
     ]:
         with pytest.raises(ValueError, match=message):

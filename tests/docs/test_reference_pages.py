@@ -18,8 +18,8 @@ _ROW = re.compile(r"^\| `([^`]+)` \|(?!.*---)", re.M)
 # Keys that a short CPU run of dense models does not write.
 _CONDITIONAL = {
     *("samples", "loss_scale", "from_steps", "to_steps", "active_parameters"),
-    *("expert_load/E", "expert_load/most", "expert_load/least", "router_entropy"),
-    "dropped_tokens",
+    *("balance_loss", "expert_load/E", "expert_load/max", "expert_load/min"),
+    *("router_entropy", "dropped_tokens"),
 }
 
 

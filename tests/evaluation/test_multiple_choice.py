@@ -97,7 +97,7 @@ def test_a_model_that_always_fails_stops_the_task(tmp_path: Path, tokenizer: Tok
     save_model(tmp_path / "bad", model, tokenizer)
     run = make_task(f"choice:{path}").run(LocalModel(tmp_path / "bad", "cpu"), ())
     results = []
-    with pytest.raises(ModelError, match="not numbers"):
+    with pytest.raises(ModelError, match="not finite"):
         for result in run:
             results.append(result)
     assert len(results) == 9

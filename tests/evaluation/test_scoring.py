@@ -165,7 +165,7 @@ def test_non_finite_scores_are_an_error_of_their_item_only(tokenizer: Tokenizer)
     assert found[::3] == wanted
     for error in (*found[1::3], *found[2::3]):
         assert isinstance(error, ModelError)
-        assert "not numbers" in str(error)
+        assert "not finite" in str(error)
 
 
 def test_a_token_outside_the_vocabulary_is_an_error_of_its_item_only(

@@ -50,7 +50,7 @@ from tests.support.rounding import largest_difference, logits_rounding
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "needs a low_freq_factor"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}},
-            "beta_fast does not belong to the rope_type 'linear'",
+            "beta_fast is not a setting of rope_type 'linear'",
         ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1e-320}},
@@ -58,14 +58,14 @@ from tests.support.rounding import largest_difference, logits_rounding
         ),
         (
             {"rope_theta": 1.0000001, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "must be 1.1 or more to be scaled",
+            "must be at least 1.1 with rope_scaling",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
         ({"rope_parameters": [1]}, "rope_parameters is not an object"),
         ({"rope_scaling": "x"}, "rope_scaling is not an object"),
         (
             {"rope_theta": 1.0, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "must be 1.1 or more to be scaled",
+            "must be at least 1.1 with rope_scaling",
         ),
         ({"attention_bias": True}, "attention_bias = true is not supported"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported'),

@@ -217,8 +217,8 @@ def test_an_invalid_value_is_skipped(tmp_path: Path) -> None:
 
 
 def test_sections_on_experts(tmp_path: Path) -> None:
-    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "most", "least")}
-    metrics = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance": 1.0}
+    loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "max", "min")}
+    metrics = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance_loss": 1.0}
     lines = [train(step, **metrics) for step in range(1, 20)]
     html = render(write_run(tmp_path / "moe", lines))
     own = ["Expert load", "Dropped tokens", "Router entropy"]

@@ -1,11 +1,11 @@
-"""What `small_runs.Lives` starts: processes that train or save, and are killed on the way.
+"""Child processes of `small_runs.Lives`, which train or save and may be killed meanwhile.
 
     python -m tests.support.driver OUTPUT
 
-reads {"work", "arguments"} per line and answers {"pid"}, then {"status"}.
+reads one {"work", "arguments"} per line and answers with {"pid"}, then {"status"}.
 
-One process imports torch and forks for each piece of work: that takes milliseconds, and what is
-killed is never the process that runs the tests.
+The driver imports torch once and forks per child, which takes milliseconds. The process that runs
+the tests is never killed.
 """
 
 import errno
@@ -20,12 +20,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-import torch._dynamo  # which optimizers import when they are made: seconds, once here
+import torch._dynamo  # optimizers import it, which takes seconds; here once for all children
 
 from minimind.cli import console, main
 from minimind.config import load_recipe
@@ -33,20 +34,20 @@ from minimind.data.packing import IGNORED, Batch, MixedDataset
 from minimind.errors import ResourceError
 from minimind.training import checkpoint, distributed
 from minimind.training import deepspeed_backend as zero
-from minimind.training.distributed import join
+from minimind.training.distributed import init_distributed
 from minimind.training.lock import run_lock
+from minimind.training.objectives import LossOutput
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
-from minimind.training.trainer import train as train_loop
 from tests.support.small_runs import REFUSED, nano_trainer, tensors
 
 
 def train(
     settings: dict[str, Any], pause_at: int | None = None, limits: dict[str, int] | None = None
 ) -> None:
-    """Run a stage; at a step, say so and stand still soon after: there the killer comes.
+    """Run a stage; print "reached" from step `pause_at` on, and pause soon after to be killed.
 
-    `limits`: from a step on, the system refuses to write beyond this byte of any file.
+    limits: from a step on, the system refuses to write beyond this byte of any file.
     """
 
     class Watched(Reporter):
@@ -55,7 +56,7 @@ def train(
                 return
             if limit := (limits or {}).get(str(done)):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            # "At least": the one before may have saved a later step before it was killed.
+            # Not "==": an earlier child may have saved a later step before it was killed.
             if pause_at and done >= pause_at:
                 print("reached", flush=True)
             if pause_at and done >= pause_at + 6:
@@ -65,7 +66,7 @@ def train(
 
 
 def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -> None:
-    """Run a stage; once a save of `step` or later has begun to write, leave `room` bytes free."""
+    """Run a stage; when a save of `step` or later begins, fill the disk up to `room` bytes."""
     run = Path(settings["out"])
     real = os.mkdir
 
@@ -86,7 +87,7 @@ def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -
 
 
 def minimind(arguments: list[str], signals: dict[str, list[int]], pause_s: float = 0.0) -> None:
-    """The command line, which at each of the given steps gets signals, and may pause at each."""
+    """Run the command line; send it the given signals at the given steps, and slow down each."""
 
     class Signalling(console.RichReporter):
         def progress(self, done: int, total: int, note: str = "") -> None:
@@ -96,12 +97,12 @@ def minimind(arguments: list[str], signals: dict[str, list[int]], pause_s: float
 
     console.RichReporter = Signalling  # type: ignore[misc]
     sys.argv = ["minimind", *arguments]
-    sys.stdin = open(os.devnull)  # the driver's own has been read from  # noqa: SIM115
+    sys.stdin = open(os.devnull)  # not the driver's  # noqa: SIM115
     main.main()
 
 
 def hold(run: str) -> None:
-    """Hold the lock of a run until killed."""
+    """Hold the lock of a run directory until killed."""
     with run_lock(Path(run)):
         print("held", flush=True)
         signal.pause()
@@ -116,7 +117,7 @@ def save(
     point: int | None = None,
     how: str = "kill",
 ) -> None:
-    """Save a checkpoint; at the `point`-th thing done to the disk, die or find the disk full."""
+    """Save a checkpoint; die, or find the disk full, at the `point`-th file operation."""
     if how == "limit":  # the system refuses to write beyond this byte of any file
         resource.setrlimit(resource.RLIMIT_FSIZE, (point or 0, resource.RLIM_INFINITY))
     elif point is not None:
@@ -129,12 +130,12 @@ def save(
         sys.exit(REFUSED)
 
 
-def share(processes: int, alone: bool = False, **arguments: Any) -> None:
-    """Do `share_one` in several processes; when one fails the others are killed.
+def train_distributed(processes: int, unwatched: bool = False, **arguments: Any) -> None:
+    """Call `train_rank` in several processes; when one fails, kill the others.
 
-    alone: they are not, as on another machine.
+    unwatched: do not kill them, as on another machine.
     """
-    distributed._KILLED_WITHIN_S = 0.1
+    distributed._LAUNCHER_GRACE_S = 0.1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -145,38 +146,39 @@ def share(processes: int, alone: bool = False, **arguments: Any) -> None:
         if 0 in children:
             os.environ |= {key: str(value) for key, value in shared.items()}
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-            _work(sys.argv[1], share_one, arguments)
+            _work(sys.argv[1], train_rank, arguments)
     while children:
         pid, status = os.wait()
         rank = children.pop(pid)
         if status:
             print(f"rank {rank} failed", flush=True)
             for child in children:
-                if not alone:
+                if not unwatched:
                     os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
             sys.exit(os.waitstatus_to_exitcode(status))
 
 
-def share_one(
+def train_rank(
     run: str,
     objective: str,
     settings: dict[str, Any],
     stop: list[int] | None = None,
     kill: list[int] | None = None,
-    spoil: tuple[int, list[int]] | None = None,
-    short: tuple[int, list[int]] | None = None,
-    idle: Sequence[int] = (),
+    corrupt: tuple[int, list[int]] | None = None,
+    out_of_memory: tuple[int, list[int]] | None = None,
+    unlabeled: Sequence[int] = (),
 ) -> None:
-    """A run of `small_runs.nano_trainer` that several processes share.
+    """Train `small_runs.nano_trainer` as one rank of several.
 
-    Each leaves what it has seen, the steps and its weights in `samples-RANK` and so on; in
-    `held-out-RANK` the windows of its validations.
-    stop: a rank, and the call of its objective at which it gets SIGTERM; kill: the same with
-    SIGKILL; spoil: one whose losses are no numbers, and at which calls; short: one whose memory
-    runs out, and at which calls; idle: places in each batch where nothing is learned.
+    Writes the samples that it read to `samples-RANK`, those of validations to `held-out-RANK`, and
+    `steps-RANK` and `weights-RANK` at the end.
+
+    stop, kill: (rank, call of its objective) at which it receives SIGTERM or SIGKILL.
+    corrupt, out_of_memory: (rank, calls) with a NaN loss, or with an out-of-memory error.
+    unlabeled: positions in each global batch whose sequences have no labels.
     """
-    seen: list[tuple[int, int]] = []
+    samples: list[tuple[int, int]] = []
     held_out: list[tuple[int, int]] = []
 
     class HeldOut(MixedDataset):
@@ -186,45 +188,46 @@ def share_one(
 
     class Recorded(MixedDataset):
         def batch(self, start: int, count: int) -> Batch:
-            seen.append((start, count))
+            samples.append((start, count))
             batch = super().batch(start, count)
             for row, sample in enumerate(batch.samples):
-                if sample % job.recipe.training.global_batch_size in idle:
+                if sample % trainer.recipe.training.global_batch_size in unlabeled:
                     batch.labels[row] = IGNORED
             return batch
 
-    class Shown(Reporter):
+    class Printing(Reporter):
         def say(self, text: str) -> None:
-            print(f"{workers.rank}: {text}", flush=True)
+            print(f"{group.rank}: {text}", flush=True)
 
-    zero._KEPT_WHOLE = 0  # in a model of this size it would be everything
-    with join("cpu") as workers:
-        reporter = Shown() if workers.is_main else Reporter()
-        job = nano_trainer(Path(run), objective, workers=workers, reporter=reporter, **settings)
-        job.data = Recorded(job.data.sources, [1.0], job.recipe.seed)
-        if job.held_out:
-            job.held_out = HeldOut(job.held_out.sources, [1.0], job.recipe.seed)
-        real, call = job.objective.loss, 0
+    zero._PERSISTENCE_THRESHOLD = 0  # it would replicate all parameters of so small a model
+    with init_distributed("cpu") as group:
+        reporter = Printing() if group.is_main else Reporter()
+        trainer = nano_trainer(Path(run), objective, group=group, reporter=reporter, **settings)
+        trainer.data = Recorded(trainer.data.sources, [1.0], trainer.recipe.seed)
+        if trainer.held_out:
+            trainer.held_out = HeldOut(trainer.held_out.sources, [1.0], trainer.recipe.seed)
+        real, call = trainer.objective.loss, 0
 
-        def loss(*arguments: Any) -> Any:
+        def loss(*arguments: Any) -> LossOutput:
             nonlocal call
             call += 1
-            if [workers.rank, call] == stop:
+            if [group.rank, call] == stop:
                 signal.raise_signal(signal.SIGTERM)
-            if [workers.rank, call] == kill:
+            if [group.rank, call] == kill:
                 _die()
-            if short and workers.rank == short[0] and call in short[1]:
+            if out_of_memory and group.rank == out_of_memory[0] and call in out_of_memory[1]:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            total, *others = real(*arguments)
-            bad = spoil and workers.rank == spoil[0] and call in spoil[1]
-            return total * math.nan if bad else total, *others
+            output = real(*arguments)
+            if corrupt and group.rank == corrupt[0] and call in corrupt[1]:
+                return replace(output, loss_sum=output.loss_sum * math.nan)
+            return output
 
-        job.objective.loss = loss  # type: ignore[method-assign]
-        outcome = train_loop(job)
-        torch.save(job.model.state_dict(), Path(run) / f"weights-{workers.rank}")
-        (Path(run) / f"samples-{workers.rank}").write_text(json.dumps(seen))
-        (Path(run) / f"held-out-{workers.rank}").write_text(json.dumps(held_out))
-        (Path(run) / f"steps-{workers.rank}").write_text(str(outcome.steps))
+        trainer.objective.loss = loss  # type: ignore[method-assign]
+        result = trainer.train()
+        torch.save(trainer.model.state_dict(), Path(run) / f"weights-{group.rank}")
+        (Path(run) / f"samples-{group.rank}").write_text(json.dumps(samples))
+        (Path(run) / f"held-out-{group.rank}").write_text(json.dumps(held_out))
+        (Path(run) / f"steps-{group.rank}").write_text(str(result.steps))
 
 
 def _die() -> None:
@@ -236,9 +239,9 @@ def _disk_full() -> None:
 
 
 def _count_points(point: int, act: Callable[[], None]) -> None:
-    """Let `act` happen before or after a write, flush, rename or removal: the `point`-th, from 0.
+    """Call `act` at the `point`-th point, counted from 0, before or after a file operation.
 
-    "After" a write is in its middle: half of the file is there.
+    The operations are write, flush, rename and removal. "After" a write, half of the file exists.
     """
     passed = 0
 

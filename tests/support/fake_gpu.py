@@ -1,19 +1,21 @@
-"""A fake GPU: training steps and decoding with fake tensors on a device that does not exist.
+"""A simulated GPU: training steps and decoding with fake tensors on a device that does not exist.
 
     python -m tests.support.fake_gpu training|inference|faults
 
-prints {"work": how often it waits for the GPU}.
+prints {"work": number of device synchronizations}.
 
-Torch's FakeTensorMode runs every operation on shapes and devices alone. One that mixes the GPU with
-the CPU raises, and so does one whose shape depends on numbers; each number that is asked for
-(`.item()`, `float()`, `if tensor`) is counted, for there a real GPU would be waited for.
+Torch's FakeTensorMode runs every operation on shapes and devices alone. An operation that mixes GPU
+and CPU tensors raises an error, and so does one whose output shape depends on values. Each value
+that is read (`.item()`, `float()`, `if tensor`) is counted, since it would synchronize a real GPU.
 
-Evidence, not proof: no kernel runs, and there is no autocast, no CUDA graph, no NCCL. Where the
-code asks for "cuda" by name it takes the road of other devices, but for what `_as_on_cuda` mends.
+This is evidence, not proof: no kernel runs, and there is no autocast, no CUDA graph and no NCCL.
+Code that tests for "cuda" by name takes the branch of other devices, except for what `_as_on_cuda`
+patches.
 
-In a build of torch without CUDA, tensors that pretend to be "cuda" or "mps" can go forward only:
-with autograd the process aborts, for want of a device guard. So the GPU here is the device that
-torch keeps for backends of others. That is made for a whole process: therefore this is a script.
+In a build of torch without CUDA, fake tensors on "cuda" or "mps" can only go forward: autograd
+aborts the process, because there is no device guard. The device is therefore the one that torch
+reserves for external backends (PrivateUse1). It is registered per process, which is why this is a
+script.
 """
 
 import json
@@ -35,73 +37,72 @@ GPU = "fakegpu"
 
 
 class FakeGPU(FakeTensorMode):
-    """Count how often the value of a tensor is read, and return 1."""
+    """Counts the values that are read from the device, and returns 1 for each."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.waits = 0
+        self.syncs = 0
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.waits += args[0].device.type == GPU
+            self.syncs += args[0].device.type == GPU
             return 1.0 if args[0].is_floating_point() else 1
         return super().dispatch(func, types, args, kwargs)
 
 
 def _as_on_cuda() -> None:
-    """Allow what third-party backends do not support and CUDA does."""
+    """Patch what torch supports on CUDA and not on external backends."""
     from minimind.model import experts
 
-    made, adamw = torch.tensor, torch.optim.AdamW
+    real_tensor, adamw = torch.tensor, torch.optim.AdamW
 
-    def tensor(data: Any, device: Any = None, **more: Any) -> torch.Tensor:
-        found = made(data, **more)
+    def tensor(data: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        result = real_tensor(data, **options)
         if device is None:
-            return found
-        found.constant = None  # torch would read the values from the GPU  # type: ignore
-        return found.to(device)
+            return result
+        result.constant = None  # torch would read the values on the GPU  # type: ignore
+        return result.to(device)
 
     torch.tensor = tensor  # type: ignore[assignment]
-    torch.optim.AdamW = lambda *given, **more: adamw(  # type: ignore[assignment,misc]
-        *given, **more | {"fused": True}
+    torch.optim.AdamW = lambda *arguments, **options: adamw(  # type: ignore[assignment,misc]
+        *arguments, **options | {"fused": True}
     )
-    product = F.grouped_mm
+    real_grouped_mm = F.grouped_mm
 
     def grouped_mm(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-        return product(a.bfloat16(), b.bfloat16(), offs=offs).to(
-            a.dtype
-        )  # fake tensors support no other
+        # Fake tensors only support bf16 here.
+        return real_grouped_mm(a.bfloat16(), b.bfloat16(), offs=offs).to(a.dtype)
 
     F.grouped_mm = grouped_mm
-    experts._has_grouped_products = lambda device, weight: device.type == GPU
+    experts._supports_grouped_mm = lambda device, weight: device.type == GPU
 
 
-def _moved(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Move a model; `model.to` cannot replace its parameters by fake tensors."""
+def _move(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Do what `model.to` does, which cannot replace tensors by fake ones."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            moved = torch.nn.Parameter(parameter.detach().to(GPU, dtype), parameter.requires_grad)
-            setattr(module, name, moved)
+            on_gpu = torch.nn.Parameter(parameter.detach().to(GPU, dtype), parameter.requires_grad)
+            setattr(module, name, on_gpu)
     return model
 
 
 def _to_gpu(batch: Any, device: torch.device) -> Any:
-    """Move a batch like `to_device`; values are read while tensors still have them."""
+    """Do what `to_device` does; reading values needs the real tensors."""
     from minimind.training.batch import TensorPairs, to_device
 
     with unset_fake_temporarily():
         real = to_device(batch, torch.device("cpu"))
-    parts = {name: part for name, part in vars(real).items() if isinstance(part, torch.Tensor)}
-    moved = {name: torch.empty_like(part, device=device) for name, part in parts.items()}
+    tensors = {name: x for name, x in vars(real).items() if isinstance(x, torch.Tensor)}
+    on_gpu = {name: torch.empty_like(x, device=device) for name, x in tensors.items()}
     if real.pairs:
-        moved["pairs"] = TensorPairs(
-            *(torch.empty_like(part, device=device) for part in vars(real.pairs).values())
+        on_gpu["pairs"] = TensorPairs(
+            *(torch.empty_like(x, device=device) for x in vars(real.pairs).values())
         )
-    return replace(real, **moved)
+    return replace(real, **on_gpu)
 
 
 def training() -> dict[str, Callable[[], int]]:
-    """Run a step of each objective and a validation; count the synchronisations of the step."""
+    """Run a step of each objective and a validation; count the synchronizations of the step."""
     from tests.support.small_runs import lora_settings
 
     return {
@@ -118,7 +119,9 @@ def training() -> dict[str, Callable[[], int]]:
 
 def _step(objective: str, **settings: Any) -> int:
     from minimind.model import Transformer, apply_lora
-    from minimind.training import trainer as loop
+    from minimind.training import trainer as trainer_module
+    from minimind.training import validation
+    from minimind.training.backend import create_backend
     from minimind.training.batch import Prefetcher
     from minimind.training.metrics import MetricsLog
     from minimind.training.objectives.next_token import NextToken
@@ -126,34 +129,44 @@ def _step(objective: str, **settings: Any) -> int:
     from tests.support.small_runs import nano_trainer
 
     with tempfile.TemporaryDirectory() as run:
-        job = nano_trainer(Path(run), objective, held_out=True, **settings)
-    gpu, loop.to_device = torch.device(GPU), _to_gpu
+        trainer = nano_trainer(Path(run), objective, held_out=True, **settings)
+    gpu = torch.device(GPU)
+    trainer_module.to_device = validation.to_device = _to_gpu
     with FakeGPU() as mode:
-        model = Transformer(job.model.config)
-        model.activation_checkpointing = job.model.activation_checkpointing
-        if job.recipe.lora:
-            apply_lora(model, job.recipe.lora)
-        job.model, job.device, job.precision = _moved(model), gpu, Precision("fp32", GPU)
-        if isinstance(job.objective, NextToken):
-            balance = job.recipe.training.router_aux_loss_coef
-            job.objective = NextToken([1] * model.config.vocab_size, gpu, router_balance=balance)
-        engine, at = loop._engine(job, job.model), loop._Progress()
-        engine.set_lr(0.5)
-        with closing(Prefetcher(job.data)) as batches:
-            sums = loop._accumulate(job, engine, batches, at, lambda: False)
-        assert sums is not None and mode.waits == 0, "nothing waits in the micro-batches"
+        model = Transformer(trainer.model.config)
+        model.activation_checkpointing = trainer.model.activation_checkpointing
+        if trainer.recipe.lora:
+            apply_lora(model, trainer.recipe.lora)
+        trainer.model = trainer._compiled = _move(model)
+        trainer.device = trainer.batch_sizes.device = gpu
+        trainer.precision = Precision("fp32", GPU)
+        if isinstance(trainer.objective, NextToken):
+            trainer.objective = NextToken(
+                [1] * model.config.vocab_size,
+                gpu,
+                router_balance=trainer.recipe.training.router_aux_loss_coef,
+            )
+        trainer.metrics_log = MetricsLog(Path(os.devnull))
+        backend = trainer.backend = create_backend(
+            model, model, trainer.recipe, trainer.objective, trainer.precision, trainer.group
+        )
+        backend.set_lr(0.5)
+        with closing(Prefetcher(trainer.data)) as trainer._prefetcher:
+            sums = trainer.accumulate_gradients()
+        assert sums is not None and mode.syncs == 0, "micro-batches do not synchronize"
         trained = [p for p in model.parameters() if p.requires_grad]
         assert all(p.grad is not None and p.grad.device.type == GPU for p in trained)
-        loop._step(job, engine, MetricsLog(Path(os.devnull)), at, sums)
-        waits = mode.waits
-        assert all(t.device.type == GPU for t in engine.state_tensors().values())
-        validation = loop.validate(job, job.model)
-        assert validation and at.interval.metrics(job.objective).keys() <= validation.keys()
-    return waits
+        trainer.optimizer_step(sums)
+        syncs = mode.syncs
+        assert all(t.device.type == GPU for t in backend.state_tensors().values())
+        metrics = trainer.compute_validation_metrics()
+        training_metrics = trainer.state.interval.metrics(trainer.objective)
+        assert metrics and training_metrics.keys() <= metrics.keys()
+    return syncs
 
 
 def inference() -> dict[str, Callable[[], int]]:
-    """Prefill and decode several sequences with every architecture."""
+    """Prefill and decode several sequences, for every shape of model."""
     from tests.support.tiny import SHAPES
 
     def work(shape: str) -> Callable[[], int]:
@@ -169,7 +182,7 @@ def _decode(**shape: Any) -> int:
 
     with FakeGPU() as mode:
         config = ModelConfig(**PRESETS["nano"] | {"vocab_size": VOCAB} | shape)
-        model = BatchedModel(_moved(Transformer(config), torch.bfloat16), 3, 256)
+        model = BatchedModel(_move(Transformer(config), torch.bfloat16), 3, 256)
         first = model.forward(
             [], [*chunks_of(0, random_tokens(90)), *chunks_of(2, random_tokens(64))]
         )
@@ -177,11 +190,11 @@ def _decode(**shape: Any) -> int:
         one = model.forward([Part(2, 65, [9])], [])
         assert {x.device.type for x in (first, both, one)} == {GPU}
         assert both.shape == (3, VOCAB) and one.shape == (1, VOCAB)
-        return mode.waits
+        return mode.syncs
 
 
 def faults() -> dict[str, Callable[[], int]]:
-    """Trigger each kind of fault: all raise except the last, which synchronises twice."""
+    """Run each kind of fault: all raise an error except the last, which synchronizes twice."""
 
     class OnTheCPU(torch.autograd.Function):
         @staticmethod
@@ -192,39 +205,39 @@ def faults() -> dict[str, Callable[[], int]]:
         def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
             return grads[0] * torch.full(grads[0].shape, 2.0)
 
-    def of(work: Callable[[torch.Tensor], Any]) -> Callable[[], int]:
+    def on_gpu(work: Callable[[torch.Tensor], Any]) -> Callable[[], int]:
         def run() -> int:
             with FakeGPU() as mode:
                 work(torch.empty(3, 4, device=GPU, requires_grad=True))
-                return mode.waits
+                return mode.syncs
 
         return run
 
     return {
-        "left on the CPU": of(lambda x: x * torch.ones(3, 4)),
-        "left there on the way back": of(lambda x: OnTheCPU.apply(x).sum().backward()),
-        "a shape by numbers": of(lambda x: x[x > 0]),
-        "numbers asked for": of(lambda x: float(x.detach().sum()) if x.sum() > 0 else 0.0),
+        "CPU tensor in forward": on_gpu(lambda x: x * torch.ones(3, 4)),
+        "CPU tensor in backward": on_gpu(lambda x: OnTheCPU.apply(x).sum().backward()),
+        "shape that depends on values": on_gpu(lambda x: x[x > 0]),
+        "values read": on_gpu(lambda x: float(x.detach().sum()) if x.sum() > 0 else 0.0),
     }
 
 
 def main() -> None:
-    """Run the requested scenario; report a fault by its name."""
+    """Run the work that the command line names; a fault is reported as its error's name."""
     _setup_privateuseone_for_python_backend(GPU)
-    # `torch.autocast(…, enabled=False)` calls this.
+    # `torch.autocast(…, enabled=False)` calls it.
     getattr(torch, GPU).get_amp_supported_dtype = lambda: [torch.bfloat16]
     _as_on_cuda()
-    found: dict[str, int | str] = {}
+    results: dict[str, int | str] = {}
     for name, work in {"training": training, "inference": inference, "faults": faults}[
         sys.argv[1]
     ]().items():
         try:
-            found[name] = work()
+            results[name] = work()
         except Exception as error:
             if sys.argv[1] != "faults":
                 raise
-            found[name] = type(error).__name__
-    print(json.dumps(found))
+            results[name] = type(error).__name__
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

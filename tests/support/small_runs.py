@@ -1,4 +1,4 @@
-"""Runs of the smallest model for the tests of this folder: in memory, from files, and killed."""
+"""Training runs of the nano model for tests: in memory, from files, distributed, killed."""
 
 import contextlib
 import json
@@ -35,10 +35,10 @@ from minimind.training.reporter import Reporter
 from minimind.training.trainer import Trainer
 
 VOCAB = 97
-EVENTS = ("spoil", "stop", "kill", "alone", "idle", "short")  # what `share` has done to a run
-REFUSED = 3  # exit status of a save that was refused
-# What the clock and the machine put in metrics.jsonl.
-_CLOCK = ("elapsed_s", "tokens_per_second", "data_share", "peak_memory_bytes")
+EVENTS = ("corrupt", "stop", "kill", "unwatched", "unlabeled", "out_of_memory")  # of driver.py
+REFUSED = 3  # exit status of a save that failed with ResourceError
+# Keys of metrics.jsonl that depend on the clock and the machine.
+_CLOCK = ("elapsed_s", "tokens_per_second", "data_wait_fraction", "peak_memory_bytes")
 _NANO = {
     "device": "cpu",
     "seed": 7,
@@ -55,42 +55,42 @@ _NANO = {
 
 
 def nano_settings(objective: str, out: Path, **settings: Any) -> dict[str, Any]:
-    """Settings by dotted key; `settings` are more of them, with `__` for the dots."""
-    given = {key.replace("__", "."): value for key, value in settings.items()}
+    """Return settings by dotted key; `settings` overrides them, with `__` instead of dots."""
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
     nano = dict(_NANO)
-    if "model.init" in given:  # which has a shape of its own
+    if "model.init" in overrides:  # its configuration decides the shape
         del nano["model.preset"]
-    return nano | {"objective": objective, "out": str(out)} | given
+    return nano | {"objective": objective, "out": str(out)} | overrides
 
 
 def nano_recipe(objective: str, out: Path, **settings: Any) -> Recipe:
-    """The same as a recipe."""
+    """Return a recipe of `nano_settings`."""
     return load_recipe(None, flags=nano_settings(objective, out, **settings)).recipe
 
 
 def text_shard(length: int = 3000) -> Shard:
-    """Running text of a made-up language that can be learned: each word hints at the next."""
+    """Running text of a synthetic language in which each token helps to predict the next."""
     tokens = [1]
-    for place in range(length - 1):
-        tokens.append(1 + (7 * tokens[-1] + (place * place) % 5) % (VOCAB - 1))
+    for position in range(length - 1):
+        tokens.append(1 + (7 * tokens[-1] + (position * position) % 5) % (VOCAB - 1))
     return Shard(np.array(tokens, np.uint16), None, np.array([length]))
 
 
 def chat_shard(conversations: int = 60) -> Shard:
-    """Conversations of 6 to 45 tokens, of which the latter half is the answer."""
+    """Conversations of 6 to 45 tokens, whose second half is the answer."""
     lengths = [6 + (number * 17) % 40 for number in range(conversations)]
-    mask = [place >= length // 2 for length in lengths for place in range(length)]
+    mask = [position >= length // 2 for length in lengths for position in range(length)]
     tokens = text_shard(sum(lengths)).tokens
     return Shard(tokens, np.array(mask, np.uint8), np.cumsum(lengths))
 
 
 def pair_shard(pairs: int = 60) -> Shard:
-    """Pairs of 5 to 15 tokens a side, alike up to the answers, the last 2 to 6 tokens of each."""
+    """Preference pairs of 5 to 15 tokens per side; the last 2 to 6 tokens are the answer."""
     tokens: list[int] = []
     mask: list[int] = []
     ends: list[int] = []
     for pair in range(pairs):
-        prompt = [1 + (5 * pair + place) % (VOCAB - 1) for place in range(3 + pair % 7)]
+        prompt = [1 + (5 * pair + i) % (VOCAB - 1) for i in range(3 + pair % 7)]
         for side in (0, 1):
             answer = [
                 1 + (11 * pair + 31 * side + 3 * i) % (VOCAB - 1) for i in range(2 + side * 4)
@@ -108,10 +108,13 @@ def nano_trainer(
     parts: list[Sequences] | None = None,
     held_out: bool = False,
     reporter: Reporter | None = None,
-    workers: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
     **settings: Any,
 ) -> Trainer:
-    """A run of 20 steps that needs no tokenizer, no files and no token store."""
+    """Return a trainer of 20 steps, without tokenizer, files and token store.
+
+    held_out: validate on the training data.
+    """
     recipe = nano_recipe(objective, run, **{"training__steps": 20} | settings)
     run.mkdir(parents=True, exist_ok=True)
     if parts is None:
@@ -132,7 +135,7 @@ def nano_trainer(
     assert recipe.training.steps and recipe.training.micro_batch_size
     balance = recipe.training.router_aux_loss_coef
     token_bytes = [0, *(1 + token % 3 for token in range(1, VOCAB))]
-    job = Trainer(
+    trainer = Trainer(
         model=model,
         objective=Preference(recipe.dpo, router_balance=balance)
         if objective == "dpo"
@@ -142,19 +145,19 @@ def nano_trainer(
         recipe=recipe,
         run=run,
         num_steps=recipe.training.steps,
-        micro_batch=recipe.training.micro_batch_size,
+        micro_batch_size=recipe.training.micro_batch_size,
         device=device,
         precision=choose_precision(recipe.training.precision, device),
         reporter=reporter or Reporter(),
-        workers=workers,
+        group=group,
     )
     if objective == "dpo":
-        compute_reference_logprobs(job)
-    return job
+        compute_reference_logprobs(trainer)
+    return trainer
 
 
 def tensors(step: int, numbers: int) -> dict[str, Any]:
-    """What a run might save after `step` steps, as arguments of save_checkpoint."""
+    """Return arguments of save_checkpoint, as a run might pass them after `step` steps."""
     generator = torch.Generator().manual_seed(step)
     first, second = (torch.randn(numbers, generator=generator) for _ in range(2))
     state = {"metrics_offset": step, "words": "长江" * 50}
@@ -162,16 +165,16 @@ def tensors(step: int, numbers: int) -> dict[str, Any]:
 
 
 def lora_settings(**settings: Any) -> dict[str, Any]:
-    """Adapters that need the generator's state: with dropout."""
+    """Return settings of LoRA with dropout, so that a run depends on the random generator."""
     return {"lora__rank": 4, "lora__dropout": 0.2, "optim__name": "adamw"} | settings
 
 
-class Told(Reporter):
-    """Keeps what it is told."""
+class RecordingReporter(Reporter):
+    """Records the lines that are reported."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.open = False  # whether a piece of work has begun and not ended
+        self.open = False  # a task has started and not stopped
 
     def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
         self.open = True
@@ -183,8 +186,8 @@ class Told(Reporter):
         self.lines.append(text)
 
 
-class Stopping(Told):
-    """Asks for a stop after a step, as Ctrl-C does."""
+class StoppingReporter(RecordingReporter):
+    """Sends a signal to this process after a step, as Ctrl-C does."""
 
     def __init__(self, step: int | None, number: signal.Signals = signal.SIGINT) -> None:
         super().__init__()
@@ -196,7 +199,7 @@ class Stopping(Told):
 
 
 def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl (of one kind) without what the clock put there."""
+    """Return the lines of metrics.jsonl, of one kind, without values that depend on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [
         {key: value for key, value in line.items() if key not in _CLOCK}
@@ -206,49 +209,49 @@ def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of each line."""
+    """Return the training loss of each line."""
     return [line["loss"] for line in metrics(run, "train")]
 
 
 def steps_done(run: Path) -> int:
-    """Steps that metrics.jsonl tells of by now."""
+    """Return the number of training lines in metrics.jsonl."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Look again and again; pytest's time limit ends it if it never comes."""
+    """Poll until the condition holds; pytest's timeout ends the wait."""
     while not condition():
         time.sleep(0.005)
 
 
 class Child:
-    """A process that does some work of driver.py."""
+    """A process that runs a function of driver.py."""
 
     def __init__(self, pid: int, lives: "Lives") -> None:
         self.pid, self._lives = pid, lives
 
-    def wait_for(self, words: str) -> None:
-        """Wait until it has printed `words`."""
+    def wait_for(self, text: str) -> None:
+        """Wait until it has printed `text`."""
         output, answers = self._lives.output, self._lives.answers
 
-        def is_over() -> bool:
+        def has_ended() -> bool:
             return bool(select([answers], [], [], 0)[0])
 
-        wait_until(lambda: words in output.read_text() or is_over())
-        assert words in output.read_text(), output.read_text()
+        wait_until(lambda: text in output.read_text() or has_ended())
+        assert text in output.read_text(), output.read_text()
 
     def wait(self) -> int:
-        """Its exit status, or minus the signal that ended it."""
+        """Wait for its end; return the exit status, or minus the signal that killed it."""
         self._lives.running = None
         return int(self._lives.answer()["status"])
 
 
 class Lives:
-    """Starts processes that may be killed, one at a time."""
+    """Starts child processes that may be killed, one at a time, by forking driver.py."""
 
     def __init__(self, output: Path) -> None:
-        self.output = output  # what the latest one has printed
+        self.output = output  # standard output and error of the newest child
         self.running: Child | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.driver", output],
@@ -261,7 +264,7 @@ class Lives:
         self._commands, self.answers = self._process.stdin, self._process.stdout
 
     def start(self, work: str, **arguments: Any) -> Child:
-        """Begin `work`."""
+        """Start a child that calls the function `work` of driver.py."""
         self.stop()
         self.output.write_text("")
         line = json.dumps({"work": work, "arguments": arguments}, default=str)
@@ -271,45 +274,50 @@ class Lives:
         return self.running
 
     def run(self, work: str, **arguments: Any) -> int:
-        """Do `work` and wait: its exit status, or minus the signal that ended it."""
+        """Start a child and wait; return its exit status, or minus the signal that killed it."""
         return self.start(work, **arguments).wait()
 
     def answer(self) -> dict[str, Any]:
-        """What driver.py says next."""
+        """Read the next message of driver.py."""
         return dict(json.loads(self.answers.readline()))
 
     def stop(self) -> None:
-        """End what a test that failed has left running."""
+        """Kill a child that a failed test left running."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.running.pid, signal.SIGKILL)
             self.running.wait()
 
     def close(self) -> None:
-        """End driver.py."""
+        """Stop driver.py."""
         self.stop()
         self._process.communicate("")
 
 
-def share(lives: Lives, run: Path, processes: int, objective: str = "pretrain", **more: Any) -> str:
-    """Run some steps in several processes; what they have printed."""
-    events = {name: more.pop(name) for name in EVENTS if name in more}
-    settings: dict[str, Any] = {"training__micro_batch_size": 1, "training__steps": 8} | more
+def run_distributed(
+    lives: Lives, run: Path, processes: int, objective: str = "pretrain", **settings: Any
+) -> str:
+    """Train `nano_trainer` in several processes; return their output.
+
+    `settings` may contain EVENTS, which driver.py describes.
+    """
+    events = {name: settings.pop(name) for name in EVENTS if name in settings}
+    defaults: dict[str, Any] = {"training__micro_batch_size": 1, "training__steps": 8}
     status = lives.run(
-        "share",
+        "train_distributed",
         processes=processes,
         run=run,
         objective=objective,
-        settings=settings,
+        settings=defaults | settings,
         **events,
     )
-    said = lives.output.read_text()
-    assert (status == 0) != ("kill" in events), said
-    return said
+    output = lives.output.read_text()
+    assert (status == 0) != ("kill" in events), output
+    return output
 
 
-def samples(run: Path, processes: int, batch: int = 4) -> list[int]:
-    """What all have seen in steps that they finished, step by step, rank by rank."""
+def samples_seen(run: Path, processes: int, batch: int = 4) -> list[int]:
+    """Return the samples of all completed steps, step by step and rank by rank."""
     steps, seen = int((run / "steps-0").read_text()), []
     for rank in range(processes):
         reads = json.loads((run / f"samples-{rank}").read_text())
@@ -322,19 +330,16 @@ def samples(run: Path, processes: int, batch: int = 4) -> list[int]:
     return [sample for _, _, sample in sorted(seen)]
 
 
-def files_of(run: Path, step: int) -> dict[str, bytes]:
-    """The tensors of a checkpoint as they are on disk."""
-    place = run / "checkpoints" / f"step-{step:08}"
-    return {name: (place / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
+def checkpoint_files(run: Path, step: int) -> dict[str, bytes]:
+    """Return the tensor files of a checkpoint as bytes."""
+    folder = run / "checkpoints" / f"step-{step:08}"
+    return {name: (folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")}
 
 
-def weights(run: Path, rank: int) -> dict[str, torch.Tensor]:
-    return dict(torch.load(run / f"weights-{rank}", weights_only=True))
-
-
-def assert_in_step(run: Path, processes: int) -> None:
-    """All processes have the same weights, to the bit."""
-    first = weights(run, 0)
-    for rank in range(1, processes):
-        other = weights(run, rank)
+def assert_replicas_equal(run: Path, processes: int) -> None:
+    """Assert that all processes ended with the same weights, bit by bit."""
+    first, *others = (
+        torch.load(run / f"weights-{rank}", weights_only=True) for rank in range(processes)
+    )
+    for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)

@@ -15,16 +15,23 @@ from minimind.config import dump_recipe, load_recipe
 from minimind.config.settings import Recipe
 from minimind.errors import MinimindError
 from minimind.training.stage import StageResult, run_stage
-from tests.support.small_runs import Lives, Told, lora_settings, metrics, nano_settings, steps_done
+from tests.support.small_runs import (
+    Lives,
+    RecordingReporter,
+    lora_settings,
+    metrics,
+    nano_settings,
+    steps_done,
+)
 
 Make = Any  # (objective, out, **settings) -> Recipe
 STEPS = 60
 INTERRUPTED = 130
 
 
-def do(recipe: Recipe, told: Told | None = None, **options: Any) -> StageResult:
+def do(recipe: Recipe, told: RecordingReporter | None = None, **options: Any) -> StageResult:
     """Run a stage in this process."""
-    return run_stage(recipe, reporter=told or Told(), **options)
+    return run_stage(recipe, reporter=told or RecordingReporter(), **options)
 
 
 def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:

@@ -135,7 +135,7 @@ def test_documents_cannot_contain_control_tokens(tokenizer: Tokenizer) -> None:
         (["你好"], "message 1 is not an object"),
         ([{"content": "你好"}], "message 1 has the unknown role None"),
         ([{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}], "message 2 .*'bot'"),
-        ([{"role": "<|im_end|>", "content": "a"}], "known are system, user, assistant, tool"),
+        ([{"role": "<|im_end|>", "content": "a"}], "supported are system, user, assistant, tool"),
         ([{"role": "user"}], r"message 1 \(user\): content is not text"),
         ([{"role": "user", "content": ["a"]}], r"message 1 \(user\): content is not text"),
     ],

@@ -218,7 +218,7 @@ def test_a_base_model_with_our_control_tokens_gets_our_format(foreign_dir: Direc
         == "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n"
     )
     none = Tokenizer.load(foreign_dir("base"))
-    with pytest.raises(TokenizerError, match="has no chat template, nor"):
+    with pytest.raises(TokenizerError, match="has no chat template and no tokens"):
         encode_chat(none, turns("问"))
 
 
@@ -226,7 +226,7 @@ def test_errors_of_a_template_are_reported(foreign_dir: Directory) -> None:
     tokenizer = Tokenizer.load(foreign_dir("llama2"))
     assert unsupported_reason(tokenizer, turns("a", "b")) is None
     assert "roles must alternate" in (unsupported_reason(tokenizer, [SYSTEM, *turns("a")]) or "")
-    with pytest.raises(TokenizerError, match=r"refuses messages of user, user: .*must alternate"):
+    with pytest.raises(TokenizerError, match=r"rejects the roles user, user: .*must alternate"):
         encode_chat(tokenizer, [*turns("a"), *turns("b")])
 
 
@@ -278,7 +278,7 @@ def test_answers_that_do_not_follow_the_generation_prompt_are_not_supervised(
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     tokenizer = with_template(foreign_dir("qwen3"), tmp_path / "a", template)
-    assert "opens no answer" in (unsupported_reason(tokenizer, turns("a", "b")) or "")
+    assert "none of its answers" in (unsupported_reason(tokenizer, turns("a", "b")) or "")
     assert unsupported_reason(tokenizer, turns("a")) is None
     _, mask = encode_chat(tokenizer, turns("a", "b"))
     assert not any(mask)
@@ -381,7 +381,7 @@ def test_a_tokenizer_in_which_text_can_spell_a_control_token_is_refused(
                 token["id"] = vocabulary["</s>"]
 
     broken = changed(foreign_dir("base"), tmp_path / "a", "tokenizer.json", merge)
-    with pytest.raises(TokenizerError, match="text can spell the control token '</s>'"):
+    with pytest.raises(TokenizerError, match="text can be encoded as the control token '</s>'"):
         Tokenizer.load(broken)
 
 
@@ -402,7 +402,7 @@ def test_a_model_may_have_more_tokens_than_the_tokenizer_but_not_fewer(
     tokenizer = Tokenizer.load(foreign_dir("qwen3"))
     tokenizer.check_model(tmp_path, tokenizer.vocab_size)
     tokenizer.check_model(tmp_path, tokenizer.vocab_size + 64)
-    with pytest.raises(TokenizerError, match="so they do not belong together"):
+    with pytest.raises(TokenizerError, match="so they do not match"):
         tokenizer.check_model(tmp_path, tokenizer.vocab_size - 1)
 
 

@@ -16,7 +16,7 @@ from minimind.planning.plan import make_plan
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training.extract import extract_checkpoint
 from minimind.training.stage import prepare_stage
-from tests.support.small_runs import Told, lora_settings
+from tests.support.small_runs import RecordingReporter, lora_settings
 from tests.support.stages import Make, do, refused
 
 
@@ -32,7 +32,7 @@ def plan(recipe: Recipe) -> object:
 
 
 def train(recipe: Recipe) -> object:
-    return prepare_stage(recipe, reporter=Told())
+    return prepare_stage(recipe, reporter=RecordingReporter())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -22,7 +22,7 @@ from minimind.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from minimind.training.trainer import _random_states, _set_random_states, train
+from minimind.training.rng import rng_states, set_rng_states
 from tests.support.checkpoints import assert_intact, latest, names, save
 from tests.support.small_runs import nano_trainer, tensors
 
@@ -294,9 +294,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_deleted(run: Path) -> None:
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused(
     tmp_path: Path, other: dict[str, Any], message: str
 ) -> None:
-    train(nano_trainer(tmp_path, training__steps=2))
+    nano_trainer(tmp_path, training__steps=2).train()
     with pytest.raises(CheckpointError) as caught:
-        train(nano_trainer(tmp_path, training__steps=2, **other))
+        nano_trainer(tmp_path, training__steps=2, **other).train()
     assert str(caught.value).startswith(f"{tmp_path / 'checkpoints' / 'step-00000002'}: {message}")
     assert "choose another --out, or start over with --fresh" in str(caught.value)
 
@@ -319,14 +319,14 @@ def test_the_rng_of_an_apple_gpu_is_saved_and_restored(
 ) -> None:
     fake, mps = FakeGenerator(), torch.device("mps")
     monkeypatch.setattr(torch, "mps", fake)
-    states = _random_states(mps)
+    states = rng_states(mps)
     assert set(states) == {"rng/cpu", "rng/mps"}
     before = fake.get_rng_state()
     fake.state += 1
-    _set_random_states(states, mps)
+    set_rng_states(states, mps)
     assert torch.equal(fake.state, before)
     fake.state += 1
-    _set_random_states({"rng/mps": before}, torch.device("cpu"))
+    set_rng_states({"rng/mps": before}, torch.device("cpu"))
     assert not torch.equal(fake.state, before), "ignored on another device"
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from minimind.errors import ConfigError, DataError
 from minimind.training.stage import prepare_stage
-from tests.support.small_runs import Told
+from tests.support.small_runs import RecordingReporter
 from tests.support.stages import Make, refused
 
 
@@ -10,13 +10,13 @@ def test_separate_validation_data_replaces_the_validation_fraction(
     recipe: Make, corpus: Path
 ) -> None:
     own = recipe(data__validation=[str(corpus / "text.jsonl")], data__validation_fraction=0.5)
-    trainer = prepare_stage(own, reporter=Told()).trainer
+    trainer = prepare_stage(own, reporter=RecordingReporter()).trainer
     assert trainer.held_out is not None
     assert trainer.held_out.order.epoch_size == trainer.data.order.epoch_size
 
 
 def test_too_little_held_out_text_is_reported(recipe: Make) -> None:
-    told = Told()
+    told = RecordingReporter()
     trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=told).trainer
     assert trainer.held_out is None
     assert any("too little text is held out" in line for line in told.lines)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO against the engine of our own: the same losses, bad steps, checkpoints."""
+"""DeepSpeed's ZeRO against `TorchBackend`: the same losses, skipped steps and checkpoints."""
 
 import warnings
 from importlib.util import find_spec
@@ -14,19 +14,19 @@ from minimind.training.build import check_recipe
 from minimind.training.deepspeed_backend import _without_future_warnings
 from tests.support.small_runs import (
     Lives,
-    assert_in_step,
-    files_of,
+    assert_replicas_equal,
+    checkpoint_files,
     lora_settings,
     losses,
     metrics,
-    samples,
-    share,
+    run_distributed,
+    samples_seen,
 )
 
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason=install_line("deepspeed")
 )
-# The first use of DeepSpeed compiles for a minute.
+# The first use of DeepSpeed compiles C++ for a minute.
 slow = [pytest.mark.slow, pytest.mark.timeout(1200), needs_deepspeed]
 ADAMW = {"optim__name": "adamw"}
 
@@ -35,7 +35,7 @@ def zero(stage: int) -> dict[str, Any]:
     return ADAMW | {"training__backend": "deepspeed", "training__zero_stage": stage}
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, installed: bool = True, **settings: Any) -> str:
+def config_error(monkeypatch: pytest.MonkeyPatch, installed: bool = True, **settings: Any) -> str:
     monkeypatch.setattr(
         "minimind.training.build.find_spec", lambda name: object() if installed else None
     )
@@ -45,7 +45,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, installed: bool = True, **settings:
     return str(caught.value)
 
 
-def test_warnings_are_silenced_for_its_calls_alone() -> None:
+def test_warnings_are_silenced_only_inside_the_context() -> None:
     before = list(warnings.filters)
     with _without_future_warnings():
         warnings.warn_explicit("old", FutureWarning, "x.py", 1, module="torch.distributed.c10d")
@@ -54,62 +54,70 @@ def test_warnings_are_silenced_for_its_calls_alone() -> None:
     assert warnings.filters == before
 
 
-def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert install_line("deepspeed") in refusal(monkeypatch, installed=False)
-    assert 'optim.name = "adamw"' in refusal(monkeypatch, **{"optim.name": "muon"})
-    assert "training.compile" in refusal(monkeypatch, **{"training.compile": True})
+def test_unsupported_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert install_line("deepspeed") in config_error(monkeypatch, installed=False)
+    assert 'optim.name = "adamw"' in config_error(monkeypatch, **{"optim.name": "muon"})
+    assert "training.compile" in config_error(monkeypatch, **{"training.compile": True})
 
 
 class TestZero:
     pytestmark = slow
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    @pytest.mark.parametrize("kind", ["pretrain", "moe", "lora", "dpo", "bf16", "clipped", "again"])
-    def test_the_losses_are_those_of_our_own_engine(
+    @pytest.mark.parametrize(
+        "kind", ["pretrain", "moe", "lora", "dpo", "bf16", "clipped", "recompute"]
+    )
+    def test_losses_are_those_of_the_torch_backend(
         self, lives: Lives, tmp_path: Path, kind: str, stage: int
     ) -> None:
-        """Two processes, two micro-batches a step each; validations too."""
+        """Two processes with two micro-batches per step, and validation."""
         objective = {"lora": "sft", "dpo": "dpo"}.get(kind, "pretrain")
-        more: dict[str, Any] = {"held_out": True, "validation__every": 4}
-        more |= {"moe": {"model__preset": "nano-moe"}, "lora": lora_settings()}.get(kind, {})
-        more |= {"training__precision": "bf16"} if kind == "bf16" else {}
-        more |= {"training__activation_checkpointing": kind == "again"}
-        more |= {"optim__grad_clip": 0.05} if kind == "clipped" else {}
-        share(lives, tmp_path / "own", 2, objective, **ADAMW | more)
-        share(lives, tmp_path / "zero", 2, objective, **zero(stage) | more)
-        assert samples(tmp_path / "zero", 2) == list(range(32))
+        extra: dict[str, Any] = {"held_out": True, "validation__every": 4}
+        extra |= {"moe": {"model__preset": "nano-moe"}, "lora": lora_settings()}.get(kind, {})
+        extra |= {"training__precision": "bf16"} if kind == "bf16" else {}
+        extra |= {"training__activation_checkpointing": kind == "recompute"}
+        extra |= {"optim__grad_clip": 0.05} if kind == "clipped" else {}
+        run_distributed(lives, tmp_path / "torch", 2, objective, **ADAMW | extra)
+        run_distributed(lives, tmp_path / "zero", 2, objective, **zero(stage) | extra)
+        assert samples_seen(tmp_path / "zero", 2) == list(range(32))
         for lines in ("train", "validation"):
-            own, theirs = (metrics(tmp_path / name, lines) for name in ("own", "zero"))
+            own, theirs = (metrics(tmp_path / name, lines) for name in ("torch", "zero"))
             assert [line.keys() for line in theirs] == [line.keys() for line in own]
             for name in ("loss", "grad_norm") if lines == "train" else ("loss",):
-                told = [line[name] for line in theirs]
+                values = [line[name] for line in theirs]
                 close = 1e-3 if kind == "bf16" else 1e-5
-                assert told == pytest.approx([line[name] for line in own], rel=close)
+                assert values == pytest.approx([line[name] for line in own], rel=close)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    def test_it_stops_and_goes_on(self, lives: Lives, tmp_path: Path, stage: int) -> None:
-        """To the same bits with as many processes, and to the same losses with another number."""
+    def test_stop_and_resume(self, lives: Lives, tmp_path: Path, stage: int) -> None:
+        """The same bits with the same number of processes, the same losses with another number."""
         settings = zero(stage) | {"training__global_batch_size": 6, "training__steps": 12}
-        whole, run, other = tmp_path / "whole", tmp_path / "run", tmp_path / "other"
-        share(lives, whole, 2, **settings)
-        share(lives, run, 2, stop=(1, 14), **settings)
-        said = share(lives, run, 2, **settings)
-        assert "going on from step 4" in said
-        assert files_of(run, 12) == files_of(whole, 12)
-        assert metrics(run) == metrics(whole)
+        uninterrupted, run, other = tmp_path / "uninterrupted", tmp_path / "run", tmp_path / "other"
+        run_distributed(lives, uninterrupted, 2, **settings)
+        run_distributed(lives, run, 2, stop=(1, 14), **settings)
+        output = run_distributed(lives, run, 2, **settings)
+        assert "resuming from step 4" in output
+        assert checkpoint_files(run, 12) == checkpoint_files(uninterrupted, 12)
+        assert metrics(run) == metrics(uninterrupted)
         seen = []
         for processes, stop in ((2, (1, 14)), (3, (2, 9)), (1, None)):
-            share(lives, other, processes, stop=stop, **settings)
-            seen += samples(other, processes, batch=6)
+            run_distributed(lives, other, processes, stop=stop, **settings)
+            seen += samples_seen(other, processes, batch=6)
         assert seen == list(range(72))
-        assert losses(other) == pytest.approx(losses(whole), rel=1e-5)
+        assert losses(other) == pytest.approx(losses(uninterrupted), rel=1e-5)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    def test_bad_numbers_change_nothing(self, lives: Lives, tmp_path: Path, stage: int) -> None:
+    def test_non_finite_step_changes_nothing(
+        self, lives: Lives, tmp_path: Path, stage: int
+    ) -> None:
         settings = zero(stage) | {"checkpoint__every": 1, "checkpoint__keep": 99}
-        said = share(lives, tmp_path, 2, spoil=(1, [9]), **settings)
-        assert "step 5 (samples 16-19): the gradient is not finite" in said
-        assert files_of(tmp_path, 5) == files_of(tmp_path, 4) != files_of(tmp_path, 6)
+        output = run_distributed(lives, tmp_path, 2, corrupt=(1, [9]), **settings)
+        assert "step 5 (samples 16-19): non-finite gradient" in output
+        assert (
+            checkpoint_files(tmp_path, 5)
+            == checkpoint_files(tmp_path, 4)
+            != checkpoint_files(tmp_path, 6)
+        )
         assert all(torch.tensor(losses(tmp_path)[5:]).isfinite())
         if stage < 3:
-            assert_in_step(tmp_path, 2)
+            assert_replicas_equal(tmp_path, 2)

@@ -1,4 +1,4 @@
-"""Rows 2, 6 and 7 of the reliability promises where several processes share a run."""
+"""Data-parallel training in several processes: rows 2, 6 and 7 of the reliability promises."""
 
 import json
 import random
@@ -14,72 +14,75 @@ from torch import Tensor
 
 from minimind.data.order import Order
 from minimind.errors import ConfigError, TrainingError
-from minimind.training.distributed import ProcessGroup, _buckets, join, local_device
+from minimind.training.distributed import ProcessGroup, _buckets, init_distributed, local_device
 from minimind.training.sums import LossSums
 from tests.support.small_runs import (
     Lives,
-    assert_in_step,
-    files_of,
+    assert_replicas_equal,
+    checkpoint_files,
     lora_settings,
     losses,
     metrics,
-    samples,
-    share,
+    run_distributed,
+    samples_seen,
 )
 
-CLOSE = 1e-4
+TOLERANCE = 1e-4  # relative; other splits of a batch round differently
 
 
 def label_counts(lines: list[dict[str, Any]]) -> list[int]:
-    return [line["num_label_tokens"] for line in lines]
+    return [line.get("num_label_tokens", line.get("num_pairs")) for line in lines]
 
 
-def test_ten_thousand_cursors_are_shared_out_to_any_number_of_processes() -> None:
-    """Row 2: the shares of 1, 2, 3 and 4 processes, one after the other, are the same samples."""
+def test_shards_of_any_number_of_processes_cover_the_same_samples() -> None:
+    """Row 2, for ten thousand data cursors: the shards in rank order are the global batch."""
     order = Order((700, 45), (1.0, 2.5), seed=3)
     batch = 12
     for cursor in range(0, 10_000 * batch, batch):
-        shares = [
+        shards = [
             [ProcessGroup(rank, size).shard(cursor, batch) for rank in range(size)]
             for size in (1, 2, 3, 4)
         ]
-        for parts in shares:
+        for parts in shards:
             assert [sample for own in parts for sample in own] == [*range(cursor, cursor + batch)]
-        if cursor % (101 * batch) == 0:  # and so are the windows
-            [whole] = [order.locate(own.start, len(own)) for own in shares[0]]
-            for parts in shares[1:]:
-                assert [p for own in parts for p in order.locate(own.start, len(own))] == whole
+        if cursor % (101 * batch) == 0:  # the sequences too
+            [expected] = [order.locate(own.start, len(own)) for own in shards[0]]
+            for parts in shards[1:]:
+                assert [p for own in parts for p in order.locate(own.start, len(own))] == expected
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+def test_batch_size_that_the_processes_do_not_divide_is_an_error() -> None:
     from minimind.config.settings import TrainingSettings
-    from minimind.training.stage import _share
+    from minimind.training.stage import _sequences_per_process
 
-    assert _share(TrainingSettings(global_batch_size=12), ProcessGroup(0, 3)) == 4
+    assert _sequences_per_process(TrainingSettings(global_batch_size=12), ProcessGroup(0, 3)) == 4
     with pytest.raises(
         ConfigError, match=r"training\.global_batch_size=10 is not divisible by 4 processes"
     ):
-        _share(TrainingSettings(global_batch_size=10), ProcessGroup(0, 4))
+        _sequences_per_process(TrainingSettings(global_batch_size=10), ProcessGroup(0, 4))
     with pytest.raises(
-        ConfigError, match=r"micro_batch_size=4: each of 4 processes takes 2 sequences"
+        ConfigError,
+        match=r"micro_batch_size=4 does not divide the 2 sequences that each of 4 processes takes",
     ):
-        _share(TrainingSettings(global_batch_size=8, micro_batch_size=4), ProcessGroup(0, 4))
+        _sequences_per_process(
+            TrainingSettings(global_batch_size=8, micro_batch_size=4), ProcessGroup(0, 4)
+        )
 
 
-def test_all_processes_of_a_machine_share_its_cpu() -> None:
+def test_all_processes_of_a_machine_use_its_cpu() -> None:
     assert local_device("cpu", ProcessGroup(1, 2, 1, 2)) == torch.device("cpu")
     assert local_device("cpu", ProcessGroup()) == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_each_process_needs_a_gpu_of_its_own() -> None:
+def test_each_process_needs_its_own_gpu() -> None:
     assert local_device("cuda", ProcessGroup(1, 2, 1, 2)) == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="device=cuda:1: 2 processes need a device each"):
+    with pytest.raises(ConfigError, match="device=cuda:1: 2 processes need one device each"):
         local_device("cuda:1", ProcessGroup(1, 2, 1, 2))
 
 
 def never(seconds: float) -> None:
-    pytest.fail("nobody is waited for")
+    pytest.fail("slept although no connection was lost")
 
 
 @pytest.mark.parametrize(
@@ -94,23 +97,26 @@ def never(seconds: float) -> None:
         "Tensors must be contiguous",
     ],
 )
-def test_an_error_of_a_collective_stays_what_it_is(
+def test_other_errors_of_a_collective_pass_through(
     message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minimind.training.distributed.time.sleep", never)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError, match=re.escape(message)), ProcessGroup(0, 2)._company():
+    with (
+        pytest.raises(RuntimeError, match=re.escape(message)),
+        ProcessGroup(0, 2).collective_errors(),
+    ):
         raise RuntimeError(message)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_error_of_gloo_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_gloo_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minimind.training.distributed.time.sleep", never)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        workers = ProcessGroup(0, 2, 0, 2, dist.group.WORLD)
+        group = ProcessGroup(0, 2, 0, 2, dist.group.WORLD)
         with pytest.raises(RuntimeError, match="Invalid scalar type"):
-            workers.all_reduce_([torch.ones(3).to(torch.float8_e4m3fn)])
+            group.all_reduce_([torch.ones(3).to(torch.float8_e4m3fn)])
     finally:
         dist.destroy_process_group()
 
@@ -132,15 +138,15 @@ def test_an_error_of_gloo_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         "NCCL communicator was aborted on rank 0.",
     ],
 )
-def test_a_lost_connection_is_a_process_that_has_ended(
+def test_lost_connection_becomes_training_error(
     message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minimind.training.distributed._KILLED_WITHIN_S", 0)
+    monkeypatch.setattr("minimind.training.distributed._LAUNCHER_GRACE_S", 0)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with (
             pytest.raises(TrainingError, match="another process of this") as caught,
-            ProcessGroup(0, 2)._company(),
+            ProcessGroup(0, 2).collective_errors(),
         ):
             raise RuntimeError(message)
     finally:
@@ -148,37 +154,42 @@ def test_a_lost_connection_is_a_process_that_has_ended(
     assert str(caught.value.__cause__) == message
 
 
-def test_a_rank_that_no_launcher_has_given_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_without_the_other_variables_of_a_launcher_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ConfigError, match="LOCAL_RANK is not: start several"), join("cpu"):
+    with (
+        pytest.raises(ConfigError, match=r"LOCAL_RANK is not\. Start several"),
+        init_distributed("cpu"),
+    ):
         pass
 
 
-def test_buckets_keep_order_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minimind.training.distributed._BUCKET", 10)
+def test_buckets_keep_the_order_and_limit_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minimind.training.distributed._BUCKET_NUMEL", 10)
     sizes = [3, 4, 5, 20, 1, 9, 0, 1]
     tensors = [torch.zeros(size) for size in sizes]
     buckets = [[tensor.numel() for tensor in bucket] for bucket in _buckets(tensors)]
     assert buckets == [[3, 4], [5], [20], [1, 9, 0], [1]]
 
 
-def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole numbers stay whole, whatever their type, and shapes stay what they are."""
+def test_all_reduced_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers stay exact beyond float32, and shapes and dtypes do not change."""
 
     def double(self: ProcessGroup, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             tensor.mul_(2)
 
     monkeypatch.setattr(ProcessGroup, "all_reduce_", double)
-    more = {"tokens": torch.tensor([[1 << 40, 1], [2, 3]]), "nats": torch.tensor(0.1)}
-    sums = LossSums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), more, 7)
-    sums.over(ProcessGroup(0, 2), torch.device("cpu"))
+    metric_sums = {"tokens": torch.tensor([[1 << 40, 1], [2, 3]]), "nats": torch.tensor(0.1)}
+    sums = LossSums(torch.tensor(1.5), torch.tensor((1 << 24) + 1), metric_sums, 7)
+    sums.all_reduce_(ProcessGroup(0, 2), torch.device("cpu"))
     assert int(sums.count) == 2 * ((1 << 24) + 1)
-    assert sums.more["tokens"].tolist() == [[1 << 41, 2], [4, 6]]
-    assert int(sums.tokens) == 2 * 7
-    assert float(sums.loss) == 3.0 and sums.more["nats"].dtype == torch.float32
+    assert sums.metric_sums["tokens"].tolist() == [[1 << 41, 2], [4, 6]]
+    assert int(sums.num_tokens) == 2 * 7
+    assert float(sums.loss_sum) == 3.0 and sums.metric_sums["nats"].dtype == torch.float32
 
 
 @pytest.mark.numeric
@@ -191,7 +202,7 @@ def test_sums_are_exact_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> 
         ("dpo", {}),
     ],
 )
-def test_two_processes_and_four_do_what_one_does(
+def test_several_processes_train_like_one(
     lives: Lives, tmp_path: Path, objective: str, settings: dict[str, Any]
 ) -> None:
     """Row 6: the same samples in the same order; losses and counts to rounding."""
@@ -200,171 +211,173 @@ def test_two_processes_and_four_do_what_one_does(
     validations = []
     for processes in (1, 2, 4):
         run = tmp_path / f"{processes}"
-        share(lives, run, processes, objective, **settings)
-        assert samples(run, processes) == list(range(32))
-        assert_in_step(run, processes)
+        run_distributed(lives, run, processes, objective, **settings)
+        assert samples_seen(run, processes) == list(range(32))
+        assert_replicas_equal(run, processes)
         curves.append(metrics(run, "train"))
         validations.append([line["loss"] for line in metrics(run, "validation")])
     for curve in curves[1:]:
         assert label_counts(curve) == label_counts(curves[0])
         assert curve[0].keys() == curves[0][0].keys()
         for name in ("loss", "grad_norm"):
-            told = [line[name] for line in curve]
-            assert told == pytest.approx([line[name] for line in curves[0]], rel=CLOSE)
+            values = [line[name] for line in curve]
+            assert values == pytest.approx([line[name] for line in curves[0]], rel=TOLERANCE)
     for validation in validations[1:]:
-        assert validation == pytest.approx(validations[0], rel=CLOSE) and len(validation) == 2
+        assert validation == pytest.approx(validations[0], rel=TOLERANCE) and len(validation) == 2
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "lora"])
-def test_as_many_processes_go_on_to_the_same_bits(
+def test_resume_with_the_same_number_of_processes_gives_the_same_bits(
     lives: Lives, tmp_path: Path, objective: str
 ) -> None:
-    """Row 1 for two processes; dropout draws other numbers in each, and the same ones again."""
+    """Row 1 for two processes. Each rank draws its own dropout masks, again after a resume."""
     kind, settings = ("sft", lora_settings()) if objective == "lora" else (objective, {})
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    share(lives, whole, 2, kind, **settings)
-    # Two micro-batches a step: the first stop is between them, in the process that is not first.
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    run_distributed(lives, uninterrupted, 2, kind, **settings)
+    # Two micro-batches per step: the first stop comes between them, on rank 1.
     for stop in ((1, 6), (0, 5)):
-        share(lives, run, 2, kind, stop=stop, **settings)
-    share(lives, run, 2, kind, **settings)
-    assert metrics(run) == metrics(whole)
-    assert files_of(run, 8) == files_of(whole, 8)
-    assert_in_step(run, 2)
+        run_distributed(lives, run, 2, kind, stop=stop, **settings)
+    run_distributed(lives, run, 2, kind, **settings)
+    assert metrics(run) == metrics(uninterrupted)
+    assert checkpoint_files(run, 8) == checkpoint_files(uninterrupted, 8)
+    assert_replicas_equal(run, 2)
 
 
-def test_ten_random_kills_of_a_random_process_change_nothing(lives: Lives, tmp_path: Path) -> None:
-    """Row 1 for two processes; the one that is left is killed by whoever has started both."""
-    whole, run, dice = tmp_path / "whole", tmp_path / "run", random.Random("kills")
+def test_random_kills_of_random_ranks_change_nothing(lives: Lives, tmp_path: Path) -> None:
+    """Row 1 for two processes: ten kills. The launcher kills the other rank."""
+    uninterrupted, run, dice = tmp_path / "uninterrupted", tmp_path / "run", random.Random("kills")
     settings = {"training__steps": 40, "checkpoint__every": 3}
-    share(lives, whole, 2, **settings)
+    run_distributed(lives, uninterrupted, 2, **settings)
     for _ in range(10):
         kill = (dice.randrange(2), dice.randrange(1, 14))
-        assert f"rank {kill[0]} failed" in share(lives, run, 2, kill=kill, **settings)
-    share(lives, run, 2, **settings)
-    assert metrics(run) == metrics(whole)
-    assert files_of(run, 40) == files_of(whole, 40)
+        assert f"rank {kill[0]} failed" in run_distributed(lives, run, 2, kill=kill, **settings)
+    run_distributed(lives, run, 2, **settings)
+    assert metrics(run) == metrics(uninterrupted)
+    assert checkpoint_files(run, 40) == checkpoint_files(uninterrupted, 40)
 
 
-def test_one_that_nobody_ends_says_that_another_is_gone(lives: Lives, tmp_path: Path) -> None:
-    """As on another machine than the one where a process was lost."""
-    said = share(lives, tmp_path, 2, kill=(1, 5), alone=True)
-    assert "process 0 of 0-1: another process of this run has ended; the same command" in said
+def test_rank_without_a_launcher_reports_that_another_has_ended(
+    lives: Lives, tmp_path: Path
+) -> None:
+    """As on another machine than that of the lost process."""
+    output = run_distributed(lives, tmp_path, 2, kill=(1, 5), unwatched=True)
+    assert "process 0 of 0-1: another process of this run has ended; run the same command" in output
 
 
-def test_another_number_of_processes_goes_on(lives: Lives, tmp_path: Path) -> None:
+def test_resume_with_another_number_of_processes(lives: Lives, tmp_path: Path) -> None:
     """Row 6, from 1 to 2 to 1: the same samples, losses within 1e-4 of those of one process."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     settings = {"training__steps": 30}
-    share(lives, whole, 1, **settings)
+    run_distributed(lives, uninterrupted, 1, **settings)
     seen = []
     for processes, stop in ((1, (0, 41)), (2, (1, 21)), (1, None)):
-        said = share(lives, run, processes, stop=stop, **settings)
-        seen += samples(run, processes)
-    assert "going on from step 20" in said
+        output = run_distributed(lives, run, processes, stop=stop, **settings)
+        seen += samples_seen(run, processes)
+    assert "resuming from step 20" in output
     assert seen == list(range(120))
-    assert losses(run) == pytest.approx(losses(whole), rel=CLOSE)
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_all_processes_validate(lives: Lives, tmp_path: Path, processes: int) -> None:
-    """Each reads its part of the held-out windows, and the figures are those of one process.
+def test_all_ranks_validate(lives: Lives, tmp_path: Path, processes: int) -> None:
+    """Each evaluates its share of the held-out sequences, and the metrics are those of one process.
 
-    With five windows the fourth of four processes has none.
+    With five sequences, the last of four ranks has none.
     """
     settings = {"model__preset": "nano-moe", "held_out": True, "validation__num_sequences": 5}
     settings |= {"validation__every": 4}
     for number in (1, processes):
-        share(lives, tmp_path / f"{number}", number, **settings)
+        run_distributed(lives, tmp_path / f"{number}", number, **settings)
     run = tmp_path / f"{processes}"
     read = [json.loads((run / f"held-out-{rank}").read_text()) for rank in range(processes)]
     parts = {2: [[0, 1, 2], [3, 4]], 4: [[0, 1], [2, 3], [4], []]}[processes]
     assert read == [[[start, 1] for start in part] * 2 for part in parts]
     alone, together = (metrics(tmp_path / f"{n}", "validation") for n in (1, processes))
     assert [line["step"] for line in together] == [4, 8]
-    for found, wanted in zip(together, alone, strict=True):
-        assert found.pop("kind") == wanted.pop("kind")
-        assert found == pytest.approx(wanted, rel=CLOSE, abs=CLOSE)
+    for line, expected in zip(together, alone, strict=True):
+        assert line.pop("kind") == expected.pop("kind")
+        assert line == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
-def test_a_stop_in_a_validation_reaches_all_processes(lives: Lives, tmp_path: Path) -> None:
-    """A signal to the second of two, in its second window of three; the validation comes again."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
+def test_stop_during_validation_reaches_all_ranks(lives: Lives, tmp_path: Path) -> None:
+    """Rank 1 gets a signal at its second of three sequences. The resumed run validates first."""
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     settings = {"held_out": True, "validation__num_sequences": 6, "validation__every": 2}
     settings |= {"training__steps": 4}
-    share(lives, whole, 2, **settings)
-    share(lives, run, 2, stop=(1, 6), **settings)
+    run_distributed(lives, uninterrupted, 2, **settings)
+    run_distributed(lives, run, 2, stop=(1, 6), **settings)
     assert {(run / f"steps-{rank}").read_text() for rank in range(2)} == {"2"}
     assert metrics(run, "validation") == []
     assert [json.loads((run / f"held-out-{rank}").read_text()) for rank in range(2)] == [
         [[0, 1], [1, 1]],
         [[3, 1], [4, 1]],
     ]
-    share(lives, run, 2, **settings)
-    assert metrics(run) == metrics(whole)
-    assert files_of(run, 4) == files_of(whole, 4)
+    run_distributed(lives, run, 2, **settings)
+    assert metrics(run) == metrics(uninterrupted)
+    assert checkpoint_files(run, 4) == checkpoint_files(uninterrupted, 4)
 
 
-def test_where_a_validation_does_not_fit_in_one_process_all_take_fewer_windows(
+def test_out_of_memory_on_one_rank_reduces_the_evaluation_batch_size_of_all(
     lives: Lives, tmp_path: Path
 ) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     settings = {"held_out": True, "validation__num_sequences": 8, "validation__every": 4}
     settings |= {"training__micro_batch_size": 2, "training__steps": 4}
-    share(lives, whole, 2, **settings)
-    said = share(lives, run, 2, short=(1, [6]), **settings)  # the second part of its validation
-    assert (
-        said == "0: too little memory on cpu to evaluate 2 windows at once; 1 window from now on\n"
-    )
+    run_distributed(lives, uninterrupted, 2, **settings)
+    output = run_distributed(
+        lives, run, 2, out_of_memory=(1, [6]), **settings
+    )  # the second batch of its validation
+    assert output == "0: out of memory on cpu while evaluating 2 sequences; continuing with 1\n"
     assert json.loads((run / "held-out-0").read_text()) == [[0, 2], [2, 2], [2, 1], [3, 1]]
-    [found], [wanted] = (metrics(place, "validation") for place in (run, whole))
-    assert found["loss"] == pytest.approx(wanted["loss"], rel=CLOSE)
-    assert files_of(run, 4) == files_of(whole, 4)
+    [line], [expected] = (metrics(place, "validation") for place in (run, uninterrupted))
+    assert line["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    assert checkpoint_files(run, 4) == checkpoint_files(uninterrupted, 4)
 
 
-def test_references_of_held_out_pairs_are_shared_out_too(lives: Lives, tmp_path: Path) -> None:
-    """Most of the held-out windows are not among those of the two steps."""
+def test_reference_logprobs_of_held_out_pairs_are_sharded(lives: Lives, tmp_path: Path) -> None:
+    """Most held-out sequences do not occur in the two training steps."""
     settings = {"held_out": True, "validation__num_sequences": 13, "training__steps": 2}
     for processes in (1, 2, 4):
-        share(lives, tmp_path / f"{processes}", processes, "dpo", **settings)
+        run_distributed(lives, tmp_path / f"{processes}", processes, "dpo", **settings)
     alone, *others = (metrics(tmp_path / f"{n}", "validation") for n in (1, 2, 4))
     assert alone[0]["loss"] > 0
     for lines in others:
         for name in ("loss", "logps/chosen", "logps/rejected"):
-            assert lines[0][name] == pytest.approx(alone[0][name], rel=CLOSE)
+            assert lines[0][name] == pytest.approx(alone[0][name], rel=TOLERANCE)
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(lives: Lives, tmp_path: Path) -> None:
+def test_signal_to_one_rank_stops_all_at_the_same_step(lives: Lives, tmp_path: Path) -> None:
     for number, stop in enumerate([(0, 7), (1, 8), (2, 9)]):
         run = tmp_path / f"{number}"
-        share(lives, run, 4, stop=stop, training__global_batch_size=8, training__steps=20)
+        run_distributed(lives, run, 4, stop=stop, training__global_batch_size=8, training__steps=20)
         steps = {int((run / f"steps-{rank}").read_text()) for rank in range(4)}
         assert len(steps) == 1 and steps < {3, 4}
         [saved] = (run / "checkpoints").iterdir()
         assert saved.name == f"step-{steps.pop():08}"
 
 
-def test_bad_numbers_of_one_process_are_skipped_by_all(lives: Lives, tmp_path: Path) -> None:
-    """Row 7: one rank's NaN; two micro-batches a step, so that calls 9 and 10 are of step 5."""
+def test_non_finite_gradient_of_one_rank_skips_the_step_on_all(
+    lives: Lives, tmp_path: Path
+) -> None:
+    """Row 7: NaN on rank 1. With two micro-batches per step, calls 9 and 10 belong to step 5."""
     settings = {"checkpoint__every": 1, "checkpoint__keep": 99}
-    said = share(lives, tmp_path, 2, spoil=(1, [9]), **settings)
-    assert said == (
-        "0: step 5 (samples 16-19): the gradient is not finite; nothing was changed by it\n"
-    )
-    assert files_of(tmp_path, 5)["model"] == files_of(tmp_path, 4)["model"]
-    assert files_of(tmp_path, 5) == files_of(tmp_path, 4)
-    assert files_of(tmp_path, 6) != files_of(tmp_path, 5)
-    assert_in_step(tmp_path, 2)
+    output = run_distributed(lives, tmp_path, 2, corrupt=(1, [9]), **settings)
+    assert output == "0: step 5 (samples 16-19): non-finite gradient; step skipped\n"
+    assert checkpoint_files(tmp_path, 5)["model"] == checkpoint_files(tmp_path, 4)["model"]
+    assert checkpoint_files(tmp_path, 5) == checkpoint_files(tmp_path, 4)
+    assert checkpoint_files(tmp_path, 6) != checkpoint_files(tmp_path, 5)
+    assert_replicas_equal(tmp_path, 2)
 
 
 @pytest.mark.numeric
-def test_a_process_with_nothing_to_learn_takes_part(lives: Lives, tmp_path: Path) -> None:
-    """The latter half of each batch, which is all that the second of two processes has."""
-    settings = {"idle": [2, 3]}
+def test_rank_without_label_tokens_takes_part(lives: Lives, tmp_path: Path) -> None:
+    """The second half of each batch has no labels: the whole shard of rank 1 of two."""
+    settings = {"unlabeled": [2, 3]}
     for processes in (1, 2):
-        share(lives, tmp_path / f"{processes}", processes, "sft", **settings)
+        run_distributed(lives, tmp_path / f"{processes}", processes, "sft", **settings)
     alone, together = (metrics(tmp_path / f"{processes}", "train") for processes in (1, 2))
     assert label_counts(together) == label_counts(alone)
     assert [line["loss"] for line in together] == pytest.approx(
-        [line["loss"] for line in alone], rel=CLOSE
+        [line["loss"] for line in alone], rel=TOLERANCE
     )
-    assert_in_step(tmp_path / "2", 2)
+    assert_replicas_equal(tmp_path / "2", 2)

@@ -12,7 +12,7 @@ from minimind.config.settings import ScheduleSettings
 from minimind.errors import CheckpointError, ConfigError
 from minimind.training.extend import stable_steps
 from minimind.training.schedule import lr_fraction
-from tests.support.small_runs import Told, lora_settings, metrics
+from tests.support.small_runs import RecordingReporter, lora_settings, metrics
 from tests.support.stages import Make, assert_same, do, refused
 
 WSD = {"schedule__name": "wsd", "schedule__decay": 0.25, "checkpoint__every": 5}
@@ -59,7 +59,7 @@ def test_an_extended_wsd_run_ends_with_the_bits_of_a_longer_one(
     )
     weights = sorted(run.glob("*/*model*.safetensors"))[-1]
     before = weights.read_bytes()
-    told = Told()
+    told = RecordingReporter()
     assert do(long, told).summary["steps"] == 40
     [line] = [line for line in told.lines if "instead of" in line]
     assert line == (
@@ -99,7 +99,7 @@ def test_a_run_stopped_before_its_decay_repeats_no_step(recipe: Make, run: Path)
         if place.name > "step-00000010":
             shutil.rmtree(place)
     (run / "summary.json").unlink()
-    told = Told()
+    told = RecordingReporter()
     do(recipe(**WSD, training__steps=40, checkpoint__keep=9), told)
     assert any("continued from step 10, " in line and "renamed" not in line for line in told.lines)
     assert not list((run / "checkpoints").glob(".decayed-*"))
@@ -110,7 +110,7 @@ def test_a_cosine_run_continues_from_its_end_and_reports_the_jump_of_the_rate(
 ) -> None:
     settings = {"schedule__name": "cosine", "schedule__warmup": 0.0, "schedule__final": 0.1}
     do(recipe(**settings, training__steps=10))
-    told = Told()
+    told = RecordingReporter()
     longer = recipe(**settings, training__steps=20)
     assert do(longer, told).summary["steps"] == 20
     fraction = lr_fraction(10, 20, longer.schedule)

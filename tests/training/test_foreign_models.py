@@ -17,7 +17,7 @@ from minimind.model import load_model, save_model
 from minimind.tokenizer import Tokenizer, encode_chat
 from minimind.training.stage import run_stage
 from tests.support.rounding import largest_difference, logits_rounding
-from tests.support.small_runs import Told, nano_recipe
+from tests.support.small_runs import RecordingReporter, nano_recipe
 
 transformers = pytest.importorskip("transformers")
 
@@ -154,7 +154,7 @@ def test_a_model_is_tuned_given_back_and_talked_with(
         training__steps=2,
         optim__lr=1e-2,
     )
-    result = run_stage(recipe, reporter=Told())
+    result = run_stage(recipe, reporter=RecordingReporter())
     assert result.model is not None
     tuned, tokenizer = load_for_inference(result.model, "cpu", dtype=torch.float32)
     assert tuned.head_weight.shape[0] > tokenizer.vocab_size
@@ -205,12 +205,12 @@ def test_pretraining_goes_on_with_a_model_that_cannot_chat(
     text = nano_recipe(
         "pretrain", tmp_path / "run", data__sources=[str(corpus / "text.jsonl")], **settings
     )
-    assert run_stage(text, reporter=Told()).model is not None
+    assert run_stage(text, reporter=RecordingReporter()).model is not None
     chat = nano_recipe(
         "sft", tmp_path / "tuned", data__sources=[str(corpus / "chat.jsonl")], **settings
     )
     with pytest.raises(TokenizerError, match="has no chat template"):
-        run_stage(chat, reporter=Told())
+        run_stage(chat, reporter=RecordingReporter())
     said = CliRunner().invoke(app, ["chat", str(tmp_path / "run")], input="你好\n")
     assert said.exit_code == 1
     assert "has no chat template" in said.output

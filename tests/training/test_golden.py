@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from minimind.model import PRESETS, ModelConfig
-from minimind.training.trainer import train
 from tests.support.rounding import gradient_rounding
 from tests.support.small_runs import VOCAB, lora_settings, losses, nano_trainer
 
@@ -56,7 +55,7 @@ def curve(run: Path, objective: str) -> list[float]:
     kind = "sft" if objective == "lora" else objective.removesuffix("-moe")
     settings = lora_settings(optim__lr=0.01) if objective == "lora" else {}
     preset = "nano-moe" if objective.endswith("-moe") else "nano"
-    train(nano_trainer(run, kind, training__steps=STEPS, model__preset=preset, **settings))
+    nano_trainer(run, kind, training__steps=STEPS, model__preset=preset, **settings).train()
     return losses(run)
 
 

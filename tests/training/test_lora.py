@@ -14,8 +14,14 @@ from minimind.errors import CheckpointError, ConfigError, DataError, MinimindErr
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model
 from minimind.training.stage import StageResult, prepare_stage, run_stage
-from minimind.training.trainer import train
-from tests.support.small_runs import Told, lora_settings, losses, metrics, nano_recipe, nano_trainer
+from tests.support.small_runs import (
+    RecordingReporter,
+    lora_settings,
+    losses,
+    metrics,
+    nano_recipe,
+    nano_trainer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def folder(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathF
     settings = {"tokenizer": str(tokenizer_dir), "training__steps": 20}
     sources = [str(corpus / "text.jsonl")]
     recipe = nano_recipe("pretrain", root / "base", data__sources=sources, **settings)
-    run_stage(recipe, reporter=Told())
+    run_stage(recipe, reporter=RecordingReporter())
     return root
 
 
@@ -47,8 +53,8 @@ def recipe(folder: Path, corpus: Path, tmp_path: Path) -> Any:
     return make
 
 
-def do(recipe: Recipe, told: Told | None = None, **options: Any) -> StageResult:
-    return run_stage(recipe, reporter=told or Told(), **options)
+def do(recipe: Recipe, told: RecordingReporter | None = None, **options: Any) -> StageResult:
+    return run_stage(recipe, reporter=told or RecordingReporter(), **options)
 
 
 def refused(recipe: Recipe, error: type[MinimindError]) -> str:
@@ -62,7 +68,7 @@ def test_lora_writes_an_adapter_and_does_not_change_the_base(
     recipe: Any, folder: Path, tmp_path: Path
 ) -> None:
     weights = folder / "base" / "model" / "model.safetensors"
-    before, told = weights.read_bytes(), Told()
+    before, told = weights.read_bytes(), RecordingReporter()
     result = do(recipe(), told)
     run = tmp_path / "run"
     assert (result.model, result.adapter, result.finished) == (None, run / "adapter", True)
@@ -96,12 +102,12 @@ def test_lora_writes_an_adapter_and_does_not_change_the_base(
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 def test_frozen_weights_stay_bit_identical(tmp_path: Path, preset: str) -> None:
     settings = lora_settings(optim__lr=0.05, model__preset=preset)
-    job = nano_trainer(tmp_path, "sft", **settings)
-    before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
-    train(job)
-    for name, tensor in job.model.state_dict().items():
+    trainer = nano_trainer(tmp_path, "sft", **settings)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    for name, tensor in trainer.model.state_dict().items():
         assert tensor.equal(before[name]) != name.endswith(("lora_A", "lora_B")), name
-        assert job.model.get_parameter(name).grad is None
+        assert trainer.model.get_parameter(name).grad is None
 
 
 @pytest.mark.numeric
@@ -110,7 +116,7 @@ def test_the_micro_batch_size_does_not_change_the_loss(tmp_path: Path, micro_bat
     curves = []
     for number in (2, micro_batch):
         settings = lora_settings(training__micro_batch_size=number, lora__dropout=0.0)
-        train(nano_trainer(tmp_path / f"{number}", "sft", **settings))
+        nano_trainer(tmp_path / f"{number}", "sft", **settings).train()
         curves.append(losses(tmp_path / f"{number}"))
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
@@ -206,9 +212,9 @@ def test_retention_sets_are_measured_at_every_validation(
 ) -> None:
     """Retention sets may be text or conversations."""
     retention = [str(corpus / "text.jsonl"), str(corpus / "chat.jsonl")]
-    prepared = prepare_stage(recipe(data__retention=retention), reporter=Told())
+    prepared = prepare_stage(recipe(data__retention=retention), reporter=RecordingReporter())
     assert prepared.trainer.retention is not None
-    text, chat = prepared.trainer.retention.mixes
+    text, chat = prepared.trainer.retention.datasets
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
     summary = do(recipe(data__retention=retention, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
@@ -225,7 +231,7 @@ def test_changed_retention_sets_are_changed_data(recipe: Any, corpus: Path, tmp_
     do(begun)
     (tmp_path / "run" / "summary.json").unlink()
     copy.write_bytes(copy.read_bytes() * 2)
-    assert "not the one that this run began with" in refused(begun, CheckpointError)
+    assert "has changed since this run began" in refused(begun, CheckpointError)
 
 
 def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_path: Path) -> None:
@@ -236,7 +242,7 @@ def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_pat
     ]
     lines = [json.dumps({"conversations": turns}) for _ in range(200)]
     data.write_text("\n".join(lines), encoding="utf-8")
-    told = Told()
+    told = RecordingReporter()
     settings = {"data__sources": [str(data)], "data__validation_fraction": 0.0}
     fill = {"name": "小明", "autor": "李雷"}
     for _ in range(2):  # reported for an existing store too
@@ -248,11 +254,13 @@ def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_pat
         assert message.endswith("(data.variables has name, autor)")
     prepare_stage(recipe(**settings), reporter=told)
     assert len([line for line in told.lines if "}}, which has no value" in line]) == 2
-    told = Told()
-    job = prepare_stage(
+    told = RecordingReporter()
+    prepared = prepare_stage(
         recipe(data__variables=fill | {"author": "李雷"}, **settings), reporter=told
     )
-    text = job.tokenizer.decode(job.stores.sources[0].shards("train")[0].tokens[:40].tolist())
+    text = prepared.tokenizer.decode(
+        prepared.stores.sources[0].shards("train")[0].tokens[:40].tolist()
+    )
     assert "小明" in text and "李雷" in text and "{{" not in text
     [line] = [line for line in told.lines if "{{" in line]
     assert line == "data.variables.autor is not used: no record contains {{autor}}"
@@ -272,7 +280,7 @@ def test_a_schema_applies_to_one_source_only(recipe: Any, tmp_path: Path, corpus
     message = refused(recipe(data__sources=[str(path), "textbook:identity"], **settings), DataError)
     assert "unknown role 'other'" in message
     assert 'data.sources=[{path="FILE", schema="NAME"}]' in message
-    told = Told()
+    told = RecordingReporter()
     prepared = prepare_stage(
         recipe(data__sources=[table, "textbook:identity"], **settings), reporter=told
     )
@@ -286,7 +294,7 @@ def test_the_identity_textbook_needs_a_name_and_an_author(recipe: Any, folder: P
     message = refused(recipe(**settings), ConfigError)
     assert "set data.variables.name=… data.variables.author=…" in message
     fill = {"name": "小明", "author": "李雷"}
-    told = Told()
+    told = RecordingReporter()
     prepared = prepare_stage(recipe(data__variables=fill, **settings), reporter=told)
     store = prepared.stores.sources[0]
     assert store.manifest["train"]["documents"] + store.manifest["validation"]["documents"] == 3000

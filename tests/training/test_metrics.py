@@ -20,11 +20,11 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "metrics.jsonl"
 
 
-def test_one_line_for_each_write_at_once(path: Path) -> None:
+def test_each_write_appends_a_line_immediately(path: Path) -> None:
     log = MetricsLog(path)
     log.write({"kind": "train", "step": 1, "loss": 2.5}, timing={"elapsed_s": 0.5})
     log.write({"kind": "sample", "step": 1, "text": "长江\n"})
-    assert lines(path) == [  # before it is closed
+    assert lines(path) == [  # before the log is closed
         {"kind": "train", "step": 1, "loss": 2.5, "elapsed_s": 0.5},
         {"kind": "sample", "step": 1, "text": "长江\n"},
     ]
@@ -32,14 +32,14 @@ def test_one_line_for_each_write_at_once(path: Path) -> None:
     log.close()
 
 
-def test_what_is_not_finite_is_null(path: Path) -> None:
+def test_non_finite_numbers_become_null(path: Path) -> None:
     log = MetricsLog(path)
     log.write({"kind": "train", "step": 1, "loss": float("nan"), "norm": float("inf")})
     log.close()
     assert lines(path) == [{"kind": "train", "step": 1, "loss": None, "norm": None}]
 
 
-def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(path: Path) -> None:
+def test_truncate_removes_lines_after_the_checkpoint(path: Path) -> None:
     log = MetricsLog(path)
     log.write({"kind": "train", "step": 1})
     offset = log.offset
@@ -47,7 +47,7 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(path: Path) -
     assert offset < log.offset == path.stat().st_size
     log.close()
     with path.open("ab") as stream:
-        stream.write(b'{"kind": "tra')  # killed in the middle
+        stream.write(b'{"kind": "tra')  # killed in the middle of a write
     log = MetricsLog(path)
     assert log.offset == path.stat().st_size
     log.truncate(offset)
@@ -57,7 +57,7 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(path: Path) -
     assert [line["step"] for line in lines(path)] == [1, 3]
 
 
-def test_a_file_that_was_shortened_is_not_filled_up(path: Path) -> None:
+def test_truncate_does_not_extend_a_shortened_file(path: Path) -> None:
     log = MetricsLog(path)
     log.truncate(1000)
     log.write({"kind": "train", "step": 8})
@@ -65,7 +65,7 @@ def test_a_file_that_was_shortened_is_not_filled_up(path: Path) -> None:
     assert lines(path) == [{"kind": "train", "step": 8}]
 
 
-def test_tensorboard_gets_the_numbers(path: Path) -> None:
+def test_tensorboard_receives_the_numbers(path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(path, trackers=["tensorboard"])
@@ -82,10 +82,10 @@ def test_tensorboard_gets_the_numbers(path: Path) -> None:
 
 @pytest.mark.usefixtures("ordered_event_files")
 @pytest.mark.parametrize("starts", [(0, 0), (0, 3), (0, 3, 2, 3)])
-def test_tensorboard_drops_the_steps_that_a_resumed_run_writes_again(
+def test_tensorboard_drops_steps_that_a_resumed_run_repeats(
     path: Path, starts: tuple[int, ...]
 ) -> None:
-    """Killed after step 5, resumed from a checkpoint: each step once, with its latest value."""
+    """Killed after step 5 and resumed from a checkpoint: each step once, with its newest value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     expected: dict[int, float] = {}
@@ -149,7 +149,7 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 def test_an_online_tracker_continues_its_run(
     path: Path, tracker: str, online: Callable[[str, str], Path]
 ) -> None:
-    """With the same id after a resume; a run that begins anew is another one."""
+    """A resumed run keeps its id in the tracker; a run that starts over gets a new one."""
     calls = online(tracker, "")
     for start in (0, 4, 4, 0):
         log = MetricsLog(path, trackers=[tracker])
@@ -166,10 +166,10 @@ def test_an_online_tracker_continues_its_run(
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 @pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
-def test_a_tracker_that_fails_is_one_warning(
+def test_failing_tracker_gives_one_warning(
     path: Path, tracker: str, fails: str, online: Callable[[str, str], Path]
 ) -> None:
-    """No login, no network: the metrics are written, and the other tracker gets them."""
+    """Without login or network, the metrics are still written and logged to the other tracker."""
     calls, warnings = online(tracker, fails), list[str]()
     log = MetricsLog(path, trackers=[tracker, "tensorboard"], warn=warnings.append)
     log.start_trackers(0)
@@ -183,8 +183,8 @@ def test_a_tracker_that_fails_is_one_warning(
         "finish": "TimeoutError",
     }
     assert warnings == [
-        f"training.trackers: {tracker} has failed and gets no more metrics ({reasons[fails]}). "
-        f"Training continues; {path} holds every metric"
+        f"training.trackers: {tracker} failed and will receive no more metrics ({reasons[fails]}). "
+        f"Training continues; {path} contains all metrics"
     ]
     names = [json.loads(line)[0] for line in calls.read_text().splitlines()]
     assert names == {"init": ["init"], "log": ["init", "log"]}.get(
@@ -194,10 +194,10 @@ def test_a_tracker_that_fails_is_one_warning(
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "swanlab"])
-def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(
+def test_missing_tracker_is_an_error_with_the_install_command(
     path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not there
+    monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not installed
     expected = f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
     with pytest.raises(ConfigError, match=re.escape(expected)):
         MetricsLog(path, trackers=[tracker])
@@ -205,7 +205,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
-def test_a_full_disk_is_told() -> None:
+def test_full_disk_is_an_error() -> None:
     log = MetricsLog(Path("/dev/full"))
     with pytest.raises(ResourceError, match=r"/dev/full: cannot be written \(.*No space left"):
         log.write({"kind": "train", "step": 1})

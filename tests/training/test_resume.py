@@ -61,7 +61,7 @@ def test_a_stop_saves_and_leaves_and_the_same_command_goes_on(
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert saved[-1] in ("step-00000011", "step-00000012")
     assert lives.run("minimind", arguments=arguments, signals={}) == 0, lives.output.read_text()
-    assert f"going on from step {int(saved[-1][5:])}" in lives.output.read_text()
+    assert f"resuming from step {int(saved[-1][5:])}" in lives.output.read_text()
     assert_same(run, pretraining.whole)
 
 
@@ -125,7 +125,7 @@ def test_the_command_itself_killed_locked_and_stopped(
         going_on.send_signal(stop)
         said, _ = going_on.communicate(timeout=10)  # as is promised
         assert going_on.returncode == INTERRUPTED
-        assert "going on from step" in said and "stopped after step" in said
+        assert "resuming from step" in said and "stopped after step" in said
     whole, signals = tmp_path / "whole", {str(before + 10): [signal.SIGINT]}
     arguments = [*pretraining.arguments(whole), endless]
     assert lives.run("minimind", arguments=arguments, signals=signals) == INTERRUPTED

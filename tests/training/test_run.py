@@ -17,7 +17,7 @@ from minimind.training.run import (
     write_recipe,
 )
 from minimind.training.stage import prepare_stage
-from tests.support.small_runs import Told, losses, metrics
+from tests.support.small_runs import RecordingReporter, losses, metrics
 from tests.support.stages import Make, do, refused
 
 
@@ -85,7 +85,7 @@ def stopped(recipe: Make, run: Path) -> dict[str, Any]:
 def test_operation_settings_may_change_and_are_reported_and_recorded(
     recipe: Make, run: Path, stopped: dict[str, Any]
 ) -> None:
-    told = Told()
+    told = RecordingReporter()
     changed = {
         "training__log_every": 3,
         "training__micro_batch_size": 1,
@@ -134,7 +134,7 @@ def test_identity_settings_may_not_change(recipe: Make, run: Path, stopped: dict
 
 def test_changed_operation_settings_do_not_touch_a_finished_run(recipe: Make, run: Path) -> None:
     first = do(recipe())
-    told = Told()
+    told = RecordingReporter()
     assert do(recipe(training__log_every=3), told) == first
     assert told.lines == []
     assert load_recipe(run / "recipe.toml").recipe == recipe()
@@ -157,13 +157,13 @@ def test_the_micro_batch_size_on_resume(
     reported: bool,
 ) -> None:
     again = recipe(**stopped | {"training__micro_batch_size": requested})
-    prepared = prepare_stage(again, reporter=Told())
+    prepared = prepare_stage(again, reporter=RecordingReporter())
     from minimind.training.build import build_footprint
 
     needed = build_footprint(again, prepared.trainer.model, prepared.trainer.device).total(fits)
     monkeypatch.setattr(stage_module, "free_bytes", lambda device: needed)
-    told = Told()
+    told = RecordingReporter()
     trainer = prepare_stage(again, reporter=told).trainer
-    assert trainer.micro_batch == chosen
+    assert trainer.batch_sizes.train == chosen
     assert any("micro-batch size 1 instead of 2: no more" in x for x in told.lines) == reported
     assert do(again).summary["steps"] == 10

@@ -20,12 +20,12 @@ from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training import stage
 from minimind.training.reporter import pluralize
 from minimind.training.stage import prepare_stage
-from tests.support.small_runs import Told, losses, metrics, steps_done
+from tests.support.small_runs import RecordingReporter, losses, metrics, steps_done
 from tests.support.stages import Make, do, refused
 
 
 def test_a_stage_writes_everything_into_its_run_directory(recipe: Make, run: Path) -> None:
-    told = Told()
+    told = RecordingReporter()
 
     def generate(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
         return [{"prompt": "长江", "text": str(tokenizer.vocab_size)}]
@@ -53,7 +53,7 @@ def test_a_stage_writes_everything_into_its_run_directory(recipe: Make, run: Pat
 
 
 def test_counts_of_one_are_singular(recipe: Make) -> None:
-    told = Told()
+    told = RecordingReporter()
     do(recipe(training__steps=1, training__global_batch_size=1, training__micro_batch_size=1), told)
     assert any(line.endswith("; 1 step of 1 sequence") for line in told.lines), told.lines
     assert [pluralize(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
@@ -61,7 +61,7 @@ def test_counts_of_one_are_singular(recipe: Make) -> None:
 
 def test_sft_starts_from_the_model_of_a_run(recipe: Make, run: Path, tmp_path: Path) -> None:
     do(recipe(optim__lr=0.01, training__steps=20))
-    told = Told()
+    told = RecordingReporter()
     tuned = tmp_path / "tuned"
     result = do(recipe("sft", tuned, model__init=str(run), optim__lr=1e-4), told)
     assert result.model == tuned / "model"
@@ -87,14 +87,16 @@ def test_free_memory_is_measured_before_the_model_is_loaded(
     for name in ("free_bytes", builder):
         monkeypatch.setattr(module, name, partial(recorded, getattr(module, name)))
     if verb == "train":
-        prepare_stage(recipe(), reporter=Told())
+        prepare_stage(recipe(), reporter=RecordingReporter())
     else:
         planning.make_plan(recipe(), seconds=0)
     assert events == ["free_bytes", builder]
 
 
 def test_epochs_determine_the_number_of_steps(recipe: Make) -> None:
-    prepared = prepare_stage(recipe(training__steps=None, training__epochs=1.5), reporter=Told())
+    prepared = prepare_stage(
+        recipe(training__steps=None, training__epochs=1.5), reporter=RecordingReporter()
+    )
     trainer = prepared.trainer
     assert trainer.num_steps == math.ceil(1.5 * trainer.data.order.epoch_size / 4) > 20
 
@@ -102,7 +104,7 @@ def test_epochs_determine_the_number_of_steps(recipe: Make) -> None:
 def test_a_finished_run_is_not_repeated(recipe: Make, run: Path, corpus: Path) -> None:
     first = do(recipe())
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    told = Told()
+    told = RecordingReporter()
     again = do(recipe(), told)
     assert again == first
     assert told.lines == []
@@ -191,7 +193,7 @@ def test_a_run_does_not_resume_with_other_data(
     content = own.read_bytes()
     own.write_bytes(content + b'{"text": "more"}\n')
     message = refused(recipe(**settings), CheckpointError)
-    assert message.startswith(f"{run}: the data or the tokenizer is not the one that this run")
+    assert message.startswith(f"{run}: the data or the tokenizer has changed since this run")
     own.write_bytes(content)  # the same bytes at another time
     assert do(recipe(**settings)).summary["steps"] == 5
 
@@ -222,7 +224,7 @@ def test_a_run_directory_is_required(recipe: Make) -> None:
 
 
 def test_preparing_a_stage_writes_nothing_into_the_run_directory(recipe: Make, run: Path) -> None:
-    told = Told()
+    told = RecordingReporter()
     prepare_stage(recipe(), reporter=told)
     assert not run.exists()
     assert not told.open

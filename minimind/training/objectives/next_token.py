@@ -1,4 +1,20 @@
-"""Next-token prediction: pretraining and, where only some tokens carry labels, fine-tuning."""
+"""Next-token prediction: the objective of pretraining and of supervised fine-tuning.
+
+The loss is the cross-entropy of the labels, in nats per token. Fine-tuning is the same loss with a
+loss mask: tokens whose label is IGNORED do not count.
+
+Why bits per byte. The loss per token depends on the tokenizer: with a larger vocabulary the same
+text is fewer and harder predictions, so the loss per token is higher although the model may be
+better. The total loss of the text and its length in bytes do not depend on how it is split into
+tokens. Their ratio can therefore be compared across tokenizers and vocabulary sizes:
+
+    bits per byte = (sum of the losses in nats) / ln 2 / (UTF-8 bytes of the labels)
+
+It is also the size to which the model could compress the text, in bits per byte of input. Control
+tokens stand for no bytes, so neither their loss nor their length counts.
+
+Shapes: B sequences of T tokens; N label tokens among the B * T; D hidden size; V vocabulary size.
+"""
 
 import math
 from typing import Any
@@ -12,157 +28,163 @@ from minimind.model import Transformer
 from minimind.model.experts import Routing
 from minimind.model.padding import padding_to_multiple
 from minimind.training.batch import TensorBatch
+from minimind.training.objectives import LossOutput
 from minimind.training.objectives.balance import with_balance, without_balance
 
-LOGIT_CHUNK = 1024  # tokens whose logits exist at once
+LOGIT_CHUNK = 1024  # tokens whose logits [LOGIT_CHUNK, V] are in memory at the same time
 
 
 class NextToken:
-    """Cross-entropy of each labelled token, in nats; experts, if there are any, are balanced."""
+    """Cross-entropy of the label tokens, in nats, plus a load-balancing loss for MoE models."""
+
+    count_name = "num_label_tokens"
 
     def __init__(
         self, token_bytes: list[int], device: torch.device, *, router_balance: float = 0.0
     ) -> None:
-        """`token_bytes[id]`: UTF-8 bytes that the token stands for, 0 for control tokens."""
+        """Set the byte length of each token and the coefficient of the load-balancing loss.
+
+        token_bytes[id]: number of UTF-8 bytes of the token, 0 for control tokens.
+        """
         self._router_balance = router_balance
-        self._token_bytes = torch.tensor(token_bytes, dtype=torch.float32, device=device)
+        self._token_bytes = torch.tensor(token_bytes, dtype=torch.float32, device=device)  # [V]
 
-    def loss(
-        self, model: Transformer, batch: TensorBatch
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum over labelled tokens, their number, and the nats and bytes of those that are text.
+    def loss(self, model: Transformer, batch: TensorBatch) -> LossOutput:
+        """Sum the loss over the N label tokens; also the nats and bytes of those that are text.
 
-        Of a mixture of experts the first has the weighted balance loss in it.
+        For an MoE model the loss includes the weighted load-balancing loss.
         """
         routing = Routing() if model.config.num_local_experts else None
-        hidden = model(batch.tokens, segments=batch.segments, routing=routing).flatten(0, 1)
-        labels = batch.labels.flatten()[batch.learned]
-        # Only what is learned goes through the head: in fine-tuning that is about half.
-        learned = hidden.index_select(0, batch.learned)
-        losses = linear_cross_entropy(learned, model.head_weight, labels)
-        num_bytes = self._token_bytes[labels]
+        hidden = model(batch.tokens, segments=batch.segments, routing=routing)  # [B, T, D]
+        labels = batch.labels.flatten()[batch.label_indices]  # [N]
+        # Only label tokens go through the head: in fine-tuning that is about half of them.
+        hidden = hidden.flatten(0, 1).index_select(0, batch.label_indices)  # [N, D]
+        losses = linear_cross_entropy(hidden, model.head_weight, labels)  # [N]
+        num_bytes = self._token_bytes[labels]  # [N]
         nats = (losses.detach() * (num_bytes > 0)).sum()
-        total, sums = losses.sum(), {"nats": nats, "bytes": num_bytes.sum()}
+        loss_sum, sums = losses.sum(), {"nats": nats, "bytes": num_bytes.sum()}
         if routing:
-            total, more = with_balance(
-                total, self._router_balance, routing, batch.labels != IGNORED, batch.segments
+            loss_sum, balance = with_balance(
+                loss_sum, self._router_balance, routing, batch.labels != IGNORED, batch.segments
             )
-            sums |= more
-        return total, torch.tensor(len(labels)), sums
+            sums |= balance
+        return LossOutput(loss_sum, torch.tensor(len(labels)), sums)
 
     def metrics(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
-        """Mean loss in nats a token, and bits per byte of text (control tokens are none).
+        """Return the mean loss in nats per token, bits per byte, and MoE metrics.
 
-        The loss is that of the tokens alone, so that it compares with a dense model's.
+        The load-balancing loss is subtracted, so that the loss compares with a dense model's.
         """
         num_bytes = max(sums["bytes"], 1.0)
         bits = sums["nats"] / math.log(2) / num_bytes
-        loss, more = without_balance(loss, self._router_balance, sums)
-        return {"loss": loss, "bits_per_byte": bits} | more
+        loss, balance = without_balance(loss, self._router_balance, sums)
+        return {"loss": loss, "bits_per_byte": bits} | balance
 
     def note(self, metrics: dict[str, float]) -> str:
+        """Format the loss."""
         return f"loss {metrics['loss']:.3f}"
 
-    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
+    def warning(self, progress: float, metrics: dict[str, float]) -> str | None:
+        """Return None: no problem is detected from these metrics."""
         return None
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, uniform_grad: bool = True
 ) -> Tensor:
-    """Cross-entropy [N] in nats of hidden [N, width] @ weight[vocab, width].T against labels [N].
+    """Cross-entropy [N] in nats of the logits hidden [N, D] @ weight[V, D].T and labels [N].
 
-    The logits of a few tokens at a time are made, turned into their own gradient in place, and
-    dropped: less memory than logits for all, and on a CPU half the time. The gradient is that of
-    the sum of the losses: what flows back must be the same factor for each. Where it is not, with
-    `alike=False`, the logits are made once more when the factors are known.
+    The logits are computed in chunks of LOGIT_CHUNK tokens, overwritten with their own gradient,
+    and freed. This needs less memory than logits for all tokens, and half the time on a CPU.
+
+    uniform_grad: assume that the upstream gradient is the same for every loss, as in a sum; the
+    gradient can then be computed in the forward pass. Pass False where the factors differ: the
+    logits are computed again in the backward pass, when the factors are known.
     """
-    dtype = torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    trained = weight.requires_grad  # the head is not, where adapters are
-    number, short = len(labels), padding_to_multiple(len(labels))
-    if short:  # rows of zeros: they add nothing to any gradient
-        hidden, labels = F.pad(hidden, (0, 0, 0, short)), F.pad(labels, (0, short))
+    is_autocast = torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if is_autocast else hidden.dtype
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    num_labels, padding = len(labels), padding_to_multiple(len(labels))
+    if padding:  # rows of zeros, which add nothing to any gradient
+        hidden, labels = F.pad(hidden, (0, 0, 0, padding)), F.pad(labels, (0, padding))
     losses: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, dtype, wanted, trained, uniform_grad
+        hidden, weight, labels, dtype, needs_grad, weight.requires_grad, uniform_grad
     )
-    return losses[:number]
-
-
-def _is_autocast(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+    return losses[:num_labels]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [V, D]
+        labels: Tensor,  # [N]
         dtype: torch.dtype,
-        wanted: bool,
-        trained: bool,
+        needs_grad: bool,
+        trains_weight: bool,  # False for LoRA, where the head is frozen
         uniform_grad: bool,
     ) -> Tensor:
-        ctx.uniform_grad, ctx.trained, ctx.hidden_dtype = uniform_grad, trained, hidden.dtype
+        ctx.uniform_grad, ctx.trains_weight = uniform_grad, trains_weight
+        ctx.hidden_dtype = hidden.dtype
         half_weight, half_hidden = weight.to(dtype), hidden.to(dtype)
-        losses, *grads = _by_chunks(
-            half_hidden, half_weight, labels, None, wanted and uniform_grad, trained
+        losses, *grads = _losses_by_chunks(
+            half_hidden, half_weight, labels, None, needs_grad and uniform_grad, trains_weight
         )
-        if wanted:
+        if needs_grad:
             ctx.save_for_backward(*(grads if uniform_grad else (half_hidden, half_weight, labels)))
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factors = upstream[0]  # [N]
         if ctx.uniform_grad:
             hidden_grad, *weight_grad = ctx.saved_tensors
-            factor = grads[0][0] if len(grads[0]) else 0.0  # the same for every loss
+            factor = factors[0] if len(factors) else 0.0  # the same for every loss
             hidden_grad, weight_grad = hidden_grad * factor, [x * factor for x in weight_grad]
         else:
             hidden, weight, labels = ctx.saved_tensors
-            _, hidden_grad, *weight_grad = _by_chunks(
-                hidden, weight, labels, grads[0], True, ctx.trained
+            _, hidden_grad, *weight_grad = _losses_by_chunks(
+                hidden, weight, labels, factors, True, ctx.trains_weight
             )
-        first = hidden_grad.to(ctx.hidden_dtype), weight_grad[0] if weight_grad else None
-        return *first, None, None, None, None, None
+        grads = hidden_grad.to(ctx.hidden_dtype), weight_grad[0] if weight_grad else None
+        return *grads, None, None, None, None, None
 
 
-def _by_chunks(
+def _losses_by_chunks(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     factors: Tensor | None,
-    wanted: bool,
-    trained: bool,
+    needs_grad: bool,
+    trains_weight: bool,
 ) -> list[Tensor]:
-    """[losses], with gradients (if wanted) of hidden and, if trained, of weight, in float32.
+    """Compute [losses [N]], and the gradients of hidden [N, D] and weight [V, D] where needed.
 
-    factors: [N] by which the gradient of each loss is multiplied; None = 1.
+    factors: [N], the upstream gradient of each loss; None = 1. The gradient of the weight is
+    accumulated in float32.
     """
-    losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+    losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # [N]
     grads = []
-    if wanted:
-        grads = [torch.empty_like(hidden)]
-        grads += [torch.zeros_like(weight, dtype=torch.float32)] * trained
+    if needs_grad:
+        grads = [torch.empty_like(hidden)]  # [N, D]
+        grads += [torch.zeros_like(weight, dtype=torch.float32)] * trains_weight  # [V, D]
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), LOGIT_CHUNK):
-            part = slice(start, start + LOGIT_CHUNK)
-            rows, targets = hidden[part], labels[part, None]
-            scores = (rows @ weight.T).float()
-            scores = torch.log_softmax(scores, -1)
-            losses[part] = -scores.gather(1, targets)[:, 0]
-            if wanted:
-                grad = scores.exp_().scatter_add_(1, targets, _minus_one(targets))
+            chunk = slice(start, start + LOGIT_CHUNK)  # C tokens
+            rows, targets = hidden[chunk], labels[chunk, None]  # [C, D], [C, 1]
+            logits = (rows @ weight.T).float()  # [C, V]
+            logprobs = torch.log_softmax(logits, -1)  # [C, V]
+            del logits
+            losses[chunk] = -logprobs.gather(1, targets)[:, 0]
+            if needs_grad:
+                # d loss / d logits = softmax(logits) - one_hot(label)
+                minus_one = torch.full(targets.shape, -1.0, device=targets.device)
+                grad = logprobs.exp_().scatter_add_(1, targets, minus_one)  # [C, V]
                 if factors is not None:
-                    grad *= factors[part, None]
+                    grad *= factors[chunk, None]
                 half_grad = grad.to(hidden.dtype)
-                grads[0][part] = half_grad @ weight
-                if trained:
+                grads[0][chunk] = half_grad @ weight
+                if trains_weight:
                     grads[1] += half_grad.T @ rows
     return [losses, *grads]
-
-
-def _minus_one(targets: Tensor) -> Tensor:
-    return torch.full(targets.shape, -1.0, device=targets.device)

@@ -1,15 +1,18 @@
-"""Direct preference optimisation: of two answers to one prompt, make the better one likelier.
+"""Direct preference optimization (DPO): make the chosen of two answers more likely.
 
-With r(answer) = log p(answer | prompt) - log p_reference(answer | prompt), in nats, and
-d = r(chosen) - r(rejected), the loss of a pair is
+With r(answer) = log p(answer | prompt) - log p_reference(answer | prompt), in nats, and the
+difference d = r(chosen) - r(rejected), the loss of a pair is
 
     sigmoid       -log sigmoid(beta d)       Rafailov et al. 2023, equation 7
     ipo           (d - 1 / (2 beta))^2       Azar et al. 2023, equation 17
     sigmoid_norm  -log sigmoid(beta d)       Lambert et al. 2024 (Tülu 3), section 5.1
 
-where ipo and sigmoid_norm take the mean over the answer's tokens for r, and sigmoid the sum.
-With label smoothing e, a sigmoid loss is (1 - e) of itself and e of that of the swapped pair
-(Mitchell 2023, "cDPO").
+where r is a sum over the answer's tokens for sigmoid, and a mean for ipo and sigmoid_norm.
+With label smoothing e, the sigmoid losses become (1 - e) times the loss of the pair plus e times
+the loss of the pair with its sides swapped (Mitchell 2023, "cDPO").
+
+Shapes: B sequences of T tokens, with both sides of a pair in the same sequence; P pairs in the
+batch, chosen side first; N label tokens; D hidden size.
 """
 
 import math
@@ -24,106 +27,121 @@ from minimind.data.packing import IGNORED
 from minimind.model import Transformer
 from minimind.model.experts import Routing
 from minimind.training.batch import TensorBatch
+from minimind.training.objectives import LossOutput
 from minimind.training.objectives.balance import with_balance, without_balance
 from minimind.training.objectives.next_token import linear_cross_entropy
 
-_JUDGED_AFTER = 0.3  # of the run
-_STILL = 0.01  # a loss that is this near to where it began, as a share of it, has not moved
-_TOTALS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-_SUMS = (*_TOTALS, "accuracy", "ranking_accuracy")
+_WARN_AFTER = 0.3  # fraction of the run
+_MIN_CHANGE = 0.01  # a loss within this fraction of its initial value has not changed
+_SIDE_SUMS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+_PAIR_MEANS = (*_SIDE_SUMS, "accuracy", "ranking_accuracy")
 
 
 class Preference:
-    """The DPO loss of each pair, in nats (that of ipo in none)."""
+    """The DPO loss of each pair: in nats for the sigmoid losses, without a unit for ipo."""
+
+    count_name = "num_pairs"
 
     def __init__(self, settings: DPOSettings, *, router_balance: float = 0.0) -> None:
         self._settings, self._router_balance = settings, router_balance
         self._warned = False
 
-    def loss(
-        self, model: Transformer, batch: TensorBatch
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum over pairs, their number, and sums of rewards, log-probabilities and hits.
+    def loss(self, model: Transformer, batch: TensorBatch) -> LossOutput:
+        """Sum the loss over the P pairs; also rewards, log-probabilities and accuracies.
 
-        Of a mixture of experts the first has the weighted balance loss in it.
+        For an MoE model the loss includes the weighted load-balancing loss.
         """
-        assert batch.pairs is not None, "windows of preference pairs"
-        settings, reference = self._settings, batch.pairs.reference
+        assert batch.pairs is not None, "the batch has no preference pairs"
+        settings, reference = self._settings, batch.pairs.reference  # [P, 2]
         routing = Routing() if model.config.num_local_experts else None
-        logps, lengths = answer_logps(model, batch, routing)
-        ratios = logps - reference
+        logps, lengths = answer_logps(model, batch, routing)  # [P, 2] each
+        log_ratios = logps - reference  # [P, 2]
         if settings.loss != "sigmoid":
-            ratios = ratios / lengths
-        margins = ratios[:, 0] - ratios[:, 1]
+            log_ratios = log_ratios / lengths
+        margins = log_ratios[:, 0] - log_ratios[:, 1]  # [P], d in the formulas above
         if settings.loss == "ipo":
             losses = (margins - 1 / (2 * settings.beta)).square()
         else:
             smoothing, scaled = settings.label_smoothing, settings.beta * margins
             losses = -F.logsigmoid(scaled) * (1 - smoothing) - F.logsigmoid(-scaled) * smoothing
-        totals = torch.cat([settings.beta * ratios, logps], 1).detach().sum(0).unbind()
-        won = (margins.detach().sign() + 1) / 2  # half a point for a tie
-        likelier = (logps[:, 0] > logps[:, 1]).sum()
-        more = {"accuracy": won.sum(), "ranking_accuracy": likelier.float()}
+        side_sums = torch.cat([settings.beta * log_ratios, logps], 1).detach().sum(0)  # [4]
+        correct = (margins.detach().sign() + 1) / 2  # [P], 0.5 for a tie
         count = torch.tensor(len(reference))
-        more |= {"pairs": count.float()} | dict(zip(_TOTALS, totals, strict=True))
-        total = losses.sum()
+        sums = {
+            "accuracy": correct.sum(),
+            "ranking_accuracy": (logps[:, 0] > logps[:, 1]).sum().float(),
+            "pairs": count.float(),
+        } | dict(zip(_SIDE_SUMS, side_sums.unbind(), strict=True))
+        loss_sum = losses.sum()
         if routing:
-            assert batch.segments is not None, "pairs are packed"
-            learned = batch.labels != IGNORED
-            pairs = (torch.where(learned, batch.segments, -1).amax(1) + 1) // 2
-            total, balance = with_balance(
-                total, self._router_balance, routing, learned, batch.segments, pairs
+            assert batch.segments is not None, "the pairs are not packed"
+            label_mask = batch.labels != IGNORED  # [B, T]
+            last_segment = torch.where(label_mask, batch.segments, -1).amax(1)  # [B]
+            pairs_per_sequence = (last_segment + 1) // 2  # [B]
+            loss_sum, balance = with_balance(
+                loss_sum,
+                self._router_balance,
+                routing,
+                label_mask,
+                batch.segments,
+                pairs_per_sequence,
             )
-            more |= balance
-        return total, count, more
+            sums |= balance
+        return LossOutput(loss_sum, count, sums)
 
     def metrics(self, loss: float, sums: dict[str, Any]) -> dict[str, float]:
-        """Means over pairs.
+        """Return means over pairs.
 
-        rewards/…: beta r of both sides and of their difference, the margin; accuracy: share of
-        pairs with a margin above 0; ranking_accuracy: share of pairs whose chosen answer the
-        model finds likelier than the rejected one, whatever the reference does; logps/…: nats.
-        The loss is that of the pairs alone.
+        rewards/chosen, /rejected: beta r; rewards/margin: their difference.
+        accuracy: fraction of pairs with a positive margin.
+        ranking_accuracy: fraction of pairs whose chosen answer is the more likely one under the
+        model itself, without the reference.
+        logps/chosen, /rejected: log-probability of the answer in nats.
+        loss: without the load-balancing loss.
         """
-        means = {key: sums[key] / max(sums["pairs"], 1.0) for key in _SUMS}
+        means = {key: sums[key] / max(sums["pairs"], 1.0) for key in _PAIR_MEANS}
         means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
-        loss, more = without_balance(loss, self._router_balance, sums)
-        return {"loss": loss} | means | more
+        loss, balance = without_balance(loss, self._router_balance, sums)
+        return {"loss": loss} | means | balance
 
     def note(self, metrics: dict[str, float]) -> str:
-        """Loss, accuracy and margin."""
+        """Format loss, accuracy and margin."""
         return (
             f"loss {metrics['loss']:.3f} accuracy {metrics['accuracy']:.0%} "
             f"margin {metrics['rewards/margin']:.2f}"
         )
 
-    def warning(self, share: float, metrics: dict[str, float]) -> str | None:
-        """Of a learning rate that is too small: the loss stays where it began."""
+    def warning(self, progress: float, metrics: dict[str, float]) -> str | None:
+        """Warn once if the loss is still at its initial value: the learning rate is too low."""
         beta = self._settings.beta
-        start = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
-        moved = abs(metrics["loss"] - start) > _STILL * start
-        if self._warned or share < _JUDGED_AFTER or moved:
+        initial = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
+        has_changed = abs(metrics["loss"] - initial) > _MIN_CHANGE * initial
+        if self._warned or progress < _WARN_AFTER or has_changed:
             return None
         self._warned = True
         return (
-            f"after {share:.0%} of the run the loss is {metrics['loss']:.4f}, and it began at "
-            f"{start:.4f}: nothing is learned. Try higher learning rates (optim.lr, and "
-            "optim.muon_lr with Muon), such as ten times these; or the pairs say nothing"
+            f"after {progress:.0%} of the run the loss is {metrics['loss']:.4f}, and it began at "
+            f"{initial:.4f}: the model is not learning. Raise the learning rates (optim.lr, and "
+            "optim.muon_lr with Muon), for example tenfold, or check that the chosen answers "
+            "differ from the rejected ones in a systematic way"
         )
 
 
 def answer_logps(
     model: Transformer, batch: TensorBatch, routing: Routing | None = None
 ) -> tuple[Tensor, Tensor]:
-    """([P, 2] log-probability in nats, [P, 2] number of tokens) of both answers of each pair."""
-    assert batch.pairs is not None, "windows of preference pairs"
-    hidden = model(batch.tokens, segments=batch.segments, routing=routing).flatten(0, 1)
-    labels = batch.labels.flatten()[batch.learned]
-    losses = linear_cross_entropy(
-        hidden.index_select(0, batch.learned), model.head_weight, labels, uniform_grad=False
-    )
-    answers = batch.pairs.side_ids.flatten()[batch.learned]
-    nothing = losses.new_zeros(2 * len(batch.pairs.reference))
-    logps = nothing.index_add(0, answers, -losses)
-    lengths = nothing.index_add(0, answers, torch.ones_like(losses))
+    """Return ([P, 2] log-probability in nats, [P, 2] number of tokens) of the answers of all pairs.
+
+    Column 0 is the chosen answer, column 1 the rejected one.
+    """
+    assert batch.pairs is not None, "the batch has no preference pairs"
+    hidden = model(batch.tokens, segments=batch.segments, routing=routing)  # [B, T, D]
+    hidden = hidden.flatten(0, 1).index_select(0, batch.label_indices)  # [N, D]
+    labels = batch.labels.flatten()[batch.label_indices]  # [N]
+    losses = linear_cross_entropy(hidden, model.head_weight, labels, uniform_grad=False)  # [N]
+    # 2 * pair + side of each label token: packing numbers the answers of a batch like this.
+    answers = batch.pairs.side_ids.flatten()[batch.label_indices]  # [N]
+    zeros = losses.new_zeros(2 * len(batch.pairs.reference))  # [2 P]
+    logps = zeros.index_add(0, answers, -losses)
+    lengths = zeros.index_add(0, answers, torch.ones_like(losses))
     return logps.view(-1, 2), lengths.view(-1, 2)

@@ -9,7 +9,7 @@ from minimind.data.packing import IGNORED, ChatSequences, MixedDataset
 from minimind.model import Transformer
 from minimind.model.experts import Routing
 from minimind.training.batch import TensorBatch, label_indices, to_device
-from minimind.training.objectives.balance import balance_figures, balance_sums, real_tokens
+from minimind.training.objectives.balance import balance_metrics, balance_sums, padding_mask
 from minimind.training.objectives.next_token import NextToken
 from tests.support.small_runs import VOCAB, chat_shard
 
@@ -19,120 +19,120 @@ EXPERTS, CHOSEN = 5, 2
 
 
 def routing(*shape: int, layers: int = 1, seed: int = 0) -> Routing:
-    """Of random routers; shape: windows, tokens."""
+    """Return the choices of random routers; shape: (B, T)."""
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.randn(*shape, EXPERTS, generator=generator) * 2 for _ in range(layers)]
-    logits = [one.requires_grad_() for one in logits]
-    return Routing(logits, [one.topk(CHOSEN).indices for one in logits])
+    logits = [x.requires_grad_() for x in logits]
+    return Routing(logits, [x.topk(CHOSEN).indices for x in logits])
 
 
 def metrics(sums: dict[str, Tensor]) -> dict[str, float]:
-    return balance_figures({name: value.tolist() for name, value in sums.items()})
+    return balance_metrics({name: value.tolist() for name, value in sums.items()})
 
 
 @pytest.mark.parametrize("padding", [0, 9])
-def test_it_is_the_loss_of_transformers_where_the_formulas_meet(padding: int) -> None:
-    """That one looks at a whole batch and adds up choices: one window, one layer, times K."""
+def test_balance_loss_is_that_of_transformers_where_the_formulas_agree(padding: int) -> None:
+    """Theirs sums over a batch and over choices: equal for one sequence and layer, times K."""
     granite = pytest.importorskip("transformers.models.granitemoeshared.modeling_granitemoeshared")
-    given = routing(1, 40)
+    routed = routing(1, 40)
     mask = torch.ones(1, 40)
     mask[:, 40 - padding :] = 0
     theirs = granite.load_balancing_loss_func(
-        (given.logits[0].flatten(0, 1),), EXPERTS, CHOSEN, mask if padding else None
+        (routed.logits[0].flatten(0, 1),), EXPERTS, CHOSEN, mask if padding else None
     )
-    (wanted,) = torch.autograd.grad(theirs, given.logits)
-    learned, segments = mask.bool(), torch.zeros(1, 40, dtype=torch.int32)
+    (expected,) = torch.autograd.grad(theirs, routed.logits)
+    label_mask, segments = mask.bool(), torch.zeros(1, 40, dtype=torch.int32)
     segments[:, 40 - padding :] = 1
-    loss = balance_sums(given, learned, segments)["balance"]
+    loss = balance_sums(routed, label_mask, segments)["balance"]
     assert int(loss[1]) == 40 - padding
-    (found,) = torch.autograd.grad(loss[0] / loss[1], given.logits)
+    (actual,) = torch.autograd.grad(loss[0] / loss[1], routed.logits)
     torch.testing.assert_close(loss[0] / loss[1] * CHOSEN, theirs)
-    torch.testing.assert_close(found * CHOSEN, wanted)
+    torch.testing.assert_close(actual * CHOSEN, expected)
 
 
-def test_even_is_one_and_one_sided_is_as_many_as_there_are_for_each_chosen() -> None:
+def test_balance_loss_of_uniform_and_of_collapsed_routing() -> None:
     tokens = torch.arange(20)
-    even = torch.stack((tokens, tokens + 1)).T[None] % EXPERTS
-    learned = torch.ones(1, 20, dtype=torch.bool)
-    sums = balance_sums(Routing([torch.zeros(1, 20, EXPERTS)], [even]), learned, None)
-    found = metrics(sums)
-    assert found["balance"] == pytest.approx(1.0)
-    assert found["router_entropy"] == pytest.approx(math.log(EXPERTS))
-    assert [found[f"expert_load/{e}"] for e in range(EXPERTS)] == [0.2] * EXPERTS
-    assert found["expert_load/most"] == found["expert_load/least"] == 0.2
+    uniform = torch.stack((tokens, tokens + 1)).T[None] % EXPERTS
+    label_mask = torch.ones(1, 20, dtype=torch.bool)
+    sums = balance_sums(Routing([torch.zeros(1, 20, EXPERTS)], [uniform]), label_mask, None)
+    actual = metrics(sums)
+    assert actual["balance_loss"] == pytest.approx(1.0)
+    assert actual["router_entropy"] == pytest.approx(math.log(EXPERTS))
+    assert [actual[f"expert_load/{e}"] for e in range(EXPERTS)] == [0.2] * EXPERTS
+    assert actual["expert_load/max"] == actual["expert_load/min"] == 0.2
     logits = torch.tensor([50.0, 50, 0, 0, 0]).expand(1, 20, EXPERTS)
-    sums = balance_sums(Routing([logits], [logits.topk(2).indices]), learned, None)
-    found = metrics(sums)
-    assert found["balance"] == pytest.approx(EXPERTS / CHOSEN)
-    assert found["router_entropy"] == pytest.approx(math.log(2))
-    assert (found["expert_load/most"], found["expert_load/least"]) == (0.5, 0.0)
-    assert found["dropped_tokens"] == 0
+    sums = balance_sums(Routing([logits], [logits.topk(2).indices]), label_mask, None)
+    actual = metrics(sums)
+    assert actual["balance_loss"] == pytest.approx(EXPERTS / CHOSEN)
+    assert actual["router_entropy"] == pytest.approx(math.log(2))
+    assert (actual["expert_load/max"], actual["expert_load/min"]) == (0.5, 0.0)
+    assert actual["dropped_tokens"] == 0
 
 
-def test_layers_are_not_mixed() -> None:
-    """An expert that is idle in one layer is seen, though its namesake in the next is not."""
+def test_equal_indices_in_different_layers_are_different_experts() -> None:
+    """An unused expert of one layer shows although the same index is used in the next layer."""
     first, second = torch.zeros(1, 8, EXPERTS), torch.zeros(1, 8, EXPERTS)
     chosen = [torch.tensor([0, 1]).expand(1, 8, 2), torch.tensor([2, 3]).expand(1, 8, 2)]
-    learned = torch.ones(1, 8, dtype=torch.bool)
-    found = metrics(balance_sums(Routing([first, second], chosen), learned, None))
-    assert [found[f"expert_load/{e}"] for e in range(EXPERTS)] == [0.25] * 4 + [0]
-    assert (found["expert_load/most"], found["expert_load/least"]) == (0.5, 0.0)
+    label_mask = torch.ones(1, 8, dtype=torch.bool)
+    actual = metrics(balance_sums(Routing([first, second], chosen), label_mask, None))
+    assert [actual[f"expert_load/{e}"] for e in range(EXPERTS)] == [0.25] * 4 + [0]
+    assert (actual["expert_load/max"], actual["expert_load/min"]) == (0.5, 0.0)
 
 
-def test_a_choice_that_nobody_computed_would_be_counted() -> None:
+def test_choices_that_no_expert_computed_are_counted() -> None:
     sums = balance_sums(routing(2, 6), torch.ones(2, 6, dtype=torch.bool), None)
     assert metrics(sums)["dropped_tokens"] == 0
     sums["expert_tokens"][0, 0] -= 3
     assert metrics(sums)["dropped_tokens"] == 3
 
 
-def test_any_split_adds_up_to_the_same() -> None:
-    given = routing(6, 30, layers=3)
-    learned = torch.rand(6, 30, generator=torch.Generator().manual_seed(1)) < torch.tensor(
+def test_any_split_of_a_batch_gives_the_same_sums() -> None:
+    routed = routing(6, 30, layers=3)
+    label_mask = torch.rand(6, 30, generator=torch.Generator().manual_seed(1)) < torch.tensor(
         [[1.0], [0.1], [0.0], [0.5], [0.9], [0.3]]
     )
     segments = torch.arange(30).expand(6, 30) // 7
-    whole = balance_sums(given, learned, segments)
+    expected = balance_sums(routed, label_mask, segments)
     for size in (3, 2, 1):
         parts = [
             balance_sums(
-                Routing([x[rows] for x in given.logits], [x[rows] for x in given.chosen]),
-                learned[rows],
+                Routing([x[rows] for x in routed.logits], [x[rows] for x in routed.chosen]),
+                label_mask[rows],
                 segments[rows],
             )
             for rows in torch.arange(6).split(size)
         ]
-        for name, value in whole.items():
+        for name, value in expected.items():
             torch.testing.assert_close(sum(part[name] for part in parts), value)
 
 
-def test_padding_does_not_count() -> None:
-    """Real windows of conversations: what the padding holds changes nothing."""
+def test_padding_is_left_out() -> None:
+    """Packed conversations: the routing of padding tokens changes nothing."""
     data = MixedDataset([ChatSequences([chat_shard(9)], 48, pad=0, seed=1)], [1.0], 1)
     batch = to_device(data.batch(0, data.order.epoch_size), torch.device("cpu"))
-    learned = batch.labels != IGNORED
-    real = real_tokens(learned, batch.segments)
-    assert 0 < int((~real).sum()) < real.numel() / 2
+    label_mask = batch.labels != IGNORED
+    mask = padding_mask(label_mask, batch.segments)
+    assert 0 < int((~mask).sum()) < mask.numel() / 2
     lengths = [6 + (number * 17) % 40 for number in range(9)]
-    assert int(real.sum()) == sum(lengths) - 9  # the last token of each is only a label
-    assert real[learned].all()
-    given = routing(*batch.tokens.shape, layers=2)
+    assert int(mask.sum()) == sum(lengths) - 9  # the last token of each is only a label
+    assert mask[label_mask].all()
+    routed = routing(*batch.tokens.shape, layers=2)
     other = routing(*batch.tokens.shape, layers=2, seed=9)
     changed = Routing(
         [
-            torch.where(real[..., None], a, b)
-            for a, b in zip(given.logits, other.logits, strict=True)
+            torch.where(mask[..., None], a, b)
+            for a, b in zip(routed.logits, other.logits, strict=True)
         ],
         [
-            torch.where(real[..., None], a, b)
-            for a, b in zip(given.chosen, other.chosen, strict=True)
+            torch.where(mask[..., None], a, b)
+            for a, b in zip(routed.chosen, other.chosen, strict=True)
         ],
     )
-    before = balance_sums(given, learned, batch.segments)
-    after = balance_sums(changed, learned, batch.segments)
+    before = balance_sums(routed, label_mask, batch.segments)
+    after = balance_sums(changed, label_mask, batch.segments)
     for name, value in before.items():
         assert torch.equal(after[name], value), name
-    assert int(before["expert_tokens"].sum()) == int(real.sum()) * 2 * CHOSEN
+    assert int(before["expert_tokens"].sum()) == int(mask.sum()) * 2 * CHOSEN
 
 
 def moe() -> Transformer:
@@ -151,51 +151,53 @@ def packed_batch() -> TensorBatch:
     return TensorBatch(tokens, labels, None, label_indices(labels))
 
 
-def test_the_objective_adds_it_and_shows_the_loss_without_it() -> None:
+def test_objective_adds_the_balance_loss_and_logs_the_loss_without_it() -> None:
     results = {}
     for weight in (0.0, 0.5):
         model = moe()
-        loss, count, sums = objective(weight).loss(model, packed_batch())
-        loss.backward()
-        assert not any(value.requires_grad for value in sums.values())
-        read = {name: value.tolist() for name, value in sums.items()}
-        found = objective(weight).metrics(float(loss.detach()) / int(count), read)
+        output = objective(weight).loss(model, packed_batch())
+        output.loss_sum.backward()
+        assert not any(value.requires_grad for value in output.metric_sums.values())
+        sums = {name: value.tolist() for name, value in output.metric_sums.items()}
+        mean = float(output.loss_sum.detach()) / int(output.count)
+        actual = objective(weight).metrics(mean, sums)
         router = model.model.layers[0].block_sparse_moe.router.layer.weight
-        results[weight] = float(loss.detach()) / int(count), found, router.grad
-    (plain, without, one), (more, with_it, other) = results.values()
-    assert 1.0 < with_it["balance"] < 1.5
-    assert more - plain == pytest.approx(0.5 * with_it["balance"], rel=1e-4)
+        results[weight] = mean, actual, router.grad
+    (loss, without, gradient), (total, with_it, other) = results.values()
+    assert 1.0 < with_it["balance_loss"] < 1.5
+    assert total - loss == pytest.approx(0.5 * with_it["balance_loss"], rel=1e-4)
     assert with_it["loss"] == pytest.approx(without["loss"], rel=1e-6)
-    assert without["loss"] == plain
-    assert one is not None and other is not None and not torch.allclose(one, other)
+    assert without["loss"] == loss
+    assert gradient is not None and other is not None
+    assert not torch.allclose(gradient, other)
 
 
-def test_it_evens_out_what_is_one_sided() -> None:
-    """Gradient descent on it alone, from routers that send most tokens to one expert."""
+def test_minimizing_the_balance_loss_balances_the_experts() -> None:
+    """Gradient descent on the balance loss alone, from routers that prefer one expert."""
     model, batch = moe(), packed_batch()
     routers = [layer.block_sparse_moe.router.layer.weight for layer in model.model.layers]
     with torch.no_grad():
-        model.model.embed_tokens.weight += 0.05  # so that tokens have something in common
+        model.model.embed_tokens.weight += 0.05  # a component that all tokens share
         for router in routers:
             router[2] += 0.05
-    found = []
+    actual = []
     for _ in range(60):
-        given = Routing()
-        model(batch.tokens, routing=given)
-        sums = balance_sums(given, batch.labels != IGNORED, None)
-        found.append(metrics({name: value.detach() for name, value in sums.items()}))
+        routed = Routing()
+        model(batch.tokens, routing=routed)
+        sums = balance_sums(routed, batch.labels != IGNORED, None)
+        actual.append(metrics({name: value.detach() for name, value in sums.items()}))
         gradients = torch.autograd.grad(sums["balance"][0] / sums["balance"][1], routers)
         with torch.no_grad():
             for router, gradient in zip(routers, gradients, strict=True):
                 router -= 0.01 * gradient
-    first, last = found[0], found[-1]
-    assert first["balance"] > 1.2 and first["expert_load/most"] > 0.45
-    assert last["balance"] < 1.05 and last["expert_load/most"] < 0.35
+    first, last = actual[0], actual[-1]
+    assert first["balance_loss"] > 1.2 and first["expert_load/max"] > 0.45
+    assert last["balance_loss"] < 1.05 and last["expert_load/max"] < 0.35
 
 
-def test_a_dense_model_has_none() -> None:
+def test_dense_model_has_no_balance_loss() -> None:
     model = Transformer(ModelConfig(**(PRESETS["nano"] | {"vocab_size": VOCAB})))
-    loss, _, sums = objective(0.5).loss(model, packed_batch())
-    plain, _, _ = objective(0.0).loss(model, packed_batch())
-    assert torch.equal(loss, plain)
-    assert sums.keys() == {"nats", "bytes"}
+    output = objective(0.5).loss(model, packed_batch())
+    without = objective(0.0).loss(model, packed_batch())
+    assert torch.equal(output.loss_sum, without.loss_sum)
+    assert output.metric_sums.keys() == {"nats", "bytes"}

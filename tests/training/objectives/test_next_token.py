@@ -31,7 +31,7 @@ def inputs(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 
 def both(count: int, factor: float) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(losses, gradient of hidden, gradient of weight) by torch and by us."""
+    """Return (losses, gradient of hidden, gradient of weight) of torch and of ours."""
     results = []
     for ours in (False, True):
         hidden, weight, labels = inputs(count)
@@ -45,16 +45,16 @@ def both(count: int, factor: float) -> list[tuple[Tensor, Tensor, Tensor]]:
     return results
 
 
-@pytest.mark.parametrize("count", [1, 50, 1024, 2500])  # of which 1024 at once
+@pytest.mark.parametrize("count", [1, 50, 1024, 2500])  # chunks are 1024 tokens
 @pytest.mark.parametrize("factor", [1.0, 1 / 64, 512.0])
-def test_it_is_the_cross_entropy_of_torch(count: int, factor: float) -> None:
+def test_linear_cross_entropy_is_that_of_torch(count: int, factor: float) -> None:
     theirs, ours = both(count, factor)
-    for expected, found in zip(theirs, ours, strict=True):
+    for expected, actual in zip(theirs, ours, strict=True):
         width, vocab = inputs(count)[1].shape[1], inputs(count)[1].shape[0]
-        assert largest_difference(found, expected) <= rounding(width, vocab, vocab, count)
+        assert largest_difference(actual, expected) <= rounding(width, vocab, vocab, count)
 
 
-def test_half_precision_is_near() -> None:
+def test_bf16_is_close_to_float32() -> None:
     theirs, _ = both(300, 1.0)
     hidden, weight, labels = inputs(300)
     with torch.autocast("cpu", torch.bfloat16):
@@ -63,11 +63,11 @@ def test_half_precision_is_near() -> None:
     assert losses.dtype == torch.float32
     assert hidden.grad is not None and weight.grad is not None
     assert weight.grad.dtype == torch.float32
-    for expected, found in zip(theirs, (losses, hidden.grad, weight.grad), strict=True):
-        assert (found - expected).norm() < 0.02 * expected.norm()
+    for expected, actual in zip(theirs, (losses, hidden.grad, weight.grad), strict=True):
+        assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
-def test_hidden_states_in_half_precision_get_their_gradient_in_it() -> None:
+def test_gradient_has_the_dtype_of_the_hidden_states() -> None:
     hidden, weight, labels = inputs(10, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         linear_cross_entropy(hidden, weight, labels).sum().backward()
@@ -76,7 +76,7 @@ def test_hidden_states_in_half_precision_get_their_gradient_in_it() -> None:
     assert hidden.grad.any()
 
 
-def test_large_scores_do_not_overflow() -> None:
+def test_large_logits_do_not_overflow() -> None:
     hidden, weight, labels = inputs(20)
     losses = linear_cross_entropy(hidden * 1e4, weight, labels)
     losses.sum().backward()
@@ -84,7 +84,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert hidden.grad is not None and hidden.grad.isfinite().all()
 
 
-def test_without_gradients_the_values_are_the_same() -> None:
+def test_losses_are_the_same_without_gradients() -> None:
     hidden, weight, labels = inputs(60)
     with torch.no_grad():
         plain = linear_cross_entropy(hidden, weight, labels)
@@ -92,7 +92,7 @@ def test_without_gradients_the_values_are_the_same() -> None:
     assert not plain.requires_grad
 
 
-def test_nothing_to_learn_is_a_sum_of_nothing() -> None:
+def test_no_label_tokens_give_no_losses() -> None:
     hidden, weight, labels = inputs(0)
     losses = linear_cross_entropy(hidden, weight, labels)
     assert losses.shape == (0,)
@@ -110,80 +110,86 @@ def model() -> Transformer:
     return Transformer(ModelConfig(**(PRESETS["nano"] | {"vocab_size": VOCAB})))
 
 
-def labelled(shares: list[float]) -> TensorBatch:
-    """A window for each share of tokens that are learned."""
+def labeled(fractions: list[float]) -> TensorBatch:
+    """Return a sequence for each of the given fractions of label tokens."""
     torch.manual_seed(2)
-    tokens, labels = torch.randint(VOCAB, (2, len(shares), 32))
-    learned = torch.rand(len(shares), 32) < torch.tensor(shares)[:, None]
-    return of(tokens, torch.where(learned, labels, IGNORED))
+    tokens, labels = torch.randint(VOCAB, (2, len(fractions), 32))
+    label_mask = torch.rand(len(fractions), 32) < torch.tensor(fractions)[:, None]
+    return make_batch(tokens, torch.where(label_mask, labels, IGNORED))
 
 
-def of(tokens: Tensor, labels: Tensor) -> TensorBatch:
+def make_batch(tokens: Tensor, labels: Tensor) -> TensorBatch:
     return TensorBatch(tokens, labels, None, label_indices(labels))
 
 
-def gradient(of: Transformer) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in of.parameters() if p.grad is not None])
+def gradient(model: Transformer) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_only_labelled_tokens_count() -> None:
-    """Loss and gradient of a whole model are those of torch's way of leaving labels out."""
+def test_only_label_tokens_count() -> None:
+    """Loss and gradient of a model are those of torch's cross_entropy with ignore_index."""
     ours, theirs = model(), model()
-    batch = labelled([0.3, 0.0, 1.0])
-    loss, count, _ = objective().loss(ours, batch)
+    batch = labeled([0.3, 0.0, 1.0])
+    output = objective().loss(ours, batch)
     scores = theirs.logits(theirs(batch.tokens)).flatten(0, 1)
     expected = F.cross_entropy(
         scores, batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    assert int(count) == int((batch.labels != IGNORED).sum())
-    close = gradient_rounding(ours.config, batch.tokens.shape[1], batch.tokens.numel())
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=close)
-    loss.backward()
+    assert int(output.count) == int((batch.labels != IGNORED).sum())
+    tolerance = gradient_rounding(ours.config, batch.tokens.shape[1], batch.tokens.numel())
+    loss = float(output.loss_sum.detach())
+    assert loss == pytest.approx(float(expected.detach()), rel=tolerance)
+    output.loss_sum.backward()
     expected.backward()
-    assert relative_difference(gradient(ours), gradient(theirs)) <= close
+    assert relative_difference(gradient(ours), gradient(theirs)) <= tolerance
 
 
-def test_bits_count_text_and_not_control_tokens() -> None:
+def test_bits_per_byte_leaves_out_control_tokens() -> None:
     ours = model()
-    batch = labelled([1.0, 0.5])
-    batch.labels[0, :10] = 0  # the control token: it stands for no bytes
+    batch = labeled([1.0, 0.5])
+    batch.labels[0, :10] = 0  # a control token, which stands for no bytes
     with torch.no_grad():
-        loss, count, sums = objective().loss(ours, batch)
-        logs = torch.log_softmax(ours.logits(ours(batch.tokens)), -1)
-    metrics = objective().metrics(float(loss / count), {k: float(v) for k, v in sums.items()})
+        output = objective().loss(ours, batch)
+        logprobs = torch.log_softmax(ours.logits(ours(batch.tokens)), -1)
+    mean = float(output.loss_sum / output.count)
+    metrics = objective().metrics(mean, {k: float(v) for k, v in output.metric_sums.items()})
     nats = num_bytes = 0.0
-    for label, log in zip(batch.labels.flatten().tolist(), logs.flatten(0, 1), strict=True):
+    for label, row in zip(batch.labels.flatten().tolist(), logprobs.flatten(0, 1), strict=True):
         if label > 0:
-            nats -= float(log[label])
+            nats -= float(row[label])
             num_bytes += 1 + label % 3
-    assert metrics["loss"] == float(loss / count)
+    assert metrics["loss"] == mean
     assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
-def test_parts_add_up_to_the_whole_however_uneven() -> None:
-    """The gradient of the loop: each part over a fixed number, all over the number of labels."""
-    shares = [1.0, 0.02, 0.0, 0.4, 0.9, 0.1]
-    batch = labelled(shares)
+def test_gradient_accumulation_gives_the_gradient_of_the_batch() -> None:
+    """As in the training loop: divide each loss by a constant, and the total by the label count."""
+    fractions = [1.0, 0.02, 0.0, 0.4, 0.9, 0.1]
+    batch = labeled(fractions)
     results = []
     for size in (6, 3, 2, 1):
         ours = model()
         total, number = 0.0, 0
-        for at in range(0, len(shares), size):
-            part = of(batch.tokens[at : at + size], batch.labels[at : at + size])
-            loss, count, _ = objective().loss(ours, part)
-            (loss / 192).backward()
-            total, number = total + float(loss.detach()), number + int(count)
+        for start in range(0, len(fractions), size):
+            part = make_batch(
+                batch.tokens[start : start + size], batch.labels[start : start + size]
+            )
+            output = objective().loss(ours, part)
+            (output.loss_sum / 192).backward()
+            total += float(output.loss_sum.detach())
+            number += int(output.count)
         results.append((total / number, gradient(ours) * 192 / number))
-    loss, whole = results[0]
+    loss, gradient_of_batch = results[0]
     for other_loss, other in results[1:]:
         assert other_loss == pytest.approx(loss, rel=1e-6)
-        assert (other - whole).norm() < 1e-5 * whole.norm()
+        assert (other - gradient_of_batch).norm() < 1e-5 * gradient_of_batch.norm()
 
 
-def test_a_window_with_nothing_to_learn_gives_no_nan() -> None:
+def test_sequences_without_labels_do_not_give_nan() -> None:
     ours = model()
-    loss, count, sums = objective().loss(ours, labelled([0.0, 0.0]))
-    loss.backward()
-    assert (float(loss.detach()), int(count), float(sums["bytes"])) == (0.0, 0, 0.0)
+    output = objective().loss(ours, labeled([0.0, 0.0]))
+    output.loss_sum.backward()
+    assert (float(output.loss_sum.detach()), int(output.count)) == (0.0, 0)
+    assert float(output.metric_sums["bytes"]) == 0.0
     assert not gradient(ours).any()
     assert objective().metrics(0.0, {"nats": 0.0, "bytes": 0.0})["bits_per_byte"] == 0.0

@@ -1,4 +1,4 @@
-"""Row 15 of the reliability promises: DPO against trl's trainer, on the same texts and weights."""
+"""Row 15 of the reliability promises: DPO against trl's trainer, with the same data and weights."""
 
 import copy
 import json
@@ -47,17 +47,17 @@ LOSSES = [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid_norm", 0.0)]
 SMOOTHED = [("sigmoid", 0.1), ("sigmoid", 0.3), ("sigmoid_norm", 0.2)]
 
 
-def told(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+def to_messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
 def records() -> list[dict[str, Any]]:
     return [
         {
-            side: told([*asked, ("assistant", answer)])
+            side: to_messages([*prompt, ("assistant", answer)])
             for side, answer in zip(SIDES, answers, strict=True)
         }
-        for asked, *answers in PAIRS
+        for prompt, *answers in PAIRS
     ]
 
 
@@ -65,15 +65,15 @@ SIDES = ("chosen", "rejected")
 
 
 def model(seed: int, vocab: int = 600, preset: str = "nano", **changes: Any) -> Transformer:
-    """Weights large enough for the answers to differ in likelihood."""
+    """Return a model with weights large enough for the answers to differ in likelihood."""
     torch.manual_seed(seed)
     shape = PRESETS[preset] | {"vocab_size": vocab, "max_position_embeddings": 512} | changes
-    made = Transformer(ModelConfig(**shape))
+    model = Transformer(ModelConfig(**shape))
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(4)
-    return made
+    return model
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -99,8 +99,8 @@ def reference(architecture: dict[str, Any]) -> Transformer:
 
 
 @pytest.fixture(scope="module")
-def store_windows(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`store_windows(length)`: the pairs as a run would read them."""
+def packed_pairs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function of the sequence length that packs the pairs as a run would."""
     folder = tmp_path_factory.mktemp("pairs")
     file = folder / "pairs.jsonl"
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records()]
@@ -114,7 +114,7 @@ def store_windows(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 
 
 def batch_of(sequences: PairSequences, reference: Transformer) -> TensorBatch:
-    """All pairs, with the log-probabilities of the reference."""
+    """Return all pairs with their reference log-probabilities."""
     mix = MixedDataset([sequences], [1.0], 0)
     places = [(0, index) for index in range(len(sequences))]
     logps, _ = answer_logps(reference, to_device(mix.stack(places), CPU))
@@ -123,8 +123,8 @@ def batch_of(sequences: PairSequences, reference: Transformer) -> TensorBatch:
 
 
 @pytest.fixture(scope="module")
-def batch(store_windows: Any, reference: Transformer) -> TensorBatch:
-    return batch_of(store_windows(256), reference)
+def batch(packed_pairs: Any, reference: Transformer) -> TensorBatch:
+    return batch_of(packed_pairs(256), reference)
 
 
 @pytest.fixture(scope="module")
@@ -134,19 +134,19 @@ def trainer(
     tokenizer: Tokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
-    """trl's, with our weights as transformers loads them."""
+    """Return trl's trainer, with our weights loaded by transformers."""
     folder = tmp_path_factory.mktemp("trl")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of others' packages, while they are imported and made
+        warnings.simplefilter("ignore")  # of the other packages
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl import DPOConfig, DPOTrainer
 
         loaded = []
-        for name, made in (("ours", ours), ("reference", reference)):
-            save_model(folder / name, made, tokenizer)
+        for name, model in (("ours", ours), ("reference", reference)):
+            save_model(folder / name, model, tokenizer)
             theirs = AutoModelForCausalLM.from_pretrained(folder / name, dtype="float32")
-            if made.config.num_local_experts:
+            if model.config.num_local_experts:
                 theirs.set_experts_implementation("eager")
             loaded.append(theirs)
         return DPOTrainer(
@@ -155,7 +155,7 @@ def trainer(
             args=DPOConfig(
                 str(folder / "out"),
                 beta=0.3,
-                router_aux_loss_coef=0.0,  # the balance of experts is another test's
+                router_aux_loss_coef=0.0,  # test_balance.py tests it
                 max_length=None,
                 use_cpu=True,
                 report_to=[],
@@ -168,39 +168,39 @@ def trainer(
 
 @pytest.fixture(scope="module")
 def inputs(trainer: Any, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """All pairs as trl's collator gives them, but for the line's end behind each answer."""
-    whole = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
-    ends = (whole["input_ids"] == tokenizer.im_end).roll(1, 1)  # what follows <|im_end|>
-    whole["completion_mask"] = whole["completion_mask"] * ~ends
-    return dict(whole)
+    """Return all pairs as trl collates them, without labels on the newline after each answer."""
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
+    ends = (inputs["input_ids"] == tokenizer.im_end).roll(1, 1)  # the newline after <|im_end|>
+    inputs["completion_mask"] = inputs["completion_mask"] * ~ends
+    return dict(inputs)
 
 
-def test_the_same_tokens_are_learned_as_by_trl(
-    trainer: Any, store_windows: Any, tokenizer: Tokenizer
+def test_label_tokens_are_those_of_trl(
+    trainer: Any, packed_pairs: Any, tokenizer: Tokenizer
 ) -> None:
-    """Of both sides, in the same context; trl learns the line's end behind <|im_end|> as well."""
-    [line_end] = tokenizer.encode("\n")
+    """Both sides, in the same context. trl also trains on the newline after <|im_end|>."""
+    [newline] = tokenizer.encode("\n")
     theirs = []
     for row in trainer.train_dataset:
         for side in SIDES:
             answer = row[f"{side}_ids"]
-            assert answer[-2:] == [tokenizer.im_end, line_end]
+            assert answer[-2:] == [tokenizer.im_end, newline]
             theirs.append(([*row["prompt_ids"], *answer][:-1], answer[:-1]))
-    sequences = store_windows(256)
-    assert len(sequences) < len(PAIRS), "several pairs share a window"
-    found = []
+    sequences = packed_pairs(256)
+    assert len(sequences) < len(PAIRS), "several pairs share a sequence"
+    actual = []
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
         assert segments is not None
         for segment in range(2 * len(sequences.reference[sequences.item_slice(index)])):
             here = segments == segment
-            learned = labels[here][labels[here] != IGNORED].tolist()
-            found.append((tokens[here].tolist(), learned))
-    assert sorted(found) == sorted(theirs)
+            label_tokens = labels[here][labels[here] != IGNORED].tolist()
+            actual.append((tokens[here].tolist(), label_tokens))
+    assert sorted(actual) == sorted(theirs)
 
 
-def of_theirs(name: str) -> str:
-    """What a parameter is called in transformers' memory; on disk both call it as we do."""
+def transformers_name(name: str) -> str:
+    """Return the name of a parameter in transformers; files have our names."""
     return (
         name.replace("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
         .replace("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj")
@@ -209,20 +209,20 @@ def of_theirs(name: str) -> str:
 
 
 def rounding_of(model: Transformer, batch: TensorBatch) -> float:
-    """Bound on the relative difference of two computations of a loss and its gradient."""
+    """Bound the relative difference of two implementations of a loss and its gradient."""
     return gradient_rounding(model.config, batch.tokens.shape[1], batch.tokens.numel())
 
 
-def of_trl(
+def loss_of_trl(
     trainer: Any, inputs: dict[str, Tensor], loss: str, smoothing: float, beta: float
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss and its gradient by parameter."""
+    """Return the mean loss and its gradient by parameter."""
     trainer.beta, trainer.label_smoothing = beta, smoothing
     pairs = [{k: v.view(2, len(PAIRS), -1)[:, i] for k, v in inputs.items()} for i in range(6)]
     weighted = [(inputs, loss, 1.0)]
-    if smoothing and loss == "sigmoid":  # with one pair a batch, "aot" is cDPO
+    if smoothing and loss == "sigmoid":  # with one pair per batch, "aot" is cDPO
         weighted = [(pair, "aot", 1 / len(pairs)) for pair in pairs]
-    elif smoothing:  # trl has no such thing; by its definition
+    elif smoothing:  # by its definition, since trl does not have it
         swapped = {key: value.roll(len(PAIRS), 0) for key, value in inputs.items()}
         weighted = [(inputs, loss, 1 - smoothing), (swapped, loss, smoothing)]
     trainer.model.zero_grad()
@@ -244,18 +244,21 @@ def test_loss_and_gradient_are_those_of_trl(
     loss: Any,
     smoothing: float,
 ) -> None:
-    expected, gradients = of_trl(trainer, inputs, loss, smoothing, beta=0.3)
+    expected, gradients = loss_of_trl(trainer, inputs, loss, smoothing, beta=0.3)
     settings = DPOSettings(loss=loss, beta=0.3, label_smoothing=smoothing)
     ours.zero_grad()
-    total, count, _ = Preference(settings).loss(ours, batch)
-    (total / count).backward()
-    assert int(count) == len(PAIRS)
+    output = Preference(settings).loss(ours, batch)
+    (output.loss_sum / output.count).backward()
+    assert int(output.count) == len(PAIRS)
     close = rounding_of(ours, batch)
-    assert float(total.detach()) / len(PAIRS) == pytest.approx(expected, rel=close)
-    assert abs(expected - math.log(2)) > 0.001, "the pairs are not all alike"
+    mean = float(output.loss_sum.detach()) / len(PAIRS)
+    assert mean == pytest.approx(expected, rel=close)
+    assert abs(expected - math.log(2)) > 0.001, "the pairs differ"
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
-        assert relative_difference(parameter.grad, gradients[of_theirs(name)]) <= close, name
+        assert relative_difference(parameter.grad, gradients[transformers_name(name)]) <= close, (
+            name
+        )
 
 
 def test_rewards_and_accuracy_are_those_of_trl(
@@ -264,13 +267,12 @@ def test_rewards_and_accuracy_are_those_of_trl(
     close = rounding_of(ours, batch)
     mode = "train" if trainer.model.training else "eval"
     trainer._metrics[mode].clear()
-    of_trl(trainer, inputs, "sigmoid", 0.0, beta=0.3)
+    loss_of_trl(trainer, inputs, "sigmoid", 0.0, beta=0.3)
     theirs = {key: value[-1] for key, value in trainer._metrics[mode].items()}
     objective = Preference(DPOSettings(beta=0.3))
-    total, count, more = objective.loss(ours, batch)
-    metrics = objective.metrics(
-        float(total.detach() / count), {k: v.tolist() for k, v in more.items()}
-    )
+    output = objective.loss(ours, batch)
+    mean = float(output.loss_sum.detach() / output.count)
+    metrics = objective.metrics(mean, {k: v.tolist() for k, v in output.metric_sums.items()})
     names = {
         "accuracy": "rewards/accuracies",
         "rewards/chosen": "rewards/chosen",
@@ -280,42 +282,45 @@ def test_rewards_and_accuracy_are_those_of_trl(
         "logps/rejected": "logps/rejected",
     }
     for name, theirs_name in names.items():
-        size = abs(theirs["logps/chosen"]) + abs(theirs["logps/rejected"])  # what is subtracted
+        size = abs(theirs["logps/chosen"]) + abs(
+            theirs["logps/rejected"]
+        )  # rewards are differences of these
         assert metrics[name] == pytest.approx(theirs[theirs_name], rel=0, abs=close * size), name
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
-def test_how_pairs_are_packed_and_split_does_not_matter(
-    store_windows: Any, ours: Transformer, reference: Transformer, loss: Any
+def test_packing_and_splitting_do_not_change_the_loss(
+    packed_pairs: Any, ours: Transformer, reference: Transformer, loss: Any
 ) -> None:
-    """Few pairs a window or many, all windows at once or one by one: one loss and gradient."""
+    """Any number of pairs per sequence and of sequences per batch: the same loss and gradient."""
     results = []
     for length, apart in ((512, False), (512, True), (230, False), (230, True)):
-        whole = batch_of(store_windows(length), reference)
-        assert whole.pairs is not None and whole.segments is not None
-        parts = [whole]
+        batch = batch_of(packed_pairs(length), reference)
+        assert batch.pairs is not None and batch.segments is not None
+        parts = [batch]
         if apart:
-            parts = [one_window(whole, row) for row in range(len(whole.tokens))]
+            parts = [one_sequence(batch, row) for row in range(len(batch.tokens))]
         ours.zero_grad()
         total, number = 0.0, 0
         for part in parts:
-            losses, count, _ = Preference(DPOSettings(loss=loss)).loss(ours, part)
-            (losses / len(PAIRS)).backward()
-            total, number = total + float(losses.detach()), number + int(count)
+            output = Preference(DPOSettings(loss=loss)).loss(ours, part)
+            (output.loss_sum / len(PAIRS)).backward()
+            total += float(output.loss_sum.detach())
+            number += int(output.count)
         assert number == len(PAIRS)
         grads = [p.grad.flatten() for p in ours.parameters() if p.grad is not None]
         results.append((total, torch.cat(grads)))
     for other, gradient in results[1:]:
-        close = rounding_of(ours, batch_of(store_windows(512), reference))
+        close = rounding_of(ours, batch_of(packed_pairs(512), reference))
         assert other == pytest.approx(results[0][0], rel=close)
         assert relative_difference(gradient, results[0][1]) <= close
 
 
-def one_window(batch: TensorBatch, row: int) -> TensorBatch:
-    """One row of a batch, its pairs counted from 0."""
+def one_sequence(batch: TensorBatch, row: int) -> TensorBatch:
+    """Return one sequence of a batch, with its pairs numbered from 0."""
     assert batch.pairs is not None and batch.segments is not None
-    learned = batch.pairs.side_ids[row][batch.labels[row] != IGNORED]
-    first, last = int(learned.min()) // 2, int(learned.max()) // 2
+    answers = batch.pairs.side_ids[row][batch.labels[row] != IGNORED]
+    first, last = int(answers.min()) // 2, int(answers.max()) // 2
     pairs = replace(
         batch.pairs,
         side_ids=batch.pairs.side_ids[row : row + 1] - 2 * first,
@@ -325,7 +330,7 @@ def one_window(batch: TensorBatch, row: int) -> TensorBatch:
     return TensorBatch(*rows, label_indices(batch.labels[row]), pairs)
 
 
-def test_a_factor_for_each_loss_of_the_linear_cross_entropy() -> None:
+def test_linear_cross_entropy_with_an_upstream_gradient_per_loss() -> None:
     torch.manual_seed(0)
     results = []
     for by_torch in (True, False):
@@ -340,12 +345,12 @@ def test_a_factor_for_each_loss_of_the_linear_cross_entropy() -> None:
             losses = linear_cross_entropy(hidden, weight, labels, uniform_grad=False)
         (losses * factors).sum().backward()
         results.append((losses.detach(), hidden.grad, weight.grad))
-    for expected, found in zip(*results, strict=True):
-        assert expected is not None and found is not None
-        assert relative_difference(found, expected) <= rounding(24, VOCAB, VOCAB, 2500)
+    for expected, actual in zip(*results, strict=True):
+        assert expected is not None and actual is not None
+        assert relative_difference(actual, expected) <= rounding(24, VOCAB, VOCAB, 2500)
 
 
-def test_a_factor_for_each_loss_in_half_precision() -> None:
+def test_linear_cross_entropy_with_an_upstream_gradient_per_loss_in_bf16() -> None:
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, 24, requires_grad=True) for n in (300, VOCAB))
     labels, factors = torch.randint(VOCAB, (300,)), torch.randn(300)
@@ -361,7 +366,7 @@ def test_a_factor_for_each_loss_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm"])
-def test_a_loss_that_does_not_move_is_told_once(loss: Any) -> None:
+def test_unchanged_loss_is_warned_about_once(loss: Any) -> None:
     objective = Preference(DPOSettings(loss=loss))
     start = 25.0 if loss == "ipo" else math.log(2)
     assert objective.warning(0.2, {"loss": start}) is None, "too early"
@@ -370,14 +375,13 @@ def test_a_loss_that_does_not_move_is_told_once(loss: Any) -> None:
     assert objective.warning(0.6, {"loss": 0.999 * start}) is None
 
 
-def test_a_tie_is_half_right() -> None:
+def test_tie_counts_as_half_in_accuracy() -> None:
     ours = model(3, VOCAB)
     sequences = PairSequences([pair_shard(8)], 32, pad=0, seed=0)
     objective = Preference(DPOSettings())
-    total, count, more = objective.loss(ours, batch_of(sequences, ours))
-    metrics = objective.metrics(
-        float(total.detach() / count), {k: float(v) for k, v in more.items()}
-    )
+    output = objective.loss(ours, batch_of(sequences, ours))
+    mean = float(output.loss_sum.detach() / output.count)
+    metrics = objective.metrics(mean, {k: float(v) for k, v in output.metric_sums.items()})
     assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert metrics["accuracy"] == 0.5
     assert metrics["rewards/margin"] == 0
@@ -386,6 +390,6 @@ def test_a_tie_is_half_right() -> None:
     assert np.isfinite(sequences.reference).all()
 
 
-def test_settings_that_contradict_each_other() -> None:
+def test_contradictory_settings_are_an_error() -> None:
     with pytest.raises(ValueError, match="label_smoothing applies to the sigmoid losses"):
         DPOSettings(loss="ipo", label_smoothing=0.1)

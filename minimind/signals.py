@@ -1,0 +1,47 @@
+"""Ctrl-C (SIGINT) and SIGTERM as requests to stop, counted instead of obeyed."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Interrupts:
+    """Number of SIGINT and SIGTERM signals received so far."""
+
+    count: int = 0
+
+
+@contextlib.contextmanager
+def count_interrupts(
+    on_interrupt: Callable[[int], None] = lambda count: None,
+) -> Iterator[Interrupts]:
+    """Count SIGINT and SIGTERM inside the block, and restore the previous handlers after it.
+
+    `on_interrupt` runs in the signal handler with the new count; an exception that it raises
+    interrupts the main thread. Only the main thread can install handlers: in any other thread the
+    count stays 0, and the caller's own handlers stay in force.
+    """
+    interrupts = Interrupts()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        interrupts.count += 1
+        on_interrupt(interrupts.count)
+
+    try:
+        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        previous = {}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def raise_on_second(count: int) -> None:
+    """Raise KeyboardInterrupt from the second signal on: a callback for `count_interrupts`."""
+    if count > 1:
+        raise KeyboardInterrupt
