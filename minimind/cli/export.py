@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind.cli import console
-from minimind.cli.generate import Model
+from minimind.cli.options import Model
 from minimind.errors import shell_words
 
 if TYPE_CHECKING:
