@@ -16,7 +16,9 @@ import typer
 
 from minimind.errors import TrainingError
 
-_EXIT_WITH_PARENT = "MINIMIND_EXIT_WITH_PARENT"  # set if stdin closes when the parent exits
+_EXIT_WITH_PARENT = (
+    "MINIMIND_EXIT_WITH_PARENT"  # set in processes whose stdin closes when the parent exits
+)
 _POLL_S = 0.05
 INTERRUPTED = 130
 
@@ -40,19 +42,19 @@ def interrupted_status() -> int:
 
 
 def launch_processes(number: int) -> None:
-    """Run this command line in `number` processes, wait for them, and exit as they do.
+    """Run this command line in `number` processes and wait; exit with their status if it is not 0.
 
     The first SIGINT or SIGTERM is passed on to all processes, the second kills them. If a process
     fails, the others are killed and TrainingError names its rank.
     """
-    stops = 0
+    num_signals = 0
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal stops
-        stops += 1
+        nonlocal num_signals
+        num_signals += 1
         for process in processes:
             if process.poll() is None:
-                process.terminate() if stops == 1 else process.kill()
+                process.terminate() if num_signals == 1 else process.kill()
 
     processes: list[subprocess.Popen[bytes]] = []
     previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -75,13 +77,15 @@ def launch_processes(number: int) -> None:
             process.wait()
         for signal_number, handler in previous.items():
             signal.signal(signal_number, handler)
-    if stops > 1 or (stops and failed is not None and statuses[failed] == -signal.SIGTERM):
+    if num_signals > 1 or (
+        num_signals and failed is not None and statuses[failed] == -signal.SIGTERM
+    ):
         raise KeyboardInterrupt  # killed, or stopped before training began
     if failed is not None:
         if failed == 0 and statuses[0] == 1:  # rank 0 has printed its error
             raise typer.Exit(1)
         raise TrainingError(
-            f"process {failed} of 0-{number - 1} {_how_it_ended(statuses[failed])}; the others "
+            f"process {failed} of 0-{number - 1} {_describe_exit(statuses[failed])}; the others "
             "were stopped. Run the same command again to resume from the last checkpoint"
         )
     if INTERRUPTED in statuses:
@@ -105,7 +109,7 @@ def _environment(number: int) -> dict[str, str]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all processes have exited or one has failed; return the rank of that one."""
+    """Wait until all processes have exited or one has failed; return the failed rank."""
     while True:
         statuses = [process.poll() for process in processes]
         failed = [i for i, s in enumerate(statuses) if s not in (None, 0, INTERRUPTED)]
@@ -117,7 +121,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(_POLL_S)
 
 
-def _how_it_ended(status: int | None) -> str:
+def _describe_exit(status: int | None) -> str:
     if status is not None and status < 0:
         cause = " (often because memory ran out)" * (status == -signal.SIGKILL)
         return f"was ended by {signal.Signals(-status).name}{cause}"
@@ -125,7 +129,7 @@ def _how_it_ended(status: int | None) -> str:
 
 
 def exit_with_parent() -> None:
-    """In a process that `launch_processes` started, exit as soon as the parent has died."""
+    """Exit as soon as the parent has died, in a process that `launch_processes` started."""
     if _EXIT_WITH_PARENT not in os.environ:
         return
 
