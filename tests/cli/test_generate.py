@@ -95,10 +95,10 @@ def test_sampling_options_take_effect(model_dir: Path) -> None:
 def test_defaults_come_from_generation_config(
     model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    def output(place: Path, **settings: float) -> str:
+    def output(directory: Path, **settings: float) -> str:
         named = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
         flags = ["--seed", 3, "--max-new-tokens", 30, *(part for pair in named for part in pair)]
-        done = run(place, PROMPT, *flags)
+        done = run(directory, PROMPT, *flags)
         assert done.exit_code == 0, done.output
         return done.stdout
 

@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from minimind.evaluation.benchmark_prompts import PromptBuilder
 from minimind.evaluation.catalogue import make_task
-from minimind.evaluation.encoding import OwnPromptEncoder
+from minimind.evaluation.encoding import MinimindEncoder
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.inference import load
@@ -137,7 +137,7 @@ def test_requests_of_lm_eval_give_the_same_scores(
     task = make_task("ceval", data=[str(make_exam(tmp_path, 8))], style="letter", shots=2)
     assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
-    builder = PromptBuilder(OwnPromptEncoder(tokenizer), task.benchmark, "letter", 2, 2048)
+    builder = PromptBuilder(MinimindEncoder(tokenizer), task.benchmark, "letter", 2, 2048)
     assert len(task.questions) == 8
     with InProcess(exam_model, 4, Limits(), ()) as service:
         for question in task.questions:

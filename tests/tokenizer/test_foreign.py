@@ -324,8 +324,16 @@ def changed(source: Path, directory: Path, file: str, change: Callable[[Any], ob
         ("tokenizer_config.json", {"chat_template": "{% for %}"}, "template cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% import os %}"}, "template cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% break %}"}, "template cannot be read"),
-        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is neither"),
-        ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id is neither"),
+        (
+            "generation_config.json",
+            {"eos_token_id": "x"},
+            "eos_token_id must be an id or a list of ids",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [True]},
+            "eos_token_id must be an id or a list of ids",
+        ),
     ],
 )
 def test_invalid_files_are_refused(
