@@ -15,7 +15,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["checkpoints", *map(str, arguments)])
 
 
-def save(at: Path, step: int, validated: int, best: int, value: float) -> Path:
+def save(run_dir: Path, step: int, validated: int, best: int, value: float) -> Path:
     state: dict[str, Any] = {"validated_step": validated, "validation": {"bits_per_byte": value}}
     state["best"] = {"step": best, "metric": "bits_per_byte", "value": 1.25}
     numbers = {"weight": torch.arange(5000) + step}

@@ -327,12 +327,12 @@ def changed(source: Path, directory: Path, file: str, change: Callable[[Any], ob
         (
             "generation_config.json",
             {"eos_token_id": "x"},
-            "eos_token_id must be an id or a list of ids",
+            "eos_token_id must be an id",
         ),
         (
             "generation_config.json",
             {"eos_token_id": [True]},
-            "eos_token_id must be an id or a list of ids",
+            "eos_token_id must be an id",
         ),
     ],
 )
