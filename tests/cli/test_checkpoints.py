@@ -102,7 +102,7 @@ def test_unknown_files_are_named_but_are_not_damage(here: Path, verb: str) -> No
     assert [one["trouble"] for one in found.values()] == ["", "", "", ""]
     output = " ".join(done.output.split())
     assert "step-00000020: not part of a checkpoint: more.json" in output
-    assert "damaged and quarantined in run/checkpoints: .damaged-step-00000015" in output
+    assert "damaged checkpoints, quarantined in run/checkpoints: .damaged-step-00000015" in output
     assert ".DS_Store" not in output
 
 

@@ -224,7 +224,7 @@ def test_a_service_generates_but_gives_no_likelihoods(
         url = f"{process.url}#other"
         done = run(tmp_path, url, "--task", "quiz", "--task", f"choice:{benchmark}", "--limit", 9)
     assert done.exit_code == 1
-    assert "a remote model gives no log-likelihoods" in done.output
+    assert "a remote model returns no log-likelihoods" in done.output
     there = metrics(tmp_path)["other"]["quiz"]
     assert there["questions"] == 9
     here = run(tmp_path / "here", models / "other", "--task", "quiz", "--limit", 9)
