@@ -371,7 +371,7 @@ def test_hostile_templates_are_refused(
         "tokenizer_config.json",
         lambda c: c.update(chat_template=template),
     )
-    with pytest.raises(TokenizerError, match="chat template refuses"):
+    with pytest.raises(TokenizerError, match="chat template rejects"):
         encode_chat(Tokenizer.load(hostile), turns("a"))
 
 
