@@ -93,5 +93,5 @@ def test_without_a_network_the_error_gives_the_address(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="known are ceval, cmmlu"):
+    with pytest.raises(UsageError, match="available are ceval, cmmlu"):
         download("chess", tmp_path)

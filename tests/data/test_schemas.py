@@ -279,7 +279,7 @@ def test_the_setting_lists_the_same_schemas() -> None:
         ("auto", {"conversations": TURNS[:1]}, "no message of the assistant"),
         ("auto", {"messages": [*TURNS, {"role": "bard", "content": "x"}]}, "unknown role 'bard'"),
         ("auto", {"messages": [{"content": "x"}]}, "unknown role None; supported are human, gpt"),
-        ("auto", {"messages": [TURNS[0], {"role": "assistant"}]}, "the assistant has no text"),
+        ("auto", {"messages": [TURNS[0], {"role": "assistant"}]}, "assistant message has no text"),
         ("auto", {"messages": [TURNS[0], {"role": "gpt", "content": "\n"}]}, "an answer is empty"),
         ("auto", {"instruction": "问", "output": ""}, "an answer is empty"),
         (
@@ -322,7 +322,7 @@ def test_the_setting_lists_the_same_schemas() -> None:
         ("auto", {"instruction": ["问"], "output": "答"}, "the field instruction is not text"),
         ("auto", {"messages": TURNS, "system": {"text": "x"}}, "system is not text, but an object"),
         ("auto", {"messages": "[{broken"}, "neither JSON nor Python"),
-        ("auto", {"messages": {"role": "user"}}, "a message of the user has no text"),
+        ("auto", {"messages": {"role": "user"}}, "a user message has no text"),
         ("auto", {"messages": 3}, "messages are not a list of objects"),
         (
             "auto",
@@ -350,7 +350,7 @@ def test_the_setting_lists_the_same_schemas() -> None:
         (
             "auto",
             {"messages": [TURNS[0] | {"train": True}, TURNS[1]]},
-            "train: includes a message of the user in the loss",
+            "train: includes a user message in the loss",
         ),
         (
             "auto",

@@ -49,10 +49,10 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         ),
         (
             ['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入大海。'],
-            r"rivers.tsv:2 \(mouth\): “长江流入大海。” is not right by the keys",
+            r"rivers.tsv:2 \(mouth\): “长江流入大海。” does not match the keys",
         ),
-        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入{mouth}'], "is not right by"),
-        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}不在{mouth}。'], "is not right by"),
+        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入{mouth}'], "does not match"),
+        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}不在{mouth}。'], "does not match"),
         (
             ['answers = ["{name}流入{mouth}。', 'answers = ["流入{mouth}，流入{mouth}。'],
             "“流入东海，流入东海。” is not a well-formed answer",
