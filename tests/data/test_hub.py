@@ -67,7 +67,7 @@ def test_published_files_are_downloaded_once(hub: str, tmp_path: Path) -> None:
     for name, published in PUBLISHED.items():
         assert (tmp_path / "data" / published.name).read_bytes() == CONTENT
         assert f"{name}: " in done.stdout
-    assert done.stdout.count("the newest version, not a fixed one") == 1, "of cmmlu"
+    assert done.stdout.count("the latest version, not a pinned one") == 1, "of cmmlu"
     (tmp_path / "data" / "ceval-exam.zip").write_bytes(b"mine")
     assert download("ceval", tmp_path / "data").read_bytes() == b"mine"
 

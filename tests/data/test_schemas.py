@@ -276,7 +276,7 @@ def test_the_setting_lists_the_same_schemas() -> None:
         ("auto", {"text": None}, "the field text is not text"),
         ("auto", {"messages": []}, "the list of messages is empty"),
         ("auto", {"conversations": ["问", "答"]}, "messages are not a list of objects"),
-        ("auto", {"conversations": TURNS[:1]}, "no message of the assistant"),
+        ("auto", {"conversations": TURNS[:1]}, "no assistant message"),
         ("auto", {"messages": [*TURNS, {"role": "bard", "content": "x"}]}, "unknown role 'bard'"),
         ("auto", {"messages": [{"content": "x"}]}, "unknown role None; supported are human, gpt"),
         ("auto", {"messages": [TURNS[0], {"role": "assistant"}]}, "assistant message has no text"),
@@ -327,7 +327,7 @@ def test_the_setting_lists_the_same_schemas() -> None:
         (
             "auto",
             {"messages": [TURNS[0], {"role": "tool", "content": "x"}]},
-            "message of a tool: the chat",
+            "a tool message: the chat",
         ),
         (
             "auto",
@@ -344,8 +344,8 @@ def test_the_setting_lists_the_same_schemas() -> None:
             {"messages": [{"role": "user", "content": {"text": "x"}}]},
             "is not text, but an object",
         ),
-        ("auto", {"messages": [TURNS[0], TURNS[1] | {"weight": 0.5}]}, "weight: 0.5 of a message"),
-        ("auto", {"messages": [TURNS[0], TURNS[1] | {"loss": "no"}]}, "loss: 'no' of a message"),
+        ("auto", {"messages": [TURNS[0], TURNS[1] | {"weight": 0.5}]}, "a message has weight: 0.5"),
+        ("auto", {"messages": [TURNS[0], TURNS[1] | {"loss": "no"}]}, "a message has loss: 'no'"),
         ("auto", {"messages": [TURNS[0], TURNS[1] | {"loss": True, "mask": 1}]}, "contradict"),
         (
             "auto",

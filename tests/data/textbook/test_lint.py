@@ -41,11 +41,11 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         ),
         (
             ["{name}流入哪里？", "你知道{name}流入哪里么？"],
-            "“你知道长江流入哪里么？” has a frame that is reserved",
+            "“你知道长江流入哪里么？” has a frame reserved",
         ),
         (
             ["它流入哪里？", "你知道它流入哪里吗？"],
-            "“你知道它流入哪里吗？” has a frame that is reserved",
+            "“你知道它流入哪里吗？” has a frame reserved",
         ),
         (
             ['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入大海。'],
@@ -64,10 +64,10 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         (["它流入哪里？", "它有多长？"], "“长江它有多长” asks for"),
         (
             ["{name}流入哪里？", "{name}汇入哪里"],
-            "“长江汇入哪里” trains on the held-out “长江汇入哪里” of",
+            "“长江汇入哪里” contains the held-out “长江汇入哪里” of",
         ),
-        (["{name}流入哪里？", "说说看，{name}汇入哪里？"], "trains on the held-out “长江汇入哪里”"),
-        (["它流入哪里？", "告诉我长江汇入哪里。"], "trains on the held-out “长江汇入哪里”"),
+        (["{name}流入哪里？", "说说看，{name}汇入哪里？"], "contains the held-out “长江汇入哪里”"),
+        (["它流入哪里？", "告诉我长江汇入哪里。"], "contains the held-out “长江汇入哪里”"),
     ],
 )
 def test_each_rule_reports_its_violation(

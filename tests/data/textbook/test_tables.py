@@ -66,7 +66,7 @@ def test_an_empty_cell_is_not_a_fact(folder: MakeFolder) -> None:
         (
             "{name}注入{mouth}。",
             "{name}注入{sea}。",
-            r"rivers.toml:\d+: “.*” names sea.*columns are",
+            r"rivers.toml:\d+: “.*” uses sea.*columns are",
         ),
         ("{name}注入{mouth}。", "{name}注入{mouth。", r"rivers.toml:\d+: “{name}注入{mouth。”"),
         ('title = "河流"', "title = 河流", "rivers.toml: not valid TOML"),
