@@ -149,7 +149,7 @@ def test_errors_print_one_line(model_dir: Path, tokenizer_dir: Path, tmp_path: P
         ([model_dir, "a", "--temperature", "-1"], "", "temperature is -1.0; it must be"),
         ([model_dir, "a", "--top-p", "2"], "", "top-p is 2.0; it must be"),
         ([model_dir, "a", "--device", "cuda:99"], "", "device cuda:99 is not available"),
-        ([model_dir, "a", "--device", "gpu"], "", "device 'gpu' is not known"),
+        ([model_dir, "a", "--device", "gpu"], "", "unknown device 'gpu'"),
         ([tmp_path / "nowhere", "a"], "", "there is no such directory"),
         ([tmp_path, "a"], "", "is not a model directory: it has no config.json"),
         ([tmp_path / "file", "a"], "", "is not a model directory"),
