@@ -57,7 +57,7 @@ def test_a_stop_saves_and_leaves_and_the_same_command_goes_on(
     run = tmp_path / "run"
     arguments = pretraining.arguments(run)
     assert lives.run("minimind", arguments=arguments, signals={"11": [stop]}) == INTERRUPTED
-    assert "the same command goes on from there" in lives.output.read_text()
+    assert "run the same command again to resume" in lives.output.read_text()
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert saved[-1] in ("step-00000011", "step-00000012")
     assert lives.run("minimind", arguments=arguments, signals={}) == 0, lives.output.read_text()
