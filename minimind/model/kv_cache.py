@@ -11,7 +11,7 @@ class KVCache:
 
     Shapes: L layers, B sequences, K key/value heads, S positions, D head_dim; `keys` and `values`
     are [L, B, K, S, D], allocated once for S = max_length. The inference engine, whose sequences
-    differ in length, has its own cache: `inference/batched_model.py`.
+    differ in length, has its own cache: `inference/kv_cache.py`.
     """
 
     def __init__(
