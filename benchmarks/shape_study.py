@@ -188,7 +188,7 @@ def _page(metrics: dict[str, Any]) -> str:
         "rates; heads are 16 wide, so narrow models have few. Other work ran on the machine, so "
         "the seconds in `shape-study.json` do not compare the speed of the shapes.",
         "",
-        "With a GPU the same command, given wider shapes and more steps, can ask that.",
+        "The same command on a GPU, with wider shapes and more steps, can answer these questions.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,7 @@
 
 prints {"work": number of device synchronizations}.
 
-Torch's FakeTensorMode runs every operation on shapes and devices alone. An operation that mixes GPU
+Torch's FakeTensorMode propagates only the shape and device of each tensor. An operation that mixes GPU
 and CPU tensors raises an error, and so does one whose output shape depends on values. Each value
 that is read (`.item()`, `float()`, `if tensor`) is counted, since it would synchronize a real GPU.
 
