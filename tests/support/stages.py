@@ -29,9 +29,7 @@ STEPS = 60
 INTERRUPTED = 130
 
 
-def do(
-    recipe: Recipe, reporter: RecordingReporter | None = None, **options: Any
-) -> StageResult:
+def do(recipe: Recipe, reporter: RecordingReporter | None = None, **options: Any) -> StageResult:
     """Run a stage in this process."""
     return run_stage(recipe, reporter=reporter or RecordingReporter(), **options)
 
