@@ -8,7 +8,6 @@ In memory the matrices are `<module>.lora_A` and `<module>.lora_B`; peft calls t
 refused, and the message names the feature.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ModelError
+from minimind.files import read_json_object
 from minimind.model.directory import check_dtype
 from minimind.model.lora import adapted_modules
 from minimind.model.saving import atomic_directory, write_hf_json
@@ -147,9 +147,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises ModelError for features that are not supported."""
     path = directory / _CONFIG
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+        raw = read_json_object(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as a LoRA configuration: {error}") from error
     peft_type = raw.get("peft_type")

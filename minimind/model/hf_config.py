@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from minimind.config.model import MOE_FIELDS, ModelConfig, RopeKind, RopeScaling
 from minimind.errors import ModelError
+from minimind.files import read_json_object
 
 _MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
 _MODEL_TYPES = ("llama", "qwen3", *_MOE_TYPES)
@@ -79,9 +80,7 @@ def read_config(directory: Path) -> ModelConfig:
     """Read `config.json`. Raises ModelError for models that are not supported."""
     path = directory / "config.json"
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+        raw = read_json_object(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as a model configuration: {error}") from error
     model_type = raw.get("model_type")

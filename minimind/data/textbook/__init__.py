@@ -32,6 +32,7 @@ from minimind.data.textbook.quiz import (
 )
 from minimind.data.textbook.tables import Subject, load_subjects
 from minimind.errors import ConfigError, DataError, ResourceError
+from minimind.files import atomic_file, write_atomically
 
 __all__ = [
     "DEMO_QUESTIONS",
@@ -122,21 +123,17 @@ def textbook_file(path: str, folder: Path, variables: Mapping[str, str]) -> str:
         )
     target = folder / f"textbook-{name}.jsonl"
     checksum = target.with_name(f"{target.name}.sha256")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_current(target, checksum):
-            _write(temporary, generators[name]())
-            os.replace(temporary, target)
-            temporary.write_text(_checksum(target), encoding="utf-8")
-            os.replace(temporary, checksum)
+            with atomic_file(target) as temporary:
+                _write(temporary, generators[name]())
+            write_atomically(checksum, _checksum(target))
     except OSError as error:
         raise ResourceError(
             f"{target}: cannot be written ({error.strerror}); "
             "choose another folder with data.store=DIR"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return str(target)
 
 
