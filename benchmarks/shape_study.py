@@ -115,7 +115,7 @@ def record(work: Path, out: Path) -> None:
                 "seconds": [round(run.summary["seconds"], 1) for run in runs_of_shape],
             }
         )
-    first = next(run for of_shape in runs.values() for run in of_shape)
+    first = next(run for runs_of_shape in runs.values() for run in runs_of_shape)
     metrics: dict[str, Any] = {
         "command": "python benchmarks/shape_study.py --work DIR train DATA…; … record",
         "date": date.today().isoformat(),
@@ -203,7 +203,7 @@ def _plot(shapes: list[dict[str, Any]], runs: dict[int, list[Any]], path: Path) 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for shape in shapes:
         curves = [run.curves("loss", "tokens")["validation"] for run in runs[shape["layers"]]]
-        tokens = [at for at, _ in curves[0]]
+        tokens = [position for position, _ in curves[0]]
         means = [fmean(loss for _, loss in points) for points in zip(*curves, strict=True)]
         label = f"{shape['layers']} × {shape['width']}"
         axes[0].plot(tokens, means, marker="o", ms=3, label=label)

@@ -145,7 +145,7 @@ def make_stage(
     raise ValueError(kind)
 
 
-def kill_on_the_way(stage: Stage, run: Path, dice: random.Random, kills: int) -> int:
+def kill_repeatedly(stage: Stage, run: Path, dice: random.Random, kills: int) -> int:
     """Kill a run soon after each of `kills` random steps, resume it each time, and let it finish.
 
     Returns the number of kills during a save.
