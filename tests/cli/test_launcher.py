@@ -202,7 +202,7 @@ def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: P
     _, complaint = both[first].communicate(timeout=100)
     assert (
         f"error: {runs[first]} on " in complaint
-        and "holds this run, but the machine of the first" in complaint
+        and "but not on the machine of process 0" in complaint
     )
 
 

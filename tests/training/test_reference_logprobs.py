@@ -238,7 +238,9 @@ def test_a_stage_from_files(base: Path, corpus: Path, tmp_path: Path) -> None:
     assert (before["step"], before["accuracy"]) == (0, 0.5)
     assert before["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert result.summary["accuracy"] == after["accuracy"]
-    assert any("pairs in" in line and "both sides are the same" in line for line in told.lines)
+    assert any(
+        "pairs in" in line and "chosen and rejected are identical" in line for line in told.lines
+    )
     assert set(kept(run)) == {"train.0", "held_out.0"}
     do(recipe(base, run, corpus / "pairs.jsonl", training__steps=3), told, fresh=True)
     assert losses(run)[0] == pytest.approx(math.log(2), rel=1e-6)
@@ -270,7 +272,7 @@ def test_a_run_does_not_go_on_when_its_start_has_changed(
     do(started, Told())
     (run / "summary.json").unlink()  # as if it had been stopped
     run_stage(nano_recipe("pretrain", own, **settings, seed=3), reporter=Told(), fresh=True)
-    with pytest.raises(CheckpointError, match="is not the model that this run began with"):
+    with pytest.raises(CheckpointError, match="is not the base model that this run began with"):
         do(started, Told())
 
 
@@ -295,6 +297,6 @@ def test_conversations_are_refused_and_pairs_without_answers_left_out(
     said = "\n".join(told.lines)
     assert "invalid records: 2, see" in said
     assert "202 pairs in" in said
-    assert "1 left out because no answer was left, 1 because both sides are the same" in said
+    assert "1 left out because they have no supervised tokens, 1 because" in said
     assert all(math.isfinite(loss) for loss in losses(run))
     assert all(line["num_label_tokens"] > 0 for line in metrics(run, "train"))
