@@ -20,7 +20,7 @@ _REQUIRED = {
     "num_attention_heads",
     "max_position_embeddings",
 }
-# Features of these model types that are not implemented here: the values that mean "not used".
+# Features of these model types that are not implemented: the values that leave them unused.
 _UNUSED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -34,14 +34,14 @@ _UNUSED_VALUES: dict[str, tuple[Any, ...]] = {
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`, without the token ids."""
     scaling, context = _rope_json(config)
-    shape = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling", *MOE_FIELDS})
+    fields = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling", *MOE_FIELDS})
     model_type = "qwen3" if config.qk_norm else "llama"
     if config.num_local_experts:
         model_type = _MOE_TYPES[0]
-        shape |= config.model_dump(include=set(MOE_FIELDS))
+        fields |= config.model_dump(include=set(MOE_FIELDS))
         # Written out because the default of transformers is 1.
-        shape["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
-    return shape | {
+        fields["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
+    return fields | {
         "architectures": [config.architecture],
         "model_type": model_type,
         "max_position_embeddings": context,
@@ -135,7 +135,7 @@ def _config_fields(
         if model_type == "granitemoe":
             fields["shared_intermediate_size"] = 0
     if missing := sorted(required - fields.keys()):
-        raise ModelError(f"{path}: {', '.join(missing)} missing")
+        raise ModelError(f"{path}: {', '.join(missing)}: missing, but required")
     return fields
 
 
@@ -186,7 +186,7 @@ def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, An
     if is_valid_context and isinstance(factor, int | float) and 1 <= factor <= 1e6:
         if kind == "linear":  # max_position_embeddings is the extended context
             rope["original_max_position_embeddings"] = max(1, round(context / factor))
-        elif kind == "dynamic":  # it is the original context, whatever the key for that says
+        elif kind == "dynamic":  # max_position_embeddings is the original context
             rope["original_max_position_embeddings"] = context
             context = round(context * factor)
         else:
@@ -201,7 +201,7 @@ def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, An
 def _first_error(error: ValidationError, prefix: str = "") -> str:
     """Format the first error of pydantic, with its key."""
     first = error.errors()[0]
-    key = ".".join(map(str, (*([prefix] if prefix else []), *first["loc"]))) or "the shape"
+    key = ".".join(map(str, (*([prefix] if prefix else []), *first["loc"]))) or "the configuration"
     if first["type"] == "extra_forbidden":
         return f"{key} = {short_json(first['input'])} is not supported"
     return f"{key}: {first['msg']}"

@@ -30,9 +30,10 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, K, T, D] of one layer; return all of that layer so far.
+        """Store new keys and values [B, K, T, D] of one layer.
 
-        `length` advances when the last layer has stored its part.
+        Returns all keys and values of that layer so far, [B, K, length, D] each.
+        `length` advances after the last layer.
         """
         end = self.length + keys.shape[2]
         assert end <= self.keys.shape[3], "the KV cache is full"

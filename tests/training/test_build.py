@@ -184,7 +184,9 @@ def test_a_changed_base_model_is_an_error_if_the_run_needs_it(
     replace_base(base, change)
     message = refused(started, CheckpointError)
     wrong = (
-        f"{base}: there is no such directory" if change == "gone" else f"{base} is not the model"
+        f"{base}: there is no such directory"
+        if change == "gone"
+        else f"{base} is not the base model"
     )
     assert message.startswith(str(run)) and wrong in message
     assert message.endswith("Restore it, choose another --out, or start over with --fresh")
