@@ -1,1 +1,1 @@
-"""Scripts that measure what the documentation claims; records lie in `records/`."""
+"""Scripts for the measurements in the documentation; their records are in `records/`."""

@@ -3,8 +3,8 @@
     pip install -c constraints.txt -e '.[lm-eval]'
     python benchmarks/against_lm_eval.py MODEL --exam ceval --data DIR [--shots 5] [--subjects N]
 
-lm-eval uses its own task files for the prompts and its `hf` model for the likelihoods; only the
-questions are read from local files instead of a hub. Questions that do not fit into the context
+lm-eval uses its own task files for the prompts and its `hf` model for the log-likelihoods; only
+the questions come from local files instead of the hub. Questions that do not fit into the context
 with all their examples are skipped, because lm-eval truncates them differently.
 tests/evaluation/test_against_lm_eval.py does the same with small files.
 """
@@ -31,7 +31,7 @@ PREFIX = {"ceval": "ceval-valid_", "cmmlu": "cmmlu_"}
 
 
 def main() -> None:
-    """Compare, and print the largest difference."""
+    """Compare both on every question and print the largest difference."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--exam", choices=FIELDS, default="ceval")
@@ -57,13 +57,13 @@ def main() -> None:
     right = sum(ours[n]["right"] for n in complete), sum(theirs[n].right for n in complete)
     print(f"{args.exam}, {args.shots} shots: {len(complete):,} of {len(ours):,} questions of "
           f"{len(subjects)} subjects compared")  # fmt: skip
-    print(f"log-probabilities are at most {difference:.1e} apart; {same:,} have the same mark; "
-          f"right: {right[0]:,} by minimind, {right[1]:,} by lm-eval")  # fmt: skip
+    print(f"log-probabilities differ by at most {difference:.1e}; {same:,} have the same mark; "
+          f"correct: {right[0]:,} by minimind, {right[1]:,} by lm-eval")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Theirs:
-    """Result of lm-eval for a question: the log-probability of each letter, and correctness."""
+class LmEvalResult:
+    """Result of lm-eval for a question: prompt, log-probability of each letter, correctness."""
 
     prompt: str
     scores: list[float]
@@ -72,7 +72,7 @@ class Theirs:
 
 def by_lm_eval(
     task: MultipleChoice, model: Path, shots: int, work: Path, service: str | None = None
-) -> dict[str, Theirs]:
+) -> dict[str, LmEvalResult]:
     """Return the results of lm-eval by question id. work: a folder for the files that it reads.
 
     service: URL of a service that serves the model, to use instead of the `hf` model.
@@ -107,7 +107,7 @@ def by_lm_eval(
         bootstrap_iters=0,
     )
     return {
-        by_subject[name.removeprefix(PREFIX[exam])][sample["doc_id"]].id: Theirs(
+        by_subject[name.removeprefix(PREFIX[exam])][sample["doc_id"]].id: LmEvalResult(
             _prompt(sample["arguments"]),
             [float(response[0][0]) for response in sample["resps"]],
             bool(sample["acc"]),

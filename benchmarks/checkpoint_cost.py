@@ -4,11 +4,11 @@
 
 A round is one optimizer step of `small` on 8 sequences of 512 tokens right after a save, which is
 written in the background, and one step without a save. The recipe pretrain-small saves after 4,000
-times as many tokens. Also measured: how long the loop waits in `save`, how long the thread writes,
-how long a synchronous save takes, and the memory of the copies. Both wall-clock and CPU seconds are
+times as many tokens. Also measured: the wait of the loop in `save`, the time of a whole save, the
+time of a synchronous save, and the memory of the copy. Both wall-clock and CPU seconds are
 recorded; CPU seconds do not depend on other processes of the machine. The CPU seconds of a save
-(copy, hashes and writing) bound what it can take from training. Threads that wait for each other
-count as busy: with fewer free cores than threads, give --threads 1.
+(copy, hashes and writing) are an upper bound of its cost for training. Threads that wait for each
+other count as busy, so give --threads 1 if there are fewer free cores than threads.
 """
 
 import argparse
@@ -41,7 +41,7 @@ VOCAB = 6400
 
 
 def main() -> None:
-    """Measure, print, write the record."""
+    """Measure the costs, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=8, help="sequences per step")
@@ -74,7 +74,7 @@ def main() -> None:
         optimizers.step()
         optimizers.zero_grad()
 
-    def saved() -> dict[str, Any]:
+    def checkpoint() -> dict[str, Any]:
         return {
             "model": model.state_dict(),
             "optimizer": optimizers.state_tensors(),
@@ -88,11 +88,11 @@ def main() -> None:
 
     def timed(name: str, work: Callable[[], object]) -> None:
         wait(device)
-        clock, processor = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         work()
         wait(device)
-        times[name]["clock"].append(time.perf_counter() - clock)
-        times[name]["processor"].append(time.process_time() - processor)
+        times[name]["clock"].append(time.perf_counter() - start)
+        times[name]["processor"].append(time.process_time() - cpu_start)
 
     for _ in range(2):
         step()
@@ -100,17 +100,20 @@ def main() -> None:
         run, before = Path(name), peak_bytes()
 
         def save_and_wait(number: int) -> None:
-            writer.save(number, **saved())
+            writer.save(number, **checkpoint())
             writer.wait()
 
         for number in range(2, args.rounds + 2):
-            timed("loop_waits", lambda n=number: writer.save(n, **saved()))
+            timed("loop_waits", lambda n=number: writer.save(n, **checkpoint()))
             timed("step_beside_a_save", step)
             writer.wait()
             timed("step", step)
         for number in range(100, 105):
             timed("save", lambda n=number: save_and_wait(n))
-            timed("loop_writes_itself", lambda n=number: save_checkpoint(run, n, keep=2, **saved()))
+            timed(
+                "loop_writes_itself",
+                lambda n=number: save_checkpoint(run, n, keep=2, **checkpoint()),
+            )
         peak = peak_bytes()
         newest = max((run / "checkpoints").iterdir())
         size = sum(file.stat().st_size for file in newest.iterdir())
@@ -118,9 +121,8 @@ def main() -> None:
         clock: {name: statistics.median(both[clock]) for name, both in times.items()}
         for clock in ("clock", "processor")
     }
-    between = (
-        recipe.checkpoint.every * recipe.training.global_batch_size / batch
-    )  # steps, in the recipe
+    # Measured steps between two saves of the recipe.
+    between = recipe.checkpoint.every * recipe.training.global_batch_size / batch
     by_clock, by_processor = median["clock"], median["processor"]
     cost = by_clock["loop_waits"] + by_clock["step_beside_a_save"] - by_clock["step"]
     parameters = sum(p.numel() for p in model.parameters())

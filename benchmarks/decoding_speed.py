@@ -1,17 +1,17 @@
-"""Decoding speed and memory of minimind, transformers and llama.cpp, compared in one run.
+"""Decoding speed and memory of minimind, transformers and llama.cpp.
 
     pip install -c constraints.txt -e '.[bench]' gguf llama-cpp-python
     python benchmarks/decoding_speed.py [--preset small] [--json FILE]
 
 All use the same random weights, greedy decoding and no stop tokens. One stream: `--tokens` new
 tokens after a prompt of `--prompt` tokens. 16 streams: the same with 16 different prompts in one
-batch; llama.cpp is driven through its C interface as its server does it. The time includes prefill,
-but not loading a model or allocating its KV cache.
+batch; llama.cpp is called through its C interface, like its server. The time includes prefill, but
+not loading a model or allocating its KV cache.
 
-Contenders run in turns, each in a separate process. A round is the median of three repetitions; the
-table shows the median over the rounds and their spread. Tokens per CPU second, summed over cores,
-are shown too: other work on the machine changes them far less. Memory is the peak of the process up
-to its first completion.
+Contenders run alternately, each in a separate process. A round is the median of three repetitions;
+the table shows the median over the rounds and their spread. It also shows tokens per CPU second,
+summed over cores, because other work on the machine affects them far less. Memory is the peak of
+the process up to its first completion.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from pathlib import Path
 from benchmarks.rounds import over_rounds, spread
 
 CONTENDERS = {
-    "minimind bf16": dict(run="ours", dtype="bfloat16"),
-    "minimind int8": dict(run="ours", dtype="bfloat16", int8=True),
-    "minimind fp32": dict(run="ours", dtype="float32"),
+    "minimind bf16": dict(run="minimind", dtype="bfloat16"),
+    "minimind int8": dict(run="minimind", dtype="bfloat16", int8=True),
+    "minimind fp32": dict(run="minimind", dtype="float32"),
     "transformers fp32": dict(run="transformers", dtype="float32"),
     "transformers bf16": dict(run="transformers", dtype="bfloat16"),
     "llama.cpp F16": dict(run="llama", file="F16"),
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -171,7 +171,7 @@ def timed(open_generator, args: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
-def ours(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, float]:
+def minimind(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, float]:
     """Measure minimind's engine."""
     import torch
 
@@ -255,7 +255,7 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
         assert lib.llama_decode(context, batch) == 0
 
     def generate(context, batch, prompts: list[list[int]]) -> int:
-        lib.llama_memory_clear(lib.llama_get_memory(context), False)  # as its server does
+        lib.llama_memory_clear(lib.llama_get_memory(context), False)  # like llama.cpp's server
         step(
             context,
             batch,

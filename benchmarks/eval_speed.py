@@ -3,9 +3,9 @@
     python benchmarks/eval_speed.py --data DIR --tokenizer DIR [--preset small] [--json FILE]
 
 The weights are random, because the time does not depend on them. `--data` holds C-Eval, and
-`--tokenizer` a tokenizer of the preset's size, which determines the number of tokens. The time of
-the complete command counts, loading and writing included. CPU seconds, summed over all cores, are
-recorded too, because other work on the machine changes them less.
+`--tokenizer` a tokenizer of the preset's size, which determines the number of tokens. The time is
+that of the complete command, including loading and writing. CPU seconds, summed over all cores, are
+recorded too, because other work on the machine affects them less.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STYLES = (("chat", 0), ("letter", 0), ("letter", 5), ("answer", 0))
 
 
 def main() -> None:
-    """Measure, print a table, write the record."""
+    """Measure each prompt style, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
@@ -37,8 +37,8 @@ def main() -> None:
         parameters, context = prepare(args.preset, args.tokenizer, model)
         for style, shots in STYLES:
             rows.append(measure(args, model, Path(work) / "out", style, shots))
-            print("{style:7} {shots} shots  {seconds:6.1f} s  {processor_seconds:6.1f} s of the "
-                  "processor  {correct} / {questions}".format(**rows[-1]), flush=True)  # fmt: skip
+            print("{style:7} {shots} shots  {seconds:6.1f} s  {processor_seconds:6.1f} CPU s  "
+                  "{correct} / {questions}".format(**rows[-1]), flush=True)  # fmt: skip
     record = {
         "date": date.today().isoformat(),
         "machine": platform.processor() or platform.machine(),
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def prepare(preset: str, tokenizer: Path, model: Path) -> tuple[int, int]:
-    """Write a model directory with random weights; return its parameters and context."""
+    """Write a model directory with random weights; return parameter count and context."""
     import torch
 
     from minimind.model import PRESETS, ModelConfig, Transformer, save_model

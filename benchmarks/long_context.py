@@ -98,7 +98,7 @@ def measure(work: Path, out: Path) -> None:
     from minimind.inference.load import load_for_inference
 
     model, tokenizer = load_for_inference(work / "run", "cpu", dtype=torch.float32)
-    plain = model.config
+    config = model.config
     texts = [json.loads(line)["text"] for line in (work / "held-out.jsonl").open("rb")]
     longest = LENGTHS[-1]
     encoded = [ids for ids in map(tokenizer.encode, texts) if len(ids) > longest][:DOCUMENTS]
@@ -107,9 +107,9 @@ def measure(work: Path, out: Path) -> None:
 
     def bits(kind: str, context: int, length: int) -> torch.Tensor:
         """Return the bits of each token in contexts of `length`: [documents, longest]."""
-        model.config, model._rope = plain, None
+        model.config, model._rope = config, None
         if kind == "none":
-            model.config = plain.model_copy(update={"max_position_embeddings": context})
+            model.config = config.model_copy(update={"max_position_embeddings": context})
         else:
             model.extend_context(context, kind)  # type: ignore[arg-type]
         return torch.cat([_nats(model, row, length) for row in tokens]) / math.log(2)
@@ -138,7 +138,7 @@ def measure(work: Path, out: Path) -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "command": "python benchmarks/long_context.py --work DIR train; … measure",
-        "model": plain.model_dump(exclude_none=True),
+        "model": config.model_dump(exclude_none=True),
         "training": json.loads((work / "run" / "summary.json").read_text("utf-8")),
         "recipe": (work / "run" / "recipe.toml").read_text("utf-8").replace(str(work), "DIR"),
         "documents": len(encoded),
@@ -161,10 +161,10 @@ def _nats(model: Any, row: torch.Tensor, length: int) -> torch.Tensor:
     for start in range(0, len(row) - 1, length):
         hidden = model(row[None, start : start + length])[0]
         labels = row[start + 1 : start + length + 1]
-        for at in range(0, length, _CHUNK):
-            here = slice(at, at + _CHUNK)
-            scores = model.logits(hidden[here]).float()
-            parts.append(torch.nn.functional.cross_entropy(scores, labels[here], reduction="none"))
+        for offset in range(0, length, _CHUNK):
+            chunk = slice(offset, offset + _CHUNK)
+            logits = model.logits(hidden[chunk]).float()
+            parts.append(torch.nn.functional.cross_entropy(logits, labels[chunk], reduction="none"))
     return torch.cat(parts)[None]
 
 
@@ -243,6 +243,7 @@ def _plot(
 
 
 def main() -> None:
+    """Train or measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("what", choices=["train", "measure"])

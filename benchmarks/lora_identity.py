@@ -19,9 +19,10 @@ from minimind.inference.load import load_for_inference
 NUM_EXAMPLES = 8
 
 
-def metrics(
+def measure(
     base: Path, adapter: Path | None, variables: dict[str, str], quiz_size: int
 ) -> dict[str, Any]:
+    """Return identity and quiz results of one model, with sample answers."""
     model, tokenizer = load_for_inference(base, adapter=adapter)
     questions = held_out_identity()
     answers = answer_all(model, tokenizer, [q.question for q in questions], max_new_tokens=64)
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     variables = {"name": args.name, "author": args.author}
-    results = [metrics(args.base, run, variables, args.quiz) for run in (None, *args.runs)]
+    results = [measure(args.base, run, variables, args.quiz) for run in (None, *args.runs)]
     for run, result in zip(args.runs, results[1:], strict=True):
         summary = json.loads((run / "summary.json").read_text("utf-8"))
         keys = ("retention_loss", "first_retention_loss", "loss", "first_loss", "seconds", "steps")

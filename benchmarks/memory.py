@@ -1,4 +1,4 @@
-"""Peak memory of training steps against the estimate of `minimind/training/memory.py`.
+"""Peak memory of training steps compared with the estimate of `minimind/training/memory.py`.
 
     python benchmarks/memory.py
 
@@ -34,10 +34,10 @@ def main() -> None:
     for case in CASES:
         preset, sequences, seq_len, checkpointing, optimizer = case
         command = [sys.executable, __file__, json.dumps(case)]
-        metrics = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        cells = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         activations = "recomputed" if checkpointing else "stored"
         shape = f"`{preset}` | {sequences} × {seq_len}"
-        print(f"| {shape} | {activations} | {optimizer} | {metrics.strip()} |", flush=True)
+        print(f"| {shape} | {activations} | {optimizer} | {cells.strip()} |", flush=True)
 
 
 def measure(preset: str, sequences: int, seq_len: int, checkpointing: bool, optimizer: str) -> str:
@@ -57,8 +57,8 @@ def measure(preset: str, sequences: int, seq_len: int, checkpointing: bool, opti
 
     torch.set_num_threads(1)
     config = ModelConfig(**PRESETS[preset])
-    warm = torch.randn(64, 64).bfloat16()
-    (warm @ warm).sum()
+    warm_up = torch.randn(64, 64).bfloat16()
+    (warm_up @ warm_up).sum()
     before = psutil.Process().memory_info().rss
     model, settings = Transformer(config), OptimSettings(name=optimizer)
     model.activation_checkpointing = checkpointing

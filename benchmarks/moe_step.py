@@ -4,11 +4,11 @@
 
 Both have the same attention, and 2,816 + 2 * 1,408 = 5,632 feed-forward units per token. A step is
 that of the training loop: forward and backward over the micro-batches of the recipe's batch, then
-Muon and AdamW. Micro-batches of the contenders alternate in one process, and so do their optimizer
-steps; a step is the median micro-batch times their number plus the median optimizer step. Both
-wall-clock and CPU seconds are recorded: on a busy machine give --threads 1 and use the latter.
-Also measured: one layer of routed experts, grouped by expert as in training, and the reference
-implementation in which every expert computes every token.
+Muon and AdamW. Micro-batches of the two models alternate in one process, and so do their optimizer
+steps; the time of a step is the median micro-batch times their number plus the median optimizer
+step. Both wall-clock and CPU seconds are recorded: on a busy machine, give --threads 1 and compare
+CPU seconds. Also measured: one layer of routed experts, grouped by expert as in training, and the
+reference implementation in which every expert computes every token.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from minimind.training.precision import choose_precision
 
 
 def main() -> None:
-    """Measure, print, write the record."""
+    """Measure both models, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences per micro-batch")
@@ -52,8 +52,8 @@ def main() -> None:
     recipe = load_recipe("pretrain-moe").recipe
     shape = PRESETS[args.preset] | ({"num_hidden_layers": args.layers} if args.layers else {})
     moe = ModelConfig(**shape)
-    as_wide = {key: value for key, value in shape.items() if key not in MOE_FIELDS}
-    dense = ModelConfig(**as_wide | {"intermediate_size": moe.active_intermediate_size})
+    dense_shape = {key: value for key, value in shape.items() if key not in MOE_FIELDS}
+    dense = ModelConfig(**dense_shape | {"intermediate_size": moe.active_intermediate_size})
     seq_len, num_micro = recipe.data.seq_len, recipe.training.global_batch_size // args.micro_batch
     torch.manual_seed(0)
     tokens = torch.randint(moe.vocab_size, (args.micro_batch, seq_len + 1), device=device)
@@ -97,9 +97,11 @@ def main() -> None:
 
         return run
 
-    micro = take_turns({name: micro_batch(name) for name in models}, args.rounds, device)
-    steps = take_turns({name: step(name) for name in models}, args.rounds, device)
-    layers = take_turns({"sorted": layer(moe), "plain": layer(moe_reference)}, args.rounds, device)
+    micro = time_alternately({name: micro_batch(name) for name in models}, args.rounds, device)
+    steps = time_alternately({name: step(name) for name in models}, args.rounds, device)
+    layers = time_alternately(
+        {"sorted": layer(moe), "plain": layer(moe_reference)}, args.rounds, device
+    )
     record = {
         "date": date.today().isoformat(),
         "machine": f"{machine()}, {torch.get_num_threads()} threads, {device}",
@@ -137,22 +139,22 @@ def _rounded(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def take_turns(
+def time_alternately(
     work: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, list[dict[str, float]]]:
-    """Return the seconds of each function in each round, after a warm-up round."""
+    """Return the wall-clock and CPU seconds of each function in each round, after a warm-up."""
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, run in work.items():
             wait(device)
-            clock, processor = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
             wait(device)
-            took = {
-                "clock": time.perf_counter() - clock,
-                "processor": time.process_time() - processor,
+            elapsed = {
+                "clock": time.perf_counter() - start,
+                "processor": time.process_time() - cpu_start,
             }
-            seconds[name].append(took)
+            seconds[name].append(elapsed)
     return {name: times[1:] for name, times in seconds.items()}
 
 

@@ -1,4 +1,4 @@
-"""Prefill and decode speed of the engine, to compare two checkouts in turns.
+"""Prefill and decode speed of the engine, to compare two checkouts alternately.
 
     python benchmarks/prefill_speed.py TOKENIZER [--threads 2] [--preset small]
 

@@ -11,9 +11,9 @@ def over_rounds(rounds: Mapping[str, Sequence[Metrics]]) -> dict[str, dict[str, 
     return {
         name: {
             key: {
-                "median": statistics.median(one[key] for one in measured),
-                "min": min(one[key] for one in measured),
-                "max": max(one[key] for one in measured),
+                "median": statistics.median(metrics[key] for metrics in measured),
+                "min": min(metrics[key] for metrics in measured),
+                "max": max(metrics[key] for metrics in measured),
             }
             for key in measured[0]
         }

@@ -115,7 +115,7 @@ def record(work: Path, out: Path) -> None:
                 "seconds": [round(run.summary["seconds"], 1) for run in runs_of_shape],
             }
         )
-    first = next(run for of_shape in runs.values() for run in of_shape)
+    first = next(run for runs_of_shape in runs.values() for run in runs_of_shape)
     metrics: dict[str, Any] = {
         "command": "python benchmarks/shape_study.py --work DIR train DATA…; … record",
         "date": date.today().isoformat(),
@@ -188,7 +188,7 @@ def _page(metrics: dict[str, Any]) -> str:
         "rates; heads are 16 wide, so narrow models have few. Other work ran on the machine, so "
         "the seconds in `shape-study.json` do not compare the speed of the shapes.",
         "",
-        "With a GPU the same command, given wider shapes and more steps, can ask that.",
+        "The same command on a GPU, with wider shapes and more steps, can answer these questions.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -203,7 +203,7 @@ def _plot(shapes: list[dict[str, Any]], runs: dict[int, list[Any]], path: Path) 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for shape in shapes:
         curves = [run.curves("loss", "tokens")["validation"] for run in runs[shape["layers"]]]
-        tokens = [at for at, _ in curves[0]]
+        tokens = [position for position, _ in curves[0]]
         means = [fmean(loss for _, loss in points) for points in zip(*curves, strict=True)]
         label = f"{shape['layers']} × {shape['width']}"
         axes[0].plot(tokens, means, marker="o", ms=3, label=label)

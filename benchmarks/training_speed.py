@@ -1,4 +1,4 @@
-"""Training speed and memory of minimind and a plain Hugging Face Trainer, in one run.
+"""Training speed and memory of minimind and a plain Hugging Face Trainer.
 
     pip install -c constraints.txt -e '.[bench]'
     python benchmarks/training_speed.py [--data FILES] [--preset small] [--seq-len 512]
@@ -6,7 +6,7 @@
 Same model shape, tokenizer, documents and maximum number of tokens per step. The baseline is the
 common setup: `Trainer` on `LlamaForCausalLM`, one document per row, truncated to the sequence
 length and padded to the longest row of the batch (with "-fixed": to the sequence length). Only
-supervised tokens count. Each contender runs in its own process; they take turns. A round is the
+supervised tokens count. Contenders run alternately, each in a separate process. A round is the
 median over the steps except the first; the table shows the median and the spread of the rounds.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
                 print(name, rounds[name][-1], flush=True)
     metrics = over_rounds(rounds)
     own = metrics["minimind"]["real_tokens_per_second"]["median"]
-    head = f"{'real tokens/s':>14} {'spread':>15} {'fill':>7} {'peak MB':>8} {'ours':>9}"
+    head = f"{'real tokens/s':>14} {'spread':>15} {'packed':>7} {'peak MB':>8} {'ours':>9}"
     print(f"\n{'contender':20} {head}")
     for name, one in metrics.items():
         rate = one["real_tokens_per_second"]

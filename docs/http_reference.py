@@ -176,6 +176,7 @@ def _type(field: dict[str, Any], lang: str, in_array: bool = False) -> str:
     text = words.get(field["type"], field["type"])
     if field["type"] == "array":
         text = words["array"].format(_type(field["items"], lang, in_array=True))
+        text = text.replace("数组数组", "数组的数组")
         bounds = _range(field.get("minItems"), field.get("maxItems"))
         bounds = bounds and words["items"].format(bounds)
     else:

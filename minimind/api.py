@@ -200,8 +200,8 @@ class Model:
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
         """Return the log-likelihood of each continuation given the prompt, in nats.
 
-        The sum over the tokens of the continuation, computed in float32. Raises UsageError if a
-        continuation is empty or exceeds the context.
+        Each is the sum over the tokens of the continuation, computed in float32. Raises UsageError
+        if a continuation is empty or exceeds the context.
         """
         scorer, encoder = self._local.scorer()
         prefix = [*encoder.text_start, *(encoder.encode_batch([prompt])[0] if prompt else [])]
@@ -212,8 +212,9 @@ class Model:
                 raise UsageError("a continuation is empty; give text to score")
             if len(prefix) + len(ids) > scorer.context + 1:
                 raise UsageError(
-                    f"the prompt and {text[:20]!r} have {len(prefix) + len(ids):,} tokens and the "
-                    f"context is {scorer.context:,}; shorten them"
+                    f"the prompt and the continuation {text[:20]!r} have "
+                    f"{len(prefix) + len(ids):,} tokens together, which exceeds the context of "
+                    f"{scorer.context:,}; shorten them"
                 )
             rows.append(Row((*prefix, *ids), len(prefix)))
         [(_, scores)] = scorer.score([(None, rows)])
@@ -222,7 +223,7 @@ class Model:
         return scores
 
     def bits_per_byte(self, texts: Sequence[str]) -> float:
-        """Return the bits per byte of texts: total cross-entropy in bits over UTF-8 bytes.
+        """Return the bits per byte of texts: total cross-entropy in bits per UTF-8 byte.
 
         Lower is better, and comparable across tokenizers. Raises UsageError if all texts are
         empty.

@@ -1,3 +1,3 @@
 """Names of environment variables that several packages read."""
 
-KEY_VARIABLE = "MINIMIND_API_KEY"  # API key: the service requires it, clients send it
+KEY_VARIABLE = "MINIMIND_API_KEY"  # the API key that the service requires and clients send

@@ -64,3 +64,11 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises OSError, and ValueError if it is not JSON."""
     return json.loads(path.read_text("utf-8"))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises as `read_json`, and ValueError for other values."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content

@@ -54,7 +54,9 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.speed
-        if task.finished and task.elapsed:  # average over the task: the last updates may burst
+        if (
+            task.finished and task.elapsed
+        ):  # the last updates may come in a burst: average over the task
             speed = (task.completed - task.fields.get("before", 0)) / task.elapsed
         if not speed:
             return Text("")
@@ -66,7 +68,7 @@ class _Rate(ProgressColumn):
 def make_progress(unit: str) -> Progress:
     """Return a progress bar with rate and time left; `unit` is "byte" or a singular noun.
 
-    Tasks may carry a short `note` (a field), shown at the end.
+    Every task needs the field `note`, a short text that is shown at the end.
     """
     in_bytes: list[ProgressColumn] = [
         DownloadColumn(table_column=Column(no_wrap=True)),

@@ -13,6 +13,9 @@ from tests.support.foreign import make_tokenizer
 
 # Several threads slow tiny matrices down, above all on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest-xdist gives its workers a terminal of 80 x 24, which rich would keep to; tests choose one.
+for _variable in ("COLUMNS", "LINES"):
+    os.environ.pop(_variable, None)
 # A shell ignores SIGINT in background jobs, and their children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,7 @@
-"""What the long reliability commands share: the small stages of the tests, and the record.
+"""Stages, arguments and records of the reliability benchmarks.
 
-Real processes train the smallest model. One process imports torch and forks for each life, which
-takes milliseconds: what is killed has its own memory, its own files and its own lock.
+Real processes train the smallest model. One process imports torch and forks each of them, which
+takes milliseconds; every process has its own memory, files and lock.
 """
 
 import argparse
@@ -26,24 +26,24 @@ from tests.support.stages import Stage, make_stage, write_corpus
 _RECORDS = Path(__file__).parents[1] / "records"
 
 
-def arguments(about: str, number: int) -> argparse.Namespace:
-    """--number (how often), --seed, --dry (no record)."""
-    parser = argparse.ArgumentParser(description=about.split("\n")[0])
-    parser.add_argument("--number", type=int, default=number, help="how often")
+def arguments(description: str, number: int) -> argparse.Namespace:
+    """Parse --number, --seed and --dry; `number` is the default of --number."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--number", type=int, default=number, help="number of repetitions")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry", action="store_true", help="leave the record alone")
+    parser.add_argument("--dry", action="store_true", help="do not write the record")
     return parser.parse_args()
 
 
 @dataclass
 class Workshop:
-    """A folder with data, a tokenizer and stages that are made when they are asked for."""
+    """A folder with data, a tokenizer, and stages that are created on first use."""
 
     folder: Path
     lives: Lives
 
     def __post_init__(self) -> None:
-        self._made: dict[str, Stage] = {}
+        self._stages: dict[str, Stage] = {}
         (self.folder / "corpus").mkdir()
         self._corpus = write_corpus(self.folder / "corpus")
         lines = (self._corpus / "text.jsonl").read_text("utf-8").splitlines()
@@ -51,20 +51,20 @@ class Workshop:
         train_tokenizer(texts, vocab_size=400).save(self.folder / "tokenizer")
 
     def stage(self, kind: str) -> Stage:
-        """The stage of a kind, and the run of it that nothing has interrupted."""
-        if kind not in self._made:
+        """Return the stage of a kind, with its uninterrupted run."""
+        if kind not in self._stages:
             start = self.stage("pretrain").whole if kind not in ("pretrain", "moe") else None
             folder = self.folder / kind
             folder.mkdir()
-            self._made[kind] = make_stage(
+            self._stages[kind] = make_stage(
                 kind, self._corpus, self.folder / "tokenizer", start, folder, self.lives
             )
-        return self._made[kind]
+        return self._stages[kind]
 
 
 @contextlib.contextmanager
 def workshop() -> Iterator[Workshop]:
-    """Everything is removed in the end."""
+    """Yield a Workshop in a temporary folder."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="minimind-reliability-") as name:
         folder = Path(name)
@@ -72,15 +72,15 @@ def workshop() -> Iterator[Workshop]:
             yield Workshop(folder, lives)
 
 
-def said(done: int, of: int, note: str = "") -> None:
-    """One line of progress, which a log keeps."""
-    print(f"{time.strftime('%H:%M:%S')} {done}/{of} {note}".rstrip(), flush=True)
+def print_progress(done: int, total: int, note: str = "") -> None:
+    """Print a line of progress with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {done}/{total} {note}".rstrip(), flush=True)
 
 
 def record(
     row: str, args: argparse.Namespace, metrics: dict[str, Any], file: str = "reliability"
 ) -> None:
-    """Print the figures of a row and put them into a record."""
+    """Print the metrics of a row and add them to the record."""
     print(json.dumps(metrics, indent=1, ensure_ascii=False))
     if args.dry:
         return

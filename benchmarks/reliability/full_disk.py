@@ -1,11 +1,11 @@
-"""Row 5: the disk is full at 50 offsets of a save; older checkpoints stay whole, the run goes on.
+"""Row 5: the disk fills up at 50 offsets of a save; older checkpoints stay intact.
 
     python benchmarks/reliability/full_disk.py [--number 50]      (as root: it mounts a small tmpfs)
 
-A run on a tmpfs of its own saves its first checkpoints. From step 15 on, as soon as a save has
-begun to write (so that the check of free space has passed), everything is filled up but for so
-many bytes. The run must end with a ResourceError that names the bytes, leave no half-written
-directory, and with room again end with the bits of a run that had room all along.
+A run on its own tmpfs saves its first checkpoints. From step 15 on, as soon as a save starts to
+write (after the check of free space), the disk is filled up to a given number of free bytes. The
+run must end with a ResourceError that states the bytes, and leave no incomplete directory. After
+space is freed, it must resume and end with the same bits as an uninterrupted run.
 """
 
 import random
@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 
-from benchmarks.reliability.common import arguments, record, said, workshop
+from benchmarks.reliability.common import arguments, print_progress, record, workshop
 from minimind.training.checkpoint import inspect_checkpoints
 from tests.support.small_runs import REFUSED
 from tests.support.stages import KINDS, assert_same, saved_steps
@@ -22,7 +22,7 @@ DISK = 64 << 20
 
 
 def main() -> None:
-    """Fill, look, go on, compare, record."""
+    """Fill the disk, check the error, resume and compare; write the record."""
     args = arguments(__doc__ or "", 50)
     dice = random.Random(args.seed)
     count = {"offsets": 0, "refused": 0, "damaged": 0, "left_over": 0, "different": 0}
@@ -37,16 +37,17 @@ def main() -> None:
                 run = disk / "run"
                 newest = stage.whole / "checkpoints" / f"step-{saved_steps(stage.whole)[-1]:08}"
                 size = sum(file.stat().st_size for file in newest.iterdir())
-                # Evenly over all of it, and a random bit further.
+                # Offsets are spread evenly over the checkpoint, with random jitter.
                 room = int(size * (number + dice.random()) / args.number)
                 options = {"settings": stage.settings(run), "room": room, "step": 15}
                 status = shop.lives.run("train_on_a_disk_that_fills", **options)
-                told = shop.lives.output.read_text()
-                assert status == REFUSED, (status, room, told)
+                output = shop.lives.output.read_text()
+                assert status == REFUSED, (status, room, output)
                 pattern = r"could not be written \(.*\); it needs [\d,]+ bytes and [\d,]+ are free"
-                count["refused"] += bool(re.search(pattern, told))
-                there = inspect_checkpoints(run, verify_hashes=True)
-                count["damaged"] += sum(bool(one.error) for one in there) + (len(there) < 2)
+                count["refused"] += bool(re.search(pattern, output))
+                checkpoints = inspect_checkpoints(run, verify_hashes=True)
+                count["damaged"] += sum(bool(c.error) for c in checkpoints)
+                count["damaged"] += len(checkpoints) < 2
                 count["left_over"] += len(list((run / "checkpoints").glob(".tmp-*")))
                 (disk / "ballast").unlink()
                 stage.finish(run)
@@ -57,7 +58,7 @@ def main() -> None:
                     print(f"{stage.objective} at {room}: {error}", flush=True)
                 shutil.rmtree(run)
                 count["offsets"] += 1
-                said(number + 1, args.number, f"{room:,} bytes of {size:,}")
+                print_progress(number + 1, args.number, f"{room:,} bytes of {size:,}")
         finally:
             subprocess.run(["umount", str(disk)], check=True)
     record("5 full disk", args, count)

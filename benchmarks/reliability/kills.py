@@ -1,25 +1,25 @@
-"""Row 1: 300 random SIGKILLs over five kinds of stages; what comes out has the same bits.
+"""Row 1: 300 random SIGKILLs in five kinds of stages; the results are bit-identical.
 
     python benchmarks/reliability/kills.py [--number 300]
 
 Each run of 60 steps, which saves every 7 and validates every 10, is killed at ten random steps,
-up to 50 ms after each, and begun again. In the end weights, moments and random states of the last
-checkpoint, the weights of the model or adapter, every line of metrics.jsonl and the steps that are
-kept are compared with those of a run that nothing interrupted.
+up to 50 ms after each, and resumed. At the end it is compared with an uninterrupted run: weights,
+moments and random states of the last checkpoint, weights of the model or adapter, every line of
+metrics.jsonl, and the steps of the kept checkpoints.
 """
 
 import random
 import shutil
 from itertools import cycle
 
-from benchmarks.reliability.common import arguments, record, said, workshop
-from tests.support.stages import KINDS, assert_same, kill_on_the_way
+from benchmarks.reliability.common import arguments, print_progress, record, workshop
+from tests.support.stages import KINDS, assert_same, kill_repeatedly
 
-KILLS = 10  # of one run
+KILLS = 10  # per run
 
 
 def main() -> None:
-    """Kill, compare, record."""
+    """Kill and compare runs; write the record."""
     args = arguments(__doc__ or "", 300)
     dice = random.Random(args.seed)
     counts = {kind: {"kills": 0, "in_a_save": 0, "runs": 0, "different": 0} for kind in KINDS}
@@ -30,7 +30,7 @@ def main() -> None:
                 break
             stage, run = shop.stage(kind), shop.folder / "run"
             count = counts[kind]
-            count["in_a_save"] += kill_on_the_way(stage, run, dice, KILLS)
+            count["in_a_save"] += kill_repeatedly(stage, run, dice, KILLS)
             count["kills"] += KILLS
             count["runs"] += 1
             try:
@@ -40,7 +40,7 @@ def main() -> None:
                 print(f"{kind}: {error}", flush=True)
             shutil.rmtree(run)
             done += KILLS
-            said(done, args.number, kind)
+            print_progress(done, args.number, kind)
     total = {key: sum(count[key] for count in counts.values()) for key in counts[KINDS[0]]}
     record("1 kills", args, {"total": total, "by_kind": counts})
 

@@ -1,14 +1,13 @@
-"""Row 6: a run goes on with 1, 2 and 4 processes in turn: the same samples, losses within 1e-4.
+"""Row 6: runs resumed with 1, 2 or 4 processes: the same samples, losses within 1e-4.
 
     python benchmarks/reliability/process_count.py [--number 5]
 
-Of each kind of stage, 60 steps of 8 windows with one process that nothing interrupts are compared
-with as many runs as --number says, each stopped four times, by a signal to a random process at a
-random place, and gone on with by another number of processes each time; and with runs of 2 and of
-4 processes from the beginning to the end. Samples are compared by number and order, losses and
-norms of gradients line by line. LoRA is without dropout, which draws other numbers in each process.
-`micro_batch_of_…` is what no number of processes is to blame for: one process against itself, with
-its batches split into other parts.
+For each kind of stage, an uninterrupted run of 60 steps of 8 sequences by one process is compared
+with --number runs that are each stopped four times, by a signal to a random process at a random
+moment, and resumed with another number of processes each time; and with uninterrupted runs of 2
+and 4 processes. Samples are compared by number and order, losses and gradient norms line by line.
+LoRA has no dropout, which would draw other random numbers in each process. `micro_batch_of_…` is
+the baseline: one process with another micro-batch size.
 """
 
 import random
@@ -16,11 +15,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.common import arguments, record, said, workshop
+from benchmarks.reliability.common import arguments, print_progress, record, workshop
 from tests.support.small_runs import lora_settings, metrics, run_distributed, samples_seen
 
 STEPS, BATCH = 60, 8
-CLOSE = 1e-4
+TOLERANCE = 1e-4
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", {"optim__muon_lr": 0.002}),
     "pretrain-muon-0.02": ("pretrain", {"optim__muon_lr": 0.02}),
@@ -35,7 +34,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run, stop, go on, compare, record."""
+    """Run, stop, resume and compare; write the record."""
     args = arguments(__doc__ or "", 5)
     dice = random.Random(args.seed)
     metrics: dict[str, dict[str, Any]] = {}
@@ -43,54 +42,54 @@ def main() -> None:
         for kind, (objective, more) in KINDS.items():
             settings = {"training__steps": STEPS, "training__global_batch_size": BATCH} | more
 
-            def go(run: Path, processes: int, stop: tuple[int, int] | None = None) -> list[int]:
+            def train(run: Path, processes: int, stop: tuple[int, int] | None = None) -> list[int]:
                 run_distributed(shop.lives, run, processes, objective, stop=stop, **settings)  # noqa: B023
                 return samples_seen(run, processes, BATCH)
 
             whole = shop.folder / f"{kind}-1"
-            wanted = go(whole, 1)
-            assert wanted == list(range(STEPS * BATCH))
-            figure = {"runs": 0, "stops": 0, "other_samples": 0, "worst_loss": 0.0}
-            figure |= {"worst_grad_norm": 0.0}
+            expected = train(whole, 1)
+            assert expected == list(range(STEPS * BATCH))
+            result = {"runs": 0, "stops": 0, "other_samples": 0, "worst_loss": 0.0}
+            result |= {"worst_grad_norm": 0.0}
             for micro_batch in (2, 4):
                 split = settings | {"training__micro_batch_size": micro_batch}
                 run_distributed(shop.lives, shop.folder / "split", 1, objective, **split)
-                figure[f"micro_batch_of_{micro_batch}"] = farthest(
+                result[f"micro_batch_of_{micro_batch}"] = largest_difference(
                     whole, shop.folder / "split", "loss"
                 )
                 shutil.rmtree(shop.folder / "split")
-            plans = [[2], [4], *(changes(dice) for _ in range(args.number))]
+            plans = [[2], [4], *(random_counts(dice) for _ in range(args.number))]
             for plan in plans:
                 run, seen = shop.folder / "run", []
                 for at, processes in enumerate(plan):
                     stop = None
                     if at + 1 < len(plan):
-                        # About a quarter of what is left to do, in micro-batches of one process.
+                        # Within the first third of the remaining micro-batches of one process.
                         calls = (STEPS * BATCH - len(seen)) // processes
                         stop = (dice.randrange(processes), dice.randrange(1, max(2, calls // 3)))
-                        figure["stops"] += 1
-                    seen += go(run, processes, stop)
-                figure["runs"] += 1
-                figure["other_samples"] += seen != wanted
+                        result["stops"] += 1
+                    seen += train(run, processes, stop)
+                result["runs"] += 1
+                result["other_samples"] += seen != expected
                 for name in ("loss", "grad_norm"):
-                    worst = farthest(whole, run, name)
-                    figure[f"worst_{name}"] = max(figure[f"worst_{name}"], worst)
+                    worst = largest_difference(whole, run, name)
+                    result[f"worst_{name}"] = max(result[f"worst_{name}"], worst)
                 shutil.rmtree(run)
-                said(figure["runs"], len(plans), f"{kind} by {plan}")
-            metrics[kind] = figure | {"within": figure["worst_loss"] < CLOSE}
+                print_progress(result["runs"], len(plans), f"{kind} by {plan}")
+            metrics[kind] = result | {"within": result["worst_loss"] < TOLERANCE}
     record("6 process counts", args, {"steps": STEPS, "kinds": metrics}, file="process-count")
 
 
-def changes(dice: random.Random) -> list[int]:
-    """Five times 1, 2 or 4, each another than the one before."""
+def random_counts(dice: random.Random) -> list[int]:
+    """Return five process counts out of 1, 2 and 4; neighbours differ."""
     counts: list[int] = []
     while len(counts) < 5:
         counts += [c for c in [dice.choice((1, 2, 4))] if not counts or c != counts[-1]]
     return counts
 
 
-def farthest(run: Path, other: Path, name: str) -> float:
-    """Largest difference of a figure of any step, as a share of it."""
+def largest_difference(run: Path, other: Path, name: str) -> float:
+    """Return the largest relative difference of a metric of any step."""
     lines, others = metrics(run, "train"), metrics(other, "train")
     assert [line["step"] for line in lines] == [line["step"] for line in others]
     return max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(lines, others, strict=True))

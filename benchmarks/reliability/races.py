@@ -1,10 +1,10 @@
-"""Row 10: two `minimind train` on one directory at the same moment, 50 times.
+"""Row 10: two `minimind train` start in one directory at the same moment, 50 times.
 
     python benchmarks/reliability/races.py [--number 50]
 
-One trains; the other is told which process holds the run, and changes nothing. Each second time
-the directory is one whose holder was killed, and still bears its name. The end is compared, bit by
-bit, with that of a run that was alone.
+One trains; the other must report the process that holds the run, and change nothing. In every
+second race the directory has the lock file of a killed process. The result is compared bit by bit
+with a run without a race.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import re
 import shutil
 import signal
 
-from benchmarks.reliability.common import arguments, record, said, workshop
+from benchmarks.reliability.common import arguments, print_progress, record, workshop
 from tests.support.small_runs import Lives
 from tests.support.stages import assert_same
 
 
 def main() -> None:
-    """Race, compare, record."""
+    """Run and compare races; write the record."""
     args = arguments(__doc__ or "", 50)
     dice = random.Random(args.seed)
     count = {"races": 0, "one_refused": 0, "holder_named": 0, "both_ran": 0, "different": 0}
@@ -37,23 +37,23 @@ def main() -> None:
             dice.shuffle(both)
             command = stage.arguments(run)
             racers = [lives.start("minimind", arguments=command, signals={}) for lives in both]
-            ends = [racer.wait() for racer in racers]
-            told = [lives.output.read_text() for lives in both]
+            statuses = [racer.wait() for racer in racers]
+            outputs = [lives.output.read_text() for lives in both]
             count["races"] += 1
-            count["both_ran"] += ends == [0, 0]
-            if sorted(ends) == [0, 1]:
-                loser = ends.index(1)
-                count["one_refused"] += f"error: {run} is in use by" in told[loser]
-                holder = re.search(r"in use by process (\d+) on \S+ since ", told[loser])
+            count["both_ran"] += statuses == [0, 0]
+            if sorted(statuses) == [0, 1]:
+                loser = statuses.index(1)
+                count["one_refused"] += f"error: {run} is in use by" in outputs[loser]
+                holder = re.search(r"in use by process (\d+) on \S+ since ", outputs[loser])
                 winner = racers[1 - loser].pid
                 count["holder_named"] += holder is not None and int(holder[1]) == winner
             try:
                 assert_same(run, stage.whole)
             except AssertionError as error:
                 count["different"] += 1
-                print(f"{ends}: {error}", flush=True)
+                print(f"{statuses}: {error}", flush=True)
             shutil.rmtree(run)
-            said(number + 1, args.number)
+            print_progress(number + 1, args.number)
     record("10 races", args, count)
 
 

@@ -1,15 +1,17 @@
-"""Rows 23, 25 and 28: a service under load, under attack, and at its end.
+"""Rows 23, 25 and 28: a service under load, under attack, and at shutdown.
 
     python benchmarks/reliability/service_load.py [--preset small] [--only 23 25 28] [--dry]
 
-`minimind serve` runs in a process of its own with 16 slots, on a model with random weights that
-never ends an answer by itself. Row 23: 1,000 answers of 40 tokens, 64 at once, half of them left at
-a random token; what is heard to its end is compared with the same question asked alone. Row 25: for
-half a minute 64 streams go on while clients send slowly, too much, too deeply nested, something
-else than they said, or do not read; another process asks for /health every 20 ms.
-Row 28: 50 services are stopped in the middle of three requests of 16 streams.
+`minimind serve` runs in a separate process with 16 slots, on a model with random weights that
+never ends an answer by itself.
 
-Clients and service share the machine's cores, so that all times include waiting for those.
+Row 23: 1,000 answers of 40 tokens, 64 at a time. Half of the clients disconnect at a random token;
+the complete answers are compared with those of the same requests served alone.
+Row 25: for half a minute 64 requests stream while attackers send slowly, send too much, send
+deeply nested JSON, declare a wrong length, or do not read; /health is requested every 20 ms.
+Row 28: 50 services are stopped during three requests of 16 streams.
+
+Clients and service share the machine's cores, so all times include waiting for them.
 """
 
 import argparse
@@ -35,25 +37,25 @@ import httpx2 as httpx
 import psutil
 
 from benchmarks.training_speed import machine
-from tests.support.clients import churn, each_alone, metric, stop_during_streams
+from tests.support.clients import answers_alone, churn, metric, stop_during_streams
 from tests.support.services import Process, serving, wait_until
 
 RECORD = Path(__file__).parents[1] / "records" / "service-reliability"
 CHAT = "/v1/chat/completions"
 AT_ONCE, REQUESTS, SHUTDOWNS, SECONDS = 64, 1000, 50, 30
-THREADS = str(os.cpu_count())  # of the service: it is to be as busy as it can be
+THREADS = str(os.cpu_count())  # of the service, so that it uses every core
 LIMITS = {"health_ms": 100, "back_s": 1, "shutdown_s": 5}
 
 
 def main() -> None:
-    """Run the rows, print them, write the record."""
+    """Measure the selected rows, print them, write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--preset", default="small")
     parser.add_argument("--only", nargs="*", default=["23", "25", "28"], choices=["23", "25", "28"])
-    parser.add_argument("--dry", action="store_true", help="leave the record alone")
+    parser.add_argument("--dry", action="store_true", help="do not write the record")
     args = parser.parse_args()
     rows: dict[str, Callable[[Path, Path], dict[str, Any]]]
-    rows = {"23": come_and_go, "25": attacked, "28": stopped}
+    rows = {"23": under_load, "25": under_attack, "28": at_shutdown}
     metrics: dict[str, Any] = {}
     path = RECORD.with_suffix(".json")
     if path.exists():
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 def make_model(directory: Path, preset: str) -> None:
-    """Random weights; the tokens that end an answer are never the likeliest."""
+    """Save a model with random weights that never chooses a token that ends an answer."""
     import torch
 
     from minimind.data.textbook import prose
@@ -95,11 +97,11 @@ def make_model(directory: Path, preset: str) -> None:
 # Row 23
 
 
-def come_and_go(models: Path, log: Path) -> dict[str, Any]:
-    """Rounds of the same load: memory that is kept for good would grow with each."""
+def under_load(models: Path, log: Path) -> dict[str, Any]:
+    """Measure two rounds of the same load: a memory leak would grow in the second."""
     with serving(models, log, OMP_NUM_THREADS=THREADS) as service:
         process = psutil.Process(service.child.pid)
-        alone = asyncio.run(each_alone(service.url))
+        alone = asyncio.run(answers_alone(service.url))
         assert len(set(alone)) > 1
         rounds = []
         for _ in range(2):
@@ -119,19 +121,19 @@ def come_and_go(models: Path, log: Path) -> dict[str, Any]:
                 }
             )
             print(rounds[-1], flush=True)
-        assert asyncio.run(each_alone(service.url)) == alone
+        assert asyncio.run(answers_alone(service.url)) == alone
     return {"requests_a_round": REQUESTS, "at_once": AT_ONCE, "rounds": rounds}
 
 
 # Row 25
 
 
-def attacked(models: Path, log: Path) -> dict[str, Any]:
-    """How long /health takes: with nothing else going, under full slots, and under attack too."""
+def under_attack(models: Path, log: Path) -> dict[str, Any]:
+    """Measure /health on an idle service, with all slots in use, and also under attack."""
     with serving(models, log, OMP_NUM_THREADS=THREADS) as service:
-        quiet = with_others(service, [])
-        full = with_others(service, [streams])
-        all_ = with_others(service, [streams, attackers])
+        quiet = health_during(service, [])
+        full = health_during(service, [streams])
+        all_ = health_during(service, [streams, attackers])
         statuses = Counter(all_.pop("statuses"))
         assert metric(service, "running") <= 16
     return {
@@ -145,36 +147,36 @@ def attacked(models: Path, log: Path) -> dict[str, Any]:
     }
 
 
-def with_others(service: Process, others: list[Callable[..., None]]) -> dict[str, Any]:
-    """Ask for /health while others do what they do, each kind in a process of its own."""
+def health_during(service: Process, others: list[Callable[..., None]]) -> dict[str, Any]:
+    """Request /health repeatedly while each function of `others` runs in its own process."""
     context = multiprocessing.get_context("spawn")
-    said = context.Queue()
-    helpers = [context.Process(target=other, args=(service.url, said)) for other in others]
-    for helper in helpers:
-        helper.start()
+    statuses = context.Queue()
+    children = [context.Process(target=other, args=(service.url, statuses)) for other in others]
+    for child in children:
+        child.start()
     if others:
         wait_until(lambda: metric(service, "running") == 16, seconds=60)
-    took = sorted(asked_for_health(service.url))
-    for helper in helpers:
-        helper.terminate()
-        helper.join()
+    seconds = sorted(health_seconds(service.url))
+    for child in children:
+        child.terminate()
+        child.join()
     found: dict[str, Any] = {
-        "asked": len(took),
-        "median_ms": round(1000 * median(took), 1),
-        "p99_ms": round(1000 * took[int(0.99 * len(took))], 1),
-        "max_ms": round(1000 * took[-1], 1),
-        "over_100_ms": sum(seconds * 1000 > LIMITS["health_ms"] for seconds in took),
+        "asked": len(seconds),
+        "median_ms": round(1000 * median(seconds), 1),
+        "p99_ms": round(1000 * seconds[int(0.99 * len(seconds))], 1),
+        "max_ms": round(1000 * seconds[-1], 1),
+        "over_100_ms": sum(1000 * s > LIMITS["health_ms"] for s in seconds),
     }
     if attackers in others:
         found["statuses"] = []
-        while not said.empty():
-            found["statuses"].append(said.get())
+        while not statuses.empty():
+            found["statuses"].append(statuses.get())
     wait_until(lambda: metric(service, "running") == metric(service, "waiting") == 0)
     return found
 
 
-def asked_for_health(url: str) -> Iterator[float]:
-    """Seconds from connecting to the whole answer, every 20 ms for the time of the row."""
+def health_seconds(url: str) -> Iterator[float]:
+    """Yield the seconds per request of /health, including the connection, every 20 ms."""
     host, port = url.removeprefix("http://").split(":")
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -191,10 +193,10 @@ def asked_for_health(url: str) -> Iterator[float]:
         time.sleep(0.02)
 
 
-def streams(url: str, said: Any) -> None:
-    """64 streams all the time: 16 are written, the others wait."""
+def streams(url: str, statuses: Any) -> None:
+    """Keep 64 streaming requests open: 16 are decoded, the others wait in the queue."""
 
-    async def on_and_on(client: httpx.AsyncClient) -> None:
+    async def stream_repeatedly(client: httpx.AsyncClient) -> None:
         asked = body(stream=True, max_tokens=200)
         headers = {"content-type": "application/json"}
         while True:
@@ -202,30 +204,30 @@ def streams(url: str, said: Any) -> None:
                 async for _ in answer.aiter_lines():
                     pass
 
-    async def everyone() -> None:
+    async def run_all() -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
-            await asyncio.gather(*(on_and_on(client) for _ in range(AT_ONCE)))
+            await asyncio.gather(*(stream_repeatedly(client) for _ in range(AT_ONCE)))
 
-    asyncio.run(everyone())
+    asyncio.run(run_all())
 
 
 def body(**more: Any) -> bytes:
-    """A request that can be answered."""
+    """Return the body of a valid request."""
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "长江有多长？"}]}
     return json.dumps(asked | more).encode()
 
 
 def head(length: object, more: str = "") -> bytes:
-    """The beginning of a request that says so much of its length."""
+    """Return the head of a request with this Content-Length."""
     return (
         f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"content-length: {length}\r\n{more}\r\n"
     ).encode()
 
 
-def attackers(url: str, said: Any) -> None:
-    """A hundred bad clients, each again and again; the statuses that they get go into `said`."""
+def attackers(url: str, statuses: Any) -> None:
+    """Run a hundred attackers repeatedly; put the statuses of their responses into `statuses`."""
     host, port = url.removeprefix("http://").split(":")
     deep = b"[" * 500_000
     nested = b'{"model":"tiny","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -240,10 +242,10 @@ def attackers(url: str, said: Any) -> None:
         "many keys": head(len(keys)) + keys,
         "deep": head(len(deep)) + deep,
         "nested": head(len(nested)) + nested,
-        "a length too great": head(10**12),
-        "a length that is none": head("-5"),
+        "a length too large": head(10**12),
+        "a negative length": head("-5"),
         "two lengths": head(5, "transfer-encoding: chunked\r\n") + b"0\r\n\r\n",
-        "more than it said": head(2) + b"{}" + b"x" * 100_000,
+        "more than declared": head(2) + b"{}" + b"x" * 100_000,
         "no HTTP": os.urandom(5000) + b"\r\n\r\n",
         "too many headers": head(2, "".join(f"x-{i}: y\r\n" for i in range(20_000))),
     }
@@ -254,7 +256,7 @@ def attackers(url: str, said: Any) -> None:
             writer.write(sent)
             await writer.drain()
             status = (await reader.read(65536)).split(b" ", 2)[1:2]
-            said.put(int(status[0]) if status else 0)
+            statuses.put(int(status[0]) if status else 0)
         finally:
             writer.close()
 
@@ -268,14 +270,14 @@ def attackers(url: str, said: Any) -> None:
                 await writer.drain()
         finally:
             with contextlib.suppress(OSError):
-                said.put(int((await reader.read(65536)).split(b" ", 2)[1]))
+                statuses.put(int((await reader.read(65536)).split(b" ", 2)[1]))
             writer.close()
 
     async def slowly(sent: bytes) -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
-            for place in range(len(sent)):
-                writer.write(sent[place : place + 1])
+            for i in range(len(sent)):
+                writer.write(sent[i : i + 1])
                 await asyncio.sleep(0.2)
                 if reader.at_eof() or writer.transport.is_closing():
                     break
@@ -291,38 +293,38 @@ def attackers(url: str, said: Any) -> None:
         finally:
             writer.close()
 
-    async def again_and_again(attack: Callable[[], Any], pause: float) -> None:
+    async def repeat(attack: Callable[[], Any], pause: float) -> None:
         dice = random.Random(pause)
         while True:
             with contextlib.suppress(OSError, IndexError, ValueError):
                 await attack()
             await asyncio.sleep(pause * dice.random())
 
-    async def everyone() -> None:
+    async def run_all() -> None:
         slow = [lambda: slowly(head(50)), lambda: slowly(head(5000) + b" " * 1000)]
-        all_ = [again_and_again(slow[i % 2], 0.1) for i in range(60)]
-        all_ += [again_and_again(lambda sent=sent: once(sent), 1.0) for sent in odd.values()]
-        all_ += [again_and_again(endless_body, 1.0), again_and_again(endless_body, 1.0)]
-        all_ += [again_and_again(reads_nothing, 1.0) for _ in range(8)]
+        all_ = [repeat(slow[i % 2], 0.1) for i in range(60)]
+        all_ += [repeat(lambda sent=sent: once(sent), 1.0) for sent in odd.values()]
+        all_ += [repeat(endless_body, 1.0), repeat(endless_body, 1.0)]
+        all_ += [repeat(reads_nothing, 1.0) for _ in range(8)]
         await asyncio.gather(*all_)
 
-    asyncio.run(everyone())
+    asyncio.run(run_all())
 
 
 # Row 28
 
 
-def stopped(models: Path, log: Path) -> dict[str, Any]:
-    """Stopped by SIGTERM and Ctrl-C in turns; what must hold is asserted there."""
-    took = []
+def at_shutdown(models: Path, log: Path) -> dict[str, Any]:
+    """Measure shutdowns by SIGTERM and Ctrl-C alternately; `stop_during_streams` checks them."""
+    seconds = []
     for number in range(SHUTDOWNS):
         by = signal.SIGTERM if number % 2 else signal.SIGINT
-        took.append(stop_during_streams(models, log, by))
-        print(f"{number + 1}/{SHUTDOWNS} {took[-1]:.2f} s", flush=True)
+        seconds.append(stop_during_streams(models, log, by))
+        print(f"{number + 1}/{SHUTDOWNS} {seconds[-1]:.2f} s", flush=True)
     return {
         "times": SHUTDOWNS,
-        "median_seconds": round(median(took), 2),
-        "max_seconds": round(max(took), 2),
+        "median_seconds": round(median(seconds), 2),
+        "max_seconds": round(max(seconds), 2),
     }
 
 

@@ -1,10 +1,10 @@
-"""Row 3: 100 stops by SIGTERM or Ctrl-C at random moments; each third time a second one follows.
+"""Row 3: 100 stops by SIGTERM or Ctrl-C at random moments; each third with a second signal.
 
     python benchmarks/reliability/signals.py [--number 100]
 
-After one, `minimind train` saves and leaves with status 130, within 10 s; after a second it leaves
-at once. Then the same command goes on, is stopped again or ends; the end is compared, bit by bit,
-with that of a run that nothing stopped.
+After the first signal, `minimind train` saves and exits with status 130 within 10 s; after a second
+it exits at once. The same command then resumes the run. The finished run is compared bit by bit
+with an uninterrupted one.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from benchmarks.reliability.common import arguments, record, said, workshop
+from benchmarks.reliability.common import arguments, print_progress, record, workshop
 from tests.support.small_runs import steps_done, wait_until
 from tests.support.stages import INTERRUPTED, KINDS, STEPS, assert_same
 
 LIMIT_S = 10.0
-STOPS = 4  # of one run
+STOPS = 4  # per run
 
 
-def until(run: Path, log_every: int, step: int) -> Callable[[], bool]:
-    """Whether a run that goes on has reached a step, and has done one more than before."""
+def has_reached(run: Path, log_every: int, step: int) -> Callable[[], bool]:
+    """Return a condition: the resumed run has reached a step, and done at least one more."""
     before = steps_done(run)
     return lambda: steps_done(run) >= max(step // log_every, before + 1)
 
 
 def main() -> None:
-    """Stop, go on, compare, record."""
+    """Stop, resume and compare runs; write the record."""
     args = arguments(__doc__ or "", 100)
     dice = random.Random(args.seed)
     took: dict[str, list[float]] = {"SIGINT": [], "SIGTERM": [], "a second one": []}
@@ -44,7 +44,7 @@ def main() -> None:
             command = stage.arguments(run)
             for step in sorted(dice.sample(range(1, STEPS - 30), STOPS)):
                 child = shop.lives.start("minimind", arguments=command, signals={}, pause_s=0.02)
-                wait_until(until(run, stage.more.get("training__log_every", 1), step))
+                wait_until(has_reached(run, stage.more.get("training__log_every", 1), step))
                 time.sleep(dice.uniform(0, 0.05))
                 number = dice.choice([signal.SIGINT, signal.SIGTERM])
                 twice = sum(map(len, took.values())) % 3 == 2
@@ -52,11 +52,11 @@ def main() -> None:
                 os.kill(child.pid, number)
                 if twice:
                     time.sleep(dice.uniform(0, 0.002))
-                    with contextlib.suppress(ProcessLookupError):  # the first was enough
+                    with contextlib.suppress(ProcessLookupError):  # it has already exited
                         os.kill(child.pid, dice.choice([signal.SIGINT, signal.SIGTERM]))
                 status = child.wait()
                 seconds = time.perf_counter() - began
-                # The second may come when the first has led out of the loop that handles it.
+                # The second signal may arrive after the handlers of the training loop were removed.
                 assert status == INTERRUPTED or (twice and status), shop.lives.output.read_text()
                 took["a second one" if twice else number.name].append(seconds)
                 late += seconds > LIMIT_S
@@ -68,7 +68,7 @@ def main() -> None:
                 different += 1
                 print(f"{stage.objective}: {error}", flush=True)
             shutil.rmtree(run)
-            said(done + STOPS, args.number)
+            print_progress(done + STOPS, args.number)
     seconds = {
         name: {"stops": len(all_s), "median_s": median(all_s), "most_s": max(all_s)}
         for name, all_s in took.items()

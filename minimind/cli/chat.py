@@ -78,8 +78,8 @@ def chat(
     context = validated_context(context, rope_scaling)
     if url is not None and (adapter or device != "auto" or int8 or context):
         raise UsageError(
-            "--adapter, --device, --int8 and --context cannot be used with --url: the service "
-            "decides them"
+            "--adapter, --device, --int8 and --context cannot be used with --url; set them when "
+            "you start the service"
         )
     settings = dict(
         temperature=temperature,
@@ -151,19 +151,23 @@ def _local_model(
 
 
 def _remote_model(
-    url: str, wanted: Path | None, max_new_tokens: int, seed: int | None, settings: dict[str, Any]
+    url: str,
+    requested: Path | None,
+    max_new_tokens: int,
+    seed: int | None,
+    settings: dict[str, Any],
 ) -> "tuple[Answer, str]":
-    """Return the answer function of a served model and its description. Imports no torch."""
+    """Return the answer function of a remote model and its description. Imports no torch."""
     from minimind.web.client import Client
 
     client = Client(url, os.environ.get(KEY_VARIABLE))
     models = {model.name: model for model in client.models()}
-    name = next(iter(models), "") if wanted is None else str(wanted)
+    name = next(iter(models), "") if requested is None else str(requested)
     if name not in models:
         raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(models) or 'none'}")
     model = models[name]
     settings = {key: value for key, value in settings.items() if value is not None}
-    if not model.is_ours:  # other services may refuse parameters beyond OpenAI's API
+    if not model.is_ours:  # other services may reject parameters beyond OpenAI's API
         extensions = dict(top_k=0, repetition_penalty=1.0, min_p=0.0)
         if changed := [key for key, noop in extensions.items() if settings.get(key, noop) != noop]:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)

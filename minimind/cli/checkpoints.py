@@ -51,7 +51,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     inspected = inspect_checkpoints(run, verify_hashes=thorough)
     if not inspected:
         raise CheckpointError(
-            f"{run}: there are no checkpoints; give a run directory that has saved one"
+            f"{run}: contains no checkpoint; give the directory of a run that has saved one"
         )
     metrics = [_metrics(checkpoint, inspected) for checkpoint in inspected]
     rows = [
@@ -73,19 +73,20 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     if damaged:
         can_resume = damaged < len(inspected)
         effect = "resumes from the newest valid one" if can_resume else "cannot be resumed"
-        console.say(f"{damaged} of {len(inspected)} damaged; the run {effect}")
+        count = console.pluralize(len(inspected), "checkpoint")
+        console.say(f"damaged: {damaged} of {count}; the run {effect}")
     for checkpoint in inspected:
         if checkpoint.unknown:
             names = ", ".join(checkpoint.unknown)
-            console.say(f"{checkpoint.path}: {names} does not belong to a checkpoint")
+            console.say(f"{checkpoint.path}: not part of a checkpoint: {names}")
     if quarantined := damaged_checkpoints(run):
         names = ", ".join(path.name for path in quarantined)
-        console.say(f"damaged and quarantined in {run / 'checkpoints'}: {names}")
+        console.say(f"damaged checkpoints, quarantined in {run / 'checkpoints'}: {names}")
     return damaged
 
 
 def _metrics(checkpoint: "CheckpointInfo", all_of_run: list["CheckpointInfo"]) -> dict[str, Any]:
-    """Return the description of a checkpoint for the table and the JSON file."""
+    """Return the metrics of a checkpoint for the table and the JSON file."""
     from minimind.training.checkpoint import best_step
     from minimind.training.validation import selection_metric
 

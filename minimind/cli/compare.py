@@ -90,7 +90,7 @@ def compare(
 
 @dataclass
 class _Comparison(Evaluation):
-    """Results and metrics by model, the judge's verdicts, and the comparison made of them."""
+    """Results and metrics by model, the judge's verdicts, and the comparison built from them."""
 
     task: "OpenEndedTask"
     results: dict[str, dict[str, "Result"]] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class _Comparison(Evaluation):
     comparison: dict[str, Any] = field(default_factory=dict)
 
     def open_judge(self, url: str) -> "Service | None":
-        """Connect to the judge before any answer is generated, so that mistakes show early."""
+        """Connect to the judge; called first, so that a wrong URL fails before the long work."""
         from minimind.cli.models import open_service
 
         try:
@@ -109,7 +109,7 @@ class _Comparison(Evaluation):
             return None
 
     def answer(self, name: str, context: int | None) -> None:
-        """Let one model answer all questions that it has not answered before."""
+        """Generate one model's answers to the questions that it has not answered before."""
         from minimind.cli.models import is_service
         from minimind.evaluation.runner import read_results
 
@@ -120,7 +120,7 @@ class _Comparison(Evaluation):
         model = opened.model.name
         self.run_task(opened, self.task, model)
         try:
-            # After a failure too: the answers until then count.
+            # Also after a failure: the answers before it count.
             header = self.task.settings() | dict(opened.identity)
             results = read_results(opened.folder / "answers.jsonl", header)
         except MinimindError:
@@ -138,7 +138,7 @@ class _Comparison(Evaluation):
             self._write()
 
     def judge(self, service: "Service") -> None:
-        """Let the judge score every pair of answers that it has not scored before."""
+        """Request the judge's scores for all pairs of answers that it has not scored before."""
         from minimind.cli.models import report_dropped
         from minimind.evaluation.judge import judge, make_trials, verdicts
         from minimind.evaluation.runner import file_name
@@ -172,11 +172,11 @@ class _Comparison(Evaluation):
         report_dropped(service)
         metrics = {"name": service.name, **verdicts(trials, judged, list(answers))}
         if metrics["failed"]:
-            missing = ServiceError(
+            failure = ServiceError(
                 f"{metrics['failed']:,} of {len(trials):,} requests failed (the first: "
                 f"{metrics['first_error']}); run the same command again to repeat them"
             )
-            self.fail(title, missing)
+            self.fail(title, failure)
         self.verdicts = {"judge": metrics, "trials": trials, "judged": judged}
         self._write()
 
@@ -189,7 +189,7 @@ class _Comparison(Evaluation):
             console.write_json(self.json, self.comparison)
 
     def show(self) -> None:
-        """Show the tables, and what failed."""
+        """Print the tables and the failures."""
         if self.comparison:
             self._show_tables()
         if self.task.bad.total:

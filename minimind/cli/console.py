@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 def heading(number: str, title: str) -> None:
-    """Print the heading of a step, such as "2/6" and "the tokenizer"."""
+    """Print the heading of a step. number: such as 2/6."""
     console.print(Text.assemble((f"\n{number} ", "dim"), (title, "bold")))
 
 
@@ -38,27 +38,28 @@ def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: int = 0
 ) -> Table:
     """Return a table whose last `numbers` columns are right-aligned."""
-    drawn = Table(title=Text(title), title_justify="left", title_style="bold")
+    result = Table(title=Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         right = index >= len(columns) - numbers
-        drawn.add_column(Text(column), justify="right" if right else "left", overflow="fold")
+        result.add_column(Text(column), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(format_number(value)) for value in row))
-    return drawn
+        result.add_row(*(Text(format_number(value)) for value in row))
+    return result
 
 
 def command(*words: str | Path) -> str:
-    """Return a `minimind` command that works when pasted, even if it is not on PATH."""
-    here = Path(sys.executable).with_name("minimind")
-    found = shutil.which("minimind")
-    if (found and Path(found).resolve() == here.resolve()) or not here.exists():
+    """Return a `minimind` command line to paste; it works even if `minimind` is not on PATH."""
+    executable = Path(sys.executable).with_name("minimind")
+    on_path = shutil.which("minimind")
+    if (on_path and Path(on_path).resolve() == executable.resolve()) or not executable.exists():
         return shell_words("minimind", *words)
-    folder = Path.cwd()
-    return shell_words(here.relative_to(folder) if folder in here.parents else here, *words)
+    if Path.cwd() in executable.parents:
+        executable = executable.relative_to(Path.cwd())
+    return shell_words(executable, *words)
 
 
 def show_metrics(title: str, metrics: Mapping[str, Any]) -> None:
-    """Print the scalar metrics of a summary as a table; nested ones are only in the JSON."""
+    """Print the scalar metrics of a summary as a table, without nested metrics."""
     rows = [
         (name.replace("_", " "), value)
         for name, value in metrics.items()

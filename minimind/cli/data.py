@@ -96,27 +96,27 @@ def stores(
     for key in keys or []:
         if not any(summary.key.startswith(key) for summary in summaries):
             raise UsageError(f"{home} has no store {key}; omit KEY to list all stores")
-    chosen = [one for one in summaries if not keys or one.key.startswith(tuple(keys))]
+    selected = [summary for summary in summaries if not keys or summary.key.startswith(tuple(keys))]
     rows = [
         [
-            one.key[:8],
-            one.kind,
-            one.tokens,
-            f"{one.num_bytes / 1e6:,.1f}",
-            f"{datetime.fromtimestamp(one.created):%Y-%m-%d %H:%M}",
-            "\n".join([*one.files[:3], *(["…"] if len(one.files) > 3 else [])]),
+            summary.key[:8],
+            summary.kind,
+            summary.tokens,
+            f"{summary.num_bytes / 1e6:,.1f}",
+            f"{datetime.fromtimestamp(summary.created):%Y-%m-%d %H:%M}",
+            "\n".join([*summary.files[:3], *(["…"] if len(summary.files) > 3 else [])]),
         ]
-        for one in chosen
+        for summary in selected
     ]
     columns = ["key", "kind", "tokens", "MB", "created", "data"]
     if rows:
         console.show(console.table(f"Token stores in {home}", columns, rows))
-    removed = [one for one in chosen if remove and remove_store(home, one.key)]
-    for one in chosen if remove else []:
-        if one not in removed:
-            console.say(f"{one.key} is being built by another process and was not removed")
-    label, counted = ("removed", removed) if remove else ("total", chosen)
-    megabytes = sum(one.num_bytes for one in counted) / 1e6
+    removed = [summary for summary in selected if remove and remove_store(home, summary.key)]
+    for summary in selected if remove else []:
+        if summary not in removed:
+            console.say(f"{summary.key} is being built by another process and was not removed")
+    label, counted = ("removed", removed) if remove else ("total", selected)
+    megabytes = sum(summary.num_bytes for summary in counted) / 1e6
     console.say(f"{home}: {label} {console.pluralize(len(counted), 'store')}, {megabytes:,.1f} MB")
 
 
@@ -142,7 +142,7 @@ def _show(per_source: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> No
         for number, metrics in rows.items()
     ]
     console.show(console.table("Records", columns, records, numbers=5))
-    _show_lengths("characters", "Chinese", rows, lambda f: f"{f['chinese_share']:.0%}")
+    _show_lengths("characters", "Chinese", rows, lambda metrics: f"{metrics['chinese_share']:.0%}")
     if total["tokens"]:
         _show_lengths("tokens", "characters per token", rows, _characters_per_token)
     if total["invalid_records"]:
@@ -169,12 +169,14 @@ def _show(per_source: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> No
 
 def _show_lengths(
     unit: str,
-    share: str,
+    ratio: str,
     rows: Mapping[str, dict[str, Any]],
-    share_of: Callable[[dict[str, Any]], object],
+    ratio_of: Callable[[dict[str, Any]], object],
 ) -> None:
-    columns = ["#", share, "median", "90 %", "99 %", "maximum", "total"]
-    lengths = [[number, share_of(f), *f[unit].values()] for number, f in rows.items()]
+    columns = ["#", ratio, "median", "90 %", "99 %", "maximum", "total"]
+    lengths = [
+        [number, ratio_of(metrics), *metrics[unit].values()] for number, metrics in rows.items()
+    ]
     console.show(console.table(f"{unit.capitalize()} per record", columns, lengths, numbers=6))
 
 

@@ -52,8 +52,8 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model preset; default: demo on a CPU, small on a GPU. moe: a mixture of experts, "
-            "on a CPU of the size of demo."
+            help="Model preset; default: demo on a CPU, small on a GPU. moe: a mixture of experts; "
+            "on a CPU, one as small as demo."
         ),
     ] = None,
     device: Device = "auto",
@@ -175,7 +175,7 @@ def _train_tokenizer(directory: Path, corpus: Path) -> None:
     from minimind.tokenizer import Tokenizer, train_tokenizer
 
     if not directory.is_dir():
-        # Without the dialogues: their set phrases would become tokens that span whole questions.
+        # Without the dialogues, whose set phrases would become tokens that span whole questions.
         texts = read_texts([corpus / "pretrain.jsonl"], invalid=InvalidRecords())
         with _new_directory(directory) as temporary:
             train_tokenizer(texts, vocab_size=_VOCAB_SIZE).save(temporary)

@@ -71,7 +71,7 @@ def evaluate_demo(
 def _continuations(
     out: Path, pretrain: "Recipe", questions: "Sequence[QuizQuestion]"
 ) -> tuple[list[str], list[str]]:
-    """Return what the untrained and the pretrained model generate for each question."""
+    """Return the continuations of each question by the untrained and the pretrained model."""
     from minimind.inference.generate import continue_all
     from minimind.inference.load import load_for_inference
     from minimind.model.device import choose_device

@@ -94,7 +94,7 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _batch_invariance(device: "torch.device") -> str:
-    """Describe if output depends on the batch here, tried with a model of preset `small`."""
+    """Describe the batch invariance of inference on a device, tested with preset `small`."""
     import torch
 
     from minimind.inference.batched_model import BatchedModel

@@ -98,7 +98,7 @@ class _Benchmarks(Evaluation):
     metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
 
     def read_tasks(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, "Task"]:
-        """Read the data of tasks. A wrong name raises UsageError; missing data is a failure."""
+        """Read the data of tasks. Raises UsageError for a wrong name; reports missing data."""
         from minimind.evaluation.catalogue import make_task
 
         tasks: dict[str, Task] = {}
@@ -196,7 +196,7 @@ class _Benchmarks(Evaluation):
         return [metrics for tasks in self.metrics.values() for metrics in tasks.values()]
 
     def show(self) -> None:
-        """Show the tables, and what failed."""
+        """Print the tables and the failures."""
         all_metrics = self._all_metrics()
         if all_metrics:
             self._show_results(all_metrics)
@@ -212,7 +212,7 @@ class _Benchmarks(Evaluation):
 
     def _show_results(self, all_metrics: Sequence[Metrics]) -> None:
         columns = ["model", "task", "score", "95 %", "chance", "correct / questions", "failed"]
-        rows = [_row(metrics) for metrics in all_metrics]
+        rows = [_result_row(metrics) for metrics in all_metrics]
         if any("fluent" in metrics for metrics in all_metrics):
             columns.append("fluent")
             for row, metrics in zip(rows, all_metrics, strict=True):
@@ -230,7 +230,7 @@ class _Benchmarks(Evaluation):
             return
         names = dict.fromkeys(name for parts in models.values() for name in parts)
         rows = (
-            [name, *(_detailed_score(parts.get(name, {})) for parts in models.values())]
+            [name, *(_format_detailed_score(parts.get(name, {})) for parts in models.values())]
             for name in names
         )
         head = [title.removeprefix("by "), *models]
@@ -245,19 +245,19 @@ class _Benchmarks(Evaluation):
                 metrics["task"],
                 metrics["contamination"]["found"],
                 metrics["contamination"]["too_short"],
-                _score(metrics),
-                _score(metrics["contamination"]["without"]),
+                _format_score(metrics),
+                _format_score(metrics["contamination"]["without"]),
             )
             for metrics in contaminated
         ]
-        columns = ["model", "task", "found", "too short to tell", "score", "score without found"]
+        columns = ["model", "task", "found", "too short", "score", "score without found"]
         console.show(console.table("Questions in the training data", columns, rows, numbers=4))
 
 
-def _row(metrics: Metrics) -> list[object]:
+def _result_row(metrics: Metrics) -> list[object]:
     low, high = metrics.get("interval") or (None, None)
     if "bits_per_byte" in metrics:
-        # One document gives no interval.
+        # A single document has no interval.
         known = low is not None and metrics["documents"] > 1
         interval = f"{low:.4f} – {high:.4f}" if known else "–"
         chance, counts = None, console.pluralize(metrics["documents"], "document")
@@ -268,10 +268,18 @@ def _row(metrics: Metrics) -> list[object]:
         if "correct" in metrics:
             counts = f"{metrics['correct']:,} / {metrics['questions']:,}"
     failed = metrics.get("failed")
-    return [metrics["model"], metrics["task"], _score(metrics), interval, chance, counts, failed]
+    return [
+        metrics["model"],
+        metrics["task"],
+        _format_score(metrics),
+        interval,
+        chance,
+        counts,
+        failed,
+    ]
 
 
-def _score(metrics: Metrics) -> str:
+def _format_score(metrics: Metrics) -> str:
     if metrics.get("bits_per_byte") is not None:
         return f"{metrics['bits_per_byte']:.4f} bits/byte"
     if metrics.get("accuracy") is not None:
@@ -281,10 +289,10 @@ def _score(metrics: Metrics) -> str:
     return ", ".join(f"{name} {console.format_number(value)}" for name, value in values.items())
 
 
-def _detailed_score(metrics: Metrics) -> str:
+def _format_detailed_score(metrics: Metrics) -> str:
     """Return a score with its interval and counts."""
     if metrics.get("accuracy") is None:
-        return _score(metrics)
+        return _format_score(metrics)
     low, high = metrics["interval"]
     score = f"{metrics['accuracy']:.1%} ({low:.0%} – {high:.0%})"
     counts = f"{metrics['correct']:,} / {metrics['questions']:,}"
@@ -302,7 +310,7 @@ def _report_problems(metrics: Metrics) -> None:
         console.say(f"{title}: {lines}, the first: {metrics['first_unreadable']}")
     if metrics.get("cut"):
         questions = console.pluralize(metrics["cut"], "question")
-        console.say(f"{title}: {questions} lost the beginning to fit into the context")
+        console.say(f"{title}: {questions} truncated at the start to fit into the context")
     requested, fewest = metrics.get("settings", {}).get("shots", 0), metrics.get("fewest_shots")
     if requested and fewest is not None and fewest < requested:
         examples = console.pluralize(fewest, "few-shot example")

@@ -18,7 +18,10 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model, the folder of its results, and everything besides the task they depend on."""
+    """A model and the folder of its results.
+
+    identity: everything that the results depend on besides the task.
+    """
 
     model: Any
     folder: Path

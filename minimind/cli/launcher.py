@@ -16,7 +16,9 @@ import typer
 from minimind.errors import TrainingError
 from minimind.signals import count_interrupts
 
-_EXIT_WITH_PARENT = "MINIMIND_EXIT_WITH_PARENT"  # set if stdin closes when the parent exits
+_EXIT_WITH_PARENT = (
+    "MINIMIND_EXIT_WITH_PARENT"  # set in processes whose stdin closes when the parent exits
+)
 _POLL_S = 0.05
 INTERRUPTED = 130
 
@@ -40,7 +42,7 @@ def interrupted_status() -> int:
 
 
 def launch_processes(number: int) -> None:
-    """Run this command line in `number` processes, wait for them, and exit as they do.
+    """Run this command line in `number` processes and wait; exit with their status if it is not 0.
 
     The first SIGINT or SIGTERM is passed on to all processes, the second kills them. If a process
     fails, the others are killed and TrainingError names its rank.
@@ -77,7 +79,7 @@ def launch_processes(number: int) -> None:
         if failed == 0 and statuses[0] == 1:  # rank 0 has printed its error
             raise typer.Exit(1)
         raise TrainingError(
-            f"process {failed} of 0-{number - 1} {_how_it_ended(statuses[failed])}; the others "
+            f"process {failed} of 0-{number - 1} {_describe_exit(statuses[failed])}; the others "
             "were stopped. Run the same command again to resume from the last checkpoint"
         )
     if INTERRUPTED in statuses:
@@ -101,7 +103,7 @@ def _environment(number: int) -> dict[str, str]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all processes have exited or one has failed; return the rank of that one."""
+    """Wait until all processes have exited or one has failed; return the failed rank."""
     while True:
         statuses = [process.poll() for process in processes]
         failed = [i for i, s in enumerate(statuses) if s not in (None, 0, INTERRUPTED)]
@@ -113,7 +115,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(_POLL_S)
 
 
-def _how_it_ended(status: int | None) -> str:
+def _describe_exit(status: int | None) -> str:
     if status is not None and status < 0:
         cause = " (often because memory ran out)" * (status == -signal.SIGKILL)
         return f"was ended by {signal.Signals(-status).name}{cause}"
@@ -121,7 +123,7 @@ def _how_it_ended(status: int | None) -> str:
 
 
 def exit_with_parent() -> None:
-    """In a process that `launch_processes` started, exit as soon as the parent has died."""
+    """Exit as soon as the parent has died, in a process that `launch_processes` started."""
     if _EXIT_WITH_PARENT not in os.environ:
         return
 

@@ -32,10 +32,10 @@ def open_model(
             raise UsageError("--adapter and --context do not apply to a service; set them there")
         model = open_service(model_spec)
     else:
-        directory, named_adapter = _split(model_spec)
+        directory, named_adapter = _split_adapter(model_spec)
         if adapter and named_adapter:
             raise UsageError(f"{model_spec} already names an adapter; omit --adapter")
-        model = _local(directory, device, adapter or named_adapter, context)
+        model = _open_local(directory, device, adapter or named_adapter, context)
     name, number = model.name, 1
     while model.name in taken:
         number += 1
@@ -43,7 +43,7 @@ def open_model(
     return model
 
 
-def _local(directory: Path, device: str, adapter: Path | None, context: int | None) -> Any:
+def _open_local(directory: Path, device: str, adapter: Path | None, context: int | None) -> Any:
     """Open a local model; fall back to transformers, if installed, for other architectures."""
     from minimind.evaluation.models import LocalModel
     from minimind.evaluation.transformers_model import TransformersModel, is_installed
@@ -68,7 +68,7 @@ def is_service(model_spec: str) -> bool:
     return "://" in model_spec and not Path(model_spec).exists()
 
 
-def _split(model_spec: str) -> tuple[Path, Path | None]:
+def _split_adapter(model_spec: str) -> tuple[Path, Path | None]:
     """Split DIR+ADAPTER at the plus sign that is not part of an existing path."""
     splits = [
         (Path(model_spec[:at]), Path(model_spec[at + 1 :]))

@@ -55,8 +55,8 @@ Context = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Context length in tokens; beyond the trained length, RoPE scaling is used. "
-        "[default: the trained length, as far as free memory allows]",
+        help="Context length in tokens; beyond the model's own, RoPE scaling is used. "
+        "[default: the model's own, as far as free memory allows]",
     ),
 ]
 RopeScaling = Annotated[

@@ -60,7 +60,7 @@ def _show(estimate: "Plan") -> None:
     total = sum(estimate.memory.values())
     rows: list[tuple[str, object]] = [("parameters", estimate.parameters)]
     if estimate.active_parameters != estimate.parameters:
-        rows.append(("active per token", estimate.active_parameters))
+        rows.append(("active parameters per token", estimate.active_parameters))
     if estimate.trained_parameters != estimate.parameters:
         rows.append(("trained parameters", estimate.trained_parameters))
     rows += [
@@ -105,7 +105,7 @@ def _verdict(estimate: "Plan") -> str:
         need = sum(estimate.memory.values())
         if estimate.memory_limit is not None and need > estimate.memory_limit:
             return (
-                f"Recipe: training.micro_batch_size={estimate.micro_batch_size}. It does not fit; "
+                f"The recipe's training.micro_batch_size={estimate.micro_batch_size} does not fit; "
                 "choose a size from the table that fits"
             )
         recompute = " training.activation_checkpointing=true" * estimate.activation_checkpointing

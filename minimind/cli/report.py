@@ -30,7 +30,7 @@ def report(
         Path | None, typer.Option("--json", help="Also write the metrics to this file.")
     ] = None,
 ) -> None:
-    """Report on runs: curves, benchmarks, samples, memory, cost; several share their axes."""
+    """Report on runs: curves, benchmarks, samples, memory, cost. Several runs share axes."""
     from minimind.reporting.report import make_report
 
     result = make_report(runs, price=price)

@@ -16,11 +16,11 @@ Models = Annotated[
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=DIR", help="Serve a LoRA adapter of the one MODEL under NAME (repeatable)."
+        metavar="NAME=DIR", help="Serve a LoRA adapter of the only MODEL under NAME (repeatable)."
     ),
 ]
 Host = Annotated[
-    str, typer.Option(help="Address to bind; one that other machines can reach needs an API key.")
+    str, typer.Option(help="Address to bind; other addresses than localhost need an API key.")
 ]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")]
 APIKeys = Annotated[
@@ -65,7 +65,7 @@ def serve(
     rope_scaling: RopeScaling = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Serve models over HTTP with OpenAI's API. Documentation at /docs."""
+    """Serve models over HTTP with OpenAI's API. API documentation is at /docs."""
     from minimind.serving import server
     from minimind.serving.auth import check_exposure
     from minimind.serving.limits import Limits

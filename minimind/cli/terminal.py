@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from minimind.inference.engine import Engine
     from minimind.model import Transformer
 
-# Control characters steer a terminal; generated text needs only line breaks and tabs.
+# Control characters can manipulate a terminal; text needs only line breaks and tabs.
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def strip_controls(text: str) -> str:
-    """Remove the characters that would steer a terminal, such as escape sequences."""
+    """Remove control characters, such as those that begin escape sequences."""
     return text.translate(_CONTROLS)
 
 
@@ -26,7 +26,7 @@ def stdin_lines() -> Iterator[str]:
     Raises UsageError for bytes that are not text in the encoding of standard input.
     """
     encoding = sys.stdin.encoding
-    # Decoded line by line: a text stream decodes ahead, and its errors name no line.
+    # Decoded line by line: a text stream decodes ahead, so its errors have no line number.
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             text = line.decode(encoding)
@@ -44,7 +44,7 @@ def report_short_context(engine: "Engine", model: "Transformer", context: int | 
     trained = model.config.max_position_embeddings
     if context is None and engine.context < trained:
         print(
-            f"free memory allows a context of {engine.context:,} tokens; "
-            f"the model's own is {trained:,}",
+            f"warning: free memory allows a context of only {engine.context:,} tokens; "
+            f"the model supports {trained:,}",
             file=sys.stderr,
         )

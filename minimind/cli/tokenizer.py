@@ -32,7 +32,7 @@ def train(
         int, typer.Option(min=1, help="Megabytes of text to train on; each takes 100 MB of memory.")
     ] = 12,
 ) -> None:
-    """Train a byte-level BPE tokenizer on an even sample of the data."""
+    """Train a byte-level BPE tokenizer on a uniform sample of the data."""
     from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer import train_tokenizer
 
@@ -51,7 +51,7 @@ def train(
     if invalid.total:
         console.say(f"skipped {invalid.total:,} invalid records; the first: {invalid.first}")
     if tokenizer.vocab_size < vocab_size:
-        console.say(f"The text has enough pairs for only {tokenizer.vocab_size:,} tokens.")
+        console.say(f"The data is too small for more than {tokenizer.vocab_size:,} tokens.")
     console.say(f"The tokenizer with {tokenizer.vocab_size:,} tokens is in {out}.")
     console.say(f"Inspect it: minimind {shell_words('tokenizer', 'inspect', out)}")
 

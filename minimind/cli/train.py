@@ -59,7 +59,7 @@ def pretrain(
     """Pretrain a new model on plain text."""
     flags = {"objective": "pretrain", "data.sources": data, "tokenizer": tokenizer}
     flags |= {"out": out, "device": device}
-    _stage(arguments, "pretrain-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, "pretrain-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def sft(
@@ -78,7 +78,7 @@ def sft(
     """Fine-tune a model on single-turn and multi-turn conversations (SFT)."""
     flags = {"objective": "sft", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
-    _stage(arguments, "sft-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, "sft-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def lora(
@@ -101,7 +101,7 @@ def lora(
             "the recipe trains the full model; use one with a [lora] table, such as lora-small, "
             "or set lora.rank=8"
         )
-    _stage(arguments, "lora-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, "lora-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def dpo(
@@ -120,7 +120,7 @@ def dpo(
     """Train a chat model on preference pairs (direct preference optimization)."""
     flags = {"objective": "dpo", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
-    _stage(arguments, "dpo-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, "dpo-small", flags, nproc, fresh, resume, explain, dry_run, json)
 
 
 def train(
@@ -136,10 +136,10 @@ def train(
 ) -> None:
     """Train the stage that a recipe describes."""
     flags = {"out": out, "device": device}
-    _stage(arguments, None, flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, None, flags, nproc, fresh, resume, explain, dry_run, json)
 
 
-def _stage(
+def _run_command(
     arguments: list[str] | None,
     default_recipe: str | None,
     flags: dict[str, Any],
@@ -215,7 +215,9 @@ def recipe_and_settings(
 def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "GenerateSamples":
     """Return a callback that generates from the validation prompts and prints the samples."""
 
-    def write(model: "Transformer", tokenizer: "LoadedTokenizer") -> list[dict[str, str]]:
+    def generate_samples(
+        model: "Transformer", tokenizer: "LoadedTokenizer"
+    ) -> list[dict[str, str]]:
         from minimind.inference.generate import answer_all, continue_all
 
         prompts = recipe.validation.prompts
@@ -226,7 +228,7 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "GenerateSamp
             reporter.say(f"  {prompt} → {text}" if chat else f"  {prompt}{text}")
         return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
-    return write
+    return generate_samples
 
 
 def finish(result: "StageResult", json: Path | None) -> None:

@@ -10,6 +10,6 @@ Reading order:
 6. packing      documents to sequences, `MixedDataset`: what training reads
 7. textbook     a synthetic corpus with questions and answers, for the demo and for tests
 
-Beside this path: `stats` describes data, `estimate` counts tokens from a sample, `hub` downloads
+Also here: `stats` computes statistics, `estimate` counts tokens from a sample, `hub` downloads
 published benchmarks.
 """

@@ -14,7 +14,7 @@ import zstandard
 from minimind.data.input_files import COMPRESSIONS
 from minimind.errors import DataError
 
-Progress = Callable[[int], None]  # called with the bytes of the file read since the last call
+Progress = Callable[[int], None]  # called with the number of bytes read since the last call
 
 _MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b"),
@@ -78,7 +78,7 @@ def _check_magic(file: Path, expected: str | None, stream: io.BufferedReader) ->
     if actual is None:
         raise DataError(
             f"{file}: the name ends in {file.suffix}, but the content is not {expected}; "
-            "is it uncompressed, or damaged?"
+            "it is uncompressed or damaged"
         )
     [ending] = (ending for ending, name in COMPRESSIONS.items() if name == actual)
     raise DataError(
@@ -103,7 +103,7 @@ def _decompress_zstd(compressed: IO[bytes]) -> Iterator[bytes]:
 
 
 class _ChunkStream(io.RawIOBase):
-    """Chunks of bytes as one readable file."""
+    """File object that reads from an iterator of byte chunks."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, memoryview(b"")

@@ -1,4 +1,4 @@
-"""Encode records to documents of token ids: which records a token store contains, and how."""
+"""Encode records to documents of token ids; skip records that a token store cannot contain."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -20,7 +20,7 @@ _BATCH_CHARACTERS = 1 << 20
 
 
 def reason_to_skip(record: Record, tokenizer: Tokenizer, kind: Kind | None) -> str | None:
-    """Return why a token store of this kind skips a record; None if it does not.
+    """Return the reason why a token store of this kind skips a record, or None.
 
     Without `kind`, records of every kind are accepted.
     """
@@ -65,8 +65,8 @@ def split_long(text: str) -> Iterator[str]:
     """Split a long text into pieces, after a line break where possible.
 
     Encoding takes about a hundred bytes of memory per byte of text, so a book is encoded piece by
-    piece. Token boundaries at a split may differ from those of the unsplit text; the decoded text
-    is the same. An empty text has no pieces.
+    piece. Tokens next to a split may differ from those of the unsplit text; the decoded text is
+    the same. An empty text has no pieces.
     """
     start = 0
     while start < len(text):

@@ -1,8 +1,8 @@
 """Estimate the number of training tokens in data from a sample.
 
-Up to 16 files, evenly spaced over the bytes of all files, are read up to 32 MiB in total: small
-data completely, large files from their beginning. Of the records read, an even sample of two
-million characters is tokenized. Records are counted, substituted and skipped as in training.
+Up to 16 files, evenly spaced over the bytes of all files, are read: at most 32 MiB in total, from
+the beginning of each file. Of the records read, an evenly spaced sample of two million characters
+is tokenized. Records are counted, substituted and skipped as in training.
 """
 
 from bisect import bisect_right
@@ -18,9 +18,9 @@ from minimind.data.schemas import Record
 from minimind.tokenizer import Tokenizer
 
 _MAX_FILES = 16
-_MAX_BYTES = 32 << 20  # read, of all files together
-_MAX_CHARACTERS = 128 << 20  # read, of all files together, after decompression
-_SAMPLE_CHARACTERS = 2_000_000  # tokenized, of all files together
+_MAX_BYTES = 32 << 20  # limit on bytes read, over all files
+_MAX_CHARACTERS = 128 << 20  # limit on characters read, over all files
+_SAMPLE_CHARACTERS = 2_000_000  # limit on characters tokenized, over all files
 
 
 def estimate_tokens(
@@ -31,9 +31,10 @@ def estimate_tokens(
     schema: str = "auto",
     variables: Mapping[str, str] | None = None,
 ) -> int:
-    """Estimate the tokens of a token store of `path`, both splits together.
+    """Estimate the number of tokens that a token store of `path` would have, in both splits.
 
-    Without `kind`, records of every kind count. Raises DataError for files that cannot be read.
+    Without `kind`, records of every kind are counted. Raises DataError for files that cannot be
+    read.
     """
     files = list_files(path)
     sizes = [file.stat().st_size for file in files]
@@ -44,13 +45,13 @@ def estimate_tokens(
     ]
     if len(selected) == len(files):
         return round(sum(estimates))
-    # Each selected file stands for an equal share of all bytes.
+    # Each selected file represents an equal share of all bytes.
     rates = [tokens / sizes[number] for tokens, number in zip(estimates, selected, strict=True)]
     return round(sum(rates) / len(rates) * sum(sizes))
 
 
 def _select_files(sizes: list[int]) -> list[int]:
-    """Return the numbers of the files to read: all, or those at evenly spaced bytes.
+    """Return the indices of the files to read: all, or those at evenly spaced bytes.
 
     A large file may be selected several times.
     """
@@ -62,7 +63,7 @@ def _select_files(sizes: list[int]) -> list[int]:
 
 
 class _FileSample:
-    """An even sample of the records at the beginning of a file.
+    """Evenly spaced sample of the records at the beginning of a file.
 
     records: every `_stride`-th record. num_bytes: bytes of the file that were read. num_characters:
     characters of all records in these bytes.
@@ -88,9 +89,9 @@ class _FileSample:
             self.num_bytes, self.num_characters = file.stat().st_size, self._characters_seen
 
     def _on_read(self, num_bytes: int) -> None:
-        # Bytes and characters must be of the same moment. When the next chunk is read, the bytes
-        # before it have become records, except for a part of the last line. For a line that spans
-        # several chunks, the first chunk is nearest to the end of the record before.
+        # `num_bytes` and `num_characters` must describe the same part of the file. When the next
+        # chunk is read, all bytes before it have become records, except for a partial last line.
+        # If that line spans several chunks, the first chunk is the nearest to the last record.
         if self._characters_seen > self.num_characters:
             self.num_bytes, self.num_characters = self._bytes_reported, self._characters_seen
         self._bytes_reported += num_bytes
@@ -109,7 +110,7 @@ class _FileSample:
     def estimate(
         self, tokenizer: Tokenizer, kind: Kind | None, variables: Mapping[str, str]
     ) -> float:
-        """Estimate the tokens of the complete file."""
+        """Estimate the number of tokens of the complete file."""
         tokens = 0
         for batch in batches(self.records):
             used = [

@@ -1,7 +1,7 @@
 """File formats: JSON Lines, JSON, CSV and TSV, plain text, Parquet.
 
-Every reader yields (line, value) for each record: the line on which it begins (for Parquet its
-row), and the parsed value, not yet converted from its schema. Invalid records are counted in an
+Every reader yields (line, value) for each record: the number of its first line (for Parquet: of its
+row), and the parsed value, not yet converted to a `Record`. Invalid records are counted in an
 `InvalidRecords`. Only the current record is held in memory (for Parquet a part of a row group).
 """
 
@@ -91,7 +91,7 @@ def _check_text(file: Path, stream: io.BufferedReader) -> None:
 
 
 def _raw_lines(stream: IO[bytes], first: bytes = b"") -> Iterator[tuple[int, bytes]]:
-    """Yield numbered lines, split only at "\\n"; of a line that is too long, its beginning."""
+    """Yield (number, line), split only at "\\n"; a line that is too long is truncated."""
     number = 0
     while line := first or stream.readline(_MAX_LINE + 1):
         first, number = b"", number + 1
@@ -248,9 +248,9 @@ def _csv_rows(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield (first line, fields) of each row that has as many fields as the header.
 
-    Blank rows are skipped. Bytes that are not UTF-8 become surrogates. A stray quote swallows all
-    lines up to the next quote, or up to `_MAX_ROW` characters. Then only the first line of that row
-    is invalid, and the parser resumes at the second.
+    Blank rows are skipped. Bytes that are not UTF-8 become surrogates. An unclosed quote makes
+    the parser read on to the next quote, or up to `_MAX_ROW` characters. Then only the first line
+    of that row is invalid, and parsing resumes at the second.
     """
     csv.field_size_limit(_MAX_LINE)
     lines = _raw_lines(stream)
@@ -258,7 +258,7 @@ def _csv_rows(
     row_lines: list[tuple[int, str]] = []  # of the current row
     width = 0
 
-    def take() -> Iterator[str]:
+    def next_lines() -> Iterator[str]:
         size = 0
         while True:
             if pushed_back:
@@ -278,7 +278,7 @@ def _csv_rows(
 
     while True:
         try:
-            for row in csv.reader(take(), delimiter=delimiter, strict=True):
+            for row in csv.reader(next_lines(), delimiter=delimiter, strict=True):
                 width = width or len(row)
                 if row and len(row) != width:
                     raise csv.Error(f"{len(row)} fields where the header has {width}")

@@ -22,20 +22,20 @@ class Published:
 
     @property
     def url(self) -> str:
-        """Address for a download with a browser."""
+        """URL for a download in a browser."""
         path = f"{self.repository}/resolve/{self.revision}/{self.file}"
         return f"https://huggingface.co/datasets/{path}"
 
 
 PUBLISHED = {
-    # Pinned to the last commit that still ships the zip.
+    # Pinned to the last commit that contains the zip.
     "ceval": Published(
         "ceval/ceval-exam",
         "ceval-exam.zip",
         "ceval-exam.zip",
         "1577cea73fafe135738871aca0d5339994dbb41d",
     ),
-    # Not pinned: no commit id of it is known here. The file name contains the version.
+    # Not pinned to a commit. The file name contains the version.
     "cmmlu": Published("haonan-li/cmmlu", "cmmlu_v1_0_1.zip", "cmmlu_v1_0_1.zip"),
     "mmlu": Published(
         "cais/mmlu", "data.tar", "mmlu.tar", "c30699e8356da336a370243923dbaf21066bb9fe"
@@ -50,10 +50,10 @@ PUBLISHED = {
 
 
 def download_hint(name: str) -> str:
-    """Return a hint for error messages, how to download a dataset; "" if it is not published."""
+    """Return the end of an error message that names the download command, or ""."""
     if name not in PUBLISHED:
         return ""
-    return f". With a network, `minimind data get {name}` downloads it"
+    return f". `minimind data get {name}` downloads it"
 
 
 def download(name: str, folder: Path) -> Path:
@@ -62,7 +62,7 @@ def download(name: str, folder: Path) -> Path:
     Raises UsageError for an unknown name or a missing library, DataError when the download fails.
     """
     if name not in PUBLISHED:
-        raise UsageError(f"{name} is not a known dataset; known are {', '.join(PUBLISHED)}")
+        raise UsageError(f"{name} is not a known dataset; available are {', '.join(PUBLISHED)}")
     published = PUBLISHED[name]
     target = folder / published.name
     if target.is_file():
@@ -88,9 +88,9 @@ def download(name: str, folder: Path) -> Path:
         # The library's messages have many lines; the first says what happened.
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "no answer")
         raise DataError(
-            f"{name}: the download failed ({reason}). Is there a network? If the Hub cannot be "
-            "reached, set HF_ENDPOINT to a mirror; or download "
-            f"{published.url} elsewhere and put it into {folder}"
+            f"{name}: the download failed ({reason}). Check the network connection. If the Hub "
+            "cannot be reached, set HF_ENDPOINT to a mirror, or download "
+            f"{published.url} on another machine and put it into {folder}"
         ) from error
     if Path(downloaded) != target:
         Path(downloaded).replace(target)

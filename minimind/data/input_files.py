@@ -1,4 +1,4 @@
-"""Input files: which files a path, folder or glob pattern names, and their formats."""
+"""Input files: the files that a path, folder or glob names, and their formats."""
 
 import difflib
 import glob
@@ -27,8 +27,8 @@ def format_of(path: Path) -> str | None:
 def list_files(path: str) -> list[Path]:
     """List the files that `path` names: a file, all supported files below a folder, or a glob.
 
-    An existing name is taken literally: if the folder `[v1]` exists, `[v1]/*.jsonl` names the files
-    in it. Hidden files are skipped. Raises DataError when there is no file.
+    A name that exists is taken literally: if the folder `[v1]` exists, `[v1]/*.jsonl` matches the
+    files in it. Hidden files below a folder are skipped. Raises DataError when there is no file.
     """
     root = expand_user(path)
     try:
@@ -57,7 +57,7 @@ def list_files(path: str) -> list[Path]:
 
 
 def _expand_glob(pattern: Path) -> list[Path]:
-    """Expand a glob; in each folder an existing name has precedence over its meaning as a glob."""
+    """Expand a glob. Parts of it that exist as file names are taken literally."""
     matches = [Path(pattern.anchor)]
     for part in pattern.relative_to(pattern.anchor).parts:
         following: list[Path] = []

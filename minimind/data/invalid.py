@@ -11,7 +11,7 @@ from minimind.errors import DataError, ResourceError
 NOT_UTF_8 = "not UTF-8"
 CONVERT_TO_UTF_8 = "convert it: iconv -f {} -t UTF-8 OLD > NEW"
 _EXCERPT = 200  # characters
-_MIN_RECORDS = 1000  # before the fraction of invalid records is judged
+_MIN_RECORDS = 1000  # before the fraction of invalid records is checked
 _MAX_QUARANTINED = 10_000
 _MAX_REASONS = 100
 _NUM_EXAMPLES = 3  # locations kept for each reason
@@ -21,8 +21,8 @@ _NUM_EXAMPLES = 3  # locations kept for each reason
 class InvalidRecords:
     """Invalid records, counted by reason; the first of them are quarantined in the file `path`.
 
-    A location is FILE:LINE, or FILE:ROW for Parquet. More than `max_fraction` of invalid records
-    stop the reading with a DataError.
+    A location is FILE:LINE, or FILE:ROW for Parquet. If more than the fraction `max_fraction` of
+    the records is invalid, `add` raises a DataError.
     """
 
     path: Path | None = None
@@ -35,7 +35,7 @@ class InvalidRecords:
 
     def add(self, file: Path, line: int, reason: str, content: Any = "") -> None:
         """Count and quarantine a record. Raises DataError when too many are invalid."""
-        # Reasons quote field names and the like from the file: replace control characters.
+        # Reasons quote text from the file, such as field names: replace control characters.
         reason = "".join(c if c.isprintable() else "\ufffd" for c in reason[:_EXCERPT])
         self.first = self.first or f"{file}:{line}: {reason}"
         counted_as = reason
@@ -68,13 +68,14 @@ class InvalidRecords:
         except OSError as error:
             raise ResourceError(
                 f"{self.path}: cannot write the quarantined records ({error.strerror}); "
-                "free some space, or choose another folder with data.store=DIR"
+                "free some disk space, or choose another folder with data.store=DIR"
             ) from error
 
     def check(self, max_fraction: float, *, final: bool = False) -> None:
         """Raise DataError when more than `max_fraction` of the records so far are invalid.
 
-        Before all records are read (`final`), a fraction of few records is not judged.
+        Unless all records have been read (`final`), the fraction of fewer than 1,000 records is not
+        checked.
         """
         seen = self.num_valid + self.total
         if self.total <= max_fraction * seen or not (final or seen >= _MIN_RECORDS):

@@ -1,8 +1,8 @@
 """Messages of a training record: role, content, and whether an answer is supervised.
 
 An answer with a mark such as `"weight": 0`, `"loss": false`, `"train": false` or `"mask": true` is
-encoded but excluded from the loss. Tools, reasoning and images, which the chat format cannot
-express, make the record invalid. Other keys are recorded as unused.
+encoded but excluded from the loss. A record with tools, reasoning or
+images is invalid, because the chat format cannot express them. Other keys are recorded as unused.
 """
 
 import ast
@@ -32,14 +32,14 @@ _UNSUPPORTED_IN_MESSAGE = _UNSUPPORTED | {
     **dict.fromkeys(("reasoning", "reasoning_details", "thinking"), _NO_REASONING),
     "refusal": "the chat format has no refusals",
     **dict.fromkeys(
-        ("train_detail", "training_detail"), "parts of an answer cannot be supervised separately"
+        ("train_detail", "training_detail"), "an answer can only be supervised as a whole"
     ),
 }
-_IS_SUPERVISED = (
+_SUPERVISED_KEYS = (
     *("weight", "loss", "train", "training", "trainable"),
     *("loss_mask", "loss_weight", "loss_scale"),
 )
-_IS_MASKED = ("mask",)  # the opposite: 1 or true excludes the answer
+_MASKED_KEYS = ("mask",)  # the opposite: 1 or true excludes the answer
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _TYPE_NAMES = {
     list: "a list",
@@ -51,7 +51,7 @@ _TYPE_NAMES = {
 
 
 class Turn(NamedTuple):
-    """A message of a conversation. `supervised` has a meaning only for answers."""
+    """A message of a conversation. `supervised` is used only for answers."""
 
     role: str
     content: str
@@ -68,7 +68,7 @@ class Fields:
         self.used: set[str] = set()
 
     def first(self, names: Sequence[str]) -> Any:
-        """Return the first of these fields that is not null, and record its use."""
+        """Return the value of the first of these fields that is not null; mark it as used."""
         name = self.name_of_first(names)
         if name is None:
             return None
@@ -91,11 +91,11 @@ class Fields:
         return ValueError(f"no field {' or '.join(names)}; its fields are: {self.listed()}")
 
     def listed(self) -> str:
-        """Return the names of the first fields, for error messages."""
+        """Return the names of the first six fields as text, for error messages."""
         return ", ".join(map(str, list(self.values)[:6])) or "none"
 
     def unused(self) -> set[str]:
-        """Return the keys that have a value but were not used, those of nested objects included."""
+        """Return the keys with a value that were not used, also those of nested objects."""
         own = {
             f"{self._prefix}{key}"
             for key, value in self.values.items()
@@ -144,7 +144,7 @@ def _turn(values: dict[str, Any], record: Fields, prefix: str) -> Turn:
         raise ValueError(f"unknown role {role!r}; supported are {', '.join(_ROLE_OF)}")
     role = _ROLE_OF[role.lower()]
     if role == "tool":
-        raise ValueError(f"a message of a tool: {_NO_TOOLS}")
+        raise ValueError(f"a tool message: {_NO_TOOLS}")
     turn = Turn(role, _content(message, role, prefix), _is_supervised(message, role))
     record.unused_nested |= message.unused()
     return turn
@@ -153,18 +153,20 @@ def _turn(values: dict[str, Any], record: Fields, prefix: str) -> Turn:
 def _content(message: Fields, role: str, prefix: str) -> str:
     value = message.first(("content", "value"))
     if value is None:
-        raise ValueError(f"a message of the {role} has no text")
+        raise ValueError(f"a {role} message has no text")
     if not isinstance(value, list):
-        return as_text(value, f"the content of a message of the {role}")
+        return as_text(value, f"the content of a {role} message")
     texts = []
     for part in value:
         if not isinstance(part, dict):
-            raise ValueError(f"a content part of the {role} is not an object with type and text")
+            raise ValueError(
+                f"a content part of a {role} message is not an object with type and text"
+            )
         fields = Fields(part, f"{prefix}content[].")
         kind = fields.first(("type",))
         if kind not in _TEXT_PARTS:
-            raise ValueError(f"a content part of the type {kind!r}: {_NO_MEDIA}")
-        texts.append(as_text(fields.first(("text",)), f"a content part of the {role}"))
+            raise ValueError(f"a content part of type {kind!r}: {_NO_MEDIA}")
+        texts.append(as_text(fields.first(("text",)), f"a content part of a {role} message"))
         message.unused_nested |= fields.unused()
     return "".join(texts)
 
@@ -172,19 +174,19 @@ def _content(message: Fields, role: str, prefix: str) -> str:
 def _is_supervised(message: Fields, role: str) -> bool:
     """Read the keys that include an answer in the loss or exclude it; included by default."""
     marks: dict[str, bool] = {}
-    for key in (*_IS_SUPERVISED, *_IS_MASKED):
+    for key in (*_SUPERVISED_KEYS, *_MASKED_KEYS):
         value = message.first((key,))
         if value is None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise ValueError(f"{key}: {value!r} of a message; it must be 0, 1, false or true")
-        marks[key] = bool(value) != (key in _IS_MASKED)
+            raise ValueError(f"a message has {key}: {value!r}; it must be 0, 1, false or true")
+        marks[key] = bool(value) != (key in _MASKED_KEYS)
     if len(set(marks.values())) > 1:
-        raise ValueError(f"{' and '.join(marks)} of a message contradict each other")
+        raise ValueError(f"{' and '.join(marks)} contradict each other in a message")
     if role != "assistant" and any(marks.values()):
         raise ValueError(
-            f"{next(iter(marks))}: includes a message of the {role} in the loss; "
-            "only answers of the assistant can be supervised"
+            f"{next(iter(marks))}: includes a {role} message in the loss; "
+            "only assistant messages can be supervised"
         )
     return all(marks.values())
 
@@ -206,13 +208,13 @@ def parse_list(value: Any) -> Any:
             warnings.simplefilter("ignore")
             parsed = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError("a list in a string is neither JSON nor Python") from None
+        raise ValueError("a string that begins like a list is neither JSON nor Python") from None
     check_characters(parsed)
     return parsed
 
 
 def holds_messages(value: Any) -> bool:
-    """Return True for a list of objects with roles, also if it is written in a string."""
+    """Return True for a list of objects with roles, or a string that contains one."""
     try:
         turns = parse_list(value)
     except ValueError:
@@ -225,7 +227,7 @@ def holds_messages(value: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return True for null, a blank string, and a container without any value but null."""
+    """Return True for null, a blank string, and a container with no values except null."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):

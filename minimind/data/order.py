@@ -1,8 +1,8 @@
-"""Data order: which sequence of which source each sample of a run is.
+"""Data order: the source and the sequence of each sample of a run.
 
-Invariant: the order is a pure function of (seed, position in the run). It depends on nothing else:
-not on the number of processes, the micro-batch size, or where a run was interrupted. So the data
-cursor of a checkpoint is one integer.
+Invariant: the order is a pure function of (seed, position in the run). It does not depend
+on the number of processes, the micro-batch size, or interruptions of the run. So the data position
+of a checkpoint is one integer.
 
 Algorithm: no index list is shuffled in memory. `permute` computes the image of single indices
 under a pseudorandom permutation of 0..n-1. A keyed Feistel network permutes the 2^(2k) values that
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 8  # small domains need more than the four rounds of the theorem
+_ROUNDS = 8  # small domains need more than the four rounds of Luby and Rackoff
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -53,9 +53,8 @@ class Order:
     """Data order of a weighted mixture of sources.
 
     sizes[s]: number of sequences of source s. weights[s]: how often an epoch of the mixture
-    contains each of them. Where size times weight is not a multiple of the size, the next epoch
-    continues the source where this one stopped. So over many epochs all sequences of a source are
-    sampled equally often.
+    contains each of them. If an epoch ends within a pass over a source, the next epoch
+    continues that pass. So over many epochs all sequences of a source are sampled equally often.
     """
 
     sizes: tuple[int, ...]

@@ -3,13 +3,13 @@
 Text: the token stream of a shard is sliced into sequences. There is no padding, and only the tail
 of each shard is dropped. Conversations: several are packed into one sequence, each as a segment.
 Attention and position ids stop at segment borders. Preference pairs: the same, with both sides of
-a pair in one sequence. Packing is best fit (see `_best_fit`).
+a pair in one sequence. Packing is best-fit bin packing (see `_best_fit`).
 
 Shape legend, here and in training:
 
     B  sequences in a batch         D  documents of a chunk of a shard
     T  tokens of a sequence         P  preference pairs
-    I  items (conversations or preference pairs) that are packed
+    I  items to pack: conversations or preference pairs
 """
 
 from bisect import bisect_left, insort
@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from minimind.data.order import Order, permute
 from minimind.data.store import Shard
 
-IGNORED = -100  # label of a token outside the loss; the default of torch's cross_entropy
-_OPEN_SEQUENCES = 256  # filled at the same time: more pack tighter, fewer keep the order closer
+IGNORED = -100  # label of a token outside the loss; default ignore_index of torch's cross_entropy
+_OPEN_SEQUENCES = (
+    256  # open bins of `_best_fit`: more give less padding, fewer keep closer to the order
+)
 _CHUNK_DOCUMENTS = 1 << 16
 
 
@@ -92,7 +94,7 @@ class TextSequences:
 
 @dataclass
 class PackingReport:
-    """Counts of what packing did with the items: conversations, or preference pairs."""
+    """Statistics of packing. An item is a conversation or a preference pair."""
 
     items: int = 0
     truncated: int = 0  # longer than a sequence: the end is lost
@@ -116,7 +118,7 @@ class _PackedSequences:
         usable = np.flatnonzero(lengths)
         order = usable[permute(np.arange(len(usable)), len(usable), seed)]
         sequences = _best_fit(lengths, order, self._seq_len)
-        # [packed items] their numbers, grouped by sequence
+        # [packed items] item numbers, grouped by sequence
         self._items = order[np.argsort(sequences, kind="stable")]
         # [sequences] where each group ends in `_items`
         self._ends = np.cumsum(np.bincount(sequences)) if len(sequences) else np.zeros(0, np.int64)
@@ -133,7 +135,7 @@ class _PackedSequences:
         return slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
 
     def _documents(self, index: int) -> list[tuple[int, int]]:
-        """Return (document, maximum number of its tokens) for each segment of a sequence."""
+        """Return (document, number of tokens to truncate it to) for each segment of a sequence."""
         raise NotImplementedError
 
     def sequence(
@@ -171,7 +173,7 @@ class ChatSequences(_PackedSequences):
         self._pack(np.concatenate([np.zeros(0, np.int32), *map(self._lengths, shards)]), seed)
 
     def _lengths(self, shard: Shard) -> NDArray[np.int32]:
-        """Return [documents] positions that each takes; 0 for one without supervised tokens."""
+        """Return the length of each document in positions; 0 without supervised tokens."""
         lengths = [np.zeros(0, np.int32)]
         for starts, sizes, supervised_cumsum in _chunks(shard):
             used = np.minimum(sizes, self._seq_len + 1)  # [D] tokens, truncated
@@ -205,7 +207,7 @@ class PairSequences(_PackedSequences):
         self.reference = np.full((len(self._items), 2), np.nan, np.float32)
 
     def _side_lengths(self, shard: Shard) -> NDArray[np.int32]:
-        """Return [pairs, 2] positions that each side takes; 0 for a pair that is left out."""
+        """Return the lengths of both sides in positions, [pairs, 2]; 0 for a pair left out."""
         lengths = [np.zeros((0, 2), np.int32)]
         base = 0
         for starts, sizes, supervised_cumsum in _chunks(shard):
@@ -266,8 +268,8 @@ def _best_fit(
 ) -> NDArray[np.int32]:
     """Return the sequence of each item of `order`, by online best fit (Johnson 1973).
 
-    Each item goes into the open sequence where it leaves the least room. Where it fits into none, a
-    new one is opened. At `_OPEN_SEQUENCES` open ones, the fullest is closed.
+    Each item goes into the open sequence (bin) with the least sufficient free space, or into a new
+    one. If more than `_OPEN_SEQUENCES` are open, the fullest is closed.
     """
     sequences = np.zeros(len(order), np.int32)
     free_space: list[tuple[int, int]] = []  # (free tokens, sequence), sorted
@@ -287,7 +289,7 @@ def _best_fit(
 
 
 class MixedDataset:
-    """Weighted mixture of sources in the order of the run: the data side of training."""
+    """Weighted mixture of sources, in the data order of a run."""
 
     def __init__(self, sources: list[Sequences], weights: list[float], seed: int) -> None:
         self.sources = sources
@@ -313,7 +315,7 @@ class MixedDataset:
     def references(self, locations: list[tuple[int, int]]) -> list[NDArray[np.float32]]:
         """Return views [pairs of a sequence, 2] of the reference log-probabilities.
 
-        One view per sequence of preference pairs; nothing for other sequences.
+        One view per sequence of preference pairs; none for other sequences.
         """
         located = [(self.sources[source], index) for source, index in locations]
         return [

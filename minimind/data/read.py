@@ -1,7 +1,7 @@
-"""Records of files of any format and schema, as one stream.
+"""Stream of records from files of any format and schema.
 
 The layers below: `input_files` lists the files, `compression` and `formats` turn them into values,
-`schemas` converts values to records, `invalid` counts what is no record.
+`schemas` converts values to records, `invalid` counts the invalid ones.
 """
 
 from collections.abc import Iterable, Iterator
@@ -58,7 +58,7 @@ def read_records(
 def read_objects(
     files: Iterable[Path], *, invalid: InvalidRecords
 ) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """Yield (file, line, object) of files whose schemas are not those of training data.
+    """Yield (file, line, object) of files with schemas other than those of training data.
 
     Values that are not objects are counted as invalid; the caller counts the valid ones. Raises
     DataError for a file that cannot be read at all.

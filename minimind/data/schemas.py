@@ -9,9 +9,9 @@
     prompt_completion  {"prompt", "completion"}: strings, or lists of messages
     pairs              {"chosen": […], "rejected": […]}, or strings with a "prompt"
 
-Template variables such as `{{name}}` are substituted by a recipe's data.variables. Several field
-names have synonyms. A field of the wrong type makes the record invalid, except that integers are
-read as text. Unused keys are recorded.
+Template variables such as `{{name}}` are replaced by their values in data.variables of a recipe.
+Several field names have synonyms. A field of the wrong type makes the record invalid, except that
+integers are read as text. Unused keys are recorded.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ _CHOSEN, _REJECTED = ("chosen", "chose"), ("rejected", "reject")
 class Record:
     """Running text, a conversation, or a preference pair of two conversations.
 
-    unsupervised: for each conversation, the indices of the messages that are marked as excluded
-    from the loss; empty if there are none.
+    unsupervised: for each conversation, the indices of the messages that the source excludes from
+    the loss; empty if there are none.
     """
 
     text: str | None = None
@@ -142,7 +142,7 @@ def variables_in(text: str) -> set[str]:
 
 
 def count_unused(counts: "Counter[str]", record: Record) -> None:
-    """Count the unused keys of a record, for a bounded number of different keys."""
+    """Count the unused keys of a record; beyond 100 keys, count them as "other keys"."""
     for key in record.unused:
         name = "".join(c if c.isprintable() else "\ufffd" for c in key[:_MAX_KEY_LENGTH])
         if name not in counts and len(counts) >= _MAX_KEYS:
@@ -221,7 +221,7 @@ def _qa(fields: Fields) -> Record:
 
 
 def _prompt_completion(fields: Fields) -> Record:
-    """Convert a row of TRL's layout.
+    """Convert a record in the prompt-completion layout of TRL.
 
     A prompt that is a string becomes a user message. In a prompt that is a list of messages, the
     answers are not supervised.
@@ -332,7 +332,7 @@ def _pair_sides(fields: Fields, names: list[str]) -> list[list[Turn]]:
 
 
 def _pair_prompt(fields: Fields) -> list[Turn]:
-    """Return the turns of the prompt field; none if there is no such field."""
+    """Return the turns of the prompt field; an empty list if there is no such field."""
     name = fields.name_of_first((*_TURNS, *_QUESTION))
     if name is None:
         has_instruction = fields.name_of_first(("instruction",))
@@ -348,10 +348,10 @@ def _without_system(turns: list[Turn]) -> list[Turn]:
 
 
 def _check_answers(turns: list[Turn]) -> list[Turn]:
-    """Return `turns`. Raises ValueError without an answer, and for an empty one."""
+    """Return `turns`. Raises ValueError if there is no answer, or an empty one."""
     answers = [turn.content for turn in turns if turn.role == "assistant"]
     if not answers:
-        raise ValueError("the conversation has no message of the assistant")
+        raise ValueError("the conversation has no assistant message")
     if not all(answer.strip() for answer in answers):
         raise ValueError("an answer is empty")
     return turns

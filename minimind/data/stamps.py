@@ -1,4 +1,4 @@
-"""SHA-256 of files, and stamps (size and times) that show when a file must be hashed again."""
+"""SHA-256 of files, and stamps (size, times, inode) that show if a file must be hashed again."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minimind.errors import DataError
 
-_SETTLED_NS = 2_000_000_000  # age from which any write would change a file's times
+_SETTLED_NS = 2_000_000_000  # minimum age of a file at which a write surely changes its times
 
 
 def sha256_of(file: Path) -> str:
@@ -26,10 +26,10 @@ def stamp_of(file: Path) -> list[int]:
 
 
 def settled_stamp_of(file: Path) -> list[int] | None:
-    """Return the stamp of a file that was just hashed; None if it would not show a later write.
+    """Return the stamp of a file that was just hashed; None if a write might not change it.
 
-    Two writes within the resolution of the clock have the same times. On Windows the change time
-    is the time of creation.
+    Two writes within the resolution of the clock have the same times. Windows has no change time,
+    only a creation time.
     """
     stamp = stamp_of(file)
     settled = time.time_ns() - max(stamp[1:3]) > _SETTLED_NS

@@ -1,9 +1,10 @@
 """Dataset statistics: schemas, lengths, duplicates, invalid records, samples.
 
-All files are read once, in bounded memory. Lengths over 4,096 are rounded down by at most 1 in
-2,048 in the histogram. Duplicates are counted by 64-bit hashes of the records. Beyond half a
-million distinct hashes, only hashes below a ceiling are kept, and the count of duplicates becomes
-an estimate. All duplicates of a record have one hash, so they are kept or dropped together.
+All files are read once, in bounded memory. In the histogram, lengths over 4,096 are rounded down by
+at most 1 in 2,048. Duplicates are counted by 64-bit hashes of the records. Beyond half a million
+distinct hashes, only hashes below a threshold are kept, and the count becomes an estimate (adaptive
+sampling, Flajolet 1990). All copies of a record have the same hash, so they are kept or dropped
+together.
 """
 
 import heapq
@@ -68,9 +69,9 @@ class LengthHistogram:
 
 @dataclass
 class Duplicates:
-    """Count of records that occurred before, by hash.
+    """Number of records that repeat an earlier one, counted by hash.
 
-    counts: occurrences of each hash below `ceiling`.
+    counts: number of records with each hash below `ceiling`.
     """
 
     counts: dict[int, int] = field(default_factory=dict)
@@ -114,7 +115,7 @@ class DatasetStats:
     chinese_characters: int = 0
     characters: LengthHistogram = field(default_factory=LengthHistogram)
     tokens: LengthHistogram | None = None
-    skipped: Counter[str] = field(default_factory=Counter)  # records without tokens, by reason
+    skipped: Counter[str] = field(default_factory=Counter)  # number of records, by reason
     unused_keys: Counter[str] = field(default_factory=Counter)
     duplicates: Duplicates = field(default_factory=Duplicates)
     invalid: InvalidRecords = field(default_factory=InvalidRecords)
@@ -173,8 +174,8 @@ def inspect_data(
     """Read all files that `path` (a file, folder or glob) names, and compute statistics.
 
     `progress(n)` is called with the number of bytes read since the last call. Tokens are counted as
-    in training: with the control tokens of the chat format, both sides of a preference pair, and
-    without records that the model's own chat template does not support. Raises DataError for files
+    in training: control tokens and both sides of a preference pair are included; records that the
+    model's own chat template does not support are left out. Raises DataError for files
     that cannot be read at all.
     """
     files = list_files(path)

@@ -3,7 +3,7 @@
     <folder>/<key>.lock             held by the process that builds the store
              <key>.invalid.jsonl    the first invalid records of the input (quarantine)
              <key>.tmp-…/           a store being built; left behind only by a killed process
-             <key>/manifest.json    what the store was built from, and counts; written last
+             <key>/manifest.json    inputs and counts; written last
                    train-00000.tokens  token ids, uint16 (uint32 for vocabularies over 65,536)
                    train-00000.mask    loss mask, uint8, 1 for supervised tokens; not for text
                    train-00000.ends    int64, end of each document
@@ -11,15 +11,15 @@
 
 A preference pair is two documents: the chosen conversation, then the rejected one.
 
-There is one store per source of a mixture. The split of a document depends only on its text. So it
-does not depend on the order of files, and all duplicates of a document, and all pairs of a prompt,
-are in the same split.
+There is one store per source of a mixture. The split of a document depends only on its text, not
+on the order of files. So all duplicates of a document, and all pairs of a prompt, are in the same
+split.
 
-A store is valid for the contents of its input files, by SHA-256. Hashing 100 GB takes minutes, so a
-file is hashed again only if its size, modification time, change time or inode differs from the
-recorded stamp, or if the file was younger than two seconds when it was hashed (a later write could
-have the same times). The change time cannot be set by a program. Windows has none, so there every
-start hashes all files.
+A store is valid if the SHA-256 hashes of its input files are those in the manifest. Hashing 100 GB
+takes minutes, so a file is hashed again only if its size, modification time, change time or inode
+differs from the recorded stamp. A file that was modified less than two seconds before it was hashed
+has no stamp, because a later write could have the same times. The change time cannot be set by a
+program. Windows has none, so there all files are hashed at every start.
 """
 
 import contextlib
@@ -119,7 +119,7 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 
 
 def default_folder() -> Path:
-    """Return the folder of token stores: `$MINIMIND_CACHE/stores`, or in the user's cache."""
+    """Return the folder of token stores: `stores` in the cache folder."""
     return cache_folder() / "stores"
 
 
@@ -141,11 +141,11 @@ def open_store(
     `variables` are the values of template variables `{{variable}}` in the records. If another
     process is building the store, wait for it. A store that is damaged, or whose input files have
     changed, is rebuilt. `progress(done, total)` is called with bytes of input, `say(text)` with
-    notices for the user. Raises DataError when the input cannot be read or has too many invalid
+    messages for the user. Raises DataError when the input cannot be read or has too many invalid
     records, and ResourceError when the store cannot be written.
     """
     files = list_files(path)
-    described = {
+    spec = {
         "format": FORMAT_VERSION,
         "kind": kind,
         "schema": schema,
@@ -154,21 +154,21 @@ def open_store(
         "tokenizer_sha256": tokenizer.sha256,
         "files": [{"path": str(file.resolve()), "size": file.stat().st_size} for file in files],
     }
-    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:24]
     home = folder or default_folder()
     target = home / key
     store, built = _open(target), False
     if store is None or not _is_unchanged(store, files):
-        store = None if os.access(home, os.W_OK) else _verified(target, files)
+        store = None if os.access(home, os.W_OK) else _open_verified(target, files)
     if store is None:
         with _lock(home, key, lambda: say(f"waiting for another process that tokenizes {path}")):
-            store = _verified(target, files)
+            store = _open_verified(target, files)
             if store is None:
                 if _open(target):
                     say(f"{path} has changed since it was tokenized; tokenizing it again")
                 elif target.exists():
                     say(f"the token store {target} is damaged; building it again")
-                build_store(target, files, tokenizer, described, max_invalid_fraction, progress)
+                build_store(target, files, tokenizer, spec, max_invalid_fraction, progress)
                 store, built = TokenStore(target), True
     if built:
         _report_skipped(path, store, say)
@@ -184,7 +184,7 @@ def open_store(
 
 
 def _open(folder: Path) -> TokenStore | None:
-    """Return the store in `folder`, or None if there is none or it is damaged."""
+    """Return the store in `folder`; None if it is missing or damaged."""
     try:
         return TokenStore(folder)
     except (OSError, ValueError, KeyError, TypeError):
@@ -192,16 +192,16 @@ def _open(folder: Path) -> TokenStore | None:
 
 
 def _is_unchanged(store: TokenStore, files: list[Path]) -> bool:
-    """Return True if the stamps of all input files are those recorded."""
+    """Return True if the stamps of all input files match the manifest."""
     entries = store.manifest["files"]
     return all(stamp_of(f) == entry["stamp"] for f, entry in zip(files, entries, strict=True))
 
 
-def _verified(folder: Path, files: list[Path]) -> TokenStore | None:
-    """Return the store in `folder` if it is intact and was built from these file contents.
+def _open_verified(folder: Path, files: list[Path]) -> TokenStore | None:
+    """Return the store in `folder` if it is intact and the hashes of its input files match.
 
-    If the folder is writable, the stamps are recorded again, so that the next start does not hash
-    the files.
+    If the folder is writable, the stamps are updated, so that the next start need not hash the
+    files.
     """
     store = _open(folder)
     if store is None or _is_unchanged(store, files):
@@ -259,7 +259,7 @@ def _report_skipped(path: str, store: TokenStore, say: Callable[[str], None]) ->
 
 
 def _report_unused_keys(path: str, store: TokenStore, say: Callable[[str], None]) -> None:
-    """Report in one line which keys of the records training does not use."""
+    """Report the keys of records that training does not use, in one line."""
     keys = store.manifest["unused_keys"]
     if keys:
         first = list(keys.items())[:_MAX_KEYS_SHOWN]
@@ -270,9 +270,9 @@ def _report_unused_keys(path: str, store: TokenStore, say: Callable[[str], None]
 
 
 def _check_identity_variables(path: str, store: TokenStore) -> None:
-    """Raise DataError if a name or author is missing from the variables of conversations.
+    """Raise DataError if conversations use `{{name}}` or `{{author}}` without a value.
 
-    Conversations without any variables may quote `{{name}}` on purpose.
+    If no variables are set, `{{name}}` may be intended as plain text.
     """
     if store.manifest["kind"] == "text" or not store.manifest["variables"]:
         return

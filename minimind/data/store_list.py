@@ -17,7 +17,7 @@ _KEY = re.compile(r"[0-9a-f]{24}")
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """A token store on disk. For a damaged one only key, time and size are known."""
+    """A token store on disk. Of a damaged store only key, size and time are known."""
 
     key: str
     num_bytes: int
@@ -57,7 +57,8 @@ def _summary(folder: Path) -> StoreSummary:
 def remove_store(home: Path, key: str) -> bool:
     """Remove a store and its quarantined records; return False if it is being built.
 
-    On Linux and macOS, a run that reads the store keeps its memory maps. Raises ResourceError.
+    On Linux and macOS, a run that is reading the store can go on, because its memory maps stay
+    valid. Raises ResourceError if the store cannot be removed.
     """
     folder = home / key
     try:

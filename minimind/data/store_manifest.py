@@ -1,4 +1,4 @@
-"""Manifest of a token store: what it was built from, and counts; written last."""
+"""Manifest of a token store: its inputs and counts. It is written last."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Build a token store: read, substitute, encode and write, with encoding one batch ahead."""
+"""Build a token store: read, substitute, encode and write. Encoding is one batch ahead."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class _ByteCounts:
-    """Progress in bytes of input, and bytes of tokens written."""
+    """Bytes of input that were read and encoded, and bytes of output."""
 
     input_size: int
     num_read: int = 0
@@ -49,8 +49,8 @@ class _ByteCounts:
     def add_read(self, num_bytes: int) -> None:
         self.num_read += num_bytes
 
-    def needed(self) -> int:
-        """Extrapolate the size of the finished store."""
+    def estimated_size(self) -> int:
+        """Return the size of the finished store in bytes, extrapolated from the progress."""
         if not self.num_encoded:
             return self.input_size
         return self.num_written * self.input_size // self.num_encoded
@@ -60,16 +60,16 @@ def build_store(
     folder: Path,
     files: list[Path],
     tokenizer: Tokenizer,
-    described: dict[str, Any],
+    spec: dict[str, Any],
     max_invalid_fraction: float,
     progress: Callable[[int, int], None],
 ) -> None:
     """Build the store in a temporary folder, and rename that to `folder` when it is complete.
 
-    described: the part of the manifest that identifies the store. Raises DataError and
-    ResourceError.
+    spec: the entries of the manifest that identify the store. Raises DataError for invalid input,
+    ResourceError when the store cannot be written.
     """
-    counts = _ByteCounts(sum(entry["size"] for entry in described["files"]))
+    counts = _ByteCounts(sum(entry["size"] for entry in spec["files"]))
     quarantine = invalid_records_file(folder)
     temporary: Path | None = None
     try:
@@ -77,17 +77,17 @@ def build_store(
         shutil.rmtree(folder, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
         invalid = InvalidRecords(quarantine, max_invalid_fraction)
-        written = _write(temporary, files, tokenizer, described, invalid, counts, progress)
-        write_manifest(temporary, described | written)
+        written = _write(temporary, files, tokenizer, spec, invalid, counts, progress)
+        write_manifest(temporary, spec | written)
         os.replace(temporary, folder)
         temporary = None
-    except BrokenPipeError:  # from `progress`: its reader has exited; the disk is not full
+    except BrokenPipeError:  # from `progress`, whose output is closed; not an error of the disk
         raise
     except OSError as error:
         raise ResourceError(
             f"{folder}: cannot write the token store ({error.strerror}). It takes about "
-            f"{counts.needed():,} bytes; {shutil.disk_usage(folder.parent).free:,} are free. "
-            f"Free some space, or {OTHER_FOLDER}"
+            f"{counts.estimated_size():,} bytes; {shutil.disk_usage(folder.parent).free:,} are "
+            f"free. Free some space, or {OTHER_FOLDER}"
         ) from error
     finally:
         if temporary:
@@ -98,19 +98,17 @@ def _write(
     folder: Path,
     files: list[Path],
     tokenizer: Tokenizer,
-    described: dict[str, Any],
+    spec: dict[str, Any],
     invalid: InvalidRecords,
     counts: _ByteCounts,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Write the tokens of `files` into `folder`; return the counts for the manifest."""
-    kind: Kind = described["kind"]
-    variables: dict[str, str] = described["variables"]
+    kind: Kind = spec["kind"]
+    variables: dict[str, str] = spec["variables"]
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     stamps = [stamp_of(file) for file in files]
-    records = read_records(
-        files, schema=described["schema"], invalid=invalid, progress=counts.add_read
-    )
+    records = read_records(files, schema=spec["schema"], invalid=invalid, progress=counts.add_read)
     skipped, occurrences, unused = Counter[str](), Counter[str](), Counter[str]()
     num_records = 0
     progress(0, counts.input_size)
@@ -123,7 +121,7 @@ def _write(
             tokenizer=tokenizer,
             kind=kind,
             dtype=dtype,
-            validation_limit=int(described["validation_fraction"] * 2**64),
+            validation_limit=int(spec["validation_fraction"] * 2**64),
         )
         substituted = _substituted(records, variables, occurrences, unused)
         numbered = ((batch, counts.num_read) for batch in batches(substituted))
@@ -138,12 +136,12 @@ def _write(
     invalid.check(invalid.max_fraction, final=True)
     splits = {split: writer.counts for split, writer in writers.items()}
     if not any(split["documents"] for split in splits.values()):
-        raise _no_documents(files, tokenizer, described, skipped)
+        raise _no_documents(files, tokenizer, spec, skipped)
     return splits | {
         "dtype": dtype,
         "files": [
             _with_hash(file, entry, stamp)
-            for file, entry, stamp in zip(files, described["files"], stamps, strict=True)
+            for file, entry, stamp in zip(files, spec["files"], stamps, strict=True)
         ],
         "records": num_records,
         "invalid_records": invalid.total,
@@ -156,12 +154,12 @@ def _write(
 
 
 def _no_documents(
-    files: list[Path], tokenizer: Tokenizer, described: dict[str, Any], skipped: "Counter[str]"
+    files: list[Path], tokenizer: Tokenizer, spec: dict[str, Any], skipped: "Counter[str]"
 ) -> DataError:
     """Return the error for files without records of the wanted kind."""
-    kind: Kind = described["kind"]
+    kind: Kind = spec["kind"]
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-    records = read_records(files, schema=described["schema"], invalid=InvalidRecords())
+    records = read_records(files, schema=spec["schema"], invalid=InvalidRecords())
     first = next((chat for record in records for chat, _ in record.conversations), None)
     unsupported = first and unsupported_reason(tokenizer, first)
     return DataError(
@@ -198,7 +196,7 @@ def _with_hash(file: Path, entry: dict[str, Any], stamp: list[int]) -> dict[str,
 
 
 def _map_ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """Map in a thread, one item ahead, while the caller uses results and produces items."""
+    """Map in a background thread, one item ahead of the results that the caller uses."""
     with ThreadPoolExecutor(1) as pool:
         running: Future[_Result] | None = None
         for item in items:

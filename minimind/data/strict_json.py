@@ -33,7 +33,7 @@ def _reject_constant(name: str) -> Any:
 
 def _parse_integer(digits: str) -> int:
     if len(digits) > 4000:  # Python's limit is 4,300
-        raise ValueError("a number of thousands of digits")
+        raise ValueError("an integer of more than 4,000 digits")
     return int(digits)
 
 

@@ -1,4 +1,4 @@
-"""Prompts of multiple-choice questions, and the option that a model's scores choose.
+"""Prompts of multiple-choice questions, and the choice of the most likely option.
 
 chat     The likelihood of the option's letter after the chat prompt, as MiniMind v1 scored C-Eval:
          the system message 开始回答问题, then the question and "。选择 A: …, B: …, C: …, D: …".
@@ -36,8 +36,9 @@ _CHOOSE = {"zh": "。选择 ", "en": " Choose "}
 class ChoicePrompt:
     """A question as rows to score, one row per option.
 
-    divisors: the number that each score is divided by. shots: the examples that fit. truncated:
-    the question exceeded the context even without examples and lost its beginning.
+    divisors: the number by which the score of each row is divided. shots: the number of few-shot
+    examples. truncated: True if the question exceeded the context even without examples, so that
+    its beginning was dropped.
     """
 
     rows: tuple[Row, ...]
@@ -47,7 +48,7 @@ class ChoicePrompt:
 
 
 class PromptBuilder:
-    """Builder of prompts of one style for one benchmark. context: the model's, in tokens."""
+    """Builder of a benchmark's prompts in one style. context: the model's, in tokens."""
 
     def __init__(
         self,
@@ -59,20 +60,20 @@ class PromptBuilder:
     ) -> None:
         self._encoder, self._benchmark, self._style = encoder, benchmark, style
         self._shots, self._max_length = shots, context + 1
-        self._letter_ids: dict[str, tuple[int, ...]] = {}  # after a chat prompt
+        self._letter_ids: dict[str, tuple[int, ...]] = {}  # tokens of a letter after a chat prompt
 
     def build(self, question: Question, examples: Sequence[Question]) -> ChoicePrompt:
-        """Return the prompt of a question, after as many of the first examples as fit."""
+        """Return the prompt of a question, preceded by as many of the examples as fit."""
         if self._style == "chat":
-            return self._chat(question)
+            return self._chat_prompt(question)
         for shots in range(min(self._shots, len(examples)), -1, -1):
-            prompt = self._plain(question, examples[:shots])
+            prompt = self._plain_prompt(question, examples[:shots])
             if self._fits(prompt):
                 return prompt
         return self._truncate(prompt)
 
-    def _chat(self, question: Question) -> ChoicePrompt:
-        language = self._language(question)
+    def _chat_prompt(self, question: Question) -> ChoicePrompt:
+        language = self._language_of(question)
         options = ", ".join(
             f"{letter}: {option}" for letter, option in zip(LETTERS, question.options, strict=False)
         )
@@ -84,23 +85,23 @@ class PromptBuilder:
             ids = self._encoder.prompt([system, *messages])
         except TokenizerError:  # some chat templates reject system messages
             ids = self._encoder.prompt(messages)
-        continuations = [self._letter(letter) for letter in LETTERS[: len(question.options)]]
+        continuations = [self._letter_tokens(letter) for letter in LETTERS[: len(question.options)]]
         rows = tuple(Row((*ids, *continuation), len(ids)) for continuation in continuations)
         prompt = ChoicePrompt(rows, (1,) * len(rows))
         return prompt if self._fits(prompt) else self._truncate(prompt)
 
-    def _letter(self, letter: str) -> tuple[int, ...]:
+    def _letter_tokens(self, letter: str) -> tuple[int, ...]:
         if letter not in self._letter_ids:
             self._letter_ids[letter] = tuple(self._encoder.answer(letter))
         return self._letter_ids[letter]
 
-    def _plain(self, question: Question, examples: Sequence[Question]) -> ChoicePrompt:
+    def _plain_prompt(self, question: Question, examples: Sequence[Question]) -> ChoicePrompt:
         parts = [self._description(question)]
         parts += [
-            f"{self._block(example)} {self._continuations(example)[example.answer]}\n\n"
+            f"{self._format_question(example)} {self._continuations(example)[example.answer]}\n\n"
             for example in examples
         ]
-        text = "".join(parts) + self._block(question)
+        text = "".join(parts) + self._format_question(question)
         continuations = self._continuations(question)
         start = self._encoder.text_start
         # As in lm-eval, prompt and continuation are encoded together and split at the prompt's
@@ -123,18 +124,18 @@ class PromptBuilder:
         name = self._benchmark.name
         if name in _DESCRIPTIONS:
             return _DESCRIPTIONS[name].format(subject_info(name, question.subject).name)
-        return _DESCRIPTIONS[self._language(question)]
+        return _DESCRIPTIONS[self._language_of(question)]
 
-    def _block(self, question: Question) -> str:
-        """Return the question with its options in "letter" style, up to where its answer goes."""
+    def _format_question(self, question: Question) -> str:
+        """Format a question up to its answer, with its options in the style "letter"."""
         lines = [question.passage] if question.passage else []
         lines.append(question.question.strip())
         if self._style == "letter":
             pairs = zip(LETTERS, question.options, strict=False)
             lines += [f"{letter}. {option}" for letter, option in pairs]
-        return "\n".join([*lines, _ANSWER[self._language(question)]])
+        return "\n".join([*lines, _ANSWER[self._language_of(question)]])
 
-    def _language(self, question: Question) -> str:
+    def _language_of(self, question: Question) -> str:
         if self._benchmark.language:
             return self._benchmark.language
         return "zh" if any("\u4e00" <= c <= "\u9fff" for c in question.as_text()) else "en"
@@ -158,5 +159,5 @@ class PromptBuilder:
 
 def choose(prompt: ChoicePrompt, scores: Sequence[float]) -> int:
     """Return the index of the most likely option; the first one in case of a tie."""
-    normalized = [score / size for score, size in zip(scores, prompt.divisors, strict=True)]
+    normalized = [score / divisor for score, divisor in zip(scores, prompt.divisors, strict=True)]
     return max(range(len(normalized)), key=normalized.__getitem__)

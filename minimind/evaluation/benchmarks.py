@@ -36,13 +36,13 @@ from minimind.paths import expand_user
 LETTERS = string.ascii_uppercase[:8]
 _TABLES = re.compile(r"(?:.*/)?(dev|val|test)/([\w-]+?)(?:_(?:dev|val|test))?\.csv", re.IGNORECASE)
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-_HEADERLESS = ["question", "a", "b", "c", "d", "answer"]
+_MMLU_COLUMNS = ["question", "a", "b", "c", "d", "answer"]
 _MAX_FIELD_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: the split that is evaluated, the language, and the folders it comes in."""
+    """A benchmark: its evaluated split, its language, and the names of its folders."""
 
     name: str
     split: str
@@ -63,7 +63,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question. answer: the index of the right option."""
+    """A multiple-choice question. answer: the index of the correct option."""
 
     id: str
     subject: str
@@ -74,7 +74,7 @@ class Question:
 
     @property
     def letter(self) -> str:
-        """The letter of the right option."""
+        """The letter of the correct option."""
         return LETTERS[self.answer]
 
     def as_text(self) -> str:
@@ -104,7 +104,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class SubjectInfo:
-    """The name of a subject in prompts, and the group in which it is counted."""
+    """The name of a subject in prompts, and its group of subjects."""
 
     name: str
     group: str
@@ -152,7 +152,7 @@ def read_benchmark(name: str, sources: Sequence[str]) -> Questions:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of questions. split and subject: None where the rows themselves say."""
+    """A file of questions. split and subject: None if the rows contain them."""
 
     split: str | None
     subject: str | None
@@ -171,7 +171,7 @@ def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_Fil
         records = sorted(
             path
             for path in source.glob(f"{benchmark.name}.*")
-            if _format(path) in (".jsonl", ".json")
+            if _data_suffix(path) in (".jsonl", ".json")
         )
         if records:
             yield [_File(None, None, records[0])]
@@ -195,7 +195,7 @@ def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_Fil
         yield _find_tables(benchmark, Path(folder))
 
 
-def _format(path: Path) -> str:
+def _data_suffix(path: Path) -> str:
     return next((s for s in path.suffixes if s in (".jsonl", ".json", ".csv")), "")
 
 
@@ -216,7 +216,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     """Unpack the CSV files of an archive. Raises DataError if the archive is damaged."""
 
     def destinations(names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-        """Yield (member, destination): never the member's own path, which can lead anywhere."""
+        """Yield (member, destination); the member's own path could lead out of the folder."""
         for number, name in enumerate(names):
             if match := _TABLES.fullmatch(name):
                 split, file = match[1].lower(), name.rsplit("/", 1)[-1]
@@ -264,14 +264,14 @@ def _read_questions(benchmark: Benchmark, files: Sequence[_File]) -> Questions:
             else:
                 result.examples.setdefault(question.subject, []).append(question)
     if not result.questions:
-        why = f"; the first invalid row: {result.bad.first}" if result.bad.total else ""
-        raise DataError(f"{files[0].path}: contains no question with an answer{why}")
+        detail = f"; the first invalid row: {result.bad.first}" if result.bad.total else ""
+        raise DataError(f"{files[0].path}: contains no question with an answer{detail}")
     return result
 
 
 def _rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row)."""
-    if _format(path) == ".csv":
+    if _data_suffix(path) == ".csv":
         yield from _csv_rows(path, bad)
     else:
         for _, line, row in read_objects([path], invalid=bad):
@@ -281,34 +281,34 @@ def _rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]
 def _parse_question(row: dict[str, Any], subject: str, line: int) -> Question:
     """Build a question from a row. Raises ValueError with the reason if it is not valid."""
     fields = {str(name).strip().lower(): value for name, value in row.items() if name is not None}
-    text = _text(fields.get("question"))
+    text = _to_text(fields.get("question"))
     if not text.strip():
         raise ValueError("no question")
     options: list[str] = []
     for letter in LETTERS:
-        option = _text(fields.get(letter.lower()))
+        option = _to_text(fields.get(letter.lower()))
         if not option.strip():
             break
         options.append(option)
     if len(options) < 2:
         raise ValueError("fewer than two options (columns A, B, …)")
-    answer = _text(fields.get("answer")).strip().upper()
+    answer = _to_text(fields.get("answer")).strip().upper()
     if len(answer) != 1 or answer not in LETTERS[: len(options)]:
         raise ValueError(f"the answer {answer[:20]!r} is not the letter of an option")
-    name = _text(fields.get("id")).strip() or str(line)
+    name = _to_text(fields.get("id")).strip() or str(line)
     # Published CSV files number the questions of each subject from 0.
-    identity = name if subject in name or not subject else f"{subject}-{name}"
+    question_id = name if subject in name or not subject else f"{subject}-{name}"
     return Question(
-        identity,
+        question_id,
         subject,
         text,
         tuple(options),
         LETTERS.index(answer),
-        _text(fields.get("passage")),
+        _to_text(fields.get("passage")),
     )
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
@@ -332,7 +332,7 @@ def _csv_rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, 
                 if {"question", "answer"} <= set(names):
                     header = names
                     continue
-                header = list(_HEADERLESS)
+                header = list(_MMLU_COLUMNS)
             if row and len(row) != len(header):
                 bad.add(path, reader.line_num, f"{len(row)} fields instead of {len(header)}", row)
             elif row:

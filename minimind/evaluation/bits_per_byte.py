@@ -2,14 +2,14 @@ r"""Bits per byte: how well a model predicts text, comparable across tokenizers.
 
 The cross-entropy loss is the mean of -ln p(token | tokens before it), in nats per token, and
 perplexity is exp(loss). Both depend on the tokenizer: with a larger vocabulary a token covers more
-text and is harder to predict. Bits per byte divide the total -log2 p of a text by something that
-is the same for every tokenizer, its number of UTF-8 bytes:
+text and is harder to predict. Bits per byte divides the total -log2 p of a text by its number of
+UTF-8 bytes, which does not depend on the tokenizer:
 
     bits per byte = sum(nats) / ln 2 / bytes
                   = log2(perplexity) * tokens / bytes
 
 It is also a compression rate: an arithmetic coder that uses the model's predictions needs that
-many bits for each byte (Shannon 1948). A uniform guess over bytes needs 8; lower is better.
+many bits per byte (Shannon 1948). A uniform guess over bytes needs 8; lower is better.
 """
 
 import hashlib
@@ -31,8 +31,9 @@ from minimind.tokenizer.bpe import without_surrogates
 class BitsPerByte:
     """Bits per byte of documents; every byte of every document counts once.
 
-    The first token follows the token that starts a document in training. Later tokens follow as
-    much of the document as the context holds, at least half a context (see `sliding_windows`).
+    The first token is conditioned on the token that starts a document in training. Later tokens
+    are conditioned on the document before them, as far as the context reaches: at least half a
+    context (see `sliding_windows`).
     """
 
     unit = "document"
@@ -41,7 +42,7 @@ class BitsPerByte:
         self.name = "bpb"
         self._files = [file for source in sources for file in list_files(source)]
         if not self._files:
-            raise UsageError("bpb needs text: --task bpb:PATH, or --data PATH")
+            raise UsageError("bpb needs text: give --task bpb:PATH, or --data PATH")
         self._limit = limit
         self.bad = InvalidRecords()
         digest = hashlib.sha256()
@@ -52,7 +53,7 @@ class BitsPerByte:
         self._sha256 = digest.hexdigest()
         if not self._count:
             raise DataError(
-                f"{self._files[0]}: no line is a valid record; the first: {self.bad.first}"
+                f"{self._files[0]}: contains no valid record; the first error: {self.bad.first}"
             )
 
     def _documents(self, bad: InvalidRecords) -> Iterator[tuple[str, str]]:
@@ -73,7 +74,7 @@ class BitsPerByte:
         return {"task": self.name, "documents": self._count, "sha256": self._sha256}
 
     def texts(self) -> dict[str, str]:
-        """Return nothing: training excludes validation text, so there is nothing to search for."""
+        """Return no texts: bits per byte is measured on text that is excluded from training."""
         return {}
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
@@ -93,7 +94,7 @@ class BitsPerByte:
 
 
 def measure_texts(model: Model, texts: Sequence[str]) -> float:
-    """Return the bits per byte of texts together. Raises UsageError if there is no text."""
+    """Return the bits per byte of all texts together. Raises UsageError if there is no text."""
     documents = [(str(number), without_surrogates(text)) for number, text in enumerate(texts)]
     results = []
     for result in _score_documents(model, (document for document in documents if document[1])):

@@ -1,4 +1,4 @@
-"""Tasks by name."""
+"""Evaluation tasks by name."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,10 @@ def make_task(
             "NAME:PATH gives the path of its data"
         )
     if name == "choice" and not sources:
-        raise UsageError("choice needs a file of question,A,B,C,D,answer: --task choice:FILE.csv")
+        raise UsageError(
+            "choice needs a file with the columns question, A, B, C, D, answer: give "
+            "--task choice:FILE.csv"
+        )
     if not sources:
-        raise UsageError(f"{name} needs its questions: give --data DIR, or --task {name}:PATH")
+        raise UsageError(f"{name} needs its data: give --data DIR, or --task {name}:PATH")
     return MultipleChoice(read_benchmark(name, sources), style, shots, limit)

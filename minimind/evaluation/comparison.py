@@ -1,7 +1,7 @@
 """Comparison of several models on the same questions, as JSON, Markdown and HTML.
 
-compare.json   everything, for programs
-compare.md     to read, or to paste into an issue or a README
+compare.json   all answers and metrics, machine-readable
+compare.md     a page to read, or to paste into an issue or a README
 compare.html   the same as a self-contained page
 """
 
@@ -23,26 +23,27 @@ from minimind.reporting.render import to_html, to_markdown
 Metrics = Mapping[str, Any]
 
 _ABOUT_METRICS = (
-    "Lengths are means. Speed is that of all questions together, with eight at the same time. "
-    "Repeated: the fraction of an answer's 4-grams that occurred before in it. Never end: answers "
-    "that the token limit cut off. Other script: answers mostly in another script than their "
-    "question. Mixed scripts: answers with at least a tenth of their words in a script that is "
-    "neither their own nor the question's. Distinct: different words, and pairs of neighbouring "
-    "words, of all answers, divided by the number of words. In brackets: 95 % intervals."
+    "Lengths are means over answers. Tokens per second is the throughput with eight questions at a "
+    "time. Repeated: the fraction of an answer's 4-grams that occurred before in it. Never end: "
+    "answers that the token limit cut off. Other script: answers whose main script differs from "
+    "that of their question. Mixed scripts: answers with at least a tenth of their words in a "
+    "script that is neither their main script nor in the question. Distinct-1 and distinct-2: "
+    "distinct words and bigrams of all answers, divided by the number of words. In parentheses: "
+    "95 % intervals."
 )
 _ABOUT_RANKING = (
-    "The judge scores two answers at a time from 0 to 100, and again in swapped order; a pair "
-    "counts if both replies could be read. Score: the mean. Wins: the fraction of comparisons in "
-    "which an answer scored higher, ties counting half. 95 % intervals are from a bootstrap over "
-    "questions; that of a rank is the range of ranks that the data supports."
+    "The judge scores two answers at a time from 0 to 100, and again in swapped order. A pair "
+    "counts if both replies could be parsed. Score: the mean. Wins: the fraction of comparisons in "
+    "which an answer scored higher; ties count half. The 95 % intervals of score, wins and rank "
+    "are from a bootstrap over questions."
 )
 
 
-def _number(value: float | None) -> str:
+def _format_count(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}"
 
 
-def _with_interval(name: str) -> Callable[[Metrics], str]:
+def _percent_with_interval(name: str) -> Callable[[Metrics], str]:
     def cell(metrics: Metrics) -> str:
         if name not in metrics["intervals"]:
             return format_percent(metrics[name])
@@ -55,11 +56,11 @@ def _with_interval(name: str) -> Callable[[Metrics], str]:
 _METRIC_ROWS: dict[str, Callable[[Metrics], str]] = {
     "answers": lambda m: f"{m['answers']:,}",
     "failed": lambda m: f"{m['failed']:,}",
-    "tokens per answer": lambda m: _number(m["tokens"]),
-    "characters per answer": lambda m: _number(m["characters"]),
-    "tokens per second": lambda m: _number(m["tokens_per_second"]),
-    "repeated": _with_interval("repeated"),
-    "never end": _with_interval("never_end"),
+    "tokens per answer": lambda m: _format_count(m["tokens"]),
+    "characters per answer": lambda m: _format_count(m["characters"]),
+    "tokens per second": lambda m: _format_count(m["tokens_per_second"]),
+    "repeated": _percent_with_interval("repeated"),
+    "never end": _percent_with_interval("never_end"),
     "empty": lambda m: format_percent(m["empty"]),
     "other script": lambda m: format_percent(m["other_script"]),
     "mixed scripts": lambda m: format_percent(m["mixed_scripts"]),
@@ -121,7 +122,7 @@ def build_comparison(
 
 
 def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
-    """Write the three files. Raises ResourceError if that fails."""
+    """Write compare.json, .md and .html to a folder. Raises ResourceError if that fails."""
     page = as_page(comparison)
     files = {
         "compare.json": json.dumps(comparison, ensure_ascii=False, indent=1) + "\n",
@@ -180,9 +181,9 @@ def category_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
 
 
 def describe_judge(judge: Metrics) -> str:
-    """Describe how reliable the judge was."""
+    """Describe the judge's reliability: parsed replies, consistency, and position bias."""
     text = (
-        f"{judge['name']}: {judge['read']:,} of {judge['trials']:,} replies could be read, "
+        f"{judge['name']}: {judge['read']:,} of {judge['trials']:,} replies could be parsed, "
         f"{judge['unreadable']:,} were not the requested JSON"
     )
     if judge["failed"]:
@@ -237,7 +238,9 @@ def as_page(comparison: Mapping[str, Any]) -> Page:
         pairs = zip(ranking_rows(comparison), judge["ranking"], strict=True)
         ranking: list[list[Cell]] = [[*row, Bar(entry["score"] / 100)] for row, entry in pairs]
         verdicts = Table(
-            ("question", "answers in the order shown", "reason"), _reasons(comparison), kind="texts"
+            ("question", "models in the order shown", "reason"),
+            _verdict_rows(comparison),
+            kind="texts",
         )
         page.add(
             "Ranking",
@@ -250,12 +253,12 @@ def as_page(comparison: Mapping[str, Any]) -> Page:
     head = ["category", "questions", *models]
     page.add(
         "By category",
-        "The repeated fraction by category" + (", after the judge's score." if judge else "."),
+        "The judge's score and the repeated fraction." if judge else "The repeated fraction.",
         Table(head, category_rows(comparison), range(1, len(head))),
     )
     page.add(
         "Answers",
-        "The same questions to each model, each in a separate conversation.",
+        "The answers of each model, each question in a separate conversation.",
         *_answer_tables(comparison),
     )
     return page
@@ -267,7 +270,7 @@ def _answer_tables(comparison: Mapping[str, Any]) -> list[Table | Folded]:
     by_category: dict[str, list[list[str]]] = {}
     for question in comparison["questions"]:
         answers, by_model = question["answers"], scores.get(question["id"], {})
-        cells = [_answer(answers.get(m), by_model.get(m)) for m in comparison["models"]]
+        cells = [_answer_cell(answers.get(m), by_model.get(m)) for m in comparison["models"]]
         by_category.setdefault(question["category"], []).append([question["question"], *cells])
     head = ["question", *comparison["models"]]
     if len(by_category) == 1:
@@ -278,7 +281,7 @@ def _answer_tables(comparison: Mapping[str, Any]) -> list[Table | Folded]:
     ]
 
 
-def _answer(answer: Metrics | None, score: float | None) -> str:
+def _answer_cell(answer: Metrics | None, score: float | None) -> str:
     if answer is None:
         return "(not answered yet)"
     if "error" in answer:
@@ -289,7 +292,7 @@ def _answer(answer: Metrics | None, score: float | None) -> str:
     return f"{answer['answer']}\n\n({', '.join(parts)})"
 
 
-def _reasons(comparison: Mapping[str, Any]) -> list[list[str]]:
+def _verdict_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for question in comparison["questions"]:
         for reply in question["judged"]:

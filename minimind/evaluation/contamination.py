@@ -1,9 +1,10 @@
 """Contamination: benchmark questions that occur word for word in training data.
 
-A question is found if any of its n-grams is: 24 characters of Chinese text or 13 words of other
-text (Brown et al. 2020, appendix C), ignoring case, punctuation and spaces. A shorter question
-must occur in full. Questions below 12 characters or 7 words are too short to tell and are skipped.
-The data is read once, in blocks; memory is proportional to the size of the questions.
+A question is contaminated if any of its n-grams occurs in the data. An n-gram is 24 characters of
+Chinese text or 13 words of other text (Brown et al. 2020, appendix C); case, punctuation and spaces
+are ignored. A shorter question must occur in full. Questions of fewer than 12 characters or 7 words
+are skipped, because they occur by coincidence. The data is read once, in blocks; memory use is
+proportional to the size of the questions.
 """
 
 import re
@@ -26,14 +27,14 @@ _TABLE_BITS = numpy.uint64(24)
 _SHIFT = numpy.uint64(64) - _TABLE_BITS
 _BLOCK_CHARACTERS = 1 << 20
 _WORDS = re.compile(r"[^\W_]+")
-_BOUNDARY = 0  # between two documents; also every word that is in no question
+_BOUNDARY = 0  # between two documents; also the id of words that occur in no question
 
-Units = NDArray[numpy.uint32]  # characters or words, as numbers
+Units = NDArray[numpy.uint32]  # code points or word ids
 
 
 @dataclass(frozen=True)
 class _NGrams:
-    """The length of an n-gram, and the minimum length of a question."""
+    """The length of an n-gram and the minimum length of a question, in units."""
 
     length: int
     minimum: int
@@ -125,42 +126,43 @@ def _is_chinese(text: str) -> bool:
 
 
 def _normalize(text: str) -> str:
-    """Return a text in lower case, with full-width letters and digits as ASCII."""
+    """Convert a text to NFKC, which makes full-width letters ASCII, and to lower case."""
     return unicodedata.normalize("NFKC", text).lower()
 
 
 def _characters(text: str) -> Units:
-    kept = "\0".join("".join(_WORDS.findall(part)) for part in _normalize(text).split("\0"))
-    return numpy.frombuffer(kept.encode("utf-32-le", "surrogatepass"), numpy.uint32)
+    """Return the code points of letters and digits; NUL separates documents."""
+    joined = "\0".join("".join(_WORDS.findall(part)) for part in _normalize(text).split("\0"))
+    return numpy.frombuffer(joined.encode("utf-32-le", "surrogatepass"), numpy.uint32)
 
 
 class _Vocabulary:
-    """Numbers of the words in the questions; all other words have the number 0."""
+    """Ids of the words in the questions; all other words have the id 0."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+        self._ids: dict[str, int] = {}
 
     def add(self, text: str) -> Units:
-        """Number the words of a question."""
+        """Assign ids to the words of a question and return them."""
         for word in _WORDS.findall(_normalize(text)):
-            self._numbers.setdefault(word, len(self._numbers) + 1)
+            self._ids.setdefault(word, len(self._ids) + 1)
         return self.units(text)
 
     def units(self, text: str) -> Units:
-        """Return the numbers of a text's words."""
-        number = self._numbers.get
-        numbers: list[int] = []
+        """Return the ids of the words of a text."""
+        id_of = self._ids.get
+        ids: list[int] = []
         for part in _normalize(text).split("\0"):
-            numbers += [number(word, _BOUNDARY) for word in _WORDS.findall(part)]
-            numbers.append(_BOUNDARY)
-        return numpy.array(numbers[:-1], numpy.uint32)
+            ids += [id_of(word, _BOUNDARY) for word in _WORDS.findall(part)]
+            ids.append(_BOUNDARY)
+        return numpy.array(ids[:-1], numpy.uint32)
 
 
 class _Searcher:
-    """Search for n-grams by hash (Rabin-Karp), with an exact comparison of the candidates.
+    """Search for n-grams by hash (Rabin-Karp); candidates are compared exactly.
 
-    n-grams are stored by the hash of their first units: of all of them, or of the minimum length
-    for questions that are shorter than an n-gram.
+    An n-gram is indexed by the hash of all its units. A question that is shorter than an n-gram is
+    indexed by the hash of its first `minimum` units.
     """
 
     def __init__(self, ngrams: _NGrams) -> None:
@@ -208,7 +210,7 @@ class _Searcher:
                             yield name
 
     def _table(self, length: int) -> NDArray[numpy.bool_]:
-        """Return a filter over the first bits of a hash: True if any n-gram has them."""
+        """Return a filter indexed by the top bits of a hash: True if an n-gram has them."""
         if length not in self._tables:
             table = numpy.zeros(1 << int(_TABLE_BITS), bool)
             keys = numpy.fromiter(self._by_hash[length], numpy.uint64)
@@ -228,5 +230,5 @@ def _hashes(units: Units, length: int) -> NDArray[numpy.uint64]:
 
 
 def files_size(data: Sequence[str]) -> int:
-    """Return the size in bytes of all files of the data."""
+    """Return the total size of the data's files in bytes."""
     return sum(Path(file).stat().st_size for path in data for file in list_files(path))

@@ -1,6 +1,6 @@
 """Degeneration metrics: repetition, answers that never end, and mixed languages.
 
-The metrics need neither a tokenizer nor a judge, so they compare any models. A word is a run of
+The metrics need neither a tokenizer nor a judge, so any models can be compared. A word is a run of
 letters or digits, a single Chinese character or kana, or a single punctuation mark or symbol.
 
 repeated       The fraction of an answer's 4-grams that occurred before in it: 1 - distinct / all
@@ -8,14 +8,14 @@ repeated       The fraction of an answer's 4-grams that occurred before in it: 1
 never_end      The fraction of answers that the token limit cut off.
 empty          The fraction of answers without a word.
 other_script   The fraction of answers whose main script differs from that of their question.
-               Requests for a translation count too, so compare models on the same questions.
+               Translations on request count too, so compare models on the same questions.
 mixed_scripts  The fraction of answers in which at least a tenth of the words is in a script that
                is neither the answer's main script nor occurs in the question.
 distinct_1, 2  Distinct words and bigrams of all answers, divided by the number of words (Li et al.
                2016). The ratio falls with the number of words: compare at similar lengths.
 
-Fenced code and single Latin letters do not count as a script, because texts in any language have
-them.
+Fenced code and single Latin letters are ignored when scripts are counted, because texts in any
+language contain them.
 """
 
 import re
@@ -33,7 +33,7 @@ N = 4
 _SINGLE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W_{_SINGLE}]+|[^\w\s]|_")
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
-_MIXED = Fraction(1, 10)
+_MIXED_FRACTION = Fraction(1, 10)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def repeated_fraction(words: Sequence[str], n: int = N) -> float:
 
 
 def distinct_fraction(texts: Sequence[Sequence[str]], n: int) -> float | None:
-    """Return the number of distinct n-grams divided by that of words; None without words."""
+    """Return the number of distinct n-grams per word; None without words."""
     total = sum(map(len, texts))
     return len({gram for words in texts for gram in _ngrams(words, n)}) / total if total else None
 
@@ -71,10 +71,13 @@ def is_in_other_script(question: str, answer: str) -> bool:
 
 
 def has_mixed_scripts(question: str, answer: str) -> bool:
-    """Return True if many words are in a script that is neither the main one nor the question's."""
+    """Return True if a tenth of the words is in a script of neither answer nor question.
+
+    The answer's own script is that of most of its words.
+    """
     scripts = _count_scripts(answer)
     return any(
-        count >= _MIXED * scripts.total()
+        count >= _MIXED_FRACTION * scripts.total()
         for script, count in scripts.items()
         if script != _main_script(scripts) and script not in _count_scripts(question)
     )
@@ -93,7 +96,7 @@ def measure(answered: AnsweredQuestion) -> dict[str, Any]:
 
 
 def summarize(answers: Sequence[AnsweredQuestion]) -> dict[str, Any]:
-    """Return the metrics of all answers, as the module's docstring defines them; None if unknown.
+    """Return the metrics of all answers; see the module's docstring. None if unknown.
 
     "intervals" holds 95 % intervals: bootstrap over answers for `repeated`, Wilson for the other
     fractions.

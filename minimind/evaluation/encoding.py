@@ -8,9 +8,10 @@ from minimind.tokenizer.chat import Message
 
 
 class PromptEncoder(Protocol):
-    """The tokenizer functions that tasks need.
+    """Interface of the tokenizer functions that tasks need.
 
-    text_start: ids before every text, empty for some models. text_end: the id after every text.
+    text_start: token ids that precede every text; empty for some models. text_end: the token id
+    that follows every text.
     """
 
     text_start: list[int]
@@ -26,10 +27,10 @@ class PromptEncoder(Protocol):
         """
 
     def answer(self, text: str) -> list[int]:
-        """Return the ids of an answer as they follow a prompt, without the stop token."""
+        """Return the ids of an answer after a prompt, without the stop token."""
 
 
-class OwnPromptEncoder:
+class MinimindEncoder:
     """Encoder based on `minimind.tokenizer`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks whose questions are answered with generated text."""
+"""Benchmarks that are scored by generated answers."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from minimind.evaluation.tasks import (
 class GenerativeQuestion:
     """A question, its reference answer, and the function that scores a generated answer.
 
-    score: returns at least `right`; also `fluent` where fluency is measured.
+    score: returns `right`, and also `fluent` if fluency is measured.
     """
 
     id: str

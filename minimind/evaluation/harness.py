@@ -31,8 +31,8 @@ def run_harness(
     """
     settings = {"task": f"lm-eval:{name}", "limit": limit, **identity, "dtype": "float32"}
     path = folder / f"{file_name(f'lm-eval:{name}')}.json"
-    if not fresh and (before := read_object(path)).get("settings") == settings:
-        return before
+    if not fresh and (stored := read_object(path)).get("settings") == settings:
+        return stored
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

@@ -16,7 +16,7 @@ from minimind.paths import expand_user
 
 @dataclass(frozen=True)
 class _Format:
-    """Names of a benchmark's fields, the splits to use, and the longest answer in tokens."""
+    """Names of a benchmark's fields, its splits, and the maximum answer length in tokens."""
 
     question: str
     answer: str
@@ -32,17 +32,17 @@ _FORMATS = {
 
 def math_task(name: str, sources: Sequence[str], limit: int | None) -> GenerativeTask:
     """Return the task `gsm8k` or `cmath`, read from the first source that has it."""
-    form = _FORMATS[name]
+    layout = _FORMATS[name]
     bad = InvalidRecords()
     questions = []
     for _, line, row in read_objects([_find_file(name, sources)], invalid=bad):
-        if row.get("split", form.splits[0]) not in form.splits:
+        if row.get("split", layout.splits[0]) not in layout.splits:
             continue
-        question = row.get(form.question)
+        question = row.get(layout.question)
         # GSM8K puts a worked solution and "####" before the answer.
-        answer = str(row.get(form.answer, "")).rpartition("####")[2].strip()
+        answer = str(row.get(layout.answer, "")).rpartition("####")[2].strip()
         if not isinstance(question, str) or last_number(answer) is None:
-            bad.add(Path(name), line, f"no {form.question}, or no number in {form.answer}", row)
+            bad.add(Path(name), line, f"no {layout.question}, or no number in {layout.answer}", row)
             continue
         bad.num_valid += 1
         questions.append(
@@ -55,8 +55,9 @@ def math_task(name: str, sources: Sequence[str], limit: int | None) -> Generativ
             )
         )
     if not questions:
-        raise DataError(f"{', '.join(sources)}: contains no {name} question {bad.first}".rstrip())
-    return GenerativeTask(name, evenly_spaced(questions, limit), form.max_new_tokens, bad)
+        detail = f"; the first error: {bad.first}" if bad.total else ""
+        raise DataError(f"{', '.join(sources)}: contains no {name} question{detail}")
+    return GenerativeTask(name, evenly_spaced(questions, limit), layout.max_new_tokens, bad)
 
 
 def _score_by_number(expected: str) -> Callable[[str], dict[str, bool]]:

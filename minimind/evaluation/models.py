@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minimind.errors import MinimindError
-from minimind.evaluation.encoding import OwnPromptEncoder, PromptEncoder
+from minimind.evaluation.encoding import MinimindEncoder, PromptEncoder
 from minimind.evaluation.scoring import EngineScorer, Scorer
 from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.inference.engine import Engine
@@ -55,7 +55,7 @@ class LocalModel:
         self._load(torch.float32)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything besides the task that results depend on."""
+        """Return everything that results depend on besides the task."""
         adapter = resolve_adapter_directory(self.adapter) if self.adapter else None
         device = choose_device(self._device)
         return {
@@ -83,7 +83,7 @@ class LocalModel:
     def scorer(self) -> tuple[Scorer, PromptEncoder]:
         """Return a float32 scorer, limited to the context if one is given."""
         model, tokenizer = self._load(torch.float32)
-        return EngineScorer(model, tokenizer, self.context), OwnPromptEncoder(tokenizer)
+        return EngineScorer(model, tokenizer, self.context), MinimindEncoder(tokenizer)
 
     def answers(
         self, questions: Sequence[str], generation: GenerationConfig
@@ -142,7 +142,7 @@ def _warm_up(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def name_of(path: Path) -> str:
-    """Return the name of a model: its directory, or its run directory."""
+    """Return the name of a model: that of its run directory, or of its own directory."""
     parts = [part for part in path.resolve().parts if part not in ("model", "adapter")]
     return parts[-1]
 

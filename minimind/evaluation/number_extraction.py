@@ -1,4 +1,4 @@
-"""Extraction of the final number of an answer, by which GSM8K and CMATH are scored."""
+"""Extraction of the final number of an answer, for scoring GSM8K and CMATH."""
 
 import re
 import unicodedata
@@ -8,12 +8,12 @@ from fractions import Fraction
 
 from minimind.evaluation.numerals import ENGLISH, chinese_value, english_value
 
-_MAX_DIGITS = 400  # of a number, and of its exponent
-_MAX_CHARACTERS = 20_000  # of an answer, counted from its end
+_MAX_DIGITS = 400  # length of a number, and maximum absolute value of an exponent
+_MAX_CHARACTERS = 20_000  # only the end of a longer answer is searched
 _SUPERSCRIPTS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 _CHARACTERS = str.maketrans({c: "-" for c in "‐‒–—−"} | {"⁄": "/", "∕": "/", "∶": ":", "’": "'"})
 
-# Removes text that is not part of a number, and rewrites other notations of numbers.
+# Substitutions that remove text outside of numbers and unify notations.
 _REWRITES = [
     (re.compile(pattern, re.IGNORECASE), into)
     for pattern, into in [
@@ -81,12 +81,12 @@ _UNAMBIGUOUS = re.compile(
     r"[二两三四五六七八九]?十[一二三四五六七八九].*|[一二两三四五六七八九][十百千万亿].*|.+点.+"
     r"|[一二三四五六七八九][零〇一二三四五六七八九]*[零〇][零〇一二三四五六七八九]*"
 )
-_MEASURED = re.compile(
+_UNIT_OR_END = re.compile(
     r"\s*(?:(?!位数|分[\u4e00-\u9fff](?<!分钟))[个只本元块角分岁人名位头匹条张把支枝根棵朵颗粒片件套双对次遍"
     r"步年月日天周小秒米厘毫公斤吨升度层排行组班页题道间辆架艘台盒箱袋包瓶杯碗盘倍段节座口家户份克千]"
     r"|[。，！；,.!;?)]|\s|$)"
 )
-# Text before an ambiguous numeral that shows that it is the result.
+# Text before an ambiguous numeral that marks it as the result.
 _RESULT = re.compile(r"(?:等于|得到?|分到?|剩下?|余数?是?|还有|需要|答案[是为:]|=)[了约]?\s*$")
 _RESULT_OF_MANY = re.compile(
     rf"{_RESULT.pattern}|(?:[是为有了用差多少]|共有?)约?\s*$"
@@ -129,17 +129,17 @@ class _Number:
 def last_number(text: str) -> Fraction | None:
     r"""Return the final number of an answer, None if there is none.
 
-    It is the number that the answer marks (\boxed{}, ####, "the answer is", 答案是), else
-    the last one. A fraction, a mixed number and a ratio are one number each; a percent sign does
+    A number that the answer marks (\boxed{}, ####, "the answer is", 答案是) takes precedence over
+    the last one. A fraction, a mixed number and a ratio count as one number; a percent sign does
     not change the value.
     """
-    number = _final(text)
+    number = _final_number(text)
     return number.value if number else None
 
 
 def is_same_number(expected: str, answer: str) -> bool:
     """Return True if an answer's final number is the expected one; 20 % equals both 20 and 0.2."""
-    first, second = _final(expected), _final(answer)
+    first, second = _final_number(expected), _final_number(answer)
     if first is None or second is None or first.value is None or second.value is None:
         return False
     if first.value == second.value:
@@ -151,42 +151,42 @@ def is_same_number(expected: str, answer: str) -> bool:
     return first.percent != second.percent and fractions[0] == fractions[1]
 
 
-def _final(text: str) -> _Number | None:
-    plain = _normalized(text.rpartition("</think>")[2][-_MAX_CHARACTERS:])
-    if number := _last(_without_braces(_boxed(plain))):
+def _final_number(text: str) -> _Number | None:
+    plain = _normalize(text.rpartition("</think>")[2][-_MAX_CHARACTERS:])
+    if number := _last_in(_without_braces(_boxed_content(plain))):
         return number
     plain = _without_braces(_BOXED.sub(" {", plain))
     for match in list(_HASHES.finditer(plain))[-1:]:
-        numbers = list(_numbers(match[1]))
+        numbers = list(_find_numbers(match[1]))
         if len(numbers) == 1 and len(match[1][numbers[0].end :].split()) < 3:
             return numbers[0]
     for match in list(_MARKER.finditer(plain))[:-4:-1]:
         sentence = _SENTENCE.split(plain[match.end() :].lstrip(), maxsplit=1)[0]
-        if number := _stated(sentence):
+        if number := _number_after_marker(sentence):
             return number
-    return _last(plain)
+    return _last_in(plain)
 
 
-def _stated(sentence: str) -> _Number | None:
+def _number_after_marker(sentence: str) -> _Number | None:
     """Return the number in the rest of a sentence after "the answer is"."""
     equals = list(re.finditer(r"[=≈]|等于", sentence))
     if equals:
         result = sentence[equals[-1].end() :]
-        numbers = list(_numbers(result))
+        numbers = list(_find_numbers(result))
         direct = bool(numbers) and _DIRECT.fullmatch(result[: numbers[0].start])
         if direct and not _OPERATOR.match(result, numbers[0].end):
             return numbers[0]
-        if number := _last(result):
+        if number := _last_in(result):
             return number
-    numbers = list(_numbers(sentence))
+    numbers = list(_find_numbers(sentence))
     if numbers and _DIRECT.fullmatch(sentence[: numbers[0].start]):
         return numbers[0]
-    return _last(sentence)
+    return _last_in(sentence)
 
 
-def _last(text: str) -> _Number | None:
-    """Return the last number; an ambiguous one counts only where the text calls it the result."""
-    numbers = list(_numbers(text))
+def _last_in(text: str) -> _Number | None:
+    """Return the last number; prefer an unambiguous one, or one that is marked as the result."""
+    numbers = list(_find_numbers(text))
     last = next((number for number in reversed(numbers) if not number.ambiguous), None)
     later = [number for number in numbers if last is None or number.start > last.start]
     for number in reversed(later):
@@ -196,7 +196,7 @@ def _last(text: str) -> _Number | None:
     return last or next((number for number in reversed(later) if number.value != 1), None)
 
 
-def _normalized(text: str) -> str:
+def _normalize(text: str) -> str:
     text = re.sub("[⁺⁻⁰¹²³⁴-⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub("_?[₀-₉]+|[①-⒛❶-❿]", " ", text)
     text = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
@@ -213,7 +213,7 @@ def _plain_fraction(match: re.Match[str]) -> str:
     return f"{space}{above}/{below} "
 
 
-def _boxed(text: str) -> str:
+def _boxed_content(text: str) -> str:
     r"""Return the content of the last \boxed{…}, with nested braces."""
     *_, start = 0, *(match.end() for match in _BOXED.finditer(text))
     end, depth = start, 1 if start else 0
@@ -228,13 +228,13 @@ def _without_braces(text: str) -> str:
     return re.sub(r"\\[A-Za-z]+|[{}]", " ", text)
 
 
-def _numbers(text: str) -> Iterator[_Number]:
+def _find_numbers(text: str) -> Iterator[_Number]:
     for match in _NUMBER.finditer(text):
         ambiguous = _is_ambiguous(match)
         if match["plain"] and ambiguous and not _is_followed_by_unit(match):
             continue
         try:
-            value = _value(match)
+            value = _value_of(match)
         except ZeroDivisionError:
             continue
         if value is not None and _is_negative(text[max(match.start() - 16, 0) : match.start()]):
@@ -253,7 +253,7 @@ def _is_ambiguous(match: re.Match[str]) -> bool:
 def _is_followed_by_unit(match: re.Match[str]) -> bool:
     """Return True for a Chinese numeral before a unit, False within words such as 一共."""
     before = match.string[max(match.start() - 1, 0) : match.start()]
-    return before not in {"第", "每"} and bool(_MEASURED.match(match.string, match.end()))
+    return before not in {"第", "每"} and bool(_UNIT_OR_END.match(match.string, match.end()))
 
 
 def _is_negative(before: str) -> bool:
@@ -263,12 +263,12 @@ def _is_negative(before: str) -> bool:
     return bool(_MINUS.search(before)) and not _BINARY.search(before)
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
+def _value_of(match: re.Match[str]) -> Fraction | None:
     """Return the value of a number, None if it has too many digits. Raises ZeroDivisionError."""
     if len(match[0]) > _MAX_DIGITS:
         return None
     parts = {name: text for name, text in match.groupdict().items() if text}
-    number = {name: _amount(text) for name, text in parts.items() if name in _AMOUNTS}
+    number = {name: _parse_amount(text) for name, text in parts.items() if name in _AMOUNTS}
     for digit in "123":
         if f"below{digit}" in number:
             fraction = number[f"above{digit}"] / number[f"below{digit}"]
@@ -303,6 +303,6 @@ _AMOUNTS = {
 }
 
 
-def _amount(text: str) -> Fraction:
+def _parse_amount(text: str) -> Fraction:
     digits = re.sub(r"[,'\s]", "", text)
     return Fraction(digits) if re.fullmatch(r"[\d.]+", digits) else chinese_value(digits)

@@ -1,4 +1,4 @@
-"""Open-ended questions: their answers have no score, but are stored, measured and compared."""
+"""Open-ended questions, whose answers are measured and compared instead of scored."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def read_prompts(
             texts = str(row["text"]).split("\n")
             candidates = [Prompt(str(n), text.strip()) for n, text in enumerate(texts, start=line)]
         else:
-            candidates = [_from_row(line, row)]
+            candidates = [_parse_prompt(line, row)]
             if not candidates[0].question:
                 bad.add(file, line, f"no question; its fields: {', '.join(map(str, row))}", row)
         for prompt in candidates:
@@ -64,17 +64,17 @@ def read_prompts(
                 suffix = f" {ids[prompt.id]}" if ids[prompt.id] > 1 else ""
                 prompts.append(Prompt(prompt.id + suffix, prompt.question, prompt.category))
     if not prompts:
-        raise DataError(f"{path}: no line is a question; the first: {bad.first}")
+        raise DataError(f"{path}: contains no question; the first error: {bad.first}")
     return evenly_spaced(prompts, limit), bad
 
 
-def _from_row(line: int, row: Mapping[str, Any]) -> Prompt:
+def _parse_prompt(line: int, row: Mapping[str, Any]) -> Prompt:
     ids = (str(row[key]) for key in _ID_KEYS if isinstance(row.get(key), str | int))
     category = " ".join(_first_string(row, _CATEGORY_KEYS).split())
-    return Prompt(next(ids, str(line)), _question_in(row), category)
+    return Prompt(next(ids, str(line)), _find_question(row), category)
 
 
-def _question_in(row: Mapping[str, Any]) -> str:
+def _find_question(row: Mapping[str, Any]) -> str:
     """Return the first message that is not a system message, or the question field."""
     for key in _CONVERSATION_KEYS:
         for message in row[key] if isinstance(row.get(key), list) else ():
@@ -92,7 +92,7 @@ def _question_in(row: Mapping[str, Any]) -> str:
 
 
 def _first_string(row: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Return the first field that has a text, or an empty string."""
+    """Return the first field that is a non-empty string, or an empty string."""
     texts = (row[key].strip() for key in keys if isinstance(row.get(key), str))
     return next(filter(None, texts), "")
 
@@ -131,7 +131,7 @@ class OpenEndedTask:
         }
 
     def texts(self) -> dict[str, str]:
-        """Return nothing: there is no score that contamination could raise."""
+        """Return no texts: there is no score that contamination could raise."""
         return {}
 
     def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
@@ -157,7 +157,7 @@ class OpenEndedTask:
         return to_results(outcomes())
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Return degeneration, length and speed, also by category if there are categories."""
+        """Return metrics of degeneration, length and speed, also by category if there are any."""
         metrics = self._metrics(results)
         by_category: dict[str, list[Result]] = {}
         for result in results:

@@ -15,7 +15,7 @@ _MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """A model's answer. right: it matches the keywords; fluent: see `is_fluent`."""
+    """A model's answer. right: True if it matches the keywords. fluent: see `is_fluent`."""
 
     question: QuizQuestion
     answer: str
@@ -29,7 +29,7 @@ def score_answer(question: QuizQuestion, answer: str) -> ScoredAnswer:
 
 
 def score_answers(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> list[ScoredAnswer]:
-    """Score the answers to as many questions."""
+    """Score the answer to each question."""
     return [score_answer(q, answer) for q, answer in zip(questions, answers, strict=True)]
 
 
@@ -45,13 +45,13 @@ def by_subject(answers: Sequence[ScoredAnswer]) -> dict[str, tuple[int, int]]:
 def quiz_task(limit: int | None) -> GenerativeTask:
     """Return the quiz as a task, with the same questions as in the demo."""
     questions = [
-        GenerativeQuestion(q.question, q.question, q.answer, _score_of(q), q.subject)
+        GenerativeQuestion(q.question, q.question, q.answer, _scoring_function(q), q.subject)
         for q in evenly_spaced(sample_quiz(_NUM_QUESTIONS, seed=_SEED), limit)
     ]
     return GenerativeTask("quiz", questions, _MAX_NEW_TOKENS, InvalidRecords())
 
 
-def _score_of(question: QuizQuestion) -> Callable[[str], dict[str, bool]]:
+def _scoring_function(question: QuizQuestion) -> Callable[[str], dict[str, bool]]:
     def score(answer: str) -> dict[str, bool]:
         scored = score_answer(question, answer)
         return {"right": scored.right, "fluent": scored.fluent}

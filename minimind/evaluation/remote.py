@@ -1,4 +1,4 @@
-"""Remote models behind an OpenAI-compatible API; they generate answers, but give no likelihoods.
+"""Remote models behind an OpenAI-compatible API, which generate answers without likelihoods.
 
 Services differ in the parameters they accept. A parameter that a service rejects is left out of all
 further requests, or sent under its older name.
@@ -31,7 +31,7 @@ _OUR_OWNER = "minimind"  # "owned_by" of models that `minimind serve` serves
 
 
 class Service:
-    """A model of a service at a URL. rejected: the parameters that the service rejects."""
+    """A model that a service offers. rejected: the parameters that the service rejects."""
 
     def __init__(self, url: str, key: str | None = None, key_variable: str = "its key") -> None:
         """Connect to URL#NAME, or to the first model of URL.
@@ -71,13 +71,13 @@ class Service:
         self.rejected: set[str] = set()
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the model; a change of the weights goes unnoticed."""
+        """Return the identity of the model; the API does not reveal a change of the weights."""
         return {"version": __version__, "url": self.url, "model": self._model}
 
     def scorer(self) -> "tuple[Scorer, PromptEncoder]":
-        """Raise UsageError: the API gives no log-likelihoods of prompts."""
+        """Raise UsageError, because the API returns no log-likelihoods of prompts."""
         raise UsageError(
-            "a remote model gives no log-likelihoods; use a model directory, or a generative "
+            "a remote model returns no log-likelihoods; use a model directory, or a generative "
             "task: quiz, gsm8k, cmath, degeneration"
         )
 
@@ -113,16 +113,16 @@ class Service:
             except self._openai.APIStatusError as error:
                 rejected = _rejected_parameters(settings, error)
                 if error.status_code not in (400, 422) or not rejected:
-                    raise self._translated(error) from None
+                    raise self._to_service_error(error) from None
                 self.rejected |= rejected
                 continue
             except (self._openai.APIConnectionError, _StreamInterrupted) as error:
                 disconnects += 1
                 if disconnects > 1 or not isinstance(error, _StreamInterrupted):
-                    raise self._translated(error) from None
+                    raise self._to_service_error(error) from None
                 continue
             except self._openai.OpenAIError as error:
-                raise self._translated(error) from None
+                raise self._to_service_error(error) from None
             if _MAX_TOKENS in settings and (answer.tokens or 0) > max_tokens:
                 self.rejected.add(_MAX_TOKENS)  # accepted, but ignored
                 continue
@@ -185,18 +185,18 @@ class Service:
             models = self._client.with_options(max_retries=1).models.list().data
             return {str(model.id): getattr(model, "owned_by", None) for model in models}
         except self._openai.OpenAIError as error:
-            raise self._translated(error) from None
+            raise self._to_service_error(error) from None
         except (AttributeError, TypeError, ValueError):
             raise ServiceError(f"{self.url}/models is not an OpenAI-compatible API") from None
 
-    def _translated(self, error: Exception) -> ServiceError:
+    def _to_service_error(self, error: Exception) -> ServiceError:
         if isinstance(error, self._openai.AuthenticationError):
             return ServiceError(
                 f"{self.url} rejects the API key or needs one; set {self._key_variable}"
             )
         if isinstance(error, self._openai.APIStatusError):
             return ServiceError(
-                f"{self.url} returned status {error.status_code}: {_message(error)}"
+                f"{self.url} returned status {error.status_code}: {_error_message(error)}"
             )
         if isinstance(error, self._openai.APITimeoutError):
             return ServiceError(f"{self.url} did not respond within {_TIMEOUT:g} seconds")
@@ -241,7 +241,7 @@ def _rejected_parameters(settings: dict[str, Any], error: Any) -> set[str]:
     return {name for name in settings if re.search(rf"(?<!\w){name}(?!\w)", body or "")}
 
 
-def _message(error: Any) -> str:
+def _error_message(error: Any) -> str:
     """Return the message of an error response in any of the common formats."""
     body = error.body
     if isinstance(body, dict):

@@ -1,4 +1,4 @@
-"""Run a task on a model and store results as they come, so that an evaluation can be resumed.
+"""Run a task on a model; each result is stored at once, so that a run can be resumed.
 
 <folder>/<task>.jsonl   a header that identifies model and task, then one result per line
 <folder>/<task>.json    the metrics, when all items are done
@@ -36,8 +36,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run a task on a model and return the metrics.
 
-    Items that `folder` has results of are not run again, unless `fresh`. identity: everything
-    besides the task that the results depend on. Raises UsageError if the folder has results of
+    Items with a stored result in `folder` are skipped, unless `fresh`. identity: everything that
+    the results depend on besides the task. Raises UsageError if the folder has results of
     another model or task, and ResourceError if it cannot be written.
     """
     path = folder / f"{file_name(task.name)}.jsonl"
@@ -75,14 +75,15 @@ def evaluate(
 
 
 def file_name(text: str) -> str:
-    """Return a file name for a text that is valid on every file system."""
+    """Convert a text to a file name that is valid on every file system."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "_"
 
 
 def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
-    """Read the results in a file, by id; the last one counts. Empty if there is no file.
+    """Return the results in a file by id; of several with the same id, the last one counts.
 
-    Raises UsageError if the file's header differs from `header`.
+    Returns an empty dict if there is no file. Raises UsageError if the file's header differs from
+    `header`.
     """
     try:
         content = path.read_bytes()
@@ -90,7 +91,7 @@ def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
         return {}
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = content.split(b"\n")[:-1]  # a line without an end was interrupted
+    lines = content.split(b"\n")[:-1]  # a last line without a line break is incomplete
     if not lines:
         return {}
     stored = _parse_object(lines[0])
@@ -121,13 +122,13 @@ def _parse_object(line: bytes) -> dict[str, Any]:
 
 @contextmanager
 def open_results(
-    path: Path, header: Mapping[str, Any], kept: Iterable[Result] = ()
+    path: Path, header: Mapping[str, Any], previous: Iterable[Result] = ()
 ) -> Iterator[Callable[[Result], None]]:
     """Rewrite a file of results and yield a function that appends one.
 
-    Kept results with errors are left out, because their items are tried again.
+    Previous results with errors are dropped, because their items are tried again.
     """
-    lines = [header, *(result for result in kept if "error" not in result)]
+    lines = [header, *(result for result in previous if "error" not in result)]
     try:
         write_atomically(path, "".join(map(_to_line, lines)))
         file = path.open("ab")

@@ -1,6 +1,6 @@
-"""Log-likelihood scoring: the log-probability that a model gives to given tokens.
+"""Log-likelihoods of given tokens under a model.
 
-Many sequences are scored together. Each score has the same bits as if it were computed alone.
+Sequences are scored in batches. Each score is bit-identical to the score of the sequence alone.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ K = TypeVar("K")
 
 _MAX_SLOTS = 32
 _CACHE_TOKENS = 64 * 512  # KV cache size of all slots together
-_MIN_SLOT_TOKENS = 512  # the slot size at first: most questions are far shorter than the context
+_MIN_SLOT_TOKENS = 512  # initial slot size; most questions are far shorter than the context
 _LOOKAHEAD = 64  # items submitted before the first one is awaited, so that the engine never idles
 
 
@@ -42,7 +42,7 @@ class Scorer(Protocol):
         """Score (key, rows) pairs and yield (key, scores or error) in the same order.
 
         The score of a row is the sum of the natural log-probabilities of its scored tokens. Items
-        are consumed lazily, some ahead of the scores. An item without rows has no scores.
+        are consumed lazily, some ahead of their scores. An item without rows has an empty list.
         """
 
 
@@ -59,12 +59,12 @@ class EngineScorer:
     def score(
         self, items: Iterable[tuple[K, Sequence[Row]]]
     ) -> Iterator[tuple[K, list[float] | Exception]]:
-        """See Scorer."""
+        """Score (key, rows) pairs; see Scorer."""
         pending: deque[tuple[K, list[_Pending] | UsageError]] = deque()
 
         def finish_first() -> tuple[K, list[float] | Exception]:
             key, parts = pending.popleft()
-            return key, parts if isinstance(parts, UsageError) else _wait(parts)
+            return key, parts if isinstance(parts, UsageError) else _wait_for_scores(parts)
 
         engine = self._create_engine(_MIN_SLOT_TOKENS)
         try:
@@ -122,7 +122,7 @@ class _Pending:
     completion: Completion
 
 
-def _wait(parts: Sequence[_Pending]) -> list[float] | Exception:
+def _wait_for_scores(parts: Sequence[_Pending]) -> list[float] | Exception:
     """Wait for the requests of an item and return the scores of its rows."""
     scores: dict[int, float] = {}
     for part in parts:

@@ -21,7 +21,7 @@ Result = dict[str, Any]
 Outcome = tuple[str, Result | Exception]  # item id, with the item's result or its error
 T = TypeVar("T")
 R = TypeVar("R")
-MAX_CONSECUTIVE_ERRORS = 10  # after that many in a row, the fault is not in the items
+MAX_CONSECUTIVE_ERRORS = 10  # after so many, the cause is the model or the service, not an item
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class GenerationConfig:
 class Answer:
     """A generated answer.
 
-    tokens: its length, None if unknown. ended: False if the token limit cut it off, None if
-    unknown. seconds: time since the previous answer, or since the start for the first one.
+    tokens: its length in tokens, None if unknown. ended: False if the token limit cut it off, None
+    if unknown. seconds: time since the previous answer, or since the start for the first one.
     """
 
     text: str
@@ -78,7 +78,7 @@ class Model(Protocol):
 
 
 class Task(Protocol):
-    """A benchmark or another measurement."""
+    """A benchmark, or another evaluation such as bits per byte."""
 
     name: str
     unit: str
@@ -86,7 +86,7 @@ class Task(Protocol):
 
     def __len__(self) -> int: ...
     def settings(self) -> dict[str, Any]:
-        """Return everything besides the model that the results depend on."""
+        """Return everything that the results depend on besides the model."""
 
     def texts(self) -> dict[str, str]:
         """Return the texts to search training data for, by item id; empty if not applicable."""
@@ -170,7 +170,7 @@ def map_concurrently(
 
 
 def format_error(error: Exception) -> str:
-    """Return the message of our own errors; of others the class name too."""
+    """Return an error's message, after its class name if it is not a MinimindError."""
     return str(error) if isinstance(error, MinimindError) else f"{type(error).__name__}: {error}"
 
 

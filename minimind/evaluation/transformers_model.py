@@ -1,6 +1,6 @@
-"""Models of unsupported architectures, loaded by transformers (an extra).
+"""Models of architectures that only transformers (an optional dependency) supports.
 
-They are slower than ours, because there is no prefix cache; the metrics mean the same.
+They are slower than native models, because there is no prefix cache. Metrics are comparable.
 """
 
 import itertools
@@ -26,8 +26,8 @@ from minimind.version import __version__
 
 K = TypeVar("K")
 
-_MAX_BATCH_SIZE = 8  # of generation
-_ITEMS = 64  # items that are scored together
+_MAX_BATCH_SIZE = 8  # for generation
+_GROUP_SIZE = 64  # items that are scored together
 _BATCH_TOKENS = 2048  # tokens per forward pass when scoring
 
 
@@ -41,7 +41,7 @@ def is_installed() -> bool:
 
 
 class TransformersModel:
-    """A directory of any causal model that transformers has a class for; no remote code."""
+    """A directory with any causal language model of transformers, without remote code."""
 
     adapter = None
 
@@ -72,7 +72,7 @@ class TransformersModel:
         self._model = model.to(chosen).eval()
 
     def identity(self) -> dict[str, Any]:
-        """Return everything besides the task that results depend on."""
+        """Return everything that results depend on besides the task."""
         from transformers import __version__ as transformers_version
 
         return {
@@ -162,9 +162,12 @@ class _Scorer:
     def score(
         self, items: Iterable[tuple[K, Sequence[Row]]]
     ) -> Iterator[tuple[K, list[float] | Exception]]:
-        """See Scorer. If a group of items fails, each is scored separately to find the cause."""
+        """Score (key, rows) pairs; see Scorer.
+
+        If a group of items fails, each item is scored separately to find the cause.
+        """
         iterator = iter(items)
-        while group := list(itertools.islice(iterator, _ITEMS)):
+        while group := list(itertools.islice(iterator, _GROUP_SIZE)):
             try:
                 scores = self._scores([rows for _, rows in group])
             except Exception:
@@ -189,7 +192,7 @@ class _Scorer:
             batch, inputs = inputs[:batch_size], inputs[batch_size:]
             for tokens, logits in zip(batch, self._logits(batch), strict=True):
                 scores |= {row: _log_likelihood(logits, row) for row in by_input[tokens]}
-        return [_checked([scores[row] for row in rows]) for rows in items]
+        return [_finite_or_error([scores[row] for row in rows]) for rows in items]
 
     @torch.inference_mode()
     def _logits(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
@@ -208,7 +211,7 @@ def _log_likelihood(logits: Tensor, row: Row) -> float:
     return sum(log_probs[:, 0].tolist())
 
 
-def _checked(scores: list[float]) -> list[float] | Exception:
+def _finite_or_error(scores: list[float]) -> list[float] | Exception:
     return scores if all(map(math.isfinite, scores)) else ModelError(NON_FINITE)
 
 

@@ -1,12 +1,12 @@
 """Generation defaults of a model: its generation_config.json, interpreted as by vLLM."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minimind.errors import ModelError, UsageError
+from minimind.files import read_json_object
 from minimind.inference.sampling import Sampling
 from minimind.model import resolve_model_directory
 
@@ -39,9 +39,7 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
     if not path.is_file():
         return GenerationDefaults()
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+        raw = read_json_object(path)
         settings = {
             key: _number(key, raw[key])
             for key in (*_INTEGERS, *_NUMBERS)

@@ -8,7 +8,6 @@ In memory the matrices are `<module>.lora_A` and `<module>.lora_B`; peft calls t
 refused, and the message names the feature.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ModelError
+from minimind.files import read_json_object
 from minimind.model.directory import check_dtype
 from minimind.model.lora import adapted_modules
 from minimind.model.saving import atomic_directory, write_hf_json
@@ -91,7 +91,7 @@ def save_adapter(directory: Path, model: Transformer, settings: LoRASettings, ba
 def _peft_target(name: str) -> str:
     """Return a module's name for `target_modules`.
 
-    The routed experts have an `input_linear` too, so that of the shared ones needs its parent.
+    Routed experts also have an `input_linear`, so that of shared experts is named with its parent.
     """
     parent, leaf = name.split(".")[-2:]
     return f"{parent}.{leaf}" if parent == "shared_mlp" else leaf
@@ -158,9 +158,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises ModelError for features that are not supported."""
     path = directory / _CONFIG
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+        raw = read_json_object(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as a LoRA configuration: {error}") from error
     peft_type = raw.get("peft_type")
@@ -179,15 +177,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: {', '.join(sorted(unsupported))}: not supported; merge the adapter with "
             "peft (merge_and_unload) and give the merged model"
         )
-    return _validated(path, raw)
+    return _validated_config(path, raw)
 
 
 def _is_unset(value: object) -> bool:
-    """True if peft takes the value for "not set"; 0 is a number, such as that of a layer."""
+    """Return True if peft treats the value as "not set". 0 is a value: it may be a layer index."""
     return value is None or value is False or value in ([], {}, "")
 
 
-def _validated(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+def _validated_config(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return the supported keys with peft's defaults. Raises ModelError for invalid values."""
     config = {
         "r": raw.get("r", 8),
@@ -204,8 +202,8 @@ def _validated(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "lora_alpha": _is_number(config["lora_alpha"]),
         "target_modules": bool(targets) and (is_name_list or isinstance(targets, str)),
         "use_rslora": isinstance(config["use_rslora"], bool),
-        "rank_pattern": _is_table(config["rank_pattern"], _is_rank),
-        "alpha_pattern": _is_table(config["alpha_pattern"], _is_number),
+        "rank_pattern": _is_dict_of(config["rank_pattern"], _is_rank),
+        "alpha_pattern": _is_dict_of(config["alpha_pattern"], _is_number),
     }
     for key, is_valid in checks.items():
         if not is_valid:
@@ -227,12 +225,12 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9  # type: ignore[arg-type]
 
 
-def _is_table(value: object, is_valid: Any) -> bool:
+def _is_dict_of(value: object, is_valid: Any) -> bool:
     return isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
 def _is_safe_pattern(pattern: str) -> bool:
-    """True if a regular expression is valid and matches quickly: few quantifiers, none nested."""
+    """Return True if a regular expression is valid and has few quantifiers, none nested."""
     num_quantifiers = len(re.findall(r"[*+{]", pattern))
     is_simple = len(pattern) < 1000 and num_quantifiers <= _MAX_QUANTIFIERS
     try:
@@ -256,10 +254,10 @@ def _check_tensors(
         rank = _by_pattern(config["rank_pattern"], name, config["r"])
         expected[_tensor_name(name, "lora_A")] = [rank, module.in_features]
         expected[_tensor_name(name, "lora_B")] = [module.out_features, rank]
-    for table in ("embed_tokens", "lm_head"):
-        if any(table in name.split(".") for name in slices.keys() - expected.keys()):
+    for module_name in ("embed_tokens", "lm_head"):
+        if any(module_name in name.split(".") for name in slices.keys() - expected.keys()):
             raise ModelError(
-                f"{path}: it changes {table}, which is not supported; merge the adapter with "
+                f"{path}: it changes {module_name}, which is not supported; merge the adapter with "
                 "peft (merge_and_unload) and give the merged model"
             )
     if not expected:
@@ -280,7 +278,7 @@ def _check_tensors(
 
 
 def _is_target(name: str, targets: str | list[str]) -> bool:
-    """Match a module as peft does: a list of names or suffixes, or one regular expression."""
+    """Return True if peft adapts the module. targets: names, suffixes or a regular expression."""
     if targets in ("all-linear", ["all-linear"]):
         return name != "lm_head" and not name.endswith("router.layer")
     if isinstance(targets, str):

@@ -16,8 +16,8 @@ from minimind.model.kv_cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import apply_rotary
 
-_PLAIN_MAX_LENGTH = 256  # tokens per sequence up to which a CPU trains with `_plain_attention`
-_QUERY_BLOCK = 128  # queries per block there: most keys in a block's future are never computed
+_BLOCKWISE_MAX_LENGTH = 256  # longest sequences for which `_blockwise_attention` is used
+_QUERY_BLOCK = 128  # queries per block; scores of keys after the block are not computed
 
 
 class Attention(nn.Module):
@@ -26,7 +26,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.scale = config.attention_multiplier  # of the scores; None = 1 / sqrt(head_dim)
+        self.scale = config.attention_multiplier  # factor on scores; None = 1 / sqrt(head_dim)
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
@@ -55,13 +55,13 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
         is_decoding = q.shape[2] == 1
-        if not is_decoding:  # repeating keys costs more than attention itself when T = 1
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if not is_decoding:  # at T = 1, repeating k and v would cost more than attention itself
+            group_size = q.shape[1] // k.shape[1]  # query heads per key/value head
+            k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
             # k, v [B, H, S, D]
         trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-        if trains_on_cpu and 1 < q.shape[2] <= _PLAIN_MAX_LENGTH:
-            out = _plain_attention(q, k, v, mask, self.scale or self.head_dim**-0.5)
+        if trains_on_cpu and 1 < q.shape[2] <= _BLOCKWISE_MAX_LENGTH:
+            out = _blockwise_attention(q, k, v, mask, self.scale or self.head_dim**-0.5)
         else:
             out = F.scaled_dot_product_attention(
                 q,
@@ -72,12 +72,16 @@ class Attention(nn.Module):
                 scale=self.scale,
                 enable_gqa=is_decoding,
             )
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D]
+        out = out.transpose(1, 2).flatten(2)  # [B, H, T, D] -> [B, T, H * D]
+        return self.o_proj(out)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Compute softmax(q k^T * scale) v in blocks of queries; q, k, v and the result [B, H, T, D].
+def _blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Compute softmax(q k^T * scale) v in blocks of queries.
 
+    q, k, v and the result: [B, H, T, D]. mask: [B or 1, 1, T, T]; no query attends to later keys.
     For short training sequences on a CPU this is faster than PyTorch's fused kernel:
     benchmarks/records/cpu-kernels.md.
     """

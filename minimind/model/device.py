@@ -37,7 +37,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """True if the hardware multiplies bfloat16 natively; emulation is slower than float32."""
+    """Return True if the hardware multiplies bfloat16; emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -52,7 +52,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of the device in bytes, None where the system does not report it."""
+    """Return the free memory of the device in bytes; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -60,10 +60,10 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
-    try:  # the limit of a container; its page cache counts as free
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{x}").read_text("ascii") for x in ("max", "current"))
-        stat = (group / "memory.stat").read_text("ascii").splitlines()
+    try:  # the memory limit of a container; its page cache counts as free
+        cgroup = Path("/sys/fs/cgroup")
+        limit, used = ((cgroup / f"memory.{x}").read_text("ascii") for x in ("max", "current"))
+        stat = (cgroup / "memory.stat").read_text("ascii").splitlines()
         cached = next(int(line.split()[1]) for line in stat if line.startswith("file "))
         return min(free, int(limit) - int(used) + cached)
     except (OSError, ValueError, StopIteration):

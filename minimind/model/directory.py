@@ -15,7 +15,7 @@ from minimind.errors import ModelError, shell_words
 from minimind.model.hf_config import read_config, short_json
 from minimind.model.transformer import Transformer
 
-FLOATS = ("F32", "BF16", "F16", "F64")  # names of safetensors
+FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes, as safetensors names them
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -57,7 +57,7 @@ def load_model(
     path = directory  # the file that is being read, for the message
     try:
         with contextlib.ExitStack() as stack:
-            files: dict[str, Any] = {}  # by tensor: the open file that holds it
+            files: dict[str, Any] = {}  # tensor name -> the open file that holds it
             paths: dict[str, Path] = {}
             for path, indexed in _weight_files(directory).items():
                 file = stack.enter_context(safe_open(path, framework="pt"))
@@ -84,7 +84,7 @@ def load_model(
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor. Each opens the file anew, so that its memory map is freed with it."""
+    """Read one tensor. Opening the file for each frees its memory map with the tensor."""
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -104,7 +104,7 @@ def stored_dtype(directory: Path) -> str:
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
-    """Return the weight files and the tensors to read from each; None: all of them.
+    """Return the weight files and the tensors to read from each; None means all of them.
 
     Raises ModelError when there are none, or when the index names a file outside the directory.
     """
@@ -136,10 +136,11 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
 
 
 def _empty_model(path: Path, config: ModelConfig, num_tensors: int) -> Transformer:
-    """Build the model on the meta device: a config.json with huge sizes allocates nothing."""
+    """Build the model on the meta device, so that huge sizes in config.json allocate nothing."""
     if config.num_hidden_layers > num_tensors:
         raise ModelError(
-            f"{path}: config.json says {config.num_hidden_layers:,} layers, the file has fewer"
+            f"{path}: config.json says {config.num_hidden_layers:,} layers, "
+            "but the weights have fewer"
         )
     try:
         with torch.device("meta"):
@@ -149,7 +150,7 @@ def _empty_model(path: Path, config: ModelConfig, num_tensors: int) -> Transform
 
 
 def _check_tensors(path: Path, model: Transformer, slices: dict[str, Any]) -> None:
-    """Compare names, shapes and dtypes with those in the file before anything is allocated."""
+    """Raise ModelError if names, shapes or dtypes in the file are not those of the model."""
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     # Some files store a tied head twice. Old ones also store the RoPE frequencies, which follow
     # from the configuration.
@@ -170,7 +171,7 @@ def _check_tensors(path: Path, model: Transformer, slices: dict[str, Any]) -> No
 
 
 def check_dtype(path: Path, name: str, tensor_slice: Any) -> None:
-    """Raise ModelError for a tensor of safetensors that does not hold floating-point numbers."""
+    """Raise ModelError for a tensor that does not hold floating-point numbers."""
     if (dtype := tensor_slice.get_dtype()) not in FLOATS:
         raise ModelError(f"{path}: {name} has the dtype {dtype}; supported are {', '.join(FLOATS)}")
 

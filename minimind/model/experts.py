@@ -1,4 +1,4 @@
-"""Mixture of experts: feed-forward layers of which each token uses only a few.
+"""Mixture of experts (MoE): each token passes through a few of many feed-forward layers.
 
 Shared experts process every token; a router chooses a few routed experts per token (Dai et al.
 2024, DeepSeekMoE). Computation and parameter names are those of transformers' GraniteMoeShared
@@ -37,7 +37,7 @@ class Routing:
 
 
 class SharedExperts(nn.Module):
-    """Experts of every token, computed as one SwiGLU layer: [..., hidden] -> [..., hidden]."""
+    """Experts for every token, computed as one SwiGLU layer: [..., hidden] -> [..., hidden]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class RoutedExperts(nn.Module):
         if routing is not None:
             routing.logits.append(logits)
             routing.chosen.append(chosen)
-        weights = top_logits.softmax(-1).to(x.dtype)
+        weights = top_logits.softmax(-1).to(x.dtype)  # [B, T, K]
         out = moe(
             x.flatten(0, 1),  # [N, hidden]
             chosen.flatten(0, 1),  # [N, K]
@@ -78,7 +78,7 @@ class RoutedExperts(nn.Module):
             self.input_linear.weight,
             self.output_linear.weight,
         )
-        return out.view_as(x)
+        return out.view_as(x)  # [N, hidden] -> [B, T, hidden]
 
 
 class Router(nn.Module):
@@ -107,7 +107,7 @@ class ExpertMatrices(nn.Module):
 def moe_reference(
     x: Tensor, chosen: Tensor, weights: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
-    """Compute `moe` straight from its definition; E / K times as much work.
+    """Compute `moe` directly from the definition, at E / K times the cost.
 
     Every expert processes every token. Its output is multiplied by the router's weight, which is
     0 where the expert was not chosen.
@@ -131,8 +131,9 @@ def moe(
     No token is dropped, however unbalanced the experts are.
     """
     num_chosen = chosen.shape[1]
-    chosen, ranks = chosen.sort(dim=-1)  # a token's outputs are summed in the order of experts
-    weights = weights.gather(-1, ranks)
+    # [N, K] each; the outputs of a token's experts are summed in the order of experts.
+    chosen, permutation = chosen.sort(dim=-1)
+    weights = weights.gather(-1, permutation)
     row_experts, order = chosen.flatten().sort(stable=True)  # [R] each
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     rows = _Permute.apply(x, order, inverse, num_chosen)  # [R, hidden], sorted by expert
@@ -142,11 +143,11 @@ def moe(
         rows = moe_loop(rows, row_experts, input_weight, output_weight)
     rows = _Permute.apply(rows, inverse, order, 1)  # [R, hidden], in the order of tokens
     rows = rows.unflatten(0, (-1, num_chosen))  # [N, K, hidden]
-    return (rows * weights.unsqueeze(-1)).sum(1)
+    return (rows * weights.unsqueeze(-1)).sum(1)  # [N, hidden]
 
 
 def _supports_grouped_mm(device: torch.device, output_weight: Tensor) -> bool:
-    """True if `grouped_mm` works: NVIDIA Ampere or later, and rows aligned to 16 bytes."""
+    """Return True if `F.grouped_mm` works: NVIDIA Ampere or later, and rows aligned to 16 bytes."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return all(size % 8 == 0 for size in output_weight.shape[1:])
@@ -158,21 +159,21 @@ def moe_loop(
     """Apply each expert's SwiGLU to its rows in a loop over experts.
 
     rows: [R, hidden], sorted by expert. row_experts: [R], the expert of each row. The loop needs
-    the row counts on the host, which would sync a GPU; `moe_grouped_mm` does not.
+    the row counts on the host, which would synchronize a GPU; `moe_grouped_mm` does not.
     """
     counts = row_experts.bincount(minlength=len(input_weight)).tolist()
     outputs = [
-        F.linear(_swiglu(F.linear(_padded(expert_rows), w_in)), w_out)[: len(expert_rows)]
+        F.linear(_swiglu(F.linear(_pad_rows(expert_rows), w_in)), w_out)[: len(expert_rows)]
         for expert_rows, w_in, w_out in zip(
             rows.split(counts), input_weight.unbind(), output_weight.unbind(), strict=True
         )
         if len(expert_rows)
     ]
-    return torch.cat(outputs)
+    return torch.cat(outputs)  # [R, hidden]
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """Pad more than 64 rows with zeros to a multiple of 64: an expert's row count varies."""
+def _pad_rows(rows: Tensor) -> Tensor:
+    """Pad more than 64 rows with zeros to a multiple of 64; `padding.py` explains why."""
     padding = padding_to_multiple(len(rows)) if len(rows) > _MAX_UNPADDED_ROWS else 0
     return F.pad(rows, (0, 0, 0, padding)) if padding else rows
 
@@ -180,17 +181,17 @@ def _padded(rows: Tensor) -> Tensor:
 def moe_grouped_mm(
     rows: Tensor, row_experts: Tensor, input_weight: Tensor, output_weight: Tensor
 ) -> Tensor:
-    """Compute `moe_loop` with two grouped matrix products; row counts stay on the device.
+    """Compute `moe_loop` with two grouped matrix products.
 
-    This holds for bf16 on NVIDIA Hopper and later. For other dtypes and older devices, PyTorch
-    itself syncs once per product.
+    In bf16 on NVIDIA Hopper and later, the row counts stay on the device. For other dtypes and
+    older devices, PyTorch itself synchronizes once per product.
     """
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
     experts = torch.arange(len(input_weight), device=rows.device)
     ends = torch.searchsorted(row_experts, experts, right=True).int()  # [E]
-    inner = _swiglu(_GroupedMM.apply(rows.to(dtype), input_weight.to(dtype), ends))
-    out: Tensor = _GroupedMM.apply(inner, output_weight.to(dtype), ends)
+    inner = _swiglu(_GroupedMM.apply(rows.to(dtype), input_weight.to(dtype), ends))  # [R, inner]
+    out: Tensor = _GroupedMM.apply(inner, output_weight.to(dtype), ends)  # [R, hidden]
     return out
 
 
@@ -201,7 +202,7 @@ def _swiglu(x: Tensor) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    """Gather rows of x [rows, width]: output row i is row order[i] // copies.
+    """Gather rows: [n, width] -> [n * copies, width]; output row i is row order[i] // copies.
 
     `inverse` is the inverse permutation of `order`. The gradient is gathered too. PyTorch's own
     backward would scatter-add row by row, which is slow on a CPU and nondeterministic on a GPU.
@@ -217,7 +218,8 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         grad = grads[0].index_select(0, inverse)
-        return grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+        grad = grad.unflatten(0, (-1, ctx.copies)).sum(1)  # [n, copies, width] -> [n, width]
+        return grad, None, None, None
 
 
 class _GroupedMM(torch.autograd.Function):

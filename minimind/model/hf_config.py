@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from minimind.config.model import MOE_FIELDS, ModelConfig, RopeKind, RopeScaling
 from minimind.errors import ModelError
+from minimind.files import read_json_object
 
 _MOE_TYPES = ("granitemoeshared", "granitemoe")  # the second has no shared experts
 _MODEL_TYPES = ("llama", "qwen3", *_MOE_TYPES)
@@ -19,7 +20,7 @@ _REQUIRED = {
     "num_attention_heads",
     "max_position_embeddings",
 }
-# Features of these model types that are not implemented here: the values that mean "not used".
+# Features of these model types that are not implemented: the values that leave them unused.
 _UNUSED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -33,14 +34,14 @@ _UNUSED_VALUES: dict[str, tuple[Any, ...]] = {
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return the content of `config.json`, without the token ids."""
     scaling, context = _rope_json(config)
-    shape = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling", *MOE_FIELDS})
+    fields = config.model_dump(exclude={"qk_norm", "rope_theta", "rope_scaling", *MOE_FIELDS})
     model_type = "qwen3" if config.qk_norm else "llama"
     if config.num_local_experts:
         model_type = _MOE_TYPES[0]
-        shape |= config.model_dump(include=set(MOE_FIELDS))
+        fields |= config.model_dump(include=set(MOE_FIELDS))
         # Written out because the default of transformers is 1.
-        shape["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
-    return shape | {
+        fields["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
+    return fields | {
         "architectures": [config.architecture],
         "model_type": model_type,
         "max_position_embeddings": context,
@@ -79,9 +80,7 @@ def read_config(directory: Path) -> ModelConfig:
     """Read `config.json`. Raises ModelError for models that are not supported."""
     path = directory / "config.json"
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+        raw = read_json_object(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as a model configuration: {error}") from error
     model_type = raw.get("model_type")
@@ -136,7 +135,7 @@ def _config_fields(
         if model_type == "granitemoe":
             fields["shared_intermediate_size"] = 0
     if missing := sorted(required - fields.keys()):
-        raise ModelError(f"{path}: {', '.join(missing)} missing")
+        raise ModelError(f"{path}: {', '.join(missing)}: missing, but required")
     return fields
 
 
@@ -187,7 +186,7 @@ def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, An
     if is_valid_context and isinstance(factor, int | float) and 1 <= factor <= 1e6:
         if kind == "linear":  # max_position_embeddings is the extended context
             rope["original_max_position_embeddings"] = max(1, round(context / factor))
-        elif kind == "dynamic":  # it is the original context, whatever the key for that says
+        elif kind == "dynamic":  # max_position_embeddings is the original context
             rope["original_max_position_embeddings"] = context
             context = round(context * factor)
         else:
@@ -202,7 +201,7 @@ def _rope_fields(path: Path, rope: dict[str, Any], context: Any) -> dict[str, An
 def _first_error(error: ValidationError, prefix: str = "") -> str:
     """Format the first error of pydantic, with its key."""
     first = error.errors()[0]
-    key = ".".join(map(str, (*([prefix] if prefix else []), *first["loc"]))) or "the shape"
+    key = ".".join(map(str, (*([prefix] if prefix else []), *first["loc"]))) or "the configuration"
     if first["type"] == "extra_forbidden":
         return f"{key} = {short_json(first['input'])} is not supported"
     return f"{key}: {first['msg']}"

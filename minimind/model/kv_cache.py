@@ -11,7 +11,7 @@ class KVCache:
 
     Shapes: L layers, B sequences, K key/value heads, S positions, D head_dim; `keys` and `values`
     are [L, B, K, S, D], allocated once for S = max_length. The inference engine, whose sequences
-    differ in length, has its own cache: `inference/batched_model.py`.
+    differ in length, has its own cache: `inference/kv_cache.py`.
     """
 
     def __init__(
@@ -30,9 +30,10 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, K, T, D] of one layer; return all of that layer so far.
+        """Store new keys and values [B, K, T, D] of one layer.
 
-        `length` advances when the last layer has stored its part.
+        Returns all keys and values of that layer so far, [B, K, length, D] each.
+        `length` advances after the last layer.
         """
         end = self.length + keys.shape[2]
         assert end <= self.keys.shape[3], "the KV cache is full"

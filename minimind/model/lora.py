@@ -20,7 +20,7 @@ _GROUPS = {"attention": ("self_attn",), "mlp": ("mlp", "shared_mlp")}  # names o
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer plus scale * B A dropout(x), of which A and B are trained.
+    """A frozen linear layer plus the trained low-rank term scale * B A dropout(x).
 
     B starts at zero, so that training starts from the unchanged model.
     """
@@ -31,7 +31,7 @@ class LoRALinear(nn.Linear):
         device = base.weight.device
         # Drawn by the CPU's generator, so that every device starts from the same values.
         a = torch.empty(rank, base.in_features, dtype=torch.float32)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear and peft
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as in nn.Linear and peft
         self.lora_A = nn.Parameter(a.to(device))
         b = torch.zeros(base.out_features, rank, dtype=torch.float32, device=device)
         self.lora_B = nn.Parameter(b)
@@ -43,7 +43,7 @@ class LoRALinear(nn.Linear):
         return super().forward(input) + x * self.scale
 
     def merged(self) -> Tensor:
-        """Return the weight [out, in] of a linear layer that computes the same without dropout."""
+        """Return W + scale * B A, the weight [out, in] of an equivalent linear layer."""
         return self.weight + (self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
 
 
@@ -79,7 +79,7 @@ def _target_modules(model: Transformer, targets: Sequence[str]) -> list[str]:
             nearest = difflib.get_close_matches(target, known, n=1)
             hint = f"did you mean {nearest[0]}? " if nearest else ""
             raise ConfigError(
-                f"lora.targets: the model has no {target!r}; {hint}known are {', '.join(known)}"
+                f"lora.targets: the model has no {target!r}; {hint}available: {', '.join(known)}"
             )
     selected = set().union(*(known[target] for target in targets))
     return [name for name, _ in model.named_modules() if name in selected]

@@ -51,7 +51,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         normed, scale, weight = ctx.saved_tensors
         grad = grads[0].float()
-        weight_grad = (grad * normed).flatten(0, -2).sum(0)
+        weight_grad = (grad * normed).flatten(0, -2).sum(0)  # [..., width] -> [width]
         grad = grad * weight
         projection = (grad * normed).mean(-1, keepdim=True)  # [..., 1]
         return grad.addcmul_(normed, projection, value=-1).mul_(scale), weight_grad, None, None

@@ -26,13 +26,13 @@ from minimind.errors import ModelError
 BEST_SCALING: RopeKind = "yarn"  # measured: benchmarks/records/long-context.md
 
 
-def apply_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D/2) by its position's angle.
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + D/2) of x [B, T, H, D] by the angle of its position.
 
     cos, sin: [B or 1, T, 1, D], or [T, 1, D].
     """
-    first, second = x_BTHD.chunk(2, dim=-1)
-    return x_BTHD * cos + torch.cat((-second, first), dim=-1) * sin
+    first, second = x.chunk(2, dim=-1)  # [B, T, H, D/2] each
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def rope_table(config: ModelConfig, positions: Tensor, length: int | Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def rope_table(config: ModelConfig, positions: Tensor, length: int | Tensor) -> 
 
 
 def depends_on_length(config: ModelConfig, length: int) -> bool:
-    """True if a sequence of `length` tokens has frequencies that depend on its length."""
+    """Return True if a sequence of `length` tokens has frequencies that depend on its length."""
     scaling = config.rope_scaling
     return (
         scaling is not None
@@ -101,7 +101,7 @@ def _yarn(base: float, exponents: Tensor, scaling: RopeScaling) -> Tensor:
     original = scaling.original_max_position_embeddings
 
     def pair_index(rotations: float) -> float:
-        """Fractional index of the pair that rotates this often over the original context."""
+        """Return the fractional index of the pair with this many rotations per original context."""
         return num_pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(base)
 
     low, high = pair_index(scaling.beta_fast or 32), pair_index(scaling.beta_slow or 1)
@@ -141,8 +141,8 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 def extend_context(config: ModelConfig, context: int, kind: RopeKind | None = None) -> ModelConfig:
     """Return the configuration of the same model with its context extended by RoPE scaling.
 
-    A context within the model's own returns `config` itself. Raises ModelError when the context
-    has been extended before, and when `context` is out of range.
+    Returns `config` itself if `context` is not larger than the model's own. Raises ModelError when
+    the context has been extended before, and when `context` is out of range.
     """
     original = config.max_position_embeddings
     if context <= original:

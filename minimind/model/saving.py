@@ -66,8 +66,8 @@ def atomic_directory(directory: Path, kind: str, marker: str, size: int) -> Iter
 
     All files are flushed to the disk before the rename. On an error nothing changes. An existing
     directory is replaced if it is empty or contains the file `marker`, which every directory of
-    this `kind` has. Raises ModelError when `directory` holds something else, and ResourceError,
-    with the `size` in bytes that is needed, when it cannot be written.
+    this `kind` has. Raises ModelError when `directory` holds something else, and ResourceError
+    when it cannot be written. size: the bytes needed, for the error message.
     """
     is_replaceable = directory.is_dir() and ((directory / marker).is_file() or is_empty(directory))
     if directory.is_file() or (directory.is_dir() and not is_replaceable):
@@ -110,15 +110,15 @@ def _free_space(directory: Path) -> str:
 
 
 def write_hf_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, indented as Hugging Face's, with non-ASCII characters unescaped."""
+    """Write a JSON file, indented as in Hugging Face's, with non-ASCII characters unescaped."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def is_stray(name: str) -> bool:
-    """True for files that file managers and network disks create: .DS_Store, .nfs…, Thumbs.db."""
+    """Return True for files of file managers and network disks: .DS_Store, .nfs…, Thumbs.db."""
     return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def is_empty(directory: Path) -> bool:
-    """True if a directory contains nothing but stray files."""
+    """Return True if a directory contains nothing but stray files."""
     return all(is_stray(file.name) for file in directory.iterdir())

@@ -7,8 +7,8 @@ Shapes: B sequences per batch, T new tokens per sequence, S keys (cached and new
 `hidden` is the width of the residual stream, `vocab` the vocabulary size.
 
 Packed batches (several conversations per sequence) use a dense [B, 1, T, T] attention mask. It is
-simple and right at the lengths of our recipes: 256 KiB per sequence at T = 512. It grows with T^2
-and rules out FlashAttention kernels; for several thousand tokens on a GPU,
+simple, and small at the sequence lengths of our recipes: 256 KiB per sequence at T = 512. It grows
+with T^2 and rules out FlashAttention kernels. For several thousand tokens on a GPU,
 variable-length attention (`cu_seqlens`) or FlexAttention is the better choice.
 """
 
@@ -54,7 +54,10 @@ class Layer(nn.Module):
         cache: KVCache | None,
         routing: Routing | None,
     ) -> Tensor:
-        """Map [B, T, hidden] to the same shape; the other arguments are those of `Attention`."""
+        """Map [B, T, hidden] to the same shape.
+
+        The other arguments are those of `Attention.forward` and `RoutedExperts.forward`.
+        """
         attention = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + _scaled(attention, self.residual_multiplier)
         feed_forward = self._feed_forward(self.post_attention_layernorm(x), routing)
@@ -113,7 +116,7 @@ class Transformer(nn.Module):
 
     @property
     def num_active_parameters(self) -> int:
-        """Number of parameters used per token: all but the routed experts that are not chosen."""
+        """Number of parameters used per token: all except the experts that are not chosen."""
         config = self.config
         total = sum(parameter.numel() for parameter in self.parameters())
         if not config.num_local_experts:
@@ -133,9 +136,9 @@ class Transformer(nn.Module):
         """Return the hidden states [B, T, hidden] after the final norm: the input of `logits`.
 
         tokens: [B, T] int64. segments: [B, T], for packed training batches: the number of each
-        token's conversation, non-decreasing along T; attention and positions restart at each
-        conversation. cache: keys and values of the tokens before these; it is appended to.
-        routing: collects the decisions of the routers.
+        token's segment (a conversation), non-decreasing along T. Attention and positions restart at
+        each segment. cache: keys and values of the preceding tokens; those of `tokens` are
+        appended. routing: collects the decisions of the routers.
         """
         length = tokens.shape[1]
         past = cache.length if cache is not None else 0
@@ -152,6 +155,7 @@ class Transformer(nn.Module):
         table = self.rope(positions, past + length, segment_lengths)  # [2, (B,) T, D]
         cos, sin = table.unsqueeze(-2)  # [(B,) T, 1, D] each: the same for all heads
         x = _scaled(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
+        # x [B, T, hidden]
         for layer in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, cache, routing, use_reentrant=False)
@@ -167,8 +171,8 @@ class Transformer(nn.Module):
     def extend_context(self, context: int, kind: RopeKind | None = None) -> None:
         """Extend the context to `context` tokens by RoPE scaling, in place.
 
-        kind: None selects the method that measured best. A context within the model's own changes
-        nothing. Raises ModelError when the context has been extended before.
+        kind: None selects `rope.BEST_SCALING`. Does nothing if `context` is not larger than the
+        model's own. Raises ModelError when the context has been extended before.
         """
         self.config, self._rope = extend_context(self.config, context, kind), None
 
@@ -177,8 +181,8 @@ class Transformer(nn.Module):
 
         length: tokens of the sequence so far. lengths: [...], tokens of each position's own
         segment in a packed sequence. Only dynamic scaling depends on them. Otherwise one cached
-        table is indexed; it grows with the length in use, because config.json may promise a
-        context of any length.
+        table is indexed. It grows with the length in use, because the context that config.json
+        declares may be huge.
         """
         config, device = self.config, positions.device
         if depends_on_length(config, length):
@@ -202,9 +206,11 @@ def _causal_mask(length: int, past: int, device: torch.device) -> Tensor:
 
 def _segment_positions(segments: Tensor) -> tuple[Tensor, Tensor]:
     """Return each token's position within its segment and that segment's length, both [B, T]."""
-    width = segments.shape[1]
-    indices = torch.arange(width, device=segments.device).expand_as(segments)
+    length = segments.shape[1]
+    indices = torch.arange(length, device=segments.device).expand_as(segments)  # [B, T]
     borders = segments[:, 1:] != segments[:, :-1]  # [B, T - 1]
+    # The start (inclusive) and end (exclusive) of each token's segment, [B, T] each.
     starts = torch.where(F.pad(borders, (1, 0), value=True), indices, 0).cummax(dim=1).values
-    ends = torch.where(F.pad(borders, (0, 1), value=True), indices + 1, width)
-    return indices - starts, ends.flip(1).cummin(dim=1).values.flip(1) - starts
+    ends = torch.where(F.pad(borders, (0, 1), value=True), indices + 1, length)
+    ends = ends.flip(1).cummin(dim=1).values.flip(1)
+    return indices - starts, ends - starts

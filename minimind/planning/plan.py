@@ -33,7 +33,7 @@ _MAX_LISTED_MICRO_BATCH = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimated cost of a stage, in bytes and seconds; None for what is unknown."""
+    """The estimated cost of a stage, in bytes and seconds. Unknown values are None."""
 
     parameters: int
     active_parameters: int
@@ -47,7 +47,7 @@ class Plan:
     memory: dict[str, int]  # by component, at that micro-batch size
     memory_limit: int | None
     choices: list[dict[str, int | bool]]  # [{micro_batch_size, activation_checkpointing, bytes}]
-    data_tokens: int | None  # in an epoch
+    data_tokens: int | None  # per epoch
     steps: int | None
     tokens: int | None  # in all steps
     flops_per_token: int
@@ -55,42 +55,43 @@ class Plan:
     seconds: float | None  # of the run, at that rate
 
     def metrics(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
+        """Return the plan as a dictionary that can be written as JSON."""
         return vars(self) | {"memory_total": sum(self.memory.values())}
 
 
 def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.0) -> Plan:
-    """Plan the stage of `recipe`.
+    """Estimate the cost of the stage of `recipe`.
 
-    memory: bytes to plan for; None means what is free on the device. If it is given, the device may
-    be one that this machine lacks, and then nothing is measured.
+    memory: bytes to plan for; None means the free memory of the device. If memory is given, this
+    machine may lack the device; the speed is not measured then.
     seconds: duration of the trial that measures the speed; 0 means no trial.
-    Raises whatever loading the tokenizer, the model and the data raises.
+    Raises ResourceError for a missing device, and the errors of loading the tokenizer, the model
+    and the data.
     """
-    device, is_present = _device(recipe.device, allow_missing=memory is not None)
+    device, is_present = _resolve_device(recipe.device, allow_missing=memory is not None)
     precision = choose_precision(recipe.training.precision, device).name if is_present else "?"
     free = free_bytes(device) if is_present else None  # before the model is loaded
     tokenizer = load_tokenizer(recipe)
     model = build_model(recipe, tokenizer, device if is_present else torch.device("cpu"))
     footprint, training = build_footprint(recipe, model, device), recipe.training
-    process = _PROCESS_BYTES[device.type]
+    process_bytes = _PROCESS_BYTES[device.type]
     limit = memory
     if memory is None and free is not None:
-        limit = free + process  # this process is running already
+        limit = free + process_bytes  # this process has already taken its own
     fitting = footprint.largest_micro_batch(
-        training.global_batch_size, None if limit is None else limit - process
+        training.global_batch_size, None if limit is None else limit - process_bytes
     )
     micro_batch = training.micro_batch_size or fitting
-    data_tokens = _data_tokens(recipe, tokenizer)
+    data_tokens = _estimate_data_tokens(recipe, tokenizer)
     steps = training.steps
     if steps is None and data_tokens is not None:
         sequences = training.epochs * data_tokens / recipe.data.seq_len
         steps = max(1, math.ceil(sequences / training.global_batch_size))
     tokens = steps * training.global_batch_size * recipe.data.seq_len if steps else None
-    rate = None
+    tokens_per_second = None
     fits_here = micro_batch and (free is None or footprint.total(micro_batch) <= free)
     if seconds and is_present and micro_batch and fits_here:
-        rate = _measure_rate(recipe, model, device, micro_batch, seconds)
+        tokens_per_second = _measure_throughput(recipe, model, device, micro_batch, seconds)
     return Plan(
         parameters=footprint.parameters,
         active_parameters=model.num_active_parameters,
@@ -101,22 +102,22 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         global_batch_size=training.global_batch_size,
         micro_batch_size=micro_batch,
         activation_checkpointing=training.activation_checkpointing,
-        memory={"process": process} | footprint.components(micro_batch or 1),
+        memory={"process": process_bytes} | footprint.components(micro_batch or 1),
         memory_limit=limit,
-        choices=_choices(footprint, training.global_batch_size, process),
+        choices=_estimate_choices(footprint, training.global_batch_size, process_bytes),
         data_tokens=data_tokens,
         steps=steps,
         tokens=tokens,
         flops_per_token=flops_per_token(
             model, recipe.data.seq_len, training.activation_checkpointing
         ),
-        tokens_per_second=rate,
-        seconds=tokens / rate if tokens and rate else None,
+        tokens_per_second=tokens_per_second,
+        seconds=tokens / tokens_per_second if tokens and tokens_per_second else None,
     )
 
 
-def _choices(
-    footprint: Footprint, global_batch_size: int, process: int
+def _estimate_choices(
+    footprint: Footprint, global_batch_size: int, process_bytes: int
 ) -> list[dict[str, int | bool]]:
     """Estimate the memory of some micro-batch sizes, with and without activation checkpointing.
 
@@ -130,15 +131,19 @@ def _choices(
         {
             "micro_batch_size": size,
             "activation_checkpointing": recompute,
-            "bytes": process + replace(footprint, activation_checkpointing=recompute).total(size),
+            "bytes": process_bytes
+            + replace(footprint, activation_checkpointing=recompute).total(size),
         }
         for size in sizes
         for recompute in (False, True)
     ]
 
 
-def _device(name: str, *, allow_missing: bool) -> tuple[torch.device, bool]:
-    """Return the device and whether this machine has it. Raises ResourceError if it must."""
+def _resolve_device(name: str, *, allow_missing: bool) -> tuple[torch.device, bool]:
+    """Return (device, True if this machine has it).
+
+    Raises ResourceError for an unknown device, and for a missing one unless `allow_missing`.
+    """
     try:
         return choose_device(name), True
     except ResourceError:
@@ -152,9 +157,9 @@ def flops_per_token(
 ) -> int:
     """Count the floating-point operations of training on one token (Kaplan et al. 2020, sec. 2.1).
 
-    A forward pass takes 2 per active weight, plus the attention products with keys and values,
-    which causal attention makes for half the sequence on average. Backward takes twice as many;
-    activation checkpointing adds a second forward pass.
+    A forward pass takes 2 per active weight, plus those of the attention products with keys and
+    values; with a causal mask, a token attends to half the sequence on average. The backward pass
+    takes twice as many, and activation checkpointing adds a second forward pass.
     """
     config = model.config
     weights = model.num_active_parameters
@@ -167,8 +172,8 @@ def flops_per_token(
     return forward * (4 if activation_checkpointing else 3)
 
 
-def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
-    """Estimate the tokens of an epoch; None if data or tokenizer are not set."""
+def _estimate_data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
+    """Estimate the tokens per epoch; None if data or tokenizer are not set."""
     data = recipe.data
     if not data.sources or tokenizer is None:
         return None
@@ -192,12 +197,12 @@ def _data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
     return round(sum(counts) * (1 if data.validation else 1 - data.validation_fraction))
 
 
-def _measure_rate(
+def _measure_throughput(
     recipe: Recipe, model: Transformer, device: torch.device, micro_batch: int, seconds: float
 ) -> float:
-    """Return tokens per second of training steps on random tokens.
+    """Measure the tokens per second of training steps on random tokens.
 
-    The time of a step is that of its micro-batches, of which the median is used, and of the
+    The time of a step is the median time of a micro-batch, times their number, plus the time of the
     optimizers.
     """
     config, seq_len, batch = model.config, recipe.data.seq_len, recipe.training.global_batch_size
@@ -213,7 +218,7 @@ def _measure_rate(
         (output.loss_sum / output.count).backward()
 
     model.train()
-    timed(forward_backward, device)  # the first call of each is slower
+    timed(forward_backward, device)  # warmup
     timed(optimizers.step, device)
     durations = [timed(forward_backward, device)]
     optimizer_s = timed(optimizers.step, device)
@@ -224,7 +229,7 @@ def _measure_rate(
 
 
 def timed(work: Callable[[], None], device: torch.device) -> float:
-    """Return the seconds that `work` takes, device synchronisation included."""
+    """Return the seconds that `work` takes, including device synchronization."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":

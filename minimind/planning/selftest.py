@@ -1,4 +1,4 @@
-"""Self-test of a machine: train a few steps, save a checkpoint, resume bit-identically."""
+"""Self-test of a machine: train for a few steps, stop, and resume bit-identically."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _STEPS = 6
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one part of the self-test."""
+    """The outcome of one part of the self-test."""
 
     name: str
     passed: bool
@@ -43,10 +43,10 @@ def selftest(device: str = "auto") -> list[Check]:
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="minimind-doctor-") as work:
         test = _SelfTest(Path(work), device)
-        for name, part in test.parts().items():
+        for name, run_part in test.parts().items():
             started = time.perf_counter()
             try:
-                passed, note = part()
+                passed, note = run_part()
             except (MinimindError, OSError, RuntimeError) as error:
                 passed, note = False, str(error)
             checks.append(Check(name, passed, time.perf_counter() - started, note))
@@ -61,13 +61,14 @@ class _SelfTest:
         self._uninterrupted: StageResult | None = None
 
     def parts(self) -> dict[str, Callable[[], tuple[bool, str]]]:
+        """Return the functions that run the parts, by name; each returns (passed, note)."""
         return {
-            "train a tokenizer": self._prepare,
-            f"train for {_STEPS} steps": self._train,
+            "train a tokenizer": self._train_tokenizer,
+            f"train for {_STEPS} steps": self._train_model,
             "stop and resume bit-identically": self._resume,
         }
 
-    def _prepare(self) -> tuple[bool, str]:
+    def _train_tokenizer(self) -> tuple[bool, str]:
         texts = list(islice(prose(0), 1_000))
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         (self._work / "texts.jsonl").write_text(lines, encoding="utf-8")
@@ -92,7 +93,7 @@ class _SelfTest:
         }
         return run_stage(load_recipe(None, flags=settings).recipe, reporter=reporter)
 
-    def _train(self) -> tuple[bool, str]:
+    def _train_model(self) -> tuple[bool, str]:
         self._uninterrupted = self._run("uninterrupted", Reporter())
         bits, precision = (
             self._uninterrupted.summary[key] for key in ("bits_per_byte", "precision")
@@ -118,7 +119,7 @@ class _SelfTest:
 
 
 class _StopAfter(Reporter):
-    """Requests a stop after a step, as Ctrl-C does."""
+    """Reporter that requests a stop after a step, as Ctrl-C does."""
 
     def __init__(self, step: int) -> None:
         self._step = step

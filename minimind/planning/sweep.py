@@ -36,7 +36,7 @@ class PlannedRun:
 
 @dataclass
 class Outcomes:
-    """How the runs ended: names of the finished ones, and the reason for each other."""
+    """Outcomes of the runs: names of finished ones, and the reason why each other run failed."""
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -44,20 +44,20 @@ class Outcomes:
 
 
 class Watcher:
-    """Receives the events of a sweep and ignores them. Subclasses draw them."""
+    """Observer of a sweep that ignores all events. Subclasses display them."""
 
     def started(self, slot: int, planned: PlannedRun) -> None:
-        """A run starts on the device of this slot."""
+        """Called when a run has started on the device of this slot."""
 
     def progress(self, slot: int, planned: PlannedRun, line: dict[str, Any]) -> None:
-        """The run has written a line of metrics."""
+        """Called when the run has written a line of training metrics."""
 
     def ended(self, slot: int, planned: PlannedRun, failure: str | None) -> None:
-        """The run has ended; failure is None if it is finished."""
+        """Called when the run has ended. failure: why it is not finished; None if it is."""
 
 
 @dataclass
-class _Running:
+class _RunProcess:
     planned: PlannedRun
     process: subprocess.Popen[bytes]
     log: IO[bytes]
@@ -73,8 +73,8 @@ class _Running:
 def device_settings(devices: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """Return (the recipe's device, environment variables) for each slot.
 
-    The process of a numbered GPU sees only that GPU, so that a run has the same recipe on each of
-    them and can be resumed on another. Raises UsageError for devices of several kinds.
+    With a device such as cuda:1, the process sees only that GPU and the recipe's device is cuda, so
+    that the run can be resumed on another GPU. Raises UsageError for devices of different kinds.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     settings: list[tuple[str, dict[str, str]]] = []
@@ -103,18 +103,18 @@ def run_all(
     fresh: bool = False,
     watcher: Watcher,
 ) -> Outcomes:
-    """Execute the runs, one per environment at a time, each in its own process.
+    """Execute the runs in processes of their own, one per slot at a time.
 
-    Finished runs are skipped unless `fresh`. Ctrl-C or SIGTERM lets the running ones save and
-    stop; a second one kills them.
+    environments: the environment variables of each slot. Finished runs are skipped unless `fresh`.
+    On Ctrl-C or SIGTERM, the running ones save a checkpoint and stop; a second one kills them.
     """
-    outcomes, waiting = Outcomes(), list(planned)
-    running: dict[int, _Running] = {}
+    outcomes, pending = Outcomes(), list(planned)
+    running: dict[int, _RunProcess] = {}
     with count_interrupts() as interrupts:
-        while waiting or running:
+        while pending or running:
             for slot, environment in enumerate(environments):
-                while waiting and slot not in running and not interrupts.count:
-                    run = waiting.pop(0)
+                while pending and slot not in running and not interrupts.count:
+                    run = pending.pop(0)
                     if not fresh and is_finished(run.run, run.recipe):
                         outcomes.finished.append(run.name)
                         watcher.ended(slot, run, None)
@@ -129,7 +129,7 @@ def run_all(
                     continue
                 del running[slot]
                 current.log.close()
-                failure = _failure(current.planned, status, interrupts.count > 0)
+                failure = _failure_reason(current.planned, status, interrupts.count > 0)
                 if failure is None:
                     outcomes.finished.append(current.planned.name)
                 else:
@@ -140,12 +140,12 @@ def run_all(
             if running:
                 time.sleep(_POLL_S)
         outcomes.stopped = interrupts.count > 0
-    for run in waiting:
+    for run in pending:
         outcomes.failed[run.name] = "not started"
     return outcomes
 
 
-def _start(planned: PlannedRun, environment: dict[str, str], fresh: bool) -> _Running:
+def _start(planned: PlannedRun, environment: dict[str, str], fresh: bool) -> _RunProcess:
     planned.log.parent.mkdir(parents=True, exist_ok=True)
     recipe = planned.log.with_suffix(".toml")
     recipe.write_text(dump_recipe(planned.recipe), encoding="utf-8")
@@ -159,10 +159,10 @@ def _start(planned: PlannedRun, environment: dict[str, str], fresh: bool) -> _Ru
         env=os.environ | {"COLUMNS": "120"} | environment,
         start_new_session=True,  # so that Ctrl-C reaches only this process, which forwards it
     )
-    return _Running(planned, process, log)
+    return _RunProcess(planned, process, log)
 
 
-def _failure(planned: PlannedRun, status: int, stopping: bool) -> str | None:
+def _failure_reason(planned: PlannedRun, status: int, stopping: bool) -> str | None:
     """Return why a run has failed, or None if it is finished."""
     if status == 0:
         return None
@@ -179,7 +179,7 @@ def _failure(planned: PlannedRun, status: int, stopping: bool) -> str | None:
 
 
 def _last_line(metrics: Path) -> dict[str, Any] | None:
-    """Return the newest complete line of training metrics."""
+    """Return the newest complete line of training metrics; None if there is none."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))

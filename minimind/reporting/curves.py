@@ -1,4 +1,4 @@
-"""Sections with the curves of training: loss, learning rate, throughput, memory, experts."""
+"""Sections with training curves: loss, learning rate, throughput, memory, experts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A section with a metric of metrics.jsonl. applies_to: the runs that have the metric.
+    """A section with the curves of a metric in metrics.jsonl.
 
-    key: the metric's name; a key that ends with a slash stands for all metrics with that prefix.
+    key: the metric's name, or a prefix of several metrics that ends with a slash. applies_to: True
+    for runs whose curves are drawn.
     """
 
     title: str
@@ -54,7 +55,7 @@ _CURVES = [
         "Cross-entropy of the next token, in nats; 0 would be a perfect prediction. A good curve "
         "falls fast, then slowly, with validation (text that is not trained on) close to train. "
         "Validation that rises while train falls means overfitting. A retention line shows the "
-        "loss on general data; its rise is forgetting.",
+        "loss on general data; if it rises, the model forgets.",
         "loss",
         "nats per token",
         ("tokens", "seconds"),
@@ -89,7 +90,7 @@ _CURVES = [
     ),
     _Curve(
         "Memory",
-        "Peak memory up to that step: of tensors on a GPU, elsewhere of the entire process. A "
+        "Peak memory up to each step: on a GPU that of tensors, elsewhere that of the process. A "
         "line that stays flat after the first steps is good.",
         "peak_memory_bytes",
         "bytes",
@@ -98,8 +99,8 @@ _CURVES = [
     ),
     _Curve(
         "Expert load",
-        "The fraction of routed tokens that each expert receives, and the highest and lowest of "
-        "any expert in any layer. Lines near the even share are good; an expert at zero learns "
+        "The fraction of routed tokens that each expert receives, and the maximum and minimum "
+        "over all experts and layers. Lines near the even share are good; an expert at zero learns "
         "nothing.",
         "expert_load/",
         "fraction",
@@ -108,7 +109,7 @@ _CURVES = [
     ),
     _Curve(
         "Dropped tokens",
-        "Token-to-expert assignments that were not computed. Zero is right: tokens are sorted by "
+        "Token-to-expert assignments that were not computed; always zero. Tokens are sorted by "
         "expert, and no expert has a capacity limit.",
         "dropped_tokens",
         "assignments",
@@ -133,11 +134,11 @@ _PREFERENCE_METRICS = {
 }
 _ABOUT_PREFERENCES = (
     "Preference optimization: learning which of two answers is better. The loss starts at 0.693, "
-    "the logarithm of 2 (with ipo elsewhere), and should fall. The reward of an answer is "
+    "which is ln 2 (another value with ipo), and should fall. The reward of an answer is "
     "proportional to the change of its log-probability since the start; chosen answers should have "
     "a higher reward than rejected ones. The accuracy is the fraction of pairs where they do. "
-    "Log-probabilities are in nats per answer: those of rejected answers should fall; if those of "
-    "chosen answers fall far too, the model gets worse at both."
+    "Log-probabilities are in nats per answer. Those of rejected answers should fall. If those of "
+    "chosen answers also fall far, the model gets worse at both."
 )
 
 
@@ -164,7 +165,7 @@ def add_curves(page: Page, chains: Sequence[Sequence[Run]]) -> None:
 
 
 def side_by_side(plots: Sequence[Plot]) -> Plots | None:
-    """Return plots as a block, None if there are none."""
+    """Return a block of plots, None if there are none."""
     if not plots:
         return None
     wide = any(plot.lines > _FEW_LINES for plot in plots)
@@ -208,7 +209,7 @@ def _lines_by_run(runs: Sequence[Run], key: str, axis: Axis) -> dict[str, list[L
 
 
 def _lines_by_kind(runs: Sequence[Run], key: str, axis: Axis) -> dict[str, list[Line]]:
-    """Return a line per run, of validation if the run has it, by kind of stage."""
+    """Return one line per run by kind of stage: validation if the run has it."""
     groups: dict[str, list[Line]] = {}
     for run in runs:
         curves = run.curves(key, axis)

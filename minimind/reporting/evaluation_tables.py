@@ -65,9 +65,9 @@ def _bars(name: str, counts: Mapping[str, tuple[int, int]]) -> Table:
     """Return a table of accuracies as bars, lowest first. counts: (right answers, questions)."""
     ordered = sorted(counts.items(), key=lambda item: item[1][0] / max(item[1][1], 1))
     rows: list[list[Cell]] = []
-    for part, (right, questions) in ordered:
+    for group, (right, questions) in ordered:
         fraction = right / max(questions, 1)
-        rows.append([part, Bar(fraction), f"{right}/{questions}", f"{fraction:.0%}"])
+        rows.append([group, Bar(fraction), f"{right}/{questions}", f"{fraction:.0%}"])
     return Table([name, "", "right", ""], rows, (2, 3))
 
 

@@ -19,7 +19,7 @@ Cell = str | bool | Bar  # a bool is a mark: right or wrong
 class Table:
     """A table. numbers: the indices of right-aligned columns.
 
-    In a table of kind "texts" all columns have the same width, and on a phone each cell is a line.
+    In a table of kind "texts" all columns have the same width; a narrow screen stacks the cells.
     """
 
     type: ClassVar[str] = "table"
@@ -48,7 +48,7 @@ class Plots:
 
 @dataclass(frozen=True)
 class Title:
-    """The title of a part of a section."""
+    """A subheading within a section."""
 
     type: ClassVar[str] = "title"
     text: str
@@ -56,7 +56,7 @@ class Title:
 
 @dataclass(frozen=True)
 class Problems:
-    """A list of problems."""
+    """A list of problems with the inputs."""
 
     type: ClassVar[str] = "problems"
     lines: Sequence[str]
@@ -76,7 +76,7 @@ Block = Table | Plots | Title | Problems | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence that explains the section, and its blocks."""
+    """A heading, a short explanation, and blocks."""
 
     title: str
     about: str
@@ -94,9 +94,9 @@ class Page:
 
     def add(self, title: str, about: str, *blocks: Block | None) -> None:
         """Add a section, unless all of its blocks are empty."""
-        shown = [block for block in blocks if block is not None and not _is_empty(block)]
-        if shown:
-            self.sections.append(Section(title, about, shown))
+        nonempty = [block for block in blocks if block is not None and not _is_empty(block)]
+        if nonempty:
+            self.sections.append(Section(title, about, nonempty))
 
 
 def _is_empty(block: Block) -> bool:

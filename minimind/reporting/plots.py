@@ -22,16 +22,19 @@ _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "path",  # glyphs as shapes, so that no font is needed
 }
-_MANY = 100  # from that many points on, training is smoothed and validation has no dots
+_MANY_POINTS = 100  # from here on, training is smoothed and validation has no dots
 _MAX_POINTS = 400
-_FEW_NAMES, _LONG_NAME = 4, 28  # a larger legend goes below the axes
+_FEW_NAMES, _LONG_NAME = 4, 28  # a legend with more or longer names goes below the axes
 Kind = Literal["train", "measured", "points", "fit"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line: `train` is smoothed, `measured` has a dot per point, `points` has only dots, `fit`
-    is dashed."""
+    """A curve of (x, y) points.
+
+    kind: `train` is smoothed, `measured` has a dot per point, `points` has only dots, `fit` is
+    dashed.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -65,14 +68,14 @@ def draw(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for number, line in enumerate(lines):
-            _add(axes, line, f"C{number}", "--" if number >= len(_COLORS) else "-")
+            _draw_line(axes, line, f"C{number}", "--" if number >= len(_COLORS) else "-")
         if level:
             name, value = level
             axes.axhline(value, ls="--", lw=1.2, color=_INK, alpha=0.6, label=name)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.15)
         if logarithmic:
-            _logarithmic(axes)
+            _set_logarithmic(axes)
         else:
             if from_zero:
                 axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
@@ -102,20 +105,20 @@ def as_file(drawing: str) -> str:
     return drawing.replace("<svg", f"<svg {names}", 1).replace("currentColor", "#808080")
 
 
-def _label(name: str) -> str:
+def _escape_label(name: str) -> str:
     """Escape a name: matplotlib reads $ as a formula, and hides names that start with _."""
     return re.sub("^_", " _", name.replace("$", r"\$"))
 
 
-def _add(axes: Any, line: Line, color: str, style: str) -> None:
-    points, label = thinned(line.points), _label(line.name)
+def _draw_line(axes: Any, line: Line, color: str, style: str) -> None:
+    points, label = thinned(line.points), _escape_label(line.name)
     xs, values = [x for x, _ in points], [value for _, value in points]
     if line.kind == "fit":
         axes.plot(xs, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=label)
     elif line.kind == "points":
         axes.plot(xs, values, ls="", marker="o", ms=4.5, color=color, label=label)
     else:
-        many = len(points) >= _MANY
+        many = len(points) >= _MANY_POINTS
         dots = "o" if len(points) == 1 or (line.kind == "measured" and not many) else ""
         if many and line.kind == "train":
             axes.plot(xs, values, lw=0.8, alpha=0.35, color=color)
@@ -123,7 +126,7 @@ def _add(axes: Any, line: Line, color: str, style: str) -> None:
         axes.plot(xs, values, marker=dots, ms=3.5, lw=1.6, ls=style, color=color, label=label)
 
 
-def _logarithmic(axes: Any) -> None:
+def _set_logarithmic(axes: Any) -> None:
     """Make both axes logarithmic, with enough tick labels even within one decade."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
@@ -133,17 +136,17 @@ def _logarithmic(axes: Any) -> None:
         (axes.yaxis, ScalarFormatter()),
     ):
         low, high = axis.get_view_interval()
-        subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 5 * low else _FINE
+        subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 5 * low else _FINE_TICKS
         axis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axis.set_major_formatter(formatter)
         axis.set_minor_formatter(NullFormatter())
 
 
-_FINE = tuple(round(1 + step / 4, 2) for step in range(36))
+_FINE_TICKS = tuple(round(1 + step / 4, 2) for step in range(36))
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average groups of neighbours down to `_MAX_POINTS`, so that long runs have small pages."""
+    """Average groups of neighbouring points, so that at most `_MAX_POINTS` remain."""
     size = -(-len(points) // _MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)] if points else []
     return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
@@ -151,6 +154,6 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Return a centred moving average, which has no lag."""
-    last, reach = len(values) - 1, len(values) // 40
-    near = [min(reach, i, last - i) for i in range(len(values))]
-    return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(near)]
+    last, max_radius = len(values) - 1, len(values) // 40
+    radii = [min(max_radius, i, last - i) for i in range(len(values))]
+    return [fmean(values[i - r : i + r + 1]) for i, r in enumerate(radii)]

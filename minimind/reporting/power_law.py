@@ -1,7 +1,7 @@
 """Power laws of the loss: L(x) = E + A / x^α.
 
-With E = 0 it is the form of Kaplan et al. 2020 (equation 1.1). With E > 0, the irreducible loss, it
-is that of Hoffmann et al. 2022 (equation 2).
+With E = 0 this is the form of Kaplan et al. 2020 (equation 1.1). With an irreducible loss E > 0 it
+is the form of Hoffmann et al. 2022 (equation 2).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Point = tuple[float, float]
 MIN_POINTS = 3
 _MIN_POINTS_WITH_FLOOR = 5  # a floor is a third parameter to fit
 _MIN_RANGE = 2.0  # largest x divided by smallest x
-_ROUNDS, _FLOORS = 5, 101  # of the grid search for the floor
+_ROUNDS, _FLOORS = 5, 101  # rounds and grid points of the search for the floor
 _ZERO_FLOOR = 1e-6  # relative to the lowest loss
 
 

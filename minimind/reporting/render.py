@@ -1,7 +1,7 @@
 """Render pages as self-contained HTML and as Markdown, by the Jinja templates in `templates/`.
 
-Both environments escape every expression that is not marked as safe. Only SVG drawings of our own
-are.
+Both environments escape every expression that is not marked as safe. Only the SVG drawings of
+`plots.py` are marked as safe.
 """
 
 import html
@@ -18,12 +18,12 @@ from minimind.reporting.plots import as_file
 
 
 def to_html(page: Page) -> str:
-    """Render one HTML file that loads nothing else."""
+    """Render a self-contained HTML file."""
     return _HTML.get_template("page.html.jinja").render(page=page)
 
 
 def to_markdown(page: Page, folder: str = "") -> str:
-    """Render Markdown that shows its plots from `folder`, named as by `drawings_of`."""
+    """Render Markdown; its plots are the files in `folder` that `drawings_of` names."""
     text = _MARKDOWN.get_template("page.md.jinja").render(page=page, folder=Markup(folder))
     return text.strip("\n") + "\n"
 

@@ -1,4 +1,4 @@
-"""`report.html` and `report.md`: one page on training runs, made from their directories alone."""
+"""`report.html` and `report.md`: one page about training runs, built from their directories."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Report:
 
 
 def make_report(sources: Sequence[Path], *, price: float | None = None) -> Report:
-    """Report on the runs and results in the sources. price: the cost of an hour of training.
+    """Build a report on the runs and results in the sources. price: cost per hour of training.
 
     One chain of runs is shown stage by stage; several chains share their axes. Raises DataError
     if no source has a run or results.
@@ -81,12 +81,12 @@ _ABOUT = {
     "loss. Fine-tuning computes the loss on answers only, so its metrics cannot be compared with "
     "those of pretraining.",
     "Runs": "One row per run. Loss and bits per byte are those on validation data at the end. "
-    "Compare runs with different tokenizers by bits per byte only, and any runs only on the same "
-    "data.",
-    "Samples": "Continuations of the same prompts at each validation. In a good run they grow from "
-    "repeated words to sentences, and from sentences to true ones.",
-    "Recipes": "All settings of each stage. minimind train FILE runs a stage from such a file "
-    "again.",
+    "Runs are comparable only on the same data. With different tokenizers, compare bits per byte, "
+    "not loss.",
+    "Samples": "Continuations of the same prompts at each validation. In a good run they develop "
+    "from repeated words to sentences, and then to correct statements.",
+    "Recipes": "All settings of each stage. To repeat a stage, save its settings to a file and run "
+    "minimind train FILE.",
 }
 
 
@@ -192,7 +192,10 @@ def _cards(inputs: Inputs, price: float | None) -> dict[str, str]:
 
 
 def _samples(run: Run) -> list[Title | Table]:
-    """Return a table with a row per validation, the last included, and a column per prompt."""
+    """Return a table with a row per validation and a column per prompt.
+
+    Of many validations, evenly spaced ones are shown, including the last.
+    """
     by_step: dict[int, dict[str, str]] = {}
     for line in run.history:
         if line["kind"] == "sample":

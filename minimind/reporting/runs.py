@@ -1,4 +1,4 @@
-"""Training runs and benchmark results, read from disk; damage is reported, the rest is read."""
+"""Training runs and benchmark results, read from disk; damaged parts are skipped and reported."""
 
 import json
 import math
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def metrics(self) -> Metrics:
-        """The summary, completed from the newest lines of the history."""
+        """The summary; metrics that it lacks are from the newest lines of the history."""
         newest: Metrics = {}
         for line in self.history:
             if line["kind"] == "train":
@@ -62,8 +62,8 @@ class Run:
     def curves(self, key: str, axis: Axis) -> dict[str, list[tuple[float, float]]]:
         """Return the curves of a metric as (tokens or seconds, value), by name for the legend.
 
-        Without a slash at its end, `key` is a metric and the names are kinds of lines: train,
-        validation, retention. With a slash, it is the prefix of several metrics of training.
+        A key without a final slash is a metric; its curves are train, validation and retention. A
+        key with a final slash is the prefix of several training metrics, with a curve each.
         """
         by_name: dict[str, list[tuple[int, float]]] = {}
         for line in self.history:
@@ -170,9 +170,9 @@ def _parse_object(text: str | None) -> Metrics:
 class Inputs:
     """Everything that the sources of a report contain.
 
-    chains: lists of runs, each run the stage after the one before. benchmarks: results of `minimind
+    chains: lists of runs, each starting from the run before it. benchmarks: results of `minimind
     eval`. demo: the summary of `minimind demo`. sweep_settings: the settings that a sweep varies,
-    by run. failed: messages about failed runs of a sweep. missing: sources without content.
+    by run. failed: messages about failed runs of a sweep. missing: sources without runs or results.
     """
 
     chains: list[list[Run]] = field(default_factory=list)
@@ -197,10 +197,10 @@ def find_runs(sources: Sequence[Path]) -> Inputs:
         if source.name == "model" and _is_run(source.parent):
             source = source.parent
         if _is_run(source):
-            inside = [source]
+            run_folders = [source]
         else:
-            inside = sorted(recipe.parent for recipe in source.glob("*/recipe.toml"))
-        folders |= dict.fromkeys(inside)
+            run_folders = sorted(recipe.parent for recipe in source.glob("*/recipe.toml"))
+        folders |= dict.fromkeys(run_folders)
         benchmarks = _read_benchmarks(source)
         inputs.benchmarks += [result for result in benchmarks if result not in inputs.benchmarks]
         if _is_run(source):
@@ -215,13 +215,15 @@ def find_runs(sources: Sequence[Path]) -> Inputs:
             failed |= failures if isinstance(failures, dict) else {}
         if not source.exists():
             inputs.missing.append(f"{source}: no such file or folder")
-        elif not inside and not benchmarks:
+        elif not run_folders and not benchmarks:
             inputs.missing.append(f"{source}: contains no run and no benchmark results")
     order = {name: number for number, name in enumerate(inputs.sweep_settings)}
     in_order = sorted(folders, key=lambda folder: order.get(folder.name, len(order)))
     runs = [read_run(folder) for folder in _with_origins(in_order)]
-    finished = {run.name for run in runs if run.finished}  # perhaps after a failure in the sweep
-    inputs.failed = [f"{name}: {why}" for name, why in failed.items() if name not in finished]
+    finished = {
+        run.name for run in runs if run.finished
+    }  # a failed run of a sweep may have been finished later
+    inputs.failed = [f"{name}: {reason}" for name, reason in failed.items() if name not in finished]
     inputs.chains = _chains(runs)
     _make_names_unique(inputs.runs)
     return inputs
@@ -274,9 +276,9 @@ def _origin(settings: Mapping[str, Any]) -> Path | None:
 def _chains(runs: Sequence[Run]) -> list[list[Run]]:
     """Group runs into chains in which each run starts from the one before.
 
-    If the origin of a run was moved, a run of the same name next to it is taken. Several runs that
-    start from the same run follow it in one chain if they are of different kinds (such as a model
-    and an adapter for it). Otherwise each of them starts a chain.
+    If the origin of a run was moved, a run with its name in the same folder is used instead.
+    Several runs with the same origin follow it in one chain if they are of different kinds (such
+    as a model and an adapter for it). Otherwise each of them starts a new chain.
     """
     by_folder = {run.folder.resolve(): run for run in runs}
     successors: dict[Path, list[Run]] = {}

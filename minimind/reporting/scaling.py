@@ -12,11 +12,11 @@ from minimind.reporting.runs import Metrics, Run
 
 _ABOUT = (
     "How the loss falls with parameters, tokens and time, on logarithmic axes, with a fitted power "
-    "law where possible. By parameters, each point is a finished run. By tokens and time, the fit "
-    "is through the lowest loss that any run had reached by then, without the first tenth. Those "
-    "points are higher than runs of just that length would end, because their learning rate had "
-    "not decayed yet. R² is the fraction of the variance of the loss's logarithm that the law "
-    "explains for these runs; beyond their range the law is a guess."
+    "law where possible. By parameters, each point is a finished run. By tokens and time, the law "
+    "is fitted to the lowest loss that any run had reached at that point, without the first tenth. "
+    "That loss is higher than the final loss of a run of this length, because the learning rate "
+    "had not decayed yet. R² is the fraction of the variance of log loss that the law explains. "
+    "Outside the range of these runs the law is an extrapolation."
 )
 _SYMBOLS = {"parameters": "N", "tokens": "D", "seconds": "t"}
 _NAMES = {"parameters": "parameters", "tokens": AXES["tokens"], "seconds": AXES["seconds"]}
@@ -24,7 +24,7 @@ _NAMES = {"parameters": "parameters", "tokens": AXES["tokens"], "seconds": AXES[
 
 @dataclass(frozen=True)
 class _Axis:
-    """Lines to draw over one axis, and the points that the law is fitted to."""
+    """The lines of one plot, the points that the law is fitted to, and the fit."""
 
     lines: Sequence[Line]
     points: Sequence[Point]
@@ -110,7 +110,7 @@ def _setting_plots(
     runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str, unit: str
 ) -> list[Plot]:
     plots = []
-    for setting in _varied(runs, sweep):
+    for setting in _varied_settings(runs, sweep):
         points = [
             (float(value), loss)
             for run in runs
@@ -125,7 +125,7 @@ def _setting_plots(
 
 
 def _setting_table(runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str) -> Table | None:
-    settings = _varied(runs, sweep)
+    settings = _varied_settings(runs, sweep)
     rows: list[list[Cell]] = [
         [
             run.name,
@@ -138,5 +138,5 @@ def _setting_table(runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str) 
     return Table(head, rows, range(1, len(head))) if settings else None
 
 
-def _varied(runs: Sequence[Run], sweep: Mapping[str, Metrics]) -> list[str]:
+def _varied_settings(runs: Sequence[Run], sweep: Mapping[str, Metrics]) -> list[str]:
     return list(dict.fromkeys(key for run in runs for key in sweep.get(run.name, {})))

@@ -58,7 +58,7 @@ class Answers:
         self._pieces.put_nowait((index, piece))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield (choice, piece) as they arrive. Raises APIError when generation fails."""
+        """Yield (choice, piece) pairs as they arrive. Raises APIError when generation fails."""
         while self._num_unfinished:
             index, piece = await self._pieces.get()
             if piece.finish_reason == "cancelled":

@@ -51,7 +51,7 @@ _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorResponse, "description": "The service cannot answer."},
 }
 _STREAM: dict[str, Any] = {"text/event-stream": {}}  # OpenAPI 3.1 cannot describe the chunks
-_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+_PLAIN_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 class Service:
@@ -240,7 +240,7 @@ def _api_router(service: Service, *, needs_key: bool) -> APIRouter:
         route_class=_StrictJSONRoute, responses=_ERROR_RESPONSES, dependencies=dependencies
     )
 
-    @router.get("/metrics", response_class=Response, responses={200: {"content": _TEXT}})
+    @router.get("/metrics", response_class=Response, responses={200: {"content": _PLAIN_TEXT}})
     async def metrics() -> Response:
         """Get metrics in Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -14,8 +14,8 @@ from minimind.serving.errors import APIError
 from minimind.serving.swagger_ui import DOCS_PATH, STATIC_FILES
 
 HEALTH_PATH = "/health"
-# Browsers send no key when they open a page. The docs contain no secrets, and the requests that
-# one sends from them need a key.
+# Browsers send no key when they open a page. The docs contain no secrets, and
+# requests sent from them need a key.
 PUBLIC_DOCS = {DOCS_PATH, "/openapi.json", *STATIC_FILES}
 
 

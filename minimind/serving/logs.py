@@ -20,7 +20,7 @@ def log(event: str, **fields: object) -> None:
 class JsonLines(logging.Formatter):
     """Formats records of this package, of uvicorn and of other packages as JSON lines.
 
-    Of an exception only the type and the traceback: its message might quote a request.
+    Exceptions are logged with type and traceback only: their message might quote a request.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -41,7 +41,7 @@ class ServedModel:
 
     @property
     def cache_summary(self) -> str:
-        """Size of the KV cache in words, for the start of the service."""
+        """Description of the KV cache, printed when the service starts."""
         engine = self.engine
         summary = (
             f"KV cache of {engine.model.slots} × {engine.context:,} tokens "
@@ -116,7 +116,7 @@ def _resolves(resolve: Callable[[Path], Path], path: Path) -> bool:
 
 
 def _named_source(path: Path) -> tuple[str, Source]:
-    path = Path(os.path.abspath(path))  # not resolved: a linked model has the name of its link
+    path = Path(os.path.abspath(path))  # not resolved: a link names its model
     if _is_model(path):
         directory = resolve_model_directory(path)
         return _name(path, directory), Source(directory.resolve())

@@ -11,9 +11,8 @@ from starlette.types import Receive, Scope, Send
 from minimind.serving.errors import APIError
 from minimind.serving.logs import LOG_FIELDS
 
-CLIENT_CLOSED_REQUEST = (
-    499  # nginx's status for a client that disconnected; only in log and metrics
-)
+# nginx's status for a client that disconnected; only in log and metrics
+CLIENT_CLOSED_REQUEST = 499
 
 T = TypeVar("T")
 

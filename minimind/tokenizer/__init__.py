@@ -1,4 +1,12 @@
-"""Text to token ids and back: byte-level BPE, chat format, third-party tokenizers."""
+"""Text and conversations to token ids and back.
+
+Reading order:
+
+1. `format.py`: control tokens and our chat template.
+2. `chat.py`: conversations to token ids and loss masks.
+3. `bpe.py`, `tokenizer.py`, `train.py`: byte-level BPE, encoding and decoding, training.
+4. `foreign.py`, `template.py`: tokenizers of other projects and their chat templates.
+"""
 
 from minimind.tokenizer.chat import encode_chat, validate_messages
 from minimind.tokenizer.format import SPECIAL_TOKENS

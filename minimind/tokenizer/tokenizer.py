@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer as BPE
 
 from minimind.errors import ResourceError, TokenizerError
+from minimind.files import write_atomically
 from minimind.tokenizer.bpe import byte_encoder, load_bpe, without_surrogates
 from minimind.tokenizer.foreign import ForeignFiles, read_json
 from minimind.tokenizer.format import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
@@ -118,14 +118,14 @@ class Tokenizer:
             if self._foreign:
                 self._foreign.write(directory, with_generation_config=not self._gets_our_template)
                 if self._gets_our_template:
-                    _write(directory / "chat_template.jinja", CHAT_TEMPLATE)
+                    write_atomically(directory / "chat_template.jinja", CHAT_TEMPLATE)
                 return
-            _write(directory / "chat_template.jinja", CHAT_TEMPLATE)
-            _write(
+            write_atomically(directory / "chat_template.jinja", CHAT_TEMPLATE)
+            write_atomically(
                 directory / "tokenizer_config.json",
                 json.dumps(config, ensure_ascii=False, indent=2) + "\n",
             )
-            _write(directory / "tokenizer.json", self._json)
+            write_atomically(directory / "tokenizer.json", self._json)
         except OSError as error:
             raise ResourceError(
                 f"{directory}: cannot write the tokenizer here ({error.strerror}); "
@@ -315,13 +315,6 @@ class Tokenizer:
         tokens = self.text_bytes_of if skip_special_tokens else self.bytes_of
         valid = range(len(tokens))
         return b"".join([tokens[i] for i in ids if i in valid]).decode("utf-8", errors="replace")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
 
 
 def _is_tag(name: str) -> bool:

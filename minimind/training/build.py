@@ -1,4 +1,4 @@
-"""Build what a stage trains from its recipe: tokenizer, model and objective.
+"""Build the tokenizer, the model and the objective of a stage from its recipe.
 
 Training, `minimind plan` and `minimind checkpoints extract` share these functions, so that they
 accept and refuse the same recipes. `datasets.py` builds the data.
@@ -31,7 +31,7 @@ _DEFAULT_VOCAB_SIZE = 6400  # of `minimind tokenizer train`
 def check_recipe(recipe: Recipe) -> None:
     """Raise ConfigError for settings that contradict each other, before anything is read."""
     if recipe.lora and not recipe.model.init:
-        raise ConfigError("lora: adapters need a model to be trained on; give --model MODEL")
+        raise ConfigError("lora: an adapter needs a base model; give --model MODEL")
     if recipe.lora and recipe.optim.name != "adamw":
         raise ConfigError('lora: adapters are trained with AdamW; set optim.name = "adamw"')
     if recipe.lora and recipe.model.context:
@@ -53,9 +53,9 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def needs_base(recipe: Recipe) -> bool:
-    """Return True if a run needs its base model as well as its checkpoints.
+    """Return True if resuming needs the base model in addition to a checkpoint.
 
-    Adapters are trained on top of it, and DPO compares with its probabilities.
+    An adapter is trained on top of it; for DPO it is the reference model.
     """
     return bool(recipe.model.init and (recipe.lora or recipe.objective == "dpo"))
 
@@ -63,8 +63,8 @@ def needs_base(recipe: Recipe) -> bool:
 def load_tokenizer(recipe: Recipe, copy: Path | None = None) -> Tokenizer | None:
     """Load the tokenizer of a stage; None if the recipe names neither a tokenizer nor a model.
 
-    copy: the copy in the directory of a run that has begun. It replaces the base model's tokenizer,
-    and one that was removed.
+    copy: the tokenizer saved in a run that has begun. It is used instead of the base model's, and
+    if the tokenizer that the recipe names was removed.
     """
     named = Path(recipe.tokenizer) if recipe.tokenizer else None
     if copy and copy.is_dir() and not (named and named.exists()):
@@ -85,8 +85,8 @@ def build_model(
 ) -> Transformer:
     """Build or load the model that a stage trains.
 
-    saved: the configuration in a checkpoint that holds all weights; then the base model is not
-    read. Without a tokenizer a new model gets the default vocabulary size.
+    saved: the model configuration in a checkpoint that holds all weights; the base model is not
+    read then. Without a tokenizer, a new model has the default vocabulary size.
     Raises ConfigError and ModelError.
     """
     check_recipe(recipe)
@@ -139,9 +139,9 @@ def _extend_context(model: Transformer, context: int, kind: RopeKind | None) -> 
 def build_tokenizer_and_model(
     recipe: Recipe, run: Path, device: torch.device, state: Mapping[str, Any]
 ) -> tuple[Tokenizer, Transformer]:
-    """Build what a stage begins with or, if `state` is that of a checkpoint, resumes with.
+    """Build the tokenizer and the model that a stage starts or resumes with.
 
-    The weights of the checkpoint are loaded later.
+    state: that of the checkpoint to resume from, whose weights are loaded later; else empty.
     """
     tokenizer = load_tokenizer(recipe, run / TOKENIZER_COPY if state else None)
     config = None if needs_base(recipe) else state.get("config")
@@ -155,7 +155,7 @@ def build_tokenizer_and_model(
 
 
 def build_footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footprint:
-    """Describe what the memory of the stage's training step depends on."""
+    """Return the quantities that determine the memory of the stage's training step."""
     return Footprint(
         model.config,
         count_parameters(model),
@@ -173,7 +173,7 @@ def count_parameters(model: Transformer, *, trained: bool = False) -> int:
 
 
 def build_objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Objective:
-    """Build the loss that the recipe trains with."""
+    """Build the training objective of the recipe."""
     balance = recipe.training.router_aux_loss_coef
     if recipe.objective == "dpo":
         return Preference(recipe.dpo, router_balance=balance)
@@ -194,12 +194,12 @@ def check_base(recipe: Recipe, run: Path, state: Mapping[str, Any]) -> str:
         if not state:
             raise
         raise CheckpointError(
-            f"{run} needs the model that it began with: {error}. {advice}"
+            f"{run} needs the base model that it began with: {error}. {advice}"
         ) from error
     if state and state.get("base_sha256") != digest:
         raise CheckpointError(
-            f"{run}: {recipe.model.init} is not the model that this run began with, and what was "
-            f"trained on top of that model fits no other. {advice}"
+            f"{run}: {recipe.model.init} is not the base model that this run began with, and its "
+            f"checkpoints are valid only with that model. {advice}"
         )
     return digest
 

@@ -96,10 +96,10 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` and return its path.
 
-    Of the older checkpoints the newest `keep`, that of step `best` and those of the steps in
-    `protect` remain. Checkpoints of the same and of later steps were skipped as damaged when the
-    run was resumed; they are renamed. Raises ResourceError if the checkpoint cannot be written;
-    older ones are untouched then.
+    The newest `keep` checkpoints are kept, and those of step `best` and the steps in `protect`;
+    others are deleted. Checkpoints of this and later steps were skipped as damaged on resume; they
+    are renamed. Raises ResourceError if the checkpoint cannot be written; older ones are unchanged
+    then.
     """
     folder = checkpoints_folder(run)
     path = folder / f"step-{step:08}"
@@ -110,7 +110,7 @@ def save_checkpoint(
         if disk.free < num_bytes and disk.total:  # some network disks report only zeros
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # Network disks keep .nfs files of removed directories, so the name may be taken.
-        temporary = _unused(folder / f"{_TMP_PREFIX}{step:08}")
+        temporary = _unused_path(folder / f"{_TMP_PREFIX}{step:08}")
         temporary.mkdir(parents=True)
         _write_files(temporary, step, model, optimizer, state)
         if path.exists():
@@ -143,7 +143,7 @@ def _write_files(
     for name, tensors in zip(_FILES, (model, optimizer), strict=False):
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         safetensors.torch.save_file(contiguous, folder / name)
-        del contiguous  # before the next file's copies are made
+        del contiguous  # free the copies before those of the next file are made
     (folder / "state.json").write_text(json.dumps(dict(state)), encoding="utf-8")
     for name in _FILES:
         fsync(folder / name)
@@ -154,9 +154,10 @@ def _write_files(
 
 
 def _prune(run: Path, keep: int, protected: Collection[int | None]) -> None:
-    """Rename all but the newest `keep` checkpoints and the protected ones for removal.
+    """Mark checkpoints for removal, except the newest `keep` and the protected ones.
 
-    Renaming first is atomic: a process that is killed while deleting leaves no partial checkpoint.
+    They are renamed first, which is atomic: a process killed while deleting leaves no partial
+    checkpoint.
     """
     for old in checkpoint_paths(run)[keep:]:
         if step_of(old) not in protected:
@@ -164,27 +165,28 @@ def _prune(run: Path, keep: int, protected: Collection[int | None]) -> None:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove directories that are incomplete or to be deleted."""
+    """Delete checkpoints that are incomplete or marked for removal."""
     for path in folder.glob(f"{_TMP_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path, prefix: str = _DAMAGED_PREFIX) -> None:
     """Rename a checkpoint so that no run resumes from it. Its files are kept."""
-    os.replace(path, _unused(path.with_name(f"{prefix}{path.name}")))
+    os.replace(path, _unused_path(path.with_name(f"{prefix}{path.name}")))
 
 
-def _unused(path: Path) -> Path:
+def _unused_path(path: Path) -> Path:
     """Return the path, or the first of path-2, path-3, … that does not exist."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(one for one in itertools.chain([path], numbered) if not one.exists())
+    candidates = itertools.chain([path], numbered)
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def latest_checkpoint(run: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest valid checkpoint, or None if none was ever saved.
 
-    warn: receives a line for each damaged checkpoint that is skipped. Raises CheckpointError if all
-    are damaged, or if one cannot be read at the moment.
+    warn: called with a line for each damaged checkpoint that is skipped. Raises CheckpointError if
+    all are damaged, or if one cannot be read at the moment.
     """
     paths = checkpoint_paths(run)
     for path in paths:
@@ -245,7 +247,7 @@ class CheckpointInfo:
 def inspect_checkpoints(run: Path, *, verify_hashes: bool) -> list[CheckpointInfo]:
     """Describe the checkpoints of a run, oldest first.
 
-    verify_hashes: read every byte; otherwise compare file sizes and read only state.json.
+    verify_hashes: verify the hash of every file; otherwise only file sizes and state.json.
     """
     infos = []
     for path in reversed(checkpoint_paths(run)):
@@ -284,13 +286,14 @@ def best_step(infos: Sequence[CheckpointInfo]) -> int | None:
 
 
 class _DamageError(Exception):
-    """A checkpoint is incomplete, or its bytes differ from those that were saved."""
+    """Error for a checkpoint that is incomplete, or whose bytes differ from those saved."""
 
 
 def _load(path: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """Verify and open a checkpoint. Raises _DamageError, and CheckpointError if it is unreadable.
+    """Verify and open a checkpoint.
 
-    A file that is missing is damage, a file that the system cannot read now is not.
+    Raises _DamageError if it is damaged or a file is missing, and CheckpointError if the system
+    cannot read it now.
     """
     try:
         _verify(path, verify_hashes=True)
@@ -321,7 +324,7 @@ def _verify(path: Path, verify_hashes: bool) -> None:
             raise _DamageError(f"{_MANIFEST} does not describe state.json")
         for name in _FILES:
             if (path / name).stat().st_size != entries[name]["bytes"]:
-                raise _DamageError(f"{name} is not as long as {_MANIFEST} says")
+                raise _DamageError(f"the size of {name} is not that in {_MANIFEST}")
     except FileNotFoundError:
         raise
     except (NotADirectoryError, IsADirectoryError) as error:
@@ -333,7 +336,7 @@ def _verify(path: Path, verify_hashes: bool) -> None:
 
 
 def _verify_manifest(path: Path) -> None:
-    """Compare the manifest, byte by byte, with the one these files would get."""
+    """Compare the manifest, byte by byte, with the one that these files would have."""
     entries = {name: _manifest_entry(path / name) for name in _FILES}
     manifest = (path / _MANIFEST).read_bytes()
     if manifest != _manifest_text(step_of(path), entries).encode():
@@ -342,7 +345,7 @@ def _verify_manifest(path: Path) -> None:
 
 
 def _unknown_files(path: Path) -> list[str]:
-    """List files that belong neither to a checkpoint nor to file managers or network disks."""
+    """List the files that are neither part of a checkpoint nor stray (`is_stray`)."""
     if not path.is_dir():
         return []
     names = {file.name for file in path.iterdir()} - {*_FILES, _MANIFEST}

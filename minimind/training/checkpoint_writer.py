@@ -17,7 +17,7 @@ from minimind.training.checkpoint import save_checkpoint
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of a run in a background thread, one at a time.
+    """Writer of the checkpoints of a run, one at a time, in a background thread.
 
     A failed write raises its ResourceError in the caller, at the next `check`, `save` or `wait`.
     """
@@ -48,8 +48,10 @@ class CheckpointWriter:
             save_checkpoint,
             self._run,
             step,
-            model={name: self._copy(f"model/{name}", t) for name, t in model.items()},
-            optimizer={name: self._copy(f"optimizer/{name}", t) for name, t in optimizer.items()},
+            model={name: self._copy_to_host(f"model/{name}", t) for name, t in model.items()},
+            optimizer={
+                name: self._copy_to_host(f"optimizer/{name}", t) for name, t in optimizer.items()
+            },
             state=copy.deepcopy(dict(state)),
             keep=self._keep,
             best=best,
@@ -67,8 +69,8 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        # Allocating new memory takes longer than the copy itself, so buffers are reused.
+    def _copy_to_host(self, name: str, tensor: Tensor) -> Tensor:
+        # Allocating memory takes longer than the copy itself, so buffers are reused.
         if name not in self._buffers:
             self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return self._buffers[name].copy_(tensor.detach())
@@ -95,8 +97,8 @@ class CheckpointWriter:
     ) -> None:
         """Wait for the running write, except after KeyboardInterrupt.
 
-        An exception that is already being raised is kept, unless it is a ResourceError: the disk
-        is full then, and the error of the checkpoint says how much space is needed.
+        The exception that left the block is not replaced by an error of the write, unless it is a
+        ResourceError: the disk is full then, and the write's error says how much space is needed.
         """
         if kind is None or issubclass(kind, ResourceError):
             self.wait()

@@ -1,4 +1,4 @@
-"""Build the data of a stage: token stores, and the datasets of packed sequences on top of them."""
+"""Build the data of a stage: token stores, and datasets of packed sequences from them."""
 
 import hashlib
 import json
@@ -46,7 +46,10 @@ class Datasets:
 
 
 def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Stores:
-    """Tokenize the data, or open the stores of an earlier run. Raises what reading it raises."""
+    """Tokenize the data, or open the stores of an earlier run.
+
+    Raises ConfigError if there are no sources, and the errors of reading them.
+    """
     settings = recipe.data
     if not settings.sources:
         raise ConfigError("data.sources is empty: give --data FILE, or set it in the recipe")
@@ -63,8 +66,8 @@ def open_stores(recipe: Recipe, tokenizer: Tokenizer, reporter: Reporter) -> Sto
         ],
         [_open_store(source, None, settings, tokenizer, reporter) for source in settings.retention],
     )
-    filled = [store.manifest["substituted"] for store in stores.all]
-    for key in sorted(settings.variables.keys() - set().union(*filled)):
+    substituted = [store.manifest["substituted"] for store in stores.all]
+    for key in sorted(settings.variables.keys() - set().union(*substituted)):
         reporter.say(f"data.variables.{key} is not used: no record contains {{{{{key}}}}}")
     return stores
 
@@ -77,7 +80,7 @@ def _open_store(
     reporter: Reporter,
     validation_fraction: float = 0.0,
 ) -> TokenStore:
-    """Open the store of one file. kind: None to detect text or conversations."""
+    """Open the store of one file. kind: None means detect text or conversations."""
     folder = Path(settings.store) if settings.store else default_folder()
     path = textbook_file(source.path, folder, settings.variables)
     if kind is None:
@@ -109,13 +112,13 @@ def _open_store(
 
 
 def data_sha256(stores: Stores) -> str:
-    """Return the SHA-256 of the data files and of how they were tokenized."""
+    """Return the SHA-256 of the data files and the settings that they were tokenized with."""
     keys = ("kind", "schema", "variables", "validation_fraction", "tokenizer_sha256")
-    described = [
+    identity = [
         [store.manifest[key] for key in keys] + [file["sha256"] for file in store.manifest["files"]]
         for store in stores.all
     ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def build_datasets(
@@ -172,10 +175,10 @@ def _pack(store: TokenStore, split: Split, recipe: Recipe, tokenizer: Tokenizer)
 def _describe_packing(packed: ChatSequences | PairSequences) -> str:
     """Describe how many conversations or pairs were packed, truncated and left out."""
     report, pairs = packed.report, isinstance(packed, PairSequences)
-    identical = f", {report.identical:,} because both sides are the same" * pairs
+    identical = f", {report.identical:,} because chosen and rejected are identical" * pairs
     return (
         f"{pluralize(report.items, 'pair' if pairs else 'conversation')} in "
         f"{pluralize(report.sequences, 'sequence')}, {report.packing_efficiency:.1%} full; "
-        f"{report.truncated:,} truncated, {report.unsupervised:,} left out because no "
-        f"answer was left{identical}"
+        f"{report.truncated:,} truncated, {report.unsupervised:,} left out because they have "
+        f"no supervised tokens{identical}"
     )

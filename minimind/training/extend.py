@@ -1,8 +1,8 @@
 """Extend a run: continue it for more steps than it was planned for.
 
 Under the WSD schedule (warmup, stable, decay) the learning rate is constant until the final decay.
-Up to the checkpoint at the end of the stable phase a longer run is identical to a shorter one, so
-extending it from there gives the same bits as planning more steps at the start. The model of the
+Until the end of the stable phase, a longer run is identical to a shorter one. Extending a run from
+the checkpoint there is bit-identical to planning more steps at the start. The model of the
 shorter run is the decayed branch (Hu et al. 2024, MiniCPM, section 4).
 """
 
@@ -33,9 +33,9 @@ def stable_steps(num_steps: int, schedule: ScheduleSettings) -> int | None:
 def extend_run(run: Path, recipe: Recipe, num_steps: int, say: Callable[[str], None]) -> None:
     """Prepare a run for `num_steps` steps if it was planned for fewer.
 
-    Under WSD it continues from the newest checkpoint before the decay, and the checkpoints of the
-    decay are renamed. With another schedule, or if no such checkpoint was kept, it continues from
-    the newest one. The model of the shorter run stays until the longer one is finished.
+    Under WSD, the run continues from the newest checkpoint before the decay, and later checkpoints
+    are renamed. With another schedule, or if no such checkpoint was kept, it continues from the
+    newest one. The model of the shorter run is kept until the longer one is finished.
     Raises ConfigError for fewer steps than planned, CheckpointError if no checkpoint is left.
     """
     infos = [info for info in inspect_checkpoints(run, verify_hashes=False) if not info.error]

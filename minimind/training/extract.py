@@ -22,15 +22,15 @@ from minimind.training.stage import save_output
 def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
     """Write the model or the adapter of a checkpoint to `out` and return its step.
 
-    step: None means the best by validation.
-    Raises CheckpointError if the checkpoint is missing, damaged or of another base model, and
+    step: None means the step with the best validation.
+    Raises CheckpointError if the checkpoint is missing, damaged or needs another base model, and
     ModelError if `out` is not empty.
     """
     if out.is_file() or (out.is_dir() and not is_empty(out)):
         raise ModelError(
             f"{out} already exists and would be overwritten; give another --out, or remove it first"
         )
-    step = _select(run, inspect_checkpoints(run, verify_hashes=False), step)
+    step = _select_step(run, inspect_checkpoints(run, verify_hashes=False), step)
     checkpoint = load_checkpoint(run, step)
     recipe = load_recipe(run / RECIPE_FILE).recipe
     check_base(recipe, run, checkpoint.state)
@@ -41,7 +41,7 @@ def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
     return step
 
 
-def _select(run: Path, infos: list[CheckpointInfo], step: int | None) -> int:
+def _select_step(run: Path, infos: list[CheckpointInfo], step: int | None) -> int:
     """Return the step to extract: the requested one or the best. Raises CheckpointError."""
     if not infos:
         raise CheckpointError(f"{run} has no checkpoints; give a run directory that has some")
@@ -49,7 +49,8 @@ def _select(run: Path, infos: list[CheckpointInfo], step: int | None) -> int:
     best = best_step(infos) if step is None else None
     if step is None and best is None:
         raise CheckpointError(
-            f"{run}: no validation says which checkpoint is the best; give --step, one of {steps}"
+            f"{run}: no validation is recorded, so the best checkpoint is unknown; "
+            f"give --step, one of {steps}"
         )
     selected = best if step is None else step
     assert selected is not None

@@ -44,8 +44,8 @@ def run_lock(run: Path) -> Iterator[None]:
 def _describe_holder(holder_file: Path) -> str:
     """Describe the process that holds the lock.
 
-    The file may be missing, or be left by a process that was killed, for the moment between the
-    holder's locking and its writing; so it is read several times.
+    The holder locks first and writes this file a moment later. Until then the file is missing or
+    that of a process that was killed, so reading is retried.
     """
     for _ in range(_HOLDER_READ_RETRIES):
         try:

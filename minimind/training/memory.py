@@ -11,30 +11,30 @@ from minimind.errors import ResourceError
 from minimind.training.objectives.next_token import LOGIT_CHUNK
 from minimind.training.reporter import pluralize
 
-# Bytes of activations, fitted to measurements on a CPU in bf16; estimates are within a third
-# (benchmarks/records/memory.md).
-_PER_HIDDEN = 26  # per token and layer, for each unit of the hidden size
-_PER_INTERMEDIATE = 8  # … for each unit of the active intermediate size
-_PER_ROUTED = 12  # … for each unit of the hidden states sent to experts
-_PER_SCORE = 3  # … for each attention score, where attention scores are materialised
+# Bytes of activations, fitted to measurements on a CPU in bf16. Estimates are off by at most a
+# third (benchmarks/records/memory.md).
+_PER_HIDDEN = 26  # per token, layer and unit of the hidden size
+_PER_INTERMEDIATE = 8  # per token, layer and unit of the active intermediate size
+_PER_ROUTED = 12  # per token, layer and unit of the hidden states sent to routed experts
+_PER_SCORE = 3  # per attention score and layer, where scores are materialised
 _PER_LOGIT = 16  # per logit of a chunk: the logits and their gradient
 _MAX_MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 32768, "mps": 8192}  # larger is no faster
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the memory of a training step depends on: the model's shape and how it is trained."""
+    """The quantities that determine the memory of a training step."""
 
     config: ModelConfig
     parameters: int
     trained_parameters: int
-    moments: int  # numbers in the optimizer's state
+    moments: int  # elements of the optimizer state
     seq_len: int
     device_type: str
     activation_checkpointing: bool = False
 
     def components(self, micro_batch: int) -> dict[str, int]:
-        """Estimate the bytes of each component for a micro-batch of this many sequences."""
+        """Estimate the bytes of each component for micro-batches of `micro_batch` sequences."""
         config, tokens = self.config, micro_batch * self.seq_len
         scores = config.num_attention_heads * self.seq_len if self.device_type == "cpu" else 0
         routed = config.num_experts_per_tok * config.hidden_size if config.num_local_experts else 0
@@ -44,17 +44,17 @@ class Footprint:
         layer += _PER_ROUTED * routed + _PER_SCORE * scores
         per_token, cast_bytes = config.num_hidden_layers * layer, 4
         if self.activation_checkpointing:
-            # The inputs of all layers, and the activations and gradients of the one in backward.
+            # The inputs of all layers; activations and gradients of the layer in the backward pass.
             per_token = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer
             cast_bytes = 2
         # Saving copies tensors to host memory, which a discrete GPU does not share.
-        saved = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
+        copied = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
         return {
             "weights": 4 * self.parameters,
             "gradients": 4 * self.trained_parameters,
             "optimizer": 4 * self.moments,
             "half-precision copies": cast_bytes * self.parameters,
-            "checkpoint copy": 4 * saved,
+            "checkpoint copy": 4 * copied,
             "activations": tokens * per_token,
             "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGIT_CHUNK),
         }
@@ -66,8 +66,8 @@ class Footprint:
     def largest_micro_batch(self, num_sequences: int, memory: int | None) -> int | None:
         """Return the largest divisor of `num_sequences` that fits into `memory` bytes.
 
-        None as memory means no limit. A micro-batch that is larger than the device needs to be fast
-        is not chosen. Returns None if not even one sequence fits.
+        memory: None means no limit. Sizes beyond which the device gets no faster are not chosen.
+        Returns None if not even one sequence fits.
         """
         limit = max(1, _MAX_MICRO_BATCH_TOKENS[self.device_type] // self.seq_len)
         for micro_batch in divisors(num_sequences):
@@ -98,7 +98,7 @@ def choose_micro_batch(
     num_sequences: sequences per process and optimizer step; the result divides it.
     free: bytes free on the device before the model is loaded, shared by `processes_per_device`;
     None if unknown.
-    Raises ResourceError, which says what would fit, if memory does not suffice.
+    Raises ResourceError, with a suggestion that would fit, if memory does not suffice.
     """
     free = None if free is None else free // processes_per_device
     fitting = footprint.largest_micro_batch(num_sequences, free)
@@ -116,12 +116,12 @@ def choose_micro_batch(
     raise ResourceError(
         f"too little memory on {device}: a micro-batch of {pluralize(micro_batch, 'sequence')} of "
         f"{footprint.seq_len} tokens needs about {footprint.total(micro_batch) / 1e9:.1f} GB, and "
-        f"{free / 1e9:.1f} GB are free; {_advice(footprint, fitting, resumed=bool(saved))}"
+        f"{free / 1e9:.1f} GB are free; {_suggestion(footprint, fitting, resumed=bool(saved))}"
     )
 
 
-def _advice(footprint: Footprint, fitting: int | None, *, resumed: bool) -> str:
-    """Return what would make a step fit. A resumed run keeps its model and sequence length."""
+def _suggestion(footprint: Footprint, fitting: int | None, *, resumed: bool) -> str:
+    """Suggest settings that fit. A resumed run cannot change its model or sequence length."""
     recompute = "" if footprint.activation_checkpointing else "training.activation_checkpointing"
     if resumed:
         return "free some memory" + f", or try {recompute}=true" * bool(recompute)
@@ -134,8 +134,8 @@ def _advice(footprint: Footprint, fitting: int | None, *, resumed: bool) -> str:
 def peak_bytes(device: torch.device) -> int | None:
     """Return the peak memory use in bytes, without synchronising with the device.
 
-    On a CUDA GPU that of tensors since `reset_peak`, elsewhere that of the process since its start;
-    None where the system does not report it.
+    On CUDA: of tensors, since `reset_peak`. Elsewhere: of the process, since its start; None where
+    the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -155,6 +155,6 @@ def release_unused(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Restart the measurement of the peak, where that is possible."""
+    """Restart the measurement of `peak_bytes`; possible on CUDA only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

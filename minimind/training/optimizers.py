@@ -1,10 +1,10 @@
 """Muon for the hidden weight matrices, AdamW for everything else.
 
-AdamW scales each number of a gradient by a running estimate of its size. Muon looks at a weight
-matrix as a whole: it replaces the momentum, in which a few directions usually dominate, by the
-nearest orthogonal matrix, so that the step is equally long in every direction. The nearest
-orthogonal matrix is U Vᵀ of the singular value decomposition U S Vᵀ; a few matrix products, the
-Newton-Schulz iteration, come close enough to it and are much faster than a decomposition.
+AdamW divides each element of the momentum by a running estimate of its gradient's magnitude. Muon
+treats a weight matrix as a whole: it replaces the momentum, in which a few directions usually
+dominate, by the nearest orthogonal matrix, so that the step is equally long in every direction.
+The nearest orthogonal matrix is U Vᵀ of the singular value decomposition U S Vᵀ. The Newton-Schulz
+iteration approximates it by a few matrix products, much faster than a decomposition.
 
 Sources: Loshchilov and Hutter 2019 (AdamW); Keller Jordan et al. 2024, "Muon: an optimizer for
 hidden layers in neural networks", kellerjordan.github.io/posts/muon (Muon and its coefficients).
@@ -24,7 +24,7 @@ from minimind.errors import CheckpointError
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 _GRAM_ASPECT_RATIO = 1.5  # columns / rows above which iterating on the Gram matrix is cheaper
-_CHUNK_NUMEL = 1 << 22  # numbers orthogonalised together; the iteration holds four copies of them
+_CHUNK_NUMEL = 1 << 22  # elements orthogonalised together; the iteration holds four copies of them
 STATE_MISMATCH = "the optimizer's state belongs to another model or optimizer"
 
 
@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step. Parameters without a gradient stay; gradients are overwritten."""
+        """Take one step. Parameters without a gradient are unchanged; gradients are overwritten."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -84,6 +84,7 @@ class Muon(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
         torch._foreach_lerp_(gradients, momentum, group["momentum"])
+        # [n, *shape] -> [matrices of all parameters, rows, columns]
         matrices = torch.stack(gradients).view(-1, rows, columns)
         updates = orthogonalize(matrices).reshape(-1, *shape)  # [n, *shape]
         scale = max(1.0, rows / columns) ** 0.5
@@ -93,21 +94,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Replace each matrix by nearly the closest one whose singular values are all 1.
+    """Replace each matrix by approximately the nearest one whose singular values are all 1.
 
     matrices: [n, rows, columns] in float32. The quintic Newton-Schulz iteration applies
     p(s) = a s + b s³ + c s⁵ to every singular value without computing them. Five iterations send
     values in (0, 1] to about 0.7 to 1.2, close enough to 1 for an optimizer.
 
-    It runs in float32: in bf16 one ulp of summation noise in a gradient, as from another number of
-    processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
+    It runs in float32: in bf16 one ulp of summation noise in a gradient, such as that of another
+    number of processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # rows <= columns: the Gram matrix is the smaller one
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices  # rows <= columns: the Gram matrix is the smaller one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the norm bounds every singular value
-    wide = x.shape[-1] > _GRAM_ASPECT_RATIO * x.shape[-2]
-    x = _newton_schulz_by_gram(x) if wide else _newton_schulz(x)
-    return x.mT if tall else x
+    is_wide = x.shape[-1] > _GRAM_ASPECT_RATIO * x.shape[-2]
+    x = _newton_schulz_by_gram(x) if is_wide else _newton_schulz(x)
+    return x.mT if is_tall else x
 
 
 def _newton_schulz(x: Tensor) -> Tensor:
@@ -120,10 +121,11 @@ def _newton_schulz(x: Tensor) -> Tensor:
 
 
 def _newton_schulz_by_gram(x: Tensor) -> Tensor:
-    """Compute the same iteration with products of [rows, rows] matrices except first and last.
+    """Compute `_newton_schulz` by products of [rows, rows] matrices, except the first and the last.
 
     An iteration is X ← P X with P = a I + b G + c G² of the Gram matrix G = X Xᵀ, which becomes
-    P G P. Polynomials of G commute, so the product of all P is one factor.
+    P G P. Polynomials of G commute, so all P are multiplied into one factor [n, rows, rows], which
+    is applied to X once.
     """
     a, b, c = _COEFFICIENTS
     gram, factor = x @ x.mT, None
@@ -140,8 +142,8 @@ def _newton_schulz_by_gram(x: Tensor) -> Tensor:
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return True for the weight matrices inside the layers, which Muon trains.
 
-    Embeddings, the output head, routers and norms are AdamW's. Orthogonalising a table with one row
-    per token or expert does not help; for routers see benchmarks/records/moe-step.md.
+    AdamW trains embeddings, the output head, routers and norms. Orthogonalising a matrix with one
+    row per token or expert does not help; for routers see benchmarks/records/moe-step.md.
     """
     in_layer = ".layers." in f".{name}" and not name.endswith(".router.layer.weight")
     return in_layer and parameter.ndim >= 2
@@ -149,15 +151,19 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def build_adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only (Loshchilov and Hutter 2019)."""
-    every = list(parameters)
-    decayed = {"params": [p for p in every if p.ndim >= 2], "weight_decay": settings.weight_decay}
-    others = {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}
+    all_parameters = list(parameters)
+    matrices = [p for p in all_parameters if p.ndim >= 2]
+    vectors = [p for p in all_parameters if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        [group for group in (decayed, others) if group["params"]],
+        [group for group in groups if group["params"]],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
-        fused=every[0].device.type in ("cpu", "cuda", "mps"),
+        fused=all_parameters[0].device.type in ("cpu", "cuda", "mps"),
     )
 
 
@@ -171,7 +177,7 @@ def initial_adamw_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def count_moments(model: nn.Module, settings: OptimSettings) -> int:
-    """Count the numbers in the optimizers' state: one per weight with Muon, two with AdamW."""
+    """Count the elements of the optimizer state: one per weight with Muon, two with AdamW."""
     return sum(
         parameter.numel()
         * (1 if settings.name == "muon" and is_hidden_matrix(name, parameter) else 2)
@@ -181,10 +187,10 @@ def count_moments(model: nn.Module, settings: OptimSettings) -> int:
 
 
 class Optimizers:
-    """AdamW, or AdamW and Muon, over the trained parameters of a model.
+    """The optimizers of a model's trained parameters: AdamW, or AdamW and Muon.
 
-    `all` holds them by name. Their state exists before the first step, so that a checkpoint of step
-    0 has the same tensors as any other.
+    `all` maps their names to them. Their state exists before the first step, so that a checkpoint
+    of step 0 has the same tensors as any other.
     """
 
     def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
@@ -215,7 +221,7 @@ class Optimizers:
             )
         for optimizer in self.all.values():
             for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]  # the peak, under the name torch's schedulers use
+                group["initial_lr"] = group["lr"]  # the peak, named as by torch's schedulers
 
     def set_lr(self, fraction: float) -> None:
         """Set every learning rate to a fraction of its peak."""
@@ -225,7 +231,7 @@ class Optimizers:
 
     def lrs(self) -> dict[str, float]:
         """Return the current learning rates by optimizer."""
-        return {name: float(one.param_groups[0]["lr"]) for name, one in self.all.items()}
+        return {name: float(opt.param_groups[0]["lr"]) for name, opt in self.all.items()}
 
     def step(self) -> None:
         """Take one step with the current gradients."""

@@ -7,7 +7,6 @@ memory during training.
 
 import hashlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from minimind.config import identity
 from minimind.data.packing import MixedDataset, PairSequences
 from minimind.errors import ResourceError
+from minimind.files import atomic_file
 from minimind.training.batch import to_device
 from minimind.training.batch_sizes import fits_in_memory
 from minimind.training.distributed import ProcessGroup
@@ -160,14 +160,10 @@ def _load(path: Path, key: str) -> _Arrays:
 
 def _save(path: Path, key: str, arrays: _Arrays) -> None:
     """Write the file atomically. Raises ResourceError if that fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(arrays, temporary, metadata={"key": key, "sha256": _sha256(key, arrays)})
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            save_file(arrays, temporary, metadata={"key": key, "sha256": _sha256(key, arrays)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         num_bytes = sum(array.nbytes for array in arrays.values())
         raise ResourceError(
             f"{path}: cannot be written ({error}); it needs {num_bytes:,} bytes. Free some space "

@@ -1,13 +1,13 @@
-"""The run directory: its files, the state of its run, and the recipe that identifies the run.
+"""The run directory: its files, the state of the run, and the recipe that identifies it.
 
     recipe.toml       the resolved recipe, every setting spelled out
     metrics.jsonl     losses, validations and samples, one JSON object per line
-    checkpoints/      step-00001000, …: what an interrupted run resumes from
+    checkpoints/      step-00001000, …, to resume an interrupted run
     .tokenizer/       a copy of the tokenizer, in case the original is removed
     model/            the finished model, or with LoRA adapter/
     summary.json      the results of the finished run
 
-Every command decides by the functions here whether a run has begun and whether it is finished.
+Every command uses the functions here to decide whether a run has begun or is finished.
 """
 
 import re
@@ -24,7 +24,7 @@ RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
 TOKENIZER_COPY = ".tokenizer"
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
-_LENGTH_SETTINGS = {"training.steps", "training.epochs"}
+_NUM_STEPS_SETTINGS = {"training.steps", "training.epochs"}
 
 
 def run_directory(recipe: Recipe) -> Path:
@@ -76,7 +76,7 @@ def unreadable_checkpoint(path: Path, error: Exception) -> CheckpointError:
 
 
 def has_begun(run: Path) -> bool:
-    """Return True if a run can be resumed or lost: it has a checkpoint, a model or an adapter."""
+    """Return True if a run has something to resume or lose: a checkpoint, a model or an adapter."""
     outputs = (run / "model", run / "adapter")
     return any(path.is_dir() for path in outputs) or bool(checkpoint_paths(run))
 
@@ -96,7 +96,7 @@ def finished_summary(run: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
-    """Return True if a run of the same identity as `recipe` is finished."""
+    """Return True if the run is finished and its recipe differs in operation settings at most."""
     if finished_summary(run, recipe) is None:
         return False
     try:
@@ -109,7 +109,7 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
 def remove_run(run: Path, recipe: Recipe) -> None:
     """Remove the files of an earlier run from its directory and leave all others.
 
-    Raises ConfigError if the stage starts from what would be removed.
+    Raises ConfigError if the stage needs a model or tokenizer that would be removed.
     """
     for needed in (recipe.model.init, recipe.tokenizer):
         if needed and Path(needed).resolve() in (run.resolve(), (run / "model").resolve()):
@@ -117,8 +117,8 @@ def remove_run(run: Path, recipe: Recipe) -> None:
                 f"{needed} would be removed by --fresh, but the run starts from it. Choose "
                 "another --out"
             )
-    # Summary first, recipe last: if this is interrupted, the rest counts neither as a finished run
-    # nor as a run of another recipe.
+    # Summary first, recipe last: after an interruption, the remaining files are neither taken for
+    # a finished run nor for a run of another recipe.
     tracker_ids = ("wandb-run-id", "swanlab-run-id")
     reports = ("report.html", "report.md", "metrics.jsonl")
     for name in (SUMMARY_FILE, *reports, "reference.safetensors", *tracker_ids):
@@ -131,7 +131,7 @@ def remove_run(run: Path, recipe: Recipe) -> None:
 
 
 def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
-    """Describe how `recipe` differs from the recipe of a run that has begun, by setting.
+    """Describe, by setting, how `recipe` differs from the recipe of a run that has begun.
 
     The run directory itself may have moved. Raises ConfigError if a setting that identifies the run
     differs. The number of steps may differ: `extend.py` decides whether the run can be extended.
@@ -142,14 +142,14 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})
     changes = difference(recorded, recipe)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
-    if identity - _LENGTH_SETTINGS:
+    if identity - _NUM_STEPS_SETTINGS:
         raise other_recipe_error(run, [changes[key] for key in changes if key in identity])
     return changes
 
 
 def changes_num_steps(changes: dict[str, str]) -> bool:
     """Return True if one of the changed settings determines the number of steps."""
-    return not _LENGTH_SETTINGS.isdisjoint(changes)
+    return not _NUM_STEPS_SETTINGS.isdisjoint(changes)
 
 
 def other_recipe_error(run: Path, changes: list[str]) -> ConfigError:

@@ -58,8 +58,8 @@ from minimind.training.summary import summarize, unigram_baseline
 from minimind.training.trainer import Trainer
 from minimind.training.validation import EvalSet
 
-# (model, tokenizer) -> [{"prompt", "text"}, …]: training does not import the inference room, so
-# the caller provides the function that generates text at each validation.
+# (model, tokenizer) -> [{"prompt", "text"}, …]: training does not import minimind.inference,
+# so the caller provides the function that generates text at each validation.
 GenerateSamples = Callable[[Transformer, Tokenizer], list[dict[str, str]]]
 
 
@@ -83,7 +83,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class PreparedStage:
-    """Everything a stage needs, before its first step."""
+    """A stage that is ready for its first step."""
 
     trainer: Trainer
     tokenizer: Tokenizer
@@ -97,11 +97,11 @@ def run_stage(
     fresh: bool = False,
     generate_samples: GenerateSamples = _no_samples,
 ) -> StageResult:
-    """Run the stage of `recipe` in `recipe.out`, resume it, or return the result if it is finished.
+    """Run or resume the stage of `recipe` in `recipe.out`; return the result if it is finished.
 
     Every process of a distributed run calls this. fresh: remove an earlier run first.
-    Raises ConfigError if the directory holds a run of another recipe, and whatever reading the
-    data, the tokenizer and the model raises.
+    Raises ConfigError if the directory holds a run of another recipe, and the errors of loading
+    the data, the tokenizer and the model.
     """
     run = run_directory(recipe)
     with init_distributed(recipe.device) as group, contextlib.ExitStack() as stack:
@@ -162,11 +162,11 @@ def prepare_stage(
 ) -> PreparedStage:
     """Build the model, the datasets and the trainer. Writes nothing into the run directory.
 
-    Raises whatever reading the data, the tokenizer and the model raises.
+    Raises the errors of loading the data, the tokenizer and the model.
     """
     run = run_directory(recipe)
     device = local_device(recipe.device, group)
-    per_process = _sequences_per_process(recipe.training, group)
+    sequences_per_process = _sequences_per_process(recipe.training, group)
     precision = choose_precision(recipe.training.precision, device)
     free = free_bytes(device)  # before the model is loaded: its footprint counts the weights
     state = newest_state(run) or {}
@@ -178,7 +178,7 @@ def prepare_stage(
         build_footprint(recipe, model, device),
         requested=requested,
         saved=saved,
-        num_sequences=per_process,
+        num_sequences=sequences_per_process,
         device=device,
         free=free,
         processes_per_device=group.local_size if device.type == "cpu" else 1,
@@ -220,9 +220,9 @@ def prepare_stage(
 
 
 def _sequences_per_process(settings: TrainingSettings, group: ProcessGroup) -> int:
-    """Return each process's share of a global batch. Raises ConfigError if it does not divide."""
-    share, rest = divmod(settings.global_batch_size, group.size)
-    if rest:
+    """Return the sequences of a global batch per process. Raises ConfigError for a remainder."""
+    share, remainder = divmod(settings.global_batch_size, group.size)
+    if remainder:
         raise ConfigError(
             f"training.global_batch_size={settings.global_batch_size} is not divisible by "
             f"{group.size} processes; choose a multiple, or another number of processes"
@@ -230,20 +230,21 @@ def _sequences_per_process(settings: TrainingSettings, group: ProcessGroup) -> i
     if settings.micro_batch_size and share % settings.micro_batch_size:
         raise ConfigError(
             f"training.micro_batch_size={settings.micro_batch_size} does not divide the "
-            f"{pluralize(share, 'sequence')} that each of {group.size} processes takes of a global "
-            f"batch of {settings.global_batch_size}; choose a divisor of {share}"
+            f"{pluralize(share, 'sequence')} per process (global batch size "
+            f"{settings.global_batch_size}, {group.size} processes); "
+            f"choose a divisor of {share}"
         )
     return share
 
 
 def _describe(trainer: Trainer) -> str:
-    """Describe in one line what is trained, on what device and data, and for how long."""
-    recipe, number = trainer.recipe, count_parameters(trainer.model)
+    """Describe the model, the device, the data and the number of steps in one line."""
+    recipe, total = trainer.recipe, count_parameters(trainer.model)
     active = trainer.model.num_active_parameters
     trained = count_parameters(trainer.model, trained=True)
     return (
-        f"{number:,} parameters"
-        + (f" ({active:,} active per token)" if active < number else "")
+        f"{total:,} parameters"
+        + (f" ({active:,} active per token)" if active < total else "")
         + f", {trained:,} of them trained," * bool(recipe.lora)
         + f" in {trainer.group.size} processes" * (trainer.group.size > 1)
         + f" on {trainer.device} in {trainer.precision.name}; "
@@ -254,7 +255,7 @@ def _describe(trainer: Trainer) -> str:
 
 
 def _check_launch(recipe: Recipe, run: Path, group: ProcessGroup) -> None:
-    """Raise an error if the run cannot start with these processes or on these machines."""
+    """Raise ConfigError for a wrong launch, CheckpointError if rank 0 does not see the run."""
     if recipe.training.backend == "deepspeed" and group is SINGLE_PROCESS:
         raise ConfigError(
             "training.backend: deepspeed shards state over processes that are launched together: "
@@ -263,9 +264,9 @@ def _check_launch(recipe: Recipe, run: Path, group: ProcessGroup) -> None:
     begun_here = has_begun(run)
     if group.broadcast_object(begun_here) is False and begun_here:
         raise CheckpointError(
-            f"{run} on {platform.node()} holds this run, but the machine of the first process does "
-            "not. Make this machine the first (torchrun --node-rank 0), or put the run on a disk "
-            "that all machines share"
+            f"{run} exists on {platform.node()}, but not on the machine of process 0. Make this "
+            "machine the first (torchrun --node-rank 0), or put the run on a disk that all "
+            "machines share"
         )
 
 
@@ -275,13 +276,14 @@ def _check_same_on_all_ranks(trainer: Trainer) -> None:
     identity = [dump_recipe(recipe), trainer.data_sha256, trainer.base_sha256]
     if group.broadcast_object(identity) != identity:
         raise ConfigError(
-            f"process {group.rank} of 0-{group.size - 1} on {platform.node()} has other settings "
-            "or other data than the first one; give the same on every machine"
+            f"process {group.rank} of 0-{group.size - 1} on {platform.node()} has settings, "
+            "data or a base model that differ from those of process 0; "
+            "give the same on every machine"
         )
 
 
 def _record_start(stage: PreparedStage, changes: dict[str, str]) -> None:
-    """Extend the run if it gets more steps, report changed settings, record the recipe."""
+    """Extend the run if it has more steps now, report changed settings, record the recipe."""
     trainer = stage.trainer
     run, recipe, say = trainer.run, trainer.recipe, trainer.reporter.say
     if changes_num_steps(changes):
@@ -294,7 +296,7 @@ def _record_start(stage: PreparedStage, changes: dict[str, str]) -> None:
 
 
 def save_output(output: Path, recipe: Recipe, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Save what a stage has trained: a model directory, or with LoRA an adapter."""
+    """Save the trained model directory or, with LoRA, the adapter."""
     if recipe.lora:
         base = resolve_model_directory(Path(recipe.model.init or ""))
         save_adapter(output, model, recipe.lora, base)

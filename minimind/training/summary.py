@@ -16,7 +16,7 @@ from minimind.training.trainer import Trainer
 
 
 def summarize(trainer: Trainer, result: TrainingResult) -> dict[str, Any]:
-    """Collect the size of the model, the cost of training and the validation metrics."""
+    """Return the size of the model, the cost of training and the validation metrics."""
     summary: dict[str, Any] = {
         "objective": trainer.recipe.objective,
         "parameters": count_parameters(trainer.model),
@@ -42,9 +42,9 @@ def summarize(trainer: Trainer, result: TrainingResult) -> dict[str, Any]:
 
 
 def unigram_baseline(trainer: Trainer, stores: Stores, tokenizer: Tokenizer) -> dict[str, float]:
-    """Measure the bits per byte that a pretrained model has to beat; {} for other stages.
+    """Return the bits per byte of a unigram model, a baseline for pretraining; {} otherwise.
 
-    It reads a large part of the training data, so only finished runs have it.
+    This reads much of the training data, so it is computed only when a run is finished.
     """
     if trainer.recipe.objective != "pretrain" or trainer.held_out is None:
         return {}
@@ -67,7 +67,7 @@ def unigram_bits_per_byte(
 ) -> float:
     """Return the bits per byte of a unigram model on held-out sequences.
 
-    A unigram model gives each token its frequency in the training text, whatever came before.
+    A unigram model predicts each token with its frequency in the training text, without context.
     counts: [vocab_size] occurrences in an epoch, to which 1 is added (Laplace smoothing).
     token_bytes: [vocab_size] UTF-8 bytes per token; tokens of 0 bytes are not counted.
     """

@@ -56,8 +56,8 @@ class Client:
         """List the served models. Raises ServiceError."""
         with self._open("/models") as response:
             try:
-                found = json.loads(response.read(_MAX_LINE_BYTES))["data"]
-                return [ModelInfo(m["id"], m.get("owned_by") == _OWNER) for m in found]
+                models = json.loads(response.read(_MAX_LINE_BYTES))["data"]
+                return [ModelInfo(m["id"], m.get("owned_by") == _OWNER) for m in models]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ServiceError(
                     f"{self.url}/models does not follow OpenAI's API; check the URL"
@@ -119,7 +119,7 @@ class Answer:
             self._connection = socket.fromfd(response.fileno(), socket.AF_INET, socket.SOCK_STREAM)
         self._url = url
         self.finish_reason: str | None = None
-        self.tokens: int | None = None  # known at the end
+        self.tokens: int | None = None  # of the answer; None until reported
         self.left_out = int(response.headers.get("minimind-left-out") or 0)  # messages
 
     def __enter__(self) -> "Answer":
@@ -135,7 +135,7 @@ class Answer:
             self._connection.close()
 
     def abort(self) -> None:
-        """Shut the connection down from another thread while one waits for the next piece."""
+        """End the stream from another thread, even while a reader waits for the next piece."""
         with contextlib.suppress(OSError):  # already closed
             if self._connection is not None:
                 self._connection.shutdown(socket.SHUT_RDWR)

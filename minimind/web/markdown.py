@@ -79,12 +79,12 @@ def label(text: str) -> str:
 
 def _formula(state: StateInline, silent: bool) -> bool:
     """Inline rule: keep a formula as text."""
-    found = _FORMULA.match(state.src, state.pos, state.posMax)
-    if not found:
+    formula = _FORMULA.match(state.src, state.pos, state.posMax)
+    if not formula:
         return False
     if not silent:
-        state.pending += found[0]
-    state.pos = found.end()
+        state.pending += formula[0]
+    state.pos = formula.end()
     return True
 
 

@@ -53,7 +53,7 @@ _STYLE = """
 
 
 class Page:
-    """One run of the script."""
+    """The page, created anew in each run of the script."""
 
     def __init__(self) -> None:
         self.client = Client(os.environ[URL_VARIABLE], os.environ.get(KEY_VARIABLE))
@@ -80,9 +80,9 @@ class Page:
         if not models:
             st.error(self.text("no models"))
             return
-        conversation = self._current()
+        conversation = self._current_conversation()
         chosen = self._sidebar(conversation, models)
-        self._talk(conversation, chosen)
+        self._show_conversation(conversation, chosen)
 
     def _is_allowed(self) -> bool:
         """Check the token in the address, on every run: sessions do not outlive it."""
@@ -94,7 +94,7 @@ class Page:
         conversation = {} if id is None else {"c": id}
         st.query_params.from_dict({"token": os.environ[TOKEN_VARIABLE]} | conversation)
 
-    def _current(self) -> Conversation:
+    def _current_conversation(self) -> Conversation:
         """Return the conversation in the address, or a new one."""
         id = st.query_params.get("c", "")
         if (conversation := self.store.load(id)) is not None:
@@ -214,7 +214,7 @@ class Page:
 
     # The conversation
 
-    def _talk(self, conversation: Conversation, models: Sequence[ModelInfo]) -> None:
+    def _show_conversation(self, conversation: Conversation, models: Sequence[ModelInfo]) -> None:
         question = st.chat_input(self.text("message"), key="question")
         if question and question.strip():
             st.session_state.pop("editing", None)
@@ -226,17 +226,17 @@ class Page:
             st.markdown(f"### {self.text('empty')}")
         is_generating = any(turn.id == pending for turn in conversation.turns)
         for number, turn in enumerate(conversation.turns):
-            self._question(conversation, number)
+            self._show_question(conversation, number)
             if turn.id == pending:
                 self._generate(conversation, number, models)
             else:
-                self._answers(conversation, number, is_generating)
+                self._show_answers(conversation, number, is_generating)
 
     def _save(self, conversation: Conversation) -> None:
         self.store.save(conversation)
         self._set_address(conversation.id)
 
-    def _question(self, conversation: Conversation, number: int) -> None:
+    def _show_question(self, conversation: Conversation, number: int) -> None:
         turn = conversation.turns[number]
         with st.chat_message("user"):
             if st.session_state.get("editing") != turn.id:
@@ -264,7 +264,7 @@ class Page:
         st.session_state["pending"] = conversation.turns[number].id
         st.rerun()
 
-    def _answers(self, conversation: Conversation, number: int, is_generating: bool) -> None:
+    def _show_answers(self, conversation: Conversation, number: int, is_generating: bool) -> None:
         turn = conversation.turns[number]
         for side, column in enumerate(_columns(len(turn.answers))):
             with column, st.chat_message("assistant"):
@@ -275,9 +275,9 @@ class Page:
                 if answer.left_out:
                     st.caption(self.text("left out"))
                 st.caption(self._caption(answer))
-        self._tools(conversation, number, is_generating)
+        self._show_buttons(conversation, number, is_generating)
 
-    def _tools(self, conversation: Conversation, number: int, is_generating: bool) -> None:
+    def _show_buttons(self, conversation: Conversation, number: int, is_generating: bool) -> None:
         """Show the buttons of a turn; all but copying would interrupt an answer in progress."""
         turn = conversation.turns[number]
         with st.container(horizontal=True, gap="small", key=f"tools-{turn.id}"):
@@ -337,7 +337,7 @@ class Page:
         try:
             # Only now: if this run is interrupted earlier, the next one answers the turn.
             del st.session_state["pending"]
-            self._follow(conversation, turn, readers, slots)
+            self._render_streams(conversation, turn, readers, slots)
         finally:
             for side, reader in enumerate(readers):
                 reader.close()
@@ -345,7 +345,7 @@ class Page:
             self._save_answers(conversation, turn)
         st.rerun()
 
-    def _follow(
+    def _render_streams(
         self,
         conversation: Conversation,
         turn: Turn,

@@ -1,4 +1,4 @@
-"""Start the page: a service in a child process unless one exists, and Streamlit."""
+"""Starts the chat page with Streamlit, and a service in a child process if none is given."""
 
 import contextlib
 import os
@@ -22,8 +22,8 @@ _SHUTDOWN_SECONDS = 6
 def service(models: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """Run a service for `models` in a child process and yield its (URL, API key).
 
-    It ends with this block, or when this process dies. Raises ServiceError with its error message
-    if it does not start.
+    The service ends with this block, or when this process dies. Raises ServiceError with the
+    service's error message if it does not start.
     """
     key = secrets.token_urlsafe(32)
     folder = data_folder()

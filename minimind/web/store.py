@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from minimind.files import atomic_file
 from minimind.paths import data_folder
 
 _NAME = re.compile(r"[0-9a-f]{32}")
@@ -101,18 +102,15 @@ class Store:
         self._folder = folder or data_folder() / "conversations"
 
     def save(self, conversation: Conversation) -> None:
-        """Write it, whole or not at all."""
+        """Save a conversation atomically, readable by this user alone."""
         conversation.updated = time.time()
-        # Nobody else on this machine needs to read what is said here.
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._path(conversation.id)
-        part = path.with_suffix(f".{uuid.uuid4().hex}.part")
         text = json.dumps(asdict(conversation), ensure_ascii=False, indent=1)
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(text.encode("utf-8", "replace"))
-        # The time of the file is what conversations are listed by.
-        os.utime(part, ns=(int(conversation.updated * 1e9),) * 2)
-        os.replace(part, path)
+        with atomic_file(path, mode=0o600) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "replace"))
+            # Conversations are listed by the modification time of their files.
+            os.utime(temporary, ns=(int(conversation.updated * 1e9),) * 2)
 
     def load(self, id: str) -> Conversation | None:
         """Return a conversation; None if it does not exist or is invalid, which quarantines it."""

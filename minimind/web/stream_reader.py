@@ -1,4 +1,4 @@
-"""Reads a streamed answer in a thread, while the page script renders what has arrived."""
+"""Reading of a streamed answer in a thread, while the page script renders the text so far."""
 
 import threading
 import time
@@ -34,7 +34,7 @@ class StreamReader:
         try:
             self._stream = self._client.chat(self._model, self._messages, **self._settings)
             self._answer.left_out = self._stream.left_out
-            if self._closed:  # while the request was being sent
+            if self._closed:  # closed while the request was being sent
                 self._stream.abort()
             for piece in self._stream:
                 self._pieces.append(piece)
@@ -57,7 +57,7 @@ class StreamReader:
         return self._answer
 
     def close(self) -> None:
-        """Cancel generation, also if the request still waits in the queue."""
+        """Cancel generation, or remove the request from the service's queue."""
         self._closed = True
         if self._stream is not None:
             self._stream.abort()

@@ -43,16 +43,16 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "length": ("token limit reached", "已达词元上限"),
     "left out": (
         "The conversation exceeds the model's context: the oldest messages were left out.",
-        "对话超出了模型的上下文长度，最早的消息没有发给模型。",
+        "对话超出了模型的上下文长度，最早的消息已略去。",
     ),
     "unreadable": (
         "A conversation could not be read. Its file was kept as:",
-        "有一个对话无法读取，文件已保留为：",
+        "有一个对话无法读取，其文件保留在：",
     ),
     "no token": (
         "This page is for the user who started it. Open the address that `minimind web` printed in "
         "the terminal: it ends in `?token=…`.",
-        "本页面仅供启动它的用户使用。请打开 `minimind web` 在终端中显示的地址，"
+        "只有启动本页面的用户才能使用它。请打开 `minimind web` 在终端中显示的地址，"
         "它以 `?token=…` 结尾。",
     ),
     "more": ("Show more", "显示更多"),

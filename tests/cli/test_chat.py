@@ -28,7 +28,7 @@ def run(*arguments: object, stdin: str | bytes = "") -> Result:
 
 
 @dataclass
-class Typed:
+class TerminalResult:
     """Exit code and output of a command whose stdin is a terminal."""
 
     exit_code: int
@@ -40,7 +40,7 @@ class Typed:
         return self.stdout + self.stderr
 
 
-def typed(*arguments: object, lines: str) -> Typed:
+def run_in_terminal(*arguments: object, lines: str) -> TerminalResult:
     """Run chat with lines typed into a terminal, where commands work."""
     pytest.importorskip("termios", reason="pseudo-terminals are POSIX")
     ours, theirs = os.openpty()
@@ -55,11 +55,11 @@ def typed(*arguments: object, lines: str) -> Typed:
         patch.setattr("sys.stdin", terminal)
         status = app(["chat", *map(str, arguments)], standalone_mode=False)
     os.close(ours)
-    return Typed(status or 0, out.getvalue(), errors.getvalue())
+    return TerminalResult(status or 0, out.getvalue(), errors.getvalue())
 
 
 def make_model(tokenizer: Tokenizer, context: int = 256) -> Transformer:
-    """Its choices are varied; greedily, it never stops by itself."""
+    """Return a random model whose greedy output is varied and does not stop by itself."""
     torch.manual_seed(0)
     shape = PRESETS["nano"] | {"vocab_size": tokenizer.vocab_size}
     model = Transformer(ModelConfig(**shape | {"max_position_embeddings": context}))
@@ -72,14 +72,14 @@ def make_model(tokenizer: Tokenizer, context: int = 256) -> Transformer:
     return model
 
 
-def save_constant_model(word: int, directory: Path, tokenizer: Tokenizer) -> None:
+def save_constant_model(token: int, directory: Path, tokenizer: Tokenizer) -> None:
     model = make_model(tokenizer)
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.zero_()
         model.head_weight.zero_()
         model.head_weight[:, 0] = 1
-        model.head_weight[word, 0] = 2
+        model.head_weight[token, 0] = 2
     save_model(directory, model, tokenizer)
 
 
@@ -91,11 +91,11 @@ def model_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def saved(path: Path) -> list[list[dict[str, str]]]:
-    """The conversations, as a fine-tuning run reads them."""
+    """Return the conversations in a file, as fine-tuning reads them."""
     bad = InvalidRecords()
-    found = [record.messages or [] for record in read_records([path], invalid=bad)]
+    conversations = [record.messages or [] for record in read_records([path], invalid=bad)]
     assert not bad.total
-    return found
+    return conversations
 
 
 def test_stdout_of_a_pipe_has_only_the_answers_as_they_are_generated(model_dir: Path) -> None:
@@ -136,7 +136,7 @@ def test_turns_stay_in_the_conversation_until_reset(model_dir: Path, tmp_path: P
         "/quit",
         "你好",
     ]
-    done = typed(*flags, "--system", "你是向导", lines="\n".join(lines))
+    done = run_in_terminal(*flags, "--system", "你是向导", lines="\n".join(lines))
     assert done.exit_code == 0, done.output
     assert done.stderr == f"saved to {file}\n" * 2
     first, second = saved(file)
@@ -155,7 +155,7 @@ def test_system_prompt_can_be_changed_and_removed(model_dir: Path, tmp_path: Pat
     flags = [model_dir, "--temperature", 0, "--max-new-tokens", 4]
     file = tmp_path / "talk"
     lines = ["/system 你是\x1b诗人", "你好", f"/save {file}", "/system", f"/save {file}.json"]
-    done = typed(*flags, lines="\n".join(lines))
+    done = run_in_terminal(*flags, lines="\n".join(lines))
     assert done.exit_code == 0, done.output
     [with_system] = saved(tmp_path / "talk.jsonl")
     [without] = saved(tmp_path / "talk.json")
@@ -169,7 +169,7 @@ def test_system_prompt_can_be_changed_and_removed(model_dir: Path, tmp_path: Pat
 def test_save_appends_a_line(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     file.write_text('{"conversations": [{"role": "assistant", "content": "早"}]}')
-    done = typed(model_dir, "--max-new-tokens", 4, lines=f"你好\n/save {file}")
+    done = run_in_terminal(model_dir, "--max-new-tokens", 4, lines=f"你好\n/save {file}")
     assert done.exit_code == 0, done.output
     assert [len(messages) for messages in saved(file)] == [1, 2]
 
@@ -182,7 +182,7 @@ def test_oldest_turns_are_left_out_with_one_notice_per_conversation(
     # Sampled answers, none of them blank: blank answers are not kept.
     flags = [model_dir, "--temperature", 1, "--top-p", 1, "--seed", 1, "--max-new-tokens", 20]
     flags += ["--system", "你是向导"]
-    done = typed(*flags, lines="\n".join([*lines, f"/save {file}", "/reset", *lines]))
+    done = run_in_terminal(*flags, lines="\n".join([*lines, f"/save {file}", "/reset", *lines]))
     assert done.exit_code == 0, done.output
     assert done.stderr.count("oldest turns are left out") == 2  # once per conversation
     [messages] = saved(file)
@@ -201,7 +201,7 @@ def test_a_longer_context_keeps_the_oldest_turns(model_dir: Path) -> None:
     assert "add --context N" in refused.output
 
 
-def test_a_message_that_is_too_long_is_refused_with_token_counts(model_dir: Path) -> None:
+def test_a_message_that_is_too_long_is_rejected_with_token_counts(model_dir: Path) -> None:
     done = run(model_dir, "--max-new-tokens", 20, stdin=f"{'长江' * 400}\n你好\n")
     assert (done.exit_code, done.stdout) == (1, "")
     found = re.search(r"the message has ([\d,]+) tokens and at most (\d+) fit", done.stderr)
@@ -225,14 +225,14 @@ def test_invalid_commands_are_reported(model_dir: Path, tmp_path: Path) -> None:
         (f"你好\n/save {tmp_path / 'file' / 'talk.jsonl'}", "cannot be written: "),
         ("你好\n/save ~nobody-of-that-name/talk.jsonl", "the home directory for ~ is unknown"),
     ]:
-        done = typed(model_dir, "--max-new-tokens", 2, lines=lines)
+        done = run_in_terminal(model_dir, "--max-new-tokens", 2, lines=lines)
         assert done.exit_code == 1, lines
         [error] = done.stderr.splitlines()
         assert error.startswith("error: ")
         assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     # A leading space makes it a message.
-    done = typed(model_dir, "--max-new-tokens", 2, lines=" /etc 是什么？\n/help")
+    done = run_in_terminal(model_dir, "--max-new-tokens", 2, lines=" /etc 是什么？\n/help")
     assert done.exit_code == 0, done.output
     assert done.stdout.strip()
     assert "/system TEXT  set the system prompt" in done.stderr
@@ -288,7 +288,7 @@ def test_an_empty_answer_is_not_kept(tokenizer: Tokenizer, tmp_path: Path) -> No
     save_constant_model(tokenizer.im_end, tmp_path / "model", tokenizer)
     done = run(tmp_path, "--temperature", 0, stdin="你好\n再见\n")
     assert (done.exit_code, done.stdout) == (0, "\n\n")
-    done = typed(tmp_path, "--temperature", 0, lines=f"你好\n/save {tmp_path}/talk")
+    done = run_in_terminal(tmp_path, "--temperature", 0, lines=f"你好\n/save {tmp_path}/talk")
     assert "the conversation is empty" in done.stderr
 
 
@@ -328,24 +328,24 @@ def test_errors_are_one_line(model_dir: Path, tmp_path: Path) -> None:
 def test_sampling_defaults_come_from_the_model(
     model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    def said(place: Path, **settings: float) -> str:
+    def output(directory: Path, **settings: float) -> str:
         named = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
         flags = ["--seed", 3, "--max-new-tokens", 30, *(part for pair in named for part in pair)]
-        done = run(place, *flags, stdin="长江有多长？\n")
+        done = run(directory, *flags, stdin="长江有多长？\n")
         assert done.exit_code == 0, done.output
         return done.stdout
 
     ours = dict(temperature=0.7, top_p=0.9)
     neutral = dict(temperature=1, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
-    assert said(model_dir) == said(model_dir, **ours) != said(model_dir, **neutral)
+    assert output(model_dir) == output(model_dir, **ours) != output(model_dir, **neutral)
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
     own = dict(temperature=1.3, top_k=9, min_p=0.01, repetition_penalty=1.2)
     (other / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
-    assert said(other) == said(other, **own)
-    assert said(other, top_k=0) == said(other, **own | dict(top_k=0))
+    assert output(other) == output(other, **own)
+    assert output(other, top_k=0) == output(other, **own | dict(top_k=0))
     (other / "generation_config.json").unlink()
-    assert said(other) == said(other, **neutral)
+    assert output(other) == output(other, **neutral)
 
 
 # The command with a controlling terminal, so that Ctrl-C sends SIGINT.

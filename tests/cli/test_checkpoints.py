@@ -15,11 +15,11 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["checkpoints", *map(str, arguments)])
 
 
-def save(at: Path, step: int, validated: int, best: int, value: float) -> Path:
+def save(run_dir: Path, step: int, validated: int, best: int, value: float) -> Path:
     state: dict[str, Any] = {"validated_step": validated, "validation": {"bits_per_byte": value}}
     state["best"] = {"step": best, "metric": "bits_per_byte", "value": 1.25}
     numbers = {"weight": torch.arange(5000) + step}
-    return save_checkpoint(at, step, model=numbers, optimizer=numbers, state=state, keep=9)
+    return save_checkpoint(run_dir, step, model=numbers, optimizer=numbers, state=state, keep=9)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_only_verify_finds_a_flipped_bit(here: Path) -> None:
     assert run("list", here).exit_code == 0
     done, found = metrics("verify", here)
     assert done.exit_code == 1
-    assert "1 of 4 damaged; the run resumes from the newest valid one" in done.output
+    assert "damaged: 1 of 4 checkpoints; the run resumes from the newest valid one" in done.output
     assert [step for step, one in found.items() if one["trouble"]] == [20]
     assert found[20]["trouble"] == "manifest.json does not describe model.safetensors"
     assert found[20]["best"], "later checkpoints record the best step"
@@ -88,11 +88,11 @@ def test_list_finds_missing_and_truncated_files(here: Path, verb: str) -> None:
     assert "state.json: missing" in found[10]["trouble"]
     assert "optimizer.safetensors" in found[25]["trouble"]
     assert "state.json" in found[30]["trouble"]
-    assert "5 of 5 damaged; the run cannot be resumed" in done.output
+    assert "damaged: 5 of 5 checkpoints; the run cannot be resumed" in done.output
 
 
 @pytest.mark.parametrize("verb", ["list", "verify"])
-def test_unknown_files_are_named_but_are_no_damage(here: Path, verb: str) -> None:
+def test_unknown_files_are_named_but_are_not_damage(here: Path, verb: str) -> None:
     home = here / "checkpoints"
     (home / "step-00000010" / ".DS_Store").touch()
     (home / "step-00000020" / "more.json").touch()
@@ -101,8 +101,8 @@ def test_unknown_files_are_named_but_are_no_damage(here: Path, verb: str) -> Non
     assert done.exit_code == 0
     assert [one["trouble"] for one in found.values()] == ["", "", "", ""]
     output = " ".join(done.output.split())
-    assert "step-00000020: more.json does not belong to a checkpoint" in output
-    assert "damaged and quarantined in run/checkpoints: .damaged-step-00000015" in output
+    assert "step-00000020: not part of a checkpoint: more.json" in output
+    assert "damaged checkpoints, quarantined in run/checkpoints: .damaged-step-00000015" in output
     assert ".DS_Store" not in output
 
 
@@ -126,5 +126,7 @@ def test_a_missing_run_prints_one_line(here: Path) -> None:
     for place in ("empty", "nowhere"):
         done = run("verify", place)
         assert done.exit_code == 1
-        assert done.stderr.startswith(f"error: {place}: there are no checkpoints; give a run")
+        assert done.stderr.startswith(
+            f"error: {place}: contains no checkpoint; give the directory of a run"
+        )
         assert len(done.stderr.splitlines()) == 1

@@ -135,7 +135,7 @@ def test_a_killed_comparison_is_resumed(tokenizer: Tokenizer, tmp_path: Path) ->
     }
 
 
-def test_results_with_other_settings_are_refused(models: Path, tmp_path: Path) -> None:
+def test_results_with_other_settings_are_not_overwritten(models: Path, tmp_path: Path) -> None:
     words = (models / "tiny", "--limit", 2, "--max-new-tokens", 4)
     assert run(tmp_path, *words).exit_code == 0
     refused = run(tmp_path, *words, "--temperature", 0.5)

@@ -63,16 +63,16 @@ class Machine:
         ) as child:
             try:
                 assert child.stdout
-                said = child.stdout.readline()
-                if "error:" not in said:
-                    url = said.split()[1]
-                    said += child.stdout.readline()
+                output = child.stdout.readline()
+                if "error:" not in output:
+                    url = output.split()[1]
+                    output += child.stdout.readline()
                     wait_until(lambda: is_up(url.removesuffix("/v1")))
                     [model] = httpx.get(f"{url}/models").json()["data"]
-                    said += f"max_model_len {model['max_model_len']}\nACCEPTED"
+                    output += f"max_model_len {model['max_model_len']}\nACCEPTED"
             finally:
                 child.kill()
-        return said
+        return output
 
 
 def make_tiny(**changes: object) -> Transformer:
@@ -95,15 +95,15 @@ def machine(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> M
     return Machine(folder, weights + int(CACHE_BYTES / 0.8) + 1)
 
 
-def advised(said: str) -> list[list[str]]:
+def parse_advice(output: str) -> list[list[str]]:
     """Return the alternatives that an error message recommends, as options."""
-    if found := re.search(r"give a context of at most (\d+)", said):
-        return [["--context", found[1]]]
-    if "add --context N" in said:
+    if match := re.search(r"give a context of at most (\d+)", output):
+        return [["--context", match[1]]]
+    if "add --context N" in output:
         return [["--context", "512"]]
-    found = re.search(r"can be used for it; give (.*)", said)
-    assert found, said
-    return [shlex.split(one) for one in found[1].split(" or ")]
+    match = re.search(r"can be used for it; give (.*)", output)
+    assert match, output
+    return [shlex.split(one) for one in match[1].split(" or ")]
 
 
 def with_advice(options: list[str], advice: list[str]) -> list[str]:
@@ -113,7 +113,7 @@ def with_advice(options: list[str], advice: list[str]) -> list[str]:
     return [word for pair in changed.items() for word in pair]
 
 
-REFUSED = [
+REJECTED = [
     *((verb, "tiny", "--context 16384", 1) for verb in ("generate", "chat", "eval", "serve")),
     ("serve", "tiny", "--context 2048 --slots 16", 2),
     ("serve", "tiny", "--slots 256", 1),
@@ -123,15 +123,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "model", "options", "alternatives"), REFUSED)
+@pytest.mark.parametrize(("verb", "model", "options", "alternatives"), REJECTED)
 def test_advice_is_accepted(
     machine: Machine, verb: str, model: str, options: str, alternatives: int
 ) -> None:
-    refused = machine.run(verb, model, *options.split())
-    assert not refused.endswith("ACCEPTED")
-    assert "error:" in refused or "failed" in refused
-    advice = advised(refused)
-    assert len(advice) == alternatives, refused
+    error = machine.run(verb, model, *options.split())
+    assert not error.endswith("ACCEPTED")
+    assert "error:" in error or "failed" in error
+    advice = parse_advice(error)
+    assert len(advice) == alternatives, error
     for one in advice:
         again = machine.run(verb, model, *with_advice(options.split(), one))
         assert again.endswith("ACCEPTED"), (one, again)
@@ -139,17 +139,21 @@ def test_advice_is_accepted(
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
 def test_default_cache_fits_free_memory(machine: Machine, verb: str) -> None:
-    said = machine.run(verb, "tiny")
-    assert said.endswith("ACCEPTED")
+    output = machine.run(verb, "tiny")
+    assert output.endswith("ACCEPTED")
     if verb == "serve":  # positions: 1,000,000 / 256 = 3,906, of which 61 steps of 64 are used
-        assert "tiny: KV cache of 1 × 3,840 tokens (0.0 GB); the model's context is 16,384" in said
-        assert "max_model_len 3840" in said
+        assert (
+            "tiny: KV cache of 1 × 3,840 tokens (0.0 GB); the model's context is 16,384" in output
+        )
+        assert "max_model_len 3840" in output
     else:
-        assert "free memory allows a context of 3,840 tokens; the model's own is 16,384" in said
+        assert (
+            "free memory allows a context of only 3,840 tokens; the model supports 16,384" in output
+        )
 
 
 @pytest.mark.parametrize("context", [100, 512])
 def test_serve_accepts_shorter_and_longer_contexts(machine: Machine, context: int) -> None:
-    said = machine.run("serve", "short", "--context", str(context), "--slots", "1")
-    assert f"short: KV cache of 1 × {context} tokens" in said
-    assert f"max_model_len {context}" in said
+    output = machine.run("serve", "short", "--context", str(context), "--slots", "1")
+    assert f"short: KV cache of 1 × {context} tokens" in output
+    assert f"max_model_len {context}" in output

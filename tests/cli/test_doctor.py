@@ -22,4 +22,4 @@ def test_doctor_describes_the_machine_and_runs_the_self_test(tmp_path: Path) -> 
 def test_a_missing_device_is_an_error() -> None:
     result = CliRunner().invoke(app, ["doctor", "--device", "cuda:99"])
     assert result.exit_code == 1
-    assert "is not there" in result.output
+    assert "is not available" in result.output

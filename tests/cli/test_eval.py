@@ -169,7 +169,7 @@ def test_failed_questions_give_exit_status_1(
     assert again.exit_code == 1
 
 
-def test_results_of_another_evaluation_are_refused(
+def test_results_of_another_evaluation_are_not_overwritten(
     models: Path, benchmark: Path, tmp_path: Path
 ) -> None:
     words = ("--task", f"choice:{benchmark}", "--limit", 5)
@@ -202,7 +202,7 @@ def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path
     ("words", "message"),
     [
         (("--task", "chess"), "--task chess: unknown task; choose from bpb, ceval"),
-        (("--task", "ceval"), "ceval needs its questions: give --data DIR"),
+        (("--task", "ceval"), "ceval needs its data: give --data DIR"),
         (("--task", "choice"), "choice needs a file"),
         (("--task", "bpb"), "bpb needs text"),
     ],
@@ -224,7 +224,7 @@ def test_a_service_generates_but_gives_no_likelihoods(
         url = f"{process.url}#other"
         done = run(tmp_path, url, "--task", "quiz", "--task", f"choice:{benchmark}", "--limit", 9)
     assert done.exit_code == 1
-    assert "a remote model gives no log-likelihoods" in done.output
+    assert "a remote model returns no log-likelihoods" in done.output
     there = metrics(tmp_path)["other"]["quiz"]
     assert there["questions"] == 9
     here = run(tmp_path / "here", models / "other", "--task", "quiz", "--limit", 9)

@@ -95,10 +95,10 @@ def test_sampling_options_take_effect(model_dir: Path) -> None:
 def test_defaults_come_from_generation_config(
     model_dir: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    def output(place: Path, **settings: float) -> str:
+    def output(directory: Path, **settings: float) -> str:
         named = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
         flags = ["--seed", 3, "--max-new-tokens", 30, *(part for pair in named for part in pair)]
-        done = run(place, PROMPT, *flags)
+        done = run(directory, PROMPT, *flags)
         assert done.exit_code == 0, done.output
         return done.stdout
 
@@ -149,7 +149,7 @@ def test_errors_print_one_line(model_dir: Path, tokenizer_dir: Path, tmp_path: P
         ([model_dir, "a", "--temperature", "-1"], "", "temperature is -1.0; it must be"),
         ([model_dir, "a", "--top-p", "2"], "", "top-p is 2.0; it must be"),
         ([model_dir, "a", "--device", "cuda:99"], "", "device cuda:99 is not available"),
-        ([model_dir, "a", "--device", "gpu"], "", "device 'gpu' is not known"),
+        ([model_dir, "a", "--device", "gpu"], "", "unknown device 'gpu'"),
         ([tmp_path / "nowhere", "a"], "", "there is no such directory"),
         ([tmp_path, "a"], "", "is not a model directory: it has no config.json"),
         ([tmp_path / "file", "a"], "", "is not a model directory"),

@@ -201,8 +201,8 @@ def test_two_machines_by_torchrun(training: list[str], start: Start, tmp_path: P
     both = nodes([*meeting, str(1 - first)], [*meeting, str(first)])
     _, complaint = both[first].communicate(timeout=100)
     assert (
-        f"error: {runs[first]} on " in complaint
-        and "holds this run, but the machine of the first" in complaint
+        f"error: {runs[first]} exists on " in complaint
+        and "but not on the machine of process 0" in complaint
     )
 
 

@@ -216,7 +216,7 @@ def test_a_terminal_without_chinese_prints_question_marks() -> None:
 
 
 # A user without HOME and without an entry in the password database, as in some containers.
-HOMELESS = """
+WITHOUT_HOME = """
 import pwd
 
 def missing(*_):
@@ -248,7 +248,7 @@ def test_a_missing_home_prints_one_line(
     texts.write_text("长江是中国最长的河流。\n" * 50, "utf-8")
     places = {"TOKENIZER": tokenizer_dir, "TEXTS": texts, "OUT": tmp_path / "out"}
     done = subprocess.run(
-        [sys.executable, "-c", HOMELESS, *(str(places.get(word, word)) for word in arguments)],
+        [sys.executable, "-c", WITHOUT_HOME, *(str(places.get(word, word)) for word in arguments)],
         capture_output=True,
         text=True,
         encoding="utf-8",

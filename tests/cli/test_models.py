@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.cli.models import _split, is_service
+from minimind.cli.models import _split_adapter, is_service
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapter_is_split_at_a_plus_sign_outside_of_paths(
     spec: str, directory: str, adapter: str | None
 ) -> None:
-    assert _split(spec) == (Path(directory), adapter and Path(adapter))
+    assert _split_adapter(spec) == (Path(directory), adapter and Path(adapter))
 
 
 def test_an_existing_path_is_not_a_url() -> None:

@@ -4,7 +4,7 @@ from minimind.tokenizer import Tokenizer
 from tests.support.services import save_models, serving
 
 
-def test_it_prints_url_cache_and_batch_invariance_of_each_model(
+def test_serve_prints_url_cache_and_batch_invariance_of_each_model(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     models = save_models(tmp_path / "models", tokenizer, context=64)

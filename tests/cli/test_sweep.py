@@ -23,7 +23,7 @@ NANO = (
 
 
 @pytest.fixture
-def place(tokenizer_dir: Path, tmp_path: Path) -> Path:
+def folder(tokenizer_dir: Path, tmp_path: Path) -> Path:
     with (tmp_path / "text.jsonl").open("w", encoding="utf-8") as stream:
         for number in range(200):
             stream.write(json.dumps({"text": f"长江第{number}段长{7 * number}公里。"}) + "\n")
@@ -31,10 +31,10 @@ def place(tokenizer_dir: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "minimind", *arguments],
-        cwd=place,
+        cwd=folder,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -43,23 +43,23 @@ def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def run(place: Path, *arguments: str, status: int = 0) -> str:
-    process = start(place, *arguments)
-    said, _ = process.communicate(timeout=250)
-    assert process.returncode == status, said
-    return said
+def run(folder: Path, *arguments: str, status: int = 0) -> str:
+    process = start(folder, *arguments)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == status, output
+    return output
 
 
-def test_sweep_compares_variants_and_reports_failures(place: Path) -> None:
+def test_sweep_compares_variants_and_reports_failures(folder: Path) -> None:
     command = (*NANO, "--tokenizer", "tokenizer", "training.steps=3", "--devices", "cpu,cpu")
     heads = "model.num_attention_heads=4,3"
-    said = run(place, *command, heads, "model.num_hidden_layers=1,2", status=1)
+    output = run(folder, *command, heads, "model.num_hidden_layers=1,2", status=1)
     first, second = (f"num_attention_heads-4-num_hidden_layers-{layers}" for layers in (1, 2))
-    assert f"{first}: finished" in said and f"{second}: finished" in said
+    assert f"{first}: finished" in output and f"{second}: finished" in output
     reason = "num_attention_heads (3) must be a multiple of num_key_value_heads (2)"
-    assert len(re.findall(r"^failed: .*\b" + re.escape(reason), said, re.M)) == 2
-    assert "loss by parameters: no fit: 2 different values" in said
-    out = place / "out" / "sweep"
+    assert len(re.findall(r"^failed: .*\b" + re.escape(reason), output, re.M)) == 2
+    assert "loss by parameters: no fit: 2 different values" in output
+    out = folder / "out" / "sweep"
     metrics = json.loads((out / "summary.json").read_text("utf-8"))
     assert set(metrics["runs"]) == {first, second} and len(metrics["failed"]) == 2
     assert metrics["settings"][second]["model.num_hidden_layers"] == 2
@@ -67,46 +67,46 @@ def test_sweep_compares_variants_and_reports_failures(place: Path) -> None:
     recipe = (out / second / "recipe.toml").read_text("utf-8")
     assert 'device = "cpu"' in recipe and "num_hidden_layers = 2" in recipe
 
-    # Again, with one more value: what is finished is left as it is.
+    # Again, with one more value: finished runs are not trained again.
     before = (out / first / "summary.json").stat().st_mtime_ns
     more = (heads, "model.num_hidden_layers=1,2,3", "--json", "all.json")
-    said = run(place, *command, *more, status=1)
+    output = run(folder, *command, *more, status=1)
     assert (out / first / "summary.json").stat().st_mtime_ns == before
-    assert len(json.loads((place / "all.json").read_text("utf-8"))["runs"]) == 3
+    assert len(json.loads((folder / "all.json").read_text("utf-8"))["runs"]) == 3
 
-    said = run(place, "report", "out/sweep", "nowhere", "--out", "page.html", status=1)
-    assert "problem: nowhere: there is nothing" in said
-    assert (place / "page.html").is_file() and (place / "page.md").is_file()
+    output = run(folder, "report", "out/sweep", "nowhere", "--out", "page.html", status=1)
+    assert "problem: nowhere: no such file or folder" in output
+    assert (folder / "page.html").is_file() and (folder / "page.md").is_file()
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_goes_on(place: Path) -> None:
+def test_a_stopped_sweep_is_resumed(folder: Path) -> None:
     command = (*NANO, "--tokenizer", "tokenizer", "optim.lr=1e-3,2e-3", "training.steps=60")
-    process = start(place, *command)
-    metrics = place / "out" / "sweep" / "lr-0.001" / "metrics.jsonl"
+    process = start(folder, *command)
+    metrics = folder / "out" / "sweep" / "lr-0.001" / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_text("utf-8").count("\n") < 3:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 130, said
-    assert "lr-0.001: stopped; the same command resumes it" in said
-    assert "failed: lr-0.002: not started" in said
-    assert not (place / "out" / "sweep" / "lr-0.002").exists()
-    assert "report" not in said
-    run(place, *command)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, output
+    assert "lr-0.001: stopped; the same command resumes it" in output
+    assert "failed: lr-0.002: not started" in output
+    assert not (folder / "out" / "sweep" / "lr-0.002").exists()
+    assert "report" not in output
+    run(folder, *command)
     steps = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     assert [line["step"] for line in steps if line["kind"] == "train"] == [*range(1, 61)]
-    log = (place / "out" / "sweep" / "logs" / "lr-0.001.log").read_text("utf-8")
+    log = (folder / "out" / "sweep" / "logs" / "lr-0.001.log").read_text("utf-8")
     assert "resuming from step" in log
 
 
-def test_all_variants_wrong_is_a_mistake_of_the_command(place: Path) -> None:
-    said = run(place, *NANO, "optim.lrr=1,2", status=1)
-    assert said.startswith("error: ") and "did you mean optim.lr?" in said
+def test_a_sweep_with_only_invalid_variants_is_an_error(folder: Path) -> None:
+    output = run(folder, *NANO, "optim.lrr=1,2", status=1)
+    assert output.startswith("error: ") and "did you mean optim.lr?" in output
 
 
-def test_a_numbered_gpu_is_the_only_one_that_its_process_sees(
+def test_a_process_sees_only_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -122,6 +122,6 @@ def test_a_numbered_gpu_is_the_only_one_that_its_process_sees(
     assert device_settings(["cpu", "cpu"]) == [("cpu", {})] * 2
 
 
-def test_a_missing_device_is_reported_once(place: Path) -> None:
-    said = run(place, *NANO, "--tokenizer", "tokenizer", "--devices", "cuda:77", status=1)
-    assert said.count("device cuda:77 is not available") == 1
+def test_a_missing_device_is_reported_once(folder: Path) -> None:
+    output = run(folder, *NANO, "--tokenizer", "tokenizer", "--devices", "cuda:77", status=1)
+    assert output.count("device cuda:77 is not available") == 1

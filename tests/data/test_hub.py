@@ -67,7 +67,7 @@ def test_published_files_are_downloaded_once(hub: str, tmp_path: Path) -> None:
     for name, published in PUBLISHED.items():
         assert (tmp_path / "data" / published.name).read_bytes() == CONTENT
         assert f"{name}: " in done.stdout
-    assert done.stdout.count("the newest version, not a fixed one") == 1, "of cmmlu"
+    assert done.stdout.count("the latest version, not a pinned one") == 1, "of cmmlu"
     (tmp_path / "data" / "ceval-exam.zip").write_bytes(b"mine")
     assert download("ceval", tmp_path / "data").read_bytes() == b"mine"
 
@@ -93,5 +93,5 @@ def test_without_a_network_the_error_gives_the_address(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="known are ceval, cmmlu"):
+    with pytest.raises(UsageError, match="available are ceval, cmmlu"):
         download("chess", tmp_path)

@@ -37,7 +37,7 @@ def _invalid_lines() -> list[tuple[bytes, str]]:
         (b'{"text": ""}', "the text is empty"),
         (b'{"text": 3.5}', "not text"),
         (b"42", "a JSON int instead of an object"),
-        (b'{"text": "a", "n": ' + b"9" * 5_000 + b"}", "thousands of digits"),
+        (b'{"text": "a", "n": ' + b"9" * 5_000 + b"}", "more than 4,000 digits"),
     ]
 
 

@@ -36,6 +36,7 @@ NOT_RUN = {
     "make demo": "tests/cli/test_demo.py (slow) runs the whole demo",
     "minimind demo": "the same",
     ".venv/bin/minimind demo": "the same",
+    ". .venv/bin/activate": "changes the shell; the tests run in an environment already",
     "uv ": "needs uv and PyTorch's index",
     "uv run": "needs uv",
     "conda ": "needs conda",
@@ -43,13 +44,13 @@ NOT_RUN = {
     "python3 -m venv": "installs packages",
     "pip install": "installs packages",
     ".venv/bin/pip install": "installs packages",
-    "torchrun": "tests/training/test_distributed.py and tests/cli/test_workers.py use torchrun",
+    "torchrun": "tests/training/test_distributed.py and tests/cli/test_launcher.py use torchrun",
     "curl": "tests/serving sends such requests",
     "minimind serve": "tests/serving starts services on free ports",
     "minimind web": "tests/web opens the page in a browser",
     "minimind compare A B --judge": "tests/cli/test_compare.py has judges",
     "minimind pretrain --data texts --tokenizer tok --out out/run --nproc 4 training.backend": (
-        "tests/training/test_zero.py, where DeepSpeed is installed"
+        "tests/training/test_deepspeed_backend.py, where DeepSpeed is installed"
     ),
 }
 SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor")

@@ -11,7 +11,7 @@ import pytest
 
 from minimind.evaluation.benchmark_prompts import PromptBuilder
 from minimind.evaluation.catalogue import make_task
-from minimind.evaluation.encoding import OwnPromptEncoder
+from minimind.evaluation.encoding import MinimindEncoder
 from minimind.evaluation.harness import run_harness
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.multiple_choice import MultipleChoice
@@ -64,7 +64,7 @@ def test_each_question_has_the_same_likelihoods(
         assert result["shots"] == shots
     assert len({tuple(result["scores"]) for result in ours.values()}) == 7
 
-    builder = PromptBuilder(OwnPromptEncoder(tokenizer), task.benchmark, "letter", shots, 2048)
+    builder = PromptBuilder(MinimindEncoder(tokenizer), task.benchmark, "letter", shots, 2048)
     for question in task.questions:
         row = builder.build(question, task.examples[question.subject]).rows[0]
         assert tokenizer.decode(row.tokens[: row.start]) == expected[question.id].prompt

@@ -8,7 +8,7 @@ import torch
 
 from minimind.evaluation.benchmark_prompts import ChoicePrompt, PromptBuilder, Style, choose
 from minimind.evaluation.benchmarks import BENCHMARKS, Benchmark, Question
-from minimind.evaluation.encoding import OwnPromptEncoder
+from minimind.evaluation.encoding import MinimindEncoder
 from minimind.evaluation.scoring import EngineScorer
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, encode_chat
@@ -28,7 +28,7 @@ def build(
     shots: int = 5,
     context: int = 2048,
 ) -> ChoicePrompt:
-    builder = PromptBuilder(OwnPromptEncoder(tokenizer), benchmark, style, shots, context)
+    builder = PromptBuilder(MinimindEncoder(tokenizer), benchmark, style, shots, context)
     return builder.build(question, examples)
 
 

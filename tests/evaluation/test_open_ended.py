@@ -83,7 +83,7 @@ def test_questions_in_records_of_many_schemas(tmp_path: Path) -> None:
 
 
 def test_files_without_questions_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no line is a question"):
+    with pytest.raises(DataError, match="contains no question"):
         read_prompts(rows(tmp_path / "none.jsonl", {"a": 1}))
     with pytest.raises(DataError, match="no such file"):
         read_prompts(str(tmp_path / "gone.txt"))

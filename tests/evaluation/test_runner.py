@@ -17,7 +17,7 @@ from minimind.version import __version__
 ME = {"model": "1"}
 
 
-class Stops(RuntimeError):
+class Interrupted(RuntimeError):
     pass
 
 
@@ -31,13 +31,13 @@ def ceval(folder: Path) -> Task:
 
 
 def stopping(task: Task, after: int) -> Task:
-    """Make a task raise Stops after some results."""
+    """Make a task raise Interrupted after some results."""
     run = task.run
 
     def interrupted(model: Model, done: Collection[str]) -> Iterator[Result]:
         for number, result in enumerate(run(model, done)):
             if number == after:
-                raise Stops
+                raise Interrupted
             yield result
 
     task.run = interrupted  # type: ignore[method-assign]
@@ -71,7 +71,7 @@ def test_an_interrupted_evaluation_is_resumed(
 ) -> None:
     whole = evaluate(ceval(ceval_dir), local, tmp_path / "whole", identity=ME)
     folder = tmp_path / "stopped"
-    with pytest.raises(Stops):
+    with pytest.raises(Interrupted):
         evaluate(stopping(ceval(ceval_dir), 2), local, folder, identity=ME)
     [path] = folder.glob("*.jsonl")
     with path.open("ab") as file:

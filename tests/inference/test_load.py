@@ -149,7 +149,9 @@ def test_a_loaded_model_is_in_eval_mode(model_dir: Path, model: Transformer) -> 
 
 def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
     train_tokenizer(["长江长江"], vocab_size=273).save(copy)
-    with pytest.raises(TokenizerError, match="has 273 tokens but its model 600, so they do not"):
+    with pytest.raises(
+        TokenizerError, match="has 273 tokens, but its model has 600, so they do not"
+    ):
         load_for_inference(copy)
 
 

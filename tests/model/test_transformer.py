@@ -88,7 +88,7 @@ def test_conversations_in_a_packed_sequence_do_not_attend_to_each_other(
 def test_attention_in_training_and_inference_agree(
     random_model: Callable[..., Transformer], preset: str, changes: dict[str, float]
 ) -> None:
-    """On a CPU, training uses `_plain_attention` and inference PyTorch's kernel."""
+    """On a CPU, training uses `_blockwise_attention` and inference PyTorch's kernel."""
     model = random_model(preset, **changes)
     tokens = torch.randint(600, (2, 40))
     trained = model(tokens)

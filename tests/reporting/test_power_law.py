@@ -54,7 +54,7 @@ def test_noise_lowers_r_squared() -> None:
         ([(1e3, 4.0), (1e4, 5.0), (1e5, 6.0)], "no fit: the loss does not fall"),
     ],
 )
-def test_the_reason_without_a_fit(points: list[tuple[float, float]], why: str) -> None:
+def test_a_missing_fit_has_a_reason(points: list[tuple[float, float]], why: str) -> None:
     reason = fit_power_law(points)
     assert isinstance(reason, str) and reason.startswith(why)
 

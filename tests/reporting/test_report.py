@@ -328,7 +328,7 @@ def test_benchmark_results_are_found_in_the_run_or_elsewhere(tmp_path: Path) -> 
     assert [section.title for section in alone.page.sections] == ["Benchmarks"]
 
 
-def test_damage_is_reported_and_the_rest_shown(tmp_path: Path) -> None:
+def test_damaged_files_are_reported_and_the_rest_is_shown(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     write_run(runs / "good")
     half = write_run(runs / "half", finished=False, more="[training]\nsteps = 100\n")
@@ -360,7 +360,7 @@ def test_damage_is_reported_and_the_rest_shown(tmp_path: Path) -> None:
     assert "half (not finished)" in text and text.count("cannot be read") == 1
 
 
-def test_places_without_runs_are_an_error(tmp_path: Path) -> None:
+def test_folders_without_runs_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         make_report([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="contains no run and no benchmark results"):

@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from minimind.evaluation.benchmark_prompts import PromptBuilder
 from minimind.evaluation.catalogue import make_task
-from minimind.evaluation.encoding import OwnPromptEncoder
+from minimind.evaluation.encoding import MinimindEncoder
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.inference import load
@@ -100,7 +100,7 @@ def test_offsets_with_tokenizers_that_add_a_space_or_a_token(shape: str, tmp_pat
 
 
 def make_exam(tmp_path: Path, number: int) -> Path:
-    """C-Eval with so many questions: ours, with their options in other orders."""
+    """Write a C-Eval file with this number of questions, by permuting the options of a few."""
     folder = make_ceval(tmp_path / "ceval")
     questions = []
     for n in range(number):
@@ -133,11 +133,11 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_requests_of_lm_eval_give_the_same_scores(
     exam_model: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Requests and scoring of its backend `local-completions`."""
+    """Use the requests and the scoring of lm-eval's backend `local-completions`."""
     task = make_task("ceval", data=[str(make_exam(tmp_path, 8))], style="letter", shots=2)
     assert isinstance(task, MultipleChoice)
     ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
-    builder = PromptBuilder(OwnPromptEncoder(tokenizer), task.benchmark, "letter", 2, 2048)
+    builder = PromptBuilder(MinimindEncoder(tokenizer), task.benchmark, "letter", 2, 2048)
     assert len(task.questions) == 8
     with InProcess(exam_model, 4, Limits(), ()) as service:
         for question in task.questions:

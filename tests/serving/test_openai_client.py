@@ -168,7 +168,7 @@ def test_logit_bias_bans_and_forces(client: OpenAI) -> None:
     assert all(token.bytes != said[0].bytes for token in banned.choices[0].logprobs.content)
 
 
-def test_minus_one_is_no_limit(client: OpenAI) -> None:
+def test_max_tokens_of_minus_one_is_no_limit(client: OpenAI) -> None:
     done = ask(client, max_tokens=-1)
     assert done.choices[0].finish_reason == "length"
     assert done.usage.total_tokens == 2048
@@ -327,7 +327,7 @@ def test_errors(client: OpenAI, settings: dict[str, Any], param: str, code: str,
     assert set(error.body) == {"message", "type", "param", "code"}
 
 
-def test_what_asks_for_nothing_is_let_pass(client: OpenAI) -> None:
+def test_unsupported_parameters_without_effect_are_accepted(client: OpenAI) -> None:
     nothing: dict[str, Any] = {
         "tools": [],
         "tool_choice": "auto",
@@ -361,7 +361,7 @@ def test_hints_change_nothing(client: OpenAI, hint: dict[str, Any]) -> None:
     assert ask(client, **hint).choices == ask(client).choices
 
 
-def test_a_stream_takes_hints_too(client: OpenAI) -> None:
+def test_a_stream_accepts_hints(client: OpenAI) -> None:
     options = {"include_usage": None, "include_obfuscation": True}
     chunks = list(ask(client, stream=True, stream_options=options))
     assert not any("obfuscation" in chunk.model_dump(exclude_none=True) for chunk in chunks)
@@ -370,7 +370,7 @@ def test_a_stream_takes_hints_too(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("extra", ["reasoning_content", "refusal", "tool_calls", "audio"])
-def test_answers_are_sent_back_with_fields_that_are_null(client: OpenAI, extra: str) -> None:
+def test_received_messages_with_null_fields_are_accepted(client: OpenAI, extra: str) -> None:
     said = {"role": "assistant", "content": "六千三百公里。"}
     more = [*ASKED, said, {"role": "user", "content": "然后呢？"}]
     with_null = [*ASKED, said | {extra: None}, more[-1]]

@@ -23,7 +23,7 @@ def service(
     foreign_dir: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[InProcess]:
-    """The model prefers the rows that have no token to any that has one."""
+    """A service of a model that prefers rows without a token."""
     tokenizer = Tokenizer.load(foreign_dir(request.param))
     folder = tmp_path_factory.mktemp("padded")
     model = make_model(tokenizer, seed=1, context=512, padding=PADDING)

@@ -13,7 +13,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
-from tests.support.clients import ASKED, stop_during_streams
+from tests.support.clients import ENDLESS_BODY, stop_during_streams
 from tests.support.services import serving, wait_until
 
 
@@ -32,7 +32,7 @@ def test_fifty_shutdowns(models_dir: Path, tmp_path: Path) -> None:
 def test_answers_within_the_grace_period_are_finished(models_dir: Path, tmp_path: Path) -> None:
     with serving(models_dir, tmp_path / "log") as service:
         url = f"{service.url}/v1/chat/completions"
-        body = ASKED | {"n": 1, "max_tokens": 300}
+        body = ENDLESS_BODY | {"n": 1, "max_tokens": 300}
         with httpx.Client(timeout=30) as client, client.stream("POST", url, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)

@@ -1,4 +1,4 @@
-"""Child processes of `small_runs.Lives`, which train or save and may be killed meanwhile.
+"""Child processes of `small_runs.Lives`, which train or save and may be killed.
 
     python -m tests.support.driver OUTPUT
 
@@ -45,7 +45,7 @@ from tests.support.small_runs import REFUSED, nano_trainer, tensors
 def train(
     settings: dict[str, Any], pause_at: int | None = None, limits: dict[str, int] | None = None
 ) -> None:
-    """Run a stage; print "reached" from step `pause_at` on, and pause soon after to be killed.
+    """Run a stage; print "reached" from step `pause_at` on, and pause 6 steps later to be killed.
 
     limits: from a step on, the system refuses to write beyond this byte of any file.
     """
@@ -87,7 +87,7 @@ def train_on_a_disk_that_fills(settings: dict[str, Any], room: int, step: int) -
 
 
 def minimind(arguments: list[str], signals: dict[str, list[int]], pause_s: float = 0.0) -> None:
-    """Run the command line; send it the given signals at the given steps, and slow down each."""
+    """Run the command line; send it signals by step, and sleep `pause_s` seconds in each step."""
 
     class Signalling(console.RichReporter):
         def progress(self, done: int, total: int, note: str = "") -> None:

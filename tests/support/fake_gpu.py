@@ -4,9 +4,10 @@
 
 prints {"work": number of device synchronizations}.
 
-Torch's FakeTensorMode runs every operation on shapes and devices alone. An operation that mixes GPU
-and CPU tensors raises an error, and so does one whose output shape depends on values. Each value
-that is read (`.item()`, `float()`, `if tensor`) is counted, since it would synchronize a real GPU.
+Torch's FakeTensorMode propagates only the shape and device of each tensor. An operation that mixes
+GPU and CPU tensors raises an error, and so does one whose output shape depends on values. Each
+value that is read (`.item()`, `float()`, `if tensor`) is counted, since it would synchronize a real
+GPU.
 
 This is evidence, not proof: no kernel runs, and there is no autocast, no CUDA graph and no NCCL.
 Code that tests for "cuda" by name takes the branch of other devices, except for what `_as_on_cuda`

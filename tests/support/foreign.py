@@ -1,4 +1,4 @@
-"""Small tokenizers built like those of well-known models that people fine-tune."""
+"""Small tokenizers with the structure and chat templates of well-known models."""
 
 import json
 from pathlib import Path

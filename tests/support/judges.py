@@ -1,11 +1,11 @@
-"""Replies of judges, for RemoteService."""
+"""Simulated judges for RemoteService."""
 
 import json
 from collections.abc import Sequence
 
 
 def shown_answers(messages: Sequence[dict[str, str]]) -> list[str]:
-    """Return the answers in a request to a judge."""
+    """Extract the answers from a request to a judge."""
     parts = messages[-1]["content"].split("[answer ")[1:]
     return [part.split("]\n", 1)[1].split("\n[end of answer")[0] for part in parts]
 

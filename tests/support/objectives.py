@@ -1,4 +1,4 @@
-"""Objectives that wrap another one and misbehave as a test wants."""
+"""Objectives that wrap another one and inject faults."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Count the files that Python opens below a folder, by audit events."""
+"""Count the files that Python opens below a folder, with an audit hook."""
 
 import sys
 from collections.abc import Callable
@@ -9,13 +9,13 @@ _folder: Path | None = None
 _opened = 0
 
 
-def _see(event: str, arguments: tuple[Any, ...]) -> None:
+def _count(event: str, arguments: tuple[Any, ...]) -> None:
     global _opened
     if event == "open" and _folder and str(arguments[0]).startswith(str(_folder)):
         _opened += 1
 
 
-sys.addaudithook(_see)
+sys.addaudithook(_count)
 
 
 def opens(act: Callable[[], object], folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Run directories like those of training, written by hand."""
+"""Run directories in the format of training, written without training."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def write_run(
     more: str = "",
     **summary: Any,
 ) -> Path:
-    """Write a run. summary: additional metrics of summary.json; finished=False omits the file."""
+    """Write a run. summary: extra keys of summary.json; finished=False omits the file."""
     folder.mkdir(parents=True)
     lines = usual_metrics() if metrics is None else metrics
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Stages on files, killed and gone on with: for tests of a minute and benchmarks of an hour."""
+"""Training stages on files that are killed and resumed, for tests and reliability benchmarks."""
 
 import hashlib
 import json
@@ -29,13 +29,13 @@ STEPS = 60
 INTERRUPTED = 130
 
 
-def do(recipe: Recipe, told: RecordingReporter | None = None, **options: Any) -> StageResult:
+def do(recipe: Recipe, reporter: RecordingReporter | None = None, **options: Any) -> StageResult:
     """Run a stage in this process."""
-    return run_stage(recipe, reporter=told or RecordingReporter(), **options)
+    return run_stage(recipe, reporter=reporter or RecordingReporter(), **options)
 
 
 def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:
-    """The message with which a stage is refused."""
+    """Return the message of the error that running the stage raises."""
     with pytest.raises(error) as caught:
         do(recipe, **options)
     return str(caught.value)
@@ -65,7 +65,7 @@ def write_corpus(folder: Path) -> Path:
 
 
 def fingerprints(run: Path) -> dict[str, str]:
-    """sha256 of the model or adapter, and of the tensors of the last checkpoint."""
+    """Return sha256 hashes of the model or adapter, and of the tensors of the last checkpoint."""
     last = max((run / "checkpoints").iterdir())
     [*paths] = [*run.glob("model/*.safetensors"), *run.glob("adapter/*.safetensors")]
     assert len(paths) == 1
@@ -76,19 +76,19 @@ def fingerprints(run: Path) -> dict[str, str]:
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """The same bits in weights and moments, the same metrics, the same best step."""
+    """Assert that weights, moments, metrics and kept checkpoints are identical."""
     assert fingerprints(run) == fingerprints(other)
     assert metrics(run) == metrics(other)
     assert saved_steps(run) == saved_steps(other)
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps whose checkpoints are there, whole or not."""
+    """Return the steps of all checkpoints, complete or not."""
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
 
 
 class Stage:
-    """One stage on files: its settings, and the run that was never interrupted."""
+    """A stage on files: its settings, and an uninterrupted run to compare with."""
 
     def __init__(self, objective: str, folder: Path, lives: Lives, **settings: Any) -> None:
         self.objective, self.folder, self.lives = objective, folder, lives
@@ -96,7 +96,7 @@ class Stage:
         self.whole = folder / f"{objective}-whole"
         assert lives.run("train", settings=self.settings(self.whole)) == 0, lives.output.read_text()
         assert steps_done(self.whole) == STEPS // settings.get("training__log_every", 1)
-        before = "model__init" in settings  # the model that it starts from is measured too
+        before = "model__init" in settings  # the base model is validated too
         assert len(metrics(self.whole, "validation")) == STEPS // 10 + before
 
     def settings(self, run: Path, **more: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Stage:
         return ["train", str(recipe)]
 
     def finish(self, run: Path) -> None:
-        """Go on with a run to its end."""
+        """Resume a run and let it finish."""
         settings = self.settings(run)
         assert self.lives.run("train", settings=settings) == 0, self.lives.output.read_text()
 
@@ -126,17 +126,17 @@ KINDS = ("pretrain", "moe", "sft", "lora", "dpo")
 def make_stage(
     kind: str, corpus: Path, tokenizer: Path, start: Path | None, folder: Path, lives: Lives
 ) -> Stage:
-    """The whole run of a kind; `start`: the run whose model it begins with, if it needs one."""
+    """Create the stage of a kind. start: the run whose model it fine-tunes, if it needs one."""
     text, chat, pairs = ([str(corpus / f"{name}.jsonl")] for name in ("text", "chat", "pairs"))
     new = {"data__sources": text, "tokenizer": str(tokenizer)}
     old = {"model__init": str(start and start / "model")}
     match kind:
         case "pretrain":
             return Stage("pretrain", folder, lives, **new)
-        case "moe":  # half a line of metrics has sums of several numbers
+        case "moe":  # a partly accumulated metrics line has several sums
             more = {"model__preset": "nano-moe", "training__log_every": 2}
             return Stage("pretrain", folder, lives, **new, **more)
-        case "sft":  # a checkpoint of an odd step holds half a line of metrics
+        case "sft":  # checkpoints of odd steps have a partly accumulated line
             return Stage("sft", folder, lives, training__log_every=2, data__sources=chat, **old)
         case "lora":
             return Stage("sft", folder, lives, **lora_settings(data__sources=chat, **old))
@@ -145,10 +145,10 @@ def make_stage(
     raise ValueError(kind)
 
 
-def kill_on_the_way(stage: Stage, run: Path, dice: random.Random, kills: int) -> int:
-    """Begin a run, kill it soon after each of so many random steps, and let the last one finish.
+def kill_repeatedly(stage: Stage, run: Path, dice: random.Random, kills: int) -> int:
+    """Kill a run soon after each of `kills` random steps, resume it each time, and let it finish.
 
-    Returns how many were killed in the middle of a save.
+    Returns the number of kills during a save.
     """
     saving = 0
     settings = stage.settings(run)

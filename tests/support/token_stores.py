@@ -1,4 +1,4 @@
-"""Data and shortcuts of the tests of token stores."""
+"""Sample data and helpers for the tests of token stores."""
 
 import json
 from pathlib import Path

@@ -324,8 +324,8 @@ def changed(source: Path, directory: Path, file: str, change: Callable[[Any], ob
         ("tokenizer_config.json", {"chat_template": "{% for %}"}, "template cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% import os %}"}, "template cannot be read"),
         ("tokenizer_config.json", {"chat_template": "{% break %}"}, "template cannot be read"),
-        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is neither"),
-        ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id is neither"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id must be"),
+        ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id must be"),
     ],
 )
 def test_invalid_files_are_refused(
@@ -363,7 +363,7 @@ def test_hostile_templates_are_refused(
         "tokenizer_config.json",
         lambda c: c.update(chat_template=template),
     )
-    with pytest.raises(TokenizerError, match="chat template refuses"):
+    with pytest.raises(TokenizerError, match="chat template rejects"):
         encode_chat(Tokenizer.load(hostile), turns("a"))
 
 

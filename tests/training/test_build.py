@@ -126,7 +126,9 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Make, run: Path, tmp_pa
     train_tokenizer(["长江很长。"] * 10, vocab_size=280).save(tmp_path / "small")
     settings = {"model__init": str(run), "tokenizer": str(tmp_path / "small")}
     message = refused(recipe("sft", tmp_path / "tuned", **settings), TokenizerError)
-    assert f"{tmp_path / 'small'}: its tokenizer.json has 280 tokens but its model 600" in message
+    assert (
+        f"{tmp_path / 'small'}: its tokenizer.json has 280 tokens, but its model has 600" in message
+    )
 
 
 def test_a_missing_or_unfinished_model_is_an_error(recipe: Make, run: Path, tmp_path: Path) -> None:
@@ -182,7 +184,9 @@ def test_a_changed_base_model_is_an_error_if_the_run_needs_it(
     replace_base(base, change)
     message = refused(started, CheckpointError)
     wrong = (
-        f"{base}: there is no such directory" if change == "gone" else f"{base} is not the model"
+        f"{base}: there is no such directory"
+        if change == "gone"
+        else f"{base} is not the base model"
     )
     assert message.startswith(str(run)) and wrong in message
     assert message.endswith("Restore it, choose another --out, or start over with --fresh")

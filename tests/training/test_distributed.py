@@ -62,7 +62,8 @@ def test_batch_size_that_the_processes_do_not_divide_is_an_error() -> None:
         _sequences_per_process(TrainingSettings(global_batch_size=10), ProcessGroup(0, 4))
     with pytest.raises(
         ConfigError,
-        match=r"micro_batch_size=4 does not divide the 2 sequences that each of 4 processes takes",
+        match=r"micro_batch_size=4 does not divide the 2 sequences per process "
+        r"\(global batch size 8, 4 processes\)",
     ):
         _sequences_per_process(
             TrainingSettings(global_batch_size=8, micro_batch_size=4), ProcessGroup(0, 4)

@@ -153,7 +153,7 @@ def test_a_run_resumes_only_with_its_own_base(recipe: Any, folder: Path, tmp_pat
         model.model.norm.weight.add_(0.001)
     save_model(base, model, tokenizer)
     message = refused(started, CheckpointError)
-    assert f"{base} is not the model that this run began with" in message
+    assert f"{base} is not the base model that this run began with" in message
 
 
 def test_a_lora_run_is_not_a_model_to_start_from(recipe: Any, tmp_path: Path) -> None:

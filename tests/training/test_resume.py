@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.small_runs import Lives, metrics, steps_done, wait_until
-from tests.support.stages import INTERRUPTED, KINDS, Stage, assert_same, kill_on_the_way, make_stage
+from tests.support.stages import INTERRUPTED, KINDS, Stage, assert_same, kill_repeatedly, make_stage
 
 KILLS = 10
 
@@ -46,7 +46,7 @@ def test_ten_random_kills_change_nothing(
 ) -> None:
     """Killed soon after ten random steps, and begun again each time."""
     stage, run = stage_of(kind), tmp_path / "run"
-    kill_on_the_way(stage, run, random.Random(kind), KILLS)
+    kill_repeatedly(stage, run, random.Random(kind), KILLS)
     assert_same(run, stage.whole)
 
 
@@ -57,7 +57,7 @@ def test_a_stop_saves_and_leaves_and_the_same_command_goes_on(
     run = tmp_path / "run"
     arguments = pretraining.arguments(run)
     assert lives.run("minimind", arguments=arguments, signals={"11": [stop]}) == INTERRUPTED
-    assert "the same command goes on from there" in lives.output.read_text()
+    assert "run the same command again to resume" in lives.output.read_text()
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert saved[-1] in ("step-00000011", "step-00000012")
     assert lives.run("minimind", arguments=arguments, signals={}) == 0, lives.output.read_text()

@@ -67,7 +67,7 @@ def test_sft_starts_from_the_model_of_a_run(recipe: Make, run: Path, tmp_path: P
     assert result.model == tuned / "model"
     assert losses(tuned)[0] < math.log(600) - 0.2, "the base model was trained"
     [line] = [line for line in told.lines if "conversations" in line]
-    assert "0 left out because no answer was left" in line
+    assert "0 left out because they have no supervised tokens" in line
     assert Tokenizer.load(tuned / "model").sha256 == Tokenizer.load(run / "model").sha256
 
 

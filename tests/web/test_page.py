@@ -91,7 +91,7 @@ def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[
 
 
 class Browser:
-    """Chromium with helpers for this page."""
+    """Chromium, with methods for this page."""
 
     def __init__(self, language: str = "en-US", width: int = 1200) -> None:
         from selenium import webdriver

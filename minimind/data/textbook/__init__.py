@@ -1,6 +1,6 @@
 """The textbook: facts written for this project, and everything generated from them.
 
-Two products: a training corpus of any size, which depends only on the seed, and a quiz whose
+It provides a training corpus of any size, which depends only on the seed, and a quiz. The quiz
 questions are held out: they are worded differently from all questions in the corpus.
 
 Reading order: tables (facts, their templates), phrases (framing of questions), generators (streams
@@ -32,6 +32,7 @@ from minimind.data.textbook.quiz import (
 )
 from minimind.data.textbook.tables import Subject, load_subjects
 from minimind.errors import ConfigError, DataError, ResourceError
+from minimind.files import atomic_file, write_atomically
 
 __all__ = [
     "DEMO_QUESTIONS",
@@ -73,7 +74,7 @@ def write_corpus(
 ) -> dict[str, Path]:
     """Write the corpus as JSON Lines into `out`; return the path of each file by its stem.
 
-    pretrain.jsonl, held-out.jsonl: {"text"}, with no text in both. sft-single.jsonl,
+    pretrain.jsonl, held-out.jsonl: {"text"}, without common texts. sft-single.jsonl,
     sft-multi.jsonl, identity.jsonl: {"conversations"}, the last with the variables {{name}} and
     {{author}}. dpo.jsonl: {"chosen", "rejected"}. multiple-choice.jsonl: questions with four
     options.
@@ -100,9 +101,9 @@ def write_corpus(
 def textbook_file(path: str, folder: Path, variables: Mapping[str, str]) -> str:
     """Return `path`; for `textbook:NAME`, the path of a file in `folder`, generated if necessary.
 
-    Recipes can thus name packaged data: identity (dialogues about the model's name and author),
+    NAME is one of: identity (dialogues about the model's name and author),
     dialogues (questions about the facts), retention (other dialogues of the same kind). Raises
-    DataError for another name, and ConfigError when identity lacks the variables name or author.
+    DataError for an unknown name, and ConfigError when identity lacks the variables name or author.
     """
     if not path.startswith(_PREFIX) or os.path.exists(path):
         return path
@@ -122,21 +123,17 @@ def textbook_file(path: str, folder: Path, variables: Mapping[str, str]) -> str:
         )
     target = folder / f"textbook-{name}.jsonl"
     checksum = target.with_name(f"{target.name}.sha256")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_current(target, checksum):
-            _write(temporary, generators[name]())
-            os.replace(temporary, target)
-            temporary.write_text(_checksum(target), encoding="utf-8")
-            os.replace(temporary, checksum)
+            with atomic_file(target) as temporary:
+                _write(temporary, generators[name]())
+            write_atomically(checksum, _checksum(target))
     except OSError as error:
         raise ResourceError(
             f"{target}: cannot be written ({error.strerror}); "
             "choose another folder with data.store=DIR"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return str(target)
 
 

@@ -1,4 +1,4 @@
-"""`python -m minimind.data.textbook`: print the size of the tables and what lint finds in them."""
+"""`python -m minimind.data.textbook`: print the size of the tables and the findings of lint."""
 
 import sys
 

@@ -1,9 +1,9 @@
 """Fluency of answers, without a model: every trigram must occur in the textbook.
 
-Tokens are words, in Chinese characters, with sentence start and end as tokens and all numbers as
-one token. A sentence with a missing, added or exchanged character has a trigram that no sentence of
-the textbook has. The measure says nothing about models that were not trained on the textbook: their
-sentences are different.
+Tokens are words, or single characters in Chinese. The start and the end of a sentence are tokens,
+and all numbers are the same token. An error such as a missing or an extra character gives a trigram
+that no sentence of the textbook contains. The measure is meaningless for models that were not
+trained on the textbook, because their sentences are different.
 """
 
 import re
@@ -21,7 +21,7 @@ Trigram = tuple[str, str, str]
 
 
 def is_fluent(answer: str) -> bool:
-    """Return True if an answer is well formed and has only trigrams of the textbook."""
+    """Return True if an answer is well formed and all its trigrams occur in the textbook."""
     return is_well_formed(answer) and all(
         trigram in _known_trigrams() for trigram in _trigrams(answer)
     )

@@ -18,11 +18,11 @@ Message = dict[str, str]
 Subjects = Sequence[Subject] | None  # None: the packaged ones
 
 # Probabilities unless noted otherwise.
-_QUESTION_IN_PROSE = 0.3  # a fact in prose is put as question and answer
+_QUESTION_IN_PROSE = 0.3  # a fact in prose is rendered as question and answer
 _BY_RELATION = 0.2  # prose about one column of a subject instead of one entity
 _SENTENCES = 4  # typical number of sentences of a text
 _CASUAL = 0.3  # a question is reworded casually, before any framing
-_WITH_PARTICLE = 0.25  # a question that is neither framed nor bare gets a particle
+_WITH_PARTICLE = 0.25  # a question without frame, with its mark, gets a final particle
 _FRAMED = 0.6  # a question gets a frame
 _FRAME, _REQUEST = 0.25, 0.55  # kinds of frame: fixed phrase, request; else "do you know"
 _BARE = 0.1  # a question loses its question mark
@@ -30,7 +30,7 @@ _WITH_TAIL = 0.03
 _WITH_SYSTEM = 0.04
 _WITH_GREETING = 0.08
 _WITH_THANKS = 0.15
-_ELLIPTIC = 0.3  # a follow-up asks the same of another entity
+_ELLIPTIC = 0.3  # a follow-up asks for the same attribute of another entity
 _MAX_TURNS = 4
 _LETTERS = "ABCD"
 
@@ -48,26 +48,29 @@ def prose(seed: int, subjects: Subjects = None) -> Iterator[str]:
 def dialogues(
     seed: int, turns: Literal["single", "multi"] = "single", subjects: Subjects = None
 ) -> Iterator[list[Message]]:
-    """Yield dialogues of one question, or of two to four where later ones need the context."""
+    """Yield dialogues of one question, or of two to four that depend on earlier ones."""
     rng = random.Random(f"{turns} {seed}")
     facts = [fact for subject in _or_packaged(subjects) for fact in subject.facts]
     if turns == "multi":
         facts = [fact for fact in facts if _other_facts(fact) or _other_rows(fact)]
     for fact in _shuffled_passes(facts, rng):
         phrases = PHRASES[fact.subject.language]
-        exchanges = [(_ask(fact, phrases, rng), rng.choice(fact.answers))]
+        exchanges = [(_varied_question(fact, phrases, rng), rng.choice(fact.answers))]
         if turns == "multi":
             _add_followups(exchanges, fact, phrases, rng)
         yield _messages(exchanges, phrases, rng)
 
 
 def preferences(seed: int, subjects: Subjects = None) -> Iterator[dict[str, list[Message]]]:
-    """Yield {"chosen", "rejected"}; the latter is wrong, repetitive, evasive or endless."""
+    """Yield {"chosen", "rejected"}; the latter is wrong, repetitive, evasive or rambling."""
     rng = random.Random(f"preferences {seed}")
     facts = [fact for subject in _or_packaged(subjects) for fact in subject.facts]
-    corruptions = (_wrong, _repetitive, _evasive, _endless)
+    corruptions = (_wrong, _repetitive, _evasive, _rambling)
     for number, fact in enumerate(_shuffled_passes(facts, rng)):
-        question = {"role": "user", "content": _ask(fact, PHRASES[fact.subject.language], rng)}
+        question = {
+            "role": "user",
+            "content": _varied_question(fact, PHRASES[fact.subject.language], rng),
+        }
         chosen = rng.choice(fact.answers)
         rejected = corruptions[number % len(corruptions)](fact, chosen, rng)
         if rejected == chosen:
@@ -80,11 +83,11 @@ def preferences(seed: int, subjects: Subjects = None) -> Iterator[dict[str, list
 
 def multiple_choice(seed: int, subjects: Subjects = None) -> Iterator[dict[str, str]]:
     """Yield {"question", "A", "B", "C", "D", "answer", "subject"}, with one right option."""
-    rng = random.Random(f"exams {seed}")  # the string decides the data: keep it
+    rng = random.Random(f"exams {seed}")  # part of the seed: do not rename
     facts = [
         fact for subject in _or_packaged(subjects) for fact in subject.facts if len(fact.keys) == 1
     ]
-    distractors = {fact: rivals for fact in facts if len(rivals := fact.rivals()) >= 3}
+    distractors = {fact: values for fact in facts if len(values := fact.distractors()) >= 3}
     for fact in _shuffled_passes(list(distractors), rng):
         right = fact.keys[0][0]
         options = [right, *rng.sample(distractors[fact], 3)]
@@ -102,7 +105,7 @@ def _or_packaged(subjects: Subjects) -> Sequence[Subject]:
 
 
 def _shuffled_passes(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
-    """Yield all facts again and again, each pass in a new order."""
+    """Yield all facts repeatedly, in a new order in each pass."""
     while facts:
         yield from rng.sample(facts, len(facts))
 
@@ -140,14 +143,14 @@ def _sentence(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
     """Render a fact as a statement, or as a question with its answer."""
     if rng.random() < _QUESTION_IN_PROSE:
         question, answer = rng.choice(fact.questions), rng.choice(fact.answers)
-        return phrases.ask.format(question=question, answer=answer)
+        return phrases.prose_question.format(question=question, answer=answer)
     return rng.choice(fact.statements)
 
 
 # --- Questions
 
 
-def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
+def _varied_question(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
     """Return a question for a fact: as in the table, reworded, framed, or without its mark."""
     plain, draw = rng.choice(fact.questions), rng.random()
     if rng.random() < _CASUAL:
@@ -164,7 +167,7 @@ def _ask(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
 
 
 def _is_held_out(question: str, subject: Subject) -> bool:
-    """Return True if a question has a frame of the quiz, or ends with a question of the quiz."""
+    """Return True if a question contains a frame of the quiz or ends with a quiz question."""
     if any(frame in question.lower() for frame in NEVER_TRAINED):
         return True
     text, held_out = normalise(question), _held_out_questions(subject)
@@ -180,7 +183,7 @@ def _held_out_questions(subject: Subject) -> frozenset[str]:
 
 
 def _reworded(question: str, rewordings: Sequence[tuple[str, str]], rng: random.Random) -> str:
-    """Apply one of the (pattern, replacement) pairs that match; without a match no change."""
+    """Apply a random (pattern, replacement) pair that matches, if there is one."""
     matching = [(pattern, text) for pattern, text in rewordings if re.search(pattern, question)]
     if not matching:
         return question
@@ -189,31 +192,33 @@ def _reworded(question: str, rewordings: Sequence[tuple[str, str]], rng: random.
 
 
 def _framed(plain: str, phrases: Phrases, rng: random.Random) -> str:
-    """Put a question into a frame: a fixed phrase, a request, or "do you know"."""
+    """Return a question in a frame: a fixed phrase, a request, or "do you know"."""
     bare = plain.rstrip("？?。.")
     if plain.startswith(phrases.requests):
         start = next(request for request in phrases.requests if plain.startswith(request))
         before, after = rng.choice(phrases.polite)
-        return before + rng.choice(phrases.about) + bare.removeprefix(start) + after
+        return before + rng.choice(phrases.request_replacements) + bare.removeprefix(start) + after
     if not plain.endswith(("？", "?")) or plain.startswith(phrases.not_framed):
         return plain
     draw = rng.random()
-    if not phrases.askers or plain.endswith(phrases.whether) or draw < _FRAME:
+    if not phrases.askers or plain.endswith(phrases.yes_no_endings) or draw < _FRAME:
         # "Do you …" stays a question: it cannot be embedded in another sentence.
-        fitting = [f for f in phrases.frames if "{q}" in f or not plain.endswith(phrases.whether)]
+        fitting = [
+            f for f in phrases.frames if "{q}" in f or not plain.endswith(phrases.yes_no_endings)
+        ]
         return rng.choice(fitting).format(q=plain, bare=bare)
     if draw < _FRAME + _REQUEST:
         before, after = rng.choice(phrases.polite)
-        return before + rng.choice(phrases.tell) + bare + after
+        return before + rng.choice(phrases.request_verbs) + bare + after
     before, after = rng.choice(phrases.askers)
-    return before + rng.choice(phrases.know) + bare + after
+    return before + rng.choice(phrases.knowing_verbs) + bare + after
 
 
 # --- Dialogues
 
 
 def _other_facts(fact: Fact) -> list[Fact]:
-    """Return facts of the same entity that a follow-up can ask for with "it"."""
+    """Return facts of the same entity that a follow-up can ask for with a pronoun."""
     if not fact.asks_by_name:
         return []
     return [
@@ -224,7 +229,7 @@ def _other_facts(fact: Fact) -> list[Fact]:
 
 
 def _other_rows(fact: Fact) -> list[Row]:
-    """Return other entities of which a follow-up can ask the same."""
+    """Return other entities for which a follow-up can ask for the same attribute."""
     if not fact.asks_by_name or not fact.followups:
         return []
     return [row for row in fact.relation.rows if row is not fact.row]
@@ -278,7 +283,7 @@ def _messages(
 
 
 def _wrong(fact: Fact, right: str, rng: random.Random) -> str:
-    """Return an answer with the values of another row, which is wrong here."""
+    """Return a wrong answer, with the values of another row."""
     question = QuizQuestion("", fact.keys, fact.subject.title, right)
     rows = [row for row in fact.relation.rows if row is not fact.row]
     rng.shuffle(rows)
@@ -298,8 +303,8 @@ def _evasive(fact: Fact, right: str, rng: random.Random) -> str:
     return rng.choice(PHRASES[fact.subject.language].evasions)
 
 
-def _endless(fact: Fact, right: str, rng: random.Random) -> str:
-    """Continue a right answer with unrelated statements, and stop in mid-sentence."""
+def _rambling(fact: Fact, right: str, rng: random.Random) -> str:
+    """Continue a right answer with unrelated statements, and stop in the middle of a sentence."""
     others = rng.sample(fact.subject.facts, min(3, len(fact.subject.facts)))
     space = PHRASES[fact.subject.language].space
     complete = space.join([right, *(rng.choice(other.statements) for other in others)])

@@ -1,4 +1,4 @@
-"""Identity: dialogues in which the model says its name and its author.
+"""Identity: dialogues in which the model gives its name and its author.
 
 They contain the template variables `{{name}}` and `{{author}}`, which a recipe sets in
 data.variables.
@@ -16,7 +16,7 @@ from minimind.data.textbook.generators import Message
 from minimind.data.textbook.quiz import normalise
 
 _TWO_TURNS = 0.25  # probability
-_BARE = 0.15  # probability that a question loses its final mark
+_BARE = 0.15  # probability that a question loses its question mark
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class IdentityQuestion:
     keys: tuple[str, ...]
 
     def is_right(self, answer: str, variables: Mapping[str, str]) -> bool:
-        """Return True if the answer contains the name or the author set in `variables`."""
+        """Return True if the answer contains the values of `keys` in `variables`."""
         return all(variables[key].lower() in answer.lower() for key in self.keys)
 
 
 def identity(seed: int) -> Iterator[list[Message]]:
-    """Yield dialogues of one or two turns without end; every question occurs equally often."""
+    """Yield an infinite stream of dialogues of one or two turns, balanced over the questions."""
     rng = random.Random(f"identity {seed}")
     topics = _tables()["topics"]
     questions = [(topic, question) for topic in topics for question in topic["questions"]]

@@ -45,22 +45,22 @@ def _check_format(subject: Subject) -> Iterator[str]:
     for fact in subject.facts:
         for text in (*fact.questions, *fact.followups):
             if text.lower().startswith(NEVER_TRAINED):
-                yield f"{_where(fact)}: “{text}” has a frame that is reserved for the quiz"
+                yield f"{_where(fact)}: “{text}” has a frame reserved for the quiz"
 
 
 def _check_answers(subject: Subject) -> Iterator[str]:
-    """Check that every answer is right by its own keys, and well formed."""
+    """Check that every answer matches its own keys and is well formed."""
     for fact in subject.facts:
         question = fact_question(fact, "")
         for answer in fact.answers:
             if not is_right(question, answer):
-                yield f"{_where(fact)}: “{answer}” is not right by the keys {fact.keys}"
+                yield f"{_where(fact)}: “{answer}” does not match the keys {fact.keys}"
             if not is_well_formed(answer):
                 yield f"{_where(fact)}: “{answer}” is not a well-formed answer"
 
 
 def _check_ambiguity(subjects: Sequence[Subject]) -> Iterator[str]:
-    """Check that no question asks for two different facts."""
+    """Check that no question has two different answers."""
     fact_of: dict[str, Fact] = {}
     for fact in _facts(subjects):
         context = normalise(fact.name)
@@ -83,7 +83,7 @@ def _check_leaks(subjects: Sequence[Subject]) -> Iterator[str]:
             suffixes = (question[start:] for start in range(len(question)))
             for suffix in (suffix for suffix in suffixes if suffix in held_out):
                 source = _where(held_out[suffix])
-                yield f"{_where(fact)}: “{text}” trains on the held-out “{suffix}” of {source}"
+                yield f"{_where(fact)}: “{text}” contains the held-out “{suffix}” of {source}"
 
 
 def _facts(subjects: Sequence[Subject]) -> Iterator[Fact]:

@@ -1,4 +1,4 @@
-"""Phrases around facts, by language: frames of questions, system prompts, greetings, evasions."""
+"""Phrases by language: frames of questions, system prompts, greetings, evasive answers."""
 
 from dataclasses import dataclass
 
@@ -12,44 +12,49 @@ class Phrases:
 
     space: str
     """Separator of sentences."""
-    ask: str
+    prose_question: str
     """Template of a question with its answer in prose."""
-    whether: tuple[str, ...]
+    yes_no_endings: tuple[str, ...]
     """Endings of yes-no questions, which cannot be embedded in a sentence."""
     not_framed: tuple[str, ...]
-    """Beginnings of questions that get no frame: they have one, or are not plain questions."""
+    """Beginnings of questions that get no frame: already framed, or not plain questions."""
     frames: tuple[str, ...]
     """Fixed phrases around a question: `{q}` with its mark, `{bare}` without."""
     polite: tuple[tuple[str, str], ...]
-    """Beginning and end of a polite request."""
-    tell: tuple[str, ...]
-    """Verb of a request ("tell me"), before a question without its mark."""
+    """Beginning and end of a request."""
+    request_verbs: tuple[str, ...]
+    """Verbs of a request ("tell me"), before a question without its mark."""
     askers: tuple[tuple[str, str], ...]
-    """Subject and end of a "do you know" question: "你" … "吗？"."""
-    know: tuple[str, ...]
-    """Verb of that question ("know"), before a question without its mark."""
+    """Beginning and end of a "do you know" question, such as "你" and "吗？"."""
+    knowing_verbs: tuple[str, ...]
+    """Verbs of that question ("know"), before a question without its mark."""
     casual: tuple[tuple[str, str], ...]
     """Casual rewordings: pattern and replacement."""
     particles: tuple[tuple[str, str], ...]
     """Rewordings of the end of a question: pattern and replacement."""
     requests: tuple[str, ...]
     """Beginnings of sentences that are requests ("tell me about"), not questions."""
-    about: tuple[str, ...]
+    request_replacements: tuple[str, ...]
     """Replacements for these beginnings."""
     elliptic: tuple[str, ...]
     """Templates of follow-ups that ask the previous question about another entity."""
     tails: tuple[str, ...]
+    """Closing sentences of a dialogue."""
     systems: tuple[str, ...]
+    """System prompts."""
     greetings: tuple[tuple[str, str], ...]
+    """Greetings and their answers."""
     thanks: tuple[tuple[str, str], ...]
+    """Thanks and their answers."""
     evasions: tuple[str, ...]
+    """Evasive answers, as rejected answers of preference pairs."""
 
 
 PHRASES = {
     "zh": Phrases(
         space="",
-        ask="问：{question}答：{answer}",
-        whether=("吗？", "好吗？"),
+        prose_question="问：{question}答：{answer}",
+        yes_no_endings=("吗？", "好吗？"),
         not_framed=("请", "我", "有人", "想一想", "填空", "你能", "能", "听说", "嗨", "算"),
         frames=(
             "请问{q}",
@@ -100,7 +105,16 @@ PHRASES = {
             ("请你", "。"),
             ("可不可以", "？"),
         ),
-        tell=("告诉我", "给我讲讲", "跟我讲讲", "给我说说", "说说", "为我解释", "说一下", "讲讲"),
+        request_verbs=(
+            "告诉我",
+            "给我讲讲",
+            "跟我讲讲",
+            "给我说说",
+            "说说",
+            "为我解释",
+            "说一下",
+            "讲讲",
+        ),
         askers=(
             ("你", "吗？"),
             ("你", "吗"),
@@ -112,7 +126,7 @@ PHRASES = {
             ("小朋友", "吗？"),
             ("谁", "？"),
         ),
-        know=("知道", "晓得", "清楚", "记得", "了解", "还记得"),
+        knowing_verbs=("知道", "晓得", "清楚", "记得", "了解", "还记得"),
         casual=(
             ("什么地方", "哪儿"),
             ("哪里", "哪儿"),
@@ -150,7 +164,7 @@ PHRASES = {
             ("？$", "？？"),
         ),
         requests=("介绍一下", "跟我说说", "说说", "说一说", "讲一讲", "讲讲"),
-        about=(
+        request_replacements=(
             "介绍一下",
             "介绍",
             "跟我说说",
@@ -189,8 +203,8 @@ PHRASES = {
     ),
     "en": Phrases(
         space=" ",
-        ask="Question: {question} Answer: {answer}",
-        whether=(),
+        prose_question="Question: {question} Answer: {answer}",
+        yes_no_endings=(),
         not_framed=("Give", "Name", "One", "Solid", "Do you"),
         frames=(
             "Please tell me: {q}",
@@ -208,9 +222,9 @@ PHRASES = {
             "In English: {q}",
         ),
         polite=(),
-        tell=(),
+        request_verbs=(),
         askers=(),
-        know=(),
+        knowing_verbs=(),
         casual=(
             ("What is", "What's"),
             ("What's", "what is"),
@@ -222,7 +236,7 @@ PHRASES = {
         ),
         particles=((r"\?$", "??"), (r"\?$", ", please?")),
         requests=(),
-        about=(),
+        request_replacements=(),
         elliptic=("And {name}?", "What about {name}?"),
         tails=("I hope this helps!", "Please ask me more."),
         systems=("You are MiniMind, a helpful assistant.", "You are a helpful assistant."),

@@ -1,4 +1,4 @@
-"""The quiz: held-out questions about the facts, and the marking of answers by rules."""
+"""The quiz: held-out questions about the facts, and rule-based grading of answers."""
 
 import random
 import re
@@ -25,8 +25,8 @@ _ENDS = tuple("。！？.!?")
 _CLOSING = "”’」』）)\"'"
 _NUMERALS = "零〇一二三四五六七八九十百千万亿"
 _LATIN = "A-Za-z0-9À-ÿ"
-# Text that ends with this negates the next word: a negated rival is not offered.
-_DENIAL = re.compile(
+# At the end of a text, it negates the next word: a negated distractor does not count.
+_NEGATION_BEFORE = re.compile(
     r"(?:(?:不|没|没有|并非|[是能]否)(?:一定|会|喜欢)?(?:是|叫|属于)?(?:在|位于|吃|用)?"
     r"|(?:\bnot|n't) (?:[a-z]+ ){0,2})$",
     re.IGNORECASE,
@@ -38,7 +38,7 @@ _NEGATION = re.compile(
     r"|\b(?:not|no|never|cannot)\b|n't\b",
     re.IGNORECASE,
 )
-# The same directly after the key. 没 alone does not count: “盐没有飞走” is a reason.
+# A negation directly after the key. 没 alone does not count: “盐没有飞走” is a reason.
 _NEGATION_AFTER = re.compile(
     r"(?:并|从来|根本)(?:不|没|非|未)|不是|从未|从没|绝非|\s+(?:is|was|are|were|did|does)(?:n't|\s+not)\b",
     re.IGNORECASE,
@@ -52,21 +52,21 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0
 class QuizQuestion:
     """A question and the rule for right answers.
 
-    A right answer contains at least one key of each tuple in `keys`, and none of the `rivals`: an
-    answer that offers several values is a guess. `answer` is a reference answer.
+    A right answer contains at least one key of each tuple in `keys`, and none of the `distractors`:
+    an answer with several values is a guess. `answer` is a reference answer.
     """
 
     question: str
     keys: tuple[tuple[str, ...], ...]
     subject: str
     answer: str
-    rivals: tuple[str, ...] = ()
+    distractors: tuple[str, ...] = ()
 
 
 def normalise(text: str) -> str:
-    """Remove punctuation, white space and case, to compare questions.
+    """Remove punctuation and white space and convert to lower case, to compare questions.
 
-    Operators of arithmetic stay: 9+4 is not 9×4.
+    Arithmetic operators are kept: 9+4 is not 9×4.
     """
     return re.sub(r"[^\w+×*]+|_+", "", text.lower())
 
@@ -93,28 +93,28 @@ def sample_quiz(n: int, seed: int, subjects: Sequence[Subject] | None = None) ->
 
 
 def demo_questions() -> list[QuizQuestion]:
-    """Return the eight questions that every report shows. Raises DataError if one is missing."""
+    """Return the questions that every report shows. Raises DataError if one is missing."""
     by_text = {question.question: question for question in quiz()}
     missing = [text for text in DEMO_QUESTIONS if text not in by_text]
     if missing:
-        raise DataError(f"The tables have no such held-out question: {' '.join(missing)}")
+        raise DataError(f"the tables lack the held-out questions {' '.join(missing)}")
     return [by_text[text] for text in DEMO_QUESTIONS]
 
 
 def is_right(question: QuizQuestion, answer: str) -> bool:
-    """Return True if an answer is complete, without repetition, with every key and no rival.
+    """Return True if an answer is complete, without repetition, with every key and no distractor.
 
-    Numbers and Latin words match only as complete words. A key does not count if it is negated in
-    its clause, unless it is negated in the reference answer too.
+    Numbers and Latin words match only as complete words. A key that is negated in its clause counts
+    only if the reference answer negates it too.
     """
-    answer = _narrow(answer)
+    answer = _canonical(answer)
     return (
         answer.rstrip(_CLOSING).endswith(_ENDS)
         and _max_repetitions(answer) < 3
         and all(
             any(_asserts(answer, key, question.answer) for key in keys) for keys in question.keys
         )
-        and not any(_offers(answer, rival) for rival in question.rivals)
+        and not any(_contains_affirmed(answer, distractor) for distractor in question.distractors)
     )
 
 
@@ -131,16 +131,20 @@ def is_well_formed(answer: str) -> bool:
 
 
 def fact_question(fact: Fact, question: str) -> QuizQuestion:
-    """Return a quiz question for a fact, without rivals that its own row or answers contain."""
+    """Return a quiz question for a fact. Distractors in its own row or answers are left out."""
     own = [value for values in fact.row.cells.values() for value in values]
-    context = _narrow("。".join((*own, question, *fact.answers)))
-    rivals = (rival for key in range(len(fact.keys)) for rival in fact.rivals(key))
+    context = _canonical("。".join((*own, question, *fact.answers)))
+    distractors = (
+        distractor for key in range(len(fact.keys)) for distractor in fact.distractors(key)
+    )
     return QuizQuestion(
         question,
         fact.keys,
         fact.subject.title,
         fact.answers[0],
-        tuple(rival for rival in rivals if not _offers(context, rival)),
+        tuple(
+            distractor for distractor in distractors if not _contains_affirmed(context, distractor)
+        ),
     )
 
 
@@ -160,13 +164,13 @@ def _packaged_quiz() -> tuple[QuizQuestion, ...]:
 
 
 @lru_cache(1 << 14)
-def _narrow(text: str) -> str:
+def _canonical(text: str) -> str:
     """Convert full-width letters and digits to ASCII, and 6,300 to 6300."""
     return re.sub(r"(?<=\d),(?=\d{3})", "", text.translate(_FULL_WIDTH)).strip()
 
 
 @cache
-def _bounded(value: str, isolated: bool) -> re.Pattern[str]:
+def _value_pattern(value: str, isolated: bool) -> re.Pattern[str]:
     """Return a pattern for a value that is not part of a longer number or Latin word.
 
     If `isolated`, a single Chinese character must not be part of a longer word either.
@@ -192,38 +196,39 @@ def _bounded(value: str, isolated: bool) -> re.Pattern[str]:
 def _asserts(answer: str, key: str, expected: str) -> bool:
     """Return True if the answer contains the key outside of questions.
 
-    The key must not be negated, unless it is negated in the expected answer.
+    A negated key counts only if the expected answer negates it too.
     """
-    statements, key = re.sub(r"[^。！？!?]*[？?]", "", answer), _narrow(key)
+    statements, key = re.sub(r"[^。！？!?]*[？?]", "", answer), _canonical(key)
     negated = _negations(statements, key)
-    return False in negated or (True in negated and True in _negations(_narrow(expected), key))
+    return False in negated or (True in negated and True in _negations(_canonical(expected), key))
 
 
 def _negations(text: str, value: str) -> set[bool]:
-    """Return, for the occurrences of a value, if it is negated in its clause or directly after.
+    """Return the polarities of the occurrences of a value: True for negated ones.
 
-    Occurrences directly after a negation are ignored.
+    An occurrence is negated by its clause before it or directly after it. Occurrences directly
+    after a negation are ignored.
     """
     if value.lower() not in text.lower():  # the usual case; far faster than the pattern
         return set()
     clauses = [
         (_CLAUSES.split(_QUOTED.sub("", text[: match.start()]))[-1], match.end())
-        for match in _bounded(value, False).finditer(text)
+        for match in _value_pattern(value, False).finditer(text)
     ]
     return {
         bool(_NEGATION.search(before) or _NEGATION_AFTER.match(text, end))
         for before, end in clauses
-        if not _DENIAL.search(before)
+        if not _NEGATION_BEFORE.search(before)
     }
 
 
-def _offers(answer: str, rival: str) -> bool:
-    """Return True if the answer contains the rival without a negation directly before it."""
-    value = _narrow(rival)
+def _contains_affirmed(answer: str, distractor: str) -> bool:
+    """Return True if the answer contains the distractor without a negation directly before it."""
+    value = _canonical(distractor)
     if value.lower() not in answer.lower():  # the usual case; far faster than the pattern
         return False
-    matches = _bounded(value, True).finditer(answer)
-    return any(not _DENIAL.search(answer[: match.start()]) for match in matches)
+    matches = _value_pattern(value, True).finditer(answer)
+    return any(not _NEGATION_BEFORE.search(answer[: match.start()]) for match in matches)
 
 
 def _max_repetitions(answer: str) -> int:

@@ -58,7 +58,7 @@ class Relation:
     rows: tuple[Row, ...]
 
     def asked_columns(self, key: str) -> frozenset[str]:
-        """Return the columns that a question asks for: those of the key, the name only if alone."""
+        """Return the columns that a question asks for: those of the key except `name`, if any."""
         columns = placeholders([key])
         return columns - {"name"} or columns
 
@@ -116,12 +116,12 @@ class Fact:
 
     @property
     def asks_by_name(self) -> bool:
-        """True if all questions name the entity, so that a follow-up can refer to it."""
+        """True if all questions contain the name, so that a follow-up can refer to the entity."""
         return all("{name}" in question for question in self.relation.questions)
 
     @cached_property
     def keys(self) -> tuple[tuple[str, ...], ...]:
-        """Keys of a right answer: it contains at least one of each inner tuple."""
+        """Keys of a right answer, which contains at least one of each inner tuple."""
         return tuple(
             _render_key(key, self.relation.asked_columns(key), self.row, self.row)
             for key in self.relation.key
@@ -149,10 +149,10 @@ class Fact:
 
     @cached_property
     def followups(self) -> tuple[str, ...]:
-        """Questions that refer to the entity as "it"."""
+        """Questions that refer to the entity by a pronoun."""
         return self._render(self.relation.followups)
 
-    def rivals(self, key: int = 0) -> list[str]:
+    def distractors(self, key: int = 0) -> list[str]:
         """Return wrong values for a key: the relation's distractors, or values of other rows."""
         template, right = self.relation.key[key], self.keys[key]
         asked = self.relation.asked_columns(template)
@@ -185,7 +185,7 @@ def load_subjects(folder: Path = PACKAGED) -> tuple[Subject, ...]:
 
 
 def placeholders(templates: Iterable[str]) -> frozenset[str]:
-    """Return the columns that templates name."""
+    """Return the columns that occur in templates."""
     return frozenset(
         field
         for template in templates
@@ -263,7 +263,7 @@ def _check_template(path: Path, text: str, template: str, columns: list[str]) ->
     if unknown:
         line = text.count("\n", 0, max(text.find(template), 0)) + 1
         raise DataError(
-            f"{path}:{line}: “{template}” names {', '.join(sorted(unknown))}, "
+            f"{path}:{line}: “{template}” uses {', '.join(sorted(unknown))}, "
             f"but the columns are {', '.join(columns)}."
         )
 

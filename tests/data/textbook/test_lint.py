@@ -41,18 +41,18 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         ),
         (
             ["{name}流入哪里？", "你知道{name}流入哪里么？"],
-            "“你知道长江流入哪里么？” has a frame that is reserved",
+            "“你知道长江流入哪里么？” has a frame reserved",
         ),
         (
             ["它流入哪里？", "你知道它流入哪里吗？"],
-            "“你知道它流入哪里吗？” has a frame that is reserved",
+            "“你知道它流入哪里吗？” has a frame reserved",
         ),
         (
             ['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入大海。'],
-            r"rivers.tsv:2 \(mouth\): “长江流入大海。” is not right by the keys",
+            r"rivers.tsv:2 \(mouth\): “长江流入大海。” does not match the keys",
         ),
-        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入{mouth}'], "is not right by"),
-        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}不在{mouth}。'], "is not right by"),
+        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}流入{mouth}'], "does not match"),
+        (['answers = ["{name}流入{mouth}。', 'answers = ["{name}不在{mouth}。'], "does not match"),
         (
             ['answers = ["{name}流入{mouth}。', 'answers = ["流入{mouth}，流入{mouth}。'],
             "“流入东海，流入东海。” is not a well-formed answer",
@@ -64,10 +64,10 @@ def test_the_small_table_is_clean(rivers: Subject) -> None:
         (["它流入哪里？", "它有多长？"], "“长江它有多长” asks for"),
         (
             ["{name}流入哪里？", "{name}汇入哪里"],
-            "“长江汇入哪里” trains on the held-out “长江汇入哪里” of",
+            "“长江汇入哪里” contains the held-out “长江汇入哪里” of",
         ),
-        (["{name}流入哪里？", "说说看，{name}汇入哪里？"], "trains on the held-out “长江汇入哪里”"),
-        (["它流入哪里？", "告诉我长江汇入哪里。"], "trains on the held-out “长江汇入哪里”"),
+        (["{name}流入哪里？", "说说看，{name}汇入哪里？"], "contains the held-out “长江汇入哪里”"),
+        (["它流入哪里？", "告诉我长江汇入哪里。"], "contains the held-out “长江汇入哪里”"),
     ],
 )
 def test_each_rule_reports_its_violation(

@@ -26,16 +26,16 @@ def test_a_table_is_rendered_as_facts_in_sentences(rivers: Subject) -> None:
     assert mouth.keys == (("东海", "太平洋"),)
 
 
-def test_rivals_are_values_of_other_rows(rivers: Subject) -> None:
+def test_distractors_are_values_of_other_rows(rivers: Subject) -> None:
     length, mouth = rivers.facts_of(rivers.rows[0])
-    assert length.rivals() == ["5464公里", "2320公里", "6670公里", "3530公里"]
-    assert mouth.rivals() == ["渤海", "南海", "地中海", "里海"]
+    assert length.distractors() == ["5464公里", "2320公里", "6670公里", "3530公里"]
+    assert mouth.distractors() == ["渤海", "南海", "地中海", "里海"]
     assert mouth.answer_from(rivers.rows[1], "{name}流入{mouth}。") == "长江流入渤海。"
 
 
-def test_rivals_exclude_right_values(folder: MakeFolder) -> None:
+def test_distractors_exclude_right_values(folder: MakeFolder) -> None:
     (subject,) = load_subjects(folder("5464\t渤海", "5464\t太平洋"))
-    assert "太平洋" not in subject.facts_of(subject.rows[0])[1].rivals()
+    assert "太平洋" not in subject.facts_of(subject.rows[0])[1].distractors()
 
 
 def test_a_question_can_ask_for_the_name(folder: MakeFolder) -> None:
@@ -43,7 +43,7 @@ def test_a_question_can_ask_for_the_name(folder: MakeFolder) -> None:
     (subject,) = load_subjects(folder(*changes))
     fact = subject.facts_of(subject.rows[1])[0]
     assert fact.keys == (("黄河",),) and not fact.asks_by_name
-    assert fact.rivals() == ["长江", "珠江", "尼罗河", "伏尔加河"]
+    assert fact.distractors() == ["长江", "珠江", "尼罗河", "伏尔加河"]
     assert fact.answer_from(subject.rows[0], "{name}长{length}公里。") == "长江长5464公里。"
 
 
@@ -66,7 +66,7 @@ def test_an_empty_cell_is_not_a_fact(folder: MakeFolder) -> None:
         (
             "{name}注入{mouth}。",
             "{name}注入{sea}。",
-            r"rivers.toml:\d+: “.*” names sea.*columns are",
+            r"rivers.toml:\d+: “.*” uses sea.*columns are",
         ),
         ("{name}注入{mouth}。", "{name}注入{mouth。", r"rivers.toml:\d+: “{name}注入{mouth。”"),
         ('title = "河流"', "title = 河流", "rivers.toml: not valid TOML"),
