@@ -14,7 +14,6 @@ _SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 64,
 }
 ARCHITECTURES: dict[str, dict[str, object]] = {
     "llama": {},
@@ -38,9 +37,10 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
 EXTENDED = ("linear", "yarn", "llama3")
 
 
-def small_model(kind: str, vocab_size: int) -> Transformer:
+def small_model(kind: str, vocab_size: int, context: int = 64) -> Transformer:
     """A model of one of ARCHITECTURES, or of EXTENDED, with large random weights."""
-    shape = _SHAPE | ARCHITECTURES.get(kind, {}) | {"vocab_size": vocab_size}
+    size = {"vocab_size": vocab_size, "max_position_embeddings": context}
+    shape = _SHAPE | ARCHITECTURES.get(kind, {}) | size
     config = ModelConfig.model_validate(shape)
     if kind in ("linear", "yarn", "dynamic"):
         config = extend_context(config, 160, kind)  # type: ignore[arg-type]

@@ -133,12 +133,20 @@ async function download(url, size) {
   return new Response(counted).blob();
 }
 
+function supportsMemory64() {  // wllama is compiled for it
+  try {
+    return Boolean(new WebAssembly.Memory({ initial: 1n, maximum: 1n, address: "i64" }));
+  } catch {
+    return false;
+  }
+}
+
 async function start() {
   await enableOffline().catch(console.warn);  // such as private windows
-  const page = await (await fetch("page.json")).json();
+  const page = await (await fetch("page.json", { cache: "no-cache" })).json();
   $("name").textContent = document.title = page.name;
   $("max-tokens").max = page.context;
-  $("max-tokens").value = Math.min(256, page.context / 2);
+  $("max-tokens").value = Math.min(256, page.context >> 1);
   $("licence").href = `${page.engine}/LICENCE`;
   const { Wllama } = await import(`./${page.engine}/index.min.js`);
   const wllama = new Wllama({ default: new URL(`${page.engine}/wllama.wasm`, location.href).href },
@@ -220,7 +228,7 @@ async function answer() {
   if (reason === "length") notes.push(text("cut"));
   if (reason === "stopped") notes.push(text("stopped"));
   if (dropped) notes.push(text("dropped", dropped));
-  add("note", notes.join(" · "));
+  if (notes.length) add("note", notes.join(" · "));
 }
 
 function send(content) {
@@ -262,7 +270,5 @@ $("language").addEventListener("click", () => {
 });
 
 translate();
-start().catch((error) => {
-  const unsupported = !window.WebAssembly || /memory64|i64|Memory|WebAssembly/i.test(error.message);
-  showStatus(...(unsupported ? ["unsupported"] : ["failed", error.message ?? String(error)]));
-});
+if (supportsMemory64()) start().catch((error) => showStatus("failed", error.message));
+else showStatus("unsupported");

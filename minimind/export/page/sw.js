@@ -7,7 +7,8 @@ const IMMUTABLE = /\/(model-[0-9a-f]+\.gguf|wllama-[\d.]+\/[^/]+)$/;
 
 self.addEventListener("install", (event) => {
   self.skipWaiting();
-  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(SHELL)));
+  const requests = SHELL.map((file) => new Request(file, { cache: "no-cache" }));
+  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(requests)));
 });
 
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
@@ -21,9 +22,10 @@ self.addEventListener("fetch", (event) => {
 async function answer(event, request) {
   const cache = await caches.open(CACHE);
   const stored = await cache.match(request, { ignoreSearch: true });
-  if (stored && IMMUTABLE.test(new URL(request.url).pathname)) return stored;
+  const isImmutable = IMMUTABLE.test(new URL(request.url).pathname);
+  if (stored && isImmutable) return stored;
   try {
-    const response = await fetch(request);
+    const response = await fetch(request, isImmutable ? {} : { cache: "no-cache" });
     // Without space for the copy the page still works.
     if (response.status === 200)
       event.waitUntil(cache.put(request, response.clone()).catch(console.warn));
