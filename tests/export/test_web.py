@@ -99,7 +99,7 @@ def exported(
 ) -> tuple[Transformer, Path]:
     """A model with a context of 1,024 tokens, and its page at F16."""
     folder = tmp_path_factory.mktemp("web")
-    model = small_model("llama", tokenizer.vocab_size, context=1024)
+    model = small_model("llama", tokenizer.vocab_size, max_position_embeddings=1024)
     with torch.no_grad():
         # Only tokens that are text by themselves: both programs show the rest in their own way.
         for token, content in enumerate(tokenizer.text_bytes_of):
