@@ -169,9 +169,9 @@ def _written_atomically(out: Path) -> Iterator[Path]:
         with atomic_file(out) as temporary:
             yield temporary
     except OSError as error:
+        reason = error.strerror or f"incomplete write ({error})"  # the latter is numpy's
         raise ResourceError(
-            f"{out}: cannot be written: {error.strerror or error}; free some disk space, or "
-            "choose another --out"
+            f"{out}: cannot be written: {reason}; free some disk space, or choose another --out"
         ) from error
 
 

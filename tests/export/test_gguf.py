@@ -137,13 +137,13 @@ def test_only_new_files_with_the_usual_suffix(tokenizer: Tokenizer, tmp_path: Pa
 def test_a_file_that_cannot_be_written_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_small_model(tmp_path / "model", "llama", tokenizer)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match=r"out.gguf: cannot be written: .* free some disk space"):
+    with pytest.raises(ResourceError, match=r"out.gguf: cannot be written: .*; free some disk"):
         export_gguf(tmp_path / "model", tmp_path / "file" / "out.gguf")
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk
     try:
-        with pytest.raises(ResourceError, match="cannot be written: File too large"):
+        with pytest.raises(ResourceError, match=r"cannot be written: .*; free some disk"):
             export_gguf(tmp_path / "model", tmp_path / "out.gguf", type="f32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

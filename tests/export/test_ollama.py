@@ -29,7 +29,8 @@ def render(template: str, messages: list[dict[str, str]]) -> str:
     parts = [before.rstrip()]
     for message in messages:
         fields = {"{{ .Role }}": message["role"], "{{ .Content }}": message["content"]}
-        parts.append(re.sub(r"\{\{.*?\}\}", lambda match: fields[match[0]], body))
+        pieces = re.split(r"(\{\{.*?\}\})", body)
+        parts += [fields[piece] if piece.startswith("{{") else piece for piece in pieces]
     return "".join([*parts, after])
 
 

@@ -103,7 +103,7 @@ def exported(
     with torch.no_grad():
         # Only tokens that are text by themselves: both programs show the rest in their own way.
         for token, content in enumerate(tokenizer.text_bytes_of):
-            if not content or not content.decode("utf-8", "ignore").encode() == content:
+            if not content or content.decode("utf-8", "ignore").encode() != content:
                 model.model.embed_tokens.weight[token] = 0.0
     save_model(folder / "model", model, tokenizer)
     export_web(folder / "model", folder / "page", name="小模型", type="f16")
@@ -204,8 +204,8 @@ def test_stop_new_chat_and_a_full_context(driver: Any, host: Host) -> None:
     [note] = page.texts(".note")
     assert note.endswith("tokens/s · stopped") and int(note.split()[0]) < 1000
     page.set(max_tokens=8)
-    page.ask("a " * 400)
-    page.ask("b " * 400)
+    page.ask("a " * 700)
+    page.ask("b " * 700)
     assert page.texts(".note")[-1].endswith("context full: left out the 4 oldest messages")
     page["input"].send_keys("c " * 2000)
     page["send"].click()
