@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,7 +104,7 @@ def web(
         typer.Option(metavar="FILE", help="npm package of wllama (.tgz), instead of a download."),
     ] = None,
 ) -> None:
-    """Write a folder of static files: a chat page that runs the model in the browser."""
+    """Write a chat page, static files only, that runs the model in the browser."""
     from minimind.export.gguf import model_name
     from minimind.export.web import export_web, holds_page
     from minimind.model import resolve_model_directory
@@ -123,7 +124,8 @@ def web(
     _show(report)
     if replaces:
         console.say(f"The earlier page in {out} was replaced")
-    serve = shell_words(sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "-d", out)
+    python = "python" if shutil.which("python") else sys.executable
+    serve = shell_words(python, "-m", "http.server", "--bind", "127.0.0.1", "-d", out)
     console.say(f"Any static web host can serve this folder. On this machine: {serve}")
     console.say("Then open http://127.0.0.1:8000")
 
