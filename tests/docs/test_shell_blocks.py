@@ -51,13 +51,14 @@ NOT_RUN = {
     "llama-": "needs llama.cpp; tests/export/test_against_llama_cpp.py loads GGUF files in it",
     "ollama ": "needs Ollama; see tests/export/test_ollama.py",
     "python -m http.server": "tests/export/test_web.py serves the page",
-    "minimind export web": "tests/export/test_web.py (slow) exports pages, which needs a network",
+    "minimind export web out/small-chat --out page --wllama": "needs the npm package as a file",
     "minimind compare A B --judge": "tests/cli/test_compare.py has judges",
     "minimind pretrain --data texts --tokenizer tok --out out/run --nproc 4 training.backend": (
         "tests/training/test_deepspeed_backend.py, where DeepSpeed is installed"
     ),
 }
-SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor", "q4_k_m")
+SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor")
+SLOW += ("minimind export web", "q4_k_m")  # need npm and llama.cpp
 
 
 def commands() -> list[str]:
