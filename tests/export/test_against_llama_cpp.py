@@ -2,7 +2,7 @@
 
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,21 @@ from tests.support.texts import mixed_strings, prose
 
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_amx() -> Iterator[None]:
+    """Keep llama.cpp from AMX, which some virtual machines announce but do not permit."""
+    original = llama_cpp.llama_cpp.llama_model_default_params
+
+    def parameters() -> Any:
+        result = original()
+        result.use_extra_bufts = False
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", parameters)
+        yield
 
 
 @pytest.fixture(scope="module")
