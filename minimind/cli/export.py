@@ -139,9 +139,17 @@ def _resolve(adapter: Path | None) -> Path | None:
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None]]:
     """Yield a function of (tensors done, tensors in all) that draws a progress bar."""
-    with console.make_progress("tensor") as bar:
-        task = bar.add_task("exporting", total=None, note="")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    reporter = console.RichReporter()
+
+    def update(done: int, total: int) -> None:
+        if done == 1:
+            reporter.start("exporting", total, unit="tensor")
+        reporter.progress(done, total)
+
+    try:
+        yield update
+    finally:
+        reporter.stop()
 
 
 def _show(report: "GGUFReport") -> None:

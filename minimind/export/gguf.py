@@ -36,6 +36,7 @@ _ARCHITECTURES = {
 }
 _BLOCK = 32  # numbers of a row that share a scale in q8_0, q4_0, …
 _K_BLOCK = 256  # the same in K-quants
+_LOG_ERROR = 4  # ggml_log_level of errors
 _NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -296,20 +297,35 @@ def _export_k_quantized(
 ) -> GGUFReport:
     """Write a float32 file and let llama.cpp quantize it. Raises UsageError without llama.cpp."""
     llama_cpp = _import_llama_cpp(type)
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type.upper()}")
     wide = out.with_name(f".{out.stem}.f32.gguf")
     try:
         _write(directory, wide, "f32", adapter, progress)
         with _written_atomically(out) as temporary:
-            paths = (str(path).encode() for path in (wide, temporary))
-            if llama_cpp.llama_model_quantize(*paths, parameters):
-                raise ResourceError(
-                    f"{out}: llama.cpp could not write it as {type}; its message is above"
-                )
+            if errors := _quantize(llama_cpp, wide, temporary, type):
+                raise ResourceError(f"{out}: llama.cpp could not write it as {type}: {errors}")
     finally:
         wide.unlink(missing_ok=True)
     return GGUFReport(out, type, out.stat().st_size, _types_but_k(out), _K_BLOCK)
+
+
+def _quantize(llama_cpp: Any, source: Path, target: Path, type: str) -> str:
+    """Quantize a GGUF file by llama.cpp; return its error messages, or "" if it succeeded."""
+    errors = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def log(level: int, text: bytes, _: object) -> None:  # llama.cpp's own prints every tensor
+        if level == _LOG_ERROR:
+            errors.append(text.decode("utf-8", "replace").strip())
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type.upper()}")
+    llama_cpp.llama_log_set(log, None)
+    try:
+        paths = (str(path).encode() for path in (source, target))
+        failed = llama_cpp.llama_model_quantize(*paths, parameters)
+    finally:
+        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), None)
+    return ("; ".join(errors) or "no reason given") if failed else ""
 
 
 def _import_llama_cpp(type: str) -> Any:
