@@ -100,8 +100,11 @@ def web(
     type: Type = "q8_0",
     adapter: Adapter = None,
     wllama: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="npm package of wllama (.tgz), instead of a download."),
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="npm package (.tgz) of wllama or wllama-compat, instead of a download.",
+        ),
     ] = None,
 ) -> None:
     """Write a chat page, static files only, that runs the model in the browser."""
@@ -118,7 +121,7 @@ def web(
             name=model_name(directory),
             type=type,
             adapter=_resolve(adapter),
-            wllama=wllama,
+            wllama=wllama or (),
             progress=progress,
         )
     _show(report)

@@ -1,6 +1,6 @@
 """Model directory to a folder of static files: a chat page that runs the model in the browser.
 
-wllama, which is llama.cpp compiled to WebAssembly, computes. Its npm package is downloaded once,
+wllama, which is llama.cpp compiled to WebAssembly, computes. Its npm packages are downloaded once,
 compared with the published SHA-512, and kept in the cache folder.
 
     index.html, app.js, style.css, sw.js    the page; sw.js keeps it usable offline
@@ -19,6 +19,8 @@ import shutil
 import tarfile
 import tempfile
 import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
@@ -32,22 +34,50 @@ from minimind.paths import cache_folder
 WLLAMA = "3.13.0"
 _REGISTRY = "https://registry.npmjs.org"  # npm's environment variable chooses a mirror
 _REGISTRY_VARIABLE = "NPM_CONFIG_REGISTRY"
-_PACKAGE_PATH = f"@wllama/wllama/-/wllama-{WLLAMA}.tgz"
-_SHA512 = (  # base64, as npm publishes it
-    "ZvoRdQAn+E+18EvQ9qS036gudiI9rbZRBJgG/qNICPPwrA0Y6SMMdbziz/j7K/0WxcbJlhaRraVIYsnEy732NA=="
+_TIMEOUT_S = 60.0  # without receiving a byte
+
+
+@dataclass(frozen=True)
+class _Package:
+    """An npm package: which files of it the page needs, by their names in the package."""
+
+    name: str
+    sha512: str  # base64, as npm publishes it
+    members: dict[str, str]
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}-{WLLAMA}.tgz"
+
+    def url(self, registry: str = _REGISTRY) -> str:
+        return f"{registry.rstrip('/')}/@wllama/{self.name}/-/{self.file}"
+
+    def matches(self, content: bytes) -> bool:
+        return base64.b64encode(hashlib.sha512(content).digest()).decode() == self.sha512
+
+
+_PACKAGES = (
+    _Package(
+        "wllama",
+        "ZvoRdQAn+E+18EvQ9qS036gudiI9rbZRBJgG/qNICPPwrA0Y6SMMdbziz/j7K/0WxcbJlhaRraVIYsnEy732NA==",
+        {
+            "package/esm/index.min.js": "index.min.js",
+            "package/esm/wasm/wllama.wasm": "wllama.wasm",
+            "package/LICENCE": "LICENCE",
+        },
+    ),
+    _Package(  # a slower build without the WebAssembly features that Safari lacks
+        "wllama-compat",
+        "MSWwyzVXpwkstvIGzOsQ9jlRm8kY5S5J0Gdw4E6M9mXqhgO/5tj+YNfxSoqN1GvsAOwui95JPtwX3hO6VZkbzg==",
+        {"package/wasm/wllama.js": "compat.js", "package/wasm/wllama.wasm": "compat.wasm"},
+    ),
 )
-_MEMBERS = {
-    "package/esm/index.min.js": "index.min.js",
-    "package/esm/wasm/wllama.wasm": "wllama.wasm",
-    "package/LICENCE": "LICENCE",
-}
 # The WebAssembly file contains llama.cpp, under the same licence (MIT) of other authors.
 _WLLAMA_AUTHOR = b"Copyright (c) 2024 Xuan Son NGUYEN"
 _LLAMA_CPP_AUTHORS = b"Copyright (c) 2023-2026 The ggml authors"
 _PAGE_FILES = ("index.html", "app.js", "style.css", "sw.js")
 _SETTINGS = "page.json"
 _MAX_CONTEXT = 4096  # tokens; the KV cache of a longer context would fill a browser tab's memory
-_TIMEOUT_S = 60.0  # without receiving a byte
 
 
 def export_web(
@@ -57,19 +87,19 @@ def export_web(
     name: str,
     type: str = "q8_0",
     adapter: Path | None = None,
-    wllama: Path | None = None,
+    wllama: Sequence[Path] = (),
     progress: Progress = lambda done, total: None,
 ) -> GGUFReport:
     """Write the page, the model as GGUF and wllama into the folder `out`.
 
     An earlier page in `out` is replaced; its other files stay. name: the title of the page.
-    wllama: the npm package as a .tgz file, for a machine without a network. Raises UsageError when
-    `out` holds something else, or `wllama` is another file; ResourceError when the download fails
+    wllama: npm packages as .tgz files, for a machine without a network. Raises UsageError when
+    `out` holds something else, or for another file in `wllama`; ResourceError when a download fails
     or a file cannot be written; otherwise as `export_gguf`.
     """
     if out.is_file() or (not holds_page(out) and out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out} already exists and holds no exported page; choose another --out")
-    package = _read_package(wllama)
+    engine = _read_engine(wllama)
     parent = out.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +108,7 @@ def export_web(
             report = export_gguf(
                 directory, folder / "model.gguf", type=type, adapter=adapter, progress=progress
             )
-            _add_page(folder, name, report, package, read_config(directory).max_position_embeddings)
+            _add_page(folder, name, report, engine, read_config(directory).max_position_embeddings)
             _move_page(folder, out)
     except OSError as error:
         raise ResourceError(
@@ -95,27 +125,26 @@ def holds_page(out: Path) -> bool:
 
 
 def _add_page(
-    folder: Path, name: str, report: GGUFReport, package: dict[str, bytes], context: int
+    folder: Path, name: str, report: GGUFReport, engine: dict[str, bytes], context: int
 ) -> None:
     """Add all files but the model, which gets its final name."""
     with report.path.open("rb") as file:
         model = f"model-{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}.gguf"
     report.path.rename(folder / model)
-    engine = folder / f"wllama-{WLLAMA}"
-    engine.mkdir()
-    for member, file_name in _MEMBERS.items():
-        (engine / file_name).write_bytes(package[member])
-    licence = package["package/LICENCE"].replace(_WLLAMA_AUTHOR, _LLAMA_CPP_AUTHORS)
-    (engine / "LICENCE-llama.cpp").write_bytes(licence)
+    engine_folder = folder / f"wllama-{WLLAMA}"
+    engine_folder.mkdir()
+    licence = engine["LICENCE"].replace(_WLLAMA_AUTHOR, _LLAMA_CPP_AUTHORS)
+    for file_name, content in (engine | {"LICENCE-llama.cpp": licence}).items():
+        (engine_folder / file_name).write_bytes(content)
     for file_name in _PAGE_FILES:
-        content = (files("minimind.export") / "page" / file_name).read_bytes()
-        (folder / file_name).write_bytes(content)
+        page_file = files("minimind.export") / "page" / file_name
+        (folder / file_name).write_bytes(page_file.read_bytes())
     settings = {
         "name": name,
         "type": report.type,
         "model": model,
         "size": report.size,
-        "engine": engine.name,
+        "engine": engine_folder.name,
         "context": min(context, _MAX_CONTEXT),
         "cache_type": "f32" if report.type == "f32" else "f16",
     }
@@ -138,30 +167,44 @@ def _move_page(folder: Path, out: Path) -> None:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 
-def _read_package(file: Path | None) -> dict[str, bytes]:
-    """Return the needed members of the npm package: from a file, the cache or the network."""
-    cached = cache_folder() / f"wllama-{WLLAMA}.tgz"
-    content = (file or cached).read_bytes() if file or cached.is_file() else b""
-    if not _is_published(content):
-        if file:
-            raise UsageError(
-                f"{file} is not wllama {WLLAMA} as npm publishes it. Download "
-                f"{_REGISTRY}/{_PACKAGE_PATH}"
-            )
-        content = _download()
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(cached) as temporary:
+def _read_engine(given: Sequence[Path]) -> dict[str, bytes]:
+    """Return wllama's files by name, from `given` packages, the cache or the network."""
+    contents = [(path, path.read_bytes()) for path in given]
+    for path, content in contents:
+        if not any(package.matches(content) for package in _PACKAGES):
+            urls = " and ".join(package.url() for package in _PACKAGES)
+            raise UsageError(f"{path} is not wllama {WLLAMA} as npm publishes it. Download {urls}")
+    result = {}
+    for package in _PACKAGES:
+        matching = [content for _, content in contents if package.matches(content)]
+        content = matching[0] if matching else _cached(package)
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for member, name in package.members.items():
+                file = archive.extractfile(member)
+                assert file is not None, "the hash fixes the content"
+                result[name] = file.read()
+    return result
+
+
+def _cached(package: _Package) -> bytes:
+    """Return a package from the cache folder, to which it is downloaded first if needed."""
+    path = cache_folder() / package.file
+    content = path.read_bytes() if path.is_file() else b""
+    if not package.matches(content):
+        content = _download(package)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
             temporary.write_bytes(content)
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        members = {name: archive.extractfile(name) for name in _MEMBERS}
-        return {name: member.read() for name, member in members.items() if member}
+    return content
 
 
-def _download() -> bytes:
-    url = f"{os.environ.get(_REGISTRY_VARIABLE, _REGISTRY).rstrip('/')}/{_PACKAGE_PATH}"
+def _download(package: _Package) -> bytes:
+    url = package.url(os.environ.get(_REGISTRY_VARIABLE, _REGISTRY))
+    files = " ".join(f"--wllama {package.file}" for package in _PACKAGES)
     remedy = (
-        f"Try again, set {_REGISTRY_VARIABLE} to a mirror of npm, or download the file on another "
-        f"machine and give it: --wllama wllama-{WLLAMA}.tgz"
+        f"Try again, set {_REGISTRY_VARIABLE} to a mirror of npm, or download "
+        f"{' and '.join(package.url() for package in _PACKAGES)} on another machine and add "
+        f"{files}"
     )
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
@@ -169,10 +212,6 @@ def _download() -> bytes:
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ResourceError(f"{url}: cannot be downloaded: {reason}. {remedy}") from error
-    if not _is_published(content):
+    if not package.matches(content):
         raise ResourceError(f"{url}: the download is not the published file. {remedy}")
     return content
-
-
-def _is_published(content: bytes) -> bool:
-    return base64.b64encode(hashlib.sha512(content).digest()).decode() == _SHA512

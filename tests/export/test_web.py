@@ -170,6 +170,26 @@ def test_answers_equal_those_of_transformers(
 
 @needs_chromium
 @pytest.mark.slow
+def test_a_browser_without_new_webassembly_features(
+    exported: tuple[Transformer, Path], host: Host, tokenizer: Tokenizer
+) -> None:
+    """Such as Safari: wllama's other build is used, from the page's own folder."""
+    expected = answers_of_transformers(exported[1].parent / "model", tokenizer)
+    driver = start_chromium()
+    try:
+        script = {"source": "delete WebAssembly.Suspending; delete WebAssembly.promising"}
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", script)
+        page = Page(driver, host.url)
+        page.set(system=_SYSTEM, temperature=0, max_tokens=_TOKENS)
+        assert [page.ask(question) for question in _QUESTIONS] == expected
+    finally:
+        driver.quit()
+    names = {path.rpartition("/")[2] for path, _ in host.requests}
+    assert {"compat.js", "compat.wasm"} <= names and "wllama.wasm" not in names
+
+
+@needs_chromium
+@pytest.mark.slow
 def test_the_page_uses_only_its_own_folder(driver: Any, host: Host) -> None:
     driver.get_log("performance")
     Page(driver, host.url).ask("1")
@@ -295,7 +315,7 @@ def test_download_of_another_file_or_none(
             tmp_path / "model",
             tmp_path / "page",
             name="a",
-            wllama=tmp_path / "model" / "config.json",
+            wllama=[tmp_path / "model" / "config.json"],
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

@@ -15,7 +15,6 @@ const TEXTS = {
     rate: (tokens, rate) => `${tokens} 个词元 · 每秒 ${rate} 个`,
     cut: "已达到长度上限", stopped: "已停止", dropped: (n) => `上下文已满，略去了最早的 ${n} 条消息`,
     tooLong: "这条消息超过了模型的上下文长度，请缩短后重发。", failed: (reason) => `出错了：${reason}`,
-    unsupported: "这个浏览器不支持所需的 WebAssembly 功能，请换用新版的 Chrome、Edge 或 Firefox。",
   },
   en: {
     newChat: "New chat", settings: "Settings", language: "中文",
@@ -33,7 +32,6 @@ const TEXTS = {
     dropped: (n) => `context full: left out the ${n} oldest messages`,
     tooLong: "This message is longer than the model's context. Shorten it and send it again.",
     failed: (reason) => `Error: ${reason}`,
-    unsupported: "This browser lacks a WebAssembly feature. Use a recent Chrome, Edge or Firefox.",
   },
 };
 
@@ -52,7 +50,7 @@ function text(key, ...values) {
 function showStatus(key, ...values) {
   status = [key, ...values];
   $("status").textContent = text(...status);
-  $("status").classList.toggle("error", ["failed", "tooLong", "unsupported"].includes(key));
+  $("status").classList.toggle("error", ["failed", "tooLong"].includes(key));
 }
 
 function translate() {
@@ -133,14 +131,6 @@ async function download(url, size) {
   return new Response(counted).blob();
 }
 
-function supportsMemory64() {  // wllama is compiled for it
-  try {
-    return Boolean(new WebAssembly.Memory({ initial: 1n, maximum: 1n, address: "i64" }));
-  } catch {
-    return false;
-  }
-}
-
 async function start() {
   await enableOffline().catch(console.warn);  // such as private windows
   const page = await (await fetch("page.json", { cache: "no-cache" })).json();
@@ -149,9 +139,9 @@ async function start() {
   $("max-tokens").value = Math.min(256, page.context >> 1);
   $("licence").href = `${page.engine}/LICENCE`;
   const { Wllama } = await import(`./${page.engine}/index.min.js`);
-  const wllama = new Wllama({ default: new URL(`${page.engine}/wllama.wasm`, location.href).href },
-                            { suppressNativeLog: true });
-  wllama.setCompat(null);  // the default loads code for old browsers from another host
+  const wllama = new Wllama({ default: `${page.engine}/wllama.wasm` }, { suppressNativeLog: true });
+  // For Safari; by default wllama would load these files from another host.
+  wllama.setCompat({ worker: `${page.engine}/compat.js`, wasm: `${page.engine}/compat.wasm` });
   const model = await download(page.model, page.size);
   showStatus("starting");
   await wllama.loadModel([model], {
@@ -270,5 +260,4 @@ $("language").addEventListener("click", () => {
 });
 
 translate();
-if (supportsMemory64()) start().catch((error) => showStatus("failed", error.message));
-else showStatus("unsupported");
+start().catch((error) => showStatus("failed", error.message ?? String(error)));
