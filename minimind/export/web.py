@@ -63,7 +63,7 @@ _PACKAGES = (
         {
             "package/esm/index.min.js": "index.min.js",
             "package/esm/wasm/wllama.wasm": "wllama.wasm",
-            "package/LICENCE": "LICENCE",
+            "package/LICENCE": "LICENCE.txt",
         },
     ),
     _Package(  # a slower build without the WebAssembly features that Safari lacks
@@ -133,8 +133,8 @@ def _add_page(
     report.path.rename(folder / model)
     engine_folder = folder / f"wllama-{WLLAMA}"
     engine_folder.mkdir()
-    licence = engine["LICENCE"].replace(_WLLAMA_AUTHOR, _LLAMA_CPP_AUTHORS)
-    for file_name, content in (engine | {"LICENCE-llama.cpp": licence}).items():
+    licence = engine["LICENCE.txt"].replace(_WLLAMA_AUTHOR, _LLAMA_CPP_AUTHORS)
+    for file_name, content in (engine | {"LICENCE-llama.cpp.txt": licence}).items():
         (engine_folder / file_name).write_bytes(content)
     for file_name in _PAGE_FILES:
         page_file = files("minimind.export") / "page" / file_name

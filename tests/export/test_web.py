@@ -202,6 +202,7 @@ def test_the_page_uses_only_its_own_folder(driver: Any, host: Host) -> None:
     assert f"{host.url}page.json" in urls
     assert all(url.startswith((host.url, f"blob:{host.url[:-1]}"[:20], "data:")) for url in urls)
     assert {status for _, status in host.requests} <= {200, 304}
+    assert Page(driver, host.url)["licence"].get_property("href").endswith("/LICENCE.txt")
     assert all(path.startswith(_PATH) for path, _ in host.requests)
     # Nor can it, should a model's answer or a later change try to.
     other = Host(Path("."))
@@ -235,6 +236,7 @@ def test_stop_new_chat_and_a_full_context(driver: Any, host: Host) -> None:
     assert page.texts(".message") == page.texts(".note") == []
     page.set(input="")
     page.ask("1")
+    assert page["status"].text.startswith("f16 · ")
 
 
 @needs_chromium

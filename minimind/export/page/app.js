@@ -8,7 +8,7 @@ const TEXTS = {
     maxTokens: "最多生成的词元数", seed: "随机种子（留空则随机）",
     welcome: "和这个小模型聊聊", private: "模型就在这个页面里运行，你输入的内容不会离开这台设备。",
     examples: ["你是谁？", "长江有多长？", "海水为什么是咸的？"],
-    send: "发送", stop: "停止", placeholder: "输入消息，按回车发送",
+    send: "发送", stop: "停止", placeholder: "输入消息",
     notice: "小模型经常答错，请勿当真。", licence: "许可证",
     loading: (percent) => `正在加载模型：${percent}%`, starting: () => "正在启动……",
     ready: (type, mb) => `${type} · ${mb} MB · 在本机运行`,
@@ -23,10 +23,10 @@ const TEXTS = {
     welcome: "Chat with a small model",
     private: "The model runs inside this page. What you type never leaves your device.",
     examples: ["Who are you?", "How long is the Yangtze?", "Why is the sea salty?"],
-    send: "Send", stop: "Stop", placeholder: "Type a message, Enter sends it",
+    send: "Send", stop: "Stop", placeholder: "Type a message",
     notice: "Small models are often wrong.", licence: "Licences",
     loading: (percent) => `Loading the model: ${percent}%`, starting: () => "Starting…",
-    ready: (type, mb) => `${type} · ${mb} MB · runs on this device`,
+    ready: (type, mb) => `${type} · ${mb} MB · on this device`,
     rate: (tokens, rate) => `${tokens} tokens · ${rate} tokens/s`,
     cut: "length limit reached", stopped: "stopped",
     dropped: (n) => `context full: left out the ${n} oldest messages`,
@@ -41,6 +41,7 @@ let status = ["starting"];  // key and values of the line below the name
 let messages = [];  // {role, content} of the conversation so far
 let abort = null;  // AbortController of the answer that is being generated
 let engine = null;  // Wllama, once it is loaded
+let ready = [];  // the status then
 
 function text(key, ...values) {
   const entry = TEXTS[language][key];
@@ -137,7 +138,7 @@ async function start() {
   $("name").textContent = document.title = page.name;
   $("max-tokens").max = page.context;
   $("max-tokens").value = Math.min(256, page.context >> 1);
-  $("licence").href = `${page.engine}/LICENCE`;
+  $("licence").href = `${page.engine}/LICENCE.txt`;
   const { Wllama } = await import(`./${page.engine}/index.min.js`);
   const wllama = new Wllama({ default: `${page.engine}/wllama.wasm` }, { suppressNativeLog: true });
   // For Safari; by default wllama would load these files from another host.
@@ -153,7 +154,8 @@ async function start() {
   engine = wllama;
   $("progress").value = 100;
   $("progress").className = "done";
-  showStatus("ready", page.type, (page.size / 1e6).toFixed(1));
+  ready = ["ready", page.type, (page.size / 1e6).toFixed(1)];
+  showStatus(...ready);
   $("send").disabled = $("input").disabled = false;
   $("input").focus();
   if (window.caches) await forgetOldFiles(page);
@@ -187,6 +189,7 @@ async function answer() {
   let content = "", reason = "", timings = null, dropped = 0;
   abort = new AbortController();
   setBusy(true);
+  showStatus(...ready);  // instead of the error of an earlier message
   try {
     for await (const part of stream(conversation, abort.signal)) {
       const [choice] = part.chunk.choices;
