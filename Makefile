@@ -3,6 +3,7 @@
 # make test-processors   numerically sensitive tests, emulating other processors, under 10 minutes
 # make slow    the tests that take minutes
 # make test-lm-eval   compare likelihoods and prompts with EleutherAI's lm-eval, in .venv-lm-eval
+# make gpu-report   tests and measurements on an NVIDIA GPU, under 10 minutes: benchmarks/gpu_report.py
 # make docs    the documentation site, in site/
 # make format  fix the style and rewrite generated pages
 # Another interpreter: make PYTHON=python3.12 test
@@ -12,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test test-processors slow test-lm-eval docs format
+.PHONY: demo test test-processors slow test-lm-eval gpu-report docs format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
@@ -34,6 +35,9 @@ slow: $(READY)
 
 test-lm-eval: .venv-lm-eval/.ready
 	.venv-lm-eval/bin/pytest -m slow --timeout 3600 tests/evaluation/test_against_lm_eval.py
+
+gpu-report: $(READY)
+	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python -m docs.build

@@ -32,7 +32,9 @@ def run(context: Context) -> None:
         for number in streams:
             for graphs in (True, False):
                 name = f"{preset} {number} {'CUDA graphs' if graphs else 'eager'}"
-                context.measure(name, lambda n=number, g=graphs, f=folder: minimind(context, f, n, g))
+                context.measure(
+                    name, lambda n=number, g=graphs, f=folder: minimind(context, f, n, g)
+                )
             name = f"{preset} {number} transformers"
             context.measure(name, lambda n=number, f=folder: transformers(context, f, n))
     context.measure("agreement", lambda: agreement(context, context.work / f"model-{presets[0]}"))

@@ -73,14 +73,15 @@ def run_capped(context: Context) -> None:
     """Train every preset on a card of 2 GiB, with the micro-batch size that the planner chooses."""
     import torch
 
+    allowed = _CAP_BYTES - _CONTEXT_BYTES
     if context.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((_CAP_BYTES - _CONTEXT_BYTES) / total)
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
     for case in TINY_CASES if context.tiny else CASES:
         for recompute in (False, True):
             capped = replace(case, activation_checkpointing=recompute, steps=8, log_every=2)
             name = f"{case.preset}{' recomputed' * recompute}"
-            context.measure(name, lambda c=capped: minimind(context, c, cap=_CAP_BYTES))
+            context.measure(name, lambda c=capped: minimind(context, c, cap=allowed))
 
 
 def attainable(context: Context) -> dict[str, float]:
