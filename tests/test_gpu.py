@@ -59,6 +59,7 @@ def test_activation_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
     assert recomputed[:5] == pytest.approx(stored[:5], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore")  # warnings of torch.compile itself
 @pytest.mark.parametrize("objective", ["pretrain", "sft"])
 def test_a_compiled_model_gives_the_same_losses_without_recompiling(
     objective: str, tmp_path: Path

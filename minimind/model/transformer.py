@@ -7,8 +7,8 @@ Shapes: B sequences per batch, T new tokens per sequence, S keys (cached and new
 `hidden` is the width of the residual stream, `vocab` the vocabulary size.
 
 Packed batches (several conversations per sequence) use variable-length attention on a GPU
-(`varlen.py`). Elsewhere, and in float32, they use a dense [B, 1, T, T] attention mask. It is simple,
-and small at the sequence lengths of our recipes: 256 KiB per sequence at T = 512.
+(`varlen.py`). Elsewhere, and in float32, they use a dense [B, 1, T, T] attention mask. It is
+simple, and small at the sequence lengths of our recipes: 256 KiB per sequence at T = 512.
 """
 
 import torch
@@ -139,8 +139,8 @@ class Transformer(nn.Module):
         tokens: [B, T] int64. segments: [B, T], for packed training batches: the number of each
         token's segment (a conversation), non-decreasing along T. Attention and positions restart at
         each segment. bounds: the borders of the same segments, for variable-length attention;
-        None = use a dense mask. cache: keys and values of the preceding tokens; those of `tokens` are
-        appended. routing: collects the decisions of the routers.
+        None = use a dense mask. cache: keys and values of the preceding tokens; those of `tokens`
+        are appended. routing: collects the decisions of the routers.
         """
         length = tokens.shape[1]
         past = cache.length if cache is not None else 0

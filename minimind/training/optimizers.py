@@ -102,8 +102,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     p(s) = a s + b s³ + c s⁵ to every singular value without computing them. Five iterations send
     values in (0, 1] to about 0.7 to 1.2, close enough to 1 for an optimizer.
 
-    It runs in float32, on a GPU with TF32 products: in bf16 one ulp of summation noise in a gradient, such as that of another
-    number of processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
+    It runs in float32, on a GPU with TF32 products: in bf16 one ulp of summation noise in a
+    gradient, such as that of another number of processes, grows to 1e-3 in the loss
+    (benchmarks/records/process-count.md).
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # rows <= columns: the Gram matrix is the smaller one

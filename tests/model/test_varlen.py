@@ -1,5 +1,7 @@
 """Variable-length attention: its bookkeeping on the CPU, its kernels on a GPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def attention_by_segment(
     """Do what `varlen_attn` is documented to do, one segment after the other."""
     assert options.pop("window_size") == (-1, 0)
     out = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in itertools.pairwise(starts.tolist()):
         rows = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # [H or K, tokens, D]
         out.append(
             torch.nn.functional.scaled_dot_product_attention(
