@@ -45,14 +45,14 @@ class Part:
 
 
 PARTS = {
-    "doctor": Part("benchmarks.gpu_report:doctor", 60),
-    "tests": Part("benchmarks.gpu_report:tests", 90),
-    "training": Part("benchmarks.gpu.training:run", 150),
-    "pretraining": Part("benchmarks.gpu.pretraining:run", 300, needs_texts=True),
-    "decoding": Part("benchmarks.gpu.decoding:run", 100),
-    "profile": Part("benchmarks.gpu.training:run_profile", 45),
-    "capped": Part("benchmarks.gpu.training:run_capped", 45),
-    "processes": Part("benchmarks.gpu.processes:run", 60),
+    "doctor": Part("benchmarks.gpu_report:doctor", 45),
+    "tests": Part("benchmarks.gpu_report:tests", 80),
+    "training": Part("benchmarks.gpu.training:run", 140),
+    "profile": Part("benchmarks.gpu.training:run_profile", 35),
+    "pretraining": Part("benchmarks.gpu.pretraining:run", 240, needs_texts=True),
+    "decoding": Part("benchmarks.gpu.decoding:run", 80),
+    "capped": Part("benchmarks.gpu.training:run_capped", 35),
+    "processes": Part("benchmarks.gpu.processes:run", 75),
 }
 _BACKGROUND = Part("benchmarks.gpu.pretraining:prepare", 240, needs_texts=True)
 
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", nargs="*", default=[], help="files to pretrain on")
     parser.add_argument("--chats", nargs="*", default=[], help="files to fine-tune on")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of pretraining")
-    parser.add_argument("--limit", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of pretraining")
+    parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal on a CPU")

@@ -1,8 +1,8 @@
 """Training speed on random documents, against Hugging Face's Trainer, in turns."""
 
-import itertools
 import json
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from benchmarks.gpu.context import Context
 
-_COUNTER = itertools.count()
 _CAP_BYTES = 2 << 30  # memory of a small graphics card
 _CONTEXT_BYTES = 500 << 20  # of which CUDA itself takes about this much
 
@@ -200,8 +199,7 @@ def minimind(context: Context, case: Case, cap: int | None = None) -> dict[str, 
     from minimind.planning.plan import flops_per_token
     from minimind.training import batch
 
-    run_dir = context.work / f"run-{next(_COUNTER)}"
-    run_dir.mkdir()
+    run_dir = Path(tempfile.mkdtemp(dir=context.work, prefix="run-"))
     trainer = build(context, case, run_dir, cap)
     supports_varlen = batch.supports_varlen
     if case.dense_mask:
@@ -255,8 +253,7 @@ def trainer(
 
     vocab = 600 if context.tiny else 6400
     shape = ModelSettings(preset=case.preset).shape(vocab)
-    folder = context.work / f"hf-{next(_COUNTER)}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(dir=context.work, prefix="hf-"))
     (folder / "config.json").write_text(json.dumps(to_config_json(shape, "float32")))
     config = AutoConfig.from_pretrained(folder)
     rows_per_pass = min(case.rows, 32768 // case.seq_len)
@@ -333,9 +330,8 @@ def profile(context: Context, case: Case) -> dict[str, Any]:
     from minimind.planning.plan import timed
     from minimind.training.batch import Prefetcher
 
-    run_dir = context.work / f"run-{next(_COUNTER)}"
-    run_dir.mkdir()
-    trainer = build(context, case, run_dir)
+    run_dir = Path(tempfile.mkdtemp(dir=context.work, prefix="run-"))
+    trainer = build(context, replace(case, steps=12), run_dir)
     on_gpu = context.device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with contextlib.ExitStack() as stack:
