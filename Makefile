@@ -4,6 +4,7 @@
 # make slow    the tests that take minutes
 # make test-lm-eval   compare likelihoods and prompts with EleutherAI's lm-eval, in .venv-lm-eval
 # make test-llama-cpp   exported GGUF files in llama.cpp, in .venv-llama-cpp (builds it: minutes)
+# make gpu-report   tests and measurements on an NVIDIA GPU, under 10 minutes: benchmarks/gpu_report.py
 # make docs    the documentation site, in site/
 # make format  fix the style and rewrite generated pages
 # Another interpreter: make PYTHON=python3.12 test
@@ -13,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp docs format
+.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp gpu-report docs format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
@@ -38,6 +39,9 @@ test-lm-eval: .venv-lm-eval/.ready
 
 test-llama-cpp: .venv-llama-cpp/.ready
 	.venv-llama-cpp/bin/pytest -m slow --timeout 3600 tests/export/test_against_llama_cpp.py
+
+gpu-report: $(READY)
+	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python -m docs.build
