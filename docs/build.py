@@ -27,6 +27,8 @@ from docs import reference
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 LANGUAGES = {"en": "English", "zh": "中文"}
+READMES = ("README.md", "README.zh-CN.md")
+TOP_PAGES = (*READMES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 _SHARED = ("images", "assets")  # folders of docs/ that both languages use
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ \t]*$", re.M | re.S)
 _INLINE_CODE = re.compile(r"`[^`\n]*`")
@@ -85,9 +87,15 @@ def find_problems() -> list[str]:
             for what in english
             if english[what] != chinese[what]
         ]
-    for lang, pages in names.items():
-        for name in sorted(pages):
-            problems += missing_targets(DOCS / lang / name)
+    english, chinese = (outline((ROOT / name).read_text("utf-8")) for name in READMES)
+    problems += [
+        f"README: the languages differ in {what}: en {english[what]}, zh {chinese[what]}"
+        for what in english
+        if english[what] != chinese[what]
+    ]
+    pages = [DOCS / lang / name for lang in LANGUAGES for name in sorted(names[lang])]
+    for page in (*(ROOT / name for name in TOP_PAGES), *pages):
+        problems += missing_targets(page)
     return problems
 
 
