@@ -23,6 +23,7 @@ _EXTRAS = {
     "hub": ("benchmark downloads", "huggingface_hub"),
     "remote": ("remote models in eval and compare", "openai"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
+    "llama-cpp": ("K-quants in `export gguf`", "llama_cpp"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
 }
 

@@ -51,10 +51,15 @@ NOT_RUN = {
     "torchrun --nnodes 2": "needs two machines",
     "minimind web": "runs until it is stopped; tests/web opens the page in a browser",
     "minimind compare A B --judge": "needs a judge there; tests/cli/test_compare.py has one",
+    "llama-": "needs llama.cpp; tests/export/test_against_llama_cpp.py loads GGUF files in it",
+    "ollama ": "needs Ollama; see tests/export/test_ollama.py",
+    "python -m http.server": "tests/export/test_web.py serves the page",
+    "minimind export web out/small-chat --out page --wllama": "needs the npm package as a file",
 }
 # Run against services that listen on free ports instead of 8000.
-SERVE, REQUEST = "minimind serve", "curl"
+SERVE, REQUEST = "minimind serve", "curl http://127.0.0.1:8000"
 SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor")
+SLOW += ("minimind export web", "q4_k_m")  # need npm and llama.cpp
 
 
 def commands() -> list[str]:
@@ -130,6 +135,8 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
 def test_a_command_of_the_documentation_runs(command: str, materials: Path) -> None:
     if "backend=deepspeed" in command:
         pytest.importorskip("deepspeed")
+    if "q4_k_m" in command:
+        pytest.importorskip("llama_cpp")
     words = shlex.split(command)
     launcher = words.pop(0).removeprefix(".venv/bin/")
     assert launcher in ("minimind", "torchrun"), f"say in NOT_RUN why: {command}"
