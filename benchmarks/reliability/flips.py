@@ -17,7 +17,7 @@ def main() -> None:
     args = arguments(__doc__ or "", 1000)
     dice = random.Random(args.seed)
     with workshop() as shop:
-        run = shop.stage("pretrain").whole
+        run = shop.stage("pretrain").uninterrupted
         warnings: list[str] = []
 
         def load() -> Checkpoint:

@@ -43,7 +43,7 @@ def main() -> None:
             settings = {"training__steps": STEPS, "training__global_batch_size": BATCH} | more
 
             def train(run: Path, processes: int, stop: tuple[int, int] | None = None) -> list[int]:
-                run_distributed(shop.lives, run, processes, objective, stop=stop, **settings)  # noqa: B023
+                run_distributed(shop.fork_server, run, processes, objective, stop=stop, **settings)  # noqa: B023
                 return samples_seen(run, processes, BATCH)
 
             whole = shop.folder / f"{kind}-1"
@@ -53,7 +53,7 @@ def main() -> None:
             result |= {"worst_grad_norm": 0.0}
             for micro_batch in (2, 4):
                 split = settings | {"training__micro_batch_size": micro_batch}
-                run_distributed(shop.lives, shop.folder / "split", 1, objective, **split)
+                run_distributed(shop.fork_server, shop.folder / "split", 1, objective, **split)
                 result[f"micro_batch_of_{micro_batch}"] = largest_difference(
                     whole, shop.folder / "split", "loss"
                 )

@@ -34,23 +34,24 @@ def test_greedy_tokens_equal_the_argmax_of_the_full_sequence(
 
 @pytest.mark.numeric
 def test_greedy_tokens_are_the_same_alone_and_in_a_batch(
-    engine: Engine, alone: Engine, prompts: list[list[int]]
+    engine: Engine, sequential_engine: Engine, prompts: list[list[int]]
 ) -> None:
-    """Reliability matrix, row 24: 100 prompts, each alone and in batches of 9."""
+    """100 prompts, each alone and in batches of 9."""
     requests = [Request(prompt, GREEDY, 24) for prompt in prompts]
-    expected = generate(alone, *requests)
+    expected = generate(sequential_engine, *requests)
     assert generate(engine, *requests) == expected
     assert len({tuple(tokens) for tokens in expected}) > 80
     assert becomes_idle(engine)
 
 
 def test_cancelled_requests_leave_nothing_behind(
-    engine: Engine, alone: Engine, prompts: list[list[int]]
+    engine: Engine, sequential_engine: Engine, prompts: list[list[int]]
 ) -> None:
-    """Reliability matrix, row 23, without HTTP: half are cancelled at a random token."""
+    """Half of the requests are cancelled at a random token."""
     rng = random.Random(3)
     expected = {
-        i: tokens_of(alone.submit(Request(prompts[i], GREEDY, 30))) for i in range(0, 100, 2)
+        i: tokens_of(sequential_engine.submit(Request(prompts[i], GREEDY, 30)))
+        for i in range(0, 100, 2)
     }
     pieces: dict[int, list[Piece]] = defaultdict(list)
     completions: dict[int, Completion] = {}
@@ -91,14 +92,14 @@ def test_cancelled_requests_leave_nothing_behind(
 
 @pytest.mark.numeric
 def test_a_seed_gives_the_same_tokens_in_any_batch(
-    engine: Engine, alone: Engine, prompts: list[list[int]]
+    engine: Engine, sequential_engine: Engine, prompts: list[list[int]]
 ) -> None:
     all_settings = Sampling(
         temperature=1.2, top_p=0.9, top_k=200, min_p=0.001, repetition_penalty=1.1
     )
     kinds = [RANDOM, all_settings, Sampling(0.7, 0.9), GREEDY]
     requests = [Request(prompts[0], kinds[i % 4], 20, seed=i // 4) for i in range(24)]
-    expected = generate(alone, *requests)
+    expected = generate(sequential_engine, *requests)
     assert generate(engine, *requests) == expected
     assert generate(engine, *requests[::-1]) == expected[::-1]
     assert len({tuple(tokens) for tokens in expected[::4]}) == 6
@@ -184,12 +185,12 @@ def test_logits_that_are_not_finite_fail_one_request(
 
 
 def test_a_receiver_that_raises_fails_its_own_request_alone(
-    engine: Engine, alone: Engine, prompts: list[list[int]]
+    engine: Engine, sequential_engine: Engine, prompts: list[list[int]]
 ) -> None:
     def broken(piece: Piece) -> None:
         raise RuntimeError("gone")
 
-    expected = tokens_of(alone.submit(Request(prompts[0], GREEDY, 30)))
+    expected = tokens_of(sequential_engine.submit(Request(prompts[0], GREEDY, 30)))
     healthy = engine.submit(Request(prompts[0], GREEDY, 30))
     failing = engine.submit(Request(prompts[1], GREEDY, 200), broken)
     assert tokens_of(healthy) == expected
@@ -199,9 +200,9 @@ def test_a_receiver_that_raises_fails_its_own_request_alone(
 
 
 def test_requests_may_be_submitted_from_many_threads(
-    engine: Engine, alone: Engine, prompts: list[list[int]]
+    engine: Engine, sequential_engine: Engine, prompts: list[list[int]]
 ) -> None:
-    expected = [tokens_of(alone.submit(Request(p, GREEDY, 10))) for p in prompts[:16]]
+    expected = [tokens_of(sequential_engine.submit(Request(p, GREEDY, 10))) for p in prompts[:16]]
     actual: dict[int, list[int]] = {}
 
     def submit(number: int) -> None:

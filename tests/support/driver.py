@@ -1,4 +1,4 @@
-"""Child processes of `small_runs.Lives`, which train or save and may be killed.
+"""Child processes of `small_runs.ForkServer`, which train or save and may be killed.
 
     python -m tests.support.driver OUTPUT
 
