@@ -1,4 +1,4 @@
-"""Training and decoding on a simulated GPU; fake_gpu.py describes what that shows."""
+"""Training and decoding on a simulated GPU; fake_gpu.py describes what this proves."""
 
 import json
 import subprocess

@@ -87,11 +87,11 @@ def record(
     if args.dry:
         return
     path = _RECORDS / f"{file}.json"
-    whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    whole[row] = {
+    rows = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rows[row] = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "date": date.today().isoformat(),
     } | metrics
-    text = json.dumps(dict(sorted(whole.items())), indent=1, ensure_ascii=False)
+    text = json.dumps(dict(sorted(rows.items())), indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Row 5: the disk fills up at 50 offsets of a save; older checkpoints stay intact.
+"""The disk fills up at 50 offsets of a save; older checkpoints stay intact.
 
     python benchmarks/reliability/full_disk.py [--number 50]      (as root: it mounts a small tmpfs)
 

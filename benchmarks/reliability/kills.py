@@ -1,4 +1,4 @@
-"""Row 1: 300 random SIGKILLs in five kinds of stages; the results are bit-identical.
+"""300 random SIGKILLs in five kinds of stages; the results are bit-identical.
 
     python benchmarks/reliability/kills.py [--number 300]
 

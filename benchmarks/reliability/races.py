@@ -1,4 +1,4 @@
-"""Row 10: two `minimind train` start in one directory at the same moment, 50 times.
+"""Two `minimind train` start in one directory at the same moment, 50 times.
 
     python benchmarks/reliability/races.py [--number 50]
 

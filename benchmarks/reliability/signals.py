@@ -1,4 +1,4 @@
-"""Row 3: 100 stops by SIGTERM or Ctrl-C at random moments; each third with a second signal.
+"""100 stops by SIGTERM or Ctrl-C at random moments; each third with a second signal.
 
     python benchmarks/reliability/signals.py [--number 100]
 

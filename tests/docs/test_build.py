@@ -1,4 +1,4 @@
-"""The documentation site: its checks, and one whole build."""
+"""The documentation site: its checks, and one complete build."""
 
 import json
 import re
@@ -15,7 +15,7 @@ def test_the_documentation_has_no_problem() -> None:
     assert build.find_problems() == []
 
 
-def test_what_both_languages_must_share() -> None:
+def test_both_languages_must_share_headings_code_and_regions() -> None:
     english = (
         '# A\n\n## B\n\n```sh\nminimind demo  # try\n```\n\n--8<-- "x.py:r"\n\n![a](../i.png)\n'
     )
@@ -66,12 +66,12 @@ def test_every_page_is_built_in_both_languages(site: Path) -> None:
     assert (site / "en/source/minimind/model/attention.py.html").is_file()  # so is a source file
 
 
-def test_the_site_loads_nothing_from_outside(site: Path) -> None:
+def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
     loads = re.compile(r"""<(?:script|img|iframe)[^>]*\bsrc="https?:|<link[^>]*\bhref="https?:""")
     for page in site.rglob("*.html"):
         assert not loads.search(page.read_text("utf-8")), page
 
 
-def test_chinese_words_are_in_the_search_index(site: Path) -> None:
+def test_chinese_terms_are_in_the_search_index(site: Path) -> None:
     index = json.loads((site / "zh" / "search.json").read_text("utf-8"))
     assert "梯度累积" in json.dumps(index, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Every command of the README and the guides is run, or named here with the reason why not.
+"""Every command of the README and the guides is run, or listed here with the reason why not.
 
 Commands run as they stand, in a folder that holds what they need; training commands get a tiny
 model and two steps. The Chinese pages have the same commands, as `docs.build` checks.
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from docs.build import DOCS, ROOT
 from minimind.cli.main import app
-from tests.support.small_exams import make_ceval
+from tests.support.small_benchmarks import make_ceval
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
 TRAINING = ("pretrain", "sft", "lora", "dpo")
@@ -30,10 +30,10 @@ TINY = {
     "validation.num_sequences": "4",
 }
 PRESETS = {"pretrain-moe": "nano-moe"}
-# Not run, and why; a prefix of the command.
+# Prefix of each command that is not run: reason.
 NOT_RUN = {
     "git clone": "the address of the repository is the reader's",
-    "make demo": "tests/cli/test_demo.py (slow) runs the whole demo",
+    "make demo": "tests/cli/test_demo.py (slow) runs the complete demo",
     "minimind demo": "the same",
     ".venv/bin/minimind demo": "the same",
     ". .venv/bin/activate": "changes the shell; the tests run in an environment already",
@@ -59,14 +59,14 @@ SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor")
 def commands() -> list[str]:
     """Return each command of the README and the documentation once, in order."""
     pages = [ROOT / "README.md", *sorted((DOCS / "en").rglob("*.md"))]
-    found: dict[str, None] = {}
+    commands: dict[str, None] = {}
     for page in pages:
         for block in BLOCK.findall(page.read_text("utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
                 command = " ".join(line.partition("  #")[0].split())
                 if command and not command.startswith("#"):
-                    found[command] = None
-    return list(found)
+                    commands[command] = None
+    return list(commands)
 
 
 RUN = [command for command in commands() if not command.startswith(tuple(NOT_RUN))]
@@ -104,7 +104,7 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
         encoding="utf-8",
     )
     shutil.copytree(demo, folder / "out" / "demo")
-    for name, made in {
+    for name, run in {
         "small": "pretrain",
         "small-chat": "sft-multi",
         "small-dpo": "dpo",
@@ -113,7 +113,7 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
         "a": "pretrain",
         "b": "sft-single",
     }.items():
-        shutil.copytree(demo / made, folder / "out" / name)
+        shutil.copytree(demo / run, folder / "out" / name)
     shutil.copytree(demo / "sft-multi" / "model", folder / "models" / "Qwen3-0.6B")
     shutil.copytree(demo / "tokenizer", folder / "tok")
     return folder
@@ -124,20 +124,22 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     [pytest.param(c, marks=[pytest.mark.slow] if any(s in c for s in SLOW) else []) for c in RUN],
 )
 def test_a_command_of_the_documentation_runs(command: str, materials: Path) -> None:
-    words = shlex.split(command)
-    assert words.pop(0).removeprefix(".venv/bin/") == "minimind", f"say in NOT_RUN why: {command}"
+    arguments = shlex.split(command)
+    assert arguments.pop(0).removeprefix(".venv/bin/") == "minimind", (
+        f"add the reason to NOT_RUN: {command}"
+    )
     with contextlib.chdir(materials):
         set_aside = None
-        if "--out" in words and (out := Path(words[words.index("--out") + 1])).exists():
+        if "--out" in arguments and (out := Path(arguments[arguments.index("--out") + 1])).exists():
             set_aside = out.rename(out.with_name(out.name + "-before"))
-        if words[0] in TRAINING and "--explain" not in words:
-            given = {word.partition("=")[0] for word in words if "=" in word}
-            words += [f"{key}={value}" for key, value in TINY.items() if key not in given]
-            if words[0] == "pretrain":
-                words.append(f"model.preset={PRESETS.get(words[1], 'nano')}")
-        if words[0] == "sweep":
-            words += ["model.preset=nano", *(f"{key}={value}" for key, value in TINY.items())]
-        done = CliRunner().invoke(app, words, input="长江有多长？\n")
+        if arguments[0] in TRAINING and "--explain" not in arguments:
+            overridden = {argument.partition("=")[0] for argument in arguments if "=" in argument}
+            arguments += [f"{key}={value}" for key, value in TINY.items() if key not in overridden]
+            if arguments[0] == "pretrain":
+                arguments.append(f"model.preset={PRESETS.get(arguments[1], 'nano')}")
+        if arguments[0] == "sweep":
+            arguments += ["model.preset=nano", *(f"{key}={value}" for key, value in TINY.items())]
+        done = CliRunner().invoke(app, arguments, input="长江有多长？\n")
         if set_aside:
             shutil.rmtree(out, ignore_errors=True)
             set_aside.rename(out)

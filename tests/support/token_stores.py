@@ -29,6 +29,6 @@ def documents(store: TokenStore, split: Split = "train") -> list[list[int]]:
     return found
 
 
-def names(home: Path) -> list[str]:
+def names(store_folder: Path) -> list[str]:
     """Return the suffixes of the entries in the folder of the stores."""
-    return sorted(path.name.partition(".")[2].partition("-")[0] for path in home.iterdir())
+    return sorted(path.name.partition(".")[2].partition("-")[0] for path in store_folder.iterdir())
