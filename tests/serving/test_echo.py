@@ -1,7 +1,6 @@
 """`echo` with `logprobs` on /v1/completions, as used by lm-eval."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ from tests.support.services import InProcess, make_model
 from tests.support.small_benchmarks import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
 PROMPT = "长江是中国最长的河流。"
-
-
-@pytest.fixture
-def client(process: Any) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def complete(client: OpenAI, **settings: Any) -> Any:

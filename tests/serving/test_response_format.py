@@ -1,7 +1,6 @@
 """JSON objects and JSON schemas over HTTP, with the official client."""
 
 import json
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -15,12 +14,6 @@ class River(BaseModel):
     name: Literal["长江", "黄河"]
     kilometres: int
     is_long: bool | None
-
-
-@pytest.fixture
-def client(process: Any) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def ask(client: OpenAI, **settings: Any) -> Any:
