@@ -43,8 +43,9 @@ def test_shards_of_any_number_of_processes_cover_the_same_samples() -> None:
             [ProcessGroup(rank, size).shard(cursor, batch) for rank in range(size)]
             for size in (1, 2, 3, 4)
         ]
-        for parts in shards:
-            assert [sample for own in parts for sample in own] == [*range(cursor, cursor + batch)]
+        for parts in shards:  # contiguous ranges, from the first sample of the batch to the last
+            ends = [cursor, *(own.stop for own in parts)]
+            assert [*map(range, ends, ends[1:])] == parts and ends[-1] == cursor + batch
         if cursor % (101 * batch) == 0:  # the sequences too
             [expected] = [order.locate(own.start, len(own)) for own in shards[0]]
             for parts in shards[1:]:

@@ -51,26 +51,26 @@ def test_an_extended_wsd_run_ends_with_the_bits_of_a_longer_one(
     if kind == "dpo":
         more["data__seq_len"] = 64
     objective = {"lora": "sft"}.get(kind, kind)
-    short, long = (recipe(objective, **WSD | more | {"training__steps": n}) for n in (20, 40))
+    short, long = (recipe(objective, **WSD | more | {"training__steps": n}) for n in (10, 20))
     train(short)
-    branch = stable_steps(20, short.schedule)
+    branch = stable_steps(10, short.schedule)
     assert branch and (run / "checkpoints" / f"step-{branch:08}").is_dir(), (
         "kept as well as the newest"
     )
     weights = sorted(run.glob("*/*model*.safetensors"))[-1]
     before = weights.read_bytes()
     reporter = RecordingReporter()
-    assert train(long, reporter).summary["steps"] == 40
+    assert train(long, reporter).summary["steps"] == 20
     [line] = [line for line in reporter.lines if "instead of" in line]
     assert line == (
-        f"{run}: 40 steps instead of 20, continued from step {branch}, where the learning rate "
+        f"{run}: 20 steps instead of 10, continued from step {branch}, where the learning rate "
         "goes from 1 to 1 of its peak; later checkpoints are renamed to .decayed-step-…"
     )
-    assert (run / "checkpoints" / ".decayed-step-00000020").is_dir()
+    assert (run / "checkpoints" / ".decayed-step-00000010").is_dir()
     assert weights.read_bytes() != before
     assert load_recipe(run / "recipe.toml").recipe == long
     [event] = metrics(run, "extended")
-    assert event == {"kind": "extended", "step": branch, "from_steps": 20, "to_steps": 40}
+    assert event == {"kind": "extended", "step": branch, "from_steps": 10, "to_steps": 20}
     uninterrupted = tmp_path / "uninterrupted"
     train(long.model_copy(update={"out": str(uninterrupted)}))
     log = run / "metrics.jsonl"
