@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs import build
+from tests.support.shared import shared_directory
 
 
 def test_the_documentation_has_no_problem() -> None:
@@ -49,12 +50,15 @@ def test_dead_links_and_missing_regions_are_named(
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built documentation; read-only."""
     pytest.importorskip("zensical")
-    out = tmp_path_factory.mktemp("site") / "site"
-    command = [sys.executable, "-m", "docs.build", "--out", out]
-    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+
+    def fill(folder: Path) -> None:
+        command = [sys.executable, "-m", "docs.build", "--out", folder / "site"]
+        done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return shared_directory(tmp_path_factory, "documentation", fill) / "site"
 
 
 def test_every_page_is_built_in_both_languages(site: Path) -> None:

@@ -186,14 +186,16 @@ def test_damaged_or_foreign_cache_is_computed_again(tmp_path: Path, damage: str)
         )
     else:
         positions = range(0, len(content), 37) if damage == "flip" else [0]
+        again = nano_trainer(tmp_path, "dpo")
         for position in positions:
             flipped = bytearray(content)
             flipped[position] ^= 1 << (position % 8)
             path.write_bytes(
                 {"flip": bytes(flipped), "truncated": content[:-9], "empty": b""}[damage],
             )
-            reporter = RecordingReporter()
-            again = nano_trainer(tmp_path, "dpo", reporter=reporter)
+            reporter = again.reporter = RecordingReporter()
+            pair_sequences(again).reference[:] = np.nan
+            compute_reference_logprobs(again)
             assert any(
                 f"{path} cannot be used and is computed again" in line for line in reporter.lines
             ), position
