@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from minimind.training.checkpoint import (
 )
 from minimind.training.rng import rng_states, set_rng_states
 from tests.support.checkpoints import assert_intact, latest, names, save
-from tests.support.small_runs import nano_trainer, tensors
+from tests.support.small_runs import ForkServer, nano_trainer, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -328,37 +327,10 @@ def test_the_rng_of_an_apple_gpu_is_saved_and_restored(
     assert not torch.equal(fake.state, before), "ignored on another device"
 
 
-RESUME = """
-import sys
-from pathlib import Path
-import torch
-from torch import nn
-from minimind.training.checkpoint import latest_checkpoint, restore_weights
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ParameterList(nn.Parameter(torch.ones(1 << 20)) for _ in range(32))
-
-model, moments = Model(), {f"m/{n}": torch.ones(1 << 20) for n in range(32)}
-Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-status = Path("/proc/self/status")
-
-def kilobytes(key):
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if key in line)
-
-before = kilobytes("VmRSS")
-checkpoint = latest_checkpoint(Path(sys.argv[1]), warn=print)
-restore_weights(model, checkpoint)
-for name, tensor in moments.items():
-    tensor.copy_(checkpoint.optimizer[name])
-assert float(model.layers[31][5]) == 31.0 and float(moments["m/31"][5]) == 62.0
-print((kilobytes("VmHWM") - before) << 10)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_resuming_needs_memory_for_only_one_more_tensor(tmp_path: Path) -> None:
+def test_resuming_needs_memory_for_only_one_more_tensor(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
     """Load 256 MiB, in tensors of 4 MiB, into a process that already holds 256 MiB."""
     save_checkpoint(
         tmp_path,
@@ -368,9 +340,8 @@ def test_resuming_needs_memory_for_only_one_more_tensor(tmp_path: Path) -> None:
         state={},
         keep=1,
     )
-    command = [sys.executable, "-c", RESUME, str(tmp_path)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert int(printed) <= 16 << 20
+    assert fork_server.run("restore", run=tmp_path) == 0, fork_server.output.read_text()
+    assert int(fork_server.output.read_text()) <= 16 << 20
 
 
 def test_the_state_is_a_json_file(run: Path) -> None:
