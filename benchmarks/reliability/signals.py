@@ -46,7 +46,7 @@ def main() -> None:
                 child = shop.fork_server.start(
                     "minimind", arguments=command, signals={}, pause_s=0.02
                 )
-                wait_until(has_reached(run, stage.more.get("training__log_every", 1), step))
+                wait_until(has_reached(run, stage.overrides.get("training__log_every", 1), step))
                 time.sleep(dice.uniform(0, 0.05))
                 number = dice.choice([signal.SIGINT, signal.SIGTERM])
                 twice = sum(map(len, took.values())) % 3 == 2

@@ -318,16 +318,16 @@ def run_distributed(
 
 def samples_seen(run: Path, processes: int, batch: int = 4) -> list[int]:
     """Return the samples of all completed steps, step by step and rank by rank."""
-    steps, seen = int((run / "steps-0").read_text()), []
+    steps, samples = int((run / "steps-0").read_text()), []
     for rank in range(processes):
         reads = json.loads((run / f"samples-{rank}").read_text())
-        seen += [
+        samples += [
             (start // batch, rank, sample)
             for start, count in reads
             for sample in range(start, start + count)
             if sample < steps * batch
         ]
-    return [sample for _, _, sample in sorted(seen)]
+    return [sample for _, _, sample in sorted(samples)]
 
 
 def checkpoint_files(run: Path, step: int) -> dict[str, bytes]:

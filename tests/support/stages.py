@@ -43,18 +43,18 @@ def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:
 
 def write_corpus(folder: Path) -> Path:
     """Write text.jsonl (400 short texts), chat.jsonl and pairs.jsonl (200 each) into `folder`."""
-    rivers, places = ("长江", "黄河", "珠江", "淮河", "汉江"), ("东海", "渤海", "南海", "洪泽湖")
+    rivers, mouths = ("长江", "黄河", "珠江", "淮河", "汉江"), ("东海", "渤海", "南海", "洪泽湖")
     texts, chats, pairs = [], [], []
     for number in range(200):
-        river, place = rivers[number % 5], places[number % 4]
-        texts.append(f"{river}很长，第{number}段长{number * 7}公里。{river}最后流入{place}。")
+        river, mouth = rivers[number % 5], mouths[number % 4]
+        texts.append(f"{river}很长，第{number}段长{number * 7}公里。{river}最后流入{mouth}。")
         texts.append(f"Part {number} of the river is {number * 3} kilometres long.")
         turns = [("user", f"{river}的第{number}段有多长？"), ("assistant", f"{number * 7}公里。")]
         if number % 3 == 0:
-            turns += [("user", "它流到哪里？"), ("assistant", f"流入{place}。")]
+            turns += [("user", "它流到哪里？"), ("assistant", f"流入{mouth}。")]
         chats.append([{"role": role, "content": content} for role, content in turns])
-        asked, wrong = turns[0][1], ("不知道。", f"{number * 9}米。{place}。")[number % 2]
-        pairs.append({"prompt": asked, "chosen": turns[1][1], "rejected": wrong})
+        question, wrong = turns[0][1], ("不知道。", f"{number * 9}米。{mouth}。")[number % 2]
+        pairs.append({"prompt": question, "chosen": turns[1][1], "rejected": wrong})
     with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     with (folder / "chat.jsonl").open("w", encoding="utf-8") as stream:
@@ -94,7 +94,7 @@ class Stage:
         self, objective: str, folder: Path, fork_server: ForkServer, **settings: Any
     ) -> None:
         self.objective, self.folder, self.fork_server = objective, folder, fork_server
-        self.more = settings
+        self.overrides = settings
         self.uninterrupted = folder / f"{objective}-uninterrupted"
         assert fork_server.run("train", settings=self.settings(self.uninterrupted)) == 0, (
             fork_server.output.read_text()
@@ -110,10 +110,10 @@ class Stage:
             "data__store": str(self.folder / "stores"),
             "data__validation_fraction": 0.1,
         }
-        return nano_settings(self.objective, run, **fixed, **self.more, **more)
+        return nano_settings(self.objective, run, **fixed, **self.overrides, **more)
 
     def arguments(self, run: Path) -> list[str]:
-        """The same as a command line."""
+        """Return the command line of the stage."""
         recipe = self.folder / "recipe.toml"
         recipe.write_text(dump_recipe(load_recipe(None, flags=self.settings(run)).recipe))
         return ["train", str(recipe)]

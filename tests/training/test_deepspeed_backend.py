@@ -99,11 +99,11 @@ class TestZero:
         assert "resuming from step 4" in output
         assert checkpoint_files(run, 12) == checkpoint_files(uninterrupted, 12)
         assert metrics(run) == metrics(uninterrupted)
-        seen = []
+        samples = []
         for processes, stop in ((2, (1, 14)), (3, (2, 9)), (1, None)):
             run_distributed(fork_server, other, processes, stop=stop, **settings)
-            seen += samples_seen(other, processes, batch=6)
-        assert seen == list(range(72))
+            samples += samples_seen(other, processes, batch=6)
+        assert samples == list(range(72))
         assert losses(other) == pytest.approx(losses(uninterrupted), rel=1e-5)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
