@@ -1,4 +1,4 @@
-"""The documentation site: its checks, and one whole build."""
+"""The documentation site: its checks, and one complete build."""
 
 import json
 import re
@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from docs import build
+from tests.support.shared import shared_directory
 
 
 def test_the_documentation_has_no_problem() -> None:
     assert build.find_problems() == []
 
 
-def test_what_both_languages_must_share() -> None:
+def test_both_languages_must_share_headings_code_and_regions() -> None:
     english = (
         '# A\n\n## B\n\n```sh\nminimind demo  # try\n```\n\n--8<-- "x.py:r"\n\n![a](../i.png)\n'
     )
@@ -77,12 +78,15 @@ def test_the_architecture_page_has_the_checked_layers(lang: str) -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built documentation; read-only."""
     pytest.importorskip("zensical")
-    out = tmp_path_factory.mktemp("site") / "site"
-    command = [sys.executable, "-m", "docs.build", "--out", out]
-    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+
+    def fill(folder: Path) -> None:
+        command = [sys.executable, "-m", "docs.build", "--out", folder / "site"]
+        done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return shared_directory(tmp_path_factory, "documentation", fill) / "site"
 
 
 def test_every_page_is_built_in_both_languages(site: Path) -> None:
@@ -94,12 +98,12 @@ def test_every_page_is_built_in_both_languages(site: Path) -> None:
     assert (site / "en/source/minimind/model/attention.py.html").is_file()  # so is a source file
 
 
-def test_the_site_loads_nothing_from_outside(site: Path) -> None:
+def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
     loads = re.compile(r"""<(?:script|img|iframe)[^>]*\bsrc="https?:|<link[^>]*\bhref="https?:""")
     for page in site.rglob("*.html"):
         assert not loads.search(page.read_text("utf-8")), page
 
 
-def test_chinese_words_are_in_the_search_index(site: Path) -> None:
+def test_chinese_terms_are_in_the_search_index(site: Path) -> None:
     index = json.loads((site / "zh" / "search.json").read_text("utf-8"))
     assert "梯度累积" in json.dumps(index, ensure_ascii=False)

@@ -16,7 +16,7 @@ from minimind.serving.requests import (
 )
 
 
-def test_every_command_and_setting_has_its_place() -> None:
+def test_every_command_and_setting_is_documented() -> None:
     pages = reference.pages()
     assert "## minimind train\n" in pages["en/reference/cli.md"]
     assert "### minimind checkpoints list\n" in pages["en/reference/cli.md"]

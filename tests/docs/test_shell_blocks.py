@@ -1,4 +1,4 @@
-"""Every command of the README and the guides is run, or named here with the reason why not.
+"""Every command of the README and the guides is run, or listed here with the reason why not.
 
 Commands run as they stand, in a folder that holds what they need; training commands get a tiny
 model and two steps. The Chinese pages have the same commands, as `docs.build` checks.
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from docs.build import DOCS, ROOT
 from minimind.cli.main import app
 from tests.support.services import serving
-from tests.support.small_exams import make_ceval
+from tests.support.small_benchmarks import make_ceval
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
 TRAINING = ("pretrain", "sft", "lora", "dpo")
@@ -35,10 +35,10 @@ TINY = {
     "validation.num_sequences": "4",
 }
 PRESETS = {"pretrain-moe": "nano-moe"}
-# Not run, and why; a prefix of the command.
+# Prefix of each command that is not run: reason.
 NOT_RUN = {
     "git clone": "the address of the repository is the reader's",
-    "make demo": "tests/cli/test_demo.py (slow) runs the whole demo",
+    "make demo": "tests/cli/test_demo.py (slow) runs the complete demo",
     "minimind demo": "the same",
     ".venv/bin/minimind demo": "the same",
     ". .venv/bin/activate": "changes the shell; the tests run in an environment already",
@@ -65,14 +65,14 @@ SLOW += ("minimind export web", "q4_k_m")  # need npm and llama.cpp
 def commands() -> list[str]:
     """Return each command of the README and the documentation once, in order."""
     pages = [ROOT / "README.md", *sorted((DOCS / "en").rglob("*.md"))]
-    found: dict[str, None] = {}
+    commands: dict[str, None] = {}
     for page in pages:
         for block in BLOCK.findall(page.read_text("utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
                 command = " ".join(line.partition("  #")[0].split())
                 if command and not command.startswith("#"):
-                    found[command] = None
-    return list(found)
+                    commands[command] = None
+    return list(commands)
 
 
 RUN = [c for c in commands() if not c.startswith((*NOT_RUN, SERVE, REQUEST))]
@@ -112,7 +112,7 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
         encoding="utf-8",
     )
     shutil.copytree(demo, folder / "out" / "demo")
-    for name, made in {
+    for name, run in {
         "small": "pretrain",
         "small-chat": "sft-multi",
         "small-dpo": "dpo",
@@ -122,7 +122,7 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
         "a": "pretrain",
         "b": "sft-single",
     }.items():
-        shutil.copytree(demo / made, folder / "out" / name)
+        shutil.copytree(demo / run, folder / "out" / name)
     shutil.copytree(demo / "sft-multi" / "model", folder / "models" / "Qwen3-0.6B")
     shutil.copytree(demo / "tokenizer", folder / "tok")
     return folder
@@ -137,20 +137,20 @@ def test_a_command_of_the_documentation_runs(command: str, materials: Path) -> N
         pytest.importorskip("deepspeed")
     if "q4_k_m" in command:
         pytest.importorskip("llama_cpp")
-    words = shlex.split(command)
-    launcher = words.pop(0).removeprefix(".venv/bin/")
+    arguments = shlex.split(command)
+    launcher = arguments.pop(0).removeprefix(".venv/bin/")
     assert launcher in ("minimind", "torchrun"), f"say in NOT_RUN why: {command}"
     with contextlib.chdir(materials):
         set_aside = None
-        if "--out" in words and (out := Path(words[words.index("--out") + 1])).exists():
+        if "--out" in arguments and (out := Path(arguments[arguments.index("--out") + 1])).exists():
             set_aside = out.rename(out.with_name(out.name + "-before"))
-        words += small_settings(words)
+        arguments += small_settings(arguments)
         if launcher == "torchrun":
-            script = [sys.executable, "-m", "torch.distributed.run", *words]
+            script = [sys.executable, "-m", "torch.distributed.run", *arguments]
             done = subprocess.run(script, capture_output=True, text=True)
             status, output = done.returncode, done.stdout + done.stderr
         else:
-            result = CliRunner().invoke(app, words, input="长江有多长？\n")
+            result = CliRunner().invoke(app, arguments, input="长江有多长？\n")
             status, output = result.exit_code, result.output
         if set_aside:
             shutil.rmtree(out, ignore_errors=True)
