@@ -70,7 +70,10 @@ def compare(
         Path | None, typer.Option("--json", help="Also write the metrics to this file.")
     ] = None,
 ) -> None:
-    """Compare models on the same questions: answers, metrics, and a judge's ranking."""
+    """Compare the answers of models to the same questions.
+
+    Shows answers and metrics and, with a judge, a ranking.
+    """
     from minimind.evaluation.open_ended import OpenEndedTask, read_prompts
     from minimind.evaluation.tasks import GenerationConfig
 

@@ -38,6 +38,7 @@ _TABLES = re.compile(r"(?:.*/)?(dev|val|test)/([\w-]+?)(?:_(?:dev|val|test))?\.c
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _MMLU_COLUMNS = ["question", "a", "b", "c", "d", "answer"]
 _MAX_FIELD_CHARACTERS = 1 << 20
+_MAX_TABLES = 10_000  # of an archive
 
 
 @dataclass(frozen=True)
@@ -215,17 +216,26 @@ def _find_tables(benchmark: Benchmark, folder: Path) -> list[_File]:
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack the CSV files of an archive. Raises DataError if the archive is damaged."""
 
-    def destinations(names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-        """Yield (member, destination); the member's own path could lead out of the folder."""
-        for number, name in enumerate(names):
+    def destinations(names: Iterable[str]) -> list[tuple[str, Path]]:
+        """Return (member, destination); the member's own path could lead out of the folder."""
+        tables: dict[Path, str] = {}
+        for name in names:
             if match := _TABLES.fullmatch(name):
-                split, file = match[1].lower(), name.rsplit("/", 1)[-1]
-                yield name, folder / "data" / split / file if number < 10_000 else folder / file
+                path = folder / "data" / match[1].lower() / name.rsplit("/", 1)[-1]
+                if path in tables:
+                    raise DataError(f"{archive}: {tables[path]} and {name} have the same name")
+                tables[path] = name
+        if len(tables) > _MAX_TABLES:
+            raise DataError(
+                f"{archive}: has {len(tables):,} CSV files, and a benchmark has at most "
+                f"{_MAX_TABLES:,}; unpack those that you need into a folder"
+            )
+        return [(name, path) for path, name in tables.items()]
 
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
-                for name, path in destinations(packed.namelist()):
+                for name, path in destinations(dict.fromkeys(packed.namelist())):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(packed.read(name))
             return

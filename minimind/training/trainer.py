@@ -431,7 +431,7 @@ class Trainer:
             self.metrics_log.truncate(0)
             return {}
         saved = SavedState.from_json(checkpoint.state, self.device)
-        check_data(self.run, saved, self.data_sha256)
+        check_data(self.run, saved.data_sha256, self.data_sha256)
         rng = restore_tensors(checkpoint, saved.num_processes, self.model, self.backend)
         self.precision.scaler.load_state_dict(saved.scaler)
         self.metrics_log.truncate(saved.metrics_offset)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def test_identity_settings_may_not_change(recipe: Make, run: Path, stopped: dict
 def test_changed_operation_settings_do_not_touch_a_finished_run(recipe: Make, run: Path) -> None:
     first = do(recipe())
     told = RecordingReporter()
-    assert do(recipe(training__log_every=3), told) == first
-    assert told.lines == []
+    assert do(recipe(training__log_every=3), told) == replace(first, trained=False)
+    assert told.lines == [f"{run} is already finished, after 5 steps; nothing was trained"]
     assert load_recipe(run / "recipe.toml").recipe == recipe()
 
 
