@@ -39,7 +39,7 @@ def plan(
     from minimind.planning.plan import make_plan
 
     estimate = make_plan(recipe, memory=limit, seconds=trial)
-    _show(estimate, recipe)
+    _show(estimate, recipe, measures_speed=trial > 0)
     if json:
         console.write_json(json, estimate.metrics())
 
@@ -57,7 +57,7 @@ def parse_size(text: str) -> int:
     raise UsageError(f"--memory {text}: give a size such as 2GB or 800MB")
 
 
-def _show(estimate: "Plan", recipe: "Recipe") -> None:
+def _show(estimate: "Plan", recipe: "Recipe", *, measures_speed: bool) -> None:
     missing = "--tokenizer" if recipe.data.sources else "--data"
     unknown = f"unknown without {missing}"
     device = f"{estimate.device}, {estimate.precision}"
@@ -82,6 +82,9 @@ def _show(estimate: "Plan", recipe: "Recipe") -> None:
         rows.append(("total FLOPs", f"{estimate.flops_per_token * estimate.tokens:.2e}"))
     if estimate.tokens_per_second:
         rows.append(("tokens per second, measured", estimate.tokens_per_second))
+    elif measures_speed:
+        why = "it does not fit into the free memory" if estimate.device_is_present else "no device"
+        rows.append(("tokens per second", f"not measured: {why}"))
     if estimate.seconds:
         rows.append(("total time", duration(estimate.seconds)))
     console.show(console.table("Plan", ["metric", "value"], rows, numbers=1))

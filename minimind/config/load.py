@@ -286,8 +286,7 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
 
 
 def _unknown_setting(key: str) -> str:
-    descriptions = {name: field.description or "" for name, field in _setting_fields().items()}
-    hint = did_you_mean(similar_settings(key, descriptions))
+    hint = did_you_mean(similar_settings(key, setting_descriptions()))
     return f"{key} is not a setting{hint or '; --explain lists all settings'}"
 
 
@@ -303,6 +302,11 @@ def setting_roles() -> dict[str, Role]:
     for name, field in _setting_fields().items():
         [roles[name]] = (mark for mark in field.metadata if isinstance(mark, Role))
     return roles
+
+
+def setting_descriptions() -> dict[str, str]:
+    """Return the description of each setting, by dotted key."""
+    return {name: field.description or "" for name, field in _setting_fields().items()}
 
 
 @cache

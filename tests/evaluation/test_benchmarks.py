@@ -72,6 +72,23 @@ def test_archive_members_are_not_written_outside_the_folder(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.rglob("*.csv")) == []
 
 
+def test_no_member_of_an_archive_is_dropped(tmp_path: Path) -> None:
+    """More members than any benchmark has, or two of one name, are refused."""
+    archive, row = tmp_path / "ceval.zip", "id,question,A,B,C,D,answer\n0,q,1,2,3,4,A\n"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for number in range(10_000):
+            packed.writestr(f"dev/other{number}.csv", "")
+        packed.writestr("val/logic_val.csv", row)
+    with pytest.raises(DataError, match=r"ceval.zip: has 10,001 CSV files"):
+        read_benchmark("ceval", [str(archive)])
+    with zipfile.ZipFile(archive, "w") as packed:
+        for folder in ("a", "b"):
+            packed.writestr(f"{folder}/val/logic_val.csv", row)
+    both = "a/val/logic_val.csv and b/val/logic_val.csv have the same name"
+    with pytest.raises(DataError, match=both):
+        read_benchmark("ceval", [str(archive)])
+
+
 def test_cmmlu_and_mmlu_in_one_folder(tmp_path: Path) -> None:
     header = ["", "Question", "A", "B", "C", "D", "Answer"]
     for split, questions in (("test", CHINESE), ("dev", EXAMPLES)):

@@ -308,7 +308,7 @@ def test_chat_data_is_an_error_and_pairs_without_answers_are_left_out(
     settings = {"data__validation_fraction": 0.0, "training__steps": 60}
     do(recipe(base, run, tmp_path / "pairs.jsonl", **settings), reporter)
     output = "\n".join(reporter.lines)
-    assert "invalid records: 2, see" in output
+    assert "records are invalid: " in output and "They are left out; see" in output
     assert "202 pairs in" in output
     assert (
         "1 left out because they have no supervised tokens, "
