@@ -13,7 +13,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 load_all_checks()
 
 _SHORT = 4  # tokens per answer: these tests are about requests
-_WITHOUT_DATA = [("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models")]
+_WITHOUT_DATA = [("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models")]
 _WITH_DATA = [
     ("GET", "/v1/models/{model}", "positive"),  # every name is valid
     ("POST", "/v1/chat/completions", "positive"),
