@@ -85,7 +85,8 @@ class Server(uvicorn.Server):
     """Serves until a signal or an engine failure, then shuts down and closes the engines.
 
     Shutdown takes at most `limits.grace_seconds` and three seconds more. After an engine failure,
-    /health reports the reason for `limits.failed_seconds`; then the process exits with status 1, so that a supervisor restarts it.
+    /health reports the reason for `limits.failed_seconds`; then the process exits with status 1, so
+    that a supervisor restarts it.
     """
 
     def __init__(
