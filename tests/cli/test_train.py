@@ -51,10 +51,10 @@ class Place:
         assert done.returncode == status, done.stdout + done.stderr
         return done
 
-    def run_here(self, *arguments: object, status: int = 0) -> Result:
+    def run_here(self, *arguments: object, status: int = 0, input: str | None = None) -> Result:
         """Run a command in this process, which saves seconds of start-up."""
         with contextlib.chdir(self.folder):
-            done = CliRunner().invoke(app, [*map(str, arguments)], env=ENVIRONMENT)
+            done = CliRunner().invoke(app, [*map(str, arguments)], input=input, env=ENVIRONMENT)
         assert done.exit_code == status, done.output
         return done
 
@@ -116,10 +116,21 @@ def test_pretrain_sft_dpo_and_finished_runs(place: Place) -> None:
     assert (metrics["objective"], metrics["steps"]) == ("pretrain", 6)
     assert (place.folder / "cache" / "stores").is_dir()
 
+    hint = "out/base{} was only pretrained: it continues text and has not been trained to answer. "
+    hint += "Fine-tune it on conversations: minimind sft --model out/base{} --data CHATS --out DIR"
+    said = place.run_here("chat", "out/base", "--device", "cpu", input="长江\n")
+    assert said.stdout and said.stderr.splitlines() == [hint.format("", "")]
+    quiz = ("--task", "quiz", "--limit", "1", "--device", "cpu", "--out", "eval")
+    scored = place.run_here("eval", "out/base", *quiz)
+    assert scored.stdout.splitlines().count(hint.format("/model", "/model")) == 1
+
     done = place.run(*place.sft, "--model", "out/base", "--out", "out/chat")
     assert "Try it: minimind chat out/chat" in done.stdout
     assert " conversations in " in done.stdout
     assert (place.folder / "out" / "chat" / "model" / "model.safetensors").is_file()
+
+    assert place.run_here("chat", "out/chat", "--device", "cpu", input="长江\n").stderr == ""
+    assert "pretrained" not in place.run_here("eval", "out/chat", *quiz).output
 
     done = place.run_here(*place.dpo, "--model", "out/chat", "--out", "out/dpo")
     assert " pairs in " in done.stdout and "reference log-probabilities" in done.stdout
