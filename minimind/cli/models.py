@@ -104,6 +104,8 @@ def pretrained_only_hint(model: Path) -> str | None:
 
     if not is_only_pretrained(model):
         return None
+    if model.name == "model":  # name the run instead of the directory in it
+        model = model.parent
     tune = shell_words("minimind", "sft", "--model", model, "--data", "CHATS", "--out", "DIR")
     return (
         f"{model} was only pretrained: it continues text and has not been trained to answer. "

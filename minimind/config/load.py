@@ -149,7 +149,8 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         message = str(error)
         position = re.search(r" \(at line (\d+), column \d+\)$", message)
         line = int(position[1]) if position else len(text.splitlines())
-        raise ConfigError(f"{path}:{line}: not TOML: {message}") from None
+        data = "" if path.suffix == ".toml" else ". If it is data, give it with --data"
+        raise ConfigError(f"{path}:{line}: not TOML: {message}{data}") from None
 
 
 def _key_lines(text: str) -> dict[str, int]:

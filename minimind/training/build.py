@@ -146,6 +146,11 @@ def build_tokenizer_and_model(
     tokenizer = load_tokenizer(recipe, run / TOKENIZER_COPY if state else None)
     config = None if needs_base(recipe) else state.get("config")
     model = build_model(recipe, tokenizer, device, saved=config)
+    if tokenizer is None and recipe.objective != "pretrain":
+        raise ConfigError(
+            "model.init is not set. Fine-tuning starts from a model: give --model MODEL, or "
+            "model.init=MODEL"
+        )
     if tokenizer is None:
         raise ConfigError(
             "tokenizer is not set, and a new model needs one. Train it with "

@@ -144,6 +144,10 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})
     changes = difference(recorded, recipe)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
+    if "objective" in identity:  # the other changes follow from it
+        raise ConfigError(
+            f"{run} holds a run of another stage: {changes['objective']}. Choose another --out"
+        )
     if identity - _NUM_STEPS_SETTINGS:
         raise other_recipe_error(run, [changes[key] for key in changes if key in identity])
     return changes

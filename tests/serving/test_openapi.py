@@ -57,7 +57,7 @@ def run_generated(
     # Some valid requests are refused, such as a token id beyond the vocabulary.
     excluded = [CHECKS.get_one("positive_data_acceptance")]
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy(generation_mode=GenerationMode(mode)))
     def check(case: Any) -> None:
         with_short_answer(case)

@@ -96,8 +96,15 @@ class Browser:
         return self.wait(lambda: self.find(f"{css} button"))[0]
 
     def press(self, css: str) -> None:
-        """Click a button by script, because it moves or is out of view."""
-        self.driver.execute_script("arguments[0].click()", self.button(css))
+        """Click a button by script, because it moves, is out of view or is rendered again."""
+
+        def click() -> bool:
+            buttons = self.find(f"{css} button")
+            if buttons:
+                self.driver.execute_script("arguments[0].click()", buttons[0])
+            return bool(buttons)
+
+        self.wait(click)
 
     def num_enabled(self, css: str) -> int:
         """Count the visible and enabled buttons."""

@@ -14,16 +14,8 @@ def test_a_streaming_answer_can_be_stopped(url: str, browser: Browser, store: St
     browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 2)
     browser.ask("说长一点")
-    seen = set()
-
-    def has_grown() -> bool:
-        found = browser.messages()
-        if len(found) == 4:
-            seen.add(len(found[3]))
-        return len(seen) >= 3
-
-    browser.wait(has_grown)
-    browser.button('[class*="st-key-stop-"]').click()
+    browser.wait(lambda: len(browser.messages()) == 4 and browser.messages()[3])
+    browser.press('[class*="st-key-stop-"]')
     browser.wait_until_finished()
     browser.wait(lambda: "stopped" in browser.messages()[-1])
     kept = store.load(talk.id)
