@@ -23,7 +23,7 @@ from minimind.inference.generate import generate_all
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model, save_model
 from minimind.tokenizer import Tokenizer, encode_chat
-from tests.support.small_exams import make_varied
+from tests.support.small_benchmarks import make_varied
 from tests.support.stages import write_corpus
 
 

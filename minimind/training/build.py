@@ -181,8 +181,8 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) 
     """Build the training objective of the recipe."""
     balance = recipe.training.router_aux_loss_coef
     if recipe.objective == "dpo":
-        return Preference(recipe.dpo, router_balance=balance)
-    return NextToken(tokenizer.token_bytes, device, router_balance=balance)
+        return Preference(recipe.dpo, router_aux_loss_coef=balance)
+    return NextToken(tokenizer.token_bytes, device, router_aux_loss_coef=balance)
 
 
 def check_base(recipe: Recipe, run: Path, state: Mapping[str, Any]) -> str:

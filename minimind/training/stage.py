@@ -281,7 +281,7 @@ def prepare_stage(
         model=model,
         objective=build_objective(recipe, tokenizer, device),
         data=datasets.train,
-        held_out=datasets.validation,
+        validation_data=datasets.validation,
         recipe=recipe,
         run=run,
         num_steps=num_steps,

@@ -146,7 +146,7 @@ def test_answers_marked_as_not_supervised_are_encoded_but_masked(
     assert mask[start : start + len(answer) + 1] == [1] * (len(answer) + 1)
     mask[start : start + len(answer) + 1] = [0] * (len(answer) + 1)
     assert shard.mask.tolist() == mask
-    sequences = ChatSequences([shard], len(ids) - 1, pad=tokenizer.end_of_text, seed=0)
+    sequences = ChatSequences([shard], len(ids) - 1, pad_id=tokenizer.end_of_text, seed=0)
     labels = sequences.sequence(0)[1]
     supervised = [*tokenizer.encode("约六千三百公里。"), tokenizer.im_end]
     assert labels[labels != IGNORED].tolist() == supervised

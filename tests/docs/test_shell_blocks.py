@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from docs.build import DOCS, ROOT
 from minimind.cli.main import app
-from tests.support.small_exams import make_ceval
+from tests.support.small_benchmarks import make_ceval
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
 TRAINING = ("pretrain", "sft", "lora", "dpo")

@@ -17,7 +17,7 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.model import save_model
 from minimind.tokenizer import Tokenizer
-from tests.support.small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
+from tests.support.small_benchmarks import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
 lm_eval = pytest.importorskip("lm_eval")
 from benchmarks.against_lm_eval import by_lm_eval  # noqa: E402

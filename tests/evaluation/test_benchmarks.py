@@ -16,7 +16,7 @@ from minimind.evaluation.benchmarks import (
     subject_info,
     subjects,
 )
-from tests.support.small_exams import CHINESE, EXAMPLES, write_table
+from tests.support.small_benchmarks import CHINESE, EXAMPLES, write_table
 
 IN_ORDER = [*CHINESE[4:], *CHINESE[:4]]  # accountant, logic
 
@@ -33,7 +33,7 @@ def check(found: Questions) -> None:
         "accountant": 3,
         "logic": 3,
     }
-    assert found.bad.total == 0
+    assert found.invalid.total == 0
 
 
 @pytest.mark.parametrize("below", ["", "ceval-exam"])
@@ -133,8 +133,8 @@ def test_invalid_rows_are_counted_with_reasons(tmp_path: Path) -> None:
         ("right?", ["1", "2", "3", "4"], "C"),
         ("of two\nlines?", ["1", "2", "3"], "B"),
     ]
-    assert found.bad.total == 4
-    assert set(found.bad.reasons) == {
+    assert found.invalid.total == 4
+    assert set(found.invalid.reasons) == {
         "no question",
         "fewer than two options (columns A, B, …)",
         "the answer 'C' is not the letter of an option",

@@ -10,7 +10,7 @@ from minimind.evaluation.bits_per_byte import BitsPerByte
 from minimind.evaluation.models import LocalModel
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
-from tests.support.small_exams import make_varied
+from tests.support.small_benchmarks import make_varied
 
 pytestmark = pytest.mark.numeric
 
@@ -109,4 +109,4 @@ def test_missing_and_invalid_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="contains no valid record; the first error"):
         BitsPerByte([str(path)], None)
     path.write_text('[1]\n{"text": "长江"}\n', encoding="utf-8")
-    assert BitsPerByte([str(path)], None).bad.total == 1
+    assert BitsPerByte([str(path)], None).invalid.total == 1

@@ -10,7 +10,7 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
-from tests.support.small_exams import CHINESE, make_varied
+from tests.support.small_benchmarks import CHINESE, make_varied
 
 
 def ceval(folder: Path, style: Style = "letter", **options: int) -> MultipleChoice:

@@ -11,7 +11,7 @@ from minimind.evaluation.scoring import EngineScorer, Row, sliding_windows
 from minimind.inference.batched_model import BatchedModel, Part
 from minimind.model import PRESETS, Transformer
 from minimind.tokenizer import Tokenizer
-from tests.support.small_exams import make_varied
+from tests.support.small_benchmarks import make_varied
 
 
 def score_by_definition(model: Transformer, row: Row) -> float:

@@ -15,7 +15,7 @@ from minimind.evaluation.transformers_model import TransformersModel
 from minimind.inference import load
 from minimind.tokenizer import Tokenizer
 from tests.support.foreign import make_tokenizer
-from tests.support.small_exams import CHINESE
+from tests.support.small_benchmarks import CHINESE
 
 transformers = pytest.importorskip("transformers")
 GREEDY = GenerationConfig(8)

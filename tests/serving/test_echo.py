@@ -21,7 +21,7 @@ from minimind.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 from tests.support.foreign import make_tokenizer
 from tests.support.services import InProcess, make_model
-from tests.support.small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
+from tests.support.small_benchmarks import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
 PROMPT = "长江是中国最长的河流。"
 

@@ -11,14 +11,14 @@ def test_separate_validation_data_replaces_the_validation_fraction(
 ) -> None:
     own = recipe(data__validation=[str(corpus / "text.jsonl")], data__validation_fraction=0.5)
     trainer = prepare_stage(own, reporter=RecordingReporter()).trainer
-    assert trainer.held_out is not None
-    assert trainer.held_out.order.epoch_size == trainer.data.order.epoch_size
+    assert trainer.validation_data is not None
+    assert trainer.validation_data.order.epoch_size == trainer.data.order.epoch_size
 
 
 def test_too_little_held_out_text_is_reported(recipe: Make) -> None:
     told = RecordingReporter()
     trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=told).trainer
-    assert trainer.held_out is None
+    assert trainer.validation_data is None
     assert any("too little text is held out" in line for line in told.lines)
 
 
