@@ -155,6 +155,12 @@ def test_pretrain_sft_dpo_and_finished_runs(place: Place) -> None:
     again = json.loads((place.folder / "again.json").read_text("utf-8"))
     assert again == json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))
 
+    message = place.error(*place.sft, "--model", "out/base", "--out", "out/base")
+    assert message == (
+        'out/base holds a run of another stage: objective was "pretrain" and is now "sft". '
+        "Choose another --out"
+    )
+
     # A different recipe for the same run is an error without --fresh.
     message = place.error("train", "out/chat/recipe.toml", "training.steps=2")
     assert message.startswith("out/chat holds a run of another recipe: training.steps was ")
@@ -293,3 +299,9 @@ def test_contradictory_arguments(place: Place) -> None:
     (place.folder / "lr=3.toml").write_text("objective = 'pretrain'\nwait = 1\n")
     assert "lr=3.toml:2: wait is not a setting" in place.error("train", "lr=3.toml")
     assert "--out DIR" in place.error(*place.pretrain)
+    assert "give --model MODEL" in place.error(*place.sft, "--out", "no5")
+    message = place.error("pretrain", "text.jsonl", "--out", "no5")
+    assert message.startswith("text.jsonl:1: not TOML: ")
+    assert message.endswith("If it is data, give it with --data")
+    message = place.error(*place.pretrain, "--out", "no5", "--tokenizer", "gone")
+    assert message.startswith("gone does not exist. Train one with")
