@@ -30,7 +30,7 @@ def test_fifty_shutdowns(models_dir: Path, tmp_path: Path) -> None:
 
 
 def test_answers_within_the_grace_period_are_finished(serve_here: Callable[..., Any]) -> None:
-    body = ENDLESS_BODY | {"n": 1, "max_tokens": 1500}
+    body = ENDLESS_BODY | {"n": 1, "max_tokens": 600}
     with (
         serve_here(grace_seconds=600.0) as service,
         httpx.Client(base_url=service.url, timeout=600) as client,
