@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.web.store import Answer, Conversation, Store, Turn
-
-_CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-_DRIVER = shutil.which("chromedriver")
-HAS_BROWSER = bool(_CHROMIUM and _DRIVER)
+from tests.support.chromium import start_chromium
 
 
 @contextlib.contextmanager
@@ -52,26 +48,7 @@ class Browser:
     """Chromium, with methods for this page."""
 
     def __init__(self, language: str = "en-US", width: int = 1200) -> None:
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = _CHROMIUM or ""
-        for flag in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-dev-shm-usage",
-            f"--lang={language}",
-        ):
-            options.add_argument(flag)
-        options.add_experimental_option("prefs", {"intl.accept_languages": language})
-        if width < 600:
-            metrics = {"width": width, "height": 800, "pixelRatio": 2.0}
-            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
-        else:
-            options.add_argument(f"--window-size={width},900")
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        service = webdriver.ChromeService(_DRIVER)
-        self.driver = webdriver.Chrome(options=options, service=service)
+        self.driver = start_chromium(language, width)
 
     def open(self, url: str) -> None:
         self.go_to(url)

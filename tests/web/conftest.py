@@ -6,10 +6,9 @@ import pytest
 
 from minimind.tokenizer import Tokenizer
 from minimind.web.store import Store
-from tests.support.browser import HAS_BROWSER, Browser, page_of
+from tests.support.browser import Browser, page_of
+from tests.support.chromium import HAS_CHROMIUM, NO_CHROMIUM
 from tests.support.services import Process, save_models, serving
-
-_NO_BROWSER = "no Chromium here; on Debian: apt-get install chromium chromium-driver"
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def url(models_dir: Path, home: Path) -> Iterator[str]:
     """The address of a page for both models."""
-    if not HAS_BROWSER:
-        pytest.skip(_NO_BROWSER)
+    if not HAS_CHROMIUM:
+        pytest.skip(NO_CHROMIUM)
     with page_of(models_dir, home=home) as (found, _):
         yield found
 
@@ -50,8 +49,8 @@ def store(home: Path) -> Iterator[Store]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    if not HAS_BROWSER:
-        pytest.skip(_NO_BROWSER)
+    if not HAS_CHROMIUM:
+        pytest.skip(NO_CHROMIUM)
     found = Browser()
     yield found
     found.driver.quit()
