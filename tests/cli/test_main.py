@@ -72,7 +72,7 @@ def test_without_arguments_it_shows_the_first_steps() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("group", [[], ["tokenizer"], ["data"], ["checkpoints"]])
+@pytest.mark.parametrize("group", [[], ["tokenizer"], ["data"], ["checkpoints"], ["export"]])
 def test_no_description_of_a_command_is_cut_at_80_columns(group: list[str]) -> None:
     done = CliRunner().invoke(app, [*group, "--help"], terminal_width=80, prog_name="minimind")
     assert done.exit_code == 0
