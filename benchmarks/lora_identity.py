@@ -27,7 +27,7 @@ def measure(
     questions = held_out_identity()
     answers = answer_all(model, tokenizer, [q.question for q in questions], max_new_tokens=64)
     results = [
-        {"question": q.question, "answer": answer, "right": q.is_right(answer, variables)}
+        {"question": q.question, "answer": answer, "right": q.is_correct(answer, variables)}
         for q, answer in zip(questions, answers, strict=True)
     ]
     quiz = sample_quiz(quiz_size, seed=1)

@@ -58,7 +58,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(moe.vocab_size, (args.micro_batch, seq_len + 1), device=device)
     batch = TensorBatch(tokens[:, :-1], tokens[:, 1:], None, label_indices(tokens[:, 1:]))
-    objective = NextToken([1] * moe.vocab_size, device, router_balance=0.01)
+    objective = NextToken([1] * moe.vocab_size, device, router_aux_loss_coef=0.01)
     models = {"moe": Transformer(moe).to(device), "dense": Transformer(dense).to(device)}
     optimizers = {name: Optimizers(model, recipe.optim) for name, model in models.items()}
 

@@ -10,7 +10,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Column
 from rich.text import Text
@@ -32,6 +31,24 @@ def format_number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
+
+
+def format_size(num_bytes: float) -> str:
+    """Format the size of a file: 950 bytes, 12.3 kB, 4.5 MB, 1.25 GB (1 kB = 1,000 bytes)."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} byte" + "s" * (num_bytes != 1)
+    if num_bytes < 1e6:
+        return f"{num_bytes / 1e3:,.1f} kB"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:,.2f} GB"
+
+
+def format_memory(num_bytes: int) -> str:
+    """Format an amount of memory: 12 KB, 800 MB, 1.25 GB (1 KB = 1,024 bytes)."""
+    if num_bytes < 1 << 20:
+        return f"{num_bytes / (1 << 10):,.0f} KB"
+    if num_bytes < 1 << 30:
+        return f"{num_bytes / (1 << 20):,.0f} MB"
+    return f"{num_bytes / (1 << 30):.2f} GB"
 
 
 class _Count(ProgressColumn):
@@ -58,8 +75,10 @@ class _Rate(ProgressColumn):
             task.finished and task.elapsed
         ):  # the last updates may come in a burst: average over the task
             speed = (task.completed - task.fields.get("before", 0)) / task.elapsed
-        if not speed:
+        if not speed:  # not measured yet
             return Text("")
+        if self._unit == "byte":
+            return Text(f"{format_size(speed)}/s")
         if speed >= 1:
             return Text(f"{format_number(round(speed, 1))} {self._unit}s/s")
         return Text(f"{format_number(1 / speed)} s/{self._unit}")
@@ -70,14 +89,12 @@ def make_progress(unit: str) -> Progress:
 
     Every task needs the field `note`, a short text that is shown at the end.
     """
-    in_bytes: list[ProgressColumn] = [
-        DownloadColumn(table_column=Column(no_wrap=True)),
-        TransferSpeedColumn(Column(no_wrap=True)),
-    ]
+    count = DownloadColumn(table_column=Column(no_wrap=True)) if unit == "byte" else _Count()
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None),
-        *(in_bytes if unit == "byte" else [_Count(), _Rate(unit)]),
+        count,
+        _Rate(unit),
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         console=console,

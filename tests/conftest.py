@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,10 @@ for _variable in ("COLUMNS", "LINES"):
 # A shell ignores SIGINT in background jobs, and their children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No deadline per example: how long one takes depends on what else the machine does.
+hypothesis.settings.register_profile("minimind", deadline=None)
+hypothesis.settings.load_profile("minimind")
 
 TEXTS = [
     "长江是中国最长的河流，全长约六千三百公里。长江发源于青藏高原，最后流入东海。",

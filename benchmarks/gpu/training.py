@@ -155,9 +155,9 @@ def build(context: Context, case: Case, run_dir: Path, cap: int | None = None) -
     tokens = case.rows * case.seq_len * (case.steps + 2)
     return Trainer(
         model=model,
-        objective=NextToken([2] * vocab, device, router_balance=balance),
+        objective=NextToken([2] * vocab, device, router_aux_loss_coef=balance),
         data=MixedDataset([sequences(case, vocab, tokens)], [1.0], seed=0),
-        held_out=None,
+        validation_data=None,
         recipe=recipe,
         run=run_dir,
         num_steps=case.steps,
@@ -189,7 +189,7 @@ def sequences(case: Case, vocab: int, tokens: int) -> Any:
     if case.objective == "pretrain":
         return TextSequences([Shard(ids, None, ends)], case.seq_len)
     mask = np.concatenate([np.arange(n) >= n // 2 for n in lengths]).astype(np.uint8)
-    return ChatSequences([Shard(ids, mask, ends)], case.seq_len, pad=0, seed=0)
+    return ChatSequences([Shard(ids, mask, ends)], case.seq_len, pad_id=0, seed=0)
 
 
 def minimind(context: Context, case: Case, cap: int | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minimind.cli.models import pretrained_only_hint
 from minimind.cli.options import (
     Adapter,
     Context,
@@ -91,6 +92,8 @@ def chat(
     with contextlib.ExitStack() as stack:
         if url is None:
             assert model is not None
+            if adapter is None and (hint := pretrained_only_hint(model)):
+                _print_notice(hint)
             loading = dict(
                 device=device, adapter=adapter, context=context, rope_scaling=rope_scaling
             )

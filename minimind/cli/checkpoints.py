@@ -17,13 +17,19 @@ app = typer.Typer(help="List, verify and extract the checkpoints of a run.", no_
 
 @app.command("list")
 def list_checkpoints(run: Run, json: Json = None) -> None:
-    """List the checkpoints: step, date, size, validation, and missing or truncated files."""
+    """List the checkpoints: step, date, size, validation, state.
+
+    Missing and truncated files are reported.
+    """
     _show(run, json, thorough=False)
 
 
 @app.command()
 def verify(run: Run, json: Json = None) -> None:
-    """Verify the hash of every checkpoint file; exit with status 1 if one is damaged."""
+    """Verify the hash of every checkpoint file.
+
+    The exit status is 1 if a file is damaged.
+    """
     damaged = _show(run, json, thorough=True)
     if damaged:
         raise typer.Exit(1)
@@ -37,7 +43,7 @@ def extract(
         int | None, typer.Option(help="Step of the checkpoint; default: the best.")
     ] = None,
 ) -> None:
-    """Export a checkpoint as a model directory, or as an adapter for a LoRA run."""
+    """Export a checkpoint as a model directory or LoRA adapter."""
     from minimind.training.extract import extract_checkpoint
 
     extracted = extract_checkpoint(run, step, out)
@@ -58,14 +64,14 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
         [
             row["step"],
             row["saved"].replace("T", " ")[:19],
-            f"{row['bytes'] / 1e6:,.1f}",
+            console.format_size(row["bytes"]),
             ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["validation"].items()),
             ", ".join(name for name in ("newest", "best") if row[name]),
             row["trouble"] or ("verified" if thorough else "complete"),
         ]
         for row in metrics
     ]
-    columns = ["step", "saved", "MB", "validation", "", "state"]
+    columns = ["step", "saved", "size", "validation", "", "state"]
     console.show(console.table(str(run), columns, rows))
     damaged = sum(bool(row["trouble"]) for row in metrics)
     if json:

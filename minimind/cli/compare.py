@@ -70,13 +70,16 @@ def compare(
         Path | None, typer.Option("--json", help="Also write the metrics to this file.")
     ] = None,
 ) -> None:
-    """Compare models on the same questions: answers, metrics, and a judge's ranking."""
+    """Compare the answers of models to the same questions.
+
+    Shows answers and metrics and, with a judge, a ranking.
+    """
     from minimind.evaluation.open_ended import OpenEndedTask, read_prompts
     from minimind.evaluation.tasks import GenerationConfig
 
-    questions, bad = read_prompts(prompts, limit)
+    questions, invalid = read_prompts(prompts, limit)
     generation = GenerationConfig(max_new_tokens, temperature, seed, _CONCURRENCY)
-    task = OpenEndedTask("answers", questions, generation, bad)
+    task = OpenEndedTask("answers", questions, generation, invalid)
     comparison = _Comparison(out, fresh, json, device, task)
     service = comparison.open_judge(judge) if judge else None
     for model in dict.fromkeys(models):
@@ -192,10 +195,10 @@ class _Comparison(Evaluation):
         """Print the tables and the failures."""
         if self.comparison:
             self._show_tables()
-        if self.task.bad.total:
-            lines = console.pluralize(self.task.bad.total, "invalid line")
+        if self.task.invalid.total:
+            lines = console.pluralize(self.task.invalid.total, "invalid line")
             console.say(
-                strip_controls(f"{lines} in the questions, the first: {self.task.bad.first}")
+                strip_controls(f"{lines} in the questions, the first: {self.task.invalid.first}")
             )
         for name, metrics in self.metrics.items():
             if error := metrics["first_error"]:

@@ -13,10 +13,25 @@ from rich.text import Text
 
 from minimind.errors import shell_words
 from minimind.files import write_atomically
-from minimind.progress import RichReporter, console, format_number, make_progress
+from minimind.progress import (
+    RichReporter,
+    console,
+    format_memory,
+    format_number,
+    format_size,
+    make_progress,
+)
 from minimind.training.reporter import pluralize
 
-__all__ = ["RichReporter", "console", "format_number", "make_progress", "pluralize"]
+__all__ = [
+    "RichReporter",
+    "console",
+    "format_memory",
+    "format_number",
+    "format_size",
+    "make_progress",
+    "pluralize",
+]
 
 
 def say(text: str) -> None:
@@ -60,11 +75,12 @@ def command(*words: str | Path) -> str:
 
 def show_metrics(title: str, metrics: Mapping[str, Any]) -> None:
     """Print the scalar metrics of a summary as a table, without nested metrics."""
-    rows = [
-        (name.replace("_", " "), value)
-        for name, value in metrics.items()
-        if not isinstance(value, Mapping | list)
-    ]
+    rows: list[tuple[str, object]] = []
+    for name, value in metrics.items():
+        if name == "peak_memory_bytes" and value is not None:
+            name, value = "peak memory", format_memory(value)
+        if not isinstance(value, Mapping | list):
+            rows.append((name.replace("_", " "), value))
     show(table(title, ["metric", "value"], rows, numbers=1))
 
 

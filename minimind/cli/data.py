@@ -29,7 +29,10 @@ def inspect(
     ] = 3,
     json: Json = None,
 ) -> None:
-    """Describe datasets: schemas, counts, lengths, duplicates, invalid records, samples."""
+    """Describe datasets: schemas, counts, lengths, samples.
+
+    Duplicates, invalid records and unused keys are counted too.
+    """
     from minimind.data.input_files import list_files
     from minimind.data.schemas import SCHEMAS
     from minimind.data.stats import DatasetStats, inspect_data
@@ -102,13 +105,13 @@ def stores(
             summary.key[:8],
             summary.kind,
             summary.tokens,
-            f"{summary.num_bytes / 1e6:,.1f}",
+            console.format_size(summary.num_bytes),
             f"{datetime.fromtimestamp(summary.created):%Y-%m-%d %H:%M}",
             "\n".join([*summary.files[:3], *(["…"] if len(summary.files) > 3 else [])]),
         ]
         for summary in selected
     ]
-    columns = ["key", "kind", "tokens", "MB", "created", "data"]
+    columns = ["key", "kind", "tokens", "size", "created", "data"]
     if rows:
         console.show(console.table(f"Token stores in {home}", columns, rows))
     removed = [summary for summary in selected if remove and remove_store(home, summary.key)]
@@ -116,18 +119,18 @@ def stores(
         if summary not in removed:
             console.say(f"{summary.key} is being built by another process and was not removed")
     label, counted = ("removed", removed) if remove else ("total", selected)
-    megabytes = sum(summary.num_bytes for summary in counted) / 1e6
-    console.say(f"{home}: {label} {console.pluralize(len(counted), 'store')}, {megabytes:,.1f} MB")
+    size = console.format_size(sum(summary.num_bytes for summary in counted))
+    console.say(f"{home}: {label} {console.pluralize(len(counted), 'store')}, {size}")
 
 
 def _show(per_source: Mapping[str, dict[str, Any]], total: dict[str, Any]) -> None:
     # Sources are numbered, because paths are too long for every table.
     rows = {str(number): metrics for number, metrics in enumerate(per_source.values(), 1)}
     sizes = [
-        [number, name, metrics["files"], f"{metrics['bytes'] / 1e6:,.1f}"]
+        [number, name, metrics["files"], console.format_size(metrics["bytes"])]
         for (number, metrics), name in zip(rows.items(), per_source, strict=True)
     ]
-    console.show(console.table("Data", ["#", "name", "files", "MB"], sizes, numbers=2))
+    console.show(console.table("Data", ["#", "name", "files", "size"], sizes, numbers=2))
     if len(rows) > 1:
         rows["total"] = total
     columns = ["#", "schema", "records", "single-turn", "multi-turn", "duplicates", "invalid"]

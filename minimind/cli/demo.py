@@ -59,7 +59,10 @@ def demo(
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the previous run.")] = False,
 ) -> None:
-    """Train a complete small chat model: corpus, tokenizer, pretraining, fine-tuning, report."""
+    """Train a small chat model, from the corpus to the report.
+
+    The steps: corpus, tokenizer, pretraining, fine-tuning, preference optimization, LoRA, report.
+    """
     from minimind.model.device import choose_device
     from minimind.reporting.report import make_report
 
@@ -164,7 +167,7 @@ def _write_corpus(corpus: Path) -> None:
     size = sum(file.stat().st_size for file in corpus.iterdir())
     console.say(
         f"{facts:,} facts of {len(subjects)} subjects as prose, dialogues, preference pairs and "
-        f"multiple-choice questions: {size / 1e6:.0f} MB in {corpus}"
+        f"multiple-choice questions: {console.format_size(size)} in {corpus}"
     )
 
 

@@ -157,7 +157,7 @@ def _identity_metrics(out: Path, device: str, training: dict[str, Any]) -> dict[
             "question": question.question,
             "before": base_answer,
             "after": adapted_answer,
-            "right": question.is_right(adapted_answer, ADAPTER_IDENTITY),
+            "right": question.is_correct(adapted_answer, ADAPTER_IDENTITY),
         }
         for question, base_answer, adapted_answer in zip(questions, before, after, strict=True)
     ]

@@ -6,7 +6,6 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.options import Device, Json
-from minimind.cli.plan import size
 from minimind.errors import install_line
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ def doctor(
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """Describe this machine, list missing extras, and run a self-test of training.
+    """Describe this machine, and run a self-test of training.
 
-    The exit status is 1 if the self-test fails.
+    Lists missing extras too. The exit status is 1 if the self-test fails.
     """
     machine = _machine(device)
     console.show_metrics("This machine", machine)
@@ -78,9 +77,9 @@ def _machine(device: str) -> dict[str, Any]:
         "Apple MPS": torch.backends.mps.is_available(),
         "CPU cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "free disk space": size(shutil.disk_usage(".").free),
+        "free disk space": console.format_size(shutil.disk_usage(".").free),
         "device": str(chosen),
-        "free memory of the device": "unknown" if free is None else size(free),
+        "free memory of the device": "unknown" if free is None else console.format_memory(free),
         "training precision": choose_precision("auto", chosen).name,
         "decoding precision": str(inference_dtype(chosen)).removeprefix("torch."),
         "batch invariance": _batch_invariance(chosen),
@@ -90,8 +89,9 @@ def _machine(device: str) -> dict[str, Any]:
     }
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
+        memory = console.format_memory(properties.total_memory)
         capability = f"{properties.major}.{properties.minor}"
-        machine["GPU"] = f"{properties.name}, {size(properties.total_memory)}, sm {capability}"
+        machine["GPU"] = f"{properties.name}, {memory}, sm {capability}"
     return machine
 
 

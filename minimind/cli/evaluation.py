@@ -40,6 +40,7 @@ class Evaluation:
     json: Path | None
     device: str
     failures: list[str] = field(default_factory=list, kw_only=True)
+    hinted: set[Path] = field(default_factory=set, kw_only=True)  # models only pretrained
 
     def fail(self, subject: str, error: Exception) -> None:
         """Report a failure."""
@@ -81,6 +82,7 @@ class Evaluation:
         from minimind.cli.models import report_dropped
         from minimind.evaluation.runner import evaluate
 
+        self._hint(opened, task)
         reporter = console.RichReporter()
         reporter.start(title, len(task), unit=task.unit)
         try:
@@ -101,6 +103,20 @@ class Evaluation:
         finally:
             reporter.stop()
             report_dropped(opened.model)
+
+    def _hint(self, opened: OpenedModel, task: "Task") -> None:
+        """Say once, before a model answers questions, that it was only pretrained."""
+        from minimind.cli.models import pretrained_only_hint
+        from minimind.evaluation.generative import GenerativeTask
+        from minimind.evaluation.open_ended import OpenEndedTask
+
+        directory: Path | None = getattr(opened.model, "directory", None)  # None for a service
+        if not isinstance(task, GenerativeTask | OpenEndedTask) or directory is None:
+            return
+        if opened.model.adapter is None and directory not in self.hinted:
+            self.hinted.add(directory)
+            if hint := pretrained_only_hint(directory):
+                console.say(hint)
 
     def show_failures(self) -> None:
         """Report all failures again, after the tables."""

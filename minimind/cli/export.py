@@ -17,7 +17,7 @@ from minimind.errors import UsageError, shell_words
 if TYPE_CHECKING:
     from minimind.export.gguf import GGUFReport
 
-app = typer.Typer(help="Export a model to other programs: GGUF, Ollama, a browser page.")
+app = typer.Typer(help="Export a model: GGUF, Ollama, a browser page.")
 
 Adapter = Annotated[
     Path | None,
@@ -107,7 +107,10 @@ def web(
         ),
     ] = None,
 ) -> None:
-    """Write a chat page, static files only, that runs the model in the browser."""
+    """Write a chat page that runs the model in the browser.
+
+    The page consists of static files only.
+    """
     from minimind.export.gguf import model_name
     from minimind.export.web import export_web, holds_page
     from minimind.model import resolve_model_directory

@@ -112,13 +112,17 @@ app = typer.Typer(
     add_completion=False,
 )
 
-_FIRST_STEPS = """Train a small GPT from zero on your own computer.
+_FIRST_STEPS = """\
+Train a small GPT from zero on your own computer. The first commands, in order:
 
-  minimind demo                                             a small model in 10 to 20 minutes
-  minimind chat out/demo                                    talk to it
-  minimind tokenizer train TEXTS --out out/tokenizer        your own text: a tokenizer,
-  minimind pretrain --tokenizer out/tokenizer --data TEXTS --out out/base     pretraining,
-  minimind sft --model out/base --data CHATS --out out/chat                   and fine-tuning
+  minimind demo             train a small model in 10 to 20 minutes
+  minimind chat out/demo    chat with it
+
+With your own texts and conversations:
+
+  minimind tokenizer train TEXTS --out out/tokenizer
+  minimind pretrain --tokenizer out/tokenizer --data TEXTS --out out/base
+  minimind sft --model out/base --data CHATS --out out/chat
 
 All commands: minimind --help"""
 

@@ -21,7 +21,7 @@ def merge(
         typer.Option(help="Data type of the merged weights; default: that of MODEL."),
     ] = None,
 ) -> None:
-    """Merge a LoRA adapter into its model; the weights are added in float32."""
+    """Merge a LoRA adapter into its model. The weights are added in float32."""
     import torch
 
     from minimind.inference.load import load_for_inference

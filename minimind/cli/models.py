@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimind.cli import console
 from minimind.environment import KEY_VARIABLE
-from minimind.errors import ModelError, TokenizerError, UsageError
+from minimind.errors import ModelError, TokenizerError, UsageError, shell_words
 
 if TYPE_CHECKING:
     from minimind.evaluation.remote import Service
@@ -96,3 +96,18 @@ def report_dropped(model: Any) -> None:
     """Report the sampling parameters that a service rejected and replaced by its defaults."""
     if rejected := sorted(getattr(model, "rejected", ())):
         console.say(f"{model.name}: the service rejects {', '.join(rejected)}; its defaults apply")
+
+
+def pretrained_only_hint(model: Path) -> str | None:
+    """Return a hint for a model that was pretrained and not fine-tuned; None for others."""
+    from minimind.training.run import is_only_pretrained
+
+    if not is_only_pretrained(model):
+        return None
+    if model.name == "model":  # name the run instead of the directory in it
+        model = model.parent
+    tune = shell_words("minimind", "sft", "--model", model, "--data", "CHATS", "--out", "DIR")
+    return (
+        f"{model} was only pretrained: it continues text and has not been trained to answer. "
+        f"Fine-tune it on conversations: {tune}"
+    )

@@ -10,6 +10,7 @@ from minimind.cli.train import Arguments, Data, Device, resolve
 from minimind.errors import UsageError
 
 if TYPE_CHECKING:
+    from minimind.config.settings import Recipe
     from minimind.planning.plan import Plan
 
 _UNITS = {"": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
@@ -38,7 +39,7 @@ def plan(
     from minimind.planning.plan import make_plan
 
     estimate = make_plan(recipe, memory=limit, seconds=trial)
-    _show(estimate)
+    _show(estimate, recipe, measures_speed=trial > 0)
     if json:
         console.write_json(json, estimate.metrics())
 
@@ -56,7 +57,12 @@ def parse_size(text: str) -> int:
     raise UsageError(f"--memory {text}: give a size such as 2GB or 800MB")
 
 
-def _show(estimate: "Plan") -> None:
+def _show(estimate: "Plan", recipe: "Recipe", *, measures_speed: bool) -> None:
+    missing = "--tokenizer" if recipe.data.sources else "--data"
+    unknown = f"unknown without {missing}"
+    device = f"{estimate.device}, {estimate.precision}"
+    if not estimate.device_is_present:
+        device = f"{estimate.device} (not in this machine), {estimate.precision} assumed"
     total = sum(estimate.memory.values())
     rows: list[tuple[str, object]] = [("parameters", estimate.parameters)]
     if estimate.active_parameters != estimate.parameters:
@@ -64,31 +70,37 @@ def _show(estimate: "Plan") -> None:
     if estimate.trained_parameters != estimate.parameters:
         rows.append(("trained parameters", estimate.trained_parameters))
     rows += [
-        ("device", f"{estimate.device}, {estimate.precision}".removesuffix(", ?")),
-        ("tokens in the data, approximately", estimate.data_tokens),
-        ("steps", estimate.steps),
+        ("device", device),
+        ("tokens in the data, approximately", estimate.data_tokens or unknown),
+        ("steps", estimate.steps or unknown),
         ("global batch size, sequences", estimate.global_batch_size),
         ("sequence length, tokens", estimate.seq_len),
-        ("training tokens", estimate.tokens),
+        ("training tokens", estimate.tokens or unknown),
         ("FLOPs per token", f"{estimate.flops_per_token / 1e6:,.0f} million"),
     ]
     if estimate.tokens:
         rows.append(("total FLOPs", f"{estimate.flops_per_token * estimate.tokens:.2e}"))
     if estimate.tokens_per_second:
         rows.append(("tokens per second, measured", estimate.tokens_per_second))
+    elif measures_speed:
+        why = "it does not fit into the free memory" if estimate.device_is_present else "no device"
+        rows.append(("tokens per second", f"not measured: {why}"))
     if estimate.seconds:
         rows.append(("total time", duration(estimate.seconds)))
     console.show(console.table("Plan", ["metric", "value"], rows, numbers=1))
-    parts = [(name, size(part)) for name, part in estimate.memory.items()]
+    parts = [(name, console.format_memory(part)) for name, part in estimate.memory.items()]
     micro_batch = console.pluralize(estimate.micro_batch_size or 1, "sequence")
     title = f"Memory with a micro-batch of {micro_batch}"
-    console.show(console.table(title, ["part", "size"], [*parts, ("total", size(total))], 1))
+    parts.append(("total", console.format_memory(total)))
+    console.show(console.table(title, ["part", "size"], parts, numbers=1))
     by_micro_batch: dict[object, list[str]] = {}
     for choice in estimate.choices:
         fits = estimate.memory_limit is None or choice["bytes"] <= estimate.memory_limit
-        cell = size(choice["bytes"]) + ("" if fits else " (too much)")
+        cell = console.format_memory(choice["bytes"]) + ("" if fits else " (too much)")
         by_micro_batch.setdefault(choice["micro_batch_size"], []).append(cell)
-    limit = "any memory" if estimate.memory_limit is None else size(estimate.memory_limit)
+    limit = "any memory"
+    if estimate.memory_limit is not None:
+        limit = console.format_memory(estimate.memory_limit)
     console.show(
         console.table(
             f"Micro-batch sizes that fit into {limit}",
@@ -117,13 +129,6 @@ def _verdict(estimate: "Plan") -> str:
             f"training.micro_batch_size={fitting[-1]['micro_batch_size']}"
         )
     return "It does not fit: use a smaller model (model.preset) or a shorter data.seq_len"
-
-
-def size(num_bytes: int) -> str:
-    """Format bytes as 1.25 GB or 800 MB (1 KB = 1,024 bytes)."""
-    if num_bytes >= 1 << 30:
-        return f"{num_bytes / (1 << 30):.2f} GB"
-    return f"{num_bytes / (1 << 20):,.0f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -34,7 +34,10 @@ def sweep(
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard previous runs.")] = False,
     json: Json = None,
 ) -> None:
-    """Train variants of a recipe; compare their loss by parameters, tokens and time."""
+    """Train variants of a recipe and compare their losses.
+
+    The losses are compared by parameters, tokens and time.
+    """
     from minimind.model.device import choose_device
     from minimind.planning.sweep import device_settings, run_all
 

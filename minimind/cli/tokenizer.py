@@ -32,7 +32,7 @@ def train(
         int, typer.Option(min=1, help="Megabytes of text to train on; each takes 100 MB of memory.")
     ] = 12,
 ) -> None:
-    """Train a byte-level BPE tokenizer on a uniform sample of the data."""
+    """Train a byte-level BPE tokenizer on a sample of the data."""
     from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer import train_tokenizer
 
@@ -49,7 +49,7 @@ def train(
     )
     tokenizer.save(out)
     if invalid.total:
-        console.say(f"skipped {invalid.total:,} invalid records; the first: {invalid.first}")
+        console.say(f"{invalid.describe()}. They are left out")
     if tokenizer.vocab_size < vocab_size:
         console.say(f"The data is too small for more than {tokenizer.vocab_size:,} tokens.")
     console.say(f"The tokenizer with {tokenizer.vocab_size:,} tokens is in {out}.")
@@ -67,7 +67,10 @@ def inspect(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Compare tokenizers: vocabulary by script, and characters per token by language."""
+    """Compare the vocabulary and compression of tokenizers.
+
+    The vocabulary is counted by script, compression as characters per token by language.
+    """
     from minimind.data.invalid import InvalidRecords
     from minimind.tokenizer.bpe import load_bpe
     from minimind.tokenizer.stats import SAMPLE_TEXTS, describe_vocabulary, measure

@@ -75,7 +75,7 @@ def sft(
     dry_run: DryRun = False,
     json: Json = None,
 ) -> None:
-    """Fine-tune a model on single-turn and multi-turn conversations (SFT)."""
+    """Fine-tune a model on conversations (SFT)."""
     flags = {"objective": "sft", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
     _run_command(arguments, "sft-small", flags, nproc, fresh, resume, explain, dry_run, json)
@@ -117,7 +117,7 @@ def dpo(
     dry_run: DryRun = False,
     json: Json = None,
 ) -> None:
-    """Train a chat model on preference pairs (direct preference optimization)."""
+    """Train a chat model on preference pairs (DPO)."""
     flags = {"objective": "dpo", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
     _run_command(arguments, "dpo-small", flags, nproc, fresh, resume, explain, dry_run, json)
@@ -165,18 +165,20 @@ def _run_command(
     if resume and launcher.is_main_process() and not begun:
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to resume; omit --resume")
-    if (nproc or 1) > 1 and not dry_run and not launcher.is_distributed():
+    if dry_run and json:
+        raise UsageError("--dry-run trains nothing and has no metrics for --json; omit one of them")
+    if (nproc or 1) > 1 and not launcher.is_distributed():
         launcher.launch_processes(nproc or 1)
         return
     launcher.exit_with_parent()
     console.console.quiet = not launcher.is_main_process()
-    from minimind.training.stage import prepare_stage, run_stage
+    from minimind.training import stage
 
     reporter = console.RichReporter()
     if dry_run:
-        prepare_stage(recipe, reporter=reporter)
+        stage.dry_run(recipe, reporter=reporter, fresh=fresh)
         return
-    result = run_stage(
+    result = stage.run_stage(
         recipe, reporter=reporter, fresh=fresh, generate_samples=sampler(recipe, reporter)
     )
     finish(result, json)
@@ -225,7 +227,7 @@ def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "GenerateSamp
         texts = (answer_all if chat else continue_all)(model, tokenizer, prompts)
         model.train()
         for prompt, text in zip(prompts, texts, strict=True):
-            reporter.say(f"  {prompt} → {text}" if chat else f"  {prompt}{text}")
+            reporter.say(f"  {prompt} → {text}")
         return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
     return generate_samples
@@ -248,3 +250,15 @@ def finish(result: "StageResult", json: Path | None) -> None:
     else:
         command = shell_words(verb, result.run)
         console.say(f"The model is in {result.model}. Try it: minimind {command}{prompt}")
+    if not result.trained:
+        console.say(_how_to_train_longer(result))
+
+
+def _how_to_train_longer(result: "StageResult") -> str:
+    """Advise on a run that was finished before; it can be extended while a checkpoint is left."""
+    from minimind.training.checkpoint import newest_state
+
+    longer = f"training.steps={2 * result.summary['steps']}"
+    if newest_state(result.run) is None:
+        return f"To train longer, start over: add {longer} --fresh to the same command"
+    return f"To train longer, add {longer} to the same command; to start over, add --fresh"

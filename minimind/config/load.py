@@ -1,9 +1,8 @@
 """Load recipes: TOML files with inheritance, overrides from the command line, strict validation."""
 
-import difflib
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from minimind.config.roles import Role
 from minimind.config.settings import Recipe
+from minimind.config.suggest import closest, did_you_mean, similar_settings
 from minimind.errors import ConfigError
 
 COMMAND_LINE, FLAG = "command line", "flag"  # origins of settings, besides files
@@ -73,7 +74,7 @@ def find_recipe(name: str, directory: Path = Path()) -> Path:
     stem = name.removesuffix(".toml")
     if stem not in packaged:
         raise ConfigError(
-            f"{path}: there is no such recipe{_did_you_mean(stem, packaged)}; "
+            f"{path}: there is no such recipe{did_you_mean(closest(stem, packaged))}; "
             f"minimind comes with {', '.join(packaged)}"
         )
     return packaged[stem]
@@ -148,7 +149,8 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         message = str(error)
         position = re.search(r" \(at line (\d+), column \d+\)$", message)
         line = int(position[1]) if position else len(text.splitlines())
-        raise ConfigError(f"{path}:{line}: not TOML: {message}") from None
+        data = "" if path.suffix == ".toml" else ". If it is data, give it with --data"
+        raise ConfigError(f"{path}:{line}: not TOML: {message}{data}") from None
 
 
 def _key_lines(text: str) -> dict[str, int]:
@@ -285,22 +287,8 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
 
 
 def _unknown_setting(key: str) -> str:
-    names = setting_names()
-    groups = dict.fromkeys(name.partition(".")[0] for name in names)
-    hint = _did_you_mean(key, [*names, *groups]) or "; --explain lists all settings"
-    return f"{key} is not a setting{hint}"
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the most similar name, or nothing."""
-    names = list(known)
-    close = [full for full in names if full.endswith(f".{name}")]  # without its group
-    close = close or difflib.get_close_matches(name, names, n=1)
-    if not close:  # in the wrong group
-        by_last = {name.rpartition(".")[2]: name for name in reversed(names)}
-        close = difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1)
-        close = [by_last[last] for last in close]
-    return f"; did you mean {close[0]}?" if close else ""
+    hint = did_you_mean(similar_settings(key, setting_descriptions()))
+    return f"{key} is not a setting{hint or '; --explain lists all settings'}"
 
 
 def setting_names() -> list[str]:
@@ -311,19 +299,30 @@ def setting_names() -> list[str]:
 @cache
 def setting_roles() -> dict[str, Role]:
     """Return the role of each setting, by dotted key."""
-    return _roles(Recipe)
-
-
-def _roles(model: type[BaseModel], prefix: str = "") -> dict[str, Role]:
     roles: dict[str, Role] = {}
+    for name, field in _setting_fields().items():
+        [roles[name]] = (mark for mark in field.metadata if isinstance(mark, Role))
+    return roles
+
+
+def setting_descriptions() -> dict[str, str]:
+    """Return the description of each setting, by dotted key."""
+    return {name: field.description or "" for name, field in _setting_fields().items()}
+
+
+@cache
+def _setting_fields() -> dict[str, FieldInfo]:
+    return _fields(Recipe)
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Return the fields of a model and of the models in it, by dotted key."""
+    fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
         table = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if table:
-            roles |= _roles(table, f"{prefix}{name}.")
-        else:
-            [roles[prefix + name]] = (mark for mark in field.metadata if isinstance(mark, Role))
-    return roles
+        fields |= _fields(table, f"{prefix}{name}.") if table else {prefix + name: field}
+    return fields
 
 
 def difference(old: Recipe, new: Recipe) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.config.roles import Identity, Operation, Settings
 
-SCHEMAS = Literal[
+SchemaName = Literal[
     "auto",
     "text",
     "conversations",
@@ -137,7 +137,7 @@ class DataFile(Settings):
     """Data by path (file, folder or glob), and the schema of its records."""
 
     path: str
-    record_schema: SCHEMAS = Field("auto", alias="schema")  # `schema` is a method of BaseModel
+    record_schema: SchemaName = Field("auto", alias="schema")  # `schema` is a method of BaseModel
 
 
 class Source(DataFile):

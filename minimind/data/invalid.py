@@ -50,6 +50,14 @@ class InvalidRecords:
             self._quarantine({"file": str(file), "line": line, "reason": reason}, content)
         self.check(self.max_fraction)
 
+    def describe(self) -> str:
+        """Return the location and reason of the first one, and the counts by reason."""
+        counts = [f"{count:,} × {reason}" for reason, count in self.reasons.most_common(3)]
+        others = len(self.reasons) - len(counts)
+        counts += [f"{others} other reasons"] * bool(others)
+        seen = self.num_valid + self.total
+        return f"{self.first}. {self.total:,} of {seen:,} records are invalid: {', '.join(counts)}"
+
     def merge(self, other: "InvalidRecords") -> None:
         """Add the counts of `other`, without writing or checking."""
         self.num_valid += other.num_valid
@@ -80,18 +88,16 @@ class InvalidRecords:
         seen = self.num_valid + self.total
         if self.total <= max_fraction * seen or not (final or seen >= _MIN_RECORDS):
             return
-        reasons = ", ".join(f"{n:,} × {reason}" for reason, n in self.reasons.most_common(3))
         where = hint = ""
         if self.path:
             which = "They" if self.total <= _MAX_QUARANTINED else f"The first {_MAX_QUARANTINED:,}"
-            where = f" {which} are in {self.path}."
+            where = f". {which} are in {self.path}"
         if NOT_UTF_8 in self.reasons:
             hint = f" If the file is GBK, {CONVERT_TO_UTF_8.format('GB18030')}."
         raise DataError(
-            f"{self.total:,} of {seen:,} records are invalid ({reasons}); the first: {self.first}."
-            f"{where}{hint} Fix the file (`minimind data inspect` shows its contents), name its "
-            'schema with data.sources=[{path="FILE", schema="NAME"}], or allow more with '
-            "data.max_invalid_fraction=…"
+            f"{self.describe()}.{hint} Fix the file (`minimind data inspect` shows its contents), "
+            'name its schema with data.sources=[{path="FILE", schema="NAME"}], or allow more with '
+            f"data.max_invalid_fraction=…{where}"
         )
 
 

@@ -107,8 +107,8 @@ class PackingReport:
 class _PackedSequences:
     """Sequences of packed items; each conversation in them is a segment."""
 
-    def __init__(self, shards: list[Shard], seq_len: int, pad: int) -> None:
-        self._shards, self._seq_len, self._pad = shards, seq_len, pad
+    def __init__(self, shards: list[Shard], seq_len: int, pad_id: int) -> None:
+        self._shards, self._seq_len, self._pad_id = shards, seq_len, pad_id
         # [shards + 1] number of the first document of each shard
         self._first_document = np.cumsum([0, *(len(shard.ends) for shard in shards)])
         self.report = PackingReport()
@@ -141,7 +141,7 @@ class _PackedSequences:
     def sequence(
         self, index: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32] | None]:
-        tokens = np.full(self._seq_len, self._pad, np.int64)  # [T]
+        tokens = np.full(self._seq_len, self._pad_id, np.int64)  # [T]
         labels = np.full(self._seq_len, IGNORED, np.int64)  # [T]
         documents = self._documents(index)
         segments = np.full(self._seq_len, len(documents), np.int32)  # [T], padding comes last
@@ -168,8 +168,8 @@ class ChatSequences(_PackedSequences):
     About 30 bytes per conversation are kept in memory.
     """
 
-    def __init__(self, shards: list[Shard], seq_len: int, *, pad: int, seed: int) -> None:
-        super().__init__(shards, seq_len, pad)
+    def __init__(self, shards: list[Shard], seq_len: int, *, pad_id: int, seed: int) -> None:
+        super().__init__(shards, seq_len, pad_id)
         self._pack(np.concatenate([np.zeros(0, np.int32), *map(self._lengths, shards)]), seed)
 
     def _lengths(self, shard: Shard) -> NDArray[np.int32]:
@@ -199,8 +199,8 @@ class PairSequences(_PackedSequences):
     bytes per pair are kept in memory.
     """
 
-    def __init__(self, shards: list[Shard], seq_len: int, *, pad: int, seed: int) -> None:
-        super().__init__(shards, seq_len, pad)
+    def __init__(self, shards: list[Shard], seq_len: int, *, pad_id: int, seed: int) -> None:
+        super().__init__(shards, seq_len, pad_id)
         lengths = [np.zeros((0, 2), np.int32), *map(self._side_lengths, shards)]
         self._lengths = np.concatenate(lengths)  # [pairs, 2] positions, 0 for a pair left out
         self._pack(self._lengths.sum(1, dtype=np.int32), seed)

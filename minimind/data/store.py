@@ -252,8 +252,9 @@ def _remove_stale(home: Path) -> None:
 def _report_skipped(path: str, store: TokenStore, say: Callable[[str], None]) -> None:
     """Report which records of the input a new store does not contain."""
     manifest = store.manifest
-    if count := manifest["invalid_records"]:
-        say(f"{path}: invalid records: {count:,}, see {manifest['invalid_records_file']}")
+    if manifest["invalid_records"]:
+        file = manifest["invalid_records_file"]
+        say(f"{manifest['invalid_summary']}. They are left out; see {file}")
     for reason, count in manifest["skipped"].items():
         say(f"{path}: skipped {count:,} of {manifest['records']:,} records: {reason}")
 

@@ -145,6 +145,7 @@ def _write(
         ],
         "records": num_records,
         "invalid_records": invalid.total,
+        "invalid_summary": invalid.describe() if invalid.total else "",
         "invalid_records_file": str(invalid.path) if invalid.total else None,
         "skipped": dict(skipped.most_common()),
         "unused_keys": dict(unused.most_common()),

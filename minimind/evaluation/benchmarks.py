@@ -38,6 +38,7 @@ _TABLES = re.compile(r"(?:.*/)?(dev|val|test)/([\w-]+?)(?:_(?:dev|val|test))?\.c
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _MMLU_COLUMNS = ["question", "a", "b", "c", "d", "answer"]
 _MAX_FIELD_CHARACTERS = 1 << 20
+_MAX_TABLES = 10_000  # of an archive
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Questions:
     benchmark: Benchmark
     questions: list[Question] = field(default_factory=list)
     examples: dict[str, list[Question]] = field(default_factory=dict)
-    bad: InvalidRecords = field(default_factory=InvalidRecords)
+    invalid: InvalidRecords = field(default_factory=InvalidRecords)
 
     def sha256(self) -> str:
         """Return the hash of all questions and examples."""
@@ -131,7 +132,7 @@ def read_benchmark(name: str, sources: Sequence[str]) -> Questions:
     """Read the benchmark `name` from the first source that has it.
 
     For a name that is not in BENCHMARKS, the source is the file of questions. Invalid rows are
-    counted in `bad`. Raises DataError if no source has the benchmark.
+    counted in `invalid`. Raises DataError if no source has the benchmark.
     """
     benchmark = BENCHMARKS.get(name)
     for source in sources:
@@ -215,17 +216,26 @@ def _find_tables(benchmark: Benchmark, folder: Path) -> list[_File]:
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack the CSV files of an archive. Raises DataError if the archive is damaged."""
 
-    def destinations(names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-        """Yield (member, destination); the member's own path could lead out of the folder."""
-        for number, name in enumerate(names):
+    def destinations(names: Iterable[str]) -> list[tuple[str, Path]]:
+        """Return (member, destination); the member's own path could lead out of the folder."""
+        tables: dict[Path, str] = {}
+        for name in names:
             if match := _TABLES.fullmatch(name):
-                split, file = match[1].lower(), name.rsplit("/", 1)[-1]
-                yield name, folder / "data" / split / file if number < 10_000 else folder / file
+                path = folder / "data" / match[1].lower() / name.rsplit("/", 1)[-1]
+                if path in tables:
+                    raise DataError(f"{archive}: {tables[path]} and {name} have the same name")
+                tables[path] = name
+        if len(tables) > _MAX_TABLES:
+            raise DataError(
+                f"{archive}: has {len(tables):,} CSV files, and a benchmark has at most "
+                f"{_MAX_TABLES:,}; unpack those that you need into a folder"
+            )
+        return [(name, path) for path, name in tables.items()]
 
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
-                for name, path in destinations(packed.namelist()):
+                for name, path in destinations(dict.fromkeys(packed.namelist())):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(packed.read(name))
             return
@@ -245,7 +255,7 @@ def _read_questions(benchmark: Benchmark, files: Sequence[_File]) -> Questions:
     result, ids = Questions(benchmark), Counter[str]()
     for file in files:
         path = file.path
-        for line, row in _rows(path, result.bad):
+        for line, row in _rows(path, result.invalid):
             try:
                 split = file.split or str(row.get("split") or benchmark.split)
                 if split not in ("dev", benchmark.split):
@@ -253,9 +263,9 @@ def _read_questions(benchmark: Benchmark, files: Sequence[_File]) -> Questions:
                 subject = file.subject or str(row.get("subject") or path.stem)
                 question = _parse_question(row, subject, line)
             except ValueError as error:
-                result.bad.add(path, line, str(error), row)
+                result.invalid.add(path, line, str(error), row)
                 continue
-            result.bad.num_valid += 1
+            result.invalid.num_valid += 1
             ids[question.id] += 1
             if ids[question.id] > 1:  # results are stored by id
                 question = replace(question, id=f"{question.id} ({ids[question.id]})")
@@ -264,17 +274,17 @@ def _read_questions(benchmark: Benchmark, files: Sequence[_File]) -> Questions:
             else:
                 result.examples.setdefault(question.subject, []).append(question)
     if not result.questions:
-        detail = f"; the first invalid row: {result.bad.first}" if result.bad.total else ""
+        detail = f"; the first invalid row: {result.invalid.first}" if result.invalid.total else ""
         raise DataError(f"{files[0].path}: contains no question with an answer{detail}")
     return result
 
 
-def _rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, invalid: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row)."""
     if _data_suffix(path) == ".csv":
-        yield from _csv_rows(path, bad)
+        yield from _csv_rows(path, invalid)
     else:
-        for _, line, row in read_objects([path], invalid=bad):
+        for _, line, row in read_objects([path], invalid=invalid):
             yield line, row
 
 
@@ -312,7 +322,7 @@ def _to_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _csv_rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, invalid: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row); without a header, the columns are in MMLU's order."""
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     try:
@@ -334,8 +344,10 @@ def _csv_rows(path: Path, bad: InvalidRecords) -> Iterator[tuple[int, dict[str, 
                     continue
                 header = list(_MMLU_COLUMNS)
             if row and len(row) != len(header):
-                bad.add(path, reader.line_num, f"{len(row)} fields instead of {len(header)}", row)
+                invalid.add(
+                    path, reader.line_num, f"{len(row)} fields instead of {len(header)}", row
+                )
             elif row:
                 yield reader.line_num, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        bad.add(path, reader.line_num, f"not CSV: {error}")
+        invalid.add(path, reader.line_num, f"not CSV: {error}")

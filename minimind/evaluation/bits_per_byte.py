@@ -44,24 +44,24 @@ class BitsPerByte:
         if not self._files:
             raise UsageError("bpb needs text: give --task bpb:PATH, or --data PATH")
         self._limit = limit
-        self.bad = InvalidRecords()
+        self.invalid = InvalidRecords()
         digest = hashlib.sha256()
         self._count = 0
-        for _, text in self._documents(self.bad):
+        for _, text in self._documents(self.invalid):
             digest.update(text.encode())
             self._count += 1
         self._sha256 = digest.hexdigest()
         if not self._count:
             raise DataError(
-                f"{self._files[0]}: contains no valid record; the first error: {self.bad.first}"
+                f"{self._files[0]}: contains no valid record; the first error: {self.invalid.first}"
             )
 
-    def _documents(self, bad: InvalidRecords) -> Iterator[tuple[str, str]]:
+    def _documents(self, invalid: InvalidRecords) -> Iterator[tuple[str, str]]:
         """Yield (id, text) of each document; an id is FILE#NUMBER."""
         documents = (
             (f"{file}#{number}", without_surrogates(text))
             for file in self._files
-            for number, text in enumerate(read_texts([file], invalid=bad))
+            for number, text in enumerate(read_texts([file], invalid=invalid))
             if text
         )
         return itertools.islice(documents, self._limit)

@@ -53,7 +53,7 @@ class Contamination:
     found: dict[str, str] = field(default_factory=dict)
     too_short: set[str] = field(default_factory=set)
     characters: int = 0
-    bad_lines: int = 0
+    invalid_records: int = 0
 
     def with_prefix(self, prefix: str) -> "Contamination":
         """Return the questions whose ids start with a prefix, with the prefix removed."""
@@ -61,7 +61,7 @@ class Contamination:
             {n.removeprefix(prefix): f for n, f in self.found.items() if n.startswith(prefix)},
             {n.removeprefix(prefix) for n in self.too_short if n.startswith(prefix)},
             self.characters,
-            self.bad_lines,
+            self.invalid_records,
         )
 
     def metrics(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Contamination:
             "found": len(self.found),
             "too_short": len(self.too_short),
             "characters": self.characters,
-            "bad_lines": self.bad_lines,
+            "invalid_records": self.invalid_records,
             "questions": self.found,
         }
 
@@ -94,16 +94,16 @@ def find_contamination(
             added = english.add(name, vocabulary.add(text))
         if not added:
             result.too_short.add(name)
-    bad = InvalidRecords()
+    invalid = InvalidRecords()
     for path in data:
         for file in list_files(path):
-            for text in _blocks(read_texts([file], invalid=bad, progress=progress)):
+            for text in _blocks(read_texts([file], invalid=invalid, progress=progress)):
                 result.characters += len(text)
                 for searcher, units_of in ((chinese, _characters), (english, vocabulary.units)):
                     if searcher.has_questions:
                         for name in searcher.search(units_of(text)):
                             result.found.setdefault(name, str(file))
-    result.bad_lines = bad.total
+    result.invalid_records = invalid.total
     return result
 
 

@@ -40,9 +40,9 @@ class GenerativeTask:
         name: str,
         questions: Sequence[GenerativeQuestion],
         max_new_tokens: int,
-        bad: InvalidRecords,
+        invalid: InvalidRecords,
     ) -> None:
-        self.name, self.bad = name, bad
+        self.name, self.invalid = name, invalid
         self._questions, self._max_new_tokens = questions, max_new_tokens
 
     def __len__(self) -> int:

@@ -33,18 +33,20 @@ _FORMATS = {
 def math_task(name: str, sources: Sequence[str], limit: int | None) -> GenerativeTask:
     """Return the task `gsm8k` or `cmath`, read from the first source that has it."""
     layout = _FORMATS[name]
-    bad = InvalidRecords()
+    invalid = InvalidRecords()
     questions = []
-    for _, line, row in read_objects([_find_file(name, sources)], invalid=bad):
+    for _, line, row in read_objects([_find_file(name, sources)], invalid=invalid):
         if row.get("split", layout.splits[0]) not in layout.splits:
             continue
         question = row.get(layout.question)
         # GSM8K puts a worked solution and "####" before the answer.
         answer = str(row.get(layout.answer, "")).rpartition("####")[2].strip()
         if not isinstance(question, str) or last_number(answer) is None:
-            bad.add(Path(name), line, f"no {layout.question}, or no number in {layout.answer}", row)
+            invalid.add(
+                Path(name), line, f"no {layout.question}, or no number in {layout.answer}", row
+            )
             continue
-        bad.num_valid += 1
+        invalid.num_valid += 1
         questions.append(
             GenerativeQuestion(
                 f"{name}-{line}",
@@ -55,9 +57,9 @@ def math_task(name: str, sources: Sequence[str], limit: int | None) -> Generativ
             )
         )
     if not questions:
-        detail = f"; the first error: {bad.first}" if bad.total else ""
+        detail = f"; the first error: {invalid.first}" if invalid.total else ""
         raise DataError(f"{', '.join(sources)}: contains no {name} question{detail}")
-    return GenerativeTask(name, evenly_spaced(questions, limit), layout.max_new_tokens, bad)
+    return GenerativeTask(name, evenly_spaced(questions, limit), layout.max_new_tokens, invalid)
 
 
 def _score_by_number(expected: str) -> Callable[[str], dict[str, bool]]:

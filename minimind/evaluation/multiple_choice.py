@@ -31,7 +31,7 @@ class MultipleChoice:
         )
         self.questions = evenly_spaced(questions.questions, limit)
         self.examples = questions.examples
-        self.bad = questions.bad
+        self.invalid = questions.invalid
         self._sha256 = questions.sha256()
 
     def __len__(self) -> int:

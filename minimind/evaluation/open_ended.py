@@ -48,24 +48,24 @@ def read_prompts(
     if path is None:
         prompts = [Prompt(str(n), question) for n, question in enumerate(DEMO_QUESTIONS, start=1)]
         return evenly_spaced(prompts, limit), InvalidRecords(num_valid=len(prompts))
-    bad, prompts, ids = InvalidRecords(), [], Counter[str]()
-    for file, line, row in read_objects(list_files(path), invalid=bad):
+    invalid, prompts, ids = InvalidRecords(), [], Counter[str]()
+    for file, line, row in read_objects(list_files(path), invalid=invalid):
         if ".txt" in (suffix.lower() for suffix in file.suffixes):
             texts = str(row["text"]).split("\n")
             candidates = [Prompt(str(n), text.strip()) for n, text in enumerate(texts, start=line)]
         else:
             candidates = [_parse_prompt(line, row)]
             if not candidates[0].question:
-                bad.add(file, line, f"no question; its fields: {', '.join(map(str, row))}", row)
+                invalid.add(file, line, f"no question; its fields: {', '.join(map(str, row))}", row)
         for prompt in candidates:
             if prompt.question:
-                bad.num_valid += 1
+                invalid.num_valid += 1
                 ids[prompt.id] += 1
                 suffix = f" {ids[prompt.id]}" if ids[prompt.id] > 1 else ""
                 prompts.append(Prompt(prompt.id + suffix, prompt.question, prompt.category))
     if not prompts:
-        raise DataError(f"{path}: contains no question; the first error: {bad.first}")
-    return evenly_spaced(prompts, limit), bad
+        raise DataError(f"{path}: contains no question; the first error: {invalid.first}")
+    return evenly_spaced(prompts, limit), invalid
 
 
 def _parse_prompt(line: int, row: Mapping[str, Any]) -> Prompt:
@@ -110,9 +110,9 @@ class OpenEndedTask:
         name: str,
         prompts: Sequence[Prompt],
         generation: GenerationConfig,
-        bad: InvalidRecords | None = None,
+        invalid: InvalidRecords | None = None,
     ) -> None:
-        self.name, self.bad, self.generation = name, bad or InvalidRecords(), generation
+        self.name, self.invalid, self.generation = name, invalid or InvalidRecords(), generation
         self.prompts = {prompt.id: prompt for prompt in prompts}
 
     def __len__(self) -> int:
@@ -204,5 +204,5 @@ def degeneration_task(path: str, limit: int | None) -> OpenEndedTask:
 
     The questions are those of a file, or the eight built-in ones for an empty path.
     """
-    prompts, bad = read_prompts(path or None, limit)
-    return OpenEndedTask("degeneration", prompts, GenerationConfig(256), bad)
+    prompts, invalid = read_prompts(path or None, limit)
+    return OpenEndedTask("degeneration", prompts, GenerationConfig(256), invalid)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minimind.data.invalid import InvalidRecords
-from minimind.data.textbook import QuizQuestion, is_fluent, is_right, sample_quiz
+from minimind.data.textbook import QuizQuestion, is_correct, is_fluent, sample_quiz
 from minimind.evaluation.generative import GenerativeQuestion, GenerativeTask
 from minimind.evaluation.tasks import evenly_spaced
 
@@ -25,7 +25,7 @@ class ScoredAnswer:
 
 def score_answer(question: QuizQuestion, answer: str) -> ScoredAnswer:
     """Score one answer."""
-    return ScoredAnswer(question, answer, is_right(question, answer), is_fluent(answer))
+    return ScoredAnswer(question, answer, is_correct(question, answer), is_fluent(answer))
 
 
 def score_answers(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> list[ScoredAnswer]:

@@ -153,8 +153,8 @@ def _error_metrics(results: Sequence[Result], task: Task) -> dict[str, Any]:
     return {
         "failed": len(errors),
         "errors": dict(list(errors.items())[:10]),
-        "unreadable": task.bad.total,
-        "first_unreadable": task.bad.first,
+        "unreadable": task.invalid.total,
+        "first_unreadable": task.invalid.first,
     }
 
 

@@ -82,7 +82,7 @@ class Task(Protocol):
 
     name: str
     unit: str
-    bad: InvalidRecords
+    invalid: InvalidRecords
 
     def __len__(self) -> int: ...
     def settings(self) -> dict[str, Any]:

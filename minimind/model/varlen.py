@@ -10,7 +10,7 @@ Shapes: B sequences of T tokens, S segments in all, H query heads, K key/value h
 import inspect
 import warnings
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,11 +55,11 @@ def varlen_attention(
 
     scale: factor on the scores; None = 1 / sqrt(D).
     """
-    options = {"enable_gqa": True} if _TAKES_GQA else {}
+    options: dict[str, Any] = {"enable_gqa": True} if _TAKES_GQA else {}
     if not _TAKES_GQA:
         group_size = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(group_size, dim=2), v.repeat_interleave(group_size, dim=2)
-    rows: Tensor = varlen_attn(
+    rows = varlen_attn(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
@@ -71,6 +71,7 @@ def varlen_attention(
         window_size=(-1, 0),  # causal
         **options,
     )
+    assert isinstance(rows, Tensor)  # a pair only where log-sum-exps are requested
     return rows.view_as(q)
 
 
@@ -114,11 +115,11 @@ def max_difference_from_mask(device: torch.device) -> float:
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         if dtype == torch.bfloat16:
-            out = varlen_attention(*leaves, bounds, None)
+            out = varlen_attention(leaves[0], leaves[1], leaves[2], bounds, None)
         else:
-            heads_first = [x.transpose(1, 2) for x in leaves]
-            heads_first[1:] = [x.repeat_interleave(2, dim=1) for x in heads_first[1:]]
-            out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+            query, key, value = (x.transpose(1, 2) for x in leaves)
+            key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+            out = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
         grads = torch.autograd.grad(out, leaves, grad.to(dtype))
         results.append([out, *grads])
     differences = [

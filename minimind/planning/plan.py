@@ -24,7 +24,7 @@ from minimind.training.datasets import KINDS
 from minimind.training.memory import Footprint, divisors
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.optimizers import Optimizers
-from minimind.training.precision import choose_precision
+from minimind.training.precision import assumed_precision, choose_precision
 
 # Memory of a process besides tensors: PyTorch itself, and on a GPU the CUDA context and libraries.
 _PROCESS_BYTES = {"cpu": 400 << 20, "cuda": 450 << 20, "mps": 400 << 20}
@@ -39,6 +39,7 @@ class Plan:
     active_parameters: int
     trained_parameters: int
     device: str
+    device_is_present: bool  # False if this machine lacks it; the precision is assumed then
     precision: str
     seq_len: int
     global_batch_size: int
@@ -69,7 +70,10 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     and the data.
     """
     device, is_present = _resolve_device(recipe.device, allow_missing=memory is not None)
-    precision = choose_precision(recipe.training.precision, device).name if is_present else "?"
+    if is_present:
+        precision = choose_precision(recipe.training.precision, device).name
+    else:
+        precision = assumed_precision(recipe.training.precision, device.type)
     free = free_bytes(device) if is_present else None  # before the model is loaded
     tokenizer = load_tokenizer(recipe)
     model = build_model(recipe, tokenizer, device if is_present else torch.device("cpu"))
@@ -97,6 +101,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         active_parameters=model.num_active_parameters,
         trained_parameters=footprint.trained_parameters,
         device=str(device),
+        device_is_present=is_present,
         precision=precision,
         seq_len=recipe.data.seq_len,
         global_batch_size=training.global_batch_size,

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from minimind.inference.failures import describe_error
 from minimind.serving import chat, completions
 from minimind.serving.answers import Answers, stopping_error
-from minimind.serving.auth import HEALTH_PATH, APIKeyMiddleware
+from minimind.serving.auth import HEALTH_PATH, INDEX_PATH, APIKeyMiddleware
 from minimind.serving.body_limit import BodyLimitMiddleware
 from minimind.serving.engine_requests import EngineRequests, prepare_chat, prepare_completion
 from minimind.serving.errors import APIError, http_error_response, internal_error, validation_error
@@ -34,6 +34,7 @@ from minimind.serving.schema import (
     Completion,
     ErrorResponse,
     Health,
+    Index,
     Model,
     ModelList,
 )
@@ -43,7 +44,7 @@ from minimind.serving.streaming import (
     EventStream,
     cancel_on_disconnect,
 )
-from minimind.serving.swagger_ui import add_docs_page
+from minimind.serving.swagger_ui import DOCS_PATH, add_docs_page
 from minimind.version import __version__
 
 _ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -190,7 +191,7 @@ def create_app(
         redoc_url=None,
     )
     add_docs_page(api)
-    api.include_router(_health_router(service))
+    api.include_router(_public_router(service))
     api.include_router(_api_router(service, needs_key=bool(keys)))
     for kind in (APIError, HTTPException, RequestValidationError, ClientDisconnected, Exception):
         api.add_exception_handler(kind, _error_response)
@@ -216,8 +217,18 @@ async def _error_response(request: Request, error: Exception) -> Response:
     return internal_error(request.scope[REQUEST_ID]).response()
 
 
-def _health_router(service: Service) -> APIRouter:
+def _public_router(service: Service) -> APIRouter:
     router = APIRouter()
+
+    @router.get(INDEX_PATH)
+    async def index(request: Request) -> Index:
+        """List the endpoints. Needs no API key."""
+        paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+        return Index(
+            version=__version__,
+            docs=DOCS_PATH,
+            endpoints=[f"{method.upper()} {path}" for path in paths for method in paths[path]],
+        )
 
     @router.head(HEALTH_PATH, include_in_schema=False)
     @router.get(HEALTH_PATH, response_model_exclude_none=True, responses={503: {"model": Health}})

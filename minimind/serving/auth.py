@@ -13,10 +13,10 @@ from minimind.errors import UsageError
 from minimind.serving.errors import APIError
 from minimind.serving.swagger_ui import DOCS_PATH, STATIC_FILES
 
-HEALTH_PATH = "/health"
-# Browsers send no key when they open a page. The docs contain no secrets, and
-# requests sent from them need a key.
-PUBLIC_DOCS = {DOCS_PATH, "/openapi.json", *STATIC_FILES}
+HEALTH_PATH, INDEX_PATH = "/health", "/"
+# Browsers send no key when they open a page. These contain no secrets, and requests sent from the
+# docs need a key.
+PUBLIC_PATHS = {INDEX_PATH, DOCS_PATH, "/openapi.json", *STATIC_FILES}
 
 
 def check_exposure(host: str, keys: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def is_loopback(host: str) -> bool:
 class APIKeyMiddleware:
     """ASGI middleware that answers 401 without a valid key, before the body is read.
 
-    /health and the documentation are public. Without keys, the Host header must name a loopback
+    /health, / and the documentation are public. Without keys, the Host header must name a loopback
     address: otherwise any web page could reach the service through a host name of its own that
     resolves to 127.0.0.1 (DNS rebinding).
     """
@@ -58,7 +58,7 @@ class APIKeyMiddleware:
             headers = Headers(scope=scope)
             if not self._digests:
                 error = _check_host(headers)
-            elif scope["path"] not in PUBLIC_DOCS:
+            elif scope["path"] not in PUBLIC_PATHS:
                 error = self._check_key(headers)
         if error is None:
             await self._app(scope, receive, send)

@@ -173,6 +173,15 @@ class ModelList(_Response):
     data: list[Model] = Field(description="The served models.")
 
 
+class Index(_Response):
+    """The endpoints of the service."""
+
+    service: Literal["minimind"] = Field("minimind", description="Name of the software.")
+    version: str = Field(description="Version of minimind.")
+    docs: str = Field(description="Path of the interactive documentation.")
+    endpoints: list[str] = Field(description="Method and path of each endpoint.")
+
+
 class Health(_Response):
     """Health of the service."""
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from minimind.serving.logs import LOGGER, log
 from minimind.serving.models import ServedModel
 from minimind.serving.protocol import protocol_with_timeouts
 
-_SHUTDOWN_SECONDS = 3  # then connections that are still open are cut
+_CANCELLED_SECONDS = 1  # for cancelled answers to end; then open connections are cut
 _ENGINE_CLOSE_SECONDS = 1.0  # for all engines together
 # A host name may resolve to an address that this machine lacks, such as ::1 without IPv6.
 _ADDRESS_MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -83,8 +84,9 @@ def url_of(sockets: Sequence[socket.socket]) -> str:
 class Server(uvicorn.Server):
     """Serves until a signal or an engine failure, then shuts down and closes the engines.
 
-    Shutdown takes at most five seconds. After an engine failure, /health reports the reason for
-    `limits.failed_seconds`; then the process exits with status 1, so that a supervisor restarts it.
+    Shutdown takes at most `limits.grace_seconds` and three seconds more. After an engine failure,
+    /health reports the reason for `limits.failed_seconds`; then the process exits with status 1, so
+    that a supervisor restarts it.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Server(uvicorn.Server):
         self._limits = limits or Limits()
         self._service = Service(models)
         self._exit_time: float | None = None  # set when an engine has failed
+        shutdown_seconds = math.ceil(self._limits.grace_seconds) + _CANCELLED_SECONDS
         app = create_app(self._service, keys=keys, limits=self._limits, origins=origins)
         super().__init__(
             uvicorn.Config(
@@ -110,7 +113,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+                timeout_graceful_shutdown=shutdown_seconds,
             )
         )
 

@@ -43,9 +43,11 @@ def load_bpe(directory: Path) -> BPE:
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
+        problem = "is not a tokenizer directory: it has no tokenizer.json"
+        if not directory.exists():
+            problem = "does not exist"
         raise TokenizerError(
-            f"{directory} is not a tokenizer directory: it has no tokenizer.json. "
-            "Train one with `minimind tokenizer train DATA --out DIR`"
+            f"{directory} {problem}. Train one with `minimind tokenizer train DATA --out DIR`"
         )
     try:
         return BPE.from_str(path.read_text("utf-8"))

@@ -146,6 +146,11 @@ def build_tokenizer_and_model(
     tokenizer = load_tokenizer(recipe, run / TOKENIZER_COPY if state else None)
     config = None if needs_base(recipe) else state.get("config")
     model = build_model(recipe, tokenizer, device, saved=config)
+    if tokenizer is None and recipe.objective != "pretrain":
+        raise ConfigError(
+            "model.init is not set. Fine-tuning starts from a model: give --model MODEL, or "
+            "model.init=MODEL"
+        )
     if tokenizer is None:
         raise ConfigError(
             "tokenizer is not set, and a new model needs one. Train it with "
@@ -176,8 +181,8 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) 
     """Build the training objective of the recipe."""
     balance = recipe.training.router_aux_loss_coef
     if recipe.objective == "dpo":
-        return Preference(recipe.dpo, router_balance=balance)
-    return NextToken(tokenizer.token_bytes, device, router_balance=balance)
+        return Preference(recipe.dpo, router_aux_loss_coef=balance)
+    return NextToken(tokenizer.token_bytes, device, router_aux_loss_coef=balance)
 
 
 def check_base(recipe: Recipe, run: Path, state: Mapping[str, Any]) -> str:

@@ -168,7 +168,7 @@ def _pack(store: TokenStore, split: Split, recipe: Recipe, tokenizer: Tokenizer)
     if store.manifest["kind"] == "text":
         return TextSequences(shards, recipe.data.seq_len)
     return (PairSequences if store.manifest["kind"] == "pairs" else ChatSequences)(
-        shards, recipe.data.seq_len, pad=tokenizer.end_of_text, seed=recipe.seed
+        shards, recipe.data.seq_len, pad_id=tokenizer.end_of_text, seed=recipe.seed
     )
 
 

@@ -6,14 +6,15 @@ the checkpoint there is bit-identical to planning more steps at the start. The m
 shorter run is the decayed branch (Hu et al. 2024, MiniCPM, section 4).
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe, ScheduleSettings
 from minimind.errors import CheckpointError
-from minimind.training.checkpoint import inspect_checkpoints, set_aside
+from minimind.training.checkpoint import CheckpointInfo, inspect_checkpoints, set_aside
 from minimind.training.reporter import pluralize
 from minimind.training.run import RECIPE_FILE, SUMMARY_FILE, other_recipe_error
 from minimind.training.schedule import lr_fraction
@@ -30,12 +31,19 @@ def stable_steps(num_steps: int, schedule: ScheduleSettings) -> int | None:
     return next((step + 1 for step, fraction in fractions if fraction > 1 - 1e-9), None)
 
 
-def extend_run(run: Path, recipe: Recipe, num_steps: int, say: Callable[[str], None]) -> None:
-    """Prepare a run for `num_steps` steps if it was planned for fewer.
+@dataclass(frozen=True)
+class Extension:
+    """A plan to extend a run. later: checkpoints after the one that the run continues from."""
 
-    Under WSD, the run continues from the newest checkpoint before the decay, and later checkpoints
-    are renamed. With another schedule, or if no such checkpoint was kept, it continues from the
-    newest one. The model of the shorter run is kept until the longer one is finished.
+    later: Sequence[CheckpointInfo]
+    description: str
+
+
+def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | None:
+    """Plan `num_steps` steps for a run that was planned for fewer; None if that was its number.
+
+    Under WSD, the run continues from the newest checkpoint before the decay. With another schedule,
+    or if no such checkpoint was kept, it continues from the newest one.
     Raises ConfigError for fewer steps than planned, CheckpointError if no checkpoint is left.
     """
     infos = [info for info in inspect_checkpoints(run, verify_hashes=False) if not info.error]
@@ -46,22 +54,30 @@ def extend_run(run: Path, recipe: Recipe, num_steps: int, say: Callable[[str], N
         )
     planned = int(infos[-1].state.get("num_steps", num_steps))
     if num_steps == planned:
-        return
+        return None
     if num_steps < planned:
         recorded = load_recipe(run / RECIPE_FILE).recipe.training.steps
         steps = planned if recorded is None else recorded
         raise other_recipe_error(run, [f"training.steps was {steps} and is now {num_steps}"])
     stable = stable_steps(planned, recipe.schedule)
     start = next((info for info in reversed(infos) if stable and info.step <= stable), infos[-1])
-    (run / SUMMARY_FILE).unlink(missing_ok=True)
     later = [info for info in infos if info.step > start.step]
-    for info in later:
-        set_aside(info.path, _DECAYED_PREFIX)
     before = lr_fraction(start.step - 1, planned, recipe.schedule)
     after = lr_fraction(start.step, num_steps, recipe.schedule)
-    say(
+    return Extension(
+        later,
         f"{run}: {num_steps:,} steps instead of {planned:,}, continued from step {start.step:,}, "
         f"where the learning rate goes from {before:.3g} to {after:.3g} of its peak"
         + f"; later checkpoints are renamed to {_DECAYED_PREFIX}step-…"
-        * bool(later)
+        * bool(later),
     )
+
+
+def extend_run(run: Path, extension: Extension) -> None:
+    """Rename the later checkpoints, and mark the run as not finished.
+
+    The model of the shorter run is kept until the longer one is finished.
+    """
+    (run / SUMMARY_FILE).unlink(missing_ok=True)
+    for info in extension.later:
+        set_aside(info.path, _DECAYED_PREFIX)

@@ -1,4 +1,4 @@
-"""A file lock that lets only one process write to a run directory."""
+"""Claim a run directory: create it, and lock it against other processes."""
 
 import contextlib
 import json
@@ -11,17 +11,55 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from minimind.errors import TrainingError
+from minimind.errors import ResourceError, TrainingError
 
+_LOCK_FILES = {".lock", ".lock.json"}
 _HOLDER_READ_RETRIES = 25
 _RETRY_S = 0.02
+
+
+@contextlib.contextmanager
+def claim_directory(run: Path) -> Iterator[None]:
+    """Create a run directory and hold its lock; if the block adds no file, remove both again.
+
+    A run that is refused therefore leaves nothing behind. Raises the errors of `run_lock`, and
+    ResourceError if the directory cannot be created.
+    """
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]  # innermost first
+    had_lock = (run / ".lock").exists()
+    try:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"{run}: cannot be created ({error.strerror}); choose another --out"
+            ) from error
+        with run_lock(run):
+            before = _file_names(run)
+            try:
+                yield
+            finally:
+                if not had_lock and _file_names(run) == before:
+                    # Under the lock: later, it could be that of another process. Windows cannot
+                    # remove an open file, and filelock removes it there.
+                    with contextlib.suppress(OSError):
+                        (run / ".lock").unlink()
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not empty, or never created
+                folder.rmdir()
+
+
+def _file_names(run: Path) -> set[str]:
+    return {path.name for path in run.iterdir()} - _LOCK_FILES
 
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the lock of a run directory. The operating system releases it if the process dies.
 
-    Raises TrainingError, which names the holder, if another process has the lock.
+    Raises TrainingError, which names the holder, if another process has the lock, and
+    ResourceError if the directory cannot be written.
     """
     lock, holder_file = FileLock(run / ".lock", timeout=0), run / ".lock.json"
     try:
@@ -31,6 +69,10 @@ def run_lock(run: Path) -> Iterator[None]:
             f"{run} is in use by {_describe_holder(holder_file)}; wait for it, stop it, or "
             "choose another --out"
         ) from None
+    except OSError as error:
+        raise ResourceError(
+            f"{run}: cannot be written ({error.strerror}); choose another --out"
+        ) from error
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "machine": platform.node(), "since": since}

@@ -13,6 +13,16 @@ from typing import Any, Protocol
 from minimind.errors import ConfigError, ResourceError, install_line
 
 
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker that is not installed."""
+    for tracker in trackers:
+        spec = find_spec(tracker)
+        if spec is None or spec.origin is None:  # a folder of that name is not a package
+            raise ConfigError(
+                f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
+            )
+
+
 class _Tracker(Protocol):
     """The interface to an experiment tracker."""
 
@@ -35,13 +45,7 @@ class MetricsLog:
         name: str = "run",
         warn: Callable[[str], None] = print,
     ) -> None:
-        """Open `path` for appending. Raises ConfigError for a tracker that is not installed."""
-        for tracker in trackers:
-            spec = find_spec(tracker)
-            if spec is None or spec.origin is None:  # a folder of that name is not a package
-                raise ConfigError(
-                    f"training.trackers: {tracker} is not installed; {install_line(tracker)}"
-                )
+        """Open `path` for appending. The trackers must be installed (`check_trackers`)."""
         self._names, self._run_name, self._warn = trackers, name, warn
         self._trackers: dict[str, _Tracker] = {}
         self._path, self._stream = path, path.open("ab")

@@ -62,6 +62,16 @@ class Precision:
         return torch.autocast(self.device_type, dtype, cache_enabled=False)
 
 
+def assumed_precision(name: str, device_type: str) -> str:
+    """Return the precision of a device that this machine lacks: for `auto`, bf16 on CUDA.
+
+    CUDA GPUs multiply bf16 since 2020.
+    """
+    if name != "auto":
+        return name
+    return "bf16" if device_type == "cuda" else "fp32"
+
+
 def choose_precision(name: str, device: torch.device) -> Precision:
     """Return the precision of that name; `auto` chooses bf16, fp16 or fp32 for the device.
 

@@ -48,7 +48,7 @@ def compute_reference_logprobs(trainer: Trainer) -> None:
 def _reference_arrays(trainer: Trainer) -> _Arrays:
     """Return the datasets' own arrays of reference log-probabilities, by name in the file."""
     datasets = {"train": trainer.data}
-    datasets |= {"held_out": trainer.held_out} if trainer.held_out else {}
+    datasets |= {"validation": trainer.validation_data} if trainer.validation_data else {}
     return {
         f"{name}.{number}": source.reference
         for name, dataset in datasets.items()
@@ -74,7 +74,7 @@ def _compute(trainer: Trainer) -> None:
     """
     batch_size, group = trainer.recipe.training.global_batch_size, trainer.group
     num_train = trainer.num_steps * batch_size // group.size
-    epoch_size = trainer.held_out.order.epoch_size if trainer.held_out else 0
+    epoch_size = trainer.validation_data.order.epoch_size if trainer.validation_data else 0
     num_held_out = min(trainer.recipe.validation.num_sequences, epoch_size)
     total = num_train + -(-num_held_out // group.size)
     trainer.model.eval()
@@ -101,8 +101,8 @@ def _compute_step(trainer: Trainer, step: int) -> None:
 
 
 def _compute_held_out(trainer: Trainer, start: int, count: int) -> int:
-    assert trainer.held_out is not None
-    _compute_samples(trainer, trainer.held_out, start, count, training=False)
+    assert trainer.validation_data is not None
+    _compute_samples(trainer, trainer.validation_data, start, count, training=False)
     return count
 
 

@@ -12,6 +12,7 @@ Every command uses the functions here to decide whether a run has begun or is fi
 
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +107,18 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     return all(role_of(key) is Role.OPERATION for key in changes)
 
 
-def remove_run(run: Path, recipe: Recipe) -> None:
-    """Remove the files of an earlier run from its directory and leave all others.
-
-    Raises ConfigError if the stage needs a model or tokenizer that would be removed.
-    """
+def check_removable(run: Path, recipe: Recipe) -> None:
+    """Raise ConfigError if `remove_run` would remove a model or tokenizer that the stage needs."""
     for needed in (recipe.model.init, recipe.tokenizer):
         if needed and Path(needed).resolve() in (run.resolve(), (run / "model").resolve()):
             raise ConfigError(
                 f"{needed} would be removed by --fresh, but the run starts from it. Choose "
                 "another --out"
             )
+
+
+def remove_run(run: Path) -> None:
+    """Remove the files of an earlier run from its directory and leave all others."""
     # Summary first, recipe last: after an interruption, the remaining files are neither taken for
     # a finished run nor for a run of another recipe.
     tracker_ids = ("wandb-run-id", "swanlab-run-id")
@@ -142,6 +144,10 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})
     changes = difference(recorded, recipe)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
+    if "objective" in identity:  # the other changes follow from it
+        raise ConfigError(
+            f"{run} holds a run of another stage: {changes['objective']}. Choose another --out"
+        )
     if identity - _NUM_STEPS_SETTINGS:
         raise other_recipe_error(run, [changes[key] for key in changes if key in identity])
     return changes
@@ -163,3 +169,17 @@ def other_recipe_error(run: Path, changes: list[str]) -> ConfigError:
 def write_recipe(run: Path, recipe: Recipe) -> None:
     """Record the resolved recipe in the run directory."""
     write_atomically(run / RECIPE_FILE, dump_recipe(recipe))
+
+
+def is_only_pretrained(model: Path) -> bool:
+    """Return True if the run of a model or run directory pretrained a new model.
+
+    Such a model continues text, and was not trained to answer. False without a readable recipe.
+    """
+    run = model if (model / RECIPE_FILE).is_file() else model.parent
+    try:
+        recipe = tomllib.loads((run / RECIPE_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    init = recipe.get("model", {}).get("init")
+    return recipe.get("objective") == "pretrain" and not init

@@ -72,9 +72,9 @@ def trained_weights(model: Transformer) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
-def check_data(run: Path, saved: SavedState, data_sha256: str) -> None:
+def check_data(run: Path, saved_sha256: str, data_sha256: str) -> None:
     """Raise CheckpointError if the run began with other data or another tokenizer."""
-    if saved.data_sha256 != data_sha256:
+    if saved_sha256 != data_sha256:
         raise CheckpointError(
             f"{run}: the data or the tokenizer has changed since this run began. "
             "Restore it, choose another --out, or start over with --fresh"

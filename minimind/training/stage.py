@@ -7,8 +7,8 @@ objective, its data, and the model it starts from.
 import contextlib
 import math
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from minimind.training.build import (
     check_base,
     count_parameters,
 )
-from minimind.training.checkpoint import newest_state
+from minimind.training.checkpoint import latest_checkpoint, newest_state
 from minimind.training.datasets import Stores, build_datasets, data_sha256, open_stores
 from minimind.training.distributed import (
     SINGLE_PROCESS,
@@ -34,9 +34,10 @@ from minimind.training.distributed import (
     init_distributed,
     local_device,
 )
-from minimind.training.extend import extend_run
-from minimind.training.lock import run_lock
+from minimind.training.extend import Extension, extend_run, plan_extension
+from minimind.training.lock import claim_directory
 from minimind.training.memory import choose_micro_batch
+from minimind.training.metrics import check_trackers
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.precision import choose_precision
 from minimind.training.reference_logprobs import compute_reference_logprobs
@@ -45,6 +46,7 @@ from minimind.training.run import (
     SUMMARY_FILE,
     TOKENIZER_COPY,
     changes_num_steps,
+    check_removable,
     checkpoint_paths,
     finished_summary,
     has_begun,
@@ -54,6 +56,7 @@ from minimind.training.run import (
     run_directory,
     write_recipe,
 )
+from minimind.training.saving import check_data
 from minimind.training.summary import summarize, unigram_baseline
 from minimind.training.trainer import Trainer
 from minimind.training.validation import EvalSet
@@ -69,12 +72,16 @@ def _no_samples(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]
 
 @dataclass(frozen=True)
 class StageResult:
-    """The outcome of a stage: a model directory or, with LoRA, an adapter; neither if stopped."""
+    """The outcome of a stage: a model directory or, with LoRA, an adapter; neither if stopped.
+
+    trained: False if the run was finished before, so that nothing was trained now.
+    """
 
     run: Path
     model: Path | None
     summary: dict[str, Any]
     adapter: Path | None = None
+    trained: bool = True
 
     @property
     def finished(self) -> bool:
@@ -99,39 +106,18 @@ def run_stage(
 ) -> StageResult:
     """Run or resume the stage of `recipe` in `recipe.out`; return the result if it is finished.
 
-    Every process of a distributed run calls this. fresh: remove an earlier run first.
-    Raises ConfigError if the directory holds a run of another recipe, and the errors of loading
-    the data, the tokenizer and the model.
+    Every process of a distributed run calls this. fresh: remove the earlier run, as soon as the new
+    one is ready to start. Raises ConfigError if the directory holds a run of another recipe, and
+    the errors of loading the data, the tokenizer and the model.
     """
-    run = run_directory(recipe)
-    with init_distributed(recipe.device) as group, contextlib.ExitStack() as stack:
-        changes: dict[str, str] = {}
-        summary = None
+    with _prepare_start(recipe, reporter, fresh, generate_samples) as start:
+        run, stage = start.run, start.stage
+        if stage is None:
+            start.reporter.say(f"{_describe_finished(start)}; nothing was trained")
+            return replace(_result(recipe, run, start.summary or {}), trained=False)
+        trainer, group = stage.trainer, stage.trainer.group
         if group.is_main:
-            run.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run_lock(run))
-            if fresh:
-                remove_run(run, recipe)
-            changes = recipe_changes(run, recipe)
-            if not changes_num_steps(changes):
-                summary = finished_summary(run, recipe)
-        else:
-            reporter, generate_samples = Reporter(), _no_samples
-        summary = group.broadcast_object(summary)
-        if summary is not None:
-            return _finished_result(recipe, run, summary)
-
-        _check_launch(recipe, run, group)
-        with group.main_process_first():  # the others open the token stores that it has written
-            stage = prepare_stage(
-                recipe, reporter=reporter, generate_samples=generate_samples, group=group
-            )
-        trainer = stage.trainer
-        _check_same_on_all_ranks(trainer)
-        sizes = trainer.batch_sizes
-        sizes.train = group.broadcast_object(sizes.train)
-        if group.is_main:
-            _record_start(stage, changes)
+            _record_start(start, stage)
         if recipe.objective == "dpo":
             compute_reference_logprobs(trainer)
 
@@ -143,10 +129,98 @@ def run_stage(
             summary |= unigram_baseline(trainer, stage.stores, stage.tokenizer)
             save_output(output_directory(run, recipe), recipe, trainer.model, stage.tokenizer)
             write_json(run / SUMMARY_FILE, summary)
-        return _finished_result(recipe, run, summary)
+        return _result(recipe, run, summary)
 
 
-def _finished_result(recipe: Recipe, run: Path, summary: dict[str, Any]) -> StageResult:
+def dry_run(recipe: Recipe, *, reporter: Reporter, fresh: bool = False) -> None:
+    """Prepare the stage of `recipe`, and report what `run_stage` would do with the run directory.
+
+    Leaves the run directory as it is. Raises the errors that `run_stage` would raise.
+    """
+    with _prepare_start(recipe, reporter, fresh, _no_samples) as start:
+        if start.stage is None or start.stage.trainer.group.is_main:
+            start.reporter.say(f"Without --dry-run: {_describe_start(start)}")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """How a stage starts, before any file is changed. Other ranks than 0 know only a part."""
+
+    run: Path
+    reporter: Reporter
+    fresh: bool
+    summary: dict[str, Any] | None = None  # of a finished run, which is not repeated
+    stage: PreparedStage | None = None  # None if the run is finished
+    extension: Extension | None = None
+
+
+@contextlib.contextmanager
+def _prepare_start(
+    recipe: Recipe, reporter: Reporter, fresh: bool, generate_samples: GenerateSamples
+) -> Iterator[_Start]:
+    """Claim the run directory, compare its run with the recipe, and prepare the stage.
+
+    No file of the run is changed yet, so that a refusal leaves everything as it was.
+    """
+    run = run_directory(recipe)
+    with init_distributed(recipe.device) as group, contextlib.ExitStack() as stack:
+        changes: dict[str, str] = {}
+        summary = None
+        if group.is_main:
+            stack.enter_context(claim_directory(run))
+            if fresh:
+                check_removable(run, recipe)
+            else:
+                changes = recipe_changes(run, recipe)
+                if not changes_num_steps(changes):
+                    summary = finished_summary(run, recipe)
+        else:
+            reporter, generate_samples = Reporter(), _no_samples
+        summary = group.broadcast_object(summary)
+        if summary is not None:
+            yield _Start(run, reporter, fresh, summary)
+            return
+
+        _check_launch(recipe, run, group, fresh)
+        with group.main_process_first():  # the others open the token stores that it has written
+            stage = prepare_stage(
+                recipe,
+                reporter=reporter,
+                fresh=fresh,
+                generate_samples=generate_samples,
+                group=group,
+            )
+        _check_same_on_all_ranks(stage.trainer)
+        sizes = stage.trainer.batch_sizes
+        sizes.train = group.broadcast_object(sizes.train)
+        extension = None
+        if changes_num_steps(changes):
+            extension = plan_extension(run, recipe, stage.trainer.num_steps)
+        if operation := [changes[key] for key in changes if role_of(key) is Role.OPERATION]:
+            reporter.say(f"changed since {run} began: {'; '.join(operation)}")
+        yield _Start(run, reporter, fresh, None, stage, extension)
+
+
+def _describe_finished(start: _Start) -> str:
+    steps = (start.summary or {})["steps"]
+    return f"{start.run} is already finished, after {pluralize(steps, 'step')}"
+
+
+def _describe_start(start: _Start) -> str:
+    """Describe in a line what becomes of the run. Raises CheckpointError if it cannot resume."""
+    if start.stage is None:
+        return f"{_describe_finished(start)}, so nothing is trained"
+    if start.extension:
+        return start.extension.description
+    if start.fresh and has_begun(start.run):
+        return f"the run in {start.run} is removed, and a new one begins"
+    checkpoint = latest_checkpoint(start.run, warn=start.reporter.say)
+    if checkpoint:
+        return f"the run in {start.run} resumes from step {checkpoint.step:,}"
+    return f"a new run begins in {start.run}"
+
+
+def _result(recipe: Recipe, run: Path, summary: dict[str, Any]) -> StageResult:
     output = output_directory(run, recipe)
     if recipe.lora:
         return StageResult(run, None, summary, adapter=output)
@@ -157,19 +231,23 @@ def prepare_stage(
     recipe: Recipe,
     *,
     reporter: Reporter,
+    fresh: bool = False,
     generate_samples: GenerateSamples = _no_samples,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> PreparedStage:
     """Build the model, the datasets and the trainer. Writes nothing into the run directory.
 
-    Raises the errors of loading the data, the tokenizer and the model.
+    fresh: ignore the checkpoints there. Raises the errors of loading the data, the tokenizer and
+    the model, and CheckpointError if the run there began with other data.
     """
     run = run_directory(recipe)
+    if group.is_main:
+        check_trackers(recipe.training.trackers)
     device = local_device(recipe.device, group)
     sequences_per_process = _sequences_per_process(recipe.training, group)
     precision = choose_precision(recipe.training.precision, device)
     free = free_bytes(device)  # before the model is loaded: its footprint counts the weights
-    state = newest_state(run) or {}
+    state = ({} if fresh else newest_state(run)) or {}
     base = check_base(recipe, run, state)
     tokenizer, model = build_tokenizer_and_model(recipe, run, device, state)
     requested = recipe.training.micro_batch_size
@@ -189,6 +267,9 @@ def prepare_stage(
             f"no more sequences fit into the memory that is free on {device}"
         )
     stores = open_stores(recipe, tokenizer, reporter)
+    sha256 = data_sha256(stores)
+    if state:
+        check_data(run, state["data_sha256"], sha256)
     datasets = build_datasets(recipe, tokenizer, stores, reporter)
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * datasets.train.order.epoch_size / recipe.training.global_batch_size
@@ -200,7 +281,7 @@ def prepare_stage(
         model=model,
         objective=build_objective(recipe, tokenizer, device),
         data=datasets.train,
-        held_out=datasets.validation,
+        validation_data=datasets.validation,
         recipe=recipe,
         run=run,
         num_steps=num_steps,
@@ -209,7 +290,7 @@ def prepare_stage(
         precision=precision,
         reporter=reporter,
         generate_samples=lambda: generate_samples(model, tokenizer),
-        data_sha256=data_sha256(stores),
+        data_sha256=sha256,
         base_sha256=base,
         retention=retention,
         validate_first=bool(recipe.model.init),
@@ -254,14 +335,14 @@ def _describe(trainer: Trainer) -> str:
     )
 
 
-def _check_launch(recipe: Recipe, run: Path, group: ProcessGroup) -> None:
+def _check_launch(recipe: Recipe, run: Path, group: ProcessGroup, fresh: bool) -> None:
     """Raise ConfigError for a wrong launch, CheckpointError if rank 0 does not see the run."""
     if recipe.training.backend == "deepspeed" and group is SINGLE_PROCESS:
         raise ConfigError(
             "training.backend: deepspeed shards state over processes that are launched together: "
             "give --nproc N, or use torchrun or DeepSpeed's own launcher"
         )
-    begun_here = has_begun(run)
+    begun_here = has_begun(run) and not fresh
     if group.broadcast_object(begun_here) is False and begun_here:
         raise CheckpointError(
             f"{run} exists on {platform.node()}, but not on the machine of process 0. Make this "
@@ -282,15 +363,15 @@ def _check_same_on_all_ranks(trainer: Trainer) -> None:
         )
 
 
-def _record_start(stage: PreparedStage, changes: dict[str, str]) -> None:
-    """Extend the run if it has more steps now, report changed settings, record the recipe."""
-    trainer = stage.trainer
-    run, recipe, say = trainer.run, trainer.recipe, trainer.reporter.say
-    if changes_num_steps(changes):
-        extend_run(run, recipe, trainer.num_steps, say)
-    if operation := [changes[key] for key in changes if role_of(key) is Role.OPERATION]:
-        say(f"changed since {run} began: {'; '.join(operation)}")
-    write_recipe(run, recipe)
+def _record_start(start: _Start, stage: PreparedStage) -> None:
+    """Remove the earlier run if a fresh one was requested, or extend it; record the recipe."""
+    run = start.run
+    if start.fresh:
+        remove_run(run)
+    if start.extension:
+        start.reporter.say(start.extension.description)
+        extend_run(run, start.extension)
+    write_recipe(run, stage.trainer.recipe)
     if not checkpoint_paths(run):
         stage.tokenizer.save(run / TOKENIZER_COPY)
 

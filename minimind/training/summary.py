@@ -46,7 +46,7 @@ def unigram_baseline(trainer: Trainer, stores: Stores, tokenizer: Tokenizer) -> 
 
     This reads much of the training data, so it is computed only when a run is finished.
     """
-    if trainer.recipe.objective != "pretrain" or trainer.held_out is None:
+    if trainer.recipe.objective != "pretrain" or trainer.validation_data is None:
         return {}
     counts = sum(
         source.weight * store.unigram_counts(tokenizer.vocab_size)
@@ -54,14 +54,14 @@ def unigram_baseline(trainer: Trainer, stores: Stores, tokenizer: Tokenizer) -> 
     )
     num_sequences = trainer.recipe.validation.num_sequences
     bits = unigram_bits_per_byte(
-        np.asarray(counts), trainer.held_out, num_sequences, tokenizer.token_bytes
+        np.asarray(counts), trainer.validation_data, num_sequences, tokenizer.token_bytes
     )
     return {"unigram_bits_per_byte": bits}
 
 
 def unigram_bits_per_byte(
     counts: NDArray[np.float64],
-    held_out: MixedDataset,
+    validation_data: MixedDataset,
     num_sequences: int,
     token_bytes: Sequence[int],
 ) -> float:
@@ -73,6 +73,8 @@ def unigram_bits_per_byte(
     """
     bits = -np.log2((counts + 1) / (counts.sum() + len(counts)))  # [vocab_size]
     num_bytes = np.asarray(token_bytes)
-    labels = held_out.batch(0, min(num_sequences, held_out.order.epoch_size)).labels.reshape(-1)
+    labels = validation_data.batch(
+        0, min(num_sequences, validation_data.order.epoch_size)
+    ).labels.reshape(-1)
     tokens = labels[num_bytes[labels] > 0]
     return float(bits[tokens].sum() / num_bytes[tokens].sum())

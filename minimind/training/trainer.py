@@ -54,7 +54,7 @@ class Trainer:
     model: Transformer
     objective: Objective
     data: MixedDataset
-    held_out: MixedDataset | None
+    validation_data: MixedDataset | None
     recipe: Recipe
     run: Path  # the run directory
     num_steps: int
@@ -360,7 +360,9 @@ class Trainer:
         Metrics on the retention set are called `retention_…`. None if a stop was requested.
         """
         group = self.group if self.backend.replicates else SINGLE_PROCESS
-        eval_sets = {"": EvalSet(self.objective, [self.held_out])} if self.held_out else {}
+        eval_sets = (
+            {"": EvalSet(self.objective, [self.validation_data])} if self.validation_data else {}
+        )
         eval_sets |= {"retention_": self.retention} if self.retention else {}
         return evaluate(
             self._compiled,
@@ -431,7 +433,7 @@ class Trainer:
             self.metrics_log.truncate(0)
             return {}
         saved = SavedState.from_json(checkpoint.state, self.device)
-        check_data(self.run, saved, self.data_sha256)
+        check_data(self.run, saved.data_sha256, self.data_sha256)
         rng = restore_tensors(checkpoint, saved.num_processes, self.model, self.backend)
         self.precision.scaler.load_state_dict(saved.scaler)
         self.metrics_log.truncate(saved.metrics_offset)

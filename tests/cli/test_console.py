@@ -23,6 +23,29 @@ def test_format_number(value: object, expected: str) -> None:
     assert console.format_number(value) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (999, "999 bytes"),
+        (12_345, "12.3 kB"),
+        (4_500_000, "4.5 MB"),
+        (1_250_000_000, "1.25 GB"),
+    ],
+)
+def test_format_size(num_bytes: int, expected: str) -> None:
+    assert console.format_size(num_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [(12 << 10, "12 KB"), (800 << 20, "800 MB"), (3 << 29, "1.50 GB")],
+)
+def test_format_memory(num_bytes: int, expected: str) -> None:
+    assert console.format_memory(num_bytes) == expected
+
+
 def test_markup_is_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     console.say("[bold]长江[/bold] :smile: [1, 2]")
     console.show(console.table("[t]", ["[c]", "n"], [["[/x]", 1234]], numbers=1))
@@ -37,6 +60,18 @@ def test_show_metrics_omits_nested_values(capsys: pytest.CaptureFixture[str]) ->
     assert "bits per byte" in out
     assert "1.5" in out
     assert "secret" not in out
+
+
+def test_show_metrics_formats_the_peak_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_metrics("run", {"peak_memory_bytes": 800 << 20})
+    out = capsys.readouterr().out
+    assert "peak memory │ 800 MB" in out
+
+
+def test_a_rate_that_is_not_measured_yet_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.make_progress("byte") as bar:
+        bar.add_task("reading", total=2000, note="")
+    assert "?" not in capsys.readouterr().out
 
 
 def test_write_json_creates_folders(tmp_path: Path) -> None:

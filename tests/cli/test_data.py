@@ -84,7 +84,7 @@ def test_token_stores_are_listed_and_removed(
     def stores(*arguments: str) -> Result:
         return CliRunner().invoke(app, ["data", "stores", *arguments])
 
-    assert stores().output == f"{home}: total 0 stores, 0.0 MB\n"
+    assert stores().output == f"{home}: total 0 stores, 0 bytes\n"
     text = open_store(str(texts), tokenizer, kind="text", max_invalid_fraction=1.0)
     chat = open_store(str(chats), tokenizer, kind="chat")
     damaged = open_store(str(chats), tokenizer, kind="text")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from minimind.cli import console
-from minimind.cli.main import errors_as_messages
+from minimind.cli.main import app, errors_as_messages
 from minimind.errors import ConfigError
 from minimind.version import __version__
 
@@ -68,7 +69,16 @@ def test_without_arguments_it_shows_the_first_steps() -> None:
     ]
     assert commands == ["demo", "chat", "tokenizer", "pretrain", "sft"]
     assert done.stdout.endswith("All commands: minimind --help\n")
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("group", [[], ["tokenizer"], ["data"], ["checkpoints"], ["export"]])
+def test_no_description_of_a_command_is_cut_at_80_columns(group: list[str]) -> None:
+    done = CliRunner().invoke(app, [*group, "--help"], terminal_width=80, prog_name="minimind")
+    assert done.exit_code == 0
+    listed = done.output.partition("Commands:\n")[2]
+    assert listed and "..." not in listed and "…" not in listed
+    assert max(map(len, listed.splitlines())) <= 80
 
 
 def test_suggested_commands_work_when_minimind_is_not_on_path(

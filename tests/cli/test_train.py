@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,10 +51,10 @@ class Place:
         assert done.returncode == status, done.stdout + done.stderr
         return done
 
-    def run_here(self, *arguments: object, status: int = 0) -> Result:
+    def run_here(self, *arguments: object, status: int = 0, input: str | None = None) -> Result:
         """Run a command in this process, which saves seconds of start-up."""
         with contextlib.chdir(self.folder):
-            done = CliRunner().invoke(app, [*map(str, arguments)], env=ENVIRONMENT)
+            done = CliRunner().invoke(app, [*map(str, arguments)], input=input, env=ENVIRONMENT)
         assert done.exit_code == status, done.output
         return done
 
@@ -108,17 +109,28 @@ def test_pretrain_sft_dpo_and_finished_runs(place: Place) -> None:
     done = place.run(*place.pretrain, "--out", "out/base", "--json", "figures/base.json")
     assert "bits per byte" in done.stdout
     assert "The model is in out/base/model. Try it: minimind generate out/base" in done.stdout
-    assert "长江是" in done.stdout, "a sample for a prompt of the recipe"
+    assert "  长江是 → " in done.stdout, "a sample for a prompt of the recipe"
     run = place.folder / "out" / "base"
     metrics = json.loads((place.folder / "figures" / "base.json").read_text("utf-8"))
     assert metrics == json.loads((run / "summary.json").read_text("utf-8"))
     assert (metrics["objective"], metrics["steps"]) == ("pretrain", 6)
     assert (place.folder / "cache" / "stores").is_dir()
 
+    hint = "out/base was only pretrained: it continues text and has not been trained to answer. "
+    hint += "Fine-tune it on conversations: minimind sft --model out/base --data CHATS --out DIR"
+    said = place.run_here("chat", "out/base", "--device", "cpu", input="长江\n")
+    assert said.stdout and said.stderr.splitlines() == [hint]
+    quiz = ("--task", "quiz", "--limit", "1", "--device", "cpu", "--out", "eval")
+    scored = place.run_here("eval", "out/base", *quiz)
+    assert scored.stdout.splitlines().count(hint) == 1
+
     done = place.run(*place.sft, "--model", "out/base", "--out", "out/chat")
     assert "Try it: minimind chat out/chat" in done.stdout
     assert " conversations in " in done.stdout
     assert (place.folder / "out" / "chat" / "model" / "model.safetensors").is_file()
+
+    assert place.run_here("chat", "out/chat", "--device", "cpu", input="长江\n").stderr == ""
+    assert "pretrained" not in place.run_here("eval", "out/chat", *quiz).output
 
     done = place.run_here(*place.dpo, "--model", "out/chat", "--out", "out/dpo")
     assert " pairs in " in done.stdout and "reference log-probabilities" in done.stdout
@@ -132,15 +144,28 @@ def test_pretrain_sft_dpo_and_finished_runs(place: Place) -> None:
         in message
     )
 
-    # `train` with the recipe of a finished run does nothing.
+    # `train` with the recipe of a finished run says so, and how to train longer.
     done = place.run_here("train", "out/chat/recipe.toml", "--json", "again.json")
+    assert "out/chat is already finished, after 6 steps; nothing was trained\n" in done.stdout
     assert "Try it: minimind chat out/chat" in done.stdout
+    advice = (
+        "To train longer, add training.steps=12 to the same command; to start over, add --fresh"
+    )
+    assert done.stdout.splitlines()[-1] == advice
     again = json.loads((place.folder / "again.json").read_text("utf-8"))
     assert again == json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))
+
+    message = place.error(*place.sft, "--model", "out/base", "--out", "out/base")
+    assert message == (
+        'out/base holds a run of another stage: objective was "pretrain" and is now "sft". '
+        "Choose another --out"
+    )
 
     # A different recipe for the same run is an error without --fresh.
     message = place.error("train", "out/chat/recipe.toml", "training.steps=2")
     assert message.startswith("out/chat holds a run of another recipe: training.steps was ")
+    place.run_here("train", "out/chat/recipe.toml", "training.steps=12")
+    assert json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))["steps"] == 12
     place.run_here("train", "out/chat/recipe.toml", "training.steps=2", "--fresh")
     assert json.loads((place.folder / "out/chat/summary.json").read_text("utf-8"))["steps"] == 2
 
@@ -198,9 +223,39 @@ def test_explain_shows_origins_without_torch(place: Place) -> None:
 
 
 def test_dry_run_trains_nothing(place: Place) -> None:
-    done = place.run_here(*place.pretrain, "--out", "dry", "--dry-run")
+    done = place.run_here(*place.pretrain, "--out", "dry/run", "--dry-run")
     assert "6 steps of 4 sequences" in done.stdout
+    assert done.stdout.endswith("Without --dry-run: a new run begins in dry/run\n")
     assert not (place.folder / "dry").exists()
+    message = place.error(*place.pretrain, "--out", "dry", "--dry-run", "--json", "dry.json")
+    assert message == "--dry-run trains nothing and has no metrics for --json; omit one of them"
+
+
+def test_dry_run_says_what_becomes_of_an_earlier_run(place: Place) -> None:
+    """Each outcome is the one of the same command without --dry-run."""
+    run = place.folder / "earlier"
+    command = (*place.pretrain, "--out", "earlier", "checkpoint.every=2")
+
+    def dry(*arguments: str) -> str:
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        done = place.run_here(*command, *arguments, "--dry-run")
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+        return str(done.stdout.splitlines()[-1]).removeprefix("Without --dry-run: ")
+
+    place.run_here(*command)
+    assert dry() == "earlier is already finished, after 6 steps, so nothing is trained"
+    assert dry("--fresh") == "the run in earlier is removed, and a new one begins"
+    longer = dry("training.steps=12")
+    assert longer.startswith("earlier: 12 steps instead of 6, continued from step ")
+    for wrong in ("optim.lr=0.5", "training.steps=2"):
+        refused = place.error(*command, wrong, "--dry-run")
+        assert refused.startswith("earlier holds a run of another recipe: ")
+        assert refused == place.error(*command, wrong)
+    (run / "summary.json").unlink()  # as if it had been stopped
+    shutil.rmtree(run / "model")
+    assert dry() == "the run in earlier resumes from step 6"
+    assert "resuming from step 6" in place.run_here(*command).stdout
+    assert longer in place.run_here(*command, "training.steps=12").stdout
 
 
 def test_a_mistyped_setting_gets_a_suggestion(place: Place) -> None:
@@ -232,7 +287,7 @@ def test_a_missing_device_is_an_error(place: Place) -> None:
 def test_contradictory_arguments(place: Place) -> None:
     assert "no run to resume" in place.error(*place.pretrain, "--out", "no5", "--resume")
     assert place.error(*place.pretrain, "--out", "failed", "--data", "gone.jsonl")
-    # A failed start leaves a recipe but no run.
+    assert not (place.folder / "failed").exists()
     assert "no run to resume" in place.error(*place.pretrain, "--out", "failed", "--resume")
     assert "exclude each other" in place.error(
         *place.pretrain, "--out", "no5", "--resume", "--fresh"
@@ -244,3 +299,9 @@ def test_contradictory_arguments(place: Place) -> None:
     (place.folder / "lr=3.toml").write_text("objective = 'pretrain'\nwait = 1\n")
     assert "lr=3.toml:2: wait is not a setting" in place.error("train", "lr=3.toml")
     assert "--out DIR" in place.error(*place.pretrain)
+    assert "give --model MODEL" in place.error(*place.sft, "--out", "no5")
+    message = place.error("pretrain", "text.jsonl", "--out", "no5")
+    assert message.startswith("text.jsonl:1: not TOML: ")
+    assert message.endswith("If it is data, give it with --data")
+    message = place.error(*place.pretrain, "--out", "no5", "--tokenizer", "gone")
+    assert message.startswith("gone does not exist. Train one with")

@@ -128,6 +128,15 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
         ("optim.lrr=1", "command line: optim.lrr is not a setting; did you mean optim.lr?"),
         ("lr=1", "command line: lr is not a setting; did you mean optim.lr?"),
         ("optim.lr.x=1", "command line: optim.lr.x is not a setting; did you mean optim.lr?"),
+        (
+            "optim.learningrate=1",
+            "command line: optim.learningrate is not a setting; did you mean optim.lr?",
+        ),
+        (
+            "optimizer.learning_rate=1",
+            "command line: optimizer is not a setting; did you mean optim?",
+        ),
+        ("learning_rate=1", "command line: learning_rate is not a setting; did you mean optim.lr?"),
         ("zzz=1", "command line: zzz is not a setting; --explain lists all settings"),
         (
             "optim.lr=fast",

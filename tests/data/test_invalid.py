@@ -80,7 +80,8 @@ def test_too_many_invalid_records_stop_the_reading(tmp_path: Path) -> None:
     read_so_far = list[int]()
     invalid = InvalidRecords(quarantine, max_fraction=0.05)
     with pytest.raises(
-        DataError, match=r"of 1,000 records are invalid .100 × not JSON.*lines.jsonl:19: "
+        DataError,
+        match=r"^.*lines.jsonl:19: not JSON.*\. 100 of 1,000 records are invalid: 100 × not JSON",
     ):
         list(read_records([path], invalid=invalid, progress=read_so_far.append))
     assert sum(read_so_far) < path.stat().st_size / 2

@@ -33,7 +33,7 @@ def test_text_sequences_cover_the_stream_once_and_labels_are_the_next_token() ->
 def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
     lengths = [12, 20, 7, 9, 15, 5, 18, 11]
     shard = _chat_shard(lengths, [4] * len(lengths))
-    sequences = ChatSequences([shard], seq_len=32, pad=PAD, seed=3)
+    sequences = ChatSequences([shard], seq_len=32, pad_id=PAD, seed=3)
     labels_seen: list[int] = []
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
@@ -57,7 +57,7 @@ def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
 
 def test_long_conversations_are_truncated_and_counted() -> None:
     shard = _chat_shard([50, 50, 10, 10], [45, 5, 4, 0])
-    sequences = ChatSequences([shard], seq_len=16, pad=PAD, seed=0)
+    sequences = ChatSequences([shard], seq_len=16, pad_id=PAD, seed=0)
     assert sequences.report.truncated == 2
     assert sequences.report.unsupervised == 2  # answer truncated, or without an answer
     assert len(sequences) == 2
@@ -70,7 +70,7 @@ def test_packing_efficiency_is_high() -> None:
     lengths = generator.integers(20, 200, 2000).tolist()
     tokens = np.ones(sum(lengths), np.uint16)
     shard = Shard(tokens, np.ones(len(tokens), np.uint8), np.cumsum(lengths))
-    report = ChatSequences([shard], seq_len=256, pad=PAD, seed=0).report
+    report = ChatSequences([shard], seq_len=256, pad_id=PAD, seed=0).report
     assert report.packing_efficiency > 0.97
 
 
@@ -98,7 +98,9 @@ def _pair_shard(pairs: list[tuple[int, int, int]], identical: set[int] = frozens
 
 def test_both_sides_of_a_pair_are_in_one_sequence_and_only_answers_are_labels() -> None:
     pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
-    sequences = PairSequences([_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad=PAD, seed=3)
+    sequences = PairSequences(
+        [_pair_shard(pairs[:4]), _pair_shard(pairs[4:])], 40, pad_id=PAD, seed=3
+    )
     assert sequences.report.items == len(pairs)
     assert (
         sequences.report.truncated
@@ -136,7 +138,7 @@ def test_unsupervised_and_identical_pairs_are_left_out_and_long_ones_truncated()
         (5, 40, 50),  # identical after truncation
         (30, 3, 0),  # an empty answer
     ]
-    sequences = PairSequences([_pair_shard(pairs, identical={4, 6})], 64, pad=PAD, seed=0)
+    sequences = PairSequences([_pair_shard(pairs, identical={4, 6})], 64, pad_id=PAD, seed=0)
     report = sequences.report
     assert (report.items, report.identical, report.unsupervised) == (8, 2, 2)
     assert report.truncated == 5
@@ -153,7 +155,7 @@ def test_unsupervised_and_identical_pairs_are_left_out_and_long_ones_truncated()
 
 def test_pair_ids_are_unique_in_a_batch_and_match_their_reference() -> None:
     pairs = [(5, 3, 6), (2, 9, 1), (7, 2, 2), (4, 4, 8), (3, 5, 5), (6, 1, 3)]
-    sequences = PairSequences([_pair_shard(pairs)], 40, pad=PAD, seed=1)
+    sequences = PairSequences([_pair_shard(pairs)], 40, pad_id=PAD, seed=1)
     sequences.reference[:] = np.arange(12).reshape(6, 2)
     for epochs in (range(3), range(3, 6)):
         batch = MixedDataset([sequences], [1.0], seed=2).batch(

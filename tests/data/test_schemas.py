@@ -3,7 +3,7 @@ from typing import Any, get_args
 
 import pytest
 
-from minimind.config.settings import SCHEMAS as SETTING
+from minimind.config.settings import SchemaName
 from minimind.data.schemas import (
     SCHEMAS,
     Record,
@@ -263,7 +263,7 @@ def test_schemas_are_detected_and_can_be_given_by_name(
 
 
 def test_the_setting_lists_the_same_schemas() -> None:
-    assert get_args(SETTING) == ("auto", *SCHEMAS)
+    assert get_args(SchemaName) == ("auto", *SCHEMAS)
     assert {schema for schema, _, _ in KNOWN} == set(SCHEMAS)
 
 

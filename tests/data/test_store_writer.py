@@ -150,7 +150,7 @@ def test_answers_marked_as_not_supervised_are_encoded_but_masked(
     assert mask[start : start + len(answer) + 1] == [1] * (len(answer) + 1)
     mask[start : start + len(answer) + 1] = [0] * (len(answer) + 1)
     assert shard.mask.tolist() == mask
-    sequences = ChatSequences([shard], len(ids) - 1, pad=tokenizer.end_of_text, seed=0)
+    sequences = ChatSequences([shard], len(ids) - 1, pad_id=tokenizer.end_of_text, seed=0)
     labels = sequences.sequence(0)[1]
     supervised = [*tokenizer.encode("约六千三百公里。"), tokenizer.im_end]
     assert labels[labels != IGNORED].tolist() == supervised
@@ -268,7 +268,11 @@ def test_invalid_records_are_quarantined_and_reported(
     assert store.manifest["invalid_records"] == 2
     lines = [json.loads(line)["line"] for line in quarantine.read_text("utf-8").splitlines()]
     assert lines == [1_501, 1_502]
-    assert notices == [f"{texts}: invalid records: 2, see {quarantine}"]
+    reasons = [json.loads(line)["reason"] for line in quarantine.read_text("utf-8").splitlines()]
+    assert notices == [
+        f"{texts}:1501: {reasons[0]}. 2 of 1,502 records are invalid: "
+        f"1 × {reasons[0]}, 1 × {reasons[1]}. They are left out; see {quarantine}"
+    ]
     shutil.rmtree(store.folder)
     open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert len(quarantine.read_text("utf-8").splitlines()) == 2
@@ -280,7 +284,7 @@ def test_too_many_invalid_records_are_an_error(
     with texts.open("a", encoding="utf-8") as stream:
         stream.write("{broken\n" * 100)
     with pytest.raises(
-        DataError, match=r"79 of 1,579 records are invalid.*They are in (.*)\. Fix"
+        DataError, match=r":1501: not JSON.* 79 of 1,579 records are invalid: 79 × .*They are in "
     ) as e:
         open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     [quarantine] = store_folder.glob("*.invalid.jsonl")

@@ -33,7 +33,7 @@ def check(questions: Questions) -> None:
         "accountant": 3,
         "logic": 3,
     }
-    assert questions.bad.total == 0
+    assert questions.invalid.total == 0
 
 
 @pytest.mark.parametrize("below", ["", "ceval-exam"])
@@ -70,6 +70,23 @@ def test_archive_members_are_not_written_outside_the_folder(tmp_path: Path) -> N
     assert len(read_benchmark("ceval", [str(folder / "ceval.zip")]).questions) == 2
     assert len(read_benchmark("ceval", [str(folder / "link.tar")]).questions) == 1
     assert sorted(path.name for path in tmp_path.rglob("*.csv")) == []
+
+
+def test_no_member_of_an_archive_is_dropped(tmp_path: Path) -> None:
+    """More members than any benchmark has, or two of one name, are refused."""
+    archive, row = tmp_path / "ceval.zip", "id,question,A,B,C,D,answer\n0,q,1,2,3,4,A\n"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for number in range(10_000):
+            packed.writestr(f"dev/other{number}.csv", "")
+        packed.writestr("val/logic_val.csv", row)
+    with pytest.raises(DataError, match=r"ceval.zip: has 10,001 CSV files"):
+        read_benchmark("ceval", [str(archive)])
+    with zipfile.ZipFile(archive, "w") as packed:
+        for folder in ("a", "b"):
+            packed.writestr(f"{folder}/val/logic_val.csv", row)
+    both = "a/val/logic_val.csv and b/val/logic_val.csv have the same name"
+    with pytest.raises(DataError, match=both):
+        read_benchmark("ceval", [str(archive)])
 
 
 def test_cmmlu_and_mmlu_are_distinguished_in_one_folder(tmp_path: Path) -> None:
@@ -116,8 +133,8 @@ def test_invalid_rows_are_counted_with_reasons(tmp_path: Path) -> None:
         ("right?", ["1", "2", "3", "4"], "C"),
         ("of two\nlines?", ["1", "2", "3"], "B"),
     ]
-    assert questions.bad.total == 4
-    assert set(questions.bad.reasons) == {
+    assert questions.invalid.total == 4
+    assert set(questions.invalid.reasons) == {
         "no question",
         "fewer than two options (columns A, B, …)",
         "the answer 'C' is not the letter of an option",

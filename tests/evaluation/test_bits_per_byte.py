@@ -111,4 +111,4 @@ def test_missing_and_invalid_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="contains no valid record; the first error"):
         BitsPerByte([str(path)], None)
     path.write_text('[1]\n{"text": "长江"}\n', encoding="utf-8")
-    assert BitsPerByte([str(path)], None).bad.total == 1
+    assert BitsPerByte([str(path)], None).invalid.total == 1

@@ -75,7 +75,7 @@ def test_all_schemas_are_searched_and_the_file_is_reported(tmp_path: Path) -> No
     reported: list[int] = []
     result = find_contamination({"q": CHINESE}, [str(tmp_path)], reported.append)
     assert result.found == {"q": str(path)}
-    assert result.bad_lines == 1
+    assert result.invalid_records == 1
     assert sum(reported) == contamination.files_size([str(tmp_path)])
     with pytest.raises(DataError, match="no such file"):
         find_contamination({"q": CHINESE}, [str(tmp_path / "3.jsonl")])

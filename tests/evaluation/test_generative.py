@@ -58,7 +58,7 @@ def test_gsm8k_is_scored_by_the_final_number(tmp_path: Path, file: str) -> None:
     write(tmp_path / file, list(GSM8K))
     task = make_task("gsm8k", data=[str(tmp_path)])
     assert len(task) == 2
-    assert task.bad.total == 1
+    assert task.invalid.total == 1
     model = FakeModel("Two and three are 5.0", "It is 1234 or 1235")
     results = list(task.run(model, ()))  # type: ignore[arg-type]
     assert model.questions == ["How many?", "How much?"]

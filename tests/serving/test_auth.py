@@ -22,21 +22,26 @@ def guarded(serve_here: Callable[..., Any]) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_all_routes_except_health_and_docs_require_a_key(guarded: httpx.Client) -> None:
+def test_all_routes_except_the_index_health_and_docs_require_a_key(guarded: httpx.Client) -> None:
     paths = list(guarded.get("/openapi.json").json()["paths"])
     assert set(paths) > {"/health", "/metrics", "/v1/models", "/v1/chat/completions"}
     paths += ["/nowhere", "/health/", "//health", "/HEALTH", "/docs/", "//docs", "/redoc"]
     paths += ["/docs/../v1/models", "/docs-static/../v1/models", "/openapi.json/"]
-    paths.remove("/health")
+    for public in ("/", "/health"):
+        paths.remove(public)
     bad = ["", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer", f"Basic {KEY}", KEY, "Bearer é"]
+    url = str(guarded.base_url).rstrip("/")  # absolute: //docs would be another host
     for path in paths:
         for method in ("GET", "POST", "OPTIONS", "DELETE"):
             for key in bad:
-                answer = guarded.request(method, path, headers={"authorization": key.encode()})
+                answer = guarded.request(
+                    method, url + path, headers={"authorization": key.encode()}
+                )
                 assert answer.status_code == 401, (method, path, key)
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert answer.json()["error"]["code"] == "invalid_api_key"
     assert guarded.get("/health").json() == {"status": "ok"}
+    assert "GET /v1/models" in guarded.get("/").json()["endpoints"]
     head = guarded.head("/health")
     assert (head.status_code, head.content) == (200, b"")
     for key in (KEY, "another"):
@@ -57,7 +62,7 @@ def test_docs_are_public_and_declare_bearer_authentication(guarded: httpx.Client
     }
     for path, methods in described["paths"].items():
         for method, operation in methods.items():
-            needed = [] if path == "/health" else [{"HTTPBearer": []}]
+            needed = [] if path in ("/", "/health") else [{"HTTPBearer": []}]
             assert operation.get("security", []) == needed, (method, path)
 
 

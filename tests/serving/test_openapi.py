@@ -13,7 +13,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 load_all_checks()
 
 _SHORT = 4  # tokens per answer: these tests are about requests
-_WITHOUT_DATA = [("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models")]
+_WITHOUT_DATA = [("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models")]
 _WITH_DATA = [
     ("GET", "/v1/models/{model}", "positive"),  # every name is valid
     ("POST", "/v1/chat/completions", "positive"),
@@ -57,7 +57,7 @@ def run_generated(
     # Some valid requests are refused, such as a token id beyond the vocabulary.
     excluded = [CHECKS.get_one("positive_data_acceptance")]
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy(generation_mode=GenerationMode(mode)))
     def check(case: Any) -> None:
         with_short_answer(case)

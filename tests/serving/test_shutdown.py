@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.support.clients import ENDLESS_BODY, stop_during_streams
-from tests.support.services import serving, wait_until
+from tests.support.services import wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
@@ -29,18 +29,21 @@ def test_fifty_shutdowns(models_dir: Path, tmp_path: Path) -> None:
         stop_during_streams(models_dir, tmp_path / "log", number)
 
 
-def test_answers_within_the_grace_period_are_finished(models_dir: Path, tmp_path: Path) -> None:
-    with serving(models_dir, tmp_path / "log") as service:
-        url = f"{service.url}/v1/chat/completions"
-        body = ENDLESS_BODY | {"n": 1, "max_tokens": 300}
-        with httpx.Client(timeout=30) as client, client.stream("POST", url, json=body) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            service.child.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] in ("length", "stop")
-        assert service.child.wait(timeout=5) == 0
+def test_answers_within_the_grace_period_are_finished(serve_here: Callable[..., Any]) -> None:
+    body = ENDLESS_BODY | {"n": 1, "max_tokens": 600}
+    with (
+        serve_here(grace_seconds=600.0) as service,
+        httpx.Client(base_url=service.url, timeout=600) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        service.server.should_exit = True  # as after SIGTERM
+        wait_until(lambda: service.server._service.is_stopping)
+        assert service.server._service._in_progress, "the answer was finished before the shutdown"
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
 
 
 def test_service_ends_with_its_parent_process(models_dir: Path, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _DRIVER = shutil.which("chromedriver")
 
-needs_chromium = pytest.mark.skipif(
-    not (_CHROMIUM and _DRIVER),
-    reason="no Chromium here; on Debian: apt-get install chromium chromium-driver",
-)
+HAS_CHROMIUM = bool(_CHROMIUM and _DRIVER)
+NO_CHROMIUM = "no Chromium here; on Debian: apt-get install chromium chromium-driver"
+
+needs_chromium = pytest.mark.skipif(not HAS_CHROMIUM, reason=NO_CHROMIUM)
 
 
 def start_chromium(language: str = "en-US", width: int = 1200) -> Any:

@@ -232,8 +232,10 @@ def train_rank(
         reporter = Printing() if group.is_main else Reporter()
         trainer = nano_trainer(Path(run), objective, group=group, reporter=reporter, **settings)
         trainer.data = Recorded(trainer.data.sources, [1.0], trainer.recipe.seed)
-        if trainer.held_out:
-            trainer.held_out = HeldOut(trainer.held_out.sources, [1.0], trainer.recipe.seed)
+        if trainer.validation_data:
+            trainer.validation_data = HeldOut(
+                trainer.validation_data.sources, [1.0], trainer.recipe.seed
+            )
         real, call = trainer.objective.loss, 0
 
         def loss(*arguments: Any) -> LossOutput:

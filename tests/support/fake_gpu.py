@@ -145,7 +145,7 @@ def _step(objective: str, **settings: Any) -> int:
             trainer.objective = NextToken(
                 [1] * model.config.vocab_size,
                 gpu,
-                router_balance=trainer.recipe.training.router_aux_loss_coef,
+                router_aux_loss_coef=trainer.recipe.training.router_aux_loss_coef,
             )
         trainer.metrics_log = MetricsLog(Path(os.devnull))
         backend = trainer.backend = create_backend(

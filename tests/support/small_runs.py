@@ -121,8 +121,8 @@ def nano_trainer(
         seq_len = recipe.data.seq_len
         packed: dict[str, Sequences] = {
             "pretrain": TextSequences([text_shard()], seq_len),
-            "sft": ChatSequences([chat_shard()], seq_len, pad=0, seed=recipe.seed),
-            "dpo": PairSequences([pair_shard()], seq_len, pad=0, seed=recipe.seed),
+            "sft": ChatSequences([chat_shard()], seq_len, pad_id=0, seed=recipe.seed),
+            "dpo": PairSequences([pair_shard()], seq_len, pad_id=0, seed=recipe.seed),
         }
         parts = [packed[objective]]
     mix = MixedDataset(parts, [1.0] * len(parts), recipe.seed)
@@ -137,11 +137,11 @@ def nano_trainer(
     token_bytes = [0, *(1 + token % 3 for token in range(1, VOCAB))]
     trainer = Trainer(
         model=model,
-        objective=Preference(recipe.dpo, router_balance=balance)
+        objective=Preference(recipe.dpo, router_aux_loss_coef=balance)
         if objective == "dpo"
-        else NextToken(token_bytes, device, router_balance=balance),
+        else NextToken(token_bytes, device, router_aux_loss_coef=balance),
         data=mix,
-        held_out=mix if held_out else None,
+        validation_data=mix if held_out else None,
         recipe=recipe,
         run=run,
         num_steps=recipe.training.steps,

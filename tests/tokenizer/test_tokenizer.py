@@ -119,8 +119,11 @@ def test_saving_below_a_file_is_refused(tokenizer: Tokenizer, tmp_path: Path) ->
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    for directory in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(TokenizerError, match=r"has no tokenizer\.json.*minimind tokenizer"):
+    for directory, problem in (
+        (tmp_path, r"has no tokenizer\.json"),
+        (tmp_path / "nowhere", "nowhere does not exist"),
+    ):
+        with pytest.raises(TokenizerError, match=f"{problem}.*minimind tokenizer train"):
             Tokenizer.load(directory)
 
 

@@ -11,15 +11,15 @@ def test_separate_validation_data_replaces_the_validation_fraction(
 ) -> None:
     own = recipe(data__validation=[str(corpus / "text.jsonl")], data__validation_fraction=0.5)
     trainer = prepare_stage(own, reporter=RecordingReporter()).trainer
-    assert trainer.held_out is not None
-    assert trainer.held_out.order.epoch_size == trainer.data.order.epoch_size
+    assert trainer.validation_data is not None
+    assert trainer.validation_data.order.epoch_size == trainer.data.order.epoch_size
 
 
 def test_too_little_held_out_text_is_reported(recipe: MakeRecipe) -> None:
     reporter = RecordingReporter()
     trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=reporter).trainer
-    assert trainer.held_out is None
-    assert any("too little text is held out" in line for line in reporter.lines)
+    assert trainer.validation_data is None
+    assert any("too little text is held_out_data out" in line for line in reporter.lines)
 
 
 def test_less_than_one_sequence_is_an_error(recipe: MakeRecipe, tmp_path: Path) -> None:

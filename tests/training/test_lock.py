@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind.errors import TrainingError
-from minimind.training.lock import run_lock
+from minimind.errors import ResourceError, TrainingError
+from minimind.training.lock import claim_directory, run_lock
 from tests.support.small_runs import ForkServer
 
 
@@ -23,6 +23,37 @@ def test_an_error_releases_the_lock(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with run_lock(tmp_path):
         pass
+
+
+def test_a_claimed_directory_without_files_is_removed(tmp_path: Path) -> None:
+    run = tmp_path / "out" / "run"
+    with claim_directory(run):
+        assert (run / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    run.mkdir(parents=True)
+    (run / "notes.txt").touch()
+    with pytest.raises(ZeroDivisionError), claim_directory(run):
+        raise ZeroDivisionError
+    assert list(run.iterdir()) == [run / "notes.txt"]
+
+
+def test_a_claimed_directory_with_new_files_stays_and_so_does_its_lock(tmp_path: Path) -> None:
+    run = tmp_path / "out" / "run"
+    for name in ("recipe.toml", "other.toml"):
+        with pytest.raises(ZeroDivisionError), claim_directory(run):
+            (run / name).touch()
+            raise ZeroDivisionError
+    assert {path.name for path in run.iterdir()} == {".lock", "recipe.toml", "other.toml"}
+    with claim_directory(run), pytest.raises(TrainingError), claim_directory(run):
+        pytest.fail("two processes hold the lock")
+    assert (run / ".lock").exists()
+
+
+def test_a_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = r"file/run: cannot be created \(Not a directory\); choose another --out"
+    with pytest.raises(ResourceError, match=refused), claim_directory(tmp_path / "file" / "run"):
+        pytest.fail("a directory in a file")
 
 
 def test_the_error_names_the_holder_of_the_lock(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_warning_comes_at_the_same_step_after_a_resume(tmp_path: Path) -> None:
 def test_reference_logprobs_of_several_epochs_and_a_weighted_mix(tmp_path: Path) -> None:
     """They are computed for the sequences that the run reads, and for no others."""
     trainer = nano_trainer(tmp_path, "dpo", training__steps=1)
-    parts = [PairSequences([pair_shard(n)], 32, pad=0, seed=n) for n in (40, 60)]
+    parts = [PairSequences([pair_shard(n)], 32, pad_id=0, seed=n) for n in (40, 60)]
     trainer.data = type(trainer.data)(list(parts), [2.0, 0.4], seed=1)
     trainer.num_steps = -(-2 * trainer.data.order.epoch_size // 4)
     (tmp_path / reference.FILE).unlink()
@@ -112,7 +112,7 @@ def test_out_of_memory_reduces_the_batch_sizes(
 ) -> None:
     """Training keeps the smaller size, so that the first loss is that of a zero margin."""
     real, reporter = reference.answer_logps, RecordingReporter()
-    held_out_data = MixedDataset([PairSequences([pair_shard(80)], 32, pad=0, seed=3)], [1.0], 3)
+    held_out_data = MixedDataset([PairSequences([pair_shard(80)], 32, pad_id=0, seed=3)], [1.0], 3)
 
     def short(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor]:
         if len(batch.tokens) > 1 and torch.is_grad_enabled() != held_out:
@@ -123,7 +123,7 @@ def test_out_of_memory_reduces_the_batch_sizes(
     before = pair_sequences(trainer).reference.copy()
     pair_sequences(trainer).reference[:] = np.nan
     (tmp_path / reference.FILE).unlink()
-    trainer.held_out = held_out_data
+    trainer.validation_data = held_out_data
     monkeypatch.setattr(reference, "answer_logps", short)
     compute_reference_logprobs(trainer)
     where = "out of memory on cpu"
@@ -255,7 +255,7 @@ def test_dpo_stage_from_files(base: Path, corpus: Path, tmp_path: Path) -> None:
         "pairs in" in line and "chosen and rejected are identical" in line
         for line in reporter.lines
     )
-    assert set(cached(run)) == {"train.0", "held_out.0"}
+    assert set(cached(run)) == {"train.0", "validation.0"}
     train(recipe(base, run, corpus / "pairs.jsonl", training__steps=3), reporter, fresh=True)
     assert losses(run)[0] == pytest.approx(math.log(2), rel=1e-6)
 
@@ -313,7 +313,7 @@ def test_chat_data_is_an_error_and_pairs_without_answers_are_left_out(
     settings = {"data__validation_fraction": 0.0, "training__steps": 60}
     train(recipe(base, run, tmp_path / "pairs.jsonl", **settings), reporter)
     output = "\n".join(reporter.lines)
-    assert "invalid records: 2, see" in output
+    assert "records are invalid: " in output and "They are left out; see" in output
     assert "202 pairs in" in output
     assert (
         "1 left out because they have no supervised tokens, "

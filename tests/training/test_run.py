@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from minimind.training.run import (
     finished_summary,
     has_begun,
     is_finished,
+    is_only_pretrained,
     recipe_changes,
     write_recipe,
 )
@@ -62,6 +64,21 @@ def test_a_run_is_finished_when_its_summary_and_its_model_exist(
     assert not is_finished(run, recipe(seed=8))
     (run / "summary.json").write_text('{"ste')
     assert finished_summary(run, recipe()) is None
+
+
+def test_the_recipe_tells_a_model_that_was_only_pretrained(recipe: MakeRecipe, run: Path) -> None:
+    (run / "model").mkdir(parents=True)
+    assert not is_only_pretrained(run)
+    base = str(run.parent / "base")
+    for settings, expected in (
+        ({"objective": "pretrain"}, True),
+        ({"objective": "pretrain", "model__init": base}, False),  # the base may be a chat model
+        ({"objective": "sft", "model__init": base}, False),
+    ):
+        write_recipe(run, recipe(settings.pop("objective"), **settings))
+        assert is_only_pretrained(run) == is_only_pretrained(run / "model") == expected
+    (run / "recipe.toml").write_text("objective = ")
+    assert not is_only_pretrained(run)
 
 
 # Operation settings may change between a stop and a resume; identity settings may not.
@@ -141,8 +158,8 @@ def test_changed_operation_settings_do_not_touch_a_finished_run(
 ) -> None:
     first = train(recipe())
     reporter = RecordingReporter()
-    assert train(recipe(training__log_every=3), reporter) == first
-    assert reporter.lines == []
+    assert train(recipe(training__log_every=3), reporter) == replace(first, trained=False)
+    assert reporter.lines == [f"{run} is already finished, after 5 steps; nothing was trained"]
     assert load_recipe(run / "recipe.toml").recipe == recipe()
 
 

@@ -204,7 +204,7 @@ def make_chats(*conversations: tuple[int, int]) -> Shard:
 def test_truncated_and_empty_answers_are_counted_and_never_give_nan(tmp_path: Path) -> None:
     unsupervised = [(50, 40), (20, 20), (33, 33), (34, 33), (90, 80)]
     supervised = [(50, 20), (20, 10), (33, 32), (34, 32), (8, 4)]
-    sequences = ChatSequences([make_chats(*unsupervised, *supervised)], 32, pad=0, seed=0)
+    sequences = ChatSequences([make_chats(*unsupervised, *supervised)], 32, pad_id=0, seed=0)
     report = sequences.report
     assert report.items == 10
     assert report.unsupervised == 5
@@ -227,7 +227,7 @@ class PartlyUnlabeled(ChatSequences):
 def test_sequences_without_labels_are_allowed_and_a_batch_of_them_is_an_error(
     tmp_path: Path,
 ) -> None:
-    sequences = PartlyUnlabeled([chat_shard()], 32, pad=0, seed=0)
+    sequences = PartlyUnlabeled([chat_shard()], 32, pad_id=0, seed=0)
     trainer = nano_trainer(tmp_path / "some", "sft", parts=[sequences])
     batches = [trainer.data.order.locate(4 * step, 4) for step in range(20)]
     sequences.unlabeled = frozenset(index for batch in batches for _, index in batch[1:]) - {

@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from minimind.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    MinimindError,
+    TokenizerError,
 )
 from minimind.model import Transformer
 from minimind.planning import plan as planning
@@ -109,15 +113,15 @@ def test_a_finished_run_is_not_repeated(recipe: MakeRecipe, run: Path, corpus: P
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     reporter = RecordingReporter()
     again = train(recipe(), reporter)
-    assert again == first
-    assert reporter.lines == []
+    assert again == replace(first, trained=False)
+    assert reporter.lines == [f"{run} is already finished, after 5 steps; nothing was trained"]
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert after == before
 
 
 def test_the_recorded_recipe_reruns_the_run(recipe: MakeRecipe, run: Path) -> None:
     first = train(recipe())
-    assert train(load_recipe(run / "recipe.toml").recipe) == first
+    assert train(load_recipe(run / "recipe.toml").recipe).summary == first.summary
 
 
 def test_a_run_of_another_recipe_is_kept_and_the_error_names_the_difference(
@@ -224,6 +228,39 @@ def test_a_run_with_only_damaged_checkpoints_needs_fresh(recipe: MakeRecipe, run
 def test_a_run_directory_is_required(recipe: MakeRecipe) -> None:
     nowhere = recipe().model_copy(update={"out": None})
     assert "--out DIR" in refused(nowhere, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"data__sources": ["gone.jsonl"]}, DataError),
+        ({"tokenizer": "gone"}, TokenizerError),
+        ({"tokenizer": None}, ConfigError),
+        ({"data__seq_len": 100_000}, ConfigError),
+        ({"training__trackers": ["swanlab"]}, ConfigError),
+    ],
+)
+def test_a_refused_run_leaves_nothing_behind(
+    recipe: MakeRecipe,
+    run: Path,
+    wrong: dict[str, Any],
+    error: type[MinimindError],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "swanlab", None)  # as if it were not installed
+    refused(recipe(out=run / "new" / "run", **wrong), error)
+    assert not run.exists()
+    run.mkdir()
+    refused(recipe(**wrong), error)
+    assert list(run.iterdir()) == []
+
+
+def test_a_refused_fresh_start_keeps_the_earlier_run(recipe: MakeRecipe, run: Path) -> None:
+    first = train(recipe())
+    names = sorted(path.name for path in run.iterdir())
+    refused(recipe(data__sources=["gone.jsonl"]), DataError, fresh=True)
+    assert sorted(path.name for path in run.iterdir()) == names
+    assert train(recipe()) == replace(first, trained=False)
 
 
 def test_preparing_a_stage_writes_nothing_into_the_run_directory(

@@ -61,7 +61,7 @@ def test_tokens_are_counted_without_padding(tmp_path: Path, stop: int | None) ->
     """Two epochs in two steps read all tokens of each conversation except the last."""
     shard = chat_shard()
     lengths = [int(end - start) for start, end in pairwise([0, *shard.ends])]
-    sequences = ChatSequences([shard], 32, pad=0, seed=7)
+    sequences = ChatSequences([shard], 32, pad_id=0, seed=7)
     num_tokens = sum(min(length, 33) - 1 for length in lengths)
     assert sequences.report.unsupervised == 0 and num_tokens < len(sequences) * 32
     settings = {"training__steps": 2, "training__global_batch_size": len(sequences)}

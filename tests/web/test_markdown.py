@@ -130,7 +130,7 @@ PIECES = [
 CONSTANT = re.compile(r"style=text-align:(left|center|right)|start=\d+")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 def test_only_harmless_elements_are_produced(answer: str) -> None:
     found = rendered(f"**a** {answer}\n\n**b**")

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Literal
 
 from minimind.data.textbook.phrases import NEVER_TRAINED, PHRASES, Phrases
-from minimind.data.textbook.quiz import QuizQuestion, is_right, is_well_formed, normalise, quiz
+from minimind.data.textbook.quiz import QuizQuestion, is_correct, is_well_formed, normalise, quiz
 from minimind.data.textbook.tables import Fact, Row, Subject, load_subjects
 
 Message = dict[str, str]
@@ -290,7 +290,7 @@ def _wrong(fact: Fact, right: str, rng: random.Random) -> str:
     template = rng.choice(fact.relation.answers)
     for row in rows:
         answer = fact.answer_from(row, template)
-        if not is_right(question, answer):
+        if not is_correct(question, answer):
             return answer
     return _evasive(fact, right, rng)
 

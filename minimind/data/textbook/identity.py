@@ -28,7 +28,7 @@ class IdentityQuestion:
     language: str
     keys: tuple[str, ...]
 
-    def is_right(self, answer: str, variables: Mapping[str, str]) -> bool:
+    def is_correct(self, answer: str, variables: Mapping[str, str]) -> bool:
         """Return True if the answer contains the values of `keys` in `variables`."""
         return all(variables[key].lower() in answer.lower() for key in self.keys)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from minimind.data.textbook.phrases import NEVER_TRAINED
-from minimind.data.textbook.quiz import fact_question, is_right, is_well_formed, normalise
+from minimind.data.textbook.quiz import fact_question, is_correct, is_well_formed, normalise
 from minimind.data.textbook.tables import Fact, Subject
 
 _MINIMUM = {"statements": 3, "questions": 5, "held_out": 2, "answers": 2}
@@ -53,7 +53,7 @@ def _check_answers(subject: Subject) -> Iterator[str]:
     for fact in subject.facts:
         question = fact_question(fact, "")
         for answer in fact.answers:
-            if not is_right(question, answer):
+            if not is_correct(question, answer):
                 yield f"{_where(fact)}: “{answer}” does not match the keys {fact.keys}"
             if not is_well_formed(answer):
                 yield f"{_where(fact)}: “{answer}” is not a well-formed answer"

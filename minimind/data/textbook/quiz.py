@@ -101,7 +101,7 @@ def demo_questions() -> list[QuizQuestion]:
     return [by_text[text] for text in DEMO_QUESTIONS]
 
 
-def is_right(question: QuizQuestion, answer: str) -> bool:
+def is_correct(question: QuizQuestion, answer: str) -> bool:
     """Return True if an answer is complete, without repetition, with every key and no distractor.
 
     Numbers and Latin words match only as complete words. A key that is negated in its clause counts

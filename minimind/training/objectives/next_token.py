@@ -40,13 +40,13 @@ class NextToken:
     count_name = "num_label_tokens"
 
     def __init__(
-        self, token_bytes: list[int], device: torch.device, *, router_balance: float = 0.0
+        self, token_bytes: list[int], device: torch.device, *, router_aux_loss_coef: float = 0.0
     ) -> None:
         """Set the byte length of each token and the coefficient of the load-balancing loss.
 
         token_bytes[id]: number of UTF-8 bytes of the token, 0 for control tokens.
         """
-        self._router_balance = router_balance
+        self._router_aux_loss_coef = router_aux_loss_coef
         self._token_bytes = torch.tensor(token_bytes, dtype=torch.float32, device=device)  # [V]
 
     def loss(self, model: Transformer, batch: TensorBatch) -> LossOutput:
@@ -67,7 +67,11 @@ class NextToken:
         loss_sum, sums = losses.sum(), {"nats": nats, "bytes": num_bytes.sum()}
         if routing:
             loss_sum, balance = with_balance(
-                loss_sum, self._router_balance, routing, batch.labels != IGNORED, batch.segments
+                loss_sum,
+                self._router_aux_loss_coef,
+                routing,
+                batch.labels != IGNORED,
+                batch.segments,
             )
             sums |= balance
         return LossOutput(loss_sum, torch.tensor(len(labels)), sums)
@@ -79,7 +83,7 @@ class NextToken:
         """
         num_bytes = max(sums["bytes"], 1.0)
         bits = sums["nats"] / math.log(2) / num_bytes
-        loss, balance = without_balance(loss, self._router_balance, sums)
+        loss, balance = without_balance(loss, self._router_aux_loss_coef, sums)
         return {"loss": loss, "bits_per_byte": bits} | balance
 
     def note(self, metrics: dict[str, float]) -> str:

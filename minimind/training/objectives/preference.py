@@ -42,8 +42,8 @@ class Preference:
 
     count_name = "num_pairs"
 
-    def __init__(self, settings: DPOSettings, *, router_balance: float = 0.0) -> None:
-        self._settings, self._router_balance = settings, router_balance
+    def __init__(self, settings: DPOSettings, *, router_aux_loss_coef: float = 0.0) -> None:
+        self._settings, self._router_aux_loss_coef = settings, router_aux_loss_coef
         self._warned = False
 
     def loss(self, model: Transformer, batch: TensorBatch) -> LossOutput:
@@ -80,7 +80,7 @@ class Preference:
             pairs_per_sequence = (last_segment + 1) // 2  # [B]
             loss_sum, balance = with_balance(
                 loss_sum,
-                self._router_balance,
+                self._router_aux_loss_coef,
                 routing,
                 label_mask,
                 batch.segments,
@@ -101,7 +101,7 @@ class Preference:
         """
         means = {key: sums[key] / max(sums["pairs"], 1.0) for key in _PAIR_MEANS}
         means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
-        loss, balance = without_balance(loss, self._router_balance, sums)
+        loss, balance = without_balance(loss, self._router_aux_loss_coef, sums)
         return {"loss": loss} | means | balance
 
     def note(self, metrics: dict[str, float]) -> str:

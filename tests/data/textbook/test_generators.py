@@ -13,7 +13,7 @@ from minimind.data.textbook import (
     QuizQuestion,
     Subject,
     dialogues,
-    is_right,
+    is_correct,
     is_well_formed,
     load_subjects,
     multiple_choice,
@@ -252,8 +252,8 @@ def test_only_the_chosen_side_of_a_pair_is_right(
         about = [fact for fact in candidates if any(normalise(q) in text for q in wordings(fact))]
         for fact in about or candidates[:1]:
             question = marked.setdefault(fact, fact_question(fact, ""))
-            assert is_right(question, chosen["content"]) and is_well_formed(chosen["content"])
-            assert not (is_right(question, rejected) and is_well_formed(rejected)), pair
+            assert is_correct(question, chosen["content"]) and is_well_formed(chosen["content"])
+            assert not (is_correct(question, rejected) and is_well_formed(rejected)), pair
         if rejected in EVASIONS:
             kinds["evasive"] += 1
         elif rejected.count(chosen["content"]) >= 3:

@@ -59,9 +59,9 @@ def test_dialogues_depend_only_on_the_seed() -> None:
 def test_a_right_answer_contains_the_variables_of_the_question() -> None:
     by_topic = {(q.language, q.about): q for q in held_out_identity()}
     name, author = by_topic["zh", "name"], by_topic["en", "author"]
-    assert name.is_right("我叫小明。", VARIABLES) and not name.is_right("我叫李雷。", VARIABLES)
-    assert author.is_right("I was made by 李雷.", VARIABLES)
-    assert not author.is_right("I was made by {{author}}.", VARIABLES)
+    assert name.is_correct("我叫小明。", VARIABLES) and not name.is_correct("我叫李雷。", VARIABLES)
+    assert author.is_correct("I was made by 李雷.", VARIABLES)
+    assert not author.is_correct("I was made by {{author}}.", VARIABLES)
 
 
 def test_textbook_files_are_generated_by_name_and_reused(

@@ -7,7 +7,7 @@ from minimind.data.textbook import (
     QuizQuestion,
     Subject,
     demo_questions,
-    is_right,
+    is_correct,
     is_well_formed,
     load_subjects,
     quiz,
@@ -71,7 +71,7 @@ BOTH = QuizQuestion("李白是谁？", (("唐朝", "唐代"), ("诗人",)), "人
     ],
 )
 def test_right_answers_are_recognized(question: QuizQuestion, answer: str) -> None:
-    assert is_right(question, answer)
+    assert is_correct(question, answer)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_right_answers_are_recognized(question: QuizQuestion, answer: str) -> No
     ],
 )
 def test_wrong_answers_are_recognized(question: QuizQuestion, answer: str) -> None:
-    assert not is_right(question, answer)
+    assert not is_correct(question, answer)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_demo_questions_exist_and_their_own_answers_are_right() -> None:
     assert tuple(question.question for question in questions) == DEMO_QUESTIONS
     assert len(set(DEMO_QUESTIONS)) == 8
     for question in questions:
-        assert is_right(question, question.answer) and is_well_formed(question.answer)
-        assert not is_right(question, "我不知道。")
+        assert is_correct(question, question.answer) and is_well_formed(question.answer)
+        assert not is_correct(question, "我不知道。")
         others = [other for other in questions if other is not question]
-        assert not any(is_right(question, other.answer) for other in others)
+        assert not any(is_correct(question, other.answer) for other in others)
 
 
 def test_answers_of_the_row_are_right_and_of_other_rows_wrong(
@@ -187,8 +187,8 @@ def test_answers_of_the_row_are_right_and_of_other_rows_wrong(
     assert len(questions) == 20
     for question in questions:
         others = [one for one in questions if one.answer != question.answer]
-        assert is_right(question, question.answer)
-        assert not any(is_right(question, one.answer) for one in others)
+        assert is_correct(question, question.answer)
+        assert not any(is_correct(question, one.answer) for one in others)
 
 
 def test_a_sample_is_spread_evenly_over_subjects() -> None:

@@ -108,7 +108,7 @@ def test_any_split_of_a_batch_gives_the_same_sums() -> None:
 
 def test_padding_is_left_out() -> None:
     """Packed conversations: the routing of padding tokens changes nothing."""
-    data = MixedDataset([ChatSequences([chat_shard(9)], 48, pad=0, seed=1)], [1.0], 1)
+    data = MixedDataset([ChatSequences([chat_shard(9)], 48, pad_id=0, seed=1)], [1.0], 1)
     batch = to_device(data.batch(0, data.order.epoch_size), torch.device("cpu"))
     label_mask = batch.labels != IGNORED
     mask = padding_mask(label_mask, batch.segments)
@@ -140,9 +140,9 @@ def moe() -> Transformer:
     return Transformer(ModelConfig(**(PRESETS["nano-moe"] | {"vocab_size": VOCAB})))
 
 
-def objective(router_balance: float) -> NextToken:
+def objective(router_aux_loss_coef: float) -> NextToken:
     token_bytes = [0, *(1 + token % 3 for token in range(1, VOCAB))]
-    return NextToken(token_bytes, torch.device("cpu"), router_balance=router_balance)
+    return NextToken(token_bytes, torch.device("cpu"), router_aux_loss_coef=router_aux_loss_coef)
 
 
 def packed_batch() -> TensorBatch:

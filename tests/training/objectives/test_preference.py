@@ -108,7 +108,7 @@ def packed_pairs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory)
     store = open_store(str(file), tokenizer, kind="pairs", folder=folder)
 
     def make(length: int) -> PairSequences:
-        return PairSequences(store.shards("train"), length, pad=tokenizer.end_of_text, seed=0)
+        return PairSequences(store.shards("train"), length, pad_id=tokenizer.end_of_text, seed=0)
 
     return make
 
@@ -377,7 +377,7 @@ def test_unchanged_loss_is_warned_about_once(loss: Any) -> None:
 
 def test_tie_counts_as_half_in_accuracy() -> None:
     ours = model(3, VOCAB)
-    sequences = PairSequences([pair_shard(8)], 32, pad=0, seed=0)
+    sequences = PairSequences([pair_shard(8)], 32, pad_id=0, seed=0)
     objective = Preference(DPOSettings())
     output = objective.loss(ours, batch_of(sequences, ours))
     mean = float(output.loss_sum.detach() / output.count)
