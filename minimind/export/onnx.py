@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.errors import ModelError, UsageError, install_line
@@ -94,12 +95,11 @@ class _AllExperts(nn.Module):
         self.experts = experts
 
     def forward(self, x: Tensor, routing: None) -> Tensor:
-        top, chosen = self.experts.router(x).topk(self.experts.num_chosen, dim=-1)
+        logits = F.linear(x, self.experts.router.layer.weight)  # [B, T, E]
+        top, chosen = logits.topk(self.experts.num_chosen, dim=-1)  # [B, T, K] each
         matrices = self.experts.input_linear.weight, self.experts.output_linear.weight
-        weights = top.softmax(-1).to(x.dtype)
-        return moe_reference(
-            x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1), *matrices
-        ).view_as(x)
+        rows = (tensor.flatten(0, 1) for tensor in (x, chosen, top.softmax(-1)))
+        return moe_reference(*rows, *matrices).view_as(x)
 
 
 def _attention_mask(attention_mask: Tensor, length: int) -> Tensor:
