@@ -10,6 +10,7 @@ T new tokens, P past ones, K key/value heads, D head_dim. The cache of the first
 (P = 0), and each call's `present` is the next one's `past_key_values`.
 """
 
+import logging
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -149,9 +150,7 @@ def _check_installed() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise UsageError(
-            f"onnx and onnxscript are not installed; {install_line('onnx')}"
-        ) from None
+        raise UsageError(f"onnx and onnxscript are not installed; {install_line('onnx')}") from None
 
 
 @torch.no_grad()
@@ -173,6 +172,7 @@ def trace(model: Transformer) -> Any:
     shapes: dict[str, Any] = {name: dict.fromkeys(axes, automatic) for name, axes in dims.items()}
     shapes["past"] = [{0: automatic, 2: automatic} for _ in example["past"]]
     names = [f"{n}.{part}" for n in layers for part in ("key", "value")]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # "torchvision is not installed"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -193,14 +193,11 @@ def trace(model: Transformer) -> Any:
 def _name_dimensions(program: Any) -> None:
     """Give the dimensions of inputs and outputs the names that transformers.js reads."""
     graph = program.model.graph
-    inputs = {value.name: value.shape for value in graph.inputs}
-    program.rename_axes(
-        {
-            inputs["input_ids"][0].value: _BATCH,
-            inputs["input_ids"][1].value: _NEW,
-            inputs["past_key_values.0.key"][2].value: _PAST,
-        }
-    )
+    tokens, *_ = graph.inputs
+    names = {tokens.shape[0].value: _BATCH, tokens.shape[1].value: _NEW}
+    # The exporter does not see that all caches have the same length.
+    names |= {v.shape[2].value: _PAST for v in graph.inputs if v.name.startswith("past")}
+    program.rename_axes(names)
     for value in (*graph.inputs, *graph.outputs):
         if value.name == "attention_mask":
             value.shape[1] = _TOTAL

@@ -53,9 +53,7 @@ def assert_same_logits(model: Transformer, state: State, sizes: Sizes) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_the_reference(
-    name: str, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_logits_are_those_of_the_reference(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     sizes, settings = CASES[name]
     state = random_state(sizes)
     report = import_pth(save(tmp_path / "x.pth", state), tmp_path / "out", tokenizer, settings)
@@ -116,7 +114,7 @@ def test_code_in_a_file_is_never_run(as_zip: bool, tokenizer: Tokenizer, tmp_pat
     path, proof = tmp_path / "x.pth", tmp_path / "proof"
     content = random_state(V2) | {"hostile": RunsCode(proof)}
     torch.save(content, path, _use_new_zipfile_serialization=as_zip)
-    with pytest.raises(ModelError, match=r"more than tensors.*mkdir.*Nothing in it was run"):
+    with pytest.raises(ModelError, match=r"more than tensors: \w+\.mkdir, .*Nothing was run"):
         import_pth(path, tmp_path / "out", tokenizer)
     assert not proof.exists() and not (tmp_path / "out").exists()
     torch.load(path, weights_only=False)
@@ -126,7 +124,9 @@ def test_code_in_a_file_is_never_run(as_zip: bool, tokenizer: Tokenizer, tmp_pat
 def refused(state: Any, tokenizer: Tokenizer, folder: Path, error: type[MinimindError],
             config: dict[str, Any] | None = None, **settings: Any) -> str:  # fmt: skip
     with pytest.raises(error) as caught:
-        import_pth(save(folder / "x.pth", state, **config or {}), folder / "out", tokenizer, settings)
+        import_pth(
+            save(folder / "x.pth", state, **config or {}), folder / "out", tokenizer, settings
+        )
     assert not (folder / "out").exists()
     return str(caught.value)
 
@@ -179,7 +179,9 @@ def test_other_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut", pickle.dumps([1])[:5]])
 def test_damaged_files(content: bytes, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(ModelError, match=r"x\.pth: "):
+    with pytest.raises(
+        ModelError, match=r"x\.pth: (cannot be read as a file of|it holds no state dict)"
+    ):
         import_pth(tmp_path / "x.pth", tmp_path / "out", tokenizer)
     with pytest.raises(ModelError, match=r"none\.pth: cannot be read: No such file"):
         import_pth(tmp_path / "none.pth", tmp_path / "out", tokenizer)

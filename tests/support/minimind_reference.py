@@ -53,9 +53,7 @@ def random_state(sizes: Sizes) -> State:
         matrix(f"{name}.{down}", sizes.hidden, sizes.inner)
         matrix(f"{name}.{up}", sizes.inner, sizes.hidden)
 
-    embedding, head = (
-        ("tok_embeddings", "output") if old else ("model.embed_tokens", "lm_head")
-    )
+    embedding, head = ("tok_embeddings", "output") if old else ("model.embed_tokens", "lm_head")
     matrix(embedding, sizes.vocab, sizes.hidden)
     for layer in range(sizes.layers):
         names = _names(layer, old)
@@ -133,7 +131,9 @@ def _rotate(x: Tensor, sizes: Sizes) -> Tensor:
 def _attention(
     state: Mapping[str, Tensor], names: Mapping[str, str], layer: int, sizes: Sizes, x: Tensor
 ) -> Tensor:
-    q, k, v = ((x @ state[f"{names[p]}.weight"].T).unflatten(-1, (-1, sizes.head_dim)) for p in "qkv")
+    q, k, v = (
+        (x @ state[f"{names[p]}.weight"].T).unflatten(-1, (-1, sizes.head_dim)) for p in "qkv"
+    )
     if sizes.qk_norm:
         base = f"model.layers.{layer}.self_attn"
         q = _rms_norm(q, state[f"{base}.q_norm.weight"], sizes.eps)
