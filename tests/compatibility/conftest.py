@@ -48,6 +48,8 @@ class Runs:
             "training__steps": 5,
             "optim__lr": 1e-2,
         }
+        if stage == "dpo":
+            more["data__seq_len"] = 64
         if stage == "lora":
             more = lora_settings(**more)
         objective = "sft" if stage == "lora" else stage
