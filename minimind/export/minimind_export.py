@@ -42,7 +42,8 @@ def export_pth(directory: Path, out: Path) -> dict[str, Any]:
             torch.save(dict(state), temporary)
         write_json(out.with_suffix(".json"), content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise ResourceError(f"{out}: cannot be written: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ResourceError(f"{out}: cannot be written: {reason}") from error
     return content
 
 

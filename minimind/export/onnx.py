@@ -136,7 +136,7 @@ def export_onnx(directory: Path, out: Path, *, adapter: Path | None = None) -> P
             "holds at most 2 GB; export GGUF instead: minimind export gguf"
         )
     program = trace(model.eval())
-    with atomic_directory(out, "ONNX model", GRAPH, size) as work:
+    with atomic_directory(out, "model in ONNX format", GRAPH, size) as work:
         for file in directory.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHTS):
                 shutil.copyfile(file, work / file.name)

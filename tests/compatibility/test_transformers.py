@@ -75,9 +75,7 @@ def test_pipeline(architecture: str, runs: Runs) -> None:
     pipeline = transformers.pipeline("text-generation", model=str(directory), dtype=torch.float32)
     output = pipeline(MESSAGES, max_new_tokens=12, do_sample=False, eos_token_id=None)
     prompt, _ = encode_chat(tokenizer, MESSAGES, add_generation_prompt=True)
-    (expected,) = generate_all(
-        model, tokenizer, [prompt], max_new_tokens=12, stop_ids=frozenset()
-    )
+    (expected,) = generate_all(model, tokenizer, [prompt], max_new_tokens=12, stop_ids=frozenset())
     answer = output[0]["generated_text"][-1]
     assert answer == {"role": "assistant", "content": tokenizer.decode(expected)}
 

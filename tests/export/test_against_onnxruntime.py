@@ -1,4 +1,4 @@
-"""Exported ONNX graphs in onnxruntime, compared with transformers: `make test-onnx`."""
+"""Exported ONNX graphs in onnxruntime, compared with transformers: `make test-compatibility`."""
 
 import json
 from pathlib import Path
