@@ -24,7 +24,7 @@ def folder(tokenizer: Tokenizer, tmp_path: Path) -> Path:
     config = ModelConfig(**PRESETS["nano"] | {"vocab_size": tokenizer.vocab_size})
     save_model(tmp_path / "run" / "model", Transformer(config), tokenizer)
     output = run(tmp_path, "export", "torch", "run", "--out", "x.pth").output
-    assert "x.pth: 0.1 MB, for MiniMind v2, before March 2026" in output
+    assert "x.pth: 0.2 MB, for MiniMind v2, before March 2026" in output
     assert "x.json: the arguments of its MiniMindConfig" in output
     return tmp_path
 
