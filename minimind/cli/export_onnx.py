@@ -1,17 +1,13 @@
 """`minimind export onnx MODEL --out DIR`: a model for onnxruntime and transformers.js."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from minimind.cli import console
-from minimind.cli.options import Adapter, Model
+from minimind.cli.export import Adapter, OutFolder
+from minimind.cli.options import Model
 
 
 def onnx(
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    out: OutFolder,
     adapter: Adapter = None,
 ) -> None:
     """Write a folder with an ONNX graph for onnxruntime and transformers.js."""

@@ -1,10 +1,12 @@
 """Model directory to GGUF: one file that llama.cpp, Ollama, LM Studio and the browser page run.
 
 A GGUF file holds metadata (hyperparameters, vocabulary, chat template) and tensors under
-llama.cpp's names. Two layouts differ from Hugging Face's. llama.cpp rotates neighbouring pairs
-(2i, 2i + 1) where `model/rope.py` rotates (i, i + D/2), so the rows of the query and key matrices
-of `llama` and `granitemoe` are permuted; `qwen3` is read as it is. And the matrices of experts are
-stored as gate and up apart, where ours are one.
+llama.cpp's names. Two layouts differ from Hugging Face's:
+
+- llama.cpp rotates neighbouring pairs (2i, 2i + 1) where `model/rope.py` rotates (i, i + D/2), so
+  the rows of the query and key matrices of `llama` and `granitemoe` are permuted; those of `qwen3`
+  are not.
+- Gate and up projections of experts are two tensors, where ours are one.
 """
 
 import contextlib
@@ -14,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 from torch import Tensor
 
 from minimind.config.model import ModelConfig
 from minimind.errors import ModelError, ResourceError, UsageError, install_line
 from minimind.export.gguf_vocabulary import GGUFVocabulary, read_vocabulary
+from minimind.files import atomic_file
 from minimind.model import Transformer, load_model, merge_adapter
 from minimind.model.rope import rope_frequencies
 
@@ -31,6 +35,8 @@ _ARCHITECTURES = {
     "GraniteMoeSharedForCausalLM": "granitemoe",
 }
 _BLOCK = 32  # numbers of a row that share a scale in q8_0, q4_0, …
+_K_BLOCK = 256  # the same in K-quants
+_LOG_ERROR = 4  # ggml_log_level of errors
 _NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -56,12 +62,30 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class GGUFReport:
-    """What was written. `wider`: tensors stored as f16, since their rows do not fill blocks."""
+    """Summary of a written file."""
 
     path: Path
-    size: int = 0  # bytes
-    type: str = "f16"
-    wider: list[str] = field(default_factory=list)
+    type: str
+    size: int  # bytes
+    # Tensors in another type, by name, because their rows do not fill whole blocks of `type`.
+    other_types: dict[str, str] = field(default_factory=dict)
+    block: int = _BLOCK  # numbers per block
+
+
+def model_name(path: Path) -> str:
+    """Return a name for a model: that of its run directory, or of its own."""
+    resolved = path.resolve()
+    return (resolved.parent if resolved.name in ("model", "adapter") else resolved).name
+
+
+def check_new_file(out: Path) -> None:
+    """Raise UsageError unless `out` is the name of a new file that ends in .gguf."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a directory; give a file name, such as {out / 'model.gguf'}")
+    if out.suffix != ".gguf":
+        raise UsageError(f"{out}: the name of a GGUF file ends in .gguf, such as {out}.gguf")
+    if out.exists():
+        raise UsageError(f"{out} already exists; delete it or choose another --out")
 
 
 def export_gguf(
@@ -72,30 +96,43 @@ def export_gguf(
     adapter: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> GGUFReport:
-    """Write a model directory as one GGUF file, replacing `out` only when all of it is written.
+    """Write a model directory as one new GGUF file.
 
     adapter: a LoRA adapter directory to merge first. progress(done, total) counts tensors.
-    Raises ModelError for a model that llama.cpp cannot represent, UsageError when the package
-    that writes `type` is not installed, ResourceError when the file cannot be written.
+    Raises UsageError for an unknown `type`, one that needs a missing package, and a name that is
+    taken or does not end in .gguf; ModelError for a model that llama.cpp cannot represent;
+    ResourceError when the file cannot be written.
     """
+    type = type.lower()
+    check_new_file(out)
     if type in K_TYPES:
         return _export_k_quantized(directory, out, type, adapter, progress)
     if type not in PLAIN_TYPES:
-        raise UsageError(f"no GGUF type {type!r}; known are {', '.join(PLAIN_TYPES + K_TYPES)}")
+        raise UsageError(f"unknown GGUF type {type!r}; known: {', '.join(PLAIN_TYPES + K_TYPES)}")
+    other_types = _write(directory, out, type, adapter, progress)
+    return GGUFReport(out, type, out.stat().st_size, other_types)
+
+
+def _write(
+    directory: Path, out: Path, type: str, adapter: Path | None, progress: Progress
+) -> dict[str, str]:
+    """Write a file of one of `PLAIN_TYPES`; return the tensors that have another type."""
     model = load_model(directory)
     if adapter:
         merge_adapter(model, adapter)
     vocabulary = read_vocabulary(directory, model.config.vocab_size)
-    report = GGUFReport(out, type=type)
-    writer = new_writer(out, architecture(model.config))
-    _write_metadata(writer, directory, model.config, vocabulary, type)
-    tensors = dict(gguf_tensors(model))
-    for done, (name, tensor) in enumerate(tensors.items(), 1):
-        _add_tensor(writer, name, tensor, type, report.wider)
-        progress(done, len(tensors))
-    finish(writer, out)
-    report.size = out.stat().st_size
-    return report
+    other_types = {}
+    with gguf_file(out, architecture(model.config)) as writer:
+        _write_metadata(writer, model_name(directory), model.config, type)
+        _write_vocabulary(writer, vocabulary)
+        tensors = dict(gguf_tensors(model))
+        for done, (name, tensor) in enumerate(tensors.items(), 1):
+            kind = _tensor_type(name, tensor, type)
+            add_tensor(writer, name, tensor, kind)
+            if kind == "f16" != type:
+                other_types[name] = kind
+            progress(done, len(tensors))
+    return other_types
 
 
 def architecture(config: ModelConfig) -> str:
@@ -103,49 +140,44 @@ def architecture(config: ModelConfig) -> str:
     if config.rope_scaling and config.rope_scaling.rope_type == "dynamic":
         raise ModelError(
             "llama.cpp has no dynamic RoPE scaling; extend the context with "
-            "model.rope_scaling=yarn instead, or export without an extended context"
+            "model.rope_scaling=yarn instead, or export the model without an extended context"
         )
     return _ARCHITECTURES[config.architecture]
 
 
-def gguf_package() -> Any:
-    """Import the package `gguf`; raise UsageError with the line that installs it."""
-    try:
-        import gguf
-    except ImportError:
-        raise UsageError(f"gguf is not installed; {install_line('gguf')}") from None
-    return gguf
+@contextlib.contextmanager
+def gguf_file(out: Path, architecture: str) -> Iterator[gguf.GGUFWriter]:
+    """Yield a GGUFWriter; when the block succeeds, its content is written to `out`, atomically.
+
+    Raises ResourceError when the file cannot be written; then nothing is left of it.
+    """
+    with _written_atomically(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, architecture)
+        try:
+            yield writer
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
 
 
-def new_writer(out: Path, architecture: str) -> Any:
-    """Open a GGUFWriter on a temporary file beside `out`; `finish` gives it the name."""
-    return gguf_package().GGUFWriter(temporary(out), architecture)
-
-
-def temporary(out: Path) -> Path:
-    """Path of the file that becomes `out`."""
-    return out.with_name(f".{out.name}.tmp")
-
-
-def finish(writer: Any, out: Path) -> None:
-    """Write all that was added and rename the file to `out`. Raises ResourceError."""
-    part = temporary(out)
+@contextlib.contextmanager
+def _written_atomically(out: Path) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `out`. Raises ResourceError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        part.replace(out)
+        with atomic_file(out) as temporary:
+            yield temporary
     except OSError as error:
-        raise ResourceError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        reason = error.strerror or f"incomplete write ({error})"  # the latter is numpy's
+        raise ResourceError(
+            f"{out}: cannot be written: {reason}; free some disk space, or choose another --out"
+        ) from error
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Yield (llama.cpp's name, float32 tensor) of every weight, in its layout."""
+    """Yield (llama.cpp's name, float32 tensor) of every weight, in llama.cpp's layout."""
     config = model.config
     yield from _rope_factors(config)
     for name, tensor in model.state_dict().items():
@@ -156,7 +188,7 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 def convert(module: str, weight: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield (llama.cpp's name without suffix, matrix) of one module's weight.
 
-    module: Hugging Face's path, such as "model.layers.0.self_attn.q_proj".
+    module: Hugging Face's name, such as "model.layers.0.self_attn.q_proj".
     weight: [out, in], [experts, out, in] or [width].
     """
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -166,30 +198,25 @@ def convert(module: str, weight: Tensor, config: ModelConfig) -> Iterator[tuple[
     _, _, layer, leaf = module.split(".", 3)
     block = f"blk.{layer}"
     if leaf in _GATE_AND_UP:
-        gate, up = weight.chunk(2, dim=-2)
-        for name, half in zip(_GATE_AND_UP[leaf], (gate, up), strict=True):
+        for name, half in zip(_GATE_AND_UP[leaf], weight.chunk(2, dim=-2), strict=True):
             yield f"{block}.{name}", half
         return
     if leaf in ("self_attn.q_proj", "self_attn.k_proj") and not config.qk_norm:
         is_query = leaf.endswith("q_proj")
-        weight = _pair_rows(
-            weight, config.num_attention_heads if is_query else config.num_key_value_heads
-        )
+        heads = config.num_attention_heads if is_query else config.num_key_value_heads
+        weight = _pair_rows(weight, heads)
     yield f"{block}.{_NAMES[leaf]}", weight
 
 
 def _pair_rows(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head from (all first, all second halves) to neighbouring pairs.
-
-    weight: [H * D, in]; row i + D/2 of a head comes to stand after row i.
-    """
+    """Reorder the rows of each head so that row i + D/2 follows row i. weight: [H * D, in]."""
     rows, inputs = weight.shape
     halves = weight.view(heads, 2, rows // heads // 2, inputs)  # [H, 2, D/2, in]
     return halves.transpose(1, 2).reshape(rows, inputs)
 
 
 def _rope_factors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield Llama 3's scaling as llama.cpp has it: [D/2], by which each frequency is divided."""
+    """Yield Llama 3's RoPE scaling as a tensor: [D/2], the divisor of each frequency."""
     scaling = config.rope_scaling
     if scaling and scaling.rope_type == "llama3":
         plain, _ = rope_frequencies(config.model_copy(update={"rope_scaling": None}), 1)
@@ -197,27 +224,26 @@ def _rope_factors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         yield "rope_freqs.weight", plain / scaled
 
 
-def _add_tensor(writer: Any, name: str, tensor: Tensor, type: str, wider: list[str]) -> None:
-    """Add a tensor in the type asked for; vectors and routers are always float32."""
-    gguf = gguf_package()
+def _tensor_type(name: str, tensor: Tensor, type: str) -> str:
+    """Return the type that a tensor is stored in, in a file of this type."""
+    if tensor.dim() == 1 or "ffn_gate_inp" in name:  # norms and routers are small and sensitive
+        return "f32"
+    if type.startswith("q") and tensor.shape[-1] % _BLOCK:
+        return "f16"
+    # The output head chooses the token; llama.cpp's quantizer also stores it with more bits.
+    is_head = name in ("token_embd.weight", "output.weight")
+    return "q8_0" if is_head and type.startswith(("q4", "q5")) else type
+
+
+def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, type: str) -> None:
+    """Quantize a float32 tensor to `type` and add it to the file."""
     kind = gguf.GGMLQuantizationType[type.upper()]
-    if tensor.dim() == 1 or "ffn_gate_inp" in name:
-        kind = gguf.GGMLQuantizationType.F32
-    elif type.startswith("q") and tensor.shape[-1] % _BLOCK:
-        kind = gguf.GGMLQuantizationType.F16
-        wider.append(name)
-    elif type.startswith(("q4", "q5")) and name in ("token_embd.weight", "output.weight"):
-        # The head decides between tokens: llama.cpp keeps it wider too.
-        kind = gguf.GGMLQuantizationType.Q8_0
     array = tensor.detach().contiguous().cpu().numpy()
     writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
 
 
-def _write_metadata(
-    writer: Any, directory: Path, config: ModelConfig, vocabulary: GGUFVocabulary, type: str
-) -> None:
-    gguf = gguf_package()
-    writer.add_name(directory.resolve().name)
+def _write_metadata(writer: gguf.GGUFWriter, name: str, config: ModelConfig, type: str) -> None:
+    writer.add_name(name)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -230,36 +256,26 @@ def _write_metadata(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_file_type(gguf.LlamaFileType[_file_type(type)])
+    file_type = "ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if config.num_local_experts:
-        scale = config.attention_multiplier or 1 / math.sqrt(config.head_dim)
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_shared_feed_forward_length(config.shared_intermediate_size)
         writer.add_logit_scale(config.logits_scaling)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_attention_scale(scale)
-    _write_rope_scaling(writer, config)
-    _write_vocabulary(writer, vocabulary)
-
-
-def _file_type(type: str) -> str:
-    return "ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"
-
-
-def _write_rope_scaling(writer: Any, config: ModelConfig) -> None:
+        writer.add_attention_scale(config.attention_multiplier or 1 / math.sqrt(config.head_dim))
     scaling = config.rope_scaling
-    if not scaling or scaling.rope_type == "llama3":  # llama3: a tensor, see `_rope_factors`
-        return
-    gguf = gguf_package()
-    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
-    writer.add_rope_scaling_factor(scaling.factor)
-    writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+    if scaling and scaling.rope_type != "llama3":  # llama3 is a tensor, see `_rope_factors`
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
 
 
-def _write_vocabulary(writer: Any, vocabulary: GGUFVocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
+def _write_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None:
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
@@ -279,25 +295,54 @@ def _write_vocabulary(writer: Any, vocabulary: GGUFVocabulary) -> None:
 def _export_k_quantized(
     directory: Path, out: Path, type: str, adapter: Path | None, progress: Progress
 ) -> GGUFReport:
-    """Write float32 first, then let llama.cpp quantize it. Raises UsageError without it."""
+    """Write a float32 file and let llama.cpp quantize it. Raises UsageError without llama.cpp."""
+    llama_cpp = _import_llama_cpp(type)
+    wide = out.with_name(f".{out.stem}.f32.gguf")
+    try:
+        _write(directory, wide, "f32", adapter, progress)
+        with _written_atomically(out) as temporary:
+            if errors := _quantize(llama_cpp, wide, temporary, type):
+                raise ResourceError(f"{out}: llama.cpp could not write it as {type}: {errors}")
+    finally:
+        wide.unlink(missing_ok=True)
+    return GGUFReport(out, type, out.stat().st_size, _types_but_k(out), _K_BLOCK)
+
+
+def _quantize(llama_cpp: Any, source: Path, target: Path, type: str) -> str:
+    """Quantize a GGUF file by llama.cpp; return its error messages, or "" if it succeeded."""
+    errors = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def log(level: int, text: bytes, _: object) -> None:  # llama.cpp's own prints every tensor
+        if level == _LOG_ERROR:
+            errors.append(text.decode("utf-8", "replace").strip())
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type.upper()}")
+    llama_cpp.llama_log_set(log, None)
+    try:
+        paths = (str(path).encode() for path in (source, target))
+        failed = llama_cpp.llama_model_quantize(*paths, parameters)
+    finally:
+        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), None)
+    return ("; ".join(errors) or "no reason given") if failed else ""
+
+
+def _import_llama_cpp(type: str) -> Any:
     try:
         import llama_cpp
     except ImportError:
         raise UsageError(
-            f"{type} is written by llama.cpp, through llama-cpp-python: pip install "
-            f"llama-cpp-python; without it, {', '.join(PLAIN_TYPES)} can be written"
+            f"the type {type} needs llama-cpp-python, which is not installed: "
+            f"{install_line('llama-cpp')}. Without it: {', '.join(PLAIN_TYPES)}"
         ) from None
-    wide = out.with_name(f".{out.name}.f32")
-    part = temporary(out)
-    try:
-        export_gguf(directory, wide, type="f32", adapter=adapter, progress=progress)
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type.upper()}")
-        status = llama_cpp.llama_model_quantize(str(wide).encode(), str(part).encode(), parameters)
-        if status:
-            raise ModelError(f"{directory}: llama.cpp could not quantize it to {type}")
-        part.replace(out)
-    finally:
-        wide.unlink(missing_ok=True)
-        part.unlink(missing_ok=True)
-    return GGUFReport(out, out.stat().st_size, type)
+    return llama_cpp
+
+
+def _types_but_k(path: Path) -> dict[str, str]:
+    """Return the matrices of a K-quantized file whose rows did not fill blocks of 256."""
+    return {
+        tensor.name: tensor.tensor_type.name.lower()
+        for tensor in gguf.GGUFReader(path).tensors
+        if len(tensor.shape) > 1 and tensor.shape[0] % _K_BLOCK and tensor.tensor_type.name != "F32"
+    }

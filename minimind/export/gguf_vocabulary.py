@@ -1,7 +1,7 @@
-"""The vocabulary and the chat template of a model directory, as GGUF describes them.
+"""Vocabulary and chat template of a model directory, in GGUF's terms.
 
-llama.cpp does not read a split pattern from the file: it knows some by name (`tokenizer.ggml.pre`)
-and refuses or misreads others. So a tokenizer can be exported when its pattern is one of those.
+llama.cpp reads no split pattern from the file. It implements some, selected by name
+(`tokenizer.ggml.pre`), so only a tokenizer with one of these patterns can be exported.
 """
 
 import json
@@ -22,7 +22,7 @@ _NAMES = {SPLIT_PATTERN: "qwen2", _LLAMA3: "llama-bpe"}
 
 @dataclass(frozen=True)
 class GGUFVocabulary:
-    """Tokens by id with their types, merges by rank, and the ids that llama.cpp needs by role."""
+    """Tokens and their types by id, merges by rank, and the ids of tokens with a role."""
 
     pre: str  # name of the split pattern
     tokens: list[str]
@@ -31,7 +31,7 @@ class GGUFVocabulary:
     eos_id: int  # ends an answer
     eot_ids: list[int]  # end an answer too
     pad_id: int
-    bos_id: int | None  # stands before every text
+    bos_id: int | None  # precedes every text
     chat_template: str | None
 
 
@@ -72,28 +72,36 @@ def read_vocabulary(directory: Path, vocab_size: int) -> GGUFVocabulary:
 
 
 def _split_pattern_name(path: Path, content: dict[str, Any]) -> str:
-    """Return llama.cpp's name of a byte-level tokenizer's split pattern."""
-    model, before = content["model"], content.get("pre_tokenizer") or {}
-    steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
+    """Return llama.cpp's name of a byte-level tokenizer's split pattern. Raises ModelError."""
+    model, pre = content["model"], content.get("pre_tokenizer") or {}
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     if model.get("type") != "BPE" or not byte_level:
-        raise ModelError(f"{path}: only a byte-level BPE tokenizer can be written as GGUF")
+        raise _unsupported(path, "it is not a byte-level BPE")
     if byte_level[0].get("add_prefix_space"):
-        raise ModelError(f"{path}: add_prefix_space has no counterpart in GGUF")
+        raise _unsupported(path, "it sets add_prefix_space")
+    # llama.cpp omits the NFC of Qwen's tokenizers, which changes nothing in composed text.
+    if (normalizer := (content.get("normalizer") or {}).get("type", "NFC")) != "NFC":
+        raise _unsupported(path, f"it has the normalizer {normalizer}")
     others = [step for step in steps if step not in byte_level]
     if not others and byte_level[0].get("use_regex", True):
         return "gpt-2"
     patterns = [step.get("pattern", {}).get("Regex") for step in others]
     if len(patterns) != 1 or patterns[0] not in _NAMES:
-        raise ModelError(
-            f"{path}: llama.cpp has no name for this split pattern: {patterns}. Known are those "
-            f"of {', '.join([*_NAMES.values(), 'gpt-2'])}"
-        )
+        known = ", ".join([*_NAMES.values(), "gpt-2"])
+        raise _unsupported(path, f"its split pattern is not that of {known}")
     return _NAMES[patterns[0]]
 
 
+def _unsupported(path: Path, reason: str) -> ModelError:
+    return ModelError(
+        f"{path}: this tokenizer cannot be written as GGUF here: {reason}. For a model of another "
+        "project try llama.cpp's convert_hf_to_gguf.py"
+    )
+
+
 def read_chat_template(directory: Path) -> str | None:
-    """Return the Jinja chat template of a model directory, as transformers would find it."""
+    """Return the Jinja chat template that transformers would use for a model directory."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text("utf-8")
@@ -101,5 +109,5 @@ def read_chat_template(directory: Path) -> str | None:
     raw = json.loads(config.read_text("utf-8")) if config.is_file() else {}
     template = raw.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {one.get("name"): one.get("template") for one in template}.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     return template if isinstance(template, str) else None

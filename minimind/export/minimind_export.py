@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minimind.config.model import MOE_FIELDS, ModelConfig
-from minimind.errors import ModelError, ResourceError
+from minimind.errors import ModelError, ResourceError, UsageError
 from minimind.export.minimind_layout import V2, V3, Generation, split_experts
 from minimind.files import atomic_file, write_json
 from minimind.model import load_model, read_config
@@ -24,8 +24,12 @@ def export_pth(directory: Path, out: Path) -> dict[str, Any]:
 
     The configuration has the name of `out` with the suffix `.json`. Tensors keep their dtype.
     Returns the configuration. Raises ModelError for a model that MiniMind's code cannot compute,
-    ResourceError when the files cannot be written.
+    UsageError when one of the files exists, ResourceError when they cannot be written.
     """
+    config_file = out.with_suffix(".json")
+    for file in (out, config_file):
+        if file.exists():
+            raise UsageError(f"{file} already exists; delete it or choose another --out")
     config = read_config(directory)
     if reason := unsupported_reason(config):
         raise ModelError(f"{directory}: MiniMind's code cannot run this model: {reason}")
@@ -40,7 +44,7 @@ def export_pth(directory: Path, out: Path) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as temporary:
             torch.save(dict(state), temporary)
-        write_json(out.with_suffix(".json"), content)
+        write_json(config_file, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or error
         raise ResourceError(f"{out}: cannot be written: {reason}") from error

@@ -117,13 +117,15 @@ def _attention_mask(attention_mask: Tensor, length: int) -> Tensor:
 
 
 def export_onnx(directory: Path, out: Path, *, adapter: Path | None = None) -> Path:
-    """Write a model directory as the folder `out`, replacing a folder written before.
+    """Write a model directory as the new folder `out`.
 
     adapter: a LoRA adapter directory to merge first. Returns the path of the graph. Raises
-    UsageError when the packages of the extra `onnx` are missing, ModelError for a model that is
-    too large for one file, ResourceError when it cannot be written.
+    UsageError when the packages of the extra `onnx` are missing or `out` exists, ModelError for a
+    model that is too large for one file, ResourceError when it cannot be written.
     """
     _check_installed()
+    if out.exists():
+        raise UsageError(f"{out} already exists; delete it or choose another --out")
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
     tokenizer.check_model(directory, config.vocab_size)
     model = load_model(directory)

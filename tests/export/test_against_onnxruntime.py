@@ -102,10 +102,11 @@ def test_the_folder_and_the_names_that_transformers_js_reads(
     from typer.testing import CliRunner
 
     save_small_model(tmp_path / "run" / "model", "llama", tokenizer)
-    for _ in range(2):  # a folder written before is replaced
-        arguments = ["export", "onnx", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-        done = CliRunner().invoke(app, arguments)
-        assert done.exit_code == 0, done.output
+    arguments = ["export", "onnx", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "already exists; delete it or choose" in done.output
     files = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*")}
     assert files == {
         "config.json",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minimind.errors import ModelError, ResourceError
+from minimind.errors import ModelError, ResourceError, UsageError
 from minimind.export.minimind_export import export_pth
 from minimind.export.minimind_import import import_pth
 from minimind.model import ModelConfig, Transformer, extend_context, save_model
@@ -113,6 +113,16 @@ def test_an_extended_context_is_refused(tokenizer: Tokenizer, tmp_path: Path) ->
     save_model(tmp_path / "model", Transformer(extend_context(config, 200)), tokenizer)
     with pytest.raises(ModelError, match="its context is extended by yarn scaling"):
         export_pth(tmp_path / "model", tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.json"])
+def test_existing_files_stay(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", tokenizer)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=rf"{name} already exists; delete it or choose another"):
+        export_pth(tmp_path / "model", tmp_path / "x.pth")
+    assert [path.name for path in tmp_path.glob("x.*")] == [name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_file_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> None:

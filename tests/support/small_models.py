@@ -38,9 +38,9 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
 EXTENDED = ("linear", "yarn", "llama3")
 
 
-def small_model(kind: str, vocab_size: int) -> Transformer:
+def small_model(kind: str, vocab_size: int, **shape: object) -> Transformer:
     """A model of one of ARCHITECTURES, or of EXTENDED, with large random weights."""
-    shape = _SHAPE | ARCHITECTURES.get(kind, {}) | {"vocab_size": vocab_size}
+    shape = _SHAPE | ARCHITECTURES.get(kind, {}) | {"vocab_size": vocab_size} | shape
     config = ModelConfig.model_validate(shape)
     if kind in ("linear", "yarn", "dynamic"):
         config = extend_context(config, 160, kind)  # type: ignore[arg-type]
@@ -63,8 +63,10 @@ def small_model(kind: str, vocab_size: int) -> Transformer:
     return model.eval()
 
 
-def save_small_model(directory: Path, kind: str, tokenizer: Tokenizer) -> Transformer:
+def save_small_model(
+    directory: Path, kind: str, tokenizer: Tokenizer, **shape: object
+) -> Transformer:
     """Write a model directory of that kind and return the model."""
-    model = small_model(kind, tokenizer.vocab_size)
+    model = small_model(kind, tokenizer.vocab_size, **shape)
     save_model(directory, model, tokenizer)
     return model
