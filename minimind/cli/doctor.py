@@ -21,6 +21,7 @@ _EXTRAS = {
     "wandb": ("experiment tracking with Weights & Biases", "wandb"),
     "swanlab": ("experiment tracking with SwanLab", "swanlab"),
     "hub": ("benchmark downloads", "huggingface_hub"),
+    "onnx": ("ONNX export", "onnxscript"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
 }
