@@ -6,6 +6,7 @@
 # make test-llama-cpp   exported GGUF files in llama.cpp, in .venv-llama-cpp (builds it: minutes)
 # make test-compatibility   model directories and ONNX graphs in onnxruntime, transformers, trl and
 #              MLX, in .venv-compatibility
+# make gpu-report   tests and measurements on an NVIDIA GPU, under 10 minutes: benchmarks/gpu_report.py
 # make docs    the documentation site, in site/
 # make format  fix the style and rewrite generated pages
 # Another interpreter: make PYTHON=python3.12 test
@@ -15,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp test-compatibility docs format
+.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
@@ -44,6 +45,9 @@ test-llama-cpp: .venv-llama-cpp/.ready
 test-compatibility: .venv-compatibility/.ready
 	.venv-compatibility/bin/pytest -m slow --timeout 3600 tests/compatibility \
 	  tests/export/test_against_onnxruntime.py
+
+gpu-report: $(READY)
+	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python -m docs.build

@@ -23,6 +23,7 @@ _EXTRAS = {
     "hub": ("benchmark downloads", "huggingface_hub"),
     "onnx": ("ONNX export", "onnxscript"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
+    "llama-cpp": ("K-quants in `export gguf`", "llama_cpp"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
 }
 

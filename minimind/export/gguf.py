@@ -73,9 +73,16 @@ class GGUFReport:
 
 
 def model_name(path: Path) -> str:
-    """Return a name for a model: that of its run directory, or of its own."""
+    """Return a name for a model: that of its run directory, else of its model directory."""
     resolved = path.resolve()
     return (resolved.parent if resolved.name in ("model", "adapter") else resolved).name
+
+
+def normalized_type(type: str) -> str:
+    """Return the name of a GGUF type in lower case. Raises UsageError for an unknown type."""
+    if type.lower() not in PLAIN_TYPES + K_TYPES:
+        raise UsageError(f"unknown GGUF type {type!r}; known: {', '.join(PLAIN_TYPES + K_TYPES)}")
+    return type.lower()
 
 
 def check_new_file(out: Path) -> None:
@@ -103,12 +110,10 @@ def export_gguf(
     taken or does not end in .gguf; ModelError for a model that llama.cpp cannot represent;
     ResourceError when the file cannot be written.
     """
-    type = type.lower()
+    type = normalized_type(type)
     check_new_file(out)
     if type in K_TYPES:
         return _export_k_quantized(directory, out, type, adapter, progress)
-    if type not in PLAIN_TYPES:
-        raise UsageError(f"unknown GGUF type {type!r}; known: {', '.join(PLAIN_TYPES + K_TYPES)}")
     other_types = _write(directory, out, type, adapter, progress)
     return GGUFReport(out, type, out.stat().st_size, other_types)
 

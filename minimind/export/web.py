@@ -8,7 +8,7 @@ compared with the published SHA-512, and kept in the cache folder.
     model-HASH.gguf                         the model
     wllama-VERSION/                         wllama and the licences
 
-The two last names change with their content, so browsers may keep these files for ever.
+The two last names change with their content, so browsers may keep these files indefinitely.
 """
 
 import base64
@@ -26,7 +26,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from minimind.errors import ResourceError, UsageError
-from minimind.export.gguf import GGUFReport, Progress, export_gguf
+from minimind.export.gguf import GGUFReport, Progress, export_gguf, normalized_type
 from minimind.files import atomic_file, read_json_object, write_json
 from minimind.model import read_config
 from minimind.paths import cache_folder
@@ -99,6 +99,7 @@ def export_web(
     """
     if out.is_file() or (not holds_page(out) and out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out} already exists and holds no exported page; choose another --out")
+    type = normalized_type(type)  # before a download
     engine = _read_engine(wllama)
     parent = out.resolve().parent
     try:

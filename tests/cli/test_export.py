@@ -76,6 +76,7 @@ def test_tensors_in_another_type_are_reported(tokenizer: Tokenizer, tmp_path: Pa
         (("gguf", "run", "--out", "run.bin"), "run.bin: the name of a GGUF file ends in .gguf"),
         (("ollama", "run", "--out", "taken.gguf"), "taken.gguf"),
         (("web", "run", "--out", "run"), "run already exists and holds no exported page"),
+        (("web", "run", "--out", "w", "--type", "q9"), "unknown GGUF type 'q9'"),
         (("web", "run", "--out", "w", "--wllama", "run/model/config.json"), "is not wllama"),
         (("web", "run", "--out", "w", "--wllama", "none.tgz"), "none.tgz"),
     ],

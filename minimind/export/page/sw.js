@@ -1,6 +1,6 @@
 // Service worker: keeps the page usable without a network. Browsers run it on https and localhost.
 // Names of the model and of wllama's folder change with their content, so a stored copy of these
-// files is used at once. All other files come from the network, or from the store without one.
+// files is used without a request. All other files come from the network, or from the store without one.
 const CACHE = `minimind ${self.registration.scope}`;
 const SHELL = ["./", "app.js", "style.css"];  // loaded before the service worker runs
 const IMMUTABLE = /\/(model-[0-9a-f]+\.gguf|wllama-[\d.]+\/[^/]+)$/;
