@@ -46,8 +46,8 @@ def export_pth(directory: Path, out: Path) -> dict[str, Any]:
             torch.save(dict(state), temporary)
         write_json(config_file, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or error
-        raise ResourceError(f"{out}: cannot be written: {reason}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise ResourceError(f"{out}: cannot be written: {cause}") from error
     return content
 
 

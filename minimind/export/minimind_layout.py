@@ -134,7 +134,8 @@ def split_experts(state: dict[str, Tensor], layer: int, config: ModelConfig) -> 
     inputs = state.pop(f"{old}.input_linear.weight")  # [E, 2 * inner, hidden]
     outputs = state.pop(f"{old}.output_linear.weight")  # [E, hidden, inner]
     for expert, (both, down) in enumerate(zip(inputs, outputs, strict=True)):
-        put("experts", expert, *both.chunk(2), down)
+        gate, up = both.chunk(2)
+        put("experts", expert, gate, up, down)
     if config.shared_intermediate_size:
         old, inner = f"model.layers.{layer}.shared_mlp", config.intermediate_size
         gate, up = state.pop(f"{old}.input_linear.weight").chunk(2)

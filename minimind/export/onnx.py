@@ -41,13 +41,16 @@ _BATCH, _NEW, _PAST, _TOTAL = (
 
 
 class DecoderGraph(nn.Module):
-    """A model as a function of tokens and cache, without state, so that it can be traced."""
+    """A model as a function of tokens and cache, without state, so that it can be traced.
+
+    Routed experts of `model` are replaced in place.
+    """
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model, self.config = model, model.config
         for layer in model.model.layers:
-            if layer.block_sparse_moe is not None:
+            if isinstance(layer.block_sparse_moe, RoutedExperts):
                 layer.block_sparse_moe = _AllExperts(layer.block_sparse_moe)
 
     def forward(
@@ -98,9 +101,14 @@ class _AllExperts(nn.Module):
     def forward(self, x: Tensor, routing: None) -> Tensor:
         logits = F.linear(x, self.experts.router.layer.weight)  # [B, T, E]
         top, chosen = logits.topk(self.experts.num_chosen, dim=-1)  # [B, T, K] each
-        matrices = self.experts.input_linear.weight, self.experts.output_linear.weight
-        rows = (tensor.flatten(0, 1) for tensor in (x, chosen, top.softmax(-1)))
-        return moe_reference(*rows, *matrices).view_as(x)
+        out = moe_reference(
+            x.flatten(0, 1),  # [N, hidden]
+            chosen.flatten(0, 1),  # [N, K]
+            top.softmax(-1).flatten(0, 1),  # [N, K]
+            self.experts.input_linear.weight,
+            self.experts.output_linear.weight,
+        )
+        return out.view_as(x)
 
 
 def _attention_mask(attention_mask: Tensor, length: int) -> Tensor:
@@ -163,7 +171,7 @@ def trace(model: Transformer) -> Any:
     batch, past, new = 2, 3, 2
     cache_shape = (batch, config.num_key_value_heads, past, config.head_dim)
     layers = range(config.num_hidden_layers)
-    example = {
+    example: dict[str, Any] = {
         "input_ids": torch.zeros(batch, new, dtype=torch.int64),
         "attention_mask": torch.ones(batch, past + new, dtype=torch.int64),
         "position_ids": torch.arange(past, past + new).expand(batch, new).contiguous(),
