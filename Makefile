@@ -4,6 +4,8 @@
 # make slow    the tests that take minutes
 # make test-lm-eval   compare likelihoods and prompts with EleutherAI's lm-eval, in .venv-lm-eval
 # make test-llama-cpp   exported GGUF files in llama.cpp, in .venv-llama-cpp (builds it: minutes)
+# make test-compatibility   model directories and ONNX graphs in onnxruntime, transformers, trl and
+#              MLX, in .venv-compatibility
 # make gpu-report   tests and measurements on an NVIDIA GPU, under 10 minutes: benchmarks/gpu_report.py
 # make docs    the documentation site, in site/
 # make format  fix the style and rewrite generated pages
@@ -14,7 +16,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp gpu-report docs format
+.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
@@ -39,6 +41,10 @@ test-lm-eval: .venv-lm-eval/.ready
 
 test-llama-cpp: .venv-llama-cpp/.ready
 	.venv-llama-cpp/bin/pytest -m slow --timeout 3600 tests/export/test_against_llama_cpp.py
+
+test-compatibility: .venv-compatibility/.ready
+	.venv-compatibility/bin/pytest -m slow --timeout 3600 tests/compatibility \
+	  tests/export/test_against_onnxruntime.py
 
 gpu-report: $(READY)
 	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
@@ -70,4 +76,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-llama-cpp
 	.venv-llama-cpp/bin/python -m pip install --quiet --constraint constraints.txt \
 	  --editable '.[test,llama-cpp]'
+	@touch $@
+
+.venv-compatibility/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-compatibility
+	.venv-compatibility/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[test,compatibility]'
 	@touch $@

@@ -19,9 +19,11 @@ from minimind.cli import (
     demo,
     doctor,
     export,
+    export_onnx,
     generate,
     launcher,
     merge,
+    minimind_pth,
     plan,
     report,
     serve,
@@ -163,6 +165,9 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(export.app, name="export")
+export.app.command("onnx")(export_onnx.onnx)
+export.app.command("torch")(minimind_pth.export_torch)
+app.command("import")(minimind_pth.import_pth)
 
 
 def _open_missing_streams() -> None:

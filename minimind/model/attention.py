@@ -62,7 +62,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
-        is_decoding = q.shape[2] == 1
+        is_decoding = bool(q.shape[2] == 1)  # bool: symbolic while `torch.export` traces
         if not is_decoding:  # at T = 1, repeating k and v would cost more than attention itself
             group_size = q.shape[1] // k.shape[1]  # query heads per key/value head
             k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)

@@ -39,6 +39,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.num_local_experts:
         model_type = _MOE_TYPES[0]
         fields |= config.model_dump(include=set(MOE_FIELDS))
+        fields["num_experts"] = config.num_local_experts  # trl reads this name
         # Written out because the default of transformers is 1.
         fields["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
     return fields | {
