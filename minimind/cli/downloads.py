@@ -45,7 +45,7 @@ def get_datasets(
 
     missing = [each for each in datasets if not is_present(each, each.path_in(folder))]
     if missing:
-        _check_terminal(missing, yes)
+        check_terminal("; ".join(map(_describe, missing)), yes)
     located = [locate(each, hub, console.say) for each in missing]
     rows = [
         [
@@ -69,17 +69,13 @@ def get_datasets(
         console.say(note)
 
 
-def _check_terminal(missing: "list[Published]", yes: bool) -> None:
-    """Raise UsageError, before any network access, if the licences cannot be confirmed."""
-    if yes or sys.stdin.isatty():
-        return
-    described = "; ".join(
-        f"{each.name} (size: {describe_size(each)}, licence: {each.licence})" for each in missing
-    )
-    raise UsageError(
-        f"not downloaded yet: {described}. Standard input is no terminal, so you cannot be asked; "
-        "add --yes to accept the licence and download"
-    )
+def check_terminal(missing: str, yes: bool) -> None:
+    """Raise UsageError, before any network access, if the user cannot be asked."""
+    if not yes and not sys.stdin.isatty():
+        raise UsageError(
+            f"not downloaded yet: {missing}. Standard input is no terminal, so you cannot be "
+            "asked; add --yes to accept the licence and download"
+        )
 
 
 def confirm(num_bytes: int, folder: Path, yes: bool) -> None:
@@ -113,6 +109,10 @@ def progress_bar(name: str, target: Path) -> Iterator[Callable[[int, int | None]
                 "continues the download"
             )
             raise
+
+
+def _describe(published: "Published") -> str:
+    return f"{published.name} (size: {describe_size(published)}, licence: {published.licence})"
 
 
 def describe_size(published: "Published") -> str:

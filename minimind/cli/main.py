@@ -19,6 +19,7 @@ from minimind.cli import (
     demo,
     doctor,
     generate,
+    get,
     launcher,
     merge,
     plan,
@@ -150,6 +151,7 @@ for _command in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
+    get.get,
 ):
     app.command()(_command)
 app.command("eval")(evaluate)
