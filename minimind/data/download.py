@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,7 +94,15 @@ def fetch(located: Located, folder: Path, *, progress: Progress, say: Say) -> Pa
         download_file(located.repository, located.file, target, progress=progress, say=say)
     except TransientError as error:
         raise DataError(_explain(located, error)) from error
-    _record_origin(published, target, located)
+    origin = {
+        "name": published.name,
+        "licence": published.licence,
+        "hub": located.repository.hub,
+        "repository": located.repository.id,
+        "revision": located.repository.branch,
+        "path": located.file.path,
+    }
+    record_origin(target, origin)
     return target
 
 
@@ -134,19 +142,14 @@ def _origin_path(file: Path) -> Path:
     return file.with_name(file.name + ORIGIN_SUFFIX)
 
 
-def _record_origin(published: Published, target: Path, located: Located) -> None:
-    origin = {
-        "name": published.name,
-        "licence": published.licence,
-        "hub": located.repository.hub,
-        "repository": located.repository.id,
-        "revision": located.repository.branch,
-        "path": located.file.path,
+def record_origin(target: Path, origin: Mapping[str, Any]) -> None:
+    """Write where a file comes from beside it, with its size, SHA-256 and stamp."""
+    verified = {
         "bytes": target.stat().st_size,
         "sha256": sha256_of(target),
         "stamp": settled_stamp_of(target),
     }
-    write_json(_origin_path(target), origin)
+    write_json(_origin_path(target), dict(origin) | verified)
 
 
 def _listed_file(published: Published, listing: Listing) -> HubFile:

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from docs.build import DOCS, ROOT
 from minimind.cli.main import app
+from minimind.data.download import record_origin
+from minimind.data.registry import find
 from tests.support.small_exams import make_ceval
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
@@ -46,6 +48,7 @@ NOT_RUN = {
     ".venv/bin/pip install": "installs packages",
     "torchrun": "tests/training/test_distributed.py and tests/cli/test_launcher.py use torchrun",
     "curl": "tests/serving sends such requests",
+    "minimind get ": "tests/cli/test_get.py downloads models from a stand-in of the hubs",
     "minimind serve": "tests/serving starts services on free ports",
     "minimind web": "tests/web opens the page in a browser",
     "minimind compare A B --judge": "tests/cli/test_compare.py has judges",
@@ -77,6 +80,14 @@ def test_every_exception_is_still_a_command() -> None:
         assert any(command.startswith(prefix) for command in commands()), prefix
 
 
+def pretend_downloaded(name: str, content: bytes, folder: Path) -> None:
+    """Store a small file as if a dataset had been downloaded."""
+    path = find(name).path_in(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    record_origin(path, {"name": name})
+
+
 @pytest.fixture(scope="module")
 def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, data and files under the names that the documentation uses."""
@@ -98,6 +109,15 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     (folder / "pairs" / "a.jsonl").write_bytes((corpus / "dpo.jsonl").read_bytes())
     (folder / "questions.jsonl").write_text('{"question": "长江有多长？"}\n', encoding="utf-8")
     make_ceval(folder / "exams" / "ceval-exam")
+    exams = shutil.make_archive(str(folder / "exams"), "zip", folder / "exams" / "ceval-exam")
+    published = {
+        "minimind:pretrain_mini": text,
+        "minimind:sft_mini": chats,
+        "skypile:2020-40_zh_head_0000": text,
+        "ceval": Path(exams).read_bytes(),
+    }
+    for name, content in published.items():
+        pretend_downloaded(name, content, folder / "data")
     (folder / "my-recipe.toml").write_text(
         'extends = "pretrain-small"\nout = "out/mine"\ntokenizer = "out/tokenizer"\n'
         '[data]\nsources = ["texts/*.jsonl"]\n',
