@@ -39,7 +39,7 @@ def get(
         console.say(f"{model} is already in {target}")
         return
     check_terminal(model, yes)
-    listing, files = list_model(repository)
+    listing, files = list_model(repository, console.say)
     size = sum(file.size or 0 for file in files)
     console.say(
         f"{repository.host}/{repository.id} at {listing.repository.branch[:12]}: "

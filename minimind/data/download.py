@@ -34,12 +34,13 @@ from minimind.data.hub import (
     list_repository,
     open_file,
 )
-from minimind.data.registry import Published, similar
+from minimind.data.registry import Published, data_folder, similar
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError
 from minimind.files import fsync, read_json_object, write_json
 
 _MAX_FAILURES = 5  # in a row, without a byte in between
+_MAX_FAILURES_OF_LISTING = 3
 _MAX_FAILURES_ELSEWHERE = 2  # of a host that the hub redirects to
 _BACKOFF_S = 0.5  # doubled after each failure
 _MAX_WAIT_S = 60.0
@@ -74,12 +75,12 @@ def locate(published: Published, hub: Hub | None, say: Say) -> Located:
         if failures:
             say(f"{failures[-1]}; trying {HUB_NAMES[repository.hub]}")
         try:
-            listing = list_files_of(repository)
+            listing = list_files_of(repository, say)
             return Located(published, listing.repository, _listed_file(published, listing))
         except HubError as error:
             failures.append(str(error))
         except TransientError as error:
-            failures.append(f"{error.host} cannot be reached ({error})")
+            failures.append(f"{error.host} cannot be reached ({error}){mirror_hint(repository)}")
     raise DataError(f"{published.name}: {'; '.join(failures)}. {_by_hand(published)}")
 
 
@@ -168,7 +169,8 @@ def _listed_file(published: Published, listing: Listing) -> HubFile:
 
 def _by_hand(published: Published) -> str:
     url = published.repositories()[-1].file_url(published.file.path)
-    return f"It can also be downloaded by other means from {url}"
+    place = published.path_in(data_folder())
+    return f"It can also be downloaded by other means from {url}, and saved as {place}"
 
 
 def _explain(located: Located, error: TransientError) -> str:
@@ -192,9 +194,18 @@ def _explain(located: Located, error: TransientError) -> str:
 # --- Any file of a repository
 
 
-def list_files_of(repository: Repository) -> Listing:
+def list_files_of(repository: Repository, say: Say) -> Listing:
     """Return the files of a repository, after several attempts. Raises as `list_repository`."""
-    return _with_retries(lambda: list_repository(repository), host=repository.host)
+    return _with_retries(
+        lambda: list_repository(repository), lambda: 0, _MAX_FAILURES_OF_LISTING, say
+    )
+
+
+def mirror_hint(repository: Repository) -> str:
+    """Return what helps if huggingface.co cannot be reached; "" for another server."""
+    if repository.host != "huggingface.co":
+        return ""
+    return "; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy"
 
 
 def download_file(
@@ -256,20 +267,22 @@ def _transfer(
     if _size(part):
         say(f"continuing {file.path} at {_size(part) / 1e6:,.1f} MB")
     if file.size is None or _size(part) < file.size:
-        _with_retries(step, lambda: _size(part), repository.host, say)
+        _with_retries(step, lambda: _size(part), _MAX_FAILURES, say, repository.host)
     elif file.size == 0:
         part.touch()
 
 
 def _with_retries(
     request: Callable[[], _T],
-    position: Callable[[], int] = lambda: 0,
+    position: Callable[[], int],
+    max_failures: int,
+    say: Say,
     host: str = "",
-    say: Say = lambda text: None,
 ) -> _T:
     """Return the result of `request`; repeat it after a TransientError, with growing pauses.
 
-    position: a number that grows when a failed attempt has made progress. host: that of the hub.
+    position: a number that grows when a failed attempt has made progress. host: that of the hub;
+    another one, to which the hub redirects, is tried less often.
     """
     failures = 0
     while True:
@@ -279,7 +292,7 @@ def _with_retries(
         except TransientError as error:
             failures = 1 if position() > before else failures + 1
             elsewhere = host and error.host != host
-            if failures >= (_MAX_FAILURES_ELSEWHERE if elsewhere else _MAX_FAILURES):
+            if failures >= (_MAX_FAILURES_ELSEWHERE if elsewhere else max_failures):
                 raise
             wait = max(_BACKOFF_S * 2 ** (failures - 1), error.retry_after)
             wait = min(wait, _MAX_WAIT_S)

@@ -284,7 +284,8 @@ def _status_error(
             retry_after = 0.0
         return TransientError(reason, host, retry_after)
     token = _TOKENS[repository.hub]
-    message = f"{host} refuses {repository.id} ({reason})"
+    verb = "does not have" if error.code == 404 else "refuses"
+    message = f"{host} {verb} {repository.id} at {repository.branch[:12]} ({reason})"
     if error.code in (401, 403):
         page = repository.file_url("").partition("/resolve/")[0]
         given = f"the token in {token} has no access" if token in os.environ else f"set {token}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
-from minimind.data.download import Progress, Say, download_file, list_files_of
+from minimind.data.download import Progress, Say, download_file, list_files_of, mirror_hint
 from minimind.data.hub import Hub, HubError, HubFile, Listing, Repository, TransientError
 from minimind.errors import DataError, ModelError, UsageError
 from minimind.files import read_json_object, write_json
@@ -36,16 +36,18 @@ def parse_model_name(name: str, revision: str | None) -> Repository:
     return Repository(hub, match[2], revision, "models")
 
 
-def list_model(repository: Repository) -> tuple[Listing, list[HubFile]]:
+def list_model(repository: Repository, say: Say) -> tuple[Listing, list[HubFile]]:
     """Return the repository's listing and the files to download, the configuration first.
 
     Raises DataError if the hub cannot be reached or has no such model, and ModelError if the
     weights are not in safetensors.
     """
     try:
-        listing = list_files_of(repository)
+        listing = list_files_of(repository, say)
     except TransientError as error:
-        raise DataError(f"{repository.id}: {error.host} cannot be reached ({error})") from error
+        raise DataError(
+            f"{repository.id}: {error.host} cannot be reached ({error}){mirror_hint(repository)}"
+        ) from error
     return listing, _select_files(listing)
 
 

@@ -93,7 +93,7 @@ def test_models_that_cannot_be_used_are_refused(hub: HubServer) -> None:
         ("owner/nothing", "it has no safetensors file"),
         ("owner/weights", "it has no config.json, so it is not a model directory"),
         ("owner/missing", "(HTTP 401 Unauthorized). It may not exist"),
-        ("modelscope:owner/missing", "refuses owner/missing (HTTP 404 Not Found)"),
+        ("modelscope:owner/missing", "does not have owner/missing at master (HTTP 404 Not Found)"),
         ("tiny", "tiny: not the name of a published model; give OWNER/NAME"),
     ]:
         done = get(name, "--yes")

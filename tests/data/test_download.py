@@ -215,7 +215,9 @@ def test_modelscope_is_preferred_and_hugging_face_is_the_second_choice(
     located = locate(both, None, client.said.append)
     assert located.repository.hub == "hf"
     [said] = client.said
-    assert said.endswith("refuses owner/tiny (HTTP 404 Not Found); trying Hugging Face")
+    assert said.endswith(
+        "does not have owner/tiny at master (HTTP 404 Not Found); trying Hugging Face"
+    )
     with pytest.raises(UsageError, match="is not on ModelScope, but on Hugging Face"):
         locate(published(), "modelscope", print)
 
@@ -258,7 +260,10 @@ def test_an_unreachable_hub_and_offline_mode(
         client.get()
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    assert "127.0.0.1:1 cannot be reached (" in client.error()
+    error = client.error()
+    assert "127.0.0.1:1 cannot be reached (" in error
+    assert f"and saved as {Path('data/tiny/part.jsonl')}" in error
+    assert len(client.said) == 2, "each repeated attempt is announced"
 
 
 def test_a_present_file_is_verified(client: Client) -> None:
