@@ -12,7 +12,7 @@ from minimind.cli import console
 from minimind.errors import UsageError
 
 if TYPE_CHECKING:
-    from minimind.data.hub import Hub
+    from minimind.data.hub import Hub, HubFile
     from minimind.data.registry import Published
 
 Yes = Annotated[
@@ -58,7 +58,7 @@ def get_datasets(
     ]
     if rows:
         console.show(console.table("Downloads", ["name", "size", "licence", "from"], rows))
-        confirm(sum(each.file.size or 0 for each in located), folder, yes)
+        confirm(total_size([each.file for each in located]), folder, yes)
     for each in located:
         target = each.published.path_in(folder)
         with progress_bar(each.published.name, target) as progress:
@@ -78,9 +78,17 @@ def check_terminal(missing: str, yes: bool) -> None:
         )
 
 
-def confirm(num_bytes: int, folder: Path, yes: bool) -> None:
+def total_size(files: "Iterable[HubFile]") -> int | None:
+    """Return the bytes of all files; None if the hub does not list the size of one."""
+    sizes = [file.size for file in files]
+    return None if None in sizes else sum(size for size in sizes if size)
+
+
+def confirm(num_bytes: int | None, folder: Path, yes: bool) -> None:
     """Ask whether to download; raise typer.Exit if the answer is no."""
     question = f"Download {format_size(num_bytes)} to {folder}?"
+    if num_bytes is None:
+        question = f"Download a file of unknown size to {folder}?"
     if not yes and not typer.confirm(question, default=True):
         console.say("nothing was downloaded")
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.cli import console
-from minimind.cli.downloads import check_terminal, confirm, format_size, progress_bar
+from minimind.cli.downloads import check_terminal, confirm, format_size, progress_bar, total_size
 
 
 def get(
@@ -40,7 +40,7 @@ def get(
         return
     check_terminal(model, yes)
     listing, files = list_model(repository, console.say)
-    size = sum(file.size or 0 for file in files)
+    size = total_size(files)
     console.say(
         f"{repository.host}/{repository.id} at {listing.repository.branch[:12]}: "
         f"{console.pluralize(len(files), 'file')}, {format_size(size)}, "

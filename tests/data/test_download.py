@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,3 +298,12 @@ def test_a_full_disk_is_reported_before_the_download(hub: HubServer, client: Cli
 def test_the_origin_is_plain_json(client: Client) -> None:
     path = client.get()
     assert json.loads(path.with_name("part.jsonl.origin").read_text("utf-8"))["name"] == NAME
+
+
+def test_two_downloads_of_one_file_do_not_mix(hub: HubServer, client: Client) -> None:
+    hub.faults["data/part.jsonl"] = ["drip"]
+    located = locate(published(), None, print)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(client.fetch, [located] * 2))
+    assert paths[0].read_bytes() == CONTENT
+    assert hub.downloads() == [""], "the second waits for the first"
