@@ -307,3 +307,22 @@ def test_two_downloads_of_one_file_do_not_mix(hub: HubServer, client: Client) ->
         paths = list(pool.map(client.fetch, [located] * 2))
     assert paths[0].read_bytes() == CONTENT
     assert hub.downloads() == [""], "the second waits for the first"
+
+
+def test_the_stand_in_lists_files_as_the_real_hub_does(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its listing is read by the client of Hugging Face."""
+    for variable in ("HF_ENDPOINT", "HF_HUB_DOWNLOAD_TIMEOUT"):  # the client keeps them for good
+        monkeypatch.delenv(variable)
+    client = pytest.importorskip("huggingface_hub")
+    hub.add("owner/tiny", "small.json", b"{}")
+    info = client.HfApi(endpoint=hub.url).dataset_info("owner/tiny", files_metadata=True)
+    large, small = info.siblings
+    assert (info.sha, info.card_data["license"]) == (COMMIT, "mit")
+    assert (large.rfilename, large.lfs.sha256, large.size) == (
+        "data/part.jsonl",
+        sha256(CONTENT),
+        len(CONTENT),
+    )
+    assert (small.lfs, small.blob_id) == (None, "9e26dfeeb6e641a33dae4961196235bdb965b21b")
