@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _hugging_face(self, parts: list[str]) -> None:
-        kind, owner, name, what, revision, *_ = [*parts, ""]
+        kind, owner, name, what, revision, *_ = [*parts, "revision", "main"]
         files = self._listed("hf", kind, f"{owner}/{name}")
         if fault := self._next_fault(f"{owner}/{name}"):
             self._fail(fault)
@@ -98,7 +98,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = [self._sibling(path, content) for path, content in files.items()]
             card = {"license": "mit"}
-            self._json({"sha": self.server.commit, "siblings": siblings, "cardData": card})
+            info = {
+                **{"id": f"{owner}/{name}", "private": False, "disabled": False, "tags": []},
+                **{"downloads": 0, "likes": 0, "sha": self.server.commit},
+            }
+            self._json(info | {"siblings": siblings, "cardData": card})
 
     def _sibling(self, path: str, content: bytes) -> dict[str, Any]:
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
