@@ -229,15 +229,14 @@ def machine() -> dict[str, Any]:
 
 
 def doctor(context: Context) -> None:
-    """Run `minimind doctor`, and try variable-length attention and TF32."""
+    """Run `minimind doctor`, and try variable-length attention."""
     import torch
 
-    from minimind.model import device, varlen
+    from minimind.model import varlen
 
     chosen = torch.device(context.device)
     if chosen.type == "cuda":
         context.measure("varlen error", lambda: varlen.max_difference_from_mask(chosen))
-        context.measure("TF32 products", lambda: device._multiplies_tf32(chosen))
         context.measure("NCCL", lambda: list(torch.cuda.nccl.version()))
     output = context.work / "doctor-output.json"
     command = [sys.executable, "-m", "minimind", "doctor", "--device", context.device]

@@ -13,10 +13,8 @@ from minimind.inference.engine import Engine
 from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
-from minimind.model.device import tf32_products
 from minimind.model.experts import moe, moe_reference
 from minimind.tokenizer import Tokenizer
-from minimind.training.optimizers import orthogonalize
 from minimind.training.precision import choose_precision
 from tests.support.small_runs import nano_trainer
 from tests.support.tiny import SHAPES, make_tiny, random_tokens
@@ -91,17 +89,6 @@ def test_experts_equal_the_reference(dtype: torch.dtype) -> None:
     limit = 0.03 if dtype == torch.bfloat16 else 1e-4
     for a, b in zip((actual, *grads), (expected, *expected_grads), strict=True):
         assert (a - b).norm() <= limit * b.norm()
-
-
-def test_tf32_orthogonalizes_as_float32_does() -> None:
-    matrices = torch.randn(4, 128, 352, device=CUDA)
-    before = torch.backends.cuda.matmul.fp32_precision
-    expected = orthogonalize(matrices)
-    with tf32_products(CUDA):
-        actual = orthogonalize(matrices)
-    assert torch.backends.cuda.matmul.fp32_precision == before
-    assert (actual - expected).norm() < 0.01 * expected.norm()
-    assert not torch.equal(actual, expected), "TF32 was not used"
 
 
 def test_the_engine_answers_as_on_the_cpu(tokenizer: Tokenizer) -> None:

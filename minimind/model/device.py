@@ -1,8 +1,5 @@
 """Choice of the device, and its free memory."""
 
-import contextlib
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -52,41 +49,6 @@ def multiplies_bf16(device: torch.device) -> bool:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return False
-
-
-@contextlib.contextmanager
-def tf32_products(device: torch.device) -> Iterator[None]:
-    """Let float32 matrix products use TF32 tensor cores, where the device has them.
-
-    TF32 keeps 10 bits of the mantissa: 3 more than bf16, 13 fewer than float32. On an H100 it is
-    about eight times as fast as float32.
-    """
-    if device.type != "cuda" or not _multiplies_tf32(device):
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "tf32"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-@lru_cache
-def _multiplies_tf32(device: torch.device) -> bool:
-    """Try a product: torch refuses one if its older setting of TF32 contradicts the new one."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    try:
-        settings.fp32_precision = "tf32"
-        ones = torch.ones(2, 64, 64, device=device)
-        return torch.cuda.get_device_capability(device) >= (8, 0) and bool(
-            (torch.baddbmm(ones, ones, ones) == 65).all()
-        )
-    except RuntimeError:
-        return False
-    finally:
-        settings.fp32_precision = before
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from minimind.config.settings import OptimSettings
 from minimind.errors import CheckpointError
-from minimind.model.device import tf32_products
 
 # p(s) = a s + b s³ + c s⁵, tuned to lift small singular values fast (Jordan et al. 2024).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -87,8 +86,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(gradients, momentum, group["momentum"])
         # [n, *shape] -> [matrices of all parameters, rows, columns]
         matrices = torch.stack(gradients).view(-1, rows, columns)
-        with tf32_products(matrices.device):
-            updates = orthogonalize(matrices).reshape(-1, *shape)  # [n, *shape]
+        updates = orthogonalize(matrices).reshape(-1, *shape)  # [n, *shape]
         scale = max(1.0, rows / columns) ** 0.5
         weights: list[Tensor] = list(parameters)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -102,9 +100,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     p(s) = a s + b s³ + c s⁵ to every singular value without computing them. Five iterations send
     values in (0, 1] to about 0.7 to 1.2, close enough to 1 for an optimizer.
 
-    It runs in float32, on a GPU with TF32 products: in bf16 one ulp of summation noise in a
-    gradient, such as that of another number of processes, grows to 1e-3 in the loss
-    (benchmarks/records/process-count.md).
+    It runs in float32: in bf16 one ulp of summation noise in a gradient, such as that of another
+    number of processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # rows <= columns: the Gram matrix is the smaller one

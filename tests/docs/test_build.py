@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,21 +31,48 @@ def test_what_both_languages_must_share() -> None:
     assert build.outline("```sh\n# not a heading\n```\n")["headings"] == []
 
 
-def test_dead_links_and_missing_regions_are_named(
+def test_dead_links_missing_symbols_and_missing_regions_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    (tmp_path / "code.py").write_text("# --8<-- [start:there]\n# --8<-- [end:there]\n")
+    (tmp_path / "code.py").write_text(
+        "# --8<-- [start:there]\nclass A:\n    b: int\n    def c(self): ...\nD = 1\n"
+        "# --8<-- [end:there]\n"
+    )
     page = tmp_path / "page.md"
     page.write_text(
         "[a](page.md) [b](gone.md#x) [c](https://example.com) `[d](none.md)`\n"
+        "[`A.b`](code.py) [`A.c`](code.py) [`D`](code.py) [`code.py`](code.py) [`c`](code.py)\n"
         '--8<-- "code.py:there"\n--8<-- "code.py:gone"\n--8<-- "none.py"\n'
     )
     assert build.missing_targets(page) == [
         "page.md: broken link gone.md",
+        "page.md: code.py defines no c",
         "page.md: code.py has no region gone",
         "page.md: no file none.py to include",
     ]
+
+
+@pytest.mark.parametrize("lang", build.LANGUAGES)
+def test_every_term_of_the_glossary_links_to_its_code(lang: str) -> None:
+    rows = re.findall(r"^\| .*", (build.DOCS / lang / "glossary.md").read_text("utf-8"), re.M)
+    terms = [row for row in rows if not row.startswith(("| term |", "| 术语 |"))]
+    assert len(terms) > 60
+    assert [row for row in terms if not build._SYMBOL_LINK.search(row)] == []
+
+
+@pytest.mark.parametrize("lang", build.LANGUAGES)
+def test_the_architecture_page_has_the_checked_layers(lang: str) -> None:
+    settings = tomllib.loads((build.ROOT / "pyproject.toml").read_text("utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    page = (build.DOCS / lang / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| \[`([\w.]+)`\]", page, re.M)
+    layers = [set(re.findall(r"\w+", layer)) for layer in reversed(contracts[0]["layers"])]
+    for number, layer in enumerate(layers, 1):
+        assert {name.removesuffix(".py") for n, name in rows if n == str(number)} == layer
+    assert len(rows) == sum(map(len, layers))
+    rules = page.partition("\n## ")[2].partition("`lint-imports`")[2].partition("\n## ")[0]
+    assert rules.count("\n- ") == len(contracts) - 1
 
 
 @pytest.fixture(scope="module")
