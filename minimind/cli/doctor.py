@@ -19,7 +19,6 @@ _EXTRAS = {
     "tensorboard": ("experiment tracking with TensorBoard", "tensorboard"),
     "wandb": ("experiment tracking with Weights & Biases", "wandb"),
     "swanlab": ("experiment tracking with SwanLab", "swanlab"),
-    "hub": ("benchmark downloads", "huggingface_hub"),
     "remote": ("remote models in eval and compare", "openai"),
     "onnx": ("ONNX export", "onnxscript"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),

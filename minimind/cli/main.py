@@ -21,6 +21,7 @@ from minimind.cli import (
     export,
     export_onnx,
     generate,
+    get,
     launcher,
     merge,
     minimind_pth,
@@ -157,6 +158,7 @@ for _command in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
+    get.get,
 ):
     app.command()(_command)
 app.command("eval")(evaluate)

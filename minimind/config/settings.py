@@ -134,7 +134,7 @@ class LoRASettings(Settings):
 
 
 class DataFile(Settings):
-    """Data by path (file, folder or glob), and the schema of its records."""
+    """Data by path (file, folder or glob) or dataset name, and the schema of its records."""
 
     path: str
     record_schema: SchemaName = Field("auto", alias="schema")  # `schema` is a method of BaseModel
@@ -172,7 +172,8 @@ class DataSettings(Settings):
 
     sources: Identity[list[Annotated[Source, BeforeValidator(_source)]]] = Field(
         default_factory=list,
-        description='Training data: "path", "path@weight" or {path, weight, schema}; '
+        description='Training data: "path", "path@weight" or {path, weight, schema}, where path '
+        "is a file, folder, glob or the name of a published dataset; "
         "a weight of 3 repeats the data three times per epoch.",
     )
     validation: Identity[list[Annotated[DataFile, BeforeValidator(_data_file)]]] = Field(

@@ -10,6 +10,8 @@ Reading order:
 6. packing      documents to sequences, `MixedDataset`: what training reads
 7. textbook     a synthetic corpus with questions and answers, for the demo and for tests
 
-Also here: `stats` computes statistics, `estimate` counts tokens from a sample, `hub` downloads
-published benchmarks.
+Also here: `stats` computes statistics, `estimate` counts tokens from a sample.
+
+Published data: `registry` has the facts of datasets by name, `hub` speaks to Hugging Face and
+ModelScope, `download` resumes and verifies, `hub_models` downloads model directories.
 """

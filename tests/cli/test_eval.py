@@ -202,7 +202,8 @@ def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path
     ("words", "message"),
     [
         (("--task", "chess"), "--task chess: unknown task; choose from bpb, ceval"),
-        (("--task", "ceval"), "ceval needs its data: give --data DIR"),
+        (("--task", "ceval"), "not downloaded yet: ceval:exam (size: unknown, licence: cc-by-nc"),
+        (("--task", "c3"), "c3 needs its data: give --data DIR"),
         (("--task", "choice"), "choice needs a file"),
         (("--task", "bpb"), "bpb needs text"),
     ],

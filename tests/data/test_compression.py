@@ -3,7 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.data_files import COMPRESSIONS, json_lines_bytes, reason_of, records_of
+from tests.support.data_files import (
+    COMPRESSIONS,
+    json_lines_bytes,
+    reason_of,
+    records_of,
+    zip_bytes,
+)
 
 
 @pytest.mark.parametrize("compression", [ending for ending in COMPRESSIONS if ending])
@@ -18,4 +24,13 @@ def test_a_truncated_or_damaged_compressed_file_is_an_error(
     for cut in cuts:
         assert "download it again" in reason_of(path, content[:cut]) or cut < 10
     path.write_bytes(content + content)  # the result of `cat a.gz b.gz`
-    assert len(records_of(path)) == 2 * len(lines)
+    assert len(records_of(path)) == (1 if compression == ".zip" else 2) * len(lines)
+
+
+def test_a_zip_archive_must_contain_one_file(tmp_path: Path) -> None:
+    path, content = tmp_path / "a.jsonl.zip", b'{"text": "one"}'
+    assert "the archive has 2 files, not one; unpack it" in reason_of(
+        path, zip_bytes(content, "a.jsonl", "b.jsonl")
+    )
+    path.write_bytes(zip_bytes(content, "folder/", "__MACOSX/._a.jsonl", "folder/a.jsonl"))
+    assert [record.text for record in records_of(path)] == ["one"]

@@ -9,6 +9,7 @@ from minimind.data.schemas import (
     Record,
     convert,
     detect_schema,
+    split_packed,
     substitute_variables,
     variables_in,
 )
@@ -273,7 +274,7 @@ def test_the_setting_lists_the_same_schemas() -> None:
         ("auto", {"title": "x", "url": "y"}, "unknown schema; its fields are: title, url"),
         ("auto", {}, "its fields are: none"),
         ("auto", {"text": " \n"}, "the text is empty"),
-        ("auto", {"text": None}, "the field text is not text"),
+        ("auto", {"text": None}, "the field text or content is not text"),
         ("auto", {"messages": []}, "the list of messages is empty"),
         ("auto", {"conversations": ["问", "答"]}, "messages are not a list of objects"),
         ("auto", {"conversations": TURNS[:1]}, "no assistant message"),
@@ -362,8 +363,8 @@ def test_the_setting_lists_the_same_schemas() -> None:
         ("auto", {"prompt": 0.5, "completion": "答"}, "the field prompt is not text"),
         ("prompt_completion", {"prompt": "问"}, "no field completion; its fields are: prompt"),
         ("auto", {"messages": json.dumps([TURNS[0], {"role": "gpt", "content": "\0"}])}, "NUL"),
-        ("text", {"messages": TURNS}, "no field text; its fields are: messages"),
-        ("text", {"q": "问", "a": "答"}, "no field text; its fields are: q, a"),
+        ("text", {"messages": TURNS}, "no field text or content; its fields are: messages"),
+        ("text", {"q": "问", "a": "答"}, "no field text or content; its fields are: q, a"),
         ("messages", {"text": "文"}, "no field messages or conversations or conversation"),
         ("sharegpt", {"text": "文"}, "no field messages or conversations"),
         ("alpaca", {"instruction": "问"}, "no field output; its fields are: instruction"),
@@ -423,3 +424,72 @@ def test_variables_are_substituted_in_all_texts() -> None:
 
 def test_substituted_values_are_not_substituted_again() -> None:
     assert substitute_variables("{{a}}{{b}}", {"a": "{{b}}", "b": r"\1"}) == r"{{b}}\1"
+
+
+def test_records_of_registered_datasets_are_read() -> None:
+    """Hand-made records with the fields that each dataset in the registry has."""
+    turns = [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]
+    chat = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    preferred = {"from": "gpt", "value": "好"}
+    other = {"from": "gpt", "value": "坏"}
+    for fields, schema, texts in [
+        ({"id": "1", "url": "u", "title": "长江", "text": "文"}, "text", ["文"]),  # wikipedia-zh
+        ({"content": "文", "score": 0.9, "source": "web"}, "text", ["文"]),  # ultra-fineweb-zh
+        ({"text": "文", "score": 0.9, "source": "web"}, "text", ["文"]),  # fineweb-edu-zh
+        ({"id": 1, "conversations": turns}, "sharegpt", ["问", "答"]),  # belle-3.5m
+        ({"instruction": "问", "input": "", "output": "答"}, "alpaca", ["问", "答"]),  # belle-2m
+        (  # deepctrl-sft
+            {"id": 1, "instruction": "", "input": "问", "output": "答", "history": [["先", "后"]]},
+            "alpaca",
+            ["先", "后", "问", "答"],
+        ),
+        (  # coig-cqia
+            {"instruction": "问", "input": "", "output": "答", "task_type": {"major": ["问答"]}},
+            "alpaca",
+            ["问", "答"],
+        ),
+        (
+            {"prompt": "问", "prompt_id": "7", "messages": chat},
+            "messages",
+            ["问", "答"],
+        ),  # ultrachat
+        (  # magpie-zh
+            {
+                "conversations": turns,
+                "instruction": "问",
+                "response": "答",
+                "input_quality": "good",
+            },
+            "sharegpt",
+            ["问", "答"],
+        ),
+        ({"history": "[['先', '后']]", "q": "问", "a": "答"}, "qa", ["先", "后", "问", "答"]),  # v1
+        (  # dpo-en-zh
+            {"conversations": turns[:1], "chosen": preferred, "rejected": other},
+            "pairs",
+            ["问", "好", "坏"],
+        ),
+        ({"prompt": "问", "chosen": "好", "rejected": "坏"}, "pairs", ["问", "好", "坏"]),  # huozi
+        (  # minimind dpo
+            {"chosen": chat, "rejected": [chat[0], {"role": "assistant", "content": "坏"}]},
+            "pairs",
+            ["问", "答", "坏"],
+        ),
+    ]:
+        record = convert(fields)
+        assert (record.schema, record.texts) == (schema, texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("<s>长江</s> <s>黄河\n</s>", ["长江", "黄河\n"]),
+        ("<s>长江</s>", ["长江"]),
+        ("<s> </s><s>黄河</s>\n", ["黄河"]),
+        ("删去<s>这个</s>", ["删去<s>这个</s>"]),  # HTML
+        ("<s>这个</s>删去", ["<s>这个</s>删去"]),
+        ("长江", ["长江"]),
+    ],
+)
+def test_packed_documents_of_minimind_are_split(text: str, documents: list[str]) -> None:
+    assert [record.text for record in split_packed(convert({"text": text}))] == documents

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 from docs.build import DOCS, ROOT
 from minimind.cli.main import app
+from minimind.data.download import record_origin
+from minimind.data.registry import find
 from tests.support.services import serving
 from tests.support.small_benchmarks import make_ceval
 
@@ -53,6 +55,7 @@ NOT_RUN = {
     "mlx_lm.": "tests/compatibility/test_mlx.py, where MLX is installed",
     "vllm ": "needs vLLM",
     "python -m sglang": "needs SGLang",
+    "minimind get ": "tests/cli/test_get.py downloads models from a stand-in of the hubs",
     "torchrun --nnodes 2": "needs two machines",
     "minimind web": "runs until it is stopped; tests/web opens the page in a browser",
     "minimind compare A B --judge": "needs a judge there; tests/cli/test_compare.py has one",
@@ -90,6 +93,14 @@ def test_every_exception_is_still_a_command() -> None:
         assert any(command.startswith(prefix) for command in commands()), prefix
 
 
+def pretend_downloaded(name: str, content: bytes, folder: Path) -> None:
+    """Store a small file as if a dataset had been downloaded."""
+    path = find(name).path_in(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    record_origin(path, {"name": name})
+
+
 @pytest.fixture(scope="module")
 def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with models, data and files under the names that the documentation uses."""
@@ -111,6 +122,15 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     (folder / "pairs" / "a.jsonl").write_bytes((corpus / "dpo.jsonl").read_bytes())
     (folder / "questions.jsonl").write_text('{"question": "长江有多长？"}\n', encoding="utf-8")
     make_ceval(folder / "exams" / "ceval-exam")
+    exams = shutil.make_archive(str(folder / "exams"), "zip", folder / "exams" / "ceval-exam")
+    published = {
+        "minimind:pretrain_mini": text,
+        "minimind:sft_mini": chats,
+        "skypile:2020-40_zh_head_0000": text,
+        "ceval": Path(exams).read_bytes(),
+    }
+    for name, content in published.items():
+        pretend_downloaded(name, content, folder / "data")
     (folder / "my-recipe.toml").write_text(
         'extends = "pretrain-small"\nout = "out/mine"\ntokenizer = "out/tokenizer"\n'
         '[data]\nsources = ["texts/*.jsonl"]\n',
@@ -165,7 +185,8 @@ def test_a_command_of_the_documentation_runs(command: str, materials: Path) -> N
 
 def small_settings(words: Sequence[str]) -> list[str]:
     """Return the settings that make the training of a command short: a tiny model, two steps."""
-    if "--explain" in words or not {*TRAINING, "sweep"} & set(words):
+    trains = words[0] != "data" and {*TRAINING, "sweep"} & set(words)
+    if "--explain" in words or not trains:
         return []
     given = {word.partition("=")[0] for word in words if "=" in word}
     settings = [f"{key}={value}" for key, value in TINY.items() if key not in given]

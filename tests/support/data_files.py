@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,22 @@ FORMATS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 }
 
 
+def zip_bytes(content: bytes, *names: str) -> bytes:
+    """A zip archive with the same content in each of its files, one by default."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names or ("file",):
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda content: content,
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor().compress,
     ".xz": lzma.compress,
     ".bz2": bz2.compress,
+    ".zip": zip_bytes,
 }
 
 
