@@ -1,4 +1,4 @@
-"""`minimind data inspect`, `get` and `stores`."""
+"""`minimind data inspect`, `prepare`, `get` and `stores`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +8,12 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.options import Json
+from minimind.cli.prepare import prepare
 from minimind.errors import UsageError
 
 app = typer.Typer(
-    help="Inspect datasets, download benchmarks, manage token stores.", no_args_is_help=True
+    help="Inspect and prepare datasets, download benchmarks, manage token stores.",
+    no_args_is_help=True,
 )
 
 
@@ -57,6 +59,9 @@ def inspect(
     _show(per_source, total)
     if json:
         console.write_json(json, {"data": per_source, "total": total})
+
+
+app.command()(prepare)
 
 
 @app.command()

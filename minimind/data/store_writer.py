@@ -239,7 +239,9 @@ def finish_store(
         "records": sum(part["records"] for part in parts),
         "invalid_records": 0,
         "invalid_records_file": None,
-        **dict.fromkeys(("skipped", "unused_keys", "unsubstituted"), {}),
+        "skipped": {},
+        "unused_keys": {},
+        "unsubstituted": {},
         "substituted": [],
     }
     write_manifest(folder, spec | splits | counts)

@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 
 def exact_keys(points: CodePoints) -> NDArray[np.uint64]:
     """Return [documents] 64-bit hashes of letters and digits."""
-    content = memoryview(points.folded.astype("<u4", copy=False)).cast("B")
+    content = memoryview(points.folded.astype("<u4", copy=False).tobytes())
     starts, ends = (points.starts * 4).tolist(), (points.ends * 4).tolist()
     return np.fromiter(
         (

@@ -264,9 +264,9 @@ class _Run:
         if not self.workspace.results("cluster"):
             self._stage("match", "finding duplicates", tasks)
         edges = [task.arguments[-1] for task in tasks]
-        arguments = (num_documents, edges[:parts], edges[parts:], self.workspace.stage("cluster"))
+        inputs = (num_documents, edges[:parts], edges[parts:], self.workspace.stage("cluster"))
         [result] = self._stage(
-            "cluster", "clustering", [Task(_CLUSTER, cluster, arguments, num_documents)]
+            "cluster", "clustering", [Task(_CLUSTER, cluster, inputs, num_documents)]
         )
         self.workspace.remove_files("match")
         for keys, rows, _ in files:

@@ -25,8 +25,8 @@ from minimind.files import read_json_object, write_json
 
 FORMAT = 1  # of the manifest; also changes when the same settings give another output
 MANIFEST, IDENTITY = "manifest.json", "identity.json"
-_KNOWN = {"manifest.json", "report.html", "report.md", "report-plots", "near-duplicates.json", "text", "tokens", "invalid",
-          "work", ".lock"}  # fmt: skip
+_OUTPUTS = ("manifest.json", "near-duplicates.json", "report.html", "report.md", "report-plots")
+_KNOWN = {*_OUTPUTS, "text", "tokens", "invalid", "work", ".lock"}
 
 
 @dataclass(frozen=True)
