@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import accumulate
 from pathlib import Path
 
 _COMMON = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]
@@ -12,17 +13,17 @@ class Corpus:
 
     def __init__(self, seed: int = 0) -> None:
         self._rng = random.Random(seed)
-        words = [
-            "".join(self._rng.choices(_COMMON, k=self._rng.randint(1, 4))) for _ in range(4000)
-        ]
-        self._words, self._weights = words, [1 / (rank + 3) for rank in range(len(words))]
+        lengths = [self._rng.randint(1, 4) for _ in range(4000)]
+        self._words = ["".join(self._rng.choices(_COMMON, k=length)) for length in lengths]
+        self._weights = list(accumulate(1 / (rank + 3) for rank in range(len(lengths))))
 
     def document(self, characters: int = 500) -> str:
         """Return a document of about this length, in sentences and paragraphs."""
         parts: list[str] = []
         size = 0
         while size < characters:
-            words = self._rng.choices(self._words, self._weights, k=self._rng.randint(4, 12))
+            count = self._rng.randint(4, 12)
+            words = self._rng.choices(self._words, cum_weights=self._weights, k=count)
             parts.append("".join(words) + self._rng.choice(["，", "，", "。", "。\n"]))
             size += len(parts[-1])
         return "".join(parts).rstrip("，\n") + "。"
@@ -40,9 +41,8 @@ class Corpus:
 
     def noisy(self, text: str) -> str:
         """Return a copy with other punctuation, white space and width: an exact duplicate."""
-        return "\u3000\u3000" + text.replace("，", " , ").replace("。", "！").replace(
-            "\n", "\r\n\r\n"
-        )
+        text = text.replace("，", " , ").replace("。", "！").replace("\n", "\r\n\r\n")
+        return f"\u3000\u3000{text}"
 
 
 def write_texts(path: Path, texts: list[str]) -> Path:
