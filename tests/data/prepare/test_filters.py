@@ -36,7 +36,7 @@ def test_ordinary_text_is_kept() -> None:
          filters.DUPLICATE_LINES),
         (GOOD + "低价出售各类优质商品欢迎来电，" * 12, GOOD + "低价出售各类优质商品欢迎来电，" * 4,
          filters.DUPLICATE_NGRAMS),
-        (GOOD[:90] + "\n上一篇：怎样写好一篇文章 下一篇：怎样读书\n版权所有，不得转载，侵权必究",
+        (GOOD[:70] + "\n上一篇：怎样写好一篇文章 下一篇：怎样读书\n版权所有，不得转载，侵权必究",
          GOOD + "\n版权所有", filters.BOILERPLATE),
     ],
 )  # fmt: skip
