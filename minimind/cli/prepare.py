@@ -13,6 +13,7 @@ from minimind.cli.options import Json
 from minimind.errors import UsageError, shell_words
 
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+_DOWNLOADS = "data"  # where `minimind data get` puts benchmarks
 _BYTES_PER_GB = 1_000_000_000
 
 
@@ -37,8 +38,8 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="NAME[:PATH]",
-            help="Drop documents with questions of this benchmark, as of `eval --task`; "
-            "repeatable. Without PATH the benchmark is downloaded.",
+            help="Drop documents with questions of this benchmark, as in `eval --task`; "
+            "repeatable. PATH defaults to `data`, where `data get NAME` downloads it.",
         ),
     ] = None,
     workers: Annotated[
@@ -88,7 +89,7 @@ def prepare(
     if not decontaminate:
         console.say(
             "Benchmark questions were not removed; --decontaminate NAME does it, "
-            "for example --decontaminate ceval"
+            "for example --decontaminate ceval after `minimind data get ceval`"
         )
     if json:
         console.write_json(json, manifest)
@@ -99,30 +100,33 @@ def _read_questions(benchmarks: list[str]) -> dict[str, str]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    from minimind.data.hub import PUBLISHED, download
-
     if not benchmarks:
         return {}
-    specs = [
-        f"{spec}:{download(spec, Path('data'))}" if spec in PUBLISHED else spec
-        for spec in benchmarks
-    ]
+    for name in benchmarks:
+        if ":" not in name and not os.path.isdir(_DOWNLOADS):
+            raise UsageError(
+                f"--decontaminate {name}: its questions are not in the folder {_DOWNLOADS}; "
+                f"`minimind data get {name}` downloads them, or give {name}:PATH"
+            )
     # In another process, because the evaluation package loads torch, which takes 200 MB.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        questions = executor.submit(questions_of, specs).result()
+        questions = executor.submit(questions_of, benchmarks).result()
     console.say(f"decontamination: {len(questions):,} questions")
     return questions
 
 
 def questions_of(specs: list[str]) -> dict[str, str]:
-    """Return the questions of tasks NAME:PATH. Raises UsageError for a task without questions."""
+    """Return the questions of benchmarks NAME:PATH; without PATH they are in the folder `data`.
+
+    Raises UsageError for a name without questions, DataError for missing files.
+    """
     from minimind.evaluation.catalogue import make_task
 
     questions: dict[str, str] = {}
     for spec in specs:
-        texts = make_task(spec).texts()
+        texts = make_task(spec, data=[_DOWNLOADS]).texts()
         if not texts:
-            raise UsageError(f"--decontaminate {spec}: this task has no questions; leave it out")
+            raise UsageError(f"--decontaminate {spec}: it has no questions; leave it out")
         questions |= {f"{spec.partition(':')[0]}/{key}": text for key, text in texts.items()}
     return questions
 
