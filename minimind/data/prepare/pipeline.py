@@ -32,9 +32,9 @@ from minimind.files import fsync, write_json
 from minimind.tokenizer import Tokenizer
 
 # Measured by benchmarks/data_preparation.py: resident memory of the processes, in bytes.
-_MAIN_BYTES = 150_000_000
-_WORKER_BYTES = 180_000_000
-_TOKENIZER_BYTES = 120_000_000
+_MAIN_BYTES = 130_000_000
+_WORKER_BYTES = 130_000_000
+_TOKENIZER_BYTES = 80_000_000
 _QUESTION_TABLES_BYTES = 70_000_000
 _BYTES_PER_QUESTION_CHARACTER = 40
 _QUESTIONS = "questions.json"
