@@ -85,10 +85,14 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Resources:
-    """Number of workers, and bytes of memory that a task may use beyond a worker's own."""
+    """Number of workers, and bytes of memory that a task may use beyond a worker's own.
+
+    alone_bytes: the same for a task that runs while the other workers are idle.
+    """
 
     workers: int
     task_bytes: int
+    alone_bytes: int
 
     @classmethod
     def plan(cls, preparation: Preparation, memory_bytes: int, workers: int | None) -> "Resources":
@@ -113,7 +117,8 @@ class Resources:
                 f"{-(-needed * 10 // 1) / 10:.1f}{fewer}"
             )
         # A worker's memory includes room for batches of text, which matching does not need.
-        return cls(chosen, (memory_bytes - _MAIN_BYTES) // chosen - worker // 2)
+        spare = memory_bytes - _MAIN_BYTES - chosen * worker
+        return cls(chosen, spare // chosen + worker // 2, spare + worker // 2)
 
 
 def prepare(
@@ -239,12 +244,12 @@ class _Run:
     ) -> dict[str, Any]:
         """Match the keys of all bands, then connect the documents with equal keys."""
         num_documents = first_ids[-1]
-        if num_documents * BYTES_PER_DOCUMENT > self.resources.task_bytes:
-            needed = num_documents * BYTES_PER_DOCUMENT - self.resources.task_bytes
+        missing = num_documents * BYTES_PER_DOCUMENT - self.resources.alone_bytes
+        if missing > 0:
             raise UsageError(
-                f"finding duplicates among {num_documents:,} documents needs "
-                f"{needed / 1e9:.2f} GB more for each worker; raise --memory or lower --workers "
-                "and run the same command again: finished work is kept"
+                f"finding duplicates among {num_documents:,} documents needs {missing / 1e9:.2f} "
+                "GB more; raise --memory or lower --workers and run the same command again: "
+                "finished work is kept"
             )
         folder = self.workspace.stage("filter")
         files = [
@@ -266,7 +271,9 @@ class _Run:
         edges = [task.arguments[-1] for task in tasks]
         inputs = (num_documents, edges[:parts], edges[parts:], self.workspace.stage("cluster"))
         [result] = self._stage(
-            "cluster", "clustering", [Task(_CLUSTER, cluster, inputs, num_documents)]
+            "cluster",
+            "clustering",
+            [Task(_CLUSTER, cluster, inputs, num_documents * BYTES_PER_DOCUMENT)],
         )
         self.workspace.remove_files("match")
         for keys, rows, _ in files:

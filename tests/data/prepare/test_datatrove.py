@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from minimind.data.prepare.shards import read_shard
-from tests.data.prepare.test_pipeline import run
+from tests.data.prepare.test_pipeline import run, texts_in
 from tests.support.corpora import Corpus, write_texts
 
 
@@ -60,30 +59,31 @@ def survivors_of_datatrove(data: Path, folder: Path) -> set[str]:
 def test_datatrove_finds_the_same_near_duplicates(tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
     corpus = Corpus(8)
-    originals = [corpus.document(500) for _ in range(400)]
-    shares = (0.01, 0.02, 0.05, 0.1)
-    copies = {share: [corpus.edited(text, share) for text in originals] for share in shares}
-    texts = [*originals, *(text for group in copies.values() for text in group)]
-    texts += [corpus.document(500) for _ in range(200)]
+    # Pairs of an original and an edited copy; the copies come later than all originals.
+    originals = {
+        share: [corpus.document(500) for _ in range(400)] for share in (0.01, 0.02, 0.05, 0.1)
+    }
+    copies = {
+        share: [corpus.edited(text, share) for text in texts] for share, texts in originals.items()
+    }
+    unrelated = [corpus.document(500) for _ in range(200)]
+    groups = [*originals.values(), *copies.values(), unrelated]
     data = tmp_path / "data"
     data.mkdir()
-    file = write_texts(data / "texts.jsonl", texts)
+    file = write_texts(data / "texts.jsonl", [text for group in groups for text in group])
     theirs = survivors_of_datatrove(data, tmp_path)
     run([file], tmp_path / "out")
-    ours = set(read_shard(tmp_path / "out" / "text" / "part-00000.jsonl.zst"))
-    assert len(ours) < len(texts)
-    for share, group in copies.items():
+    ours = set(texts_in(tmp_path / "out"))
+    for share in originals:
         # A pair is found if one of its members is gone: datatrove keeps any member of a cluster.
-        found = [
-            sum(
-                not (one in kept and two in kept) for one, two in zip(originals, group, strict=True)
-            )
+        pairs = list(zip(originals[share], copies[share], strict=True))
+        rates = [
+            sum(not {one, two} <= kept for one, two in pairs) / len(pairs)
             for kept in (ours, theirs)
         ]
-        rates = [count / len(originals) for count in found]
         # Two independent samples of hash functions: four standard errors of their difference.
-        error = (sum(rate * (1 - rate) for rate in rates) / len(originals)) ** 0.5
+        error = (sum(rate * (1 - rate) for rate in rates) / len(pairs)) ** 0.5
         assert abs(rates[0] - rates[1]) <= max(4 * error, 0.02), (share, rates)
     # Neither removes an unrelated document.
-    assert set(texts[-200:]) <= ours
-    assert set(texts[-200:]) <= theirs
+    assert set(unrelated) <= ours
+    assert set(unrelated) <= theirs

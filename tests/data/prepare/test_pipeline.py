@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.data_preparation import measure
+from minimind.data.prepare import pipeline
 from minimind.data.prepare.engine import EngineName
 from minimind.data.prepare.pipeline import prepare
 from minimind.data.prepare.settings import load_prepare_settings
@@ -250,3 +252,25 @@ def test_memory_limits_the_workers(inputs: list[Path], tmp_path: Path) -> None:
         run(inputs, tmp_path / "out", workers=8, memory_bytes=600_000_000)
     with pytest.raises(UsageError, match="1 worker needs"):
         run(inputs, tmp_path / "out", workers=None, memory_bytes=100_000_000)
+
+
+@pytest.mark.slow
+def test_memory_of_all_processes_is_bounded(tmp_path: Path) -> None:
+    corpus = Corpus()
+    text = write_texts(tmp_path / "a.jsonl", [corpus.document(800) for _ in range(12_000)])
+    metrics = measure([str(text)], ["--workers", "2", "--memory", "0.5"])
+    assert metrics["mb"] > 25
+    assert metrics["peak_mb"] < 500
+
+
+def test_keys_are_matched_in_ranges_that_fit(
+    inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(inputs, tmp_path / "whole")
+    monkeypatch.setattr(pipeline, "BYTES_PER_KEY", 3_000_000)  # ranges for a huge input
+    ranges = run(inputs, tmp_path / "ranges")
+    assert hashes(tmp_path / "ranges") == hashes(tmp_path / "whole")
+    assert ranges["dropped"] == whole["dropped"]
+    monkeypatch.setattr(pipeline, "BYTES_PER_DOCUMENT", 10_000_000)
+    with pytest.raises(UsageError, match="raise --memory or lower --workers"):
+        run(inputs, tmp_path / "more")
