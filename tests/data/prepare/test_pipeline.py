@@ -248,7 +248,7 @@ def test_bad_input_and_folders(inputs: list[Path], tmp_path: Path) -> None:
 
 
 def test_memory_limits_the_workers(inputs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"8 workers need .* GB of memory.*or --workers 2"):
+    with pytest.raises(UsageError, match=r"8 workers need .* GB of memory.*or --workers 3"):
         run(inputs, tmp_path / "out", workers=8, memory_bytes=600_000_000)
     with pytest.raises(UsageError, match="1 worker needs"):
         run(inputs, tmp_path / "out", workers=None, memory_bytes=100_000_000)
