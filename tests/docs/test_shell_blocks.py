@@ -44,6 +44,7 @@ NOT_RUN = {
     "python3 -m venv": "installs packages",
     "pip install": "installs packages",
     ".venv/bin/pip install": "installs packages",
+    "RAY_ADDRESS": "tests/data/prepare/test_engine.py (slow) starts a Ray cluster",
     "torchrun": "tests/training/test_distributed.py and tests/cli/test_launcher.py use torchrun",
     "curl": "tests/serving sends such requests",
     "minimind serve": "tests/serving starts services on free ports",
@@ -89,6 +90,11 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     (folder / "texts" / "a.jsonl").write_bytes(text)
     (folder / "texts" / "a.jsonl.zst").write_bytes(zstandard.compress(text))
     (folder / "poems.jsonl").write_bytes(text)
+    (folder / "out" / "prepared" / "text").mkdir(parents=True)
+    (folder / "out" / "prepared" / "text" / "part-00000.jsonl.zst").write_bytes(
+        zstandard.compress(text)
+    )
+    (folder / "strict.toml").write_text('extends = "zh"\n[length]\nminimum = 60\n', "utf-8")
     chats = (corpus / "sft-single.jsonl").read_bytes()
     variables = {"role": "assistant", "content": "我叫{{name}}。"}
     named = {"messages": [{"role": "user", "content": "你叫什么名字？"}, variables]}
