@@ -1,5 +1,13 @@
-"""Statistics of the benchmark scripts."""
+"""Statistics of the benchmark scripts, and a rehearsal of the GPU report."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_report import PARTS
 from benchmarks.rounds import over_rounds, spread
 
 
@@ -14,3 +22,23 @@ def test_statistics_over_rounds() -> None:
         "theirs": {"rate": {"median": 1550.0, "min": 1500.0, "max": 1600.0}},
     }
     assert spread(metrics["ours"]["rate"]) == "2,700-2,835"
+
+
+@pytest.mark.slow
+def test_gpu_report_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    """All parts at tiny sizes: files for the user, and no part that failed."""
+    texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
+    texts.write_text(
+        "".join(f'{{"text": "第{n}条：长江是中国最长的河流。"}}\n' for n in range(400))
+    )
+    turn = '{"conversations": [{"role": "user", "content": "你好%d"}, {"role": "assistant", '
+    turn += '"content": "你好！"}]}\n'
+    chats.write_text("".join(turn % n for n in range(400)))
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--tiny", "--device", "cpu"]
+    command += ["--seconds", "5", "--limit", "1800", "--out", str(tmp_path / "out")]
+    command += ["--texts", str(texts), "--chats", str(chats)]
+    subprocess.run(command, check=True, timeout=1900)
+    record = json.loads((tmp_path / "out" / "gpu-report.json").read_text("utf-8"))
+    statuses = {name: part["status"] for name, part in record["parts"].items()}
+    assert statuses == dict.fromkeys(["prepare", *PARTS], "done"), statuses
+    assert "# " in (tmp_path / "out" / "gpu-report.md").read_text("utf-8")

@@ -22,6 +22,7 @@ _EXTRAS = {
     "swanlab": ("experiment tracking with SwanLab", "swanlab"),
     "hub": ("benchmark downloads", "huggingface_hub"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
+    "llama-cpp": ("K-quants in `export gguf`", "llama_cpp"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
 }
 
@@ -83,7 +84,7 @@ def _machine(device: str) -> dict[str, Any]:
         "decoding precision": str(inference_dtype(chosen)).removeprefix("torch."),
         "batch invariance": _batch_invariance(chosen),
         "attention": "torch.nn.functional.scaled_dot_product_attention"
-        + (", explicit up to 256 tokens in training" if chosen.type == "cpu" else ""),
+        + _training_attention(chosen),
         "C++ compiler, for training.compile": _compiler() or "none",
     }
     if chosen.type == "cuda":
@@ -91,6 +92,17 @@ def _machine(device: str) -> dict[str, Any]:
         capability = f"{properties.major}.{properties.minor}"
         machine["GPU"] = f"{properties.name}, {size(properties.total_memory)}, sm {capability}"
     return machine
+
+
+def _training_attention(device: "torch.device") -> str:
+    """Return what training uses instead, as the end of a sentence."""
+    from minimind.model.varlen import supports_varlen
+
+    if device.type == "cpu":
+        return ", explicit up to 256 tokens in training"
+    if supports_varlen(device):
+        return ", variable-length for packed sequences in bf16 and fp16"
+    return ", with a dense mask for packed sequences"
 
 
 def _batch_invariance(device: "torch.device") -> str:

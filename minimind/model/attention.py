@@ -3,8 +3,8 @@
 Shapes: B sequences, T queries (new tokens), S keys (cached and new tokens), H query heads,
 K key/value heads, D head_dim; H is a multiple of K. During training S = T.
 
-`scaled_dot_product_attention` accepts any boolean mask but then cannot use FlashAttention; see
-`transformer.py` on packed sequences for the lengths where a dense mask stops being a good choice.
+`scaled_dot_product_attention` accepts any boolean mask but then cannot use FlashAttention. Packed
+sequences therefore use variable-length attention where it works: `varlen.py`.
 """
 
 import torch
@@ -15,6 +15,7 @@ from minimind.config.model import ModelConfig
 from minimind.model.kv_cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import apply_rotary
+from minimind.model.varlen import SegmentBounds, varlen_attention
 
 _BLOCKWISE_MAX_LENGTH = 256  # longest sequences for which `_blockwise_attention` is used
 _QUERY_BLOCK = 128  # queries per block; scores of keys after the block are not computed
@@ -37,12 +38,17 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | SegmentBounds | None,
+        cache: KVCache | None,
     ) -> Tensor:
         """Attend from x to itself and to the cached tokens: [B, T, hidden] -> [B, T, hidden].
 
         cos, sin: [B or 1, T, 1, D], or without the batch dimension. mask: [B or 1, 1, T, S], True
-        where a query may attend to a key; None = causal.
+        where a query may attend to a key; SegmentBounds = causal within segments; None = causal.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         # q [B, T, H, D]; k, v [B, T, K, D]
@@ -50,6 +56,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, cos, sin).to(v.dtype), apply_rotary(k, cos, sin).to(v.dtype)
+        if isinstance(mask, SegmentBounds):
+            return self.o_proj(varlen_attention(q, k, v, mask, self.scale).flatten(2))
         # q [B, H, T, D]; k, v [B, K, T, D]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:

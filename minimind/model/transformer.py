@@ -6,10 +6,9 @@ state dict can be saved as it is.
 Shapes: B sequences per batch, T new tokens per sequence, S keys (cached and new), D head_dim;
 `hidden` is the width of the residual stream, `vocab` the vocabulary size.
 
-Packed batches (several conversations per sequence) use a dense [B, 1, T, T] attention mask. It is
-simple, and small at the sequence lengths of our recipes: 256 KiB per sequence at T = 512. It grows
-with T^2 and rules out FlashAttention kernels. For several thousand tokens on a GPU,
-variable-length attention (`cu_seqlens`) or FlexAttention is the better choice.
+Packed batches (several conversations per sequence) use variable-length attention on a GPU
+(`varlen.py`). Elsewhere, and in float32, they use a dense [B, 1, T, T] attention mask. It is
+simple, and small at the sequence lengths of our recipes: 256 KiB per sequence at T = 512.
 """
 
 import torch
@@ -24,6 +23,7 @@ from minimind.model.feed_forward import FeedForward
 from minimind.model.kv_cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import depends_on_length, extend_context, rope_table
+from minimind.model.varlen import DTYPES, HEAD_DIMS, SegmentBounds
 
 _INIT_STD = 0.02
 
@@ -50,7 +50,7 @@ class Layer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | SegmentBounds | None,
         cache: KVCache | None,
         routing: Routing | None,
     ) -> Tensor:
@@ -130,6 +130,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         segments: Tensor | None = None,
+        bounds: SegmentBounds | None = None,
         cache: KVCache | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
@@ -137,18 +138,23 @@ class Transformer(nn.Module):
 
         tokens: [B, T] int64. segments: [B, T], for packed training batches: the number of each
         token's segment (a conversation), non-decreasing along T. Attention and positions restart at
-        each segment. cache: keys and values of the preceding tokens; those of `tokens` are
-        appended. routing: collects the decisions of the routers.
+        each segment. bounds: the borders of the same segments, for variable-length attention;
+        None = use a dense mask. cache: keys and values of the preceding tokens; those of `tokens`
+        are appended. routing: collects the decisions of the routers.
         """
         length = tokens.shape[1]
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + length, device=tokens.device)  # [T]
-        mask, segment_lengths = None, None
+        mask: Tensor | SegmentBounds | None = None
+        segment_lengths = None
         if segments is not None:
             assert cache is None, "packed sequences are for training"
-            mask = _causal_mask(length, 0, tokens.device)[None, None] & (
-                segments[:, None, :, None] == segments[:, None, None, :]
-            )  # [B, 1, T, T]
+            if bounds is not None and self._allows_varlen():
+                mask = bounds
+            else:
+                mask = _causal_mask(length, 0, tokens.device)[None, None] & (
+                    segments[:, None, :, None] == segments[:, None, None, :]
+                )  # [B, 1, T, T]
             positions, segment_lengths = _segment_positions(segments)  # [B, T] each
         elif past and length > 1:
             mask = _causal_mask(length, past, tokens.device)[None, None]  # [1, 1, T, S]
@@ -163,6 +169,13 @@ class Transformer(nn.Module):
                 x = layer(x, cos, sin, mask, cache, routing)
         # Scaled here instead of in `logits`: the losses compute their logits in chunks themselves.
         return _scaled(self.model.norm(x), 1 / self.config.logits_scaling)
+
+    def _allows_varlen(self) -> bool:
+        """Return True if variable-length attention takes this compute dtype and head_dim."""
+        kind, dtype = self.head_weight.device.type, self.head_weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return dtype in DTYPES and self.config.head_dim in HEAD_DIMS
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the output head: [..., hidden] -> [..., vocab]."""

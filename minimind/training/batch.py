@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minimind.data.packing import IGNORED, Batch, MixedDataset
+from minimind.model.varlen import SegmentBounds, segment_offsets, supports_varlen
 
 Samples = tuple[int, int]  # (first sample of the run, number of samples)
 
@@ -31,6 +32,7 @@ class TensorBatch:
     label_indices: [N] int64, ascending positions in the flattened labels [B * T] that are not
     IGNORED. Computed on the host: boolean indexing on a GPU would wait for the device.
     pairs: for preference data. num_tokens: number of tokens without padding.
+    bounds: the borders of the segments, where variable-length attention works.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class TensorBatch:
     label_indices: Tensor
     pairs: TensorPairs | None = None
     num_tokens: int = 0
+    bounds: SegmentBounds | None = None
 
 
 def label_indices(labels: Tensor) -> Tensor:
@@ -54,7 +57,10 @@ def to_device(batch: Batch, device: torch.device) -> TensorBatch:
         host = host.pin_memory() if device.type == "cuda" else host
         return host.to(device, non_blocking=True)
 
-    pairs = batch.pairs
+    pairs, bounds = batch.pairs, None
+    if batch.segments is not None and supports_varlen(device):
+        offsets = copy(segment_offsets(batch.segments))
+        bounds = SegmentBounds(offsets, longest=batch.tokens.shape[1])
     return TensorBatch(
         tokens=copy(batch.tokens),
         labels=copy(batch.labels),
@@ -62,6 +68,7 @@ def to_device(batch: Batch, device: torch.device) -> TensorBatch:
         label_indices=copy(label_indices(torch.from_numpy(batch.labels))),
         pairs=None if pairs is None else TensorPairs(copy(pairs.side_ids), copy(pairs.reference)),
         num_tokens=_count_tokens(batch),
+        bounds=bounds,
     )
 
 

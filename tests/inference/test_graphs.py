@@ -59,7 +59,7 @@ def test_decoding_never_syncs_with_the_device(shape: str) -> None:
     assert logits.device.type == "meta" and logits.shape == (4, VOCAB)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
 def test_graphs_equal_plain_decoding(shape: str) -> None:

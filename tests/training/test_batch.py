@@ -18,9 +18,7 @@ CPU = torch.device("cpu")
     "device",
     [
         "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
 def test_to_device_copies_a_batch_as_tensors(device: str) -> None:

@@ -55,7 +55,9 @@ class NextToken:
         For an MoE model the loss includes the weighted load-balancing loss.
         """
         routing = Routing() if model.config.num_local_experts else None
-        hidden = model(batch.tokens, segments=batch.segments, routing=routing)  # [B, T, D]
+        hidden = model(
+            batch.tokens, segments=batch.segments, bounds=batch.bounds, routing=routing
+        )  # [B, T, D]
         labels = batch.labels.flatten()[batch.label_indices]  # [N]
         # Only label tokens go through the head: in fine-tuning that is about half of them.
         hidden = hidden.flatten(0, 1).index_select(0, batch.label_indices)  # [N, D]

@@ -135,7 +135,9 @@ def answer_logps(
     Column 0 is the chosen answer, column 1 the rejected one.
     """
     assert batch.pairs is not None, "the batch has no preference pairs"
-    hidden = model(batch.tokens, segments=batch.segments, routing=routing)  # [B, T, D]
+    hidden = model(
+        batch.tokens, segments=batch.segments, bounds=batch.bounds, routing=routing
+    )  # [B, T, D]
     hidden = hidden.flatten(0, 1).index_select(0, batch.label_indices)  # [N, D]
     labels = batch.labels.flatten()[batch.label_indices]  # [N]
     losses = linear_cross_entropy(hidden, model.head_weight, labels, uniform_grad=False)  # [N]
