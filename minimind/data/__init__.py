@@ -11,6 +11,6 @@ Reading order:
 7. prepare      raw text to filtered, deduplicated shards, before training
 8. textbook     a synthetic corpus with questions and answers, for the demo and for tests
 
-Also here: `stats` computes statistics, `ngrams` finds benchmark questions, `estimate` counts tokens from a sample, `hub` downloads
-published benchmarks.
+Also here: `stats` computes statistics, `ngrams` finds benchmark questions, `estimate` counts tokens
+from a sample, `hub` downloads published benchmarks.
 """

@@ -1,6 +1,7 @@
 """Engines: where the tasks of a stage run. The functions and their results are the same in all."""
 
 import contextlib
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -126,9 +127,16 @@ def _ray_engine(workers: int) -> Iterator["_Ray"]:
     is_ours = not ray.is_initialized()
     if is_ours:
         # RAY_ADDRESS names a cluster; without it Ray starts on this machine alone.
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+        num_cpus = None if os.environ.get("RAY_ADDRESS") else workers
+        # The dashboard can be set only where Ray is started.
+        dashboard = None if num_cpus is None else False
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, **local)
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             address = os.environ.get("RAY_ADDRESS", "this machine")
             raise ResourceError(
