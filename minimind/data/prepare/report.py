@@ -19,7 +19,7 @@ def write_report(
     before, after = manifest["input_documents"], manifest["documents"]
     cards = {
         "documents": f"{after:,}",
-        "of": f"{before:,}",
+        "of the input": f"{before:,}",
         "kept": f"{after / max(before, 1):.1%}",
         "text": f"{manifest['text_bytes'] / 1e6:,.1f} MB",
     }
