@@ -1,7 +1,8 @@
 """Compare the C-Eval and CMMLU scores of `minimind eval` and lm-eval on every question.
 
     pip install -c constraints.txt -e '.[lm-eval]'
-    python benchmarks/against_lm_eval.py MODEL --exam ceval --data DIR [--shots 5] [--subjects N]
+    python benchmarks/against_lm_eval.py MODEL --data DIR [--benchmark ceval] \
+        [--shots 5] [--subjects N]
 
 lm-eval uses its own task files for the prompts and its `hf` model for the log-likelihoods; only
 the questions come from local files instead of the hub. Questions that do not fit into the context
@@ -34,12 +35,12 @@ def main() -> None:
     """Compare both on every question and print the largest difference."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--exam", choices=FIELDS, default="ceval")
+    parser.add_argument("--benchmark", choices=FIELDS, default="ceval")
     parser.add_argument("--data", required=True)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--subjects", type=int, help="number of subjects; default: all")
     args = parser.parse_args()
-    task = make_task(args.exam, data=[args.data], style="letter", shots=args.shots)
+    task = make_task(args.benchmark, data=[args.data], style="letter", shots=args.shots)
     assert isinstance(task, MultipleChoice)
     subjects = list(dict.fromkeys(q.subject for q in task.questions))[: args.subjects]
     task.questions = [q for q in task.questions if q.subject in subjects]
@@ -55,7 +56,7 @@ def main() -> None:
     )
     same = sum(ours[name]["right"] == theirs[name].right for name in complete)
     right = sum(ours[n]["right"] for n in complete), sum(theirs[n].right for n in complete)
-    print(f"{args.exam}, {args.shots} shots: {len(complete):,} of {len(ours):,} questions of "
+    print(f"{args.benchmark}, {args.shots} shots: {len(complete):,} of {len(ours):,} questions of "
           f"{len(subjects)} subjects compared")  # fmt: skip
     print(f"log-probabilities differ by at most {difference:.1e}; {same:,} have the same mark; "
           f"correct: {right[0]:,} by minimind, {right[1]:,} by lm-eval")  # fmt: skip
@@ -77,17 +78,17 @@ def by_lm_eval(
 
     service: URL of a service that serves the model, to use instead of the `hf` model.
     """
-    exam, manager = task.benchmark.name, TaskManager()
+    benchmark, manager = task.benchmark.name, TaskManager()
     by_subject: dict[str, list[Question]] = {}
     for question in task.questions:
         by_subject.setdefault(question.subject, []).append(question)
     tasks = []
     for subject, questions in by_subject.items():
         files = {
-            SPLITS[exam]: records(exam, work / f"{subject}.jsonl", questions),
-            "dev": records(exam, work / f"{subject}-dev.jsonl", task.examples[subject]),
+            SPLITS[benchmark]: records(benchmark, work / f"{subject}.jsonl", questions),
+            "dev": records(benchmark, work / f"{subject}-dev.jsonl", task.examples[subject]),
         }
-        entry: Any = manager.task_index[PREFIX[exam] + subject]
+        entry: Any = manager.task_index[PREFIX[benchmark] + subject]
         dataset = {"dataset_path": "json", "dataset_name": None}
         dataset |= {"dataset_kwargs": {"data_files": files, "cache_dir": str(work / "cache")}}
         tasks.append(load_yaml(entry.yaml_path) | dataset)
@@ -107,7 +108,7 @@ def by_lm_eval(
         bootstrap_iters=0,
     )
     return {
-        by_subject[name.removeprefix(PREFIX[exam])][sample["doc_id"]].id: LmEvalResult(
+        by_subject[name.removeprefix(PREFIX[benchmark])][sample["doc_id"]].id: LmEvalResult(
             _prompt(sample["arguments"]),
             [float(response[0][0]) for response in sample["resps"]],
             bool(sample["acc"]),
@@ -124,9 +125,9 @@ def _prompt(arguments: Any) -> str:
     return arguments[0][0]
 
 
-def records(exam: str, path: Path, questions: list[Question]) -> str:
+def records(benchmark: str, path: Path, questions: list[Question]) -> str:
     """Write questions with the field names of the lm-eval task; return the path."""
-    question, answer = FIELDS[exam]
+    question, answer = FIELDS[benchmark]
     rows = (
         {question: q.question, answer: q.letter} | dict(zip(LETTERS, q.options, strict=False))
         for q in questions

@@ -4,7 +4,7 @@
 
 A round is one optimizer step of `small` on 8 sequences of 512 tokens right after a save, which is
 written in the background, and one step without a save. The recipe pretrain-small saves after 4,000
-times as many tokens. Also measured: the wait of the loop in `save`, the time of a whole save, the
+times as many tokens. Also measured: the wait of the loop in `save`, the duration of a save, the
 time of a synchronous save, and the memory of the copy. Both wall-clock and CPU seconds are
 recorded; CPU seconds do not depend on other processes of the machine. The CPU seconds of a save
 (copy, hashes and writing) are an upper bound of its cost for training. Threads that wait for each

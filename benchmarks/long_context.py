@@ -29,13 +29,13 @@ KINDS = ["none", "linear", "dynamic", "yarn"]
 DOCUMENTS = 24  # read by `measure`, the first 4,096 tokens of each
 _BY_CONTEXT = "bits_per_byte_by_context"
 _CHUNK = 1024  # tokens per chunk of logits
-HELD_OUT = 12  # one in 12 files is held out, chosen by the hash of its text
+HELD_OUT = 12  # one in 12 files is held-out, chosen by the hash of its text
 
 
 def documents() -> tuple[list[str], list[str]]:
     """Return the training and the held-out source files of the standard library."""
     sides: tuple[list[str], list[str]] = ([], [])
-    seen = set()
+    hashes = set()
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         inside = path.relative_to(sysconfig.get_path("stdlib")).parts
         if inside[0] in ("site-packages", "lib2to3", "encodings") or "idlelib" in inside:
@@ -45,8 +45,8 @@ def documents() -> tuple[list[str], list[str]]:
         except UnicodeDecodeError:
             continue  # a test of another encoding
         key = hashlib.sha256(text.encode()).digest()
-        if len(text) > 500 and key not in seen:
-            seen.add(key)
+        if len(text) > 500 and key not in hashes:
+            hashes.add(key)
             sides[key[0] % HELD_OUT == 0].append(text)
     return sides
 

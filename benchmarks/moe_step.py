@@ -1,4 +1,4 @@
-"""Training step of `moe` compared with a dense model that has as many active parameters.
+"""Training step of `moe` compared with a dense model with the same number of active parameters.
 
     python benchmarks/moe_step.py [--rounds 5] [--json benchmarks/records/moe-step.json]
 

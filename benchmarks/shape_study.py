@@ -91,11 +91,11 @@ def record(work: Path, out: Path) -> None:
     """Write OUT.json, OUT.md and OUT.svg from the finished runs."""
     from minimind.reporting.runs import Run, find_runs
 
-    found = find_runs([work / "runs"])
+    overview = find_runs([work / "runs"])
     runs: dict[int, list[Run]] = {layers: [] for layers in WIDTHS}
-    for run in found.runs:
+    for run in overview.runs:
         if run.finished:
-            runs[found.sweep_settings[run.name]["model.num_hidden_layers"]].append(run)
+            runs[overview.sweep_settings[run.name]["model.num_hidden_layers"]].append(run)
     shapes = []
     for layers, runs_of_shape in runs.items():
         hidden, inner = WIDTHS[layers]

@@ -169,13 +169,13 @@ def trainer(args: argparse.Namespace) -> dict[str, float]:
                     padding="max_length" if fixed else False,
                 )
             )
-    seen: list[tuple[int, int]] = []
+    batches: list[tuple[int, int]] = []
 
     class Counting(DataCollatorForLanguageModeling):
         def torch_call(self, examples):
             batch = super().torch_call(examples)
             real = int(batch["attention_mask"].sum())
-            seen.append((real, batch["attention_mask"].numel()))
+            batches.append((real, batch["attention_mask"].numel()))
             return batch
 
     ends: list[float] = []
@@ -202,7 +202,7 @@ def trainer(args: argparse.Namespace) -> dict[str, float]:
         data_collator=Counting(tokenizer, mlm=False),
         callbacks=[Clock()],
     ).train()
-    counted = seen[1 : len(ends)]  # the first one warms up
+    counted = batches[1 : len(ends)]  # the first one warms up
     seconds = [end - before for before, end in pairwise(ends)]
     rates = [real / s for (real, _), s in zip(counted, seconds, strict=True)]
     return {

@@ -10,6 +10,7 @@ relative links lead to the files themselves.
 """
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from docs import reference
@@ -24,11 +27,14 @@ from docs import reference
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 LANGUAGES = {"en": "English", "zh": "中文"}
+READMES = ("README.md", "README.zh-CN.md")
+TOP_PAGES = (*READMES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 _SHARED = ("images", "assets")  # folders of docs/ that both languages use
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ \t]*$", re.M | re.S)
 _INLINE_CODE = re.compile(r"`[^`\n]*`")
 _HEADING = re.compile(r"^(#{1,6}) ", re.M)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+_SYMBOL_LINK = re.compile(r"\[`([\w.]+)`\]\(([^)\s#]+\.py)\)")
 _INCLUDE = re.compile(r'--8<-- "([^"]+)"')
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)")
 _LANGUAGE_TAGS = {
@@ -81,9 +87,15 @@ def find_problems() -> list[str]:
             for what in english
             if english[what] != chinese[what]
         ]
-    for lang, pages in names.items():
-        for name in sorted(pages):
-            problems += missing_targets(DOCS / lang / name)
+    english, chinese = (outline((ROOT / name).read_text("utf-8")) for name in READMES)
+    problems += [
+        f"README: the languages differ in {what}: en {english[what]}, zh {chinese[what]}"
+        for what in english
+        if english[what] != chinese[what]
+    ]
+    pages = [DOCS / lang / name for lang in LANGUAGES for name in sorted(names[lang])]
+    for page in (*(ROOT / name for name in TOP_PAGES), *pages):
+        problems += missing_targets(page)
     return problems
 
 
@@ -109,7 +121,7 @@ def _without_comments(block: str) -> str:
 
 
 def missing_targets(page: Path) -> list[str]:
-    """Return one line per dead relative link and per missing code region of a page."""
+    """Return one line per dead relative link, missing symbol and missing region of a page."""
     problems = []
     text = page.read_text("utf-8")
     shown = page.relative_to(ROOT)
@@ -117,6 +129,10 @@ def missing_targets(page: Path) -> list[str]:
         is_relative = "://" not in target and not target.startswith("mailto:")
         if is_relative and not (page.parent / target).resolve().exists():
             problems.append(f"{shown}: broken link {target}")
+    for symbol, target in _SYMBOL_LINK.findall(text):
+        file = (page.parent / target).resolve()
+        if file.is_file() and not symbol.endswith(".py") and symbol not in defined_names(file):
+            problems.append(f"{shown}: {target} defines no {symbol}")
     for include in _INCLUDE.findall(text):
         name, _, region = include.partition(":")
         file = ROOT / name
@@ -125,6 +141,24 @@ def missing_targets(page: Path) -> list[str]:
         elif region and f"--8<-- [start:{region}]" not in file.read_text("utf-8"):
             problems.append(f"{shown}: {name} has no region {region}")
     return problems
+
+
+@cache
+def defined_names(file: Path) -> frozenset[str]:
+    """Return the classes, functions, variables and `Class.member`s that a module defines."""
+
+    def names_in(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from names_in(node.body, f"{prefix}{node.name}.")
+            if isinstance(node, ast.Assign):
+                yield from (prefix + name.id for name in node.targets if isinstance(name, ast.Name))
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                yield prefix + node.target.id
+
+    return frozenset(names_in(ast.parse(file.read_text("utf-8")).body, ""))
 
 
 def page_names(folder: Path) -> set[str]:

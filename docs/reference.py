@@ -11,19 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from typer.core import TyperCommand, TyperGroup
 
+from docs.cli_reference import cli_page
 from docs.http_reference import http_page
-from minimind.cli.main import app
 from minimind.config import Role, role_of
 from minimind.config.settings import Recipe
 
 DOCS = Path(__file__).parent
-_WIDTH = 88  # columns of the help texts, whatever the terminal
 _ROLES = {
     "en": {Role.IDENTITY: "must match", Role.OPERATION: "may change"},
     "zh": {Role.IDENTITY: "必须相同", Role.OPERATION: "可以改变"},
@@ -39,7 +36,7 @@ def pages() -> dict[str, str]:
     translations = tomllib.loads((DOCS / "translations.toml").read_text("utf-8"))
     made = {}
     for lang in ("en", "zh"):
-        made[f"{lang}/reference/cli.md"] = _cli_page(lang)
+        made[f"{lang}/reference/cli.md"] = cli_page(lang, _NOTE[lang], translations["cli"])
         made[f"{lang}/reference/settings.md"] = _settings_page(lang, translations["settings"])
         made[f"{lang}/reference/http.md"] = http_page(lang, _NOTE[lang], translations["http"])
     return made
@@ -59,40 +56,6 @@ def write_pages(docs: Path = DOCS) -> None:
     for name, text in pages().items():
         (docs / name).parent.mkdir(parents=True, exist_ok=True)
         (docs / name).write_text(text, "utf-8")
-
-
-def _cli_page(lang: str) -> str:
-    command = typer.main.get_command(app)
-    assert isinstance(command, TyperGroup)
-    title = {"en": "Command line", "zh": "命令行"}[lang]
-    root = _context(command, "minimind")
-    parts = [f"# {title}\n\n{_NOTE[lang]}\n\n{_help_block(command, root)}"]
-    for context, level in _commands(command, root, 2):
-        parts.append(f"{'#' * level} minimind {context.command_path.partition(' ')[2]}\n\n"
-                     f"{_help_block(context.command, context)}")  # fmt: skip
-    return "\n".join(parts)
-
-
-def _commands(
-    group: TyperGroup, parent: typer.Context, level: int
-) -> Iterator[tuple[typer.Context, int]]:
-    for name, command in group.commands.items():
-        assert isinstance(command, TyperGroup | TyperCommand)
-        context = _context(command, name, parent)
-        yield context, level
-        if isinstance(command, TyperGroup):
-            yield from _commands(command, context, level + 1)
-
-
-def _context(
-    command: TyperGroup | TyperCommand, name: str, parent: typer.Context | None = None
-) -> typer.Context:
-    return typer.Context(command, info_name=name, parent=parent, terminal_width=_WIDTH)
-
-
-def _help_block(command: Any, context: typer.Context) -> str:
-    lines = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
-    return f"```text\n{lines}\n```\n"
 
 
 def _settings_page(lang: str, translations: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from tests.support.foreign import make_tokenizer
+from tests.support.shared import shared_directory
 
 # Several threads slow tiny matrices down, above all on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -96,5 +97,8 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with `out/demo` after a few steps, and the output of the command; read-only."""
     from tests.support.small_demo import make_small_demo
 
-    folder = tmp_path_factory.mktemp("demo")
-    return folder, make_small_demo(folder)
+    def fill(folder: Path) -> None:
+        (folder / "output.txt").write_text(make_small_demo(folder), encoding="utf-8")
+
+    folder = shared_directory(tmp_path_factory, "demo", fill)
+    return folder, (folder / "output.txt").read_text("utf-8")

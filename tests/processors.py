@@ -45,7 +45,7 @@ PROCESSORS: dict[str, Variables] = {
 
 
 def run(name: str, flags: list[str]) -> bool:
-    """Run the tests as on that processor, and return whether they pass."""
+    """Run the tests as on that processor; return True if they pass."""
     command = [sys.executable, "-m", "pytest", "-m", "numeric and not slow", "-q", *flags]
     started = time.monotonic()
     done = subprocess.run(
@@ -61,12 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROCESSORS))
     parser.add_argument("--pytest", default="", help="More arguments for pytest, in one string.")
-    asked = parser.parse_args()
-    if unknown := set(asked.names) - PROCESSORS.keys():
+    args = parser.parse_args()
+    if unknown := set(args.names) - PROCESSORS.keys():
         parser.error(f"no such processor: {', '.join(sorted(unknown))}")
-    with ThreadPoolExecutor(os.cpu_count()) as executor:  # as many at once as there are cores
-        names = asked.names or list(PROCESSORS)
-        passed = list(executor.map(lambda name: run(name, asked.pytest.split()), names))
+    with ThreadPoolExecutor(os.cpu_count()) as executor:  # one per core
+        names = args.names or list(PROCESSORS)
+        passed = list(executor.map(lambda name: run(name, args.pytest.split()), names))
     sys.exit(not all(passed))
 
 

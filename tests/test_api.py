@@ -23,7 +23,7 @@ from minimind.inference.generate import generate_all
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model, save_model
 from minimind.tokenizer import Tokenizer, encode_chat
-from tests.support.small_exams import make_varied
+from tests.support.small_benchmarks import make_varied
 from tests.support.stages import write_corpus
 
 
@@ -41,7 +41,7 @@ def model(model_dir: Path) -> Iterator[minimind.Model]:
 
 
 def test_the_surface_is_frozen() -> None:
-    """A change here is a change for every user."""
+    """Changing this test changes the API of every user."""
     public = ["Model", "Recipe", "RunResult", "Tokenizer", "evaluate", "load", "train"]
     assert minimind.__all__ == public
     methods = [name for name in vars(minimind.Model) if not name.startswith("_")]
@@ -52,7 +52,7 @@ def test_the_surface_is_frozen() -> None:
         minimind.lode  # noqa: B018
 
 
-def test_importing_it_imports_nothing_heavy() -> None:
+def test_importing_minimind_imports_nothing_heavy() -> None:
     code = "import minimind, sys; "
     code += "print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -74,7 +74,7 @@ def test_chat_answers_a_question_or_a_conversation(model: minimind.Model, model_
     assert model.chat(turns, temperature=0, max_new_tokens=12) == expected
 
 
-def test_prompts_are_continued_together_as_alone(model: minimind.Model) -> None:
+def test_prompts_of_a_batch_are_continued_as_single_ones(model: minimind.Model) -> None:
     prompts = ["长江是", "The capital of", "泰山"]
     together = model.generate(prompts, temperature=0, max_new_tokens=10)
     assert together == [model.generate(p, temperature=0, max_new_tokens=10) for p in prompts]
@@ -88,7 +88,7 @@ def test_prompts_are_continued_together_as_alone(model: minimind.Model) -> None:
 
 
 def test_scores_are_those_of_the_model_itself(model: minimind.Model, model_dir: Path) -> None:
-    """Against a plain forward pass of the whole text."""
+    """Compared with a plain forward pass of the complete text."""
     prompt, continuations = "长江是", ["中国", " a river", "海"]
     plain = load_model(model_dir, device=torch.device("cpu"))
     tokenizer = model.tokenizer
@@ -135,8 +135,8 @@ def interrupt_once_training(run: Path) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_stage_is_trained_stopped_and_continued(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Ctrl-C saves and returns; the same call continues; a finished stage is found."""
+def test_a_stage_is_trained_stopped_and_resumed(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Ctrl-C saves and returns; the same call resumes; a finished stage is not repeated."""
     run = tmp_path / "run"
     settings = {
         "out": str(run),

@@ -27,8 +27,8 @@ from minimind.errors import install_line, shell_words
     ],
 )
 def test_shell_words_round_trip(name: str) -> None:
-    words = shlex.split(f"minimind {shell_words('chat', Path('folder') / name)}")
-    assert words == ["minimind", "chat", str(Path("folder") / name)]
+    arguments = shlex.split(f"minimind {shell_words('chat', Path('folder') / name)}")
+    assert arguments == ["minimind", "chat", str(Path("folder") / name)]
 
 
 def test_simple_names_are_not_quoted_and_dashes_are_escaped() -> None:

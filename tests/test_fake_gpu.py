@@ -1,20 +1,40 @@
-"""Training and decoding on a simulated GPU; fake_gpu.py describes what that shows."""
+"""Training and decoding on a simulated GPU; fake_gpu.py describes what this proves."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.shared import shared_directory
+
+Results = dict[str, dict[str, int | str]]
 
 
-def run_on_fake_gpu(work: str) -> dict[str, int | str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fake_gpu", work], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout))
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of all kinds of work on the simulated GPU, from one process."""
+
+    def fill(folder: Path) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.support.fake_gpu",
+            "training",
+            "inference",
+            "faults",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "results.json").write_text(done.stdout)
+
+    folder = shared_directory(tmp_path_factory, "fake-gpu", fill)
+    return dict(json.loads((folder / "results.json").read_text()))
 
 
-def test_faults_are_detected() -> None:
-    assert run_on_fake_gpu("faults") == {
+def test_faults_are_detected(results: Results) -> None:
+    assert results["faults"] == {
         "CPU tensor in forward": "FakeTensorDeviceMismatchError",
         "CPU tensor in backward": "FakeTensorDeviceMismatchError",
         "shape that depends on values": "DynamicOutputShapeException",
@@ -22,12 +42,14 @@ def test_faults_are_detected() -> None:
     }
 
 
-def test_training_step_synchronizes_once_and_leaves_no_tensor_on_the_cpu() -> None:
+def test_training_step_synchronizes_once_and_leaves_no_tensor_on_the_cpu(
+    results: Results,
+) -> None:
     """The gradient norm is read, to detect a step that is not finite."""
-    syncs = run_on_fake_gpu("training")
+    syncs = results["training"]
     assert len(syncs) == 8 and set(syncs.values()) == {1}, syncs
 
 
-def test_engine_never_synchronizes_and_leaves_no_tensor_on_the_cpu() -> None:
-    syncs = run_on_fake_gpu("inference")
+def test_engine_never_synchronizes_and_leaves_no_tensor_on_the_cpu(results: Results) -> None:
+    syncs = results["inference"]
     assert len(syncs) == 5 and set(syncs.values()) == {0}, syncs

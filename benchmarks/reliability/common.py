@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.training_speed import machine
 from minimind.tokenizer import train_tokenizer
-from tests.support.small_runs import Lives
+from tests.support.small_runs import ForkServer
 from tests.support.stages import Stage, make_stage, write_corpus
 
 _RECORDS = Path(__file__).parents[1] / "records"
@@ -40,7 +40,7 @@ class Workshop:
     """A folder with data, a tokenizer, and stages that are created on first use."""
 
     folder: Path
-    lives: Lives
+    fork_server: ForkServer
 
     def __post_init__(self) -> None:
         self._stages: dict[str, Stage] = {}
@@ -53,11 +53,13 @@ class Workshop:
     def stage(self, kind: str) -> Stage:
         """Return the stage of a kind, with its uninterrupted run."""
         if kind not in self._stages:
-            start = self.stage("pretrain").whole if kind not in ("pretrain", "moe") else None
+            start = (
+                self.stage("pretrain").uninterrupted if kind not in ("pretrain", "moe") else None
+            )
             folder = self.folder / kind
             folder.mkdir()
             self._stages[kind] = make_stage(
-                kind, self._corpus, self.folder / "tokenizer", start, folder, self.lives
+                kind, self._corpus, self.folder / "tokenizer", start, folder, self.fork_server
             )
         return self._stages[kind]
 
@@ -68,8 +70,8 @@ def workshop() -> Iterator[Workshop]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="minimind-reliability-") as name:
         folder = Path(name)
-        with contextlib.closing(Lives(folder / "output")) as lives:
-            yield Workshop(folder, lives)
+        with contextlib.closing(ForkServer(folder / "output")) as fork_server:
+            yield Workshop(folder, fork_server)
 
 
 def print_progress(done: int, total: int, note: str = "") -> None:
@@ -85,11 +87,11 @@ def record(
     if args.dry:
         return
     path = _RECORDS / f"{file}.json"
-    whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    whole[row] = {
+    rows = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rows[row] = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "date": date.today().isoformat(),
     } | metrics
-    text = json.dumps(dict(sorted(whole.items())), indent=1, ensure_ascii=False)
+    text = json.dumps(dict(sorted(rows.items())), indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

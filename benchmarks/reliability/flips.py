@@ -1,4 +1,4 @@
-"""Row 4: 1,000 flipped bits and 200 truncated files in a checkpoint.
+"""1,000 flipped bits and 200 truncated files in a checkpoint.
 
     python benchmarks/reliability/flips.py [--number 1000]
 
@@ -17,14 +17,14 @@ def main() -> None:
     args = arguments(__doc__ or "", 1000)
     dice = random.Random(args.seed)
     with workshop() as shop:
-        run = shop.stage("pretrain").whole
+        run = shop.stage("pretrain").uninterrupted
         warnings: list[str] = []
 
         def load() -> Checkpoint:
             warnings.clear()
-            found = latest_checkpoint(run, warn=warnings.append)
-            assert found is not None
-            return found
+            loaded = latest_checkpoint(run, warn=warnings.append)
+            assert loaded is not None
+            return loaded
 
         intact = load()
         files = sorted(intact.path.iterdir())
@@ -41,11 +41,11 @@ def main() -> None:
                 else:
                     del damaged[dice.randrange(len(content)) :]
                 file.write_bytes(damaged)
-                found = load()
+                loaded = load()
                 count["made"] += 1
-                count["loaded_all_the_same"] += found.step == intact.step
+                count["loaded_all_the_same"] += loaded.step == intact.step
                 named = len(warnings) == 1 and str(intact.path) in warnings[0]
-                count["noticed_and_named"] += found.step < intact.step and named
+                count["noticed_and_named"] += loaded.step < intact.step and named
                 file.write_bytes(content)
                 if count["made"] % 100 == 0:
                     print_progress(count["made"], number, kind)

@@ -1,4 +1,4 @@
-"""Row 5: the disk fills up at 50 offsets of a save; older checkpoints stay intact.
+"""The disk fills up at 50 offsets of a save; older checkpoints stay intact.
 
     python benchmarks/reliability/full_disk.py [--number 50]      (as root: it mounts a small tmpfs)
 
@@ -35,13 +35,17 @@ def main() -> None:
             for number in range(args.number):
                 stage = shop.stage(KINDS[number % len(KINDS)])
                 run = disk / "run"
-                newest = stage.whole / "checkpoints" / f"step-{saved_steps(stage.whole)[-1]:08}"
+                newest = (
+                    stage.uninterrupted
+                    / "checkpoints"
+                    / f"step-{saved_steps(stage.uninterrupted)[-1]:08}"
+                )
                 size = sum(file.stat().st_size for file in newest.iterdir())
                 # Offsets are spread evenly over the checkpoint, with random jitter.
                 room = int(size * (number + dice.random()) / args.number)
                 options = {"settings": stage.settings(run), "room": room, "step": 15}
-                status = shop.lives.run("train_on_a_disk_that_fills", **options)
-                output = shop.lives.output.read_text()
+                status = shop.fork_server.run("train_on_a_disk_that_fills", **options)
+                output = shop.fork_server.output.read_text()
                 assert status == REFUSED, (status, room, output)
                 pattern = r"could not be written \(.*\); it needs [\d,]+ bytes and [\d,]+ are free"
                 count["refused"] += bool(re.search(pattern, output))
@@ -52,7 +56,7 @@ def main() -> None:
                 (disk / "ballast").unlink()
                 stage.finish(run)
                 try:
-                    assert_same(run, stage.whole)
+                    assert_same(run, stage.uninterrupted)
                 except AssertionError as error:
                     count["different"] += 1
                     print(f"{stage.objective} at {room}: {error}", flush=True)

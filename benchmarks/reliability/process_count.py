@@ -1,4 +1,4 @@
-"""Row 6: runs resumed with 1, 2 or 4 processes: the same samples, losses within 1e-4.
+"""Runs resumed with 1, 2 or 4 processes: the same samples, losses within 1e-4.
 
     python benchmarks/reliability/process_count.py [--number 5]
 
@@ -43,36 +43,36 @@ def main() -> None:
             settings = {"training__steps": STEPS, "training__global_batch_size": BATCH} | more
 
             def train(run: Path, processes: int, stop: tuple[int, int] | None = None) -> list[int]:
-                run_distributed(shop.lives, run, processes, objective, stop=stop, **settings)  # noqa: B023
+                run_distributed(shop.fork_server, run, processes, objective, stop=stop, **settings)  # noqa: B023
                 return samples_seen(run, processes, BATCH)
 
-            whole = shop.folder / f"{kind}-1"
-            expected = train(whole, 1)
+            single = shop.folder / f"{kind}-1"
+            expected = train(single, 1)
             assert expected == list(range(STEPS * BATCH))
             result = {"runs": 0, "stops": 0, "other_samples": 0, "worst_loss": 0.0}
             result |= {"worst_grad_norm": 0.0}
             for micro_batch in (2, 4):
                 split = settings | {"training__micro_batch_size": micro_batch}
-                run_distributed(shop.lives, shop.folder / "split", 1, objective, **split)
+                run_distributed(shop.fork_server, shop.folder / "split", 1, objective, **split)
                 result[f"micro_batch_of_{micro_batch}"] = largest_difference(
-                    whole, shop.folder / "split", "loss"
+                    single, shop.folder / "split", "loss"
                 )
                 shutil.rmtree(shop.folder / "split")
             plans = [[2], [4], *(random_counts(dice) for _ in range(args.number))]
             for plan in plans:
-                run, seen = shop.folder / "run", []
+                run, samples = shop.folder / "run", []
                 for at, processes in enumerate(plan):
                     stop = None
                     if at + 1 < len(plan):
                         # Within the first third of the remaining micro-batches of one process.
-                        calls = (STEPS * BATCH - len(seen)) // processes
+                        calls = (STEPS * BATCH - len(samples)) // processes
                         stop = (dice.randrange(processes), dice.randrange(1, max(2, calls // 3)))
                         result["stops"] += 1
-                    seen += train(run, processes, stop)
+                    samples += train(run, processes, stop)
                 result["runs"] += 1
-                result["other_samples"] += seen != expected
+                result["other_samples"] += samples != expected
                 for name in ("loss", "grad_norm"):
-                    worst = largest_difference(whole, run, name)
+                    worst = largest_difference(single, run, name)
                     result[f"worst_{name}"] = max(result[f"worst_{name}"], worst)
                 shutil.rmtree(run)
                 print_progress(result["runs"], len(plans), f"{kind} by {plan}")

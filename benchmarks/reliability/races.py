@@ -1,4 +1,4 @@
-"""Row 10: two `minimind train` start in one directory at the same moment, 50 times.
+"""Two `minimind train` start in one directory at the same moment, 50 times.
 
     python benchmarks/reliability/races.py [--number 50]
 
@@ -15,7 +15,7 @@ import shutil
 import signal
 
 from benchmarks.reliability.common import arguments, print_progress, record, workshop
-from tests.support.small_runs import Lives
+from tests.support.small_runs import ForkServer
 from tests.support.stages import assert_same
 
 
@@ -24,21 +24,23 @@ def main() -> None:
     args = arguments(__doc__ or "", 50)
     dice = random.Random(args.seed)
     count = {"races": 0, "one_refused": 0, "holder_named": 0, "both_ran": 0, "different": 0}
-    with workshop() as shop, contextlib.closing(Lives(shop.folder / "other")) as other:
+    with workshop() as shop, contextlib.closing(ForkServer(shop.folder / "other")) as other:
         stage, run = shop.stage("pretrain"), shop.folder / "run"
-        both = [shop.lives, other]
+        both = [shop.fork_server, other]
         for number in range(args.number):
             if number % 2:
                 run.mkdir()
-                killed = shop.lives.start("hold", run=run)
+                killed = shop.fork_server.start("hold", run=run)
                 killed.wait_for("held")
                 os.kill(killed.pid, signal.SIGKILL)
                 killed.wait()
             dice.shuffle(both)
             command = stage.arguments(run)
-            racers = [lives.start("minimind", arguments=command, signals={}) for lives in both]
+            racers = [
+                fork_server.start("minimind", arguments=command, signals={}) for fork_server in both
+            ]
             statuses = [racer.wait() for racer in racers]
-            outputs = [lives.output.read_text() for lives in both]
+            outputs = [fork_server.output.read_text() for fork_server in both]
             count["races"] += 1
             count["both_ran"] += statuses == [0, 0]
             if sorted(statuses) == [0, 1]:
@@ -48,7 +50,7 @@ def main() -> None:
                 winner = racers[1 - loser].pid
                 count["holder_named"] += holder is not None and int(holder[1]) == winner
             try:
-                assert_same(run, stage.whole)
+                assert_same(run, stage.uninterrupted)
             except AssertionError as error:
                 count["different"] += 1
                 print(f"{statuses}: {error}", flush=True)

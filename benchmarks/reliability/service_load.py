@@ -1,4 +1,4 @@
-"""Rows 23, 25 and 28: a service under load, under attack, and at shutdown.
+"""A service under load, under attack, and at shutdown.
 
     python benchmarks/reliability/service_load.py [--preset small] [--only 23 25 28] [--dry]
 
@@ -6,7 +6,7 @@
 never ends an answer by itself.
 
 Row 23: 1,000 answers of 40 tokens, 64 at a time. Half of the clients disconnect at a random token;
-the complete answers are compared with those of the same requests served alone.
+the complete answers are compared with those of the same requests served one at a time.
 Row 25: for half a minute 64 requests stream while attackers send slowly, send too much, send
 deeply nested JSON, declare a wrong length, or do not read; /health is requested every 20 ms.
 Row 28: 50 services are stopped during three requests of 16 streams.
@@ -64,14 +64,14 @@ def main() -> None:
         folder = Path(name)
         make_model(folder / "models" / "tiny", args.preset)
         for row in args.only:
-            found = rows[row](folder / "models", folder / "log")
+            result = rows[row](folder / "models", folder / "log")
             metrics[row] = {
                 "command": " ".join(["python", *sys.argv]),
                 "machine": machine(),
                 "date": date.today().isoformat(),
                 "preset": args.preset,
-            } | found
-            print(row, json.dumps(found, indent=1), flush=True)
+            } | result
+            print(row, json.dumps(result, indent=1), flush=True)
     if not args.dry:
         path.write_text(json.dumps(dict(sorted(metrics.items())), indent=1) + "\n", "utf-8")
 
@@ -94,19 +94,19 @@ def make_model(directory: Path, preset: str) -> None:
     save_model(directory, model, tokenizer)
 
 
-# Row 23
+# Load
 
 
 def under_load(models: Path, log: Path) -> dict[str, Any]:
     """Measure two rounds of the same load: a memory leak would grow in the second."""
     with serving(models, log, OMP_NUM_THREADS=THREADS) as service:
         process = psutil.Process(service.child.pid)
-        alone = asyncio.run(answers_alone(service.url))
-        assert len(set(alone)) > 1
+        expected = asyncio.run(answers_alone(service.url))
+        assert len(set(expected)) > 1
         rounds = []
         for _ in range(2):
             began = time.monotonic()
-            heard, left = asyncio.run(churn(service.url, REQUESTS, AT_ONCE, alone))
+            completed, abandoned = asyncio.run(churn(service.url, REQUESTS, AT_ONCE, expected))
             ended = time.monotonic()
             wait_until(lambda: metric(service, "running") == metric(service, "waiting") == 0)
             back = time.monotonic() - ended
@@ -114,18 +114,18 @@ def under_load(models: Path, log: Path) -> dict[str, Any]:
             rounds.append(
                 {
                     "seconds": round(ended - began, 1),
-                    "heard_and_equal": heard,
-                    "left": left,
+                    "heard_and_equal": completed,
+                    "left": abandoned,
                     "slots_back_seconds": round(back, 3),
                     "rss_mb_a_second_later": round(process.memory_info().rss / 2**20, 1),
                 }
             )
             print(rounds[-1], flush=True)
-        assert asyncio.run(answers_alone(service.url)) == alone
+        assert asyncio.run(answers_alone(service.url)) == expected
     return {"requests_a_round": REQUESTS, "at_once": AT_ONCE, "rounds": rounds}
 
 
-# Row 25
+# Attack
 
 
 def under_attack(models: Path, log: Path) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def health_during(service: Process, others: list[Callable[..., None]]) -> dict[s
     for child in children:
         child.terminate()
         child.join()
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "asked": len(seconds),
         "median_ms": round(1000 * median(seconds), 1),
         "p99_ms": round(1000 * seconds[int(0.99 * len(seconds))], 1),
@@ -168,11 +168,11 @@ def health_during(service: Process, others: list[Callable[..., None]]) -> dict[s
         "over_100_ms": sum(1000 * s > LIMITS["health_ms"] for s in seconds),
     }
     if attackers in others:
-        found["statuses"] = []
+        result["statuses"] = []
         while not statuses.empty():
-            found["statuses"].append(statuses.get())
+            result["statuses"].append(statuses.get())
     wait_until(lambda: metric(service, "running") == metric(service, "waiting") == 0)
-    return found
+    return result
 
 
 def health_seconds(url: str) -> Iterator[float]:
@@ -197,10 +197,10 @@ def streams(url: str, statuses: Any) -> None:
     """Keep 64 streaming requests open: 16 are decoded, the others wait in the queue."""
 
     async def stream_repeatedly(client: httpx.AsyncClient) -> None:
-        asked = body(stream=True, max_tokens=200)
+        request = body(stream=True, max_tokens=200)
         headers = {"content-type": "application/json"}
         while True:
-            async with client.stream("POST", CHAT, content=asked, headers=headers) as answer:
+            async with client.stream("POST", CHAT, content=request, headers=headers) as answer:
                 async for _ in answer.aiter_lines():
                     pass
 
@@ -214,8 +214,8 @@ def streams(url: str, statuses: Any) -> None:
 
 def body(**more: Any) -> bytes:
     """Return the body of a valid request."""
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "长江有多长？"}]}
-    return json.dumps(asked | more).encode()
+    defaults = {"model": "tiny", "messages": [{"role": "user", "content": "长江有多长？"}]}
+    return json.dumps(defaults | more).encode()
 
 
 def head(length: object, more: str = "") -> bytes:
@@ -285,10 +285,10 @@ def attackers(url: str, statuses: Any) -> None:
             writer.close()
 
     async def reads_nothing() -> None:
-        asked = body(stream=True, n=4, logprobs=True, top_logprobs=20, max_tokens=200)
+        request = body(stream=True, n=4, logprobs=True, top_logprobs=20, max_tokens=200)
         _, writer = await asyncio.open_connection(host, int(port), limit=1024)
         try:
-            writer.write(head(len(asked)) + asked)
+            writer.write(head(len(request)) + request)
             await asyncio.sleep(20)
         finally:
             writer.close()
@@ -311,7 +311,7 @@ def attackers(url: str, statuses: Any) -> None:
     asyncio.run(run_all())
 
 
-# Row 28
+# Shutdown
 
 
 def at_shutdown(models: Path, log: Path) -> dict[str, Any]:

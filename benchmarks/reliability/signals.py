@@ -1,4 +1,4 @@
-"""Row 3: 100 stops by SIGTERM or Ctrl-C at random moments; each third with a second signal.
+"""100 stops by SIGTERM or Ctrl-C at random moments; each third with a second signal.
 
     python benchmarks/reliability/signals.py [--number 100]
 
@@ -43,8 +43,10 @@ def main() -> None:
             run = shop.folder / "run"
             command = stage.arguments(run)
             for step in sorted(dice.sample(range(1, STEPS - 30), STOPS)):
-                child = shop.lives.start("minimind", arguments=command, signals={}, pause_s=0.02)
-                wait_until(has_reached(run, stage.more.get("training__log_every", 1), step))
+                child = shop.fork_server.start(
+                    "minimind", arguments=command, signals={}, pause_s=0.02
+                )
+                wait_until(has_reached(run, stage.overrides.get("training__log_every", 1), step))
                 time.sleep(dice.uniform(0, 0.05))
                 number = dice.choice([signal.SIGINT, signal.SIGTERM])
                 twice = sum(map(len, took.values())) % 3 == 2
@@ -57,13 +59,15 @@ def main() -> None:
                 status = child.wait()
                 seconds = time.perf_counter() - began
                 # The second signal may arrive after the handlers of the training loop were removed.
-                assert status == INTERRUPTED or (twice and status), shop.lives.output.read_text()
+                assert status == INTERRUPTED or (twice and status), (
+                    shop.fork_server.output.read_text()
+                )
                 took["a second one" if twice else number.name].append(seconds)
                 late += seconds > LIMIT_S
             stage.finish(run)
             runs += 1
             try:
-                assert_same(run, stage.whole)
+                assert_same(run, stage.uninterrupted)
             except AssertionError as error:
                 different += 1
                 print(f"{stage.objective}: {error}", flush=True)

@@ -21,6 +21,7 @@ _EXTRAS = {
     "wandb": ("experiment tracking with Weights & Biases", "wandb"),
     "swanlab": ("experiment tracking with SwanLab", "swanlab"),
     "hub": ("benchmark downloads", "huggingface_hub"),
+    "remote": ("remote models in eval and compare", "openai"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
     "llama-cpp": ("K-quants in `export gguf`", "llama_cpp"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),

@@ -171,10 +171,10 @@ def test_a_judge_ranks_models_by_its_scores(models: Path, tmp_path: Path) -> Non
         )
         assert done.exit_code == 0, done.output
         found = written(tmp_path)
-        assert len(judge.asked) == 16
+        assert len(judge.requests) == 16
         assert set(judge.keys) == {"Bearer j"}
         assert run(tmp_path, *words, "--judge", judge.url).exit_code == 0
-        assert len(judge.asked) == 16
+        assert len(judge.requests) == 16
     lengths = {
         name: [min(one["answers"][name]["characters"], 100) for one in found["questions"]]
         for name in ("tiny", "other")
@@ -211,7 +211,7 @@ def test_failed_verdicts_are_requested_again(models: Path, tmp_path: Path) -> No
         assert "overloaded" in first.output
         broken = False
         second = run(tmp_path, *words, "--judge", f"{judge.url}#judge")
-        assert (second.exit_code, len(judge.asked)) == (0, 8)
+        assert (second.exit_code, len(judge.requests)) == (0, 8)
     assert written(tmp_path)["judge"]["read"] == 6
     missing = run(tmp_path, *words, "--judge", "http://127.0.0.1:9")
     assert missing.exit_code == 1
@@ -226,7 +226,7 @@ def test_rejected_parameters_of_a_judge_are_reported(models: Path, tmp_path: Pat
     assert done.exit_code == 0, done.output
     assert written(tmp_path)["judge"]["read"] == 4
     assert "judge: the service rejects temperature; its defaults apply" in done.output
-    assert {body["max_completion_tokens"] for body in judge.asked} == {2048}
+    assert {body["max_completion_tokens"] for body in judge.requests} == {2048}
 
 
 def test_services_answer_like_directories_and_unreadable_verdicts_are_counted(

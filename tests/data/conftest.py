@@ -19,5 +19,5 @@ def chats(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def store_folder(tmp_path: Path) -> Path:
     return tmp_path / "stores"

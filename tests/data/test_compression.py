@@ -17,5 +17,5 @@ def test_a_truncated_or_damaged_compressed_file_is_an_error(
     cuts = [1, 2, 3, 5, 9, len(content) // 2, *range(len(content) - 9, len(content))]
     for cut in cuts:
         assert "download it again" in reason_of(path, content[:cut]) or cut < 10
-    path.write_bytes(content + content)  # what `cat a.gz b.gz` gives
+    path.write_bytes(content + content)  # the result of `cat a.gz b.gz`
     assert len(records_of(path)) == 2 * len(lines)

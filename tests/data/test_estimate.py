@@ -100,8 +100,8 @@ def test_files_of_megabytes_with_the_default_sizes(
     for name in ("jsonl", "jsonl.gz", "parquet"):
         path = tmp_path / f"texts.{name}"
         path.write_bytes(FORMATS[name](texts))
-        found = estimate_tokens(str(path), tokenizer, kind="text")
-        assert found == pytest.approx(exact, rel=0.05), name
+        estimate = estimate_tokens(str(path), tokenizer, kind="text")
+        assert estimate == pytest.approx(exact, rel=0.05), name
 
 
 @pytest.mark.usefixtures("small_samples")
@@ -145,13 +145,13 @@ def test_plan_inspect_and_training_count_the_same_tokens(
     text = open_store(str(path), tokenizer_, kind="text", folder=tmp_path / "stores")
     assert estimate_tokens(str(path), tokenizer_, kind="text") == text.manifest["train"]["tokens"]
     unsubstituted = open_store(str(path), tokenizer_, kind="chat", folder=tmp_path / "stores")
-    found = inspect_data(str(path), tokenizer=tokenizer_)
-    assert found.tokens is not None
+    report = inspect_data(str(path), tokenizer=tokenizer_)
+    assert report.tokens is not None
     text_tokens = len(tokenizer_.text_start) + len(tokenizer_.encode("长江")) + 1
-    assert found.tokens.total == unsubstituted.manifest["train"]["tokens"] + text_tokens
+    assert report.tokens.total == unsubstituted.manifest["train"]["tokens"] + text_tokens
     skipped = {"does not fit the model's own chat template": 1} if shape == "llama2" else {}
-    assert found.metrics()["skipped"] == skipped
-    assert estimate_tokens(str(path), tokenizer_) == found.tokens.total
+    assert report.metrics()["skipped"] == skipped
+    assert estimate_tokens(str(path), tokenizer_) == report.tokens.total
 
 
 def test_data_without_records_of_the_kind_has_no_tokens(

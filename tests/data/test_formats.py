@@ -212,8 +212,8 @@ def test_rows_that_do_not_match_the_header_are_invalid(tmp_path: Path) -> None:
         "not UTF-8": 1,
         "not CSV: a line of more than 16 MB": 1,
     }
-    found = [location for locations in invalid.locations.values() for location in locations]
-    assert found == [f"{path}:{number}" for number in range(3, 8)]
+    locations = [location for group in invalid.locations.values() for location in group]
+    assert locations == [f"{path}:{number}" for number in range(3, 8)]
 
 
 def test_text_is_split_into_documents_without_loss(tmp_path: Path) -> None:
@@ -248,6 +248,6 @@ def test_invalid_rows_of_parquet_are_counted(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": unchecked, "date": dates}), path)
     invalid = InvalidRecords()
     assert [record.text for record in records_of(path, invalid)] == ["good", "better"]
-    assert [location for locations in invalid.locations.values() for location in locations] == [
+    assert [location for group in invalid.locations.values() for location in group] == [
         *(f"{path}:{row}" for row in (2, 3, 4, 5))
     ]

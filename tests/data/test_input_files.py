@@ -52,8 +52,8 @@ def test_precedence_of_names_is_decided_in_each_folder(tmp_path: Path) -> None:
     for folder in ("1/[v]", "1/v", "2/v"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.jsonl").write_text("x")
-    found = list_files(f"{tmp_path}/*/[v]/*.jsonl")
-    assert found == [tmp_path / "1/[v]/a.jsonl", tmp_path / "2/v/a.jsonl"]
+    files = list_files(f"{tmp_path}/*/[v]/*.jsonl")
+    assert files == [tmp_path / "1/[v]/a.jsonl", tmp_path / "2/v/a.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,6 @@ def _invalid_lines() -> list[tuple[bytes, str]]:
 
 
 def test_five_percent_of_invalid_lines_are_all_quarantined(tmp_path: Path) -> None:
-    """Row 8 of the reliability matrix."""
     rng = random.Random(8)
     path, quarantine = tmp_path / "lines.jsonl", tmp_path / "quarantine.jsonl"
     kinds = _invalid_lines()

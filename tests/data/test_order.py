@@ -1,4 +1,4 @@
-"""Reliability promise 2: data order is a pure function of seed and position."""
+"""Data order is a pure function of seed and position."""
 
 from collections import Counter
 
@@ -33,7 +33,7 @@ def test_permute_is_uniform(size: int) -> None:
     assert chi < 1.7
 
 
-def test_each_sequence_is_sampled_as_often_as_the_weight_of_its_source() -> None:
+def test_each_sequence_is_sampled_in_proportion_to_the_weight_of_its_source() -> None:
     order = Order(sizes=(100, 50, 7), weights=(1.0, 0.5, 3.0), seed=5)
     assert order.samples_per_source == (100, 25, 21)
     counts = Counter(order.locate(0, 2 * order.epoch_size))

@@ -7,7 +7,7 @@ PAD = 0
 
 
 def _chat_shard(lengths: list[int], answers: list[int]) -> Shard:
-    """Conversations of the given lengths; the last `answers[i]` tokens of each are supervised."""
+    """Return conversations; the last `answers[i]` of `lengths[i]` tokens are supervised."""
     tokens, masks = [], []
     for number, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
         tokens.append(np.arange(length, dtype=np.uint16) + 100 * (number + 1))
@@ -34,11 +34,11 @@ def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
     lengths = [12, 20, 7, 9, 15, 5, 18, 11]
     shard = _chat_shard(lengths, [4] * len(lengths))
     sequences = ChatSequences([shard], seq_len=32, pad=PAD, seed=3)
-    seen: list[int] = []
+    labels_seen: list[int] = []
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
         supervised = labels != IGNORED
-        seen += labels[supervised].tolist()
+        labels_seen += labels[supervised].tolist()
         assert (labels[supervised] == tokens[supervised] + 1).all()
         assert (np.diff(segments) >= 0).all()
         for segment in np.unique(segments):
@@ -50,7 +50,7 @@ def test_each_conversation_is_packed_once_and_only_answers_are_labels() -> None:
         for number, length in enumerate(lengths)
         for token in range(100 * (number + 1) + length - 4, 100 * (number + 1) + length)
     ]
-    assert sorted(seen) == sorted(expected)
+    assert sorted(labels_seen) == sorted(expected)
     assert sequences.report.items == len(lengths)
     assert sequences.report.truncated == sequences.report.unsupervised == 0
 
@@ -83,7 +83,7 @@ def test_a_mixed_dataset_is_a_pure_function_of_the_position() -> None:
 
 
 def _pair_shard(pairs: list[tuple[int, int, int]], identical: set[int] = frozenset()) -> Shard:
-    """Pairs of a prompt and two answers of the given lengths; the sides of some are `identical`."""
+    """Return pairs from the lengths of prompt and answers; the sides of some are `identical`."""
     tokens, masks = [], []
     for number, (prompt, *answers) in enumerate(pairs):
         for side, answer in enumerate(answers):
@@ -107,7 +107,7 @@ def test_both_sides_of_a_pair_are_in_one_sequence_and_only_answers_are_labels() 
         == 0
     )
     assert len(sequences) < len(pairs)
-    seen = []
+    packed_pairs = []
     for index in range(len(sequences)):
         tokens, labels, segments = sequences.sequence(index)
         count = len(sequences.reference[sequences.item_slice(index)])
@@ -121,8 +121,8 @@ def test_both_sides_of_a_pair_are_in_one_sequence_and_only_answers_are_labels() 
                 prompt = here[: len(here) + 1 - len(answer)].tolist()
                 sides.append((prompt, len(answer)))
             assert sides[0][0] == sides[1][0], "both sides begin with the same prompt"
-            seen.append((len(sides[0][0]), sides[0][1], sides[1][1]))
-    assert sorted(seen) == sorted(pairs)
+            packed_pairs.append((len(sides[0][0]), sides[0][1], sides[1][1]))
+    assert sorted(packed_pairs) == sorted(pairs)
 
 
 def test_unsupervised_and_identical_pairs_are_left_out_and_long_ones_truncated() -> None:

@@ -11,9 +11,9 @@ from tests.support.data_files import COMPRESSIONS, FORMATS, RECORDS, records_of
 
 def test_batches_are_bounded_in_records_and_characters() -> None:
     records = [Record(text="字" * (1 + 300_000 * (n % 600 == 599))) for n in range(6_000)]
-    found = list(batches(iter(records)))
-    assert [record for batch in found for record in batch] == records
-    assert max(map(len, found)) == 512
+    read = list(batches(iter(records)))
+    assert [record for batch in read for record in batch] == records
+    assert max(map(len, read)) == 512
     long = [Record(text="字" * 700_000)] * 5
     assert [len(batch) for batch in batches(long)] == [2, 2, 1]
 

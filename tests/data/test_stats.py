@@ -26,16 +26,16 @@ def mixed(tmp_path: Path) -> Path:
 
 def test_counts_lengths_and_invalid_records(mixed: Path, tokenizer: Tokenizer) -> None:
     steps: list[int] = []
-    found = inspect_data(str(mixed), tokenizer=tokenizer, progress=steps.append).metrics()
+    report = inspect_data(str(mixed), tokenizer=tokenizer, progress=steps.append).metrics()
     size = mixed.stat().st_size
     assert sum(steps) == size
-    assert (found["files"], found["bytes"]) == (1, size)
-    assert found["schemas"] == {"qa": 3, "text": 2, "pairs": 1}
-    assert found["records"] == 6
-    assert (found["single_turn"], found["multi_turn"]) == (3, 1)
-    assert (found["duplicates"], found["duplicates_are_exact"]) == (1, True)
-    assert found["invalid_records"] == 3
-    [first, second] = found["invalid_reasons"].items()
+    assert (report["files"], report["bytes"]) == (1, size)
+    assert report["schemas"] == {"qa": 3, "text": 2, "pairs": 1}
+    assert report["records"] == 6
+    assert (report["single_turn"], report["multi_turn"]) == (3, 1)
+    assert (report["duplicates"], report["duplicates_are_exact"]) == (1, True)
+    assert report["invalid_records"] == 3
+    [first, second] = report["invalid_reasons"].items()
     assert first[0].startswith("not JSON")
     assert first[1] == {"records": 2, "first": [f"{mixed}:7", f"{mixed}:9"]}
     assert second == (
@@ -43,14 +43,14 @@ def test_counts_lengths_and_invalid_records(mixed: Path, tokenizer: Tokenizer) -
         {"records": 1, "first": [f"{mixed}:8"]},
     )
     lengths = [2, 9, 14, 14, 23, 10]
-    assert found["characters"] == {
+    assert report["characters"] == {
         "median": 10,
         "p90": 23,
         "p99": 23,
         "max": 23,
         "total": sum(lengths),
     }
-    assert found["chinese_share"] == pytest.approx((2 + 12 + 12 + 19 + 4) / sum(lengths))
+    assert report["chinese_share"] == pytest.approx((2 + 12 + 12 + 19 + 4) / sum(lengths))
 
 
 def test_tokens_are_counted_as_in_training(mixed: Path, tokenizer: Tokenizer) -> None:
@@ -102,11 +102,11 @@ def test_percentiles_match_the_sorted_lengths() -> None:
         for value in values:
             lengths.add(value)
         values.sort()
-        found = lengths.metrics()
+        report = lengths.metrics()
         for name, share in [("median", 0.5), ("p90", 0.9), ("p99", 0.99)]:
             exact = values[-(-round(share * count * 100) // 100) - 1]
-            assert exact * (1 - 1 / 2_048) <= found[name] <= exact
-        assert (found["max"], found["total"]) == (values[-1], sum(values))
+            assert exact * (1 - 1 / 2_048) <= report[name] <= exact
+        assert (report["max"], report["total"]) == (values[-1], sum(values))
     assert set(LengthHistogram().metrics().values()) == {0}
 
 
@@ -159,5 +159,5 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 def test_data_without_a_valid_record_has_statistics(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{broken\n" * 2_000)
-    found = inspect_data(str(path)).metrics()
-    assert (found["records"], found["invalid_records"], found["chinese_share"]) == (0, 2_000, 0)
+    report = inspect_data(str(path)).metrics()
+    assert (report["records"], report["invalid_records"], report["chinese_share"]) == (0, 2_000, 0)

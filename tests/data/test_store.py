@@ -21,7 +21,7 @@ from tests.support.token_stores import TEXTS, documents, names, write_lines
 
 
 def test_unused_keys_are_reported_each_time(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     records: list[dict[str, object]] = [
         {"text": f"第{n}段", "id": n, "tags": ["a"], "note": None, "empty": ""} for n in range(9)
@@ -29,18 +29,18 @@ def test_unused_keys_are_reported_each_time(
     path = write_lines(tmp_path / "texts.jsonl", [*records, {"text": "末段", "id": 9}])
     notices: list[str] = []
     for _ in range(2):
-        open_store(str(path), tokenizer, kind="text", folder=home, say=notices.append)
+        open_store(str(path), tokenizer, kind="text", folder=store_folder, say=notices.append)
     assert notices == [f"{path}: unused keys of records: id (10), tags (9)"] * 2
     keys: dict[str, object] = {f"k{n}": n for n in range(150)}
     many = write_lines(tmp_path / "many.jsonl", [{"text": "x"} | keys])
-    store = open_store(str(many), tokenizer, kind="text", folder=home, say=notices.append)
+    store = open_store(str(many), tokenizer, kind="text", folder=store_folder, say=notices.append)
     assert notices[-1].endswith(" and 93 more, listed by `minimind data inspect`")
     assert store.manifest["unused_keys"]["other keys"] == 50
     assert len(store.manifest["unused_keys"]) == 101
 
 
 def test_a_store_is_built_once_for_the_same_input(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     def opened(kind: Kind = "text", **settings: float) -> tuple[Path, bool]:
         steps: list[int] = []
@@ -48,7 +48,7 @@ def test_a_store_is_built_once_for_the_same_input(
             str(texts),
             tokenizer,
             kind=kind,
-            folder=home,
+            folder=store_folder,
             progress=lambda done, total: steps.append(done),
             **settings,  # type: ignore[arg-type]
         )
@@ -73,10 +73,10 @@ def test_a_store_is_built_once_for_the_same_input(
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_rewritten_file_of_the_same_size_and_time_is_tokenized_again(
-    texts: Path, home: Path, tokenizer: Tokenizer, in_place: bool
+    texts: Path, store_folder: Path, tokenizer: Tokenizer, in_place: bool
 ) -> None:
     before = texts.stat()
-    first = documents(open_store(str(texts), tokenizer, kind="text", folder=home))
+    first = documents(open_store(str(texts), tokenizer, kind="text", folder=store_folder))
     changed = texts.read_bytes().replace("长江流入东海".encode(), "黄河流入渤海".encode())
     target = texts if in_place else texts.with_name("other.jsonl")
     target.write_bytes(changed)
@@ -84,15 +84,15 @@ def test_a_rewritten_file_of_the_same_size_and_time_is_tokenized_again(
     os.utime(texts, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (texts.stat().st_size, texts.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     notices: list[str] = []
-    store = open_store(str(texts), tokenizer, kind="text", folder=home, say=notices.append)
+    store = open_store(str(texts), tokenizer, kind="text", folder=store_folder, say=notices.append)
     assert notices == [f"{texts} has changed since it was tokenized; tokenizing it again"]
     assert documents(store) != first
     assert "黄河流入渤海" in tokenizer.decode(documents(store)[0])
-    assert names(home) == ["", "lock"], "one store, not one per version"
+    assert names(store_folder) == ["", "lock"], "one store, not one per version"
 
 
 def test_an_old_file_is_hashed_once(
-    texts: Path, home: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    texts: Path, store_folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
 
@@ -104,33 +104,33 @@ def test_an_old_file_is_hashed_once(
     monkeypatch.setattr(store_writer, "sha256_of", sha256_of)
     monkeypatch.setattr(stamps, "_SETTLED_NS", -(1 << 62))  # every file counts as old
     for _ in range(3):
-        open_store(str(texts), tokenizer, kind="text", folder=home)
+        open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert hashed == [texts]
     os.utime(texts)
     for _ in range(3):
-        open_store(str(texts), tokenizer, kind="text", folder=home)
+        open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert hashed == [texts, texts], "times changed once, the contents did not"
     monkeypatch.setattr(stamps, "_SETTLED_NS", 1 << 62)  # every file counts as just written
     os.utime(texts)
     for _ in range(2):
-        open_store(str(texts), tokenizer, kind="text", folder=home)
+        open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert len(hashed) == 4
 
 
 def test_a_store_in_a_read_only_folder_is_used(
-    texts: Path, home: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    texts: Path, store_folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    existing = open_store(str(texts), tokenizer, kind="text", folder=home)
+    existing = open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    (home / f"{existing.folder.name}.lock").unlink(missing_ok=True)
+    (store_folder / f"{existing.folder.name}.lock").unlink(missing_ok=True)
     os.utime(texts)
-    store = open_store(str(texts), tokenizer, kind="text", folder=home)
+    store = open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert store.folder == existing.folder
-    assert names(home) == [""], "without a lock"
+    assert names(store_folder) == [""], "without a lock"
 
 
 def test_another_tokenizer_builds_another_store(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     vocab = {name: number for number, name in enumerate(SPECIAL_TOKENS)}
     alphabet = sorted(set(tokenizer._bpe.get_vocab()) - set(vocab))
@@ -142,15 +142,17 @@ def test_another_tokenizer_builds_another_store(
     bpe.add_special_tokens(SPECIAL_TOKENS)
     wide = Tokenizer(bpe)
     assert wide.vocab_size > 1 << 16
-    narrow_store = open_store(str(texts), tokenizer, kind="text", folder=home)
-    wide_store = open_store(str(texts), wide, kind="text", folder=home)
+    narrow_store = open_store(str(texts), tokenizer, kind="text", folder=store_folder)
+    wide_store = open_store(str(texts), wide, kind="text", folder=store_folder)
     assert narrow_store.shards("train")[0].tokens.dtype == np.uint16
     assert wide_store.shards("train")[0].tokens.dtype == np.uint32
     assert wide.decode(documents(wide_store)[7][:-1]) == TEXTS[7]
 
 
-def test_unigram_counts(texts: Path, home: Path, tokenizer: Tokenizer) -> None:
-    store = open_store(str(texts), tokenizer, kind="text", folder=home)
+def test_unigram_counts_are_those_of_the_training_split(
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
+) -> None:
+    store = open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     counts = store.unigram_counts(tokenizer.vocab_size)
     tokens = np.concatenate([np.array(ids) for ids in documents(store)])
     assert counts.tolist() == np.bincount(tokens, minlength=tokenizer.vocab_size).tolist()
@@ -158,7 +160,9 @@ def test_unigram_counts(texts: Path, home: Path, tokenizer: Tokenizer) -> None:
     assert first.tolist() == np.bincount(tokens[:100], minlength=tokenizer.vocab_size).tolist()
 
 
-def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_is_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     assert default_folder() == tmp_path / "cache" / "stores"
     monkeypatch.delenv("MINIMIND_CACHE")
@@ -179,18 +183,18 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     ],
 )
 def test_a_damaged_store_is_rebuilt(
-    damage: object, chats: Path, home: Path, tokenizer: Tokenizer
+    damage: object, chats: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
-    store = open_store(str(chats), tokenizer, kind="chat", folder=home)
+    store = open_store(str(chats), tokenizer, kind="chat", folder=store_folder)
     before = documents(store)
     assert callable(damage)
     damage(store.folder)
     notices: list[str] = []
-    again = open_store(str(chats), tokenizer, kind="chat", folder=home, say=notices.append)
+    again = open_store(str(chats), tokenizer, kind="chat", folder=store_folder, say=notices.append)
     assert notices == [f"the token store {store.folder} is damaged; building it again"]
     assert documents(again) == before
     notices.clear()
-    open_store(str(chats), tokenizer, kind="chat", folder=home, say=notices.append)
+    open_store(str(chats), tokenizer, kind="chat", folder=store_folder, say=notices.append)
     assert notices == []
 
 
@@ -200,7 +204,7 @@ CHILD = """
     from minimind.data.store import open_store
     from minimind.tokenizer import Tokenizer
 
-    data, tokenizer, home = sys.argv[1:4]
+    data, tokenizer, store_folder = sys.argv[1:4]
 
     def progress(done, total):
         {during}
@@ -212,7 +216,7 @@ CHILD = """
         data,
         Tokenizer.load(Path(tokenizer)),
         kind="text",
-        folder=Path(home),
+        folder=Path(store_folder),
         progress=progress,
         say=say,
     )
@@ -231,10 +235,10 @@ WAIT_FOR_A_LINE = "done and (print('in the middle', flush=True) or sys.stdin.rea
 
 
 @pytest.fixture
-def paused(texts: Path, home: Path, tokenizer_dir: Path) -> Iterator[subprocess.Popen[str]]:
+def paused(texts: Path, store_folder: Path, tokenizer_dir: Path) -> Iterator[subprocess.Popen[str]]:
     """A process paused while it builds the store of `texts`; each input line continues it."""
     code = textwrap.dedent(CHILD).format(during=WAIT_FOR_A_LINE)
-    command = [sys.executable, "-c", code, str(texts), str(tokenizer_dir), str(home)]
+    command = [sys.executable, "-c", code, str(texts), str(tokenizer_dir), str(store_folder)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -245,24 +249,24 @@ def paused(texts: Path, home: Path, tokenizer_dir: Path) -> Iterator[subprocess.
 
 
 def test_leftovers_of_a_killed_process_are_removed(
-    texts: Path, home: Path, tokenizer: Tokenizer, paused: subprocess.Popen[str]
+    texts: Path, store_folder: Path, tokenizer: Tokenizer, paused: subprocess.Popen[str]
 ) -> None:
     other = write_lines(texts.with_name("other.jsonl"), [{"text": "别的"}])
-    open_store(str(other), tokenizer, kind="text", folder=home)
-    assert len(list(home.glob("*.tmp-*"))) == 1  # still running
+    open_store(str(other), tokenizer, kind="text", folder=store_folder)
+    assert len(list(store_folder.glob("*.tmp-*"))) == 1  # still running
     paused.send_signal(signal.SIGKILL)
     paused.wait()
     other.write_text('{"text": "又是别的"}', encoding="utf-8")
-    open_store(str(other), tokenizer, kind="text", folder=home)
-    assert list(home.glob("*.tmp-*")) == []
-    store = open_store(str(texts), tokenizer, kind="text", folder=home)
+    open_store(str(other), tokenizer, kind="text", folder=store_folder)
+    assert list(store_folder.glob("*.tmp-*")) == []
+    store = open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert len(documents(store)) == len(TEXTS)
 
 
 def test_two_processes_build_the_same_store_once(
-    texts: Path, home: Path, tokenizer_dir: Path, paused: subprocess.Popen[str]
+    texts: Path, store_folder: Path, tokenizer_dir: Path, paused: subprocess.Popen[str]
 ) -> None:
-    with child("print('builds it too', flush=True)", texts, tokenizer_dir, home) as second:
+    with child("print('builds it too', flush=True)", texts, tokenizer_dir, store_folder) as second:
         assert second.stdout
         assert second.stdout.readline() == f"waiting for another process that tokenizes {texts}\n"
         output, _ = paused.communicate("continue\n" * 100)
@@ -271,13 +275,13 @@ def test_two_processes_build_the_same_store_once(
     folder = output.splitlines()[-1]
     assert rest == f"{folder}\n"
     assert len(documents(TokenStore(Path(folder)))) == len(TEXTS)
-    assert names(home) == ["", "lock"]
+    assert names(store_folder) == ["", "lock"]
 
 
 def test_a_waiting_process_takes_over_from_a_killed_one(
-    texts: Path, home: Path, tokenizer_dir: Path, paused: subprocess.Popen[str]
+    texts: Path, store_folder: Path, tokenizer_dir: Path, paused: subprocess.Popen[str]
 ) -> None:
-    with child("print('builds it', flush=True)", texts, tokenizer_dir, home) as second:
+    with child("print('builds it', flush=True)", texts, tokenizer_dir, store_folder) as second:
         assert second.stdout
         assert "waiting" in second.stdout.readline()
         paused.kill()
@@ -293,7 +297,7 @@ def test_a_folder_that_cannot_be_created_is_an_error(texts: Path, tokenizer: Tok
 
 
 def test_variables_are_substituted_and_part_of_the_key(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     records: list[dict[str, object]] = [{"text": f"{n}：我是{{{{name}}}}。"} for n in range(20)]
     records += [{"text": "作者是{{author}}，{{author}}。"}, {"text": "{{other}}"}]
@@ -302,7 +306,12 @@ def test_variables_are_substituted_and_part_of_the_key(
     folders = set()
     for variables in ({"name": "小明"}, {"name": "小红"}, {"name": "小明", "author": "李雷"}, None):
         store = open_store(
-            path, tokenizer, kind="text", variables=variables, folder=home, say=notices.append
+            path,
+            tokenizer,
+            kind="text",
+            variables=variables,
+            folder=store_folder,
+            say=notices.append,
         )
         folders.add(store.folder)
         text = tokenizer.decode([token for ids in documents(store) for token in ids])

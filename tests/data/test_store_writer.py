@@ -37,12 +37,12 @@ def pair_records(count: int) -> list[dict[str, object]]:
 
 
 def test_a_pair_is_two_documents_with_one_prompt_and_only_last_answers_supervised(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", pair_records(6))
-    store = open_store(str(path), tokenizer, kind="pairs", folder=home)
-    found = documents(store)
-    assert len(found) == 12
+    store = open_store(str(path), tokenizer, kind="pairs", folder=store_folder)
+    encoded = documents(store)
+    assert len(encoded) == 12
     [shard] = store.shards("train")
     assert shard.mask is not None
     masks = np.split(np.asarray(shard.mask), shard.ends[:-1])
@@ -50,19 +50,21 @@ def test_a_pair_is_two_documents_with_one_prompt_and_only_last_answers_supervise
         prompt, _ = encode_chat(tokenizer, (record.chosen or [])[:3], add_generation_prompt=True)
         for index, side in enumerate((record.chosen, record.rejected)):
             ids, mask = encode_chat(tokenizer, side or [])
-            here = found[2 * number + index]
-            assert here == ids
-            assert here[: len(prompt)] == prompt, "the prompt has the same ids with any answer"
+            document = encoded[2 * number + index]
+            assert document == ids
+            assert document[: len(prompt)] == prompt, "the prompt has the same ids with any answer"
             supervised = masks[2 * number + index].tolist()
             assert supervised == [0] * len(prompt) + mask[len(prompt) :], "not the earlier answer"
             assert sum(supervised) > 1
 
 
 def test_all_pairs_of_a_prompt_are_in_one_split(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", pair_records(400))
-    store = open_store(str(path), tokenizer, kind="pairs", folder=home, validation_fraction=0.3)
+    store = open_store(
+        str(path), tokenizer, kind="pairs", folder=store_folder, validation_fraction=0.3
+    )
     sides: list[set[str]] = []
     for split in ("train", "validation"):
         texts = [tokenizer.decode(ids) for ids in documents(store, split)]
@@ -73,28 +75,28 @@ def test_all_pairs_of_a_prompt_are_in_one_split(
 
 
 def test_pairs_and_conversations_are_not_interchangeable(
-    tmp_path: Path, chats: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, chats: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(DataError) as caught:
-        open_store(str(chats), tokenizer, kind="pairs", folder=home)
+        open_store(str(chats), tokenizer, kind="pairs", folder=store_folder)
     assert str(caught.value).startswith(
         f"{chats}: no preference pairs found (skipped records: 80 no preference pairs), each "
         "with chosen and rejected answers"
     )
     pairs = write_lines(tmp_path / "pairs.jsonl", pair_records(20))
     with pytest.raises(DataError, match="no conversations found"):
-        open_store(str(pairs), tokenizer, kind="chat", folder=home)
+        open_store(str(pairs), tokenizer, kind="chat", folder=store_folder)
 
 
 def test_each_text_is_a_document_that_ends_with_end_of_text(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     steps: list[tuple[int, int]] = []
     store = open_store(
         str(texts),
         tokenizer,
         kind="text",
-        folder=home,
+        folder=store_folder,
         progress=lambda done, total: steps.append((done, total)),
     )
     assert documents(store) == [[*tokenizer.encode(text), tokenizer.end_of_text] for text in TEXTS]
@@ -108,11 +110,13 @@ def test_each_text_is_a_document_that_ends_with_end_of_text(
     assert train["tokens"] == sum(map(len, documents(store)))
     assert train["characters"] == sum(map(len, TEXTS))
     assert train["bytes"] == sum(len(text.encode()) for text in TEXTS)
-    assert names(home) == ["", "lock"]
+    assert names(store_folder) == ["", "lock"]
 
 
-def test_conversations_have_loss_masks(chats: Path, home: Path, tokenizer: Tokenizer) -> None:
-    store = open_store(str(chats), tokenizer, kind="chat", folder=home)
+def test_conversations_have_loss_masks(
+    chats: Path, store_folder: Path, tokenizer: Tokenizer
+) -> None:
+    store = open_store(str(chats), tokenizer, kind="chat", folder=store_folder)
     [shard] = store.shards("train")
     assert shard.mask is not None
     expected = [
@@ -126,7 +130,7 @@ def test_conversations_have_loss_masks(chats: Path, home: Path, tokenizer: Token
 
 
 def test_answers_marked_as_not_supervised_are_encoded_but_masked(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     chat = [
         {"role": "user", "content": "长江有多长？"},
@@ -135,7 +139,7 @@ def test_answers_marked_as_not_supervised_are_encoded_but_masked(
         {"role": "assistant", "content": "约六千三百公里。", "weight": 1},
     ]
     path = write_lines(tmp_path / "chats.jsonl", [{"messages": chat}])
-    store = open_store(str(path), tokenizer, kind="chat", folder=home)
+    store = open_store(str(path), tokenizer, kind="chat", folder=store_folder)
     messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in chat]
     ids, mask = encode_chat(tokenizer, messages)
     [shard] = store.shards("train")
@@ -151,11 +155,11 @@ def test_answers_marked_as_not_supervised_are_encoded_but_masked(
     supervised = [*tokenizer.encode("约六千三百公里。"), tokenizer.im_end]
     assert labels[labels != IGNORED].tolist() == supervised
     with pytest.raises(DataError, match="1 excludes an answer from the loss, which pretraining"):
-        open_store(str(path), tokenizer, kind="text", folder=home)
+        open_store(str(path), tokenizer, kind="text", folder=store_folder)
 
 
-def test_an_answer_marked_as_not_supervised_in_a_pair(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+def test_an_answer_of_a_pair_marked_as_not_supervised_is_masked(
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     prompt = [{"role": "user", "content": "早"}]
     sides = {
@@ -168,7 +172,7 @@ def test_an_answer_marked_as_not_supervised_in_a_pair(
         for name in ("chosen", "rejected")
     }
     path = write_lines(tmp_path / "pairs.jsonl", [dict(sides)])
-    [shard] = open_store(str(path), tokenizer, kind="pairs", folder=home).shards("train")
+    [shard] = open_store(str(path), tokenizer, kind="pairs", folder=store_folder).shards("train")
     assert shard.mask is not None
     supervised = shard.tokens[shard.mask == 1].tolist()
     expected = [[*tokenizer.encode(f"{name}2"), tokenizer.im_end] for name in sides]
@@ -176,7 +180,7 @@ def test_an_answer_marked_as_not_supervised_in_a_pair(
 
 
 def test_earlier_rejected_turns_are_substituted_and_counted(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     chosen = [{"role": "user", "content": "早"}, {"role": "assistant", "content": "早上好"}]
     rejected = [
@@ -187,32 +191,36 @@ def test_earlier_rejected_turns_are_substituted_and_counted(
     ]
     path = write_lines(tmp_path / "pairs.jsonl", [{"chosen": chosen, "rejected": rejected}])
     variables = {"name": "小明"}
-    store = open_store(str(path), tokenizer, kind="pairs", variables=variables, folder=home)
+    store = open_store(str(path), tokenizer, kind="pairs", variables=variables, folder=store_folder)
     assert store.manifest["substituted"] == ["name"]
     assert "我是小明" in tokenizer.decode(documents(store)[1])
     assert store.manifest["train"]["characters"] == len("早早上好我是小明再说不")
     with pytest.raises(DataError, match=r"1 of 1 records contain \{\{name\}\}, which has no value"):
-        open_store(str(path), tokenizer, kind="pairs", variables={"author": "李雷"}, folder=home)
+        open_store(
+            str(path), tokenizer, kind="pairs", variables={"author": "李雷"}, folder=store_folder
+        )
 
 
-def test_pretraining_accepts_conversations(chats: Path, home: Path, tokenizer: Tokenizer) -> None:
-    store = open_store(str(chats), tokenizer, kind="text", folder=home)
+def test_pretraining_accepts_conversations(
+    chats: Path, store_folder: Path, tokenizer: Tokenizer
+) -> None:
+    store = open_store(str(chats), tokenizer, kind="text", folder=store_folder)
     ids, _ = encode_chat(tokenizer, convert({"q": "早", "a": "早上好"}).messages or [])
     assert documents(store)[0] == [*ids, tokenizer.end_of_text]
     assert store.shards("train")[0].mask is None
 
 
 def test_long_input_is_split_into_shards(
-    texts: Path, home: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    texts: Path, store_folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_writer, "_SHARD_TOKENS", 5_000)
-    store = open_store(str(texts), tokenizer, kind="text", folder=home)
+    store = open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert len(store.shards("train")) > 2
     assert documents(store) == [[*tokenizer.encode(text), tokenizer.end_of_text] for text in TEXTS]
 
 
 def test_a_book_in_one_record_is_encoded_piecewise(
-    home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    store_folder: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(2)
     monkeypatch.setattr(encode_module, "_PIECE_CHARACTERS", 1_000)
@@ -220,14 +228,14 @@ def test_a_book_in_one_record_is_encoded_piecewise(
     with_lines = "".join("春夏秋冬" * rng.randrange(1, 90) + "\n天" for _ in range(200))
     books = ["始", with_lines, "山" * 12_345, "终"]
     path = write_lines(tmp_path / "books.jsonl", [{"text": book} for book in books])
-    encoded = documents(open_store(str(path), tokenizer, kind="text", folder=home))
+    encoded = documents(open_store(str(path), tokenizer, kind="text", folder=store_folder))
     assert [ids[-1] for ids in encoded] == [tokenizer.end_of_text] * len(books)
     assert [tokenizer.decode(ids[:-1]) for ids in encoded] == books
     assert encoded[1][:-1] == tokenizer.encode(with_lines)  # the same as without a split
 
 
 def test_the_split_depends_only_on_the_text(
-    tmp_path: Path, home: Path, tokenizer: Tokenizer
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     rng = random.Random(3)
     held_out = []
@@ -238,7 +246,7 @@ def test_the_split_depends_only_on_the_text(
         write_lines(folder / "1.jsonl", [{"text": text} for text in order[:cut]])
         write_lines(folder / "2.jsonl", [{"text": text} for text in order[cut:]])
         store = open_store(
-            str(folder), tokenizer, kind="text", validation_fraction=0.1, folder=home
+            str(folder), tokenizer, kind="text", validation_fraction=0.1, folder=store_folder
         )
         splits = [documents(store, split) for split in ("train", "validation")]
         assert sum(map(len, splits)) == len(order)
@@ -249,58 +257,60 @@ def test_the_split_depends_only_on_the_text(
 
 
 def test_invalid_records_are_quarantined_and_reported(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     with texts.open("a", encoding="utf-8") as stream:
         stream.write('{broken\n{"q": "问", "a": ""}\n')
     notices: list[str] = []
-    store = open_store(str(texts), tokenizer, kind="text", folder=home, say=notices.append)
+    store = open_store(str(texts), tokenizer, kind="text", folder=store_folder, say=notices.append)
     quarantine = Path(store.manifest["invalid_records_file"])
-    assert quarantine.parent == home
+    assert quarantine.parent == store_folder
     assert store.manifest["invalid_records"] == 2
     lines = [json.loads(line)["line"] for line in quarantine.read_text("utf-8").splitlines()]
     assert lines == [1_501, 1_502]
     assert notices == [f"{texts}: invalid records: 2, see {quarantine}"]
     shutil.rmtree(store.folder)
-    open_store(str(texts), tokenizer, kind="text", folder=home)
+    open_store(str(texts), tokenizer, kind="text", folder=store_folder)
     assert len(quarantine.read_text("utf-8").splitlines()) == 2
 
 
 def test_too_many_invalid_records_are_an_error(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     with texts.open("a", encoding="utf-8") as stream:
         stream.write("{broken\n" * 100)
     with pytest.raises(
         DataError, match=r"79 of 1,579 records are invalid.*They are in (.*)\. Fix"
     ) as e:
-        open_store(str(texts), tokenizer, kind="text", folder=home)
-    [quarantine] = home.glob("*.invalid.jsonl")
+        open_store(str(texts), tokenizer, kind="text", folder=store_folder)
+    [quarantine] = store_folder.glob("*.invalid.jsonl")
     assert str(quarantine) in str(e.value)
-    assert names(home) == ["invalid.jsonl", "lock"]
-    store = open_store(str(texts), tokenizer, kind="text", folder=home, max_invalid_fraction=0.1)
+    assert names(store_folder) == ["invalid.jsonl", "lock"]
+    store = open_store(
+        str(texts), tokenizer, kind="text", folder=store_folder, max_invalid_fraction=0.1
+    )
     assert store.manifest["invalid_records"] == 100
 
 
 def test_records_of_another_kind_are_skipped(
-    texts: Path, chats: Path, home: Path, tokenizer: Tokenizer, tmp_path: Path
+    texts: Path, chats: Path, store_folder: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(
         DataError, match=r"no conversations found \(skipped records: 1,500 no conversations\)"
     ):
-        open_store(str(texts), tokenizer, kind="chat", folder=home)
+        open_store(str(texts), tokenizer, kind="chat", folder=store_folder)
     notices: list[str] = []
     both = f"{tmp_path}/*.jsonl"
-    store = open_store(both, tokenizer, kind="chat", folder=home, say=notices.append)
+    store = open_store(both, tokenizer, kind="chat", folder=store_folder, say=notices.append)
     assert store.manifest["train"]["documents"] == len(CHATS)
     assert store.manifest["skipped"] == {"no conversations": len(TEXTS)}
     assert notices == [f"{both}: skipped 1,500 of 1,580 records: no conversations"]
     with pytest.raises(DataError, match="no field text; its fields are: history, q, a"):
-        open_store(str(chats), tokenizer, kind="text", schema="text", folder=home)
+        open_store(str(chats), tokenizer, kind="text", schema="text", folder=store_folder)
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     def append(done: int, total: int) -> None:
         if done == 0:
@@ -309,19 +319,19 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
             stream.write('{"text": "late"}\n')
 
     with pytest.raises(DataError, match="the file changed while it was read"):
-        open_store(str(texts), tokenizer, kind="text", folder=home, progress=append)
-    assert names(home) == ["lock"]
+        open_store(str(texts), tokenizer, kind="text", folder=store_folder, progress=append)
+    assert names(store_folder) == ["lock"]
 
 
 def test_a_broken_pipe_in_progress_is_not_a_full_disk(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
     def progress(done: int, total: int) -> None:
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        open_store(str(texts), tokenizer, kind="text", folder=home, progress=progress)
-    assert names(home) == ["lock"]
+        open_store(str(texts), tokenizer, kind="text", folder=store_folder, progress=progress)
+    assert names(store_folder) == ["lock"]
 
 
 @pytest.fixture
@@ -356,9 +366,9 @@ def test_a_full_disk_reports_the_bytes_needed(
 
 
 def test_a_file_size_limit_is_reported_like_a_full_disk(
-    texts: Path, home: Path, tokenizer: Tokenizer
+    texts: Path, store_folder: Path, tokenizer: Tokenizer
 ) -> None:
-    """Stands in for a full disk where a small one cannot be mounted."""
+    """A substitute for a full disk where a small disk cannot be mounted."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -368,9 +378,11 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(
             with pytest.raises(
                 ResourceError, match=r"File too large.*It takes about .*data\.store="
             ):
-                open_store(str(texts), tokenizer, kind="text", folder=home)
+                open_store(str(texts), tokenizer, kind="text", folder=store_folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert names(home) == ["lock"]
+        assert names(store_folder) == ["lock"]
     signal.signal(signal.SIGXFSZ, handler)
-    assert len(documents(open_store(str(texts), tokenizer, kind="text", folder=home))) == len(TEXTS)
+    assert len(
+        documents(open_store(str(texts), tokenizer, kind="text", folder=store_folder))
+    ) == len(TEXTS)

@@ -16,11 +16,14 @@ from minimind.serving.requests import (
 )
 
 
-def test_every_command_and_setting_has_its_place() -> None:
+def test_every_command_and_setting_is_documented() -> None:
     pages = reference.pages()
     assert "## minimind train\n" in pages["en/reference/cli.md"]
     assert "### minimind checkpoints list\n" in pages["en/reference/cli.md"]
     for lang in ("en", "zh"):
+        rows = pages[f"{lang}/reference/cli.md"].splitlines()
+        assert any(row.startswith("| `--port <int>` | `8000` | ") for row in rows)
+        assert all(row.count(" | ") == 2 for row in rows if row.startswith("| `"))
         rows = pages[f"{lang}/reference/settings.md"].splitlines()
         names = [row.split("`")[1] for row in rows if row.startswith("| `")]
         assert names == [name for name, _ in reference.settings()]
@@ -63,9 +66,10 @@ def test_pages_do_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
         ('"seed" =', '"sead" =', r"missing \['seed'\], left over \['sead'\]"),
         ('"seed" =', '"more" = "x"\n"seed" =', r"missing \[\], left over \['more'\]"),
         ('"Random seed." =', '"Random." =', r"missing \['Random seed.'\], left over \['Random.'\]"),
+        ('"Run directory." =', '"Run." =', r"missing \['Run directory.'\], left over \['Run.'\]"),
     ],
 )
-def test_a_setting_without_its_chinese_is_an_error(
+def test_a_text_without_its_chinese_is_an_error(
     old: str, new: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (reference.DOCS / "translations.toml").read_text("utf-8")

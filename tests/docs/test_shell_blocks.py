@@ -1,4 +1,4 @@
-"""Every command of the README and the guides is run, or named here with the reason why not.
+"""Every command of the README and the guides is run, or listed here with the reason why not.
 
 Commands run as they stand, in a folder that holds what they need; training commands get a tiny
 model and two steps. The Chinese pages have the same commands, as `docs.build` checks.
@@ -9,15 +9,20 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 import zstandard
 from typer.testing import CliRunner
 
 from docs.build import DOCS, ROOT
 from minimind.cli.main import app
-from tests.support.small_exams import make_ceval
+from tests.support.services import serving
+from tests.support.small_benchmarks import make_ceval
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
 TRAINING = ("pretrain", "sft", "lora", "dpo")
@@ -30,34 +35,30 @@ TINY = {
     "validation.num_sequences": "4",
 }
 PRESETS = {"pretrain-moe": "nano-moe"}
-# Not run, and why; a prefix of the command.
+# Prefix of each command that is not run: reason.
 NOT_RUN = {
     "git clone": "the address of the repository is the reader's",
-    "make demo": "tests/cli/test_demo.py (slow) runs the whole demo",
+    "make demo": "tests/cli/test_demo.py (slow) runs the complete demo",
     "minimind demo": "the same",
     ".venv/bin/minimind demo": "the same",
     ". .venv/bin/activate": "changes the shell; the tests run in an environment already",
     "uv ": "needs uv and PyTorch's index",
-    "uv run": "needs uv",
     "conda ": "needs conda",
     "docker ": "needs Docker",
     "python3 -m venv": "installs packages",
     "pip install": "installs packages",
     ".venv/bin/pip install": "installs packages",
     "RAY_ADDRESS": "tests/data/prepare/test_engine.py (slow) starts a Ray cluster",
-    "torchrun": "tests/training/test_distributed.py and tests/cli/test_launcher.py use torchrun",
-    "curl": "tests/serving sends such requests",
-    "minimind serve": "tests/serving starts services on free ports",
-    "minimind web": "tests/web opens the page in a browser",
+    "torchrun --nnodes 2": "needs two machines",
+    "minimind web": "runs until it is stopped; tests/web opens the page in a browser",
+    "minimind compare A B --judge": "needs a judge there; tests/cli/test_compare.py has one",
     "llama-": "needs llama.cpp; tests/export/test_against_llama_cpp.py loads GGUF files in it",
     "ollama ": "needs Ollama; see tests/export/test_ollama.py",
     "python -m http.server": "tests/export/test_web.py serves the page",
     "minimind export web out/small-chat --out page --wllama": "needs the npm package as a file",
-    "minimind compare A B --judge": "tests/cli/test_compare.py has judges",
-    "minimind pretrain --data texts --tokenizer tok --out out/run --nproc 4 training.backend": (
-        "tests/training/test_deepspeed_backend.py, where DeepSpeed is installed"
-    ),
 }
+# Run against services that listen on free ports instead of 8000.
+SERVE, REQUEST = "minimind serve", "curl http://127.0.0.1:8000"
 SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor")
 SLOW += ("minimind export web", "q4_k_m")  # need npm and llama.cpp
 
@@ -65,17 +66,19 @@ SLOW += ("minimind export web", "q4_k_m")  # need npm and llama.cpp
 def commands() -> list[str]:
     """Return each command of the README and the documentation once, in order."""
     pages = [ROOT / "README.md", *sorted((DOCS / "en").rglob("*.md"))]
-    found: dict[str, None] = {}
+    commands: dict[str, None] = {}
     for page in pages:
         for block in BLOCK.findall(page.read_text("utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
                 command = " ".join(line.partition("  #")[0].split())
                 if command and not command.startswith("#"):
-                    found[command] = None
-    return list(found)
+                    commands[command] = None
+    return list(commands)
 
 
-RUN = [command for command in commands() if not command.startswith(tuple(NOT_RUN))]
+RUN = [c for c in commands() if not c.startswith((*NOT_RUN, SERVE, REQUEST))]
+SERVICES = [command for command in commands() if command.startswith(SERVE)]
+REQUESTS = [command for command in commands() if command.startswith(REQUEST)]
 
 
 def test_every_exception_is_still_a_command() -> None:
@@ -115,16 +118,17 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
         encoding="utf-8",
     )
     shutil.copytree(demo, folder / "out" / "demo")
-    for name, made in {
+    for name, run in {
         "small": "pretrain",
         "small-chat": "sft-multi",
         "small-dpo": "dpo",
         "tokenizer": "tokenizer",
         "me": "identity",
+        "poet": "identity",
         "a": "pretrain",
         "b": "sft-single",
     }.items():
-        shutil.copytree(demo / made, folder / "out" / name)
+        shutil.copytree(demo / run, folder / "out" / name)
     shutil.copytree(demo / "sft-multi" / "model", folder / "models" / "Qwen3-0.6B")
     shutil.copytree(demo / "tokenizer", folder / "tok")
     return folder
@@ -135,23 +139,60 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     [pytest.param(c, marks=[pytest.mark.slow] if any(s in c for s in SLOW) else []) for c in RUN],
 )
 def test_a_command_of_the_documentation_runs(command: str, materials: Path) -> None:
+    if "backend=deepspeed" in command:
+        pytest.importorskip("deepspeed")
     if "q4_k_m" in command:
         pytest.importorskip("llama_cpp")
-    words = shlex.split(command)
-    assert words.pop(0).removeprefix(".venv/bin/") == "minimind", f"say in NOT_RUN why: {command}"
+    arguments = shlex.split(command)
+    launcher = arguments.pop(0).removeprefix(".venv/bin/")
+    assert launcher in ("minimind", "torchrun"), f"say in NOT_RUN why: {command}"
     with contextlib.chdir(materials):
         set_aside = None
-        if "--out" in words and (out := Path(words[words.index("--out") + 1])).exists():
+        if "--out" in arguments and (out := Path(arguments[arguments.index("--out") + 1])).exists():
             set_aside = out.rename(out.with_name(out.name + "-before"))
-        if words[0] in TRAINING and "--explain" not in words:
-            given = {word.partition("=")[0] for word in words if "=" in word}
-            words += [f"{key}={value}" for key, value in TINY.items() if key not in given]
-            if words[0] == "pretrain":
-                words.append(f"model.preset={PRESETS.get(words[1], 'nano')}")
-        if words[0] == "sweep":
-            words += ["model.preset=nano", *(f"{key}={value}" for key, value in TINY.items())]
-        done = CliRunner().invoke(app, words, input="长江有多长？\n")
+        arguments += small_settings(arguments)
+        if launcher == "torchrun":
+            script = [sys.executable, "-m", "torch.distributed.run", *arguments]
+            done = subprocess.run(script, capture_output=True, text=True)
+            status, output = done.returncode, done.stdout + done.stderr
+        else:
+            result = CliRunner().invoke(app, arguments, input="长江有多长？\n")
+            status, output = result.exit_code, result.output
         if set_aside:
             shutil.rmtree(out, ignore_errors=True)
             set_aside.rename(out)
-    assert done.exit_code == 0, done.output
+    assert status == 0, output
+
+
+def small_settings(words: Sequence[str]) -> list[str]:
+    """Return the settings that make the training of a command short: a tiny model, two steps."""
+    if "--explain" in words or not {*TRAINING, "sweep"} & set(words):
+        return []
+    given = {word.partition("=")[0] for word in words if "=" in word}
+    settings = [f"{key}={value}" for key, value in TINY.items() if key not in given]
+    if words[0] == "sweep":
+        settings.append("model.preset=nano")
+    elif "pretrain" in words:
+        recipe = words[words.index("pretrain") + 1]
+        settings.append(f"model.preset={PRESETS.get(recipe, 'nano')}")
+    return settings
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] if n else []) for n, c in enumerate(SERVICES)],
+)
+def test_a_service_of_the_documentation_answers(
+    command: str, materials: Path, tmp_path: Path
+) -> None:
+    folder, *flags = shlex.split(command.removeprefix(SERVE))
+    flags = [flag.replace("=out/", f"={materials}/out/") for flag in flags]
+    with serving(materials / folder, tmp_path / "log", *flags) as service:
+        served = httpx.get(f"{service.url}/v1/models").json()["data"]
+        names = {model["id"] for model in served}
+        assert names >= ({"small-chat", "poet"} if flags else {"small-chat"})
+        for request in REQUESTS if shutil.which("curl") else []:
+            request = request.replace("http://127.0.0.1:8000", service.url)
+            done = subprocess.run(shlex.split(request), capture_output=True, check=True)
+            assert json.loads(done.stdout)["choices"][0]["finish_reason"], done.stdout
+        assert service.end() == 0

@@ -7,7 +7,7 @@ import pytest
 from minimind.evaluation.models import LocalModel
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
-from tests.support.small_exams import make_ceval, make_varied
+from tests.support.small_benchmarks import make_ceval, make_varied
 
 
 @pytest.fixture(scope="session")

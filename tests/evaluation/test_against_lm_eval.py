@@ -17,7 +17,7 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.model import save_model
 from minimind.tokenizer import Tokenizer
-from tests.support.small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
+from tests.support.small_benchmarks import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
 lm_eval = pytest.importorskip("lm_eval")
 from benchmarks.against_lm_eval import by_lm_eval  # noqa: E402
@@ -79,7 +79,7 @@ def test_the_harness_runs_on_a_model_directory(
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "sums.yaml").write_text(
-        "task: tiny_sums\ndataset_path: json\n"
+        "task: tiny_addition\ndataset_path: json\n"
         f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         "test_split: test\noutput_type: multiple_choice\n"
         'doc_to_text: "{{q}}"\ndoc_to_choice: ["2", "4"]\n'
@@ -92,14 +92,17 @@ def test_the_harness_runs_on_a_model_directory(
     manager = tasks.TaskManager(include_path=str(folder))
     monkeypatch.setattr(tasks, "TaskManager", lambda: manager)
     out = tmp_path / "out"
-    found = run_harness("tiny_sums", model_dir, out, identity={"model": "1"}, device="cpu")
-    assert found["metrics"]["acc"] in (0, 0.5, 1)
+    result = run_harness("tiny_addition", model_dir, out, identity={"model": "1"}, device="cpu")
+    assert result["metrics"]["acc"] in (0, 0.5, 1)
     assert (
-        json.loads((out / "lm-eval-tiny_sums.json").read_text("utf-8"))["metrics"]
-        == (found["metrics"])
+        json.loads((out / "lm-eval-tiny_addition.json").read_text("utf-8"))["metrics"]
+        == (result["metrics"])
     )
-    (out / "lm-eval-tiny_sums.json").write_text('{"task": "lm-', encoding="utf-8")  # killed
-    assert run_harness("tiny_sums", model_dir, out, identity={"model": "1"}, device="cpu") == found
+    (out / "lm-eval-tiny_addition.json").write_text('{"task": "lm-', encoding="utf-8")  # killed
+    assert (
+        run_harness("tiny_addition", model_dir, out, identity={"model": "1"}, device="cpu")
+        == result
+    )
     monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # must not be called again
-    again = run_harness("tiny_sums", model_dir, out, identity={"model": "1"}, device="cpu")
-    assert again["metrics"] == found["metrics"]
+    again = run_harness("tiny_addition", model_dir, out, identity={"model": "1"}, device="cpu")
+    assert again["metrics"] == result["metrics"]

@@ -120,10 +120,10 @@ def test_examples_that_do_not_fit_are_dropped(tokenizer: Tokenizer) -> None:
 def test_a_question_that_does_not_fit_is_truncated_at_its_start(
     tokenizer: Tokenizer, varied: Transformer, style: Style
 ) -> None:
-    whole = build(tokenizer, BENCHMARKS["ceval"], style, QUESTION)
+    complete = build(tokenizer, BENCHMARKS["ceval"], style, QUESTION)
     prompt = build(tokenizer, BENCHMARKS["ceval"], style, QUESTION, context=12)
     assert prompt.truncated
-    for row, full in zip(prompt.rows, whole.rows, strict=True):
+    for row, full in zip(prompt.rows, complete.rows, strict=True):
         assert len(row.tokens) <= 13
         assert row.tokens == full.tokens[-len(row.tokens) :]
         assert row.tokens[row.start :] == full.tokens[full.start :]

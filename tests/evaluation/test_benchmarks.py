@@ -16,33 +16,33 @@ from minimind.evaluation.benchmarks import (
     subject_info,
     subjects,
 )
-from tests.support.small_exams import CHINESE, EXAMPLES, write_table
+from tests.support.small_benchmarks import CHINESE, EXAMPLES, write_table
 
 IN_ORDER = [*CHINESE[4:], *CHINESE[:4]]  # accountant, logic
 
 
-def contents(found: Questions) -> list[tuple[str, list[str], str]]:
-    return [(q.question, list(q.options), q.letter) for q in found.questions]
+def contents(questions: Questions) -> list[tuple[str, list[str], str]]:
+    return [(q.question, list(q.options), q.letter) for q in questions.questions]
 
 
-def check(found: Questions) -> None:
-    assert contents(found) == IN_ORDER
-    assert [q.subject for q in found.questions] == ["accountant"] * 3 + ["logic"] * 4
-    assert len({q.id for q in found.questions}) == 7
-    assert {name: len(examples) for name, examples in found.examples.items()} == {
+def check(questions: Questions) -> None:
+    assert contents(questions) == IN_ORDER
+    assert [q.subject for q in questions.questions] == ["accountant"] * 3 + ["logic"] * 4
+    assert len({q.id for q in questions.questions}) == 7
+    assert {name: len(examples) for name, examples in questions.examples.items()} == {
         "accountant": 3,
         "logic": 3,
     }
-    assert found.bad.total == 0
+    assert questions.bad.total == 0
 
 
 @pytest.mark.parametrize("below", ["", "ceval-exam"])
-def test_ceval_unpacked(ceval_dir: Path, below: str) -> None:
+def test_ceval_is_read_from_folders(ceval_dir: Path, below: str) -> None:
     check(read_benchmark("ceval", [str(ceval_dir / below)]))
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar.xz"])
-def test_ceval_as_an_archive(ceval_dir: Path, tmp_path: Path, ending: str) -> None:
+def test_ceval_is_read_from_archives(ceval_dir: Path, tmp_path: Path, ending: str) -> None:
     archive = tmp_path / f"ceval-exam.{ending}"
     kind = {"zip": "zip", "tar.xz": "xztar"}[ending]
     shutil.make_archive(str(tmp_path / "ceval-exam"), kind, ceval_dir)
@@ -72,18 +72,18 @@ def test_archive_members_are_not_written_outside_the_folder(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.rglob("*.csv")) == []
 
 
-def test_cmmlu_and_mmlu_in_one_folder(tmp_path: Path) -> None:
+def test_cmmlu_and_mmlu_are_distinguished_in_one_folder(tmp_path: Path) -> None:
     header = ["", "Question", "A", "B", "C", "D", "Answer"]
     for split, questions in (("test", CHINESE), ("dev", EXAMPLES)):
         write_table(tmp_path / "cmmlu" / split / "anatomy.csv", questions, header)
         write_table(tmp_path / "data" / split / f"anatomy_{split}.csv", questions[:2], None)
-    found = read_benchmark("cmmlu", [str(tmp_path)])
-    assert contents(found) == CHINESE
-    assert [len(examples) for examples in found.examples.values()] == [3]
+    questions = read_benchmark("cmmlu", [str(tmp_path)])
+    assert contents(questions) == CHINESE
+    assert [len(examples) for examples in questions.examples.values()] == [3]
     assert contents(read_benchmark("mmlu", [str(tmp_path)])) == CHINESE[:2]
 
 
-def test_records_with_splits_and_passages(tmp_path: Path) -> None:
+def test_records_may_have_splits_and_passages(tmp_path: Path) -> None:
     rows = [
         {"id": f"{split}-{n}", "subject": "c3-m", "split": split, "passage": "一段话。"}
         | {"question": "问题？", "A": "甲", "B": "乙", "answer": "B"}
@@ -92,11 +92,11 @@ def test_records_with_splits_and_passages(tmp_path: Path) -> None:
     ]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "c3.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-    found = read_benchmark("c3", [str(tmp_path)])
-    assert found.questions == [
+    questions = read_benchmark("c3", [str(tmp_path)])
+    assert questions.questions == [
         Question(f"c3-m-test-{n}", "c3-m", "问题？", ("甲", "乙"), 1, "一段话。") for n in (0, 1)
     ]
-    assert len(found.examples["c3-m"]) == 2
+    assert len(questions.examples["c3-m"]) == 2
 
 
 def test_invalid_rows_are_counted_with_reasons(tmp_path: Path) -> None:
@@ -111,13 +111,13 @@ def test_invalid_rows_are_counted_with_reasons(tmp_path: Path) -> None:
         '"of two\nlines?",1,2,3,,B\n',
         encoding="utf-8",
     )
-    found = read_benchmark("choice", [str(path)])
-    assert contents(found) == [
+    questions = read_benchmark("choice", [str(path)])
+    assert contents(questions) == [
         ("right?", ["1", "2", "3", "4"], "C"),
         ("of two\nlines?", ["1", "2", "3"], "B"),
     ]
-    assert found.bad.total == 4
-    assert set(found.bad.reasons) == {
+    assert questions.bad.total == 4
+    assert set(questions.bad.reasons) == {
         "no question",
         "fewer than two options (columns A, B, …)",
         "the answer 'C' is not the letter of an option",

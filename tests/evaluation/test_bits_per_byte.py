@@ -10,7 +10,7 @@ from minimind.evaluation.bits_per_byte import BitsPerByte
 from minimind.evaluation.models import LocalModel
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
-from tests.support.small_exams import make_varied
+from tests.support.small_benchmarks import make_varied
 
 pytestmark = pytest.mark.numeric
 
@@ -70,8 +70,10 @@ def test_a_uniform_model_has_the_same_bits_per_byte_for_any_context(
         assert summary["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_long_texts_are_scored_in_overlapping_windows(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Each window but the first starts with half a context that is not scored."""
+def test_long_texts_are_scored_in_overlapping_sequences(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Each sequence but the first starts with half a context that is not scored."""
     model = make_varied(tokenizer, context=24)
     save_model(tmp_path / "m", model, tokenizer)
     task = BitsPerByte([write(tmp_path / "a.jsonl", TEXTS[1:2])], None)

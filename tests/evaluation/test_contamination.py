@@ -21,7 +21,7 @@ def write(path: Path, *texts: str) -> str:
     return str(path)
 
 
-def found(tmp_path: Path, question: str, *texts: str) -> bool:
+def is_contaminated(tmp_path: Path, question: str, *texts: str) -> bool:
     result = find_contamination({"q": question}, [write(tmp_path / "data.jsonl", *texts)])
     assert not result.too_short
     return "q" in result.found
@@ -30,34 +30,34 @@ def found(tmp_path: Path, question: str, *texts: str) -> bool:
 def test_24_consecutive_characters_are_found(tmp_path: Path) -> None:
     plain = re.sub(r"\W", "", CHINESE)
     assert len(plain) > 30
-    assert found(tmp_path, CHINESE, "前面" + plain[3:27] + "后面")
-    assert not found(tmp_path, CHINESE, "前面" + plain[3:26] + "后面")
-    assert not found(tmp_path, CHINESE, plain[:15], plain[15:])  # in two documents
+    assert is_contaminated(tmp_path, CHINESE, "前面" + plain[3:27] + "后面")
+    assert not is_contaminated(tmp_path, CHINESE, "前面" + plain[3:26] + "后面")
+    assert not is_contaminated(tmp_path, CHINESE, plain[:15], plain[15:])  # in two documents
 
 
 def test_case_punctuation_and_width_are_ignored(tmp_path: Path) -> None:
-    assert found(tmp_path, CHINESE, "“" + "，".join(CHINESE) + "”")
+    assert is_contaminated(tmp_path, CHINESE, "“" + "，".join(CHINESE) + "”")
     wide = "已知函数ＡＢ１２３的图像经过原点并且在区间上单调递增"
-    assert found(tmp_path, wide, unicodedata.normalize("NFKC", wide).lower())
+    assert is_contaminated(tmp_path, wide, unicodedata.normalize("NFKC", wide).lower())
 
 
 def test_13_consecutive_english_words_are_found(tmp_path: Path) -> None:
     words = re.findall(r"\w+", ENGLISH)
-    assert found(tmp_path, ENGLISH, "so " + "  ".join(words[1:14]).upper() + "!")
-    assert not found(tmp_path, ENGLISH, " ".join(words[1:13]) + " others")
-    assert not found(tmp_path, ENGLISH, " ".join(words[:8]), " ".join(words[8:]))
+    assert is_contaminated(tmp_path, ENGLISH, "so " + "  ".join(words[1:14]).upper() + "!")
+    assert not is_contaminated(tmp_path, ENGLISH, " ".join(words[1:13]) + " others")
+    assert not is_contaminated(tmp_path, ENGLISH, " ".join(words[:8]), " ".join(words[8:]))
 
 
 def test_short_questions_must_occur_in_full(tmp_path: Path) -> None:
     short = "王利发是老舍戏剧作品____中的主人公。"
-    assert found(tmp_path, short, "问：王利发是老舍戏剧作品中的主人公吗？")
-    assert not found(tmp_path, short, "王利发是老舍戏剧作品中的主人")
+    assert is_contaminated(tmp_path, short, "问：王利发是老舍戏剧作品中的主人公吗？")
+    assert not is_contaminated(tmp_path, short, "王利发是老舍戏剧作品中的主人")
     seven = "Who wrote the play about the teahouse?"
-    assert found(tmp_path, seven, "Tell me who wrote the play about the teahouse.")
-    assert not found(tmp_path, seven, "who wrote the play about the")
+    assert is_contaminated(tmp_path, seven, "Tell me who wrote the play about the teahouse.")
+    assert not is_contaminated(tmp_path, seven, "who wrote the play about the")
 
 
-def test_questions_too_short_to_tell_are_counted(tmp_path: Path) -> None:
+def test_questions_too_short_to_search_are_counted(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", "正确的是 which is right")
     result = find_contamination({"a": "正确的是", "b": "which is right"}, [data])
     assert result.too_short == {"a", "b"}

@@ -15,7 +15,7 @@ from minimind.evaluation.degeneration import (
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "units"),
     [
         ("长江ABC 12km。", ["长", "江", "abc", "12km", "。"]),
         ("I'm here_now!", ["i", "'", "m", "here", "_", "now", "!"]),
@@ -25,12 +25,12 @@ from minimind.evaluation.degeneration import (
         (" \n", []),
     ],
 )
-def test_words_are_chinese_characters_or_runs_of_letters(text: str, words: list[str]) -> None:
-    assert split_words(text) == words
+def test_words_are_chinese_characters_or_runs_of_letters(text: str, units: list[str]) -> None:
+    assert split_words(text) == units
 
 
 @pytest.mark.parametrize(
-    ("words", "n", "fraction"),
+    ("units", "n", "fraction"),
     [
         ("", 4, 0),
         ("abc", 4, 0),  # no 4-gram
@@ -41,8 +41,8 @@ def test_words_are_chinese_characters_or_runs_of_letters(text: str, words: list[
         ("abab", 1, 1 / 2),
     ],
 )
-def test_repeated_fraction_by_hand(words: str, n: int, fraction: float) -> None:
-    assert repeated_fraction(list(words), n) == pytest.approx(fraction)
+def test_repeated_fraction_by_hand(units: str, n: int, fraction: float) -> None:
+    assert repeated_fraction(list(units), n) == pytest.approx(fraction)
 
 
 def test_a_looping_answer_repeats_nearly_everything() -> None:

@@ -32,7 +32,7 @@ class FakeModel:
 
     def __init__(self, *answers: str | Exception) -> None:
         self._answers = answers
-        self.asked: list[str] = []
+        self.questions: list[str] = []
 
     def scorer(self) -> None:
         raise AssertionError
@@ -40,7 +40,7 @@ class FakeModel:
     def answers(
         self, questions: Sequence[str], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        self.asked += questions
+        self.questions += questions
         assert generation.max_new_tokens > 0
         for index, answer in reversed(list(enumerate(self._answers))):
             yield index, Answer(answer) if isinstance(answer, str) else answer
@@ -61,7 +61,7 @@ def test_gsm8k_is_scored_by_the_final_number(tmp_path: Path, file: str) -> None:
     assert task.bad.total == 1
     model = FakeModel("Two and three are 5.0", "It is 1234 or 1235")
     results = list(task.run(model, ()))  # type: ignore[arg-type]
-    assert model.asked == ["How many?", "How much?"]
+    assert model.questions == ["How many?", "How much?"]
     assert [(r["right"], r["expected"]) for r in results] == [(False, "1,234"), (True, "5")]
     summary = task.summary(results)
     assert (summary["correct"], summary["questions"]) == (1, 2)

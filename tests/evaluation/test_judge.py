@@ -85,9 +85,9 @@ def test_every_pair_is_judged_in_both_orders() -> None:
     answers = {name: {"1": name * 3, "2": name} for name in "abc"}
     del answers["c"]["2"]
     trials = make_trials([Prompt("1", "甲？"), Prompt("2", "乙？")], answers)
-    shown = [(trial.prompt.id, *trial.models) for trial in trials]
+    order = [(trial.prompt.id, *trial.models) for trial in trials]
     pairs = [("a", "b"), ("a", "c"), ("b", "c")]
-    assert sorted(shown) == sorted(
+    assert sorted(order) == sorted(
         [("1", *order) for pair in pairs for order in (pair, pair[::-1])]
         + [("2", "a", "b"), ("2", "b", "a")]
     )
@@ -191,11 +191,11 @@ def test_a_single_model_is_scored(tmp_path: Path) -> None:
 
 
 def test_judged_trials_are_not_repeated(tmp_path: Path) -> None:
-    asked: list[Sequence[Message]] = []
+    requests: list[Sequence[Message]] = []
 
     def ask(messages: Sequence[Message]) -> str:
-        asked.append(messages)
-        if len(asked) == 3:
+        requests.append(messages)
+        if len(requests) == 3:
             raise ServiceError("gone")
         return by_length(messages)
 
@@ -204,13 +204,13 @@ def test_judged_trials_are_not_repeated(tmp_path: Path) -> None:
     first = judged(ask, answers, path)
     assert (first["read"], first["failed"], first["first_error"]) == (7, 1, "gone")
     second = judged(ask, answers, path)
-    assert (len(asked), second["read"], second["failed"]) == (9, 8, 0)
+    assert (len(requests), second["read"], second["failed"]) == (9, 8, 0)
     answers["a"]["2"] = "改了"
     assert judged(ask, answers, path)["read"] == 8
-    assert len(asked) == 11
+    assert len(requests) == 11
     answers["c"] = lengths(3, 40, 4)
     assert judged(ask, answers, path)["trials"] == 24
-    assert len(asked) == 27
+    assert len(requests) == 27
     trials = make_trials([Prompt("1", "甲？")], answers)
     with pytest.raises(UsageError, match="another evaluation"):
         judge(ask, trials, path, identity={"url": "2"})

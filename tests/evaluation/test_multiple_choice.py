@@ -10,7 +10,7 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
-from tests.support.small_exams import CHINESE, make_varied
+from tests.support.small_benchmarks import CHINESE, make_varied
 
 
 def ceval(folder: Path, style: Style = "letter", **options: int) -> MultipleChoice:
@@ -47,11 +47,11 @@ def test_every_question_is_scored_and_counted(
 def test_scores_do_not_depend_on_other_questions(ceval_dir: Path, local: LocalModel) -> None:
     """To the bit, with and without a shared prefix in the cache."""
     task = ceval(ceval_dir)
-    together = {r["id"]: r["scores"] for r in task.run(local, ())}
+    batched = {r["id"]: r["scores"] for r in task.run(local, ())}
     for question in task.questions:
         others = {q.id for q in task.questions} - {question.id}
-        [alone] = task.run(local, others)
-        assert alone["scores"] == together[question.id]
+        [single] = task.run(local, others)
+        assert single["scores"] == batched[question.id]
 
 
 def test_chance_depends_on_the_number_of_options(tmp_path: Path, local: LocalModel) -> None:

@@ -100,10 +100,10 @@ def test_answers_and_metrics_of_a_local_model(
     model, tokenizer = load_for_inference(varied_dir, "cpu")
     expected = answer_all(model, tokenizer, DEMO_QUESTIONS, max_new_tokens=24)
     lines = (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()[1:]
-    found = {line["id"]: line for line in map(json.loads, lines)}
-    assert [found[str(n)]["answer"] for n in range(1, 9)] == expected
-    ended = [found[str(n)]["ended"] for n in range(1, 9)]
-    assert [found[str(n)]["tokens"] == 24 for n in range(1, 9)] == [
+    answers = {line["id"]: line for line in map(json.loads, lines)}
+    assert [answers[str(n)]["answer"] for n in range(1, 9)] == expected
+    ended = [answers[str(n)]["ended"] for n in range(1, 9)]
+    assert [answers[str(n)]["tokens"] == 24 for n in range(1, 9)] == [
         not stopped for stopped in ended
     ]
     assert summary["never_end"] == ended.count(False) / 8
@@ -114,15 +114,15 @@ def test_answers_and_metrics_of_a_local_model(
 
 def test_sampled_answers_depend_only_on_seed_and_question(local: LocalModel) -> None:
     def sample(questions: Sequence[str], seed: int) -> dict[str, str]:
-        found = local.answers(
+        answers = local.answers(
             questions, GenerationConfig(16, temperature=1.0, seed=seed, concurrency=3)
         )
-        return {questions[n]: a.text for n, a in found if isinstance(a, Answer)}
+        return {questions[n]: a.text for n, a in answers if isinstance(a, Answer)}
 
-    whole = sample(DEMO_QUESTIONS, 1)
-    assert len(whole) == 8
-    assert sample(DEMO_QUESTIONS[:2:-1], 1).items() <= whole.items()
-    assert sample(DEMO_QUESTIONS, 2) != whole
+    complete = sample(DEMO_QUESTIONS, 1)
+    assert len(complete) == 8
+    assert sample(DEMO_QUESTIONS[:2:-1], 1).items() <= complete.items()
+    assert sample(DEMO_QUESTIONS, 2) != complete
 
 
 def test_settings_identify_questions_and_decoding(local: LocalModel, tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ from minimind.tokenizer import Tokenizer
 from tests.support.remote_services import (
     Policy,
     RemoteService,
+    accepts_everything,
     like_gpt5,
     like_mistral,
     like_old,
-    refuses_nothing,
 )
 from tests.support.services import InProcess, save_models
 
 ASK = [{"role": "user", "content": "How are you?"}]
 
 
-def say(messages: list[dict[str, str]]) -> str:
+def respond(messages: list[dict[str, str]]) -> str:
     return "I am fine."
 
 
@@ -37,7 +37,7 @@ def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("policy", "sent", "rejected"),
     [
-        (refuses_nothing, {"max_completion_tokens", "temperature", "stream_options"}, set()),
+        (accepts_everything, {"max_completion_tokens", "temperature", "stream_options"}, set()),
         (like_gpt5, {"max_completion_tokens", "stream_options"}, {"temperature"}),
         (like_mistral, {"max_tokens", "temperature"}, {"max_completion_tokens", "stream_options"}),
     ],
@@ -45,46 +45,46 @@ def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rejected_parameters_are_left_out_of_later_requests(
     policy: Policy, sent: set[str], rejected: set[str]
 ) -> None:
-    with RemoteService(say, "m", policy) as there:
-        service = Service(there.url, "k")
+    with RemoteService(respond, "m", policy) as server:
+        service = Service(server.url, "k")
         first = service.answer(ASK, max_tokens=9, temperature=0)
-        requests = len(there.asked)
+        requests = len(server.requests)
         second = service.answer(ASK, max_tokens=9, temperature=0)
     tokens = None if "stream_options" in rejected else 3
     assert first == second == Answer("I am fine.", tokens, True)
     assert requests == 1 + bool(rejected)
-    assert len(there.asked) == requests + 1
-    assert set(there.asked[-1]) == {"model", "messages", "stream", *sent}
+    assert len(server.requests) == requests + 1
+    assert set(server.requests[-1]) == {"model", "messages", "stream", *sent}
     assert service.rejected == rejected
-    assert set(there.keys) == {"Bearer k"}
+    assert set(server.keys) == {"Bearer k"}
 
 
 def test_rejected_sampling_parameters() -> None:
-    with RemoteService(say, "m", like_gpt5) as there:
-        service = Service(there.url)
+    with RemoteService(respond, "m", like_gpt5) as server:
+        service = Service(server.url)
         generation = GenerationConfig(9, temperature=0.5, concurrency=1)
         [(_, answer)] = service.answers(["How are you?"], generation)
         assert isinstance(answer, Answer)
         assert (answer.text, service.rejected) == ("I am fine.", {"temperature", "top_p"})
-        assert there.asked[-1]["seed"] == generation.seed_for("How are you?")
-    assert set(there.keys) == {"Bearer none"}
+        assert server.requests[-1]["seed"] == generation.seed_for("How are you?")
+    assert set(server.keys) == {"Bearer none"}
 
 
 def test_the_older_name_is_used_if_the_token_limit_is_ignored() -> None:
-    with RemoteService(say, "m", like_old) as there:
-        answer = Service(there.url).answer(ASK, max_tokens=2, temperature=0)
+    with RemoteService(respond, "m", like_old) as server:
+        answer = Service(server.url).answer(ASK, max_tokens=2, temperature=0)
     assert answer == Answer("I am", 2, False)
-    assert [body.get("max_tokens") for body in there.asked] == [None, 2]
+    assert [body.get("max_tokens") for body in server.requests] == [None, 2]
 
 
 @pytest.mark.parametrize("fault", ["429", "503", "500", "html", "hang", "stall", "cut"])
 def test_temporary_faults_are_retried(fault: str) -> None:
-    with RemoteService(say, "m", refuses_nothing, fault) as there:
-        answer = Service(there.url).answer(ASK, max_tokens=9, temperature=0)
+    with RemoteService(respond, "m", accepts_everything, fault) as server:
+        answer = Service(server.url).answer(ASK, max_tokens=9, temperature=0)
     assert answer == Answer("I am fine.", 3, True)
-    assert len(there.asked) == 2
+    assert len(server.requests) == 2
     if fault == "429":
-        assert there.times[1] - there.times[0] >= 0.2  # as Retry-After says
+        assert server.times[1] - server.times[0] >= 0.2  # as Retry-After says
 
 
 @pytest.mark.parametrize(
@@ -104,20 +104,23 @@ def test_permanent_faults_are_errors_with_their_cause(
     fault: str, message: str, requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_RETRIES", 1)
-    with RemoteService(say, "m", refuses_nothing, *[fault] * 9) as there:
-        service = Service(there.url, "k", "MY_KEY")
+    with RemoteService(respond, "m", accepts_everything, *[fault] * 9) as server:
+        service = Service(server.url, "k", "MY_KEY")
         with pytest.raises(ServiceError) as raised:
             service.answer(ASK, max_tokens=9, temperature=0)
     assert message in str(raised.value)
-    assert len(there.asked) == requests
+    assert len(server.requests) == requests
 
 
 def test_a_rejection_that_names_no_parameter_is_an_error() -> None:
     def refuse(body: dict[str, object]) -> tuple[int, object]:
         return 400, {"error": {"message": "The request was flagged."}}
 
-    with RemoteService(say, "m", refuse) as there, pytest.raises(ServiceError, match="flagged"):
-        Service(there.url).answer(ASK, max_tokens=9, temperature=0)
+    with (
+        RemoteService(respond, "m", refuse) as server,
+        pytest.raises(ServiceError, match="flagged"),
+    ):
+        Service(server.url).answer(ASK, max_tokens=9, temperature=0)
 
 
 def test_urls_without_a_service_are_errors() -> None:
@@ -127,14 +130,14 @@ def test_urls_without_a_service_are_errors() -> None:
         Service("http://127.0.0.1:port")
     with pytest.raises(ServiceError, match="cannot be reached"):
         Service("http://127.0.0.1:9")
-    with RemoteService(say, "m") as there:
+    with RemoteService(respond, "m") as server:
         with pytest.raises(UsageError, match="has no model other; available: m"):
-            Service(f"{there.url}#other")
-        assert Service(f"{there.url}/v1#m").url == Service(there.url).url == f"{there.url}/v1"
-        assert Service(f"{there.url}/v1beta/openai").url == f"{there.url}/v1beta/openai"
+            Service(f"{server.url}#other")
+        assert Service(f"{server.url}/v1#m").url == Service(server.url).url == f"{server.url}/v1"
+        assert Service(f"{server.url}/v1beta/openai").url == f"{server.url}/v1beta/openai"
 
 
-def test_without_openai_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_openai_the_error_has_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UsageError, match=r"\.\[remote\]"):
         Service("http://127.0.0.1:9")

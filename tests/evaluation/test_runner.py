@@ -47,12 +47,12 @@ def stopping(task: Task, after: int) -> Task:
 def test_results_metrics_and_tables_are_written(
     ceval_dir: Path, local: LocalModel, tmp_path: Path
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    report = seen.append
+    steps: list[tuple[int, int]] = []
+    report = steps.append
     summary = evaluate(
         ceval(ceval_dir), local, tmp_path, identity=ME, progress=lambda *counts: report(counts)
     )
-    assert seen == [(n, 7) for n in range(8)]
+    assert steps == [(n, 7) for n in range(8)]
     header, *results = lines(tmp_path)
     assert header["model"] == "1"
     assert header["style"] == "letter"
@@ -65,30 +65,30 @@ def test_results_metrics_and_tables_are_written(
     assert sum(int(row["right"]) for row in rows) == summary["by_subject"]["logic"]["correct"]
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"id": "accountant-1", "right": tr', b"{"])
+@pytest.mark.parametrize("partial", [b"", b'{"id": "accountant-1", "right": tr', b"{"])
 def test_an_interrupted_evaluation_is_resumed(
-    ceval_dir: Path, local: LocalModel, tmp_path: Path, torn: bytes
+    ceval_dir: Path, local: LocalModel, tmp_path: Path, partial: bytes
 ) -> None:
-    whole = evaluate(ceval(ceval_dir), local, tmp_path / "whole", identity=ME)
+    uninterrupted = evaluate(ceval(ceval_dir), local, tmp_path / "uninterrupted", identity=ME)
     folder = tmp_path / "stopped"
     with pytest.raises(Interrupted):
         evaluate(stopping(ceval(ceval_dir), 2), local, folder, identity=ME)
     [path] = folder.glob("*.jsonl")
     with path.open("ab") as file:
-        file.write(torn)
-    seen: list[int] = []
+        file.write(partial)
+    steps: list[int] = []
     summary = evaluate(
-        ceval(ceval_dir), local, folder, identity=ME, progress=lambda done, _: seen.append(done)
+        ceval(ceval_dir), local, folder, identity=ME, progress=lambda done, _: steps.append(done)
     )
-    assert seen == [2, 3, 4, 5, 6, 7]
+    assert steps == [2, 3, 4, 5, 6, 7]
     assert summary["asked_now"] == 5
     # With other batches only the last digits may differ.
-    for full, resumed in zip(lines(tmp_path / "whole")[1:], lines(folder)[1:], strict=True):
+    for full, resumed in zip(lines(tmp_path / "uninterrupted")[1:], lines(folder)[1:], strict=True):
         assert full | {"scores": 0} == resumed | {"scores": 0}
         assert full["scores"] == pytest.approx(resumed["scores"], abs=1e-4)
-    assert summary["correct"] == whole["correct"]
+    assert summary["correct"] == uninterrupted["correct"]
     again = evaluate(ceval(ceval_dir), local, folder, identity=ME)
-    assert (again["asked_now"], again["correct"]) == (0, whole["correct"])
+    assert (again["asked_now"], again["correct"]) == (0, uninterrupted["correct"])
 
 
 def test_failed_items_are_tried_again(ceval_dir: Path, local: LocalModel, tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def test_an_item_has_a_single_line(ceval_dir: Path, local: LocalModel, tmp_path:
     path.write_text("".join(json.dumps(line) + "\n" for line in [header, *old]), encoding="utf-8")
     again = evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
     assert again["asked_now"] == 0
-    found = lines(tmp_path)
-    assert sorted(line["id"] for line in found[1:]) == sorted(line["id"] for line in results)
-    assert results[0] in found
+    stored = lines(tmp_path)
+    assert sorted(line["id"] for line in stored[1:]) == sorted(line["id"] for line in results)
+    assert results[0] in stored
 
 
 def test_names_of_models_and_files(varied_dir: Path) -> None:

@@ -11,7 +11,7 @@ from minimind.evaluation.scoring import EngineScorer, Row, sliding_windows
 from minimind.inference.batched_model import BatchedModel, Part
 from minimind.model import PRESETS, Transformer
 from minimind.tokenizer import Tokenizer
-from tests.support.small_exams import make_varied
+from tests.support.small_benchmarks import make_varied
 
 
 def score_by_definition(model: Transformer, row: Row) -> float:
@@ -51,7 +51,7 @@ def score_all(
 @pytest.mark.numeric
 @pytest.mark.parametrize("prefix", [0, 20, 100])
 @pytest.mark.parametrize("shape", ["nano", "nano-moe"])
-def test_rows_scored_together_have_the_scores_of_the_definition(
+def test_scores_of_a_batch_are_those_of_the_definition(
     tokenizer: Tokenizer, prefix: int, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minimind.inference.scheduler.MAX_LOGITS", 10_000)  # a few tokens
@@ -59,13 +59,13 @@ def test_rows_scored_together_have_the_scores_of_the_definition(
     rows = random_rows(tokenizer.vocab_size, 30, prefix, 100)
     letters = [Row((*rows[0].tokens[:-1], letter), len(rows[0].tokens) - 1) for letter in range(4)]
     scorer = EngineScorer(model, tokenizer)
-    wanted = [score_by_definition(model, row) for row in (*rows, *letters)]
-    assert scores_of(scorer, [*rows, *letters]) == pytest.approx(wanted, abs=1e-4)
-    found = score_all(scorer, [*([row] for row in rows), [], letters])
-    assert [len(scores) for scores in found if isinstance(scores, list)] == [*[1] * 30, 0, 4]
-    flat = [score for scores in found if isinstance(scores, list) for score in scores]
-    assert flat == pytest.approx(wanted, abs=1e-4)
-    assert flat != pytest.approx([wanted[0]] * len(wanted))
+    expected = [score_by_definition(model, row) for row in (*rows, *letters)]
+    assert scores_of(scorer, [*rows, *letters]) == pytest.approx(expected, abs=1e-4)
+    scored = score_all(scorer, [*([row] for row in rows), [], letters])
+    assert [len(scores) for scores in scored if isinstance(scores, list)] == [*[1] * 30, 0, 4]
+    flat = [score for scores in scored if isinstance(scores, list) for score in scores]
+    assert flat == pytest.approx(expected, abs=1e-4)
+    assert flat != pytest.approx([expected[0]] * len(expected))
 
 
 @pytest.mark.numeric
@@ -113,7 +113,7 @@ def test_a_shared_prefix_is_computed_once(
     read.clear()
     rows = [Row((*examples[:30], *[a] * 4), 30) for a in range(5)]
     score_all(EngineScorer(varied, tokenizer), [rows])
-    assert sum(read) == 30 + 5 * 3  # the prompt once, and the continuations
+    assert sum(read) == 30 + 5 * 3  # the prompt once, and each continuation
 
 
 @pytest.mark.numeric
@@ -126,8 +126,8 @@ def test_slots_grow_for_a_longer_text(
     rng = random.Random(2)
     texts = [tuple(rng.choices(range(600), k=k)) for k in (5, 12, 300, 17, 18, 2049, 9)]
     rows = [Row(text, 3) for text in texts]
-    found = score_all(EngineScorer(model, tokenizer), ([row] for row in rows))
-    assert [scores for [scores] in map(_scores, found)] == pytest.approx(
+    scored = score_all(EngineScorer(model, tokenizer), ([row] for row in rows))
+    assert [scores for [scores] in map(_scores, scored)] == pytest.approx(
         [score_by_definition(model, row) for row in rows], rel=1e-5
     )
 
@@ -143,8 +143,8 @@ def test_dynamic_rope_scaling_uses_the_length_of_each_row(tokenizer: Tokenizer) 
     model.extend_context(256, "dynamic")
     rows = random_rows(tokenizer.vocab_size, 12, 70, 50)
     rows += [Row((*rows[0].tokens[:80], *[9] * more), 80) for more in range(1, 30)]
-    wanted = [score_by_definition(model, row) for row in rows]
-    assert scores_of(EngineScorer(model, tokenizer), rows) == pytest.approx(wanted, abs=1e-4)
+    expected = [score_by_definition(model, row) for row in rows]
+    assert scores_of(EngineScorer(model, tokenizer), rows) == pytest.approx(expected, abs=1e-4)
 
 
 def test_non_finite_scores_are_an_error_of_their_item_only(tokenizer: Tokenizer) -> None:
@@ -152,7 +152,7 @@ def test_non_finite_scores_are_an_error_of_their_item_only(tokenizer: Tokenizer)
     model = make_varied(tokenizer, tie_word_embeddings=False)
     bad = 17
     rows = random_rows(16, 40, 70, 60)
-    wanted = score_all(EngineScorer(model, tokenizer), ([row] for row in rows))
+    expected = score_all(EngineScorer(model, tokenizer), ([row] for row in rows))
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = float("nan")
     damaged = [
@@ -161,9 +161,9 @@ def test_non_finite_scores_are_an_error_of_their_item_only(tokenizer: Tokenizer)
     items = [
         item for row, two in zip(rows, batched(damaged), strict=True) for item in ([row], *two)
     ]
-    found = score_all(EngineScorer(model, tokenizer), items)
-    assert found[::3] == wanted
-    for error in (*found[1::3], *found[2::3]):
+    scored = score_all(EngineScorer(model, tokenizer), items)
+    assert scored[::3] == expected
+    for error in (*scored[1::3], *scored[2::3]):
         assert isinstance(error, ModelError)
         assert "not finite" in str(error)
 

@@ -15,7 +15,7 @@ from minimind.evaluation.transformers_model import TransformersModel
 from minimind.inference import load
 from minimind.tokenizer import Tokenizer
 from tests.support.foreign import make_tokenizer
-from tests.support.small_exams import CHINESE
+from tests.support.small_benchmarks import CHINESE
 
 transformers = pytest.importorskip("transformers")
 GREEDY = GenerationConfig(8)
@@ -40,7 +40,7 @@ def test_benchmarks_have_the_same_scores(
 def test_texts_have_the_same_scores(
     varied_dir: Path, local: LocalModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """With our token before a text, which transformers does not know as such."""
+    """A text begins with our token, which transformers does not add itself."""
     model = TransformersModel(varied_dir / "model", "cpu")
     scorer, encoder = model.scorer()
     texts = ["泰山在山东省，泰山的日出很美。" * 60, "Why is the sea salty?"]
@@ -62,8 +62,8 @@ def test_an_error_in_one_item_does_not_affect_the_others(varied_dir: Path) -> No
     first, wrong, last = (scores for _, scores in scorer.score(enumerate(items)))
     assert isinstance(wrong, IndexError)
     for scores, item in ((first, items[0]), (last, items[2])):
-        [(_, alone)] = scorer.score([(None, item)])
-        assert scores == pytest.approx(alone)
+        [(_, single)] = scorer.score([(None, item)])
+        assert scores == pytest.approx(single)
 
 
 def answers(
@@ -79,7 +79,7 @@ def answers(
 def test_answers_are_the_same(
     varied_dir: Path, local: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, alone and in a batch."""
+    """In float32, one at a time and in a batch."""
     monkeypatch.setattr(load, "inference_dtype", lambda device: torch.float32)
     model = TransformersModel(varied_dir / "model", "cpu")
     questions = ["泰山在哪里？", "Why?", "长江？"]
@@ -93,7 +93,9 @@ def test_answers_are_the_same(
     assert answers(model, questions, sampling) != expected
 
 
-def test_an_unsupported_architecture(ceval_dir: Path, tmp_path: Path) -> None:
+def test_other_architectures_are_evaluated_with_transformers(
+    ceval_dir: Path, tmp_path: Path
+) -> None:
     """GPT-2, with a tokenizer without a chat template."""
     make_tokenizer("base", tmp_path, [question for question, _, _ in CHINESE] * 20)
     torch.manual_seed(0)
@@ -113,7 +115,9 @@ def test_an_unsupported_architecture(ceval_dir: Path, tmp_path: Path) -> None:
     assert all("--style letter" in error for error in errors)
 
 
-def test_a_directory_that_transformers_cannot_load_either(varied_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
+def test_a_directory_that_transformers_cannot_load_is_an_error(
+    varied_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unknown"}')
     with pytest.raises(ModelError, match="transformers cannot load it either"):
         TransformersModel(tmp_path, "cpu")

@@ -45,7 +45,7 @@ def engine(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
+def sequential_engine(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
     """An engine that runs one request at a time."""
     with Engine(model, tokenizer, slots=1) as engine:
         yield engine

@@ -31,7 +31,7 @@ def test_logits_equal_those_of_the_model(shape: str) -> None:
 @pytest.mark.numeric
 @torch.inference_mode()
 def test_logits_of_the_last_tokens_of_each_part() -> None:
-    """One sequence has parts of any length, another one wants no logits."""
+    """One sequence has parts of any length; no logits are requested for another one."""
     model, ids = make_tiny(), random_tokens(150)
     batch = BatchedModel(model, 3, 256)
     expected = model.logits(model(torch.tensor([ids])))[0]
@@ -65,7 +65,7 @@ def test_an_adapter_in_training_is_merged() -> None:
 
 
 def logits_alone(batch: BatchedModel, slot: int, ids: list[int], prompt: int) -> list[torch.Tensor]:
-    """Logits of a sequence in batches without others, from its last prompt token on."""
+    """Return the logits of a sequence in batches without others, from its last prompt token on."""
     rows = [batch.forward([], [part])[0] for part in chunks_of(slot, ids[:prompt])][-1:]
     return rows + [
         batch.forward([Part(slot, at, [ids[at]])], [])[0] for at in range(prompt, len(ids))
@@ -86,15 +86,15 @@ def test_logits_are_batch_invariant(shape: str, kind: str, threads: int) -> None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        # Alone, each sequence has another slot than in the batch.
+        # Without others, each sequence has another slot than in the batch.
         single = BatchedModel(model, slots, 256, int8=kind == "int8")
-        alone = {
+        expected = {
             s: logits_alone(single, (s + 4) % slots, ids, prompts[s])
             for s, ids in sequences.items()
         }
         batched = BatchedModel(model, slots, 256, int8=kind == "int8")
         assert batched.batch_invariant
-        seen: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(slots)}
+        logits: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(slots)}
         at = dict.fromkeys(range(slots), 0)
         while open_slots := [slot for slot in range(slots) if at[slot] < len(sequences[slot])]:
             decode, prefill = [], []
@@ -109,14 +109,14 @@ def test_logits_are_batch_invariant(shape: str, kind: str, threads: int) -> None
                     prefill.append(Part(slot, start, ids[start:end]))
             if not decode + prefill:
                 continue
-            logits = batched.forward(decode, prefill)
-            for part, row in zip(decode + prefill, logits, strict=True):
+            rows = batched.forward(decode, prefill)
+            for part, row in zip(decode + prefill, rows, strict=True):
                 at[part.slot] += len(part.tokens)
                 if at[part.slot] >= min(prompts[part.slot], len(sequences[part.slot])):
-                    seen[part.slot].append(row)
+                    logits[part.slot].append(row)
         for slot in range(slots):
-            assert len(seen[slot]) == len(alone[slot])
-            assert all(map(torch.equal, seen[slot], alone[slot])), slot
+            assert len(logits[slot]) == len(expected[slot])
+            assert all(map(torch.equal, logits[slot], expected[slot])), slot
     finally:
         torch.set_num_threads(before)
 
@@ -126,7 +126,7 @@ def test_logits_are_batch_invariant(shape: str, kind: str, threads: int) -> None
 def test_attention_sequence_by_sequence_gives_the_same_logits() -> None:
     """The fallback for processors on which attention is not batch-invariant."""
     sequences = [random_tokens(length, length) for length in (70, 40, 130)]
-    seen = []
+    logits = []
     for separately in (False, True):
         batch = BatchedModel(make_tiny(), 3, 256)
         batch._attend_separately = separately
@@ -134,8 +134,8 @@ def test_attention_sequence_by_sequence_gives_the_same_logits() -> None:
             batch.forward([], chunks_of(slot, ids))
         decode = [Part(slot, len(ids), [5]) for slot, ids in enumerate(sequences)]
         assert len(batch._attention_groups(decode, [])) == (3 if separately else 1)
-        seen.append(batch.forward(decode, []))
-    torch.testing.assert_close(*seen)
+        logits.append(batch.forward(decode, []))
+    torch.testing.assert_close(*logits)
 
 
 @pytest.mark.numeric

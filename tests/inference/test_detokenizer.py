@@ -10,7 +10,7 @@ def _ids_of_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
     return {token: i for i, token in enumerate(tokenizer.text_bytes_of) if len(token) == 1}
 
 
-def test_incomplete_characters_are_held_back(tokenizer: Tokenizer) -> None:
+def test_incomplete_characters_are_not_returned_yet(tokenizer: Tokenizer) -> None:
     ids = _ids_of_bytes(tokenizer)
     stream = StreamingDetokenizer(tokenizer)
     pieces = [stream.push(ids[bytes([byte])]) for byte in "a熊🐼".encode()]

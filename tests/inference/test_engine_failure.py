@@ -19,7 +19,7 @@ DEVICE_ERROR = "CUDA error: an illegal memory access was encountered"
 
 
 class Panic(BaseException):
-    """Like a panic in Rust: a BaseException but not an Exception."""
+    """A panic in Rust: a BaseException but not an Exception."""
 
 
 class Failing:

@@ -22,7 +22,7 @@ from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 from tests.support.foreign import SHAPES, make_tokenizer
-from tests.support.small_exams import make_varied
+from tests.support.small_benchmarks import make_varied
 
 _PERSON = {
     "type": "object",

@@ -1,4 +1,4 @@
-"""Row ranges with the same bits: on simulated processors, and on this one."""
+"""Row ranges with equal bits, on simulated processors and on this one."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ UNLIMITED = matmul._UNLIMITED
 
 
 def in_another_order(x: Tensor, weight: Tensor) -> Tensor:
-    """The same product, summed in two parts."""
+    """Return the product, summed in two parts."""
     half = weight.shape[1] // 3
     return F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:])
 
@@ -59,7 +59,7 @@ def processor(order: Callable[[int, int], bool]) -> Callable[[Tensor], Linear]:
         (lambda rows, row: row % 2 == 1, None),
     ],
 )
-def test_a_row_range_is_found_for_each_kind_of_processor(
+def test_a_row_range_is_determined_for_each_kind_of_processor(
     order: Callable[[int, int], bool], expected: RowRange | None
 ) -> None:
     pack = processor(order)
@@ -67,10 +67,10 @@ def test_a_row_range_is_found_for_each_kind_of_processor(
     if expected:  # and gives the same bits
         weight, rows = torch.randn(24, 40), torch.randn(200, 40)
         product = matmul._in_blocks(pack(weight), expected)
-        wanted = product(rows)
-        torch.testing.assert_close(wanted, F.linear(rows, weight))
+        reference = product(rows)
+        torch.testing.assert_close(reference, F.linear(rows, weight))
         for count in (1, 2, 3, 5, 16, 17, 31, 33, 64, 65, 100, 130):
-            assert torch.equal(product(rows[-count:]), wanted[-count:]), count
+            assert torch.equal(product(rows[-count:]), reference[-count:]), count
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ def test_a_row_range_is_found_for_each_kind_of_processor(
     ],
 )
 def test_batches_are_split_into_the_range(rows: RowRange, count: int, expected: list[int]) -> None:
-    seen, weight = [], torch.randn(5, 8)
+    blocks, weight = [], torch.randn(5, 8)
 
     def product(x: Tensor) -> Tensor:
-        seen.append(len(x))
+        blocks.append(len(x))
         return F.linear(x, weight)
 
     x = torch.randn(count, 8)
     torch.testing.assert_close(matmul._in_blocks(product, rows)(x), F.linear(x, weight))
-    assert seen == expected
+    assert blocks == expected
 
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
@@ -118,12 +118,12 @@ def test_products_are_batch_invariant_on_this_processor(
         product = packer(weight)
         assert packer.batch_invariant
         with torch.inference_mode():
-            wanted = product(row.expand(16, -1).contiguous())[0]
-            assert float(wanted.float().abs().max()) > 0, "no rounding errors to compare"
+            reference = product(row.expand(16, -1).contiguous())[0]
+            assert float(reference.float().abs().max()) > 0, "no rounding errors to compare"
             counts = [*range(1, 20), 31, 32, 33, 35, 37, 63, 64, 65, 100, 129, 257, 320]
             for count in counts if shape[0] < 6400 else counts[::4]:
                 actual = product(row.expand(count, -1).contiguous())
-                assert bool((actual == wanted).all()), count
+                assert bool((actual == reference).all()), count
     finally:
         torch.set_num_threads(before)
 

@@ -28,10 +28,12 @@ SETTINGS = [
 ]
 
 
-def probabilities(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Sampling probabilities [B, vocab] after the prompt [0] and the tokens `seen` [B, T]."""
+def probabilities(
+    logits: torch.Tensor, generated: torch.Tensor, sampling: Sampling
+) -> torch.Tensor:
+    """Return sampling probabilities [B, vocab] after the prompt [0] and `generated` [B, T]."""
     rows = []
-    for row, tokens in zip(logits, seen.tolist(), strict=True):
+    for row, tokens in zip(logits, generated.tolist(), strict=True):
         penalties = Penalties(sampling, [0], len(row), logits.device)
         for token in tokens:
             penalties.add(token)
@@ -43,15 +45,15 @@ def probabilities(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling) 
     return actual / actual.sum(-1, keepdim=True)
 
 
-def reference(logits: list[float], seen: list[int], sampling: Sampling) -> list[float]:
-    """The same probabilities by the definition, in plain Python."""
+def reference(logits: list[float], generated: list[int], sampling: Sampling) -> list[float]:
+    """Return the same probabilities by their definition, in plain Python."""
     scores = list(logits)
-    for token in {0, *seen}:
+    for token in {0, *generated}:
         penalty = sampling.repetition_penalty
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-    for token in seen:
+    for token in generated:
         scores[token] -= sampling.frequency_penalty
-    for token in set(seen):
+    for token in set(generated):
         scores[token] -= sampling.presence_penalty
     for token, bias in sampling.logit_bias.items():
         scores[token] += bias
@@ -75,9 +77,9 @@ def test_probabilities_follow_the_definition(sampling: Sampling) -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
     logits = torch.randn(20, 150) * 3
-    seen = torch.tensor([rng.choices(range(50), k=8) for _ in range(20)])
-    actual = probabilities(logits, seen, sampling)
-    expected = [reference(logits[i].tolist(), seen[i].tolist(), sampling) for i in range(20)]
+    generated = torch.tensor([rng.choices(range(50), k=8) for _ in range(20)])
+    actual = probabilities(logits, generated, sampling)
+    expected = [reference(logits[i].tolist(), generated[i].tolist(), sampling) for i in range(20)]
     torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
@@ -85,10 +87,10 @@ def test_probabilities_follow_the_definition(sampling: Sampling) -> None:
 def test_probabilities_equal_those_of_transformers(sampling: Sampling) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
-    logits, seen = torch.randn(20, 300) * 3, torch.randint(300, (20, 30))
+    logits, generated = torch.randn(20, 300) * 3, torch.randint(300, (20, 30))
     if sampling.presence_penalty or sampling.logit_bias:
         pytest.skip("transformers has no such penalties")
-    seen[:, 0] = 0  # the prompt
+    generated[:, 0] = 0  # the prompt
     steps = [
         transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
         transformers.TemperatureLogitsWarper(float(sampling.temperature)),
@@ -100,8 +102,8 @@ def test_probabilities_equal_those_of_transformers(sampling: Sampling) -> None:
         steps.append(transformers.MinPLogitsWarper(sampling.min_p))
     theirs = logits
     for step in steps:
-        theirs = step(seen, theirs)
-    actual = probabilities(logits, seen, sampling)
+        theirs = step(generated, theirs)
+    actual = probabilities(logits, generated, sampling)
     torch.testing.assert_close(actual, theirs.softmax(-1), atol=1e-6, rtol=1e-4)
 
 
@@ -131,11 +133,11 @@ def test_rows_are_sampled_independently() -> None:
     logits = torch.randn(60, 300) * torch.logspace(-2, 1, 60)[:, None]
     samplings = [rng.choice([*SETTINGS, Sampling(0)]) for _ in range(60)]
     numbers = [rng.random() for _ in range(60)]
-    alone = [sample(logits[i : i + 1], [samplings[i]], [numbers[i]]).item() for i in range(60)]
+    single = [sample(logits[i : i + 1], [samplings[i]], [numbers[i]]).item() for i in range(60)]
     for _ in range(5):
         order = rng.sample(range(60), 40)
-        together = sample(logits[order], [samplings[i] for i in order], [numbers[i] for i in order])
-        assert together.tolist() == [alone[i] for i in order]
+        batched = sample(logits[order], [samplings[i] for i in order], [numbers[i] for i in order])
+        assert batched.tolist() == [single[i] for i in order]
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
@@ -156,7 +158,7 @@ def test_zero_temperature_is_greedy(temperature: float) -> None:
 
 @pytest.mark.parametrize("vocab", [40, 300])
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1, top_k=1), Sampling(1, top_p=1e-9)])
-def test_of_equal_logits_the_lowest_id_wins(sampling: Sampling, vocab: int) -> None:
+def test_the_lowest_id_of_equal_logits_is_chosen(sampling: Sampling, vocab: int) -> None:
     torch.manual_seed(0)
     logits = torch.randint(0, 40, (50, vocab)).float()
     assert torch.equal(draw(logits, sampling), logits.argmax(-1))

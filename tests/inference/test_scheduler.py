@@ -1,4 +1,4 @@
-"""Admission, prefill budget and prefix cache, seen through the engine."""
+"""Admission, prefill budget and prefix cache, tested through the engine."""
 
 import random
 import time
@@ -33,7 +33,7 @@ def test_decoding_continues_while_long_prompts_are_prefilled(
     with Engine(model, tokenizer, slots=8) as engine:
         running = engine.submit(Request([5], GREEDY, 250))
         next(iter(running))
-        for number in range(7):  # 28 chunks, of which a step prefills 4
+        for number in range(7):  # 28 chunks; a step prefills 4 of them
             prompt = random.Random(number).choices(range(600), k=250)
             request = Request(prompt, GREEDY, 1)
             engine.submit(request, lambda p: decoded.append(running.completion_tokens))
@@ -46,14 +46,14 @@ def test_decoding_continues_while_long_prompts_are_prefilled(
 
 @pytest.mark.numeric
 def test_cached_prefixes_are_not_prefilled_again(
-    engine: Engine, alone: Engine, tokenizer: Tokenizer
+    engine: Engine, sequential_engine: Engine, tokenizer: Tokenizer
 ) -> None:
     shared = random.Random(9).choices(range(600), k=150)
     firsts = [shared + [n] * 5 for n in range(4)]
     expected = []
     for prompt in firsts:
-        tokens_of(alone.submit(Request([7] * 200, GREEDY, 1)))  # evicts the prefix
-        uncached = alone.submit(Request(prompt, GREEDY, 30, logprobs=0))
+        tokens_of(sequential_engine.submit(Request([7] * 200, GREEDY, 1)))  # evicts the prefix
+        uncached = sequential_engine.submit(Request(prompt, GREEDY, 30, logprobs=0))
         expected.append([(p.token_ids, p.logprobs) for p in uncached])
         assert uncached.cached_tokens == 0
     tokens_of(engine.submit(Request(shared, GREEDY, 1)))
@@ -72,11 +72,11 @@ def test_cached_prefixes_are_not_prefilled_again(
     assert cached.cached_tokens == 64
 
 
-def test_requests_wait_for_a_prefix_in_prefill(engine: Engine, alone: Engine) -> None:
+def test_requests_wait_for_a_prefix_in_prefill(engine: Engine, sequential_engine: Engine) -> None:
     shared = random.Random(10).choices(range(600), k=200)
     requests = [Request(shared + [n] * 5, GREEDY, 9) for n in range(5)]
     other = Request([n % 600 for n in range(200)], GREEDY, 9)  # shares nothing
-    expected = [tokens_of(alone.submit(request)) for request in (*requests, other)]
+    expected = [tokens_of(sequential_engine.submit(request)) for request in (*requests, other)]
     completions = [engine.submit(request) for request in (*requests, other)]
     assert [tokens_of(completion) for completion in completions] == expected
     assert [c.cached_tokens for c in completions] == [0, 192, 192, 192, 192, 0]

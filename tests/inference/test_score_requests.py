@@ -28,17 +28,17 @@ def scores_of(completion: Completion) -> list[float]:
 
 @pytest.mark.numeric
 def test_scores_do_not_depend_on_other_requests(
-    engine: Engine, alone: Engine, model: Transformer, prompts: list[list[int]]
+    engine: Engine, sequential_engine: Engine, model: Transformer, prompts: list[list[int]]
 ) -> None:
     rng = random.Random(12)
     score_requests, lengths = [], (1, 1, 2, 2, 70)
     for prompt in prompts[:20]:
         continuations = [rng.choices(range(600), k=k) for k in lengths]
-        continuations.append([continuations[2][0], 7])  # shares the inputs of another one
+        continuations.append([continuations[2][0], 7])  # shares the inputs of another continuation
         score_requests.append(ScoreRequest(prompt, continuations))
     requests = [Request(prompt, GREEDY, 20) for prompt in prompts[10:30]]
-    expected_tokens = [tokens_of(alone.submit(request)) for request in requests]
-    solo = [scores_of(alone.submit(request)) for request in score_requests]
+    expected_tokens = [tokens_of(sequential_engine.submit(request)) for request in requests]
+    solo = [scores_of(sequential_engine.submit(request)) for request in score_requests]
     mixed = [
         engine.submit(request)
         for pair in zip(score_requests, requests, strict=True)

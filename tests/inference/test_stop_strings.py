@@ -1,4 +1,4 @@
-"""Stop strings and streamed text, seen through the engine."""
+"""Stop strings and streamed text, tested through the engine."""
 
 import random
 
@@ -22,7 +22,7 @@ def test_stop_strings_are_never_returned_in_part(
     text = tokenizer.decode(ids, skip_special_tokens=True)
     for _ in range(20):
         at = rng.randrange(1, len(text) - 6)
-        # One that occurs, one that never does, and one that only starts to.
+        # A string that occurs, one that never occurs, and one of which only the beginning occurs.
         stops = (text[at : at + rng.randrange(1, 6)], "no such text", text[at : at + 3] + "\0")
         request = Request(prompts[1], RANDOM, 60, stop=stops, seed=5, logprobs=0)
         pieces = list(engine.submit(request))

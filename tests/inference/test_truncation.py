@@ -19,7 +19,7 @@ def length(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> int:
 
 
 @pytest.mark.parametrize("system", [[], [SYSTEM]])
-def test_the_oldest_turns_are_dropped_first_and_the_system_message_never(
+def test_the_oldest_turns_are_dropped_first_and_the_system_message_is_kept(
     tokenizer: Tokenizer, system: list[dict[str, str]]
 ) -> None:
     for dropped in (0, 2, 4):
@@ -33,13 +33,13 @@ def test_the_oldest_turns_are_dropped_first_and_the_system_message_never(
 
 
 @pytest.mark.parametrize("system", [[], [SYSTEM]])
-def test_a_message_that_does_not_fit_alone_is_refused(
+def test_a_single_message_that_does_not_fit_is_refused(
     tokenizer: Tokenizer, system: list[dict[str, str]]
 ) -> None:
-    alone = length(tokenizer, [*system, TURNS[-1]])
+    required = length(tokenizer, [*system, TURNS[-1]])
     own = len(tokenizer.encode(TURNS[-1]["content"]))
     with pytest.raises(UsageError) as error:
-        truncate_chat(tokenizer, [*system, *TURNS], alone - 1)
+        truncate_chat(tokenizer, [*system, *TURNS], required - 1)
     assert f"the message has {own} tokens and at most {own - 1} fit" in str(error.value)
     assert ("system message" in str(error.value)) == bool(system)
     with pytest.raises(UsageError, match="the prompt may have 3: no message fits"):

@@ -33,7 +33,7 @@ def tokenizer(
     if request.param == "padded":
         return Tokenizer.load(directory)
     content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-    last = "".join(content["model"]["merges"].pop())  # no other merge builds on the last one
+    last = "".join(content["model"]["merges"].pop())  # no later merge depends on the last one
     del content["model"]["vocab"][last]
     copy = tmp_path_factory.mktemp("gap")
     for path in directory.iterdir():
@@ -62,7 +62,7 @@ def pieces_of(engine: Engine, prompt: list[int], sampling: Sampling, **more: obj
 
 
 def all_logprobs(model: Transformer, ids: list[int]) -> Tensor:
-    """Log-probabilities over all embedding rows, as in transformers: [len(ids), rows]."""
+    """Return log-probabilities over all embedding rows, as transformers does: [len(ids), rows]."""
     with torch.inference_mode():
         return model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
 
@@ -143,7 +143,7 @@ def test_batch_generation_returns_known_tokens_only(
 
 
 class Only:
-    """Constraint that allows a few tokens, with a mask of the given width."""
+    """A constraint that allows a few tokens, with a mask of the given width."""
 
     def __init__(self, tokens: list[int], width: int) -> None:
         self.mask = torch.zeros(width, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Adapter files compared with peft (row 14 of the reliability promises)."""
+"""Adapter files compared with peft."""
 
 import copy
 import json
@@ -179,7 +179,7 @@ def weights(folder: Path) -> Path:
 
 @pytest.fixture
 def adapter(base: Callable[..., Path], tmp_path: Path) -> Path:
-    """Directory of a saved adapter; its base model is in `base` beside it."""
+    """Directory of a saved adapter; its base model is in the sibling directory `base`."""
     directory = base()
     model, settings = adapted(directory)
     save_adapter(tmp_path / "adapter", model, settings, directory)
@@ -199,7 +199,7 @@ def refused(adapter: Path) -> str:
 
 
 @pytest.mark.numeric
-def test_the_files_of_an_adapter(adapter: Path) -> None:
+def test_an_adapter_has_the_files_of_peft(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     assert config["base_model_name_or_path"] == str(adapter.parent / "base")
     assert set(config["target_modules"]) == ATTENTION | MLP
@@ -297,7 +297,7 @@ def test_adapter_and_model_directories_are_distinguished(adapter: Path, tmp_path
 
 
 def test_damaged_adapters_raise_our_errors_or_merge(adapter: Path) -> None:
-    """Several hundred mutated files: no exception but ours (row 18 of the promises)."""
+    """Several hundred mutated files raise no exceptions other than ours."""
     model = load_model(adapter.parent / "base")
     paths = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
     valid = [path.read_bytes() for path in paths]

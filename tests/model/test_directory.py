@@ -1,4 +1,4 @@
-"""Model directories are found, checked and loaded."""
+"""Finding, checking and loading model directories."""
 
 import json
 import shutil

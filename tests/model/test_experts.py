@@ -26,7 +26,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def router_logits(tokens: int = TOKENS, idle: int | None = 4) -> Tensor:
-    """Logits [tokens, EXPERTS] that never choose the expert `idle`."""
+    """Return logits [tokens, EXPERTS] that never choose the expert `idle`."""
     logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(3))
     if idle is not None:
         logits[:, idle] = -99

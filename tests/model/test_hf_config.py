@@ -1,4 +1,4 @@
-"""config.json: what is written, read, and refused."""
+"""Writing, reading and refusing config.json."""
 
 import json
 from collections.abc import Callable

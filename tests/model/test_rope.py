@@ -182,7 +182,7 @@ def test_a_context_out_of_range_is_refused() -> None:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", SCALINGS)
-def test_a_packed_conversation_gives_the_same_logits_as_alone(
+def test_a_packed_conversation_gives_the_same_logits_as_a_single_one(
     name: str, random_model: Callable[..., Transformer]
 ) -> None:
     """Also under dynamic scaling, where angles depend on the length of each conversation."""
@@ -195,9 +195,9 @@ def test_a_packed_conversation_gives_the_same_logits_as_alone(
         packed = model.logits(model(ids, segments=segments))
         start = 0
         for length in lengths:
-            alone = model.logits(model(ids[:1, start : start + length]))
+            single = model.logits(model(ids[:1, start : start + length]))
             ours = packed[:1, start : start + length]
-            assert largest_difference(ours, alone) <= logits_rounding(model.config, length)
+            assert largest_difference(ours, single) <= logits_rounding(model.config, length)
             start += length
         expected = model.logits(model(ids[1:]))
         assert largest_difference(packed[1:], expected) <= logits_rounding(

@@ -77,8 +77,8 @@ def test_conversations_in_a_packed_sequence_do_not_attend_to_each_other(
     with torch.set_grad_enabled(training):
         packed = model(tokens, segments=segments)
         for row, sizes in enumerate(lengths):
-            alone = [model(part[None])[0] for part in tokens[row].split(sizes)]
-            torch.testing.assert_close(packed[row], torch.cat(alone), atol=1e-5, rtol=1e-4)
+            single = [model(part[None])[0] for part in tokens[row].split(sizes)]
+            torch.testing.assert_close(packed[row], torch.cat(single), atol=1e-5, rtol=1e-4)
         assert not torch.allclose(packed, model(tokens), atol=1e-2)
 
 

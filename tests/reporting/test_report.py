@@ -63,7 +63,7 @@ Page = Callable[..., str]
 
 
 class Elements(HTMLParser):
-    """Parser that collects tags and text, and checks that every tag is closed in order."""
+    """A parser that collects tags and text, and checks that every tag is closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -89,16 +89,16 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def render(*places: Path, price: float | None = None) -> str:
-    out = places[0].parent / "page" / "report.html"
-    make_report(places, price=price).write(out)
+def render(*paths: Path, price: float | None = None) -> str:
+    out = paths[0].parent / "page" / "report.html"
+    make_report(paths, price=price).write(out)
     return out.read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like that of `minimind demo`, with two stages."""
-    folder = tmp_path_factory.mktemp("whole") / "demo"
+    """A folder as `minimind demo` writes it, with two stages."""
+    folder = tmp_path_factory.mktemp("complete") / "demo"
     write_run(folder / "zz-pretrain")
     write_run(folder / "sft", init="elsewhere/zz-pretrain", objective="sft")
     (folder / "summary.json").write_text(json.dumps(DEMO), encoding="utf-8")
@@ -119,9 +119,9 @@ def test_the_demo_has_all_sections(full: str) -> None:
     # Each title is followed by an explanation.
     assert len(re.findall(r"</h2><p class=faint>[A-Z][^<]{60,}\.</p>", full)) == len(SECTIONS)
     text = Elements(full).text
-    shown = ("minimind: demo", "1,234,567", "2.250", "256 MB", "中国的河。", "hidden_size = 8")
+    fragments = ("minimind: demo", "1,234,567", "2.250", "256 MB", "中国的河。", "hidden_size = 8")
     for part in (
-        *shown,
+        *fragments,
         "我叫MiniMind。",
         "华山在哪？",
         "在陕西。",
@@ -153,7 +153,7 @@ def test_the_page_loads_nothing(full: str) -> None:
             assert not name.startswith("on")
             if name in ("href", "xlink:href", "src"):
                 assert (value or "").startswith("#")
-    assert all(place.startswith("#") for place in re.findall(r"url\(([^)]*)\)", full))
+    assert all(path.startswith("#") for path in re.findall(r"url\(([^)]*)\)", full))
     assert len(full.encode()) < 1_000_000
 
 
@@ -216,7 +216,7 @@ def test_an_invalid_value_is_skipped(tmp_path: Path) -> None:
     assert len(pages) == 1
 
 
-def test_sections_on_experts(tmp_path: Path) -> None:
+def test_a_mixture_of_experts_has_a_section(tmp_path: Path) -> None:
     loads = {f"expert_load/{name}": 0.25 for name in (0, 1, "max", "min")}
     metrics = loads | {"router_entropy": 1.2, "dropped_tokens": 0, "balance_loss": 1.0}
     lines = [train(step, **metrics) for step in range(1, 20)]
@@ -226,7 +226,7 @@ def test_sections_on_experts(tmp_path: Path) -> None:
     assert html.count("<svg ") == PER_STAGE + 3
 
 
-def test_section_on_preferences(tmp_path: Path) -> None:
+def test_preference_optimization_has_a_section(tmp_path: Path) -> None:
     names = ("rewards/chosen", "rewards/rejected", "rewards/margin", "logps/chosen", "accuracy")
     metrics = dict.fromkeys(names, 0.5)
     lines = [train(step, **metrics) for step in range(1, 20)] + [validation(19, **metrics)]
@@ -252,7 +252,7 @@ def test_the_same_runs_give_the_same_bytes(demo: Path, full: str) -> None:
     assert render(demo) == full
 
 
-def test_the_page_is_english_and_marks_what_is_chinese(full: str) -> None:
+def test_the_page_is_english_and_marks_chinese_text(full: str) -> None:
     assert full.startswith('<!doctype html><html lang="en">')
     assert "<span lang=zh-Hans>我叫MiniMind。</span>" in full
 
@@ -266,7 +266,7 @@ def test_keywords_and_fluency_are_separate_columns(full: str) -> None:
     assert "the weakest subject first; 7 answers are fluent." in full
 
 
-def test_cost_of_training(demo: Path, tmp_path: Path) -> None:
+def test_the_cost_of_training_is_computed_from_a_price(demo: Path, tmp_path: Path) -> None:
     report = make_report([demo], price=36.0)
     assert report.page.cards["cost"] == "1.23"  # 2 * 61.7 s at 0.01 per second
     assert math.isclose(report.metrics["runs"]["sft"]["cost"], 0.617)
@@ -312,23 +312,23 @@ def test_runs_of_the_same_size_get_no_fit(tmp_path: Path) -> None:
     assert fits["parameters"]["reason"].startswith("no fit: 1 different values")
 
 
-def test_benchmark_results_are_found_in_the_run_or_elsewhere(tmp_path: Path) -> None:
+def test_benchmark_results_are_read_from_the_run_and_from_other_folders(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     ceval = {"task": "ceval", "model": "run", "settings": {}, "accuracy": 0.27, "correct": 363}
     ceval |= {"questions": 1346, "interval": [0.247, 0.294], "chance": 0.25, "failed": 0}
     ceval["by_group"] = {"STEM": {"correct": 3, "questions": 10, "accuracy": 0.3}}
     bits = {"task": "bpb", "model": "run", "settings": {}, "bits_per_byte": 1.5, "documents": 7}
-    for place, metrics in ((run / "eval" / "run", ceval), (tmp_path / "apart" / "run", bits)):
-        place.mkdir(parents=True)
-        (place / f"{metrics['task']}.json").write_text(json.dumps(metrics))
+    for path, metrics in ((run / "eval" / "run", ceval), (tmp_path / "apart" / "run", bits)):
+        path.mkdir(parents=True)
+        (path / f"{metrics['task']}.json").write_text(json.dumps(metrics))
     text = Elements(render(run, tmp_path / "apart")).text
-    for shown in ("27.00%", "24.7% – 29.4%", "363 / 1,346", "1.5000 bits/byte", "STEM", "3/10"):
-        assert shown in text, shown
-    alone = make_report([tmp_path / "apart"])
-    assert [section.title for section in alone.page.sections] == ["Benchmarks"]
+    for fragment in ("27.00%", "24.7% – 29.4%", "363 / 1,346", "1.5000 bits/byte", "STEM", "3/10"):
+        assert fragment in text, fragment
+    separate = make_report([tmp_path / "apart"])
+    assert [section.title for section in separate.page.sections] == ["Benchmarks"]
 
 
-def test_damaged_files_are_reported_and_the_rest_is_shown(tmp_path: Path) -> None:
+def test_damaged_files_are_reported_and_the_rest_is_rendered(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     write_run(runs / "good")
     half = write_run(runs / "half", finished=False, more="[training]\nsteps = 100\n")
@@ -375,8 +375,8 @@ def test_markdown_has_the_same_content_and_separate_plots(demo: Path, tmp_path: 
     report.write(tmp_path / "all.html")
     markdown = (tmp_path / "all.md").read_text("utf-8")
     assert re.findall("^## (.*)$", markdown, re.M) == SECTIONS
-    for shown in ("1,234,567", "华山在哪？", "| 河流 | 3/4 | 75% |", "hidden_size = 8"):
-        assert shown in markdown, shown
+    for fragment in ("1,234,567", "华山在哪？", "| 河流 | 3/4 | 75% |", "hidden_size = 8"):
+        assert fragment in markdown, fragment
     named = re.findall(r"!\[[^]]*\]\((all-plots/[0-9]+\.svg)\)", markdown)
     assert len(named) == PER_STAGE * 2 and not stale.exists()
     for name in named:

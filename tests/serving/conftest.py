@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from minimind.serving.limits import Limits
 from minimind.tokenizer import Tokenizer
@@ -30,3 +31,10 @@ def serve_here(models_dir: Path) -> Callable[..., InProcess]:
         return InProcess(models_dir / "tiny", slots, Limits(**limits), keys)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def client(process: Process) -> Iterator[OpenAI]:
+    """The official client of `process`."""
+    with OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

@@ -47,9 +47,9 @@ def test_all_routes_except_health_and_docs_require_a_key(guarded: httpx.Client) 
 def test_docs_are_public_and_declare_bearer_authentication(guarded: httpx.Client) -> None:
     page = guarded.get("/docs")
     assert page.status_code == 200
-    found = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page.text)
-    assert "/openapi.json" in found
-    for url in found:  # everything the page loads
+    urls = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page.text)
+    assert "/openapi.json" in urls
+    for url in urls:  # everything the page loads
         assert guarded.get(url).status_code == 200, url
     described = guarded.get("/openapi.json").json()
     assert described["components"]["securitySchemes"] == {

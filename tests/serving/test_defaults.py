@@ -45,8 +45,8 @@ def serve_with(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str | None], I
 def answer(service: Any, **settings: Any) -> str:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "长江"}], "seed": 5}
     url = f"{service.url}/v1/chat/completions"
-    found = httpx.post(url, json={"max_tokens": 30} | body | settings, timeout=30).json()
-    return found["choices"][0]["message"]["content"]
+    response = httpx.post(url, json={"max_tokens": 30} | body | settings, timeout=30).json()
+    return response["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("text", [None, "{}", '{"temperature": null, "do_sample": true}'])
@@ -63,13 +63,13 @@ def test_generation_config_overrides_defaults(serve_with: Callable[..., Any]) ->
         assert answer(service) == answer(service, **own)
         assert answer(service, top_k=None) == answer(service, **own)
         body = {"model": "tiny", "messages": [{"role": "user", "content": "长江"}]}
-        for path, asked, written in (
+        for path, request, num_tokens in (
             ("chat/completions", body, 7),
             ("chat/completions", body | {"max_tokens": 9}, 9),
             ("completions", {"model": "tiny", "prompt": "长江"}, 16),  # OpenAI's own default
         ):
-            found = httpx.post(f"{service.url}/v1/{path}", json=asked).json()
-            assert found["usage"]["completion_tokens"] == written
+            response = httpx.post(f"{service.url}/v1/{path}", json=request).json()
+            assert response["usage"]["completion_tokens"] == num_tokens
 
 
 def test_saved_models_have_generation_defaults(serve_here: Callable[..., Any]) -> None:
@@ -78,7 +78,7 @@ def test_saved_models_have_generation_defaults(serve_here: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"temperature": "0.6"}', "temperature is '0.6', not a number"),
         ('{"top_k": 2.5}', "top_k is 2.5, not an integer"),
@@ -90,9 +90,9 @@ def test_saved_models_have_generation_defaults(serve_here: Callable[..., Any]) -
     ],
 )
 def test_invalid_defaults_are_reported_with_their_file(
-    text: str, said: str, serve_with: Callable[..., Any]
+    text: str, message: str, serve_with: Callable[..., Any]
 ) -> None:
     with pytest.raises(ModelError) as caught:
         serve_with(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "generation_config.json: " in str(caught.value)

@@ -1,7 +1,6 @@
 """`echo` with `logprobs` on /v1/completions, as used by lm-eval."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +20,47 @@ from minimind.tokenizer import Tokenizer
 from tests.conftest import TEXTS
 from tests.support.foreign import make_tokenizer
 from tests.support.services import InProcess, make_model
-from tests.support.small_exams import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
+from tests.support.small_benchmarks import CHINESE, EXAMPLES, make_ceval, make_varied, write_table
 
 PROMPT = "长江是中国最长的河流。"
 
 
-@pytest.fixture
-def client(process: Any) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def complete(client: OpenAI, **settings: Any) -> Any:
-    given = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 6, "logprobs": 2}
-    return client.completions.create(**given | settings)
+    defaults = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 6, "logprobs": 2}
+    return client.completions.create(**defaults | settings)
 
 
 def test_echo_returns_the_prompt_first(client: OpenAI, tokenizer: Tokenizer) -> None:
-    alone = complete(client).choices[0]
+    without_echo = complete(client).choices[0]
     choice = complete(client, echo=True).choices[0]
     ids = tokenizer.encode(PROMPT)
-    found = choice.logprobs
-    assert choice.text == PROMPT + alone.text
-    assert found.tokens[: len(ids)] == [tokenizer.decode([token]) for token in ids]
-    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
-    for logprob, top in zip(found.token_logprobs[1:], found.top_logprobs[1:], strict=True):
+    logprobs = choice.logprobs
+    assert choice.text == PROMPT + without_echo.text
+    assert logprobs.tokens[: len(ids)] == [tokenizer.decode([token]) for token in ids]
+    assert (logprobs.token_logprobs[0], logprobs.top_logprobs[0]) == (None, None)
+    for logprob, top in zip(logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True):
         assert logprob <= max(top.values()) <= 0
-        assert len(top) in (2, 3)  # two, and the token itself where it is none of them
-    assert found.tokens[len(ids) :] == alone.logprobs.tokens
-    assert found.token_logprobs[len(ids) :] == alone.logprobs.token_logprobs
+        assert len(top) in (2, 3)  # two, and the token itself if it is neither
+    assert logprobs.tokens[len(ids) :] == without_echo.logprobs.tokens
+    assert logprobs.token_logprobs[len(ids) :] == without_echo.logprobs.token_logprobs
     begins = [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)]
-    assert found.text_offset[: len(ids) + 1] == begins
-    assert len(found.text_offset) == len(found.tokens)
+    assert logprobs.text_offset[: len(ids) + 1] == begins
+    assert len(logprobs.text_offset) == len(logprobs.tokens)
 
 
 def test_streams_equal_complete_responses(client: OpenAI) -> None:
     settings: dict[str, Any] = dict(echo=True, prompt=[PROMPT, "黄河"], n=2)
-    whole = complete(client, **settings).choices
+    complete_choices = complete(client, **settings).choices
     texts = [""] * 4
-    logprobs: list[dict[str, list[Any]]] = [{} for _ in whole]
+    logprobs: list[dict[str, list[Any]]] = [{} for _ in complete_choices]
     for chunk in complete(client, stream=True, **settings):
         [choice] = chunk.choices
         texts[choice.index] += choice.text
         if choice.logprobs:
             for name, values in choice.logprobs.model_dump().items():
                 logprobs[choice.index].setdefault(name, []).extend(values)
-    assert texts == [choice.text for choice in whole]
-    assert logprobs == [choice.logprobs.model_dump() for choice in whole]
+    assert texts == [choice.text for choice in complete_choices]
+    assert logprobs == [choice.logprobs.model_dump() for choice in complete_choices]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -90,17 +83,17 @@ def test_offsets_with_tokenizers_that_add_a_space_or_a_token(shape: str, tmp_pat
     body = {"model": "tiny", "prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
     with InProcess(tmp_path / "tiny", 1, Limits(), ()) as service:
         [choice] = httpx.post(f"{service.url}/v1/completions", json=body).json()["choices"]
-    found = choice["logprobs"]
+    logprobs = choice["logprobs"]
     assert choice["text"] == prompt
-    assert len(found["tokens"]) == len(tokenizer.text_start + tokenizer.encode(prompt))
-    assert found["text_offset"] == sorted(found["text_offset"])
-    for token, at in zip(found["tokens"], found["text_offset"], strict=True):
+    assert len(logprobs["tokens"]) == len(tokenizer.text_start + tokenizer.encode(prompt))
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    for token, at in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         if token not in ("<s>", "<|begin_of_text|>"):
             assert prompt[at:].startswith(token if at else token.lstrip())
 
 
-def make_exam(tmp_path: Path, number: int) -> Path:
-    """Write a C-Eval file with this number of questions, by permuting the options of a few."""
+def make_questions(tmp_path: Path, number: int) -> Path:
+    """Write a C-Eval file of `number` questions, which are a few with permuted options."""
     folder = make_ceval(tmp_path / "ceval")
     questions = []
     for n in range(number):
@@ -117,8 +110,8 @@ def make_exam(tmp_path: Path, number: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exam_model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exam") / "tiny"
+def varied_model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("varied") / "tiny"
     save_model(folder / "model", make_varied(tokenizer, context=2048), tokenizer)
     return folder
 
@@ -131,18 +124,18 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_float32")
 def test_requests_of_lm_eval_give_the_same_scores(
-    exam_model: Path, tokenizer: Tokenizer, tmp_path: Path
+    varied_model: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """Use the requests and the scoring of lm-eval's backend `local-completions`."""
-    task = make_task("ceval", data=[str(make_exam(tmp_path, 8))], style="letter", shots=2)
+    task = make_task("ceval", data=[str(make_questions(tmp_path, 8))], style="letter", shots=2)
     assert isinstance(task, MultipleChoice)
-    ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
+    ours = {result["id"]: result for result in task.run(LocalModel(varied_model, "cpu"), ())}
     builder = PromptBuilder(MinimindEncoder(tokenizer), task.benchmark, "letter", 2, 2048)
     assert len(task.questions) == 8
-    with InProcess(exam_model, 4, Limits(), ()) as service:
+    with InProcess(varied_model, 4, Limits(), ()) as service:
         for question in task.questions:
             rows = builder.build(question, task.examples[question.subject]).rows
-            sent = {
+            request = {
                 "model": "tiny",
                 "prompt": [list(row.tokens) for row in rows],
                 "temperature": 0,
@@ -151,7 +144,7 @@ def test_requests_of_lm_eval_give_the_same_scores(
                 "seed": 1234,
                 "echo": True,
             }
-            answer = httpx.post(f"{service.url}/v1/completions", json=sent).json()
+            answer = httpx.post(f"{service.url}/v1/completions", json=request).json()
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             scores = [
                 sum(choice["logprobs"]["token_logprobs"][row.start : -1])
@@ -164,18 +157,18 @@ def test_requests_of_lm_eval_give_the_same_scores(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
-@pytest.mark.filterwarnings("ignore")  # of lm-eval and what it brings
-def test_lm_eval_runs_against_the_service(exam_model: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # of lm-eval and its dependencies
+def test_lm_eval_runs_against_the_service(varied_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     from benchmarks.against_lm_eval import by_lm_eval
 
-    task = make_task("ceval", data=[str(make_exam(tmp_path, 100))], style="letter", shots=2)
+    task = make_task("ceval", data=[str(make_questions(tmp_path, 100))], style="letter", shots=2)
     assert isinstance(task, MultipleChoice)
-    ours = {result["id"]: result for result in task.run(LocalModel(exam_model, "cpu"), ())}
-    with InProcess(exam_model, 8, Limits(), ()) as service:
-        found = by_lm_eval(task, exam_model / "model", 2, tmp_path, service.url)
-    assert ours.keys() == found.keys()
+    ours = {result["id"]: result for result in task.run(LocalModel(varied_model, "cpu"), ())}
+    with InProcess(varied_model, 8, Limits(), ()) as service:
+        theirs = by_lm_eval(task, varied_model / "model", 2, tmp_path, service.url)
+    assert ours.keys() == theirs.keys()
     assert len(ours) == 100
     for name, result in ours.items():
-        assert result["scores"] == pytest.approx(found[name].scores, abs=1e-4)
-        assert result["right"] == found[name].right
+        assert result["scores"] == pytest.approx(theirs[name].scores, abs=1e-4)
+        assert result["right"] == theirs[name].right

@@ -143,35 +143,35 @@ def test_the_process_exits_with_status_1(models_dir: Path, tmp_path: Path) -> No
 
 
 def addresses_of(sockets: list[socket.socket]) -> list[str]:
-    return [one.getsockname()[0] for one in sockets]
+    return [bound.getsockname()[0] for bound in sockets]
 
 
 def entries(*addresses: str) -> list[Any]:
     """Return `getaddrinfo` entries of these addresses, duplicated as on some systems."""
-    found = [
+    single = [
         (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, 0, 0, 0))
         if ":" in address
         else (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
         for address in addresses
     ]
-    return found * 2
+    return single * 2
 
 
 def test_all_addresses_of_a_host_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No machine has 192.0.2.1 (RFC 5737), as none has ::1 without IPv6.
+    # No machine has 192.0.2.1 (RFC 5737). Without IPv6 none has ::1.
     names = entries("::1", "192.0.2.1", "127.0.0.1")
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: names)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: names)
     sockets = bind("localhost", 0)
     try:
         assert addresses_of(sockets) == ["127.0.0.1", "::1"]
-        [port] = {one.getsockname()[1] for one in sockets}
+        [port] = {bound.getsockname()[1] for bound in sockets}
         assert url_of(sockets) == f"http://127.0.0.1:{port}"
         sockets[0].listen()
         with pytest.raises(ResourceError, match="cannot listen at localhost"):
             bind("localhost", port)
     finally:
-        for one in sockets:
-            one.close()
+        for bound in sockets:
+            bound.close()
 
 
 def test_a_socket_that_cannot_be_bound_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +179,8 @@ def test_a_socket_that_cannot_be_bound_is_closed(monkeypatch: pytest.MonkeyPatch
     real = socket.socket
 
     class Recorded(real):  # type: ignore[misc, valid-type]
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
             sockets.append(self)
 
     with real() as taken:
@@ -192,4 +192,4 @@ def test_a_socket_that_cannot_be_bound_is_closed(monkeypatch: pytest.MonkeyPatch
             with pytest.raises(ResourceError, match=f"cannot listen at {host}, port {port}"):
                 bind(host, port)
     assert len(sockets) == 2
-    assert [one.fileno() for one in sockets] == [-1, -1]
+    assert [closed.fileno() for closed in sockets] == [-1, -1]

@@ -17,7 +17,7 @@ from minimind.serving.requests import ChatRequest, CompletionRequest
 from tests.support.services import Process
 
 CHAT = "/v1/chat/completions"
-ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def is_healthy(service: Any) -> bool:
 
 def test_content_length_beyond_the_limit_is_refused(quick: Any) -> None:
     with connect(quick) as connection:
-        # The body is never sent: the header alone is refused.
+        # The body is never sent: the header is enough to refuse the request.
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10001\r\n\r\n".encode()
         )
@@ -75,7 +75,7 @@ def test_a_client_that_keeps_sending_receives_the_error(quick: Any) -> None:
 
 
 def test_a_body_of_maximum_size_is_accepted(quick: Any) -> None:
-    body = json.dumps(ASKED | {"max_tokens": 2}).encode()
+    body = json.dumps(BODY | {"max_tokens": 2}).encode()
     headers = {"content-type": "application/json"}
     url = f"{quick.url}{CHAT}"
     assert httpx.post(url, content=body.ljust(10_000), headers=headers).status_code == 200
@@ -188,7 +188,7 @@ def test_deep_nesting_is_refused(quick: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         {"messages": [{"role": "user", "content": [1] * 100_000}]},
         {"messages": [{f"k{i}": i for i in range(40)}] * 2000},
@@ -199,18 +199,18 @@ def test_deep_nesting_is_refused(quick: Any) -> None:
         {"prompt": ["a", 1] * 50_000},
         {"prompt": [["a"] * 10_000] * 10},
     ],
-    ids=lambda wrong: next(iter(wrong)),
+    ids=lambda invalid: next(iter(invalid)),
 )
-def test_many_invalid_values_give_few_errors(process: Any, wrong: dict[str, Any]) -> None:
+def test_many_invalid_values_give_few_errors(process: Any, invalid: dict[str, Any]) -> None:
     """Each validation error costs time that blocks the event loop."""
-    kind = CompletionRequest if "prompt" in wrong else ChatRequest
+    kind = CompletionRequest if "prompt" in invalid else ChatRequest
     with pytest.raises(ValidationError) as error:
-        kind.model_validate(ASKED | wrong)
+        kind.model_validate(BODY | invalid)
     assert error.value.error_count() <= 50
-    path = "/v1/completions" if "prompt" in wrong else CHAT
-    answer = httpx.post(f"{process.url}{path}", json=ASKED | wrong)
+    path = "/v1/completions" if "prompt" in invalid else CHAT
+    answer = httpx.post(f"{process.url}{path}", json=BODY | invalid)
     assert answer.status_code == 400
-    if len(wrong) > 1:
+    if len(invalid) > 1:
         message = "Invalid value for 'body': it has more than 256 keys."
         assert answer.json()["error"]["message"] == message
 
@@ -226,8 +226,7 @@ def test_bodies_that_are_not_json_objects_are_refused(quick: Any, body: bytes) -
 def test_a_client_that_does_not_read_is_disconnected(serve_here: Callable[..., Any]) -> None:
     with serve_here(slots=16, write_seconds=0.5) as service:
         body = json.dumps(
-            ASKED
-            | {"stream": True, "max_tokens": -1, "n": 16, "logprobs": True, "top_logprobs": 20}
+            BODY | {"stream": True, "max_tokens": -1, "n": 16, "logprobs": True, "top_logprobs": 20}
         ).encode()
         with connect(service) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -248,10 +247,10 @@ def test_a_client_that_does_not_read_is_disconnected(serve_here: Callable[..., A
 
 def test_connections_are_bounded(serve_here: Callable[..., Any]) -> None:
     with serve_here(connections=3) as service:
-        held = [connect(service) for _ in range(3)]
-        with connect(service) as one_more, contextlib.suppress(ConnectionResetError):
-            assert one_more.recv(1) == b""
-        for connection in held:
+        connections = [connect(service) for _ in range(3)]
+        with connect(service) as refused, contextlib.suppress(ConnectionResetError):
+            assert refused.recv(1) == b""
+        for connection in connections:
             connection.close()
         end = time.monotonic() + 20
         while service.server.server_state.connections and time.monotonic() < end:

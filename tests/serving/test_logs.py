@@ -84,6 +84,6 @@ def test_exceptions_are_logged_without_their_message() -> None:
         record = logging.LogRecord("a", 40, "a.py", 1, "failed", (), (type(error), error, None))
     line = json.loads(JsonLines().format(record))
     assert (line["event"], line["level"], line["exception"]) == ("failed", "error", "ValueError")
-    [place] = line["at"]
-    assert place.endswith("test_exceptions_are_logged_without_their_message")
+    [location] = line["at"]
+    assert location.endswith("test_exceptions_are_logged_without_their_message")
     assert "secret47" not in json.dumps(line)

@@ -18,10 +18,10 @@ import torch
 from tests.support.services import Process, serving, wait_until
 
 _VERSION = "0.12.4"
-_PYTHONS = ((3, 11), (3, 12))  # that this version of it runs on
-KEY = "a key of ours"
-# Offline, and without models of its own.
-_ALONE = {
+_PYTHONS = ((3, 11), (3, 12))  # supported by this version
+KEY = "a-key"
+# Offline, and without its built-in models.
+_ENVIRONMENT = {
     "OFFLINE_MODE": "true",
     "HF_HUB_OFFLINE": "1",
     "WEBUI_AUTH": "false",
@@ -30,7 +30,7 @@ _ALONE = {
     "AUDIO_STT_ENGINE": "openai",
     "ANONYMIZED_TELEMETRY": "false",
     "OPENAI_API_KEY": KEY,
-    # Each would be one more request to the model.
+    # Each would send another request to the model.
     "ENABLE_TITLE_GENERATION": "false",
     "ENABLE_TAGS_GENERATION": "false",
     "ENABLE_FOLLOW_UP_GENERATION": "false",
@@ -53,7 +53,7 @@ def open_webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     environment = tmp_path_factory.mktemp("open-webui") / "environment"
     try:
         subprocess.run([python, "-m", "venv", environment], check=True)
-        # torch first, for what it would choose by itself may be another build, and far greater.
+        # torch first: without a version, pip may choose another build, which is much larger.
         for package in (f"torch=={torch.__version__.partition('+')[0]}", f"open-webui=={_VERSION}"):
             pip = [environment / "bin" / "pip", "install", "--quiet", "--no-cache-dir", package]
             done = subprocess.run(pip, capture_output=True, text=True)
@@ -76,7 +76,7 @@ def running(program: Path, service: Process, folder: Path) -> Iterator[str]:
         "OPENAI_API_BASE_URL": f"{service.url}/v1",
     }
 
-    def is_well() -> bool:
+    def is_healthy() -> bool:
         assert child.poll() is None, (folder / "log").read_text()[-3000:]
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{url}/health").status_code == 200
@@ -90,11 +90,11 @@ def running(program: Path, service: Process, folder: Path) -> Iterator[str]:
             stdout=log,
             stderr=log,
             cwd=folder,
-            env=os.environ | _ALONE | own,
+            env=os.environ | _ENVIRONMENT | own,
         ) as child,
     ):
         try:
-            wait_until(is_well, seconds=180)
+            wait_until(is_healthy, seconds=180)
             yield url
         finally:
             child.terminate()
@@ -106,7 +106,7 @@ def running(program: Path, service: Process, folder: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_open_webui_lists_models_chats_and_streams(
+def test_open_webui_lists_models_and_chats_and_streams(
     open_webui: Path, models_dir: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "service.log"
@@ -115,35 +115,35 @@ def test_open_webui_lists_models_chats_and_streams(
         running(open_webui, service, tmp_path) as url,
         httpx.Client(base_url=url, timeout=60) as client,
     ):
-        talk_through(client, service)
+        check_chats(client, service)
     requests = [json.loads(line) for line in log.read_text().splitlines()]
     statuses = {(r["route"], r["status"]) for r in requests if r["event"] == "request"}
     assert ("/v1/chat/completions", 200) in statuses
     assert all(status == 200 for _, status in statuses)
 
 
-def talk_through(client: Any, service: Process) -> None:
-    """Answers through Open WebUI equal those of the service."""
+def check_chats(client: Any, service: Process) -> None:
+    """Compare answers through Open WebUI with those of the service."""
     signed_in = client.post("/api/v1/auths/signin", json={"email": "", "password": ""})
     client.headers["authorization"] = f"Bearer {signed_in.json()['token']}"
     listed = client.get("/api/models").json()["data"]
     assert {"tiny", "other"} <= {model["id"] for model in listed}
-    asked = {
+    request = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "长江有多长？"}],
         "temperature": 0,
         "max_tokens": 20,
     }
-    own = {"authorization": f"Bearer {KEY}"}
+    headers = {"authorization": f"Bearer {KEY}"}
     url = f"{service.url}/v1/chat/completions"
-    expected = httpx.post(url, json=asked, headers=own).json()["choices"][0]
-    whole = client.post("/api/chat/completions", json=asked | {"stream": False}).json()
-    assert whole["choices"][0]["message"]["content"] == expected["message"]["content"]
-    assert whole["choices"][0]["finish_reason"] == expected["finish_reason"]
-    assert whole["usage"]["completion_tokens"] == 20
+    expected = httpx.post(url, json=request, headers=headers).json()["choices"][0]
+    complete = client.post("/api/chat/completions", json=request | {"stream": False}).json()
+    assert complete["choices"][0]["message"]["content"] == expected["message"]["content"]
+    assert complete["choices"][0]["finish_reason"] == expected["finish_reason"]
+    assert complete["usage"]["completion_tokens"] == 20
     pieces: list[str] = []
     reasons = set()
-    with client.stream("POST", "/api/chat/completions", json=asked | {"stream": True}) as answer:
+    with client.stream("POST", "/api/chat/completions", json=request | {"stream": True}) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 for choice in json.loads(line[6:])["choices"]:

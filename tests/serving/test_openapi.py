@@ -25,10 +25,10 @@ _WITH_DATA = [
 
 @pytest.fixture(scope="session")
 def schema(process: Any) -> Any:
-    found = schemathesis.openapi.from_url(f"{process.url}/openapi.json")
-    described = {(method.upper(), path) for path in found for method in found[path]}
+    document = schemathesis.openapi.from_url(f"{process.url}/openapi.json")
+    described = {(method.upper(), path) for path in document for method in document[path]}
     assert described == {*_WITHOUT_DATA, *(operation[:2] for operation in _WITH_DATA)}
-    return found
+    return document
 
 
 def with_short_answer(case: Any) -> None:
@@ -113,10 +113,10 @@ def test_every_parameter_is_described_with_its_default(process: Any) -> None:
 
 def test_docs_load_nothing_from_other_hosts(process: Any) -> None:
     page = requests.get(f"{process.url}/docs").text
-    found = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page)
-    assert "/openapi.json" in found
-    assert any(place.endswith(".js") for place in found)
-    for place in found:
-        assert place.startswith("/")
-        assert not place.startswith("//")
-        assert requests.get(f"{process.url}{place}").status_code == 200
+    urls = re.findall(r"""(?:src|href|url)\s*[:=]\s*["']([^"']+)""", page)
+    assert "/openapi.json" in urls
+    assert any(url.endswith(".js") for url in urls)
+    for url in urls:
+        assert url.startswith("/")
+        assert not url.startswith("//")
+        assert requests.get(f"{process.url}{url}").status_code == 200

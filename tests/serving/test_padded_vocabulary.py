@@ -40,8 +40,8 @@ def post(service: InProcess, route: str, **settings: Any) -> Any:
 
 
 def chat(service: InProcess, **settings: Any) -> Any:
-    asked = [{"role": "user", "content": "长江有多长？"}]
-    return post(service, "chat/completions", messages=asked, **settings)
+    messages = [{"role": "user", "content": "长江有多长？"}]
+    return post(service, "chat/completions", messages=messages, **settings)
 
 
 @pytest.mark.parametrize("temperature", [0, 1, 2])

@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 HEADERS = {"content-type": "application/json"}
 
 
-def asked(**settings: Any) -> dict[str, Any]:
+def chat_body(**settings: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": "你好"}]
     return {"model": "tiny", "messages": messages, "temperature": 0} | settings
 
@@ -31,7 +31,7 @@ def is_idle(service: Any) -> bool:
     return stats(service).running == stats(service).waiting == 0
 
 
-def test_admission_queue() -> None:
+def test_the_admission_queue_refuses_what_exceeds_its_size() -> None:
     queue = AdmissionQueue(slots=2, max_queued=3)
     queue.admit(2)
     assert queue.queued == 0
@@ -60,54 +60,54 @@ def test_a_full_queue_returns_429_with_retry_after(serve_here: Callable[..., Any
         url = f"{service.url}{CHAT}"
         with (
             httpx.Client() as client,
-            client.stream("POST", url, json=asked(stream=True, max_tokens=-1, n=3)) as held,
+            client.stream("POST", url, json=chat_body(stream=True, max_tokens=-1, n=3)) as stream,
         ):
-            lines = held.iter_lines()
+            lines = stream.iter_lines()
             next(lines)
-            refused = httpx.post(url, json=asked())
+            refused = httpx.post(url, json=chat_body())
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert refused.json()["error"]["code"] == "queue_full"
-            never = httpx.post(url, json=asked(n=4))
-            assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+            too_many = httpx.post(url, json=chat_body(n=4))
+            assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
         wait_until(lambda: is_idle(service))
         wait_until(lambda: service.models["tiny"].queue._admitted == 0)
-        assert httpx.post(url, json=asked(max_tokens=2)).status_code == 200
+        assert httpx.post(url, json=chat_body(max_tokens=2)).status_code == 200
 
 
 def test_requests_are_served_in_order(serve_here: Callable[..., Any]) -> None:
-    """A request waits only for those before it, whatever the load."""
+    """Under load, a request waits only for those that came before it."""
     with serve_here(slots=1, queue=64) as service:
         url = f"{service.url}{CHAT}"
         ended: list[str] = []
         stop = threading.Event()
 
         def ask(name: str, tokens: int) -> None:
-            answer = httpx.post(url, json=asked(max_tokens=tokens), timeout=60)
+            answer = httpx.post(url, json=chat_body(max_tokens=tokens), timeout=60)
             assert answer.status_code == 200
             ended.append(name)
 
-        def pester() -> None:
+        def keep_asking() -> None:
             while not stop.is_set():
-                ask("pest", 10)
+                ask("load", 10)
 
         with ThreadPoolExecutor(9) as pool:
-            pests = [pool.submit(pester) for _ in range(8)]
+            clients = [pool.submit(keep_asking) for _ in range(8)]
             wait_until(lambda: len(ended) > 20)
             before = len(ended)
-            pool.submit(ask, "patient", 10).result()
+            pool.submit(ask, "single", 10).result()
             assert len(ended[before:]) <= 3 * 8
             stop.set()
-            for pest in pests:
-                pest.result()
+            for client in clients:
+                client.result()
         wait_until(lambda: is_idle(service))
 
 
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_disconnect_frees_the_slots(serve_here: Callable[..., Any], streams: bool) -> None:
     with serve_here(slots=4) as service:
-        body = json.dumps(asked(stream=streams, max_tokens=-1, n=4)).encode()
+        body = json.dumps(chat_body(stream=streams, max_tokens=-1, n=4)).encode()
         with socket.create_connection(service.address) as connection:
             connection.sendall(
                 f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -116,13 +116,13 @@ def test_a_disconnect_frees_the_slots(serve_here: Callable[..., Any], streams: b
             )
             wait_until(lambda: stats(service).running > 0)
         wait_until(lambda: is_idle(service))
-        answer = httpx.post(f"{service.url}{CHAT}", json=asked(max_tokens=3))
+        answer = httpx.post(f"{service.url}{CHAT}", json=chat_body(max_tokens=3))
         assert answer.status_code == 200
         metrics = httpx.get(f"{service.url}/metrics").text
-        written = next(
+        num_tokens = next(
             float(line.split()[-1])
             for line in metrics.splitlines()
             if line.startswith("minimind_completion_tokens_total")
         )
-        assert written < 4 * 2000  # generation was cancelled
+        assert num_tokens < 4 * 2000  # generation was cancelled
         assert 'route="/v1/chat/completions",status="499"' in metrics or streams

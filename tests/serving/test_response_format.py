@@ -1,14 +1,13 @@
 """JSON objects and JSON schemas over HTTP, with the official client."""
 
 import json
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-ASKED: Any = [{"role": "user", "content": "长江有多长？"}]
+MESSAGES: Any = [{"role": "user", "content": "长江有多长？"}]
 
 
 class River(BaseModel):
@@ -17,15 +16,9 @@ class River(BaseModel):
     is_long: bool | None
 
 
-@pytest.fixture
-def client(process: Any) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def ask(client: OpenAI, **settings: Any) -> Any:
-    given = {"model": "tiny", "messages": ASKED, "temperature": 1.5, "max_tokens": 200}
-    return client.chat.completions.create(**given | settings).choices[0]
+    defaults = {"model": "tiny", "messages": MESSAGES, "temperature": 1.5, "max_tokens": 200}
+    return client.chat.completions.create(**defaults | settings).choices[0]
 
 
 def json_schema(schema: dict[str, Any], strict: bool | None) -> dict[str, Any]:
@@ -33,7 +26,7 @@ def json_schema(schema: dict[str, Any], strict: bool | None) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": described}
 
 
-def test_json_is_complete_or_finish_reason_is_length(client: OpenAI) -> None:
+def test_json_is_complete_unless_finish_reason_is_length(client: OpenAI) -> None:
     reasons = set()
     for seed in range(12):
         choice = ask(
@@ -59,15 +52,20 @@ def test_an_answer_follows_its_schema(client: OpenAI, strict: bool | None) -> No
     for seed in range(4):
         choice = ask(client, response_format=json_schema(schema, strict), seed=seed)
         assert choice.finish_reason == "stop"
-        found = json.loads(choice.message.content)
-        assert list(found) == ["river", "long"]
-        assert found["river"] in ("长江", "黄河")
-        assert isinstance(found["long"], bool)
+        value = json.loads(choice.message.content)
+        assert list(value) == ["river", "long"]
+        assert value["river"] in ("长江", "黄河")
+        assert isinstance(value["long"], bool)
 
 
 def test_pydantic_models_with_the_official_client(client: OpenAI) -> None:
     done = client.chat.completions.parse(
-        model="tiny", messages=ASKED, temperature=1.5, seed=3, response_format=River, logprobs=True
+        model="tiny",
+        messages=MESSAGES,
+        temperature=1.5,
+        seed=3,
+        response_format=River,
+        logprobs=True,
     )
     river = done.choices[0].message.parsed
     assert isinstance(river, River)
@@ -80,17 +78,19 @@ def test_pydantic_models_with_the_official_client(client: OpenAI) -> None:
 
 
 def test_streams_and_choices_follow_the_schema(client: OpenAI) -> None:
-    wanted = json_schema({"type": "array", "items": {"type": "boolean"}, "maxItems": 4}, True)
+    response_format = json_schema(
+        {"type": "array", "items": {"type": "boolean"}, "maxItems": 4}, True
+    )
     texts = {0: "", 1: "", 2: ""}
     reasons = {}
     for chunk in client.chat.completions.create(
         model="tiny",
-        messages=ASKED,
+        messages=MESSAGES,
         temperature=1.5,
         seed=1,
         n=3,
         stream=True,
-        response_format=wanted,  # type: ignore[arg-type]
+        response_format=response_format,  # type: ignore[arg-type]
     ):
         choice = chunk.choices[0]
         texts[choice.index] += choice.delta.content or ""
@@ -108,12 +108,12 @@ def test_schema_is_optional_and_text_is_unconstrained(client: OpenAI) -> None:
 
 def test_sampling_parameters_combine_with_a_schema(client: OpenAI) -> None:
     """Bias and penalties affect the choice among allowed tokens only."""
-    wanted = json_schema({"enum": ["长江", "黄河", "泰山"]}, True)
+    response_format = json_schema({"enum": ["长江", "黄河", "泰山"]}, True)
     settings: dict[str, Any] = {"repetition_penalty": 3.0, "top_k": 1, "min_p": 0.5}
     for seed in range(4):
         choice = ask(
             client,
-            response_format=wanted,
+            response_format=response_format,
             seed=seed,
             logit_bias={"300": 100},
             frequency_penalty=2,

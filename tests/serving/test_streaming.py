@@ -1,4 +1,4 @@
-"""Keep-alive comments of streams that wait."""
+"""Keep-alive comments of streams that have no new tokens."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from minimind.serving import streaming
 from tests.support.services import wait_until
 
 
-def asked(**settings: Any) -> dict[str, Any]:
+def text_body(**settings: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": "长江", "temperature": 0, "max_tokens": 4} | settings
 
 
@@ -22,25 +22,25 @@ def test_a_queued_stream_sends_comments(
 ) -> None:
     monkeypatch.setattr(streaming, "PING_SECONDS", 0.05)
     path = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
-    body = asked(stream=True)
+    body = text_body(stream=True)
     if kind == "chat":
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
     with serve_here(slots=1) as service, httpx.Client(base_url=service.url) as client:
         engine = service.models["tiny"].engine
         endless = client.build_request(
-            "POST", "/v1/completions", json=asked(max_tokens=-1, stream=True)
+            "POST", "/v1/completions", json=text_body(max_tokens=-1, stream=True)
         )
         first = client.send(endless, stream=True)
         wait_until(lambda: engine.stats().running == 1)
         with client.stream("POST", path, json=body) as waiting:
             lines = waiting.iter_lines()
-            seen: list[str] = []
-            while seen.count(": waiting") < 3:
-                seen.append(next(lines))
+            received: list[str] = []
+            while received.count(": waiting") < 3:
+                received.append(next(lines))
             assert engine.stats().waiting == 1
             first.close()  # frees the slot for the waiting request
-            seen += lines
-    events = [line for line in seen if line]
+            received += lines
+    events = [line for line in received if line]
     data = [line[6:] for line in events if line.startswith("data: ")]
     assert set(events) == {": waiting", *(f"data: {line}" for line in data)}
     assert data[-1] == "[DONE]"
@@ -54,9 +54,9 @@ def test_clients_ignore_comments(
     monkeypatch.setattr(streaming, "PING_SECONDS", 0.0)
     with serve_here() as service:
         url = f"{service.url}/v1/completions"
-        raw = httpx.post(url, json=asked(max_tokens=50, stream=True)).text
+        raw = httpx.post(url, json=text_body(max_tokens=50, stream=True)).text
         assert ": waiting\n\n" in raw
         with OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
-            whole = client.completions.create(**asked(max_tokens=50)).choices[0].text
-            chunks = client.completions.create(**asked(max_tokens=50), stream=True)
-            assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+            complete = client.completions.create(**text_body(max_tokens=50)).choices[0].text
+            chunks = client.completions.create(**text_body(max_tokens=50), stream=True)
+            assert "".join(chunk.choices[0].text for chunk in chunks) == complete

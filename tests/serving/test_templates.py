@@ -27,7 +27,7 @@ def serve_shape(tmp_path: Path) -> Callable[[str], InProcess]:
 
 @pytest.mark.parametrize("truncation", [None, "disabled", "auto"])
 @pytest.mark.parametrize(
-    ("shape", "roles", "said"),
+    ("shape", "roles", "message"),
     [
         ("llama2", ["system", "user"], "must alternate"),
         ("llama2", ["user", "user"], "must alternate"),
@@ -35,7 +35,7 @@ def serve_shape(tmp_path: Path) -> Callable[[str], InProcess]:
     ],
 )
 def test_rejection_by_a_template_is_a_client_error(
-    truncation: str | None, shape: str, roles: list[str], said: str, serve_shape: Any
+    truncation: str | None, shape: str, roles: list[str], message: str, serve_shape: Any
 ) -> None:
     body = {
         "model": "tiny",
@@ -47,4 +47,4 @@ def test_rejection_by_a_template_is_a_client_error(
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == ("messages", "invalid_value")
-    assert said in error["message"]
+    assert message in error["message"]

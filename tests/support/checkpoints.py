@@ -27,16 +27,16 @@ def assert_intact(checkpoint: Checkpoint) -> None:
     saved = tensors(checkpoint.step, NUMBERS)
     assert checkpoint.path.name == f"step-{checkpoint.step:08}"
     assert checkpoint.state == saved["state"]
-    for found, wanted in [
+    for actual, expected in [
         (checkpoint.model, saved["model"]),
         (checkpoint.optimizer, saved["optimizer"]),
     ]:
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def names(run: Path) -> list[str]:
-    """List the directory of checkpoints, without those that were set aside."""
+    """List the directory of checkpoints, without quarantined ones."""
     every = sorted(path.name for path in (run / "checkpoints").iterdir())
     return [name for name in every if not name.startswith(".damaged-")]
 

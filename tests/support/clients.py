@@ -1,4 +1,4 @@
-"""Clients of a running service: many that disconnect, and some that see its shutdown."""
+"""Clients of a running service: requests of the official client, disconnects, shutdown."""
 
 import asyncio
 import json
@@ -11,11 +11,22 @@ from typing import Any
 
 import httpx2 as httpx
 import psutil
+from openai import OpenAI
 
 from tests.support.services import Process, serving, wait_until
 
+MESSAGES: Any = [
+    {"role": "system", "content": "你是向导"},
+    {"role": "user", "content": "长江有多长？"},
+]
 PROMPTS = ["你好", "长江有多长？", "Why is the sea salty?", "一年有几个季节？", "1949"]
 TOKENS = 40
+
+
+def ask(client: OpenAI, **settings: Any) -> Any:
+    """Request a greedy answer of 20 tokens from `tiny`; `settings` override parameters."""
+    defaults = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 20}
+    return client.chat.completions.create(**defaults | settings)
 
 
 def chat_body(prompt: int) -> dict[str, Any]:

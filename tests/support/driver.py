@@ -1,4 +1,4 @@
-"""Child processes of `small_runs.Lives`, which train or save and may be killed.
+"""Child processes of `small_runs.ForkServer`, which train or save and may be killed.
 
     python -m tests.support.driver OUTPUT
 
@@ -27,6 +27,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch._dynamo  # optimizers import it, which takes seconds; here once for all children
+from torch import nn
 
 from minimind.cli import console, main
 from minimind.config import load_recipe
@@ -128,6 +129,33 @@ def save(
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         print(error)
         sys.exit(REFUSED)
+
+
+def restore(run: str) -> None:
+    """Restore a checkpoint of 64 tensors, and print by how many bytes the peak memory rises.
+
+    The checkpoint is that of test_resuming_needs_memory_for_only_one_more_tensor.
+    """
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ParameterList(nn.Parameter(torch.ones(1 << 20)) for _ in range(32))
+
+    def kilobytes(key: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if key in line)
+
+    model, moments = Model(), {f"m/{n}": torch.ones(1 << 20) for n in range(32)}
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = kilobytes("VmRSS")
+    newest = checkpoint.latest_checkpoint(Path(run), warn=print)
+    assert newest
+    checkpoint.restore_weights(model, newest)
+    for name, tensor in moments.items():
+        tensor.copy_(newest.optimizer[name])
+    assert float(model.layers[31].detach()[5]) == 31.0 and float(moments["m/31"][5]) == 62.0
+    print((kilobytes("VmHWM") - before) << 10)
 
 
 def train_distributed(processes: int, unwatched: bool = False, **arguments: Any) -> None:

@@ -1,8 +1,8 @@
 """A simulated GPU: training steps and decoding with fake tensors on a device that does not exist.
 
-    python -m tests.support.fake_gpu training|inference|faults
+    python -m tests.support.fake_gpu training inference faults
 
-prints {"work": number of device synchronizations}.
+prints the number of device synchronizations: {KIND: {WORK: number}}.
 
 Torch's FakeTensorMode propagates only the shape and device of each tensor. An operation that mixes
 GPU and CPU tensors raises an error, and so does one whose output shape depends on values. Each
@@ -223,21 +223,22 @@ def faults() -> dict[str, Callable[[], int]]:
 
 
 def main() -> None:
-    """Run the work that the command line names; a fault is reported as its error's name."""
+    """Run the kinds of work that the command line names; report faults by their error's name."""
     _setup_privateuseone_for_python_backend(GPU)
     # `torch.autocast(…, enabled=False)` calls it.
     getattr(torch, GPU).get_amp_supported_dtype = lambda: [torch.bfloat16]
     _as_on_cuda()
-    results: dict[str, int | str] = {}
-    for name, work in {"training": training, "inference": inference, "faults": faults}[
-        sys.argv[1]
-    ]().items():
-        try:
-            results[name] = work()
-        except Exception as error:
-            if sys.argv[1] != "faults":
-                raise
-            results[name] = type(error).__name__
+    kinds = {"training": training, "inference": inference, "faults": faults}
+    results: dict[str, dict[str, int | str]] = {}
+    for kind in sys.argv[1:]:
+        results[kind] = {}
+        for name, work in kinds[kind]().items():
+            try:
+                results[kind][name] = work()
+            except Exception as error:
+                if kind != "faults":
+                    raise
+                results[kind][name] = type(error).__name__
     print(json.dumps(results))
 
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 
-def kill_amid(words: list[str], cwd: Path, results: Path, num_bytes: int) -> list[bytes]:
+def kill_amid(arguments: list[str], cwd: Path, results: Path, num_bytes: int) -> list[bytes]:
     """SIGKILL `minimind` once `results` has this many bytes; return its complete lines."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "minimind", *words],
+        [sys.executable, "-m", "minimind", *arguments],
         cwd=cwd,
         stdout=subprocess.DEVNULL,
         env=os.environ,

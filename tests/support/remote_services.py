@@ -7,7 +7,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Say = Callable[[list[dict[str, str]]], str]
+Answer = Callable[[list[dict[str, str]]], str]
 Refusal = tuple[int, Any]  # status, body
 Policy = Callable[[dict[str, Any]], Refusal | None]
 
@@ -42,12 +42,12 @@ def like_gpt5(body: dict[str, Any]) -> Refusal | None:
 def like_mistral(body: dict[str, Any]) -> Refusal | None:
     """Mistral: status 422 that lists every unknown field."""
     known = {"model", "messages", "stream", "temperature", "top_p", "max_tokens", "random_seed"}
-    wrong = [
+    errors = [
         {"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted"}
         for name in body
         if name not in known
     ]
-    return (422, {"object": "error", "message": {"detail": wrong}}) if wrong else None
+    return (422, {"object": "error", "message": {"detail": errors}}) if errors else None
 
 
 def like_old(body: dict[str, Any]) -> Refusal | None:
@@ -55,40 +55,41 @@ def like_old(body: dict[str, Any]) -> Refusal | None:
     return None
 
 
-def refuses_nothing(body: dict[str, Any]) -> Refusal | None:
+def accepts_everything(body: dict[str, Any]) -> Refusal | None:
     return None
 
 
 class RemoteService:
-    """Context manager for the server.
+    """An HTTP server, as a context manager.
 
-    faults: one for each of the first requests: a status with Retry-After ("429", "503"), "hang"
-    before the headers, "stall" or "cut" in the middle of the stream, "html", "error" as an event.
-    asked, keys: the bodies and API keys of all requests.
+    faults: the faults of the first requests, one each: a status with Retry-After ("429", "503"),
+    "hang" before the headers, "stall" or "cut" in the middle of the stream, "html", "error" as an
+    event.
+    requests, keys: the bodies and API keys of all requests.
     """
 
     def __init__(
-        self, say: Say, name: str = "judge", policy: Policy = refuses_nothing, *faults: str
+        self, answer: Answer, name: str = "judge", policy: Policy = accepts_everything, *faults: str
     ) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.times: list[float] = []
         self.ended = threading.Event()
         self._faults = list(faults)
-        self._say, self._policy = say, policy
+        self._answer, self._policy = answer, policy
         service = self
 
         class Handler(_Handler):
-            server_name, of = name, service
+            server_name, remote = name, service
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever)
 
-    def take(self, body: dict[str, Any], key: str | None) -> str | None:
+    def record(self, body: dict[str, Any], key: str | None) -> str | None:
         """Record a request and return the fault to simulate."""
         self.times.append(time.monotonic())
-        self.asked.append(body)
+        self.requests.append(body)
         self.keys.append(key)
         return self._faults.pop(0) if self._faults else None
 
@@ -96,21 +97,21 @@ class RemoteService:
         return self._policy(body)
 
     def events(self, body: dict[str, Any]) -> list[str]:
-        """Return the events of a streamed answer. Raises RuntimeError if `say` does."""
-        answer = self._say(body["messages"])
+        """Return the events of a streamed answer. Raises RuntimeError if `answer` does."""
+        answer = self._answer(body["messages"])
         limits = [body.get("max_completion_tokens"), body.get("max_tokens")]
         if self._policy is like_old:
             limits = limits[1:]
-        words = answer.split(" ")
-        limit = min((number for number in limits if number is not None), default=len(words))
-        reason = "stop" if len(words) <= limit else "length"
+        tokens = answer.split(" ")
+        limit = min((number for number in limits if number is not None), default=len(tokens))
+        reason = "stop" if len(tokens) <= limit else "length"
         deltas: list[dict[str, Any]] = [
-            {"choices": [{"index": 0, "delta": {"content": f"{' ' if n else ''}{word}"}}]}
-            for n, word in enumerate(words[:limit])
+            {"choices": [{"index": 0, "delta": {"content": f"{' ' if n else ''}{token}"}}]}
+            for n, token in enumerate(tokens[:limit])
         ]
         deltas.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
         if body.get("stream_options", {}).get("include_usage") or self._policy is like_old:
-            usage = _USAGE | {"completion_tokens": len(words[:limit])}
+            usage = _USAGE | {"completion_tokens": len(tokens[:limit])}
             deltas.append({"choices": [], "usage": usage})
         return [f"data: {json.dumps(delta)}\n\n" for delta in deltas] + ["data: [DONE]\n\n"]
 
@@ -127,7 +128,7 @@ class RemoteService:
 
 class _Handler(BaseHTTPRequestHandler):
     server_name: str
-    of: RemoteService
+    remote: RemoteService
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -137,9 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        fault = self.of.take(body, self.headers.get("authorization"))
+        fault = self.remote.record(body, self.headers.get("authorization"))
         if fault == "hang":
-            self.of.ended.wait()
+            self.remote.ended.wait()
             return
         if fault == "html":
             self._send("<html>Bad gateway</html>", 502, **{"content-type": "text/html"})
@@ -148,11 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
             message = {"error": {"message": "Slow down.", "type": "rate", "code": None}}
             self._send(message, int(fault), **{"retry-after": "0.2"})
             return
-        if refusal := self.of.refusal(body):
+        if refusal := self.remote.refusal(body):
             self._send(refusal[1], refusal[0])
             return
         try:
-            events = self.of.events(body)
+            events = self.remote.events(body)
         except RuntimeError as error:
             self._send({"error": {"message": str(error)}}, 500, **{"x-should-retry": "false"})
             return
@@ -166,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write("".join(events).encode())
         self.wfile.flush()
         if fault == "stall":
-            self.of.ended.wait()
+            self.remote.ended.wait()
 
     def _send(self, value: Any, status: int = 200, **headers: str) -> None:
         content = (value if isinstance(value, str) else json.dumps(value)).encode()

@@ -4,8 +4,8 @@ A sum of n products, rounded after each operation in any order, has a relative e
 lambda * sqrt(n) * u, with probability 1 - 2 exp(-lambda^2 / 2) per rounding (Higham and Mary, "A
 new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41(5), 2019, theorem
 2.4); u = 2^-24 for float32. To first order the errors of sums that follow each other add up, and
-either implementation may be off to its own side. "Relative" means to the norm of the whole tensor:
-a single element may be small because large terms cancel, and its error is not smaller for that.
+each implementation may err in another direction. "Relative" means to the norm of the tensor: an
+element may be small because large terms cancel, which does not make its error small.
 
 The bound holds for any order of summation, so for any processor, kernel and number of threads.
 """
@@ -54,13 +54,13 @@ def gradient_rounding(config: ModelConfig, positions: int, tokens: int) -> float
     return rounding(*forward * 3, config.vocab_size, config.vocab_size, tokens)
 
 
-def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the norm of the difference, relative to the norm of `wanted`."""
-    one, other = found.detach().double(), wanted.detach().double()
-    return float((one - other).norm() / other.norm())
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of `expected`."""
+    x, y = actual.detach().double(), expected.detach().double()
+    return float((x - y).norm() / y.norm())
 
 
-def largest_difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference of two elements, relative to the largest in `wanted`."""
-    one, other = found.detach().double(), wanted.detach().double()
-    return float((one - other).abs().max() / other.abs().max())
+def largest_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two elements, relative to the largest in `expected`."""
+    x, y = actual.detach().double(), expected.detach().double()
+    return float((x - y).abs().max() / y.abs().max())

@@ -160,7 +160,7 @@ def tensors(step: int, numbers: int) -> dict[str, Any]:
     """Return arguments of save_checkpoint, as a run might pass them after `step` steps."""
     generator = torch.Generator().manual_seed(step)
     first, second = (torch.randn(numbers, generator=generator) for _ in range(2))
-    state = {"metrics_offset": step, "words": "长江" * 50}
+    state = {"metrics_offset": step, "text": "长江" * 50}
     return {"model": {"weight": first}, "optimizer": {"moment": second}, "state": state}
 
 
@@ -228,12 +228,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 class Child:
     """A process that runs a function of driver.py."""
 
-    def __init__(self, pid: int, lives: "Lives") -> None:
-        self.pid, self._lives = pid, lives
+    def __init__(self, pid: int, fork_server: "ForkServer") -> None:
+        self.pid, self._server = pid, fork_server
 
     def wait_for(self, text: str) -> None:
         """Wait until it has printed `text`."""
-        output, answers = self._lives.output, self._lives.answers
+        output, answers = self._server.output, self._server.answers
 
         def has_ended() -> bool:
             return bool(select([answers], [], [], 0)[0])
@@ -243,11 +243,11 @@ class Child:
 
     def wait(self) -> int:
         """Wait for its end; return the exit status, or minus the signal that killed it."""
-        self._lives.running = None
-        return int(self._lives.answer()["status"])
+        self._server.running = None
+        return int(self._server.answer()["status"])
 
 
-class Lives:
+class ForkServer:
     """Starts child processes that may be killed, one at a time, by forking driver.py."""
 
     def __init__(self, output: Path) -> None:
@@ -295,7 +295,7 @@ class Lives:
 
 
 def run_distributed(
-    lives: Lives, run: Path, processes: int, objective: str = "pretrain", **settings: Any
+    fork_server: ForkServer, run: Path, processes: int, objective: str = "pretrain", **settings: Any
 ) -> str:
     """Train `nano_trainer` in several processes; return their output.
 
@@ -303,7 +303,7 @@ def run_distributed(
     """
     events = {name: settings.pop(name) for name in EVENTS if name in settings}
     defaults: dict[str, Any] = {"training__micro_batch_size": 1, "training__steps": 8}
-    status = lives.run(
+    status = fork_server.run(
         "train_distributed",
         processes=processes,
         run=run,
@@ -311,23 +311,23 @@ def run_distributed(
         settings=defaults | settings,
         **events,
     )
-    output = lives.output.read_text()
+    output = fork_server.output.read_text()
     assert (status == 0) != ("kill" in events), output
     return output
 
 
 def samples_seen(run: Path, processes: int, batch: int = 4) -> list[int]:
     """Return the samples of all completed steps, step by step and rank by rank."""
-    steps, seen = int((run / "steps-0").read_text()), []
+    steps, samples = int((run / "steps-0").read_text()), []
     for rank in range(processes):
         reads = json.loads((run / f"samples-{rank}").read_text())
-        seen += [
+        samples += [
             (start // batch, rank, sample)
             for start, count in reads
             for sample in range(start, start + count)
             if sample < steps * batch
         ]
-    return [sample for _, _, sample in sorted(seen)]
+    return [sample for _, _, sample in sorted(samples)]
 
 
 def checkpoint_files(run: Path, step: int) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from minimind.config.settings import Recipe
 from minimind.errors import MinimindError
 from minimind.training.stage import StageResult, run_stage
 from tests.support.small_runs import (
-    Lives,
+    ForkServer,
     RecordingReporter,
     lora_settings,
     metrics,
@@ -24,12 +24,12 @@ from tests.support.small_runs import (
     steps_done,
 )
 
-Make = Any  # (objective, out, **settings) -> Recipe
+MakeRecipe = Any  # (objective, out, **settings) -> Recipe
 STEPS = 60
 INTERRUPTED = 130
 
 
-def do(recipe: Recipe, reporter: RecordingReporter | None = None, **options: Any) -> StageResult:
+def train(recipe: Recipe, reporter: RecordingReporter | None = None, **options: Any) -> StageResult:
     """Run a stage in this process."""
     return run_stage(recipe, reporter=reporter or RecordingReporter(), **options)
 
@@ -37,24 +37,24 @@ def do(recipe: Recipe, reporter: RecordingReporter | None = None, **options: Any
 def refused(recipe: Recipe, error: type[MinimindError], **options: Any) -> str:
     """Return the message of the error that running the stage raises."""
     with pytest.raises(error) as caught:
-        do(recipe, **options)
+        train(recipe, **options)
     return str(caught.value)
 
 
 def write_corpus(folder: Path) -> Path:
     """Write text.jsonl (400 short texts), chat.jsonl and pairs.jsonl (200 each) into `folder`."""
-    rivers, places = ("长江", "黄河", "珠江", "淮河", "汉江"), ("东海", "渤海", "南海", "洪泽湖")
+    rivers, mouths = ("长江", "黄河", "珠江", "淮河", "汉江"), ("东海", "渤海", "南海", "洪泽湖")
     texts, chats, pairs = [], [], []
     for number in range(200):
-        river, place = rivers[number % 5], places[number % 4]
-        texts.append(f"{river}很长，第{number}段长{number * 7}公里。{river}最后流入{place}。")
+        river, mouth = rivers[number % 5], mouths[number % 4]
+        texts.append(f"{river}很长，第{number}段长{number * 7}公里。{river}最后流入{mouth}。")
         texts.append(f"Part {number} of the river is {number * 3} kilometres long.")
         turns = [("user", f"{river}的第{number}段有多长？"), ("assistant", f"{number * 7}公里。")]
         if number % 3 == 0:
-            turns += [("user", "它流到哪里？"), ("assistant", f"流入{place}。")]
+            turns += [("user", "它流到哪里？"), ("assistant", f"流入{mouth}。")]
         chats.append([{"role": role, "content": content} for role, content in turns])
-        asked, wrong = turns[0][1], ("不知道。", f"{number * 9}米。{place}。")[number % 2]
-        pairs.append({"prompt": asked, "chosen": turns[1][1], "rejected": wrong})
+        question, wrong = turns[0][1], ("不知道。", f"{number * 9}米。{mouth}。")[number % 2]
+        pairs.append({"prompt": question, "chosen": turns[1][1], "rejected": wrong})
     with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     with (folder / "chat.jsonl").open("w", encoding="utf-8") as stream:
@@ -90,14 +90,18 @@ def saved_steps(run: Path) -> list[int]:
 class Stage:
     """A stage on files: its settings, and an uninterrupted run to compare with."""
 
-    def __init__(self, objective: str, folder: Path, lives: Lives, **settings: Any) -> None:
-        self.objective, self.folder, self.lives = objective, folder, lives
-        self.more = settings
-        self.whole = folder / f"{objective}-whole"
-        assert lives.run("train", settings=self.settings(self.whole)) == 0, lives.output.read_text()
-        assert steps_done(self.whole) == STEPS // settings.get("training__log_every", 1)
+    def __init__(
+        self, objective: str, folder: Path, fork_server: ForkServer, **settings: Any
+    ) -> None:
+        self.objective, self.folder, self.fork_server = objective, folder, fork_server
+        self.overrides = settings
+        self.uninterrupted = folder / f"{objective}-uninterrupted"
+        assert fork_server.run("train", settings=self.settings(self.uninterrupted)) == 0, (
+            fork_server.output.read_text()
+        )
+        assert steps_done(self.uninterrupted) == STEPS // settings.get("training__log_every", 1)
         before = "model__init" in settings  # the base model is validated too
-        assert len(metrics(self.whole, "validation")) == STEPS // 10 + before
+        assert len(metrics(self.uninterrupted, "validation")) == STEPS // 10 + before
 
     def settings(self, run: Path, **more: Any) -> dict[str, Any]:
         fixed = {
@@ -106,10 +110,10 @@ class Stage:
             "data__store": str(self.folder / "stores"),
             "data__validation_fraction": 0.1,
         }
-        return nano_settings(self.objective, run, **fixed, **self.more, **more)
+        return nano_settings(self.objective, run, **fixed, **self.overrides, **more)
 
     def arguments(self, run: Path) -> list[str]:
-        """The same as a command line."""
+        """Return the command line of the stage."""
         recipe = self.folder / "recipe.toml"
         recipe.write_text(dump_recipe(load_recipe(None, flags=self.settings(run)).recipe))
         return ["train", str(recipe)]
@@ -117,14 +121,21 @@ class Stage:
     def finish(self, run: Path) -> None:
         """Resume a run and let it finish."""
         settings = self.settings(run)
-        assert self.lives.run("train", settings=settings) == 0, self.lives.output.read_text()
+        assert self.fork_server.run("train", settings=settings) == 0, (
+            self.fork_server.output.read_text()
+        )
 
 
 KINDS = ("pretrain", "moe", "sft", "lora", "dpo")
 
 
 def make_stage(
-    kind: str, corpus: Path, tokenizer: Path, start: Path | None, folder: Path, lives: Lives
+    kind: str,
+    corpus: Path,
+    tokenizer: Path,
+    start: Path | None,
+    folder: Path,
+    fork_server: ForkServer,
 ) -> Stage:
     """Create the stage of a kind. start: the run whose model it fine-tunes, if it needs one."""
     text, chat, pairs = ([str(corpus / f"{name}.jsonl")] for name in ("text", "chat", "pairs"))
@@ -132,16 +143,18 @@ def make_stage(
     old = {"model__init": str(start and start / "model")}
     match kind:
         case "pretrain":
-            return Stage("pretrain", folder, lives, **new)
+            return Stage("pretrain", folder, fork_server, **new)
         case "moe":  # a partly accumulated metrics line has several sums
             more = {"model__preset": "nano-moe", "training__log_every": 2}
-            return Stage("pretrain", folder, lives, **new, **more)
+            return Stage("pretrain", folder, fork_server, **new, **more)
         case "sft":  # checkpoints of odd steps have a partly accumulated line
-            return Stage("sft", folder, lives, training__log_every=2, data__sources=chat, **old)
+            return Stage(
+                "sft", folder, fork_server, training__log_every=2, data__sources=chat, **old
+            )
         case "lora":
-            return Stage("sft", folder, lives, **lora_settings(data__sources=chat, **old))
+            return Stage("sft", folder, fork_server, **lora_settings(data__sources=chat, **old))
         case "dpo":
-            return Stage("dpo", folder, lives, data__seq_len=64, data__sources=pairs, **old)
+            return Stage("dpo", folder, fork_server, data__seq_len=64, data__sources=pairs, **old)
     raise ValueError(kind)
 
 
@@ -153,11 +166,11 @@ def kill_repeatedly(stage: Stage, run: Path, dice: random.Random, kills: int) ->
     saving = 0
     settings = stage.settings(run)
     for step in sorted(dice.sample(range(1, STEPS - 8), kills)):
-        child = stage.lives.start("train", settings=settings, pause_at=step)
+        child = stage.fork_server.start("train", settings=settings, pause_at=step)
         child.wait_for("reached")
         time.sleep(dice.uniform(0, 0.05))
         os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, stage.lives.output.read_text()
+        assert child.wait() == -signal.SIGKILL, stage.fork_server.output.read_text()
         assert not (run / "model").exists() and not (run / "adapter").exists()
         saving += any((run / "checkpoints").glob(".tmp-*"))
     stage.finish(run)

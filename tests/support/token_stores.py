@@ -21,14 +21,14 @@ def write_lines(path: Path, records: list[dict[str, object]]) -> Path:
 
 def documents(store: TokenStore, split: Split = "train") -> list[list[int]]:
     """Return the token ids of each document."""
-    found = []
+    ids = []
     for shard in store.shards(split):
         assert len(shard.tokens) == (shard.ends[-1] if len(shard.ends) else 0)
         pieces = np.split(np.asarray(shard.tokens), shard.ends[:-1])
-        found += [piece.tolist() for piece in pieces]
-    return found
+        ids += [piece.tolist() for piece in pieces]
+    return ids
 
 
-def names(home: Path) -> list[str]:
+def names(store_folder: Path) -> list[str]:
     """Return the suffixes of the entries in the folder of the stores."""
-    return sorted(path.name.partition(".")[2].partition("-")[0] for path in home.iterdir())
+    return sorted(path.name.partition(".")[2].partition("-")[0] for path in store_folder.iterdir())

@@ -67,7 +67,7 @@ def test_random_unicode_round_trips_in_one_call_and_as_a_stream(
         encoded = tokenizer.encode_batch(strings)
         for text, ids in zip(strings, encoded, strict=True):
             assert tokenizer.decode(ids) == text
-            assert "".join(map(stream.push, ids)) == text  # nothing is held back at the end
+            assert "".join(map(stream.push, ids)) == text  # no bytes remain at the end
             assert stream.finish() == ""
         assert not any(tokenizer.special_ids.intersection(ids) for ids in encoded)
         num_checked += len(strings)

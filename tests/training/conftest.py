@@ -8,8 +8,8 @@ import pytest
 
 from minimind.config.settings import Recipe
 from tests.support.checkpoints import save
-from tests.support.small_runs import Lives, nano_recipe
-from tests.support.stages import Make, write_corpus
+from tests.support.small_runs import ForkServer, nano_recipe
+from tests.support.stages import MakeRecipe, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> Make:
+def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> MakeRecipe:
     """Return a function that makes recipes of five steps in `run`."""
 
     def make(objective: str = "pretrain", out: Path = run, **settings: Any) -> Recipe:
@@ -51,12 +51,14 @@ def recipe(run: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> Make
 
 
 @pytest.fixture(scope="session")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Start processes that may be killed; driver.py defines what they do."""
     if not hasattr(os, "fork"):
         pytest.skip("this system does not fork")
-    with contextlib.closing(Lives(tmp_path_factory.mktemp("lives") / "output")) as lives:
-        yield lives
+    with contextlib.closing(
+        ForkServer(tmp_path_factory.mktemp("fork-server") / "output")
+    ) as fork_server:
+        yield fork_server
 
 
 @pytest.fixture

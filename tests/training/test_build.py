@@ -17,13 +17,13 @@ from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.training.extract import extract_checkpoint
 from minimind.training.stage import prepare_stage
 from tests.support.small_runs import RecordingReporter, lora_settings
-from tests.support.stages import Make, do, refused
+from tests.support.stages import MakeRecipe, refused, train
 
 
 @pytest.fixture
-def base(recipe: Make, tmp_path: Path) -> Path:
+def base(recipe: MakeRecipe, tmp_path: Path) -> Path:
     """Train a base model for one step and return its run directory."""
-    do(recipe(out=tmp_path / "base", training__steps=1))
+    train(recipe(out=tmp_path / "base", training__steps=1))
     return tmp_path / "base"
 
 
@@ -31,7 +31,7 @@ def plan(recipe: Recipe) -> object:
     return make_plan(recipe, seconds=0)
 
 
-def train(recipe: Recipe) -> object:
+def prepare(recipe: Recipe) -> object:
     return prepare_stage(recipe, reporter=RecordingReporter())
 
 
@@ -46,23 +46,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("verb", [plan, train])
+@pytest.mark.parametrize("build", [plan, prepare])
 @pytest.mark.parametrize("case", REFUSED)
 def test_plan_and_training_refuse_the_same_recipes(
-    recipe: Make, base: Path, verb: Callable[[Recipe], object], case: str
+    recipe: MakeRecipe, base: Path, build: Callable[[Recipe], object], case: str
 ) -> None:
     changed, message = REFUSED[case]
     settings = lora_settings(model__init=str(base)) | changed
     if not settings["model__init"]:
         settings["tokenizer"] = str(base / "model")
     with pytest.raises((ConfigError, ModelError)) as caught:
-        verb(recipe("sft", **settings))
+        build(recipe("sft", **settings))
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("verb", [plan, train])
+@pytest.mark.parametrize("build", [plan, prepare])
 def test_plan_and_training_refuse_a_tokenizer_that_does_not_fit(
-    recipe: Make, base: Path, tmp_path: Path, verb: Callable[[Recipe], object]
+    recipe: MakeRecipe, base: Path, tmp_path: Path, build: Callable[[Recipe], object]
 ) -> None:
     train_tokenizer(["长江很长。Rivers are long." * 20] * 50, vocab_size=650).save(tmp_path / "own")
     large = tmp_path / "own"
@@ -76,31 +76,31 @@ def test_plan_and_training_refuse_a_tokenizer_that_does_not_fit(
         save_model(tmp_path / "small", model, small)
         base = tmp_path / "small"
     with pytest.raises(MinimindError) as caught:
-        verb(recipe("sft", model__init=str(base), tokenizer=str(large)))
+        build(recipe("sft", model__init=str(base), tokenizer=str(large)))
     assert str(large) in str(caught.value)
 
 
-def test_a_sequence_longer_than_the_context_is_refused(recipe: Make) -> None:
+def test_a_sequence_longer_than_the_context_is_refused(recipe: MakeRecipe) -> None:
     message = refused(recipe(data__seq_len=300), ConfigError)
     assert message.startswith("data.seq_len (300) is longer than the model's context (256)")
 
 
 def test_a_model_is_fine_tuned_at_an_extended_context(
-    recipe: Make, run: Path, tmp_path: Path
+    recipe: MakeRecipe, run: Path, tmp_path: Path
 ) -> None:
-    do(recipe())
+    train(recipe())
     settings = {"model__init": str(run), "data__seq_len": 300}
     message = refused(recipe("sft", tmp_path / "refused", **settings), ConfigError)
     assert message.endswith("lower it, or raise model.context")
     longer = recipe("sft", tmp_path / "tuned", **settings, model__context=1024)
-    model = do(longer).model
+    model = train(longer).model
     assert model is not None
     config = read_config(model)
     assert config.max_position_embeddings == 1024
     assert config.rope_scaling is not None
     assert (config.rope_scaling.rope_type, config.rope_scaling.factor) == (BEST_SCALING, 4)
     again = {"model__init": str(model), "model__context": 1024, "model__rope_scaling": "linear"}
-    tuned = do(recipe("sft", tmp_path / "again", **again)).model
+    tuned = train(recipe("sft", tmp_path / "again", **again)).model
     assert tuned is not None
     assert read_config(tuned) == config  # the context is unchanged
     again["model__context"] = 256
@@ -111,18 +111,20 @@ def test_a_model_is_fine_tuned_at_an_extended_context(
     assert "already extended" in message
 
 
-def test_a_new_model_needs_a_tokenizer(recipe: Make) -> None:
+def test_a_new_model_needs_a_tokenizer(recipe: MakeRecipe) -> None:
     message = refused(recipe(tokenizer=None), ConfigError)
     assert "minimind tokenizer train" in message and "--tokenizer DIR" in message
 
 
-def test_a_missing_tokenizer_is_an_error(recipe: Make, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_an_error(recipe: MakeRecipe, tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     assert gone in refused(recipe(tokenizer=gone), TokenizerError)
 
 
-def test_a_tokenizer_of_another_model_is_refused(recipe: Make, run: Path, tmp_path: Path) -> None:
-    do(recipe())
+def test_a_tokenizer_of_another_model_is_refused(
+    recipe: MakeRecipe, run: Path, tmp_path: Path
+) -> None:
+    train(recipe())
     train_tokenizer(["长江很长。"] * 10, vocab_size=280).save(tmp_path / "small")
     settings = {"model__init": str(run), "tokenizer": str(tmp_path / "small")}
     message = refused(recipe("sft", tmp_path / "tuned", **settings), TokenizerError)
@@ -131,14 +133,16 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Make, run: Path, tmp_pa
     )
 
 
-def test_a_missing_or_unfinished_model_is_an_error(recipe: Make, run: Path, tmp_path: Path) -> None:
+def test_a_missing_or_unfinished_model_is_an_error(
+    recipe: MakeRecipe, run: Path, tmp_path: Path
+) -> None:
     tuned = recipe("sft", tmp_path / "tuned", model__init=str(run))
     assert "there is no such directory" in refused(tuned, ModelError)
     (run / "checkpoints").mkdir(parents=True)
     assert "has not finished" in refused(tuned, ModelError)
 
 
-# The base model was replaced or removed after the run began.
+# The base model is replaced or removed after the run has begun.
 
 
 def replace_base(base: Path, change: str) -> None:
@@ -160,7 +164,7 @@ def replace_base(base: Path, change: str) -> None:
 
 def train_unfinished(recipe: Recipe) -> None:
     """Train, then remove the model and the summary, as if the run had been stopped."""
-    do(recipe)
+    train(recipe)
     run = Path(recipe.out or "")
     shutil.rmtree(run / ("adapter" if recipe.lora else "model"))
     (run / "summary.json").unlink()
@@ -176,7 +180,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("change", ["weights", "shape", "gone"])
 @pytest.mark.parametrize("kind", ["lora", "dpo"])
 def test_a_changed_base_model_is_an_error_if_the_run_needs_it(
-    recipe: Make, base: Path, run: Path, tmp_path: Path, kind: str, change: str
+    recipe: MakeRecipe, base: Path, run: Path, tmp_path: Path, kind: str, change: str
 ) -> None:
     objective, settings = SETTINGS[kind]
     started = recipe(objective, model__init=str(base), **settings)
@@ -198,7 +202,7 @@ def test_a_changed_base_model_is_an_error_if_the_run_needs_it(
 @pytest.mark.parametrize("change", ["weights", "shape", "gone"])
 @pytest.mark.parametrize("context", [None, 1024])
 def test_a_full_fine_tune_needs_no_base_model(
-    recipe: Make, base: Path, run: Path, tmp_path: Path, change: str, context: int | None
+    recipe: MakeRecipe, base: Path, run: Path, tmp_path: Path, change: str, context: int | None
 ) -> None:
     settings = {"training__steps": 6, "checkpoint__every": 3, "model__context": context}
     started = recipe("sft", model__init=str(base), **settings)
@@ -209,18 +213,18 @@ def test_a_full_fine_tune_needs_no_base_model(
     assert extract_checkpoint(run, 3, tmp_path / "out") == 3
     assert load_model(tmp_path / "out").config.max_position_embeddings == (context or 256)
     assert Tokenizer.load(tmp_path / "out").vocab_size == 600
-    assert do(started).summary["steps"] == 6
+    assert train(started).summary["steps"] == 6
     for name in ("model", "optimizer"):
         again = run / "checkpoints" / "step-00000006" / f"{name}.safetensors"
         assert again.read_bytes() == (tmp_path / "expected" / again.name).read_bytes()
 
 
 def test_a_pretraining_run_resumes_after_its_tokenizer_was_removed(
-    recipe: Make, run: Path, tokenizer_dir: Path, tmp_path: Path
+    recipe: MakeRecipe, run: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     own = shutil.copytree(tokenizer_dir, tmp_path / "own")
     started = recipe(tokenizer=str(own))
     train_unfinished(started)
     shutil.rmtree(own)
-    assert do(started).summary["steps"] == 5
+    assert train(started).summary["steps"] == 5
     assert extract_checkpoint(run, 5, tmp_path / "out") == 5

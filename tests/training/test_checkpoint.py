@@ -1,4 +1,4 @@
-"""Saving and loading one checkpoint; damage is detected (row 4 of the reliability promises)."""
+"""Saving and loading one checkpoint, and detection of damaged ones."""
 
 import errno
 import itertools
@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from minimind.training.checkpoint import (
 )
 from minimind.training.rng import rng_states, set_rng_states
 from tests.support.checkpoints import assert_intact, latest, names, save
-from tests.support.small_runs import nano_trainer, tensors
+from tests.support.small_runs import ForkServer, nano_trainer, tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -43,7 +42,7 @@ def test_a_checkpoint_survives_a_round_trip(tmp_path: Path) -> None:
         "none": torch.zeros(0, 4),
         "random": torch.get_rng_state(),
     }
-    state = {"nothing": None, "small": 5e-324, "third": 1 / 3, "words": "长江\n", "list": [1, {}]}
+    state = {"nothing": None, "small": 5e-324, "third": 1 / 3, "text": "长江\n", "list": [1, {}]}
     path = save_checkpoint(tmp_path, 3, model=kinds, optimizer={}, state=state, keep=1)
     assert path == tmp_path / "checkpoints" / "step-00000003"
     checkpoint, warnings = latest(tmp_path)
@@ -86,7 +85,7 @@ def test_a_save_removes_temporary_directories_of_killed_saves(run: Path) -> None
     assert names(run) == ["step-00000014", "step-00000021"]
 
 
-# Row 4: every damage is detected and reported, and the previous checkpoint is loaded.
+# Every kind of damage is detected and reported, and the previous checkpoint is loaded.
 
 
 def assert_skips(run: Path, damaged: int = 14, valid: int = 7) -> str:
@@ -131,9 +130,9 @@ def test_every_flipped_bit_is_detected(run: Path) -> None:
 def test_a_flipped_bit_anywhere_in_the_manifest_is_detected(run: Path) -> None:
     path = run / "checkpoints" / "step-00000014" / "manifest.json"
     content = path.read_bytes()
-    for place in range(len(content)):
+    for position in range(len(content)):
         flipped = bytearray(content)
-        flipped[place] ^= 1 << place % 8
+        flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)
         assert "manifest.json" in assert_skips(run)
 
@@ -146,8 +145,8 @@ def test_a_manifest_with_other_content_is_detected(run: Path, content: str) -> N
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_detected(run: Path, name: str) -> None:
-    place = run / "checkpoints" / "step-00000014"
-    (place / name).unlink()
+    path = run / "checkpoints" / "step-00000014"
+    (path / name).unlink()
     assert assert_skips(run).endswith(
         f": {name}: missing. The next save renames it to .damaged-step-00000014"
     )
@@ -158,8 +157,8 @@ STRAY = (".DS_Store", "._model.safetensors", ".nfs0000000012", "Thumbs.db", "des
 
 @pytest.mark.parametrize("name", STRAY)
 def test_files_of_file_managers_and_network_disks_are_ignored(run: Path, name: str) -> None:
-    place = run / "checkpoints" / "step-00000014"
-    for folder in (place, run / "checkpoints"):
+    path = run / "checkpoints" / "step-00000014"
+    for folder in (path, run / "checkpoints"):
         (folder / name).write_bytes(b"\0\0\0\1Bud1")
     checkpoint, warnings = latest(run)
     assert (checkpoint.step, warnings) == (14, [])
@@ -167,18 +166,16 @@ def test_files_of_file_managers_and_network_disks_are_ignored(run: Path, name: s
     assert [one.error for one in inspect_checkpoints(run, verify_hashes=True)] == ["", ""]
     save(run, 21)
     assert [name for name in names(run) if name[:4] == "step"] == ["step-00000014", "step-00000021"]
-    assert (place / name).is_file()
+    assert (path / name).is_file()
 
 
 def test_an_unknown_file_is_reported_but_is_no_damage(run: Path) -> None:
-    place = run / "checkpoints" / "step-00000014"
-    (place / "more.json").write_text("{}")
-    (place / "notes").mkdir()
+    path = run / "checkpoints" / "step-00000014"
+    (path / "more.json").write_text("{}")
+    (path / "notes").mkdir()
     checkpoint, warnings = latest(run)
     assert checkpoint.step == 14
-    assert warnings == [
-        f"{place}: more.json, notes does not belong to a checkpoint and is not used"
-    ]
+    assert warnings == [f"{path}: more.json, notes does not belong to a checkpoint and is not used"]
     unknown = [(one.unknown, one.error) for one in inspect_checkpoints(run, verify_hashes=False)]
     assert unknown == [((), ""), (("more.json", "notes"), "")]
 
@@ -189,10 +186,10 @@ def test_a_temporarily_unreadable_file_is_no_damage(
     run: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
 ) -> None:
     real, warnings = Path.open, []
-    wanted = run / "checkpoints" / "step-00000014" / name
+    unreadable = run / "checkpoints" / "step-00000014" / name
 
     def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path == wanted:
+        if path == unreadable:
             raise OSError(number, os.strerror(number), str(path))
         return real(path, *arguments, **options)
 
@@ -203,7 +200,7 @@ def test_a_temporarily_unreadable_file_is_no_damage(
         errors = [one.error for one in inspect_checkpoints(run, verify_hashes=True)]
         with pytest.raises(CheckpointError, match=os.strerror(number)):
             load_checkpoint(run, 14)
-    message = f"{wanted.parent} cannot be read: [Errno {number}] {os.strerror(number)}"
+    message = f"{unreadable.parent} cannot be read: [Errno {number}] {os.strerror(number)}"
     assert str(caught.value).startswith(message)
     assert "Run the same command again" in str(caught.value) and warnings == []
     assert errors[0] == "" and errors[1].startswith(message)
@@ -223,38 +220,38 @@ def test_an_unreadable_directory_of_checkpoints_is_not_treated_as_empty(
 
 @pytest.mark.parametrize(("one", "other"), [*itertools.combinations(FILES, 2)])
 def test_swapped_files_are_detected(run: Path, one: str, other: str) -> None:
-    place = run / "checkpoints" / "step-00000014"
-    (place / one).rename(place / "between")
-    (place / other).rename(place / one)
-    (place / "between").rename(place / other)
+    path = run / "checkpoints" / "step-00000014"
+    (path / one).rename(path / "between")
+    (path / other).rename(path / one)
+    (path / "between").rename(path / other)
     assert_skips(run)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_another_checkpoint_are_detected(run: Path, name: str) -> None:
-    home = run / "checkpoints"
-    shutil.copy(home / "step-00000007" / name, home / "step-00000014" / name)
+    checkpoints = run / "checkpoints"
+    shutil.copy(checkpoints / "step-00000007" / name, checkpoints / "step-00000014" / name)
     assert_skips(run)
 
 
 def test_a_renamed_checkpoint_is_detected(run: Path) -> None:
-    home = run / "checkpoints"
-    shutil.copytree(home / "step-00000014", home / "step-00000021")
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000014", checkpoints / "step-00000021")
     assert_skips(run, damaged=21, valid=14)
 
 
 def test_a_file_or_an_empty_directory_is_damaged(run: Path) -> None:
-    place = run / "checkpoints" / "step-00000021"
-    place.mkdir()
+    path = run / "checkpoints" / "step-00000021"
+    path.mkdir()
     assert_skips(run, damaged=21, valid=14)
-    place.rmdir()
-    place.write_text("")
+    path.rmdir()
+    path.write_text("")
     assert_skips(run, damaged=21, valid=14)
 
 
 def test_a_run_with_only_damaged_checkpoints_cannot_resume(run: Path) -> None:
-    for place in (run / "checkpoints").iterdir():
-        (place / "model.safetensors").write_bytes(b"")
+    for path in (run / "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"")
     warnings: list[str] = []
     with pytest.raises(CheckpointError, match=r"every checkpoint is damaged.*--fresh"):
         latest_checkpoint(run, warn=warnings.append)
@@ -262,19 +259,19 @@ def test_a_run_with_only_damaged_checkpoints_cannot_resume(run: Path) -> None:
 
 
 def damaged_names(run: Path) -> list[str]:
-    return [place.name for place in damaged_checkpoints(run)]
+    return [path.name for path in damaged_checkpoints(run)]
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_never_deleted(run: Path) -> None:
-    home = run / "checkpoints"
-    damaged = home / "step-00000014"
+def test_a_damaged_checkpoint_is_quarantined_and_never_deleted(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    damaged = checkpoints / "step-00000014"
     (damaged / "state.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in damaged.iterdir()}
     save(run, 9, keep=1)  # the run was resumed from 7 and stopped at 9
     assert (names(run), damaged_names(run)) == (["step-00000009"], [".damaged-step-00000014"])
-    aside = home / ".damaged-step-00000014"
-    assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
-    shutil.copytree(home / "step-00000009", damaged)
+    quarantined = checkpoints / ".damaged-step-00000014"
+    assert {file.name: file.read_bytes() for file in quarantined.iterdir()} == before
+    shutil.copytree(checkpoints / "step-00000009", damaged)
     save(run, 14)
     assert names(run) == ["step-00000009", "step-00000014"]
     assert damaged_names(run) == [".damaged-step-00000014", ".damaged-step-00000014-2"]
@@ -330,38 +327,11 @@ def test_the_rng_of_an_apple_gpu_is_saved_and_restored(
     assert not torch.equal(fake.state, before), "ignored on another device"
 
 
-RESUME = """
-import sys
-from pathlib import Path
-import torch
-from torch import nn
-from minimind.training.checkpoint import latest_checkpoint, restore_weights
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ParameterList(nn.Parameter(torch.ones(1 << 20)) for _ in range(32))
-
-model, moments = Model(), {f"m/{n}": torch.ones(1 << 20) for n in range(32)}
-Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-status = Path("/proc/self/status")
-
-def kilobytes(key):
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if key in line)
-
-before = kilobytes("VmRSS")
-checkpoint = latest_checkpoint(Path(sys.argv[1]), warn=print)
-restore_weights(model, checkpoint)
-for name, tensor in moments.items():
-    tensor.copy_(checkpoint.optimizer[name])
-assert float(model.layers[31][5]) == 31.0 and float(moments["m/31"][5]) == 62.0
-print((kilobytes("VmHWM") - before) << 10)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_resuming_needs_memory_for_only_one_more_tensor(tmp_path: Path) -> None:
-    """Load 256 MiB, in tensors of 4 MiB, into a process that already holds as many."""
+def test_resuming_needs_memory_for_only_one_more_tensor(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
+    """Load 256 MiB, in tensors of 4 MiB, into a process that already holds 256 MiB."""
     save_checkpoint(
         tmp_path,
         5,
@@ -370,9 +340,8 @@ def test_resuming_needs_memory_for_only_one_more_tensor(tmp_path: Path) -> None:
         state={},
         keep=1,
     )
-    command = [sys.executable, "-c", RESUME, str(tmp_path)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert int(printed) <= 16 << 20
+    assert fork_server.run("restore", run=tmp_path) == 0, fork_server.output.read_text()
+    assert int(fork_server.output.read_text()) <= 16 << 20
 
 
 def test_the_state_is_a_json_file(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Saves that are killed or run out of disk space (rows 1 and 5 of the reliability promises)."""
+"""Saves that are killed or run out of disk space."""
 
 import contextlib
 import itertools
@@ -22,16 +22,16 @@ from tests.support.checkpoints import (
     names,
     save,
 )
-from tests.support.small_runs import REFUSED, Lives
+from tests.support.small_runs import REFUSED, ForkServer
 
-# Row 1: the process is killed at every write, flush, rename and removal of a save.
+# The process is killed at every write, flush, rename and removal of a save.
 
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_kill_at_any_point_leaves_a_valid_checkpoint(
-    saved: Path, tmp_path: Path, lives: Lives, replaces: bool
+    saved: Path, tmp_path: Path, fork_server: ForkServer, replaces: bool
 ) -> None:
-    """replaces: the path of the new checkpoint is taken by a damaged one."""
+    """replaces: a damaged checkpoint has the path of the new one."""
     loaded = []
     for point in itertools.count():
         run = shutil.copytree(saved, tmp_path / f"{point}")
@@ -39,10 +39,10 @@ def test_a_kill_at_any_point_leaves_a_valid_checkpoint(
             shutil.copytree(
                 run / "checkpoints" / "step-00000014", run / "checkpoints/step-00000021"
             )
-        status = lives.run("save", run=run, step=21, numbers=NUMBERS, keep=2, point=point)
+        status = fork_server.run("save", run=run, step=21, numbers=NUMBERS, keep=2, point=point)
         if status == 0:
             break
-        assert status == -signal.SIGKILL, lives.output.read_text()
+        assert status == -signal.SIGKILL, fork_server.output.read_text()
         checkpoint, warnings = latest(run)
         assert_intact(checkpoint)
         loaded.append(checkpoint.step)
@@ -57,42 +57,42 @@ def test_a_kill_at_any_point_leaves_a_valid_checkpoint(
 
 @pytest.mark.parametrize("best", [7, 21])
 def test_a_kill_at_any_point_leaves_the_best_checkpoint(
-    saved: Path, tmp_path: Path, lives: Lives, best: int
+    saved: Path, tmp_path: Path, fork_server: ForkServer, best: int
 ) -> None:
-    """The best is step 7 and stays so, or becomes 21: the best as the newest records it exists."""
+    """best: the best step after the save. The best of the newest valid checkpoint must exist."""
     loaded = []
     for point in itertools.count():
         run = shutil.copytree(saved, tmp_path / f"{point}")
         options = {"step": 21, "numbers": NUMBERS, "keep": 1, "best": best}
-        status = lives.run("save", run=run, point=point, **options)
+        status = fork_server.run("save", run=run, point=point, **options)
         if status == 0:
             break
         checkpoint, warnings = latest(run)
         assert not warnings
         loaded.append(checkpoint.step)
-        [wanted] = [
+        [best_checkpoint] = [
             one
             for one in inspect_checkpoints(run, verify_hashes=True)
             if one.step == (best if checkpoint.step == 21 else 7)
         ]
-        assert not wanted.error
+        assert not best_checkpoint.error
         shutil.rmtree(run)
     assert set(loaded) == {14, 21}
     assert names(run) == ([] if best == 21 else ["step-00000007"]) + ["step-00000021"]
 
 
-# Row 5: the disk is full at any point of a save.
+# The disk is full at any point of a save.
 
 
 def test_a_full_disk_at_any_point_leaves_older_checkpoints_intact(
-    saved: Path, tmp_path: Path, lives: Lives
+    saved: Path, tmp_path: Path, fork_server: ForkServer
 ) -> None:
     refused = 0
     for point in itertools.count():
         run = shutil.copytree(saved, tmp_path / f"{point}")
         options = {"step": 21, "numbers": NUMBERS, "keep": 2, "how": "full"}
-        status = lives.run("save", run=run, point=point, **options)
-        message = lives.output.read_text()
+        status = fork_server.run("save", run=run, point=point, **options)
+        message = fork_server.output.read_text()
         assert status in (0, REFUSED), message
         if names(run) == ["step-00000014", "step-00000021"] and status == 0:
             break  # no more points
@@ -110,27 +110,27 @@ def test_a_full_disk_at_any_point_leaves_older_checkpoints_intact(
 
 
 def test_a_file_size_limit_at_any_point_leaves_older_checkpoints_intact(
-    saved: Path, tmp_path: Path, lives: Lives
+    saved: Path, tmp_path: Path, fork_server: ForkServer
 ) -> None:
     """The system refuses a write: that of the tensors, or that of the manifest."""
     for limit in [*range(0, 12_000, 600), 12_050]:
         run = shutil.copytree(saved, tmp_path / f"{limit}")
         options = {"step": 21, "numbers": NUMBERS, "keep": 2, "how": "limit"}
-        assert lives.run("save", run=run, point=limit, **options) == REFUSED
-        assert_refused(run, lives.output.read_text())
-    assert lives.run("save", run=run, point=13_000, **options) == 0
+        assert fork_server.run("save", run=run, point=limit, **options) == REFUSED
+        assert_refused(run, fork_server.output.read_text())
+    assert fork_server.run("save", run=run, point=13_000, **options) == 0
 
 
 @contextlib.contextmanager
-def small_disk(place: Path, size: int) -> Iterator[None]:
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+def small_disk(path: Path, size: int) -> Iterator[None]:
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     if sys.platform != "linux" or os.geteuid() or subprocess.run(mount).returncode:
         pytest.skip("mounting a disk of a given size needs root")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(path)], check=True)
 
 
 def test_a_save_to_a_small_disk_fails_cleanly(tmp_path: Path) -> None:

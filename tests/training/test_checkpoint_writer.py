@@ -44,7 +44,7 @@ def test_later_changes_of_the_tensors_are_not_written(tmp_path: Path) -> None:
         assert not (tmp_path / "checkpoints").exists()
         content["model"]["weight"].zero_()
         content["optimizer"]["moment"].zero_()
-        content["state"]["words"] = "other"
+        content["state"]["text"] = "other"
         gate.open()
     assert_intact(latest(tmp_path)[0])
 

@@ -3,11 +3,11 @@ from pathlib import Path
 from minimind.errors import ConfigError, DataError
 from minimind.training.stage import prepare_stage
 from tests.support.small_runs import RecordingReporter
-from tests.support.stages import Make, refused
+from tests.support.stages import MakeRecipe, refused
 
 
 def test_separate_validation_data_replaces_the_validation_fraction(
-    recipe: Make, corpus: Path
+    recipe: MakeRecipe, corpus: Path
 ) -> None:
     own = recipe(data__validation=[str(corpus / "text.jsonl")], data__validation_fraction=0.5)
     trainer = prepare_stage(own, reporter=RecordingReporter()).trainer
@@ -15,14 +15,14 @@ def test_separate_validation_data_replaces_the_validation_fraction(
     assert trainer.held_out.order.epoch_size == trainer.data.order.epoch_size
 
 
-def test_too_little_held_out_text_is_reported(recipe: Make) -> None:
-    told = RecordingReporter()
-    trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=told).trainer
+def test_too_little_held_out_text_is_reported(recipe: MakeRecipe) -> None:
+    reporter = RecordingReporter()
+    trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=reporter).trainer
     assert trainer.held_out is None
-    assert any("too little text is held out" in line for line in told.lines)
+    assert any("too little text is held out" in line for line in reporter.lines)
 
 
-def test_less_than_one_sequence_is_an_error(recipe: Make, tmp_path: Path) -> None:
+def test_less_than_one_sequence_is_an_error(recipe: MakeRecipe, tmp_path: Path) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "长江很长。"}\n', encoding="utf-8")
     message = refused(recipe(data__sources=[str(short)]), DataError)
@@ -31,7 +31,7 @@ def test_less_than_one_sequence_is_an_error(recipe: Make, tmp_path: Path) -> Non
     )
 
 
-def test_missing_data_is_an_error(recipe: Make, tmp_path: Path) -> None:
+def test_missing_data_is_an_error(recipe: MakeRecipe, tmp_path: Path) -> None:
     assert "data.sources is empty: give --data FILE" in refused(
         recipe(data__sources=[]), ConfigError
     )

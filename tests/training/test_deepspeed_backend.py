@@ -13,7 +13,7 @@ from minimind.errors import ConfigError, install_line
 from minimind.training.build import check_recipe
 from minimind.training.deepspeed_backend import _without_future_warnings
 from tests.support.small_runs import (
-    Lives,
+    ForkServer,
     assert_replicas_equal,
     checkpoint_files,
     lora_settings,
@@ -68,7 +68,7 @@ class TestZero:
         "kind", ["pretrain", "moe", "lora", "dpo", "bf16", "clipped", "recompute"]
     )
     def test_losses_are_those_of_the_torch_backend(
-        self, lives: Lives, tmp_path: Path, kind: str, stage: int
+        self, fork_server: ForkServer, tmp_path: Path, kind: str, stage: int
     ) -> None:
         """Two processes with two micro-batches per step, and validation."""
         objective = {"lora": "sft", "dpo": "dpo"}.get(kind, "pretrain")
@@ -77,8 +77,8 @@ class TestZero:
         extra |= {"training__precision": "bf16"} if kind == "bf16" else {}
         extra |= {"training__activation_checkpointing": kind == "recompute"}
         extra |= {"optim__grad_clip": 0.05} if kind == "clipped" else {}
-        run_distributed(lives, tmp_path / "torch", 2, objective, **ADAMW | extra)
-        run_distributed(lives, tmp_path / "zero", 2, objective, **zero(stage) | extra)
+        run_distributed(fork_server, tmp_path / "torch", 2, objective, **ADAMW | extra)
+        run_distributed(fork_server, tmp_path / "zero", 2, objective, **zero(stage) | extra)
         assert samples_seen(tmp_path / "zero", 2) == list(range(32))
         for lines in ("train", "validation"):
             own, theirs = (metrics(tmp_path / name, lines) for name in ("torch", "zero"))
@@ -89,29 +89,29 @@ class TestZero:
                 assert values == pytest.approx([line[name] for line in own], rel=close)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    def test_stop_and_resume(self, lives: Lives, tmp_path: Path, stage: int) -> None:
+    def test_stop_and_resume(self, fork_server: ForkServer, tmp_path: Path, stage: int) -> None:
         """The same bits with the same number of processes, the same losses with another number."""
         settings = zero(stage) | {"training__global_batch_size": 6, "training__steps": 12}
         uninterrupted, run, other = tmp_path / "uninterrupted", tmp_path / "run", tmp_path / "other"
-        run_distributed(lives, uninterrupted, 2, **settings)
-        run_distributed(lives, run, 2, stop=(1, 14), **settings)
-        output = run_distributed(lives, run, 2, **settings)
+        run_distributed(fork_server, uninterrupted, 2, **settings)
+        run_distributed(fork_server, run, 2, stop=(1, 14), **settings)
+        output = run_distributed(fork_server, run, 2, **settings)
         assert "resuming from step 4" in output
         assert checkpoint_files(run, 12) == checkpoint_files(uninterrupted, 12)
         assert metrics(run) == metrics(uninterrupted)
-        seen = []
+        samples = []
         for processes, stop in ((2, (1, 14)), (3, (2, 9)), (1, None)):
-            run_distributed(lives, other, processes, stop=stop, **settings)
-            seen += samples_seen(other, processes, batch=6)
-        assert seen == list(range(72))
+            run_distributed(fork_server, other, processes, stop=stop, **settings)
+            samples += samples_seen(other, processes, batch=6)
+        assert samples == list(range(72))
         assert losses(other) == pytest.approx(losses(uninterrupted), rel=1e-5)
 
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_non_finite_step_changes_nothing(
-        self, lives: Lives, tmp_path: Path, stage: int
+        self, fork_server: ForkServer, tmp_path: Path, stage: int
     ) -> None:
         settings = zero(stage) | {"checkpoint__every": 1, "checkpoint__keep": 99}
-        output = run_distributed(lives, tmp_path, 2, corrupt=(1, [9]), **settings)
+        output = run_distributed(fork_server, tmp_path, 2, corrupt=(1, [9]), **settings)
         assert "step 5 (samples 16-19): non-finite gradient" in output
         assert (
             checkpoint_files(tmp_path, 5)

@@ -1,4 +1,4 @@
-"""Data-parallel training in several processes: rows 2, 6 and 7 of the reliability promises."""
+"""Data-parallel training in several processes."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from minimind.errors import ConfigError, TrainingError
 from minimind.training.distributed import ProcessGroup, _buckets, init_distributed, local_device
 from minimind.training.sums import LossSums
 from tests.support.small_runs import (
-    Lives,
+    ForkServer,
     assert_replicas_equal,
     checkpoint_files,
     lora_settings,
@@ -35,7 +35,7 @@ def label_counts(lines: list[dict[str, Any]]) -> list[int]:
 
 
 def test_shards_of_any_number_of_processes_cover_the_same_samples() -> None:
-    """Row 2, for ten thousand data cursors: the shards in rank order are the global batch."""
+    """For ten thousand data cursors: the shards in rank order are the global batch."""
     order = Order((700, 45), (1.0, 2.5), seed=3)
     batch = 12
     for cursor in range(0, 10_000 * batch, batch):
@@ -43,8 +43,9 @@ def test_shards_of_any_number_of_processes_cover_the_same_samples() -> None:
             [ProcessGroup(rank, size).shard(cursor, batch) for rank in range(size)]
             for size in (1, 2, 3, 4)
         ]
-        for parts in shards:
-            assert [sample for own in parts for sample in own] == [*range(cursor, cursor + batch)]
+        for parts in shards:  # contiguous ranges, from the first sample of the batch to the last
+            ends = [cursor, *(own.stop for own in parts)]
+            assert [*map(range, ends, ends[1:])] == parts and ends[-1] == cursor + batch
         if cursor % (101 * batch) == 0:  # the sequences too
             [expected] = [order.locate(own.start, len(own)) for own in shards[0]]
             for parts in shards[1:]:
@@ -203,16 +204,16 @@ def test_all_reduced_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         ("dpo", {}),
     ],
 )
-def test_several_processes_train_like_one(
-    lives: Lives, tmp_path: Path, objective: str, settings: dict[str, Any]
+def test_several_processes_train_as_one_does(
+    fork_server: ForkServer, tmp_path: Path, objective: str, settings: dict[str, Any]
 ) -> None:
-    """Row 6: the same samples in the same order; losses and counts to rounding."""
+    """The same samples in the same order; losses and counts to rounding."""
     curves = []
     settings = {"held_out": True, "validation__every": 4} | settings
     validations = []
     for processes in (1, 2, 4):
         run = tmp_path / f"{processes}"
-        run_distributed(lives, run, processes, objective, **settings)
+        run_distributed(fork_server, run, processes, objective, **settings)
         assert samples_seen(run, processes) == list(range(32))
         assert_replicas_equal(run, processes)
         curves.append(metrics(run, "train"))
@@ -229,128 +230,138 @@ def test_several_processes_train_like_one(
 
 @pytest.mark.parametrize("objective", ["pretrain", "lora"])
 def test_resume_with_the_same_number_of_processes_gives_the_same_bits(
-    lives: Lives, tmp_path: Path, objective: str
+    fork_server: ForkServer, tmp_path: Path, objective: str
 ) -> None:
-    """Row 1 for two processes. Each rank draws its own dropout masks, again after a resume."""
+    """Each rank draws its own dropout masks, again after a resume."""
     kind, settings = ("sft", lora_settings()) if objective == "lora" else (objective, {})
     uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
-    run_distributed(lives, uninterrupted, 2, kind, **settings)
+    run_distributed(fork_server, uninterrupted, 2, kind, **settings)
     # Two micro-batches per step: the first stop comes between them, on rank 1.
     for stop in ((1, 6), (0, 5)):
-        run_distributed(lives, run, 2, kind, stop=stop, **settings)
-    run_distributed(lives, run, 2, kind, **settings)
+        run_distributed(fork_server, run, 2, kind, stop=stop, **settings)
+    run_distributed(fork_server, run, 2, kind, **settings)
     assert metrics(run) == metrics(uninterrupted)
     assert checkpoint_files(run, 8) == checkpoint_files(uninterrupted, 8)
     assert_replicas_equal(run, 2)
 
 
-def test_random_kills_of_random_ranks_change_nothing(lives: Lives, tmp_path: Path) -> None:
-    """Row 1 for two processes: ten kills. The launcher kills the other rank."""
+def test_random_kills_of_random_ranks_change_nothing(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    """Ten kills. The launcher kills the other rank."""
     uninterrupted, run, dice = tmp_path / "uninterrupted", tmp_path / "run", random.Random("kills")
     settings = {"training__steps": 40, "checkpoint__every": 3}
-    run_distributed(lives, uninterrupted, 2, **settings)
+    run_distributed(fork_server, uninterrupted, 2, **settings)
     for _ in range(10):
         kill = (dice.randrange(2), dice.randrange(1, 14))
-        assert f"rank {kill[0]} failed" in run_distributed(lives, run, 2, kill=kill, **settings)
-    run_distributed(lives, run, 2, **settings)
+        assert f"rank {kill[0]} failed" in run_distributed(
+            fork_server, run, 2, kill=kill, **settings
+        )
+    run_distributed(fork_server, run, 2, **settings)
     assert metrics(run) == metrics(uninterrupted)
     assert checkpoint_files(run, 40) == checkpoint_files(uninterrupted, 40)
 
 
 def test_rank_without_a_launcher_reports_that_another_has_ended(
-    lives: Lives, tmp_path: Path
+    fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """As on another machine than that of the lost process."""
-    output = run_distributed(lives, tmp_path, 2, kill=(1, 5), unwatched=True)
+    """As on a machine other than that of the lost process."""
+    output = run_distributed(fork_server, tmp_path, 2, kill=(1, 5), unwatched=True)
     assert "process 0 of 0-1: another process of this run has ended; run the same command" in output
 
 
-def test_resume_with_another_number_of_processes(lives: Lives, tmp_path: Path) -> None:
-    """Row 6, from 1 to 2 to 1: the same samples, losses within 1e-4 of those of one process."""
+def test_resume_with_another_number_of_processes(fork_server: ForkServer, tmp_path: Path) -> None:
+    """From 1 to 2 to 1: the same samples, losses within 1e-4 of those of one process."""
     uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     settings = {"training__steps": 30}
-    run_distributed(lives, uninterrupted, 1, **settings)
-    seen = []
+    run_distributed(fork_server, uninterrupted, 1, **settings)
+    samples = []
     for processes, stop in ((1, (0, 41)), (2, (1, 21)), (1, None)):
-        output = run_distributed(lives, run, processes, stop=stop, **settings)
-        seen += samples_seen(run, processes)
+        output = run_distributed(fork_server, run, processes, stop=stop, **settings)
+        samples += samples_seen(run, processes)
     assert "resuming from step 20" in output
-    assert seen == list(range(120))
+    assert samples == list(range(120))
     assert losses(run) == pytest.approx(losses(uninterrupted), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_all_ranks_validate(lives: Lives, tmp_path: Path, processes: int) -> None:
-    """Each evaluates its share of the held-out sequences, and the metrics are those of one process.
+def test_all_ranks_validate(fork_server: ForkServer, tmp_path: Path, processes: int) -> None:
+    """Each rank evaluates a shard of the held-out sequences; metrics equal those of one process.
 
     With five sequences, the last of four ranks has none.
     """
     settings = {"model__preset": "nano-moe", "held_out": True, "validation__num_sequences": 5}
     settings |= {"validation__every": 4}
     for number in (1, processes):
-        run_distributed(lives, tmp_path / f"{number}", number, **settings)
+        run_distributed(fork_server, tmp_path / f"{number}", number, **settings)
     run = tmp_path / f"{processes}"
     read = [json.loads((run / f"held-out-{rank}").read_text()) for rank in range(processes)]
     parts = {2: [[0, 1, 2], [3, 4]], 4: [[0, 1], [2, 3], [4], []]}[processes]
     assert read == [[[start, 1] for start in part] * 2 for part in parts]
-    alone, together = (metrics(tmp_path / f"{n}", "validation") for n in (1, processes))
-    assert [line["step"] for line in together] == [4, 8]
-    for line, expected in zip(together, alone, strict=True):
+    single, distributed = (metrics(tmp_path / f"{n}", "validation") for n in (1, processes))
+    assert [line["step"] for line in distributed] == [4, 8]
+    for line, expected in zip(distributed, single, strict=True):
         assert line.pop("kind") == expected.pop("kind")
         assert line == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
-def test_stop_during_validation_reaches_all_ranks(lives: Lives, tmp_path: Path) -> None:
+def test_stop_during_validation_reaches_all_ranks(fork_server: ForkServer, tmp_path: Path) -> None:
     """Rank 1 gets a signal at its second of three sequences. The resumed run validates first."""
     uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     settings = {"held_out": True, "validation__num_sequences": 6, "validation__every": 2}
     settings |= {"training__steps": 4}
-    run_distributed(lives, uninterrupted, 2, **settings)
-    run_distributed(lives, run, 2, stop=(1, 6), **settings)
+    run_distributed(fork_server, uninterrupted, 2, **settings)
+    run_distributed(fork_server, run, 2, stop=(1, 6), **settings)
     assert {(run / f"steps-{rank}").read_text() for rank in range(2)} == {"2"}
     assert metrics(run, "validation") == []
     assert [json.loads((run / f"held-out-{rank}").read_text()) for rank in range(2)] == [
         [[0, 1], [1, 1]],
         [[3, 1], [4, 1]],
     ]
-    run_distributed(lives, run, 2, **settings)
+    run_distributed(fork_server, run, 2, **settings)
     assert metrics(run) == metrics(uninterrupted)
     assert checkpoint_files(run, 4) == checkpoint_files(uninterrupted, 4)
 
 
 def test_out_of_memory_on_one_rank_reduces_the_evaluation_batch_size_of_all(
-    lives: Lives, tmp_path: Path
+    fork_server: ForkServer, tmp_path: Path
 ) -> None:
     uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     settings = {"held_out": True, "validation__num_sequences": 8, "validation__every": 4}
     settings |= {"training__micro_batch_size": 2, "training__steps": 4}
-    run_distributed(lives, uninterrupted, 2, **settings)
+    run_distributed(fork_server, uninterrupted, 2, **settings)
     output = run_distributed(
-        lives, run, 2, out_of_memory=(1, [6]), **settings
+        fork_server, run, 2, out_of_memory=(1, [6]), **settings
     )  # the second batch of its validation
     assert output == "0: out of memory on cpu while evaluating 2 sequences; continuing with 1\n"
     assert json.loads((run / "held-out-0").read_text()) == [[0, 2], [2, 2], [2, 1], [3, 1]]
-    [line], [expected] = (metrics(place, "validation") for place in (run, uninterrupted))
+    [line], [expected] = (metrics(path, "validation") for path in (run, uninterrupted))
     assert line["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
     assert checkpoint_files(run, 4) == checkpoint_files(uninterrupted, 4)
 
 
-def test_reference_logprobs_of_held_out_pairs_are_sharded(lives: Lives, tmp_path: Path) -> None:
+def test_reference_logprobs_of_held_out_pairs_are_sharded(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     """Most held-out sequences do not occur in the two training steps."""
     settings = {"held_out": True, "validation__num_sequences": 13, "training__steps": 2}
     for processes in (1, 2, 4):
-        run_distributed(lives, tmp_path / f"{processes}", processes, "dpo", **settings)
-    alone, *others = (metrics(tmp_path / f"{n}", "validation") for n in (1, 2, 4))
-    assert alone[0]["loss"] > 0
+        run_distributed(fork_server, tmp_path / f"{processes}", processes, "dpo", **settings)
+    single, *others = (metrics(tmp_path / f"{n}", "validation") for n in (1, 2, 4))
+    assert single[0]["loss"] > 0
     for lines in others:
         for name in ("loss", "logps/chosen", "logps/rejected"):
-            assert lines[0][name] == pytest.approx(alone[0][name], rel=TOLERANCE)
+            assert lines[0][name] == pytest.approx(single[0][name], rel=TOLERANCE)
 
 
-def test_signal_to_one_rank_stops_all_at_the_same_step(lives: Lives, tmp_path: Path) -> None:
+def test_signal_to_one_rank_stops_all_at_the_same_step(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     for number, stop in enumerate([(0, 7), (1, 8), (2, 9)]):
         run = tmp_path / f"{number}"
-        run_distributed(lives, run, 4, stop=stop, training__global_batch_size=8, training__steps=20)
+        run_distributed(
+            fork_server, run, 4, stop=stop, training__global_batch_size=8, training__steps=20
+        )
         steps = {int((run / f"steps-{rank}").read_text()) for rank in range(4)}
         assert len(steps) == 1 and steps < {3, 4}
         [saved] = (run / "checkpoints").iterdir()
@@ -358,11 +369,11 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(lives: Lives, tmp_path: P
 
 
 def test_non_finite_gradient_of_one_rank_skips_the_step_on_all(
-    lives: Lives, tmp_path: Path
+    fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """Row 7: NaN on rank 1. With two micro-batches per step, calls 9 and 10 belong to step 5."""
+    """NaN on rank 1. With two micro-batches per step, calls 9 and 10 belong to step 5."""
     settings = {"checkpoint__every": 1, "checkpoint__keep": 99}
-    output = run_distributed(lives, tmp_path, 2, corrupt=(1, [9]), **settings)
+    output = run_distributed(fork_server, tmp_path, 2, corrupt=(1, [9]), **settings)
     assert output == "0: step 5 (samples 16-19): non-finite gradient; step skipped\n"
     assert checkpoint_files(tmp_path, 5)["model"] == checkpoint_files(tmp_path, 4)["model"]
     assert checkpoint_files(tmp_path, 5) == checkpoint_files(tmp_path, 4)
@@ -371,14 +382,14 @@ def test_non_finite_gradient_of_one_rank_skips_the_step_on_all(
 
 
 @pytest.mark.numeric
-def test_rank_without_label_tokens_takes_part(lives: Lives, tmp_path: Path) -> None:
-    """The second half of each batch has no labels: the whole shard of rank 1 of two."""
+def test_rank_without_label_tokens_takes_part(fork_server: ForkServer, tmp_path: Path) -> None:
+    """The second half of each batch has no labels: the complete shard of rank 1."""
     settings = {"unlabeled": [2, 3]}
     for processes in (1, 2):
-        run_distributed(lives, tmp_path / f"{processes}", processes, "sft", **settings)
-    alone, together = (metrics(tmp_path / f"{processes}", "train") for processes in (1, 2))
-    assert label_counts(together) == label_counts(alone)
-    assert [line["loss"] for line in together] == pytest.approx(
-        [line["loss"] for line in alone], rel=TOLERANCE
+        run_distributed(fork_server, tmp_path / f"{processes}", processes, "sft", **settings)
+    single, distributed = (metrics(tmp_path / f"{processes}", "train") for processes in (1, 2))
+    assert label_counts(distributed) == label_counts(single)
+    assert [line["loss"] for line in distributed] == pytest.approx(
+        [line["loss"] for line in single], rel=TOLERANCE
     )
     assert_replicas_equal(tmp_path / "2", 2)

@@ -13,7 +13,7 @@ from minimind.errors import CheckpointError, ConfigError
 from minimind.training.extend import stable_steps
 from minimind.training.schedule import lr_fraction
 from tests.support.small_runs import RecordingReporter, lora_settings, metrics
-from tests.support.stages import Make, assert_same, do, refused
+from tests.support.stages import MakeRecipe, assert_same, refused, train
 
 WSD = {"schedule__name": "wsd", "schedule__decay": 0.25, "checkpoint__every": 5}
 
@@ -40,39 +40,39 @@ def rates(run: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("kind", ["pretrain", "lora", "dpo"])
 def test_an_extended_wsd_run_ends_with_the_bits_of_a_longer_one(
-    recipe: Make, run: Path, tmp_path: Path, kind: str
+    recipe: MakeRecipe, run: Path, tmp_path: Path, kind: str
 ) -> None:
     more: dict[str, Any] = {"schedule__warmup": 0.0, "validation__every": 100}
     if kind != "pretrain":
-        do(recipe(out=tmp_path / "base"))
+        train(recipe(out=tmp_path / "base"))
         more["model__init"] = str(tmp_path / "base")
     if kind == "lora":
         more |= lora_settings()
     if kind == "dpo":
         more["data__seq_len"] = 64
     objective = {"lora": "sft"}.get(kind, kind)
-    short, long = (recipe(objective, **WSD | more | {"training__steps": n}) for n in (20, 40))
-    do(short)
-    branch = stable_steps(20, short.schedule)
+    short, long = (recipe(objective, **WSD | more | {"training__steps": n}) for n in (10, 20))
+    train(short)
+    branch = stable_steps(10, short.schedule)
     assert branch and (run / "checkpoints" / f"step-{branch:08}").is_dir(), (
         "kept as well as the newest"
     )
     weights = sorted(run.glob("*/*model*.safetensors"))[-1]
     before = weights.read_bytes()
-    told = RecordingReporter()
-    assert do(long, told).summary["steps"] == 40
-    [line] = [line for line in told.lines if "instead of" in line]
+    reporter = RecordingReporter()
+    assert train(long, reporter).summary["steps"] == 20
+    [line] = [line for line in reporter.lines if "instead of" in line]
     assert line == (
-        f"{run}: 40 steps instead of 20, continued from step {branch}, where the learning rate "
+        f"{run}: 20 steps instead of 10, continued from step {branch}, where the learning rate "
         "goes from 1 to 1 of its peak; later checkpoints are renamed to .decayed-step-…"
     )
-    assert (run / "checkpoints" / ".decayed-step-00000020").is_dir()
+    assert (run / "checkpoints" / ".decayed-step-00000010").is_dir()
     assert weights.read_bytes() != before
     assert load_recipe(run / "recipe.toml").recipe == long
     [event] = metrics(run, "extended")
-    assert event == {"kind": "extended", "step": branch, "from_steps": 20, "to_steps": 40}
+    assert event == {"kind": "extended", "step": branch, "from_steps": 10, "to_steps": 20}
     uninterrupted = tmp_path / "uninterrupted"
-    do(long.model_copy(update={"out": str(uninterrupted)}))
+    train(long.model_copy(update={"out": str(uninterrupted)}))
     log = run / "metrics.jsonl"
     lines = [line for line in log.read_text("utf-8").splitlines() if '"extended"' not in line]
     log.write_text("\n".join(lines) + "\n")
@@ -83,67 +83,69 @@ def test_an_extended_wsd_run_ends_with_the_bits_of_a_longer_one(
     assert_same(run, uninterrupted)
 
 
-def test_extending_a_run_does_not_repeat_the_warmup(recipe: Make, run: Path) -> None:
+def test_extending_a_run_does_not_repeat_the_warmup(recipe: MakeRecipe, run: Path) -> None:
     settings = WSD | {"schedule__warmup": 0.1}
-    do(recipe(**settings, training__steps=20))
-    do(recipe(**settings, training__steps=60))
+    train(recipe(**settings, training__steps=20))
+    train(recipe(**settings, training__steps=60))
     fractions = rates(run)
     assert [fractions[step] for step in (1, 2, 3)] == pytest.approx([0.5, 1.0, 1.0])
     assert [fractions[step] for step in range(3, 46)] == pytest.approx([1.0] * 43)
     assert fractions[60] < fractions[50] < 1
 
 
-def test_a_run_stopped_before_its_decay_repeats_no_step(recipe: Make, run: Path) -> None:
-    do(recipe(**WSD, training__steps=20, checkpoint__keep=9))
-    for place in (run / "checkpoints").iterdir():
-        if place.name > "step-00000010":
-            shutil.rmtree(place)
+def test_a_run_stopped_before_its_decay_repeats_no_step(recipe: MakeRecipe, run: Path) -> None:
+    train(recipe(**WSD, training__steps=20, checkpoint__keep=9))
+    for path in (run / "checkpoints").iterdir():
+        if path.name > "step-00000010":
+            shutil.rmtree(path)
     (run / "summary.json").unlink()
-    told = RecordingReporter()
-    do(recipe(**WSD, training__steps=40, checkpoint__keep=9), told)
-    assert any("continued from step 10, " in line and "renamed" not in line for line in told.lines)
+    reporter = RecordingReporter()
+    train(recipe(**WSD, training__steps=40, checkpoint__keep=9), reporter)
+    assert any(
+        "continued from step 10, " in line and "renamed" not in line for line in reporter.lines
+    )
     assert not list((run / "checkpoints").glob(".decayed-*"))
 
 
 def test_a_cosine_run_continues_from_its_end_and_reports_the_jump_of_the_rate(
-    recipe: Make, run: Path
+    recipe: MakeRecipe, run: Path
 ) -> None:
     settings = {"schedule__name": "cosine", "schedule__warmup": 0.0, "schedule__final": 0.1}
-    do(recipe(**settings, training__steps=10))
-    told = RecordingReporter()
+    train(recipe(**settings, training__steps=10))
+    reporter = RecordingReporter()
     longer = recipe(**settings, training__steps=20)
-    assert do(longer, told).summary["steps"] == 20
+    assert train(longer, reporter).summary["steps"] == 20
     fraction = lr_fraction(10, 20, longer.schedule)
-    [line] = [line for line in told.lines if "instead of" in line]
+    [line] = [line for line in reporter.lines if "instead of" in line]
     assert line.startswith(f"{run}: 20 steps instead of 10, continued from step 10, where the ")
     assert f"from {rates(run)[10]:.3g} to {fraction:.3g} of its peak" in line
     assert rates(run)[11] == pytest.approx(fraction)
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, 21))
 
 
-def test_more_epochs_extend_a_run(recipe: Make, run: Path) -> None:
+def test_more_epochs_extend_a_run(recipe: MakeRecipe, run: Path) -> None:
     settings = WSD | {"training__steps": None, "training__global_batch_size": 16}
-    first = do(recipe(**settings, training__epochs=1.0)).summary["steps"]
-    assert do(recipe(**settings, training__epochs=2.0)).summary["steps"] > first + 10
+    first = train(recipe(**settings, training__epochs=1.0)).summary["steps"]
+    assert train(recipe(**settings, training__epochs=2.0)).summary["steps"] > first + 10
 
 
-def test_fewer_steps_are_another_recipe(recipe: Make, run: Path) -> None:
-    do(recipe(**WSD, training__steps=10))
+def test_fewer_steps_are_another_recipe(recipe: MakeRecipe, run: Path) -> None:
+    train(recipe(**WSD, training__steps=10))
     before = (run / "summary.json").read_bytes()
     message = refused(recipe(**WSD, training__steps=5), ConfigError)
     assert message.startswith(f"{run} holds a run of another recipe: training.steps was 10 and is ")
     assert (run / "summary.json").read_bytes() == before
 
 
-def test_a_run_without_checkpoints_cannot_be_extended(recipe: Make, run: Path) -> None:
-    do(recipe(**WSD, training__steps=10))
+def test_a_run_without_checkpoints_cannot_be_extended(recipe: MakeRecipe, run: Path) -> None:
+    train(recipe(**WSD, training__steps=10))
     shutil.rmtree(run / "checkpoints")
     message = refused(recipe(**WSD, training__steps=20), CheckpointError)
     assert "no checkpoint is left to continue from" in message
     assert json.loads((run / "summary.json").read_text("utf-8"))["steps"] == 10
 
 
-def test_a_run_can_be_extended_again(recipe: Make, run: Path) -> None:
+def test_a_run_can_be_extended_again(recipe: MakeRecipe, run: Path) -> None:
     for steps in (8, 16, 24):
-        assert do(recipe(**WSD, training__steps=steps)).summary["steps"] == steps
+        assert train(recipe(**WSD, training__steps=steps)).summary["steps"] == steps
     assert [line["step"] for line in metrics(run, "train")] == list(range(1, 25))

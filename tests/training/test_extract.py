@@ -6,14 +6,14 @@ import pytest
 from minimind.errors import CheckpointError, ModelError
 from minimind.training.extract import extract_checkpoint
 from tests.support.small_runs import lora_settings
-from tests.support.stages import Make, do
+from tests.support.stages import MakeRecipe, train
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "lora", "dpo"])
 def test_a_checkpoint_is_extracted_as_a_model_or_an_adapter(
-    recipe: Make, run: Path, corpus: Path, tmp_path: Path, kind: str
+    recipe: MakeRecipe, run: Path, corpus: Path, tmp_path: Path, kind: str
 ) -> None:
-    do(recipe())
+    train(recipe())
     settings: dict[str, Any] = {"checkpoint__every": 1, "checkpoint__keep": 9}
     if kind != "pretrain":
         settings["model__init"] = str(run)
@@ -22,7 +22,7 @@ def test_a_checkpoint_is_extracted_as_a_model_or_an_adapter(
     if kind == "dpo":
         settings |= {"data__sources": [str(corpus / "pairs.jsonl")], "data__seq_len": 64}
     again = tmp_path / "again"
-    result = do(recipe("sft" if kind == "lora" else kind, again, **settings))
+    result = train(recipe("sft" if kind == "lora" else kind, again, **settings))
     output, weights = result.model or result.adapter, []
     assert output and result.summary["best_step"] == 5
     for step in (None, 5, 2):
@@ -52,9 +52,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_missing_or_damaged_checkpoint_is_not_extracted(
-    recipe: Make, run: Path, tmp_path: Path
+    recipe: MakeRecipe, run: Path, tmp_path: Path
 ) -> None:
-    do(recipe(data__validation_fraction=0.0))
+    train(recipe(data__validation_fraction=0.0))
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="no checkpoint of step 3; available: 5"):
         extract_checkpoint(run, 3, out)

@@ -1,4 +1,4 @@
-"""Models made by transformers, in their own formats: loaded, trained, chatted with, given back."""
+"""Models saved by transformers, with their own tokenizers: load, fine-tune, chat and save."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ SHAPE = dict(
     num_key_value_heads=2,
     max_position_embeddings=128,
 )
-# Tokenizer, class, what is particular about the shape, dtype.
+# Tokenizer, architecture, settings besides SHAPE, dtype.
 MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "smollm2": ("smollm2", "Llama", dict(tie_word_embeddings=True, rope_theta=1e5), "bfloat16"),
     "minimind2": ("minimind2", "Llama", dict(tie_word_embeddings=True, rope_theta=1e6), "float16"),
@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "base": ("base with our tokens", "Llama", dict(tie_word_embeddings=False), "float32"),
 }
-Make = Callable[..., Path]
+WriteModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,36 +80,38 @@ def _quiet() -> None:
 
 
 @pytest.fixture
-def make(foreign_dir: Callable[[str], Path], tmp_path: Path) -> Make:
-    """A model directory as transformers saves it, with a table of embeddings that is padded."""
+def make(foreign_dir: Callable[[str], Path], tmp_path: Path) -> WriteModel:
+    """Return a function that saves a model with transformers, with padded embeddings."""
 
-    def made(name: str, **saving: Any) -> Path:
-        shape, kind, own, dtype = MODELS[name]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(foreign_dir(shape))
+    def write(name: str, **saving: Any) -> Path:
+        tokenizer_name, architecture, config_settings, dtype = MODELS[name]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(foreign_dir(tokenizer_name))
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        own = own | {"vocab_size": -(-len(tokenizer) // 64) * 64}
-        config = getattr(transformers, f"{kind}Config")(**SHAPE | own | ids)
+        config_settings = config_settings | {"vocab_size": -(-len(tokenizer) // 64) * 64}
+        config = getattr(transformers, f"{architecture}Config")(**SHAPE | config_settings | ids)
         torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
         directory = tmp_path / name
         model.to(getattr(torch, dtype)).save_pretrained(directory, **saving)
-        for file in foreign_dir(shape).iterdir():
+        for file in foreign_dir(tokenizer_name).iterdir():
             (directory / file.name).write_bytes(file.read_bytes())
         return directory
 
-    return made
+    return write
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_and_files_come_back_as_they_were(name: str, make: Make, tmp_path: Path) -> None:
+def test_weights_and_config_survive_a_round_trip(
+    name: str, make: WriteModel, tmp_path: Path
+) -> None:
     directory = make(name, max_shard_size="40KB")
     assert len(list(directory.glob("*.safetensors"))) > 1
     model, tokenizer = load_for_inference(directory, "cpu", dtype=torch.float32)
@@ -128,7 +130,7 @@ def test_weights_and_files_come_back_as_they_were(name: str, make: Make, tmp_pat
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(name: str, make: Make) -> None:
+def test_logits_are_those_of_transformers(name: str, make: WriteModel) -> None:
     directory = make(name)
     model, _ = load_for_inference(directory, "cpu", dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
@@ -139,8 +141,8 @@ def test_logits_are_those_of_transformers(name: str, make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_tuned_given_back_and_talked_with(
-    name: str, make: Make, corpus: Path, tmp_path: Path
+def test_a_fine_tuned_model_loads_in_transformers_and_can_chat(
+    name: str, make: WriteModel, corpus: Path, tmp_path: Path
 ) -> None:
     directory = make(name, max_shard_size="40KB")
     recipe = nano_recipe(
@@ -173,25 +175,25 @@ def test_a_model_is_tuned_given_back_and_talked_with(
     )
     with torch.inference_mode():
         expected = theirs(torch.tensor([ids])).logits
-        found = tuned.logits(tuned(torch.tensor([ids])))
-        assert largest_difference(found, expected) <= logits_rounding(tuned.config, len(ids))
+        logits = tuned.logits(tuned(torch.tensor([ids])))
+        assert largest_difference(logits, expected) <= logits_rounding(tuned.config, len(ids))
     stops = transformers.GenerationConfig.from_pretrained(result.model).eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     assert set(stops) <= set(tokenizer.stop_ids)
     assert tokenizer.im_end in stops
 
-    said = CliRunner().invoke(
+    answer = CliRunner().invoke(
         app,
         ["chat", str(result.run), "--temperature", "0", "--max-new-tokens", "8"],
         input="你好\n",
     )
-    assert said.exit_code == 0, said.output
+    assert answer.exit_code == 0, answer.output
     generated = CliRunner().invoke(app, ["generate", str(result.run), "长江", "--seed", "1"])
     assert generated.exit_code == 0, generated.output
 
 
-def test_pretraining_goes_on_with_a_model_that_cannot_chat(
-    make: Make, foreign_dir: Callable[[str], Path], corpus: Path, tmp_path: Path
+def test_a_model_without_a_chat_template_can_be_pretrained_but_not_fine_tuned(
+    make: WriteModel, foreign_dir: Callable[[str], Path], corpus: Path, tmp_path: Path
 ) -> None:
     directory = make("llama3")
     for path in foreign_dir("base").iterdir():
@@ -211,12 +213,12 @@ def test_pretraining_goes_on_with_a_model_that_cannot_chat(
     )
     with pytest.raises(TokenizerError, match="has no chat template"):
         run_stage(chat, reporter=RecordingReporter())
-    said = CliRunner().invoke(app, ["chat", str(tmp_path / "run")], input="你好\n")
-    assert said.exit_code == 1
-    assert "has no chat template" in said.output
+    answer = CliRunner().invoke(app, ["chat", str(tmp_path / "run")], input="你好\n")
+    assert answer.exit_code == 1
+    assert "has no chat template" in answer.output
 
 
-def test_each_text_begins_with_bos_where_the_tokenizer_says_so(
+def test_texts_begin_with_bos_if_the_tokenizer_adds_it(
     foreign_dir: Callable[[str], Path], corpus: Path, tmp_path: Path
 ) -> None:
     from minimind.data.store import open_store
@@ -229,7 +231,7 @@ def test_each_text_begins_with_bos_where_the_tokenizer_says_so(
     assert {int(shard.tokens[end - 1]) for end in shard.ends} == {tokenizer.end_of_text}
 
 
-def test_conversations_that_the_format_refuses_are_left_out(
+def test_conversations_that_the_chat_template_refuses_are_skipped(
     foreign_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from minimind.data.store import open_store
@@ -239,12 +241,14 @@ def test_conversations_that_the_format_refuses_are_left_out(
     system = {"role": "system", "content": "你是助手"}
     lines = [json.dumps({"conversations": chat}) for chat in (turns, [system, *turns], turns)]
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
-    told: list[str] = []
+    reported: list[str] = []
     store = open_store(
-        str(tmp_path / "chat.jsonl"), tokenizer, kind="chat", folder=tmp_path, say=told.append
+        str(tmp_path / "chat.jsonl"), tokenizer, kind="chat", folder=tmp_path, say=reported.append
     )
     assert store.manifest["train"]["documents"] == 2
-    assert told[0].endswith("skipped 1 of 3 records: does not fit the model's own chat template")
+    assert reported[0].endswith(
+        "skipped 1 of 3 records: does not fit the model's own chat template"
+    )
     (tmp_path / "none.jsonl").write_text(lines[1])
     with pytest.raises(DataError, match=r"no conversations found .*roles must alternate"):
         open_store(str(tmp_path / "none.jsonl"), tokenizer, kind="chat", folder=tmp_path)

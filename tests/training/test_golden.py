@@ -1,8 +1,9 @@
-"""Row 9 of the reliability promises: the losses of 50 steps stay what they are.
+"""The losses of 50 steps are the recorded ones.
 
-    python tests/training/test_golden.py --write    after a change that is meant to change them
+    python tests/training/test_golden.py --write    record new ones, after an intended change
 
-Exact on the kind of machine that wrote them, on others as close as float32's rounding allows.
+The bits must be equal on the kind of machine that recorded them. On other machines the tolerance
+is the rounding error of float32.
 """
 
 import json
@@ -29,7 +30,7 @@ OBJECTIVES = ("pretrain", "sft", "dpo", "pretrain-moe", "lora")
 
 
 def machine() -> dict[str, Any]:
-    """What decides the last bits of a sum."""
+    """Return what the last bits of a sum depend on."""
     return {
         "machine": platform.machine(),
         "system": platform.system(),
@@ -41,13 +42,13 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Maker, family and model where the system tells: kernels are chosen by them."""
+    """Return vendor, family and model, by which libraries choose kernels; "" where unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor()
-    told = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in told.items()}
+    entries = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in entries.items()}
     return " ".join(fields.get(key, "") for key in ("vendor_id", "cpu family", "model"))
 
 
@@ -60,18 +61,18 @@ def curve(run: Path, objective: str) -> list[float]:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_losses_are_those_that_were_written_down(tmp_path: Path, objective: str) -> None:
+def test_losses_equal_the_recorded_ones(tmp_path: Path, objective: str) -> None:
     golden = json.loads((FOLDER / f"{objective}.json").read_text("utf-8"))
-    found = curve(tmp_path, objective)
-    assert len(found) == len(golden["losses"]) == STEPS
+    curve_losses = curve(tmp_path, objective)
+    assert len(curve_losses) == len(golden["losses"]) == STEPS
     if machine() == golden["on"]:
-        assert found == golden["losses"]
+        assert curve_losses == golden["losses"]
     else:
-        # As a share of its length, the path of the weights is off by what the gradients are; and
-        # the losses, which have fallen by less than their size, by that share.
+        # The relative error of the weights is that of the gradients. The losses fell by less than
+        # their value, so their relative error is no larger.
         model = ModelConfig(**PRESETS["nano-moe"], vocab_size=VOCAB)
         close = gradient_rounding(model, positions=32, tokens=4 * 32)
-        assert found == pytest.approx(golden["losses"], rel=close)
+        assert curve_losses == pytest.approx(golden["losses"], rel=close)
 
 
 def write() -> None:

@@ -1,4 +1,4 @@
-"""Row 10 of the reliability promises: one process per run directory."""
+"""The lock of a run directory: one process at a time."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 
 from minimind.errors import TrainingError
 from minimind.training.lock import run_lock
-from tests.support.small_runs import Lives
+from tests.support.small_runs import ForkServer
 
 
 def test_a_lock_is_released(tmp_path: Path) -> None:
@@ -44,8 +44,8 @@ def test_an_unreadable_holder_is_another_process(tmp_path: Path, content: str) -
             pytest.fail("two processes hold the lock")
 
 
-def test_a_killed_process_releases_the_lock(tmp_path: Path, lives: Lives) -> None:
-    holder = lives.start("hold", run=tmp_path)
+def test_a_killed_process_releases_the_lock(tmp_path: Path, fork_server: ForkServer) -> None:
+    holder = fork_server.start("hold", run=tmp_path)
     holder.wait_for("held")
     with pytest.raises(TrainingError, match=f"process {holder.pid} "), run_lock(tmp_path):
         pytest.fail("two processes hold the lock")
@@ -55,8 +55,10 @@ def test_a_killed_process_releases_the_lock(tmp_path: Path, lives: Lives) -> Non
         assert str(os.getpid()) in (tmp_path / ".lock.json").read_text()
 
 
-def test_the_holder_file_of_a_killed_process_is_ignored(tmp_path: Path, lives: Lives) -> None:
-    holder = lives.start("hold", run=tmp_path)
+def test_the_holder_file_of_a_killed_process_is_ignored(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
+    holder = fork_server.start("hold", run=tmp_path)
     holder.wait_for("held")
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from minimind.config.settings import Recipe
-from minimind.errors import CheckpointError, ConfigError, DataError, MinimindError, ModelError
+from minimind.errors import CheckpointError, ConfigError, DataError, ModelError
 from minimind.inference.load import load_for_inference
 from minimind.model import load_model
-from minimind.training.stage import StageResult, prepare_stage, run_stage
+from minimind.training.stage import prepare_stage, run_stage
 from tests.support.small_runs import (
     RecordingReporter,
     lora_settings,
@@ -22,6 +22,7 @@ from tests.support.small_runs import (
     nano_recipe,
     nano_trainer,
 )
+from tests.support.stages import refused, train
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +54,13 @@ def recipe(folder: Path, corpus: Path, tmp_path: Path) -> Any:
     return make
 
 
-def do(recipe: Recipe, told: RecordingReporter | None = None, **options: Any) -> StageResult:
-    return run_stage(recipe, reporter=told or RecordingReporter(), **options)
-
-
-def refused(recipe: Recipe, error: type[MinimindError]) -> str:
-    with pytest.raises(error) as caught:
-        do(recipe)
-    return str(caught.value)
-
-
 @pytest.mark.numeric
 def test_lora_writes_an_adapter_and_does_not_change_the_base(
     recipe: Any, folder: Path, tmp_path: Path
 ) -> None:
     weights = folder / "base" / "model" / "model.safetensors"
-    before, told = weights.read_bytes(), RecordingReporter()
-    result = do(recipe(), told)
+    before, reporter = weights.read_bytes(), RecordingReporter()
+    result = train(recipe(), reporter)
     run = tmp_path / "run"
     assert (result.model, result.adapter, result.finished) == (None, run / "adapter", True)
     assert not (run / "model").exists()
@@ -83,11 +74,11 @@ def test_lora_writes_an_adapter_and_does_not_change_the_base(
     assert summary["trained_parameters"] == sum(t.numel() for t in tensors.values())
     assert summary["parameters"] > summary["trained_parameters"]
     assert summary["base"] == str(folder / "base")
-    assert any("of them trained" in line for line in told.lines)
+    assert any("of them trained" in line for line in reporter.lines)
     [checkpoint] = (run / "checkpoints").iterdir()
     kept = load_file(checkpoint / "model.safetensors")
     assert {f"base_model.model.{name}.weight" for name in kept} == tensors.keys()
-    assert do(recipe()).adapter == result.adapter, "a finished run is not repeated"
+    assert train(recipe()).adapter == result.adapter, "a finished run is not repeated"
     assert losses(run)[-1] < losses(run)[0] - 0.2
     merged, _ = load_for_inference(folder / "base", "cpu", adapter=run, dtype=torch.float32)
     plain = load_model(folder / "base" / "model")
@@ -122,7 +113,7 @@ def test_the_micro_batch_size_does_not_change_the_loss(tmp_path: Path, micro_bat
 
 
 def test_adapters_can_be_trained_with_any_objective(recipe: Any, corpus: Path) -> None:
-    result = do(recipe("pretrain", data__sources=[str(corpus / "text.jsonl")]))
+    result = train(recipe("pretrain", data__sources=[str(corpus / "text.jsonl")]))
     assert result.adapter and "unigram_bits_per_byte" in result.summary
 
 
@@ -147,7 +138,7 @@ def test_a_run_resumes_only_with_its_own_base(recipe: Any, folder: Path, tmp_pat
     )
     save_model(base, model, tokenizer)
     started = recipe(model__init=str(base), training__steps=4, checkpoint__every=2)
-    do(started)
+    train(started)
     (tmp_path / "run" / "summary.json").unlink()
     with torch.no_grad():
         model.model.norm.weight.add_(0.001)
@@ -157,21 +148,21 @@ def test_a_run_resumes_only_with_its_own_base(recipe: Any, folder: Path, tmp_pat
 
 
 def test_a_lora_run_is_not_a_model_to_start_from(recipe: Any, tmp_path: Path) -> None:
-    do(recipe())
+    train(recipe())
     again = nano_recipe("sft", tmp_path / "more", model__init=str(tmp_path / "run"))
     assert "minimind merge MODEL --adapter" in refused(again, ModelError)
 
 
 def test_other_lora_settings_are_another_recipe(recipe: Any) -> None:
-    do(recipe())
+    train(recipe())
     assert "lora.rank was 4 and is now 5" in refused(recipe(lora__rank=5), ConfigError)
     message = refused(recipe().model_copy(update={"lora": None}), ConfigError)
     assert "lora.rank was 4 and is now not set" in message
 
 
 def test_fresh_removes_an_adapter(recipe: Any, tmp_path: Path) -> None:
-    do(recipe())
-    result = do(recipe(lora__rank=2), fresh=True)
+    train(recipe())
+    result = train(recipe(lora__rank=2), fresh=True)
     assert result.adapter is not None
     tensors = load_file(result.adapter / "adapter_model.safetensors")
     assert {min(tensor.shape) for tensor in tensors.values()} == {2}
@@ -181,8 +172,8 @@ def test_fresh_removes_an_adapter(recipe: Any, tmp_path: Path) -> None:
 
 
 def test_a_stage_validates_the_model_it_starts_from(recipe: Any, tmp_path: Path) -> None:
-    written = iter(["before", "after"])
-    result = do(recipe(), generate_samples=lambda m, t: [{"prompt": "?", "text": next(written)}])
+    texts = iter(["before", "after"])
+    result = train(recipe(), generate_samples=lambda m, t: [{"prompt": "?", "text": next(texts)}])
     run = tmp_path / "run"
     first, last = metrics(run, "validation")
     assert (first["step"], last["step"]) == (0, 10)
@@ -202,7 +193,7 @@ def test_a_new_model_is_not_validated_before_training(
         tokenizer=str(tokenizer_dir),
         training__steps=3,
     )
-    summary = do(recipe).summary
+    summary = train(recipe).summary
     assert [line["step"] for line in metrics(tmp_path, "validation")] == [3]
     assert "first_loss" not in summary
 
@@ -216,7 +207,7 @@ def test_retention_sets_are_measured_at_every_validation(
     assert prepared.trainer.retention is not None
     text, chat = prepared.trainer.retention.datasets
     assert text.batch(0, 1).segments is None and chat.batch(0, 1).segments is not None
-    summary = do(recipe(data__retention=retention, optim__lr=0.1)).summary
+    summary = train(recipe(data__retention=retention, optim__lr=0.1)).summary
     first, last = metrics(tmp_path / "run", "validation")
     for key in ("retention_loss", "retention_bits_per_byte"):
         assert summary[f"first_{key}"] == first[key]
@@ -228,7 +219,7 @@ def test_changed_retention_sets_are_changed_data(recipe: Any, corpus: Path, tmp_
     copy = tmp_path / "retention.jsonl"
     copy.write_bytes((corpus / "chat.jsonl").read_bytes())
     begun = recipe(data__retention=[str(copy)], checkpoint__every=5)
-    do(begun)
+    train(begun)
     (tmp_path / "run" / "summary.json").unlink()
     copy.write_bytes(copy.read_bytes() * 2)
     assert "has changed since this run began" in refused(begun, CheckpointError)
@@ -242,7 +233,7 @@ def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_pat
     ]
     lines = [json.dumps({"conversations": turns}) for _ in range(200)]
     data.write_text("\n".join(lines), encoding="utf-8")
-    told = RecordingReporter()
+    reporter = RecordingReporter()
     settings = {"data__sources": [str(data)], "data__validation_fraction": 0.0}
     fill = {"name": "小明", "autor": "李雷"}
     for _ in range(2):  # reported for an existing store too
@@ -252,17 +243,17 @@ def test_variables_are_filled_and_missing_ones_are_reported(recipe: Any, tmp_pat
             in message
         )
         assert message.endswith("(data.variables has name, autor)")
-    prepare_stage(recipe(**settings), reporter=told)
-    assert len([line for line in told.lines if "}}, which has no value" in line]) == 2
-    told = RecordingReporter()
+    prepare_stage(recipe(**settings), reporter=reporter)
+    assert len([line for line in reporter.lines if "}}, which has no value" in line]) == 2
+    reporter = RecordingReporter()
     prepared = prepare_stage(
-        recipe(data__variables=fill | {"author": "李雷"}, **settings), reporter=told
+        recipe(data__variables=fill | {"author": "李雷"}, **settings), reporter=reporter
     )
     text = prepared.tokenizer.decode(
         prepared.stores.sources[0].shards("train")[0].tokens[:40].tolist()
     )
     assert "小明" in text and "李雷" in text and "{{" not in text
-    [line] = [line for line in told.lines if "{{" in line]
+    [line] = [line for line in reporter.lines if "{{" in line]
     assert line == "data.variables.autor is not used: no record contains {{autor}}"
 
 
@@ -280,13 +271,13 @@ def test_a_schema_applies_to_one_source_only(recipe: Any, tmp_path: Path, corpus
     message = refused(recipe(data__sources=[str(path), "textbook:identity"], **settings), DataError)
     assert "unknown role 'other'" in message
     assert 'data.sources=[{path="FILE", schema="NAME"}]' in message
-    told = RecordingReporter()
+    reporter = RecordingReporter()
     prepared = prepare_stage(
-        recipe(data__sources=[table, "textbook:identity"], **settings), reporter=told
+        recipe(data__sources=[table, "textbook:identity"], **settings), reporter=reporter
     )
     documents = [store.manifest["train"]["documents"] for store in prepared.stores.sources]
     assert documents == [200, 3000]
-    assert f"{path}: unused keys of records: messages (200)" in told.lines
+    assert f"{path}: unused keys of records: messages (200)" in reporter.lines
 
 
 def test_the_identity_textbook_needs_a_name_and_an_author(recipe: Any, folder: Path) -> None:
@@ -294,11 +285,11 @@ def test_the_identity_textbook_needs_a_name_and_an_author(recipe: Any, folder: P
     message = refused(recipe(**settings), ConfigError)
     assert "set data.variables.name=… data.variables.author=…" in message
     fill = {"name": "小明", "author": "李雷"}
-    told = RecordingReporter()
-    prepared = prepare_stage(recipe(data__variables=fill, **settings), reporter=told)
+    reporter = RecordingReporter()
+    prepared = prepare_stage(recipe(data__variables=fill, **settings), reporter=reporter)
     store = prepared.stores.sources[0]
     assert store.manifest["train"]["documents"] + store.manifest["validation"]["documents"] == 3000
-    assert not any("nothing fills" in line for line in told.lines)
+    assert not any("nothing fills" in line for line in reporter.lines)
     before = (folder / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns
-    prepare_stage(recipe(data__variables=fill, **settings), reporter=told)
+    prepare_stage(recipe(data__variables=fill, **settings), reporter=reporter)
     assert (folder / "stores" / "textbook-identity.jsonl").stat().st_mtime_ns == before

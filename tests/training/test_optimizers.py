@@ -38,8 +38,8 @@ def test_orthogonalize_keeps_singular_vectors_and_moves_singular_values_near_one
     left, values, right = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
     spread = torch.linspace(0.05, 1.0, values.shape[-1])
     for matrix, nearest in zip(orthogonalize(left * spread @ right), left @ right, strict=True):
-        found = torch.linalg.svdvals(matrix)
-        assert found.min() > 0.6 and found.max() < 1.3
+        singular_values = torch.linalg.svdvals(matrix)
+        assert singular_values.min() > 0.6 and singular_values.max() < 1.3
         assert torch.cosine_similarity(matrix.flatten(), nearest.flatten(), dim=0) > 0.98
 
 
@@ -52,30 +52,30 @@ def test_orthogonalize_applies_the_polynomial_to_singular_values(shape: tuple[in
     """
     generator = torch.Generator().manual_seed(5)
     rank = min(shape)
-    given = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    left, values, right = torch.linalg.svd(given, full_matrices=False)
+    gradient = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
     # As drawn; over four orders of magnitude; with three large ones, as gradients often have.
     spread = torch.logspace(0, -4, rank, dtype=torch.float64)
     few = torch.full_like(spread, 1e-5)
     few[:3] = 1
     values = torch.stack([values[0], spread, few])
-    wanted = values / values.norm(dim=-1, keepdim=True)
+    expected = values / values.norm(dim=-1, keepdim=True)
     for _ in range(5):
-        wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
-    found = orthogonalize((left * values[:, None] @ right).float())
-    assert found.dtype == torch.float32
-    exact = left * wanted[:, None] @ right
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-4)
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    actual = orthogonalize((left * values[:, None] @ right).float())
+    assert actual.dtype == torch.float32
+    exact = left * expected[:, None] @ right
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-4)
 
 
 def test_one_ulp_of_noise_in_a_gradient_is_not_amplified() -> None:
     """In bf16 it would grow to 1e-3, and the number of processes would change the run."""
     generator = torch.Generator().manual_seed(6)
     for shape in ((64, 64), (64, 176), (176, 64)):
-        given = torch.randn(2, *shape, generator=generator)
-        bits = torch.randint(-1, 2, given.shape, generator=generator) * torch.finfo().eps
-        found, other = orthogonalize(given), orthogonalize(given * (1 + bits))
-        assert (found - other).norm() < 2e-6 * found.norm()
+        gradient = torch.randn(2, *shape, generator=generator)
+        bits = torch.randint(-1, 2, gradient.shape, generator=generator) * torch.finfo().eps
+        exact, noisy = orthogonalize(gradient), orthogonalize(gradient * (1 + bits))
+        assert (exact - noisy).norm() < 2e-6 * exact.norm()
 
 
 def test_a_zero_matrix_stays_zero() -> None:
@@ -84,10 +84,10 @@ def test_a_zero_matrix_stays_zero() -> None:
 
 def test_a_batch_of_matrices_equals_one_matrix_at_a_time() -> None:
     torch.manual_seed(3)
-    given = torch.randn(5, 24, 40)
-    together = orthogonalize(given)
-    single = torch.cat([orthogonalize(matrix[None]) for matrix in given])
-    torch.testing.assert_close(together, single, rtol=0, atol=1e-5)
+    matrices = torch.randn(5, 24, 40)
+    batched = orthogonalize(matrices)
+    single = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(batched, single, rtol=0, atol=1e-5)
 
 
 def test_muon_matches_torch() -> None:
@@ -233,8 +233,8 @@ def test_muon_orthogonalizes_each_expert_and_gate_and_up_separately() -> None:
         muon.step()
         separate.step()
     assert len(single) == 11
-    for wanted, found in zip(single, parts(ours), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    for expected, actual in zip(single, parts(ours), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 def test_stacked_projections_of_experts_are_recognised_by_name() -> None:

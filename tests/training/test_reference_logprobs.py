@@ -112,7 +112,7 @@ def test_out_of_memory_reduces_the_batch_sizes(
 ) -> None:
     """Training keeps the smaller size, so that the first loss is that of a zero margin."""
     real, reporter = reference.answer_logps, RecordingReporter()
-    held = MixedDataset([PairSequences([pair_shard(80)], 32, pad=0, seed=3)], [1.0], 3)
+    held_out_data = MixedDataset([PairSequences([pair_shard(80)], 32, pad=0, seed=3)], [1.0], 3)
 
     def short(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor]:
         if len(batch.tokens) > 1 and torch.is_grad_enabled() != held_out:
@@ -123,7 +123,7 @@ def test_out_of_memory_reduces_the_batch_sizes(
     before = pair_sequences(trainer).reference.copy()
     pair_sequences(trainer).reference[:] = np.nan
     (tmp_path / reference.FILE).unlink()
-    trainer.held_out = held
+    trainer.held_out = held_out_data
     monkeypatch.setattr(reference, "answer_logps", short)
     compute_reference_logprobs(trainer)
     where = "out of memory on cpu"
@@ -142,8 +142,11 @@ def test_out_of_memory_reduces_the_batch_sizes(
     sizes = trainer.batch_sizes
     assert (sizes.train, sizes.eval) == ((4, 1) if held_out else (1, 1))
     np.testing.assert_allclose(pair_sequences(trainer).reference, before, rtol=1e-5)
-    sequences = min(trainer.recipe.validation.num_sequences, held.order.epoch_size)
-    assert not any(np.isnan(x).any() for x in held.references(held.order.locate(0, sequences)))
+    sequences = min(trainer.recipe.validation.num_sequences, held_out_data.order.epoch_size)
+    assert not any(
+        np.isnan(x).any()
+        for x in held_out_data.references(held_out_data.order.locate(0, sequences))
+    )
     reporter.lines.clear()
     trainer.train()
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), rel=1e-6)
@@ -168,12 +171,12 @@ def test_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (pair_sequences(cached_trainer).reference == pair_sequences(computed).reference).all()
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "other"])
-def test_damaged_or_foreign_cache_is_computed_again(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["flip", "truncated", "empty", "other"])
+def test_damaged_or_foreign_cache_is_computed_again(tmp_path: Path, damage: str) -> None:
     expected = nano_trainer(tmp_path, "dpo")
     path = tmp_path / reference.FILE
     content = path.read_bytes()
-    if harm == "other":
+    if damage == "other":
         reporter = RecordingReporter()
         nano_trainer(tmp_path, "dpo", reporter=reporter, seed=8)
         nano_trainer(tmp_path, "dpo", reporter=reporter)
@@ -182,18 +185,20 @@ def test_damaged_or_foreign_cache_is_computed_again(tmp_path: Path, harm: str) -
             == 2
         )
     else:
-        places = range(0, len(content), 37) if harm == "flip" else [0]
-        for place in places:
-            spoilt = bytearray(content)
-            spoilt[place] ^= 1 << (place % 8)
+        positions = range(0, len(content), 37) if damage == "flip" else [0]
+        again = nano_trainer(tmp_path, "dpo")
+        for position in positions:
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << (position % 8)
             path.write_bytes(
-                {"flip": bytes(spoilt), "cut": content[:-9], "empty": b""}[harm],
+                {"flip": bytes(flipped), "truncated": content[:-9], "empty": b""}[damage],
             )
-            reporter = RecordingReporter()
-            again = nano_trainer(tmp_path, "dpo", reporter=reporter)
+            reporter = again.reporter = RecordingReporter()
+            pair_sequences(again).reference[:] = np.nan
+            compute_reference_logprobs(again)
             assert any(
                 f"{path} cannot be used and is computed again" in line for line in reporter.lines
-            ), place
+            ), position
             assert (pair_sequences(again).reference == pair_sequences(expected).reference).all()
     reporter = RecordingReporter()
     assert (
@@ -234,13 +239,13 @@ def recipe(base: Path, run: Path, file: Path, **settings: Any) -> Recipe:
     return nano_recipe("dpo", run, **defaults | settings)
 
 
-def do(recipe: Recipe, reporter: RecordingReporter, **options: Any) -> StageResult:
+def train(recipe: Recipe, reporter: RecordingReporter, **options: Any) -> StageResult:
     return run_stage(recipe, reporter=reporter, **options)
 
 
 def test_dpo_stage_from_files(base: Path, corpus: Path, tmp_path: Path) -> None:
     reporter, run = RecordingReporter(), tmp_path / "run"
-    result = do(recipe(base, run, corpus / "pairs.jsonl"), reporter)
+    result = train(recipe(base, run, corpus / "pairs.jsonl"), reporter)
     assert result.model == run / "model"
     before, after = metrics(run, "validation")
     assert (before["step"], before["accuracy"]) == (0, 0.5)
@@ -251,7 +256,7 @@ def test_dpo_stage_from_files(base: Path, corpus: Path, tmp_path: Path) -> None:
         for line in reporter.lines
     )
     assert set(cached(run)) == {"train.0", "held_out.0"}
-    do(recipe(base, run, corpus / "pairs.jsonl", training__steps=3), reporter, fresh=True)
+    train(recipe(base, run, corpus / "pairs.jsonl", training__steps=3), reporter, fresh=True)
     assert losses(run)[0] == pytest.approx(math.log(2), rel=1e-6)
 
 
@@ -261,7 +266,7 @@ def test_lora_uses_its_base_model_as_the_reference(
     run = tmp_path / "run"
     settings = {"lora": {"rank": 4, "dropout": 0.1}, "optim__name": "adamw", "optim__lr": 3e-3}
     settings |= {"training__steps": 30, "training__log_every": 1}
-    result = do(recipe(base, run, corpus / "pairs.jsonl", **settings), RecordingReporter())
+    result = train(recipe(base, run, corpus / "pairs.jsonl", **settings), RecordingReporter())
     assert result.adapter == run / "adapter" and not (run / "model").exists()
     first = metrics(run, "validation")[0]
     assert first["step"] == 0 and first["loss"] == pytest.approx(math.log(2), rel=1e-6)
@@ -278,21 +283,21 @@ def test_run_does_not_resume_after_its_base_model_changed(
     settings |= {"model__init": str(base), "training__steps": 1}
     run_stage(nano_recipe("pretrain", own, **settings), reporter=RecordingReporter())
     started = recipe(own, run, corpus / "pairs.jsonl")
-    do(started, RecordingReporter())
+    train(started, RecordingReporter())
     (run / "summary.json").unlink()  # as if the run had been stopped
     run_stage(
         nano_recipe("pretrain", own, **settings, seed=3), reporter=RecordingReporter(), fresh=True
     )
     with pytest.raises(CheckpointError, match="is not the base model that this run began with"):
-        do(started, RecordingReporter())
+        train(started, RecordingReporter())
 
 
 def test_chat_data_is_an_error_and_pairs_without_answers_are_left_out(
     base: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """Rows 8 and 11: invalid lines are skipped, unusable pairs are counted, and no loss is NaN."""
+    """Invalid lines are skipped, unusable pairs are counted, and no loss is NaN."""
     with pytest.raises(DataError, match=r"no preference pairs found .*chosen and rejected"):
-        do(recipe(base, tmp_path / "no", corpus / "chat.jsonl"), RecordingReporter())
+        train(recipe(base, tmp_path / "no", corpus / "chat.jsonl"), RecordingReporter())
     long_prompt = "长江" * 60  # fills the sequence
     same = {"prompt": "长江？", "chosen": "很长。", "rejected": "很长。"}
     with (tmp_path / "pairs.jsonl").open("w", encoding="utf-8") as stream:
@@ -306,7 +311,7 @@ def test_chat_data_is_an_error_and_pairs_without_answers_are_left_out(
         stream.write('{"prompt": "长江？", "chosen": "", "rejected": "不。"}\n')
     reporter, run = RecordingReporter(), tmp_path / "run"
     settings = {"data__validation_fraction": 0.0, "training__steps": 60}
-    do(recipe(base, run, tmp_path / "pairs.jsonl", **settings), reporter)
+    train(recipe(base, run, tmp_path / "pairs.jsonl", **settings), reporter)
     output = "\n".join(reporter.lines)
     assert "invalid records: 2, see" in output
     assert "202 pairs in" in output

@@ -18,7 +18,7 @@ from minimind.training.run import (
 )
 from minimind.training.stage import prepare_stage
 from tests.support.small_runs import RecordingReporter, losses, metrics
-from tests.support.stages import Make, do, refused
+from tests.support.stages import MakeRecipe, refused, train
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from tests.support.stages import Make, do, refused
     ],
 )
 def test_a_run_has_begun_when_there_is_something_to_resume_or_to_lose(
-    recipe: Make, run: Path, path: str, begun: bool
+    recipe: MakeRecipe, run: Path, path: str, begun: bool
 ) -> None:
     run.mkdir()
     write_recipe(run, recipe())
@@ -48,7 +48,9 @@ def test_a_run_has_begun_when_there_is_something_to_resume_or_to_lose(
         assert recipe_changes(run, other) == {}
 
 
-def test_a_run_is_finished_when_its_summary_and_its_model_exist(recipe: Make, run: Path) -> None:
+def test_a_run_is_finished_when_its_summary_and_its_model_exist(
+    recipe: MakeRecipe, run: Path
+) -> None:
     run.mkdir()
     write_recipe(run, recipe())
     (run / "summary.json").write_text('{"steps": 5}')
@@ -66,14 +68,14 @@ def test_a_run_is_finished_when_its_summary_and_its_model_exist(recipe: Make, ru
 
 
 @pytest.fixture
-def stopped(recipe: Make, run: Path) -> dict[str, Any]:
+def stopped(recipe: MakeRecipe, run: Path) -> dict[str, Any]:
     """Leave a run of 10 steps as if it had been killed after the checkpoint of step 4.
 
     Returns its settings.
     """
     settings = {"training__steps": 10, "checkpoint__every": 4, "checkpoint__keep": 9}
     settings |= {"validation__every": 100}
-    do(recipe(**settings))
+    train(recipe(**settings))
     shutil.copytree(run, run.parent / "uninterrupted")
     for name in ("step-00000008", "step-00000010"):
         shutil.rmtree(run / "checkpoints" / name)
@@ -83,9 +85,9 @@ def stopped(recipe: Make, run: Path) -> dict[str, Any]:
 
 
 def test_operation_settings_may_change_and_are_reported_and_recorded(
-    recipe: Make, run: Path, stopped: dict[str, Any]
+    recipe: MakeRecipe, run: Path, stopped: dict[str, Any]
 ) -> None:
-    told = RecordingReporter()
+    reporter = RecordingReporter()
     changed = {
         "training__log_every": 3,
         "training__micro_batch_size": 1,
@@ -96,8 +98,8 @@ def test_operation_settings_may_change_and_are_reported_and_recorded(
         "data__store": str(run.parent / "other-stores"),
     }
     again = recipe(**stopped | changed)
-    assert do(again, told).summary["steps"] == 10
-    [line] = [line for line in told.lines if line.startswith("changed since")]
+    assert train(again, reporter).summary["steps"] == 10
+    [line] = [line for line in reporter.lines if line.startswith("changed since")]
     assert "training.log_every was 1 and is now 3" in line
     assert "training.micro_batch_size was 2 and is now 1" in line
     assert line.count(" was ") == len(changed)
@@ -112,9 +114,9 @@ def test_operation_settings_may_change_and_are_reported_and_recorded(
 
 
 def test_throughput_covers_the_steps_since_the_last_line(
-    recipe: Make, run: Path, stopped: dict[str, Any]
+    recipe: MakeRecipe, run: Path, stopped: dict[str, Any]
 ) -> None:
-    do(recipe(**stopped | {"training__log_every": 6}))
+    train(recipe(**stopped | {"training__log_every": 6}))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     rates = {x["step"]: x for x in lines if x["kind"] == "train"}
     assert list(rates) == [1, 2, 3, 4, 6, 10]
@@ -122,7 +124,9 @@ def test_throughput_covers_the_steps_since_the_last_line(
     assert rates[6]["tokens_per_second"] == pytest.approx(2 * 4 * 32 / seconds, rel=1e-6)
 
 
-def test_identity_settings_may_not_change(recipe: Make, run: Path, stopped: dict[str, Any]) -> None:
+def test_identity_settings_may_not_change(
+    recipe: MakeRecipe, run: Path, stopped: dict[str, Any]
+) -> None:
     changed = {"optim__lr": 0.5, "training__log_every": 3, "seed": 1, "training__steps": 20}
     message = refused(recipe(**stopped | changed), ConfigError)
     assert message.startswith(f"{run} holds a run of another recipe: ")
@@ -132,11 +136,13 @@ def test_identity_settings_may_not_change(recipe: Make, run: Path, stopped: dict
     assert load_recipe(run / "recipe.toml").recipe == recipe(**stopped)
 
 
-def test_changed_operation_settings_do_not_touch_a_finished_run(recipe: Make, run: Path) -> None:
-    first = do(recipe())
-    told = RecordingReporter()
-    assert do(recipe(training__log_every=3), told) == first
-    assert told.lines == []
+def test_changed_operation_settings_do_not_touch_a_finished_run(
+    recipe: MakeRecipe, run: Path
+) -> None:
+    first = train(recipe())
+    reporter = RecordingReporter()
+    assert train(recipe(training__log_every=3), reporter) == first
+    assert reporter.lines == []
     assert load_recipe(run / "recipe.toml").recipe == recipe()
 
 
@@ -148,7 +154,7 @@ def test_changed_operation_settings_do_not_touch_a_finished_run(recipe: Make, ru
     [(2, 4, 2, False), (4, 4, 2, False), (1, 4, 1, False), (2, 1, 1, True), (None, 1, 1, True)],
 )
 def test_the_micro_batch_size_on_resume(
-    recipe: Make,
+    recipe: MakeRecipe,
     stopped: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     requested: int | None,
@@ -162,8 +168,8 @@ def test_the_micro_batch_size_on_resume(
 
     needed = build_footprint(again, prepared.trainer.model, prepared.trainer.device).total(fits)
     monkeypatch.setattr(stage_module, "free_bytes", lambda device: needed)
-    told = RecordingReporter()
-    trainer = prepare_stage(again, reporter=told).trainer
+    reporter = RecordingReporter()
+    trainer = prepare_stage(again, reporter=reporter).trainer
     assert trainer.batch_sizes.train == chosen
-    assert any("micro-batch size 1 instead of 2: no more" in x for x in told.lines) == reported
-    assert do(again).summary["steps"] == 10
+    assert any("micro-batch size 1 instead of 2: no more" in x for x in reporter.lines) == reported
+    assert train(again).summary["steps"] == 10

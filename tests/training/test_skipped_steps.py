@@ -1,7 +1,4 @@
-"""Non-finite gradients, fp16 loss scaling, and batches without supervised tokens.
-
-Rows 7 (for one process) and 11 of the reliability promises.
-"""
+"""Non-finite gradients, fp16 loss scaling, and batches without supervised tokens."""
 
 import math
 from pathlib import Path
@@ -29,7 +26,7 @@ from tests.support.small_runs import (
     text_shard,
 )
 
-# Row 7: non-finite gradients.
+# Non-finite gradients.
 
 
 def corrupted_trainer(
@@ -193,7 +190,7 @@ def test_fp16_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert checkpoint_files(run, 50) == checkpoint_files(uninterrupted.run, 50)
 
 
-# Row 11: no supervised tokens.
+# No supervised tokens.
 
 
 def make_chats(*conversations: tuple[int, int]) -> Shard:
@@ -227,7 +224,7 @@ class PartlyUnlabeled(ChatSequences):
         return tokens, labels * 0 + IGNORED if index in self.unlabeled else labels, segments
 
 
-def test_sequences_without_labels_are_allowed_and_a_whole_batch_of_them_is_an_error(
+def test_sequences_without_labels_are_allowed_and_a_batch_of_them_is_an_error(
     tmp_path: Path,
 ) -> None:
     sequences = PartlyUnlabeled([chat_shard()], 32, pad=0, seed=0)

@@ -21,16 +21,16 @@ from minimind.training import stage
 from minimind.training.reporter import pluralize
 from minimind.training.stage import prepare_stage
 from tests.support.small_runs import RecordingReporter, losses, metrics, steps_done
-from tests.support.stages import Make, do, refused
+from tests.support.stages import MakeRecipe, refused, train
 
 
-def test_a_stage_writes_everything_into_its_run_directory(recipe: Make, run: Path) -> None:
-    told = RecordingReporter()
+def test_a_stage_writes_everything_into_its_run_directory(recipe: MakeRecipe, run: Path) -> None:
+    reporter = RecordingReporter()
 
     def generate(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
         return [{"prompt": "长江", "text": str(tokenizer.vocab_size)}]
 
-    result = do(recipe(), told, generate_samples=generate)
+    result = train(recipe(), reporter, generate_samples=generate)
     assert (result.run, result.model) == (run, run / "model")
     assert load_recipe(run / "recipe.toml").recipe == recipe()
     summary = json.loads((run / "summary.json").read_text("utf-8"))
@@ -48,32 +48,35 @@ def test_a_stage_writes_everything_into_its_run_directory(recipe: Make, run: Pat
     ]
     assert (run / "model" / "config.json").is_file()
     assert Tokenizer.load(run / "model").vocab_size == 600
-    assert any("5 steps of 4 sequences" in line for line in told.lines)
-    assert not told.open
+    assert any("5 steps of 4 sequences" in line for line in reporter.lines)
+    assert not reporter.open
 
 
-def test_counts_of_one_are_singular(recipe: Make) -> None:
-    told = RecordingReporter()
-    do(recipe(training__steps=1, training__global_batch_size=1, training__micro_batch_size=1), told)
-    assert any(line.endswith("; 1 step of 1 sequence") for line in told.lines), told.lines
+def test_counts_of_one_are_singular(recipe: MakeRecipe) -> None:
+    reporter = RecordingReporter()
+    train(
+        recipe(training__steps=1, training__global_batch_size=1, training__micro_batch_size=1),
+        reporter,
+    )
+    assert any(line.endswith("; 1 step of 1 sequence") for line in reporter.lines), reporter.lines
     assert [pluralize(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
 
 
-def test_sft_starts_from_the_model_of_a_run(recipe: Make, run: Path, tmp_path: Path) -> None:
-    do(recipe(optim__lr=0.01, training__steps=20))
-    told = RecordingReporter()
+def test_sft_starts_from_the_model_of_a_run(recipe: MakeRecipe, run: Path, tmp_path: Path) -> None:
+    train(recipe(optim__lr=0.01, training__steps=20))
+    reporter = RecordingReporter()
     tuned = tmp_path / "tuned"
-    result = do(recipe("sft", tuned, model__init=str(run), optim__lr=1e-4), told)
+    result = train(recipe("sft", tuned, model__init=str(run), optim__lr=1e-4), reporter)
     assert result.model == tuned / "model"
     assert losses(tuned)[0] < math.log(600) - 0.2, "the base model was trained"
-    [line] = [line for line in told.lines if "conversations" in line]
+    [line] = [line for line in reporter.lines if "conversations" in line]
     assert "0 left out because they have no supervised tokens" in line
     assert Tokenizer.load(tuned / "model").sha256 == Tokenizer.load(run / "model").sha256
 
 
 @pytest.mark.parametrize("verb", ["train", "plan"])
 def test_free_memory_is_measured_before_the_model_is_loaded(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, verb: str
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     """The footprint contains the weights, which must not be counted twice."""
     module: Any = {"train": stage, "plan": planning}[verb]
@@ -93,7 +96,7 @@ def test_free_memory_is_measured_before_the_model_is_loaded(
     assert events == ["free_bytes", builder]
 
 
-def test_epochs_determine_the_number_of_steps(recipe: Make) -> None:
+def test_epochs_determine_the_number_of_steps(recipe: MakeRecipe) -> None:
     prepared = prepare_stage(
         recipe(training__steps=None, training__epochs=1.5), reporter=RecordingReporter()
     )
@@ -101,26 +104,26 @@ def test_epochs_determine_the_number_of_steps(recipe: Make) -> None:
     assert trainer.num_steps == math.ceil(1.5 * trainer.data.order.epoch_size / 4) > 20
 
 
-def test_a_finished_run_is_not_repeated(recipe: Make, run: Path, corpus: Path) -> None:
-    first = do(recipe())
+def test_a_finished_run_is_not_repeated(recipe: MakeRecipe, run: Path, corpus: Path) -> None:
+    first = train(recipe())
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    told = RecordingReporter()
-    again = do(recipe(), told)
+    reporter = RecordingReporter()
+    again = train(recipe(), reporter)
     assert again == first
-    assert told.lines == []
+    assert reporter.lines == []
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert after == before
 
 
-def test_the_recorded_recipe_reruns_the_run(recipe: Make, run: Path) -> None:
-    first = do(recipe())
-    assert do(load_recipe(run / "recipe.toml").recipe) == first
+def test_the_recorded_recipe_reruns_the_run(recipe: MakeRecipe, run: Path) -> None:
+    first = train(recipe())
+    assert train(load_recipe(run / "recipe.toml").recipe) == first
 
 
 def test_a_run_of_another_recipe_is_kept_and_the_error_names_the_difference(
-    recipe: Make, run: Path
+    recipe: MakeRecipe, run: Path
 ) -> None:
-    do(recipe())
+    train(recipe())
     weights = (run / "model" / "model.safetensors").read_bytes()
     message = refused(recipe(optim__lr=0.5, training__steps=9), ConfigError)
     assert message.startswith(f"{run} holds a run of another recipe: ")
@@ -132,11 +135,11 @@ def test_a_run_of_another_recipe_is_kept_and_the_error_names_the_difference(
     assert steps_done(run) == 5
 
 
-def test_fresh_removes_only_the_files_of_the_run(recipe: Make, run: Path) -> None:
-    do(recipe())
+def test_fresh_removes_only_the_files_of_the_run(recipe: MakeRecipe, run: Path) -> None:
+    train(recipe())
     (run / "notes.txt").write_text("mine")
     (run / "tensorboard").mkdir()
-    result = do(recipe(training__steps=3), fresh=True)
+    result = train(recipe(training__steps=3), fresh=True)
     assert result.summary["steps"] == 3
     assert [line["step"] for line in metrics(run, "train")] == [1, 2, 3]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
@@ -145,86 +148,88 @@ def test_fresh_removes_only_the_files_of_the_run(recipe: Make, run: Path) -> Non
 
 
 def test_a_run_without_checkpoints_may_change_its_recipe(
-    recipe: Make, run: Path, tmp_path: Path
+    recipe: MakeRecipe, run: Path, tmp_path: Path
 ) -> None:
     """For example after a typing error in a path."""
     refused(recipe(data__sources=[str(tmp_path / "gone.jsonl")]), DataError)
-    assert do(recipe()).summary["steps"] == 5
+    assert train(recipe()).summary["steps"] == 5
     assert load_recipe(run / "recipe.toml").recipe == recipe()
 
 
 def test_a_run_may_be_moved_or_named_by_another_path(
-    recipe: Make, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = do(recipe())
+    first = train(recipe())
     monkeypatch.chdir(tmp_path)
-    assert do(recipe(out=Path("run"))).summary == first.summary
+    assert train(recipe(out=Path("run"))).summary == first.summary
     run.rename(tmp_path / "moved")
-    assert do(recipe(out=tmp_path / "moved")).summary == first.summary
+    assert train(recipe(out=tmp_path / "moved")).summary == first.summary
 
 
 @pytest.mark.parametrize("needed", ["run", "run/model"])
 def test_fresh_does_not_remove_the_model_that_the_run_starts_from(
-    recipe: Make, run: Path, tmp_path: Path, needed: str
+    recipe: MakeRecipe, run: Path, tmp_path: Path, needed: str
 ) -> None:
-    do(recipe())
+    train(recipe())
     weights = (run / "model" / "model.safetensors").read_bytes()
     tuned = recipe("sft", run, model__init=str(tmp_path / needed))
     assert "would be removed by --fresh" in refused(tuned, ConfigError, fresh=True)
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_removed_model_is_written_again(recipe: Make, run: Path) -> None:
-    do(recipe())
+def test_a_removed_model_is_written_again(recipe: MakeRecipe, run: Path) -> None:
+    train(recipe())
     weights = (run / "model" / "model.safetensors").read_bytes()
     shutil.rmtree(run / "model")
-    assert do(recipe()).model == run / "model"
+    assert train(recipe()).model == run / "model"
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
 
 def test_a_run_does_not_resume_with_other_data(
-    recipe: Make, run: Path, corpus: Path, tmp_path: Path
+    recipe: MakeRecipe, run: Path, corpus: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own.jsonl"
     shutil.copy(corpus / "text.jsonl", own)
     settings = {"data__sources": [str(own)]}
-    do(recipe(**settings))
+    train(recipe(**settings))
     (run / "summary.json").unlink()  # as if the run had been stopped
     content = own.read_bytes()
     own.write_bytes(content + b'{"text": "more"}\n')
     message = refused(recipe(**settings), CheckpointError)
     assert message.startswith(f"{run}: the data or the tokenizer has changed since this run")
     own.write_bytes(content)  # the same bytes at another time
-    assert do(recipe(**settings)).summary["steps"] == 5
+    assert train(recipe(**settings)).summary["steps"] == 5
 
 
 def test_a_run_does_not_resume_with_another_tokenizer(
-    recipe: Make, run: Path, tmp_path: Path
+    recipe: MakeRecipe, run: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own"
     for size in (280, 290):
         train_tokenizer(["长江很长。"] * 10, vocab_size=size).save(own)
         if size == 280:
-            do(recipe(tokenizer=str(own)))
+            train(recipe(tokenizer=str(own)))
             (run / "summary.json").unlink()
     refused(recipe(tokenizer=str(own)), CheckpointError)
 
 
-def test_a_run_with_only_damaged_checkpoints_needs_fresh(recipe: Make, run: Path) -> None:
-    do(recipe())
+def test_a_run_with_only_damaged_checkpoints_needs_fresh(recipe: MakeRecipe, run: Path) -> None:
+    train(recipe())
     (run / "summary.json").unlink()
     (run / "checkpoints" / "step-00000005" / "state.json").write_text("{}")
     assert "--fresh" in refused(recipe(), CheckpointError)
-    assert do(recipe(), fresh=True).summary["steps"] == 5
+    assert train(recipe(), fresh=True).summary["steps"] == 5
 
 
-def test_a_run_directory_is_required(recipe: Make) -> None:
+def test_a_run_directory_is_required(recipe: MakeRecipe) -> None:
     nowhere = recipe().model_copy(update={"out": None})
     assert "--out DIR" in refused(nowhere, ConfigError)
 
 
-def test_preparing_a_stage_writes_nothing_into_the_run_directory(recipe: Make, run: Path) -> None:
-    told = RecordingReporter()
-    prepare_stage(recipe(), reporter=told)
+def test_preparing_a_stage_writes_nothing_into_the_run_directory(
+    recipe: MakeRecipe, run: Path
+) -> None:
+    reporter = RecordingReporter()
+    prepare_stage(recipe(), reporter=reporter)
     assert not run.exists()
-    assert not told.open
+    assert not reporter.open

@@ -109,7 +109,7 @@ def test_data_cursor_decides_the_samples_of_a_step(tmp_path: Path) -> None:
             return super().batch(start, count)
 
     for size in (1, 4):
-        seen: list[int] = []
+        samples: list[int] = []
         run = tmp_path / f"{size}"
         for stop_at in (3, 7, None):
             built: list[int] = []
@@ -121,9 +121,9 @@ def test_data_cursor_decides_the_samples_of_a_step(tmp_path: Path) -> None:
             )
             trainer.data = Recorded(trainer.data.sources, [1.0], trainer.recipe.seed)
             result = trainer.train()
-            assert len(built) <= result.steps * 4 - len(seen) + size, "one batch is prefetched"
-            seen += [sample for sample in built if sample < result.steps * 4]
-        assert seen == list(range(40))
+            assert len(built) <= result.steps * 4 - len(samples) + size, "one batch is prefetched"
+            samples += [sample for sample in built if sample < result.steps * 4]
+        assert samples == list(range(40))
 
 
 def prefetching_threads() -> list[threading.Thread]:

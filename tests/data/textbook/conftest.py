@@ -54,7 +54,7 @@ MakeFolder = Callable[..., Path]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> MakeFolder:
-    """`folder(old, new, …)`: write the small textbook, with each `old` text replaced by `new`."""
+    """Return a function that writes the small textbook, with each `old` text replaced by `new`."""
 
     def make(*changes: str) -> Path:
         texts = {"rivers.tsv": TSV, "rivers.toml": TOML}

@@ -12,8 +12,8 @@ ANSWERS = sorted({question.answer for question in quiz()})
 
 def damaged(answer: str, how: str, rng: random.Random) -> str:
     """Return the answer with one word (in Chinese: character) removed, swapped or added."""
-    words = list(re.finditer(r"[A-Za-z]+|[\u4e00-\u9fff]", answer))
-    start, end = rng.choice(words).span()
+    units = list(re.finditer(r"[A-Za-z]+|[\u4e00-\u9fff]", answer))
+    start, end = rng.choice(units).span()
     if how == "missing":
         return re.sub("  +", " ", answer[:start] + answer[end:]).strip()
     if how == "swapped" and end < len(answer) - 1:

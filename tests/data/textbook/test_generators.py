@@ -62,12 +62,12 @@ def wordings(fact: Fact) -> set[str]:
 
 @pytest.fixture(scope="module")
 def facts_by_answer() -> dict[str, list[Fact]]:
-    found = defaultdict(list)
+    facts_by_answer = defaultdict(list)
     for subject in load_subjects():
         for fact in subject.facts:
             for answer in fact.answers:
-                found[answer].append(fact)
-    return found
+                facts_by_answer[answer].append(fact)
+    return facts_by_answer
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -87,7 +87,7 @@ def test_passes_of_a_stream_differ(stream: str, rivers: Subject) -> None:
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_no_question_of_the_quiz_is_in_a_stream(stream: str) -> None:
-    """Neither alone nor inside a longer question."""
+    """Neither as a complete question nor inside a longer one."""
     held_out = defaultdict(list)
     for question in quiz():
         text = normalise(question.question)
@@ -122,14 +122,14 @@ def test_prose_is_statements_and_some_questions(rivers: Subject) -> None:
         for question in fact.questions
         for answer in fact.answers
     }
-    seen = Counter(
+    counts = Counter(
         sentence
         for text in islice(prose(1, [rivers]), 400)
         for sentence in re.findall(r"问：[^？。]*[？。]答：[^。]*。|[^。]+。", text)
     )
-    assert seen.keys() <= statements | questions
-    assert statements <= seen.keys()
-    share = sum(seen[text] for text in questions) / seen.total()
+    assert counts.keys() <= statements | questions
+    assert statements <= counts.keys()
+    share = sum(counts[text] for text in questions) / counts.total()
     assert 0.2 < share < 0.4
 
 
@@ -141,7 +141,7 @@ def test_prose_in_english_has_spaces_between_sentences() -> None:
 
 
 @pytest.mark.parametrize("turns", ["single", "multi"])
-def test_each_fact_is_asked_equally_often(turns: Any, rivers: Subject) -> None:
+def test_each_fact_occurs_equally_often(turns: Any, rivers: Subject) -> None:
     passes = 12
     generated = list(islice(dialogues(5, turns, [rivers]), passes * len(rivers.facts)))
     first = [
@@ -199,7 +199,7 @@ def test_roles_alternate_and_a_system_message_may_only_be_first(turns: str) -> N
 def test_later_turns_need_the_context(rivers: Subject) -> None:
     names = [row.name for row in rivers.rows]
     followups = {text for fact in rivers.facts for text in fact.followups}
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for dialogue in islice(dialogues(2, "multi", [rivers]), 500):
         texts = [m["content"] for m in dialogue if m["role"] != "system"]
         turns = [
@@ -210,28 +210,28 @@ def test_later_turns_need_the_context(rivers: Subject) -> None:
         column = next(f.relation for f in rivers.facts if turns[0][1].startswith(f.answers))
         for question, answer in turns[1:]:
             if question in followups:
-                seen["it"] += 1
+                counts["it"] += 1
                 column = next(f.relation for f in rivers.facts if question in f.followups)
             else:
-                seen["another"] += 1
+                counts["another"] += 1
                 about = [name for name in names if question in (f"那{name}呢？", f"{name}呢？")]
                 assert len(about) == 1, f"“{question}” does not need the context"
             (fact,) = (f for f in rivers.facts if f.name == about[0] and f.relation is column)
             assert answer.startswith(fact.answers), f"{question} {answer}"
-    assert seen["it"] > 200 and seen["another"] > 200
+    assert counts["it"] > 200 and counts["another"] > 200
 
 
 def test_later_turns_of_the_packaged_tables_need_the_context() -> None:
     facts = [fact for subject in load_subjects() for fact in subject.facts]
     assert [f for fact in facts for f in fact.followups if fact.name in f] == []
-    alone = {normalise(text) for fact in facts for text in fact.questions}
+    standalone = {normalise(text) for fact in facts for text in fact.questions}
     elliptic = {
         frame.format(name=fact.name)
         for fact in facts
         for frame in PHRASES[fact.subject.language].elliptic
     }
     followups = {text for fact in facts for text in fact.followups}
-    assert not {normalise(text) for text in followups | elliptic} & alone
+    assert not {normalise(text) for text in followups | elliptic} & standalone
     for dialogue in items("multi"):
         questions = [q for q in questions_in("multi", dialogue) if q not in COURTESIES]
         assert len(questions) >= 2

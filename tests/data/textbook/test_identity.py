@@ -68,7 +68,7 @@ def test_textbook_files_are_generated_by_name_and_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert textbook_file("a.jsonl", tmp_path, {}) == "a.jsonl"
-    folder = tmp_path / "new" / "place"
+    folder = tmp_path / "new" / "folder"
     path = Path(textbook_file("textbook:identity", folder, VARIABLES))
     assert len(path.read_text("utf-8").splitlines()) == 3000
     os.utime(path, (1, 1))

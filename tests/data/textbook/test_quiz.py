@@ -70,21 +70,21 @@ BOTH = QuizQuestion("李白是谁？", (("唐朝", "唐代"), ("诗人",)), "人
         (CAPITAL, "The capital is not Rome but Paris."),
     ],
 )
-def test_right_answers(question: QuizQuestion, answer: str) -> None:
+def test_right_answers_are_recognized(question: QuizQuestion, answer: str) -> None:
     assert is_right(question, answer)
 
 
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
-        # nothing, or something else
+        # no answer, or another one
         (TAISHAN, ""),
         (TAISHAN, "。"),
         (TAISHAN, "知道。"),
         (TAISHAN, "泰山位于湖南省。"),
         (BOTH, "李白是唐朝人。"),
         (BOTH, "李白是诗人。"),
-        # several to choose from
+        # several options
         (TAISHAN, "泰山在山东省或者湖南省。"),
         (TAISHAN, "泰山可能在山东，也可能在河南。"),
         (SILVER, "是银或金。"),
@@ -129,7 +129,7 @@ def test_right_answers(question: QuizQuestion, answer: str) -> None:
         (PRODUCT, "4乘3等于12，不是100000000000。"),
     ],
 )
-def test_wrong_answers(question: QuizQuestion, answer: str) -> None:
+def test_wrong_answers_are_recognized(question: QuizQuestion, answer: str) -> None:
     assert not is_right(question, answer)
 
 
@@ -144,7 +144,7 @@ def test_wrong_answers(question: QuizQuestion, answer: str) -> None:
         "湖南的省会是长沙。",
     ],
 )
-def test_well_formed_answers(answer: str) -> None:
+def test_well_formed_answers_are_recognized(answer: str) -> None:
     assert is_well_formed(answer)
 
 
@@ -165,7 +165,7 @@ def test_well_formed_answers(answer: str) -> None:
         "".join(f"第{number}座山在第{number}个省。" for number in range(30)),
     ],
 )
-def test_malformed_answers(answer: str) -> None:
+def test_malformed_answers_are_recognized(answer: str) -> None:
     assert not is_well_formed(answer)
 
 

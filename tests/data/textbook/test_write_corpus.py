@@ -21,7 +21,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "new" / "place", seed=4, **SIZES)
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "new" / "folder", seed=4, **SIZES)
 
 
 def texts(path: Path) -> list[str]:
@@ -44,8 +44,8 @@ def test_files_have_the_requested_sizes(corpus: dict[str, Path]) -> None:
         )
     }
     for name, key in (("pretrain", "prose_characters"), ("held-out", "held_out_characters")):
-        found = texts(corpus[name])
-        assert sum(map(len, found[:-1])) < SIZES[key] <= sum(map(len, found))
+        written = texts(corpus[name])
+        assert sum(map(len, written[:-1])) < SIZES[key] <= sum(map(len, written))
     for name, key in (
         ("sft-single", "single_turn"),
         ("sft-multi", "multi_turn"),

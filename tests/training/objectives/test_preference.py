@@ -1,4 +1,4 @@
-"""Row 15 of the reliability promises: DPO against trl's trainer, with the same data and weights."""
+"""DPO against trl's trainer, with the same data and weights."""
 
 import copy
 import json
@@ -116,10 +116,10 @@ def packed_pairs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory)
 def batch_of(sequences: PairSequences, reference: Transformer) -> TensorBatch:
     """Return all pairs with their reference log-probabilities."""
     mix = MixedDataset([sequences], [1.0], 0)
-    places = [(0, index) for index in range(len(sequences))]
-    logps, _ = answer_logps(reference, to_device(mix.stack(places), CPU))
+    indices = [(0, index) for index in range(len(sequences))]
+    logps, _ = answer_logps(reference, to_device(mix.stack(indices), CPU))
     sequences.reference[:] = logps.detach().numpy()
-    return to_device(mix.stack(places), CPU)
+    return to_device(mix.stack(indices), CPU)
 
 
 @pytest.fixture(scope="module")
