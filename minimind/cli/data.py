@@ -1,4 +1,4 @@
-"""`minimind data inspect` and `stores`; the other commands of the group are in `datasets`."""
+"""`minimind data inspect` and `stores`; for the others see `datasets` and `prepare`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +9,12 @@ import typer
 from minimind.cli import console, datasets
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
+from minimind.cli.prepare import prepare
 from minimind.errors import UsageError
 
 app = typer.Typer(
-    help="Find, download and inspect datasets; manage token stores.", no_args_is_help=True
+    help="Find, download, inspect and prepare datasets; manage token stores.",
+    no_args_is_help=True,
 )
 app.command("list")(datasets.list_datasets)
 app.command()(datasets.info)
@@ -67,6 +69,9 @@ def inspect(
     _show(per_source, total)
     if json:
         console.write_json(json, {"data": per_source, "total": total})
+
+
+app.command()(prepare)
 
 
 @app.command()

@@ -24,6 +24,7 @@ _EXTRAS = {
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
     "llama-cpp": ("K-quants in `export gguf`", "llama_cpp"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
+    "ray": ("`data prepare` on several machines", "ray"),
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -19,6 +19,7 @@ from minimind.errors import ConfigError
 
 COMMAND_LINE, FLAG = "command line", "flag"  # origins of settings, besides files
 _LORA_DEFAULT = "default with lora"
+_Settings = TypeVar("_Settings", bound=BaseModel)
 _ADAPTER_LR = 1e-3  # equals optim.lr of lora-small.toml; a test compares them
 
 
@@ -53,16 +54,48 @@ def load_recipe(
     return ResolvedRecipe(_validate(values, origins), origins)
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """Return the files of the recipes that come with minimind, by name."""
+def load_settings(
+    kind: type[_Settings], name: str, group: str, *, overrides: Sequence[str] = ()
+) -> _Settings:
+    """Load the settings of a task other than training, with `key=value` overrides.
+
+    group: the subfolder of the packaged recipes of this task. Raises ConfigError as `load_recipe`.
+    """
+    values, origins = _read(find_recipe(name, group=group), (), group)
+    for argument in overrides:
+        _set(values, origins, *parse_override(argument), COMMAND_LINE)
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        names = _field_names(kind)
+        raise ConfigError(_format_errors(error, origins, names=names)) from None
+
+
+def _field_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the dotted keys of all fields of nested settings."""
+    names: list[str] = []
+    for name, field in kind.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            names += _field_names(nested, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def packaged_recipes(group: str = "") -> dict[str, Path]:
+    """Return the files of the recipes that come with minimind, by name.
+
+    group: a subfolder, "prepare" for data preparation; default: the recipes of training runs.
+    """
     package = Path(str(resources.files("minimind")))
     # An installed package contains them; in a checkout they are in the repository root.
     folders = (package / "recipes", package.parent / "recipes")
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted((folder / group).glob("*.toml"))}
 
 
-def find_recipe(name: str, directory: Path = Path()) -> Path:
+def find_recipe(name: str, directory: Path = Path(), group: str = "") -> Path:
     """Return the recipe file `name` in `directory`, else the packaged recipe of that name.
 
     Raises ConfigError when there is neither.
@@ -70,7 +103,7 @@ def find_recipe(name: str, directory: Path = Path()) -> Path:
     path = directory / name
     if path.is_file():
         return path
-    packaged = packaged_recipes()
+    packaged = packaged_recipes(group)
     stem = name.removesuffix(".toml")
     if stem not in packaged:
         raise ConfigError(
@@ -80,7 +113,9 @@ def find_recipe(name: str, directory: Path = Path()) -> Path:
     return packaged[stem]
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(
+    path: Path, children: tuple[Path, ...], group: str = ""
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values of a recipe file, merged with those it extends, and their origins."""
     if path.resolve() in children:
         raise ConfigError(f"{path}: this recipe extends itself through {children[-1]}")
@@ -97,10 +132,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[
             f"{where}: extends = {toml_value(parent)}: must be the name of one recipe"
         )
     try:
-        parent_path = find_recipe(parent, path.parent)
+        parent_path = find_recipe(parent, path.parent, group)
     except ConfigError as error:
         raise ConfigError(f"{where}: extends = {toml_value(parent)}: {error}") from None
-    base, base_origins = _read(parent_path, (*children, path.resolve()))
+    base, base_origins = _read(parent_path, (*children, path.resolve()), group)
     merged, merged_origins = _merge(base, values), base_origins | origins
     _drop_inherited_decay(merged, merged_origins, origins)
     return merged, merged_origins
@@ -254,9 +289,15 @@ def _validate(values: dict[str, Any], origins: dict[str, str]) -> Recipe:
 
 
 def _format_errors(
-    error: ValidationError, origins: Mapping[str, str], prefix: tuple[str, ...] = ()
+    error: ValidationError,
+    origins: Mapping[str, str],
+    prefix: tuple[str, ...] = (),
+    names: Sequence[str] | None = None,
 ) -> str:
-    """Format each error as a line with its origin, key and value."""
+    """Format each error as a line with its origin, key and value.
+
+    names: the settings that exist; default: those of a training run.
+    """
     lines = []
     for details in error.errors():
         key = ".".join(str(part) for part in (*prefix, *details["loc"]))
@@ -266,7 +307,7 @@ def _format_errors(
         if details["type"] == "model_type":
             reason = "must be a group of settings (a table)"
         if details["type"] == "extra_forbidden":
-            lines.append(f"{where}{_unknown_setting(key)}")
+            lines.append(f"{where}{_unknown_setting(key, names)}")
         elif details["type"] == "missing":
             lines.append(f"{where}{key} is not set; set it in the recipe, or give {key}=…")
         elif details["type"] == "value_error" and isinstance(details["input"], dict | BaseModel):
@@ -286,9 +327,11 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
     return ""
 
 
-def _unknown_setting(key: str) -> str:
-    hint = did_you_mean(similar_settings(key, setting_descriptions()))
-    return f"{key} is not a setting{hint or '; --explain lists all settings'}"
+def _unknown_setting(key: str, settings: Sequence[str] | None = None) -> str:
+    descriptions = dict.fromkeys(settings, "") if settings else setting_descriptions()
+    listed = f"settings are {', '.join(settings)}" if settings else "--explain lists all settings"
+    hint = did_you_mean(similar_settings(key, descriptions))
+    return f"{key} is not a setting{hint or '; ' + listed}"
 
 
 def setting_names() -> list[str]:

@@ -8,9 +8,11 @@ Reading order:
 4. store        token stores on disk, built once for the same input (store_writer, store_manifest)
 5. order        data order: a pure function of seed and position
 6. packing      documents to sequences, `MixedDataset`: what training reads
-7. textbook     a synthetic corpus with questions and answers, for the demo and for tests
+7. prepare      raw text to filtered, deduplicated shards, before training
+8. textbook     a synthetic corpus with questions and answers, for the demo and for tests
 
-Also here: `stats` computes statistics, `estimate` counts tokens from a sample.
+Also here: `stats` computes statistics, `ngrams` finds benchmark questions, `estimate` counts tokens
+from a sample.
 
 Published data: `registry` has the facts of datasets by name, `hub` speaks to Hugging Face and
 ModelScope, `download` resumes and verifies, `hub_models` downloads model directories.

@@ -15,6 +15,10 @@ _MIN_RECORDS = 1000  # before the fraction of invalid records is checked
 _MAX_QUARANTINED = 10_000
 _MAX_REASONS = 100
 _NUM_EXAMPLES = 3  # locations kept for each reason
+_ADVICE = (
+    "Fix the file (`minimind data inspect` shows its contents), name its schema with "
+    'data.sources=[{path="FILE", schema="NAME"}], or allow more with data.max_invalid_fraction=…'
+)
 
 
 @dataclass
@@ -22,7 +26,7 @@ class InvalidRecords:
     """Invalid records, counted by reason; the first of them are quarantined in the file `path`.
 
     A location is FILE:LINE, or FILE:ROW for Parquet. If more than the fraction `max_fraction` of
-    the records is invalid, `add` raises a DataError.
+    the records is invalid, `add` raises a DataError that ends with `advice`.
     """
 
     path: Path | None = None
@@ -32,6 +36,7 @@ class InvalidRecords:
     reasons: Counter[str] = field(default_factory=Counter)
     locations: dict[str, list[str]] = field(default_factory=dict)  # the first of each reason
     first: str = ""  # location and reason of the first one
+    advice: str = _ADVICE
 
     def add(self, file: Path, line: int, reason: str, content: Any = "") -> None:
         """Count and quarantine a record. Raises DataError when too many are invalid."""
@@ -94,11 +99,7 @@ class InvalidRecords:
             where = f". {which} are in {self.path}"
         if NOT_UTF_8 in self.reasons:
             hint = f" If the file is GBK, {CONVERT_TO_UTF_8.format('GB18030')}."
-        raise DataError(
-            f"{self.describe()}.{hint} Fix the file (`minimind data inspect` shows its contents), "
-            'name its schema with data.sources=[{path="FILE", schema="NAME"}], or allow more with '
-            f"data.max_invalid_fraction=…{where}"
-        )
+        raise DataError(f"{self.describe()}.{hint} {self.advice}{where}")
 
 
 def _excerpt(content: Any) -> str:

@@ -145,16 +145,8 @@ def open_store(
     records, and ResourceError when the store cannot be written.
     """
     files = list_files(path)
-    spec = {
-        "format": FORMAT_VERSION,
-        "kind": kind,
-        "schema": schema,
-        "variables": dict(variables or {}),
-        "validation_fraction": validation_fraction,
-        "tokenizer_sha256": tokenizer.sha256,
-        "files": [{"path": str(file.resolve()), "size": file.stat().st_size} for file in files],
-    }
-    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:24]
+    spec = store_spec(files, tokenizer, kind, schema, variables or {}, validation_fraction)
+    key = store_key(spec)
     home = folder or default_folder()
     target = home / key
     store, built = _open(target), False
@@ -178,6 +170,31 @@ def open_store(
             say(_unsubstituted_notice(path, store, name))
     _report_unused_keys(path, store, say)
     return store
+
+
+def store_spec(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    kind: Kind,
+    schema: str,
+    variables: Mapping[str, str],
+    validation_fraction: float,
+) -> dict[str, Any]:
+    """Return the entries of a manifest that identify a store."""
+    return {
+        "format": FORMAT_VERSION,
+        "kind": kind,
+        "schema": schema,
+        "variables": dict(variables),
+        "validation_fraction": validation_fraction,
+        "tokenizer_sha256": tokenizer.sha256,
+        "files": [{"path": str(file.resolve()), "size": file.stat().st_size} for file in files],
+    }
+
+
+def store_key(spec: Mapping[str, Any]) -> str:
+    """Return the name of the folder of a store."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:24]
 
 
 # --- Lookup and verification

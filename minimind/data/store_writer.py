@@ -106,7 +106,7 @@ def _write(
     """Write the tokens of `files` into `folder`; return the counts for the manifest."""
     kind: Kind = spec["kind"]
     variables: dict[str, str] = spec["variables"]
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = _dtype(tokenizer)
     stamps = [stamp_of(file) for file in files]
     records = read_records(files, schema=spec["schema"], invalid=invalid, progress=counts.add_read)
     skipped, occurrences, unused = Counter[str](), Counter[str](), Counter[str]()
@@ -184,6 +184,72 @@ def _substituted(
         names = {name for text in record.texts for name in variables_in(text)}
         occurrences.update(names)
         yield record.substitute(variables) if names else record
+
+
+def write_part(
+    folder: Path, number: int, file: Path, tokenizer: Tokenizer, validation_fraction: float
+) -> dict[str, Any]:
+    """Tokenize one file of running text to the shards `number` of a store; return their counts.
+
+    The file must be small enough for one shard. `finish_store` combines the parts. A part that
+    exists is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = _dtype(tokenizer)
+    num_records = 0
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(_SplitWriter(folder, split, "text", number))
+            for split in SPLITS
+        }
+        for batch in batches(read_records([file], schema="text", invalid=InvalidRecords(None, 0))):
+            encoded = _encode_batch(
+                (batch, 0),
+                tokenizer=tokenizer,
+                kind="text",
+                dtype=dtype,
+                validation_limit=int(validation_fraction * 2**64),
+            )
+            num_records += encoded.num_records
+            for split, writer in writers.items():
+                writer.add(encoded.documents[split])
+    return {split: writer.counts for split, writer in writers.items()} | {"records": num_records}
+
+
+def finish_store(
+    folder: Path,
+    files: list[Path],
+    tokenizer: Tokenizer,
+    spec: dict[str, Any],
+    parts: list[dict[str, Any]],
+) -> None:
+    """Write the manifest of a store from the counts that `write_part` returned for each file."""
+    splits = {
+        split: {
+            name: sum((part[split][name] for part in parts), start=type(parts[0][split][name])())
+            for name in parts[0][split]
+        }
+        for split in SPLITS
+    }
+    counts = {
+        "dtype": _dtype(tokenizer),
+        "files": [
+            _with_hash(file, entry, stamp_of(file))
+            for file, entry in zip(files, spec["files"], strict=True)
+        ],
+        "records": sum(part["records"] for part in parts),
+        "invalid_records": 0,
+        "invalid_records_file": None,
+        "skipped": {},
+        "unused_keys": {},
+        "unsubstituted": {},
+        "substituted": [],
+    }
+    write_manifest(folder, spec | splits | counts)
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def _with_hash(file: Path, entry: dict[str, Any], stamp: list[int]) -> dict[str, Any]:
@@ -267,8 +333,9 @@ def _encode_batch(
 class _SplitWriter:
     """Append documents to the shards of one split."""
 
-    def __init__(self, folder: Path, split: Split, kind: Kind) -> None:
-        self._folder, self._split = folder, split
+    def __init__(self, folder: Path, split: Split, kind: Kind, first: int = 0) -> None:
+        """Write shards from the number `first` on."""
+        self._folder, self._split, self._first = folder, split, first
         self._suffixes = ("tokens", "ends", "mask") if kind != "text" else ("tokens", "ends")
         self._streams: list[BinaryIO] = []
         self._shards: list[dict[str, Any]] = []
@@ -303,7 +370,7 @@ class _SplitWriter:
 
     def _open_shard(self) -> None:
         self._close_shard()
-        name = f"{self._split}-{len(self._shards):05}"
+        name = f"{self._split}-{self._first + len(self._shards):05}"
         paths = [self._folder / f"{name}.{suffix}" for suffix in self._suffixes]
         self._streams = [path.open("wb") for path in paths]
         self._shards.append({"name": name, "tokens": 0, "documents": 0})

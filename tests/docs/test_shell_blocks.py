@@ -56,6 +56,7 @@ NOT_RUN = {
     "vllm ": "needs vLLM",
     "python -m sglang": "needs SGLang",
     "minimind get ": "tests/cli/test_get.py downloads models from a stand-in of the hubs",
+    "RAY_ADDRESS": "tests/data/prepare/test_engine.py (slow) starts a Ray cluster",
     "torchrun --nnodes 2": "needs two machines",
     "minimind web": "runs until it is stopped; tests/web opens the page in a browser",
     "minimind compare A B --judge": "needs a judge there; tests/cli/test_compare.py has one",
@@ -113,6 +114,11 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     (folder / "texts" / "a.jsonl").write_bytes(text)
     (folder / "texts" / "a.jsonl.zst").write_bytes(zstandard.compress(text))
     (folder / "poems.jsonl").write_bytes(text)
+    (folder / "out" / "prepared" / "text").mkdir(parents=True)
+    (folder / "out" / "prepared" / "text" / "part-00000.jsonl.zst").write_bytes(
+        zstandard.compress(text)
+    )
+    (folder / "strict.toml").write_text('extends = "zh"\n[length]\nminimum = 60\n', "utf-8")
     chats = (corpus / "sft-single.jsonl").read_bytes()
     variables = {"role": "assistant", "content": "我叫{{name}}。"}
     named = {"messages": [{"role": "user", "content": "你叫什么名字？"}, variables]}

@@ -1,0 +1,150 @@
+"""`minimind data prepare IN… --out DIR`: from raw text to filtered, deduplicated shards."""
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from minimind.cli import console
+from minimind.cli.downloads import Yes, ensure_downloaded
+from minimind.cli.options import Json
+from minimind.errors import UsageError, shell_words
+
+_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+_BYTES_PER_GB = 1_000_000_000
+
+
+def prepare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IN... [KEY=VALUE]...",
+            help="Files, folders, globs (quoted) or dataset names, and settings of the recipe.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Output folder; an interrupted preparation is continued.")
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="Recipe of thresholds: a TOML file, or a packaged one.")
+    ] = "zh",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer or model directory: also write a token store.")
+    ] = None,
+    decontaminate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:PATH]",
+            help="Drop documents with questions of this benchmark, as in `eval --task`; "
+            "repeatable. It is downloaded, unless PATH is given.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of processes. [default: one per core, as far as --memory allows]"
+        ),
+    ] = None,
+    memory: Annotated[float, typer.Option(help="Memory of all processes together, in GB.")] = 1.0,
+    engine: Annotated[
+        Literal["pool", "ray"],
+        typer.Option(help="Processes of this machine, or a Ray cluster with a shared disk."),
+    ] = "pool",
+    yes: Yes = False,
+    json: Json = None,
+) -> None:
+    """Prepare text for pretraining: filter, deduplicate, tokenize.
+
+    The output is the same for any number of workers and any engine. Every dropped document is
+    counted; OUT/report.html shows reasons, samples and plots.
+    """
+    from minimind.data.prepare.pipeline import prepare as run
+    from minimind.data.prepare.settings import load_prepare_settings
+
+    overrides = [arg for arg in arguments if _SETTING.match(arg) and not os.path.exists(arg)]
+    paths = [arg for arg in arguments if arg not in overrides]
+    if not paths:
+        raise UsageError("no input is given; name files, folders or quoted globs")
+    settings = load_prepare_settings(recipe, overrides)
+    benchmarks = decontaminate or []
+    ensure_downloaded([*paths, *(name for name in benchmarks if ":" not in name)], yes)
+    questions = _read_questions(benchmarks)
+    start = time.monotonic()
+    try:
+        manifest = run(
+            paths,
+            out,
+            settings,
+            tokenizer=tokenizer,
+            questions=questions,
+            workers=workers,
+            memory_bytes=int(memory * _BYTES_PER_GB),
+            engine=engine,
+            reporter=console.RichReporter(),
+        )
+    except KeyboardInterrupt:
+        console.say("\nstopped; run the same command again to continue")
+        raise typer.Exit(130) from None
+    _show(manifest, out, time.monotonic() - start, tokenizer)
+    if not decontaminate:
+        console.say(
+            "Benchmark questions were not removed; --decontaminate NAME does it, "
+            "for example --decontaminate ceval"
+        )
+    if json:
+        console.write_json(json, manifest)
+
+
+def _read_questions(benchmarks: list[str]) -> dict[str, str]:
+    """Return the questions of all benchmarks, by name and id."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    if not benchmarks:
+        return {}
+    # In another process, because the evaluation package loads torch, which takes 200 MB.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        questions = executor.submit(questions_of, benchmarks).result()
+    console.say(f"decontamination: {len(questions):,} questions")
+    return questions
+
+
+def questions_of(specs: list[str]) -> dict[str, str]:
+    """Return the questions of benchmarks NAME:PATH; without PATH they are downloaded already.
+
+    Raises UsageError for a name without questions, DataError for missing files.
+    """
+    from minimind.evaluation.catalogue import make_task
+
+    questions: dict[str, str] = {}
+    for spec in specs:
+        texts = make_task(spec).texts()
+        if not texts:
+            raise UsageError(f"--decontaminate {spec}: it has no questions; leave it out")
+        questions |= {f"{spec.partition(':')[0]}/{key}": text for key, text in texts.items()}
+    return questions
+
+
+def _show(manifest: dict[str, Any], out: Path, seconds: float, tokenizer: Path | None) -> None:
+    before = manifest["input_documents"]
+    rows = [
+        [reason, entry["documents"], f"{entry['documents'] / max(before, 1):.2%}"]
+        for reason, entry in manifest["dropped"].items()
+    ]
+    rows.append(["kept", manifest["documents"], f"{manifest['documents'] / max(before, 1):.2%}"])
+    console.show(console.table("Documents", ["reason", "documents", "share"], rows, numbers=2))
+    megabytes = manifest["input_text_bytes"] / 1e6
+    console.say(
+        f"{megabytes:,.1f} MB of text in {seconds:,.0f} s, {manifest['text_bytes'] / 1e6:,.1f} MB "
+        f"kept. Report: {out / 'report.html'}"
+    )
+    if invalid := sum(entry["invalid"]["records"] for entry in manifest["inputs"]):
+        console.say(f"{invalid:,} invalid records are in {out / 'invalid'}")
+    words: list[str | Path] = ["pretrain", "--data", out / "text"]
+    if tokenizer:
+        console.say(f"{sum(manifest['tokens'].values()):,} tokens in {out / 'tokens'}")
+        words += ["--tokenizer", tokenizer, f"data.store={out / 'tokens'}"]
+    console.say(f"Train on it: minimind {shell_words(*words, '--out', 'DIR')}")
