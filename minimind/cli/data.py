@@ -13,7 +13,7 @@ from minimind.cli.prepare import prepare
 from minimind.errors import UsageError
 
 app = typer.Typer(
-    help="Find, download, inspect and prepare datasets; manage token stores.",
+    help="Find, download, inspect and prepare datasets.",
     no_args_is_help=True,
 )
 app.command("list")(datasets.list_datasets)
