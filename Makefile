@@ -3,6 +3,7 @@
 # make test-processors   numerically sensitive tests, emulating other processors, under 10 minutes
 # make slow    the tests that take minutes
 # make test-lm-eval   compare likelihoods and prompts with EleutherAI's lm-eval, in .venv-lm-eval
+# make test-llama-cpp   exported GGUF files in llama.cpp, in .venv-llama-cpp (builds it: minutes)
 # make docs    the documentation site, in site/
 # make format  fix the style and rewrite generated pages
 # Another interpreter: make PYTHON=python3.12 test
@@ -12,7 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test test-processors slow test-lm-eval docs format
+.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp docs format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
@@ -35,6 +36,9 @@ slow: $(READY)
 test-lm-eval: .venv-lm-eval/.ready
 	.venv-lm-eval/bin/pytest -m slow --timeout 3600 tests/evaluation/test_against_lm_eval.py
 
+test-llama-cpp: .venv-llama-cpp/.ready
+	.venv-llama-cpp/bin/pytest -m slow --timeout 3600 tests/export/test_against_llama_cpp.py
+
 docs: $(READY)
 	$(BIN)/python -m docs.build
 
@@ -56,4 +60,10 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lm-eval
 	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints.txt \
 	  --editable '.[test,lm-eval]'
+	@touch $@
+
+.venv-llama-cpp/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[test,llama-cpp]'
 	@touch $@

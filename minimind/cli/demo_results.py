@@ -191,6 +191,8 @@ def show_results(out: Path, summary: dict[str, Any]) -> None:
     console.say(f"Chat with your model: {console.command('chat', out)}")
     adapted = console.command("chat", out, "--adapter", out / "identity")
     console.say(f"Chat with the adapter: {adapted}")
+    page = console.command("export", "web", out, "--out", out / "page")
+    console.say(f"Put your model into a web page that runs without a server: {page}")
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, object]]:

@@ -18,6 +18,7 @@ from minimind.cli import (
     data,
     demo,
     doctor,
+    export,
     generate,
     launcher,
     merge,
@@ -157,6 +158,7 @@ app.command()(compare)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(export.app, name="export")
 
 
 def _open_missing_streams() -> None:

@@ -10,13 +10,14 @@ refused, and the message names the feature.
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from minimind.config.settings import LoRASettings
 from minimind.errors import ModelError
@@ -116,8 +117,21 @@ def resolve_adapter_directory(path: Path) -> Path:
 def merge_adapter(model: Transformer, directory: Path) -> None:
     """Add an adapter, trained here or by peft, to the weights of its base model, in place.
 
-    Computed in float32. Raises ModelError for an adapter that is damaged, that uses more than
-    plain LoRA, or that belongs to another model.
+    Computed in float32. Raises ModelError as `adapter_matrices` does.
+    """
+    for name, a, b, scale in adapter_matrices(model, directory):
+        weight = model.get_parameter(f"{name}.weight")
+        merged = weight.float() + (scale * (b @ a)).to(weight.device)
+        weight.copy_(merged)
+
+
+def adapter_matrices(
+    model: Transformer, directory: Path
+) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Yield (module, A [r, in], B [out, r], scale) of an adapter, in float32; W + scale · B A.
+
+    Raises ModelError for an adapter that is damaged, that uses more than plain LoRA, or that
+    belongs to another model.
     """
     config = _read_config(directory)
     path = directory / _WEIGHTS
@@ -127,12 +141,9 @@ def merge_adapter(model: Transformer, directory: Path) -> None:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            modules = _check_tensors(path, model, config, file)
-            for name, module in modules.items():
+            for name in _check_tensors(path, model, config, file):
                 a, b = (file.get_tensor(_tensor_name(name, m)).float() for m in _MATRICES)
-                weight = module.weight
-                merged = weight.float() + (_scale(config, name) * (b @ a)).to(weight.device)
-                weight.copy_(merged)
+                yield name, a, b, _scale(config, name)
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path}: cannot be read as safetensors: {error}; copy it again"

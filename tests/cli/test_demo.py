@@ -65,7 +65,8 @@ def test_small_demo_runs_every_stage(small_demo: tuple[Path, str]) -> None:
     assert summary["quiz"]["questions"] == len(summary["eight"]) == 8
     assert (out / "model" / "model.safetensors").is_file()
     assert "<h2>The eight questions</h2>" in (out / "report.html").read_text("utf-8")
-    assert output.rstrip().endswith("minimind chat out/demo --adapter out/demo/identity")
+    assert "minimind chat out/demo --adapter out/demo/identity\n" in output
+    assert output.rstrip().endswith("minimind export web out/demo --out out/demo/page")
 
 
 def test_total_time_includes_earlier_sessions(tmp_path: Path) -> None:

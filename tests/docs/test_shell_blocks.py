@@ -48,12 +48,16 @@ NOT_RUN = {
     "curl": "tests/serving sends such requests",
     "minimind serve": "tests/serving starts services on free ports",
     "minimind web": "tests/web opens the page in a browser",
+    "llama-": "needs llama.cpp; tests/export/test_against_llama_cpp.py loads GGUF files in it",
+    "ollama ": "needs Ollama; see tests/export/test_ollama.py",
+    "python -m http.server": "tests/export/test_web.py serves the page",
+    "minimind export web": "tests/export/test_web.py (slow) exports pages, which needs a network",
     "minimind compare A B --judge": "tests/cli/test_compare.py has judges",
     "minimind pretrain --data texts --tokenizer tok --out out/run --nproc 4 training.backend": (
         "tests/training/test_deepspeed_backend.py, where DeepSpeed is installed"
     ),
 }
-SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor")
+SLOW = ("minimind sweep", "minimind plan --data", "--nproc", "minimind doctor", "q4_k_m")
 
 
 def commands() -> list[str]:
@@ -124,6 +128,8 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     [pytest.param(c, marks=[pytest.mark.slow] if any(s in c for s in SLOW) else []) for c in RUN],
 )
 def test_a_command_of_the_documentation_runs(command: str, materials: Path) -> None:
+    if "q4_k_m" in command:
+        pytest.importorskip("llama_cpp")
     words = shlex.split(command)
     assert words.pop(0).removeprefix(".venv/bin/") == "minimind", f"say in NOT_RUN why: {command}"
     with contextlib.chdir(materials):

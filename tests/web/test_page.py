@@ -18,15 +18,10 @@ import psutil
 import pytest
 
 from minimind.web.store import Answer, Conversation, Store, Turn
+from tests.support.chromium import needs_chromium, start_chromium
 from tests.support.services import serving, wait_until
 
-_CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-_DRIVER = shutil.which("chromedriver")
-
-pytestmark = pytest.mark.skipif(
-    not (_CHROMIUM and _DRIVER),
-    reason="no Chromium here; on Debian: apt-get install chromium chromium-driver",
-)
+pytestmark = needs_chromium
 
 INJECTIONS = [
     "<script>document.title='bad'</script>",
@@ -94,26 +89,7 @@ class Browser:
     """Chromium, with methods for this page."""
 
     def __init__(self, language: str = "en-US", width: int = 1200) -> None:
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = _CHROMIUM or ""
-        for flag in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-dev-shm-usage",
-            f"--lang={language}",
-        ):
-            options.add_argument(flag)
-        options.add_experimental_option("prefs", {"intl.accept_languages": language})
-        if width < 600:
-            metrics = {"width": width, "height": 800, "pixelRatio": 2.0}
-            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
-        else:
-            options.add_argument(f"--window-size={width},900")
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        service = webdriver.ChromeService(_DRIVER)
-        self.driver = webdriver.Chrome(options=options, service=service)
+        self.driver = start_chromium(language, width)
 
     def open(self, url: str) -> None:
         self.go_to(url)

@@ -1,0 +1,37 @@
+"""Headless Chromium, driven by selenium."""
+
+import shutil
+from typing import Any
+
+import pytest
+
+_CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+_DRIVER = shutil.which("chromedriver")
+
+needs_chromium = pytest.mark.skipif(
+    not (_CHROMIUM and _DRIVER),
+    reason="no Chromium here; on Debian: apt-get install chromium chromium-driver",
+)
+
+
+def start_chromium(language: str = "en-US", width: int = 1200) -> Any:
+    """Return a driver that logs requests; below 600 pixels of width it acts as a phone."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = _CHROMIUM or ""
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        f"--lang={language}",
+    ):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"intl.accept_languages": language})
+    if width < 600:
+        metrics = {"width": width, "height": 800, "pixelRatio": 2.0}
+        options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
+    else:
+        options.add_argument(f"--window-size={width},900")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(_DRIVER))
