@@ -1,10 +1,14 @@
-"""Compressed input: check the magic bytes, decompress as a stream, report bytes read."""
+"""Compressed input: check the magic bytes, decompress as a stream, report bytes read.
+
+A zip archive must contain one file.
+"""
 
 import bz2
 import gzip
 import io
 import lzma
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +25,7 @@ _MAGIC = {
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     "xz": re.compile(rb"\xfd7zXZ\0"),
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "zip": re.compile(rb"PK\x03\x04"),
 }
 _BUFFER_BYTES = 1 << 20
 # Smaller for compressed files, so that reported progress is not far ahead of the records.
@@ -42,6 +47,12 @@ class CountedFile(io.RawIOBase):
         self.report(self._reported + count)
         return int(count)
 
+    def seekable(self) -> bool:
+        return self._raw.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
     def report(self, position: int) -> None:
         """Report that the file has been read up to the byte `position`."""
         if position > self._reported:
@@ -62,6 +73,8 @@ def open_decompressed(file: Path, counted: CountedFile) -> io.BufferedReader:
         return stream
     if compression == "zstd":
         decompressed: Any = _ChunkStream(_decompress_zstd(stream))
+    elif compression == "zip":
+        decompressed = _open_zip(file, stream)
     else:
         openers: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
         decompressed = openers[compression](stream)
@@ -85,6 +98,20 @@ def _check_magic(file: Path, expected: str | None, stream: io.BufferedReader) ->
         f"{file}: the content is {actual}, but the name ends in {file.suffix}; "
         f"rename it so that it ends in {ending}"
     )
+
+
+def _open_zip(file: Path, stream: IO[bytes]) -> IO[bytes]:
+    """Open the only file of a zip archive. Raises DataError if it has several or is encrypted."""
+    archive = zipfile.ZipFile(stream)
+    members = [
+        member
+        for member in archive.infolist()
+        if not member.is_dir() and not member.filename.startswith("__MACOSX/")
+    ]
+    if len(members) != 1 or members[0].flag_bits & 1:
+        problem = "is encrypted" if len(members) == 1 else f"has {len(members):,} files, not one"
+        raise DataError(f"{file}: the archive {problem}; unpack it")
+    return archive.open(members[0])
 
 
 def _decompress_zstd(compressed: IO[bytes]) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import re
+import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ _MAX_DOCUMENT = 1 << 16  # characters of plain text per record
 _MAX_COMPRESSED_PARQUET = 256 << 20  # bytes, decompressed: Parquet needs random access
 _PARQUET_ROWS = 256
 _BOM = "\ufeff"
+
+_DAMAGED = (
+    *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
+    *(zipfile.BadZipFile, NotImplementedError),  # NotImplementedError: a method of compression
+)
 
 Values = Iterator[tuple[int, Any]]
 
@@ -61,7 +67,7 @@ def read_values(file: Path, invalid: InvalidRecords, progress: Progress) -> Valu
             counted.report(file.stat().st_size)
     except PermissionError as error:
         raise DataError(f"{file}: no permission to read it") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+    except _DAMAGED as error:
         what = f"cannot be decompressed as {compression}" if compression else "cannot be read"
         raise DataError(
             f"{file}: {what} ({_one_line(error)}); the file is damaged or truncated, "

@@ -1,4 +1,4 @@
-"""Input files: the files that a path, folder or glob names, and their formats."""
+"""Input files: the files that a path, folder, glob or dataset name stands for, and their formats."""
 
 import difflib
 import glob
@@ -8,10 +8,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from minimind.data.registry import downloaded_file, is_name, registry, similar
 from minimind.errors import DataError
 from minimind.paths import expand_user
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2", ".zip": "zip"}
 _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 SUPPORTED = f"supported are {' '.join(_FORMATS)}, each also with {' '.join(COMPRESSIONS)}"
 
@@ -25,11 +26,14 @@ def format_of(path: Path) -> str | None:
 
 
 def list_files(path: str) -> list[Path]:
-    """List the files that `path` names: a file, all supported files below a folder, or a glob.
+    """List the files of `path`: a file, all supported files below a folder, a glob, or a dataset.
 
     A name that exists is taken literally: if the folder `[v1]` exists, `[v1]/*.jsonl` matches the
-    files in it. Hidden files below a folder are skipped. Raises DataError when there is no file.
+    files in it. Hidden files below a folder are skipped. Otherwise the name of a published dataset
+    stands for its downloaded file. Raises DataError when there is no file.
     """
+    if is_name(path):
+        return [downloaded_file(path)]
     root = expand_user(path)
     try:
         if root.is_file():
@@ -86,6 +90,9 @@ def _suggestion(path: str, missing: Path) -> str:
     """Return a hint about similar names that exist."""
     if hint := _separation_hint(path):
         return hint
+    set_name, colon, _ = path.partition(":")
+    if dataset := similar(set_name, registry()):
+        return f", and no dataset of this name{dataset}{colon}{path.partition(':')[2]}"
     folder = next(p for p in missing.parents if p.is_dir())
     name = missing.relative_to(folder).parts[0]
     names = [p.name for p in folder.iterdir()]

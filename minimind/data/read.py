@@ -12,7 +12,7 @@ from minimind.data.compression import Progress
 from minimind.data.formats import read_values
 from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
-from minimind.data.schemas import Record, convert
+from minimind.data.schemas import Record, convert, split_packed
 from minimind.errors import DataError
 
 _BATCH_RECORDS = 512
@@ -50,7 +50,7 @@ def read_records(
                 invalid.add(file, line, str(error), value)
                 continue
             invalid.num_valid += 1
-            yield record
+            yield from split_packed(record)
         if invalid.num_valid + invalid.total == before:
             raise DataError(f"{file}: no records in it; leave it out, or download it again")
 

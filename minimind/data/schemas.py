@@ -1,6 +1,6 @@
 """Schemas: the layouts of published datasets, and their conversion to one `Record` class.
 
-    text               {"text"}
+    text               {"text"} or {"content"}
     conversations      {"conversations": [{"role", "content"}…]}
     messages           {"messages": [{"role", "content"}…]}, the layout of OpenAI
     sharegpt           {"conversations": [{"from", "value"}…]}
@@ -9,7 +9,8 @@
     prompt_completion  {"prompt", "completion"}: strings, or lists of messages
     pairs              {"chosen": […], "rejected": […]}, or strings with a "prompt"
 
-Template variables such as `{{name}}` are replaced by their values in data.variables of a recipe.
+A text such as "<s>…</s> <s>…</s>", in which MiniMind packed several documents, is split at the
+markers. Template variables such as `{{name}}` are replaced by their values in data.variables of a recipe.
 Several field names have synonyms. A field of the wrong type makes the record invalid, except that
 integers are read as text. Unused keys are recorded.
 """
@@ -25,11 +26,14 @@ from typing import Any
 from minimind.data.messages import Fields, Turn, as_text, holds_messages, parse_list, read_turns
 from minimind.tokenizer.chat import Message
 
+_TEXT = ("text", "content")
 _TURNS = ("messages", "conversations", "conversation")
 _QUESTION = ("q", "question", "prompt")
 _ANSWER = ("a", "answer", "response")
 _PROMPT_COMPLETION = ("prompt", "completion")
 _MAX_KEYS, _MAX_KEY_LENGTH = 100, 80
+_PACKED = re.compile(r"\s*<s>(.*)</s>\s*", re.DOTALL)
+_DOCUMENT_BORDER = re.compile(r"</s>\s*<s>")
 _VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _CHOSEN, _REJECTED = ("chosen", "chose"), ("rejected", "reject")
 
@@ -168,6 +172,8 @@ def detect_schema(record: Mapping[str, Any]) -> str:
         return "text"
     if turns:
         return _schema_of_turns(turns, record[turns])
+    if "content" in record:
+        return "text"
     raise ValueError(f"unknown schema; its fields are: {fields.listed()}")
 
 
@@ -196,8 +202,21 @@ def convert(record: Mapping[str, Any], schema: str = "auto") -> Record:
     return replace(converted, schema=name, unused=tuple(sorted(fields.unused())))
 
 
+def split_packed(record: Record) -> list[Record]:
+    """Return the documents of a text that MiniMind packed as `<s>…</s> <s>…</s>`.
+
+    Other records are returned unchanged. The markers must enclose all of the text, since `<s>` is
+    also an HTML tag.
+    """
+    packed = _PACKED.fullmatch(record.text or "")
+    if packed is None:
+        return [record]
+    documents = _DOCUMENT_BORDER.split(packed[1])
+    return [replace(record, text=text) for text in documents if text.strip()]
+
+
 def _text(fields: Fields) -> Record:
-    text = fields.string(("text",))
+    text = fields.string(_TEXT)
     if not text.strip():
         raise ValueError("the text is empty")
     return Record(text=text)

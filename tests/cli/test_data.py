@@ -114,7 +114,7 @@ def test_schema_option(chats: Path, tmp_path: Path) -> None:
     done = run(chats, "--schema", "text", "--json", out)
     assert done.exit_code == 0, done.output
     [reason] = json.loads(out.read_text("utf-8"))["total"]["invalid_reasons"]
-    assert reason == "no field text; its fields are: q, a"
+    assert reason == "no field text or content; its fields are: q, a"
 
 
 def test_errors_print_one_line(texts: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_a_given_schema_reports_the_missing_field(tmp_path: Path) -> None:
     path.write_text('{"messages": [], "id": 3}\n')
     invalid = InvalidRecords()
     assert records_of(path, invalid, schema="text") == []
-    assert invalid.first == f"{path}:1: no field text; its fields are: messages, id"
+    assert invalid.first == f"{path}:1: no field text or content; its fields are: messages, id"
 
 
 def test_random_damage_raises_only_data_errors(tmp_path: Path) -> None:
