@@ -1,4 +1,4 @@
-"""`minimind data inspect`, `get` and `stores`."""
+"""`minimind data inspect` and `stores`; the other commands of the group are in `datasets`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,19 +6,24 @@ from typing import Annotated, Any
 
 import typer
 
-from minimind.cli import console
+from minimind.cli import console, datasets
+from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
 from minimind.errors import UsageError
 
 app = typer.Typer(
-    help="Inspect datasets, download benchmarks, manage token stores.", no_args_is_help=True
+    help="Find, download and inspect datasets; manage token stores.", no_args_is_help=True
 )
+app.command("list")(datasets.list_datasets)
+app.command()(datasets.info)
+app.command()(datasets.get)
 
 
 @app.command()
 def inspect(
     data: Annotated[
-        list[str], typer.Argument(metavar="DATA", help="Files, folders or globs (quoted).")
+        list[str],
+        typer.Argument(metavar="DATA", help="Files, folders, globs (quoted) or dataset names."),
     ],
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer or model directory, to also count tokens.")
@@ -27,6 +32,7 @@ def inspect(
     samples: Annotated[
         int, typer.Option(min=0, help="Number of sample records to show per DATA.")
     ] = 3,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Describe datasets: schemas, counts, lengths, duplicates, invalid records, samples."""
@@ -37,6 +43,7 @@ def inspect(
 
     if schema not in ("auto", *SCHEMAS):
         raise UsageError(f"--schema {schema} is unknown; choose auto, {', '.join(SCHEMAS)}")
+    ensure_downloaded(data, yes)
     loaded = Tokenizer.load(tokenizer) if tokenizer else None
     files = [file for path in data for file in list_files(path)]
     combined = DatasetStats()
@@ -57,20 +64,6 @@ def inspect(
     _show(per_source, total)
     if json:
         console.write_json(json, {"data": per_source, "total": total})
-
-
-@app.command()
-def get(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="ceval, cmmlu, mmlu, gsm8k.")],
-    out: Annotated[Path, typer.Option(help="Folder to download to.")] = Path("data"),
-) -> None:
-    """Download published benchmarks for `minimind eval --data`."""
-    from minimind.data.hub import PUBLISHED, download
-
-    for name in names:
-        path = download(name, out)
-        version = "" if PUBLISHED[name].is_pinned else " (the latest version, not a pinned one)"
-        console.say(f"{name}: {path}{version}")
 
 
 @app.command()

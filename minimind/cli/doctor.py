@@ -20,7 +20,6 @@ _EXTRAS = {
     "tensorboard": ("experiment tracking with TensorBoard", "tensorboard"),
     "wandb": ("experiment tracking with Weights & Biases", "wandb"),
     "swanlab": ("experiment tracking with SwanLab", "swanlab"),
-    "hub": ("benchmark downloads", "huggingface_hub"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
 }

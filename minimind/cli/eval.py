@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minimind.cli import console
+from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.evaluation import Evaluation, Metrics, OpenedModel
 from minimind.cli.options import Adapter, Context, Device
 from minimind.errors import MinimindError, UsageError
@@ -37,7 +38,10 @@ def evaluate(
     ],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR", help="Folder with the benchmarks; for bpb, the texts."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder with the benchmarks, default: downloaded ones; for bpb, the texts.",
+        ),
     ] = None,
     style: Annotated[
         Literal["chat", "letter", "answer"],
@@ -64,6 +68,7 @@ def evaluate(
         Path, typer.Option(help="Folder of the results; an interrupted evaluation is resumed.")
     ] = Path("out/eval"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results.")] = False,
+    yes: Yes = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="Also write the metrics to this file.")
     ] = None,
@@ -72,6 +77,7 @@ def evaluate(
     if adapter and len(models) > 1:
         raise UsageError("--adapter applies to a single model; give one MODEL")
     names = list(dict.fromkeys(task))
+    ensure_downloaded(_datasets(names, data or [], contamination or []), yes)
     evaluation = _Benchmarks(out, fresh, json, device, limit)
     tasks = evaluation.read_tasks(
         [name for name in names if not name.startswith(_HARNESS)],
@@ -88,6 +94,13 @@ def evaluate(
     evaluation.show()
     if not evaluation.succeeded():
         raise typer.Exit(1)
+
+
+def _datasets(tasks: Sequence[str], data: Sequence[str], contamination: Sequence[str]) -> list[str]:
+    """Return the paths and dataset names that an evaluation reads."""
+    own = [task.partition(":") for task in tasks if not task.startswith(_HARNESS)]
+    named = [path if path else name for name, _, path in own if path or not data]
+    return [*named, *data, *contamination]
 
 
 @dataclass

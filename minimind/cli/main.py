@@ -20,9 +20,11 @@ from minimind.cli import (
     doctor,
     export,
     generate,
+    get,
     launcher,
     merge,
     plan,
+    push,
     report,
     serve,
     sweep,
@@ -151,6 +153,8 @@ for _command in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
+    push.push,
+    get.get,
 ):
     app.command()(_command)
 app.command("eval")(evaluate)

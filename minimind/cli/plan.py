@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind.cli import console
+from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json, Tokenizer
-from minimind.cli.train import Arguments, Data, Device, resolve
+from minimind.cli.train import Arguments, Data, Device, data_paths, resolve
 from minimind.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ def plan(
         float,
         typer.Option(metavar="SECONDS", min=0, help="Duration of a speed measurement; 0 skips it."),
     ] = 10.0,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
-    """Estimate parameters, tokens, memory and time of a stage. Writes nothing."""
+    """Estimate parameters, tokens, memory and time of a stage. Trains nothing."""
     limit = None if memory is None else parse_size(memory)
     flags = {"data.sources": data, "model.init": model, "tokenizer": tokenizer, "device": device}
     recipe = resolve(arguments or [], "pretrain-small", flags).recipe
+    ensure_downloaded(data_paths(recipe), yes)
     from minimind.planning.plan import make_plan
 
     estimate = make_plan(recipe, memory=limit, seconds=trial)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console
+from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json, Tokenizer
-from minimind.cli.train import Data, recipe_and_settings
+from minimind.cli.train import Data, data_paths, recipe_and_settings
 from minimind.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def sweep(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard previous runs.")] = False,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Train variants of a recipe; compare their loss by parameters, tokens and time."""
@@ -44,6 +46,7 @@ def sweep(
     per_device = device_settings(devices.split(",")) if devices else [("", {})]
     flags |= {"device": per_device[0][0]}
     planned, settings, invalid = _plan(arguments or [], flags, out)
+    ensure_downloaded((path for run in planned for path in data_paths(run.recipe)), yes)
     # Written first, so that `minimind report` works before the first run has finished.
     console.write_json(out / "sweep.json", {"settings": settings, "failed": invalid})
     console.say(f"{len(planned)} runs in {out}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minimind.cli import console
+from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
 from minimind.errors import UsageError, shell_words
 
@@ -22,7 +23,8 @@ _INSPECTED_MB = 8
 @app.command()
 def train(
     data: Annotated[
-        list[str], typer.Argument(metavar="DATA", help="Files, folders or globs (quoted).")
+        list[str],
+        typer.Argument(metavar="DATA", help="Files, folders, globs (quoted) or dataset names."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
     vocab_size: Annotated[
@@ -31,6 +33,7 @@ def train(
     sample_mb: Annotated[
         int, typer.Option(min=1, help="Megabytes of text to train on; each takes 100 MB of memory.")
     ] = 12,
+    yes: Yes = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on a uniform sample of the data."""
     from minimind.data.invalid import InvalidRecords
@@ -41,6 +44,7 @@ def train(
             f"{out} already contains a tokenizer that models may depend on; "
             "choose another --out, or delete it"
         )
+    ensure_downloaded(data, yes)
     invalid = InvalidRecords()
     texts = _texts(data, invalid)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder fails before the long work
@@ -65,6 +69,7 @@ def inspect(
         list[str] | None,
         typer.Option(help="Text to measure on instead of built-in sentences; repeatable."),
     ] = None,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Compare tokenizers: vocabulary by script, and characters per token by language."""
@@ -76,6 +81,7 @@ def inspect(
     loaded = {str(directory): load_bpe(directory) for directory in tokenizers}
     texts = SAMPLE_TEXTS
     if data:
+        ensure_downloaded(data, yes)
         texts = sample_uniformly(_texts(data, InvalidRecords()), _INSPECTED_MB << 20)
     vocabularies = {name: describe_vocabulary(bpe) for name, bpe in loaded.items()}
     usages = {name: measure(bpe, texts) for name, bpe in loaded.items()}

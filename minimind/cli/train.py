@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minimind.cli import console, launcher
+from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import DEVICE_HELP, Json, Tokenizer
 from minimind.errors import UsageError, shell_words
 
@@ -24,7 +25,8 @@ Arguments = Annotated[
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="DATA", help="File, folder or quoted glob, optionally with @WEIGHT; repeatable."
+        metavar="DATA",
+        help="File, folder, quoted glob or dataset name, optionally with @WEIGHT; repeatable.",
     ),
 ]
 Out = Annotated[str | None, typer.Option(help="Run directory.")]
@@ -54,12 +56,15 @@ def pretrain(
     resume: Resume = False,
     explain: Explain = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Pretrain a new model on plain text."""
     flags = {"objective": "pretrain", "data.sources": data, "tokenizer": tokenizer}
     flags |= {"out": out, "device": device}
-    _run_command(arguments, "pretrain-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(
+        arguments, "pretrain-small", flags, nproc, fresh, resume, explain, dry_run, yes, json
+    )
 
 
 def sft(
@@ -73,12 +78,13 @@ def sft(
     resume: Resume = False,
     explain: Explain = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Fine-tune a model on single-turn and multi-turn conversations (SFT)."""
     flags = {"objective": "sft", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
-    _run_command(arguments, "sft-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, "sft-small", flags, nproc, fresh, resume, explain, dry_run, yes, json)
 
 
 def lora(
@@ -92,6 +98,7 @@ def lora(
     resume: Resume = False,
     explain: Explain = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Train a LoRA adapter; the weights of the model stay frozen."""
@@ -101,7 +108,7 @@ def lora(
             "the recipe trains the full model; use one with a [lora] table, such as lora-small, "
             "or set lora.rank=8"
         )
-    _run_command(arguments, "lora-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, "lora-small", flags, nproc, fresh, resume, explain, dry_run, yes, json)
 
 
 def dpo(
@@ -115,12 +122,13 @@ def dpo(
     resume: Resume = False,
     explain: Explain = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Train a chat model on preference pairs (direct preference optimization)."""
     flags = {"objective": "dpo", "data.sources": data, "model.init": model}
     flags |= {"out": out, "device": device}
-    _run_command(arguments, "dpo-small", flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, "dpo-small", flags, nproc, fresh, resume, explain, dry_run, yes, json)
 
 
 def train(
@@ -132,11 +140,12 @@ def train(
     resume: Resume = False,
     explain: Explain = False,
     dry_run: DryRun = False,
+    yes: Yes = False,
     json: Json = None,
 ) -> None:
     """Train the stage that a recipe describes."""
     flags = {"out": out, "device": device}
-    _run_command(arguments, None, flags, nproc, fresh, resume, explain, dry_run, json)
+    _run_command(arguments, None, flags, nproc, fresh, resume, explain, dry_run, yes, json)
 
 
 def _run_command(
@@ -148,6 +157,7 @@ def _run_command(
     resume: bool,
     explain: bool,
     dry_run: bool,
+    yes: bool,
     json: Path | None,
 ) -> None:
     resolved = resolve(arguments or [], default_recipe, flags)
@@ -165,6 +175,8 @@ def _run_command(
     if resume and launcher.is_main_process() and not begun:
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to resume; omit --resume")
+    if not launcher.is_distributed():  # the processes of one run do not download side by side
+        ensure_downloaded(data_paths(recipe), yes)
     if (nproc or 1) > 1 and not dry_run and not launcher.is_distributed():
         launcher.launch_processes(nproc or 1)
         return
@@ -191,6 +203,12 @@ def resolve(
     name, overrides = recipe_and_settings(arguments, default_recipe)
     set_flags = {key: value for key, value in flags.items() if value}
     return load_recipe(name, overrides=overrides, flags=set_flags)
+
+
+def data_paths(recipe: "Recipe") -> list[str]:
+    """Return the paths and names of all data that a recipe uses."""
+    data = recipe.data
+    return [each.path for each in (*data.sources, *data.validation, *data.retention)]
 
 
 def recipe_and_settings(

@@ -217,8 +217,8 @@ def download_file(
             part.unlink()
             if attempt == 2:
                 raise HubError(
-                    f"{file.path}: {repository.host} delivered a damaged file twice ({difference}); "
-                    "nothing was kept. Try again later, or another hub"
+                    f"{file.path}: {repository.host} delivered a damaged file twice "
+                    f"({difference}); nothing was kept. Try again later, or another hub"
                 )
             say(f"{file.path} is damaged ({difference}); downloading it again")
         fsync(part)

@@ -73,7 +73,7 @@ class Repository:
     @property
     def endpoint(self) -> str:
         """Base URL of the hub, without a slash at the end."""
-        return os.environ.get(*_ENDPOINTS[self.hub]).rstrip("/")  # type: ignore[union-attr]
+        return os.environ.get(*_ENDPOINTS[self.hub]).rstrip("/")
 
     @property
     def host(self) -> str:
@@ -94,8 +94,8 @@ class Repository:
         """Return the address of a file, which also works in a browser."""
         if self.hub == "hf":
             prefix = "datasets/" if self.kind == "datasets" else ""
-            revision = urllib.parse.quote(self.branch, safe="")
-            return f"{self.endpoint}/{prefix}{self.id}/resolve/{revision}/{urllib.parse.quote(path)}"
+            name = f"{urllib.parse.quote(self.branch, safe='')}/{urllib.parse.quote(path)}"
+            return f"{self.endpoint}/{prefix}{self.id}/resolve/{name}"
         return f"{self.api}/repo?{_query(Revision=self.branch, FilePath=path)}"
 
     @property
@@ -237,9 +237,7 @@ def check_online() -> None:
         raise UsageError("HF_HUB_OFFLINE is set, so nothing is downloaded; unset it to download")
 
 
-def _open(
-    repository: Repository, url: str, headers: Mapping[str, str]
-) -> http.client.HTTPResponse:
+def _open(repository: Repository, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
     """Send a GET request and follow redirects."""
     check_online()
     for _ in range(_MAX_REDIRECTS):
@@ -288,10 +286,11 @@ def _status_error(
     token = _TOKENS[repository.hub]
     message = f"{host} refuses {repository.id} ({reason})"
     if error.code in (401, 403):
-        page = f"{repository.endpoint}/{'datasets/' * (repository.kind == 'datasets')}{repository.id}"
+        page = repository.file_url("").partition("/resolve/")[0]
         given = f"the token in {token} has no access" if token in os.environ else f"set {token}"
         message += (
-            f". It may not exist, or be private, or its terms must be accepted on {page}; then {given}"
+            f". It may not exist, be private, or require that its terms are accepted on {page}; "
+            f"then {given}"
         )
     return HubError(message, error.code)
 

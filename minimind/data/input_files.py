@@ -1,4 +1,4 @@
-"""Input files: the files that a path, folder, glob or dataset name stands for, and their formats."""
+"""Input files: the files of a path, folder, glob or dataset name, and their formats."""
 
 import difflib
 import glob
@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimind.data.registry import downloaded_file, is_name, registry, similar
+from minimind.data.registry import downloaded_file, is_name, registry
 from minimind.errors import DataError
 from minimind.paths import expand_user
 
@@ -90,14 +90,14 @@ def _suggestion(path: str, missing: Path) -> str:
     """Return a hint about similar names that exist."""
     if hint := _separation_hint(path):
         return hint
-    set_name, colon, _ = path.partition(":")
-    if dataset := similar(set_name, registry()):
-        return f", and no dataset of this name{dataset}{colon}{path.partition(':')[2]}"
     folder = next(p for p in missing.parents if p.is_dir())
     name = missing.relative_to(folder).parts[0]
     names = [p.name for p in folder.iterdir()]
     if similar := difflib.get_close_matches(name, names, n=3):
         return f"; {folder} contains {', '.join(similar)}"
+    set_name, colon, file_name = path.partition(":")
+    if similar := difflib.get_close_matches(set_name, registry(), n=1):
+        return f", and no such dataset; did you mean {similar[0]}{colon}{file_name}?"
     return f"; the folder {folder} exists, but contains no {name}"
 
 

@@ -166,6 +166,11 @@ def downloaded_file(name: str) -> Path:
     return path
 
 
+def download_hint(name: str) -> str:
+    """Return the end of an error message that names the download command, or ""."""
+    return f". `minimind data get {name}` downloads it" if name in registry() else ""
+
+
 def similar(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean …?" with the most similar known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)

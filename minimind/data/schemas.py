@@ -10,7 +10,8 @@
     pairs              {"chosen": […], "rejected": […]}, or strings with a "prompt"
 
 A text such as "<s>…</s> <s>…</s>", in which MiniMind packed several documents, is split at the
-markers. Template variables such as `{{name}}` are replaced by their values in data.variables of a recipe.
+markers.
+Template variables such as `{{name}}` are replaced by their values in data.variables of a recipe.
 Several field names have synonyms. A field of the wrong type makes the record invalid, except that
 integers are read as text. Unused keys are recorded.
 """

@@ -27,9 +27,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minimind.data.hub import download_hint
 from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_objects
+from minimind.data.registry import download_hint
 from minimind.errors import DataError
 from minimind.paths import expand_user
 

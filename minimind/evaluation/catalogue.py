@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from minimind.data.registry import downloaded_file, is_name
 from minimind.errors import UsageError
 from minimind.evaluation.benchmark_prompts import Style
 from minimind.evaluation.benchmarks import read_benchmark
@@ -26,10 +27,14 @@ def make_task(
 ) -> Task:
     """Create the task NAME, or NAME:PATH to read its data from PATH instead of from `data`.
 
+    Without either, a published benchmark is read from where it was downloaded to.
+
     Raises UsageError for an unknown name, and DataError if the data is missing.
     """
     name, _, path = spec.partition(":")
     sources = [path] if path else list(data)
+    if not sources and is_name(name):
+        sources = [str(downloaded_file(name))]
     if name == "bpb":
         return BitsPerByte(sources, limit)
     if name == "quiz":

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.data.hub import download_hint
 from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_objects
+from minimind.data.registry import download_hint
 from minimind.errors import DataError
 from minimind.evaluation.generative import GenerativeQuestion, GenerativeTask
 from minimind.evaluation.number_extraction import is_same_number, last_number

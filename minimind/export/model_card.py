@@ -50,7 +50,10 @@ def make_model_card(
     try:
         page, inputs = make_report([source]).page, find_runs([source])
     except DataError:  # a model directory without its runs
-        page, inputs = Page(repository, "A small GPT; the records of its training are not here.", {}), None
+        page, inputs = (
+            Page(repository, "A small GPT; the records of its training are not here.", {}),
+            None,
+        )
     page.title = repository.partition("/")[2]
     data = training_data_of(inputs) if inputs else []
     kinds = [run.kind for run in inputs.runs] if inputs else []

@@ -85,7 +85,7 @@ def _push_hf(folder: Path, repository: str, private: bool) -> str:
         from huggingface_hub import HfApi, get_token
         from huggingface_hub.errors import HfHubHTTPError, HTTPError
     except ImportError:
-        raise UsageError(f"huggingface_hub is not installed; {install_line('hub')}") from None
+        raise UsageError(f"huggingface_hub is not installed; {install_line('push')}") from None
     if not get_token():
         raise _no_token("hf")
     api = HfApi(library_name="minimind")
@@ -107,7 +107,7 @@ def _push_modelscope(folder: Path, repository: str, private: bool) -> str:
         from modelscope_hub import HubApi
         from modelscope_hub.errors import HubError
     except ImportError:
-        raise UsageError(f"modelscope-hub is not installed; {install_line('hub')}") from None
+        raise UsageError(f"modelscope-hub is not installed; {install_line('push')}") from None
     token = os.environ.get("MODELSCOPE_API_TOKEN")
     if not token:
         raise _no_token("modelscope")
@@ -121,7 +121,9 @@ def _push_modelscope(folder: Path, repository: str, private: bool) -> str:
             repository, "model", folder, commit_message="Upload with minimind", disable_tqdm=False
         )
     except HubError as error:
-        raise _refused("modelscope", repository, getattr(error, "status_code", None), error) from None
+        raise _refused(
+            "modelscope", repository, getattr(error, "status_code", None), error
+        ) from None
     except (requests.RequestException, OSError) as error:
         raise _unreachable("modelscope", repository, error) from None
     return f"{endpoint}/models/{repository}"

@@ -4,8 +4,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minimind.config.settings import DataFile, DataSettings, Recipe
+from minimind.data.download import origin_of
 from minimind.data.packing import (
     ChatSequences,
     MixedDataset,
@@ -119,6 +121,21 @@ def data_sha256(stores: Stores) -> str:
         for store in stores.all
     ]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def data_origins(stores: Stores) -> dict[str, Any]:
+    """Return the name, revision, hash and licence of each downloaded file that a stage uses.
+
+    The hash is that of the file as it was tokenized; `modified` marks one that is not the
+    published one.
+    """
+    origins = []
+    for file in (file for store in stores.all for file in store.manifest["files"]):
+        if origin := origin_of(Path(file["path"])):
+            del origin["stamp"]
+            modified = {"modified": True} if origin["sha256"] != file["sha256"] else {}
+            origins.append(origin | {"sha256": file["sha256"]} | modified)
+    return {"datasets": origins} if origins else {}
 
 
 def build_datasets(

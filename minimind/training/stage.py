@@ -27,7 +27,13 @@ from minimind.training.build import (
     count_parameters,
 )
 from minimind.training.checkpoint import newest_state
-from minimind.training.datasets import Stores, build_datasets, data_sha256, open_stores
+from minimind.training.datasets import (
+    Stores,
+    build_datasets,
+    data_origins,
+    data_sha256,
+    open_stores,
+)
 from minimind.training.distributed import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -141,6 +147,7 @@ def run_stage(
             return StageResult(run, None, summary)
         if group.is_main:
             summary |= unigram_baseline(trainer, stage.stores, stage.tokenizer)
+            summary |= data_origins(stage.stores)
             save_output(output_directory(run, recipe), recipe, trainer.model, stage.tokenizer)
             write_json(run / SUMMARY_FILE, summary)
         return _finished_result(recipe, run, summary)
