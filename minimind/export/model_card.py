@@ -13,7 +13,7 @@ from minimind.reporting.page import Page
 from minimind.reporting.plots import as_file
 from minimind.reporting.render import drawings_of, to_markdown
 from minimind.reporting.report import make_report
-from minimind.reporting.runs import find_runs
+from minimind.reporting.runs import Inputs, find_runs
 
 _PLOTS = "plots"  # folder of the drawings, in the repository
 _TEMPLATES = Environment(
@@ -50,24 +50,22 @@ def make_model_card(
     try:
         page, inputs = make_report([source]).page, find_runs([source])
     except DataError:  # a model directory without its runs
-        page, inputs = (
-            Page(repository, "A small GPT; the records of its training are not here.", {}),
-            None,
-        )
+        lead = "A small GPT; the records of its training are not here."
+        page, inputs = Page(repository, lead, {}), Inputs()
     page.title = repository.partition("/")[2]
-    data = training_data_of(inputs) if inputs else []
-    kinds = [run.kind for run in inputs.runs] if inputs else []
+    data = training_data_of(inputs)
+    kinds = [run.kind for run in inputs.runs]
     head, separator, sections = to_markdown(page, _PLOTS).partition("\n## ")
     text = _TEMPLATES.get_template("model-card.md.jinja").render(
         repository=repository,
         licence=licence,
         datasets=sorted({source.dataset for source in data if source.dataset}),
         head=head.strip("\n"),
-        sections=separator + sections,
+        sections=(separator + sections).replace(str(Path.home()), "~"),
         config=config,
         data=data,
-        unknown_data=inputs is None,
-        only_pretrained=bool(kinds) and set(kinds) == {"pretrain"},
+        languages=list(dict.fromkeys(code for source in data for code in source.languages)),
+        only_pretrained=set(kinds) == {"pretrain"},
         has_preferences="dpo" in kinds,
     )
     plots = {f"{_PLOTS}/{name}": as_file(svg) for name, svg in drawings_of(page).items()}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minimind.data.registry import find, is_name
@@ -21,13 +21,14 @@ class TrainingData:
     """A source of training data. stages: the kinds of stages that read it.
 
     licence: as its publisher states it, several separated by commas, or "unknown". dataset: its
-    repository on the Hugging Face Hub.
+    repository on the Hugging Face Hub. languages: codes, none where unknown.
     """
 
     name: str
     stages: tuple[str, ...]
     licence: str = UNKNOWN
     dataset: str | None = None
+    languages: tuple[str, ...] = ()
 
     @property
     def licences(self) -> list[str]:
@@ -54,10 +55,8 @@ def training_data_of(inputs: Inputs) -> list[TrainingData]:
     for path, kinds in stages.items():
         data = _describe(path, tuple(dict.fromkeys(kinds)), path in textbook)
         before = found.get(data.name)
-        kinds_of_both = (*(before.stages if before else ()), *data.stages)
-        found[data.name] = TrainingData(
-            data.name, tuple(dict.fromkeys(kinds_of_both)), data.licence, data.dataset
-        )
+        stages_of_both = (*(before.stages if before else ()), *data.stages)
+        found[data.name] = replace(data, stages=tuple(dict.fromkeys(stages_of_both)))
     return list(found.values())
 
 
@@ -102,10 +101,11 @@ def _source_paths(run: Run) -> list[str]:
 
 def _describe(path: str, kinds: tuple[str, ...], is_textbook: bool) -> TrainingData:
     if is_textbook:
-        return TrainingData(_TEXTBOOK, kinds, "apache-2.0")
+        return TrainingData(_TEXTBOOK, kinds, "apache-2.0", languages=("zh", "en"))
     if is_name(path):
         published = find(path)
         dataset = published_sets()[path.partition(":")[0]].hf
-        return TrainingData(published.name, kinds, published.licence, dataset)
+        languages = tuple(published.language.split("+"))
+        return TrainingData(published.name, kinds, published.licence, dataset, languages)
     # The name of a file, not its folder: a model card should not publish paths of this machine.
     return TrainingData(Path(path).name, kinds)
