@@ -66,7 +66,7 @@ def published(run: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("hub", ["hf", "modelscope"])
 def test_model_and_card_arrive(server: UploadServer, run_folder: Path, hub: str) -> None:
     output = push(server, run_folder, "--yes", "--private", "--license", "mit", "--hub", hub)
-    assert "cmmlu:all: cc-by-nc-4.0 forbids commercial use" in output
+    assert "cmmlu:v1_0_1: cc-by-nc-4.0 forbids commercial use" in output
     assert f"Published: {server.url}" in output
     files = dict(server.committed[f"{hub}/alice/tiny"])
     card = files.pop("README.md").decode()

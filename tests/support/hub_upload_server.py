@@ -71,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "refused", "Message": "refused"}, self.server.refuse or 401)
         elif path.endswith("info/lfs/objects/batch"):
             self._batch(json.loads(body))
+        elif path == "api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
         elif path == "api/repos/create":
             request = json.loads(body)
             name = f"hf/{request['organization']}/{request['name']}"
