@@ -65,5 +65,5 @@ def push(
                 "add --yes, or --preview DIR to see the model card"
             )
         typer.confirm("Publish?", abort=True)
-    address = upload(directory, card.files, repository, hub=hub, private=private)
+    address = upload(directory, card.files, repository, hub=hub, licence=licence, private=private)
     console.say(f"Published: {address}")

@@ -33,17 +33,28 @@ def check_repository_name(name: str) -> None:
 
 
 def push(
-    directory: Path, card: Mapping[str, str], repository: str, *, hub: Hub, private: bool
+    directory: Path,
+    card: Mapping[str, str],
+    repository: str,
+    *,
+    hub: Hub,
+    licence: str | None,
+    private: bool,
 ) -> str:
     """Upload a model directory and its card in one commit; return the address of the model.
 
     card: text by path in the repository; a file of the same name in the directory has precedence.
-    Creates the repository if there is none. Raises UsageError without the package or a token,
+    Creates the repository if there is none. Raises UsageError without the package, a token or
+    (on ModelScope) a licence,
     ServiceError when the hub refuses or cannot be reached.
     """
     check_repository_name(repository)
+    if hub == "modelscope" and not licence:
+        raise UsageError("ModelScope records a licence for each repository; add --license ID")
     with _staged(directory, card) as folder:
-        return (_push_hf if hub == "hf" else _push_modelscope)(folder, repository, private)
+        if hub == "hf":
+            return _push_hf(folder, repository, private)
+        return _push_modelscope(folder, repository, licence, private)
 
 
 def files_of(directory: Path) -> list[Path]:
@@ -101,7 +112,7 @@ def _push_hf(folder: Path, repository: str, private: bool) -> str:
     return str(commit.repo_url)
 
 
-def _push_modelscope(folder: Path, repository: str, private: bool) -> str:
+def _push_modelscope(folder: Path, repository: str, licence: str | None, private: bool) -> str:
     try:
         import requests
         from modelscope_hub import HubApi
@@ -116,7 +127,7 @@ def _push_modelscope(folder: Path, repository: str, private: bool) -> str:
     try:
         if not api.repo_exists(repository, "model"):
             visibility = "private" if private else "public"
-            api.create_repo(repository, "model", visibility=visibility)
+            api.create_repo(repository, "model", visibility=visibility, license=licence)
         api.upload_folder(
             repository, "model", folder, commit_message="Upload with minimind", disable_tqdm=False
         )
