@@ -102,7 +102,9 @@ def test_nothing_is_sent_without_confirmation(
     for name in ("tiny", "alice/tiny/more", "alice/..", "小明/tiny"):
         assert "is not the name of a repository" in run(name, "--yes")
     monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
-    assert "set MODELSCOPE_API_TOKEN" in run("alice/tiny", "--yes", "--hub", "modelscope")
+    assert "set MODELSCOPE_API_TOKEN" in run(
+        "alice/tiny", "--yes", "--hub", "modelscope", "--license", "mit"
+    )
 
 
 def test_preview_writes_the_card_only(run_folder: Path, tmp_path: Path) -> None:

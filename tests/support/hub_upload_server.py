@@ -76,12 +76,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "api/repos/create":
             request = json.loads(body)
             name = f"hf/{request['organization']}/{request['name']}"
-            self.server.repositories[name] = request
-            self._answer({"url": f"{self.server.url}/{name[3:]}", "name": name[3:]})
+            is_new = name not in self.server.repositories
+            self.server.repositories.setdefault(name, request)
+            status = 200 if is_new else 409
+            self._answer({"url": f"{self.server.url}/{name[3:]}", "name": name[3:]}, status)
         elif path == "api/v1/models":
             request = json.loads(body)
-            self.server.repositories[f"modelscope/{request['Path']}/{request['Name']}"] = request
-            self._answer({"Code": 200, "Data": {"Name": request["Name"]}})
+            name = f"modelscope/{request['Path']}/{request['Name']}"
+            if name in self.server.repositories:
+                self._answer({"Code": 10020101001, "Message": "already exists"}, 409)
+            else:
+                self.server.repositories[name] = request
+                self._answer({"Code": 200, "Data": {"Name": request["Name"]}})
         elif "/preupload/" in path:
             files = [
                 {"path": file["path"], "uploadMode": _mode(file["path"]), "shouldIgnore": False}
