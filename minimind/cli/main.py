@@ -26,6 +26,7 @@ from minimind.cli import (
     merge,
     minimind_pth,
     plan,
+    push,
     report,
     serve,
     sweep,
@@ -158,6 +159,7 @@ for _command in (
     *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
+    push.push,
     get.get,
 ):
     app.command()(_command)
