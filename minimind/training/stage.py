@@ -297,7 +297,7 @@ def prepare_stage(
         generate_samples=lambda: generate_samples(model, tokenizer),
         data_sha256=sha256,
         base_sha256=base,
-        retention=datasets.retention and EvalSet(next_token, datasets.retention),
+        retention=EvalSet(next_token, datasets.retention) if datasets.retention else None,
         validate_first=bool(recipe.model.init),
         group=group,
     )
