@@ -133,7 +133,7 @@ class Report:
         return float(self.args.limit) - (time.monotonic() - self.started)
 
     def start(self, name: str, variables: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a part in a process group of its own."""
+        """Start a part in a new process group."""
         command = [sys.executable, "-m", "benchmarks.gpu_report", *sys.argv[1:]]
         command += ["--part", name, "--work", str(self.args.work)]
         log = (self.args.work / f"{name}.log").open("wb")
@@ -172,7 +172,7 @@ class Report:
             print(text[-1500:], flush=True)
 
     def update(self, name: str, status: str, started: float) -> None:
-        """Take the results of a part over into the record."""
+        """Copy the results of a part into the record."""
         results: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             results = json.loads((self.args.work / f"{name}.json").read_text("utf-8"))

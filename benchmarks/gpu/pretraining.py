@@ -1,7 +1,6 @@
 """Pretraining of `small` on real text for some minutes, then fine-tuning and eight questions."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -224,8 +223,3 @@ def _answers(context: Context, run_dir: Path) -> list[dict[str, str]]:
             }
             for question in QUESTIONS
         ]
-
-
-def environment_without_gpu() -> dict[str, str]:
-    """Return an environment in which `prepare` leaves the GPU to the other parts."""
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ""}

@@ -81,7 +81,7 @@ def locate(published: Published, hub: Hub | None, say: Say) -> Located:
             failures.append(str(error))
         except TransientError as error:
             failures.append(f"{error.host} cannot be reached ({error}){mirror_hint(repository)}")
-    raise DataError(f"{published.name}: {'; '.join(failures)}. {_by_hand(published)}")
+    raise DataError(f"{published.name}: {'; '.join(failures)}. {_manual_download_hint(published)}")
 
 
 def fetch(located: Located, folder: Path, *, progress: Progress, say: Say) -> Path:
@@ -167,10 +167,10 @@ def _listed_file(published: Published, listing: Listing) -> HubFile:
     return replace(file, sha256=file.sha256 or known)
 
 
-def _by_hand(published: Published) -> str:
+def _manual_download_hint(published: Published) -> str:
     url = published.repositories()[-1].file_url(published.file.path)
-    place = published.path_in(data_folder())
-    return f"It can also be downloaded by other means from {url}, and saved as {place}"
+    target = published.path_in(data_folder())
+    return f"It can also be downloaded by other means from {url}, and saved as {target}"
 
 
 def _explain(located: Located, error: TransientError) -> str:
@@ -188,7 +188,7 @@ def _explain(located: Located, error: TransientError) -> str:
         remedy = "What is downloaded so far is kept; the same command continues"
     if others:
         remedy = f"Use the copy on {HUB_NAMES[others[0]]} with --hub {others[0]}. {remedy}"
-    return f"{text}. {remedy}. {_by_hand(published)}"
+    return f"{text}. {remedy}. {_manual_download_hint(published)}"
 
 
 # --- Any file of a repository
@@ -245,7 +245,7 @@ def _check_disk(part: Path, file: HubFile) -> None:
     if needed > free:
         raise ResourceError(
             f"{part.parent}: the download needs {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB "
-            "are free. Free some space, or choose another folder with --dir"
+            "are free. Free some space, or choose a folder on another disk"
         )
 
 

@@ -310,7 +310,7 @@ def _export_k_quantized(
                 raise ResourceError(f"{out}: llama.cpp could not write it as {type}: {errors}")
     finally:
         wide.unlink(missing_ok=True)
-    return GGUFReport(out, type, out.stat().st_size, _types_but_k(out), _K_BLOCK)
+    return GGUFReport(out, type, out.stat().st_size, _types_other_than_k(out), _K_BLOCK)
 
 
 def _quantize(llama_cpp: Any, source: Path, target: Path, type: str) -> str:
@@ -344,7 +344,7 @@ def _import_llama_cpp(type: str) -> Any:
     return llama_cpp
 
 
-def _types_but_k(path: Path) -> dict[str, str]:
+def _types_other_than_k(path: Path) -> dict[str, str]:
     """Return the matrices of a K-quantized file whose rows did not fill blocks of 256."""
     return {
         tensor.name: tensor.tensor_type.name.lower()

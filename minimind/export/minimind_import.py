@@ -49,7 +49,7 @@ _OLD_SETTINGS = {
     "hidden_dim": "intermediate_size",
 }
 # Settings of MiniMind that change the computation: the values that can be represented.
-_FIXED = {
+_SUPPORTED_VALUES = {
     "hidden_act": ("silu",),
     "scoring_func": ("softmax",),
     "norm_topk_prob": (True,),
@@ -102,7 +102,7 @@ def import_pth(
             join_experts(state, layer, config.num_local_experts, shared)
     except KeyError as error:
         raise ModelError(f"{path} lacks {error.args[0]}") from None
-    model = _fill(path, config, state)
+    model = _build_model(path, config, state)
     report.num_parameters = sum(parameter.numel() for parameter in model.parameters())
     save_model(out, model, tokenizer, dtype=report.dtype)
     return report
@@ -121,9 +121,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes raise errors of many types in the unpickler
-        if found := re.search(r"\bGLOBAL ([\w.]+)", str(error)):
+        if match := re.search(r"\bGLOBAL ([\w.]+)", str(error)):
             raise ModelError(
-                f"{path}: it holds more than tensors: {found[1]}, which could run code. Nothing "
+                f"{path}: it holds more than tensors: {match[1]}, which could run code. Nothing "
                 "was run. Save the weights alone in the program that wrote the file: "
                 "torch.save(model.state_dict(), FILE)"
             ) from error
@@ -277,7 +277,7 @@ def _check_stored(source: Path | None, stored: Mapping[str, Any], sizes: Mapping
         is_size = name not in SETTINGS and name != "tie_word_embeddings"
         if is_size and stored.get(name) is not None and stored[name] != value:
             raise ModelError(f"{source}: {name} is {stored[name]}, but the tensors have {value}")
-    for name, values in _FIXED.items():
+    for name, values in _SUPPORTED_VALUES.items():
         if stored.get(name) is not None and stored[name] not in values:
             raise ModelError(
                 f"{source}: {name} = {stored[name]!r} cannot be represented; only {values[0]!r} can"
@@ -318,7 +318,7 @@ def _reorder_heads(state: dict[str, Tensor], config: ModelConfig) -> None:
                 state[name] = halves_from_pairs(state[name], heads)
 
 
-def _fill(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
+def _build_model(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
     """Return a model with the tensors of `state`. Raises ModelError when they do not match it."""
     with torch.device("meta"):
         model = Transformer(config)

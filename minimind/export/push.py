@@ -44,9 +44,8 @@ def push(
     """Upload a model directory and its card in one commit; return the address of the model.
 
     card: text by path in the repository; a file of the same name in the directory has precedence.
-    Creates the repository if there is none. Raises UsageError without the package, a token or
-    (on ModelScope) a licence,
-    ServiceError when the hub refuses or cannot be reached.
+    Creates the repository if there is none. Raises UsageError without the package, a token or (on
+    ModelScope) a licence; ServiceError when the hub refuses or cannot be reached.
     """
     check_repository_name(repository)
     if hub == "modelscope" and not licence:

@@ -8,7 +8,7 @@ compared with the published SHA-512, and kept in the cache folder.
     model-HASH.gguf                         the model
     wllama-VERSION/                         wllama and the licences
 
-The two last names change with their content, so browsers may keep these files indefinitely.
+The last two names change with their content, so browsers may keep these files indefinitely.
 """
 
 import base64

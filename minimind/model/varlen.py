@@ -28,9 +28,10 @@ _MAX_ERROR = 0.02  # of values around 1 in bf16, whose rounding error is 2^-9 ea
 class SegmentBounds(NamedTuple):
     """Borders of the segments of a packed batch.
 
-    offsets: [S + 1] int32, the first token of each segment among the B * T, and B * T; repeated at
-    the end to a length that is a power of two plus 1, so that few lengths occur.
-    longest: no segment has more tokens. It only sizes the launch, and T avoids reading the data.
+    offsets: int32, the index of the first token of each segment among the B * T tokens, then B * T.
+    B * T is repeated until the length is a power of two plus 1, so that few lengths occur.
+    longest: an upper bound on the tokens of a segment. It only sizes the kernel launch, so T does,
+    and the data need not be read.
     """
 
     offsets: Tensor

@@ -1,4 +1,4 @@
-"""Duplicates: documents with equal keys, their connected components, the first of each is kept.
+"""Duplicates: connected components of documents with equal keys; the first of each is kept.
 
 A document has an id: its position in the whole input, in the order of shards. All documents with
 the same key of a band are candidates. Candidates are connected transitively (union-find), and the

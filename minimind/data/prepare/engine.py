@@ -160,7 +160,7 @@ class _Ray:
         import ray
 
         # "SPREAD": one node does not get all tasks while the others start.
-        remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_run_alone)
+        remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_run_on_one_core)
         waiting = iter(tasks)
         running: dict[Any, Task] = {}
         try:
@@ -178,7 +178,7 @@ class _Ray:
                 ray.cancel(reference, force=True)
 
 
-def _run_alone(
+def _run_on_one_core(
     function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]
 ) -> dict[str, Any]:
     """Run a task in a Ray worker, which has one core."""
