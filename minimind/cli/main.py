@@ -27,6 +27,7 @@ from minimind.cli import (
     minimind_pth,
     plan,
     report,
+    road,
     serve,
     sweep,
     tokenizer,
@@ -155,7 +156,8 @@ def _start(
 
 
 for _command in (
-    *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
+    *(demo.demo, road.road, train.pretrain, train.sft, train.lora, train.dpo, train.train),
+    sweep.sweep,
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
     get.get,

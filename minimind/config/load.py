@@ -86,7 +86,8 @@ def _field_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
 def packaged_recipes(group: str = "") -> dict[str, Path]:
     """Return the files of the recipes that come with minimind, by name.
 
-    group: a subfolder, "prepare" for data preparation, "roads"; default: the recipes of training runs.
+    group: a subfolder, "prepare" for data preparation or "roads"; default: the recipes of training
+    runs.
     """
     package = Path(str(resources.files("minimind")))
     # An installed package contains them; in a checkout they are in the repository root.

@@ -10,7 +10,14 @@ from minimind.config.roles import Settings
 
 ROADS = "roads"  # the group of the packaged roads
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
-_OTHER_FOLDERS = ("tokenizer", "model", "eval", "page", "report-plots")  # beside those of the stages
+# Folders beside those of the stages.
+_OTHER_FOLDERS = (
+    "tokenizer",
+    "model",
+    "eval",
+    "page",
+    "report-plots",
+)  # beside those of the stages
 
 
 class RoadTokenizer(Settings):
