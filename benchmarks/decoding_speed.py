@@ -1,6 +1,6 @@
 """Decoding speed and memory of minimind, transformers and llama.cpp.
 
-    pip install -c constraints.txt -e '.[bench]' gguf llama-cpp-python
+    pip install -c constraints.txt -e '.[bench,llama-cpp]'
     python benchmarks/decoding_speed.py [--preset small] [--json FILE]
 
 All use the same random weights, greedy decoding and no stop tokens. One stream: `--tokens` new
@@ -112,6 +112,7 @@ def prepare(args: argparse.Namespace) -> None:
     import torch
 
     from minimind.data.textbook import prose
+    from minimind.export.gguf import export_gguf
     from minimind.model import PRESETS, ModelConfig, Transformer, save_model
     from minimind.tokenizer import train_tokenizer
 
@@ -124,7 +125,7 @@ def prepare(args: argparse.Namespace) -> None:
         model.head_weight.mul_(5)
     save_model(args.work / "model", model, tokenizer)
     for kind in ("F16", "Q8_0"):
-        write_gguf(args.work / f"{kind}.gguf", model, kind)
+        export_gguf(args.work / "model", args.work / f"{kind}.gguf", type=kind.lower())
 
 
 def prompts(args: argparse.Namespace, number: int) -> list[list[int]]:
@@ -278,60 +279,6 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
         return len(prompts) * args.tokens
 
     return timed(open_generator, args)
-
-
-def write_gguf(path: Path, model, kind: str) -> None:
-    """Write the weights for llama.cpp, without a tokenizer."""
-    import gguf
-    import numpy
-
-    config = model.config
-    assert not config.qk_norm and config.tie_word_embeddings and not config.num_local_experts
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_tokenizer_model("no_vocab")
-    layer_names = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    quantised = getattr(gguf.GGMLQuantizationType, kind)
-    for name, tensor in model.state_dict().items():
-        names = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
-        if name not in names:
-            _, _, number, rest = name.removesuffix(".weight").split(".", 3)
-            names[name] = f"blk.{number}.{layer_names[rest]}"
-        data = tensor.numpy()
-        if names[name].endswith(("attn_q", "attn_k")):  # llama.cpp rotates adjacent pairs
-            data = data.reshape(-1, 2, config.head_dim // 2, data.shape[1])
-            data = data.swapaxes(1, 2).reshape(-1, data.shape[-1])
-        data = numpy.ascontiguousarray(data)
-        if data.ndim == 1:
-            writer.add_tensor(f"{names[name]}.weight", data)
-        else:
-            packed = gguf.quants.quantize(data, quantised)
-            writer.add_tensor(f"{names[name]}.weight", packed, raw_dtype=quantised)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def machine(args: argparse.Namespace) -> str:

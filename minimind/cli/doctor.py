@@ -22,6 +22,7 @@ _EXTRAS = {
     "remote": ("remote models in eval and compare", "openai"),
     "onnx": ("ONNX export", "onnxscript"),
     "lm-eval": ("tasks of the EleutherAI evaluation harness", "lm_eval"),
+    "push": ("`push` to Hugging Face and ModelScope", "modelscope_hub"),
     "llama-cpp": ("K-quants in `export gguf`", "llama_cpp"),
     "deepspeed": ("DeepSpeed ZeRO", "deepspeed"),
     "ray": ("`data prepare` on several machines", "ray"),

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 HARNESS = "lm-eval:"
 
 
+_Tasks = Annotated[
+    list[str],
+    typer.Option(
+        metavar="TASK",
+        help="bpb, ceval, cmmlu, mmlu, c3, choice:FILE.csv, gsm8k, cmath, quiz, "
+        "degeneration, or lm-eval:NAME; NAME:PATH reads the data from PATH. Repeatable.",
+    ),
+]
+
+
 def evaluate(
     models: Annotated[
         list[str],
@@ -28,14 +38,7 @@ def evaluate(
             metavar="MODEL", help="Model or run directories; URL or URL#NAME of a service."
         ),
     ],
-    task: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TASK",
-            help="bpb, ceval, cmmlu, mmlu, c3, choice:FILE.csv, gsm8k, cmath, quiz, "
-            "degeneration, or lm-eval:NAME; NAME:PATH reads the data from PATH. Repeatable.",
-        ),
-    ],
+    task: _Tasks,
     data: Annotated[
         list[str] | None,
         typer.Option(

@@ -26,6 +26,7 @@ from minimind.cli import (
     merge,
     minimind_pth,
     plan,
+    push,
     report,
     road,
     serve,
@@ -160,6 +161,7 @@ for _command in (
     sweep.sweep,
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
+    push.push,
     get.get,
 ):
     app.command()(_command)

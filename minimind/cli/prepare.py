@@ -17,14 +17,25 @@ _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _BYTES_PER_GB = 1_000_000_000
 
 
+_Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IN... [KEY=VALUE]...",
+        help="Files, folders, globs (quoted) or dataset names, and settings of the recipe.",
+    ),
+]
+_Benchmarks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:PATH]",
+        help="Drop documents with questions of this benchmark, as in `eval --task`; "
+        "repeatable. It is downloaded, unless PATH is given.",
+    ),
+]
+
+
 def prepare(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IN... [KEY=VALUE]...",
-            help="Files, folders, globs (quoted) or dataset names, and settings of the recipe.",
-        ),
-    ],
+    arguments: _Arguments,
     out: Annotated[
         Path, typer.Option(help="Output folder; an interrupted preparation is continued.")
     ],
@@ -34,14 +45,7 @@ def prepare(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer or model directory: also write a token store.")
     ] = None,
-    decontaminate: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:PATH]",
-            help="Drop documents with questions of this benchmark, as in `eval --task`; "
-            "repeatable. It is downloaded, unless PATH is given.",
-        ),
-    ] = None,
+    decontaminate: _Benchmarks = None,
     workers: Annotated[
         int | None,
         typer.Option(

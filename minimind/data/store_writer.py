@@ -239,6 +239,7 @@ def finish_store(
         ],
         "records": sum(part["records"] for part in parts),
         "invalid_records": 0,
+        "invalid_summary": "",
         "invalid_records_file": None,
         "skipped": {},
         "unused_keys": {},

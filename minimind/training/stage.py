@@ -281,9 +281,7 @@ def prepare_stage(
     num_steps = recipe.training.steps or math.ceil(
         recipe.training.epochs * datasets.train.order.epoch_size / recipe.training.global_batch_size
     )
-    retention = None
-    if datasets.retention:
-        retention = EvalSet(NextToken(tokenizer.token_bytes, device), datasets.retention)
+    next_token = NextToken(tokenizer.token_bytes, device)
     trainer = Trainer(
         model=model,
         objective=build_objective(recipe, tokenizer, device),
@@ -299,7 +297,7 @@ def prepare_stage(
         generate_samples=lambda: generate_samples(model, tokenizer),
         data_sha256=sha256,
         base_sha256=base,
-        retention=retention,
+        retention=EvalSet(next_token, datasets.retention) if datasets.retention else None,
         validate_first=bool(recipe.model.init),
         group=group,
     )

@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import sys
 from inspect import signature
@@ -74,8 +75,9 @@ def test_invalid_lines_are_skipped_and_reported(texts: Path, tmp_path: Path) -> 
     texts.write_bytes(b"{broken\n" + texts.read_bytes())
     done = run("train", texts, "--out", tmp_path / "out", "--vocab-size", 280)
     assert done.exit_code == 0, done.output
-    assert "skipped 1 invalid records;" in done.output
     assert ":1: not JSON" in done.output
+    assert re.search(r"\. 1 of \d+ records are invalid: 1 × not JSON", done.output)
+    assert "They are left out" in done.output
 
 
 def test_an_existing_tokenizer_is_not_overwritten(texts: Path, tokenizer_dir: Path) -> None:
@@ -96,7 +98,7 @@ def test_errors_print_one_line(texts: Path, tmp_path: Path) -> None:
         (["train", texts, *out, "--vocab-size", 100], "too small"),
         (["train", texts, "--out", tmp_path / "file"], "file: File exists"),
         (["inspect", tmp_path], "is not a tokenizer directory"),
-        (["inspect", tmp_path / "nowhere"], "is not a tokenizer directory"),
+        (["inspect", tmp_path / "nowhere"], "nowhere does not exist"),
     ]:
         done = run(*arguments)
         assert done.exit_code == 1, arguments

@@ -309,7 +309,7 @@ def test_records_of_another_kind_are_skipped(
     assert store.manifest["train"]["documents"] == len(CHATS)
     assert store.manifest["skipped"] == {"no conversations": len(TEXTS)}
     assert notices == [f"{both}: skipped 1,500 of 1,580 records: no conversations"]
-    with pytest.raises(DataError, match="no field text; its fields are: history, q, a"):
+    with pytest.raises(DataError, match="no field text or content; its fields are: history, q, a"):
         open_store(str(chats), tokenizer, kind="text", schema="text", folder=store_folder)
 
 

@@ -56,6 +56,7 @@ NOT_RUN = {
     "vllm ": "needs vLLM",
     "python -m sglang": "needs SGLang",
     "minimind get ": "tests/cli/test_get.py downloads models from a stand-in of the hubs",
+    "HF_TOKEN": "tests/cli/test_push.py publishes to stand-ins of the hubs",
     "RAY_ADDRESS": "tests/data/prepare/test_engine.py (slow) starts a Ray cluster",
     "torchrun --nnodes 2": "needs two machines",
     "minimind web": "runs until it is stopped; tests/web opens the page in a browser",

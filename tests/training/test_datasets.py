@@ -19,7 +19,7 @@ def test_too_little_held_out_text_is_reported(recipe: MakeRecipe) -> None:
     reporter = RecordingReporter()
     trainer = prepare_stage(recipe(data__validation_fraction=0.0), reporter=reporter).trainer
     assert trainer.validation_data is None
-    assert any("too little text is held_out_data out" in line for line in reporter.lines)
+    assert any("too little text is held out" in line for line in reporter.lines)
 
 
 def test_less_than_one_sequence_is_an_error(recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The page script, run by Streamlit in this process without a browser."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from tests.support.reads import opens
 from tests.support.services import Process
 
 PAGE = Path(start.__file__).with_name("page.py")
+
+
+@pytest.fixture(autouse=True)
+def main_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore `__main__`, which AppTest replaces: processes of later tests would run the page."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 @pytest.fixture

@@ -1,0 +1,72 @@
+"""The model card: README.md of a published model, generated from its run directories."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from minimind.errors import DataError
+from minimind.export.training_data import TrainingData, licence_conflicts, training_data_of
+from minimind.model import read_config
+from minimind.reporting.page import Page
+from minimind.reporting.plots import as_file
+from minimind.reporting.render import drawings_of, to_markdown
+from minimind.reporting.report import make_report
+from minimind.reporting.runs import Inputs, find_runs
+
+_PLOTS = "plots"  # folder of the drawings, in the repository
+_TEMPLATES = Environment(
+    loader=PackageLoader("minimind.export"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model card. files: text by path in the repository, README.md and its plots.
+
+    conflicts: sentences about licences of the training data that may forbid the publication.
+    """
+
+    files: dict[str, str]
+    data: Sequence[TrainingData]
+    conflicts: Sequence[str]
+
+
+def make_model_card(
+    model: Path, directory: Path, repository: str, *, licence: str | None = None
+) -> ModelCard:
+    """Describe a model: how to run it, training data, metrics, curves, samples, recipes, limits.
+
+    model: model or run directory that the user named. directory: its model directory.
+    repository: owner/name. licence: identifier of the model's licence, None if none is stated.
+    """
+    source = model.parent if model.resolve() == directory.resolve() else model
+    config = read_config(directory)
+    try:
+        page, inputs = make_report([source]).page, find_runs([source])
+    except DataError:  # a model directory without its runs
+        lead = "A small GPT; the records of its training are not here."
+        page, inputs = Page(repository, lead, {}), Inputs()
+    page.title = repository.partition("/")[2]
+    data = training_data_of(inputs)
+    kinds = [run.kind for run in inputs.runs]
+    head, separator, sections = to_markdown(page, _PLOTS).partition("\n## ")
+    text = _TEMPLATES.get_template("model-card.md.jinja").render(
+        repository=repository,
+        licence=licence,
+        datasets=sorted({source.dataset for source in data if source.dataset}),
+        head=head.strip("\n"),
+        sections=(separator + sections).replace(str(Path.home()), "~"),
+        config=config,
+        data=data,
+        languages=list(dict.fromkeys(code for source in data for code in source.languages)),
+        only_pretrained=set(kinds) == {"pretrain"},
+        has_preferences="dpo" in kinds,
+    )
+    plots = {f"{_PLOTS}/{name}": as_file(svg) for name, svg in drawings_of(page).items()}
+    return ModelCard({"README.md": text} | plots, data, licence_conflicts(data, licence))
