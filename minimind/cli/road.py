@@ -52,7 +52,7 @@ def road(
     ] = False,
     yes: Yes = False,
 ) -> None:
-    """Train a chat model on published data, from the tokenizer to the report.
+    """Run all steps from published data to a chat model.
 
     The steps: tokenizer, pretraining, fine-tuning, preference optimization, evaluation, report.
     """
