@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind.cli import console
+from minimind.cli.steps import STAGE_METRICS, continue_as_dialogue, show_next_commands
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 ADAPTER_IDENTITY = {"name": "小满", "author": "阿青"}  # what the LoRA adapter teaches the model
 _QUIZ_QUESTIONS = 400
 _MAX_ANSWER_TOKENS = 64
-_STAGE_METRICS = ("seconds", "tokens", "tokens_per_second", "bits_per_byte")
 _ANSWERS_SHOWN = ("after_pretraining", "after_fine_tuning", "after_preferences")
 
 
@@ -44,7 +44,7 @@ def evaluate_demo(
         "device": device,
         "parameters": stages["pretrain"]["parameters"],
         "stages": {
-            name: {key: stage[key] for key in _STAGE_METRICS if key in stage}
+            name: {key: stage[key] for key in STAGE_METRICS if key in stage}
             for name, stage in stages.items()
         },
         "unigram_bits_per_byte": stages["pretrain"]["unigram_bits_per_byte"],
@@ -81,9 +81,7 @@ def _continuations(
     untrained = build_initial_model(pretrain, tokenizer).to(choose_device(pretrain.device))
     prompts = [question.question for question in questions]
     before = continue_all(untrained, tokenizer, prompts, max_new_tokens=24)
-    prompts = [f"问：{prompt}答：" for prompt in prompts]
-    after = continue_all(pretrained, tokenizer, prompts, max_new_tokens=_MAX_ANSWER_TOKENS)
-    return before, [text.split("问：")[0] for text in after]
+    return before, continue_as_dialogue(pretrained, tokenizer, prompts, _MAX_ANSWER_TOKENS)
 
 
 def _answer(
@@ -187,12 +185,7 @@ def show_results(out: Path, summary: dict[str, Any]) -> None:
     console.show(console.table("The eight questions", columns, answers))
     rows = _summary_rows(summary)
     console.show(console.table("Summary", ["metric", "value"], rows, numbers=1))
-    console.say(f"Report with all curves: {out / 'report.html'}")
-    console.say(f"Chat with your model: {console.command('chat', out)}")
-    adapted = console.command("chat", out, "--adapter", out / "identity")
-    console.say(f"Chat with the adapter: {adapted}")
-    page = console.command("export", "web", out, "--out", out / "page")
-    console.say(f"Put your model into a web page that runs without a server: {page}")
+    show_next_commands(out, out / "identity")
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, object]]:

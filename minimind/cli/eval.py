@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minimind.evaluation.contamination import Contamination
     from minimind.evaluation.tasks import Task
 
-_HARNESS = "lm-eval:"
+HARNESS = "lm-eval:"
 
 
 _Tasks = Annotated[
@@ -80,14 +80,14 @@ def evaluate(
     if adapter and len(models) > 1:
         raise UsageError("--adapter applies to a single model; give one MODEL")
     names = list(dict.fromkeys(task))
-    ensure_downloaded(_datasets(names, data or [], contamination or []), yes)
+    ensure_downloaded(task_datasets(names, data or [], contamination or []), yes)
     evaluation = _Benchmarks(out, fresh, json, device, limit)
     tasks = evaluation.read_tasks(
-        [name for name in names if not name.startswith(_HARNESS)],
+        [name for name in names if not name.startswith(HARNESS)],
         dict(data=data or [], style=style, shots=shots, limit=limit),
     )
     contaminated = evaluation.find_contamination(tasks, contamination or [])
-    runnable = [name for name in names if name in tasks or name.startswith(_HARNESS)]
+    runnable = [name for name in names if name in tasks or name.startswith(HARNESS)]
     for model in dict.fromkeys(models) if runnable else ():
         opened = evaluation.open_model(
             model, taken=evaluation.metrics, adapter=adapter, context=context
@@ -99,9 +99,11 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _datasets(tasks: Sequence[str], data: Sequence[str], contamination: Sequence[str]) -> list[str]:
+def task_datasets(
+    tasks: Sequence[str], data: Sequence[str] = (), contamination: Sequence[str] = ()
+) -> list[str]:
     """Return the paths and dataset names that an evaluation reads."""
-    own = [task.partition(":") for task in tasks if not task.startswith(_HARNESS)]
+    own = [task.partition(":") for task in tasks if not task.startswith(HARNESS)]
     named = [path if path else name for name, _, path in own if path or not data]
     return [*named, *data, *contamination]
 
@@ -186,7 +188,7 @@ class _Benchmarks(Evaluation):
             if directory is None:
                 raise UsageError("lm-eval needs a model directory; it cannot evaluate a service")
             metrics = run_harness(
-                name.removeprefix(_HARNESS),
+                name.removeprefix(HARNESS),
                 directory,
                 opened.folder,
                 identity=opened.identity,

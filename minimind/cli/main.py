@@ -28,6 +28,7 @@ from minimind.cli import (
     plan,
     push,
     report,
+    road,
     serve,
     sweep,
     tokenizer,
@@ -156,7 +157,8 @@ def _start(
 
 
 for _command in (
-    *(demo.demo, train.pretrain, train.sft, train.lora, train.dpo, train.train, sweep.sweep),
+    *(demo.demo, road.road, train.pretrain, train.sft, train.lora, train.dpo, train.train),
+    sweep.sweep,
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
     push.push,

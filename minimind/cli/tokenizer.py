@@ -46,10 +46,10 @@ def train(
         )
     ensure_downloaded(data, yes)
     invalid = InvalidRecords()
-    texts = _texts(data, invalid)
+    texts = read_with_progress(data, invalid)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder fails before the long work
     tokenizer = train_tokenizer(
-        _with_notice(texts), vocab_size=vocab_size, sample_bytes=sample_mb << 20
+        announce_training(texts), vocab_size=vocab_size, sample_bytes=sample_mb << 20
     )
     tokenizer.save(out)
     if invalid.total:
@@ -85,7 +85,7 @@ def inspect(
     texts = SAMPLE_TEXTS
     if data:
         ensure_downloaded(data, yes)
-        texts = sample_uniformly(_texts(data, InvalidRecords()), _INSPECTED_MB << 20)
+        texts = sample_uniformly(read_with_progress(data, InvalidRecords()), _INSPECTED_MB << 20)
     vocabularies = {name: describe_vocabulary(bpe) for name, bpe in loaded.items()}
     usages = {name: measure(bpe, texts) for name, bpe in loaded.items()}
     _show_vocabularies(vocabularies)
@@ -95,7 +95,7 @@ def inspect(
         console.write_json(json, {"measured_on": data or [], "tokenizers": metrics})
 
 
-def _texts(data: list[str], invalid: "InvalidRecords") -> Iterator[str]:
+def read_with_progress(data: list[str], invalid: "InvalidRecords") -> Iterator[str]:
     """Yield all texts of the data under a progress bar. Raises DataError if none is valid."""
     from minimind.data.input_files import list_files
 
@@ -115,7 +115,7 @@ def _read(files: list[Path], invalid: "InvalidRecords") -> Iterator[str]:
         invalid.check(0.0, final=True)
 
 
-def _with_notice(texts: Iterator[str]) -> Iterator[str]:
+def announce_training(texts: Iterator[str]) -> Iterator[str]:
     yield from texts
     console.say("training the tokenizer…")  # takes half a minute without progress
 

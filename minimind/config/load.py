@@ -86,7 +86,8 @@ def _field_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
 def packaged_recipes(group: str = "") -> dict[str, Path]:
     """Return the files of the recipes that come with minimind, by name.
 
-    group: a subfolder, "prepare" for data preparation; default: the recipes of training runs.
+    group: a subfolder, "prepare" for data preparation or "roads"; default: the recipes of training
+    runs.
     """
     package = Path(str(resources.files("minimind")))
     # An installed package contains them; in a checkout they are in the repository root.
@@ -106,8 +107,9 @@ def find_recipe(name: str, directory: Path = Path(), group: str = "") -> Path:
     packaged = packaged_recipes(group)
     stem = name.removesuffix(".toml")
     if stem not in packaged:
+        kind = "road" if group == "roads" else "recipe"
         raise ConfigError(
-            f"{path}: there is no such recipe{did_you_mean(closest(stem, packaged))}; "
+            f"{path}: there is no such {kind}{did_you_mean(closest(stem, packaged))}; "
             f"minimind comes with {', '.join(packaged)}"
         )
     return packaged[stem]

@@ -82,8 +82,8 @@ def licence_conflicts(sources: Sequence[TrainingData], licence: str | None) -> l
                 )
             elif _SHARE_ALIKE.search(one) and one != chosen:
                 conflicts.append(
-                    f"{source.name}: {one} wants derived works under the same licence, and the "
-                    f"model would be published {shown}"
+                    f"{source.name}: {one} requires derived works to be under the same licence, "
+                    f"and the model would be published {shown}"
                 )
             elif one not in _FREE and one != chosen and not _NON_COMMERCIAL.search(one):
                 conflicts.append(f"{source.name}: {one} has terms of its own; read them first")

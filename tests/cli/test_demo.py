@@ -1,14 +1,11 @@
-"""`minimind demo` end to end with tiny models, and its total time."""
+"""`minimind demo` end to end with tiny models."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from minimind.cli.demo import timed
 
 STAGES = ("pretrain", "sft-single", "sft-multi", "dpo", "identity")
 
@@ -67,23 +64,3 @@ def test_small_demo_runs_every_stage(small_demo: tuple[Path, str]) -> None:
     assert "<h2>The eight questions</h2>" in (out / "report.html").read_text("utf-8")
     assert "minimind chat out/demo --adapter out/demo/identity\n" in output
     assert output.rstrip().endswith("minimind export web out/demo --out out/demo/page")
-
-
-def test_total_time_includes_earlier_sessions(tmp_path: Path) -> None:
-    """A session that was killed counts up to the last change of its metrics."""
-    path = tmp_path / "time.json"
-    path.write_text(json.dumps({"seconds": 1_000.0}), encoding="utf-8")
-    with pytest.raises(KeyboardInterrupt), timed(tmp_path) as total:
-        assert total() >= 1_000
-        raise KeyboardInterrupt
-    stored = json.loads(path.read_text("utf-8"))
-    assert stored.keys() == {"seconds"} and stored["seconds"] >= 1_000
-    path.write_text(json.dumps({"seconds": 1_000.0, "began": 5_000.0}), encoding="utf-8")
-    (tmp_path / "pretrain").mkdir()
-    metrics = tmp_path / "pretrain" / "metrics.jsonl"
-    metrics.write_text("{}\n")
-    os.utime(path, (5_000, 5_000))
-    os.utime(metrics, (5_300, 5_300))
-    with timed(tmp_path) as total:
-        assert total() >= 1_300
-        assert json.loads(path.read_text("utf-8"))["seconds"] == 1_300

@@ -52,7 +52,7 @@ def test_data_of_adapters_is_left_out(tmp_path: Path) -> None:
         ("cc-by-nc-2.0", "apache-2.0", "forbids commercial use"),
         ("cc-by-nc-sa-4.0", None, "published without a licence"),
         ("gpl-3.0", "apache-2.0", "under the same licence"),
-        ("cc-by-sa-3.0, gfdl", "cc-by-sa-3.0", "gfdl wants"),
+        ("cc-by-sa-3.0, gfdl", "cc-by-sa-3.0", "gfdl requires"),
         ("Skywork community", "apache-2.0", "terms of its own"),
     ],
 )

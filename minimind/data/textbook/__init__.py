@@ -45,6 +45,7 @@ __all__ = [
     "identity",
     "is_correct",
     "is_fluent",
+    "is_textbook",
     "is_well_formed",
     "load_subjects",
     "multiple_choice",
@@ -98,6 +99,11 @@ def write_corpus(
     return paths
 
 
+def is_textbook(path: str) -> bool:
+    """Return True if `path` stands for data of the textbook, and for no file that exists."""
+    return path.startswith(_PREFIX) and not os.path.exists(path)
+
+
 def textbook_file(path: str, folder: Path, variables: Mapping[str, str]) -> str:
     """Return `path`; for `textbook:NAME`, the path of a file in `folder`, generated if necessary.
 
@@ -105,7 +111,7 @@ def textbook_file(path: str, folder: Path, variables: Mapping[str, str]) -> str:
     dialogues (questions about the facts), retention (other dialogues of the same kind). Raises
     DataError for an unknown name, and ConfigError when identity lacks the variables name or author.
     """
-    if not path.startswith(_PREFIX) or os.path.exists(path):
+    if not is_textbook(path):
         return path
     name = path.removeprefix(_PREFIX)
     generators: dict[str, Callable[[], Iterable[Any]]] = {

@@ -1,0 +1,258 @@
+"""`minimind road ROAD`: tokenizer, all training stages, evaluation and report on published data."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minimind.cli import console
+from minimind.cli.downloads import Yes, ensure_downloaded
+from minimind.cli.eval import HARNESS, evaluate, task_datasets
+from minimind.cli.options import Device
+from minimind.cli.road_results import answer_questions, show_results
+from minimind.cli.steps import (
+    Step,
+    copy_final_model,
+    finished_summary,
+    remove_results,
+    run_steps,
+    timed,
+    train_stage,
+    train_tokenizer_once,
+)
+from minimind.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minimind.config.road import Road, RoadStage
+    from minimind.config.settings import Recipe
+    from minimind.training.stage import StageResult
+
+_ROAD_FILE = "road.json"
+_SET_BY_ROAD = ("out", "tokenizer", "device", "model.init", "data.sources")
+
+
+def road(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="ROAD", help="A road file, or a packaged road: small, moe, base."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for all results; default: out/ROAD.")
+    ] = None,
+    device: Device = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the previous run.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="List the steps with data, licences, sizes, tokens and time, and exit.",
+        ),
+    ] = False,
+    yes: Yes = False,
+) -> None:
+    """Run all steps from published data to a chat model.
+
+    The steps: tokenizer, pretraining, fine-tuning, preference optimization, evaluation, report.
+    """
+    from minimind.config.road import load_road
+    from minimind.model.device import choose_device
+    from minimind.reporting.report import make_report
+
+    settings = load_road(name)
+    out = out or Path("out") / Path(name).stem
+    recipes = _stage_recipes(settings, out, str(choose_device(device)))
+    if dry_run:
+        from minimind.cli.road_plan import show_plan
+
+        show_plan(settings, recipes)
+        return
+    previous = _previous_road(out)
+    if previous and not fresh:
+        _check_same_training(out, previous, settings)
+    _check_inputs(settings, recipes, yes)
+    if fresh:
+        names = [*recipes, *(previous.stages if previous else ()), "eval"]
+        remove_results(out, names, [_ROAD_FILE])
+    elif previous and previous.evaluation.questions != settings.evaluation.questions:
+        (out / "summary.json").unlink(missing_ok=True)
+    console.write_json(out / _ROAD_FILE, settings.model_dump())
+    with timed(out) as total_seconds:
+        passed, summary = _run(settings, out, recipes, total_seconds)
+    make_report([out]).write(out / "report.html")
+    adapters = [out / stage for stage, recipe in recipes.items() if recipe.lora]
+    show_results(out, summary, adapters[-1] if adapters else None)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _stage_recipes(road: "Road", out: Path, device: str) -> dict[str, "Recipe"]:
+    """Load the recipe of each stage, which starts from the last model before it.
+
+    Raises ConfigError with the name of the stage.
+    """
+    recipes: dict[str, Recipe] = {}
+    model: str | None = None
+    for name, stage in road.stages.items():
+        try:
+            recipe = _stage_recipe(name, stage, model, out, device)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{name}: {error}") from None
+        recipes[name] = recipe
+        if recipe.lora is None:
+            model = name
+    return recipes
+
+
+def _stage_recipe(
+    name: str, stage: "RoadStage", model: str | None, out: Path, device: str
+) -> "Recipe":
+    """Load the recipe of a stage. model: the name of the stage that it starts from."""
+    from minimind.config import load_recipe
+    from minimind.config.load import leaves
+
+    flags = leaves(stage.settings)
+    for key in _SET_BY_ROAD:
+        if any(f"{given}.".startswith(f"{key}.") for given in flags):
+            what = "data of the stage" if key == "data.sources" else "road"
+            raise ConfigError(f"settings.{key}: remove it, because the {what} determines it")
+    flags |= {"out": str(out / name), "tokenizer": str(out / "tokenizer"), "device": device}
+    if stage.data:
+        flags["data.sources"] = stage.data
+    recipe = load_recipe(stage.recipe, flags=flags).recipe
+    if recipe.objective == "pretrain" and recipe.lora is None and model:
+        raise ConfigError(
+            f"the recipe {stage.recipe} pretrains a new model, but the stage {model} has already "
+            f"done that. Use a recipe for fine-tuning, or add the data to stages.{model}"
+        )
+    if model is None and (recipe.objective != "pretrain" or recipe.lora):
+        raise ConfigError(
+            f"the recipe {stage.recipe} trains an existing model, and no stage before it pretrains "
+            "one. The first stage needs a recipe such as pretrain-small"
+        )
+    if not recipe.data.sources:
+        raise ConfigError('there is no training data; add a line such as data = ["minimind:sft"]')
+    if model is None:
+        return recipe
+    return load_recipe(stage.recipe, flags=flags | {"model.init": str(out / model)}).recipe
+
+
+def _previous_road(out: Path) -> "Road | None":
+    """Return the road that `out` has results of, if any."""
+    from minimind.config.road import Road
+    from minimind.files import read_json
+
+    try:
+        return Road(**read_json(out / _ROAD_FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _check_same_training(out: Path, previous: "Road", road: "Road") -> None:
+    """Raise ConfigError if the road trains other models than those in `out`."""
+    from minimind.config.road import training_settings
+
+    before, now = training_settings(previous), training_settings(road)
+    changes = [
+        f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
+    if changes or list(previous.stages) != list(road.stages):
+        raise ConfigError(
+            f"{out} holds the results of another road: "
+            f"{'; '.join(changes) or 'the stages have another order'}. "
+            "Give the same road, choose another --out, or start over with --fresh"
+        )
+
+
+def _check_inputs(road: "Road", recipes: "Mapping[str, Recipe]", yes: bool) -> None:
+    """Download all data, and raise the errors of missing data and tasks before the long work."""
+    from minimind.cli.train import data_paths
+    from minimind.data.input_files import list_files
+    from minimind.data.registry import is_name
+    from minimind.data.textbook import is_textbook
+    from minimind.evaluation.catalogue import make_task
+
+    paths = [
+        *road.tokenizer.data,
+        *(path for each in recipes.values() for path in data_paths(each)),
+    ]
+    tasks = road.evaluation.tasks
+    for path in dict.fromkeys(paths):
+        if not is_textbook(path) and not is_name(path):
+            list_files(path)
+    ensure_downloaded([*paths, *task_datasets(tasks)], yes)
+    for task in tasks:
+        if not task.startswith(HARNESS):
+            make_task(task)
+
+
+def _run(
+    road: "Road", out: Path, recipes: "Mapping[str, Recipe]", total_seconds: Callable[[], float]
+) -> tuple[bool, dict[str, Any]]:
+    """Run the steps that are not finished; return (True if all tasks succeeded, summary)."""
+    from minimind.cli.road_plan import all_stage_tokens
+
+    tokens = all_stage_tokens(recipes)
+    results: dict[str, StageResult] = {}
+    outcome: dict[str, Any] = {}
+
+    def train(stage: str) -> None:
+        results[stage] = train_stage(recipes[stage], tokens)
+
+    def finish() -> None:
+        if not (out / "model").is_dir():
+            copy_final_model([each.model for each in results.values() if each.model][-1], out)
+        outcome["passed"] = _run_tasks(road, out, recipes)
+        outcome["summary"] = finished_summary(out, "road")
+        if outcome["summary"] is None:
+            stages = {name: result.summary for name, result in results.items()}
+            outcome["summary"] = answer_questions(
+                out, road.evaluation.questions, recipes, stages, total_seconds
+            )
+
+    steps = [Step("the tokenizer", partial(_train_tokenizer, road, out / "tokenizer"))]
+    for name, stage in road.stages.items():
+        steps.append(Step(f"{name}, with the recipe {stage.recipe}", partial(train, name)))
+    run_steps([*steps, Step("the evaluation and the report", finish)])
+    return outcome["passed"], outcome["summary"]
+
+
+def _train_tokenizer(road: "Road", directory: Path) -> None:
+    """Train the tokenizer unless it exists, and report its size."""
+    from minimind.cli.tokenizer import announce_training, read_with_progress
+    from minimind.data.invalid import InvalidRecords
+
+    texts = partial(read_with_progress, road.tokenizer.data, InvalidRecords())
+    tokenizer = train_tokenizer_once(
+        directory, lambda: announce_training(texts()), road.tokenizer.vocab_size
+    )
+    console.say(f"{tokenizer.vocab_size:,} tokens, in {directory}")
+
+
+def _run_tasks(road: "Road", out: Path, recipes: "Mapping[str, Recipe]") -> bool:
+    """Evaluate the final model, or resume that; return True if no task failed."""
+    if not road.evaluation.tasks:
+        return True
+    try:
+        evaluate(
+            [str(out)],
+            task=road.evaluation.tasks,
+            data=None,
+            style="chat",
+            shots=5,
+            limit=None,
+            contamination=None,
+            adapter=None,
+            context=None,
+            device=next(iter(recipes.values())).device,
+            out=out / "eval",
+            fresh=False,
+            yes=False,
+            json=None,
+        )
+    except typer.Exit:  # it has reported the failed tasks; the report shows the others
+        return False
+    return True

@@ -1,0 +1,209 @@
+"""The steps from data to a chat model and its report, shared by `minimind demo` and `road`.
+
+Every step looks for its result first, so that the same command resumes where it was stopped.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from minimind.cli import console
+from minimind.cli.plan import duration
+
+if TYPE_CHECKING:
+    from minimind.config.settings import Recipe
+    from minimind.model import Transformer
+    from minimind.tokenizer import Tokenizer
+    from minimind.training.stage import StageResult
+
+STAGE_METRICS = ("seconds", "tokens", "tokens_per_second", "bits_per_byte")
+_ESTIMATE_AFTER = 20  # steps of pretraining
+_RESULT_FOLDERS = ("tokenizer", "model", "report-plots")
+_RESULT_FILES = ("summary.json", "time.json", "report.html", "report.md")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step under a heading. `run` does what is not done yet."""
+
+    title: str
+    run: Callable[[], object]
+
+
+def run_steps(steps: Sequence[Step]) -> None:
+    """Run the steps in order, each under its number and title."""
+    for number, step in enumerate(steps, 1):
+        console.heading(f"{number}/{len(steps)}", step.title)
+        step.run()
+
+
+@contextmanager
+def timed(out: Path) -> Iterator[Callable[[], float]]:
+    """Yield a function that returns the seconds spent on the steps, earlier sessions included.
+
+    `time.json` stores the seconds of earlier sessions and the start time of the running one. A
+    session that was killed counts up to the last change of a metrics file.
+    """
+    path = out / "time.json"
+    stored = json.loads(path.read_text("utf-8")) if path.is_file() else {"seconds": 0.0}
+    before = stored["seconds"]
+    if (began := stored.get("began")) is not None:
+        changes = [file.stat().st_mtime for file in (path, *out.glob("*/metrics.jsonl"))]
+        before += max(0.0, max(changes) - began)
+    started, clock = time.time(), time.perf_counter()
+
+    def total() -> float:
+        seconds: float = before + time.perf_counter() - clock
+        return seconds
+
+    console.write_json(path, {"seconds": before, "began": started})
+    try:
+        yield total
+    finally:
+        console.write_json(path, {"seconds": total()})
+
+
+def remove_results(out: Path, folders: Iterable[str], files: Iterable[str] = ()) -> None:
+    """Remove the results of all steps. folders, files: the command's own, by name."""
+    for name in (*_RESULT_FOLDERS, *folders):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (*_RESULT_FILES, *files):
+        (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory name that replaces `path` when the block has succeeded."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def train_tokenizer_once(
+    directory: Path, read_texts: Callable[[], Iterable[str]], vocab_size: int
+) -> "Tokenizer":
+    """Train the tokenizer unless it exists, and load it."""
+    from minimind.tokenizer import Tokenizer, train_tokenizer
+
+    if not directory.is_dir():
+        with new_directory(directory) as temporary:
+            train_tokenizer(read_texts(), vocab_size=vocab_size).save(temporary)
+    return Tokenizer.load(directory)
+
+
+class _EstimatingReporter(console.RichReporter):
+    """Report the training time of all stages once the first steps have shown the speed."""
+
+    def __init__(self, tokens: int, tokens_per_step: int) -> None:
+        super().__init__()
+        self._tokens, self._tokens_per_step = tokens, tokens_per_step
+        self._started: tuple[int, float] | None = None  # the first step seen, and its time
+        self._counts_steps = False
+
+    def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
+        """Begin a task; only tasks that count training steps show the speed."""
+        super().start(title, total, done, unit)
+        self._counts_steps = unit == "step"
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Draw progress; after `_ESTIMATE_AFTER` steps, report the estimate once."""
+        super().progress(done, total, note)
+        if self._counts_steps and self._tokens_per_step and total > _ESTIMATE_AFTER:
+            if self._started is None:
+                self._started = done, time.perf_counter()
+            elif done - self._started[0] >= _ESTIMATE_AFTER:
+                tokens = (done - self._started[0]) * self._tokens_per_step
+                rate = tokens / (time.perf_counter() - self._started[1])
+                self.say(
+                    f"At {rate:,.0f} tokens/s, training takes about {duration(self._tokens / rate)}"
+                    " on this machine, all stages together"
+                )
+                self._tokens_per_step = 0
+
+
+def weighted_tokens(recipe: "Recipe", tokens: int) -> int:
+    """Return the tokens of a stage; DPO counts 1.5 times, for its reference pass."""
+    return tokens * (3 if recipe.objective == "dpo" else 2) // 2
+
+
+def planned_tokens(recipe: "Recipe") -> int:
+    """Return the training tokens of a recipe that sets its number of steps, else 0."""
+    training = recipe.training
+    return (training.steps or 0) * training.global_batch_size * recipe.data.seq_len
+
+
+def train_stage(recipe: "Recipe", tokens_of_all_stages: int | None) -> "StageResult":
+    """Train a stage, or resume it; pretraining also estimates the time of all stages.
+
+    tokens_of_all_stages: as `weighted_tokens`; None if unknown. Raises typer.Exit after Ctrl-C.
+    """
+    from minimind.cli.train import sampler
+    from minimind.training.stage import run_stage
+
+    per_step = recipe.training.global_batch_size * recipe.data.seq_len
+    estimates = recipe.objective == "pretrain" and tokens_of_all_stages is not None
+    reporter = _EstimatingReporter(tokens_of_all_stages or 0, per_step if estimates else 0)
+    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter))
+    if not result.finished:
+        console.say("stopped; run the same command again to resume")
+        raise typer.Exit(130)
+    summary = result.summary
+    quality = (
+        f"{summary['accuracy']:.1%} preference accuracy on held-out pairs"
+        if "accuracy" in summary
+        else f"{summary['bits_per_byte']:.3f} bits per byte on held-out text"
+    )
+    console.say(
+        f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s "
+        f"({summary['tokens_per_second']:,.0f} tokens/s), {quality}"
+    )
+    return result
+
+
+def finished_summary(out: Path, command: str) -> dict[str, Any] | None:
+    """Return the summary of the last step if it is finished, and say so."""
+    path = out / "summary.json"
+    if not path.is_file():
+        return None
+    console.say(f"already finished; --fresh discards the results and runs the {command} again")
+    summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return summary
+
+
+def copy_final_model(trained: Path | None, out: Path) -> None:
+    """Copy the model of the last stage to `out/model`, so that `out` can be used as a model."""
+    assert trained is not None, "an interrupted stage ends the command"
+    with new_directory(out / "model") as directory:
+        shutil.copytree(trained, directory)
+
+
+def continue_as_dialogue(
+    model: "Transformer", tokenizer: "Tokenizer", questions: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """Return the answers of a model that is only pretrained, which continues a written dialogue."""
+    from minimind.inference.generate import continue_all
+
+    prompts = [f"问：{question}答：" for question in questions]
+    texts = continue_all(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    return [text.split("问：")[0] for text in texts]
+
+
+def show_next_commands(out: Path, adapter: Path | None) -> None:
+    """Print where the report is, and commands that use the model in `out`."""
+    console.say(f"Report with all curves: {out / 'report.html'}")
+    console.say(f"Chat with your model: {console.command('chat', out)}")
+    if adapter:
+        adapted = console.command("chat", out, "--adapter", adapter)
+        console.say(f"Chat with the adapter: {adapted}")
+    page = console.command("export", "web", out, "--out", out / "page")
+    console.say(f"Put your model into a web page that runs without a server: {page}")
