@@ -3,6 +3,7 @@
 import random
 import statistics
 import time
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -85,17 +86,22 @@ def minimind(context: Context, folder: Any, number: int, graphs: bool) -> dict[s
             return sum(len(result.token_ids) for result in results)
 
         metrics: dict[str, Any] = timed_rounds(context, generate, number)
-        first = []
-        for seed in range(9):
-            prompt = prompts(context, 20 + seed)[:1]
-            started = time.perf_counter()
-            generate(prompt, 1)
-            first.append(time.perf_counter() - started)
-        metrics["first_token_ms"] = 1000 * statistics.median(first)
+        metrics["first_token_ms"] = first_token_ms(context, generate)
         metrics["uses_graphs"] = engine._graphed_model._enabled
         metrics["dtype"] = str(engine.model.dtype)
         metrics["invariance"] = engine.model.invariance_note
     return metrics
+
+
+def first_token_ms(context: Context, generate: Callable[[list[list[int]], int], int]) -> float:
+    """Return the median milliseconds of `generate` for one token after one of nine prompts."""
+    seconds = []
+    for seed in range(9):
+        prompt = prompts(context, 20 + seed)[:1]
+        started = time.perf_counter()
+        generate(prompt, 1)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
 
 
 def transformers(context: Context, folder: Any, number: int) -> dict[str, Any]:
@@ -124,13 +130,7 @@ def transformers(context: Context, folder: Any, number: int) -> dict[str, Any]:
         return output[:, ids.shape[1] :].numel()
 
     metrics = timed_rounds(context, generate, number)
-    first = []
-    for seed in range(9):
-        prompt = prompts(context, 20 + seed)[:1]
-        started = time.perf_counter()
-        generate(prompt, 1)
-        first.append(time.perf_counter() - started)
-    return metrics | {"first_token_ms": 1000 * statistics.median(first)}
+    return metrics | {"first_token_ms": first_token_ms(context, generate)}
 
 
 def agreement(context: Context, folder: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 blocks; memory use is proportional to the size of the questions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from typing import Any
 from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
 from minimind.data.ngrams import QuestionIndex
+from minimind.data.prepare.shards import text_batches
 from minimind.data.read import read_texts
-
-_BLOCK_CHARACTERS = 1 << 20
 
 
 @dataclass
@@ -63,26 +62,12 @@ def find_contamination(
     invalid = InvalidRecords()
     for path in data:
         for file in list_files(path):
-            for texts in _blocks(read_texts([file], invalid=invalid, progress=progress)):
+            for texts in text_batches(read_texts([file], invalid=invalid, progress=progress)):
                 result.characters += sum(map(len, texts))
                 for _, name in index.search(texts):
                     result.found.setdefault(name, str(file))
     result.invalid_records = invalid.total
     return result
-
-
-def _blocks(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Group documents into blocks of bounded size."""
-    block: list[str] = []
-    size = 0
-    for text in texts:
-        block.append(text)
-        size += len(text)
-        if size >= _BLOCK_CHARACTERS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 def files_size(data: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minimind.data import ngrams
+from minimind.data.prepare import shards
 from minimind.errors import DataError
 from minimind.evaluation import contamination
 from minimind.evaluation.contamination import find_contamination
@@ -86,7 +87,7 @@ def test_results_equal_a_search_for_every_ngram(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an alphabet of three characters, so that n-grams repeat and hashes collide."""
-    monkeypatch.setattr(contamination, "_BLOCK_CHARACTERS", 300)
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 300)
     monkeypatch.setattr(ngrams, "_CHARACTERS", ngrams._NGrams(6, 3))
     rng = random.Random(0)
 
