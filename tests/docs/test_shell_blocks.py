@@ -179,8 +179,9 @@ def test_a_command_of_the_documentation_runs(command: str, materials: Path) -> N
         if "--out" in arguments and (out := Path(arguments[arguments.index("--out") + 1])).exists():
             set_aside = out.rename(out.with_name(out.name + "-before"))
         arguments += small_settings(arguments)
-        if launcher == "torchrun":
-            script = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        if launcher == "torchrun" or "--nproc" in arguments:  # starts its own command line again
+            module = "torch.distributed.run" if launcher == "torchrun" else "minimind"
+            script = [sys.executable, "-m", module, *arguments]
             done = subprocess.run(script, capture_output=True, text=True)
             status, output = done.returncode, done.stdout + done.stderr
         else:
