@@ -87,6 +87,7 @@ def _machine(device: str) -> dict[str, Any]:
         "batch invariance": _batch_invariance(chosen),
         "attention": "torch.nn.functional.scaled_dot_product_attention"
         + _training_attention(chosen),
+        "compiled kernels": _kernels(),
         "C++ compiler, for training.compile": _compiler() or "none",
     }
     if chosen.type == "cuda":
@@ -102,10 +103,18 @@ def _training_attention(device: "torch.device") -> str:
     from minimind.model.varlen import supports_varlen
 
     if device.type == "cpu":
-        return ", explicit up to 256 tokens in training"
+        return ", in training by kernels.cpp in bf16, explicit up to 256 tokens otherwise"
     if supports_varlen(device):
         return ", variable-length for packed sequences in bf16 and fp16"
     return ", with a dense mask for packed sequences"
+
+
+def _kernels() -> str:
+    """Describe the kernels for training on a CPU: `minimind/model/kernels.cpp`."""
+    from minimind.model.fused import unavailable_reason
+
+    reason = unavailable_reason()
+    return "available" if reason is None else f"none, training on a CPU is slower: {reason}"
 
 
 def _batch_invariance(device: "torch.device") -> str:

@@ -157,7 +157,7 @@ def test_a_model_learns_the_same_with_and_without_kernels(monkeypatch, checkpoin
     expected_loss, expected_grads = gradients()
     assert not torch.equal(
         torch.stack([g.norm() for g in grads]), torch.stack([g.norm() for g in expected_grads])
-    )  # another path  # noqa: E501
+    )  # otherwise the kernels were not used
     assert float(loss) == pytest.approx(float(expected_loss), rel=2e-3)
     for name, grad, expected in zip(
         dict(model.named_parameters()), grads, expected_grads, strict=True
