@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.moe_step import wait
-from benchmarks.training_speed import machine
+from benchmarks.rounds import machine
 from minimind.config import load_recipe
 from minimind.model import Transformer
 from minimind.model.device import choose_device

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.training_speed import machine
+from benchmarks.rounds import machine
 from minimind.config import load_recipe
 from minimind.config.model import MOE_FIELDS
 from minimind.model import PRESETS, ModelConfig, Transformer
