@@ -62,7 +62,7 @@ def road(
 
     settings = load_road(name)
     out = out or Path("out") / Path(name).stem
-    recipes = _stage_recipes(settings, out, str(choose_device(device)))
+    recipes = stage_recipes(settings, out, str(choose_device(device)))
     if dry_run:
         from minimind.cli.road_plan import show_plan
 
@@ -87,7 +87,7 @@ def road(
         raise typer.Exit(1)
 
 
-def _stage_recipes(road: "Road", out: Path, device: str) -> dict[str, "Recipe"]:
+def stage_recipes(road: "Road", out: Path, device: str) -> dict[str, "Recipe"]:
     """Load the recipe of each stage, which starts from the last model before it.
 
     Raises ConfigError with the name of the stage.

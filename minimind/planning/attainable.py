@@ -30,8 +30,12 @@ def _rate(
     a = torch.randn(rows, inner, device=device, dtype=dtype)
     b = torch.randn(inner, columns, device=device, dtype=dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+
+    timed(multiply, device)  # warmup
     durations: list[float] = []
-    timed(lambda: torch.mm(a, b, out=out), device)  # warmup
     while len(durations) < _MIN_REPEATS or sum(durations) < seconds:
-        durations.append(timed(lambda: torch.mm(a, b, out=out), device))
+        durations.append(timed(multiply, device))
     return 2 * rows * inner * columns / median(durations)
