@@ -19,6 +19,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -108,7 +109,7 @@ class _Process:
     def close(self) -> None:
         """End the process, which has nothing to save."""
         self.child.kill()
-        self.child.wait()
+        self.child.communicate()
 
 
 def measure_in_turns(
@@ -165,6 +166,21 @@ def peak_mb() -> float:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
     return 0.0
+
+
+def clocked(work: Callable[[], object], device: Any) -> tuple[float, float]:
+    """Return the wall-clock and the CPU seconds of `work`, with the device idle at both ends."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    work()
+    wait()
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def over_rounds(rounds: Rounds) -> Summary:
