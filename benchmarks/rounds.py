@@ -269,7 +269,7 @@ def recording(args: argparse.Namespace, *packages: str) -> Iterator[dict[str, An
     yield record
     record["load_after"] = os.getloadavg()
     before, after = record["load_before"][0], record["load_after"][0]
-    facts = f"{record['date']}, {record['machine']}, {args.threads} threads"
+    facts = f"{record['date']}, {record['machine']}, OMP_NUM_THREADS={args.threads}"
     print("\n".join(record.pop("markdown")))
     print(f"\n`{record['command']}`, {facts}, load average {before:.1f} to {after:.1f}.")
     if args.json:

@@ -155,10 +155,7 @@ def train(point: Point, seconds: float) -> dict[str, float]:
         "model.max_position_embeddings": point.seq_len,
     }
     if shape := _SHAPES.get(point.model):
-        flags |= {
-            f"model.{key}": value for key, value in zip((*_NAMES, *_HEADS), shape, strict=True)
-        }
-        flags["model.head_dim"] = 32
+        flags |= dict(zip(_SETTINGS, shape, strict=True)) | {"model.head_dim": 32}
     else:
         flags["model.preset"] = point.model
     recipe, device = load_recipe("pretrain-small", flags=flags).recipe, torch.device("cpu")

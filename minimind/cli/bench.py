@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _ROADS = ("small", "moe", "base")
 _HOUR_S = 3600
+_BUSY = 0.5  # load average from which on other programs cost speed
 
 
 def bench(
@@ -53,6 +54,7 @@ def bench(
     from minimind.planning.bench import describe_machine, measure_machine, recorded_machines
 
     machine = describe_machine(device)
+    _warn_if_busy(machine)
     reporter = console.RichReporter()
     reporter.start(f"measuring {preset}", total=3, unit="measurement")
     try:
@@ -69,6 +71,15 @@ def bench(
     if json:
         record = {"date": date.today().isoformat(), "machine": machine} | measured
         console.write_json(json, record | {"recipes": recipes, "recorded": recorded})
+
+
+def _warn_if_busy(machine: Mapping[str, Any]) -> None:
+    load = machine["load_average"]
+    if load is not None and load > _BUSY:
+        console.say(
+            f"Other programs are using this machine (load average {load:.1f}): the results will be "
+            "too low. Close them, or try again later"
+        )
 
 
 def _show_speed(measured: Mapping[str, Any]) -> None:

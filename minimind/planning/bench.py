@@ -4,6 +4,7 @@ Each measurement runs in a new process, so that its peak memory and its thread p
 """
 
 import multiprocessing
+import os
 import platform
 import random
 import signal
@@ -201,7 +202,7 @@ def _send(sender: Connection, measure: Callable[..., dict[str, Any]], *arguments
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Return processor, GPU, threads and torch version."""
+    """Return processor, GPU, threads, torch version, and the load of the last minute if known."""
     chosen = choose_device(device)
     cpuinfo, processor = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
     if cpuinfo.is_file():
@@ -214,6 +215,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "gpu": gpu or ("Apple GPU" if chosen.type == "mps" else None),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
