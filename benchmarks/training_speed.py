@@ -165,8 +165,8 @@ def prepare(args: argparse.Namespace, case: Case) -> int:
     from minimind.tokenizer.chat import encode_chats
 
     texts = _documents(args.data, case.seq_len)
-    vocab = 600 if case.preset == "nano" else 6400
-    tokenizer = train_tokenizer(texts[:1000] if vocab == 600 else texts, vocab_size=vocab)
+    vocab = {"nano": 600, "demo": 3200}.get(case.preset, 6400)  # as in the recipes
+    tokenizer = train_tokenizer(texts, vocab_size=vocab)
     tokenizer.save(args.work / "tokenizer")
     records: list[dict[str, Any]]
     if case.objective == "sft":

@@ -3,17 +3,17 @@
 Each measurement runs in a new process, so that its peak memory and its thread pools are its own.
 """
 
-import multiprocessing
+import json
 import os
 import platform
 import random
-import signal
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable
 from importlib import resources
 from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe
 from minimind.data.textbook import prose
-from minimind.errors import MinimindError, ResourceError
+from minimind.errors import MinimindError, ResourceError, is_out_of_memory
 from minimind.inference.engine import Engine
 from minimind.inference.load import inference_dtype, single_threaded
 from minimind.inference.requests import Request
@@ -57,24 +57,21 @@ def measure_machine(
     """
     chosen = choose_device(device)
     formats = [_NAMES[inference_dtype(chosen)], *(["int8"] if chosen.type == "cpu" else [])]
-    tasks: dict[str, Callable[[], dict[str, Any]]] = {
-        f"decoding {name}": lambda name=name: _in_process(  # type: ignore[misc]
-            decoding_speed, preset, device, seconds, name == "int8"
-        )
+    tasks: dict[str, tuple[str, *tuple[object, ...]]] = {
+        f"decoding, {name}": ("decoding_speed", preset, device, seconds, name == "int8")
         for name in formats
     }
-    tasks["training"] = lambda: _in_process(training_speed, preset, device, seconds)
+    tasks["training"] = ("training_speed", preset, device, seconds)
     results: dict[str, Any] = {}
-    for done, (name, measure) in enumerate(tasks.items()):
+    for done, (name, task) in enumerate(tasks.items()):
         progress(done, len(tasks), name)
-        results[name] = measure()
+        results[name] = _in_process(*task)
     progress(len(tasks), len(tasks), "")
-    decoding = {name: results[f"decoding {name}"] for name in formats}
     return {
         "preset": preset,
         "device": str(chosen),
         "training": results["training"],
-        "decoding": decoding,
+        "decoding": {name: results[f"decoding, {name}"] for name in formats},
     }
 
 
@@ -169,36 +166,39 @@ def _generate(engine: Engine, streams: int, tokens: int) -> float:
     return generated / (time.perf_counter() - started)
 
 
-def _in_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
-    """Return the result of `measure` in a new process, which ends with the caller.
+def _in_process(name: str, *arguments: object) -> dict[str, Any]:
+    """Return the result of a function of this module in a new process, which ends with the caller.
 
-    An error of minimind or of memory becomes {"error": message}.
+    An error of minimind or of memory becomes {"error": message}. Raises ResourceError if the
+    process is killed, as Linux does when memory runs out.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, measure, *arguments), daemon=True)
-    process.start()
-    sender.close()
+    command = [sys.executable, "-m", __name__, json.dumps([name, *arguments])]
+    # In a new session, Ctrl-C interrupts only this process, which then ends the other.
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        result: dict[str, Any] = receiver.recv()
-    except EOFError:
-        process.join()
-        raise ResourceError(
-            f"{measure.__name__}: the process ended with status {process.exitcode}; it may have "
-            "run out of memory. Close other programs, or choose a smaller preset"
-        ) from None
+        output, _ = child.communicate()
     finally:
-        process.kill()
-        process.join()
+        child.kill()
+        child.wait()
+    if child.returncode:
+        raise ResourceError(
+            f"{name}: the process ended with status {child.returncode}; it may have run out of "
+            "memory. Close other programs, or choose a smaller preset"
+        )
+    result: dict[str, Any] = json.loads(output)
     return result
 
 
-def _send(sender: Connection, measure: Callable[..., dict[str, Any]], *arguments: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
+def _answer(name: str, *arguments: Any) -> None:
+    """Print the result of a measurement as JSON."""
+    measure: Callable[..., dict[str, Any]] = globals()[name]
     try:
-        sender.send(measure(*arguments))
-    except (MinimindError, MemoryError) as error:
-        sender.send({"error": str(error) or "out of memory"})
+        result = measure(*arguments)
+    except (MinimindError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        result = {"error": str(error) or "out of memory"}
+    print(json.dumps(result))
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -228,3 +228,7 @@ def recorded_machines(preset: str) -> list[dict[str, Any]]:
         for machine in machines
         if machine["preset"] == preset
     ]
+
+
+if __name__ == "__main__":
+    _answer(*json.loads(sys.argv[1]))

@@ -6,11 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
 
 
+@pytest.mark.slow
 def test_bench_measures_training_and_decoding(tmp_path: Path) -> None:
     json_file = tmp_path / "bench.json"
     arguments = ["bench", "nano", "--device", "cpu", "--seconds", "0.01", "--price", "0.5"]
@@ -41,6 +43,7 @@ def test_an_unknown_preset_is_an_error() -> None:
     assert "there is no preset smal" in result.output and "did you mean small?" in result.output
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_measurement_and_its_process() -> None:
     command = [sys.executable, "-m", "minimind", "bench", "nano", "--device", "cpu"]
     process = subprocess.Popen(

@@ -1,14 +1,14 @@
-import os
+import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from minimind.config.model import PRESETS
 from minimind.errors import ResourceError
-from minimind.planning import bench
-from minimind.planning.attainable import attainable_flops
+from minimind.planning import attainable, bench
 
 RECORDS = Path(__file__).parents[2] / "benchmarks/records"
 
@@ -36,20 +36,40 @@ def _values(decoding: dict[str, dict[str, int]]) -> list[int]:
     return [speed for streams in decoding.values() for speed in streams.values()]
 
 
-def test_attainable_flops_are_those_of_a_matrix_product() -> None:
-    assert attainable_flops(torch.device("cpu"), torch.float32, 0) > 1e8
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attainable, "_CPU_SHAPES", ((64, 64, 64), (128, 32, 64)))
 
 
-def _too_large() -> dict[str, int]:
-    raise ResourceError("too little memory on cpu")
+@pytest.mark.usefixtures("small_products")
+def test_training_is_compared_with_matrix_products() -> None:
+    metrics = bench.training_speed("nano", "cpu", 0)
+    assert metrics["parameters"] == 223_392
+    flops_per_second = metrics["tokens_per_second"] * metrics["flops_per_token"]
+    assert metrics["utilisation"] == flops_per_second / metrics["attainable_flops"]
+    assert 128 % metrics["micro_batch_size"] == 0
+    assert metrics["flops_per_token"] == bench.training_flops_per_token("nano")
 
 
-def _killed() -> dict[str, int]:
-    os.kill(os.getpid(), 9)
-    raise AssertionError
+@pytest.mark.parametrize("int8", [False, True])
+def test_decoding_is_measured_with_one_and_many_streams(int8: bool) -> None:
+    metrics = bench.decoding_speed("nano", "cpu", 0, int8)
+    assert metrics["streams_1"] > 0 and metrics["streams_16"] > 0
+    assert metrics["peak_memory_bytes"] > 100 << 20
 
 
-def test_what_does_not_fit_into_memory_is_reported() -> None:
-    assert bench._in_process(_too_large) == {"error": "too little memory on cpu"}
-    with pytest.raises(ResourceError, match="ended with status -9; it may have run out of memory"):
-        bench._in_process(_killed)
+def test_what_does_not_fit_into_memory_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*arguments: object) -> dict[str, object]:
+        raise ResourceError("too little memory on cpu")
+
+    monkeypatch.setattr(bench, "training_speed", too_large)
+    bench._answer("training_speed", "base", "cpu", 1.0)
+    assert json.loads(capsys.readouterr().out) == {"error": "too little memory on cpu"}
+
+
+def test_a_measurement_that_is_killed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ResourceError, match="ended with status 1; it may have run out of memory"):
+        bench._in_process("training_speed", "nano", "cpu", 1.0)
