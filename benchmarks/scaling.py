@@ -298,33 +298,45 @@ def command_verdict(title: str, rows: list[dict[str, float]]) -> str:
 
 def plot(record: dict[str, Any]) -> str:
     """Return the plot as an SVG file: a column per axis, and a row of commands."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
     from minimind.reporting.plots import as_file, new_figure, to_svg
 
     metrics = {
-        "tokens_per_second": "tokens/s",
-        "peak_mb": "peak memory, MB",
-        "utilisation": "share of attainable FLOP/s",
+        "tokens_per_second": ("tokens/s", EngFormatter(sep="")),
+        "peak_mb": ("peak memory, MB", EngFormatter(sep="")),
+        "utilisation": ("utilisation", PercentFormatter(1, decimals=0)),
     }
     with new_figure((10, 10.5), salt="scaling") as figure:
-        axes = figure.subplots(4, 3)
+        charts = figure.subplots(4, 3)
         for column, (axis, title) in enumerate(_AXES.items()):
             rows = [point for point in record["training"] if point["axis"] == axis]
-            for row, (metric, label) in enumerate(metrics.items()):
-                chart = axes[row][column]
-                chart.plot([p[axis] for p in rows], [p[metric] for p in rows], marker="o", ms=3.5)
-                chart.set(xscale="log", xlabel=title, ylabel="" if column else label)
-                if metric == "utilisation":
-                    chart.set_ylim(bottom=0)
-                else:
-                    chart.set_yscale("log")
-        for chart, (name, title) in zip(axes[3], _COMMANDS.items(), strict=True):
+            sizes = [point[axis] for point in rows]
+            for chart, (metric, (label, formatter)) in zip(
+                charts[:3, column], metrics.items(), strict=True
+            ):
+                chart.plot(sizes, [point[metric] for point in rows], marker="o", ms=3.5)
+                chart.set(xscale="log", xlabel=title, ylim=(0, None))
+                chart.set_ylabel("" if column else label)
+                chart.set_xticks(sizes, [_short(size) for size in sizes], fontsize=8)
+                chart.minorticks_off()
+                chart.yaxis.set_major_formatter(formatter)
+        for chart, (name, title) in zip(charts[3], _COMMANDS.items(), strict=True):
             rows = record["commands"][name]
             chart.plot([r["size"] for r in rows], [r["seconds"] for r in rows], marker="o", ms=3.5)
             chart.set(xlabel=title, xlim=(0, None), ylim=(0, None))
-        axes[3][0].set_ylabel("seconds")
-        for chart in axes.flat:
+        charts[3][0].set_ylabel("seconds")
+        for chart in charts.flat:
+            low, high = chart.get_ylim()
+            chart.set_ylim(low, 1.08 * high)
+            chart.yaxis.set_major_locator(MaxNLocator(5))
             chart.grid(alpha=0.15)
         return as_file(to_svg(figure))
+
+
+def _short(number: float) -> str:
+    """Format 26,900,000 as 27M and 4,096 as 4096."""
+    return f"{number:.0f}" if number < 1e5 else f"{float(f'{number / 1e6:.2g}'):g}M"
 
 
 if __name__ == "__main__":
