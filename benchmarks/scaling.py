@@ -230,7 +230,7 @@ def page(record: dict[str, Any]) -> list[str]:
     lines = ["# Growth of speed, memory and cost", ""]
     lines += [
         f"`{record['command']}`, {record['date']}, {record['machine']}, "
-        f"{record['threads']} threads."
+        f"OMP_NUM_THREADS={record['threads']}."
     ]
     if record["quick"]:
         lines += [

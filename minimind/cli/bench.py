@@ -38,10 +38,10 @@ def bench(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Measure training and decoding on this machine, in about two minutes.
+    """Measure training and decoding on this machine.
 
-    Shows tokens per second, utilisation, memory, the time of the standard recipes, and recorded
-    machines to compare with. Weights are random, and nothing is downloaded.
+    Takes about two minutes. Shows tokens per second, utilisation, memory, the time of the standard
+    recipes, and recorded machines to compare with. Weights are random, and nothing is downloaded.
     """
     from minimind.config.model import PRESETS
     from minimind.config.suggest import closest, did_you_mean

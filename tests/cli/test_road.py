@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from minimind.cli import road_plan
 from minimind.cli.main import app
-from minimind.cli.road import _stage_recipes
+from minimind.cli.road import stage_recipes
 from minimind.config.load import packaged_recipes
 from minimind.config.road import ROADS, load_road
 from minimind.data.registry import find
@@ -177,7 +177,7 @@ def test_packaged_roads_name_recipes_and_published_data() -> None:
     assert list(packaged_recipes(ROADS)) == ["base", "moe", "small"]
     for name in packaged_recipes(ROADS):
         road = load_road(name)
-        recipes = _stage_recipes(road, Path("out"), "cpu")
+        recipes = stage_recipes(road, Path("out"), "cpu")
         assert [recipe.objective for recipe in recipes.values()] == ["pretrain", "sft", "dpo"]
         assert [recipe.model.init for recipe in recipes.values()] == [
             None,
