@@ -32,6 +32,7 @@ from minimind.model import PRESETS, Transformer
 from minimind.model.device import choose_device, free_bytes
 from minimind.planning.attainable import attainable_flops
 from minimind.planning.plan import flops_per_token, measure_throughput
+from minimind.signals import exit_when_stdin_closes
 from minimind.tokenizer import train_tokenizer
 from minimind.training.build import build_footprint
 from minimind.training.memory import choose_micro_batch, peak_bytes
@@ -173,13 +174,16 @@ def _in_process(name: str, *arguments: object) -> dict[str, Any]:
     process is killed, as Linux does when memory runs out.
     """
     command = [sys.executable, "-m", __name__, json.dumps([name, *arguments])]
-    # In a new session, Ctrl-C interrupts only this process, which then ends the other.
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-    try:
-        output, _ = child.communicate()
-    finally:
-        child.kill()
-        child.wait()
+    # In a new session, Ctrl-C interrupts only this process. The other ends when its stdin closes.
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as child:
+        assert child.stdout
+        try:
+            output = child.stdout.read()
+        except BaseException:
+            child.kill()
+            raise
     if child.returncode:
         raise ResourceError(
             f"{name}: the process ended with status {child.returncode}; it may have run out of "
@@ -204,14 +208,13 @@ def _answer(name: str, *arguments: Any) -> None:
 def describe_machine(device: str) -> dict[str, Any]:
     """Return processor, GPU, threads, torch version, and the load of the last minute if known."""
     chosen = choose_device(device)
-    cpuinfo, processor = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    cpuinfo, names = Path("/proc/cpuinfo"), []
     if cpuinfo.is_file():
         lines = cpuinfo.read_text("utf-8").splitlines()
         names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
     gpu = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else None
     return {
-        "processor": processor,
+        "processor": names[0] if names else platform.processor() or platform.machine(),
         "gpu": gpu or ("Apple GPU" if chosen.type == "mps" else None),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -231,4 +234,5 @@ def recorded_machines(preset: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    exit_when_stdin_closes()
     _answer(*json.loads(sys.argv[1]))
