@@ -27,7 +27,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from minimind.data.encode import Kind as Kind
 from minimind.data.input_files import list_files
+from minimind.data.locations import Location
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.data.store_manifest import (
     FORMAT_VERSION,
@@ -173,7 +174,7 @@ def open_store(
 
 
 def store_spec(
-    files: list[Path],
+    files: Sequence[Location],
     tokenizer: Tokenizer,
     kind: Kind,
     schema: str,
