@@ -75,9 +75,12 @@ def list_locations(path: str) -> list[Location]:
     where = location(path)
     if isinstance(where, Path):  # file://
         return [*list_files(str(where))]
-    files = [file for file in list_urls(path) if format_of(file) is not None or file == where]
+    try:
+        files = [file for file in list_urls(path) if format_of(file) is not None or file == where]
+    except FileNotFoundError as error:  # such as a missing bucket
+        raise DataError(f"{path}: {error}; check the address") from None
     if not files:
-        raise DataError(f"{path}: there is no such file, or no file of a supported format")
+        raise DataError(f"{path}: there is no such file, and no file below it; {SUPPORTED}")
     return [*files]
 
 
