@@ -18,6 +18,7 @@ from minimind.data.prepare.engine import Engine, EngineName, Task, open_engine
 from minimind.data.prepare.progress import repeatedly, running_tasks
 from minimind.data.prepare.report import write_report
 from minimind.data.prepare.settings import PrepareSettings
+from minimind.data.prepare.space import check_space
 from minimind.data.prepare.stages import (
     cluster,
     filter_shard,
@@ -140,7 +141,7 @@ def prepare(
 
     An interrupted preparation is continued. Raises DataError for input that cannot be read,
     UsageError for a folder that belongs to another preparation or too little memory, and
-    ResourceError when a worker is lost.
+    ResourceError for too little disk space or when a worker is lost.
     """
     files = list(dict.fromkeys(file for path in paths for file in list_locations(path)))
     preparation = Preparation(files, settings, tokenizer, questions)
@@ -151,6 +152,8 @@ def prepare(
             check_unchanged(files, {k: {"input": v} for k, v in inputs.items()}, str)
             reporter.say(f"{out} is prepared already")
             return manifest
+        if isinstance(out, Path):
+            check_space(out, files, settings, tokenizer)
         resources = Resources.plan(preparation, memory_bytes, workers)
         with ExitStack() as stack:
             stack.callback(reporter.stop)
