@@ -82,7 +82,7 @@ def test_nothing_is_uploaded_after_an_error(bucket: UrlPath) -> None:
         (folder / "plots" / "1.svg").write_text("<svg/>")
     assert (bucket / "b" / "plots" / "1.svg").read_text("utf-8") == "<svg/>"
     remove([bucket / "b" / "plots" / "1.svg"])
-    assert not (bucket / "b").exists()
+    assert not (bucket / "b" / "plots" / "1.svg").exists()
 
 
 def test_inputs_are_listed_in_the_order_of_files(bucket: UrlPath, tmp_path: Path) -> None:
