@@ -40,7 +40,8 @@ def memory(inputs: list[Path]) -> Iterator[MemoryFileSystem]:
 
 
 def run_on_urls(*settings: str, **options: Any) -> dict[str, Any]:
-    options = {"workers": 1, "memory_bytes": 2_000_000_000, "reporter": Reporter()} | options
+    defaults: dict[str, Any] = {"workers": 1, "memory_bytes": 2_000_000_000}
+    options = defaults | {"reporter": Reporter()} | options
     loaded = load_prepare_settings("zh", [*SETTINGS, *settings])
     return prepare(["memory://bucket/in"], UrlPath("memory://bucket/out"), loaded, **options)
 
