@@ -173,8 +173,8 @@ def _cards(inputs: Inputs, price: float | None) -> dict[str, str]:
     quiz = demo.get("quiz", {})
     if quiz.get("questions"):
         cards["quiz"] = f"{quiz['correct'] / quiz['questions']:.1%}"
-    if scored := [row["correct"] for row in demo.get("eight", []) if "correct" in row]:
-        cards["eight questions" if len(scored) == 8 else "questions"] = f"{sum(scored)} right"
+    if scored := [row["correct"] for row in demo.get("questions", []) if "correct" in row]:
+        cards["questions"] = f"{sum(scored)} of {len(scored)} correct"
     pretrained = [run for run in inputs.runs if run.kind == "pretrain"]
     bits = [number_of(run.metrics, "bits_per_byte") for run in pretrained]
     known = [value for value in bits if value is not None]

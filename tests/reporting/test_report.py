@@ -27,7 +27,7 @@ DEMO = {
         },
         "wrong": [{"question": "华山在哪？", "answer": "在山东。", "expected": "在陕西。"}],
     },
-    "eight": [
+    "questions": [
         {
             "question": "你叫什么名字？",
             "before_training": "？？",
@@ -46,7 +46,7 @@ DEMO = {
     },
 }
 SECTIONS = [
-    "The eight questions",
+    "Answers after each stage",
     "Stages",
     "Loss",
     "Bits per byte",
