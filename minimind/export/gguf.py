@@ -186,11 +186,15 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     config = model.config
     yield from _rope_factors(config)
     for name, tensor in model.state_dict().items():
-        for gguf_name, part in convert(name.removesuffix(".weight"), tensor.float(), config):
+        for gguf_name, part in llama_cpp_tensors(
+            name.removesuffix(".weight"), tensor.float(), config
+        ):
             yield f"{gguf_name}.weight", part
 
 
-def convert(module: str, weight: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def llama_cpp_tensors(
+    module: str, weight: Tensor, config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (llama.cpp's name without suffix, matrix) of one module's weight.
 
     module: Hugging Face's name, such as "model.layers.0.self_attn.q_proj".

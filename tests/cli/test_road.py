@@ -203,10 +203,9 @@ def test_a_finished_road_is_changed_only_as_its_message_says(folder: Path) -> No
     assert modified(*kept) == times
 
     # A task that fails sets the exit status; the report shows the others.
-    (folder / "broken.jsonl").write_text("{\n", encoding="utf-8")
-    write_road(folder, *fewer, ("bpb:text.jsonl", "bpb:broken.jsonl"))
+    write_road(folder, *fewer, ('"bpb:text.jsonl"', '"bpb:text.jsonl", "lm-eval:no-such-task"'))
     failed = run(folder, "tiny.toml", status=1).output
-    assert "failed: " in failed and "Report with all curves" in failed
+    assert "tiny: lm-eval:no-such-task: " in failed and "Report with all curves" in failed
     write_road(folder, *fewer)
 
     # Repeat the last stages with other data, after removing what the message names.

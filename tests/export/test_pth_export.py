@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minimind.errors import ModelError, ResourceError, UsageError
-from minimind.export.minimind_export import export_pth
-from minimind.export.minimind_import import import_pth
+from minimind.export.pth_export import export_pth
+from minimind.export.pth_import import import_pth
 from minimind.model import ModelConfig, Transformer, extend_context, save_model
 from minimind.tokenizer import Tokenizer
 from tests.support.minimind_reference import Sizes, logits

@@ -11,7 +11,7 @@ import torch
 
 from minimind.config.model import MOE_FIELDS, ModelConfig
 from minimind.errors import ModelError, ResourceError, UsageError
-from minimind.export.minimind_layout import V2, V3, Generation, split_experts
+from minimind.export.pth_layout import V2, V3, Generation, split_experts
 from minimind.files import atomic_file, write_json
 from minimind.model import load_model, read_config
 from minimind.model.directory import stored_dtype
