@@ -171,17 +171,21 @@ def _check_changes(out: Path, previous: "Road", road: "Road") -> None:
     ]
     description = "; ".join(changes) or "the stages have another order"
     steps = repeated_steps(previous, road)
+    reasons = {
+        "tokenizer": "the tokenizer is trained",
+        "model": "the last stage is finished",
+        "eval": "the evaluation has begun",
+    }
     begun = [
         step
         for step in steps
-        if ((out / step).is_dir() if step in ("tokenizer", "model") else has_begun(out / step))
+        if ((out / step).is_dir() if step in reasons else has_begun(out / step))
     ]
     if not begun:
         if steps:
             console.say(f"changed since {out} began: {description}")
         return
-    names = {"tokenizer": "the tokenizer is trained", "model": "the last stage is finished"}
-    reason = names.get(begun[0], f"the stage {begun[0]} has begun")
+    reason = reasons.get(begun[0], f"the stage {begun[0]} has begun")
     remedy = "choose another --out, or start over with --fresh"
     if begun[0] != "tokenizer":
         folders = ", ".join(str(out / step) for step in begun)

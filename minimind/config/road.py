@@ -74,7 +74,7 @@ def training_settings(road: Road) -> dict[str, Any]:
 def repeated_steps(previous: Road, road: Road) -> list[str]:
     """Return the folders of the steps whose results the changes of a road make invalid.
 
-    These are the first step that differs and all later ones, of both roads, up to the final model.
+    These are the first step that differs and all later ones, of both roads, up to the evaluation.
     An empty list: both roads train the same models.
     """
     before, now = (
@@ -86,4 +86,4 @@ def repeated_steps(previous: Road, road: Road) -> list[str]:
     while before[same : same + 1] == now[same : same + 1]:
         same += 1
     changed = [name for name, _ in (*before[same:], *now[same:])]
-    return [*dict.fromkeys(changed), "model"]
+    return [*dict.fromkeys(changed), "model", "eval"]

@@ -213,7 +213,7 @@ def test_a_finished_road_is_changed_only_as_its_message_says(folder: Path) -> No
     message = error(folder, "tiny.toml")
     assert "but the stage dpo has begun" in message
     names = message.rpartition(" remove ")[2].split(", ")
-    assert names == [f"{Path('out/tiny', name)}" for name in ("dpo", "adapter", "model")]
+    assert names == [f"{Path('out/tiny', name)}" for name in ("dpo", "adapter", "model", "eval")]
     final = out / "model" / "model.safetensors"
     before = final.read_bytes()
     for name in names:
