@@ -42,7 +42,10 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     """
     inputs = find_runs(sources)
     if not inputs.chains and not inputs.benchmarks:
-        raise DataError("; ".join(inputs.missing) or "give at least one run directory")
+        raise DataError(
+            f"{'; '.join(inputs.missing) or 'no sources'}. Give run directories (the --out of "
+            "training commands), folders of them, or results of minimind eval"
+        )
     title = " · ".join(source.resolve().name for source in sources[:4])
     title += f" and {len(sources) - 4} more" if len(sources) > 4 else ""
     compare = len(inputs.chains) > 1
