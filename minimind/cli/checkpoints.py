@@ -90,7 +90,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
 
 
 def _no_checkpoints(run: Path) -> CheckpointError:
-    """Return the error for a path without checkpoints; it names runs in the folder that have some."""
+    """Return the error for a path without checkpoints, with the runs in it that have some."""
     if not run.is_dir():
         reason = "is a file" if run.exists() else "there is no such directory"
         advice = "give the directory of a run, the --out of a training command"

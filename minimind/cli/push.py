@@ -43,7 +43,7 @@ def push(
 
     check_repository_name(repository)
     directory = resolve_model_directory(model)
-    card = make_model_card(model, directory, repository, licence=licence)
+    card = make_model_card(model, directory, repository, hub=hub, licence=licence)
     for conflict in card.conflicts:
         console.say(f"licence: {conflict}")
     if preview:

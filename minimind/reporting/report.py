@@ -19,13 +19,14 @@ _MAX_SAMPLES = 40
 
 @dataclass
 class Report:
-    """A page, its metrics as JSON, and the problems with its inputs.
+    """A page, its metrics as JSON, its inputs, and the problems with them.
 
     complete: every source had a run or results, even if some of them are damaged.
     """
 
     page: Page
     metrics: Metrics
+    inputs: Inputs
     problems: list[str]
     complete: bool
 
@@ -73,7 +74,7 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     page.add("Samples during training", _ABOUT["Samples"], *samples)
     recipes = [Folded(run.name, run.recipe) for run in inputs.runs if run.recipe]
     page.add("Recipes", _ABOUT["Recipes"], *recipes)
-    return Report(page, metrics, problems, complete=not inputs.missing)
+    return Report(page, metrics, inputs, problems, complete=not inputs.missing)
 
 
 _ABOUT = {

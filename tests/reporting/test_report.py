@@ -361,7 +361,7 @@ def test_damaged_files_are_reported_and_the_rest_is_rendered(tmp_path: Path) -> 
 
 
 def test_folders_without_runs_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder. Give run directories"):
+    with pytest.raises(DataError, match=r"no such file or folder\. Give run directories"):
         make_report([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="contains no run and no benchmark results"):
         make_report([tmp_path])
