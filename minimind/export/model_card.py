@@ -64,9 +64,7 @@ def make_model_card(
         repository=repository,
         hub=hub,
         licence=licence,
-        datasets=sorted(
-            {source.repositories[hub] for source in data if hub in source.repositories}
-        ),
+        datasets=sorted(datasets),
         head=head.strip("\n"),
         sections=(separator + sections).replace(str(Path.home()), "~"),
         config=config,
