@@ -50,6 +50,8 @@ def import_pth(
     from minimind.export.pth_import import import_pth
     from minimind.tokenizer import Tokenizer
 
+    if not file.is_file():
+        raise UsageError(f"{file}: there is no such file; give a .pth file of MiniMind's weights")
     folder = tokenizer or file.parent
     if tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise UsageError(

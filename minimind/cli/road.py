@@ -64,6 +64,8 @@ def road(
         raise UsageError("--dry-run discards nothing; give either --dry-run or --fresh")
     settings = load_road(name)
     out = out or Path("out") / Path(name).stem
+    if out.is_file():
+        raise UsageError(f"--out {out} is a file; choose a folder")
     recipes = _stage_recipes(settings, out, str(choose_device(device)))
     if dry_run:
         from minimind.cli.road_plan import show_plan

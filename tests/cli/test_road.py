@@ -288,6 +288,10 @@ def test_dry_run_lists_steps_and_time(folder: Path, monkeypatch: pytest.MonkeyPa
     assert "Training takes about" in output and "on cpu" in output
     assert "your own" in output
     assert "give either --dry-run or --fresh" in error(folder, "tiny.toml", "--dry-run", "--fresh")
+    for more in ([], ["--dry-run"]):
+        message = error(folder, "tiny.toml", "--out", "text.jsonl", *more)
+        assert message == "error: --out text.jsonl is a file; choose a folder"
+    assert "--data" not in error(folder, "text.jsonl", "--dry-run")
     assert not (folder / "out").exists()
 
 
