@@ -20,7 +20,7 @@ import gguf
 from torch import Tensor
 
 from minimind.config.model import ModelConfig
-from minimind.errors import ModelError, UsageError, install_line, unwritable
+from minimind.errors import ModelError, ResourceError, UsageError, install_line, unwritable
 from minimind.export.gguf_vocabulary import GGUFVocabulary, read_vocabulary
 from minimind.files import atomic_file
 from minimind.model import Transformer, load_model, merge_adapter
