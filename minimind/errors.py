@@ -82,10 +82,11 @@ def reason_of(error: OSError) -> str:
 
 def unwritable(out: Path, error: Exception) -> ResourceError:
     """Return the error for an output that cannot be written, with advice that fits the cause."""
-    known = isinstance(error, OSError) and error.strerror is not None
-    # numpy and torch report a full disk without its error number.
-    is_full = not known or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    reason = reason_of(error) if known else f"incomplete write ({error})"
+    if isinstance(error, OSError) and error.strerror is not None:
+        reason = reason_of(error)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    else:  # numpy and torch report a full disk without its error number
+        reason, is_full = f"incomplete write ({error})", True
     advice = "free some disk space, or choose another --out" if is_full else "choose another --out"
     return ResourceError(f"{out}: cannot be written: {reason}; {advice}")
 
