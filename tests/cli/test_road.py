@@ -89,8 +89,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def interrupt_when(folder: Path, started: Path, number: signal.Signals) -> str:
-    """Run the road in a process, send it a signal once a file has content; return its output."""
+def interrupt_when(folder: Path, metrics: Path, number: signal.Signals) -> str:
+    """Run the road in a process, send it a signal after a stage's first step; return its output.
+
+    metrics: the metrics.jsonl of that stage.
+    """
     child = subprocess.Popen(
         [sys.executable, "-m", "minimind", "road", "tiny.toml", "--device", "cpu"],
         cwd=folder,
@@ -100,7 +103,7 @@ def interrupt_when(folder: Path, started: Path, number: signal.Signals) -> str:
         text=True,
     )
     try:
-        while not started.is_file() or not started.stat().st_size:
+        while not metrics.is_file() or b'"train"' not in metrics.read_bytes():
             assert child.poll() is None, child.communicate()[0]
             time.sleep(0.01)
         child.send_signal(number)
