@@ -1,0 +1,168 @@
+"""`minimind` as a process that starts in milliseconds, because torch is imported already.
+
+A server imports torch and the package once per test process, and forks for each command. The test
+starts a client, a small process that stands for the command: it hands its arguments, environment,
+folder and standard streams to the server, forwards signals, and ends with the command's status.
+
+Tests of the start itself, of terminals and of child processes start `python -m minimind` instead,
+and so do tests that kill a command and then read its files.
+"""
+
+import atexit
+import functools
+import gc
+import marshal
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+# It imports no module that is written in Python, so it starts in a few milliseconds.
+_CLIENT = """
+import _socket, marshal, posix, sys, _signal
+server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+server.connect(sys.argv[1])
+streams = b"".join(stream.to_bytes(4, sys.byteorder) for stream in (0, 1, 2))
+request = marshal.dumps((sys.argv[2:], posix.environ, posix.getcwd()))
+rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)
+server.sendmsg([request], [rights])
+for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
+    _signal.signal(number, lambda number, _: server.send(bytes([number])))
+status = int(server.recv(20))
+if status < 0:
+    _signal.signal(-status, _signal.SIG_DFL)
+    posix.kill(posix.getpid(), -status)
+posix._exit(status)
+"""
+
+
+def minimind(*arguments: object) -> list[str]:
+    """Return a command line that runs `minimind` with these arguments."""
+    if sys.platform != "linux":
+        return [sys.executable, "-m", "minimind", *map(str, arguments)]
+    return [sys.executable, "-I", "-S", "-c", _CLIENT, _server(), *map(str, arguments)]
+
+
+@functools.cache
+def _server() -> str:
+    """Start the server; return the path of its socket."""
+    folder = tempfile.mkdtemp()
+    path = f"{folder}/socket"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.commands", path],
+        stdin=subprocess.PIPE,  # it ends with this process
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+        start_new_session=True,
+    )
+    assert process.stdout and process.stdout.readline() == b"ready\n"
+
+    def end() -> None:
+        process.communicate()
+        Path(path).unlink()
+        Path(folder).rmdir()
+
+    atexit.register(end)
+    return path
+
+
+def _serve(path: str) -> None:
+    """Fork for each client until stdin is closed; return in the process of a command."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        os.write(1, b"ready\n")
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watching processes
+        while listener in select.select([listener, sys.stdin], [], [])[0]:
+            client, _ = listener.accept()
+            with client:
+                if os.fork() == 0:
+                    listener.close()
+                    return _start(client)
+    sys.exit()
+
+
+def _start(client: socket.socket) -> None:
+    """Fork again, and watch the command; return in its process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    pid = os.fork()
+    if pid:
+        for stream in (0, 1, 2, *streams):  # so that readers see when the command has closed them
+            os.close(stream)
+        _watch(client, pid)
+    client.close()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    arguments, environment, folder = marshal.loads(request)
+    os.environ.clear()
+    os.environb.update(environment)
+    os.chdir(folder)
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
+    random.seed()
+    sys.argv = ["minimind", *arguments]
+
+
+def _watch(client: socket.socket, pid: int) -> NoReturn:
+    """Forward signals to the command; report its status, or kill it when the client has gone."""
+    ended = os.pidfd_open(pid)
+    while ended not in (ready := select.select([client, ended], [], [])[0]):
+        assert client in ready
+        numbers = client.recv(1)
+        os.kill(pid, numbers[0] if numbers else signal.SIGKILL)
+        if not numbers:
+            os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    client.send(str(status).encode())
+    os._exit(0)
+
+
+def exit_after(function: Callable[[], object]) -> NoReturn:
+    """End a forked process as the interpreter does, without the time to free all modules."""
+    status = 1
+    try:
+        function()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    import torch
+    import torch._dynamo  # optimizers import it, which takes over a second
+
+    import minimind.api
+    import minimind.cli.main
+    import minimind.evaluation.runner
+    import minimind.inference.engine
+    import minimind.serving.server
+    import minimind.training.stage
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a collection would copy all pages of the modules into each process
+    _serve(sys.argv[1])
+    exit_after(minimind.cli.main.main)
