@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from minimind.errors import UsageError
 from minimind.planning.sweep import device_settings
+from tests.support.commands import fast_python
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 NANO = (
@@ -33,7 +33,7 @@ def folder(tokenizer_dir: Path, tmp_path: Path) -> Path:
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "minimind", *arguments],
+        [*fast_python(), "-m", "minimind", *arguments],
         cwd=folder,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,

@@ -1,19 +1,21 @@
-"""`minimind` as a process that starts in milliseconds, because torch is imported already.
+"""A Python that starts in milliseconds, because it has imported torch and the package.
 
-A server imports torch and the package once per test process, and forks for each command. The test
-starts a client, a small process that stands for the command: it hands its arguments, environment,
-folder and standard streams to the server, forwards signals, and ends with the command's status.
+A server imports them once per test process, and forks for each command. The test starts a client,
+a small process that stands for the command: it hands its arguments, environment, folder and
+standard streams to the server, forwards signals, and ends with the status of the command.
 
-Tests of the start itself, of terminals and of child processes start `python -m minimind` instead,
-and so do tests that kill a command and then read its files.
+Tests of imports, of terminals and of child processes run `sys.executable` instead, and so do tests
+that kill a command and then read its files.
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import marshal
 import os
 import random
+import runpy
 import select
 import signal
 import socket
@@ -45,11 +47,11 @@ posix._exit(status)
 """
 
 
-def minimind(*arguments: object) -> list[str]:
-    """Return a command line that runs `minimind` with these arguments."""
+def fast_python() -> list[str]:
+    """Return the start of a command line that continues with `-m MODULE …` or `-c CODE …`."""
     if sys.platform != "linux":
-        return [sys.executable, "-m", "minimind", *map(str, arguments)]
-    return [sys.executable, "-I", "-S", "-c", _CLIENT, _server(), *map(str, arguments)]
+        return [sys.executable]
+    return [sys.executable, "-I", "-S", "-c", _CLIENT, _server()]
 
 
 @functools.cache
@@ -81,9 +83,11 @@ def _serve(path: str) -> None:
         listener.bind(path)
         listener.listen(64)
         os.write(1, b"ready\n")
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watching processes
         while listener in select.select([listener, sys.stdin], [], [])[0]:
             client, _ = listener.accept()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:  # processes that have watched a command
+                    pass
             with client:
                 if os.fork() == 0:
                     listener.close()
@@ -93,7 +97,6 @@ def _serve(path: str) -> None:
 
 def _start(client: socket.socket) -> None:
     """Fork again, and watch the command; return in its process."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
     pid = os.fork()
     if pid:
@@ -113,7 +116,7 @@ def _start(client: socket.socket) -> None:
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
     random.seed()
-    sys.argv = ["minimind", *arguments]
+    sys.argv = arguments
 
 
 def _watch(client: socket.socket, pid: int) -> NoReturn:
@@ -128,6 +131,16 @@ def _watch(client: socket.socket, pid: int) -> NoReturn:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     client.send(str(status).encode())
     os._exit(0)
+
+
+def _run() -> None:
+    """Do what Python does with the arguments `-m MODULE …` or `-c CODE …`."""
+    kind, program, *arguments = sys.argv
+    sys.argv = [kind, *arguments]
+    if kind == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
 
 
 def exit_after(function: Callable[[], object]) -> NoReturn:
@@ -154,15 +167,8 @@ if __name__ == "__main__":
     import torch
     import torch._dynamo  # optimizers import it, which takes over a second
 
-    import minimind.api
-    import minimind.cli.main
-    import minimind.evaluation.runner
-    import minimind.inference.engine
-    import minimind.serving.server
-    import minimind.training.stage
-
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # a collection would copy all pages of the modules into each process
     _serve(sys.argv[1])
-    exit_after(minimind.cli.main.main)
+    exit_after(_run)

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from minimind.serving.limits import Limits
 from minimind.serving.models import find_models, load_models
 from minimind.serving.server import Server, bind, url_of
 from minimind.tokenizer import Tokenizer
+from tests.support.commands import fast_python
 
 
 def make_model(tokenizer: Tokenizer, seed: int, context: int, padding: int = 0) -> Transformer:
@@ -67,7 +67,7 @@ def serving(folder: Path, log: Path, *flags: str, **variables: str) -> Iterator[
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "minimind", "serve", str(folder), "--port", "0", *flags],
+            [*fast_python(), "-m", "minimind", "serve", str(folder), "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=errors,
             stdin=subprocess.DEVNULL,
