@@ -150,11 +150,12 @@ def test_orphaned_stopped_and_killed(training: list[str], start: Start, tmp_path
 
 
 def test_an_error_is_printed_once(training: list[str], start: Start, tmp_path: Path) -> None:
-    process = start(*training, "--out", str(tmp_path / "run"), "--nproc", "3")
+    odd = "training.global_batch_size=3"
+    process = start(*training, odd, "--out", str(tmp_path / "run"), "--nproc", "2")
     _, complaint = process.communicate()
     assert process.returncode == 1
     assert complaint == (
-        "error: training.global_batch_size=4 is not divisible by 3 processes; choose a multiple, "
+        "error: training.global_batch_size=3 is not divisible by 2 processes; choose a multiple, "
         "or another number of processes\n"
     )
 
