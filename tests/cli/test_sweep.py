@@ -1,15 +1,20 @@
 """`minimind sweep` and `minimind report` with the smallest models."""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from minimind.cli.main import app
 from minimind.errors import UsageError
 from minimind.planning.sweep import device_settings
 from tests.support.commands import fast_python
@@ -23,7 +28,11 @@ NANO = (
 
 
 @pytest.fixture
-def folder(tokenizer_dir: Path, tmp_path: Path) -> Path:
+def folder(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(fast_python())} "$@"\n', encoding="utf-8")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))  # with which a sweep starts its runs
     with (tmp_path / "text.jsonl").open("w", encoding="utf-8") as stream:
         for number in range(200):
             stream.write(json.dumps({"text": f"长江第{number}段长{7 * number}公里。"}) + "\n")
@@ -44,10 +53,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def run(folder: Path, *arguments: str, status: int = 0) -> str:
-    process = start(folder, *arguments)
-    output, _ = process.communicate(timeout=250)
-    assert process.returncode == status, output
-    return output
+    with contextlib.chdir(folder):
+        done = CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+    assert done.exit_code == status, done.output
+    return done.output
 
 
 def test_sweep_compares_variants_and_reports_failures(folder: Path) -> None:

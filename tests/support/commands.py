@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+_PYTHON = sys.executable
 # It imports no module that is written in Python, so it starts in a few milliseconds.
 _CLIENT = """
 import _socket, marshal, posix, sys, _signal
@@ -50,8 +51,8 @@ posix._exit(status)
 def fast_python() -> list[str]:
     """Return the start of a command line that continues with `-m MODULE …` or `-c CODE …`."""
     if sys.platform != "linux":
-        return [sys.executable]
-    return [sys.executable, "-I", "-S", "-c", _CLIENT, _server()]
+        return [_PYTHON]
+    return [_PYTHON, "-I", "-S", "-c", _CLIENT, _server()]
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def _server() -> str:
     folder = tempfile.mkdtemp()
     path = f"{folder}/socket"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.commands", path],
+        [_PYTHON, "-m", "tests.support.commands", path],
         stdin=subprocess.PIPE,  # it ends with this process
         stdout=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
