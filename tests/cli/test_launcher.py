@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.commands import fast_executable
+
 INTERRUPTED = 130
 TEXT = "第{0}段长{1}公里，最后流入东海。Part {0} of the river is {1} kilometres long. " * 3
 
@@ -42,19 +44,36 @@ def training(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 
 
 Start = Callable[..., subprocess.Popen[str]]
+# The command, which starts its training processes with another executable.
+WITH_EXECUTABLE = """
+import runpy, sys
+sys.executable = sys.argv[1]
+sys.argv = sys.argv[3:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Start Python processes, which are killed with their children after the test."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start Python processes, which are killed with their children after the test.
+
+    Their training processes have imported torch already, except with `imports`.
+    """
+    fast = fast_executable(tmp_path)
     with contextlib.ExitStack() as stack:
 
-        def begin(*arguments: str, module: str = "") -> subprocess.Popen[str]:
-            started = [sys.executable, *(["-m", module] if module else []), *arguments]
+        def begin(
+            *arguments: str, module: str = "", imports: bool = False
+        ) -> subprocess.Popen[str]:
+            started = [sys.executable, "-c", WITH_EXECUTABLE, fast, *arguments]
+            if module:
+                started = [sys.executable, "-m", module, *arguments]
+            elif imports:
+                started = [sys.executable, *arguments]
             process = stack.enter_context(
                 subprocess.Popen(
                     started,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": fast},  # of torchrun
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -151,7 +170,8 @@ def test_orphaned_stopped_and_killed(training: list[str], start: Start, tmp_path
 
 def test_an_error_is_printed_once(training: list[str], start: Start, tmp_path: Path) -> None:
     odd = "training.global_batch_size=3"
-    process = start(*training, odd, "--out", str(tmp_path / "run"), "--nproc", "2")
+    command = [*training, odd, "--out", str(tmp_path / "run"), "--nproc", "2"]
+    process = start(*command, imports=True)
     _, complaint = process.communicate()
     assert process.returncode == 1
     assert complaint == (

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 from minimind.cli.main import app
 from minimind.errors import UsageError
 from minimind.planning.sweep import device_settings
-from tests.support.commands import fast_python
+from tests.support.commands import fast_executable, fast_python
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 NANO = (
@@ -29,10 +28,8 @@ NANO = (
 
 @pytest.fixture
 def folder(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {shlex.join(fast_python())} "$@"\n', encoding="utf-8")
-    python.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(python))  # with which a sweep starts its runs
+    python = fast_executable(tmp_path)
+    monkeypatch.setattr(sys, "executable", python)  # with which a sweep starts its runs
     with (tmp_path / "text.jsonl").open("w", encoding="utf-8") as stream:
         for number in range(200):
             stream.write(json.dumps({"text": f"长江第{number}段长{7 * number}公里。"}) + "\n")

@@ -4,8 +4,8 @@ A server imports them once per test process, and forks for each command. The tes
 a small process that stands for the command: it hands its arguments, environment, folder and
 standard streams to the server, forwards signals, and ends with the status of the command.
 
-Tests of imports, of terminals and of child processes run `sys.executable` instead, and so do tests
-that kill a command and then read its files.
+Tests of imports and of terminals run `sys.executable` instead, and so do tests that kill a command
+and then read its files, or that look for its children: those of the client are none.
 """
 
 import atexit
@@ -17,6 +17,7 @@ import os
 import random
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -53,6 +54,17 @@ def fast_python() -> list[str]:
     if sys.platform != "linux":
         return [_PYTHON]
     return [_PYTHON, "-I", "-S", "-c", _CLIENT, _server()]
+
+
+def fast_executable(folder: Path) -> str:
+    """Write a script that starts `fast_python`; return its path.
+
+    It can replace `sys.executable` in programs that start Python processes themselves.
+    """
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(fast_python())} "$@"\n', encoding="utf-8")
+    script.chmod(0o700)
+    return str(script)
 
 
 @functools.cache
