@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.commands import fast_executable
+from tests.support.commands import with_fast_children
 
 INTERRUPTED = 130
 TEXT = "第{0}段长{1}公里，最后流入东海。Part {0} of the river is {1} kilometres long. " * 3
@@ -44,13 +44,6 @@ def training(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 
 
 Start = Callable[..., subprocess.Popen[str]]
-# The command, which starts its training processes with another executable.
-WITH_EXECUTABLE = """
-import runpy, sys
-sys.executable = sys.argv[1]
-sys.argv = sys.argv[3:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 
 
 @pytest.fixture
@@ -59,13 +52,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     Their training processes have imported torch already, except with `imports`.
     """
-    fast = fast_executable(tmp_path)
+    fast = with_fast_children(tmp_path)
     with contextlib.ExitStack() as stack:
 
         def begin(
             *arguments: str, module: str = "", imports: bool = False
         ) -> subprocess.Popen[str]:
-            started = [sys.executable, "-c", WITH_EXECUTABLE, fast, *arguments]
+            started = [*fast, *arguments]
             if module:
                 started = [sys.executable, "-m", module, *arguments]
             elif imports:
@@ -73,7 +66,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process = stack.enter_context(
                 subprocess.Popen(
                     started,
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": fast},  # of torchrun
+                    env=os.environ
+                    | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": fast[-1]},  # of torchrun
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,

@@ -48,6 +48,13 @@ if status < 0:
 posix._exit(status)
 """
 
+_WITH_EXECUTABLE = """
+import runpy, sys
+sys.executable = sys.argv[1]
+sys.argv = sys.argv[3:]  # without "-m"
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
 
 def fast_python() -> list[str]:
     """Return the start of a command line that continues with `-m MODULE …` or `-c CODE …`."""
@@ -65,6 +72,14 @@ def fast_executable(folder: Path) -> str:
     script.write_text(f'#!/bin/sh\nexec {shlex.join(fast_python())} "$@"\n', encoding="utf-8")
     script.chmod(0o700)
     return str(script)
+
+
+def with_fast_children(folder: Path) -> list[str]:
+    """Return the start of a command line, as `fast_python` does, of a real process.
+
+    The Python processes that it starts are fast. `folder` receives a script.
+    """
+    return [_PYTHON, "-c", _WITH_EXECUTABLE, fast_executable(folder)]
 
 
 @functools.cache
@@ -147,7 +162,10 @@ def _watch(client: socket.socket, pid: int) -> NoReturn:
 
 
 def _run() -> None:
-    """Do what Python does with the arguments `-m MODULE …` or `-c CODE …`."""
+    """Do what Python does with the arguments `-m MODULE …` or `-c CODE …`, after `-u` or not."""
+    if sys.argv[0] == "-u":  # from torchrun
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        del sys.argv[0]
     kind, program, *arguments = sys.argv
     sys.argv = [kind, *arguments]
     if kind == "-m":
