@@ -53,6 +53,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     Their training processes have imported torch already, except with `imports`.
     """
     fast = with_fast_children(tmp_path)
+    variables = {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": fast[-1]}  # the executable of torchrun
     with contextlib.ExitStack() as stack:
 
         def begin(
@@ -66,8 +67,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process = stack.enter_context(
                 subprocess.Popen(
                     started,
-                    env=os.environ
-                    | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": fast[-1]},  # of torchrun
+                    env=os.environ | variables,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
