@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2 as httpx
+import psutil
 import torch
 
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
@@ -54,6 +55,16 @@ class Process:
     url: str
     child: subprocess.Popen[str]
     log: Path
+
+    @property
+    def pid(self) -> int:
+        """The process that listens; `child` only stands for it."""
+        port = int(self.url.rpartition(":")[2])
+        return next(
+            connection.pid
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        )
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
