@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from minimind.cli import (
+    bench,
     chat,
     checkpoints,
     data,
@@ -37,7 +38,7 @@ from minimind.cli import (
 )
 from minimind.cli.compare import compare
 from minimind.cli.eval import evaluate
-from minimind.errors import MinimindError, is_out_of_memory
+from minimind.errors import MinimindError, is_out_of_memory, reason_of
 from minimind.version import __version__
 
 _OUT_OF_MEMORY = (
@@ -104,7 +105,7 @@ def _system_error(error: OSError) -> str:
             f"{where}the disk is full. Free some space and run the same command again; "
             "finished work is kept"
         )
-    return f"{where}{error.strerror or error}"
+    return f"{where}{reason_of(error)}"
 
 
 app = typer.Typer(
@@ -161,6 +162,7 @@ for _command in (
     sweep.sweep,
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
+    bench.bench,
     push.push,
     get.get,
 ):

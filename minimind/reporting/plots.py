@@ -3,10 +3,14 @@
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _INK = "#010203"  # replaced by currentColor, the text colour of the page
 _COLORS = ["#3b8ad8", "#e8772e", "#2a9d5c", "#b065c9", "#c9a227", "#d9583b", "#3aa6a6", "#8c6d5a"]
@@ -53,19 +57,16 @@ def draw(
 ) -> str:
     """Draw lines as an <svg> element without a namespace.
 
-    x and y: axis labels. level: name and value of a dashed horizontal line. The output is
-    deterministic; `salt` makes ids unique in the page.
+    x and y: axis labels. level: name and value of a dashed horizontal line. salt: as for
+    `new_figure`.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     names, longest = len(lines), max(len(line.name) for line in lines)
     below = names > _FEW_NAMES or longest > _LONG_NAME
     columns = 2 if longest <= _LONG_NAME else 1
     size = (5.5, 3.2 + 0.19 * -(-names // columns)) if below else (4.4, 3)
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
-        figure = Figure(figsize=size, layout="constrained")
+    with new_figure(size, salt=salt) as figure:
         axes = figure.subplots()
         for number, line in enumerate(lines):
             _draw_line(axes, line, f"C{number}", "--" if number >= len(_COLORS) else "-")
@@ -89,11 +90,29 @@ def draw(
             figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
         elif len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9)
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        with warnings.catch_warnings():  # about characters that the font lacks
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(buffer, format="svg", metadata=no_metadata)
+        return to_svg(figure)
+
+
+@contextmanager
+def new_figure(size: tuple[float, float], *, salt: str) -> "Iterator[Figure]":
+    """Yield a figure of `size` inches in the style of all plots, which ends with the block.
+
+    The output is deterministic; `salt` makes ids unique in a page.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def to_svg(figure: "Figure") -> str:
+    """Draw a figure of `new_figure`, inside its block, as an <svg> element without a namespace."""
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with warnings.catch_warnings():  # about characters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     drawing = buffer.getvalue()
     drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
     return drawing.replace(_INK, "currentColor")
