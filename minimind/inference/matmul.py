@@ -221,9 +221,13 @@ def _pack_weight(weight: Tensor) -> Linear:
 
 
 def _pack_int8(weight: Tensor) -> Linear:
-    """Quantize a weight to integers from -127 to 127 with a scale per output row."""
-    scale = weight.float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = (weight.float() / scale[:, None]).round_().to(torch.int8)
-    scale = scale.to(weight.dtype)
+    rounded, scale = quantize_int8(weight)
     product = torch.ops.aten._weight_int8pack_mm.default
     return lambda x: product(x, rounded, scale)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return integers from -127 to 127 [out, in] and a scale per output row, [out]."""
+    scale = weight.float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+    rounded = (weight.float() / scale[:, None]).round_().to(torch.int8)
+    return rounded, scale.to(weight.dtype)
