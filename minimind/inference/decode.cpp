@@ -1,49 +1,22 @@
 // One decode step of a transformer on a CPU, in one call: one token for each of N sequences.
 //
 // With torch, a step of a small model is some 200 calls, which together take longer than reading the
-// weights from memory. Here the threads run all layers in one parallel region. `native.py` compiles
-// this file at first use, packs the weights and mirrors the structs.
+// weights from memory. Here the threads run all layers in one parallel region. `native_library.py`
+// compiles this file at first use and mirrors the structs; `native_decoder.py` packs the weights.
 //
-// A product sums the inputs of an output in ascending order, in a vector lane of its own. Each row
-// has its own sums, and every other loop runs over one row. The bits of a row therefore depend
-// neither on the other rows nor on the number of threads.
+// The bits of a row depend neither on the other rows nor on the number of threads: `products.h` sums
+// each row in one order, and every other loop runs over one row.
 //
 // N rows, H query heads, K key/value heads, G = H / K, D head dimension, P positions per slot.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "products.h"
+
 namespace {
-
-// kRowTile: rows that share a pass over the weights; 4 sums per row have to fit into registers.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRowTile = 6;  // 32 registers
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kRowTile = 2;  // 16 registers
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kRowTile = 6;
-#else
-constexpr int kLanes = 4, kRowTile = 2;
-#endif
-constexpr int kVectors = 4;  // enough independent sums to hide the latency of an addition
-constexpr int kPanel = kVectors * kLanes;  // outputs that are computed together
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-enum Kind : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
-
-// A weight [outputs, inputs], outputs padded with zeros to whole panels. A lane holds the weights of
-// one output for `per_lane` consecutive inputs: 1 float32, 2 bfloat16 or 4 int8.
-struct Matrix {
-    const Ints* data;    // [panels][inputs / per_lane][kVectors]
-    const float* scale;  // [outputs]; int8 only
-    int32_t kind, outputs, inputs, panels;
-};
 
 // SwiGLU. Each panel of gate_up holds kPanel / 2 gates, then the same features of the up projection.
 struct FeedForward {
@@ -67,82 +40,6 @@ struct Model {
     int32_t num_experts, num_chosen;
     float eps, attention_scale, residual_scale, logits_scale;
 };
-
-// The part of `count` items that falls to the calling thread.
-struct Share {
-    int begin, end;
-    explicit Share(int count)
-        : begin(int64_t(count) * omp_get_thread_num() / omp_get_num_threads()),
-          end(int64_t(count) * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
-};
-
-constexpr int per_lane(int kind) { return kind == kFloat32 ? 1 : kind == kBFloat16 ? 2 : 4; }
-
-// The weights of the input `part` (0 to per_lane - 1) of each lane.
-template <int kind>
-inline Floats unpack(Ints packed, int part) {
-    if (kind == kFloat32) return (Floats)packed;
-    if (kind == kBFloat16) return (Floats)(part ? packed & -65536 : packed << 16);
-    return __builtin_convertvector((packed << (24 - 8 * part)) >> 24, Floats);
-}
-
-// sums [rows][kPanel]: the products of one panel with `rows` rows of inputs.
-template <int kind, int rows>
-void multiply_panel(const Ints* weights, int inputs, const float* const* x, float* sums) {
-    Floats sum[rows][kVectors] = {};
-    for (int i = 0; i < inputs; i += per_lane(kind), weights += kVectors) {
-#pragma GCC unroll 8
-        for (int part = 0; part < per_lane(kind); part++) {
-            Floats weight[kVectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) weight[v] = unpack<kind>(weights[v], part);
-#pragma GCC unroll 6
-            for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; v++) sum[row][v] += x[row][i + part] * weight[v];
-        }
-    }
-    std::memcpy(sums, sum, sizeof sum);
-}
-
-template <int kind>
-void multiply_tile(int rows, const Ints* weights, int inputs, const float* const* x, float* sums) {
-    switch (rows) {
-        case 1: return multiply_panel<kind, 1>(weights, inputs, x, sums);
-        case 2: return multiply_panel<kind, 2>(weights, inputs, x, sums);
-        case 3: return multiply_panel<kind, std::min(3, kRowTile)>(weights, inputs, x, sums);
-        case 4: return multiply_panel<kind, std::min(4, kRowTile)>(weights, inputs, x, sums);
-        case 5: return multiply_panel<kind, std::min(5, kRowTile)>(weights, inputs, x, sums);
-        default: return multiply_panel<kind, kRowTile>(weights, inputs, x, sums);
-    }
-}
-
-// Multiply the rows x[0..rows) with this thread's panels of a matrix. `store` receives a row number,
-// a panel number and the panel's sums, [kPanel].
-template <class Store>
-void multiply(const Matrix& matrix, Share panels, int rows, const float* const* x, Store store) {
-    const int vectors = matrix.inputs / per_lane(matrix.kind) * kVectors;
-    const auto tile = matrix.kind == kFloat32    ? multiply_tile<kFloat32>
-                      : matrix.kind == kBFloat16 ? multiply_tile<kBFloat16>
-                                                 : multiply_tile<kInt8>;
-    alignas(64) float sums[kRowTile * kPanel];
-    for (int panel = panels.begin; panel < panels.end; panel++)
-        for (int first = 0; first < rows; first += kRowTile) {
-            const int count = std::min(kRowTile, rows - first);
-            tile(count, matrix.data + int64_t(panel) * vectors, matrix.inputs, x + first, sums);
-            for (int row = 0; row < count; row++) {
-                float* sum = sums + row * kPanel;
-                if (matrix.kind == kInt8)
-                    for (int i = 0; i < kPanel; i++) sum[i] *= matrix.scale[panel * kPanel + i];
-                store(first + row, panel, sum);
-            }
-        }
-}
-
-// Number of outputs that a panel has in fact.
-int panel_outputs(const Matrix& matrix, int panel) {
-    return std::min(kPanel, matrix.outputs - panel * kPanel);
-}
 
 // e^x to float32 precision, in operations that compilers vectorize (Cephes, expf). NaN stays NaN.
 inline float exponential(float x) {
@@ -239,7 +136,7 @@ struct Step {
     void attention(const Layer& layer, int number, float* scores) {
         const int dim = model.head_dim, group = model.heads / model.kv_heads;
         const int64_t size = int64_t(model.kv_heads) * model.positions * dim;  // of a slot
-        const Share items(rows * model.kv_heads);
+        const Range items = share(rows * model.kv_heads);
         for (int item = items.begin; item < items.end; item++) {
             const int row = item / model.kv_heads, head = item % model.kv_heads;
             const float *cos = rope + row * dim, *sin = rope + (rows + row) * dim;
@@ -271,10 +168,8 @@ struct Step {
     std::vector<Routed> route(const Layer& layer, const float* const* normed) {
         std::vector<Routed> routed(model.num_experts);
         std::vector<float> logits(rows * model.num_experts);
-        const int panels = model.num_experts ? layer.router.panels : 0;
-        Share all(0);
-        all.begin = 0, all.end = panels;
-        multiply(layer.router, all, rows, normed, [&](int row, int panel, const float* sums) {
+        const Range panels{0, model.num_experts ? layer.router.panels : 0};
+        multiply(layer.router, panels, rows, normed, [&](int row, int panel, const float* sums) {
             std::copy_n(sums, panel_outputs(layer.router, panel),
                         &logits[row * model.num_experts + panel * kPanel]);
         });
@@ -300,7 +195,7 @@ struct Step {
     static void gate_up(const FeedForward& block, int rows, const float* const* x,
                         const float* const* inner) {
         const int half = kPanel / 2;
-        multiply(block.gate_up, Share(block.gate_up.panels), rows, x,
+        multiply(block.gate_up, share(block.gate_up.panels), rows, x,
                  [&](int row, int panel, const float* sums) {
                      float* out = const_cast<float*>(inner[row]) + panel * half;
                      const int count = std::min(half, block.down.inputs - panel * half);
@@ -312,7 +207,7 @@ struct Step {
     // Add a product, times residual_scale, to this thread's features of the residual stream.
     template <class Row>
     void add(const Matrix& matrix, int rows, const float* const* inputs, Row target) {
-        multiply(matrix, Share(matrix.panels), rows, inputs,
+        multiply(matrix, share(matrix.panels), rows, inputs,
                  [&](int row, int panel, const float* sums) {
                      const auto [number, weight] = target(row);
                      float* out = x + number * model.hidden + panel * kPanel;
@@ -321,6 +216,7 @@ struct Step {
     }
 
     void run(float* logits, int vocab) {
+        const Tiles tiles;
         std::vector<float> normed(rows * model.hidden), scores(model.positions);
         std::vector<const float*> normed_rows(rows);
         for (int row = 0; row < rows; row++) normed_rows[row] = &normed[row * model.hidden];
@@ -333,7 +229,7 @@ struct Step {
         for (int number = 0; number < model.num_layers; number++) {
             const Layer& layer = model.layers[number];
             normalize(layer.input_norm);
-            multiply(layer.qkv, Share(layer.qkv.panels), rows, normed_rows.data(),
+            multiply(layer.qkv, share(layer.qkv.panels), rows, normed_rows.data(),
                      [&](int row, int panel, const float* sums) {
                          std::copy_n(sums, panel_outputs(layer.qkv, panel),
                                      &qkv[row * layer.qkv.outputs + panel * kPanel]);
@@ -361,7 +257,7 @@ struct Step {
 #pragma omp barrier
         }
         normalize(model.final_norm);
-        multiply(model.head, Share(model.head.panels), rows, normed_rows.data(),
+        multiply(model.head, share(model.head.panels), rows, normed_rows.data(),
                  [&](int row, int panel, const float* sums) {
                      float* out = logits + int64_t(row) * vocab + panel * kPanel;
                      for (int i = 0; i < panel_outputs(model.head, panel); i++)
@@ -382,11 +278,14 @@ void minimind_multiply(const Matrix* matrix, int32_t rows, const float* x, float
     std::vector<const float*> inputs(rows);
     for (int row = 0; row < rows; row++) inputs[row] = x + int64_t(row) * matrix->inputs;
 #pragma omp parallel num_threads(threads)
-    multiply(*matrix, Share(matrix->panels), rows, inputs.data(),
+    {
+        const Tiles tiles;
+        multiply(*matrix, share(matrix->panels), rows, inputs.data(),
              [&](int row, int panel, const float* sums) {
                  std::copy_n(sums, panel_outputs(*matrix, panel),
                              out + int64_t(row) * matrix->outputs + panel * kPanel);
              });
+    }
 }
 
 // x: embeddings [N, hidden], overwritten. logits: [N, vocab].

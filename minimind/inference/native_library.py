@@ -24,6 +24,7 @@ from minimind.paths import cache_folder
 
 SWITCH = "MINIMIND_NATIVE"  # environment variable; 0 = decode on torch
 _SOURCE = Path(__file__).with_name("decode.cpp")
+_HEADER = Path(__file__).with_name("products.h")
 # No -ffast-math: it would let a compiler reorder the sums.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 _COMPILE_SECONDS = 120
@@ -121,7 +122,7 @@ def _compiled(compiler: list[str]) -> Path:
     """Return the library's path; one file per source, compiler, flags and processor."""
     command = [*compiler, *_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    identity = [_SOURCE.read_bytes(), shlex.join(command).encode(), version, _processor()]
+    identity = [_SOURCE.read_bytes(), _HEADER.read_bytes(), shlex.join(command).encode(), version, _processor()]
     key = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     path = cache_folder() / "native" / f"decode-{key}.so"
     if not path.exists():
