@@ -80,27 +80,40 @@ void rotate(const float* head, const float* norm, const float* cos, const float*
     }
 }
 
+typedef float Eight __attribute__((vector_size(32), aligned(4)));
+
+inline float sum_lanes(Eight x) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four half[2];
+    std::memcpy(half, &x, sizeof x);
+    const Four sum = half[0] + half[1];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
 // Attention of one query [D] over `length` keys and values [P, D]; scores: room for P.
 // The cache has whole groups of 4 positions. Those beyond the length have weight 0.
 void attend(const float* query, const float* keys, const float* values, int length, int dim,
             float scale, float* scores, float* out) {
     float highest = -INFINITY, total = 0;
     for (int p = 0; p < length; p++) {
-        scores[p] = dot(query, keys + p * dim, dim) * scale;
+        Eight sum = {};
+        for (int i = 0; i < dim; i += 8)
+            sum += *(const Eight*)(query + i) * *(const Eight*)(keys + p * dim + i);
+        scores[p] = sum_lanes(sum) * scale;
         highest = scores[p] > highest ? scores[p] : highest;
     }
     for (int p = 0; p < length; p++) scores[p] = exponential(scores[p] - highest);
 #pragma omp simd reduction(+ : total)
     for (int p = 0; p < length; p++) total += scores[p];
     for (int p = length; p % 4; p++) scores[p] = 0;
-    std::fill_n(out, dim, 0.0f);
-    for (int p = 0; p < length; p += 4) {
-        const float *v = values + p * dim, *s = scores + p;
-#pragma omp simd
-        for (int i = 0; i < dim; i++)
-            out[i] += s[0] * v[i] + s[1] * v[i + dim] + s[2] * v[i + 2 * dim] + s[3] * v[i + 3 * dim];
+    for (int i = 0; i < dim; i += 8) {
+        Eight sum[4] = {};
+        for (int p = 0; p < length; p += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                sum[j] += scores[p + j] * *(const Eight*)(values + (p + j) * dim + i);
+        *(Eight*)(out + i) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / total;
     }
-    for (int i = 0; i < dim; i++) out[i] /= total;
 }
 
 // Activations of a step. `normed` is private to a thread: each normalizes all rows, which is faster
