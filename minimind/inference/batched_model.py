@@ -10,10 +10,13 @@ Shapes in this file:
     S   slots of one attention group
     P   cache positions that a group attends to, a multiple of CACHE_STEP
 
+On a CPU, decoded tokens take one call of compiled code where there is a C++ compiler
+(`native_decoder.py`). Prefill, and everything else, runs on torch.
+
 On a CPU the forward pass is batch-invariant: the bits of a row do not depend on the other rows.
-Matrix products are computed in blocks of row counts that sum in the same order on this processor
-(`matmul.py`), and attention is one small product per sequence, over masked positions up to the
-longest sequence. Where a trial finds that attention changes its bits with the batch, it runs
+On torch, matrix products are computed in blocks of row counts that sum in the same order on this
+processor (`matmul.py`), and attention is one small product per sequence, over masked positions up
+to the longest sequence. Where a trial finds that attention changes its bits with the batch, it runs
 sequence by sequence; where no range of row counts holds for a product, `batch_invariant` is False.
 tests/inference/test_batched_model.py checks this to the bit.
 """
@@ -116,6 +119,11 @@ class BatchedModel:
             )
         )
         self._rope_table = torch.empty(2, 0, config.head_dim, device=self.device)
+
+    @property
+    def is_native(self) -> bool:
+        """True when decoding runs in compiled code; prefill runs on torch in any case."""
+        return self._native is not None
 
     @property
     def invariance_note(self) -> str:

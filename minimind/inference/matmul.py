@@ -22,6 +22,7 @@ Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see `BatchedModel._attend`
 
 _PACKED_ROWS = 16  # expected row count, for which oneDNN lays out a weight
+_INT8_INPUTS = 16  # torch's int8 product crashes with other numbers of inputs than multiples of it
 _UNLIMITED = 1 << 30
 _TRIAL_ROW_COUNTS = (1, 2, 3, 4, 8, 16, 17, 32, 33, 36, 64, 65, 128)
 # Kernels for wider matrices sum in the same order (tests/inference/test_matmul.py), and a trial
@@ -221,8 +222,11 @@ def _pack_weight(weight: Tensor) -> Linear:
 
 
 def _pack_int8(weight: Tensor) -> Linear:
-    rounded, scale = quantize_int8(weight)
+    padding = (0, -weight.shape[1] % _INT8_INPUTS)
+    rounded, scale = quantize_int8(F.pad(weight, padding))
     product = torch.ops.aten._weight_int8pack_mm.default
+    if padding[1]:
+        return lambda x: product(F.pad(x, padding), rounded, scale)
     return lambda x: product(x, rounded, scale)
 
 

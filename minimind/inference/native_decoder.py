@@ -22,7 +22,8 @@ from minimind.model import Transformer
 from minimind.model.norm import RMSNorm
 from minimind.model.transformer import Layer as TransformerLayer
 
-_INPUTS_MULTIPLE = 4  # int8 inputs that share a vector lane
+_INPUTS_MULTIPLE = 4  # int8 weights of a vector lane
+_HEAD_MULTIPLE = 8  # dimensions of a head that attention processes together
 
 
 class NativeDecoder:
@@ -34,7 +35,7 @@ class NativeDecoder:
     def __init__(
         self, model: Transformer, cache: KVCache, library: Any, *, int8: bool, threads: int
     ) -> None:
-        """Raise nothing; call `native_decoder`, which checks the model first."""
+        """Pack the weights; `native_decoder` checks first that the model is supported."""
         self._library, self._int8, self._threads = library, int8, threads
         self._panel = library.minimind_panel()
         self._tensors: list[Tensor] = [cache.data]  # that the structs point into
@@ -104,12 +105,12 @@ class NativeDecoder:
         if moe is not None:
             router = moe.router.layer.weight.detach().float()
             packed.router = self._matrix(router, exact=True)
-            matrices = zip(
+            experts = []
+            for gate_up, down in zip(
                 moe.input_linear.weight.detach(), moe.output_linear.weight.detach(), strict=True
-            )
-            experts = [
-                self._feed_forward(*gate_up.chunk(2), down) for gate_up, down in matrices
-            ]
+            ):
+                gate, up = gate_up.chunk(2)
+                experts.append(self._feed_forward(gate, up, down))
             packed.experts = (FeedForward * len(experts))(*experts)
         return packed
 
@@ -158,7 +159,10 @@ def native_decoder(
         weight.device.type != "cpu"
         or weight.dtype not in (torch.float32, torch.bfloat16)
         or any(width % _INPUTS_MULTIPLE for width in widths)
+        or config.head_dim % _HEAD_MULTIPLE
     ):
         return None
     library = load_library()
-    return library and NativeDecoder(model, cache, library, int8=int8, threads=threads)
+    if library is None:
+        return None
+    return NativeDecoder(model, cache, library, int8=int8, threads=threads)

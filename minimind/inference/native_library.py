@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
+from minimind.environment import NATIVE_VARIABLE
 from minimind.errors import MinimindError
 from minimind.paths import cache_folder
 
-SWITCH = "MINIMIND_NATIVE"  # environment variable; 0 = decode on torch
-_SOURCE = Path(__file__).with_name("decode.cpp")
-_HEADER = Path(__file__).with_name("products.h")
+_SOURCES = [Path(__file__).with_name(name) for name in ("decode.cpp", "products.h")]
 # No -ffast-math: it would let a compiler reorder the sums.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 _COMPILE_SECONDS = 120
@@ -89,40 +88,48 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def unavailable_reason() -> str | None:
-    """Return why decoding runs on torch, or None."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
+    """Return why decoding on a CPU runs on torch, or None."""
+    if os.environ.get(NATIVE_VARIABLE) == "0":
+        return f"{NATIVE_VARIABLE}=0"
     return _library()[1]
 
 
 @cache
-def _library() -> tuple[Any, str]:
-    """Return (library, "") or (None, the reason why there is none)."""
+def _library() -> tuple[Any, str | None]:
+    """Return (library, None) or (None, the reason why there is none)."""
     if sys.platform != "linux":  # elsewhere torch's OpenMP cannot be shared
         return None, f"not tried on {sys.platform}"
-    compiler = shlex.split(os.environ.get("CXX", "")) or [
-        path for name in ("g++", "clang++") if (path := shutil.which(name))
-    ][:1]
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for name in ("g++", "clang++") if (path := shutil.which(name))][:1]
+    )
     if not compiler:
         return None, "no C++ compiler"
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except subprocess.CalledProcessError as error:
-        return None, f"{compiler[0]} failed: {error.stderr.strip().splitlines()[-1:]}"
+        return None, f"{compiler[0]} failed: {error.stderr.strip()[:500]}"
     except (OSError, subprocess.TimeoutExpired, MinimindError) as error:
         return None, str(error)
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
     library.minimind_panel.restype = integer
     library.minimind_multiply.argtypes = [pointer, integer, pointer, pointer, integer]
     library.minimind_decode.argtypes = [pointer, integer, *[pointer] * 5, integer]
-    return library, ""
+    return library, None
 
 
 def _compiled(compiler: list[str]) -> Path:
     """Return the library's path; one file per source, compiler, flags and processor."""
     command = [*compiler, *_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    identity = [_SOURCE.read_bytes(), _HEADER.read_bytes(), shlex.join(command).encode(), version, _processor()]
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, check=True
+    ).stdout.encode()
+    identity = [
+        *(source.read_bytes() for source in _SOURCES),
+        shlex.join(command).encode(),
+        version,
+        _processor(),
+    ]
     key = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     path = cache_folder() / "native" / f"decode-{key}.so"
     if not path.exists():
@@ -130,7 +137,7 @@ def _compiled(compiler: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             target = Path(folder) / path.name
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(target)],
+                [*command, str(_SOURCES[0]), "-o", str(target)],
                 check=True,
                 capture_output=True,
                 text=True,
