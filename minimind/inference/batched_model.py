@@ -98,13 +98,14 @@ class BatchedModel:
         self._embedding = model.model.embed_tokens.weight.detach()
         self._final_norm = norm_weight(model.model.norm)
         threads = threads or torch.get_num_threads()
-        pack = Packer(self.device, int8=int8, threads=threads)
+        self.cache = KVCache(config, slots, context, device=self.device, dtype=self.dtype)
+        self._native = native_decoder(model, self.cache, int8=int8, threads=threads)
+        native_int8 = None if self._native is None else self._native.pack
+        pack = Packer(self.device, int8=int8, threads=threads, native_int8=native_int8)
         self._head = pack(head)
         self._layers = [pack_layer(layer, pack, slots) for layer in model.model.layers]
         self._min_rows = pack.min_rows
         self.batch_invariant = pack.batch_invariant
-        self.cache = KVCache(config, slots, context, device=self.device, dtype=self.dtype)
-        self._native = native_decoder(model, self.cache, int8=int8, threads=threads)
         self._attend_separately = (
             self._native is None
             and self.device.type == "cpu"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.inference.kv_cache import KVCache
-from minimind.inference.matmul import quantize_int8
+from minimind.inference.matmul import Linear, quantize_int8
 from minimind.inference.native_library import (
     KINDS,
     FeedForward,
@@ -81,6 +81,22 @@ class NativeDecoder:
             self._threads,
         )
         return logits
+
+    def pack(self, weight: Tensor) -> Linear:
+        """Pack a weight [out, in] for products with any number of rows, in the dtype of the rows.
+
+        Much faster than torch's products with int8 weights.
+        """
+        matrix = self._matrix(weight)
+
+        def forward(x: Tensor) -> Tensor:
+            rows, out = x.float().contiguous(), torch.empty(len(x), matrix.outputs)
+            self._library.minimind_multiply(
+                ctypes.addressof(matrix), len(x), rows.data_ptr(), out.data_ptr(), self._threads
+            )
+            return out.to(x.dtype)
+
+        return forward
 
     def _layer(self, layer: nn.Module) -> Layer:
         assert isinstance(layer, TransformerLayer)
