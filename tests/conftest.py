@@ -18,6 +18,8 @@ from tests.support.shared import shared_directory
 gc.disable()
 # Several threads slow tiny matrices down, above all on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The figures of tests hold with any compiler and without one; tests of compiled decoding enable it.
+os.environ.setdefault("MINIMIND_NATIVE", "0")
 # pytest-xdist gives its workers a terminal of 80 x 24, which rich would keep to; tests choose one.
 for _variable in ("COLUMNS", "LINES"):
     os.environ.pop(_variable, None)

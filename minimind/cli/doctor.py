@@ -84,10 +84,11 @@ def _machine(device: str) -> dict[str, Any]:
         "free memory of the device": "unknown" if free is None else console.format_memory(free),
         "training precision": choose_precision("auto", chosen).name,
         "decoding precision": str(inference_dtype(chosen)).removeprefix("torch."),
+        "decoding on a CPU": _cpu_decoding(),
         "batch invariance": _batch_invariance(chosen),
         "attention": "torch.nn.functional.scaled_dot_product_attention"
         + _training_attention(chosen),
-        "C++ compiler, for training.compile": _compiler() or "none",
+        "C++ compiler, for training.compile and decoding": _compiler() or "none",
     }
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
@@ -106,6 +107,13 @@ def _training_attention(device: "torch.device") -> str:
     if supports_varlen(device):
         return ", variable-length for packed sequences in bf16 and fp16"
     return ", with a dense mask for packed sequences"
+
+
+def _cpu_decoding() -> str:
+    from minimind.inference.native_library import unavailable_reason
+
+    reason = unavailable_reason()
+    return "compiled code" if reason is None else f"torch, slower than compiled code: {reason}"
 
 
 def _batch_invariance(device: "torch.device") -> str:
