@@ -16,19 +16,29 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs format
+# Modules are compiled once, whatever the shell says: the tests start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+IN_PARALLEL := --numprocesses auto --dist worksteal
+
+.PHONY: demo test types style test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
 
 test: $(READY)
+	$(MAKE) --jobs 2 types style
+	$(BIN)/pytest $(IN_PARALLEL)
+	$(BIN)/python -m tests.processors avx2-1 \
+	  --pytest "$(IN_PARALLEL) tests/inference tests/model tests/training/objectives"
+
+types: $(READY)
+	$(BIN)/mypy
+
+style: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.build --check
-	$(BIN)/pytest --numprocesses auto --dist worksteal
-	$(BIN)/python -m tests.processors avx2-1 --pytest "tests/inference tests/model tests/training/objectives"
 
 test-processors: $(READY)
 	$(BIN)/python -m tests.processors

@@ -1,5 +1,6 @@
 """Fixtures that many tests share: tokenizers and a small demo."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,8 +14,12 @@ from minimind.tokenizer import Tokenizer, train_tokenizer
 from tests.support.foreign import make_tokenizer
 from tests.support.shared import shared_directory
 
+# Objects of imported modules and collected tests stay; to search them for cycles takes seconds.
+gc.disable()
 # Several threads slow tiny matrices down, above all on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The figures of tests hold with any compiler and without one; tests of compiled decoding enable it.
+os.environ.setdefault("MINIMIND_NATIVE", "0")
 # pytest-xdist gives its workers a terminal of 80 x 24, which rich would keep to; tests choose one.
 for _variable in ("COLUMNS", "LINES"):
     os.environ.pop(_variable, None)
@@ -53,6 +58,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """From here on, look for cycles among new objects only."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

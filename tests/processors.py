@@ -5,9 +5,10 @@
 
 Three libraries choose kernels by the processor, and each has a switch that makes it take an older
 one: oneDNN (packed and bf16 products), ATen (element-wise operations, softmax, int8 products) and
-MKL (float32 products). No sum is shared by two of them, so each value of each switch is needed
-once, not in each combination; they go together as in real processors. Kernels divide their work
-by the number of threads, so both numbers are tried with old and with new kernels.
+MKL (float32 products). Compiled decoding is compiled for an older processor. No sum is shared by
+two of them, so each value of each switch is needed once, not in each combination; they go together
+as in real processors. Kernels divide their work by the number of threads, so both numbers are tried
+with old and with new kernels.
 
 A switch only goes down: without AMX, "amx-2" is the newest kernel that the processor has.
 """
@@ -22,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 Variables = dict[str, str]
 
 
-def _processor(onednn: str, aten: str, mkl: str, threads: int) -> Variables:
+def _processor(onednn: str, aten: str, mkl: str, native: str, threads: int) -> Variables:
     return {
+        "CXXFLAGS": f"-march={native}",
         "ONEDNN_MAX_CPU_ISA": onednn,
         "ATEN_CPU_CAPABILITY": aten,
         "MKL_ENABLE_INSTRUCTIONS": mkl,
@@ -34,13 +36,13 @@ def _processor(onednn: str, aten: str, mkl: str, threads: int) -> Variables:
 
 
 PROCESSORS: dict[str, Variables] = {
-    "sse4-1": _processor("SSE41", "default", "SSE4_2", 1),
-    "avx2-1": _processor("AVX2", "avx2", "AVX2", 1),
-    "avx2-2": _processor("AVX2", "avx2", "AVX2", 2),
-    "avx512-2": _processor("AVX512_CORE", "avx512", "AVX512", 2),
-    "avx512-bf16-1": _processor("AVX512_CORE_BF16", "avx512", "AVX512", 1),
-    "amx-1": _processor("AVX512_CORE_AMX", "avx512", "AVX512", 1),
-    "amx-2": _processor("AVX512_CORE_AMX", "avx512", "AVX512", 2),
+    "sse4-1": _processor("SSE41", "default", "SSE4_2", "nehalem", 1),
+    "avx2-1": _processor("AVX2", "avx2", "AVX2", "haswell", 1),
+    "avx2-2": _processor("AVX2", "avx2", "AVX2", "haswell", 2),
+    "avx512-2": _processor("AVX512_CORE", "avx512", "AVX512", "skylake-avx512", 2),
+    "avx512-bf16-1": _processor("AVX512_CORE_BF16", "avx512", "AVX512", "cooperlake", 1),
+    "amx-1": _processor("AVX512_CORE_AMX", "avx512", "AVX512", "native", 1),
+    "amx-2": _processor("AVX512_CORE_AMX", "avx512", "AVX512", "native", 2),
 }
 
 

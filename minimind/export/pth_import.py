@@ -29,6 +29,7 @@ from minimind.export.pth_layout import (
 )
 from minimind.files import read_json_object
 from minimind.model import Transformer, save_model
+from minimind.model.empty import empty_transformer
 from minimind.tokenizer import Tokenizer
 
 # Settings that tensors do not show, with the older names.
@@ -320,8 +321,7 @@ def _reorder_heads(state: dict[str, Tensor], config: ModelConfig) -> None:
 
 def _build_model(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
     """Return a model with the tensors of `state`. Raises ModelError when they do not match it."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = empty_transformer(config)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for problem, names in (
         ("lacks", expected.keys() - state.keys()),

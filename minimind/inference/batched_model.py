@@ -10,10 +10,13 @@ Shapes in this file:
     S   slots of one attention group
     P   cache positions that a group attends to, a multiple of CACHE_STEP
 
+On a CPU, decoded tokens take one call of compiled code where there is a C++ compiler
+(`native_decoder.py`). Prefill, and everything else, runs on torch.
+
 On a CPU the forward pass is batch-invariant: the bits of a row do not depend on the other rows.
-Matrix products are computed in blocks of row counts that sum in the same order on this processor
-(`matmul.py`), and attention is one small product per sequence, over masked positions up to the
-longest sequence. Where a trial finds that attention changes its bits with the batch, it runs
+On torch, matrix products are computed in blocks of row counts that sum in the same order on this
+processor (`matmul.py`), and attention is one small product per sequence, over masked positions up
+to the longest sequence. Where a trial finds that attention changes its bits with the batch, it runs
 sequence by sequence; where no range of row counts holds for a product, `batch_invariant` is False.
 tests/inference/test_batched_model.py checks this to the bit.
 """
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from minimind.inference.kv_cache import CACHE_STEP, KVCache
 from minimind.inference.matmul import Packer, attention_is_batch_invariant
+from minimind.inference.native_decoder import native_decoder
 from minimind.inference.packed_layers import PackedLayer, norm_weight, pack_layer
 from minimind.model import Transformer
 from minimind.model.norm import rms_norm_cpu
@@ -94,22 +98,33 @@ class BatchedModel:
         self._embedding = model.model.embed_tokens.weight.detach()
         self._final_norm = norm_weight(model.model.norm)
         threads = threads or torch.get_num_threads()
-        pack = Packer(self.device, int8=int8, threads=threads)
+        self.cache = KVCache(config, slots, context, device=self.device, dtype=self.dtype)
+        self._native = native_decoder(model, self.cache, int8=int8, threads=threads)
+        native_int8 = None if self._native is None else self._native.pack
+        pack = Packer(self.device, int8=int8, threads=threads, native_int8=native_int8)
         self._head = pack(head)
         self._layers = [pack_layer(layer, pack, slots) for layer in model.model.layers]
         self._min_rows = pack.min_rows
-        self._attend_separately = self.device.type == "cpu" and not attention_is_batch_invariant(
-            self._attend,
-            self._kv_heads,
-            self._groups,
-            config.head_dim,
-            slots=slots,
-            step=CACHE_STEP,
-            threads=threads,
-        )
         self.batch_invariant = pack.batch_invariant
-        self.cache = KVCache(config, slots, context, device=self.device, dtype=self.dtype)
+        self._attend_separately = (
+            self._native is None
+            and self.device.type == "cpu"
+            and not attention_is_batch_invariant(
+                self._attend,
+                self._kv_heads,
+                self._groups,
+                config.head_dim,
+                slots=slots,
+                step=CACHE_STEP,
+                threads=threads,
+            )
+        )
         self._rope_table = torch.empty(2, 0, config.head_dim, device=self.device)
+
+    @property
+    def is_native(self) -> bool:
+        """True when decoding runs in compiled code; prefill runs on torch in any case."""
+        return self._native is not None
 
     @property
     def invariance_note(self) -> str:
@@ -126,6 +141,15 @@ class BatchedModel:
         share a position of a slot. A prefill part attends to earlier parts of its sequence in the
         same call.
         """
+        if self._native is None or not decode:
+            return self._forward(decode, prefill)
+        where = torch.tensor([[part.slot for part in decode], [part.start for part in decode]])
+        x = self._embed(torch.tensor([part.tokens[0] for part in decode]))
+        logits = self._native.decode(x, where[0], where[1], self._rope(decode))
+        return torch.cat((logits, self._forward([], prefill))) if prefill else logits
+
+    def _forward(self, decode: Sequence[Part], prefill: Sequence[Part]) -> Tensor:
+        """Compute `forward` on torch."""
         parts = [*decode, *prefill]
         tokens = [token for part in parts for token in part.tokens]
         positions = [p for part in parts for p in range(part.start, part.start + len(part.tokens))]

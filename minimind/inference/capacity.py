@@ -7,6 +7,7 @@ import torch
 
 from minimind.errors import ResourceError
 from minimind.inference.kv_cache import CACHE_STEP, cache_positions
+from minimind.inference.native_library import unavailable_reason
 from minimind.model import Transformer
 from minimind.model.device import free_bytes
 
@@ -15,7 +16,8 @@ _PREFERRED_CONTEXT = 8192  # tokens; slots are given up first to keep a context 
 # Fractions of the free memory. The rest is for activations and other processes.
 _USABLE_FRACTION = {"cpu": 0.8, "cuda": 0.9, "mps": 0.8}
 _ADVICE_FRACTION = 0.75  # of what fits now; less may be free when the user retries
-# Weights that `packed_layers.py` concatenates on a GPU. On a CPU it packs a copy of every matrix.
+# Weights that `packed_layers.py` concatenates on a GPU. On a CPU it packs a copy of every matrix,
+# and `native_decoder.py` another one.
 _CONCATENATED = (
     "q_proj.weight",
     "k_proj.weight",
@@ -48,13 +50,14 @@ def usable_bytes(models: Sequence[Transformer]) -> int | None:
         free = free_bytes(device)
     if free is None:
         return None
-    copies = sum(
+    copies = 2 if device.type == "cpu" and unavailable_reason() is None else 1
+    packed = copies * sum(
         parameter.nbytes
         for model in models
         for name, parameter in model.named_parameters()
         if device.type == "cpu" or name.endswith(_CONCATENATED)
     )
-    return max(int((free - copies) * _USABLE_FRACTION[device.type]), 0)
+    return max(int((free - packed) * _USABLE_FRACTION[device.type]), 0)
 
 
 class CacheSizer:

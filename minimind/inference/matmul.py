@@ -22,6 +22,7 @@ Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see `BatchedModel._attend`
 
 _PACKED_ROWS = 16  # expected row count, for which oneDNN lays out a weight
+_INT8_INPUTS = 16  # torch's int8 product crashes with other numbers of inputs than multiples of it
 _UNLIMITED = 1 << 30
 _TRIAL_ROW_COUNTS = (1, 2, 3, 4, 8, 16, 17, 32, 33, 36, 64, 65, 128)
 # Kernels for wider matrices sum in the same order (tests/inference/test_matmul.py), and a trial
@@ -50,15 +51,26 @@ class Packer:
 
     threads: CPU threads of the thread that will call the products. On a GPU products are not
     batch-invariant.
+    native_int8: packs batch-invariant int8 products, if there are faster ones than torch's.
     """
 
-    def __init__(self, device: torch.device, *, int8: bool, threads: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        int8: bool,
+        threads: int,
+        native_int8: Callable[[Tensor], Linear] | None = None,
+    ) -> None:
         self._int8 = int8 and device.type == "cpu"
+        self._native_int8 = native_int8
         self._on_cpu, self._threads = device.type == "cpu", threads
         self.ranges: list[RowRange | None] = []  # of each product so far; None = no range agrees
 
     def __call__(self, weight: Tensor) -> Linear:
         """Pack a weight [out, in], quantized to 8 bits if `int8` is set."""
+        if self._int8 and self._native_int8 is not None:
+            return self._native_int8(weight)
         return self._pack(_pack_int8 if self._int8 else _pack_weight, weight)
 
     def exact(self, weight: Tensor) -> Linear:
@@ -221,9 +233,16 @@ def _pack_weight(weight: Tensor) -> Linear:
 
 
 def _pack_int8(weight: Tensor) -> Linear:
-    """Quantize a weight to integers from -127 to 127 with a scale per output row."""
+    padding = (0, -weight.shape[1] % _INT8_INPUTS)
+    rounded, scale = quantize_int8(F.pad(weight, padding))
+    product = torch.ops.aten._weight_int8pack_mm.default
+    if padding[1]:
+        return lambda x: product(F.pad(x, padding), rounded, scale)
+    return lambda x: product(x, rounded, scale)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return integers from -127 to 127 [out, in] and a scale per output row, [out]."""
     scale = weight.float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
     rounded = (weight.float() / scale[:, None]).round_().to(torch.int8)
-    scale = scale.to(weight.dtype)
-    product = torch.ops.aten._weight_int8pack_mm.default
-    return lambda x: product(x, rounded, scale)
+    return rounded, scale.to(weight.dtype)

@@ -33,10 +33,10 @@ def pack_layer(layer: nn.Module, pack: Packer, slots: int) -> PackedLayer:
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     return PackedLayer(
         input_norm=norm_weight(layer.input_layernorm),
-        qkv=pack(torch.cat([_merged_weight(projection) for projection in projections])),
+        qkv=pack(torch.cat([merged_weight(projection) for projection in projections])),
         q_norm=None if attention.q_norm is None else norm_weight(attention.q_norm),
         k_norm=None if attention.k_norm is None else norm_weight(attention.k_norm),
-        out=pack(_merged_weight(attention.o_proj)),
+        out=pack(merged_weight(attention.o_proj)),
         feed_forward_norm=norm_weight(layer.post_attention_layernorm),
         feed_forward=_pack_feed_forward(layer, pack, slots),
     )
@@ -49,15 +49,15 @@ def norm_weight(norm: RMSNorm) -> Tensor:
 
 def _pack_feed_forward(layer: Layer, pack: Packer, slots: int) -> Linear:
     if layer.mlp is not None:
-        gate, up = _merged_weight(layer.mlp.gate_proj), _merged_weight(layer.mlp.up_proj)
-        return _swiglu(pack(torch.cat([gate, up])), pack(_merged_weight(layer.mlp.down_proj)))
+        gate, up = merged_weight(layer.mlp.gate_proj), merged_weight(layer.mlp.up_proj)
+        return _swiglu(pack(torch.cat([gate, up])), pack(merged_weight(layer.mlp.down_proj)))
     assert layer.block_sparse_moe is not None
     moe = _pack_experts(layer.block_sparse_moe, pack, slots)
     if layer.shared_mlp is None:
         return moe
     shared = _swiglu(
-        pack(_merged_weight(layer.shared_mlp.input_linear)),
-        pack(_merged_weight(layer.shared_mlp.output_linear)),
+        pack(merged_weight(layer.shared_mlp.input_linear)),
+        pack(merged_weight(layer.shared_mlp.output_linear)),
     )
     return lambda x: moe(x) + shared(x)
 
@@ -107,6 +107,6 @@ def _experts_on_device(module: RoutedExperts, slots: int) -> Linear:
     return forward
 
 
-def _merged_weight(module: nn.Linear) -> Tensor:
+def merged_weight(module: nn.Linear) -> Tensor:
     """Return the weight [out, in], with that of an adapter in training added."""
     return (module.merged() if isinstance(module, LoRALinear) else module.weight).detach()

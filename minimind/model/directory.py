@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minimind.config.model import ModelConfig
 from minimind.errors import ModelError, shell_words
+from minimind.model.empty import empty_transformer
 from minimind.model.hf_config import read_config, short_json
 from minimind.model.transformer import Transformer
 
@@ -156,8 +157,7 @@ def _empty_model(path: Path, config: ModelConfig, num_tensors: int) -> Transform
             "but the weights have fewer"
         )
     try:
-        with torch.device("meta"):
-            return Transformer(config)
+        return empty_transformer(config)
     except (RuntimeError, TypeError) as error:  # the number of elements exceeds int64
         raise ModelError(f"{path}: the sizes in config.json are too large for any file") from error
 

@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -26,25 +27,34 @@ _SECONDS = 120  # for one call of the compiler
 
 
 def unavailable_reason() -> str | None:
-    """Return why no code is compiled on this machine, or None."""
+    """Return why nothing is compiled, whether or not there is a compiler; else None."""
     if os.environ.get(NATIVE_VARIABLE) == "0":
         return f"{NATIVE_VARIABLE}=0"
-    if platform.system() != "Linux":  # elsewhere PyTorch's OpenMP threads cannot be shared
-        return f"not supported on {platform.system()}"
-    return None if _compiler() else "no C++ compiler; install g++"
+    if sys.platform != "linux":  # elsewhere PyTorch's OpenMP threads cannot be shared
+        return f"not supported on {sys.platform}"
+    return None
 
 
-@cache
 def compile_library(sources: tuple[Path, ...], flags: tuple[str, ...] = ()) -> ctypes.CDLL | str:
     """Return the library of the first source file, or the reason why there is none.
 
     sources: the file to compile, then the files that it includes.
     """
-    if reason := unavailable_reason():
-        return reason
+    return unavailable_reason() or _load(sources, flags)
+
+
+@cache
+def _load(sources: tuple[Path, ...], flags: tuple[str, ...]) -> ctypes.CDLL | str:
+    if not _compiler():
+        return "no C++ compiler; install g++"
     try:
-        # PyTorch has loaded an OpenMP library of the same name, so both share its threads.
-        return ctypes.CDLL(str(_compiled(sources, flags)))
+        path = _compiled(sources, flags)
+        try:
+            # PyTorch has loaded an OpenMP library of the same name, so both share its threads.
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged, for example by a power failure
+            path.unlink()
+            return ctypes.CDLL(str(_compiled(sources, flags)))
     except subprocess.CalledProcessError as error:
         return f"{error.cmd[0]} failed: {error.stderr.strip()[:500]}"
     except (OSError, subprocess.TimeoutExpired, MinimindError) as error:

@@ -7,7 +7,6 @@ list, and the offsets at which segments begin.
 Shapes: B sequences of T tokens, S segments in all, H query heads, K key/value heads, D head_dim.
 """
 
-import inspect
 import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 DTYPES = (torch.bfloat16, torch.float16)  # those of FlashAttention
 HEAD_DIMS = range(8, 257, 8)
-_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
+_TAKES_GQA = torch.__version__ >= "2.12"
 _MAX_ERROR = 0.02  # of values around 1 in bf16, whose rounding error is 2^-9 each
 
 
@@ -56,6 +54,9 @@ def varlen_attention(
 
     scale: factor on the scores; None = 1 / sqrt(D).
     """
+    # It imports torch._dynamo, which would double the start-up time of programs on the CPU.
+    from torch.nn.attention.varlen import varlen_attn
+
     options: dict[str, Any] = {"enable_gqa": True} if _TAKES_GQA else {}
     if not _TAKES_GQA:
         group_size = q.shape[2] // k.shape[2]

@@ -223,7 +223,8 @@ def load_models(
         files = [path for folder in directories for path in sorted(folder.glob("*.safetensors"))]
         head = model.head_weight
         # Everything besides the seed that can change an answer.
-        settings = f"{__version__} {head.device.type} {head.dtype} {int8} {context} {rope_scaling}"
+        numerics = f"{head.device.type} {head.dtype} {int8} {engine.model.is_native}"
+        settings = f"{__version__} {numerics} {context} {rope_scaling}"
         digest = hashlib.sha256(f"{settings} {fingerprint(*directories)}".encode()).hexdigest()
         served[name] = ServedModel(
             name=name,

@@ -21,6 +21,7 @@ from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_records
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from tests.support.commands import fast_python
 
 
 def run(*arguments: object, stdin: str | bytes = "") -> Result:
@@ -101,7 +102,7 @@ def saved(path: Path) -> list[list[dict[str, str]]]:
 def test_stdout_of_a_pipe_has_only_the_answers_as_they_are_generated(model_dir: Path) -> None:
     flags = ["--max-new-tokens", "9", "--temperature", "0"]
     with subprocess.Popen(
-        [sys.executable, "-m", "minimind", "chat", model_dir, *flags],
+        [*fast_python(), "-m", "minimind", "chat", model_dir, *flags],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -253,7 +254,7 @@ def test_each_line_of_a_pipe_is_a_message(model_dir: Path) -> None:
 def test_pipes_are_utf_8_whatever_the_locale(encoding: str, model_dir: Path) -> None:
     flags = ["--max-new-tokens", "6", "--temperature", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "minimind", "chat", model_dir, *flags],
+        [*fast_python(), "-m", "minimind", "chat", model_dir, *flags],
         input="\ufeff你好\r\n长江有多长？\n".encode(),  # as Windows writes it
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"},

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from minimind.inference import capacity
 from minimind.inference.load import inference_dtype
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer
+from tests.support.commands import fast_python
 from tests.support.services import is_up, make_model, wait_until
 
 CACHE_BYTES = 1_000_000  # free for KV caches; a position of the model takes 256 bytes
@@ -53,7 +53,7 @@ class Machine:
         """Return the first lines of a server process, with "ACCEPTED" if it serves."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
         with subprocess.Popen(
-            [sys.executable, "-m", "tests.support.little_memory", str(self.free), *command],
+            [*fast_python(), "-m", "tests.support.little_memory", str(self.free), *command],
             cwd=self.folder,
             env=environment | {"PYTHONPATH": os.getcwd()},
             stdin=subprocess.DEVNULL,

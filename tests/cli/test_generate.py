@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from minimind.cli.main import app
 from minimind.cli.terminal import strip_controls
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from tests.support.commands import fast_python
 
 PROMPT = "秦始皇是"
 
@@ -56,7 +56,7 @@ def test_generate_continues_the_prompt(model_dir: Path) -> None:
 
 
 def test_prompt_from_stdin(model_dir: Path) -> None:
-    command = [sys.executable, "-m", "minimind", "generate", model_dir]
+    command = [*fast_python(), "-m", "minimind", "generate", model_dir]
     done = subprocess.run(
         [*command, "-", "--seed", "1", "--max-new-tokens", "30"],
         input=f"{PROMPT}\n".encode(),
@@ -73,9 +73,10 @@ def test_prompt_from_stdin(model_dir: Path) -> None:
 def test_output_files_are_utf_8_on_every_platform(
     encoding: str, model_dir: Path, tmp_path: Path
 ) -> None:
+    command = [*fast_python(), "-m", "minimind", "generate"]
     with (tmp_path / "text").open("wb") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "minimind", "generate", model_dir, "-", "--max-new-tokens", "1"],
+            [*command, model_dir, "-", "--max-new-tokens", "1"],
             input=f"{PROMPT}é\n".encode(),
             stdout=file,
             env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},

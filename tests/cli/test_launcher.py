@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.commands import with_fast_children
+
 INTERRUPTED = 130
 TEXT = "第{0}段长{1}公里，最后流入东海。Part {0} of the river is {1} kilometres long. " * 3
 
@@ -45,16 +47,27 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Start Python processes, which are killed with their children after the test."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start Python processes, which are killed with their children after the test.
+
+    Their training processes have imported torch already, except with `imports`.
+    """
+    fast = with_fast_children(tmp_path)
+    variables = {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": fast[-1]}  # the executable of torchrun
     with contextlib.ExitStack() as stack:
 
-        def begin(*arguments: str, module: str = "") -> subprocess.Popen[str]:
-            started = [sys.executable, *(["-m", module] if module else []), *arguments]
+        def begin(
+            *arguments: str, module: str = "", imports: bool = False
+        ) -> subprocess.Popen[str]:
+            started = [*fast, *arguments]
+            if module:
+                started = [sys.executable, "-m", module, *arguments]
+            elif imports:
+                started = [sys.executable, *arguments]
             process = stack.enter_context(
                 subprocess.Popen(
                     started,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    env=os.environ | variables,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -150,11 +163,13 @@ def test_orphaned_stopped_and_killed(training: list[str], start: Start, tmp_path
 
 
 def test_an_error_is_printed_once(training: list[str], start: Start, tmp_path: Path) -> None:
-    process = start(*training, "--out", str(tmp_path / "run"), "--nproc", "3")
+    odd = "training.global_batch_size=3"
+    command = [*training, odd, "--out", str(tmp_path / "run"), "--nproc", "2"]
+    process = start(*command, imports=True)
     _, complaint = process.communicate()
     assert process.returncode == 1
     assert complaint == (
-        "error: training.global_batch_size=4 is not divisible by 3 processes; choose a multiple, "
+        "error: training.global_batch_size=3 is not divisible by 2 processes; choose a multiple, "
         "or another number of processes\n"
     )
 

@@ -225,19 +225,6 @@ def test_a_terminal_without_chinese_prints_question_marks() -> None:
         assert terminal.read(100) == b"??\r\n"
 
 
-# A user without HOME and without an entry in the password database, as in some containers.
-WITHOUT_HOME = """
-import pwd
-
-def missing(*_):
-    raise KeyError
-
-pwd.getpwuid = pwd.getpwnam = missing
-from minimind.cli.main import main
-main()
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows always has a home directory")
 @pytest.mark.parametrize(
     ("arguments", "variable"),
@@ -252,20 +239,27 @@ main()
     ],
 )
 def test_a_missing_home_prints_one_line(
-    arguments: list[str], variable: str, tokenizer_dir: Path, tmp_path: Path
+    arguments: list[str],
+    variable: str,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A user without HOME and without an entry in the password database, as in some containers."""
+    import pwd
+
+    def missing(*_: object) -> None:
+        raise KeyError
+
+    for lookup in ("getpwuid", "getpwnam"):
+        monkeypatch.setattr(pwd, lookup, missing)
+    for name in os.environ.keys() - {"PATH"}:
+        monkeypatch.delenv(name)
     texts = tmp_path / "texts.txt"
     texts.write_text("长江是中国最长的河流。\n" * 50, "utf-8")
     places = {"TOKENIZER": tokenizer_dir, "TEXTS": texts, "OUT": tmp_path / "out"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HOME, *(str(places.get(word, word)) for word in arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=120,
-    )
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, [str(places.get(word, word)) for word in arguments])
+    assert done.exit_code == 1
     [error] = done.stderr.splitlines()
     assert error.startswith("error: ")
     assert f"set {variable}" in error or f"variable {variable} to a folder" in error

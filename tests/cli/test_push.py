@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from typer.testing import CliRunner
 
 from minimind.cli.main import app
 from minimind.tokenizer import Tokenizer
+from tests.support.commands import fast_python
 from tests.support.hub_upload_server import TOKEN, UploadServer, upload_server
 from tests.support.run_folders import write_run
 from tests.support.small_models import save_small_model
@@ -45,7 +45,7 @@ def push(
         "MODELSCOPE_CACHE": str(folder.parent / "modelscope"),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "minimind", "push", str(folder), "alice/tiny", *arguments],
+        [*fast_python(), "-m", "minimind", "push", str(folder), "alice/tiny", *arguments],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """`minimind sweep` and `minimind report` with the smallest models."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,10 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from minimind.cli.main import app
 from minimind.cli.sweep import describe_failures
 from minimind.errors import UsageError
 from minimind.planning.sweep import device_settings
+from tests.support.commands import fast_executable, fast_python
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 NANO = (
@@ -24,7 +28,9 @@ NANO = (
 
 
 @pytest.fixture
-def folder(tokenizer_dir: Path, tmp_path: Path) -> Path:
+def folder(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    python = fast_executable(tmp_path)
+    monkeypatch.setattr(sys, "executable", python)  # with which a sweep starts its runs
     with (tmp_path / "text.jsonl").open("w", encoding="utf-8") as stream:
         for number in range(200):
             stream.write(json.dumps({"text": f"长江第{number}段长{7 * number}公里。"}) + "\n")
@@ -34,7 +40,7 @@ def folder(tokenizer_dir: Path, tmp_path: Path) -> Path:
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "minimind", *arguments],
+        [*fast_python(), "-m", "minimind", *arguments],
         cwd=folder,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -45,10 +51,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def run(folder: Path, *arguments: str, status: int = 0) -> str:
-    process = start(folder, *arguments)
-    output, _ = process.communicate(timeout=250)
-    assert process.returncode == status, output
-    return output
+    with contextlib.chdir(folder):
+        done = CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+    assert done.exit_code == status, done.output
+    return done.output
 
 
 def test_sweep_compares_variants_and_reports_failures(folder: Path) -> None:

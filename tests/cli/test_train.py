@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from minimind.cli.main import app
 from minimind.cli.train import finish
 from minimind.training.stage import StageResult
+from tests.support.commands import fast_python
 
 NANO = (
     *("device=cpu", "data.seq_len=32", "data.validation_fraction=0.1"),
@@ -40,7 +41,7 @@ class Place:
 
     def run(self, *arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "minimind", *map(str, arguments)],
+            [*fast_python(), "-m", "minimind", *map(str, arguments)],
             cwd=self.folder,
             env=os.environ | ENVIRONMENT,
             capture_output=True,

@@ -10,6 +10,7 @@ from minimind.errors import ResourceError
 from minimind.inference import matmul
 from minimind.inference.batched_model import CHUNK, BatchedModel, Part
 from minimind.model import apply_lora
+from tests.support.decoding import enable_native
 from tests.support.tiny import SHAPES, chunks_of, make_tiny, random_tokens
 
 
@@ -73,10 +74,15 @@ def logits_alone(batch: BatchedModel, slot: int, ids: list[int], prompt: int) ->
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize("decoding", ["torch", "compiled"])
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", ["llama", "experts", "wide"])
-def test_logits_are_batch_invariant(shape: str, kind: str, threads: int) -> None:
+def test_logits_are_batch_invariant(
+    shape: str, kind: str, threads: int, decoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if decoding == "compiled":
+        enable_native(monkeypatch)
     wide = dict(hidden_size=256, intermediate_size=1408, head_dim=32, num_attention_heads=8)
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     model = make_tiny(dtype, **(wide if shape == "wide" else SHAPES[shape]))
@@ -93,7 +99,7 @@ def test_logits_are_batch_invariant(shape: str, kind: str, threads: int) -> None
             for s, ids in sequences.items()
         }
         batched = BatchedModel(model, slots, 256, int8=kind == "int8")
-        assert batched.batch_invariant
+        assert batched.batch_invariant and batched.is_native == (decoding == "compiled")
         logits: dict[int, list[torch.Tensor]] = {slot: [] for slot in range(slots)}
         at = dict.fromkeys(range(slots), 0)
         while open_slots := [slot for slot in range(slots) if at[slot] < len(sequences[slot])]:

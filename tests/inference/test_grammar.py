@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,22 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def _delimiters(tokenizer: Tokenizer) -> torch.Tensor:
+    """Return a mask of the tokens that are one delimiter."""
+    return torch.tensor([token in (b'"', b"}", b"]", b",", b":") for token in tokenizer.bytes_of])
+
+
 def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, max_tokens: int = 60) -> str | None:
     """Generate random allowed tokens; None when the text is incomplete after `max_tokens`."""
     rng, constraint = random.Random(seed), grammar.start()
     ids: list[int] = []
     for _ in range(max_tokens):
-        choices = constraint.allowed().nonzero()[:, 0].tolist()
+        choices = constraint.allowed()
         # Half of the steps prefer delimiters: most tokens are text, so strings would not end.
-        ending = [i for i in choices if tokenizer.bytes_of[i] in (b'"', b"}", b"]", b",", b":")]
-        token = rng.choice(ending if ending and rng.random() < 0.5 else choices)
+        if rng.random() < 0.5 and (ending := choices & _delimiters(tokenizer)).any():
+            choices = ending
+        token = rng.choice(choices.nonzero()[:, 0].tolist())
         if token in tokenizer.stop_ids:
             break
         ids.append(token)

@@ -128,6 +128,13 @@ def test_products_are_batch_invariant_on_this_processor(
         torch.set_num_threads(before)
 
 
+def test_int8_products_take_any_number_of_inputs() -> None:
+    for inputs in (4, 36, 48, 100):
+        weight, x = torch.randn(8, inputs).bfloat16(), torch.randn(3, inputs).bfloat16()
+        actual = Packer(torch.device("cpu"), int8=True, threads=1)(weight)(x)
+        torch.testing.assert_close(actual, F.linear(x, weight), atol=0.3, rtol=0.05)
+
+
 def test_cancelling_rows_of_any_length() -> None:
     for inputs in (1, 2, 7, 40):
         weight, row = matmul._cancelling(9, inputs, torch.bfloat16)

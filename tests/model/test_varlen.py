@@ -38,7 +38,7 @@ def attention_by_segment(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bounds_give_the_same_as_a_mask(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", attention_by_segment)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention_by_segment)
     monkeypatch.setattr("minimind.model.transformer.DTYPES", (torch.float32,))
     model = make_tiny(**SHAPES[shape])
     tokens = torch.randint(VOCAB, SEGMENTS.shape)

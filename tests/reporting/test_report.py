@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from minimind.errors import DataError
+from minimind.reporting import curves, scaling
+from minimind.reporting.plots import draw
 from minimind.reporting.report import make_report
 from tests.support.run_folders import sample, train, usual_metrics, validation, write_run
 
@@ -93,6 +95,26 @@ def render(*paths: Path, price: float | None = None) -> str:
     out = paths[0].parent / "page" / "report.html"
     make_report(paths, price=price).write(out)
     return out.read_text("utf-8")
+
+
+_drawings: dict[str, str] = {}
+
+
+def draw_once(*arguments: Any, **options: Any) -> str:
+    """Draw a plot, unless a test has drawn it before: most reports here have the same plots."""
+    key = repr((arguments, options))
+    if key not in _drawings:
+        _drawings[key] = draw(*arguments, **options)
+    return _drawings[key]
+
+
+@pytest.fixture(autouse=True)
+def equal_plots_are_drawn_once(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.function is not test_the_same_runs_give_the_same_bytes:
+        for module in (curves, scaling):
+            monkeypatch.setattr(module, "draw", draw_once)
 
 
 @pytest.fixture(scope="module")

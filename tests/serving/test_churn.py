@@ -15,7 +15,7 @@ def check_churn(service: Process, requests: int, concurrency: int) -> None:
     assert len(set(expected)) == len(PROMPTS)
     # Warm up: kernel caches grow until every shape has occurred.
     asyncio.run(churn(service.url, requests, concurrency, expected))
-    process = psutil.Process(service.child.pid)
+    process = psutil.Process(service.pid)
     before = process.memory_info().rss
     completed, abandoned = asyncio.run(churn(service.url, requests, concurrency, expected))
     assert completed + abandoned == requests

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from minimind.errors import ResourceError
 from minimind.serving.server import bind, url_of
+from tests.support.commands import fast_python
 from tests.support.services import InProcess, wait_until
 
 DEVICE_ERROR = "CUDA error: an illegal memory access was encountered\nMore lines."
@@ -112,7 +112,7 @@ def test_the_process_exits_with_status_1(models_dir: Path, tmp_path: Path) -> No
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-c", _BROKEN_SERVICE, str(models_dir / "tiny")],
+            [*fast_python(), "-c", _BROKEN_SERVICE, str(models_dir / "tiny")],
             stdout=subprocess.PIPE,
             stderr=errors,
             stdin=subprocess.DEVNULL,

@@ -263,9 +263,10 @@ def test_decoding_has_a_lower_priority_than_the_event_loop(process: Process) -> 
     """Decoding threads are nicer than the main thread, which runs the event loop."""
     answer = httpx.post(f"{process.url}/v1/completions", json={"model": "tiny", "prompt": "长江"})
     assert answer.status_code == 200
-    tasks = Path(f"/proc/{process.child.pid}/task")
+    pid = process.pid
+    tasks = Path(f"/proc/{pid}/task")
     nice = {int(task.name): nice_of(task / "stat") for task in tasks.iterdir()}
-    assert nice.pop(process.child.pid) < max(nice.values())
+    assert nice.pop(pid) < max(nice.values())
 
 
 def nice_of(stat: Path) -> int:

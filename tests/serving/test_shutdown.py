@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.support.clients import ENDLESS_BODY, stop_during_streams
+from tests.support.commands import fast_python
 from tests.support.services import wait_until
 
 
@@ -71,7 +72,7 @@ def test_service_ends_with_its_parent_process(models_dir: Path, tmp_path: Path) 
 def test_a_port_in_use_is_reported(process: Any, models_dir: Path) -> None:
     port = process.url.rpartition(":")[2]
     done = subprocess.run(
-        [sys.executable, "-m", "minimind", "serve", models_dir, "--port", port],
+        [*fast_python(), "-m", "minimind", "serve", models_dir, "--port", port],
         capture_output=True,
         text=True,
         timeout=60,

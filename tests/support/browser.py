@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from minimind.web.store import Answer, Conversation, Store, Turn
 from tests.support.chromium import start_chromium
+from tests.support.commands import with_fast_children
 
 
 @contextlib.contextmanager
@@ -21,10 +21,11 @@ def page_of(*flags: object, home: Path) -> Iterator[tuple[str, subprocess.Popen[
     """Run `minimind web` on a free port; yield the printed address and the process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    python = with_fast_children(home)  # the service
     with (
         (home / "log").open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "minimind", "web", *map(str, flags), "--port", str(port)],
+            [*python, "-m", "minimind", "web", *map(str, flags), "--port", str(port)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

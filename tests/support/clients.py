@@ -133,7 +133,7 @@ def stop_during_streams(models_dir: Path, log: Path, number: int) -> float:
         for thread in threads:
             thread.start()
         started.wait()
-        processes = [psutil.Process(service.child.pid)]
+        processes = [psutil.Process(service.pid)]
         processes += processes[0].children(recursive=True)
         start_time = time.monotonic()
         service.child.send_signal(number)

@@ -2,13 +2,24 @@
 
 import time
 
+import pytest
+
+from minimind.environment import NATIVE_VARIABLE
 from minimind.inference.engine import Engine
+from minimind.inference.native_library import unavailable_reason
 from minimind.inference.requests import Completion, Request
 from minimind.inference.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 RANDOM = Sampling(temperature=1, top_p=1)
 CONTEXT = 256  # of the `nano` preset
+
+
+def enable_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode in compiled code from now on; skip the test where that is not possible."""
+    monkeypatch.setenv(NATIVE_VARIABLE, "1")
+    if reason := unavailable_reason():
+        pytest.skip(reason)
 
 
 def tokens_of(completion: Completion) -> list[int]:

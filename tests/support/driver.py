@@ -9,6 +9,7 @@ the tests is never killed.
 """
 
 import errno
+import gc
 import json
 import math
 import os
@@ -18,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from minimind.training.lock import run_lock
 from minimind.training.objectives import LossOutput
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
+from tests.support.commands import exit_after
 from tests.support.small_runs import REFUSED, nano_trainer, tensors
 
 
@@ -322,20 +323,11 @@ def _work(output: str, function: Callable[..., None], arguments: dict[str, Any])
     for standard in (1, 2):
         os.dup2(handle, standard)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    status = 1
-    try:
-        function(**arguments)
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    exit_after(lambda: function(**arguments))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("MINIMIND_TEST_THREADS", "1")))
+    gc.collect()
+    gc.freeze()  # a collection would copy all pages of the modules into each child
     _serve(sys.argv[1])

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2 as httpx
+import psutil
 import torch
 
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
@@ -19,6 +19,7 @@ from minimind.serving.limits import Limits
 from minimind.serving.models import find_models, load_models
 from minimind.serving.server import Server, bind, url_of
 from minimind.tokenizer import Tokenizer
+from tests.support.commands import fast_python
 
 
 def make_model(tokenizer: Tokenizer, seed: int, context: int, padding: int = 0) -> Transformer:
@@ -55,6 +56,16 @@ class Process:
     child: subprocess.Popen[str]
     log: Path
 
+    @property
+    def pid(self) -> int:
+        """The process that listens; `child` only stands for it."""
+        port = int(self.url.rpartition(":")[2])
+        return next(
+            connection.pid
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        )
+
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
         self.child.send_signal(number)
@@ -67,7 +78,7 @@ def serving(folder: Path, log: Path, *flags: str, **variables: str) -> Iterator[
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "minimind", "serve", str(folder), "--port", "0", *flags],
+            [*fast_python(), "-m", "minimind", "serve", str(folder), "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=errors,
             stdin=subprocess.DEVNULL,

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +32,7 @@ from minimind.training.precision import choose_precision
 from minimind.training.reference_logprobs import compute_reference_logprobs
 from minimind.training.reporter import Reporter
 from minimind.training.trainer import Trainer
+from tests.support.commands import fast_python
 
 VOCAB = 97
 EVENTS = ("corrupt", "stop", "kill", "unwatched", "unlabeled", "out_of_memory")  # of driver.py
@@ -254,7 +254,7 @@ class ForkServer:
         self.output = output  # standard output and error of the newest child
         self.running: Child | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.driver", output],
+            [*fast_python(), "-m", "tests.support.driver", output],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,6 +8,7 @@ from minimind.errors import TokenizerError
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from minimind.tokenizer.format import ROLES
 from minimind.tokenizer.train import sample_uniformly
+from tests.support.commands import fast_python
 
 # 10 GB of Chinese text in distinct documents of 12 kB, in a new process.
 _TRAIN_ON_10_GB = """
@@ -35,7 +36,7 @@ def test_the_same_texts_give_the_same_tokenizer_in_another_process(
         "print(train_tokenizer(conftest.TEXTS, vocab_size=600).sha256)\n"
     )
     process = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+        [*fast_python(), "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
     assert process.stdout.strip() == tokenizer.sha256
 

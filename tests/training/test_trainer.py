@@ -90,7 +90,7 @@ def test_micro_batch_size_does_not_change_the_losses(
         run = tmp_path / f"{micro_batch_size}"
         settings: dict[str, Any] = {
             "training__micro_batch_size": micro_batch_size,
-            "training__steps": 8,
+            "training__steps": 5,
             "optim__name": optimizer,
             "model__preset": preset,
         }

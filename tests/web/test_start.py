@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from minimind.web.store import Answer, Conversation, Store, Turn
 from tests.support.browser import Browser, page_of
+from tests.support.commands import fast_python
 
 
 def test_without_the_token_only_an_error_is_shown(url: str, browser: Browser, store: Store) -> None:
@@ -68,7 +68,7 @@ def test_usage_errors(tmp_path: Path, request: pytest.FixtureRequest) -> None:
         ([str(tmp_path / "none")], "there is no such directory"),
     ]:
         done = subprocess.run(
-            [sys.executable, "-m", "minimind", "web", *flags],
+            [*fast_python(), "-m", "minimind", "web", *flags],
             capture_output=True,
             text=True,
             timeout=60,

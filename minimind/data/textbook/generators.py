@@ -168,7 +168,8 @@ def _varied_question(fact: Fact, phrases: Phrases, rng: random.Random) -> str:
 
 def _is_held_out(question: str, subject: Subject) -> bool:
     """Return True if a question contains a frame of the quiz or ends with a quiz question."""
-    if any(frame in question.lower() for frame in NEVER_TRAINED):
+    lowered = question.lower()
+    if any(frame in lowered for frame in NEVER_TRAINED):
         return True
     text, held_out = normalise(question), _held_out_questions(subject)
     return any(text[start:] in held_out for start in range(len(text)))

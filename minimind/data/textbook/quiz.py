@@ -45,6 +45,7 @@ _NEGATION_AFTER = re.compile(
 )
 _QUOTED = re.compile(r"[“《「『][^”》」』]*[”》」』]")
 _CLAUSES = re.compile(r"[，。；：！？,;:!?\n]|\.(?!\d)|而(?=[是在叫])|\bbut\b")
+_IGNORED = re.compile(r"[^\w+×*]+|_+")  # where questions are compared
 _FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B))}
 
 
@@ -68,7 +69,7 @@ def normalise(text: str) -> str:
 
     Arithmetic operators are kept: 9+4 is not 9×4.
     """
-    return re.sub(r"[^\w+×*]+|_+", "", text.lower())
+    return _IGNORED.sub("", text.lower())
 
 
 def quiz(subjects: Sequence[Subject] | None = None) -> list[QuizQuestion]:

@@ -62,6 +62,23 @@ class Relation:
         columns = placeholders([key])
         return columns - {"name"} or columns
 
+    @cached_property
+    def asks_by_name(self) -> bool:
+        """True if all questions contain the name of the entity."""
+        return all("{name}" in question for question in self.questions)
+
+    @cached_property
+    def key_values(self) -> list[list[str]]:
+        """The right values of all rows, for each key."""
+        return [
+            [
+                value
+                for row in self.rows
+                for value in _render_key(key, self.asked_columns(key), row, row)
+            ]
+            for key in self.key
+        ]
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -82,11 +99,12 @@ class Subject:
     @cached_property
     def facts(self) -> tuple["Fact", ...]:
         """All pairs of a row and a relation that applies to it, row by row."""
+        lines = [{row.line for row in relation.rows} for relation in self.relations]
         return tuple(
             Fact(self, relation, row)
             for row in self.rows
-            for relation in self.relations
-            if row in relation.rows
+            for relation, applies_to in zip(self.relations, lines, strict=True)
+            if row.line in applies_to
         )
 
     @cached_property
@@ -117,7 +135,7 @@ class Fact:
     @property
     def asks_by_name(self) -> bool:
         """True if all questions contain the name, so that a follow-up can refer to the entity."""
-        return all("{name}" in question for question in self.relation.questions)
+        return self.relation.asks_by_name
 
     @cached_property
     def keys(self) -> tuple[tuple[str, ...], ...]:
@@ -156,12 +174,17 @@ class Fact:
         """Return wrong values for a key: the relation's distractors, or values of other rows."""
         template, right = self.relation.key[key], self.keys[key]
         asked = self.relation.asked_columns(template)
-        values = self.relation.distractors or (
-            value
-            for other in self.relation.rows
-            if other is not self.row
-            for value in _render_key(template, asked, other, self.row)
-        )
+        if self.relation.distractors:
+            values: Iterable[str] = self.relation.distractors
+        elif placeholders([template]) == asked:  # the usual case: all facts share the values
+            values = self.relation.key_values[key]
+        else:
+            values = (
+                value
+                for other in self.relation.rows
+                if other is not self.row
+                for value in _render_key(template, asked, other, self.row)
+            )
         return [value for value in dict.fromkeys(values) if value not in right]
 
     def answer_from(self, other: Row, template: str) -> str:

@@ -1,0 +1,312 @@
+// One decode step of a transformer on a CPU, in one call: one token for each of N sequences.
+//
+// With torch, a step of a small model is some 200 calls, which together take longer than reading the
+// weights from memory. Here the threads run all layers in one parallel region. `native_library.py`
+// compiles this file at first use and mirrors the structs; `native_decoder.py` packs the weights.
+//
+// The bits of a row depend neither on the other rows nor on the number of threads: `products.h` sums
+// each row in one order, and every other loop runs over one row.
+//
+// N rows, H query heads, K key/value heads, G = H / K, D head dimension, P positions per slot.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+// SwiGLU. Each panel of gate_up holds kPanel / 2 gates, then the same features of the up projection.
+struct FeedForward {
+    Matrix gate_up, down;
+};
+
+struct Layer {
+    const float *input_norm, *q_norm, *k_norm, *feed_forward_norm;  // q_norm, k_norm: null = none
+    Matrix qkv, out;
+    FeedForward dense;           // or the shared experts; dense.down.inputs == 0: none
+    Matrix router;               // [experts, hidden]
+    const FeedForward* experts;  // num_experts
+};
+
+struct Model {
+    const Layer* layers;
+    const float* final_norm;
+    Matrix head;
+    float* cache;  // [layers, 2, slots, K, P, D]: keys and values
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, slots, positions;
+    int32_t num_experts, num_chosen;
+    float eps, attention_scale, residual_scale, logits_scale;
+};
+
+// e^x to float32 precision, in operations that compilers vectorize (Cephes, expf). NaN stays NaN.
+inline float exponential(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;      // x - n ln 2
+    float p = 1.9875691500e-4f;
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
+        p = p * r + c;
+    const int32_t bits = (int32_t(n) + 127) << 23;  // 2^n
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return (p * r * r + r + 1) * power;
+}
+
+inline float dot(const float* a, const float* b, int count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
+    const float scale = 1 / std::sqrt(dot(x, x, width) / width + eps);
+    for (int i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// Normalize a head where the model does, and rotate it. The first half of `sin` is negated.
+void rotate(const float* head, const float* norm, const float* cos, const float* sin, int dim,
+            float eps, float* out) {
+    float normed[dim];
+    if (norm) rms_norm(head, norm, dim, eps, normed);
+    const float* x = norm ? normed : head;
+    const int half = dim / 2;
+    for (int i = 0; i < half; i++) {
+        out[i] = x[i] * cos[i] + x[i + half] * sin[i];
+        out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+    }
+}
+
+typedef float Eight __attribute__((vector_size(32), aligned(4)));
+
+inline float sum_lanes(Eight x) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four half[2];
+    std::memcpy(half, &x, sizeof x);
+    const Four sum = half[0] + half[1];
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// Attention of one query [D] over `length` keys and values [P, D]; scores: room for P.
+// The cache has whole groups of 4 positions. Those beyond the length have weight 0.
+void attend(const float* query, const float* keys, const float* values, int length, int dim,
+            float scale, float* scores, float* out) {
+    float highest = -INFINITY, total = 0;
+    for (int p = 0; p < length; p++) {
+        Eight sum = {};
+        for (int i = 0; i < dim; i += 8)
+            sum += *(const Eight*)(query + i) * *(const Eight*)(keys + p * dim + i);
+        scores[p] = sum_lanes(sum) * scale;
+        highest = scores[p] > highest ? scores[p] : highest;
+    }
+    for (int p = 0; p < length; p++) scores[p] = exponential(scores[p] - highest);
+#pragma omp simd reduction(+ : total)
+    for (int p = 0; p < length; p++) total += scores[p];
+    for (int p = length; p % 4; p++) scores[p] = 0;
+    for (int i = 0; i < dim; i += 8) {
+        Eight sum[4] = {};
+        for (int p = 0; p < length; p += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                sum[j] += scores[p + j] * *(const Eight*)(values + (p + j) * dim + i);
+        *(Eight*)(out + i) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / total;
+    }
+}
+
+// Activations of a step. `normed` is private to a thread: each normalizes all rows, which is faster
+// than waiting for the others.
+struct Step {
+    const Model& model;
+    const int rows;
+    const int64_t *slots, *positions;  // [N]
+    const float* rope;                 // [2, N, D]: cosines and sines
+    float* x;                          // [N, hidden], the residual stream
+    std::vector<float> qkv, mixed, inner;
+    std::vector<const float*> mixed_rows, inner_rows;
+
+    Step(const Model& model, int rows, const int64_t* slots, const int64_t* positions,
+         const float* rope, float* x)
+        : model(model), rows(rows), slots(slots), positions(positions), rope(rope), x(x) {
+        int width = 0;
+        for (int number = 0; number < model.num_layers; number++) {
+            const Layer& layer = model.layers[number];
+            width = std::max(width, layer.dense.down.inputs);
+            for (int e = 0; e < model.num_experts; e++)
+                width = std::max(width, layer.experts[e].down.inputs);
+        }
+        const int ways = 1 + model.num_chosen;  // of a row through the feed-forward layers
+        qkv.resize(rows * (model.heads + 2 * model.kv_heads) * model.head_dim);
+        mixed.resize(rows * model.heads * model.head_dim);
+        inner.resize(rows * ways * width);
+        for (int row = 0; row < rows; row++)
+            mixed_rows.push_back(&mixed[row * model.heads * model.head_dim]);
+        for (int way = 0; way < rows * ways; way++) inner_rows.push_back(&inner[way * width]);
+    }
+
+    void attention(const Layer& layer, int number, float* scores) {
+        const int dim = model.head_dim, group = model.heads / model.kv_heads;
+        const int64_t size = int64_t(model.kv_heads) * model.positions * dim;  // of a slot
+        const Range items = share(rows * model.kv_heads);
+        for (int item = items.begin; item < items.end; item++) {
+            const int row = item / model.kv_heads, head = item % model.kv_heads;
+            const float *cos = rope + row * dim, *sin = rope + (rows + row) * dim;
+            const float* first = &qkv[row * (model.heads + 2 * model.kv_heads) * dim];
+            const float* key = first + (model.heads + head) * dim;
+            const float* value = key + model.kv_heads * dim;
+            float* keys = model.cache + (2 * number * model.slots + slots[row]) * size +
+                          int64_t(head) * model.positions * dim;
+            float* values = keys + model.slots * size;
+            rotate(key, layer.k_norm, cos, sin, dim, model.eps, keys + positions[row] * dim);
+            std::copy_n(value, dim, values + positions[row] * dim);
+            for (int query = head * group; query < (head + 1) * group; query++) {
+                float rotated[dim];
+                rotate(first + query * dim, layer.q_norm, cos, sin, dim, model.eps, rotated);
+                attend(rotated, keys, values, positions[row] + 1, dim, model.attention_scale,
+                       scores, &mixed[(row * model.heads + query) * dim]);
+            }
+        }
+    }
+
+    // The rows that an expert processes, and the weight and the inner activations of each.
+    struct Routed {
+        std::vector<int> rows;
+        std::vector<float> weights;
+        std::vector<const float*> inputs, inner;
+    };
+
+    // Choose the experts with the highest logits; of equal ones, the first.
+    std::vector<Routed> route(const Layer& layer, const float* const* normed) {
+        std::vector<Routed> routed(model.num_experts);
+        std::vector<float> logits(rows * model.num_experts);
+        const Range panels{0, model.num_experts ? layer.router.panels : 0};
+        multiply(layer.router, panels, rows, normed, [&](int row, int panel, const float* sums) {
+            std::copy_n(sums, panel_outputs(layer.router, panel),
+                        &logits[row * model.num_experts + panel * kPanel]);
+        });
+        for (int row = 0; row < rows && model.num_experts; row++) {
+            float* own = &logits[row * model.num_experts];
+            std::vector<int> order(model.num_experts);
+            for (int e = 0; e < model.num_experts; e++) order[e] = e;
+            std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return own[a] > own[b]; });
+            float total = 0;
+            for (int rank = 0; rank < model.num_chosen; rank++)
+                total += exponential(own[order[rank]] - own[order[0]]);
+            for (int rank = 0; rank < model.num_chosen; rank++) {
+                Routed& expert = routed[order[rank]];
+                expert.rows.push_back(row);
+                expert.weights.push_back(exponential(own[order[rank]] - own[order[0]]) / total);
+                expert.inputs.push_back(normed[row]);
+                expert.inner.push_back(inner_rows[rows + row * model.num_chosen + rank]);
+            }
+        }
+        return routed;
+    }
+
+    static void gate_up(const FeedForward& block, int rows, const float* const* x,
+                        const float* const* inner) {
+        const int half = kPanel / 2;
+        multiply(block.gate_up, share(block.gate_up.panels), rows, x,
+                 [&](int row, int panel, const float* sums) {
+                     float* out = const_cast<float*>(inner[row]) + panel * half;
+                     const int count = std::min(half, block.down.inputs - panel * half);
+                     for (int i = 0; i < count; i++)
+                         out[i] = sums[i] / (1 + exponential(-sums[i])) * sums[half + i];
+                 });
+    }
+
+    // Add a product, times residual_scale, to this thread's features of the residual stream.
+    template <class Row>
+    void add(const Matrix& matrix, int rows, const float* const* inputs, Row target) {
+        multiply(matrix, share(matrix.panels), rows, inputs,
+                 [&](int row, int panel, const float* sums) {
+                     const auto [number, weight] = target(row);
+                     float* out = x + number * model.hidden + panel * kPanel;
+                     for (int i = 0; i < panel_outputs(matrix, panel); i++) out[i] += weight * sums[i];
+                 });
+    }
+
+    void run(float* logits, int vocab) {
+        const Tiles tiles;
+        std::vector<float> normed(rows * model.hidden), scores(model.positions);
+        std::vector<const float*> normed_rows(rows);
+        for (int row = 0; row < rows; row++) normed_rows[row] = &normed[row * model.hidden];
+        const auto normalize = [&](const float* weight) {
+            for (int row = 0; row < rows; row++)
+                rms_norm(x + row * model.hidden, weight, model.hidden, model.eps,
+                         &normed[row * model.hidden]);
+        };
+        const auto unweighted = [&](int row) { return std::pair(row, model.residual_scale); };
+        for (int number = 0; number < model.num_layers; number++) {
+            const Layer& layer = model.layers[number];
+            normalize(layer.input_norm);
+            multiply(layer.qkv, share(layer.qkv.panels), rows, normed_rows.data(),
+                     [&](int row, int panel, const float* sums) {
+                         std::copy_n(sums, panel_outputs(layer.qkv, panel),
+                                     &qkv[row * layer.qkv.outputs + panel * kPanel]);
+                     });
+#pragma omp barrier
+            attention(layer, number, scores.data());
+#pragma omp barrier
+            add(layer.out, rows, mixed_rows.data(), unweighted);
+#pragma omp barrier
+            normalize(layer.feed_forward_norm);
+            const auto routed = route(layer, normed_rows.data());
+            if (layer.dense.down.inputs)
+                gate_up(layer.dense, rows, normed_rows.data(), inner_rows.data());
+            for (int e = 0; e < model.num_experts; e++)
+                gate_up(layer.experts[e], routed[e].rows.size(), routed[e].inputs.data(),
+                        routed[e].inner.data());
+#pragma omp barrier
+            if (layer.dense.down.inputs) add(layer.dense.down, rows, inner_rows.data(), unweighted);
+            for (int e = 0; e < model.num_experts; e++)
+                add(layer.experts[e].down, routed[e].rows.size(), routed[e].inner.data(),
+                    [&](int i) {
+                        return std::pair(routed[e].rows[i],
+                                         routed[e].weights[i] * model.residual_scale);
+                    });
+#pragma omp barrier
+        }
+        normalize(model.final_norm);
+        multiply(model.head, share(model.head.panels), rows, normed_rows.data(),
+                 [&](int row, int panel, const float* sums) {
+                     float* out = logits + int64_t(row) * vocab + panel * kPanel;
+                     for (int i = 0; i < panel_outputs(model.head, panel); i++)
+                         out[i] = sums[i] * model.logits_scale;
+                 });
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+int32_t minimind_panel() { return kPanel; }
+
+// out [rows, outputs] = x [rows, inputs] times the matrix.
+void minimind_multiply(const Matrix* matrix, int32_t rows, const float* x, float* out,
+                       int32_t threads) {
+    std::vector<const float*> inputs(rows);
+    for (int row = 0; row < rows; row++) inputs[row] = x + int64_t(row) * matrix->inputs;
+#pragma omp parallel num_threads(threads)
+    {
+        const Tiles tiles;
+        multiply(*matrix, share(matrix->panels), rows, inputs.data(),
+             [&](int row, int panel, const float* sums) {
+                 std::copy_n(sums, panel_outputs(*matrix, panel),
+                             out + int64_t(row) * matrix->outputs + panel * kPanel);
+             });
+    }
+}
+
+// x: embeddings [N, hidden], overwritten. logits: [N, vocab].
+void minimind_decode(const Model* model, int32_t rows, const int64_t* slots,
+                     const int64_t* positions, const float* rope, float* x, float* logits,
+                     int32_t threads) {
+    Step step(*model, rows, slots, positions, rope, x);
+#pragma omp parallel num_threads(threads)
+    step.run(logits, model->head.outputs);
+}
+}
