@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-_INK = "#010203"  # replaced by currentColor, the text colour of the page
+INK = "#010203"  # replaced by currentColor, the text colour of the page
 _COLORS = ["#3b8ad8", "#e8772e", "#2a9d5c", "#b065c9", "#c9a227", "#d9583b", "#3aa6a6", "#8c6d5a"]
-_STYLE: dict[Any, Any] = {
-    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
-    **{f"axes.{part}": _INK for part in ("edgecolor", "labelcolor")},
+STYLE: dict[Any, Any] = {
+    **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
+    **{f"axes.{part}": INK for part in ("edgecolor", "labelcolor")},
     **{f"axes.spines.{side}": False for side in ("top", "right")},
     "axes.facecolor": "none",
     "figure.facecolor": "none",
@@ -64,14 +64,14 @@ def draw(
     below = names > _FEW_NAMES or longest > _LONG_NAME
     columns = 2 if longest <= _LONG_NAME else 1
     size = (5.5, 3.2 + 0.19 * -(-names // columns)) if below else (4.4, 3)
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for number, line in enumerate(lines):
             _draw_line(axes, line, f"C{number}", "--" if number >= len(_COLORS) else "-")
         if level:
             name, value = level
-            axes.axhline(value, ls="--", lw=1.2, color=_INK, alpha=0.6, label=name)
+            axes.axhline(value, ls="--", lw=1.2, color=INK, alpha=0.6, label=name)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.15)
         if logarithmic:
@@ -89,14 +89,19 @@ def draw(
             figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
         elif len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9)
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        with warnings.catch_warnings():  # about characters that the font lacks
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(buffer, format="svg", metadata=no_metadata)
+        return to_svg(figure)
+
+
+def to_svg(figure: Any) -> str:
+    """Return a matplotlib figure drawn with STYLE as an <svg> element without a namespace."""
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with warnings.catch_warnings():  # about characters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     drawing = buffer.getvalue()
     drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
-    return drawing.replace(_INK, "currentColor")
+    return drawing.replace(INK, "currentColor")
 
 
 def as_file(drawing: str) -> str:
@@ -114,7 +119,7 @@ def _draw_line(axes: Any, line: Line, color: str, style: str) -> None:
     points, label = thinned(line.points), _escape_label(line.name)
     xs, values = [x for x, _ in points], [value for _, value in points]
     if line.kind == "fit":
-        axes.plot(xs, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=label)
+        axes.plot(xs, values, ls="--", lw=1.2, color=INK, alpha=0.7, label=label)
     elif line.kind == "points":
         axes.plot(xs, values, ls="", marker="o", ms=4.5, color=color, label=label)
     else:
