@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from docs.book.chapters import DOCS, LANGUAGES, ROOT, Chapter, cells
+from docs.book.chapters import LANGUAGES, ROOT, Chapter, cells
 
 _opened: set[str] = set()
-_NOT_INPUTS = ("docs/book/execute.py", "docs/book/chapters.py", "docs/__init__.py")
 
 
 def main(stem: str, out: Path) -> None:
@@ -104,7 +103,6 @@ def _inputs() -> set[str]:
         name
         for name in names
         if (ROOT / name).is_file()
-        and name not in _NOT_INPUTS
         and not any(part.startswith(".") or part == "__pycache__" for part in Path(name).parts)
     }
 
@@ -118,5 +116,4 @@ def _write_json(path: Path, value: object) -> None:
 
 
 if __name__ == "__main__":
-    assert DOCS
     main(sys.argv[1], Path(sys.argv[2]))

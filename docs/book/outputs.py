@@ -73,13 +73,13 @@ def run_script(chapter: Chapter, out: Path) -> None:
 def hash_of(name: str) -> str | None:
     """Return the start of a file's SHA-256, or None if it is missing.
 
-    A module of the package is hashed without comments and docstrings.
+    An imported module is hashed without comments and docstrings.
     """
     path = ROOT / name
     if not path.is_file():
         return None
     content = path.read_bytes()
-    if name.startswith("minimind/") and path.suffix == ".py":
+    if path.suffix == ".py" and path.name != "chapter.py":
         content = _code_of(content.decode()).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
