@@ -34,7 +34,7 @@ def find_problems() -> list[str]:
 def outline(text: str) -> dict[str, list[str]]:
     """Return what both languages of a chapter must share, beside `docs.build.outline`."""
     return {
-        "formulas": [_TEXT.sub("", a or b) for a, b in FORMULA.findall(text)],
+        "formulas": sorted(_TEXT.sub("", a or b) for a, b in FORMULA.findall(text)),
         "values": sorted(key for _, key in FACT.findall(text)),
         "exercises": [str(len(EXERCISE.findall(text)))],
         "interactive pieces": [name for name, _ in PIECE.findall(text)],

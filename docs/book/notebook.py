@@ -110,7 +110,8 @@ def _parts(chapter: Chapter, lang: str) -> Iterator[tuple[str, str]]:
         if part["code"] is not None:
             yield from _fence(part, chapter)
         elif part["image"]:
-            yield "code", _figure(Path(part["image"].rpartition("(")[2]).name, chapter, lang)
+            target = IMAGE.fullmatch(part["image"])[2]  # type: ignore[index]
+            yield "code", _figure(Path(target).name, chapter, lang)
         elif part["piece"]:
             yield from _prose(PIECE.fullmatch(part["piece"])[2], chapter, lang)  # type: ignore[index]
         elif part["exercise"]:
