@@ -47,6 +47,7 @@ def refresh(chapter: Chapter) -> None:
         (out / "inputs.json").unlink()
         shutil.rmtree(chapter.outputs, ignore_errors=True)
         shutil.copytree(out, chapter.outputs)
+    hash_of.cache_clear()
     manifest = {
         "inputs": {name: hash_of(name) for name in inputs},
         "outputs": {
@@ -56,7 +57,6 @@ def refresh(chapter: Chapter) -> None:
     }
     text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
     (chapter.outputs / _MANIFEST).write_text(text, encoding="utf-8", newline="\n")
-    hash_of.cache_clear()
 
 
 def run_script(chapter: Chapter, out: Path) -> None:

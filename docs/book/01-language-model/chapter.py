@@ -187,6 +187,8 @@ validations = [row for row in rows if row["kind"] == "validation"]
 print({key: round(value, 2) for key, value in validations[-1].items() if key != "kind"})
 # --8<-- [end:record]
 last = validations[-1]
+trained = {row["step"]: row["bits_per_byte"] for row in rows if row["kind"] == "train"}
+gaps = [row["bits_per_byte"] - trained[row["step"]] for row in validations]
 
 
 def figure_training(figure, say):
@@ -215,6 +217,8 @@ facts = {
     "demo_unigram": f"{demo['unigram_bits_per_byte']:.2f}",
     "demo_bits": f"{demo['stages']['pretrain']['bits_per_byte']:.2f}",
     "bzip2": f"{compressed['bzip2']:.2f}",
+    "gap_first": f"{gaps[0]:.2f}",
+    "gap_last": f"{gaps[-1]:.2f}",
     "small_loss": f"{last['loss']:.2f}",
     "small_perplexity": f"{math.exp(last['loss']):.0f}",
     "small_bits": f"{last['bits_per_byte']:.2f}",
