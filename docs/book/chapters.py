@@ -91,7 +91,7 @@ def read_region(file: Path, region: str | None) -> str:
 
 
 def solutions(chapter: Chapter, lang: str = "en") -> list[list[str]]:
-    """Return, for each exercise of a page, the regions of `solutions.py` that its solution shows."""
+    """Return the regions of `solutions.py` that the solution of each exercise of a page shows."""
     name = chapter.path_in_repository("solutions.py")
     return [
         [region for file, region in INCLUDE.findall(block) if file == name]

@@ -16,6 +16,9 @@ from typing import Any
 
 from docs.book.chapters import LANGUAGES, ROOT, Chapter, cells
 
+_COLOR_STYLE = (
+    "<style>:root{color:#333}@media(prefers-color-scheme:dark){:root{color:#ddd}}</style>"
+)
 _opened: set[str] = set()
 
 
@@ -77,9 +80,7 @@ def draw(function: Callable[..., Any], lang: str, salt: str) -> str:
         drawing = to_svg(figure)
     drawing = "\n".join(line.rstrip() for line in drawing.splitlines())
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return drawing.replace("<svg", f"<svg {names}", 1).replace(
-        ">", "><style>:root{color:#333}@media(prefers-color-scheme:dark){:root{color:#ddd}}</style>", 1
-    )
+    return drawing.replace("<svg", f"<svg {names}", 1).replace(">", f">{_COLOR_STYLE}", 1)
 
 
 def _table(rows: list[list[object]]) -> str:

@@ -31,9 +31,9 @@ _PART = re.compile(
 )
 _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 _SETUP = {
-    "en": "Run this notebook where minimind is installed: in a checkout after `make demo`, or after "
-    "`pip install -e .`; in Colab, first `!git clone …` and `%pip install -e .`.",
-    "zh": "请在装有 minimind 的环境中运行本笔记本：执行过 `make demo` 或 `pip install -e .` 的代码目录；"
+    "en": "Run this notebook in a checkout after `make demo` or `pip install -e .`. "
+    "In Colab, first run `!git clone …` and `%pip install -e .`.",
+    "zh": "请在执行过 `make demo` 或 `pip install -e .` 的代码目录中运行本笔记本。"
     "在 Colab 中请先执行 `!git clone …` 和 `%pip install -e .`。",
 }
 _SOLUTION = {"en": "# @title Solution", "zh": "# @title 参考解答"}

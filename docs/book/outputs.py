@@ -1,8 +1,8 @@
 """Outputs of the chapters: what is stale, and how it is made fresh.
 
-`outputs/manifest.json` of a chapter has the hash of every file that its script read or imported, and
-of every file that it wrote. Outputs are fresh while all of them match. Comments and docstrings of
-imported modules do not count, so that better wording does not run every script again.
+`outputs/manifest.json` of a chapter has the hash of every file that its script read or imported,
+and of every file that it wrote. Outputs are fresh while all of them match. Comments and docstrings
+of imported modules do not count, so that better wording does not run every script again.
 """
 
 import ast

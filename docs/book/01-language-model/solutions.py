@@ -84,7 +84,7 @@ assert len(bits) <= -math.log2(width) + 1
 
 decoded, value = [], Fraction(int(bits, 2), 2 ** len(bits))
 while decoded[-1:] != ["</s>"]:
-    for candidate in followers[(["<s>"] + decoded)[-1]]:
+    for candidate in followers[["<s>", *decoded][-1]]:
         low, width = interval([*decoded, candidate])
         if low <= value < low + width:
             decoded.append(candidate)
