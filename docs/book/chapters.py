@@ -34,10 +34,11 @@ class Chapter:
     """One chapter, by the stem of its files: `01-language-model`."""
 
     stem: str
+    root: Path = ROOT
 
     @property
     def folder(self) -> Path:
-        return DOCS / "book" / self.stem
+        return self.root / "docs" / "book" / self.stem
 
     @property
     def outputs(self) -> Path:
@@ -48,7 +49,10 @@ class Chapter:
         return int(self.stem.partition("-")[0])
 
     def page(self, lang: str) -> Path:
-        return DOCS / lang / "book" / f"{self.stem}.md"
+        return self.root / "docs" / lang / "book" / f"{self.stem}.md"
+
+    def notebook(self, lang: str) -> Path:
+        return self.root / "notebooks" / "book" / lang / f"{self.stem}.ipynb"
 
     def text(self, lang: str) -> str:
         return self.page(lang).read_text("utf-8")
@@ -82,8 +86,11 @@ def cell_names(script: Path) -> list[str]:
 
 
 def read_region(file: Path, region: str | None) -> str:
-    """Return a file, or one region of it without its indentation and its markers."""
-    text = file.read_text("utf-8")
+    """Return a file, or one region of it without its indentation and its markers.
+
+    Empty if it does not exist, which `docs.build` reports.
+    """
+    text = file.read_text("utf-8") if file.is_file() else ""
     if region:
         start, end = f"--8<-- [start:{region}]", f"--8<-- [end:{region}]"
         text = text.partition(start)[2].partition("\n")[2].partition(end)[0].rpartition("\n")[0]

@@ -13,7 +13,6 @@ from docs.book.chapters import (
     INCLUDE,
     LANGUAGES,
     PIECE,
-    ROOT,
     Chapter,
     cell_names,
     chapters,
@@ -28,7 +27,7 @@ _TEXT = re.compile(r"\\text\{[^}]*\}")
 
 def find_problems() -> list[str]:
     """Return one line per stale output, unused part or other fault of the chapters."""
-    return [problem for chapter in chapters() for problem in _problems(chapter)]
+    return [problem for chapter in chapters() for problem in problems_of(chapter)]
 
 
 def outline(text: str) -> dict[str, list[str]]:
@@ -46,7 +45,8 @@ def without_language(name: str) -> str:
     return _LANGUAGE.sub("", name)
 
 
-def _problems(chapter: Chapter) -> Iterator[str]:
+def problems_of(chapter: Chapter) -> Iterator[str]:
+    """Yield one line per fault of a chapter."""
     missing = [
         name
         for name in ("chapter.py", "solutions.py", "piece.js")
@@ -63,9 +63,9 @@ def _problems(chapter: Chapter) -> Iterator[str]:
             continue  # reported by docs.build
         page = f"docs/{lang}/book/{chapter.stem}.md"
         yield from (f"{page}: {problem}" for problem in _page_problems(chapter, lang))
-        path = notebook.path_of(chapter, lang)
-        if not path.is_file() or path.read_text("utf-8") != notebook.notebook(chapter, lang):
-            yield f"{path.relative_to(ROOT).as_posix()}: stale; run: make book"
+        path = chapter.notebook(lang)
+        if not path.is_file() or path.read_text("utf-8") != notebook.render(chapter, lang):
+            yield f"{path.relative_to(chapter.root).as_posix()}: stale; run: make book"
 
 
 def _page_problems(chapter: Chapter, lang: str) -> Iterator[str]:

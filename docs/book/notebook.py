@@ -18,7 +18,6 @@ from docs.book.chapters import (
     INCLUDE,
     LANGUAGES,
     PIECE,
-    ROOT,
     Chapter,
     read_region,
 )
@@ -39,12 +38,7 @@ _SETUP = {
 _SOLUTION = {"en": "# @title Solution", "zh": "# @title 参考解答"}
 
 
-def path_of(chapter: Chapter, lang: str) -> Path:
-    """Return where the notebook of a chapter is stored."""
-    return ROOT / "notebooks" / "book" / lang / f"{chapter.stem}.ipynb"
-
-
-def notebook(chapter: Chapter, lang: str) -> str:
+def render(chapter: Chapter, lang: str) -> str:
     """Return the notebook of a chapter as JSON (nbformat 4.5)."""
     found = list(_merged(_parts(chapter, lang)))
     found.insert(1, ("markdown", _SETUP[lang]))
@@ -63,9 +57,9 @@ def notebook(chapter: Chapter, lang: str) -> str:
 def write(chapter: Chapter) -> None:
     """Write the notebook of a chapter in both languages."""
     for lang in LANGUAGES:
-        path = path_of(chapter, lang)
+        path = chapter.notebook(lang)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(notebook(chapter, lang), encoding="utf-8", newline="\n")
+        path.write_text(render(chapter, lang), encoding="utf-8", newline="\n")
 
 
 def _cell(number: int, kind: str, source: str) -> dict[str, object]:
@@ -117,13 +111,13 @@ def _parts(chapter: Chapter, lang: str) -> Iterator[tuple[str, str]]:
         elif part["exercise"]:
             yield from _solution(part["exercise"], chapter, lang)
         elif include := INCLUDE.fullmatch(part["table"]):
-            yield "markdown", read_region(ROOT / include[1], include[2])
+            yield "markdown", read_region(chapter.root / include[1], include[2])
     yield from _prose(text[at:], chapter, lang)
 
 
 def _prose(text: str, chapter: Chapter, lang: str) -> Iterator[tuple[str, str]]:
     """Yield the sections of a text, with links that start at the notebook's folder."""
-    origin, folder = chapter.page(lang).parent, path_of(chapter, lang).parent
+    origin, folder = chapter.page(lang).parent, chapter.notebook(lang).parent
 
     def moved(match: re.Match[str]) -> str:
         target = (origin / match[2]).resolve()
@@ -142,9 +136,9 @@ def _fence(part: re.Match[str], chapter: Chapter) -> Iterator[tuple[str, str]]:
         return
     file, region = include.groups()
     if file == chapter.path_in_repository("chapter.py"):
-        yield "code", read_region(ROOT / file, region)
+        yield "code", read_region(chapter.root / file, region)
     elif not file.startswith(chapter.path_in_repository("outputs/")):
-        yield "markdown", f"```python\n{read_region(ROOT / file, region)}\n```"
+        yield "markdown", f"```python\n{read_region(chapter.root / file, region)}\n```"
 
 
 def _figure(name: str, chapter: Chapter, lang: str) -> str:
@@ -171,5 +165,5 @@ def _solution(block: str, chapter: Chapter, lang: str) -> Iterator[tuple[str, st
         yield from _prose(inner[at : part.start()], chapter, lang)
         at = part.end()
         file, region = INCLUDE.search(part[1]).groups()  # type: ignore[union-attr]
-        yield "solution", f"{_SOLUTION[lang]}\n{read_region(ROOT / file, region)}"
+        yield "solution", f"{_SOLUTION[lang]}\n{read_region(chapter.root / file, region)}"
     yield from _prose(inner[at:], chapter, lang)

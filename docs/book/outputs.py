@@ -18,7 +18,7 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
-from docs.book.chapters import ROOT, Chapter
+from docs.book.chapters import Chapter
 
 _MANIFEST = "manifest.json"
 
@@ -27,15 +27,15 @@ def stale(chapter: Chapter) -> list[str]:
     """Return the inputs and outputs of a chapter that differ from its manifest; empty if fresh."""
     manifest = chapter.outputs / _MANIFEST
     if not manifest.is_file():
-        return [chapter.path_in_repository("outputs/" + _MANIFEST)]
+        return [chapter.path_in_repository(f"outputs/{_MANIFEST}")]
     recorded = json.loads(manifest.read_text("utf-8"))
-    changed = [name for name, digest in recorded["inputs"].items() if hash_of(name) != digest]
-    names = {path.name for path in chapter.outputs.iterdir()} | recorded["outputs"].keys()
-    return changed + [
-        chapter.path_in_repository(f"outputs/{name}")
-        for name in sorted(names - {_MANIFEST})
-        if hash_of(chapter.path_in_repository(f"outputs/{name}")) != recorded["outputs"].get(name)
-    ]
+    hashes = recorded["inputs"] | {
+        chapter.path_in_repository(f"outputs/{path.name}"): None
+        for path in chapter.outputs.iterdir()
+        if path.name != _MANIFEST
+    }
+    hashes |= recorded["outputs"]
+    return [name for name, digest in hashes.items() if hash_of(chapter.root / name) != digest]
 
 
 def refresh(chapter: Chapter) -> None:
@@ -48,12 +48,11 @@ def refresh(chapter: Chapter) -> None:
         shutil.rmtree(chapter.outputs, ignore_errors=True)
         shutil.copytree(out, chapter.outputs)
     hash_of.cache_clear()
+    names = sorted(path.name for path in chapter.outputs.iterdir())
+    outputs = [chapter.path_in_repository(f"outputs/{name}") for name in names]
     manifest = {
-        "inputs": {name: hash_of(name) for name in inputs},
-        "outputs": {
-            path.name: hash_of(chapter.path_in_repository(f"outputs/{path.name}"))
-            for path in sorted(chapter.outputs.iterdir())
-        },
+        "inputs": {name: hash_of(chapter.root / name) for name in inputs},
+        "outputs": {name: hash_of(chapter.root / name) for name in outputs},
     }
     text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
     (chapter.outputs / _MANIFEST).write_text(text, encoding="utf-8", newline="\n")
@@ -62,20 +61,19 @@ def refresh(chapter: Chapter) -> None:
 def run_script(chapter: Chapter, out: Path) -> None:
     """Run the script of a chapter in a process of its own, with one thread; exit if it fails."""
     command = [sys.executable, "-m", "docs.book.execute", chapter.stem, out]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(chapter.root), os.environ.get("PYTHONPATH")]))
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables)
+    done = subprocess.run(command, cwd=chapter.root, env=os.environ | variables)
     if done.returncode:
         sys.exit(f"book: {chapter.path_in_repository('chapter.py')} failed; see above")
 
 
 @cache
-def hash_of(name: str) -> str | None:
+def hash_of(path: Path) -> str | None:
     """Return the start of a file's SHA-256, or None if it is missing.
 
     An imported module is hashed without comments and docstrings.
     """
-    path = ROOT / name
     if not path.is_file():
         return None
     content = path.read_bytes()

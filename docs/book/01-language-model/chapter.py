@@ -1,5 +1,6 @@
 # --8<-- [start:counts]
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 corpus = [
     "the river is long",
@@ -12,7 +13,7 @@ corpus = [
 followers = defaultdict(Counter)
 for sentence in corpus:
     words = ["<s>", *sentence.split(), "</s>"]
-    for word, next_word in zip(words, words[1:], strict=False):
+    for word, next_word in pairwise(words):
         followers[word][next_word] += 1
 
 print(dict(followers["the"]))
@@ -37,7 +38,7 @@ import math
 def steps(sentence):
     """Return (next word, its probability) for each step of a sentence."""
     words = ["<s>", *sentence.split(), "</s>"]
-    return [(b, probability(b, a)) for a, b in zip(words, words[1:], strict=False)]
+    return [(b, probability(b, a)) for a, b in pairwise(words)]
 
 
 for sentence in ["the sea is long", "the mountain flows into the sea"]:

@@ -8,8 +8,6 @@ import json
 import runpy
 from pathlib import Path
 
-import pytest
-
 from docs.book.chapters import LANGUAGES, chapters
 from tests.support.chromium import needs_chromium, start_chromium
 from tests.support.pieces import PiecePage
