@@ -36,7 +36,7 @@ _INLINE_CODE = re.compile(r"`[^`\n]*`")
 _HEADING = re.compile(r"^(#{1,6}) ", re.M)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _SYMBOL_LINK = re.compile(r"\[`([\w.]+)`\]\(([^)\s#]+\.py)\)")
-_INCLUDE = re.compile(r'--8<-- "([^"]+)"')
+_INCLUDE = re.compile(r'(?<!;)--8<-- "([^"]+)"')  # ; shows the line itself
 _IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)")
 _LANGUAGE_TAGS = {
     ".py": "python", ".toml": "toml", ".json": "json", ".sh": "sh", ".yml": "yaml",

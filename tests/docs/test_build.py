@@ -79,6 +79,7 @@ def test_the_architecture_page_has_the_checked_layers(lang: str) -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built documentation; read-only."""
+    pytest.importorskip("latex2mathml")
     pytest.importorskip("zensical")
 
     def fill(folder: Path) -> None:
