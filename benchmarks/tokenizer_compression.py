@@ -18,13 +18,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_texts
 from minimind.tokenizer import SPECIAL_TOKENS
 from minimind.tokenizer.bpe import load_bpe
 from minimind.tokenizer.stats import SAMPLE_TEXTS
 
 SIZES = (300, 400, 800, 1600, 3200, 6400, 12800, 25600, 51200)
-# Name: package, file within it, vocabulary size without control tokens, kind.
+# Name: package, file within it, kind of file.
 PUBLISHED = {
     "Qwen, Qwen2": ("dashscope", "resources/qwen.tiktoken", "qwen"),
     "Llama 3": ("llama_models", "llama3/tokenizer.model", "llama3"),
@@ -48,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     texts = {"built-in Chinese": [SAMPLE_TEXTS[0]], "built-in English": [SAMPLE_TEXTS[1]]}
     for name, _, file in (text.partition("=") for text in args.text):
-        texts[name] = list(read_texts([Path(file)]))
+        texts[name] = list(read_texts([Path(file)], invalid=InvalidRecords()))
     counters = {f"minimind {size}": ours(args.tokenizer, size) for size in SIZES}
     counters |= {name: published(*where) for name, where in PUBLISHED.items()}
     record: dict[str, Any] = {

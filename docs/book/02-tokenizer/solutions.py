@@ -17,7 +17,7 @@ assert len(set(merges)) == len(merges)  # each merge makes one token
 # --8<-- [start:against-package]
 from minimind.tokenizer import train_tokenizer
 
-counts = {"abc": 9, "abd": 7, "bcd": 5, "ca": 3, "dab": 2}  # no two pairs are equally frequent
+counts = {"abc": 9, "abd": 7, "bcd": 5, "ca": 3, "dab": 2, "bc": 1}  # without ties
 words = [word for word, count in counts.items() for _ in range(count)]
 ours = train(words, 4)
 trained = train_tokenizer(["\n".join(words)], vocab_size=16 + 256 + 4)
