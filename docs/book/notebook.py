@@ -55,8 +55,8 @@ def render(chapter: Chapter, lang: str) -> str:
 
 
 def write(chapter: Chapter) -> None:
-    """Write the notebook of a chapter in both languages."""
-    for lang in LANGUAGES:
+    """Write the notebook of a chapter in each language in which it has a page."""
+    for lang in (lang for lang in LANGUAGES if chapter.page(lang).is_file()):
         path = chapter.notebook(lang)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(render(chapter, lang), encoding="utf-8", newline="\n")

@@ -7,7 +7,18 @@ for text in ("river", "长江", "é", "🐼"):
 from collections import Counter
 from itertools import pairwise
 
-WORDS = "river rivers deep deeper deepest long longer longest 长江 长河".split()
+WORDS = [
+    "river",
+    "rivers",
+    "deep",
+    "deeper",
+    "deepest",
+    "long",
+    "longer",
+    "longest",
+    "长江",
+    "长河",
+]
 
 
 def to_bytes(word):
@@ -226,12 +237,17 @@ def table_published(say):
         ratios = [f"{bytes_per_token(name, text):.2f}" for text in texts]
         million = f"{size * 512 / 1e6:.1f}"
         rows.append(
-            [name, f"{size:,}", *ratios, say(f"{million} million", f"{float(million) * 100:,.0f} 万")]
+            [
+                name,
+                f"{size:,}",
+                *ratios,
+                say(f"{million} million", f"{float(million) * 100:,.0f} 万"),
+            ]
         )
     return [head, *rows]
 
 
-published = ["Qwen, Qwen2", "Llama 3", "Mistral 7B v0.3"]
+base = layer_parameters(768, 2048, 16, 48, 16, 8)
 qwen = record["vocab_size"]["Qwen, Qwen2"]
 facts = {
     "num_merges": f"{6400 - 256 - 16:,}",
@@ -241,7 +257,15 @@ facts = {
     "web_qwen": f"{bytes_per_token('Qwen, Qwen2', 'Chinese web'):.2f}",
     "web_mistral": f"{bytes_per_token('Mistral 7B v0.3', 'Chinese web'):.2f}",
     "share_6400": f"{6400 * 512 / (6400 * 512 + small):.0%}".replace("%", " %"),
-    "share_51200": f"{51200 * 512 / (51200 * 512 + small):.0%}".replace("%", " %"),
     "share_qwen": f"{qwen * 512 / (qwen * 512 + small):.0%}".replace("%", " %"),
 }
+for size in (3200, 6400, 12800, 51200):
+    facts[f"cost_{size}"] = f"{cost_per_byte(f'minimind {size}', 'Chinese web') / 1e6:.2f}"
+for size in (6400, 12800):
+    cost = cost_per_byte(f"minimind {size}", "Chinese web", base, 768) / 1e6
+    facts[f"base_cost_{size}"] = f"{cost:.1f}"
+for name, key in (("minimind 25600", "web_25600"), ("Llama 3", "web_llama")):
+    facts[key] = f"{bytes_per_token(name, 'Chinese web'):.2f}"
+for name, key in (("minimind 6400", "english"), ("Llama 3", "english_llama")):
+    facts[key] = f"{bytes_per_token(name, 'English encyclopaedia'):.2f}"
 piece = {"words": WORDS}
