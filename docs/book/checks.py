@@ -114,7 +114,7 @@ def _include_problems(chapter: Chapter, lang: str, text: str) -> Iterator[str]:
 def _fact_problems(chapter: Chapter, text: str) -> Iterator[str]:
     path = chapter.outputs / "facts.json"
     facts = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    stated = FACT.findall(text)
+    stated = [(" ".join(value.split()), key) for value, key in FACT.findall(text)]
     for value, key in stated:
         if facts.get(key) != value:
             yield f"states {value} for {key}, which is {facts.get(key, 'not in facts')}"
