@@ -33,6 +33,7 @@ TOP_PAGES = (*READMES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 _SHARED = ("images", "assets")  # folders of docs/ that both languages use
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ \t]*$", re.M | re.S)
 _INLINE_CODE = re.compile(r"`[^`\n]*`")
+_CODE = re.compile(f"{_FENCE.pattern}|{_INLINE_CODE.pattern}", re.M | re.S)
 _HEADING = re.compile(r"^(#{1,6}) ", re.M)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _SYMBOL_LINK = re.compile(r"\[`([\w.]+)`\]\(([^)\s#]+\.py)\)")
@@ -235,12 +236,12 @@ def staged(lang: str, stage: Path) -> None:
         if chapter := staging.chapter_of(origin):
             text = staging.site_page(chapter, lang, page.parent)
         pieces, at = [], 0
-        for fence in _FENCE.finditer(text):  # links in code are text
+        for code in _CODE.finditer(text):  # links in code are text
             pieces += [
-                _rewritten(text[at : fence.start()], page, origin, stage, waiting),
-                fence.group(0),
+                _rewritten(text[at : code.start()], page, origin, stage, waiting),
+                code.group(0),
             ]
-            at = fence.end()
+            at = code.end()
         pieces.append(_rewritten(text[at:], page, origin, stage, waiting))
         page.write_text("".join(pieces), "utf-8")
 

@@ -16,11 +16,13 @@ from docs.book.chapters import (
     Chapter,
     cell_names,
     chapters,
+    read_region,
     solutions,
 )
 
 _MIN_EXERCISES = 3
-_MIN_ALT = 20  # characters; a Chinese one counts twice
+_MIN_ALT = 20  # columns
+_MAX_WIDTH = 84  # columns of code that fit beside the navigation
 _LANGUAGE = re.compile(r"\.(?:en|zh)(?=\.(?:md|svg)$)")
 _TEXT = re.compile(r"\\text\{[^}]*\}")
 
@@ -74,8 +76,9 @@ def _page_problems(chapter: Chapter, lang: str) -> Iterator[str]:
         yield f"the title must begin with '# {chapter.number} '"
     yield from _include_problems(chapter, lang, text)
     yield from _fact_problems(chapter, text)
+    yield from _width_problems(chapter)
     for alt, target in IMAGE.findall(text):
-        if sum(1 + (ord(character) > 0x2E80) for character in alt) < _MIN_ALT:
+        if _width(alt) < _MIN_ALT:
             yield f"{target}: describe the picture in the brackets, for those who cannot see it"
     if len(pieces := PIECE.findall(text)) != 1:
         yield f'has {len(pieces)} interactive pieces (<div class="piece" id="…">), not 1'
@@ -111,6 +114,16 @@ def _include_problems(chapter: Chapter, lang: str, text: str) -> Iterator[str]:
         yield f"does not use the output {name}"
 
 
+def _width_problems(chapter: Chapter) -> Iterator[str]:
+    """Yield cells and texts whose lines do not fit beside the navigation."""
+    script = chapter.folder / "chapter.py"
+    texts = {f"the cell {name}": read_region(script, name) for name in cell_names(script)}
+    texts |= {path.name: path.read_text("utf-8") for path in chapter.outputs.glob("*.txt")}
+    for name, text in texts.items():
+        if wide := [line for line in text.splitlines() if _width(line) > _MAX_WIDTH]:
+            yield f"{name} is wider than {_MAX_WIDTH} columns: {wide[0]}"
+
+
 def _fact_problems(chapter: Chapter, text: str) -> Iterator[str]:
     path = chapter.outputs / "facts.json"
     facts = json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -120,3 +133,8 @@ def _fact_problems(chapter: Chapter, text: str) -> Iterator[str]:
             yield f"states {value} for {key}, which is {facts.get(key, 'not in facts')}"
     for key in sorted(facts.keys() - {key for _, key in stated}):
         yield f"does not state {key} of facts"
+
+
+def _width(text: str) -> int:
+    """Return the columns of a text in a fixed-width font; a Chinese character takes two."""
+    return sum(1 + (ord(character) > 0x2E80) for character in text)

@@ -73,7 +73,7 @@ def _inline_figure(match: re.Match[str], page: Path) -> str:
 def _mathml(latex: str, display: str) -> str:
     from latex2mathml.converter import convert
 
-    return str(convert(latex, display=display))
+    return str(convert(latex, display=display)).replace("\\_", "_")
 
 
 def _to_mathml(match: re.Match[str]) -> str:
