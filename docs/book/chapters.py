@@ -22,10 +22,14 @@ DOCS = ROOT / "docs"
 LANGUAGES = ("en", "zh")
 INCLUDE = re.compile(r'--8<-- "([^":]+)(?::([^"]+))?"')
 FACT = re.compile(r"(-?\d[\d,.]*(?:\s?%)?)<!--=(\w+)-->")
-PIECE = re.compile(r'^<div class="piece" id="([\w-]+)">\n(.*?)\n</div>$', re.M | re.S)
+PIECE = re.compile(
+    r'^<div class="piece" id="([\w-]+)">\n(.*?)\n</div>$', re.M | re.S
+)
 EXERCISE = re.compile(r'^<details markdown="1">\n(.*?)^</details>$', re.M | re.S)
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
-FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])", re.S)
+FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])", re.S
+)
 _MARKER = re.compile(r"^[ \t]*# --8<-- \[(start|end):([^\]]+)\]\n", re.M)
 
 
@@ -64,7 +68,10 @@ class Chapter:
 
 def chapters() -> list[Chapter]:
     """Return all chapters in order."""
-    return [Chapter(path.stem) for path in sorted((DOCS / "en" / "book").glob("[0-9][0-9]-*.md"))]
+    return [
+        Chapter(path.stem)
+        for path in sorted((DOCS / "en" / "book").glob("[0-9][0-9]-*.md"))
+    ]
 
 
 @cache
@@ -74,7 +81,9 @@ def cells(script: Path) -> tuple[tuple[str | None, str, int], ...]:
     pieces: list[tuple[str | None, str, int]] = []
     name, at = None, 0
     for marker in _MARKER.finditer(source):
-        pieces.append((name, source[at : marker.start()], source.count("\n", 0, at) + 1))
+        pieces.append(
+            (name, source[at : marker.start()], source.count("\n", 0, at) + 1)
+        )
         name, at = (marker[2] if marker[1] == "start" else None), marker.end()
     pieces.append((name, source[at:], source.count("\n", 0, at) + 1))
     return tuple(piece for piece in pieces if piece[1].strip())
@@ -93,7 +102,12 @@ def read_region(file: Path, region: str | None) -> str:
     text = file.read_text("utf-8") if file.is_file() else ""
     if region:
         start, end = f"--8<-- [start:{region}]", f"--8<-- [end:{region}]"
-        text = text.partition(start)[2].partition("\n")[2].partition(end)[0].rpartition("\n")[0]
+        text = (
+            text.partition(start)[2]
+            .partition("\n")[2]
+            .partition(end)[0]
+            .rpartition("\n")[0]
+        )
     return textwrap.dedent(_MARKER.sub("", text + "\n")).strip("\n")
 
 

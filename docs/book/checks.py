@@ -55,18 +55,27 @@ def problems_of(chapter: Chapter) -> Iterator[str]:
         if not (chapter.folder / name).is_file()
     ]
     if missing:
-        yield from (f"{chapter.path_in_repository(name)}: missing" for name in missing)
+        yield from (
+            f"{chapter.path_in_repository(name)}: missing" for name in missing
+        )
         return
     if stale := outputs.stale(chapter):
         yield f"book {chapter.stem}: stale because of {', '.join(stale)}; run: make book"
         return
+    yield from (
+        f"book {chapter.stem}: {problem}" for problem in _width_problems(chapter)
+    )
     for lang in LANGUAGES:
         if not chapter.page(lang).is_file():
             continue  # reported by docs.build
         page = f"docs/{lang}/book/{chapter.stem}.md"
-        yield from (f"{page}: {problem}" for problem in _page_problems(chapter, lang))
+        yield from (
+            f"{page}: {problem}" for problem in _page_problems(chapter, lang)
+        )
         path = chapter.notebook(lang)
-        if not path.is_file() or path.read_text("utf-8") != notebook.render(chapter, lang):
+        if not path.is_file() or path.read_text("utf-8") != notebook.render(
+            chapter, lang
+        ):
             yield f"{path.relative_to(chapter.root).as_posix()}: stale; run: make book"
 
 
@@ -76,7 +85,6 @@ def _page_problems(chapter: Chapter, lang: str) -> Iterator[str]:
         yield f"the title must begin with '# {chapter.number} '"
     yield from _include_problems(chapter, lang, text)
     yield from _fact_problems(chapter, text)
-    yield from _width_problems(chapter)
     for alt, target in IMAGE.findall(text):
         if _width(alt) < _MIN_ALT:
             yield f"{target}: describe the picture in the brackets, for those who cannot see it"
@@ -100,7 +108,9 @@ def _include_problems(chapter: Chapter, lang: str, text: str) -> Iterator[str]:
     if shown != (written := cell_names(chapter.folder / "chapter.py")):
         yield f"shows the cells {shown}; chapter.py has {written}"
     folder = chapter.path_in_repository("outputs/")
-    used = {file.removeprefix(folder) for file, _ in includes if file.startswith(folder)}
+    used = {
+        file.removeprefix(folder) for file, _ in includes if file.startswith(folder)
+    }
     for _, target in IMAGE.findall(text):
         path = (chapter.page(lang).parent / target).resolve()
         if chapter.outputs in path.parents:
@@ -110,17 +120,25 @@ def _include_problems(chapter: Chapter, lang: str, text: str) -> Iterator[str]:
     made = {path.name for path in chapter.outputs.iterdir()} - internal
     for name in sorted(used - made):
         yield f"uses the output {name}, which chapter.py does not write"
-    for name in sorted(name for name in made - used if not any(o in name for o in other)):
+    for name in sorted(
+        name for name in made - used if not any(o in name for o in other)
+    ):
         yield f"does not use the output {name}"
 
 
 def _width_problems(chapter: Chapter) -> Iterator[str]:
     """Yield cells and texts whose lines do not fit beside the navigation."""
     script = chapter.folder / "chapter.py"
-    texts = {f"the cell {name}": read_region(script, name) for name in cell_names(script)}
-    texts |= {path.name: path.read_text("utf-8") for path in chapter.outputs.glob("*.txt")}
+    texts = {
+        f"the cell {name}": read_region(script, name) for name in cell_names(script)
+    }
+    texts |= {
+        path.name: path.read_text("utf-8") for path in chapter.outputs.glob("*.txt")
+    }
     for name, text in texts.items():
-        if wide := [line for line in text.splitlines() if _width(line) > _MAX_WIDTH]:
+        if wide := [
+            line for line in text.splitlines() if _width(line) > _MAX_WIDTH
+        ]:
             yield f"{name} is wider than {_MAX_WIDTH} columns: {wide[0]}"
 
 

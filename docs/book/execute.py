@@ -17,7 +17,8 @@ from typing import Any
 from docs.book.chapters import LANGUAGES, ROOT, Chapter, cells
 
 _COLOR_STYLE = (
-    "<style>:root{color:#333}@media(prefers-color-scheme:dark){:root{color:#ddd}}</style>"
+    "<style>:root{color:#333}"
+    "@media(prefers-color-scheme:dark){:root{color:#ddd}}</style>"
 )
 _opened: set[str] = set()
 
@@ -29,16 +30,24 @@ def main(stem: str, out: Path) -> None:
     for name, text in printed.items():
         _write(out / f"{name}.txt", text)
     if facts := namespace.get("facts"):
-        _write_json(out / "facts.json", {key: str(value) for key, value in facts.items()})
+        _write_json(
+            out / "facts.json", {key: str(value) for key, value in facts.items()}
+        )
     if (piece := namespace.get("piece")) is not None:
         _write_json(out / "piece.json", piece)
     for lang in LANGUAGES:
         for name, value in namespace.items():
             kind, _, label = name.partition("_")
             if kind == "figure" and callable(value):
-                _write(out / f"{label.replace('_', '-')}.{lang}.svg", draw(value, lang, stem))
+                _write(
+                    out / f"{label.replace('_', '-')}.{lang}.svg",
+                    draw(value, lang, stem),
+                )
             if kind == "table" and callable(value):
-                _write(out / f"{label.replace('_', '-')}.{lang}.md", _table(value(chooser(lang))))
+                _write(
+                    out / f"{label.replace('_', '-')}.{lang}.md",
+                    _table(value(chooser(lang))),
+                )
     _write_json(out / "inputs.json", sorted(_inputs()))
 
 
@@ -80,12 +89,16 @@ def draw(function: Callable[..., Any], lang: str, salt: str) -> str:
         drawing = to_svg(figure)
     drawing = "\n".join(line.rstrip() for line in drawing.splitlines())
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return drawing.replace("<svg", f"<svg {names}", 1).replace(">", f">{_COLOR_STYLE}", 1)
+    return drawing.replace("<svg", f"<svg {names}", 1).replace(
+        ">", f">{_COLOR_STYLE}", 1
+    )
 
 
 def _table(rows: list[list[object]]) -> str:
     head, *body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    numeric = [all(row[i][:1] in "0123456789-–−" for row in body) for i in range(len(head))]
+    numeric = [
+        all(row[i][:1] in "0123456789-–−" for row in body) for i in range(len(head))
+    ]
     rule = ["---:" if is_number else "---" for is_number in numeric]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *body])
 
@@ -97,14 +110,22 @@ def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
 
 def _inputs() -> set[str]:
     """Return the files of the repository that were read or imported, as POSIX paths."""
-    modules = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    modules = {
+        getattr(module, "__file__", None) or ""
+        for module in list(sys.modules.values())
+    }
     files = {Path(name).resolve() for name in modules | _opened if name}
-    names = {file.relative_to(ROOT).as_posix() for file in files if ROOT in file.parents}
+    names = {
+        file.relative_to(ROOT).as_posix() for file in files if ROOT in file.parents
+    }
     return {
         name
         for name in names
         if (ROOT / name).is_file()
-        and not any(part.startswith(".") or part == "__pycache__" for part in Path(name).parts)
+        and not any(
+            part.startswith(".") or part == "__pycache__"
+            for part in Path(name).parts
+        )
     }
 
 

@@ -43,9 +43,16 @@ def render(chapter: Chapter, lang: str) -> str:
     found = list(_merged(_parts(chapter, lang)))
     found.insert(1, ("markdown", _SETUP[lang]))
     content = {
-        "cells": [_cell(number, kind, source) for number, (kind, source) in enumerate(found)],
+        "cells": [
+            _cell(number, kind, source)
+            for number, (kind, source) in enumerate(found)
+        ],
         "metadata": {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "kernelspec": {
+                "display_name": "Python 3",
+                "language": "python",
+                "name": "python3",
+            },
             "language_info": {"name": "python"},
         },
         "nbformat": 4,
@@ -65,7 +72,12 @@ def write(chapter: Chapter) -> None:
 def _cell(number: int, kind: str, source: str) -> dict[str, object]:
     lines = source.splitlines(keepends=True)
     if kind == "markdown":
-        return {"cell_type": kind, "id": f"c{number}", "metadata": {}, "source": lines}
+        return {
+            "cell_type": kind,
+            "id": f"c{number}",
+            "metadata": {},
+            "source": lines,
+        }
     hidden = {"jupyter": {"source_hidden": True}, "cellView": "form"}
     return {
         "cell_type": "code",
@@ -138,7 +150,10 @@ def _fence(part: re.Match[str], chapter: Chapter) -> Iterator[tuple[str, str]]:
     if file == chapter.path_in_repository("chapter.py"):
         yield "code", read_region(chapter.root / file, region)
     elif not file.startswith(chapter.path_in_repository("outputs/")):
-        yield "markdown", f"```python\n{read_region(chapter.root / file, region)}\n```"
+        yield (
+            "markdown",
+            f"```python\n{read_region(chapter.root / file, region)}\n```",
+        )
 
 
 def _figure(name: str, chapter: Chapter, lang: str) -> str:
@@ -165,5 +180,8 @@ def _solution(block: str, chapter: Chapter, lang: str) -> Iterator[tuple[str, st
         yield from _prose(inner[at : part.start()], chapter, lang)
         at = part.end()
         file, region = INCLUDE.search(part[1]).groups()  # type: ignore[union-attr]
-        yield "solution", f"{_SOLUTION[lang]}\n{read_region(chapter.root / file, region)}"
+        yield (
+            "solution",
+            f"{_SOLUTION[lang]}\n{read_region(chapter.root / file, region)}",
+        )
     yield from _prose(inner[at:], chapter, lang)

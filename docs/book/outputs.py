@@ -35,7 +35,11 @@ def stale(chapter: Chapter) -> list[str]:
         if path.name != _MANIFEST
     }
     hashes |= recorded["outputs"]
-    return [name for name, digest in hashes.items() if hash_of(chapter.root / name) != digest]
+    return [
+        name
+        for name, digest in hashes.items()
+        if hash_of(chapter.root / name) != digest
+    ]
 
 
 def refresh(chapter: Chapter) -> None:
@@ -61,11 +65,15 @@ def refresh(chapter: Chapter) -> None:
 def run_script(chapter: Chapter, out: Path) -> None:
     """Run the script of a chapter in a process of its own, with one thread; exit if it fails."""
     command = [sys.executable, "-m", "docs.book.execute", chapter.stem, out]
-    path = os.pathsep.join(filter(None, [str(chapter.root), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(chapter.root), os.environ.get("PYTHONPATH")])
+    )
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     done = subprocess.run(command, cwd=chapter.root, env=os.environ | variables)
     if done.returncode:
-        sys.exit(f"book: {chapter.path_in_repository('chapter.py')} failed; see above")
+        sys.exit(
+            f"book: {chapter.path_in_repository('chapter.py')} failed; see above"
+        )
 
 
 @cache
@@ -91,7 +99,10 @@ def _code_of(source: str) -> str:
             lines[row - 1] = lines[row - 1][:column]
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, documented)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             first, last = node.body[0].lineno, node.body[0].end_lineno or 0
             lines[first - 1 : last] = [""] * (last - first + 1)
     return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -19,7 +19,9 @@ _OPEN = {
 
 def chapter_of(page: Path) -> Chapter | None:
     """Return the chapter that a page of the docs is, if it is one."""
-    is_chapter = page.parent.name == "book" and page.stem in {c.stem for c in chapters()}
+    is_chapter = page.parent.name == "book" and page.stem in {
+        c.stem for c in chapters()
+    }
     return Chapter(page.stem) if is_chapter else None
 
 
@@ -47,7 +49,9 @@ def piece_html(chapter: Chapter, lang: str, match: re.Match[str]) -> str:
     `piece.js` defines `bookPiece(root, data, lang)`, which replaces the text within the element.
     """
     data = chapter.outputs / "piece.json"
-    content = data.read_text("utf-8").replace("\n", "") if data.is_file() else "null"
+    content = (
+        data.read_text("utf-8").replace("\n", "") if data.is_file() else "null"
+    )
     content = content.replace("</", "<\\/")
     return (
         f'<div class="piece" id="{match[1]}"><p>{match[2]}</p></div>\n\n'

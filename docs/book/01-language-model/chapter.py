@@ -70,7 +70,7 @@ class NGram:
                 self.followers[text[i - n : i]][byte] += 1
 
     def probability(self, byte, context):
-        """Return P(byte | context): start from 1/256, then refine with longer contexts."""
+        """Return P(byte | context): 1/256, refined with ever longer contexts."""
         p = 1 / 256
         for n in range(min(self.order, len(context)) + 1):
             seen = self.followers.get(context[len(context) - n :], Counter())
@@ -80,7 +80,10 @@ class NGram:
 
 def losses(model, text):
     """Return -ln p of each byte of a text, in nats."""
-    return [-math.log(model.probability(b, text[max(0, i - 9) : i])) for i, b in enumerate(text)]
+    return [
+        -math.log(model.probability(b, text[max(0, i - 9) : i]))
+        for i, b in enumerate(text)
+    ]
 
 
 # --8<-- [end:ngram]
@@ -123,7 +126,7 @@ import random
 
 
 def generate(model, prompt, length, seed):
-    """Append `length` bytes, each drawn with the probability that the model gives it."""
+    """Append `length` bytes, drawn with the probabilities that the model gives."""
     text, chance = prompt, random.Random(seed)
     for _ in range(length):
         weights = [model.probability(byte, text) for byte in range(256)]
@@ -139,7 +142,8 @@ for order in (0, 1, 3, 6):
 text = b"Licensor grants You the right to use the Work."
 nats = sum(losses(NGram(training, 3), text))
 for unit, count in (("byte", len(text)), ("word", len(text.split()))):
-    print(f"{nats / count:6.2f} nats per {unit}, perplexity {math.exp(nats / count):,.1f}")
+    each = nats / count
+    print(f"{each:6.2f} nats per {unit}, perplexity {math.exp(each):,.1f}")
 print(f"{nats / math.log(2) / len(text):6.2f} bits per byte either way")
 # --8<-- [end:units]
 
@@ -148,7 +152,9 @@ def figure_surprise(figure, say):
     axes = figure.subplots()
     bits = [nats / math.log(2) for nats in losses(NGram(training, 3), text)]
     axes.bar(range(len(text)), bits, width=0.8)
-    axes.set_xticks(range(len(text)), [chr(b).replace(" ", "␣") for b in text], fontsize=8)
+    axes.set_xticks(
+        range(len(text)), [chr(b).replace(" ", "␣") for b in text], fontsize=8
+    )
     axes.set_ylabel(say("surprise in bits", "意外程度（比特）"))
     axes.margins(x=0.01)
 
@@ -163,16 +169,27 @@ import zlib
 from minimind.data.textbook import write_corpus
 
 NONE = dict.fromkeys(
-    ("single_turn", "multi_turn", "preference_pairs", "multiple_choice_questions"), 0
+    ("single_turn", "multi_turn", "preference_pairs", "multiple_choice_questions"),
+    0,
 )
 with tempfile.TemporaryDirectory() as folder:  # the corpus of `minimind demo`
     files = write_corpus(
-        Path(folder), seed=1, prose_characters=3_000_000, held_out_characters=60_000, **NONE
+        Path(folder),
+        seed=1,
+        prose_characters=3_000_000,
+        held_out_characters=60_000,
+        **NONE,
     )
     lines = files["held-out"].read_text("utf-8").splitlines()
 unseen = "\n".join(json.loads(line)["text"] for line in lines).encode()
-coders = {"zlib": lambda data: zlib.compress(data, 9), "bzip2": bz2.compress, "xz": lzma.compress}
-compressed = {name: 8 * len(coder(unseen)) / len(unseen) for name, coder in coders.items()}
+coders = {
+    "zlib": lambda data: zlib.compress(data, 9),
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+}
+compressed = {
+    name: 8 * len(coder(unseen)) / len(unseen) for name, coder in coders.items()
+}
 print({name: round(value, 2) for name, value in compressed.items()})
 # --8<-- [end:compress]
 
@@ -185,21 +202,41 @@ print(f"demo model    {demo['stages']['pretrain']['bits_per_byte']:.2f}")
 metrics = (records / "real-small" / "pretrain-metrics.jsonl").read_text("utf-8")
 rows = [json.loads(line) for line in metrics.splitlines()]
 validations = [row for row in rows if row["kind"] == "validation"]
-print({key: round(value, 2) for key, value in validations[-1].items() if key != "kind"})
+print(
+    {
+        key: round(value, 2)
+        for key, value in validations[-1].items()
+        if key != "kind"
+    }
+)
 # --8<-- [end:record]
 last = validations[-1]
-trained = {row["step"]: row["bits_per_byte"] for row in rows if row["kind"] == "train"}
+trained = {
+    row["step"]: row["bits_per_byte"] for row in rows if row["kind"] == "train"
+}
 gaps = [row["bits_per_byte"] - trained[row["step"]] for row in validations]
 
 
 def figure_training(figure, say):
     axes = figure.subplots()
-    train = [(row["tokens"] / 1e6, row["bits_per_byte"]) for row in rows if row["kind"] == "train"]
-    tokens_of = {row["step"]: row["tokens"] / 1e6 for row in rows if row["kind"] == "train"}
+    train = [
+        (row["tokens"] / 1e6, row["bits_per_byte"])
+        for row in rows
+        if row["kind"] == "train"
+    ]
+    tokens_of = {
+        row["step"]: row["tokens"] / 1e6 for row in rows if row["kind"] == "train"
+    }
     axes.plot(*zip(*train, strict=True), alpha=0.5, label=say("training", "训练"))
     points = [(tokens_of[row["step"]], row["bits_per_byte"]) for row in validations]
-    axes.plot(*zip(*points, strict=True), marker="o", label=say("held-out text", "留出的文本"))
-    axes.axhline(3.312, ls="--", lw=1.2, color="0.5", label=say("unigram model", "一元模型"))
+    axes.plot(
+        *zip(*points, strict=True),
+        marker="o",
+        label=say("held-out text", "留出的文本"),
+    )
+    axes.axhline(
+        3.312, ls="--", lw=1.2, color="0.5", label=say("unigram model", "一元模型")
+    )
     axes.set_xlabel(say("tokens seen, millions", "已训练的词元数（百万）"))
     axes.set_ylabel(say("bits per byte", "每字节比特数"))
     axes.grid(alpha=0.15)

@@ -20,7 +20,9 @@ def unsmoothed(byte, context):
     return seen[byte] / seen.total() if seen else 0
 
 
-assert unsmoothed(ord("x"), b"th") == 0  # its logarithm does not exist: the loss is infinite
+assert (
+    unsmoothed(ord("x"), b"th") == 0
+)  # its logarithm does not exist: the loss is infinite
 assert rivers.probability(ord("x"), b"th") > 0
 total = sum(rivers.probability(byte, b"th") for byte in range(256))
 assert math.isclose(total, 1)

@@ -7,7 +7,16 @@ for text in ("river", "长江", "é", "🐼"):
 from collections import Counter
 from itertools import pairwise
 
-WORDS = ["river", "rivers", "deep", "deeper", "deepest", "long", "longer", "longest"]
+WORDS = [
+    "river",
+    "rivers",
+    "deep",
+    "deeper",
+    "deepest",
+    "long",
+    "longer",
+    "longest",
+]
 WORDS += ["长江", "长河"]
 
 
@@ -50,7 +59,9 @@ def train(words, num_merges):
         counts = count_pairs(split)
         if not counts:
             break
-        pair = max(counts, key=counts.get)  # of equal counts, the pair that comes first
+        pair = max(
+            counts, key=counts.get
+        )  # of equal counts, the pair that comes first
         merges.append(pair)
         split = [merge(tokens, pair) for tokens in split]
     return merges
@@ -77,7 +88,14 @@ def table_merges(say):
         changed = ["·".join(map(shown, new)) for old, new in zip(split, after, strict=True)
                    if old != new]  # fmt: skip
         split = after
-        rows.append([number, " + ".join(f"`{shown(t)}`" for t in pair), count, ", ".join(changed)])
+        rows.append(
+            [
+                number,
+                " + ".join(f"`{shown(t)}`" for t in pair),
+                count,
+                ", ".join(changed),
+            ]
+        )
     return rows
 
 
@@ -98,7 +116,7 @@ for text in ("longer", "shortest", "riverbed", "长城"):
 # --8<-- [start:pieces]
 from minimind.tokenizer.bpe import new_bpe
 
-sentence = "It's 2024: the Yangtze (长江) has 6300 km.\n"
+sentence = "It's 6300 km: (long) 长江.\n"
 pieces = new_bpe().pre_tokenizer.pre_tokenize_str(sentence)
 print([sentence[start:end] for _, (start, end) in pieces])
 # --8<-- [end:pieces]
@@ -111,7 +129,7 @@ from minimind.tokenizer import train_tokenizer
 
 corpus = list(islice(prose(seed=1), 3000))
 tokenizer = train_tokenizer(corpus, vocab_size=2000)
-text = "长江发源于青藏高原。The goose."
+text = "长江发源于高原。A goose."
 ids = tokenizer.encode(text)
 print(ids)
 print([tokenizer.bytes_of[i].decode(errors="replace") for i in ids])
@@ -159,7 +177,9 @@ def figure_compression(figure, say):
         "English encyclopaedia": say("English encyclopaedia", "英文百科"),
     }
     for text, label in names.items():
-        points = [(record["vocab_size"][n], bytes_per_token(n, text)) for n in sizes]
+        points = [
+            (record["vocab_size"][n], bytes_per_token(n, text)) for n in sizes
+        ]
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axvline(6400, ls="--", lw=1.2, color="0.5")
     axes.set_xscale("log")
@@ -200,9 +220,16 @@ def figure_cost(figure, say):
     axes = figure.subplots()
     base = layer_parameters(768, 2048, 16, 48, 16, 8)
     for label, layers, hidden in (("small", small, 512), ("base", base, 768)):
-        costs = [cost_per_byte(name, "Chinese web", layers, hidden) for name in sizes]
+        costs = [
+            cost_per_byte(name, "Chinese web", layers, hidden) for name in sizes
+        ]
         relative = [cost / min(costs) for cost in costs]
-        axes.plot([record["vocab_size"][name] for name in sizes], relative, marker="o", label=label)
+        axes.plot(
+            [record["vocab_size"][name] for name in sizes],
+            relative,
+            marker="o",
+            label=label,
+        )
     axes.axvline(6400, ls="--", lw=1.2, color="0.5")
     axes.set_xscale("log")
     axes.set_xticks([400, 1600, 6400, 25600], ["400", "1,600", "6,400", "25,600"])
@@ -221,7 +248,10 @@ def table_published(say):
              say("English encyclopaedia", "英文百科"),
              say("embedding at width 512", "宽度 512 时的嵌入参数")]  # fmt: skip
     rows = []
-    for name in ["minimind 6400", *(n for n in record["tokens"] if not n.startswith("minimind"))]:
+    for name in [
+        "minimind 6400",
+        *(n for n in record["tokens"] if not n.startswith("minimind")),
+    ]:
         size = record["vocab_size"][name]
         ratios = [f"{bytes_per_token(name, text):.2f}" for text in texts]
         million = round(size * 512 / 1e6, 1)
@@ -243,7 +273,9 @@ facts = {
     "share_qwen": f"{qwen * 512 / (qwen * 512 + small):.0%}".replace("%", " %"),
 }
 for size in (3200, 6400, 12800, 51200):
-    facts[f"cost_{size}"] = f"{cost_per_byte(f'minimind {size}', 'Chinese web') / 1e6:.2f}"
+    facts[f"cost_{size}"] = (
+        f"{cost_per_byte(f'minimind {size}', 'Chinese web') / 1e6:.2f}"
+    )
 for size in (6400, 12800):
     cost = cost_per_byte(f"minimind {size}", "Chinese web", base, 768) / 1e6
     facts[f"base_cost_{size}"] = f"{cost:.1f}"
