@@ -1,4 +1,4 @@
-"""Generate the reference pages from the code: command line, recipe settings, HTTP API.
+"""Generate the reference pages from the code: command line, settings, HTTP API.
 
     python -m docs.reference
 
@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from docs.cli_reference import cli_page
 from docs.http_reference import http_page
+from docs.prepare_reference import prepare_page
 from minimind.config import Role, role_of
 from minimind.config.settings import Recipe
 
@@ -38,6 +39,8 @@ def pages() -> dict[str, str]:
     for lang in ("en", "zh"):
         made[f"{lang}/reference/cli.md"] = cli_page(lang, _NOTE[lang], translations["cli"])
         made[f"{lang}/reference/settings.md"] = _settings_page(lang, translations["settings"])
+        page = prepare_page(lang, _NOTE[lang], translations["prepare"])
+        made[f"{lang}/reference/preparation.md"] = page
         made[f"{lang}/reference/http.md"] = http_page(lang, _NOTE[lang], translations["http"])
     return made
 

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 def fsync(path: Path) -> None:
@@ -61,12 +61,18 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
+class TextFile(Protocol):
+    """A path, or a URL that can be read like one."""
+
+    def read_text(self, encoding: str) -> str: ...
+
+
+def read_json(path: TextFile) -> Any:
     """Return the content of a JSON file. Raises OSError, and ValueError if it is not JSON."""
     return json.loads(path.read_text("utf-8"))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: TextFile) -> dict[str, Any]:
     """Return the object in a JSON file. Raises as `read_json`, and ValueError for other values."""
     content = read_json(path)
     if not isinstance(content, dict):

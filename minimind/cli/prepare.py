@@ -4,7 +4,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
 from minimind.errors import UsageError, shell_words
+
+if TYPE_CHECKING:
+    from minimind.data.locations import Location
 
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _BYTES_PER_GB = 1_000_000_000
@@ -21,7 +24,8 @@ _Arguments = Annotated[
     list[str],
     typer.Argument(
         metavar="IN... [KEY=VALUE]...",
-        help="Files, folders, globs (quoted) or dataset names, and settings of the recipe.",
+        help="Files, folders, globs (quoted), URLs such as s3://bucket/folder, or dataset names; "
+        "and settings of the recipe.",
     ),
 ]
 _Benchmarks = Annotated[
@@ -37,7 +41,7 @@ _Benchmarks = Annotated[
 def prepare(
     arguments: _Arguments,
     out: Annotated[
-        Path, typer.Option(help="Output folder; an interrupted preparation is continued.")
+        str, typer.Option(help="Output folder or URL; an interrupted preparation is continued.")
     ],
     recipe: Annotated[
         str, typer.Option(help="Recipe of thresholds: a TOML file, or a packaged one.")
@@ -55,7 +59,9 @@ def prepare(
     memory: Annotated[float, typer.Option(help="Memory of all processes together, in GB.")] = 1.0,
     engine: Annotated[
         Literal["pool", "ray"],
-        typer.Option(help="Processes of this machine, or a Ray cluster with a shared disk."),
+        typer.Option(
+            help="Processes of this machine, or a Ray cluster with a shared disk or object store."
+        ),
     ] = "pool",
     yes: Yes = False,
     json: Json = None,
@@ -65,6 +71,7 @@ def prepare(
     The output is the same for any number of workers and any engine. Every dropped document is
     counted; OUT/report.html shows reasons, samples and plots.
     """
+    from minimind.data.locations import location
     from minimind.data.prepare.pipeline import prepare as run
     from minimind.data.prepare.settings import load_prepare_settings
 
@@ -76,11 +83,12 @@ def prepare(
     benchmarks = decontaminate or []
     ensure_downloaded([*paths, *(name for name in benchmarks if ":" not in name)], yes)
     questions = _read_questions(benchmarks)
+    folder = location(out)
     start = time.monotonic()
     try:
         manifest = run(
             paths,
-            out,
+            folder,
             settings,
             tokenizer=tokenizer,
             questions=questions,
@@ -92,7 +100,7 @@ def prepare(
     except KeyboardInterrupt:
         console.say("\nstopped; run the same command again to continue")
         raise typer.Exit(130) from None
-    _show(manifest, out, time.monotonic() - start, tokenizer)
+    _show(manifest, folder, time.monotonic() - start, tokenizer)
     if not decontaminate:
         console.say(
             "Benchmark questions were not removed; --decontaminate NAME does it, "
@@ -132,7 +140,9 @@ def questions_of(specs: list[str]) -> dict[str, str]:
     return questions
 
 
-def _show(manifest: dict[str, Any], out: Path, seconds: float, tokenizer: Path | None) -> None:
+def _show(
+    manifest: dict[str, Any], out: "Location", seconds: float, tokenizer: Path | None
+) -> None:
     before = manifest["input_documents"]
     rows = [
         [reason, entry["documents"], f"{entry['documents'] / max(before, 1):.2%}"]
@@ -147,8 +157,11 @@ def _show(manifest: dict[str, Any], out: Path, seconds: float, tokenizer: Path |
     )
     if invalid := sum(entry["invalid"]["records"] for entry in manifest["inputs"]):
         console.say(f"{invalid:,} invalid records are in {out / 'invalid'}")
-    words: list[str | Path] = ["pretrain", "--data", out / "text"]
+    # Training maps its data into memory, so it needs a copy on a disk.
+    folder = out if isinstance(out, Path) else Path("COPY")
+    words: list[str | Path] = ["pretrain", "--data", folder / "text"]
     if tokenizer:
         console.say(f"{sum(manifest['tokens'].values()):,} tokens in {out / 'tokens'}")
-        words += ["--tokenizer", tokenizer, f"data.store={out / 'tokens'}"]
-    console.say(f"Train on it: minimind {shell_words(*words, '--out', 'DIR')}")
+        words += ["--tokenizer", tokenizer, f"data.store={folder / 'tokens'}"]
+    first = "" if folder == out else f"Copy {out} to a folder COPY on a disk. "
+    console.say(f"{first}Train on it: minimind {shell_words(*words, '--out', 'DIR')}")

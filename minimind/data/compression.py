@@ -10,12 +10,12 @@ import lzma
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
 from minimind.data.input_files import COMPRESSIONS
+from minimind.data.locations import Location
 from minimind.errors import DataError
 
 Progress = Callable[[int], None]  # called with the number of bytes read since the last call
@@ -62,7 +62,7 @@ class CountedFile(io.RawIOBase):
             self._reported = position
 
 
-def open_decompressed(file: Path, counted: CountedFile) -> io.BufferedReader:
+def open_decompressed(file: Location, counted: CountedFile) -> io.BufferedReader:
     """Return a buffered stream of the decompressed bytes of `file`.
 
     Raises DataError for an empty file, and when the magic bytes contradict the file name.
@@ -85,7 +85,7 @@ def open_decompressed(file: Path, counted: CountedFile) -> io.BufferedReader:
     return io.BufferedReader(decompressed, _BUFFER_BYTES)
 
 
-def _check_magic(file: Path, expected: str | None, stream: io.BufferedReader) -> None:
+def _check_magic(file: Location, expected: str | None, stream: io.BufferedReader) -> None:
     head = stream.peek(_BUFFER_BYTES)
     if not head:
         raise DataError(f"{file}: the file is empty; leave it out, or download it again")
@@ -104,7 +104,7 @@ def _check_magic(file: Path, expected: str | None, stream: io.BufferedReader) ->
     )
 
 
-def _open_zip(file: Path, stream: IO[bytes]) -> IO[bytes]:
+def _open_zip(file: Location, stream: IO[bytes]) -> IO[bytes]:
     """Open the only file of a zip archive. Raises DataError if it has several or is encrypted."""
     archive = zipfile.ZipFile(stream)
     members = [

@@ -17,7 +17,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import IO, Any
 
 import zstandard
@@ -25,6 +24,7 @@ import zstandard
 from minimind.data.compression import CountedFile, Progress, open_decompressed
 from minimind.data.input_files import COMPRESSIONS, SUPPORTED, format_of
 from minimind.data.invalid import CONVERT_TO_UTF_8, NOT_UTF_8, InvalidRecords
+from minimind.data.locations import Location
 from minimind.data.strict_json import check_characters, parse_json
 from minimind.errors import DataError
 
@@ -44,7 +44,7 @@ _DAMAGED = (
 Values = Iterator[tuple[int, Any]]
 
 
-def read_values(file: Path, invalid: InvalidRecords, progress: Progress) -> Values:
+def read_values(file: Location, invalid: InvalidRecords, progress: Progress) -> Values:
     """Yield (line, value) for each record of a file of any supported format.
 
     Raises DataError for a file that cannot be read at all.
@@ -79,7 +79,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _check_text(file: Path, stream: io.BufferedReader) -> None:
+def _check_text(file: Location, stream: io.BufferedReader) -> None:
     """Raise DataError for content that is not UTF-8 text, judged by its first bytes."""
     head = stream.peek(_CHUNK_BYTES)[:4096]
     if not head:
@@ -109,7 +109,7 @@ def _raw_lines(stream: IO[bytes], first: bytes = b"") -> Iterator[tuple[int, byt
 
 
 def _json_lines(
-    file: Path, stream: io.BufferedReader, invalid: InvalidRecords, first: bytes = b""
+    file: Location, stream: io.BufferedReader, invalid: InvalidRecords, first: bytes = b""
 ) -> Values:
     """Read one value per line. `first`: the first line, if it was read before."""
     for number, line in _raw_lines(stream, first):
@@ -129,7 +129,7 @@ def _json_lines(
 # --- JSON
 
 
-def _json(file: Path, stream: io.BufferedReader, invalid: InvalidRecords) -> Values:
+def _json(file: Location, stream: io.BufferedReader, invalid: InvalidRecords) -> Values:
     """Read an array of records, or concatenated records, often one per line."""
     first = stream.readline(_MAX_LINE + 1)
     if _is_object(first):
@@ -156,7 +156,7 @@ def _is_object(line: bytes) -> bool:
     return False
 
 
-def _json_texts(file: Path, stream: IO[bytes], first: bytes) -> Iterator[tuple[int, str]]:
+def _json_texts(file: Location, stream: IO[bytes], first: bytes) -> Iterator[tuple[int, str]]:
     """Yield (line, text) of each element of an array, or of each of several concatenated values.
 
     Raises DataError for invalid JSON: the beginning of the next element is then unknown.
@@ -211,7 +211,7 @@ def _json_texts(file: Path, stream: IO[bytes], first: bytes) -> Iterator[tuple[i
 
 
 def _csv(
-    file: Path, stream: io.BufferedReader, invalid: InvalidRecords, delimiter: str = ","
+    file: Location, stream: io.BufferedReader, invalid: InvalidRecords, delimiter: str = ","
 ) -> Values:
     """Read rows as objects whose keys are the fields of the header."""
     rows = _csv_rows(file, stream, invalid, delimiter)
@@ -236,7 +236,7 @@ def _csv(
             yield number, dict(zip(header, row, strict=True))
 
 
-def _tsv(file: Path, stream: io.BufferedReader, invalid: InvalidRecords) -> Values:
+def _tsv(file: Location, stream: io.BufferedReader, invalid: InvalidRecords) -> Values:
     return _csv(file, stream, invalid, "\t")
 
 
@@ -250,7 +250,7 @@ def _is_utf_8(text: str) -> bool:
 
 
 def _csv_rows(
-    file: Path, stream: io.BufferedReader, invalid: InvalidRecords, delimiter: str
+    file: Location, stream: io.BufferedReader, invalid: InvalidRecords, delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield (first line, fields) of each row that has as many fields as the header.
 
@@ -303,7 +303,7 @@ def _csv_rows(
 # --- Plain text
 
 
-def _plain_text(file: Path, stream: io.BufferedReader, invalid: InvalidRecords) -> Values:
+def _plain_text(file: Location, stream: io.BufferedReader, invalid: InvalidRecords) -> Values:
     """Split running text into documents of bounded size, at blank lines where possible."""
     pieces: list[str] = []
     size, start, number = 0, 1, 1
@@ -320,7 +320,7 @@ def _plain_text(file: Path, stream: io.BufferedReader, invalid: InvalidRecords) 
 
 
 def _text_lines(
-    file: Path, stream: io.BufferedReader, invalid: InvalidRecords
+    file: Location, stream: io.BufferedReader, invalid: InvalidRecords
 ) -> Iterator[tuple[int, str]]:
     """Yield (number, text) of each line; a long line comes in several pieces."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -342,7 +342,7 @@ def _text_lines(
 # --- Parquet
 
 
-def _in_memory(file: Path, stream: IO[bytes]) -> IO[bytes]:
+def _in_memory(file: Location, stream: IO[bytes]) -> IO[bytes]:
     content = stream.read(_MAX_COMPRESSED_PARQUET + 1)
     if len(content) > _MAX_COMPRESSED_PARQUET:
         raise DataError(
@@ -353,7 +353,7 @@ def _in_memory(file: Path, stream: IO[bytes]) -> IO[bytes]:
 
 
 def _parquet(
-    file: Path, source: IO[bytes], invalid: InvalidRecords, counted: CountedFile
+    file: Location, source: IO[bytes], invalid: InvalidRecords, counted: CountedFile
 ) -> Values:
     import pyarrow
     import pyarrow.parquet

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from minimind.data.locations import Location, is_url, list_urls, location
 from minimind.data.registry import downloaded_file, is_name, registry
 from minimind.errors import DataError
 from minimind.paths import expand_user
@@ -17,7 +18,7 @@ _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 SUPPORTED = f"supported are {' '.join(_FORMATS)}, each also with {' '.join(COMPRESSIONS)}"
 
 
-def format_of(path: Path) -> str | None:
+def format_of(path: Location) -> str | None:
     """Return the file format by the name, such as ".jsonl"; None if it is not supported."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
@@ -32,6 +33,10 @@ def list_files(path: str) -> list[Path]:
     files in it. Hidden files below a folder are skipped. Otherwise the name of a published dataset
     stands for its downloaded file. Raises DataError when there is no file.
     """
+    if is_url(path):
+        raise DataError(
+            f"{path}: a URL is read only by `minimind data prepare`; download the files first"
+        )
     if is_name(path):
         return [downloaded_file(path)]
     root = expand_user(path)
@@ -58,6 +63,25 @@ def list_files(path: str) -> list[Path]:
             f"{path}: none of the {len(candidates):,} files has a supported format; {SUPPORTED}"
         )
     raise DataError(f"{path}: no file matches{_separation_hint(path)}")
+
+
+def list_locations(path: str) -> list[Location]:
+    """List the files of `path` as `list_files` does; `path` may also be a URL.
+
+    Raises UsageError and ResourceError as `UrlPath`.
+    """
+    if not is_url(path):
+        return [*list_files(path)]
+    where = location(path)
+    if isinstance(where, Path):  # file://
+        return [*list_files(str(where))]
+    try:
+        files = [file for file in list_urls(path) if format_of(file) is not None or file == where]
+    except FileNotFoundError as error:  # such as a missing bucket
+        raise DataError(f"{path}: {error}; check the address") from None
+    if not files:
+        raise DataError(f"{path}: there is no such file, and no file below it; {SUPPORTED}")
+    return [*files]
 
 
 def _expand_glob(pattern: Path) -> list[Path]:

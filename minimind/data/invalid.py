@@ -3,9 +3,9 @@
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from minimind.data.locations import Location, UrlPath, new_file
 from minimind.errors import DataError, ResourceError
 
 NOT_UTF_8 = "not UTF-8"
@@ -29,7 +29,7 @@ class InvalidRecords:
     the records is invalid, `add` raises a DataError that ends with `advice`.
     """
 
-    path: Path | None = None
+    path: Location | None = None
     max_fraction: float = 1.0
     num_valid: int = 0
     total: int = 0
@@ -37,8 +37,9 @@ class InvalidRecords:
     locations: dict[str, list[str]] = field(default_factory=dict)  # the first of each reason
     first: str = ""  # location and reason of the first one
     advice: str = _ADVICE
+    _lines: list[str] = field(default_factory=list)  # for a URL, which cannot be appended to
 
-    def add(self, file: Path, line: int, reason: str, content: Any = "") -> None:
+    def add(self, file: Location, line: int, reason: str, content: Any = "") -> None:
         """Count and quarantine a record. Raises DataError when too many are invalid."""
         # Reasons quote text from the file, such as field names: replace control characters.
         reason = "".join(c if c.isprintable() else "\ufffd" for c in reason[:_EXCERPT])
@@ -75,14 +76,24 @@ class InvalidRecords:
     def _quarantine(self, entry: dict[str, Any], content: Any) -> None:
         assert self.path
         entry["text"] = _excerpt(content)
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        if isinstance(self.path, UrlPath):
+            self._lines.append(line)
+            return
         try:
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                stream.write(line)
         except OSError as error:
             raise ResourceError(
                 f"{self.path}: cannot write the quarantined records ({error.strerror}); "
                 "free some disk space, or choose another folder with data.store=DIR"
             ) from error
+
+    def save(self) -> None:
+        """Write the quarantined records if `path` is a URL; files have them already."""
+        if self.path and self._lines:
+            with new_file(self.path) as file:
+                file.write_text("".join(self._lines), "utf-8", "backslashreplace", "\n")
 
     def check(self, max_fraction: float, *, final: bool = False) -> None:
         """Raise DataError when more than `max_fraction` of the records so far are invalid.

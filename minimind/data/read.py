@@ -5,13 +5,13 @@ The layers below: `input_files` lists the files, `compression` and `formats` tur
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from minimind.data.compression import Progress
 from minimind.data.formats import read_values
 from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
+from minimind.data.locations import Location
 from minimind.data.schemas import Record, convert, split_packed
 from minimind.errors import DataError
 
@@ -24,7 +24,7 @@ def _ignore_progress(num_bytes: int) -> None:
 
 
 def read_records(
-    files: Iterable[Path],
+    files: Iterable[Location],
     *,
     invalid: InvalidRecords,
     schema: str = "auto",
@@ -56,8 +56,8 @@ def read_records(
 
 
 def read_objects(
-    files: Iterable[Path], *, invalid: InvalidRecords
-) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    files: Iterable[Location], *, invalid: InvalidRecords
+) -> Iterator[tuple[Location, int, dict[str, Any]]]:
     """Yield (file, line, object) of files with schemas other than those of training data.
 
     Values that are not objects are counted as invalid; the caller counts the valid ones. Raises
@@ -81,7 +81,7 @@ def first_record(path: str, schema: str = "auto") -> Record:
 
 
 def read_texts(
-    files: Iterable[Path], *, invalid: InvalidRecords, progress: Progress | None = None
+    files: Iterable[Location], *, invalid: InvalidRecords, progress: Progress | None = None
 ) -> Iterator[str]:
     """Yield the text of all records, whatever their schema."""
     return (record.as_text() for record in read_records(files, invalid=invalid, progress=progress))

@@ -15,19 +15,21 @@ There is one store per source of a mixture. The split of a document depends only
 on the order of files. So all duplicates of a document, and all pairs of a prompt, are in the same
 split.
 
-A store is valid if the SHA-256 hashes of its input files are those in the manifest. Hashing 100 GB
-takes minutes, so a file is hashed again only if its size, modification time, change time or inode
-differs from the recorded stamp. A file that was modified less than two seconds before it was hashed
-has no stamp, because a later write could have the same times. The change time cannot be set by a
-program. Windows has none, so there all files are hashed at every start.
+A store is valid if the SHA-256 hashes of its input files are those in the manifest. So it stays
+valid for copies of the files in another folder. Hashing 100 GB takes minutes, so a file is hashed
+again only if its size, modification time, change time or inode differs from the recorded stamp. A
+file that was modified less than two seconds before it was hashed has no stamp, because a later
+write could have the same times. The change time cannot be set by a program. Windows has none, so
+there all files are hashed at every start.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from numpy.typing import NDArray
 
 from minimind.data.encode import Kind as Kind
 from minimind.data.input_files import list_files
+from minimind.data.locations import Location
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.data.store_manifest import (
     FORMAT_VERSION,
@@ -53,6 +56,8 @@ from minimind.paths import cache_folder
 from minimind.tokenizer import Tokenizer
 
 _MAX_KEYS_SHOWN = 8
+# Entries of a manifest that, together with the files, identify a store.
+_IDENTITY = ("format", "kind", "schema", "variables", "validation_fraction", "tokenizer_sha256")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ def open_store(
     key = store_key(spec)
     home = folder or default_folder()
     target = home / key
+    if not target.exists():
+        target = _store_of_copies(home, spec, files) or target
     store, built = _open(target), False
     if store is None or not _is_unchanged(store, files):
         store = None if os.access(home, os.W_OK) else _open_verified(target, files)
@@ -173,7 +180,7 @@ def open_store(
 
 
 def store_spec(
-    files: list[Path],
+    files: Sequence[Location],
     tokenizer: Tokenizer,
     kind: Kind,
     schema: str,
@@ -231,6 +238,25 @@ def _open_verified(folder: Path, files: list[Path]) -> TokenStore | None:
     with contextlib.suppress(OSError):
         write_manifest(folder, store.manifest)
     return store
+
+
+def _store_of_copies(home: Path, spec: Mapping[str, Any], files: list[Path]) -> Path | None:
+    """Return the store of files that were copied or moved to their present folder, if any.
+
+    So `minimind data prepare` can run on one machine, or write to a URL, and training on another.
+    """
+    wanted = _without_folders(spec)
+    for folder in sorted(path.parent for path in home.glob(f"*/{MANIFEST}")):
+        store = _open(folder)
+        if store and _without_folders(store.manifest) == wanted and _open_verified(folder, files):
+            return folder
+    return None
+
+
+def _without_folders(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that identify a store, with the names of the files in place of paths."""
+    names = [(re.split(r"[/\\]", entry["path"])[-1], entry["size"]) for entry in manifest["files"]]
+    return {name: manifest.get(name) for name in _IDENTITY} | {"files": names}
 
 
 @contextlib.contextmanager

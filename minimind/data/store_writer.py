@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ import numpy as np
 
 from minimind.data.encode import KIND_NAMES, Kind, encode_records, reason_to_skip
 from minimind.data.invalid import InvalidRecords
+from minimind.data.locations import Location
 from minimind.data.read import batches, read_records
 from minimind.data.schemas import Record, count_unused, variables_in
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
@@ -186,44 +187,60 @@ def _substituted(
         yield record.substitute(variables) if names else record
 
 
-def write_part(
-    folder: Path, number: int, file: Path, tokenizer: Tokenizer, validation_fraction: float
-) -> dict[str, Any]:
-    """Tokenize one file of running text to the shards `number` of a store; return their counts.
+class PartWriter:
+    """Tokenizes some running text to the shards `number` of a store. Use it in a `with` block.
 
-    The file must be small enough for one shard. `finish_store` combines the parts. A part that
-    exists is replaced.
+    The text must be small enough for one shard. `finish_store` combines the parts. Files of the
+    part that exist are replaced.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = _dtype(tokenizer)
-    num_records = 0
-    with contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(_SplitWriter(folder, split, "text", number))
-            for split in SPLITS
-        }
-        for batch in batches(read_records([file], schema="text", invalid=InvalidRecords(None, 0))):
+
+    def __init__(
+        self, folder: Path, number: int, tokenizer: Tokenizer, validation_fraction: float
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._validation_limit = int(validation_fraction * 2**64)
+        self._writers = {split: _SplitWriter(folder, split, "text", number) for split in SPLITS}
+        self._num_records = 0
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for writer in self._writers.values():
+            writer.__exit__(kind, error, trace)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Append documents."""
+        for batch in batches(map(Record, texts)):
             encoded = _encode_batch(
                 (batch, 0),
-                tokenizer=tokenizer,
+                tokenizer=self._tokenizer,
                 kind="text",
-                dtype=dtype,
-                validation_limit=int(validation_fraction * 2**64),
+                dtype=_dtype(self._tokenizer),
+                validation_limit=self._validation_limit,
             )
-            num_records += encoded.num_records
-            for split, writer in writers.items():
+            self._num_records += encoded.num_records
+            for split, writer in self._writers.items():
                 writer.add(encoded.documents[split])
-    return {split: writer.counts for split, writer in writers.items()} | {"records": num_records}
+
+    def result(self) -> dict[str, Any]:
+        """Return the counts of the part, for `finish_store`."""
+        splits = {split: writer.counts for split, writer in self._writers.items()}
+        return splits | {"records": self._num_records}
 
 
 def finish_store(
     folder: Path,
-    files: list[Path],
+    files: Sequence[Location],
+    sha256s: Sequence[str],
     tokenizer: Tokenizer,
     spec: dict[str, Any],
     parts: list[dict[str, Any]],
 ) -> None:
-    """Write the manifest of a store from the counts that `write_part` returned for each file."""
+    """Write the manifest of a store from the counts that `PartWriter` returned for each file.
+
+    sha256s: of the files.
+    """
     splits = {
         split: {
             name: sum((part[split][name] for part in parts), start=type(parts[0][split][name])())
@@ -234,8 +251,8 @@ def finish_store(
     counts = {
         "dtype": _dtype(tokenizer),
         "files": [
-            _with_hash(file, entry, stamp_of(file))
-            for file, entry in zip(files, spec["files"], strict=True)
+            entry | {"sha256": sha256, "stamp": settled_stamp_of(file)}
+            for file, sha256, entry in zip(files, sha256s, spec["files"], strict=True)
         ],
         "records": sum(part["records"] for part in parts),
         "invalid_records": 0,

@@ -28,6 +28,10 @@ def test_every_command_and_setting_is_documented() -> None:
         names = [row.split("`")[1] for row in rows if row.startswith("| `")]
         assert names == [name for name, _ in reference.settings()]
         assert all(row.count(" | ") == 4 for row in rows if row.startswith("| `"))
+        rows = pages[f"{lang}/reference/preparation.md"].splitlines()
+        assert sum(row.startswith("| `") for row in rows) == 18
+        assert any(row.startswith("| `length.maximum` | `1_000_000` | ") for row in rows)
+        assert all(row.replace("\\|", "").count("|") == 5 for row in rows if row.startswith("| `"))
     assert not any(line.endswith(" ") for text in pages.values() for line in text.splitlines())
 
 

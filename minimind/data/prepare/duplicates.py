@@ -7,14 +7,14 @@ and their order.
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minimind.data.locations import Location
 from minimind.data.prepare.minhash import mix
-from minimind.data.prepare.shards import read_array
+from minimind.data.prepare.shards import read_elements
 
 KEEP, EXACT, NEAR = range(3)  # what happens to a document
 # Bytes per document: keys, their sorted copy, ids, the order of sorting, and its buffer.
@@ -23,7 +23,9 @@ BYTES_PER_KEY = 48
 BYTES_PER_DOCUMENT = 16
 _EDGES_AT_ONCE = 1 << 20
 
-KeyFile = tuple[Path, Path, int]  # keys [bands, n], rows [bands, n], id of the first document
+KeyFile = tuple[
+    Location, Location, int
+]  # keys [bands, n], rows [bands, n], id of the first document
 
 
 def sort_keys(keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
@@ -40,11 +42,11 @@ def find_edges(files: Sequence[KeyFile], band: int, part: int, num_parts: int) -
     low, high = ((1 << 64) * bound // num_parts for bound in (part, part + 1))
     all_keys, all_ids = [], []
     for keys_path, rows_path, first_id in files:
-        keys = read_array(keys_path)[band]
+        keys = read_elements(keys_path, band)
         start = int(np.searchsorted(keys, np.uint64(low)))
         end = len(keys) if part == num_parts - 1 else int(np.searchsorted(keys, np.uint64(high)))
         all_keys.append(np.array(keys[start:end]))
-        all_ids.append(read_array(rows_path)[band, start:end] + np.int64(first_id))
+        all_ids.append(read_elements(rows_path, band, start, end - start) + np.int64(first_id))
     keys, ids = np.concatenate(all_keys), np.concatenate(all_ids)
     order = np.argsort(keys, kind="stable")  # stable: ids stay in order
     keys, ids = keys[order], ids[order]

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from minimind.data.input_files import list_files
+from minimind.data.input_files import list_locations
+from minimind.data.locations import Location, UrlPath, new_files, write_json
 from minimind.data.prepare.duplicates import BYTES_PER_DOCUMENT, BYTES_PER_KEY
 from minimind.data.prepare.engine import Engine, EngineName, Task, open_engine
+from minimind.data.prepare.progress import repeatedly, running_tasks
 from minimind.data.prepare.report import write_report
 from minimind.data.prepare.settings import PrepareSettings
+from minimind.data.prepare.space import check_space
 from minimind.data.prepare.stages import (
     cluster,
     filter_shard,
@@ -28,7 +31,8 @@ from minimind.data.prepare.workspace import FORMAT, Workspace, check_unchanged
 from minimind.data.store import store_key, store_spec
 from minimind.data.store_writer import finish_store
 from minimind.errors import DataError, UsageError
-from minimind.files import fsync, write_json
+from minimind.files import fsync
+from minimind.files import write_json as write_local_json
 from minimind.tokenizer import Tokenizer
 
 # Measured by benchmarks/data_preparation.py: resident memory of the processes, in bytes.
@@ -60,7 +64,7 @@ class Preparation:
     questions: benchmark questions (id to text) that the output must not contain.
     """
 
-    files: Sequence[Path]
+    files: Sequence[Location]
     settings: PrepareSettings
     tokenizer: Path | None = None
     questions: Mapping[str, str] | None = None
@@ -123,7 +127,7 @@ class Resources:
 
 def prepare(
     paths: Sequence[str],
-    out: Path,
+    out: Location,
     settings: PrepareSettings,
     *,
     tokenizer: Path | None = None,
@@ -137,9 +141,9 @@ def prepare(
 
     An interrupted preparation is continued. Raises DataError for input that cannot be read,
     UsageError for a folder that belongs to another preparation or too little memory, and
-    ResourceError when a worker is lost.
+    ResourceError for too little disk space or when a worker is lost.
     """
-    files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
+    files = list(dict.fromkeys(file for path in paths for file in list_locations(path)))
     preparation = Preparation(files, settings, tokenizer, questions)
     workspace = Workspace(out)
     with workspace.lock():
@@ -148,6 +152,8 @@ def prepare(
             check_unchanged(files, {k: {"input": v} for k, v in inputs.items()}, str)
             reporter.say(f"{out} is prepared already")
             return manifest
+        if isinstance(out, Path):
+            check_space(out, files, settings, tokenizer)
         resources = Resources.plan(preparation, memory_bytes, workers)
         with ExitStack() as stack:
             stack.callback(reporter.stop)
@@ -186,11 +192,19 @@ class _Run:
         if pending:
             total = sum(task.size for task in tasks)
             done = total - sum(task.size for task in pending)
+            sizes = {task.name: task.size for task in pending}
+
+            def show_running() -> None:
+                running = running_tasks(self.workspace.stage(name), sizes.keys() - results.keys())
+                if within := sum(min(size, sizes[task]) for task, size in running.items()):
+                    self.reporter.progress(done + within, total)
+
             self.reporter.start(title, total, done, unit="byte")
-            for task, result in self.engine.run(pending):
-                results[task.name] = self.workspace.record(name, task.name, result)
-                done += task.size
-                self.reporter.progress(done, total)
+            with repeatedly(show_running):
+                for task, result in self.engine.run(pending):
+                    results[task.name] = self.workspace.record(name, task.name, result)
+                    done += task.size
+                    self.reporter.progress(done, total)
             self.reporter.stop()
         return [results[task.name] for task in tasks]
 
@@ -276,9 +290,7 @@ class _Run:
             [Task(_CLUSTER, cluster, inputs, num_documents * BYTES_PER_DOCUMENT)],
         )
         self.workspace.remove_files("match")
-        for keys, rows, _ in files:
-            keys.unlink(missing_ok=True)
-            rows.unlink(missing_ok=True)
+        self.workspace.remove_files("filter", "*.npy")
         return result
 
     def _write(
@@ -295,11 +307,11 @@ class _Run:
             tokens = None
             if self.preparation.tokenizer:
                 fraction = self.preparation.settings.validation_fraction
-                folder = self.workspace.stage("tokens")
+                folder = self.workspace.token_parts
                 tokens = (self.preparation.tokenizer.resolve(), index, folder, fraction)
             arguments = (
                 self.workspace.stage("filter") / result["name"],
-                (decided, first),
+                (decided, first, result["documents"]),
                 within,
                 self.workspace.text / f"part-{_number(index)}.jsonl.zst",
                 tokens,
@@ -356,8 +368,9 @@ class _Run:
             {"removed": texts[str(removed)], "kept": texts[str(kept)]}
             for removed, kept in clusters["pairs"]
         ]
-        write_json(self.workspace.folder / "near-duplicates.json", pairs)
-        write_report(manifest, pairs, self.workspace.folder / "report.html")
+        with new_files(self.workspace.folder) as folder:
+            write_local_json(folder / "near-duplicates.json", pairs)
+            write_report(manifest, pairs, folder / "report.html")
         self.workspace.finish(manifest)
         return manifest
 
@@ -369,13 +382,16 @@ class _Run:
         tokenizer = Tokenizer.load(self.preparation.tokenizer)
         fraction = self.preparation.settings.validation_fraction
         spec = store_spec(files, tokenizer, "text", "auto", {}, fraction)
-        target = self.workspace.tokens / store_key(spec)
         parts = [result["tokens"] for result in outputs]
-        if not target.exists():  # else interrupted between here and the manifest
-            folder = self.workspace.stage("tokens")
-            finish_store(folder, files, tokenizer, spec, parts)
+        sha256s = [result["sha256"] for result in outputs]
+        store = self.workspace.token_parts
+        target = self.workspace.tokens / store_key(spec)
+        if isinstance(target, UrlPath) or not target.exists():  # else interrupted before the end
+            with new_files(store) as folder:
+                finish_store(folder, files, sha256s, tokenizer, spec, parts)
+        if isinstance(target, Path) and isinstance(store, Path) and not target.exists():
             target.parent.mkdir(exist_ok=True)
-            os.replace(folder, target)
+            os.replace(store, target)
             fsync(target.parent)
         return {
             split: sum(part[split]["tokens"] for part in parts) for split in ("train", "validation")

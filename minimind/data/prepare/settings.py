@@ -11,8 +11,8 @@ RECIPES = "prepare"  # subfolder of the packaged recipes
 class LengthSettings(Settings):
     """Lengths of documents, in letters and digits; a Chinese character counts as a letter."""
 
-    minimum: int = Field(ge=0, description="Shorter documents are dropped.")
-    maximum: int = Field(ge=1, description="Longer documents are dropped.")
+    minimum: int = Field(ge=0, description="Documents with fewer letters and digits are dropped.")
+    maximum: int = Field(ge=1, description="Documents with more letters and digits are dropped.")
 
 
 class LanguageSettings(Settings):

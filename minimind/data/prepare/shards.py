@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,13 +13,14 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from minimind.data.locations import Location, new_file
 from minimind.data.stamps import sha256_of
 from minimind.errors import DataError
-from minimind.files import atomic_file
 
 WORK_LEVEL, OUTPUT_LEVEL = 1, 6  # zstd: files that are soon deleted, and files that stay
 BATCH_CHARACTERS = 1 << 18
 _BATCH_DOCUMENTS = 1 << 14
+_HEADER_BYTES = 128  # of a .npy file with one or two dimensions
 
 
 class FileEntry(TypedDict):
@@ -30,16 +31,17 @@ class FileEntry(TypedDict):
     sha256: str
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Return the manifest entry of a file that was just written."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _entry(name: str, written: Path) -> FileEntry:
+    """Return the manifest entry of a file that was just written under a temporary name."""
+    return {"name": name, "bytes": written.stat().st_size, "sha256": sha256_of(written)}
 
 
 @dataclass
 class TextWriter:
-    """Writes texts, one JSON object per line, and counts them."""
+    """Writes texts, one JSON object per line, and counts them. entry: of the complete file."""
 
     stream: Any
+    entry: FileEntry = field(default_factory=lambda: FileEntry(name="", bytes=0, sha256=""))
     documents: int = 0
     characters: int = 0
     bytes: int = 0
@@ -54,19 +56,17 @@ class TextWriter:
 
 
 @contextlib.contextmanager
-def write_texts(path: Path, level: int) -> Iterator[TextWriter]:
+def write_texts(path: Location, level: int) -> Iterator[TextWriter]:
     """Write a shard of texts; it appears when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
-    with (
-        atomic_file(path) as temporary,
-        temporary.open("wb") as raw,
-        compressor.stream_writer(raw) as stream,
-    ):
-        yield TextWriter(stream)
+    with new_file(path) as temporary:
+        with temporary.open("wb") as raw, compressor.stream_writer(raw) as stream:
+            writer = TextWriter(stream)
+            yield writer
+        writer.entry = _entry(path.name, temporary)
 
 
-def read_shard(path: Path) -> Iterator[str]:
+def read_shard(path: Location) -> Iterator[str]:
     """Yield the texts of a shard. Raises DataError if it is missing or damaged."""
     try:
         with path.open("rb") as raw:
@@ -94,18 +94,51 @@ def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
+def write_array(path: Location, array: NDArray[Any]) -> FileEntry:
     """Write a .npy file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary, temporary.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-    return file_entry(path)
+    with new_file(path) as temporary:
+        with temporary.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        return _entry(path.name, temporary)
 
 
-def read_array(path: Path) -> NDArray[Any]:
-    """Map a .npy file into memory. Raises DataError if it is missing or damaged."""
+def read_array(path: Location) -> NDArray[Any]:
+    """Map a .npy file into memory, or read that of a URL.
+
+    Raises DataError if it is missing or damaged.
+    """
+    with _readable(path):
+        if isinstance(path, Path):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        array: NDArray[Any] = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        return array
+
+
+def read_elements(
+    path: Location, row: int = 0, start: int = 0, count: int | None = None
+) -> NDArray[Any]:
+    """Return `count` elements, or all, from `start` of a row of a .npy file.
+
+    An array of one dimension is one row. Of a URL only these bytes are requested. Raises DataError
+    as `read_array`.
+    """
+    if isinstance(path, Path):
+        return np.atleast_2d(read_array(path))[row, start:][:count]
+    with _readable(path):
+        header = io.BytesIO(path.read_bytes(0, _HEADER_BYTES))
+        np.lib.format.read_magic(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        first = row * shape[-1] + start
+        last = first + (shape[-1] - start if count is None else count)
+        offset, width = header.tell(), dtype.itemsize
+        content = path.read_bytes(offset + first * width, offset + last * width)
+        return np.frombuffer(content, dtype)
+
+
+@contextlib.contextmanager
+def _readable(path: Location) -> Iterator[None]:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        yield
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); it was changed or removed during the preparation. "

@@ -10,6 +10,7 @@ Each writes its files atomically and returns a JSON object that is kept as the m
 A function depends on nothing but its arguments, so it runs in any process on any machine.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from minimind.data.invalid import InvalidRecords
+from minimind.data.locations import Location, new_files, remove
 from minimind.data.ngrams import QuestionIndex
 from minimind.data.prepare.characters import code_points
 from minimind.data.prepare.duplicates import (
@@ -37,14 +39,15 @@ from minimind.data.prepare.duplicates import (
 from minimind.data.prepare.filters import TOO_SHORT, drop_reasons
 from minimind.data.prepare.minhash import band_keys, exact_keys
 from minimind.data.prepare.normalize import normalize
+from minimind.data.prepare.progress import ProgressFile, progress_file
 from minimind.data.prepare.settings import PrepareSettings
 from minimind.data.prepare.shards import (
     OUTPUT_LEVEL,
     WORK_LEVEL,
     Samples,
     TextWriter,
-    file_entry,
     read_array,
+    read_elements,
     read_shard,
     text_batches,
     write_array,
@@ -53,7 +56,7 @@ from minimind.data.prepare.shards import (
 from minimind.data.read import read_records
 from minimind.data.schemas import Record
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
-from minimind.data.store_writer import write_part
+from minimind.data.store_writer import PartWriter
 from minimind.errors import DataError
 from minimind.files import read_json_object
 from minimind.tokenizer import Tokenizer
@@ -96,29 +99,24 @@ def new_samples() -> Samples:
     return Samples(_NUM_SAMPLES, lambda text: text[:_EXCERPT], {})
 
 
-def read_file(file: Path, number: int, folder: Path, quarantine: Path, settings: Result) -> Result:
+def read_file(
+    file: Location, number: int, folder: Location, quarantine: Location, settings: Result
+) -> Result:
     """Split an input file into shards `folder/NUMBER-SHARD.jsonl.zst`. Raises DataError."""
     limits = PrepareSettings(**settings)
     stamp, sha256 = stamp_of(file), sha256_of(file)
-    quarantine.parent.mkdir(parents=True, exist_ok=True)
-    quarantine.unlink(missing_ok=True)  # of an interrupted try
+    if isinstance(quarantine, Path):
+        quarantine.parent.mkdir(parents=True, exist_ok=True)
+        quarantine.unlink(missing_ok=True)  # of an interrupted try
     invalid = InvalidRecords(quarantine, limits.max_invalid_fraction, advice=_INVALID_ADVICE)
     dropped = _Counts()
-    texts = _running_texts(read_records([file], invalid=invalid), dropped)
-    shards: list[Result] = []
-    first = next(texts, None)
-    while first is not None:
-        path = folder / f"{number:05}-{len(shards):05}.jsonl.zst"
-        with write_texts(path, WORK_LEVEL) as writer:
-            writer.write(first)
-            while writer.bytes < limits.shard_mb * 1_000_000:
-                text = next(texts, None)
-                if text is None:
-                    break
-                writer.write(text)
-        shards.append(_shard_result(path, writer))
-        first = next(texts, None)
-    invalid.check(invalid.max_fraction, final=True)
+    progress = ProgressFile(progress_file(folder, number))
+    records = read_records([file], invalid=invalid, progress=progress.add)
+    try:
+        shards = _write_shards(_running_texts(records, dropped), number, folder, limits.shard_mb)
+        invalid.check(invalid.max_fraction, final=True)
+    finally:
+        invalid.save()
     if stamp_of(file) != stamp:
         raise DataError(
             f"{file}: the file changed while it was read; start again when it is complete"
@@ -131,6 +129,25 @@ def read_file(file: Path, number: int, folder: Path, quarantine: Path, settings:
     }
 
 
+def _write_shards(
+    texts: Iterator[str], number: int, folder: Location, shard_mb: int
+) -> list[Result]:
+    shards: list[Result] = []
+    first = next(texts, None)
+    while first is not None:
+        path = folder / f"{number:05}-{len(shards):05}.jsonl.zst"
+        with write_texts(path, WORK_LEVEL) as writer:
+            writer.write(first)
+            while writer.bytes < shard_mb * 1_000_000:
+                text = next(texts, None)
+                if text is None:
+                    break
+                writer.write(text)
+        shards.append(_shard_result(writer))
+        first = next(texts, None)
+    return shards
+
+
 def _running_texts(records: Iterable[Record], dropped: _Counts) -> Iterator[str]:
     """Yield the texts of records of running text; count the others as dropped."""
     for record in records:
@@ -140,9 +157,9 @@ def _running_texts(records: Iterable[Record], dropped: _Counts) -> Iterator[str]
             yield record.text
 
 
-def _shard_result(path: Path, writer: TextWriter) -> Result:
+def _shard_result(writer: TextWriter) -> Result:
     return {
-        **file_entry(path),
+        **writer.entry,
         "documents": writer.documents,
         "characters": writer.characters,
         "text_bytes": writer.bytes,
@@ -150,7 +167,7 @@ def _shard_result(path: Path, writer: TextWriter) -> Result:
 
 
 def filter_shard(
-    shard: Path, folder: Path, settings: Result, questions: tuple[Path, str] | None
+    shard: Location, folder: Location, settings: Result, questions: tuple[Location, str] | None
 ) -> Result:
     """Normalize and filter a shard, drop documents with benchmark questions, compute keys.
 
@@ -192,7 +209,7 @@ def filter_shard(
     )
     stem = shard.name.partition(".")[0]
     return {
-        **_shard_result(folder / shard.name, writer),
+        **_shard_result(writer),
         "keys": write_array(folder / f"{stem}.keys.npy", sorted_keys),
         "rows": write_array(folder / f"{stem}.rows.npy", rows),
         "lengths": lengths.counts,
@@ -201,7 +218,7 @@ def filter_shard(
 
 
 @cache
-def _question_index(path: Path, sha256: str) -> QuestionIndex:
+def _question_index(path: Location, sha256: str) -> QuestionIndex:
     """Build the index once in each process. sha256: of the file, so that a change is noticed."""
     return QuestionIndex(read_json_object(path))
 
@@ -219,14 +236,16 @@ class _LengthCounts:
             counts[key] = counts.get(key, 0) + count
 
 
-def match_range(files: list[KeyFile], band: int, part: int, num_parts: int, output: Path) -> Result:
+def match_range(
+    files: list[KeyFile], band: int, part: int, num_parts: int, output: Location
+) -> Result:
     """Find documents with equal keys of one band, in one range of keys."""
     edges = find_edges(files, band, part, num_parts)
     return {**write_array(output, edges), "edges": edges.shape[1]}
 
 
 def cluster(
-    num_documents: int, exact_edges: list[Path], near_edges: list[Path], folder: Path
+    num_documents: int, exact_edges: list[Location], near_edges: list[Location], folder: Location
 ) -> Result:
     """Decide for each document if it is kept; sample near-duplicates."""
     roots = connect(num_documents, map(read_array, chain(exact_edges, near_edges)))
@@ -239,28 +258,27 @@ def cluster(
 
 
 def write_shard(
-    shard: Path,
-    decided: tuple[Path, int],
+    shard: Location,
+    decided: tuple[Location, int, int],
     wanted: list[int],
-    output: Path,
-    tokens: tuple[Path, int, Path, float] | None,
+    output: Location,
+    tokens: tuple[Path, int, Location, float] | None,
 ) -> Result:
     """Write the documents of a shard that are kept; tokenize them if a tokenizer is given.
 
-    decided: file of actions, and id of the first document. wanted: documents whose text is
-    returned, by position in the shard. tokens: tokenizer, number of the part, folder of the store,
-    validation fraction. An output without documents is not written.
+    decided: file of actions, id of the first document, number of documents. wanted: documents whose
+    text is returned, by position in the shard. tokens: tokenizer, number of the part, folder of the
+    store, validation fraction. An output without documents is not written.
     """
-    path, first_id = decided
+    path, first_id, num_documents = decided
+    all_actions = read_elements(path, start=first_id, count=num_documents).tolist()
     samples = set(wanted)
-    all_actions = read_array(path)
     dropped, lengths, excerpts = _Counts(), _LengthCounts(), {}
     reason_of = {EXACT: EXACT_COPY, NEAR: NEAR_COPY}
     position = 0
-    with write_texts(output, OUTPUT_LEVEL) as writer:
+    with _token_writer(tokens) as token_writer, write_texts(output, OUTPUT_LEVEL) as writer:
         for batch in text_batches(read_shard(shard)):
-            start = first_id + position
-            of_batch = all_actions[start : start + len(batch)].tolist()
+            of_batch = all_actions[position : position + len(batch)]
             kept = []
             for text, action in zip(batch, of_batch, strict=True):
                 if position in samples:
@@ -272,18 +290,32 @@ def write_shard(
                     dropped.add(reason_of[action], text)
                 position += 1
             lengths.add("after", kept)
+            if token_writer and kept:
+                token_writer.add(kept)
     result: Result = {
-        **_shard_result(output, writer),
+        **_shard_result(writer),
         "lengths": lengths.counts,
         "excerpts": excerpts,
         **dropped.result(),
     }
     if not writer.documents:
-        output.unlink()
-    elif tokens:
-        tokenizer, number, folder, fraction = tokens
-        result["tokens"] = write_part(folder, number, output, _tokenizer(tokenizer), fraction)
+        remove([output])
+    elif token_writer:
+        result["tokens"] = token_writer.result()
     return result
+
+
+@contextlib.contextmanager
+def _token_writer(tokens: tuple[Path, int, Location, float] | None) -> Iterator[PartWriter | None]:
+    if tokens is None:
+        yield None
+        return
+    tokenizer, number, store, fraction = tokens
+    with (
+        new_files(store) as folder,
+        PartWriter(folder, number, _tokenizer(tokenizer), fraction) as writer,
+    ):
+        yield writer
 
 
 @cache

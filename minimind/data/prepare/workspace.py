@@ -12,16 +12,16 @@ DIR/manifest.json           inputs, settings, counts, hashes of all files; writt
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from minimind.data.locations import Location, UrlPath, remove, remove_folder, write_json
 from minimind.data.stamps import sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError, UsageError
-from minimind.files import read_json_object, write_json
+from minimind.files import read_json_object
 
 FORMAT = 1  # of the manifest; also changes when the same settings give another output
 MANIFEST, IDENTITY = "manifest.json", "identity.json"
@@ -31,23 +31,31 @@ _KNOWN = {*_OUTPUTS, "text", "tokens", "invalid", "work", ".lock"}
 
 @dataclass(frozen=True)
 class Workspace:
-    """An output folder."""
+    """An output folder, of this machine or a URL."""
 
-    folder: Path
+    folder: Location
 
     @property
-    def text(self) -> Path:
+    def text(self) -> Location:
         return self.folder / "text"
 
     @property
-    def tokens(self) -> Path:
+    def tokens(self) -> Location:
         return self.folder / "tokens"
 
     @property
-    def invalid(self) -> Path:
+    def invalid(self) -> Location:
         return self.folder / "invalid"
 
-    def stage(self, name: str) -> Path:
+    @property
+    def token_parts(self) -> Location:
+        """Return the folder in which the token store is written.
+
+        A URL cannot rename a folder, so there it is the final one.
+        """
+        return self.tokens / "text" if isinstance(self.folder, UrlPath) else self.stage("tokens")
+
+    def stage(self, name: str) -> Location:
         """Return the folder of a stage."""
         return self.folder / "work" / name
 
@@ -55,7 +63,8 @@ class Workspace:
     def lock(self) -> Iterator[None]:
         """Hold the folder; the operating system releases it if the process dies.
 
-        Raises UsageError if another process holds it or if it has files of something else.
+        A URL has no locks: there the folder is only checked. Raises UsageError if another process
+        holds it or if it has files of something else.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +76,9 @@ class Workspace:
                 f"--out {self.folder} contains other files, such as {foreign[0]}; choose a new "
                 "or empty folder"
             )
+        if isinstance(self.folder, UrlPath):
+            yield
+            return
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -97,11 +109,9 @@ class Workspace:
         write_json(path, result)
         return read_json_object(path)
 
-    def remove_files(self, stage: str) -> None:
+    def remove_files(self, stage: str, pattern: str = "*") -> None:
         """Remove the files of a stage that the following stages do not need; keep the markers."""
-        for path in self.stage(stage).glob("*"):
-            if path.suffix != ".json":
-                path.unlink()
+        remove(path for path in self.stage(stage).glob(pattern) if path.suffix != ".json")
 
     def begin(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Begin or continue a preparation; return the manifest if it is finished.
@@ -151,7 +161,11 @@ class Workspace:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest and remove the working files."""
         write_json(self.folder / MANIFEST, manifest)
-        shutil.rmtree(self.folder / "work")
+        work = self.folder / "work"
+        if isinstance(work, UrlPath):
+            remove_folder(work)
+        else:
+            shutil.rmtree(work)
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -174,7 +188,9 @@ def _shown(value: Any) -> str:
 
 
 def check_unchanged(
-    files: list[Path], results: Mapping[str, Mapping[str, Any]], name_of: Callable[[int], str]
+    files: Sequence[Location],
+    results: Mapping[str, Mapping[str, Any]],
+    name_of: Callable[[int], str],
 ) -> None:
     """Raise UsageError if an input file differs from the one that was read before.
 
