@@ -32,7 +32,7 @@ function bookPiece(root, data, lang) {
     <label>${say("Text", "文本")}
       <input type="text" data-id="text" maxlength="80" value="You may reproduce the ">
     </label>
-    <label>${say("Context, in bytes", "上文长度（字节）")}: <output data-id="order-value"></output><br>
+    <label>${say("Context, in bytes: ", "上文长度（字节）：")}<output data-id="order-value"></output><br>
       <input type="range" data-id="order" min="0" max="6" value="3">
     </label>
     <p data-id="spans"></p>

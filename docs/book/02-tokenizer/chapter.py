@@ -263,6 +263,7 @@ def table_published(say):
 base = layer_parameters(768, 2048, 16, 48, 16, 8)
 qwen = record["vocab_size"]["Qwen, Qwen2"]
 facts = {
+    "spelled": len(ids),
     "num_merges": f"{6400 - 256 - 16:,}",
     "web": f"{bytes_per_token('minimind 6400', 'Chinese web'):.2f}",
     "web_300": f"{bytes_per_token('minimind 300', 'Chinese web'):.2f}",

@@ -48,7 +48,7 @@ function bookPiece(root, data, lang) {
     </p>
     <p data-id="next"></p>
     <p data-id="split"></p>
-    <p>${say("Merges", "合并")}: <b data-id="count"></b> <span data-id="merges"></span></p>
+    <p>${say("Merges: ", "合并：")}<b data-id="count"></b> <span data-id="merges"></span></p>
     <label>${say("Text to encode with these merges", "用这些合并来编码的文字")}
       <input type="text" data-id="text" value="shortest riverbed 长城">
     </label>
@@ -74,7 +74,7 @@ function bookPiece(root, data, lang) {
   function show() {
     const next = best();
     part("next").textContent = next
-      ? `${say("Most frequent pair", "出现最多的词元对")}: ` +
+      ? `${say("Most frequent pair: ", "出现最多的词元对：")}` +
         `${next.pair.map(shownToken).join(" + ")} (${next.count})`
       : say("Every word is one token.", "每个词都已是一个词元。");
     part("step").disabled = part("ten").disabled = !next;
