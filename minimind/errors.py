@@ -15,6 +15,8 @@ Each message says what happened, in which file, key or line, and what to do next
 prints the message and exits with status 1. A traceback means a bug in minimind.
 """
 
+import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -66,6 +68,27 @@ def shell_words(*words: str | Path) -> str:
     # A path that begins with a dash would be parsed as an option.
     safe = [f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w) for w in words]
     return subprocess.list2cmdline(safe) if sys.platform == "win32" else shlex.join(safe)
+
+
+def reason_of(error: OSError) -> str:
+    """Return why a path cannot be used; names the file that is there instead of a folder."""
+    if error.filename and isinstance(error, FileExistsError | NotADirectoryError):
+        path = Path(os.fsdecode(error.filename))
+        for obstacle in (path, *path.parents):
+            if obstacle.is_file():
+                return f"{obstacle} is a file, not a folder"
+    return error.strerror or str(error)
+
+
+def unwritable(out: Path, error: Exception) -> ResourceError:
+    """Return the error for an output that cannot be written, with advice that fits the cause."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        reason = reason_of(error)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    else:  # numpy and torch report a full disk without its error number
+        reason, is_full = f"incomplete write ({error})", True
+    advice = "free some disk space, or choose another --out" if is_full else "choose another --out"
+    return ResourceError(f"{out}: cannot be written: {reason}; {advice}")
 
 
 def install_line(extra: str, package: Path = Path(__file__).parent) -> str:

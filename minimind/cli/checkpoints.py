@@ -56,9 +56,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
 
     inspected = inspect_checkpoints(run, verify_hashes=thorough)
     if not inspected:
-        raise CheckpointError(
-            f"{run}: contains no checkpoint; give the directory of a run that has saved one"
-        )
+        raise _no_checkpoints(run)
     metrics = [_metrics(checkpoint, inspected) for checkpoint in inspected]
     rows = [
         [
@@ -89,6 +87,17 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
         names = ", ".join(path.name for path in quarantined)
         console.say(f"damaged checkpoints, quarantined in {run / 'checkpoints'}: {names}")
     return damaged
+
+
+def _no_checkpoints(run: Path) -> CheckpointError:
+    """Return the error for a path without checkpoints, with the runs in it that have some."""
+    if not run.is_dir():
+        reason = "is a file" if run.exists() else "there is no such directory"
+        advice = "give the directory of a run, the --out of a training command"
+        return CheckpointError(f"{run}: {reason}; {advice}")
+    runs = sorted({str(path.parent.parent) for path in run.glob("*/checkpoints/step-*")})
+    advice = f"give one of {', '.join(runs)}" if runs else "give a run that has saved one"
+    return CheckpointError(f"{run}: contains no checkpoint; {advice}")
 
 
 def _metrics(checkpoint: "CheckpointInfo", all_of_run: list["CheckpointInfo"]) -> dict[str, Any]:

@@ -51,14 +51,14 @@ def evaluate_demo(
         "quiz": _quiz_metrics(quiz_tuned, quiz_final),
         "preferences": {key: dpo[key] for key in ("first_accuracy", "accuracy", "rewards/margin")},
         "identity": ADAPTER_IDENTITY | _identity_metrics(out, device, stages["identity"]),
-        "eight": [
+        "questions": [
             {
                 "question": question.question,
                 "before_training": before_training[i],
                 "after_pretraining": after_pretraining[i],
                 "after_fine_tuning": eight_tuned[i].answer,
                 "after_preferences": eight_final[i].answer,
-                "correct": eight_final[i].right,
+                "correct": eight_final[i].correct,
                 "fluent": eight_final[i].fluent,
             }
             for i, question in enumerate(questions)
@@ -118,9 +118,9 @@ def _quiz_metrics(
     from minimind.evaluation.quiz import by_subject
 
     return {
-        "correct": sum(answer.right for answer in final),
+        "correct": sum(answer.correct for answer in final),
         "fluent": sum(answer.fluent for answer in final),
-        "correct_before_preferences": sum(answer.right for answer in tuned),
+        "correct_before_preferences": sum(answer.correct for answer in tuned),
         "questions": len(final),
         "by_subject": {
             subject: {"correct": correct, "questions": count}
@@ -133,7 +133,7 @@ def _quiz_metrics(
                 "expected": answer.question.answer,
             }
             for answer in final
-            if not answer.right
+            if not answer.correct
         ],
     }
 
@@ -178,20 +178,20 @@ def show_results(out: Path, summary: dict[str, Any]) -> None:
             *(row[name] for name in _ANSWERS_SHOWN),
             *(mark[row.get(name)] for name in ("correct", "fluent")),
         ]
-        for row in summary["eight"]
+        for row in summary["questions"]
     ]
     titles = ["after pretraining", "after fine-tuning", "after preference optimization"]
     columns = ["question", *titles, "keywords", "fluent"]
     console.show(console.table("The eight questions", columns, answers))
     rows = _summary_rows(summary)
     console.show(console.table("Summary", ["metric", "value"], rows, numbers=1))
-    show_next_commands(out, out / "identity")
+    show_next_commands(out, (out, out / "identity"))
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, object]]:
     quiz, stages = summary["quiz"], summary["stages"]
     preferences, identity = summary["preferences"], summary["identity"]
-    eight_correct = sum(row["correct"] for row in summary["eight"])
+    eight_correct = sum(row["correct"] for row in summary["questions"])
     return [
         ("parameters", summary["parameters"]),
         ("device", summary["device"]),

@@ -46,7 +46,7 @@ def get_datasets(
     missing = [each for each in datasets if not is_present(each, each.path_in(folder))]
     if missing:
         check_terminal("; ".join(map(_describe, missing)), yes)
-    located = [locate(each, hub, console.say) for each in missing]
+    located = [locate(each, folder, hub, console.say) for each in missing]
     rows = [
         [
             each.published.name,

@@ -37,7 +37,7 @@ from minimind.cli import (
 )
 from minimind.cli.compare import compare
 from minimind.cli.eval import evaluate
-from minimind.errors import MinimindError, is_out_of_memory
+from minimind.errors import MinimindError, is_out_of_memory, reason_of
 from minimind.version import __version__
 
 _OUT_OF_MEMORY = (
@@ -104,7 +104,7 @@ def _system_error(error: OSError) -> str:
             f"{where}the disk is full. Free some space and run the same command again; "
             "finished work is kept"
         )
-    return f"{where}{error.strerror or error}"
+    return f"{where}{reason_of(error)}"
 
 
 app = typer.Typer(

@@ -15,7 +15,7 @@ def export_torch(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Weights to write, such as NAME.pth.")],
 ) -> None:
     """Write a .pth file that the code of MiniMind v2 or v3 loads."""
-    from minimind.export.minimind_export import export_pth
+    from minimind.export.pth_export import export_pth
     from minimind.model import resolve_model_directory
 
     config = export_pth(resolve_model_directory(model), out)
@@ -47,9 +47,11 @@ def import_pth(
     """
     from minimind.config.load import parse_override
     from minimind.errors import UsageError
-    from minimind.export.minimind_import import import_pth
+    from minimind.export.pth_import import import_pth
     from minimind.tokenizer import Tokenizer
 
+    if not file.is_file():
+        raise UsageError(f"{file}: there is no such file; give a .pth file of MiniMind's weights")
     folder = tokenizer or file.parent
     if tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise UsageError(

@@ -40,10 +40,12 @@ def push(
     from minimind.export.push import push as upload
     from minimind.files import write_atomically
     from minimind.model import resolve_model_directory
+    from minimind.model.directory import check_weights
 
     check_repository_name(repository)
     directory = resolve_model_directory(model)
-    card = make_model_card(model, directory, repository, licence=licence)
+    check_weights(directory)
+    card = make_model_card(model, directory, repository, hub=hub, licence=licence)
     for conflict in card.conflicts:
         console.say(f"licence: {conflict}")
     if preview:

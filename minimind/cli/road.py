@@ -22,7 +22,7 @@ from minimind.cli.steps import (
     train_stage,
     train_tokenizer_once,
 )
-from minimind.errors import ConfigError
+from minimind.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from minimind.config.road import Road, RoadStage
@@ -60,8 +60,12 @@ def road(
     from minimind.model.device import choose_device
     from minimind.reporting.report import make_report
 
+    if dry_run and fresh:
+        raise UsageError("--dry-run discards nothing; give either --dry-run or --fresh")
     settings = load_road(name)
     out = out or Path("out") / Path(name).stem
+    if out.is_file():
+        raise UsageError(f"--out {out} is a file; choose a folder")
     recipes = _stage_recipes(settings, out, str(choose_device(device)))
     if dry_run:
         from minimind.cli.road_plan import show_plan
@@ -70,19 +74,18 @@ def road(
         return
     previous = _previous_road(out)
     if previous and not fresh:
-        _check_same_training(out, previous, settings)
+        _check_changes(out, previous, settings)
     _check_inputs(settings, recipes, yes)
     if fresh:
         names = [*recipes, *(previous.stages if previous else ()), "eval"]
         remove_results(out, names, [_ROAD_FILE])
-    elif previous and previous.evaluation.questions != settings.evaluation.questions:
+    elif previous and _answers_change(previous, settings):
         (out / "summary.json").unlink(missing_ok=True)
     console.write_json(out / _ROAD_FILE, settings.model_dump())
     with timed(out) as total_seconds:
         passed, summary = _run(settings, out, recipes, total_seconds)
     make_report([out]).write(out / "report.html")
-    adapters = [out / stage for stage, recipe in recipes.items() if recipe.lora]
-    show_results(out, summary, adapters[-1] if adapters else None)
+    show_results(out, summary, recipes)
     if not passed:
         raise typer.Exit(1)
 
@@ -149,9 +152,18 @@ def _previous_road(out: Path) -> "Road | None":
         return None
 
 
-def _check_same_training(out: Path, previous: "Road", road: "Road") -> None:
-    """Raise ConfigError if the road trains other models than those in `out`."""
-    from minimind.config.road import training_settings
+def _answers_change(previous: "Road", road: "Road") -> bool:
+    """Return True if the answers in `summary.json` are not those of this road."""
+    from minimind.config.road import repeated_steps
+
+    questions_differ = previous.evaluation.questions != road.evaluation.questions
+    return questions_differ or bool(repeated_steps(previous, road))
+
+
+def _check_changes(out: Path, previous: "Road", road: "Road") -> None:
+    """Accept changes to steps that have not begun. Raises ConfigError if one of them has begun."""
+    from minimind.config.road import repeated_steps, training_settings
+    from minimind.training.run import has_begun
 
     before, now = training_settings(previous), training_settings(road)
     changes = [
@@ -159,12 +171,31 @@ def _check_same_training(out: Path, previous: "Road", road: "Road") -> None:
         for key in before | now
         if before.get(key) != now.get(key)
     ]
-    if changes or list(previous.stages) != list(road.stages):
-        raise ConfigError(
-            f"{out} holds the results of another road: "
-            f"{'; '.join(changes) or 'the stages have another order'}. "
-            "Give the same road, choose another --out, or start over with --fresh"
-        )
+    description = "; ".join(changes) or "the stages have another order"
+    steps = repeated_steps(previous, road)
+    reasons = {
+        "tokenizer": "the tokenizer is trained",
+        "model": "the last stage is finished",
+        "eval": "the evaluation has begun",
+    }
+    begun = [
+        step
+        for step in steps
+        if ((out / step).is_dir() if step in reasons else has_begun(out / step))
+    ]
+    if not begun:
+        if steps:
+            console.say(f"changed since {out} began: {description}")
+        return
+    reason = reasons.get(begun[0], f"the stage {begun[0]} has begun")
+    remedy = "choose another --out, or start over with --fresh"
+    if begun[0] != "tokenizer":
+        folders = ", ".join(str(out / step) for step in begun)
+        remedy = f"{remedy}. To repeat only the steps that change, remove {folders}"
+    raise ConfigError(
+        f"{out} holds the results of another road: {description}, but {reason}. "
+        f"Give the same road, {remedy}"
+    )
 
 
 def _check_inputs(road: "Road", recipes: "Mapping[str, Recipe]", yes: bool) -> None:

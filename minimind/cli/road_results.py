@@ -44,7 +44,7 @@ def answer_questions(
             for name, stage in stages.items()
         },
         "unigram_bits_per_byte": first.get("unigram_bits_per_byte"),
-        "eight": [
+        "questions": [
             {"question": question}
             | {key: texts[number] for key, texts in answers.items()}
             | _score(question, [texts[number] for texts in answers.values()][-1])
@@ -74,9 +74,9 @@ def _score(question: str, answer: str) -> dict[str, bool]:
     return {"correct": is_correct(known, answer)} if known else {}
 
 
-def show_results(out: Path, summary: dict[str, Any], adapter: Path | None) -> None:
+def show_results(out: Path, summary: dict[str, Any], recipes: "Mapping[str, Recipe]") -> None:
     """Print the answers, the metrics of the stages, and the commands to try next."""
-    rows = summary["eight"]
+    rows = summary["questions"]
     if rows:
         mark = {True: "✓", False: "✗", None: "–"}
         keys = [key for key in _ANSWER_KEYS.values() if key in rows[0]]
@@ -86,7 +86,17 @@ def show_results(out: Path, summary: dict[str, Any], adapter: Path | None) -> No
         columns = ["question", *(key.replace("_", " ") for key in keys), "keywords"]
         console.show(console.table("Questions", columns, cells))
     console.show(console.table("Summary", ["metric", "value"], _summary_rows(summary), numbers=1))
-    show_next_commands(out, adapter)
+    show_next_commands(out, last_adapter(out, recipes))
+
+
+def last_adapter(out: Path, recipes: "Mapping[str, Recipe]") -> tuple[Path, Path] | None:
+    """Return (model, adapter) of the last stage with LoRA; None if there is none."""
+    adapters = [name for name, recipe in recipes.items() if recipe.lora]
+    if not adapters:
+        return None
+    last_model = [name for name, recipe in recipes.items() if recipe.lora is None][-1]
+    base = Path(recipes[adapters[-1]].model.init or "")
+    return out if base == out / last_model else base, out / adapters[-1]
 
 
 def _summary_rows(summary: dict[str, Any]) -> list[tuple[str, object]]:

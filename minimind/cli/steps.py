@@ -198,12 +198,16 @@ def continue_as_dialogue(
     return [text.split("问：")[0] for text in texts]
 
 
-def show_next_commands(out: Path, adapter: Path | None) -> None:
-    """Print where the report is, and commands that use the model in `out`."""
+def show_next_commands(out: Path, adapted: tuple[Path, Path] | None) -> None:
+    """Print where the report is, and commands that use the model in `out`.
+
+    adapted: a model and an adapter for it.
+    """
     console.say(f"Report with all curves: {out / 'report.html'}")
     console.say(f"Chat with your model: {console.command('chat', out)}")
-    if adapter:
-        adapted = console.command("chat", out, "--adapter", adapter)
-        console.say(f"Chat with the adapter: {adapted}")
+    if adapted:
+        model, adapter = adapted
+        command = console.command("chat", model, "--adapter", adapter)
+        console.say(f"Chat with the adapter: {command}")
     page = console.command("export", "web", out, "--out", out / "page")
     console.say(f"Put your model into a web page that runs without a server: {page}")

@@ -1,5 +1,6 @@
 """`minimind sweep RECIPE KEY=A,B,C…`: train variants of a recipe and compare them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,17 +90,21 @@ def _plan(
         log = out / "logs" / f"{variant.name}.log"
         planned.append(PlannedRun(variant.name, resolved.recipe, log))
     if not planned:
-        raise UsageError(next(iter(invalid.values())))
+        raise UsageError("; ".join(describe_failures(invalid, len(settings))))
     return planned, settings, invalid
 
 
 def _watcher(bar: Any) -> Any:
-    """Return a watcher that draws a progress bar per active run and reports its outcome."""
+    """Return a watcher that draws a progress bar per active run and reports its outcome.
+
+    An error that several runs have in common is printed once.
+    """
     from minimind.planning.sweep import Watcher
 
     class _Bars(Watcher):
         def __init__(self) -> None:
             self._tasks: dict[int, Any] = {}
+            self._first_failed: dict[str, str] = {}  # names of runs, by error
 
         def started(self, slot: int, planned: "PlannedRun") -> None:
             steps = planned.recipe.training.steps
@@ -113,7 +118,11 @@ def _watcher(bar: Any) -> Any:
         def ended(self, slot: int, planned: "PlannedRun", failure: str | None) -> None:
             if slot in self._tasks:
                 bar.remove_task(self._tasks.pop(slot))
-            console.say(f"{planned.name}: {failure or 'finished'}")
+            outcome = failure or "finished"
+            if failure:
+                first = self._first_failed.setdefault(failure, planned.name)
+                outcome = failure if first == planned.name else f"the same error as {first}"
+            console.say(f"{planned.name}: {outcome}")
 
     return _Bars()
 
@@ -143,12 +152,25 @@ def _finish(
             for axis, fit in fits.items():
                 console.say(f"{kind}, loss by {axis}: {_scaling_law(fit)}")
         console.say(f"Report with all curves: {out / 'report.html'}")
-    for name, failure in outcomes.failed.items():
-        console.say(f"failed: {name}: {failure}")
+    for line in describe_failures(outcomes.failed, len(settings)):
+        console.say(f"failed: {line}")
     if outcomes.stopped:
         raise typer.Exit(130)
     if outcomes.failed:
         raise typer.Exit(1)
+
+
+def describe_failures(failed: Mapping[str, str], num_runs: int) -> list[str]:
+    """Return a line per error, with the runs that failed for it. failed: errors by run."""
+    by_error: dict[str, list[str]] = {}
+    for name, error in failed.items():
+        by_error.setdefault(error, []).append(name)
+    return [
+        f"all {num_runs} runs: {error}"
+        if len(names) == num_runs > 1
+        else f"{', '.join(names)}: {error}"
+        for error, names in by_error.items()
+    ]
 
 
 def _scaling_law(fit: dict[str, Any]) -> str:

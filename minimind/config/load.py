@@ -122,7 +122,7 @@ def _read(
     if path.resolve() in children:
         raise ConfigError(f"{path}: this recipe extends itself through {children[-1]}")
     text = _read_text(path)
-    values = _parse(path, text)
+    values = _parse(path, text, group)
     lines = _key_lines(text)
     parent = values.pop("extends", None)
     origins = {key: f"{_short_path(path)}:{_line(key, lines)}" for key in leaves(values)}
@@ -179,15 +179,17 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def _parse(path: Path, text: str, group: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         message = str(error)
         position = re.search(r" \(at line (\d+), column \d+\)$", message)
         line = int(position[1]) if position else len(text.splitlines())
-        data = "" if path.suffix == ".toml" else ". If it is data, give it with --data"
-        raise ConfigError(f"{path}:{line}: not TOML: {message}{data}") from None
+        # Only commands that train take data with --data.
+        takes_data = path.suffix != ".toml" and not group
+        advice = ". If it is data, give it with --data" if takes_data else ""
+        raise ConfigError(f"{path}:{line}: not TOML: {message}{advice}") from None
 
 
 def _key_lines(text: str) -> dict[str, int]:

@@ -130,8 +130,9 @@ class ModelConfig(BaseModel):
                 )
             if self.qk_norm:
                 raise ValueError(
-                    "qk_norm cannot be combined with num_local_experts: "
-                    "transformers has no class with both"
+                    "qk_norm cannot be combined with num_local_experts: mixtures of experts are "
+                    "saved as GraniteMoeSharedForCausalLM, which has no RMSNorm of queries and "
+                    "keys (Qwen3MoeForCausalLM, which has it, is not supported)"
                 )
         elif any(
             getattr(self, name) != type(self).model_fields[name].default for name in MOE_FIELDS

@@ -11,13 +11,7 @@ from minimind.config.roles import Settings
 ROADS = "roads"  # the group of the packaged roads
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 # Folders beside those of the stages.
-_OTHER_FOLDERS = (
-    "tokenizer",
-    "model",
-    "eval",
-    "page",
-    "report-plots",
-)  # beside those of the stages
+_OTHER_FOLDERS = ("tokenizer", "model", "eval", "page", "report-plots")
 
 
 class RoadTokenizer(Settings):
@@ -75,3 +69,21 @@ def load_road(name: str) -> Road:
 def training_settings(road: Road) -> dict[str, Any]:
     """Return the settings that determine the trained models, by dotted key."""
     return leaves(road.model_dump(exclude={"evaluation"}))
+
+
+def repeated_steps(previous: Road, road: Road) -> list[str]:
+    """Return the folders of the steps whose results the changes of a road make invalid.
+
+    These are the first step that differs and all later ones, of both roads, up to the evaluation.
+    An empty list: both roads train the same models.
+    """
+    before, now = (
+        [("tokenizer", each.tokenizer), *each.stages.items()] for each in (previous, road)
+    )
+    if before == now:
+        return []
+    same = 0
+    while before[same : same + 1] == now[same : same + 1]:
+        same += 1
+    changed = [name for name, _ in (*before[same:], *now[same:])]
+    return [*dict.fromkeys(changed), "model", "eval"]

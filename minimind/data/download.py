@@ -34,9 +34,9 @@ from minimind.data.hub import (
     list_repository,
     open_file,
 )
-from minimind.data.registry import Published, data_folder, similar
+from minimind.data.registry import FOLDER_VARIABLE, Published, data_folder, similar
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
-from minimind.errors import DataError, ResourceError
+from minimind.errors import DataError, ResourceError, shell_words
 from minimind.files import fsync, read_json_object, write_json
 
 _MAX_FAILURES = 5  # in a row, without a byte in between
@@ -65,10 +65,11 @@ class Located:
 # --- Published datasets
 
 
-def locate(published: Published, hub: Hub | None, say: Say) -> Located:
+def locate(published: Published, folder: Path, hub: Hub | None, say: Say) -> Located:
     """Find a file on `hub`, or on the preferred hub that has it.
 
-    Raises DataError if no hub has it, and UsageError if the set is not published on `hub`.
+    folder: the data folder, for messages. Raises DataError if no hub has it, and UsageError if the
+    set is not published on `hub`.
     """
     failures: list[str] = []
     for repository in published.repositories(hub):
@@ -81,7 +82,8 @@ def locate(published: Published, hub: Hub | None, say: Say) -> Located:
             failures.append(str(error))
         except TransientError as error:
             failures.append(f"{error.host} cannot be reached ({error}){mirror_hint(repository)}")
-    raise DataError(f"{published.name}: {'; '.join(failures)}. {_manual_download_hint(published)}")
+    hint = _manual_download_hint(published, folder)
+    raise DataError(f"{published.name}: {'; '.join(failures)}. {hint}")
 
 
 def fetch(located: Located, folder: Path, *, progress: Progress, say: Say) -> Path:
@@ -94,7 +96,12 @@ def fetch(located: Located, folder: Path, *, progress: Progress, say: Say) -> Pa
     try:
         download_file(located.repository, located.file, target, progress=progress, say=say)
     except TransientError as error:
-        raise DataError(_explain(located, error)) from error
+        raise DataError(_explain(located, folder, error)) from error
+    except HubError as error:
+        advice = f"{_other_copy_hint(located, folder)}{_manual_download_hint(published, folder)}"
+        raise DataError(f"{published.name}: {error}. {advice}") from error
+    except ResourceError as error:
+        raise ResourceError(f"{error}: {FOLDER_VARIABLE} names the folder") from error
     origin = {
         "name": published.name,
         "licence": published.licence,
@@ -167,28 +174,39 @@ def _listed_file(published: Published, listing: Listing) -> HubFile:
     return replace(file, sha256=file.sha256 or known)
 
 
-def _manual_download_hint(published: Published) -> str:
+def _manual_download_hint(published: Published, folder: Path) -> str:
     url = published.repositories()[-1].file_url(published.file.path)
-    target = published.path_in(data_folder())
+    target = published.path_in(folder)
     return f"It can also be downloaded by other means from {url}, and saved as {target}"
 
 
-def _explain(located: Located, error: TransientError) -> str:
+def _other_copy_hint(located: Located, folder: Path) -> str:
+    """Return a sentence with the command that downloads from another hub; "" if there is none."""
+    published = located.published
+    others = [r.hub for r in published.repositories() if r.hub != located.repository.hub]
+    if not others:
+        return ""
+    own_folder = () if folder == data_folder() else ("--dir", folder)
+    command = shell_words("data", "get", published.name, "--hub", others[0], *own_folder)
+    return f"{HUB_NAMES[others[0]]} has a copy: minimind {command} downloads it. "
+
+
+def _explain(located: Located, folder: Path, error: TransientError) -> str:
     """Describe a failed download and what helps."""
     published, repository = located.published, located.repository
-    others = [r.hub for r in published.repositories() if r.hub != repository.hub]
     if error.host != repository.host:
-        text = (
-            f"{published.name}: {repository.host} redirects to {error.host}, which cannot be "
-            f"reached ({error}). Mirrors of huggingface.co often serve only the listings themselves"
-        )
-        remedy = "Set HF_ENDPOINT to another mirror, or HTTPS_PROXY to a proxy"
+        text = f"{repository.host} redirects to {error.host}, which cannot be reached ({error})"
+        remedy = "HTTPS_PROXY names a proxy"
+        if repository.hub == "hf":
+            text += ". Mirrors of huggingface.co often serve only the listings themselves"
+            remedy = "Set HF_ENDPOINT to another mirror, or HTTPS_PROXY to a proxy"
     else:
-        text = f"{published.name}: the connection to {error.host} failed repeatedly ({error})"
+        text = f"the connection to {error.host} failed repeatedly ({error})"
         remedy = "What is downloaded so far is kept; the same command continues"
-    if others:
-        remedy = f"Use the copy on {HUB_NAMES[others[0]]} with --hub {others[0]}. {remedy}"
-    return f"{text}. {remedy}. {_manual_download_hint(published)}"
+    return (
+        f"{published.name}: {text}. {_other_copy_hint(located, folder)}{remedy}. "
+        f"{_manual_download_hint(published, folder)}"
+    )
 
 
 # --- Any file of a repository
@@ -232,7 +250,7 @@ def download_file(
             if attempt == 2:
                 raise HubError(
                     f"{file.path}: {repository.host} delivered a damaged file twice "
-                    f"({difference}); nothing was kept. Try again later, or another hub"
+                    f"({difference}); nothing was kept. Try again later"
                 )
             say(f"{file.path} is damaged ({difference}); downloading it again")
         fsync(part)

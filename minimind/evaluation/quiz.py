@@ -15,11 +15,11 @@ _MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """A model's answer. right: True if it matches the keywords. fluent: see `is_fluent`."""
+    """A model's answer. correct: it matches the keywords. fluent: see `is_fluent`."""
 
     question: QuizQuestion
     answer: str
-    right: bool
+    correct: bool
     fluent: bool
 
 
@@ -34,11 +34,11 @@ def score_answers(questions: Sequence[QuizQuestion], answers: Sequence[str]) -> 
 
 
 def by_subject(answers: Sequence[ScoredAnswer]) -> dict[str, tuple[int, int]]:
-    """Return (right answers, questions) per subject."""
+    """Return (correct answers, questions) per subject."""
     table: dict[str, tuple[int, int]] = {}
     for answer in answers:
-        right, questions = table.get(answer.question.subject, (0, 0))
-        table[answer.question.subject] = (right + answer.right, questions + 1)
+        correct, questions = table.get(answer.question.subject, (0, 0))
+        table[answer.question.subject] = (correct + answer.correct, questions + 1)
     return table
 
 
@@ -54,6 +54,6 @@ def quiz_task(limit: int | None) -> GenerativeTask:
 def _scoring_function(question: QuizQuestion) -> Callable[[str], dict[str, bool]]:
     def score(answer: str) -> dict[str, bool]:
         scored = score_answer(question, answer)
-        return {"right": scored.right, "fluent": scored.fluent}
+        return {"right": scored.correct, "fluent": scored.fluent}
 
     return score

@@ -20,7 +20,7 @@ import gguf
 from torch import Tensor
 
 from minimind.config.model import ModelConfig
-from minimind.errors import ModelError, ResourceError, UsageError, install_line
+from minimind.errors import ModelError, ResourceError, UsageError, install_line, unwritable
 from minimind.export.gguf_vocabulary import GGUFVocabulary, read_vocabulary
 from minimind.files import atomic_file
 from minimind.model import Transformer, load_model, merge_adapter
@@ -175,10 +175,7 @@ def _written_atomically(out: Path) -> Iterator[Path]:
         with atomic_file(out) as temporary:
             yield temporary
     except OSError as error:
-        reason = error.strerror or f"incomplete write ({error})"  # the latter is numpy's
-        raise ResourceError(
-            f"{out}: cannot be written: {reason}; free some disk space, or choose another --out"
-        ) from error
+        raise unwritable(out, error) from error
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -186,11 +183,15 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     config = model.config
     yield from _rope_factors(config)
     for name, tensor in model.state_dict().items():
-        for gguf_name, part in convert(name.removesuffix(".weight"), tensor.float(), config):
+        for gguf_name, part in llama_cpp_tensors(
+            name.removesuffix(".weight"), tensor.float(), config
+        ):
             yield f"{gguf_name}.weight", part
 
 
-def convert(module: str, weight: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def llama_cpp_tensors(
+    module: str, weight: Tensor, config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (llama.cpp's name without suffix, matrix) of one module's weight.
 
     module: Hugging Face's name, such as "model.layers.0.self_attn.q_proj".

@@ -16,8 +16,8 @@ from minimind.export.gguf import (
     add_tensor,
     architecture,
     check_new_file,
-    convert,
     gguf_file,
+    llama_cpp_tensors,
 )
 from minimind.model import Transformer, load_model
 from minimind.model.adapter import adapter_matrices
@@ -53,6 +53,6 @@ def _adapter_tensors(model: Transformer, adapter: Path) -> Iterator[tuple[str, T
     alpha is 1 in the file, and B is multiplied by scale · r.
     """
     for module, a, b, scale in adapter_matrices(model, adapter):
-        for name, rows in convert(module, b * (scale * len(a)), model.config):
+        for name, rows in llama_cpp_tensors(module, b * (scale * len(a)), model.config):
             yield f"{name}.weight.lora_a", a
             yield f"{name}.weight.lora_b", rows

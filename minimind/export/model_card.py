@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from minimind.data.hub import Hub
 from minimind.errors import DataError
 from minimind.export.training_data import TrainingData, licence_conflicts, training_data_of
 from minimind.model import read_config
@@ -13,7 +14,7 @@ from minimind.reporting.page import Page
 from minimind.reporting.plots import as_file
 from minimind.reporting.render import drawings_of, to_markdown
 from minimind.reporting.report import make_report
-from minimind.reporting.runs import Inputs, find_runs
+from minimind.reporting.runs import Inputs
 
 _PLOTS = "plots"  # folder of the drawings, in the repository
 _TEMPLATES = Environment(
@@ -38,28 +39,32 @@ class ModelCard:
 
 
 def make_model_card(
-    model: Path, directory: Path, repository: str, *, licence: str | None = None
+    model: Path, directory: Path, repository: str, *, hub: Hub, licence: str | None = None
 ) -> ModelCard:
     """Describe a model: how to run it, training data, metrics, curves, samples, recipes, limits.
 
     model: model or run directory that the user named. directory: its model directory.
-    repository: owner/name. licence: identifier of the model's licence, None if none is stated.
+    repository: owner/name on `hub`, whose commands the card names. licence: identifier of the
+    model's licence, None if none is stated.
     """
     source = model.parent if model.resolve() == directory.resolve() else model
     config = read_config(directory)
     try:
-        page, inputs = make_report([source]).page, find_runs([source])
+        report = make_report([source])
+        page, inputs = report.page, report.inputs
     except DataError:  # a model directory without its runs
         lead = "A small GPT; the records of its training are not here."
         page, inputs = Page(repository, lead, {}), Inputs()
     page.title = repository.partition("/")[2]
     data = training_data_of(inputs)
+    datasets = {source.repositories[hub] for source in data if hub in source.repositories}
     kinds = [run.kind for run in inputs.runs]
     head, separator, sections = to_markdown(page, _PLOTS).partition("\n## ")
     text = _TEMPLATES.get_template("model-card.md.jinja").render(
         repository=repository,
+        hub=hub,
         licence=licence,
-        datasets=sorted({source.dataset for source in data if source.dataset}),
+        datasets=sorted(datasets),
         head=head.strip("\n"),
         sections=(separator + sections).replace(str(Path.home()), "~"),
         config=config,

@@ -1,12 +1,12 @@
 """The data that a model was trained on, with its licences and what these forbid."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from minimind.data.hub import Hub
 from minimind.data.registry import find, is_name
-from minimind.data.registry import registry as published_sets
 from minimind.reporting.runs import Inputs, Run
 
 UNKNOWN = "unknown"
@@ -20,14 +20,14 @@ _NON_COMMERCIAL = re.compile(r"-nc(-|$)")
 class TrainingData:
     """A source of training data. stages: the kinds of stages that read it.
 
-    licence: as its publisher states it, several separated by commas, or "unknown". dataset: its
-    repository on the Hugging Face Hub. languages: codes, none where unknown.
+    licence: as its publisher states it, several separated by commas, or "unknown". repositories:
+    its names on the hubs that have it. languages: codes, none where unknown.
     """
 
     name: str
     stages: tuple[str, ...]
     licence: str = UNKNOWN
-    dataset: str | None = None
+    repositories: Mapping[Hub, str] = field(default_factory=dict)
     languages: tuple[str, ...] = ()
 
     @property
@@ -104,8 +104,8 @@ def _describe(path: str, kinds: tuple[str, ...], is_textbook: bool) -> TrainingD
         return TrainingData(_TEXTBOOK, kinds, "apache-2.0", languages=("zh", "en"))
     if is_name(path):
         published = find(path)
-        dataset = published_sets()[path.partition(":")[0]].hf
+        repositories = {each.hub: each.id for each in published.repositories()}
         languages = tuple(published.language.split("+"))
-        return TrainingData(published.name, kinds, published.licence, dataset, languages)
+        return TrainingData(published.name, kinds, published.licence, repositories, languages)
     # The name of a file, not its folder: a model card should not publish paths of this machine.
     return TrainingData(Path(path).name, kinds)

@@ -25,7 +25,7 @@ from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 
-from minimind.errors import ResourceError, UsageError
+from minimind.errors import ResourceError, UsageError, unwritable
 from minimind.export.gguf import GGUFReport, Progress, export_gguf, normalized_type
 from minimind.files import atomic_file, read_json_object, write_json
 from minimind.model import read_config
@@ -112,10 +112,7 @@ def export_web(
             _add_page(folder, name, report, engine, read_config(directory).max_position_embeddings)
             _move_page(folder, out)
     except OSError as error:
-        raise ResourceError(
-            f"{out}: cannot be written: {error.strerror or error}; free some disk space, or "
-            "choose another --out"
-        ) from error
+        raise unwritable(out, error) from error
     report.path = out
     return report
 

@@ -76,11 +76,24 @@ def load_model(
                 _check_tied(path, *(files[name].get_tensor(name) for name in (_HEAD, _EMBEDDING)))
         tensors = {n: _read_tensor(paths[n], n).to(device, dtype) for n in model.state_dict()}
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as safetensors: {error}; copy it again"
-        ) from error
+        raise unreadable_weights(path, error) from error
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
+
+
+def check_weights(directory: Path) -> None:
+    """Raise ModelError if a weight file is missing or truncated."""
+    for path in _weight_files(directory):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise unreadable_weights(path, error) from error
+
+
+def unreadable_weights(path: Path, error: Exception) -> ModelError:
+    """Return the error for a weight file that is damaged."""
+    return ModelError(f"{path}: cannot be read as safetensors: {error}; copy it again")
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:

@@ -72,29 +72,49 @@ def _bars(name: str, counts: Mapping[str, tuple[int, int]]) -> Table:
 
 
 def add_demo_answers(page: Page, demo: Metrics) -> None:
-    """Add the demo's eight questions, answered after each stage."""
-    stages = {
+    """Add the questions of a demo or road, answered after each stage."""
+    rows = demo.get("questions", [])
+    titles = {
         "before_training": "before training",
         "after_pretraining": "after pretraining",
         "after_fine_tuning": "after fine-tuning",
         "after_preferences": "after preferences",
     }
-    rows: list[list[Cell]] = [
+    stages = [key for key in titles if any(key in row for row in rows)]
+    marks = [key for key in _MARKS if any(key in row for row in rows)]
+    cells: list[list[Cell]] = [
         [
             *(str(row.get(key, "")) for key in ("question", *stages)),
-            *(bool(row[key]) if key in row else MISSING for key in ("correct", "fluent")),
+            *(bool(row[key]) if key in row else MISSING for key in marks),
         ]
-        for row in demo.get("eight", [])
+        for row in rows
     ]
+    head = ["question", *(titles[key] for key in stages), *(_MARKS[key][0] for key in marks)]
     page.add(
-        "The eight questions",
-        "The same questions after each stage. Before training the model writes noise. After "
-        "pretraining it knows words, but rarely the answer. After fine-tuning it should answer in "
-        "one complete sentence, and preference optimization should keep that. Keywords: the last "
-        "answer contains the keywords of a right answer and none of a wrong one. Fluent: it is "
-        "built like the textbook's sentences.",
-        Table(["question", *stages.values(), "keywords", "fluent"], rows, kind="texts"),
+        "Answers after each stage",
+        " ".join(
+            ["The same questions after each stage."]
+            + [_ABOUT_STAGES[key] for key in stages if key in _ABOUT_STAGES]
+            + [_MARKS[key][1] for key in marks]
+        ),
+        Table(head, cells, kind="texts"),
     )
+
+
+_ABOUT_STAGES = {
+    "before_training": "Before training the model writes noise.",
+    "after_pretraining": "After pretraining it knows words, but rarely the answer.",
+    "after_fine_tuning": "After fine-tuning it should answer in one complete sentence.",
+    "after_preferences": "Preference optimization should keep that.",
+}
+_MARKS = {  # the title of the column, and its meaning
+    "correct": (
+        "keywords",
+        "Keywords: the last answer contains the keywords of a right answer and none of a wrong "
+        "one.",
+    ),
+    "fluent": ("fluent", "Fluent: it is built like the textbook's sentences."),
+}
 
 
 def add_demo_quiz(page: Page, demo: Metrics) -> None:

@@ -19,13 +19,14 @@ _MAX_SAMPLES = 40
 
 @dataclass
 class Report:
-    """A page, its metrics as JSON, and the problems with its inputs.
+    """A page, its metrics as JSON, its inputs, and the problems with them.
 
     complete: every source had a run or results, even if some of them are damaged.
     """
 
     page: Page
     metrics: Metrics
+    inputs: Inputs
     problems: list[str]
     complete: bool
 
@@ -42,7 +43,10 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     """
     inputs = find_runs(sources)
     if not inputs.chains and not inputs.benchmarks:
-        raise DataError("; ".join(inputs.missing) or "give at least one run directory")
+        raise DataError(
+            f"{'; '.join(inputs.missing) or 'no sources'}. Give run directories (the --out of "
+            "training commands), folders of them, or results of minimind eval"
+        )
     title = " · ".join(source.resolve().name for source in sources[:4])
     title += f" and {len(sources) - 4} more" if len(sources) > 4 else ""
     compare = len(inputs.chains) > 1
@@ -70,7 +74,7 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     page.add("Samples during training", _ABOUT["Samples"], *samples)
     recipes = [Folded(run.name, run.recipe) for run in inputs.runs if run.recipe]
     page.add("Recipes", _ABOUT["Recipes"], *recipes)
-    return Report(page, metrics, problems, complete=not inputs.missing)
+    return Report(page, metrics, inputs, problems, complete=not inputs.missing)
 
 
 _ABOUT = {
@@ -173,8 +177,8 @@ def _cards(inputs: Inputs, price: float | None) -> dict[str, str]:
     quiz = demo.get("quiz", {})
     if quiz.get("questions"):
         cards["quiz"] = f"{quiz['correct'] / quiz['questions']:.1%}"
-    if scored := [row["correct"] for row in demo.get("eight", []) if "correct" in row]:
-        cards["eight questions" if len(scored) == 8 else "questions"] = f"{sum(scored)} right"
+    if scored := [row["correct"] for row in demo.get("questions", []) if "correct" in row]:
+        cards["questions"] = f"{sum(scored)} of {len(scored)} correct"
     pretrained = [run for run in inputs.runs if run.kind == "pretrain"]
     bits = [number_of(run.metrics, "bits_per_byte") for run in pretrained]
     known = [value for value in bits if value is not None]

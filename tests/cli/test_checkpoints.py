@@ -121,12 +121,18 @@ def test_extract_names_the_available_steps(here: Path) -> None:
     assert done.stderr.startswith("error: nowhere has no checkpoints; give a run directory")
 
 
-def test_a_missing_run_prints_one_line(here: Path) -> None:
+def test_a_missing_run_prints_one_line_with_advice(here: Path) -> None:
     Path("empty").mkdir()
-    for place in ("empty", "nowhere"):
-        done = run("verify", place)
-        assert done.exit_code == 1
-        assert done.stderr.startswith(
-            f"error: {place}: contains no checkpoint; give the directory of a run"
-        )
-        assert len(done.stderr.splitlines()) == 1
+    Path("runs/first/checkpoints/step-00000002").mkdir(parents=True)
+    Path("file").touch()
+    give = "give the directory of a run, the --out of a training command"
+    for path, message in {
+        "nowhere": f"there is no such directory; {give}",
+        "file": f"is a file; {give}",
+        "empty": "contains no checkpoint; give a run that has saved one",
+        "runs": f"contains no checkpoint; give one of {Path('runs/first')}",
+    }.items():
+        for verb in ("list", "verify"):
+            done = run(verb, path)
+            assert done.exit_code == 1
+            assert done.stderr == f"error: {path}: {message}\n"

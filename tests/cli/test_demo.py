@@ -32,15 +32,15 @@ def test_full_demo(tmp_path: Path, model: str) -> None:
     assert summary["quiz"]["questions"] == 400
     assert 0 <= summary["quiz"]["fluent"] <= 400
     assert summary["total_seconds"] >= summary["training_seconds"]
-    assert [{"correct", "fluent"} <= set(one) for one in summary["eight"]] == [True] * 8
+    assert [{"correct", "fluent"} <= set(one) for one in summary["questions"]] == [True] * 8
     assert summary["preferences"]["accuracy"] > summary["preferences"]["first_accuracy"]
     assert len(summary["identity"]["answers"]) == summary["identity"]["questions"] > 20
     answers = ("before_training", "after_pretraining", "after_fine_tuning", "after_preferences")
-    assert [set(answers) <= set(one) for one in summary["eight"]] == [True] * 8
+    assert [set(answers) <= set(one) for one in summary["questions"]] == [True] * 8
     assert (out / "model" / "model.safetensors").is_file()
     assert (out / "identity" / "adapter" / "adapter_model.safetensors").is_file()
     page = (out / "report.html").read_text("utf-8")
-    for section in ("The eight questions", "Preferences", "A new name", "Quiz by subject"):
+    for section in ("Answers after each stage", "Preferences", "A new name", "Quiz by subject"):
         assert f"<h2>{section}</h2>" in page
     assert ("<h2>Expert load</h2>" in page) == (model == "nano-moe")
     assert "--adapter out/identity" in first
@@ -59,8 +59,8 @@ def test_small_demo_runs_every_stage(small_demo: tuple[Path, str]) -> None:
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     assert tuple(summary["stages"]) == STAGES
     assert [stage["tokens"] > 0 for stage in summary["stages"].values()] == [True] * 5
-    assert summary["quiz"]["questions"] == len(summary["eight"]) == 8
+    assert summary["quiz"]["questions"] == len(summary["questions"]) == 8
     assert (out / "model" / "model.safetensors").is_file()
-    assert "<h2>The eight questions</h2>" in (out / "report.html").read_text("utf-8")
+    assert "<h2>Answers after each stage</h2>" in (out / "report.html").read_text("utf-8")
     assert "minimind chat out/demo --adapter out/demo/identity\n" in output
     assert output.rstrip().endswith("minimind export web out/demo --out out/demo/page")

@@ -53,7 +53,7 @@ def test_settings_and_the_tokenizer_beside_the_file(folder: Path) -> None:
     ("arguments", "message"),
     [
         (("x.pth",), "has no tokenizer.json; give MiniMind's tokenizer"),
-        (("none.pth", "--tokenizer", "run/model"), "none.pth: cannot be read: No such file"),
+        (("none.pth", "--tokenizer", "run/model"), "none.pth: there is no such file; give a .pth"),
         (("x.json", "--tokenizer", "run/model"), "x.json: cannot be read as a file of torch.save"),
         (("x.pth", "heads=4", "--tokenizer", "run/model"), "no setting 'heads'; known are"),
         (("x.pth", "heads", "--tokenizer", "run/model"), "'heads' is not of the form KEY=VALUE"),

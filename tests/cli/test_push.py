@@ -107,6 +107,15 @@ def test_nothing_is_sent_without_confirmation(
     )
 
 
+def test_damaged_weights_are_not_published(run_folder: Path, tmp_path: Path) -> None:
+    os.truncate(run_folder / "model" / "model.safetensors", 1000)
+    for more in (["--yes"], ["--preview", str(tmp_path / "card")]):
+        done = CliRunner().invoke(app, ["push", str(run_folder), "alice/tiny", *more])
+        assert done.exit_code == 1
+        assert "model.safetensors: cannot be read as safetensors" in done.output
+    assert not (tmp_path / "card").exists()
+
+
 def test_preview_writes_the_card_only(run_folder: Path, tmp_path: Path) -> None:
     arguments = ["push", str(run_folder), "alice/tiny", "--preview", str(tmp_path / "card")]
     done = CliRunner().invoke(app, arguments)

@@ -2,6 +2,12 @@
 
 import contextlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +16,11 @@ from typer.testing import CliRunner, Result
 from minimind.cli import road_plan
 from minimind.cli.main import app
 from minimind.cli.road import _stage_recipes
+from minimind.cli.road_results import last_adapter
 from minimind.config.load import packaged_recipes
 from minimind.config.road import ROADS, load_road
 from minimind.data.registry import find
 from minimind.data.textbook import DEMO_QUESTIONS
-from minimind.training.trainer import Trainer
 
 SHORT = """
 settings.data = {seq_len = 128, validation_fraction = 0.1}
@@ -39,16 +45,22 @@ data = ["chat.jsonl"]
 recipe = "dpo-small"
 data = ["pairs.jsonl@0.5"]
 {SHORT}
+[stages.adapter]
+recipe = "lora-small"
+data = ["chat.jsonl"]
+{SHORT}
 [evaluation]
 tasks = ["bpb:text.jsonl", "choice:questions.csv"]
 questions = ["第1段多长？", "{DEMO_QUESTIONS[0]}"]
 """
 
 
+ENVIRONMENT = {"MINIMIND_CACHE": "cache", "COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
+
+
 def run(folder: Path, *arguments: str, status: int = 0) -> Result:
-    environment = {"MINIMIND_CACHE": "cache", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     with contextlib.chdir(folder):
-        done = CliRunner().invoke(app, ["road", *arguments, "--device", "cpu"], env=environment)
+        done = CliRunner().invoke(app, ["road", *arguments, "--device", "cpu"], env=ENVIRONMENT)
     assert done.exit_code == status, done.output + str(done.exception)
     return done
 
@@ -77,32 +89,83 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_road_is_interrupted_resumed_and_repeated(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = Trainer.train
+def interrupt_when(folder: Path, metrics: Path, number: signal.Signals) -> str:
+    """Run the road in a process, send it a signal after a stage's first step; return its output.
 
-    def stop_in_sft(trainer: Trainer) -> object:
-        if trainer.recipe.objective == "sft":
-            raise KeyboardInterrupt
-        return train(trainer)
+    metrics: the metrics.jsonl of that stage.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", "minimind", "road", "tiny.toml", "--device", "cpu"],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        while not metrics.is_file() or b'"train"' not in metrics.read_bytes():
+            assert child.poll() is None, child.communicate()[0]
+            time.sleep(0.01)
+        child.send_signal(number)
+        output, _ = child.communicate()
+    finally:
+        child.kill()
+    assert child.returncode == 130, output
+    return output
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train", stop_in_sft)
-        stopped = run(folder, "tiny.toml", status=130)
-    assert "1/5 the tokenizer" in stopped.output
-    assert "3/5 sft, with the recipe sft-small" in stopped.output
+
+def modified(*paths: Path) -> list[int]:
+    return [path.stat().st_mtime_ns for path in paths]
+
+
+def weights(out: Path, stage: str) -> Path:
+    return out / stage / "model" / "model.safetensors"
+
+
+def write_road(folder: Path, *changes: tuple[str, str]) -> None:
+    """Write tiny.toml with each first string replaced by the second, once."""
+    text = ROAD
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    (folder / "tiny.toml").write_text(text, encoding="utf-8")
+
+
+def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> None:
     out = folder / "out" / "tiny"
-    pretrained = out / "pretrain" / "model" / "model.safetensors"
-    finished = {path: path.stat().st_mtime_ns for path in (pretrained, out / "tokenizer")}
+    sft = ROAD[ROAD.index("[stages.sft]") : ROAD.index("[stages.dpo]")]
+    many_steps = (sft, sft.replace("steps = 2", "steps = 300, log_every = 1"))
+    write_road(folder, many_steps)
+    stopped = interrupt_when(folder, out / "sft" / "metrics.jsonl", signal.SIGINT)
+    assert "1/6 the tokenizer" in stopped
+    assert "3/6 sft, with the recipe sft-small" in stopped
+    assert "stopped; run the same command again to resume" in stopped
+    assert "Traceback" not in stopped
+    finished = [weights(out, "pretrain"), out / "tokenizer"]
+    times = modified(*finished)
+    assert not (out / "dpo").exists()
 
+    # The stage that has begun cannot change; the one after it can.
+    write_road(folder)
+    assert error(folder, "tiny.toml") == (
+        f"error: {Path('out/tiny')} holds the results of another road: stages.sft.settings.training"
+        ".steps was 300 and is now 2; stages.sft.settings.training.log_every was 1 and is now not "
+        "set, but the stage sft has begun. Give the same road, choose another --out, or start over "
+        f"with --fresh. To repeat only the steps that change, remove {Path('out/tiny/sft')}"
+    )
+    write_road(folder, many_steps, ("pairs.jsonl@0.5", "pairs.jsonl"))
     resumed = run(folder, "tiny.toml").output
+    assert "stages.dpo.data was ['pairs.jsonl@0.5'] and is now ['pairs.jsonl']" in resumed
     assert f"{Path('out/tiny/pretrain')} is already finished" in resumed
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert "resuming" in resumed and modified(*finished) == times
+    lines = (out / "sft" / "metrics.jsonl").read_text("utf-8").splitlines()
+    steps = [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
+    assert steps == list(range(1, 301))
+
     summary = json.loads((out / "summary.json").read_text("utf-8"))
-    assert list(summary["stages"]) == ["pretrain", "sft", "dpo"]
+    assert list(summary["stages"]) == ["pretrain", "sft", "dpo", "adapter"]
     assert summary["total_seconds"] >= summary["training_seconds"] > 0
-    first, second = summary["eight"]
+    first, second = summary["questions"]
     assert {"after_pretraining", "after_fine_tuning", "after_preferences"} < first.keys()
     assert "correct" not in first and second["correct"] is False
     results = json.loads((out / "eval" / "summary.json").read_text("utf-8"))["models"]["tiny"]
@@ -110,26 +173,86 @@ def test_a_road_is_interrupted_resumed_and_repeated(
     assert len(results) == 2
     page = (out / "report.html").read_text("utf-8")
     assert "<h2>Benchmarks</h2>" in page and "第1段多长？" in page
+    assert "minimind chat out/tiny --adapter out/tiny/adapter\n" in resumed
     assert resumed.rstrip().endswith("minimind export web out/tiny --out out/tiny/page")
+    final = out / "model" / "model.safetensors"
+    assert final.read_bytes() == weights(out, "dpo").read_bytes()
 
-    model_time = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    times = modified(final)
     again = run(folder, "tiny.toml").output
     assert "--fresh discards the results and runs the road again" in again
-    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == model_time
+    assert modified(final) == times
     assert again[again.index("Summary") :] == resumed[resumed.index("Summary") :]
 
-    # A changed road is noticed; another evaluation of the same models is no other road.
-    changed = ROAD.replace("vocab_size = 300", "vocab_size = 320")
-    (folder / "tiny.toml").write_text(changed, encoding="utf-8")
+
+def test_a_finished_road_is_changed_only_as_its_message_says(folder: Path) -> None:
+    run(folder, "tiny.toml")
+    out = folder / "out" / "tiny"
+    kept = [weights(out, "pretrain"), weights(out, "sft")]
+    times = modified(*kept)
+
+    write_road(folder, ("vocab_size = 300", "vocab_size = 320"))
     assert error(folder, "tiny.toml") == (
         f"error: {Path('out/tiny')} holds the results of another road: tokenizer.vocab_size was "
-        "300 and is now 320. Give the same road, choose another --out, or start over with --fresh"
+        "300 and is now 320, but the tokenizer is trained. Give the same road, choose another "
+        "--out, or start over with --fresh"
     )
-    fewer = ROAD.replace('"第1段多长？", ', "").replace(', "choice:questions.csv"', "")
-    (folder / "tiny.toml").write_text(fewer, encoding="utf-8")
+
+    # Another evaluation of the same models is no other road.
+    fewer = ('"第1段多长？", ', ""), (', "choice:questions.csv"', "")
+    write_road(folder, *fewer)
     run(folder, "tiny.toml")
-    assert len(json.loads((out / "summary.json").read_text("utf-8"))["eight"]) == 1
-    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == model_time
+    assert len(json.loads((out / "summary.json").read_text("utf-8"))["questions"]) == 1
+    assert modified(*kept) == times
+
+    # A task that fails sets the exit status; the report shows the others.
+    write_road(folder, *fewer, ('"bpb:text.jsonl"', '"bpb:text.jsonl", "lm-eval:no-such-task"'))
+    failed = run(folder, "tiny.toml", status=1).output
+    assert "tiny: lm-eval:no-such-task: " in failed and "Report with all curves" in failed
+    write_road(folder, *fewer)
+
+    # Repeat the last stages with other data, after removing what the message names.
+    write_road(folder, *fewer, ("pairs.jsonl@0.5", "pairs.jsonl"))
+    message = error(folder, "tiny.toml")
+    assert "but the stage dpo has begun" in message
+    names = message.rpartition(" remove ")[2].split(", ")
+    assert names == [f"{Path('out/tiny', name)}" for name in ("dpo", "adapter", "model", "eval")]
+    final = out / "model" / "model.safetensors"
+    before = final.read_bytes()
+    for name in names:
+        shutil.rmtree(folder / name)
+    run(folder, "tiny.toml")
+    assert modified(*kept) == times
+    assert final.read_bytes() == weights(out, "dpo").read_bytes() != before
+
+    # --fresh removes the results of stages that the road no longer has.
+    (folder / "tiny.toml").write_text(
+        ROAD[: ROAD.index("[stages.sft]")] + "[evaluation]\n", encoding="utf-8"
+    )
+    run(folder, "tiny.toml", "--fresh")
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
+        "model",
+        "pretrain",
+        "report-plots",
+        "tokenizer",
+    ]
+    assert modified(*kept[:1]) != times[:1]
+
+
+def test_the_adapter_belongs_to_the_stage_that_it_started_from(folder: Path) -> None:
+    """A stage after one with LoRA starts from the same model, not from the adapter."""
+    dpo = ROAD[ROAD.index("[stages.dpo]") : ROAD.index("[stages.adapter]")]
+    adapter = ROAD[ROAD.index("[stages.adapter]") : ROAD.index("[evaluation]")]
+    write_road(folder, (dpo + adapter, adapter + dpo))
+    out = Path("out") / "tiny"
+    recipes = _stage_recipes(load_road(str(folder / "tiny.toml")), out, "cpu")
+    assert {name: recipe.model.init for name, recipe in recipes.items()} == {
+        "pretrain": None,
+        "sft": str(out / "pretrain"),
+        "adapter": str(out / "sft"),
+        "dpo": str(out / "sft"),
+    }
+    assert last_adapter(out, recipes) == (out / "sft", out / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -150,16 +273,13 @@ def test_a_road_is_interrupted_resumed_and_repeated(
 def test_a_bad_road_is_one_message_before_any_work(
     folder: Path, old: str, new: str, message: str
 ) -> None:
-    assert old in ROAD
-    (folder / "tiny.toml").write_text(ROAD.replace(old, new, 1), encoding="utf-8")
+    write_road(folder, (old, new))
     assert message in error(folder, "tiny.toml")
     assert not (folder / "out").exists()
 
 
 def test_data_that_is_not_there_is_not_downloaded_without_consent(folder: Path) -> None:
-    (folder / "tiny.toml").write_text(
-        ROAD.replace('["chat.jsonl"]', '["minimind:sft_mini"]'), encoding="utf-8"
-    )
+    write_road(folder, ('["chat.jsonl"]', '["minimind:sft_mini"]'))
     message = error(folder, "tiny.toml")
     assert "minimind:sft_mini (size: 1.74 GB, licence: apache-2.0, cc-by-nc-2.0)" in message
     assert not (folder / "out").exists()
@@ -170,6 +290,11 @@ def test_dry_run_lists_steps_and_time(folder: Path, monkeypatch: pytest.MonkeyPa
     output = run(folder, "tiny.toml", "--dry-run").output
     assert "Training takes about" in output and "on cpu" in output
     assert "your own" in output
+    assert "give either --dry-run or --fresh" in error(folder, "tiny.toml", "--dry-run", "--fresh")
+    for more in ([], ["--dry-run"]):
+        message = error(folder, "tiny.toml", "--out", "text.jsonl", *more)
+        assert message == "error: --out text.jsonl is a file; choose a folder"
+    assert "--data" not in error(folder, "text.jsonl", "--dry-run")
     assert not (folder / "out").exists()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind.cli.sweep import describe_failures
 from minimind.errors import UsageError
 from minimind.planning.sweep import device_settings
 
@@ -57,7 +58,9 @@ def test_sweep_compares_variants_and_reports_failures(folder: Path) -> None:
     first, second = (f"num_attention_heads-4-num_hidden_layers-{layers}" for layers in (1, 2))
     assert f"{first}: finished" in output and f"{second}: finished" in output
     reason = "num_attention_heads (3) must be a multiple of num_key_value_heads (2)"
-    assert len(re.findall(r"^failed: .*\b" + re.escape(reason), output, re.M)) == 2
+    third, fourth = (f"num_attention_heads-3-num_hidden_layers-{layers}" for layers in (1, 2))
+    [line] = re.findall(r"^failed: .*", output, re.M)
+    assert line.startswith(f"failed: {third}, {fourth}: ") and reason in line
     assert "loss by parameters: no fit: 2 different values" in output
     out = folder / "out" / "sweep"
     metrics = json.loads((out / "summary.json").read_text("utf-8"))
@@ -103,7 +106,15 @@ def test_a_stopped_sweep_is_resumed(folder: Path) -> None:
 
 def test_a_sweep_with_only_invalid_variants_is_an_error(folder: Path) -> None:
     output = run(folder, *NANO, "optim.lrr=1,2", status=1)
-    assert output.startswith("error: ") and "did you mean optim.lr?" in output
+    assert output.startswith("error: all 2 runs: ")
+    assert output.count("did you mean optim.lr?") == 1
+
+
+def test_errors_that_runs_have_in_common_are_reported_once() -> None:
+    assert describe_failures({"a": "no data", "b": "no data"}, 2) == ["all 2 runs: no data"]
+    assert describe_failures({"a": "no data"}, 1) == ["a: no data"]
+    failed = {"a": "no data", "b": "stopped", "c": "no data"}
+    assert describe_failures(failed, 3) == ["a, c: no data", "b: stopped"]
 
 
 def test_a_process_sees_only_its_own_gpu(

@@ -52,7 +52,12 @@ class Client:
         self.progress: list[tuple[int, int | None]] = []
 
     def get(self, dataset: Published | None = None, hub: str | None = None) -> Path:
-        located = locate(dataset or published(), hub, self.said.append)  # type: ignore[arg-type]
+        located = locate(
+            dataset or published(),
+            self.folder,
+            hub,
+            self.said.append,
+        )  # type: ignore[arg-type]
         return self.fetch(located)
 
     def fetch(self, located: Located) -> Path:
@@ -180,7 +185,19 @@ def test_a_redirect_to_an_unreachable_host_names_the_remedy(hub: HubServer, clie
         hub.add("owner/other", "data/part.jsonl", CONTENT, "modelscope")
         hub.faults["data/part.jsonl"] = [f"http://{host}/xet"] * 2
         error = client.error(published(modelscope="owner/other"), "hf")
-    assert "Use the copy on ModelScope with --hub modelscope" in error
+    # Commands that train have no --hub, so the message names the one that has.
+    command = f"minimind data get tiny:part --hub modelscope --dir {client.folder}"
+    assert f"ModelScope has a copy: {command} downloads it. " in error
+    hub.faults["data/part.jsonl"] = ["corrupt", "corrupt"]
+    assert command in client.error(published(modelscope="owner/other"), "hf")
+
+
+def test_a_redirect_of_modelscope_is_no_mirror(hub: HubServer, client: Client) -> None:
+    hub.add("owner/tiny", "data/part.jsonl", CONTENT, "modelscope")
+    hub.faults["data/part.jsonl"] = ["http://127.0.0.1:1/elsewhere"] * 2
+    error = client.error(published(modelscope="owner/tiny", hf=None))
+    assert "HTTPS_PROXY names a proxy" in error
+    assert "HF_ENDPOINT" not in error and "--hub" not in error
 
 
 def test_tokens_are_sent_to_the_hub_only(
@@ -206,21 +223,21 @@ def test_modelscope_is_preferred_and_hugging_face_is_the_second_choice(
         hub.add("owner/tiny", f"{number}.jsonl", b"", "modelscope")
     hub.add("owner/tiny", "data/part.jsonl", CONTENT, "modelscope")
     both = published(modelscope="owner/tiny", revision=COMMIT)
-    located = locate(both, None, client.said.append)
+    located = locate(both, client.folder, None, client.said.append)
     assert (located.repository.hub, located.repository.revision) == ("modelscope", "master")
     hub.faults["data/part.jsonl"] = ["cut:100"]
     assert client.fetch(located).read_bytes() == CONTENT
     assert client.said.pop().endswith("trying again in 0 s")
 
     hub.files = {("hf", "datasets", "owner/tiny", "data/part.jsonl"): CONTENT}
-    located = locate(both, None, client.said.append)
+    located = locate(both, client.folder, None, client.said.append)
     assert located.repository.hub == "hf"
     [said] = client.said
     assert said.endswith(
         "does not have owner/tiny at master (HTTP 404 Not Found); trying Hugging Face"
     )
     with pytest.raises(UsageError, match="is not on ModelScope, but on Hugging Face"):
-        locate(published(), "modelscope", print)
+        locate(published(), client.folder, "modelscope", print)
 
 
 def test_a_short_commit_is_completed(hub: HubServer, client: Client) -> None:
@@ -263,7 +280,7 @@ def test_an_unreachable_hub_and_offline_mode(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     error = client.error()
     assert "127.0.0.1:1 cannot be reached (" in error
-    assert f"and saved as {Path('data/tiny/part.jsonl')}" in error
+    assert f"and saved as {client.folder / 'tiny' / 'part.jsonl'}" in error
     assert len(client.said) == 2, "each repeated attempt is announced"
 
 
@@ -288,9 +305,10 @@ def test_parts_of_two_versions_are_not_joined(hub: HubServer, client: Client) ->
 
 
 def test_a_full_disk_is_reported_before_the_download(hub: HubServer, client: Client) -> None:
-    located = locate(published(), None, print)
+    located = locate(published(), client.folder, None, print)
     huge = replace(located, file=replace(located.file, size=1 << 60))
-    with pytest.raises(ResourceError, match=r"needs 1,152,921,504\.67 GB, and .* GB are free"):
+    message = r"needs 1,152,921,504\.67 GB, and .* GB are free.*: MINIMIND_DATA names the folder"
+    with pytest.raises(ResourceError, match=message):
         client.fetch(huge)
     assert hub.downloads() == []
 
@@ -302,7 +320,7 @@ def test_the_origin_is_plain_json(client: Client) -> None:
 
 def test_two_downloads_of_one_file_do_not_mix(hub: HubServer, client: Client) -> None:
     hub.faults["data/part.jsonl"] = ["drip"]
-    located = locate(published(), None, print)
+    located = locate(published(), client.folder, None, print)
     with ThreadPoolExecutor(2) as pool:
         paths = list(pool.map(client.fetch, [located] * 2))
     assert paths[0].read_bytes() == CONTENT

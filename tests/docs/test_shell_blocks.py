@@ -51,7 +51,7 @@ NOT_RUN = {
     "pip install": "installs packages",
     ".venv/bin/pip install": "installs packages",
     "minimind export onnx": "tests/export/test_against_onnxruntime.py, where onnx is installed",
-    "minimind import": "tests/cli/test_minimind_pth.py and tests/export/test_minimind_import.py",
+    "minimind import": "tests/cli/test_minimind_pth.py and tests/export/test_pth_import.py",
     "mlx_lm.": "tests/compatibility/test_mlx.py, where MLX is installed",
     "vllm ": "needs vLLM",
     "python -m sglang": "needs SGLang",

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from minimind.export.minimind_export import export_pth
-from minimind.export.minimind_import import import_pth
+from minimind.export.pth_export import export_pth
+from minimind.export.pth_import import import_pth
 from minimind.model import load_model
 from minimind.tokenizer import Tokenizer
-from tests.export.test_minimind_export import KINDS, make_model
+from tests.export.test_pth_export import KINDS, make_model
 from tests.support.rounding import largest_difference, logits_rounding
 
 CLONE = os.environ.get("MINIMIND_CLONE")

@@ -26,11 +26,13 @@ def test_data_of_all_stages_in_the_order_of_first_use(tmp_path: Path) -> None:
             "minimind:pretrain_mini",
             ("pretrain",),
             "apache-2.0, cc-by-nc-2.0",
-            "jingyaogong/minimind_dataset",
+            {"modelscope": "gongjy/minimind_dataset", "hf": "jingyaogong/minimind_dataset"},
             ("zh", "en"),
         ),
         TrainingData("own.jsonl", ("pretrain", "sft")),
-        TrainingData("belle-3.5m:train", ("sft",), "gpl-3.0", "BelleGroup/train_3.5M_CN", ("zh",)),
+        TrainingData(
+            "belle-3.5m:train", ("sft",), "gpl-3.0", {"hf": "BelleGroup/train_3.5M_CN"}, ("zh",)
+        ),
     ]
 
 

@@ -27,7 +27,7 @@ DEMO = {
         },
         "wrong": [{"question": "华山在哪？", "answer": "在山东。", "expected": "在陕西。"}],
     },
-    "eight": [
+    "questions": [
         {
             "question": "你叫什么名字？",
             "before_training": "？？",
@@ -46,7 +46,7 @@ DEMO = {
     },
 }
 SECTIONS = [
-    "The eight questions",
+    "Answers after each stage",
     "Stages",
     "Loss",
     "Bits per byte",
@@ -361,7 +361,7 @@ def test_damaged_files_are_reported_and_the_rest_is_rendered(tmp_path: Path) -> 
 
 
 def test_folders_without_runs_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder"):
+    with pytest.raises(DataError, match=r"no such file or folder\. Give run directories"):
         make_report([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="contains no run and no benchmark results"):
         make_report([tmp_path])

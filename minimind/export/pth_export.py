@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from minimind.config.model import MOE_FIELDS, ModelConfig
-from minimind.errors import ModelError, ResourceError, UsageError
-from minimind.export.minimind_layout import V2, V3, Generation, split_experts
+from minimind.errors import ModelError, UsageError, unwritable
+from minimind.export.pth_layout import V2, V3, Generation, split_experts
 from minimind.files import atomic_file, write_json
 from minimind.model import load_model, read_config
 from minimind.model.directory import stored_dtype
@@ -46,8 +46,7 @@ def export_pth(directory: Path, out: Path) -> dict[str, Any]:
             torch.save(dict(state), temporary)
         write_json(config_file, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        cause = getattr(error, "strerror", None) or error
-        raise ResourceError(f"{out}: cannot be written: {cause}") from error
+        raise unwritable(out, error) from error
     return content
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minimind.errors import ModelError, ResourceError, UsageError
-from minimind.export.minimind_export import export_pth
-from minimind.export.minimind_import import import_pth
+from minimind.export.pth_export import export_pth
+from minimind.export.pth_import import import_pth
 from minimind.model import ModelConfig, Transformer, extend_context, save_model
 from minimind.tokenizer import Tokenizer
 from tests.support.minimind_reference import Sizes, logits
@@ -128,5 +128,6 @@ def test_existing_files_stay(name: str, tokenizer: Tokenizer, tmp_path: Path) ->
 def test_a_file_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
     make_model(tmp_path / "model", tokenizer)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="cannot be written"):
+    message = "x.pth: cannot be written: .*file is a file, not a folder; choose another --out"
+    with pytest.raises(ResourceError, match=message):
         export_pth(tmp_path / "model", tmp_path / "file" / "x.pth")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minimind.config.model import ModelConfig
 from minimind.errors import ModelError, UsageError
-from minimind.export.minimind_layout import (
+from minimind.export.pth_layout import (
     V3,
     Generation,
     halves_from_pairs,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minimind.errors import MinimindError, ModelError, TokenizerError, UsageError
-from minimind.export.minimind_import import import_pth
+from minimind.export.pth_import import import_pth
 from minimind.model import Transformer, load_model, read_config
 from minimind.model.directory import stored_dtype
 from minimind.tokenizer import Tokenizer
