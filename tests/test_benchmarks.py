@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks.gpu_report import PARTS
 from benchmarks.rounds import over_rounds, spread
+from benchmarks.tokenizer_compression import ours
+from minimind.tokenizer import train_tokenizer
+from tests.conftest import TEXTS
 
 
 def test_statistics_over_rounds() -> None:
@@ -22,6 +25,13 @@ def test_statistics_over_rounds() -> None:
         "theirs": {"rate": {"median": 1550.0, "min": 1500.0, "max": 1600.0}},
     }
     assert spread(metrics["ours"]["rate"]) == "2,700-2,835"
+
+
+def test_a_cut_vocabulary_is_the_one_that_training_gives(tokenizer_dir: Path) -> None:
+    size, count = ours(tokenizer_dir, 400)
+    small = train_tokenizer(TEXTS, vocab_size=400)
+    assert size == small.vocab_size == 400
+    assert [count(text) for text in TEXTS] == [len(small.encode(text)) for text in TEXTS]
 
 
 @pytest.mark.slow
