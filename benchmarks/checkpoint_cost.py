@@ -17,7 +17,6 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -25,8 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.moe_step import wait
-from benchmarks.training_speed import machine
+from benchmarks.rounds import clocked, machine
 from minimind.config import load_recipe
 from minimind.model import Transformer
 from minimind.model.device import choose_device
@@ -87,12 +85,9 @@ def main() -> None:
     }
 
     def timed(name: str, work: Callable[[], object]) -> None:
-        wait(device)
-        start, cpu_start = time.perf_counter(), time.process_time()
-        work()
-        wait(device)
-        times[name]["clock"].append(time.perf_counter() - start)
-        times[name]["processor"].append(time.process_time() - cpu_start)
+        seconds, cpu_seconds = clocked(work, device)
+        times[name]["clock"].append(seconds)
+        times[name]["processor"].append(cpu_seconds)
 
     for _ in range(2):
         step()

@@ -1,110 +1,115 @@
-"""Decoding speed and memory of minimind, transformers and llama.cpp.
+"""Decoding speed and memory of minimind, another checkout of it, transformers and llama.cpp.
 
     pip install -c constraints.txt -e '.[bench,llama-cpp]'
-    python benchmarks/decoding_speed.py [--preset small] [--json FILE]
+    python -m benchmarks.decoding_speed [--preset small] [--checkout DIR] [--json FILE] [--quick]
 
 All use the same random weights, greedy decoding and no stop tokens. One stream: `--tokens` new
 tokens after a prompt of `--prompt` tokens. 16 streams: the same with 16 different prompts in one
 batch; llama.cpp is called through its C interface, like its server. The time includes prefill, but
-not loading a model or allocating its KV cache.
+not loading a model or allocating its KV cache. Prefill: prompt tokens per second of 8 prompts of
+`--long` tokens with one new token each.
 
-Contenders run alternately, each in a separate process. A round is the median of three repetitions;
-the table shows the median over the rounds and their spread. It also shows tokens per CPU second,
-summed over cores, because other work on the machine affects them far less. Memory is the peak of
-the process up to its first completion.
+A measurement is the median of three repetitions. Tokens per CPU second, summed over cores, are
+recorded too, because other work on the machine affects them far less. Memory is the peak of the
+process up to its first completion.
 """
 
 import argparse
 import contextlib
 import functools
-import json
-import platform
+import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from datetime import date
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-from benchmarks.rounds import over_rounds, spread
+from benchmarks.rounds import (
+    Contender,
+    add_options,
+    answer_requests,
+    comparison,
+    measure_in_turns,
+    over_rounds,
+    recording,
+    this_script,
+    use_checkout,
+)
 
-CONTENDERS = {
+# (prompts, new tokens) -> number of generated tokens
+Generate = Callable[[list[list[int]], int], int]
+# Allocates for a number of streams of a number of tokens, outside the timed part.
+OpenGenerator = Callable[[int, int], AbstractContextManager[Generate]]
+
+CONTENDERS: dict[str, dict[str, Any]] = {
     "minimind bf16": dict(run="minimind", dtype="bfloat16"),
     "minimind int8": dict(run="minimind", dtype="bfloat16", int8=True),
     "minimind fp32": dict(run="minimind", dtype="float32"),
+    "checkout bf16": dict(run="minimind", dtype="bfloat16"),
+    "checkout int8": dict(run="minimind", dtype="bfloat16", int8=True),
     "transformers fp32": dict(run="transformers", dtype="float32"),
     "transformers bf16": dict(run="transformers", dtype="bfloat16"),
     "llama.cpp F16": dict(run="llama", file="F16"),
     "llama.cpp Q8_0": dict(run="llama", file="Q8_0"),
 }
 STREAMS = (1, 16)
+_LONG_PROMPTS = 8
+_COLUMNS = {
+    "streams_1": ("1 stream", 0),
+    "streams_16": ("16 streams", 0),
+    "prefill": ("prefill", 0),
+    "streams_1_per_cpu_second": ("1 stream, per CPU second", 0),
+    "streams_16_per_cpu_second": ("16 streams, per CPU second", 0),
+    "peak_mb": ("peak MB", 0),
+}
 
 
 def main() -> None:
     """Measure every contender, print a table, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--long", type=int, default=256)
+    parser.add_argument("--checkout", type=Path, help="folder of another checkout of minimind")
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--json", type=Path, help="write the record to this file")
-    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        contender = dict(CONTENDERS[args.one])
-        run = globals()[contender.pop("run")]
-        (args.work / "metrics.json").write_text(json.dumps(run(args, **contender)))
+    if args.quick:
+        args.preset, args.tokens, args.long, args.rounds = "nano", 8, 32, 1
+    if args.contender:
+        contender = dict(CONTENDERS[args.contender])
+        globals()[contender.pop("run")](args, **contender)
         return
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.only}
-    with tempfile.TemporaryDirectory() as work:
+    packages = ["transformers"] + ["llama-cpp-python"] * any("llama" in x for x in args.only)
+    with tempfile.TemporaryDirectory() as work, recording(args, *packages) as record:
         args.work = Path(work)
         prepare(args)
-        for _ in range(args.rounds):
-            for name in args.only:
-                rounds[name].append(measure(name, args))
-                print(name, rounds[name][-1], flush=True)
-    metrics = over_rounds(rounds)
-    show(metrics)
-    if args.json:
-        record = {
-            "date": date.today().isoformat(),
-            "machine": machine(args),
-            "command": " ".join(["python", *sys.argv]),
-            "over_rounds": metrics,
-            "rounds": rounds,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one contender in a separate process."""
-    log = args.work / "log"
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, "--work", str(args.work)]
-    with log.open("w") as stream:
-        done = subprocess.run(command, stderr=stream, stdout=stream)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{log.read_text()[-3000:]}")
-    return json.loads((args.work / "metrics.json").read_text())
-
-
-def show(metrics: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print medians over the rounds, with their spread below."""
-    for unit, suffix in (("second", ""), ("CPU second", "_per_cpu_second")):
-        print(f"\ntokens per {unit:16} {'1 stream':>13} {'16 streams':>13}  ratio  peak MB")
-        for name, contender in metrics.items():
-            single = contender[f"streams_1{suffix}"]
-            batched = contender[f"streams_16{suffix}"]
-            print(
-                f"{name:27} {single['median']:13,.0f} {batched['median']:13,.0f}"
-                f" {batched['median'] / single['median']:6.1f}"
-                f" {contender['peak_mb']['median']:8,.0f}\n"
-                f"{'':27} {spread(single):>13} {spread(batched):>13}"
+        rounds = measure_in_turns(contenders(args), args.rounds, args.threads, args.work)
+        record |= {"over_rounds": over_rounds(rounds), "rounds": rounds}
+        record["markdown"] = []
+        for streams in STREAMS:
+            table = comparison(
+                rounds, _COLUMNS, metric=f"streams_{streams}", reference=next(iter(rounds))
             )
+            record["markdown"] += [
+                f"Tokens per second; ratios for streams: {streams}",
+                "",
+                *table,
+                "",
+            ]
+
+
+def contenders(args: argparse.Namespace) -> list[Contender]:
+    """Return the selected contenders."""
+    names = [name for name in args.only if args.checkout or not name.startswith("checkout")]
+    return [
+        this_script(args, name, args.checkout.resolve() if name.startswith("checkout") else None)
+        for name in names
+    ]
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -128,20 +133,47 @@ def prepare(args: argparse.Namespace) -> None:
         export_gguf(args.work / "model", args.work / f"{kind}.gguf", type=kind.lower())
 
 
-def prompts(args: argparse.Namespace, number: int) -> list[list[int]]:
+def prompts(number: int, length: int) -> list[list[int]]:
     """Return random prompts."""
-    import random
-
     rng = random.Random(number)
-    return [[rng.randrange(1000, 6000) for _ in range(args.prompt)] for _ in range(number)]
+    return [[rng.randrange(300, 600) for _ in range(length)] for _ in range(number)]
 
 
-def timed(open_generator, args: argparse.Namespace) -> dict[str, float]:
-    """Measure tokens per second for each number of streams, and memory.
+def answer(open_generator: OpenGenerator, args: argparse.Namespace) -> None:
+    """Measure on request."""
+    with open_generator(1, args.prompt + args.tokens) as generate:
+        peak = _peak_mb(lambda: generate(prompts(1, args.prompt), args.tokens))
 
-    open_generator: a context manager that allocates for a number of streams, outside the timed
-    part, and yields `generate`: prompts -> number of generated tokens.
-    """
+    def measure() -> dict[str, float]:
+        metrics = {"peak_mb": peak}
+        for streams in STREAMS:
+            rate, cpu_rate = _rates(open_generator, streams, args.prompt, args.tokens)
+            metrics[f"streams_{streams}"] = rate
+            metrics[f"streams_{streams}_per_cpu_second"] = cpu_rate
+        rate, _ = _rates(open_generator, _LONG_PROMPTS, args.long, 1)
+        return metrics | {"prefill": rate * args.long}
+
+    answer_requests(measure)
+
+
+def _rates(
+    open_generator: OpenGenerator, streams: int, prompt: int, tokens: int
+) -> tuple[float, float]:
+    """Return new tokens per second and per CPU second, medians of three repetitions."""
+    seconds, cpu_seconds = [], []
+    with open_generator(streams, prompt + tokens) as generate:
+        generate(prompts(streams, prompt), tokens)  # warm-up
+        for _ in range(3):
+            started = time.perf_counter(), time.process_time()
+            generated = generate(prompts(streams, prompt), tokens)
+            seconds.append(time.perf_counter() - started[0])
+            cpu_seconds.append(time.process_time() - started[1])
+            assert generated == streams * tokens
+    return generated / statistics.median(seconds), generated / statistics.median(cpu_seconds)
+
+
+def _peak_mb(work: Callable[[], object]) -> float:
+    """Return the peak resident memory of the process during `work`, in MB."""
     import psutil
 
     peak, done = [0], threading.Event()
@@ -152,75 +184,72 @@ def timed(open_generator, args: argparse.Namespace) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with open_generator(1) as generate:
-        generate(prompts(args, 1))
+    work()
     done.set()
     watcher.join()
-    metrics = {"peak_mb": max(peak[0], psutil.Process().memory_info().rss) / 2**20}
-    for streams in STREAMS:
-        seconds, cpu_seconds = [], []
-        with open_generator(streams) as generate:
-            generate(prompts(args, streams))  # warm-up
-            for _ in range(3):
-                started = time.perf_counter(), time.process_time()
-                generated = generate(prompts(args, streams))
-                seconds.append(time.perf_counter() - started[0])
-                cpu_seconds.append(time.process_time() - started[1])
-                assert generated == streams * args.tokens
-        metrics[f"streams_{streams}"] = generated / statistics.median(seconds)
-        metrics[f"streams_{streams}_per_cpu_second"] = generated / statistics.median(cpu_seconds)
-    return metrics
+    return float(max(peak[0], psutil.Process().memory_info().rss)) / 2**20
 
 
-def minimind(args: argparse.Namespace, dtype: str, int8: bool = False) -> dict[str, float]:
-    """Measure minimind's engine."""
+def minimind(args: argparse.Namespace, dtype: str, int8: bool = False) -> None:
+    """Measure minimind's engine, or that of another checkout."""
+    use_checkout(args.checkout if args.contender.startswith("checkout") else None)
     import torch
 
-    from minimind.inference.engine import Engine
+    from minimind.inference.engine import Engine, Request  # older ones define Request here
     from minimind.inference.load import load_for_inference
-    from minimind.inference.requests import Request
     from minimind.inference.sampling import Sampling
 
-    torch.set_num_threads(args.threads)
     model, tokenizer = load_for_inference(args.work / "model", "cpu", dtype=getattr(torch, dtype))
     engine = Engine(model, tokenizer, slots=max(STREAMS), int8=int8)
     del model
+    # Random prompts repeat between calls, but a prefix cache must not make prefill look faster.
+    count = iter(range(1 << 30))
 
-    def generate(prompts: list[list[int]]) -> int:
-        requests = [Request(prompt, Sampling(temperature=0), args.tokens) for prompt in prompts]
-        return sum(len(result.token_ids) for _, result in engine.generate(requests))
+    def generate(prompts: list[list[int]], tokens: int) -> int:
+        first, generated, ended = 300 + next(count) % 300, [], threading.Semaphore(0)
+
+        def collect(piece: Any) -> None:
+            generated.extend(piece.token_ids)
+            if piece.finish_reason:
+                ended.release()
+
+        for prompt in prompts:
+            request = Request([first, *prompt[1:]], Sampling(temperature=0), tokens)
+            engine.submit(request, collect)
+        for _ in prompts:
+            ended.acquire()
+        return len(generated)
 
     with engine:
-        return timed(lambda streams: contextlib.nullcontext(generate), args)
+        answer(lambda streams, tokens: contextlib.nullcontext(generate), args)
 
 
-def transformers(args: argparse.Namespace, dtype: str) -> dict[str, float]:
+def transformers(args: argparse.Namespace, dtype: str) -> None:
     """Measure `generate` of transformers; all prompts form one batch."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(
         args.work / "model", attn_implementation="sdpa", dtype=getattr(torch, dtype)
     ).eval()
     model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
-    def generate(prompts: list[list[int]]) -> int:
+    def generate(prompts: list[list[int]], tokens: int) -> int:
         ids = torch.tensor(prompts)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            min_new_tokens=args.tokens,
-            max_new_tokens=args.tokens,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
         )
         return output[:, ids.shape[1] :].numel()
 
-    return timed(lambda streams: contextlib.nullcontext(generate), args)
+    answer(lambda streams, tokens: contextlib.nullcontext(generate), args)
 
 
-def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
+def llama(args: argparse.Namespace, file: str) -> None:
     """Measure llama.cpp; all sequences form one batch."""
     import ctypes
 
@@ -235,9 +264,9 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
     vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
     @contextlib.contextmanager
-    def open_generator(streams: int):
+    def open_generator(streams: int, tokens: int) -> Iterator[Generate]:
         settings = lib.llama_context_default_params()
-        settings.n_ctx = streams * (args.prompt + args.tokens)
+        settings.n_ctx = streams * tokens
         settings.n_seq_max = streams
         settings.n_batch = settings.n_ctx
         settings.n_threads = settings.n_threads_batch = args.threads
@@ -247,7 +276,7 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
         lib.llama_batch_free(batch)
         lib.llama_free(context)
 
-    def step(context, batch, rows: list[tuple[int, int, int, bool]]) -> None:
+    def step(context: Any, batch: Any, rows: list[tuple[int, int, int, bool]]) -> None:
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, with_logits) in enumerate(rows):
             batch.token[i], batch.pos[i] = token, position
@@ -255,44 +284,31 @@ def llama(args: argparse.Namespace, file: str) -> dict[str, float]:
             batch.logits[i] = with_logits
         assert lib.llama_decode(context, batch) == 0
 
-    def generate(context, batch, prompts: list[list[int]]) -> int:
+    def generate(context: Any, batch: Any, prompts: list[list[int]], tokens: int) -> int:
+        length = len(prompts[0])
         lib.llama_memory_clear(lib.llama_get_memory(context), False)  # like llama.cpp's server
         step(
             context,
             batch,
             [
-                (token, position, sequence, position == args.prompt - 1)
+                (token, position, sequence, position == length - 1)
                 for sequence, prompt in enumerate(prompts)
                 for position, token in enumerate(prompt)
             ],
         )
-        logit_rows = [(s + 1) * args.prompt - 1 for s in range(len(prompts))]
-        for done in range(args.tokens):
-            tokens = []
+        logit_rows = [(s + 1) * length - 1 for s in range(len(prompts))]
+        for done in range(tokens):
+            chosen = []
             for row in logit_rows:
                 logits = lib.llama_get_logits_ith(context, row)
-                tokens.append(int(numpy.ctypeslib.as_array(logits, (vocab,)).argmax()))
-            if done < args.tokens - 1:
-                rows = [(t, args.prompt + done, s, True) for s, t in enumerate(tokens)]
+                chosen.append(int(numpy.ctypeslib.as_array(logits, (vocab,)).argmax()))
+            if done < tokens - 1:
+                rows = [(t, length + done, s, True) for s, t in enumerate(chosen)]
                 step(context, batch, rows)
                 logit_rows = list(range(len(prompts)))
-        return len(prompts) * args.tokens
+        return len(prompts) * tokens
 
-    return timed(open_generator, args)
-
-
-def machine(args: argparse.Namespace) -> str:
-    """Describe the processor, cores and library versions."""
-    import os
-    from importlib.metadata import version
-
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
-    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "llama-cpp-python")]
-    return f"{os.cpu_count()} cores, {args.threads} used, {model}, " + ", ".join(versions)
+    answer(open_generator, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Ctrl-C (SIGINT) and SIGTERM as requests to stop, counted instead of obeyed."""
+"""Ctrl-C (SIGINT) and SIGTERM as requests to stop, counted instead of obeyed; end of the parent."""
 
 import contextlib
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -45,3 +47,14 @@ def raise_on_second(count: int) -> None:
     """Raise KeyboardInterrupt from the second signal on: a callback for `count_interrupts`."""
     if count > 1:
         raise KeyboardInterrupt
+
+
+def exit_when_stdin_closes() -> None:
+    """End this process as soon as its parent, which holds the other end of stdin, has ended."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock would block the interpreter's shutdown
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Statistics of the benchmark scripts, and a rehearsal of the GPU report."""
+"""The harness of the benchmark scripts, and a rehearsal of the GPU report."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_report import PARTS
-from benchmarks.rounds import over_rounds, spread
+from benchmarks.rounds import Contender, comparison, measure_in_turns, over_rounds, ratios, spread
 from benchmarks.tokenizer_compression import ours
 from minimind.tokenizer import train_tokenizer
 from tests.conftest import TEXTS
@@ -25,6 +25,76 @@ def test_statistics_over_rounds() -> None:
         "theirs": {"rate": {"median": 1550.0, "min": 1500.0, "max": 1600.0}},
     }
     assert spread(metrics["ours"]["rate"]) == "2,700-2,835"
+
+
+def test_ratios_are_taken_within_each_round() -> None:
+    """The machine is half as fast in the second round, and the ratio stays 2."""
+    rounds = {
+        "ours": [{"rate": 2000.0}, {"rate": 1000.0}],
+        "theirs": [{"rate": 1000.0}, {"rate": 500.0}],
+    }
+    assert ratios(rounds, "rate", "ours")["theirs"] == {"median": 2.0, "min": 2.0, "max": 2.0}
+    assert comparison(rounds, {"rate": ("tokens/s", 0)}, metric="rate", reference="ours")[2:] == [
+        "| ours | 1,500 (1,000-2,000) | 1.00 (1.00-1.00) |",
+        "| theirs | 750 (500-1,000) | 2.00 (2.00-2.00) |",
+    ]
+
+
+_CONTENDER = """
+import argparse
+from pathlib import Path
+
+from benchmarks.rounds import add_options, answer_requests, use_checkout
+
+parser = argparse.ArgumentParser()
+add_options(parser)
+parser.add_argument("--checkout", type=Path)
+args = parser.parse_args()
+use_checkout(args.checkout)
+log = Path(args.work) / "order"
+count = 0
+
+
+def measure():
+    global count
+    import minimind
+
+    print("noise of the measured code")
+    count += 1
+    if args.contender == "broken":
+        raise ValueError("no such model")
+    with log.open("a") as stream:
+        stream.write(f"{args.contender} {count} {getattr(minimind, 'name', 'this one')}\\n")
+    return {"count": count}
+
+
+answer_requests(measure)
+"""
+
+
+def test_contenders_measure_in_turns_in_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps its process over the rounds, the order alternates, a checkout has its own code."""
+    (tmp_path / "a_contender.py").write_text(_CONTENDER)
+    other = tmp_path / "checkout" / "minimind"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("name = 'the checkout'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["--work", str(tmp_path)]
+    contenders = [
+        Contender("a", "a_contender", arguments),
+        Contender("b", "a_contender", [*arguments, "--checkout", str(other.parent)]),
+    ]
+    measured = measure_in_turns(contenders, rounds=2, threads=1, work=tmp_path)
+    assert [[metrics["count"] for metrics in measured[name]] for name in "ab"] == [[1, 2], [1, 2]]
+    assert measured["a"][0]["peak_mb"] > 5
+    assert (tmp_path / "order").read_text().splitlines() == [
+        "a 1 this one", "b 1 the checkout", "b 2 the checkout", "a 2 this one"
+    ]  # fmt: skip
+    broken = Contender("broken", "a_contender", arguments)
+    with pytest.raises(SystemExit, match=r"(?s)broken failed with status 1:.*no such model"):
+        measure_in_turns([broken], rounds=1, threads=1, work=tmp_path)
 
 
 def test_a_cut_vocabulary_is_the_one_that_training_gives(tokenizer_dir: Path) -> None:

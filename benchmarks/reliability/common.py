@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training_speed import machine
+from benchmarks.rounds import machine
 from minimind.tokenizer import train_tokenizer
 from tests.support.small_runs import ForkServer
 from tests.support.stages import Stage, make_stage, write_corpus

@@ -36,7 +36,7 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 
-from benchmarks.training_speed import machine
+from benchmarks.rounds import machine
 from tests.support.clients import answers_alone, churn, metric, stop_during_streams
 from tests.support.services import Process, serving, wait_until
 

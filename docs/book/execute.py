@@ -78,13 +78,15 @@ def chooser(lang: str) -> Callable[[str, str], str]:
 def draw(function: Callable[..., Any], lang: str, salt: str) -> str:
     """Return the SVG file of a figure, whose colours follow light and dark mode."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    from minimind.reporting.plots import STYLE, to_svg
+    from minimind.reporting.plots import new_figure, to_svg
 
-    style = {"svg.hashsalt": f"{salt} {function.__name__}", "svg.fonttype": "none"}
-    with matplotlib.rc_context(STYLE | style | {"font.family": "sans-serif"}):
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    # Text stays text, in the reader's fonts: few systems that build have Chinese ones.
+    style = {"svg.fonttype": "none", "font.family": "sans-serif"}
+    with (
+        new_figure((6.4, 3.2), salt=f"{salt} {function.__name__}") as figure,
+        matplotlib.rc_context(style),
+    ):
         function(figure, chooser(lang))
         drawing = to_svg(figure)
     drawing = "\n".join(line.rstrip() for line in drawing.splitlines())

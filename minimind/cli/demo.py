@@ -77,7 +77,7 @@ def demo(
     preset = model or ("demo" if on_cpu else "small")
     if preset == "moe" and on_cpu:  # 113 million parameters would take days
         preset = "demo-moe"
-    recipes = {stage: _recipe(stage, preset, str(chosen), out) for stage in _STAGES}
+    recipes = stage_recipes(preset, str(chosen), out)
     if fresh:
         remove_results(out, ("corpus", "stores", *_STAGES))
     out.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,11 @@ def demo(
         summary = _run_steps(out, recipes, total_seconds)
     make_report([out]).write(out / "report.html")
     show_results(out, summary)
+
+
+def stage_recipes(preset: str, device: str, out: Path) -> "dict[str, Recipe]":
+    """Load the recipe of each stage of the demo."""
+    return {stage: _recipe(stage, preset, device, out) for stage in _STAGES}
 
 
 def _run_steps(

@@ -8,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import typer
 
 from minimind.errors import TrainingError
-from minimind.signals import count_interrupts
+from minimind.signals import count_interrupts, exit_when_stdin_closes
 
 _EXIT_WITH_PARENT = (
     "MINIMIND_EXIT_WITH_PARENT"  # set in processes whose stdin closes when the parent exits
@@ -124,12 +123,5 @@ def _describe_exit(status: int | None) -> str:
 
 def exit_with_parent() -> None:
     """Exit as soon as the parent has died, in a process that `launch_processes` started."""
-    if _EXIT_WITH_PARENT not in os.environ:
-        return
-
-    def watch() -> None:
-        while os.read(0, 1):  # not sys.stdin, whose lock would block the interpreter's shutdown
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    if _EXIT_WITH_PARENT in os.environ:
+        exit_when_stdin_closes()

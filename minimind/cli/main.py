@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from minimind.cli import (
+    bench,
     chat,
     checkpoints,
     data,
@@ -161,6 +162,7 @@ for _command in (
     sweep.sweep,
     *(plan.plan, report.report, merge.merge, chat.chat, generate.generate, serve.serve, web.web),
     doctor.doctor,
+    bench.bench,
     push.push,
     get.get,
 ):

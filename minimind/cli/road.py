@@ -66,7 +66,7 @@ def road(
     out = out or Path("out") / Path(name).stem
     if out.is_file():
         raise UsageError(f"--out {out} is a file; choose a folder")
-    recipes = _stage_recipes(settings, out, str(choose_device(device)))
+    recipes = stage_recipes(settings, out, str(choose_device(device)))
     if dry_run:
         from minimind.cli.road_plan import show_plan
 
@@ -90,7 +90,7 @@ def road(
         raise typer.Exit(1)
 
 
-def _stage_recipes(road: "Road", out: Path, device: str) -> dict[str, "Recipe"]:
+def stage_recipes(road: "Road", out: Path, device: str) -> dict[str, "Recipe"]:
     """Load the recipe of each stage, which starts from the last model before it.
 
     Raises ConfigError with the name of the stage.

@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     tokens_per_second = None
     fits_here = micro_batch and (free is None or footprint.total(micro_batch) <= free)
     if seconds and is_present and micro_batch and fits_here:
-        tokens_per_second = _measure_throughput(recipe, model, device, micro_batch, seconds)
+        tokens_per_second = measure_throughput(recipe, model, device, micro_batch, seconds)
     return Plan(
         parameters=footprint.parameters,
         active_parameters=model.num_active_parameters,
@@ -202,7 +202,7 @@ def _estimate_data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | 
     return round(sum(counts) * (1 if data.validation else 1 - data.validation_fraction))
 
 
-def _measure_throughput(
+def measure_throughput(
     recipe: Recipe, model: Transformer, device: torch.device, micro_batch: int, seconds: float
 ) -> float:
     """Measure the tokens per second of training steps on random tokens.

@@ -3,16 +3,20 @@
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-INK = "#010203"  # replaced by currentColor, the text colour of the page
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_INK = "#010203"  # replaced by currentColor, the text colour of the page
 _COLORS = ["#3b8ad8", "#e8772e", "#2a9d5c", "#b065c9", "#c9a227", "#d9583b", "#3aa6a6", "#8c6d5a"]
-STYLE: dict[Any, Any] = {
-    **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
-    **{f"axes.{part}": INK for part in ("edgecolor", "labelcolor")},
+_STYLE: dict[Any, Any] = {
+    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
+    **{f"axes.{part}": _INK for part in ("edgecolor", "labelcolor")},
     **{f"axes.spines.{side}": False for side in ("top", "right")},
     "axes.facecolor": "none",
     "figure.facecolor": "none",
@@ -53,25 +57,22 @@ def draw(
 ) -> str:
     """Draw lines as an <svg> element without a namespace.
 
-    x and y: axis labels. level: name and value of a dashed horizontal line. The output is
-    deterministic; `salt` makes ids unique in the page.
+    x and y: axis labels. level: name and value of a dashed horizontal line. salt: as for
+    `new_figure`.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     names, longest = len(lines), max(len(line.name) for line in lines)
     below = names > _FEW_NAMES or longest > _LONG_NAME
     columns = 2 if longest <= _LONG_NAME else 1
     size = (5.5, 3.2 + 0.19 * -(-names // columns)) if below else (4.4, 3)
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
-        figure = Figure(figsize=size, layout="constrained")
+    with new_figure(size, salt=salt) as figure:
         axes = figure.subplots()
         for number, line in enumerate(lines):
             _draw_line(axes, line, f"C{number}", "--" if number >= len(_COLORS) else "-")
         if level:
             name, value = level
-            axes.axhline(value, ls="--", lw=1.2, color=INK, alpha=0.6, label=name)
+            axes.axhline(value, ls="--", lw=1.2, color=_INK, alpha=0.6, label=name)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.15)
         if logarithmic:
@@ -92,8 +93,21 @@ def draw(
         return to_svg(figure)
 
 
-def to_svg(figure: Any) -> str:
-    """Return a matplotlib figure drawn with STYLE as an <svg> element without a namespace."""
+@contextmanager
+def new_figure(size: tuple[float, float], *, salt: str) -> "Iterator[Figure]":
+    """Yield a figure of `size` inches in the style of all plots, which ends with the block.
+
+    The output is deterministic; `salt` makes ids unique in a page.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def to_svg(figure: "Figure") -> str:
+    """Draw a figure of `new_figure`, inside its block, as an <svg> element without a namespace."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with warnings.catch_warnings():  # about characters that the font lacks
@@ -101,7 +115,7 @@ def to_svg(figure: Any) -> str:
         figure.savefig(buffer, format="svg", metadata=no_metadata)
     drawing = buffer.getvalue()
     drawing = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawing[drawing.index("<svg") :])
-    return drawing.replace(INK, "currentColor")
+    return drawing.replace(_INK, "currentColor")
 
 
 def as_file(drawing: str) -> str:
@@ -119,7 +133,7 @@ def _draw_line(axes: Any, line: Line, color: str, style: str) -> None:
     points, label = thinned(line.points), _escape_label(line.name)
     xs, values = [x for x, _ in points], [value for _, value in points]
     if line.kind == "fit":
-        axes.plot(xs, values, ls="--", lw=1.2, color=INK, alpha=0.7, label=label)
+        axes.plot(xs, values, ls="--", lw=1.2, color=_INK, alpha=0.7, label=label)
     elif line.kind == "points":
         axes.plot(xs, values, ls="", marker="o", ms=4.5, color=color, label=label)
     else:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from minimind.cli import road_plan
 from minimind.cli.main import app
-from minimind.cli.road import _stage_recipes
+from minimind.cli.road import stage_recipes
 from minimind.cli.road_results import last_adapter
 from minimind.config.load import packaged_recipes
 from minimind.config.road import ROADS, load_road
@@ -245,7 +245,7 @@ def test_the_adapter_belongs_to_the_stage_that_it_started_from(folder: Path) -> 
     adapter = ROAD[ROAD.index("[stages.adapter]") : ROAD.index("[evaluation]")]
     write_road(folder, (dpo + adapter, adapter + dpo))
     out = Path("out") / "tiny"
-    recipes = _stage_recipes(load_road(str(folder / "tiny.toml")), out, "cpu")
+    recipes = stage_recipes(load_road(str(folder / "tiny.toml")), out, "cpu")
     assert {name: recipe.model.init for name, recipe in recipes.items()} == {
         "pretrain": None,
         "sft": str(out / "pretrain"),
@@ -302,7 +302,7 @@ def test_packaged_roads_name_recipes_and_published_data() -> None:
     assert list(packaged_recipes(ROADS)) == ["base", "moe", "small"]
     for name in packaged_recipes(ROADS):
         road = load_road(name)
-        recipes = _stage_recipes(road, Path("out"), "cpu")
+        recipes = stage_recipes(road, Path("out"), "cpu")
         assert [recipe.objective for recipe in recipes.values()] == ["pretrain", "sft", "dpo"]
         assert [recipe.model.init for recipe in recipes.values()] == [
             None,
