@@ -1,7 +1,7 @@
 """The interactive pieces of the book, in Chromium."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,13 @@ class PiecePage:
             encoding="utf-8",
         )
         driver.get(page.as_uri())
+        self.wait(lambda: self.find("[data-id]"))
+
+    def wait(self, condition: Callable[[], Any]) -> None:
+        """Wait until a condition holds, at most a minute."""
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(self.driver, 60).until(lambda _: condition())
 
     def run(self, script: str, *arguments: object) -> Any:
         """Return the value of a JavaScript function body with arguments[0], …"""
@@ -39,8 +46,9 @@ class PiecePage:
 
     def part(self, name: str) -> Any:
         """Return the element with `data-id` NAME."""
-        [element] = self.find(f'[data-id="{name}"]')
-        return element
+        found = self.find(f'[data-id="{name}"]')
+        assert len(found) == 1, (name, len(found), self.run("return errors"))
+        return found[0]
 
     def text(self, name: str) -> str:
         return str(self.part(name).text)
