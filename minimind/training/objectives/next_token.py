@@ -81,8 +81,10 @@ class NextToken:
 
         The load-balancing loss is subtracted, so that the loss compares with a dense model's.
         """
+        # --8<-- [start:bits-per-byte]
         num_bytes = max(sums["bytes"], 1.0)
         bits = sums["nats"] / math.log(2) / num_bytes
+        # --8<-- [end:bits-per-byte]
         loss, balance = without_balance(loss, self._router_aux_loss_coef, sums)
         return {"loss": loss, "bits_per_byte": bits} | balance
 
@@ -179,10 +181,12 @@ def _losses_by_chunks(
         for start in range(0, len(labels), LOGIT_CHUNK):
             chunk = slice(start, start + LOGIT_CHUNK)  # C tokens
             rows, targets = hidden[chunk], labels[chunk, None]  # [C, D], [C, 1]
+            # --8<-- [start:cross-entropy]
             logits = (rows @ weight.T).float()  # [C, V]
             logprobs = torch.log_softmax(logits, -1)  # [C, V]
             del logits
             losses[chunk] = -logprobs.gather(1, targets)[:, 0]
+            # --8<-- [end:cross-entropy]
             if needs_grad:
                 # d loss / d logits = softmax(logits) - one_hot(label)
                 minus_one = torch.full(targets.shape, -1.0, device=targets.device)
