@@ -8,6 +8,7 @@
 #              MLX, in .venv-compatibility
 # make gpu-report   tests and measurements on an NVIDIA GPU, under 10 minutes: benchmarks/gpu_report.py
 # make docs    the documentation site, in site/
+# make book    the same, after running the scripts of the book whose outputs are stale
 # make format  fix the style and rewrite generated pages
 # Another interpreter: make PYTHON=python3.12 test
 
@@ -20,7 +21,7 @@ READY := .venv/.ready
 export PYTHONDONTWRITEBYTECODE :=
 IN_PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo test types style test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs format
+.PHONY: demo test types style test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs book format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
@@ -60,6 +61,10 @@ gpu-report: $(READY)
 	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
 
 docs: $(READY)
+	$(BIN)/python -m docs.build
+
+book: $(READY)
+	$(BIN)/python -m docs.book
 	$(BIN)/python -m docs.build
 
 format: $(READY)

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from docs import reference
+from docs.book import checks, staging
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -32,11 +33,12 @@ TOP_PAGES = (*READMES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 _SHARED = ("images", "assets")  # folders of docs/ that both languages use
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2[ \t]*$", re.M | re.S)
 _INLINE_CODE = re.compile(r"`[^`\n]*`")
+_CODE = re.compile(f"{_FENCE.pattern}|{_INLINE_CODE.pattern}", re.M | re.S)
 _HEADING = re.compile(r"^(#{1,6}) ", re.M)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _SYMBOL_LINK = re.compile(r"\[`([\w.]+)`\]\(([^)\s#]+\.py)\)")
-_INCLUDE = re.compile(r'--8<-- "([^"]+)"')
-_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)")
+_INCLUDE = re.compile(r'(?<!;)--8<-- "([^"]+)"')  # ; shows the line itself
+_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)")
 _LANGUAGE_TAGS = {
     ".py": "python", ".toml": "toml", ".json": "json", ".sh": "sh", ".yml": "yaml",
     "Makefile": "make",
@@ -73,6 +75,7 @@ def main() -> None:
 def find_problems() -> list[str]:
     """Return one line per difference between the languages, stale page or missing target."""
     problems = [f"docs/{page}: stale; run: make format" for page in reference.stale_pages(DOCS)]
+    problems += checks.find_problems()
     nav = set(nav_pages(read_nav()))
     names = {lang: page_names(DOCS / lang) for lang in LANGUAGES}
     for lang, pages in names.items():
@@ -105,9 +108,10 @@ def outline(text: str) -> dict[str, list[str]]:
     blocks = [match.group(0) for match in _FENCE.finditer(text)]
     return {
         "headings": _HEADING.findall(prose),
-        "code regions": _INCLUDE.findall(text),
-        "images": [Path(target).name for target in _IMAGE.findall(prose)],
+        "code regions": [checks.without_language(name) for name in _INCLUDE.findall(text)],
+        "images": [checks.without_language(Path(name).name) for _, name in _IMAGE.findall(prose)],
         "code blocks": [_without_comments(block) for block in blocks],
+        **checks.outline(_INLINE_CODE.sub("", prose)),
     }
 
 
@@ -129,6 +133,11 @@ def missing_targets(page: Path) -> list[str]:
         is_relative = "://" not in target and not target.startswith("mailto:")
         if is_relative and not (page.parent / target).resolve().exists():
             problems.append(f"{shown}: broken link {target}")
+    problems += [
+        f"{shown}: the image {target} has no description"
+        for alt, target in _IMAGE.findall(text)
+        if not alt.strip()
+    ]
     for symbol, target in _SYMBOL_LINK.findall(text):
         file = (page.parent / target).resolve()
         if file.is_file() and not symbol.endswith(".py") and symbol not in defined_names(file):
@@ -224,13 +233,15 @@ def staged(lang: str, stage: Path) -> None:
         done.add(page)
         origin = _origin(page, stage, lang)
         text = page.read_text("utf-8")
+        if chapter := staging.chapter_of(origin):
+            text = staging.site_page(chapter, lang, page.parent)
         pieces, at = [], 0
-        for fence in _FENCE.finditer(text):  # links in code are text
+        for code in _CODE.finditer(text):  # links in code are text
             pieces += [
-                _rewritten(text[at : fence.start()], page, origin, stage, waiting),
-                fence.group(0),
+                _rewritten(text[at : code.start()], page, origin, stage, waiting),
+                code.group(0),
             ]
-            at = fence.end()
+            at = code.end()
         pieces.append(_rewritten(text[at:], page, origin, stage, waiting))
         page.write_text("".join(pieces), "utf-8")
 
@@ -275,6 +286,11 @@ def _staged_copy(file: Path, stage: Path, waiting: list[Path]) -> Path:
                 waiting.append(copy)
         return copy
     name = file.relative_to(ROOT)
+    if file.suffix == ".ipynb":
+        copy = stage / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+        return copy
     copy = stage / "source" / f"{name.as_posix()}.md"
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)

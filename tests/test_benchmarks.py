@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks.gpu_report import PARTS
 from benchmarks.rounds import Contender, comparison, measure_in_turns, over_rounds, ratios, spread
+from benchmarks.tokenizer_compression import ours
+from minimind.tokenizer import train_tokenizer
+from tests.conftest import TEXTS
 
 
 def test_statistics_over_rounds() -> None:
@@ -92,6 +95,13 @@ def test_contenders_measure_in_turns_in_processes_of_their_own(
     broken = Contender("broken", "a_contender", arguments)
     with pytest.raises(SystemExit, match=r"(?s)broken failed with status 1:.*no such model"):
         measure_in_turns([broken], rounds=1, threads=1, work=tmp_path)
+
+
+def test_a_cut_vocabulary_is_the_one_that_training_gives(tokenizer_dir: Path) -> None:
+    size, count = ours(tokenizer_dir, 400)
+    small = train_tokenizer(TEXTS, vocab_size=400)
+    assert size == small.vocab_size == 400
+    assert [count(text) for text in TEXTS] == [len(small.encode(text)) for text in TEXTS]
 
 
 @pytest.mark.slow

@@ -13,11 +13,13 @@ from tokenizers import Tokenizer as BPE
 
 from minimind.errors import TokenizerError
 
+# --8<-- [start:split-pattern]
 # The pattern of Qwen 2: llama.cpp knows it by name, and each digit is a token of its own.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# --8<-- [end:split-pattern]
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -6,6 +6,7 @@
 The format is ChatML, as in Qwen. Control tokens have the first ids of the vocabulary.
 """
 
+# --8<-- [start:control-tokens]
 END_OF_TEXT = "<|endoftext|>"  # between documents; also pads
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # around each message
 _THINKING_AND_TOOLS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -13,6 +14,7 @@ _THINKING_AND_TOOLS += ["<tool_response>", "</tool_response>"]
 _NUM_SPECIAL = 16
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, *_THINKING_AND_TOOLS]
 SPECIAL_TOKENS += [f"<|reserved_{i}|>" for i in range(_NUM_SPECIAL - len(SPECIAL_TOKENS))]
+# --8<-- [end:control-tokens]
 
 ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT = "assistant"  # the role whose messages the model generates

@@ -31,6 +31,7 @@ def train_tokenizer(
     sample = sample_uniformly(texts, sample_bytes)
     if not sample:
         raise TokenizerError("there is no text to train a tokenizer on; give more data")
+    # --8<-- [start:train]
     bpe = new_bpe()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -41,6 +42,7 @@ def train_tokenizer(
     # So each role of the chat format becomes one token; short dialogues take a third fewer tokens.
     headers = [f"{role}\n" for role in ROLES] * (sum(map(len, sample)) // 500)
     bpe.train_from_iterator([*sample, *headers], trainer)
+    # --8<-- [end:train]
     return Tokenizer(bpe)
 
 

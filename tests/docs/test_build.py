@@ -45,9 +45,11 @@ def test_dead_links_missing_symbols_and_missing_regions_are_named(
         "[a](page.md) [b](gone.md#x) [c](https://example.com) `[d](none.md)`\n"
         "[`A.b`](code.py) [`A.c`](code.py) [`D`](code.py) [`code.py`](code.py) [`c`](code.py)\n"
         '--8<-- "code.py:there"\n--8<-- "code.py:gone"\n--8<-- "none.py"\n'
+        ';--8<-- "shown.py"\n![](page.md)\n'
     )
     assert build.missing_targets(page) == [
         "page.md: broken link gone.md",
+        "page.md: the image page.md has no description",
         "page.md: code.py defines no c",
         "page.md: code.py has no region gone",
         "page.md: no file none.py to include",
@@ -79,6 +81,7 @@ def test_the_architecture_page_has_the_checked_layers(lang: str) -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built documentation; read-only."""
+    pytest.importorskip("latex2mathml")
     pytest.importorskip("zensical")
 
     def fill(folder: Path) -> None:
@@ -96,6 +99,7 @@ def test_every_page_is_built_in_both_languages(site: Path) -> None:
             assert f'lang="{lang}"' in page.read_text("utf-8"), page
     assert (site / "en" / "records" / "demo.html").is_file()  # a record is a page of the site
     assert (site / "en/source/minimind/model/attention.py.html").is_file()  # so is a source file
+    assert list((site / "zh" / "notebooks" / "book" / "zh").glob("*.ipynb"))  # to be downloaded
 
 
 def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:

@@ -81,8 +81,10 @@ class NextToken:
 
         The load-balancing loss is subtracted, so that the loss compares with a dense model's.
         """
+        # --8<-- [start:bits-per-byte]
         num_bytes = max(sums["bytes"], 1.0)
         bits = sums["nats"] / math.log(2) / num_bytes
+        # --8<-- [end:bits-per-byte]
         loss, balance = without_balance(loss, self._router_aux_loss_coef, sums)
         return {"loss": loss, "bits_per_byte": bits} | balance
 
@@ -197,8 +199,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, factors: Tensor | None) -> tu
     if fused.takes(logits):
         return fused.cross_entropy_(logits, labels, factors), logits
     dtype, targets = logits.dtype, labels[:, None]  # [C, 1]
+    # --8<-- [start:cross-entropy]
     logprobs = torch.log_softmax(logits.float(), -1)  # [C, V]
     losses = -logprobs.gather(1, targets)[:, 0]
+    # --8<-- [end:cross-entropy]
     minus_one = torch.full(targets.shape, -1.0, device=targets.device)
     grad = logprobs.exp_().scatter_add_(1, targets, minus_one)  # [C, V]
     if factors is not None:
