@@ -48,7 +48,7 @@ def measure(preset: str, sequences: int, seq_len: int, checkpointing: bool, opti
     import torch
 
     from minimind.config.settings import OptimSettings
-    from minimind.model import PRESETS, ModelConfig, Transformer
+    from minimind.model import PRESETS, ModelConfig, Transformer, fused
     from minimind.training.batch import TensorBatch, label_indices
     from minimind.training.memory import Footprint
     from minimind.training.objectives.next_token import NextToken
@@ -76,7 +76,10 @@ def measure(preset: str, sequences: int, seq_len: int, checkpointing: bool, opti
     peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
     number = sum(parameter.numel() for parameter in model.parameters())
     moments = count_moments(model, settings)
-    footprint = Footprint(config, number, number, moments, seq_len, "cpu", checkpointing)
+    scores = fused.unavailable_reason() is not None
+    footprint = Footprint(
+        config, number, number, moments, seq_len, "cpu", checkpointing, stores_scores=scores
+    )
     return f"{(peak - before) / 1e6:,.0f} MB | {footprint.total(sequences) / 1e6:,.0f} MB"
 
 

@@ -8,12 +8,17 @@
 Imports are lazy: torch is imported by the first call that needs it.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from minimind.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from minimind.api import Model, Recipe, RunResult, Tokenizer, evaluate, load, train
+
+# PyTorch reads this at its first allocation on Linux: tensors of 2 MiB and more then lie in huge
+# pages. A training step on a CPU takes a sixth less time (benchmarks/records/cpu-kernels.md).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["Model", "Recipe", "RunResult", "Tokenizer", "evaluate", "load", "train"]
 

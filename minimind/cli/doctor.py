@@ -84,11 +84,12 @@ def _machine(device: str) -> dict[str, Any]:
         "free memory of the device": "unknown" if free is None else console.format_memory(free),
         "training precision": choose_precision("auto", chosen).name,
         "decoding precision": str(inference_dtype(chosen)).removeprefix("torch."),
+        "training on a CPU": _cpu_training(),
         "decoding on a CPU": _cpu_decoding(),
         "batch invariance": _batch_invariance(chosen),
         "attention": "torch.nn.functional.scaled_dot_product_attention"
         + _training_attention(chosen),
-        "C++ compiler, for training.compile and decoding": _compiler() or "none",
+        "C++ compiler": _compiler() or "none",
     }
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
@@ -103,17 +104,24 @@ def _training_attention(device: "torch.device") -> str:
     from minimind.model.varlen import supports_varlen
 
     if device.type == "cpu":
-        return ", explicit up to 256 tokens in training"
+        return ", in training explicit up to 256 tokens, or compiled code"
     if supports_varlen(device):
         return ", variable-length for packed sequences in bf16 and fp16"
     return ", with a dense mask for packed sequences"
+
+
+def _cpu_training() -> str:
+    from minimind.model.fused import unavailable_reason
+
+    reason = unavailable_reason()
+    return "compiled code in bf16" if reason is None else f"torch, slower: {reason}"
 
 
 def _cpu_decoding() -> str:
     from minimind.inference.native_library import unavailable_reason
 
     reason = unavailable_reason()
-    return "compiled code" if reason is None else f"torch, slower than compiled code: {reason}"
+    return "compiled code" if reason is None else f"torch, slower: {reason}"
 
 
 def _batch_invariance(device: "torch.device") -> str:

@@ -1,32 +1,17 @@
-"""Compilation of `decode.cpp`, where there is a C++ compiler.
+"""The compiled library of `decode.cpp` and the C structs that it takes.
 
-The library is compiled at first use, in a few seconds, and kept in the cache folder. Without it
-decoding runs on torch: more slowly, with results that differ by rounding.
+Without a compiler decoding runs on torch: more slowly, with results that differ by rounding.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from minimind.environment import NATIVE_VARIABLE
-from minimind.errors import MinimindError
-from minimind.paths import cache_folder
+from minimind.model.native import compile_library
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("decode.cpp", "products.h")]
-# No -ffast-math: it would let a compiler reorder the sums.
-_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
-_COMPILE_SECONDS = 120
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "decode.cpp", _FOLDER / "products.h")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -84,74 +69,20 @@ class Model(ctypes.Structure):
 
 def load_library() -> ctypes.CDLL | None:
     """Return the library, compiled if necessary; None if `unavailable_reason` returns a reason."""
-    return None if unavailable_reason() else _library()[0]
+    library = compile_library(_SOURCES)
+    return None if isinstance(library, str) else _declared(library)
 
 
 def unavailable_reason() -> str | None:
     """Return why decoding on a CPU runs on torch, or None."""
-    if os.environ.get(NATIVE_VARIABLE) == "0":
-        return f"{NATIVE_VARIABLE}=0"
-    return _library()[1]
+    library = compile_library(_SOURCES)
+    return library if isinstance(library, str) else None
 
 
-@cache
-def _library() -> tuple[Any, str | None]:
-    """Return (library, None) or (None, the reason why there is none)."""
-    if sys.platform != "linux":  # elsewhere torch's OpenMP cannot be shared
-        return None, f"not tried on {sys.platform}"
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [path for name in ("g++", "clang++") if (path := shutil.which(name))][:1]
-    )
-    if not compiler:
-        return None, "no C++ compiler"
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except subprocess.CalledProcessError as error:
-        return None, f"{compiler[0]} failed: {error.stderr.strip()[:500]}"
-    except (OSError, subprocess.TimeoutExpired, MinimindError) as error:
-        return None, str(error)
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the types of the functions' arguments and results."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
     library.minimind_panel.restype = integer
     library.minimind_multiply.argtypes = [pointer, integer, pointer, pointer, integer]
     library.minimind_decode.argtypes = [pointer, integer, *[pointer] * 5, integer]
-    return library, None
-
-
-def _compiled(compiler: list[str]) -> Path:
-    """Return the library's path; one file per source, compiler, flags and processor."""
-    command = [*compiler, *_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout.encode()
-    identity = [
-        *(source.read_bytes() for source in _SOURCES),
-        shlex.join(command).encode(),
-        version,
-        _processor(),
-    ]
-    key = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
-    path = cache_folder() / "native" / f"decode-{key}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            target = Path(folder) / path.name
-            subprocess.run(
-                [*command, str(_SOURCES[0]), "-o", str(target)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_COMPILE_SECONDS,
-            )
-            target.replace(path)
-    return path
-
-
-def _processor() -> bytes:
-    """Return what -march=native depends on: a home folder may be shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    names = ("flags", "Features", "model name")
-    return "\n".join(sorted({line for line in lines if line.startswith(names)})).encode()
+    return library

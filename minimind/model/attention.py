@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
+from minimind.model import fused
 from minimind.model.kv_cache import KVCache
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import apply_rotary
@@ -42,19 +43,24 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | SegmentBounds | None,
+        mask: Tensor | SegmentBounds | fused.PackedMask | None,
         cache: KVCache | None,
     ) -> Tensor:
         """Attend from x to itself and to the cached tokens: [B, T, hidden] -> [B, T, hidden].
 
         cos, sin: [B or 1, T, 1, D], or without the batch dimension. mask: [B or 1, 1, T, S], True
-        where a query may attend to a key; SegmentBounds = causal within segments; None = causal.
+        where a query may attend to a key; SegmentBounds or PackedMask = causal within segments;
+        None = causal.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         # q [B, T, H, D]; k, v [B, T, K, D]
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(mask, fused.PackedMask):
+            scale = self.scale or self.head_dim**-0.5
+            out = fused.attention(q, k, v, cos.squeeze(-2), sin.squeeze(-2), mask, scale)
+            return self.o_proj(out)
         q, k = apply_rotary(q, cos, sin).to(v.dtype), apply_rotary(k, cos, sin).to(v.dtype)
         if isinstance(mask, SegmentBounds):
             return self.o_proj(varlen_attention(q, k, v, mask, self.scale).flatten(2))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
+from minimind.model.feed_forward import swiglu
 from minimind.model.padding import padding_to_multiple
 
 _MAX_UNPADDED_ROWS = 64
@@ -197,8 +198,7 @@ def moe_grouped_mm(
 
 def _swiglu(x: Tensor) -> Tensor:
     """Multiply the second half of the features by SiLU of the first: [..., 2 * n] -> [..., n]."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return swiglu(*x.chunk(2, dim=-1))
 
 
 class _Permute(torch.autograd.Function):

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
+from minimind.model import fused
 
 
 class FeedForward(nn.Module):
@@ -16,4 +17,11 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, [..., width] each."""
+    if fused.takes(gate):
+        return fused.swiglu(gate, up)
+    return F.silu(gate) * up

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind.model import fused
+
 
 class RMSNorm(nn.Module):
     """Divide [..., width] by its root mean square, then multiply by a weight, in float32.
@@ -22,6 +24,8 @@ class RMSNorm(nn.Module):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
+            if fused.is_enabled(x):
+                return fused.rms_norm(x, self.weight, self.eps)
             if kind == "cpu" and torch.is_grad_enabled():
                 normed: Tensor = _RMSNormOnCPU.apply(x.float(), self.weight, self.eps, dtype)
                 return normed

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind.config.model import ModelConfig, RopeKind
+from minimind.model import fused
 from minimind.model.attention import Attention
 from minimind.model.experts import RoutedExperts, Routing, SharedExperts
 from minimind.model.feed_forward import FeedForward
@@ -50,7 +51,7 @@ class Layer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | SegmentBounds | None,
+        mask: Tensor | SegmentBounds | fused.PackedMask | None,
         cache: KVCache | None,
         routing: Routing | None,
     ) -> Tensor:
@@ -145,17 +146,21 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + length, device=tokens.device)  # [T]
-        mask: Tensor | SegmentBounds | None = None
+        mask: Tensor | SegmentBounds | fused.PackedMask | None = None
         segment_lengths = None
         if segments is not None:
             assert cache is None, "packed sequences are for training"
             if bounds is not None and self._allows_varlen():
                 mask = bounds
-            else:
+            elif not fused.is_enabled(tokens):
                 mask = _causal_mask(length, 0, tokens.device)[None, None] & (
                     segments[:, None, :, None] == segments[:, None, None, :]
                 )  # [B, 1, T, T]
             positions, segment_lengths = _segment_positions(segments)  # [B, T] each
+        if cache is None and fused.is_enabled(tokens):
+            indices = torch.arange(length)
+            starts = (indices - positions).expand(tokens.shape)  # [B, T]
+            mask = fused.packed_mask(starts, self.config.num_attention_heads)
         elif past and length > 1:
             mask = _causal_mask(length, past, tokens.device)[None, None]  # [1, 1, T, S]
         table = self.rope(positions, past + length, segment_lengths)  # [2, (B,) T, D]

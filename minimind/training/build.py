@@ -15,7 +15,7 @@ import torch
 from minimind.config.model import ModelConfig, RopeKind
 from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError, ModelError, install_line
-from minimind.model import Transformer, apply_lora, load_model, resolve_model_directory
+from minimind.model import Transformer, apply_lora, fused, load_model, resolve_model_directory
 from minimind.model.saving import is_stray
 from minimind.tokenizer import Tokenizer
 from minimind.training.memory import Footprint
@@ -23,6 +23,7 @@ from minimind.training.objectives import Objective
 from minimind.training.objectives.next_token import NextToken
 from minimind.training.objectives.preference import Preference
 from minimind.training.optimizers import count_moments
+from minimind.training.precision import choose_precision
 from minimind.training.run import TOKENIZER_COPY
 
 _DEFAULT_VOCAB_SIZE = 6400  # of `minimind tokenizer train`
@@ -169,7 +170,14 @@ def build_footprint(recipe: Recipe, model: Transformer, device: torch.device) ->
         recipe.data.seq_len,
         device.type,
         recipe.training.activation_checkpointing,
+        stores_scores=device.type == "cpu" and not _uses_kernels(recipe, device),
     )
+
+
+def _uses_kernels(recipe: Recipe, device: torch.device) -> bool:
+    """Return True if the training step calls the compiled kernels."""
+    is_bf16 = choose_precision(recipe.training.precision, device).name == "bf16"
+    return is_bf16 and not recipe.training.compile and fused.unavailable_reason() is None
 
 
 def count_parameters(model: Transformer, *, trained: bool = False) -> int:

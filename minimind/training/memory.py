@@ -32,11 +32,12 @@ class Footprint:
     seq_len: int
     device_type: str
     activation_checkpointing: bool = False
+    stores_scores: bool = False  # attention scores: on a CPU without the kernels of model/fused.py
 
     def components(self, micro_batch: int) -> dict[str, int]:
         """Estimate the bytes of each component for micro-batches of `micro_batch` sequences."""
         config, tokens = self.config, micro_batch * self.seq_len
-        scores = config.num_attention_heads * self.seq_len if self.device_type == "cpu" else 0
+        scores = config.num_attention_heads * self.seq_len if self.stores_scores else 0
         routed = config.num_experts_per_tok * config.hidden_size if config.num_local_experts else 0
         layer = _PER_HIDDEN * config.hidden_size + _PER_INTERMEDIATE * (
             config.active_intermediate_size

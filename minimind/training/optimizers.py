@@ -7,7 +7,8 @@ The nearest orthogonal matrix is U Vᵀ of the singular value decomposition U S 
 iteration approximates it by a few matrix products, much faster than a decomposition.
 
 Sources: Loshchilov and Hutter 2019 (AdamW); Keller Jordan et al. 2024, "Muon: an optimizer for
-hidden layers in neural networks", kellerjordan.github.io/posts/muon (Muon and its coefficients).
+hidden layers in neural networks", kellerjordan.github.io/posts/muon (Muon); Amsel et al. 2025, "The
+Polar Express" (polynomials that differ between iterations).
 """
 
 from collections import defaultdict
@@ -20,9 +21,14 @@ from torch import Tensor, nn
 from minimind.config.settings import OptimSettings
 from minimind.errors import CheckpointError
 
-# p(s) = a s + b s³ + c s⁵, tuned to lift small singular values fast (Jordan et al. 2024).
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_NUM_ITERATIONS = 5
+# p(s) = a s + b s³ + c s⁵, one polynomial per iteration. Each has the smallest maximum distance to
+# 1 on the interval to which its predecessors map [0.005, 1] (Amsel et al. 2025, algorithm 1).
+_POLYNOMIALS = (
+    (8.1836, -23.4691, 17.2446),
+    (3.9196, -2.9243, 0.5596),
+    (3.1847, -2.3881, 0.4987),
+    (2.1965, -1.5738, 0.4086),
+)
 _GRAM_ASPECT_RATIO = 1.5  # columns / rows above which iterating on the Gram matrix is cheaper
 _CHUNK_NUMEL = 1 << 22  # elements orthogonalised together; the iteration holds four copies of them
 STATE_MISMATCH = "the optimizer's state belongs to another model or optimizer"
@@ -96,47 +102,63 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Replace each matrix by approximately the nearest one whose singular values are all 1.
 
-    matrices: [n, rows, columns] in float32. The quintic Newton-Schulz iteration applies
-    p(s) = a s + b s³ + c s⁵ to every singular value without computing them. Five iterations send
-    values in (0, 1] to about 0.7 to 1.2, close enough to 1 for an optimizer.
+    matrices: [n, rows, columns] in float32. The Newton-Schulz iteration applies the polynomials to
+    every singular value without computing them: X ← P X with P = a I + b G + c G² of the Gram
+    matrix G = X Xᵀ. Values down to a hundredth of the largest become 0.9 to 1.1.
 
     It runs in float32: in bf16 one ulp of summation noise in a gradient, such as that of another
     number of processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # rows <= columns: the Gram matrix is the smaller one
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the norm bounds every singular value
+    x, gram, gram_squared = _scaled_to_one(x)
     is_wide = x.shape[-1] > _GRAM_ASPECT_RATIO * x.shape[-2]
-    x = _newton_schulz_by_gram(x) if is_wide else _newton_schulz(x)
+    iterate = _newton_schulz_by_gram if is_wide else _newton_schulz
+    x = iterate(x, gram, gram_squared)
     return x.mT if is_tall else x
 
 
-def _newton_schulz(x: Tensor) -> Tensor:
-    """Iterate X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X. x: [n, rows, columns]."""
-    a, b, c = _COEFFICIENTS
-    for _ in range(_NUM_ITERATIONS):
-        gram = x @ x.mT  # [n, rows, rows]
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale x so that its singular values are at most 1; return it with G = x xᵀ and G².
+
+    The iteration needs G² anyway, and its norm gives a close bound: (Σ s⁸)^(1/8) ≥ the largest s.
+    The norm of x, (Σ s²)^(1/2), is several times as large for most gradients, and the smaller the
+    values are, the more iterations they need.
+    """
+    gram = x @ x.mT
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_(min=1e-30)  # Σ s²
+    gram /= squares  # first, because s⁸ of a small gradient is no float32
+    gram_squared = gram @ gram
+    bound = gram_squared.norm(dim=(-2, -1), keepdim=True).sqrt_().clamp_(min=1e-10)
+    return x * (squares * bound).rsqrt_(), gram.div_(bound), gram_squared.div_(bound.square())
+
+
+def _newton_schulz(x: Tensor, gram: Tensor, gram_squared: Tensor) -> Tensor:
+    """Iterate X ← a X + (b G + c G²) X. x: [n, rows, columns]; gram, gram_squared: of x."""
+    for iteration, (a, b, c) in enumerate(_POLYNOMIALS):
+        if iteration:
+            gram = x @ x.mT  # [n, rows, rows]
+            gram_squared = gram @ gram
+        x = torch.baddbmm(x, torch.add(b * gram, gram_squared, alpha=c), x, beta=a)
     return x
 
 
-def _newton_schulz_by_gram(x: Tensor) -> Tensor:
-    """Compute `_newton_schulz` by products of [rows, rows] matrices, except the first and the last.
+def _newton_schulz_by_gram(x: Tensor, gram: Tensor, gram_squared: Tensor) -> Tensor:
+    """Compute `_newton_schulz` by products of [rows, rows] matrices, except the last one.
 
-    An iteration is X ← P X with P = a I + b G + c G² of the Gram matrix G = X Xᵀ, which becomes
-    P G P. Polynomials of G commute, so all P are multiplied into one factor [n, rows, rows], which
-    is applied to X once.
+    X ← P X turns the Gram matrix G into P G P. Polynomials of G commute, so all P are multiplied
+    into one factor [n, rows, rows], which is applied to X once.
     """
-    a, b, c = _COEFFICIENTS
-    gram, factor = x @ x.mT, None
-    for iteration in range(_NUM_ITERATIONS):
-        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal(dim1=-2, dim2=-1).add_(a)
-        factor = p if factor is None else p @ factor
-        if iteration < _NUM_ITERATIONS - 1:
-            gram = p @ gram @ p
-    assert factor is not None
-    return factor @ x
+    factor = product = None
+    for a, b, c in _POLYNOMIALS:
+        if factor is not None:
+            gram = factor @ gram @ factor
+            gram_squared = gram @ gram
+        factor = torch.add(b * gram, gram_squared, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+    assert product is not None
+    return product @ x
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -36,7 +36,9 @@ class Runs:
             return run
         more = dict(ARCHITECTURES[architecture])
         if stage == "pretrain":
-            more["tokenizer"] = str(self.tokenizer)
+            # vLLM has kernels for heads of 32 and more dimensions.
+            more |= {"tokenizer": str(self.tokenizer)}
+            more |= {"model__hidden_size": 128, "model__head_dim": 32}
         else:
             before = {"sft": "pretrain", "dpo": "sft", "lora": "sft"}[stage]
             more = {"model__init": str(self.model(architecture, before))}

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.data.packing import IGNORED
-from minimind.model import Transformer
+from minimind.model import Transformer, fused
 from minimind.model.experts import Routing
 from minimind.model.padding import padding_to_multiple
 from minimind.training.batch import TensorBatch
@@ -180,21 +180,31 @@ def _losses_by_chunks(
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), LOGIT_CHUNK):
             chunk = slice(start, start + LOGIT_CHUNK)  # C tokens
-            rows, targets = hidden[chunk], labels[chunk, None]  # [C, D], [C, 1]
-            # --8<-- [start:cross-entropy]
-            logits = (rows @ weight.T).float()  # [C, V]
-            logprobs = torch.log_softmax(logits, -1)  # [C, V]
-            del logits
-            losses[chunk] = -logprobs.gather(1, targets)[:, 0]
-            # --8<-- [end:cross-entropy]
+            rows = hidden[chunk]  # [C, D]
+            factor = None if factors is None else factors[chunk]
+            losses[chunk], grad = _cross_entropy(rows @ weight.T, labels[chunk], factor)
             if needs_grad:
-                # d loss / d logits = softmax(logits) - one_hot(label)
-                minus_one = torch.full(targets.shape, -1.0, device=targets.device)
-                grad = logprobs.exp_().scatter_add_(1, targets, minus_one)  # [C, V]
-                if factors is not None:
-                    grad *= factors[chunk, None]
-                half_grad = grad.to(hidden.dtype)
-                grads[0][chunk] = half_grad @ weight
+                grads[0][chunk] = grad @ weight
                 if trains_weight:
-                    grads[1] += half_grad.T @ rows
+                    grads[1] += grad.T @ rows
     return [losses, *grads]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the losses [C] and the gradient [C, V] of the logits, in their dtype.
+
+    The gradient is softmax(logits) - one_hot(label), times the factor [C]. The logits are
+    overwritten.
+    """
+    if fused.takes(logits):
+        return fused.cross_entropy_(logits, labels, factors), logits
+    dtype, targets = logits.dtype, labels[:, None]  # [C, 1]
+    # --8<-- [start:cross-entropy]
+    logprobs = torch.log_softmax(logits.float(), -1)  # [C, V]
+    losses = -logprobs.gather(1, targets)[:, 0]
+    # --8<-- [end:cross-entropy]
+    minus_one = torch.full(targets.shape, -1.0, device=targets.device)
+    grad = logprobs.exp_().scatter_add_(1, targets, minus_one)  # [C, V]
+    if factors is not None:
+        grad *= factors[:, None]
+    return losses, grad.to(dtype)

@@ -1,0 +1,290 @@
+"""Fused operations for training on a CPU in bf16, with their gradients: RMSNorm, SwiGLU, attention.
+
+The kernels are in `kernels.cpp`. The modules call these functions where `is_enabled`, and PyTorch's
+operations elsewhere.
+
+Shapes: B sequences of T tokens, H query heads, K key/value heads, G = H / K, D head_dim.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minimind.model.native import compile_library
+
+_SOURCES = (Path(__file__).with_name("kernels.cpp"),)
+# Sums may be reordered, which lets them use vector instructions. Infinities and NaN stay correct.
+_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+_NORM_BLOCK = 64  # rows whose weight gradients are summed by one thread
+_QUERY_BLOCK = 128  # queries whose scores are computed together
+_KEY_MULTIPLE = 64  # of a block's first key: oneDNN compiles a product for each new shape
+_SCORES = 1 << 19  # scores in memory at the same time: 1 MiB, which fits into a level 2 cache
+
+
+def is_enabled(x: Tensor) -> bool:
+    """Return True if the fused operations apply: autocast to bf16 on a CPU, kernels compiled."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and _may_call_kernels()
+    )
+
+
+def takes(x: Tensor) -> bool:
+    """Return True if x is a bf16 tensor on a CPU and the kernels are compiled."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _may_call_kernels()
+
+
+def _may_call_kernels() -> bool:
+    return not torch.compiler.is_compiling() and unavailable_reason() is None
+
+
+def unavailable_reason() -> str | None:
+    """Return why the kernels cannot be used, or None; compiles them at the first call."""
+    library = compile_library(_SOURCES, _FLAGS)
+    return library if isinstance(library, str) else None
+
+
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a kernel. Tensors are passed as pointers, None as a null pointer.
+
+    Tensors are contiguous, except where a kernel takes a stride.
+    """
+    getattr(compile_library(_SOURCES, _FLAGS), name)(*map(_as_c, arguments))
+
+
+def _as_c(value: Tensor | int | float | None) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [..., width] in float32, rounded to bf16."""
+    out: Tensor = _RMSNorm.apply(x.float().contiguous(), weight, eps)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        rows = x.numel() // width
+        out, scale = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(rows)
+        _call("rms_norm", x, weight, out, scale, rows, width, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad, rows, width = grads[0].contiguous(), len(scale), x.shape[-1]
+        grad_x, sums = torch.empty_like(x), torch.empty(-(-rows // _NORM_BLOCK), width)
+        _call("rms_norm_backward", grad, x, weight, scale, grad_x, sums, rows, width, _NORM_BLOCK)
+        return grad_x, sums.sum(0), None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, [..., width] each, in bf16. Both may be halves of one tensor."""
+    out: Tensor = _SwiGLU.apply(gate, up)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        out = gate.new_empty(gate.shape)
+        _call("swiglu", gate, up, out, *_rows(gate, up))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = gate.new_empty(2, *gate.shape)
+        grad = grads[0].contiguous()
+        _call("swiglu_backward", grad, gate, up, grad_gate, grad_up, *_rows(gate, up))
+        return grad_gate, grad_up
+
+
+def _rows(gate: Tensor, up: Tensor) -> tuple[int, int, int]:
+    """Return (rows, width, stride between rows), which must be the same for both tensors."""
+    flat = gate.view(-1, gate.shape[-1])
+    assert gate.stride() == up.stride() and flat.stride(1) == 1
+    return *flat.shape, flat.stride(0)
+
+
+class Block(NamedTuple):
+    """Scores that are computed together: some queries of some sequences, and their keys."""
+
+    sequences: slice
+    queries: slice
+    keys: slice
+
+
+class PackedMask(NamedTuple):
+    """Causal attention within the segments of packed sequences.
+
+    starts: [B, T] int32, the first position of each token's segment.
+    blocks: cover all scores within segments; scores between segments are mostly left out.
+    """
+
+    starts: Tensor
+    blocks: list[Block]
+
+
+def packed_mask(starts: Tensor, num_heads: int) -> PackedMask:
+    """Return the mask of segments that start at `starts` [B, T]."""
+    starts = starts.int().contiguous()
+    return PackedMask(starts, list(_blocks(starts, num_heads)))
+
+
+def _blocks(starts: Tensor, num_heads: int) -> Iterator[Block]:
+    num_sequences, length = starts.shape
+    first_keys = starts[:, ::_QUERY_BLOCK].tolist()  # starts do not decrease along T
+    for number, start in enumerate(range(0, length, _QUERY_BLOCK)):
+        queries = slice(start, min(start + _QUERY_BLOCK, length))
+        size = num_heads * (queries.stop - start) * queries.stop
+        step = max(1, _SCORES // size)
+        for first in range(0, num_sequences, step):
+            sequences = slice(first, min(first + step, num_sequences))
+            first_key = min(row[number] for row in first_keys[sequences])
+            first_key -= first_key % _KEY_MULTIPLE
+            yield Block(sequences, queries, slice(first_key, queries.stop))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: PackedMask, scale: float
+) -> Tensor:
+    """Rotary embedding and attention: q [B, T, H, D], k, v [B, T, K, D] -> [B, T, H * D] in bf16.
+
+    cos, sin: [B, T, D] or [T, D], float32.
+    """
+    out: Tensor = _Attention.apply(*(x.contiguous() for x in (q, k, v, cos, sin)), mask, scale)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    """Attention block by block; the backward pass computes the probabilities again.
+
+    As in FlashAttention (Dao et al. 2022), only the output and two numbers per query are kept, not
+    the scores. The G query heads of a key/value head are rows of one matrix product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: PackedMask,
+        scale: float,
+    ) -> Tensor:
+        (B, T, H, D), K = q.shape, k.shape[2]
+        G = H // K
+        # Heads as rows of products: queries [B, K, T, G, D], keys and values [B, K, T, D].
+        rows = q.new_empty(B, K, T, G, D), *q.new_empty(2, B, K, T, D)
+        _call("split_heads", q, k, v, cos, sin, *rows, B, T, H, K, D, int(cos.ndim == 3))
+        highest, sums = torch.empty(2, B, K, T, G)
+        weighted = torch.empty_like(rows[0])  # sums over the values, not yet divided by `sums`
+        for block in mask.blocks:
+            q_rows, k_rows, v_rows = _block_rows(rows, block)
+            scores = q_rows @ k_rows.mT  # [sequences * K, queries * G, keys]
+            _softmax("softmax", [scores], [highest, sums], mask, block, scale)
+            target = weighted[block.sequences, :, block.queries]
+            target.copy_((scores @ v_rows).view(target.shape))
+        out = q.new_empty(B, T, H * D)
+        _call("merge_heads", weighted, sums, out, B, T, H, K, D)
+        ctx.save_for_backward(*rows, out, highest, sums, cos, sin)
+        ctx.mask, ctx.scale = mask, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *rows, out, highest, sums, cos, sin = ctx.saved_tensors
+        B, K, T, G, D = rows[0].shape
+        H = K * G
+        grad_out, delta = torch.empty_like(rows[0]), torch.empty_like(sums)
+        _call("merge_heads_backward", grads[0].contiguous(), out, grad_out, delta, B, T, H, K, D)
+        grad_q = torch.empty_like(rows[0])
+        grad_k, grad_v = torch.zeros(2, B, K, T, D)  # float32: several blocks add to a key's
+        for block in ctx.mask.blocks:
+            q_rows, k_rows, v_rows = _block_rows(rows, block)
+            grad_rows = _block_rows((grad_out, *rows[1:]), block)[0]
+            scores, grad_scores = q_rows @ k_rows.mT, grad_rows @ v_rows.mT
+            numbers = [highest, sums, delta]
+            _softmax("softmax_backward", [scores, grad_scores], numbers, ctx.mask, block, ctx.scale)
+            # Now `scores` are the probabilities, `grad_scores` the gradient of the scores.
+            sequences, queries, keys = block
+            target = grad_q[sequences, :, queries]
+            target.copy_((grad_scores @ k_rows).view(target.shape))
+            for target, gradient in (
+                (grad_k[sequences, :, keys], grad_scores.mT @ q_rows),
+                (grad_v[sequences, :, keys], scores.mT @ grad_rows),
+            ):
+                target.add_(gradient.view(target.shape))
+        grad = rows[0].new_empty(B, T, H, D), *rows[0].new_empty(2, B, T, K, D)
+        _call(
+            "split_heads_backward", grad_q, grad_k, grad_v, cos, sin, *grad,
+            B, T, H, K, D, int(cos.ndim == 3),
+        )  # fmt: skip
+        return *grad, None, None, None, None
+
+
+def _block_rows(rows: Sequence[Tensor], block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a block's queries [N, queries * G, D], keys and values [N, keys, D].
+
+    N = sequences * K. rows: those of all blocks, as in `_Attention.forward`.
+    """
+    q, k, v = rows
+    sequences, queries, keys = block
+    return (
+        q[sequences, :, queries].flatten(2, 3).flatten(0, 1),
+        k[sequences, :, keys].flatten(0, 1),
+        v[sequences, :, keys].flatten(0, 1),
+    )
+
+
+def _softmax(
+    name: str,
+    scores: list[Tensor],
+    numbers: list[Tensor],
+    mask: PackedMask,
+    block: Block,
+    scale: float,
+) -> None:
+    """Call the kernel `softmax` or `softmax_backward`. numbers: [B, K, T, G] each."""
+    sequences, queries, keys = block
+    _call(
+        name,
+        *scores,
+        mask.starts[sequences],
+        *(x[sequences] for x in numbers),
+        sequences.stop - sequences.start,
+        *numbers[0].shape[1:],  # K, T, G
+        queries.stop - queries.start,
+        keys.stop - keys.start,
+        queries.start,
+        keys.start,
+        scale,
+    )
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, factors: Tensor | None) -> Tensor:
+    """Return the losses [C] in nats; overwrite the bf16 logits [C, V] with their gradient.
+
+    labels: [C] int64. factors: [C] float32, the upstream gradient of each loss; None = 1.
+    """
+    losses = torch.empty(len(labels))
+    factors = None if factors is None else factors.float().contiguous()
+    _call("cross_entropy", logits, labels.contiguous(), losses, factors, *logits.shape)
+    return losses

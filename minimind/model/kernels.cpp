@@ -1,0 +1,313 @@
+// Fused kernels for training on a CPU in bfloat16: what happens between the matrix products.
+//
+// PyTorch runs each elementwise operation as a separate pass over memory, and at these sizes the
+// passes cost more than the arithmetic. Each function here does the work of several operations in
+// one pass. `native.py` compiles them, `fused.py` calls them and gives them gradients. Matrix products
+// remain PyTorch's.
+//
+// Arrays are contiguous unless a stride is given. Shapes: B sequences of T tokens, H query heads,
+// K key/value heads, G = H / K query heads per key/value head, D head_dim.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+using bf16 = uint16_t;
+using i64 = int64_t;
+
+namespace {
+
+inline float widen(bf16 x) { // bfloat16 is the upper half of a float32
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline bf16 narrow(float x) { // round to nearest, ties to even, as PyTorch does
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float exponential(float x) { // e^x, relative error below 2e-7 for |x| <= 87
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x; // NaN stays NaN
+    float n = std::rint(x * 1.44269504f); // e^x = 2^n e^r with |r| <= ln(2) / 2
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+// Rotate the pairs (j, j + D / 2) of one head of one token, as `rope.py` does; sign -1: backwards.
+inline void rotate(const bf16 *__restrict from, bf16 *__restrict to, const float *__restrict cos,
+                          const float *__restrict sin, i64 half, float sign) {
+#pragma omp simd
+    for (i64 j = 0; j < half; j++) {
+        float a = widen(from[j]), b = widen(from[j + half]), s = sign * sin[j];
+        to[j] = narrow(a * cos[j] - b * s);
+        to[j + half] = narrow(b * cos[j] + a * s);
+    }
+}
+
+// The same for a float32 gradient, backwards.
+inline void rotate_back(const float *__restrict from, bf16 *__restrict to,
+                               const float *__restrict cos, const float *__restrict sin, i64 half) {
+#pragma omp simd
+    for (i64 j = 0; j < half; j++) {
+        float a = from[j], b = from[j + half];
+        to[j] = narrow(a * cos[j] + b * sin[j]);
+        to[j + half] = narrow(b * cos[j] - a * sin[j]);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = x * scale * weight with scale = 1 / RMS(x); x [rows, width], scale [rows]
+void rms_norm(const float *__restrict x, const float *__restrict weight, bf16 *__restrict out,
+              float *__restrict scale, i64 rows, i64 width, float eps) {
+#pragma omp parallel for
+    for (i64 i = 0; i < rows; i++) {
+        const float *row = x + i * width;
+        bf16 *to = out + i * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = 0; j < width; j++) sum += row[j] * row[j];
+        float factor = 1.0f / std::sqrt(sum / width + eps);
+        scale[i] = factor;
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) to[j] = narrow(row[j] * factor * weight[j]);
+    }
+}
+
+// grad_x = scale * (g - normed * mean(g * normed)) with normed = x * scale and g = grad_out * weight.
+// weight_grad [rows / block, width]: one sum per block of rows, so that the result does not depend on
+// the number of threads.
+void rms_norm_backward(const bf16 *__restrict grad_out, const float *__restrict x,
+                       const float *__restrict weight, const float *__restrict scale,
+                       float *__restrict grad_x, float *__restrict weight_grad, i64 rows, i64 width,
+                       i64 block) {
+#pragma omp parallel for
+    for (i64 start = 0; start < rows; start += block) {
+        float *sums = weight_grad + start / block * width;
+        std::memset(sums, 0, width * sizeof(float));
+        i64 end = start + block < rows ? start + block : rows;
+        for (i64 i = start; i < end; i++) {
+            const float *row = x + i * width;
+            const bf16 *grad = grad_out + i * width;
+            float *to = grad_x + i * width, factor = scale[i], dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (i64 j = 0; j < width; j++) {
+                float g = widen(grad[j]), normed = row[j] * factor;
+                sums[j] += g * normed;
+                dot += g * weight[j] * normed;
+            }
+            float mean = dot / width;
+#pragma omp simd
+            for (i64 j = 0; j < width; j++)
+                to[j] = factor * (widen(grad[j]) * weight[j] - row[j] * factor * mean);
+        }
+    }
+}
+
+// out = silu(gate) * up; gate and up: [rows, width] with a stride between rows
+void swiglu(const bf16 *__restrict gate, const bf16 *__restrict up, bf16 *__restrict out, i64 rows,
+            i64 width, i64 stride) {
+#pragma omp parallel for
+    for (i64 i = 0; i < rows; i++) {
+        const bf16 *g = gate + i * stride, *u = up + i * stride;
+        bf16 *to = out + i * width;
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) {
+            float x = widen(g[j]);
+            to[j] = narrow(x / (1.0f + exponential(-x)) * widen(u[j]));
+        }
+    }
+}
+
+void swiglu_backward(const bf16 *__restrict grad, const bf16 *__restrict gate, const bf16 *__restrict up,
+                     bf16 *__restrict grad_gate, bf16 *__restrict grad_up, i64 rows, i64 width,
+                     i64 stride) {
+#pragma omp parallel for
+    for (i64 i = 0; i < rows; i++) {
+        const bf16 *from = grad + i * width, *g = gate + i * stride, *u = up + i * stride;
+        bf16 *to_gate = grad_gate + i * width, *to_up = grad_up + i * width;
+#pragma omp simd
+        for (i64 j = 0; j < width; j++) {
+            float x = widen(g[j]), d = widen(from[j]), sigmoid = 1.0f / (1.0f + exponential(-x));
+            to_gate[j] = narrow(d * widen(u[j]) * sigmoid * (1.0f + x * (1.0f - sigmoid)));
+            to_up[j] = narrow(d * x * sigmoid);
+        }
+    }
+}
+
+// Rotate and transpose: q [B, T, H, D] -> [B, K, T, G, D]; k and v [B, T, K, D] -> [B, K, T, D].
+// cos, sin: [B, T, D] if per_sequence is 1, [T, D] if it is 0.
+void split_heads(const bf16 *__restrict q, const bf16 *__restrict k, const bf16 *__restrict v,
+                 const float *__restrict cos, const float *__restrict sin, bf16 *__restrict to_q,
+                 bf16 *__restrict to_k, bf16 *__restrict to_v, i64 B, i64 T, i64 H, i64 K, i64 D,
+                 i64 per_sequence) {
+    i64 G = H / K;
+#pragma omp parallel for collapse(2)
+    for (i64 b = 0; b < B; b++)
+        for (i64 t = 0; t < T; t++) {
+            i64 token = b * T + t, row = (per_sequence * b * T + t) * D;
+            for (i64 h = 0; h < H; h++)
+                rotate(q + (token * H + h) * D, to_q + (((b * K + h / G) * T + t) * G + h % G) * D,
+                       cos + row, sin + row, D / 2, 1);
+            for (i64 h = 0; h < K; h++) {
+                i64 from = (token * K + h) * D, to = ((b * K + h) * T + t) * D;
+                rotate(k + from, to_k + to, cos + row, sin + row, D / 2, 1);
+                std::memcpy(to_v + to, v + from, D * sizeof(bf16));
+            }
+        }
+}
+
+// The inverse, of gradients; those of k and v are float32 sums.
+void split_heads_backward(const bf16 *__restrict q, const float *__restrict k, const float *__restrict v,
+                          const float *__restrict cos, const float *__restrict sin,
+                          bf16 *__restrict to_q, bf16 *__restrict to_k, bf16 *__restrict to_v, i64 B,
+                          i64 T, i64 H, i64 K, i64 D, i64 per_sequence) {
+    i64 G = H / K;
+#pragma omp parallel for collapse(2)
+    for (i64 b = 0; b < B; b++)
+        for (i64 t = 0; t < T; t++) {
+            i64 token = b * T + t, row = (per_sequence * b * T + t) * D;
+            for (i64 h = 0; h < H; h++)
+                rotate(q + (((b * K + h / G) * T + t) * G + h % G) * D, to_q + (token * H + h) * D,
+                       cos + row, sin + row, D / 2, -1);
+            for (i64 h = 0; h < K; h++) {
+                i64 from = ((b * K + h) * T + t) * D, to = (token * K + h) * D;
+                rotate_back(k + from, to_k + to, cos + row, sin + row, D / 2);
+                for (i64 j = 0; j < D; j++) to_v[to + j] = narrow(v[from + j]);
+            }
+        }
+}
+
+// Numerators of the softmax over the keys that each query may attend to, in place.
+//
+// scores [sequences * K, queries * G, keys]: of the queries first_query, ... and the keys first_key,
+// ...; the query at t attends to keys starts[sequence, t] <= key <= t. starts [sequences, T].
+// highest, sums [sequences * K, T, G]: largest scaled score, and sum of the numerators.
+void softmax(bf16 *__restrict scores, const int32_t *__restrict starts, float *__restrict highest,
+             float *__restrict sums, i64 sequences, i64 K, i64 T, i64 G, i64 queries, i64 keys,
+             i64 first_query, i64 first_key, float scale) {
+#pragma omp parallel for collapse(2)
+    for (i64 h = 0; h < sequences * K; h++)
+        for (i64 i = 0; i < queries * G; i++) {
+            bf16 *row = scores + (h * queries * G + i) * keys;
+            i64 t = first_query + i / G, end = t + 1 - first_key;
+            i64 begin = starts[h / K * T + t] - first_key;
+            float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+            for (i64 j = begin; j < end; j++) {
+                float s = widen(row[j]);
+                top = s > top ? s : top;
+            }
+            std::memset(row, 0, begin * sizeof(bf16));
+#pragma omp simd reduction(+ : sum)
+            for (i64 j = begin; j < end; j++) {
+                float e = exponential((widen(row[j]) - top) * scale);
+                sum += e;
+                row[j] = narrow(e);
+            }
+            std::memset(row + end, 0, (keys - end) * sizeof(bf16));
+            highest[(h * T + t) * G + i % G] = top * scale;
+            sums[(h * T + t) * G + i % G] = sum;
+        }
+}
+
+// scores -> probabilities p; grads, those of p, -> those of the scores: p * (grad - delta) * scale.
+// delta [sequences * K, T, G]: sum over D of out * grad_out.
+void softmax_backward(bf16 *__restrict scores, bf16 *__restrict grads, const int32_t *__restrict starts,
+                      const float *__restrict highest, const float *__restrict sums,
+                      const float *__restrict delta, i64 sequences, i64 K, i64 T, i64 G, i64 queries,
+                      i64 keys, i64 first_query, i64 first_key, float scale) {
+#pragma omp parallel for collapse(2)
+    for (i64 h = 0; h < sequences * K; h++)
+        for (i64 i = 0; i < queries * G; i++) {
+            i64 row = (h * queries * G + i) * keys, t = first_query + i / G;
+            i64 begin = starts[h / K * T + t] - first_key, end = t + 1 - first_key;
+            bf16 *p = scores + row, *g = grads + row;
+            i64 at = (h * T + t) * G + i % G;
+            float log = highest[at] + std::log(sums[at]), d = delta[at];
+            std::memset(p, 0, begin * sizeof(bf16));
+            std::memset(g, 0, begin * sizeof(bf16));
+#pragma omp simd
+            for (i64 j = begin; j < end; j++) {
+                float probability = exponential(widen(p[j]) * scale - log);
+                p[j] = narrow(probability);
+                g[j] = narrow(probability * (widen(g[j]) - d) * scale);
+            }
+            std::memset(p + end, 0, (keys - end) * sizeof(bf16));
+            std::memset(g + end, 0, (keys - end) * sizeof(bf16));
+        }
+}
+
+// from [B, K, T, G, D], divided by sums [B, K, T, G] -> to [B, T, H D]
+void merge_heads(const bf16 *__restrict from, const float *__restrict sums, bf16 *__restrict to, i64 B,
+                 i64 T, i64 H, i64 K, i64 D) {
+    i64 G = H / K;
+#pragma omp parallel for collapse(2)
+    for (i64 b = 0; b < B; b++)
+        for (i64 t = 0; t < T; t++)
+            for (i64 h = 0; h < H; h++) {
+                i64 at = ((b * K + h / G) * T + t) * G + h % G;
+                float factor = 1.0f / sums[at];
+                bf16 *row = to + ((b * T + t) * H + h) * D;
+#pragma omp simd
+                for (i64 j = 0; j < D; j++) row[j] = narrow(widen(from[at * D + j]) * factor);
+            }
+}
+
+// grad [B, T, H D] -> to [B, K, T, G, D], and delta [B, K, T, G] = sum over D of out * grad
+void merge_heads_backward(const bf16 *__restrict grad, const bf16 *__restrict out, bf16 *__restrict to,
+                          float *__restrict delta, i64 B, i64 T, i64 H, i64 K, i64 D) {
+    i64 G = H / K;
+#pragma omp parallel for collapse(2)
+    for (i64 b = 0; b < B; b++)
+        for (i64 t = 0; t < T; t++)
+            for (i64 h = 0; h < H; h++) {
+                i64 at = ((b * K + h / G) * T + t) * G + h % G, row = ((b * T + t) * H + h) * D;
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (i64 j = 0; j < D; j++) {
+                    to[at * D + j] = grad[row + j];
+                    sum += widen(grad[row + j]) * widen(out[row + j]);
+                }
+                delta[at] = sum;
+            }
+}
+
+// Losses of labels, and logits [rows, vocab] overwritten by their gradient softmax - one_hot.
+void cross_entropy(bf16 *__restrict logits, const i64 *__restrict labels, float *__restrict losses,
+                   const float *factors, i64 rows, i64 vocab) {
+#pragma omp parallel for
+    for (i64 i = 0; i < rows; i++) {
+        bf16 *row = logits + i * vocab;
+        float highest = -INFINITY, sum = 0, factor = factors ? factors[i] : 1.0f;
+#pragma omp simd reduction(max : highest)
+        for (i64 j = 0; j < vocab; j++) {
+            float x = widen(row[j]);
+            highest = x > highest ? x : highest;
+        }
+#pragma omp simd reduction(+ : sum)
+        for (i64 j = 0; j < vocab; j++) sum += exponential(widen(row[j]) - highest);
+        float log = highest + std::log(sum), chosen = widen(row[labels[i]]);
+        losses[i] = log - chosen;
+#pragma omp simd
+        for (i64 j = 0; j < vocab; j++) row[j] = narrow(exponential(widen(row[j]) - log) * factor);
+        row[labels[i]] = narrow((std::exp(chosen - log) - 1.0f) * factor);
+    }
+}
+
+}  // extern "C"
