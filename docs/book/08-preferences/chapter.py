@@ -195,7 +195,7 @@ print([f"{logps.exp().mean():.2f}" for logps in start])
 import copy
 
 
-def train(beta, pairs=slice(0, 6), steps=40, lr=5e-4):
+def train(beta, pairs=slice(0, 6), steps=40, lr=1e-4):
     """Train a copy of the model with DPO; return it and one row of metrics per step."""
     policy, rows = copy.deepcopy(model), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0)
@@ -220,12 +220,106 @@ def train(beta, pairs=slice(0, 6), steps=40, lr=5e-4):
     return policy, rows
 
 
-policy, rows = train(beta=0.5)
+policy, rows = train(beta=2.0)
 for step in (0, 10, 20, 39):
     loss, chosen, rejected = rows[step]
     print(f"{step:2} loss {loss:.2f} chosen {chosen:5.2f} rejected {rejected:5.2f}")
-with torch.no_grad():
-    for side in (short, doubled):
-        logps = answer_logps(policy, questions, side)
-        print([f"{p:.2f}" for p in logps.exp()])
 # --8<-- [end:train]
+
+
+# --8<-- [start:held-out]
+def probabilities(policy):
+    """Return the probability of each short and of each doubled answer, [2, 8]."""
+    with torch.no_grad():
+        sides = [answer_logps(policy, questions, side) for side in (short, doubled)]
+    return torch.stack(sides).exp()
+
+
+for label, checked in (("before", model), ("after", policy)):
+    chosen, rejected = probabilities(checked)
+    print(
+        label,
+        f"trained pairs {chosen[:6].mean():.2f} {rejected[:6].mean():.2f},",
+        end=" ",
+    )
+    print(f"held-out pairs {chosen[6:].mean():.2f} {rejected[6:].mean():.2f}")
+# --8<-- [end:held-out]
+
+runs = {beta: train(beta) for beta in (0.1, 0.5, 2.0, 5.0)}
+
+
+def figure_rewards(figure, say):
+    panels = figure.subplots(1, 2)
+    for axes, beta in zip(panels, (0.1, 2.0), strict=True):
+        _, chosen, rejected = zip(*runs[beta][1], strict=True)
+        axes.plot(chosen, label=say("chosen", "选中的回答"))
+        axes.plot(rejected, label=say("rejected", "落选的回答"))
+        axes.axhline(0, ls="--", lw=1.2, color="0.5")
+        axes.set_title(f"beta = {beta}")
+        axes.set_xlabel(say("step", "步数"))
+        axes.grid(alpha=0.15)
+    panels[0].set_ylabel(say("reward, beta times r", "奖励（beta 乘 r）"))
+    panels[0].legend(frameon=False)
+
+
+def table_betas(say):
+    head = [
+        "beta",
+        say("margin of the rewards", "奖励之差"),
+        say("short, trained", "短答，训练过"),
+        say("short, held-out", "短答，留出"),
+        say("doubled, trained", "重复，训练过"),
+        say("doubled, held-out", "重复，留出"),
+    ]
+    rows = []
+    for beta, (checked, metrics) in runs.items():
+        chosen, rejected = probabilities(checked)
+        _, first, second = metrics[-1]
+        means = (chosen[:6], chosen[6:], rejected[:6], rejected[6:])
+        rows.append(
+            [beta, f"{first - second:.2f}", *(f"{p.mean():.2f}" for p in means)]
+        )
+    return [head, *rows]
+
+
+# --8<-- [start:record]
+import json
+from pathlib import Path
+
+import minimind
+
+records = Path(minimind.__file__).parents[1] / "benchmarks" / "records"
+record = json.loads((records / "dpo.json").read_text("utf-8"))["demo"]
+for number in (0, 1, 3, 10):
+    run = record["runs"][number]
+    summary, quiz = run["summary"], run["quiz"]
+    settings = dict(part.split("=") for part in run["settings"].split(","))
+    print(
+        f"beta {float(settings.get('dpo.beta', 0.1))}, {summary['steps']:3} steps:",
+        f"accuracy {summary['accuracy']:.0%}, log p chosen {summary['logps/chosen']:.2f},",
+        f"quiz {quiz['right']} of {quiz['n']}",
+    )
+# --8<-- [end:record]
+
+
+def value(tensor):
+    return f"{tensor:.2f}"
+
+
+chosen_before, rejected_before = probabilities(model)
+good, bad = (probabilities(runs[beta][0]) for beta in (2.0, 0.1))
+facts = {
+    "p_right_wrong": value(preferred(0, 3)),
+    "bt_loss": f"{bradley_terry_loss(fitted):.3f}",
+    "start_chosen": value(chosen_before.mean()),
+    "start_rejected": value(rejected_before.mean()),
+    "good_held_out": value(good[0, 6:].mean()),
+    "good_held_out_rejected": value(good[1, 6:].mean()),
+    "bad_trained": value(bad[0, :6].mean()),
+    "bad_held_out": value(bad[0, 6:].mean()),
+}
+piece = {
+    "answers": ANSWERS,
+    "reference": reference.tolist(),
+    "scores": true_scores.tolist(),
+}
