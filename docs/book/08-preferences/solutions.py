@@ -3,7 +3,7 @@ import math
 
 
 def elo_probability(difference):
-    """Return the probability that a player with `difference` more Elo points wins."""
+    """Return the probability to win with `difference` more Elo points."""
     return 1 / (1 + 10 ** (-difference / 400))
 
 
