@@ -16,7 +16,7 @@ print(tuple(picture.shape), picture.numel(), "numbers")
 
 # --8<-- [start:low-rank]
 def low_rank(matrix, rank):
-    """Return B [out, rank] and A [rank, in] whose product is nearest to `matrix`."""
+    """Return the B [out, rank] and A [rank, in] whose product is nearest."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u[:, :rank] * s[:rank], vh[:rank]
 

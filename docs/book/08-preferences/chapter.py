@@ -60,7 +60,7 @@ reference = torch.tensor([0.30, 0.20, 0.40, 0.10], dtype=torch.float64)
 
 
 def optimum(rewards, beta):
-    """Return the policy of the highest expected reward - beta * KL(policy, reference)."""
+    """Return the policy with the highest reward - beta * KL(policy, reference)."""
     weights = reference * (rewards / beta).exp()
     return weights / weights.sum()
 
@@ -196,7 +196,7 @@ import copy
 
 
 def train(beta, pairs=slice(0, 6), steps=40, lr=1e-4):
-    """Train a copy of the model with DPO; return it and one row of metrics per step."""
+    """Train a copy of the model with DPO; return it and a row of metrics per step."""
     policy, rows = copy.deepcopy(model), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0)
     for _ in range(steps):
