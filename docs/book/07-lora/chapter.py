@@ -190,7 +190,8 @@ for question in ("Your name?", "Your author?", "The capital of Peru?"):
 
 sweep = {}
 for rank in (1, 2, 4, 8):
-    model = train(with_adapter(rank), new + facts_only, steps=60, lr=1e-2)
+    lines = new + facts_only
+    model = mixed if rank == 2 else train(with_adapter(rank), lines, 60, lr=1e-2)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sweep[rank] = (trained, loss(model, new).item(), loss(model, facts_only).item())
 

@@ -196,7 +196,7 @@ import copy
 
 
 def train(beta, pairs=slice(0, 6), steps=40, lr=1e-4):
-    """Train a copy of the model with DPO; return it and a row of metrics per step."""
+    """Train a copy of the model with DPO; return it and its metrics per step."""
     policy, rows = copy.deepcopy(model), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0)
     for _ in range(steps):
@@ -245,7 +245,12 @@ for label, checked in (("before", model), ("after", policy)):
     print(f"held-out pairs {chosen[6:].mean():.2f} {rejected[6:].mean():.2f}")
 # --8<-- [end:held-out]
 
-runs = {beta: train(beta) for beta in (0.1, 0.5, 2.0, 5.0)}
+# --8<-- [start:runs]
+runs = {0.1: train(0.1), 0.5: train(0.5), 2.0: (policy, rows), 5.0: train(5.0)}
+for beta, (_, metrics) in runs.items():
+    loss, chosen, rejected = metrics[-1]
+    print(f"beta {beta}: loss {loss:.2f} chosen {chosen:5.2f} rejected {rejected:6.2f}")
+# --8<-- [end:runs]
 
 
 def figure_rewards(figure, say):
@@ -293,10 +298,11 @@ record = json.loads((records / "dpo.json").read_text("utf-8"))["demo"]
 for number in (0, 1, 3, 10):
     run = record["runs"][number]
     summary, quiz = run["summary"], run["quiz"]
+    logp = summary["logps/chosen"]
     settings = dict(part.split("=") for part in run["settings"].split(","))
     print(
         f"beta {float(settings.get('dpo.beta', 0.1))}, {summary['steps']:3} steps:",
-        f"accuracy {summary['accuracy']:.0%}, log p chosen {summary['logps/chosen']:.2f},",
+        f"accuracy {summary['accuracy']:.0%}, log p chosen {logp:.2f},",
         f"quiz {quiz['right']} of {quiz['n']}",
     )
 # --8<-- [end:record]
