@@ -60,7 +60,7 @@ def test_each_question_has_the_same_likelihoods(
     assert len(ours) == 7
     for key, result in ours.items():
         assert result["scores"] == pytest.approx(expected[key].scores, abs=1e-4)
-        assert result["right"] == expected[key].correct
+        assert result["right"] == expected[key].right
         assert result["shots"] == shots
     assert len({tuple(result["scores"]) for result in ours.values()}) == 7
 

@@ -171,4 +171,4 @@ def test_lm_eval_runs_against_the_service(varied_model: Path, tmp_path: Path) ->
     assert len(ours) == 100
     for name, result in ours.items():
         assert result["scores"] == pytest.approx(theirs[name].scores, abs=1e-4)
-        assert result["right"] == theirs[name].correct
+        assert result["right"] == theirs[name].right
