@@ -1,4 +1,4 @@
-"""Decode steps in compiled code: packs the weights of a model for `decode.cpp` and calls it."""
+"""Forward passes in compiled code: packs the weights of a model for `decode.cpp` and calls it."""
 
 import ctypes
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.inference.kv_cache import KVCache
-from minimind.inference.matmul import Linear, quantize_int8
+from minimind.inference.matmul import quantize_int8
 from minimind.inference.native_library import (
     KINDS,
     FeedForward,
@@ -27,7 +27,7 @@ _HEAD_MULTIPLE = 8  # dimensions of a head that attention processes together
 
 
 class NativeDecoder:
-    """The packed weights of a model, and decode steps in its KV cache.
+    """The packed weights of a model, and forward passes in its KV cache.
 
     A row gets the same bits in any batch and with any number of threads.
     """
@@ -62,41 +62,29 @@ class NativeDecoder:
             logits_scale=1 / config.logits_scaling,
         )
 
-    def decode(self, x: Tensor, slots: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
-        """Return logits [N, vocab] float32 after one token of each of N sequences.
+    def forward(
+        self, x: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, kept: Tensor
+    ) -> Tensor:
+        """Return logits [len(kept), vocab] float32 of some of N rows, each a token of a sequence.
 
         x: embeddings [N, hidden] float32, overwritten; slots, positions: [N] int64; rope: cosines
-        and sines [2, N, D], the first half of the sines negated.
+        and sines [2, N, D], the first half of the sines negated; kept: ascending rows, int64.
         """
-        logits = torch.empty(len(x), self._vocab_size)
+        logits = torch.empty(len(kept), self._vocab_size)
         rope = rope.contiguous()
-        self._library.minimind_decode(
+        self._library.minimind_forward(
             ctypes.addressof(self._model),
             len(x),
             slots.data_ptr(),
             positions.data_ptr(),
             rope.data_ptr(),
             x.data_ptr(),
+            len(kept),
+            kept.data_ptr(),
             logits.data_ptr(),
             self._threads,
         )
         return logits
-
-    def pack(self, weight: Tensor) -> Linear:
-        """Pack a weight [out, in] for products with any number of rows, in the dtype of the rows.
-
-        Much faster than torch's products with int8 weights.
-        """
-        matrix = self._matrix(weight)
-
-        def forward(x: Tensor) -> Tensor:
-            rows, out = x.float().contiguous(), torch.empty(len(x), matrix.outputs)
-            self._library.minimind_multiply(
-                ctypes.addressof(matrix), len(x), rows.data_ptr(), out.data_ptr(), self._threads
-            )
-            return out.to(x.dtype)
-
-        return forward
 
     def _layer(self, layer: nn.Module) -> Layer:
         assert isinstance(layer, TransformerLayer)
@@ -163,7 +151,7 @@ class NativeDecoder:
 def native_decoder(
     model: Transformer, cache: KVCache, *, int8: bool, threads: int
 ) -> NativeDecoder | None:
-    """Return a decoder; None where decoding runs on torch."""
+    """Return a decoder; None where the forward pass runs on torch."""
     weight, config = model.head_weight, model.config
     widths = [
         config.hidden_size,

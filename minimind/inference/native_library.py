@@ -83,6 +83,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the types of the functions' arguments and results."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
     library.minimind_panel.restype = integer
-    library.minimind_multiply.argtypes = [pointer, integer, pointer, pointer, integer]
-    library.minimind_decode.argtypes = [pointer, integer, *[pointer] * 5, integer]
+    library.minimind_forward.argtypes = [
+        *(pointer, integer),
+        *[pointer] * 4,
+        *(integer, pointer, pointer, integer),
+    ]
     return library
