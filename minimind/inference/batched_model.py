@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minimind.inference.kv_cache import CACHE_STEP, KVCache
 from minimind.inference.matmul import Packer, attention_is_batch_invariant
-from minimind.inference.native_decoder import native_decoder
+from minimind.inference.native_decoder import NativeDecoder, cache_dtype, is_supported
 from minimind.inference.packed_layers import PackedLayer, norm_weight, pack_layer
 from minimind.model import Transformer
 from minimind.model.norm import rms_norm_cpu
@@ -98,11 +98,12 @@ class BatchedModel:
         self._embedding = model.model.embed_tokens.weight.detach()
         self._final_norm = norm_weight(model.model.norm)
         threads = threads or torch.get_num_threads()
-        self.cache = KVCache(config, slots, context, device=self.device, dtype=self.dtype)
-        self._native = native_decoder(model, self.cache, int8=int8, threads=threads)
+        self.cache = KVCache(config, slots, context, device=self.device, dtype=cache_dtype(model))
+        self._native: NativeDecoder | None = None
         self._rope_table = torch.empty(2, 0, config.head_dim, device=self.device)
         self.batch_invariant = True
-        if self._native is not None:
+        if is_supported(model):
+            self._native = NativeDecoder(model, self.cache, int8=int8, threads=threads)
             return
         pack = Packer(self.device, int8=int8, threads=threads)
         self._head = pack(head)

@@ -35,9 +35,9 @@ struct Model {
     const Layer* layers;
     const float* final_norm;
     Matrix head;
-    float* cache;  // [layers, 2, slots, K, P, D]: keys and values
+    void* cache;  // [layers, 2, slots, K, P, D]: keys and values
     int32_t num_layers, hidden, heads, kv_heads, head_dim, slots, positions;
-    int32_t num_experts, num_chosen;
+    int32_t num_experts, num_chosen, cache_kind;
     float eps, attention_scale, residual_scale, logits_scale;
 };
 
@@ -90,15 +90,31 @@ inline float sum_lanes(Eight x) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+// A key or value in the cache.
+inline void store(float x, float* out) { *out = x; }
+inline void store(float x, uint16_t* out) {  // bfloat16, rounded to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *out = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline Eight load_eight(const float* x) { return *(const Eight*)x; }
+inline Eight load_eight(const uint16_t* x) {
+    typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    return (Eight)(__builtin_convertvector(*(const Halves*)x, Bits) << 16);
+}
+
 // Attention of one query [D] over `length` keys and values [P, D]; scores: room for P.
 // The cache has whole groups of 4 positions. Those beyond the length have weight 0.
-void attend(const float* query, const float* keys, const float* values, int length, int dim,
+template <class Value>
+void attend(const float* query, const Value* keys, const Value* values, int length, int dim,
             float scale, float* scores, float* out) {
     float highest = -INFINITY, total = 0;
     for (int p = 0; p < length; p++) {
         Eight sum = {};
         for (int i = 0; i < dim; i += 8)
-            sum += *(const Eight*)(query + i) * *(const Eight*)(keys + p * dim + i);
+            sum += *(const Eight*)(query + i) * load_eight(keys + p * dim + i);
         scores[p] = sum_lanes(sum) * scale;
         highest = scores[p] > highest ? scores[p] : highest;
     }
@@ -111,7 +127,7 @@ void attend(const float* query, const float* keys, const float* values, int leng
         for (int p = 0; p < length; p += 4)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++)
-                sum[j] += scores[p + j] * *(const Eight*)(values + (p + j) * dim + i);
+                sum[j] += scores[p + j] * load_eight(values + (p + j) * dim + i);
         *(Eight*)(out + i) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / total;
     }
 }
@@ -147,34 +163,41 @@ struct Step {
     }
 
     // A row and one of its key/value heads.
+    template <class Value>
     struct Item {
         int row, head;
         const float *cos, *sin, *qkv;  // qkv: of the row
-        float *keys, *values;          // [P, D]
+        Value *keys, *values;          // [P, D]
     };
 
-    Item item(int layer, int index) {
+    template <class Value>
+    Item<Value> item(int layer, int index) {
         const int dim = model.head_dim, row = index / model.kv_heads, head = index % model.kv_heads;
         const int64_t size = int64_t(model.kv_heads) * model.positions * dim;  // of a slot
-        float* keys = model.cache + (2 * layer * model.slots + slots[row]) * size +
+        Value* keys = (Value*)model.cache + (2 * layer * model.slots + slots[row]) * size +
                       int64_t(head) * model.positions * dim;
         return {row, head, rope + row * dim, rope + (rows + row) * dim,
                 &qkv[row * (model.heads + 2 * model.kv_heads) * dim], keys, keys + model.slots * size};
     }
 
+    template <class Value>
     void attention(const Layer& layer, int number, float* scores) {
         const int dim = model.head_dim, group = model.heads / model.kv_heads;
         const Range items = share(rows * model.kv_heads);
         for (int index = items.begin; index < items.end; index++) {
-            const Item at = item(number, index);
+            const Item<Value> at = item<Value>(number, index);
             const float* key = at.qkv + (model.heads + at.head) * dim;
             const int64_t offset = positions[at.row] * dim;
-            rotate(key, layer.k_norm, at.cos, at.sin, dim, model.eps, at.keys + offset);
-            std::copy_n(key + model.kv_heads * dim, dim, at.values + offset);
+            float rotated[dim];
+            rotate(key, layer.k_norm, at.cos, at.sin, dim, model.eps, rotated);
+            for (int i = 0; i < dim; i++) {
+                store(rotated[i], at.keys + offset + i);
+                store(key[model.kv_heads * dim + i], at.values + offset + i);
+            }
         }
 #pragma omp barrier  // rows of a prompt attend to each other
         for (int index = items.begin; index < items.end; index++) {
-            const Item at = item(number, index);
+            const Item<Value> at = item<Value>(number, index);
             for (int query = at.head * group; query < (at.head + 1) * group; query++) {
                 float rotated[dim];
                 rotate(at.qkv + query * dim, layer.q_norm, at.cos, at.sin, dim, model.eps, rotated);
@@ -272,7 +295,10 @@ struct Step {
                                      &qkv[row * layer.qkv.outputs + panel * kPanel]);
                      });
 #pragma omp barrier
-            attention(layer, number, scores.data());
+            if (model.cache_kind == kBFloat16)
+                attention<uint16_t>(layer, number, scores.data());
+            else
+                attention<float>(layer, number, scores.data());
 #pragma omp barrier
             if (number == model.num_layers - 1) {
 #pragma omp single

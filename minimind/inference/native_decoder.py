@@ -1,7 +1,6 @@
 """Forward passes in compiled code: packs the weights of a model for `decode.cpp` and calls it."""
 
 import ctypes
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +31,10 @@ class NativeDecoder:
     A row gets the same bits in any batch and with any number of threads.
     """
 
-    def __init__(
-        self, model: Transformer, cache: KVCache, library: Any, *, int8: bool, threads: int
-    ) -> None:
-        """Pack the weights; `native_decoder` checks first that the model is supported."""
+    def __init__(self, model: Transformer, cache: KVCache, *, int8: bool, threads: int) -> None:
+        """Pack the weights of a model for which `is_supported` returns True."""
+        library = load_library()
+        assert library is not None
         self._library, self._int8, self._threads = library, int8, threads
         self._panel = library.minimind_panel()
         self._tensors: list[Tensor] = [cache.data]  # that the structs point into
@@ -56,6 +55,7 @@ class NativeDecoder:
             positions=cache.positions,
             num_experts=config.num_local_experts,
             num_chosen=config.num_experts_per_tok if config.num_local_experts else 0,
+            cache_kind=KINDS[cache.dtype],
             eps=config.rms_norm_eps,
             attention_scale=config.attention_multiplier or config.head_dim**-0.5,
             residual_scale=config.residual_multiplier,
@@ -148,10 +148,8 @@ class NativeDecoder:
         return tensor.data_ptr()
 
 
-def native_decoder(
-    model: Transformer, cache: KVCache, *, int8: bool, threads: int
-) -> NativeDecoder | None:
-    """Return a decoder; None where the forward pass runs on torch."""
+def is_supported(model: Transformer) -> bool:
+    """Return True when the forward pass of a model can run in compiled code here."""
     weight, config = model.head_weight, model.config
     widths = [
         config.hidden_size,
@@ -159,14 +157,20 @@ def native_decoder(
         config.intermediate_size,
         config.shared_intermediate_size,
     ]
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype not in (torch.float32, torch.bfloat16)
-        or any(width % _INPUTS_MULTIPLE for width in widths)
-        or config.head_dim % _HEAD_MULTIPLE
-    ):
-        return None
-    library = load_library()
-    if library is None:
-        return None
-    return NativeDecoder(model, cache, library, int8=int8, threads=threads)
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and all(width % _INPUTS_MULTIPLE == 0 for width in widths)
+        and config.head_dim % _HEAD_MULTIPLE == 0
+        and load_library() is not None
+    )
+
+
+def cache_dtype(model: Transformer) -> torch.dtype:
+    """Return the dtype of the KV cache.
+
+    Torch's attention on a CPU is fastest in float32.
+    """
+    weight = model.head_weight
+    on_torch = weight.device.type == "cpu" and not is_supported(model)
+    return torch.float32 if on_torch else weight.dtype

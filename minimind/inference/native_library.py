@@ -60,6 +60,7 @@ class Model(ctypes.Structure):
             for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "slots")
         ),
         *((name, ctypes.c_int32) for name in ("positions", "num_experts", "num_chosen")),
+        ("cache_kind", ctypes.c_int32),
         *(
             (name, ctypes.c_float)
             for name in ("eps", "attention_scale", "residual_scale", "logits_scale")
