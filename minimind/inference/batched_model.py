@@ -156,10 +156,8 @@ class BatchedModel:
         where = torch.tensor([slots, positions], device=self.device)
         rope = self._rope(parts)
         if self._native is not None:
-            kept = torch.tensor(logit_rows, dtype=torch.int64)
-            return self._native.forward(
-                self._embed(torch.tensor(tokens)), where[0], where[1], rope, kept
-            )
+            x, with_logits = self._embed(torch.tensor(tokens)), torch.tensor(logit_rows).long()
+            return self._native.forward(x, where[0], where[1], rope, with_logits)
         groups = self._attention_groups(decode, prefill)
         x = self._embed(torch.tensor(self._pad_rows(tokens), device=self.device))
         kept = None

@@ -2,7 +2,7 @@
 //
 // Outputs lie in vector lanes, so that each output is summed over the inputs in ascending order by
 // one lane, whatever the number of rows. Inputs are float32; for bfloat16 weights on processors with
-// bfloat16 instructions they are rounded to bfloat16, as torch does, and for int8 weights with AMX.
+// bfloat16 instructions they are rounded to bfloat16, as torch does.
 #pragma once
 #include <omp.h>
 
@@ -136,17 +136,6 @@ struct Tiles {
     }
 };
 
-// A panel of int8 weights [inputs / 4][kVectors] as bfloat16 [inputs / 2][kVectors], exactly.
-inline void widen_panel(const Ints* weights, int inputs, Ints* out) {
-    const auto bits = [](Ints packed, int part) { return (Ints)unpack<kInt8>(packed, part); };
-    typedef uint32_t Unsigned __attribute__((vector_size(sizeof(Ints))));
-    for (int i = 0; i < inputs / 4; i++, weights += kVectors, out += 2 * kVectors)
-        for (int v = 0; v < kVectors; v++)
-            for (int half = 0; half < 2; half++)
-                out[half * kVectors + v] = (Ints)((Unsigned)bits(weights[v], 2 * half) >> 16) |
-                                           bits(weights[v], 2 * half + 1);
-}
-
 // kPairs for 16 consecutive rows; 32 inputs at a time.
 inline void multiply_amx(int, const Ints* weights, int pairs, const float* const* x, float* sums) {
     constexpr int stride = sizeof(Ints) * kVectors;
@@ -228,20 +217,6 @@ void multiply(const Matrix& matrix, Range panels, int rows, const float* const* 
     };
     const int inputs = matrix.inputs;
     if (matrix.kind == kFloat32) return run(multiply_tile<kFloat32>, x, kRowTile, inputs);
-#if defined(__AMX_BF16__)
-    if (matrix.kind == kInt8 && inputs % 32 == 0 && has_amx()) {
-        const RoundedRows rounded(rows, inputs, x);
-        std::vector<Ints> panel(inputs / 2 * kVectors);
-        const Ints* source = nullptr;  // of the panel
-        const auto tile = [&](int count, const Ints* weights, int pairs, const float* const* x,
-                              float* sums) {
-            if (weights != source) widen_panel(weights, inputs, panel.data());
-            source = weights;
-            multiply_amx(count, panel.data(), pairs, x, sums);
-        };
-        return run(tile, rounded.pointers.data(), kMaxTile, inputs / 2);
-    }
-#endif
     if (matrix.kind == kInt8) return run(multiply_tile<kInt8>, x, kRowTile, inputs);
 #if defined(__AVX512BF16__)
     if (inputs % 32 == 0) {
