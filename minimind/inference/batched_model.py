@@ -110,17 +110,14 @@ class BatchedModel:
         self._layers = [pack_layer(layer, pack, slots) for layer in model.model.layers]
         self._min_rows = pack.min_rows
         self.batch_invariant = pack.batch_invariant
-        self._attend_separately = (
-            self.device.type == "cpu"
-            and not attention_is_batch_invariant(
-                self._attend,
-                self._kv_heads,
-                self._groups,
-                config.head_dim,
-                slots=slots,
-                step=CACHE_STEP,
-                threads=threads,
-            )
+        self._attend_separately = self.device.type == "cpu" and not attention_is_batch_invariant(
+            self._attend,
+            self._kv_heads,
+            self._groups,
+            config.head_dim,
+            slots=slots,
+            step=CACHE_STEP,
+            threads=threads,
         )
 
     @property
