@@ -249,9 +249,7 @@ for label, checked in (("before", model), ("after", policy)):
 runs = {0.1: train(0.1), 0.5: train(0.5), 2.0: (policy, rows), 5.0: train(5.0)}
 for beta, (_, metrics) in runs.items():
     loss, chosen, rejected = metrics[-1]
-    print(
-        f"beta {beta}: loss {loss:.2f} chosen {chosen:5.2f} rejected {rejected:6.2f}"
-    )
+    print(f"beta {beta}: loss {loss:.2f}, rewards {chosen:5.2f} {rejected:5.2f}")
 # --8<-- [end:runs]
 
 
