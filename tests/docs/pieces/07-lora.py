@@ -18,6 +18,7 @@ def check(page: PiecePage) -> None:
 
     [size] = re.findall(r"([\d,]+ of [\d,]+)", (OUTPUTS / "small.txt").read_text("utf-8"))
     assert size.replace(" of ", " / ") in page.text("trained")  # rank 8 of `small`
+    page.write("rank", "16")
     page.write("model", "demo")
     assert "299,008 / " in page.text("trained")  # benchmarks/records/lora.md
 
