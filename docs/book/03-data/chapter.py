@@ -162,7 +162,7 @@ def figure_bands(figure, say):
     axes.set_xlabel(say("similarity s of two documents", "两篇文档的相似度 s"))
     axes.set_ylabel(say("probability of a common key", "至少一组相同的概率"))
     axes.grid(alpha=0.15)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.07, 0.55))
 
 
 # --8<-- [start:record]
@@ -363,6 +363,8 @@ facts = {
     "equal_minima": sum(
         map(bytes.__eq__, signatures["article"], signatures["reprint"])
     ),
+    "alone": f"{sum(sizes) / len(sizes) / 16:.0%}".replace("%", " %"),
+    "minima_share": f"{sum(map(bytes.__eq__, signatures['article'], signatures['reprint'])) / 112:.2f}",
     "common_bands": int((keys[:, 0] == keys[:, 2]).sum()),
     "found_half": f"{probability_found(0.5):.1%}".replace("%", " %"),
     "found_high": f"{probability_found(0.8):.1%}".replace("%", " %"),
