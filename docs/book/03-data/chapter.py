@@ -15,8 +15,8 @@ pages = {
     "tides": "Tides: "
     + ", ".join(f"{day}.{3 * day + 7}.{day * day}" for day in range(30)),
     "damaged": RIVER.replace("e", "\ufffd"),
-    "lake": "A lake is fed by rivers and rain, and most lakes lose water through one "
-    "outlet. Where there is none, only evaporation takes water away and the salt "
+    "lake": "A lake is fed by rivers and rain, and most lakes lose water through "
+    "one outlet. Where there is none, only evaporation takes water away and the salt "
     "stays behind. That is why the Dead Sea and the Caspian Sea are salty.",
 }
 for name, text in pages.items():
@@ -43,6 +43,45 @@ for name, reason in zip(clean, reasons, strict=True):
     print(f"{name:13} {reason or 'kept'}")
 # --8<-- [end:filtered]
 
+# --8<-- [start:record]
+import json
+from pathlib import Path
+
+import minimind
+
+records = Path(minimind.__file__).parents[1] / "benchmarks" / "records"
+record = json.loads((records / "data-preparation.json").read_text("utf-8"))
+run = record["runs"]["text and tokens"]
+print(run["input_documents"], "documents read,", run["documents"], "kept")
+print(run["tokens"])
+# --8<-- [end:record]
+
+
+def table_dropped(say):
+    names = {
+        "too short": "过短",
+        "near-duplicate": "近似重复",
+        "boilerplate": "页面套话",
+        "exact duplicate": "完全重复",
+        "repeated phrases": "短语重复",
+        "repeated lines": "行重复",
+        "unreadable characters": "无法辨认的字符",
+        "too many symbols": "符号过多",
+        "too much punctuation": "标点过多",
+        "too many digits": "数字过多",
+    }
+    rows = [
+        [
+            say(name, names[name]),
+            f"{count:,}",
+            f"{count / run['input_documents']:.2%}",
+        ]
+        for name, count in run["dropped"].items()
+    ]
+    head = [say("reason", "原因"), say("documents", "文档数")]
+    return [[*head, say("share", "占比")], *rows]
+
+
 # --8<-- [start:exact]
 from minimind.data.prepare.minhash import exact_keys
 
@@ -61,7 +100,7 @@ def shingles(text, length=5):
 
 
 def similarity(a, b):
-    """Return the Jaccard similarity of two texts: common shingles / all shingles."""
+    """Return the Jaccard similarity of two texts: common / all shingles."""
     return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
 
 
@@ -163,45 +202,6 @@ def figure_bands(figure, say):
     axes.set_ylabel(say("probability of a common key", "至少一组相同的概率"))
     axes.grid(alpha=0.15)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.07, 0.55))
-
-
-# --8<-- [start:record]
-import json
-from pathlib import Path
-
-import minimind
-
-records = Path(minimind.__file__).parents[1] / "benchmarks" / "records"
-record = json.loads((records / "data-preparation.json").read_text("utf-8"))
-run = record["runs"]["text and tokens"]
-print(run["input_documents"], "documents read,", run["documents"], "kept")
-print(run["tokens"])
-# --8<-- [end:record]
-
-
-def table_dropped(say):
-    names = {
-        "too short": "过短",
-        "near-duplicate": "近似重复",
-        "boilerplate": "页面套话",
-        "exact duplicate": "完全重复",
-        "repeated phrases": "短语重复",
-        "repeated lines": "行重复",
-        "unreadable characters": "无法辨认的字符",
-        "too many symbols": "符号过多",
-        "too much punctuation": "标点过多",
-        "too many digits": "数字过多",
-    }
-    rows = [
-        [
-            say(name, names[name]),
-            f"{count:,}",
-            f"{count / run['input_documents']:.2%}",
-        ]
-        for name, count in run["dropped"].items()
-    ]
-    head = [say("reason", "原因"), say("documents", "文档数")]
-    return [[*head, say("share", "占比")], *rows]
 
 
 # --8<-- [start:split]
@@ -357,14 +357,13 @@ def figure_order(figure, say):
 
 dropped = run["dropped"]
 report_256 = ChatSequences([shard], 256, pad_id=0, seed=1).report
+equal_minima = sum(map(bytes.__eq__, signatures["article"], signatures["reprint"]))
 facts = {
     "reprint_similarity": f"{similarity(clean['article'], clean['reprint']):.3f}",
     "lake_similarity": f"{similarity(clean['article'], clean['lake']):.3f}",
-    "equal_minima": sum(
-        map(bytes.__eq__, signatures["article"], signatures["reprint"])
-    ),
+    "equal_minima": equal_minima,
     "alone": f"{sum(sizes) / len(sizes) / 16:.0%}".replace("%", " %"),
-    "minima_share": f"{sum(map(bytes.__eq__, signatures['article'], signatures['reprint'])) / 112:.2f}",
+    "minima_share": f"{equal_minima / 112:.2f}",
     "common_bands": int((keys[:, 0] == keys[:, 2]).sum()),
     "found_half": f"{probability_found(0.5):.1%}".replace("%", " %"),
     "found_high": f"{probability_found(0.8):.1%}".replace("%", " %"),
