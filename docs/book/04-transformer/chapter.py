@@ -165,7 +165,7 @@ def figure_heads(figure, say):
         axes.text(2 * head + 0.5, -0.38, head, ha="center", fontsize=8)
     axes.text(-1, 1, say("query heads", "查询头"), ha="right", va="center")
     axes.text(-1, 0, say("key/value heads", "键值头"), ha="right", va="center")
-    axes.set_xlim(-5.5, 16)
+    axes.set_xlim(-6, 16)
     axes.set_ylim(-0.7, 1.6)
     axes.axis("off")
 
@@ -219,30 +219,32 @@ print(f"loss {F.cross_entropy(before[0, :-1], text[0, 1:]):.1f}")
 def figure_blocks(figure, say):
     axes = figure.subplots()
     box = dict(boxstyle="round,pad=0.35", fc="C0", ec="0.5", alpha=0.3)
-    axes.annotate("", (10.4, 0), (0.2, 0), arrowprops=dict(arrowstyle="->", lw=2.5, color="0.5"))
+    axes.annotate("", (10.9, 0), (0.4, 0), arrowprops=dict(arrowstyle="->", lw=2.5, color="0.5"))
     labels = [
         (0, 0, say("tokens", "词元")),
         (1.5, 0, say("embedding", "嵌入")),
-        (9, 0, say("RMSNorm,\nhead", "RMSNorm、\n输出层")),
-        (11.2, 0, say("logits", "logits")),
+        (9.7, 0, say("RMSNorm,\nhead", "RMSNorm、\n输出层")),
+        (11.5, 0, say("logits", "logits")),
         (2.9, 1.5, "RMSNorm"),
         (4.5, 1.5, say("attention", "注意力")),
         (6, -1.5, "RMSNorm"),
         (7.6, -1.5, "SwiGLU"),
     ]
     for x, y, label in labels:
-        plain = y == 0 and x in (0, 11.2)
+        plain = y == 0 and x in (0, 11.5)
         axes.text(x, y, label, ha="center", va="center", fontsize=8,
                   bbox=None if plain else box)  # fmt: skip
     arrow = dict(arrowstyle="->", color="0.5")
+    axes.annotate("", (3.85, 1.5), (3.53, 1.5), arrowprops=arrow)
+    axes.annotate("", (7.02, -1.5), (6.65, -1.5), arrowprops=arrow)
     for start, stop, y in ((2.5, 5.2, 1.5), (5.6, 8.2, -1.5)):
         sign = 1 if y > 0 else -1
         axes.annotate("", (start + 0.3, y - 0.35 * sign), (start, 0), arrowprops=arrow)
         axes.annotate("", (stop, 0.1 * sign), (stop - 0.4, y - 0.35 * sign), arrowprops=arrow)
         axes.text(stop + 0.05, 0.25 * sign, "+", ha="left", va="center")
     axes.text(5.2, 2.3, say("one layer; small has 8", "一层；small 有 8 层"), ha="center", fontsize=8)
-    axes.plot([2.2, 8.35, 8.35, 2.2, 2.2], [2.1, 2.1, -2.1, -2.1, 2.1], ls="--", lw=0.8, color="0.5")
-    axes.set_xlim(-0.6, 11.8)
+    axes.plot([2.2, 8.75, 8.75, 2.2, 2.2], [2.1, 2.1, -2.1, -2.1, 2.1], ls="--", lw=0.8, color="0.5")
+    axes.set_xlim(-0.6, 12.1)
     axes.set_ylim(-2.3, 2.6)
     axes.axis("off")
 
