@@ -148,53 +148,40 @@ print(connect(len(kept), [np.array(edges).T]))
 # --8<-- [end:bands]
 
 
-from functools import cache
-
-
-@cache
-def measured_pairs():
-    """Return (similarity, shares a band) of pairs of a text and an edited copy."""
+def figure_bands(figure, say):
     import random
 
+    import numpy as np
+
+    from minimind.data.prepare.minhash import band_keys
     from minimind.data.textbook import prose
 
-    chance = random.Random(1)
-    source = prose(seed=1)
-    alphabet = [c for c in next(source) if c.isalnum()]
-    originals, copies = [], []
-    for _ in range(900):
-        text = "".join(
-            filter(str.isalnum, "".join(next(source) for _ in range(6)))
-        )[:300]
-        alphabet = alphabet[-200:] + list(text[:20])
-        edited = list(text)
-        for _ in range(chance.randrange(1, 30)):
-            edited[chance.randrange(len(edited))] = chance.choice(alphabet)
-        originals.append(text)
-        copies.append("".join(edited))
-    first, second = code_points(originals), code_points(copies)
-    shared = (
-        band_keys(first, exact_keys(first), settings.near_duplicates)
-        == band_keys(second, exact_keys(second), settings.near_duplicates)
-    ).any(0)
-    return np.array(list(map(similarity, originals, copies))), shared
+    def found(s, rows=8, bands=14):
+        return 1 - (1 - s**rows) ** bands
 
+    def keys_of(texts):
+        points = code_points(texts)
+        return band_keys(points, exact_keys(points), settings.near_duplicates)
 
-def probability_found(s, rows=8, bands=14):
-    return 1 - (1 - s**rows) ** bands
-
-
-def figure_bands(figure, say):
     axes = figure.subplots()
     s = np.linspace(0, 1, 200)
-    axes.plot(
-        s, probability_found(s), label=say("14 bands of 8", "14 组，每组 8 个")
-    )
-    axes.plot(s, probability_found(s, 112, 1), ls=":", color="0.5",
+    axes.plot(s, found(s), label=say("14 bands of 8", "14 组，每组 8 个"))
+    axes.plot(s, found(s, 112, 1), ls=":", color="0.5",
               label=say("1 band of 112", "1 组，112 个"))  # fmt: skip
-    axes.plot(s, probability_found(s, 1, 112), ls="--", color="0.5",
+    axes.plot(s, found(s, 1, 112), ls="--", color="0.5",
               label=say("112 bands of 1", "112 组，每组 1 个"))  # fmt: skip
-    similarities, shared = measured_pairs()
+
+    chance, source, texts, copies = random.Random(1), prose(seed=1), [], []
+    for _ in range(900):
+        letters = filter(str.isalnum, "".join(next(source) for _ in range(6)))
+        text = "".join(letters)[:300]
+        copy = list(text)
+        for _ in range(chance.randrange(1, 30)):
+            copy[chance.randrange(len(copy))] = chance.choice("天地玄黄宇宙洪荒日月")
+        texts.append(text)
+        copies.append("".join(copy))
+    shared = (keys_of(texts) == keys_of(copies)).any(0)
+    similarities = np.array(list(map(similarity, texts, copies)))
     middle = np.arange(0.35, 1, 0.1)
     rates = [shared[abs(similarities - m) < 0.05].mean() for m in middle]
     axes.plot(middle, rates, "o", label=say("measured", "实测"))
@@ -365,8 +352,8 @@ facts = {
     "alone": f"{sum(sizes) / len(sizes) / 16:.0%}".replace("%", " %"),
     "minima_share": f"{equal_minima / 112:.2f}",
     "common_bands": int((keys[:, 0] == keys[:, 2]).sum()),
-    "found_half": f"{probability_found(0.5):.1%}".replace("%", " %"),
-    "found_high": f"{probability_found(0.8):.1%}".replace("%", " %"),
+    "found_half": f"{1 - (1 - 0.5**8) ** 14:.1%}".replace("%", " %"),
+    "found_high": f"{1 - (1 - 0.8**8) ** 14:.1%}".replace("%", " %"),
     "input_documents": f"{run['input_documents']:,}",
     "kept_documents": f"{run['documents']:,}",
     "too_short": f"{dropped['too short']:,}",
