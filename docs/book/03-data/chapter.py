@@ -177,7 +177,9 @@ def figure_bands(figure, say):
         text = "".join(letters)[:300]
         copy = list(text)
         for _ in range(chance.randrange(1, 30)):
-            copy[chance.randrange(len(copy))] = chance.choice("天地玄黄宇宙洪荒日月")
+            copy[chance.randrange(len(copy))] = chance.choice(
+                "天地玄黄宇宙洪荒日月"
+            )
         texts.append(text)
         copies.append("".join(copy))
     shared = (keys_of(texts) == keys_of(copies)).any(0)

@@ -1,7 +1,7 @@
 # --8<-- [start:embedding]
 import torch
 
-words = "<s> the river is long and the river is".split()
+words = ["<s>", "the", "river", "is", "long", "and", "the", "river", "is"]
 vocabulary = sorted(set(words))
 tokens = torch.tensor([vocabulary.index(word) for word in words])
 
@@ -95,7 +95,13 @@ def figure_rope(figure, say):
                   label=say(f"pair {pair}", f"第 {pair} 对"))  # fmt: skip
     frequencies = 10_000.0 ** (-2 * np.arange(16) / 32)
     total = np.cos(frequencies * distance[:, None]).mean(1)
-    axes.plot(distance, total, lw=2.5, color="0.5", label=say("mean of all 16", "16 对的平均"))
+    axes.plot(
+        distance,
+        total,
+        lw=2.5,
+        color="0.5",
+        label=say("mean of all 16", "16 对的平均"),
+    )
     axes.set_xlabel(say("distance between query and key", "查询与键的距离"))
     axes.set_ylabel(say("cosine of the angle", "夹角的余弦"))
     axes.grid(alpha=0.15)
@@ -121,10 +127,15 @@ for t in (6, 7, 8):
 
 def figure_attention(figure, say):
     panels = figure.subplots(1, 2)
-    titles = [say("previous token", "前一个词元"), say("what followed last time", "上次后面是什么")]
+    titles = [
+        say("previous token", "前一个词元"),
+        say("what followed last time", "上次后面是什么"),
+    ]
     heads = [previous_weights, induction_weights]
     for axes, title, head in zip(panels, titles, heads, strict=True):
-        axes.pcolormesh(head.numpy().round(2), cmap="Blues", vmin=0, vmax=1, ec="0.7", lw=0.3)
+        axes.pcolormesh(
+            head.numpy().round(2), cmap="Blues", vmin=0, vmax=1, ec="0.7", lw=0.3
+        )
         axes.invert_yaxis()
         axes.set_aspect("equal")
         ticks = [t + 0.5 for t in range(len(words))]
@@ -219,7 +230,12 @@ print(f"loss {F.cross_entropy(before[0, :-1], text[0, 1:]):.1f}")
 def figure_blocks(figure, say):
     axes = figure.subplots()
     box = dict(boxstyle="round,pad=0.35", fc="C0", ec="0.5", alpha=0.3)
-    axes.annotate("", (10.9, 0), (0.4, 0), arrowprops=dict(arrowstyle="->", lw=2.5, color="0.5"))
+    axes.annotate(
+        "",
+        (10.9, 0),
+        (0.4, 0),
+        arrowprops=dict(arrowstyle="->", lw=2.5, color="0.5"),
+    )
     labels = [
         (0, 0, say("tokens", "词元")),
         (1.5, 0, say("embedding", "嵌入")),
@@ -239,11 +255,27 @@ def figure_blocks(figure, say):
     axes.annotate("", (7.02, -1.5), (6.65, -1.5), arrowprops=arrow)
     for start, stop, y in ((2.5, 5.2, 1.5), (5.6, 8.2, -1.5)):
         sign = 1 if y > 0 else -1
-        axes.annotate("", (start + 0.3, y - 0.35 * sign), (start, 0), arrowprops=arrow)
-        axes.annotate("", (stop, 0.1 * sign), (stop - 0.4, y - 0.35 * sign), arrowprops=arrow)
+        axes.annotate(
+            "", (start + 0.3, y - 0.35 * sign), (start, 0), arrowprops=arrow
+        )
+        axes.annotate(
+            "", (stop, 0.1 * sign), (stop - 0.4, y - 0.35 * sign), arrowprops=arrow
+        )
         axes.text(stop + 0.05, 0.25 * sign, "+", ha="left", va="center")
-    axes.text(5.2, 2.3, say("one layer; small has 8", "一层；small 有 8 层"), ha="center", fontsize=8)
-    axes.plot([2.2, 8.75, 8.75, 2.2, 2.2], [2.1, 2.1, -2.1, -2.1, 2.1], ls="--", lw=0.8, color="0.5")
+    axes.text(
+        5.2,
+        2.3,
+        say("one layer; small has 8", "一层；small 有 8 层"),
+        ha="center",
+        fontsize=8,
+    )
+    axes.plot(
+        [2.2, 8.75, 8.75, 2.2, 2.2],
+        [2.1, 2.1, -2.1, -2.1, 2.1],
+        ls="--",
+        lw=0.8,
+        color="0.5",
+    )
     axes.set_xlim(-0.6, 12.1)
     axes.set_ylim(-2.3, 2.6)
     axes.axis("off")
@@ -265,7 +297,10 @@ def table_parameters(say):
     }
     total = sum(counts.values())
     head = [say("part", "部分"), say("parameters", "参数"), say("share", "占比")]
-    return [head, *([names[k], f"{n:,}", f"{n / total:.1%}"] for k, n in counts.items())]
+    return [
+        head,
+        *([names[k], f"{n:,}", f"{n / total:.1%}"] for k, n in counts.items()),
+    ]
 
 
 total = sum(counts.values())

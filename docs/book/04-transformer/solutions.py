@@ -12,7 +12,10 @@ shuffled = vectors[[3, 0, 4, 1, 2, 5]]  # the last one stays the last
 (out_a, _), (out_b, _) = (attention(x, x, x) for x in (vectors, shuffled))
 assert torch.allclose(out_a[-1], out_b[-1], atol=1e-5)
 rotated, rotated_b = (rotate(x, torch.arange(6)) for x in (vectors, shuffled))
-out_a, out_b = attention(rotated, rotated, vectors)[0], attention(rotated_b, rotated_b, shuffled)[0]
+out_a, out_b = (
+    attention(rotated, rotated, vectors)[0],
+    attention(rotated_b, rotated_b, shuffled)[0],
+)
 assert not torch.allclose(out_a[-1], out_b[-1], atol=1e-2)
 # --8<-- [end:order-blind]
 
@@ -34,9 +37,17 @@ assert scaled < 0.2
 
 # --8<-- [start:count]
 def count(c):
-    projections = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    layer = projections + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-    return c.vocab_size * c.hidden_size + c.num_hidden_layers * layer + c.hidden_size
+    projections = (
+        c.hidden_size
+        * c.head_dim
+        * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    )
+    layer = (
+        projections + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    )
+    return (
+        c.vocab_size * c.hidden_size + c.num_hidden_layers * layer + c.hidden_size
+    )
 
 
 base = ModelConfig(**PRESETS["base"])
