@@ -255,7 +255,7 @@ def figure_schedules(figure, say):
         above.plot([30 * lr_fraction(step, 400, settings) for step in range(400)])
         below.plot(ends[name], lw=1.2, label=names[name])
     below.axhline(floor, ls="--", lw=1.2, color="0.5")
-    below.set_ylim(2.25, 2.9)
+    below.set_ylim(2.15, 2.9)
     above.set_ylabel(say("learning rate", "学习率"))
     below.set_ylabel(say("loss", "损失"))
     below.set_xlabel(say("step", "步数"))
