@@ -125,9 +125,9 @@ def figure_packing(figure, say):
         _, labels, segments = packed.sequence(row)
         last = segments[labels != IGNORED].max()
         for segment in range(last + 1):
-            place = np.flatnonzero(segments == segment)
+            inside = np.flatnonzero(segments == segment)
             axes.barh(
-                row, len(place), left=place[0], height=0.8, color=f"C{segment % 2}",
+                row, len(inside), left=inside[0], height=0.8, color=f"C{segment % 2}",
                 alpha=0.35,
             )  # fmt: skip
             answer = np.flatnonzero((segments == segment) & (labels != IGNORED))
@@ -191,11 +191,10 @@ facts = {
     "quiz": quiz["correct_before_preferences"],
     "real": f"{real[-1]:.2f}",
 }
-PIECE_CHATS = [
-    [{"role": "system", "content": "你叫小满。"}, question, answer],
-    conversation,
-]
+PIECE_CHATS = [[question, answer], conversation]
 piece = {
     "chats": PIECE_CHATS,
     "encoded": [encode_chat(tokenizer, chat) for chat in PIECE_CHATS],
+    "tokens": [token.hex() for token in tokenizer.bytes_of],
+    "special": sorted(tokenizer.special_ids),
 }
