@@ -27,9 +27,9 @@ assert sum(mask[: len(first_turn)]) == 0
 # --8<-- [start:truncate]
 from minimind.inference.truncation import truncate_chat
 
-asked = conversation[:3]  # the second question, with the first turn before it
-full, _ = encode_chat(tokenizer, asked, add_generation_prompt=True)
-alone, _ = encode_chat(tokenizer, asked[2:], add_generation_prompt=True)
-assert truncate_chat(tokenizer, asked, len(full)) == (full, 0)
-assert truncate_chat(tokenizer, asked, len(full) - 1) == (alone, 2)
+request = conversation[:3]  # the second question, with the first turn before it
+full, _ = encode_chat(tokenizer, request, add_generation_prompt=True)
+alone, _ = encode_chat(tokenizer, request[2:], add_generation_prompt=True)
+assert truncate_chat(tokenizer, request, len(full)) == (full, 0)
+assert truncate_chat(tokenizer, request, len(full) - 1) == (alone, 2)
 # --8<-- [end:truncate]
