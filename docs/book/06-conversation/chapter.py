@@ -109,7 +109,9 @@ def shard_of(chats):
 
 
 pad_id = tokenizer.end_of_text
-packed = ChatSequences([shard_of(encoded["sft-single"])], 256, pad_id=pad_id, seed=0)
+packed = ChatSequences(
+    [shard_of(encoded["sft-single"])], 256, pad_id=pad_id, seed=0
+)
 alone = sum(len(ids) - 1 for ids, _ in encoded["sft-single"]) / (400 * 256)
 print(f"one conversation per sequence: {alone:.0%} of the positions used")
 report = packed.report
@@ -174,7 +176,9 @@ demo = json.loads((records / "demo-summary.json").read_text("utf-8"))
 for stage in ("pretrain", "sft-single", "sft-multi"):
     result = demo["stages"][stage]
     millions = result["tokens"] / 1e6
-    print(f"{stage:10} {millions:.1f} million tokens, {result['bits_per_byte']:.2f}")
+    print(
+        f"{stage:10} {millions:.1f} million tokens, {result['bits_per_byte']:.2f}"
+    )
 quiz = demo["quiz"]
 print(quiz["correct_before_preferences"], "of", quiz["questions"], "answers right")
 metrics = (records / "real-small" / "sft-metrics.jsonl").read_text("utf-8")
