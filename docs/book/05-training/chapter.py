@@ -50,7 +50,7 @@ counts.index_put_((context, target), torch.tensor(1.0).double(), accumulate=True
 
 
 def loss_of(table):
-    """Return the mean loss of a table of logits [27, 27] over all pairs of letters."""
+    """Return the mean loss of a table of logits [27, 27] over all pairs."""
     return -(counts * torch.log_softmax(table, -1)).sum().item() / len(target)
 
 
@@ -266,7 +266,7 @@ def figure_schedules(figure, say):
 
 # --8<-- [start:accumulation]
 def gradient_of(model, groups):
-    """Return the gradient of the mean loss, accumulated over groups of sequences."""
+    """Return the gradient of the mean loss over groups of sequences."""
     model.zero_grad()
     count = 0
     for tokens in groups:

@@ -20,7 +20,7 @@ for i, supervised in zip(ids, mask, strict=True):
 
 # --8<-- [start:prompt]
 prompt, _ = encode_chat(tokenizer, [question], add_generation_prompt=True)
-print([names[i] for i in prompt])
+print("".join(names[i] for i in prompt))
 print("the training example begins like this:", ids[: len(prompt)] == prompt)
 # --8<-- [end:prompt]
 
@@ -100,7 +100,7 @@ from minimind.data.store import Shard
 
 
 def shard_of(chats):
-    """Return encoded conversations as a shard, the form in which training reads them."""
+    """Return encoded conversations as training reads them."""
     return Shard(
         tokens=np.concatenate([np.array(ids) for ids, _ in chats]),
         mask=np.concatenate([np.array(mask, np.uint8) for _, mask in chats]),
