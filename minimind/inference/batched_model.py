@@ -10,8 +10,8 @@ Shapes in this file:
     S   slots of one attention group
     P   cache positions that a group attends to, a multiple of CACHE_STEP
 
-On a CPU, decoded tokens take one call of compiled code where there is a C++ compiler
-(`native_decoder.py`). Prefill, and everything else, runs on torch.
+On a CPU where there is a C++ compiler, the forward pass is one call of compiled code
+(`native_decoder.py`); else it runs on torch.
 
 On a CPU the forward pass is batch-invariant: the bits of a row do not depend on the other rows.
 On torch, matrix products are computed in blocks of row counts that sum in the same order on this
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minimind.inference.kv_cache import CACHE_STEP, KVCache
 from minimind.inference.matmul import Packer, attention_is_batch_invariant
-from minimind.inference.native_decoder import native_decoder
+from minimind.inference.native_decoder import NativeDecoder, cache_dtype, is_supported
 from minimind.inference.packed_layers import PackedLayer, norm_weight, pack_layer
 from minimind.model import Transformer
 from minimind.model.norm import rms_norm_cpu
@@ -98,32 +98,31 @@ class BatchedModel:
         self._embedding = model.model.embed_tokens.weight.detach()
         self._final_norm = norm_weight(model.model.norm)
         threads = threads or torch.get_num_threads()
-        self.cache = KVCache(config, slots, context, device=self.device, dtype=self.dtype)
-        self._native = native_decoder(model, self.cache, int8=int8, threads=threads)
-        native_int8 = None if self._native is None else self._native.pack
-        pack = Packer(self.device, int8=int8, threads=threads, native_int8=native_int8)
+        self.cache = KVCache(config, slots, context, device=self.device, dtype=cache_dtype(model))
+        self._native: NativeDecoder | None = None
+        self._rope_table = torch.empty(2, 0, config.head_dim, device=self.device)
+        self.batch_invariant = True
+        if is_supported(model):
+            self._native = NativeDecoder(model, self.cache, int8=int8, threads=threads)
+            return
+        pack = Packer(self.device, int8=int8, threads=threads)
         self._head = pack(head)
         self._layers = [pack_layer(layer, pack, slots) for layer in model.model.layers]
         self._min_rows = pack.min_rows
         self.batch_invariant = pack.batch_invariant
-        self._attend_separately = (
-            self._native is None
-            and self.device.type == "cpu"
-            and not attention_is_batch_invariant(
-                self._attend,
-                self._kv_heads,
-                self._groups,
-                config.head_dim,
-                slots=slots,
-                step=CACHE_STEP,
-                threads=threads,
-            )
+        self._attend_separately = self.device.type == "cpu" and not attention_is_batch_invariant(
+            self._attend,
+            self._kv_heads,
+            self._groups,
+            config.head_dim,
+            slots=slots,
+            step=CACHE_STEP,
+            threads=threads,
         )
-        self._rope_table = torch.empty(2, 0, config.head_dim, device=self.device)
 
     @property
     def is_native(self) -> bool:
-        """True when decoding runs in compiled code; prefill runs on torch in any case."""
+        """True when the forward pass runs in compiled code."""
         return self._native is not None
 
     @property
@@ -141,15 +140,6 @@ class BatchedModel:
         share a position of a slot. A prefill part attends to earlier parts of its sequence in the
         same call.
         """
-        if self._native is None or not decode:
-            return self._forward(decode, prefill)
-        where = torch.tensor([[part.slot for part in decode], [part.start for part in decode]])
-        x = self._embed(torch.tensor([part.tokens[0] for part in decode]))
-        logits = self._native.decode(x, where[0], where[1], self._rope(decode))
-        return torch.cat((logits, self._forward([], prefill))) if prefill else logits
-
-    def _forward(self, decode: Sequence[Part], prefill: Sequence[Part]) -> Tensor:
-        """Compute `forward` on torch."""
         parts = [*decode, *prefill]
         tokens = [token for part in parts for token in part.tokens]
         positions = [p for part in parts for p in range(part.start, part.start + len(part.tokens))]
@@ -160,14 +150,17 @@ class BatchedModel:
             for part, end in zip(parts, ends, strict=True)
             for row in range(end - part.logits_for_last, end)
         ]
-        num_rows = len(tokens)
         where = torch.tensor([slots, positions], device=self.device)
+        rope = self._rope(parts)
+        if self._native is not None:
+            x, with_logits = self._embed(torch.tensor(tokens)), torch.tensor(logit_rows).long()
+            return self._native.forward(x, where[0], where[1], rope, with_logits)
         groups = self._attention_groups(decode, prefill)
         x = self._embed(torch.tensor(self._pad_rows(tokens), device=self.device))
         kept = None
-        if len(logit_rows) < num_rows:
+        if len(logit_rows) < len(tokens):
             kept = torch.tensor(self._pad_rows(logit_rows or [0]), device=self.device)
-        x = self._run_layers(x, num_rows, where, self._rope(parts), groups, kept)
+        x = self._run_layers(x, len(tokens), where, rope, groups, kept)
         return self._logits(x)[: len(logit_rows)]
 
     @torch.inference_mode()

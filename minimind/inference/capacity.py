@@ -7,7 +7,7 @@ import torch
 
 from minimind.errors import ResourceError
 from minimind.inference.kv_cache import CACHE_STEP, cache_positions
-from minimind.inference.native_library import unavailable_reason
+from minimind.inference.native_decoder import cache_dtype
 from minimind.model import Transformer
 from minimind.model.device import free_bytes
 
@@ -16,8 +16,7 @@ _PREFERRED_CONTEXT = 8192  # tokens; slots are given up first to keep a context 
 # Fractions of the free memory. The rest is for activations and other processes.
 _USABLE_FRACTION = {"cpu": 0.8, "cuda": 0.9, "mps": 0.8}
 _ADVICE_FRACTION = 0.75  # of what fits now; less may be free when the user retries
-# Weights that `packed_layers.py` concatenates on a GPU. On a CPU it packs a copy of every matrix,
-# and `native_decoder.py` another one.
+# Weights that `packed_layers.py` concatenates on a GPU. On a CPU every matrix is packed.
 _CONCATENATED = (
     "q_proj.weight",
     "k_proj.weight",
@@ -50,8 +49,7 @@ def usable_bytes(models: Sequence[Transformer]) -> int | None:
         free = free_bytes(device)
     if free is None:
         return None
-    copies = 2 if device.type == "cpu" and unavailable_reason() is None else 1
-    packed = copies * sum(
+    packed = sum(
         parameter.nbytes
         for model in models
         for name, parameter in model.named_parameters()
@@ -67,7 +65,7 @@ class CacheSizer:
         config, weight = model.config, model.head_weight
         self._device, self._usable = weight.device, usable
         self._longest = config.max_position_embeddings
-        itemsize = 4 if weight.device.type == "cpu" else weight.dtype.itemsize
+        itemsize = cache_dtype(model).itemsize
         width = config.num_key_value_heads * config.head_dim
         self._position_bytes = 2 * config.num_hidden_layers * width * itemsize
 

@@ -1,7 +1,7 @@
-// One decode step of a transformer on a CPU, in one call: one token for each of N sequences.
+// The forward pass of a transformer on a CPU, in one call: N rows, each a token of some sequence.
 //
-// With torch, a step of a small model is some 200 calls, which together take longer than reading the
-// weights from memory. Here the threads run all layers in one parallel region. `native_library.py`
+// With torch, a decode step of a small model is some 200 calls, which together take longer than reading
+// the weights from memory. Here the threads run all layers in one parallel region. `native_library.py`
 // compiles this file at first use and mirrors the structs; `native_decoder.py` packs the weights.
 //
 // The bits of a row depend neither on the other rows nor on the number of threads: `products.h` sums
@@ -35,9 +35,9 @@ struct Model {
     const Layer* layers;
     const float* final_norm;
     Matrix head;
-    float* cache;  // [layers, 2, slots, K, P, D]: keys and values
+    void* cache;  // [layers, 2, slots, K, P, D]: keys and values
     int32_t num_layers, hidden, heads, kv_heads, head_dim, slots, positions;
-    int32_t num_experts, num_chosen;
+    int32_t num_experts, num_chosen, cache_kind;
     float eps, attention_scale, residual_scale, logits_scale;
 };
 
@@ -90,15 +90,31 @@ inline float sum_lanes(Eight x) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+// A key or value in the cache.
+inline void store(float x, float* out) { *out = x; }
+inline void store(float x, uint16_t* out) {  // bfloat16, rounded to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *out = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline Eight load_eight(const float* x) { return *(const Eight*)x; }
+inline Eight load_eight(const uint16_t* x) {
+    typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    return (Eight)(__builtin_convertvector(*(const Halves*)x, Bits) << 16);
+}
+
 // Attention of one query [D] over `length` keys and values [P, D]; scores: room for P.
 // The cache has whole groups of 4 positions. Those beyond the length have weight 0.
-void attend(const float* query, const float* keys, const float* values, int length, int dim,
+template <class Value>
+void attend(const float* query, const Value* keys, const Value* values, int length, int dim,
             float scale, float* scores, float* out) {
     float highest = -INFINITY, total = 0;
     for (int p = 0; p < length; p++) {
         Eight sum = {};
         for (int i = 0; i < dim; i += 8)
-            sum += *(const Eight*)(query + i) * *(const Eight*)(keys + p * dim + i);
+            sum += *(const Eight*)(query + i) * load_eight(keys + p * dim + i);
         scores[p] = sum_lanes(sum) * scale;
         highest = scores[p] > highest ? scores[p] : highest;
     }
@@ -111,7 +127,7 @@ void attend(const float* query, const float* keys, const float* values, int leng
         for (int p = 0; p < length; p += 4)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++)
-                sum[j] += scores[p + j] * *(const Eight*)(values + (p + j) * dim + i);
+                sum[j] += scores[p + j] * load_eight(values + (p + j) * dim + i);
         *(Eight*)(out + i) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / total;
     }
 }
@@ -120,7 +136,7 @@ void attend(const float* query, const float* keys, const float* values, int leng
 // than waiting for the others.
 struct Step {
     const Model& model;
-    const int rows;
+    int rows;                          // N; in the end, those with logits
     const int64_t *slots, *positions;  // [N]
     const float* rope;                 // [2, N, D]: cosines and sines
     float* x;                          // [N, hidden], the residual stream
@@ -146,28 +162,58 @@ struct Step {
         for (int way = 0; way < rows * ways; way++) inner_rows.push_back(&inner[way * width]);
     }
 
+    // A row and one of its key/value heads.
+    template <class Value>
+    struct Item {
+        int row, head;
+        const float *cos, *sin, *qkv;  // qkv: of the row
+        Value *keys, *values;          // [P, D]
+    };
+
+    template <class Value>
+    Item<Value> item(int layer, int index) {
+        const int dim = model.head_dim, row = index / model.kv_heads, head = index % model.kv_heads;
+        const int64_t size = int64_t(model.kv_heads) * model.positions * dim;  // of a slot
+        Value* keys = (Value*)model.cache + (2 * layer * model.slots + slots[row]) * size +
+                      int64_t(head) * model.positions * dim;
+        return {row, head, rope + row * dim, rope + (rows + row) * dim,
+                &qkv[row * (model.heads + 2 * model.kv_heads) * dim], keys, keys + model.slots * size};
+    }
+
+    template <class Value>
     void attention(const Layer& layer, int number, float* scores) {
         const int dim = model.head_dim, group = model.heads / model.kv_heads;
-        const int64_t size = int64_t(model.kv_heads) * model.positions * dim;  // of a slot
         const Range items = share(rows * model.kv_heads);
-        for (int item = items.begin; item < items.end; item++) {
-            const int row = item / model.kv_heads, head = item % model.kv_heads;
-            const float *cos = rope + row * dim, *sin = rope + (rows + row) * dim;
-            const float* first = &qkv[row * (model.heads + 2 * model.kv_heads) * dim];
-            const float* key = first + (model.heads + head) * dim;
-            const float* value = key + model.kv_heads * dim;
-            float* keys = model.cache + (2 * number * model.slots + slots[row]) * size +
-                          int64_t(head) * model.positions * dim;
-            float* values = keys + model.slots * size;
-            rotate(key, layer.k_norm, cos, sin, dim, model.eps, keys + positions[row] * dim);
-            std::copy_n(value, dim, values + positions[row] * dim);
-            for (int query = head * group; query < (head + 1) * group; query++) {
-                float rotated[dim];
-                rotate(first + query * dim, layer.q_norm, cos, sin, dim, model.eps, rotated);
-                attend(rotated, keys, values, positions[row] + 1, dim, model.attention_scale,
-                       scores, &mixed[(row * model.heads + query) * dim]);
+        for (int index = items.begin; index < items.end; index++) {
+            const Item<Value> at = item<Value>(number, index);
+            const float* key = at.qkv + (model.heads + at.head) * dim;
+            const int64_t offset = positions[at.row] * dim;
+            float rotated[dim];
+            rotate(key, layer.k_norm, at.cos, at.sin, dim, model.eps, rotated);
+            for (int i = 0; i < dim; i++) {
+                store(rotated[i], at.keys + offset + i);
+                store(key[model.kv_heads * dim + i], at.values + offset + i);
             }
         }
+#pragma omp barrier  // rows of a prompt attend to each other
+        for (int index = items.begin; index < items.end; index++) {
+            const Item<Value> at = item<Value>(number, index);
+            for (int query = at.head * group; query < (at.head + 1) * group; query++) {
+                float rotated[dim];
+                rotate(at.qkv + query * dim, layer.q_norm, at.cos, at.sin, dim, model.eps, rotated);
+                attend(rotated, at.keys, at.values, positions[at.row] + 1, dim,
+                       model.attention_scale, scores, &mixed[(at.row * model.heads + query) * dim]);
+            }
+        }
+    }
+
+    // Drop the rows without logits, which nothing needs after attention of the last layer.
+    void keep(int count, const int64_t* kept) {
+        for (int i = 0; i < count; i++) {
+            std::copy_n(x + kept[i] * model.hidden, model.hidden, x + i * model.hidden);
+            mixed_rows[i] = mixed_rows[kept[i]];
+        }
+        rows = count;
     }
 
     // The rows that an expert processes, and the weight and the inner activations of each.
@@ -228,7 +274,8 @@ struct Step {
                  });
     }
 
-    void run(float* logits, int vocab) {
+    // kept: ascending rows; logits: [num_kept, vocab].
+    void run(int num_kept, const int64_t* kept, float* logits, int vocab) {
         const Tiles tiles;
         std::vector<float> normed(rows * model.hidden), scores(model.positions);
         std::vector<const float*> normed_rows(rows);
@@ -248,8 +295,15 @@ struct Step {
                                      &qkv[row * layer.qkv.outputs + panel * kPanel]);
                      });
 #pragma omp barrier
-            attention(layer, number, scores.data());
+            if (model.cache_kind == kBFloat16)
+                attention<uint16_t>(layer, number, scores.data());
+            else
+                attention<float>(layer, number, scores.data());
 #pragma omp barrier
+            if (number == model.num_layers - 1) {
+#pragma omp single
+                keep(num_kept, kept);
+            }
             add(layer.out, rows, mixed_rows.data(), unweighted);
 #pragma omp barrier
             normalize(layer.feed_forward_norm);
@@ -285,28 +339,12 @@ extern "C" {
 
 int32_t minimind_panel() { return kPanel; }
 
-// out [rows, outputs] = x [rows, inputs] times the matrix.
-void minimind_multiply(const Matrix* matrix, int32_t rows, const float* x, float* out,
-                       int32_t threads) {
-    std::vector<const float*> inputs(rows);
-    for (int row = 0; row < rows; row++) inputs[row] = x + int64_t(row) * matrix->inputs;
-#pragma omp parallel num_threads(threads)
-    {
-        const Tiles tiles;
-        multiply(*matrix, share(matrix->panels), rows, inputs.data(),
-             [&](int row, int panel, const float* sums) {
-                 std::copy_n(sums, panel_outputs(*matrix, panel),
-                             out + int64_t(row) * matrix->outputs + panel * kPanel);
-             });
-    }
-}
-
-// x: embeddings [N, hidden], overwritten. logits: [N, vocab].
-void minimind_decode(const Model* model, int32_t rows, const int64_t* slots,
-                     const int64_t* positions, const float* rope, float* x, float* logits,
-                     int32_t threads) {
+// x: embeddings [N, hidden], overwritten. kept: ascending rows; logits: [num_kept, vocab].
+void minimind_forward(const Model* model, int32_t rows, const int64_t* slots,
+                      const int64_t* positions, const float* rope, float* x, int32_t num_kept,
+                      const int64_t* kept, float* logits, int32_t threads) {
     Step step(*model, rows, slots, positions, rope, x);
 #pragma omp parallel num_threads(threads)
-    step.run(logits, model->head.outputs);
+    step.run(num_kept, kept, logits, model->head.outputs);
 }
 }

@@ -4,8 +4,8 @@ L layers, S slots, K key/value heads, P positions per slot, D head dimension.
 """
 
 import math
+import mmap
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -18,7 +18,7 @@ CACHE_STEP = 64  # attention spans a multiple of this many positions
 class KVCache:
     """One tensor with room for `slots` sequences of `context` tokens.
 
-    data: [L, 2, S, K, P, D], keys and values; float32 on a CPU, where attention in it is fastest.
+    data: [L, 2, S, K, P, D], keys and values.
     """
 
     def __init__(
@@ -40,12 +40,14 @@ class KVCache:
             config.head_dim,
         )
         try:
-            if device.type == "cpu":  # numpy: pages that are never written to take no memory
-                self.data = torch.from_numpy(numpy.zeros(shape, dtype=numpy.float32))
+            if device.type == "cpu":  # pages that are never written to take no memory
+                size = math.prod(shape) * dtype.itemsize
+                pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+                self.data = torch.frombuffer(pages, dtype=dtype).view(shape)
             else:
                 self.data = torch.zeros(shape, dtype=dtype, device=device)
-        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
-            size = math.prod(shape) * (4 if device.type == "cpu" else dtype.itemsize)
+        except (MemoryError, OSError, OverflowError, torch.OutOfMemoryError) as error:
+            size = math.prod(shape) * dtype.itemsize
             raise ResourceError(
                 f"too little memory on {device}: a KV cache of {slots} × {context:,} tokens needs "
                 f"{size / 1e9:.1f} GB; give --context {max(context // 2, 1)} or less"

@@ -51,26 +51,15 @@ class Packer:
 
     threads: CPU threads of the thread that will call the products. On a GPU products are not
     batch-invariant.
-    native_int8: packs batch-invariant int8 products, if there are faster ones than torch's.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        int8: bool,
-        threads: int,
-        native_int8: Callable[[Tensor], Linear] | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device, *, int8: bool, threads: int) -> None:
         self._int8 = int8 and device.type == "cpu"
-        self._native_int8 = native_int8
         self._on_cpu, self._threads = device.type == "cpu", threads
         self.ranges: list[RowRange | None] = []  # of each product so far; None = no range agrees
 
     def __call__(self, weight: Tensor) -> Linear:
         """Pack a weight [out, in], quantized to 8 bits if `int8` is set."""
-        if self._int8 and self._native_int8 is not None:
-            return self._native_int8(weight)
         return self._pack(_pack_int8 if self._int8 else _pack_weight, weight)
 
     def exact(self, weight: Tensor) -> Linear:

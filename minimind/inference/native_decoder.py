@@ -1,14 +1,13 @@
-"""Decode steps in compiled code: packs the weights of a model for `decode.cpp` and calls it."""
+"""Forward passes in compiled code: packs the weights of a model for `decode.cpp` and calls it."""
 
 import ctypes
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.inference.kv_cache import KVCache
-from minimind.inference.matmul import Linear, quantize_int8
+from minimind.inference.matmul import quantize_int8
 from minimind.inference.native_library import (
     KINDS,
     FeedForward,
@@ -27,15 +26,15 @@ _HEAD_MULTIPLE = 8  # dimensions of a head that attention processes together
 
 
 class NativeDecoder:
-    """The packed weights of a model, and decode steps in its KV cache.
+    """The packed weights of a model, and forward passes in its KV cache.
 
     A row gets the same bits in any batch and with any number of threads.
     """
 
-    def __init__(
-        self, model: Transformer, cache: KVCache, library: Any, *, int8: bool, threads: int
-    ) -> None:
-        """Pack the weights; `native_decoder` checks first that the model is supported."""
+    def __init__(self, model: Transformer, cache: KVCache, *, int8: bool, threads: int) -> None:
+        """Pack the weights of a model for which `is_supported` returns True."""
+        library = load_library()
+        assert library is not None
         self._library, self._int8, self._threads = library, int8, threads
         self._panel = library.minimind_panel()
         self._tensors: list[Tensor] = [cache.data]  # that the structs point into
@@ -56,47 +55,36 @@ class NativeDecoder:
             positions=cache.positions,
             num_experts=config.num_local_experts,
             num_chosen=config.num_experts_per_tok if config.num_local_experts else 0,
+            cache_kind=KINDS[cache.dtype],
             eps=config.rms_norm_eps,
             attention_scale=config.attention_multiplier or config.head_dim**-0.5,
             residual_scale=config.residual_multiplier,
             logits_scale=1 / config.logits_scaling,
         )
 
-    def decode(self, x: Tensor, slots: Tensor, positions: Tensor, rope: Tensor) -> Tensor:
-        """Return logits [N, vocab] float32 after one token of each of N sequences.
+    def forward(
+        self, x: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, kept: Tensor
+    ) -> Tensor:
+        """Return logits [len(kept), vocab] float32 of some of N rows, each a token of a sequence.
 
         x: embeddings [N, hidden] float32, overwritten; slots, positions: [N] int64; rope: cosines
-        and sines [2, N, D], the first half of the sines negated.
+        and sines [2, N, D], the first half of the sines negated; kept: ascending rows, int64.
         """
-        logits = torch.empty(len(x), self._vocab_size)
+        logits = torch.empty(len(kept), self._vocab_size)
         rope = rope.contiguous()
-        self._library.minimind_decode(
+        self._library.minimind_forward(
             ctypes.addressof(self._model),
             len(x),
             slots.data_ptr(),
             positions.data_ptr(),
             rope.data_ptr(),
             x.data_ptr(),
+            len(kept),
+            kept.data_ptr(),
             logits.data_ptr(),
             self._threads,
         )
         return logits
-
-    def pack(self, weight: Tensor) -> Linear:
-        """Pack a weight [out, in] for products with any number of rows, in the dtype of the rows.
-
-        Much faster than torch's products with int8 weights.
-        """
-        matrix = self._matrix(weight)
-
-        def forward(x: Tensor) -> Tensor:
-            rows, out = x.float().contiguous(), torch.empty(len(x), matrix.outputs)
-            self._library.minimind_multiply(
-                ctypes.addressof(matrix), len(x), rows.data_ptr(), out.data_ptr(), self._threads
-            )
-            return out.to(x.dtype)
-
-        return forward
 
     def _layer(self, layer: nn.Module) -> Layer:
         assert isinstance(layer, TransformerLayer)
@@ -160,10 +148,8 @@ class NativeDecoder:
         return tensor.data_ptr()
 
 
-def native_decoder(
-    model: Transformer, cache: KVCache, *, int8: bool, threads: int
-) -> NativeDecoder | None:
-    """Return a decoder; None where decoding runs on torch."""
+def is_supported(model: Transformer) -> bool:
+    """Return True when the forward pass of a model can run in compiled code here."""
     weight, config = model.head_weight, model.config
     widths = [
         config.hidden_size,
@@ -171,14 +157,20 @@ def native_decoder(
         config.intermediate_size,
         config.shared_intermediate_size,
     ]
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype not in (torch.float32, torch.bfloat16)
-        or any(width % _INPUTS_MULTIPLE for width in widths)
-        or config.head_dim % _HEAD_MULTIPLE
-    ):
-        return None
-    library = load_library()
-    if library is None:
-        return None
-    return NativeDecoder(model, cache, library, int8=int8, threads=threads)
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and all(width % _INPUTS_MULTIPLE == 0 for width in widths)
+        and config.head_dim % _HEAD_MULTIPLE == 0
+        and load_library() is not None
+    )
+
+
+def cache_dtype(model: Transformer) -> torch.dtype:
+    """Return the dtype of the KV cache.
+
+    Torch's attention on a CPU is fastest in float32.
+    """
+    weight = model.head_weight
+    on_torch = weight.device.type == "cpu" and not is_supported(model)
+    return torch.float32 if on_torch else weight.dtype

@@ -60,6 +60,7 @@ class Model(ctypes.Structure):
             for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "slots")
         ),
         *((name, ctypes.c_int32) for name in ("positions", "num_experts", "num_chosen")),
+        ("cache_kind", ctypes.c_int32),
         *(
             (name, ctypes.c_float)
             for name in ("eps", "attention_scale", "residual_scale", "logits_scale")
@@ -83,6 +84,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the types of the functions' arguments and results."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
     library.minimind_panel.restype = integer
-    library.minimind_multiply.argtypes = [pointer, integer, pointer, pointer, integer]
-    library.minimind_decode.argtypes = [pointer, integer, *[pointer] * 5, integer]
+    library.minimind_forward.argtypes = [
+        *(pointer, integer),
+        *[pointer] * 4,
+        *(integer, pointer, pointer, integer),
+    ]
     return library

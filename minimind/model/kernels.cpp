@@ -134,18 +134,18 @@ void swiglu(const bf16 *__restrict gate, const bf16 *__restrict up, bf16 *__rest
     }
 }
 
-void swiglu_backward(const bf16 *__restrict grad, const bf16 *__restrict gate, const bf16 *__restrict up,
-                     bf16 *__restrict grad_gate, bf16 *__restrict grad_up, i64 rows, i64 width,
-                     i64 stride) {
+// Overwrite gate and up with their gradients.
+void swiglu_backward(const bf16 *__restrict grad, bf16 *__restrict gate, bf16 *__restrict up,
+                     i64 rows, i64 width, i64 stride) {
 #pragma omp parallel for
     for (i64 i = 0; i < rows; i++) {
-        const bf16 *from = grad + i * width, *g = gate + i * stride, *u = up + i * stride;
-        bf16 *to_gate = grad_gate + i * width, *to_up = grad_up + i * width;
+        const bf16 *from = grad + i * width;
+        bf16 *g = gate + i * stride, *u = up + i * stride;
 #pragma omp simd
         for (i64 j = 0; j < width; j++) {
             float x = widen(g[j]), d = widen(from[j]), sigmoid = 1.0f / (1.0f + exponential(-x));
-            to_gate[j] = narrow(d * widen(u[j]) * sigmoid * (1.0f + x * (1.0f - sigmoid)));
-            to_up[j] = narrow(d * x * sigmoid);
+            g[j] = narrow(d * widen(u[j]) * sigmoid * (1.0f + x * (1.0f - sigmoid)));
+            u[j] = narrow(d * x * sigmoid);
         }
     }
 }

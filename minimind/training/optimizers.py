@@ -30,6 +30,7 @@ _POLYNOMIALS = (
     (2.1965, -1.5738, 0.4086),
 )
 _GRAM_ASPECT_RATIO = 1.5  # columns / rows above which iterating on the Gram matrix is cheaper
+_SYMMETRIC_BLOCK = 128  # rows of a symmetric product that are computed together
 _CHUNK_NUMEL = 1 << 22  # elements orthogonalised together; the iteration holds four copies of them
 STATE_MISMATCH = "the optimizer's state belongs to another model or optimizer"
 
@@ -127,12 +128,29 @@ def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The norm of x, (Σ s²)^(1/2), is several times as large for most gradients, and the smaller the
     values are, the more iterations they need.
     """
-    gram = x @ x.mT
+    gram = _symmetric_product(x, x.mT)
     squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_(min=1e-30)  # Σ s²
     gram /= squares  # first, because s⁸ of a small gradient is no float32
-    gram_squared = gram @ gram
+    gram_squared = _symmetric_product(gram, gram)
     bound = gram_squared.norm(dim=(-2, -1), keepdim=True).sqrt_().clamp_(min=1e-10)
     return x * (squares * bound).rsqrt_(), gram.div_(bound), gram_squared.div_(bound.square())
+
+
+def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a @ b [n, rows, rows], which must be symmetric: x xᵀ, or polynomials of one matrix.
+
+    Blocks above the diagonal are copied from below it: a quarter less time for 512 rows.
+    """
+    num_rows = a.shape[-2]
+    if num_rows <= _SYMMETRIC_BLOCK or a.device.type != "cpu":
+        return a @ b
+    out = a.new_empty(*a.shape[:-1], num_rows)
+    for start in range(0, num_rows, _SYMMETRIC_BLOCK):
+        stop = start + _SYMMETRIC_BLOCK
+        block_row = a[..., start:stop, :] @ b[..., :stop]
+        out[..., start:stop, :stop] = block_row
+        out[..., :start, start:stop] = block_row[..., :start].mT
+    return out
 
 
 def _newton_schulz(x: Tensor, gram: Tensor, gram_squared: Tensor) -> Tensor:
@@ -140,8 +158,8 @@ def _newton_schulz(x: Tensor, gram: Tensor, gram_squared: Tensor) -> Tensor:
     # --8<-- [start:newton-schulz]
     for iteration, (a, b, c) in enumerate(_POLYNOMIALS):
         if iteration:
-            gram = x @ x.mT  # [n, rows, rows]
-            gram_squared = gram @ gram
+            gram = _symmetric_product(x, x.mT)  # [n, rows, rows]
+            gram_squared = _symmetric_product(gram, gram)
         x = torch.baddbmm(x, torch.add(b * gram, gram_squared, alpha=c), x, beta=a)
     # --8<-- [end:newton-schulz]
     return x
@@ -156,11 +174,11 @@ def _newton_schulz_by_gram(x: Tensor, gram: Tensor, gram_squared: Tensor) -> Ten
     factor = product = None
     for a, b, c in _POLYNOMIALS:
         if factor is not None:
-            gram = factor @ gram @ factor
-            gram_squared = gram @ gram
+            gram = _symmetric_product(_symmetric_product(factor, gram), factor)
+            gram_squared = _symmetric_product(gram, gram)
         factor = torch.add(b * gram, gram_squared, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else factor @ product
+        product = factor if product is None else _symmetric_product(factor, product)
     assert product is not None
     return product @ x
 

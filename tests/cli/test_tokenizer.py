@@ -96,7 +96,7 @@ def test_errors_print_one_line(texts: Path, tmp_path: Path) -> None:
         (["train", tmp_path / "nowhere", *out], "there is no such file"),
         (["train", tmp_path / "bad.jsonl", *out], "bad.jsonl:1: not JSON"),
         (["train", texts, *out, "--vocab-size", 100], "too small"),
-        (["train", texts, "--out", tmp_path / "file"], "file: File exists"),
+        (["train", texts, "--out", tmp_path / "file"], "file is a file, not a folder"),
         (["inspect", tmp_path], "is not a tokenizer directory"),
         (["inspect", tmp_path / "nowhere"], "nowhere does not exist"),
     ]:

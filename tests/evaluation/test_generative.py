@@ -104,7 +104,7 @@ def test_the_quiz_has_the_questions_of_the_demo(local: LocalModel, varied_dir: P
     assert {q.question: answer for q, answer in zip(chosen, answers, strict=True)} == {
         name: result["answer"] for name, result in results.items()
     }
-    assert sum(a.right for a in score_answers(chosen, answers)) == sum(
+    assert sum(a.correct for a in score_answers(chosen, answers)) == sum(
         result["right"] for result in results.values()
     )
     assert sum(a.fluent for a in score_answers(chosen, answers)) == sum(

@@ -15,7 +15,7 @@ def test_each_answer_is_scored_by_its_question() -> None:
     scored = score_answers(QUESTIONS, ANSWERS)
     assert [answer.question for answer in scored] == QUESTIONS
     assert [answer.answer for answer in scored] == ANSWERS
-    assert [answer.right for answer in scored] == [True, False, True]
+    assert [answer.correct for answer in scored] == [True, False, True]
     assert [answer.fluent for answer in scored] == [True, True, False]
 
 

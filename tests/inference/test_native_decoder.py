@@ -61,7 +61,6 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enable_native(monkeypatch)
-    # Prefill runs on torch, whose bits depend on it: from 1 token on all tokens are decoded.
     results = []
     for threads in (1, 2, 3):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16

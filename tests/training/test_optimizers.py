@@ -44,7 +44,9 @@ def test_orthogonalize_keeps_singular_vectors_and_moves_singular_values_near_one
         assert torch.cosine_similarity(matrix.flatten(), nearest.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("shape", [(48, 48), (96, 40), (40, 56), (40, 96), (1, 8), (24, 400)])
+@pytest.mark.parametrize(
+    "shape", [(48, 48), (96, 40), (40, 56), (40, 96), (1, 8), (24, 400), (150, 160), (300, 130)]
+)
 def test_orthogonalize_applies_the_polynomial_to_singular_values(shape: tuple[int, int]) -> None:
     """Compare with singular values in float64.
 
