@@ -155,11 +155,13 @@ class _PackedSequences:
             start = int(shard.ends[local - 1]) if local else 0
             end = min(int(shard.ends[local]), start + limit)
             ids, mask = shard.tokens[start:end], shard.mask[start:end]
+            # --8<-- [start:packed-labels]
             # n tokens give n - 1 positions: inputs ids[:-1], labels ids[1:].
             positions = slice(offset, offset + len(ids) - 1)
             tokens[positions] = ids[:-1]
             labels[positions] = np.where(mask[1:] == 1, ids[1:].astype(np.int64), IGNORED)
             segments[positions] = segment
+            # --8<-- [end:packed-labels]
             offset = positions.stop
         return tokens, labels, segments
 
