@@ -366,9 +366,7 @@ def plot(law: Law, samples: Sequence[Sample], predictions: Sequence[Mapping[str,
         curve = list(zip(xs.tolist(), law.at(parameters, xs).tolist(), strict=True))
         name = f"{parameters / 1e6:.1f}M"
         lines += [Line(name, points, "points"), Line(f"law, {name}", curve, "fit")]
-    return as_file(
-        draw(lines, "tokens", "bits per byte", salt="scaling law", logarithmic=True)
-    )
+    return as_file(draw(lines, "tokens", "bits per byte", salt="scaling law", logarithmic=True))
 
 
 def parse_speed(text: str) -> tuple[float, float]:
@@ -432,9 +430,7 @@ def main() -> None:
         args.out.with_suffix(".json").write_text(text + "\n", "utf-8")
         page = page.replace("(law.svg)", f"({args.out.name}.svg)")
         args.out.with_suffix(".md").write_text(page, "utf-8")
-        args.out.with_suffix(".svg").write_text(
-            plot(law, samples, record["predictions"]), "utf-8"
-        )
+        args.out.with_suffix(".svg").write_text(plot(law, samples, record["predictions"]), "utf-8")
 
 
 if __name__ == "__main__":
