@@ -13,7 +13,8 @@ groups have different weights in the road.
 
 Dialogues: conversations are dropped if a user message is about the subject of one of the eight
 questions that the road asks, or is a prompt of the evaluation, or if an answer speaks as another
-company's model. Long conversations are cut after the last turn that fits.
+company's model. Long conversations are cut after the last turn that fits. `textbook` has the textbook's prose, dialogues and pairs, which do
+teach the eight facts; the road `night` mixes them in.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_objects, read_records
 from minimind.data.schemas import Record
+from minimind.data.textbook import write_corpus
 from minimind.files import atomic_file, write_json
 from minimind.tokenizer.chat import Message
 
@@ -51,7 +53,7 @@ CHINESE = [
     ("formal", ("zh_laws",)),
 ]
 ENGLISH = [("english", ("en_wiki_sample", "en_misc", "en_lctt_sources"))]
-# The weights of single sets within a file are applied by writing a share of their records.
+# Weight of each set: the share of its records that is written; above 1, records are repeated.
 SINGLE_TURN = {
     **dict.fromkeys(["zh_alpaca_open_v3", "zh_belle_2k", "zh_charent_qa"], 1.0),
     **dict.fromkeys(["zh_llamafactory_alpaca_demo", "zh_ruozhiba_better"], 2.0),
@@ -76,10 +78,11 @@ PREFERENCES = dict.fromkeys(
 )
 # Subjects of the eight questions, in any wording: a user message about one is not trained on.
 EIGHT = re.compile(
-    r"长江|泰山|熊猫|万有引力|珠穆朗玛|珠峰|圣母峰|人造(地球)?卫星|斯普特尼克"
-    r"|第一[颗个][^，。？\n]{0,8}卫星"
-    r"|最高的?[^，。？\n]{0,6}[山峰]|[海洋][^，。？\n]{0,6}咸|盐[^，。？\n]{0,6}海"
-    r"|你(叫|是)(什么|啥|谁|哪)|你的?(名字|姓名)|(怎么|如何)称呼你"
+    r"长江|扬子江|泰山|熊猫|引力|珠穆朗玛|珠峰|圣母峰|斯普特尼克|人造(地球)?卫星"
+    r"|[第首][^，。？\n]{0,12}卫星|卫星[^，。？\n]{0,12}[第首]"
+    r"|最高的?[^，。？\n]{0,6}[山峰]|[山峰][^，。？\n]{0,6}最高"
+    r"|[海洋][^，。？\n]{0,6}咸|盐[^，。？\n]{0,6}海"
+    r"|你(叫|是)(什么|啥|谁|哪)|你的?(名字|姓名)|(怎么|如何)称呼你|介绍一?下?你自己"
     r"|yangtze|mount tai\b|\bpandas?\b|gravit|everest|(highest|tallest) (mountain|peak)|sputnik"
     r"|first (artificial )?satellite|(ocean|sea)( ?water)? (is )?salt|your name|who are you",
     re.IGNORECASE,
@@ -88,6 +91,14 @@ EIGHT = re.compile(
 OTHER_ASSISTANT = re.compile(
     r"ChatGPT|OpenAI|GPT-?[34]|<noinput>|语言模型|language model|作为一?[个名款]?(AI|人工智能|聊天)"
 )
+TEXTBOOK = {
+    "prose_characters": 2_000_000,
+    "held_out_characters": 100_000,
+    "single_turn": 20_000,
+    "multi_turn": 6_000,
+    "preference_pairs": 4_000,
+    "multiple_choice_questions": 3_000,
+}
 _MAX_CHARACTERS = 600  # about 480 tokens, so that a conversation fits into 512
 _NUM_PROMPTS = {"belle_eval_set": 60, "mt_bench_zh": 20}
 _PROGRAM = [sys.executable, "-m", "minimind"]
@@ -135,7 +146,7 @@ def link(part: Path, target: Path) -> None:
 
 
 def prepare_chat(data: Path, out: Path) -> None:
-    """Write dialogues, preference pairs and evaluation prompts, and their counts."""
+    """Write dialogues, preference pairs, evaluation prompts, their counts, and the textbook."""
     prompts = list(evaluation_prompts(data / "eval"))
     write_lines(out / "prompts.jsonl", prompts)
     known = {normalized(turn) for prompt in prompts for turn in prompt["turns"]}
@@ -158,6 +169,9 @@ def prepare_chat(data: Path, out: Path) -> None:
         write_lines(out / f"{file}.jsonl", values)
         print(f"{file}: {len(values):,}")
     write_json(out / "counts.json", counts)
+    write_corpus(out / "textbook", seed=0, **TEXTBOOK)
+    if not (out / "eval").exists():
+        (out / "eval").symlink_to((data / "eval").resolve())
 
 
 def read_set(path: Path) -> Iterator[Record]:
