@@ -1,6 +1,6 @@
 """The data of the road `night`: text, dialogues and preferences from local sets, filtered.
 
-    python -m benchmarks.night_data DATA --out out/night-data
+    python -m benchmarks.night_data DATA --out night-data
     minimind road night
 
 DATA has the folders pretrain, sft, dpo and eval, with files NAME.jsonl.zst named as below. The same
@@ -13,8 +13,8 @@ groups have different weights in the road.
 
 Dialogues: conversations are dropped if a user message is about the subject of one of the eight
 questions that the road asks, or is a prompt of the evaluation, or if an answer speaks as another
-company's model. Long conversations are cut after the last turn that fits. `textbook` has the textbook's prose, dialogues and pairs, which do
-teach the eight facts; the road `night` mixes them in.
+company's model. Long conversations are cut after the last turn that fits. `textbook` has the prose,
+dialogues and pairs of the textbook, which do teach the eight facts.
 """
 
 import argparse
