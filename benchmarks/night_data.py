@@ -180,13 +180,14 @@ def read_set(path: Path) -> Iterator[Record]:
 
 
 def evaluation_prompts(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield prompts evenly spaced over the files, as {"set", "turns"}."""
+    """Yield prompts evenly spaced over the files, as `minimind eval --task degeneration` reads."""
     for name, count in _NUM_PROMPTS.items():
         files = list_files(str(folder / f"{name}.jsonl.zst"))
         objects = [value for _, _, value in read_objects(files, invalid=InvalidRecords())]
         for number in range(count):
             value = objects[number * len(objects) // count]
-            yield {"set": name, "turns": value.get("turns") or [value["question"]]}
+            turns = value.get("turns") or [value["question"]]
+            yield {"question": turns[0], "category": name, "turns": turns}
 
 
 def filtered(

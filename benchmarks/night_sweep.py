@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minimind.signals import count_interrupts
+
 _PROGRAM = [sys.executable, "-m", "minimind"]
 _SEQ_LEN, _BATCH = 512, 32  # 16,384 tokens per step
 VOCAB = 6_400
@@ -164,7 +166,10 @@ class Program:
         """Run a command, or print it in a dry run. Exits with its status if it fails."""
         if self.dry_run:
             print(f"  {shlex.join(command)}")
-        elif status := subprocess.run(command).returncode:
+            return
+        with count_interrupts():  # the command stops by itself and saves a checkpoint
+            status = subprocess.run(command).returncode
+        if status:
             sys.exit(status)
 
 
@@ -188,7 +193,7 @@ def main() -> None:
     program = Program(args.data, args.out, args.dry_run)
     tokenizer = args.out / "tokenizer"
     if not tokenizer.is_dir():
-        texts = [str(args.data / "text" / group) for group in MIXES["weighted"]]
+        texts = [str(args.data / "text" / group) for group in (*MIXES["modern"], "english")]
         texts += [str(args.data / f"{name}.jsonl") for name in ("single-turn", "multi-turn")]
         program.call(
             [*_PROGRAM, *("tokenizer", "train"), *texts]
