@@ -167,8 +167,10 @@ class Program:
         if self.dry_run:
             print(f"  {shlex.join(command)}")
             return
-        with count_interrupts():  # the command stops by itself and saves a checkpoint
-            status = subprocess.run(command).returncode
+        # Only this process receives Ctrl-C; the command gets a SIGTERM for each request to stop.
+        process = subprocess.Popen(command, start_new_session=True)
+        with count_interrupts(lambda count: process.terminate()):
+            status = process.wait()
         if status:
             sys.exit(status)
 
