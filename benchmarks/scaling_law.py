@@ -1,7 +1,7 @@
 """Held-out bits per byte by parameters and tokens: a law fitted to short runs, and its predictions.
 
     python -m benchmarks.scaling_law out/sweep/law --hours 8 --out benchmarks/records/night/law
-    python -m benchmarks.scaling_law out/sweep/law --hours 1 --speed 26.9e6=1.2e6   # another machine
+    python -m benchmarks.scaling_law out/sweep/law --hours 1 --speed 26.9e6=1.2e6   # elsewhere
     python -m benchmarks.scaling_law out/sweep/law --final out/night/pretrain       # check it
 
 The law is L(N, D) = E + A / N^alpha + B / D^beta, with N parameters and D training tokens
