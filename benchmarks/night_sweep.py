@@ -61,8 +61,8 @@ global_batch_size = 32     # 16,384 tokens per step
 log_every = 5
 
 [validation]
-every = 100
-num_sequences = 512        # of the held-out sets
+every = 1000               # and once at the end
+num_sequences = 512        # of the held-out sets; takes as long as 90,000 tokens of training
 prompts = []
 
 [checkpoint]
