@@ -198,8 +198,7 @@ def main() -> None:
         texts = [str(args.data / "text" / group) for group in (*MIXES["modern"], "english")]
         texts += [str(args.data / f"{name}.jsonl") for name in ("single-turn", "multi-turn")]
         program.call(
-            [*_PROGRAM, *("tokenizer", "train"), *texts]
-            + ["--vocab-size", str(VOCAB), "--out", str(tokenizer)]
+            [*_PROGRAM, "tokenizer", "train", *texts, f"--vocab-size={VOCAB}", f"--out={tokenizer}"]
         )
     if not args.dry_run:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -72,8 +72,7 @@ def test_dialogues_are_dropped_for_a_counted_reason() -> None:
         chat("讲个故事", "很" * 700),
         chat("一", "二", "三", "四" * 600),
         Record(
-            chosen=[{"role": "user", "content": "你叫什么？"}, {"role": "assistant", "content": "甲"}],
-            rejected=[{"role": "user", "content": "你叫什么？"}, {"role": "assistant", "content": "乙"}],
+            chosen=chat("你叫什么？", "甲").messages, rejected=chat("你叫什么？", "乙").messages
         ),
     ]
     counts: Counter[str] = Counter()
