@@ -36,7 +36,9 @@ _SET_BY_ROAD = ("out", "tokenizer", "device", "model.init", "data.sources")
 def road(
     name: Annotated[
         str,
-        typer.Argument(metavar="ROAD", help="A road file, or a packaged road: small, moe, base."),
+        typer.Argument(
+            metavar="ROAD", help="A road file, or a packaged road: small, moe, base, night."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for all results; default: out/ROAD.")

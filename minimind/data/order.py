@@ -31,6 +31,7 @@ def permute(indices: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int6
 
     Each index must be in 0..size-1. The shape is kept.
     """
+    # --8<-- [start:permute]
     half = np.uint64(max(4, (max(size - 1, 1).bit_length() + 1) // 2))  # bits of each Feistel half
     low = np.uint64((1 << int(half)) - 1)
     with np.errstate(over="ignore"):
@@ -46,6 +47,7 @@ def permute(indices: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int6
             values[outside] = (left << half) | right
             outside = values >= np.uint64(size)
     return values.astype(np.int64)
+    # --8<-- [end:permute]
 
 
 @dataclass(frozen=True)

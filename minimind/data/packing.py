@@ -88,8 +88,10 @@ class TextSequences:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         start = (index - first) * self._seq_len
+        # --8<-- [start:cut]
         ids = np.asarray(self._shards[shard][start : start + self._seq_len + 1], np.int64)  # [T+1]
         return ids[:-1], ids[1:], None
+        # --8<-- [end:cut]
 
 
 @dataclass
@@ -153,11 +155,13 @@ class _PackedSequences:
             start = int(shard.ends[local - 1]) if local else 0
             end = min(int(shard.ends[local]), start + limit)
             ids, mask = shard.tokens[start:end], shard.mask[start:end]
+            # --8<-- [start:packed-labels]
             # n tokens give n - 1 positions: inputs ids[:-1], labels ids[1:].
             positions = slice(offset, offset + len(ids) - 1)
             tokens[positions] = ids[:-1]
             labels[positions] = np.where(mask[1:] == 1, ids[1:].astype(np.int64), IGNORED)
             segments[positions] = segment
+            # --8<-- [end:packed-labels]
             offset = positions.stop
         return tokens, labels, segments
 
@@ -271,6 +275,7 @@ def _best_fit(
     Each item goes into the open sequence (bin) with the least sufficient free space, or into a new
     one. If more than `_OPEN_SEQUENCES` are open, the fullest is closed.
     """
+    # --8<-- [start:best-fit]
     sequences = np.zeros(len(order), np.int32)
     free_space: list[tuple[int, int]] = []  # (free tokens, sequence), sorted
     count = 0
@@ -286,6 +291,7 @@ def _best_fit(
         if free > length:
             insort(free_space, (free - length, chosen))
     return sequences
+    # --8<-- [end:best-fit]
 
 
 class MixedDataset:

@@ -80,9 +80,11 @@ class Record:
 
     def fingerprint(self) -> int:
         """Return a 64-bit hash of texts and roles, to find duplicates."""
+        # --8<-- [start:fingerprint]
         roles = [message["role"] for message in self._distinct_messages()]
         content = "\0".join([*self.texts, *roles]).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        # --8<-- [end:fingerprint]
 
     def split_key(self) -> int:
         """Return the 64-bit hash that decides between training and validation.

@@ -52,9 +52,11 @@ class Attention(nn.Module):
         where a query may attend to a key; SegmentBounds or PackedMask = causal within segments;
         None = causal.
         """
+        # --8<-- [start:projections]
         heads = (*x.shape[:2], -1, self.head_dim)
         # q [B, T, H, D]; k, v [B, T, K, D]
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # --8<-- [end:projections]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if isinstance(mask, fused.PackedMask):
@@ -70,8 +72,10 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # [B, K, S, D]
         is_decoding = bool(q.shape[2] == 1)  # bool: symbolic while `torch.export` traces
         if not is_decoding:  # at T = 1, repeating k and v would cost more than attention itself
+            # --8<-- [start:gqa]
             group_size = q.shape[1] // k.shape[1]  # query heads per key/value head
             k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
+            # --8<-- [end:gqa]
             # k, v [B, H, S, D]
         trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
         if trains_on_cpu and 1 < q.shape[2] <= _BLOCKWISE_MAX_LENGTH:
@@ -103,6 +107,7 @@ def _blockwise_attention(
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
     masked_out, q, lowest = ~mask, q * scale, torch.finfo(q.dtype).min
+    # --8<-- [start:attention]
     blocks = []
     for start in range(0, length, _QUERY_BLOCK):
         block = slice(start, min(start + _QUERY_BLOCK, length))
@@ -110,3 +115,4 @@ def _blockwise_attention(
         scores = scores.masked_fill_(masked_out[:, :, block, : block.stop], lowest)
         blocks.append(scores.softmax(-1, dtype=v.dtype) @ v[:, :, : block.stop])
     return torch.cat(blocks, dim=2)
+    # --8<-- [end:attention]

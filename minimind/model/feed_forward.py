@@ -7,6 +7,7 @@ from minimind.config.model import ModelConfig
 from minimind.model import fused
 
 
+# --8<-- [start:swiglu]
 class FeedForward(nn.Module):
     """SwiGLU: down(SiLU(gate(x)) * up(x)), [..., hidden] -> [..., hidden]."""
 
@@ -25,3 +26,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if fused.takes(gate):
         return fused.swiglu(gate, up)
     return F.silu(gate) * up
+# --8<-- [end:swiglu]

@@ -32,11 +32,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
 
 
+# --8<-- [start:rms-norm]
 def rms_norm_cpu(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (normalized x [..., width], the factors 1 / RMS [..., 1])."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale, scale
+# --8<-- [end:rms-norm]
 
 
 class _RMSNormOnCPU(torch.autograd.Function):

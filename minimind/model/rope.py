@@ -26,6 +26,7 @@ from minimind.errors import ModelError
 BEST_SCALING: RopeKind = "yarn"  # measured: benchmarks/records/long-context.md
 
 
+# --8<-- [start:rotary]
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (i, i + D/2) of x [B, T, H, D] by the angle of its position.
 
@@ -33,6 +34,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)  # [B, T, H, D/2] each
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+# --8<-- [end:rotary]
 
 
 def rope_table(config: ModelConfig, positions: Tensor, length: int | Tensor) -> Tensor:
@@ -40,10 +42,12 @@ def rope_table(config: ModelConfig, positions: Tensor, length: int | Tensor) -> 
 
     length: tokens of the sequence so far, one number or [...], one per position.
     """
+    # --8<-- [start:table]
     frequencies, factor = rope_frequencies(config, length)
     angles = positions.float()[..., None] * frequencies.to(positions.device)  # [..., D/2]
     angles = torch.cat((angles, angles), dim=-1)  # [..., D]
     return torch.stack((angles.cos(), angles.sin())) * factor
+    # --8<-- [end:table]
 
 
 def depends_on_length(config: ModelConfig, length: int) -> bool:

@@ -59,10 +59,12 @@ class Layer(nn.Module):
 
         The other arguments are those of `Attention.forward` and `RoutedExperts.forward`.
         """
+        # --8<-- [start:layer]
         attention = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + _scaled(attention, self.residual_multiplier)
         feed_forward = self._feed_forward(self.post_attention_layernorm(x), routing)
         return x + _scaled(feed_forward, self.residual_multiplier)
+        # --8<-- [end:layer]
 
     def _feed_forward(self, x: Tensor, routing: Routing | None) -> Tensor:
         if self.block_sparse_moe is None:
@@ -167,6 +169,7 @@ class Transformer(nn.Module):
         cos, sin = table.unsqueeze(-2)  # [(B,) T, 1, D] each: the same for all heads
         x = _scaled(self.model.embed_tokens(tokens), self.config.embedding_multiplier)
         # x [B, T, hidden]
+        # --8<-- [start:all-layers]
         for layer in self.model.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, cache, routing, use_reentrant=False)
@@ -174,6 +177,7 @@ class Transformer(nn.Module):
                 x = layer(x, cos, sin, mask, cache, routing)
         # Scaled here instead of in `logits`: the losses compute their logits in chunks themselves.
         return _scaled(self.model.norm(x), 1 / self.config.logits_scaling)
+        # --8<-- [end:all-layers]
 
     def _allows_varlen(self) -> bool:
         """Return True if variable-length attention takes this compute dtype and head_dim."""

@@ -181,10 +181,12 @@ def _add_control_tokens(
     """Add control tokens around the encoded `texts` of a conversation, and make its loss mask."""
     ids: list[int] = []
     mask: list[int] = []
+    # --8<-- [start:loss-mask]
     for index, message in enumerate(messages):
         is_answer = message["role"] == ASSISTANT
         header, text = answer_header if is_answer else [tokenizer.im_start], next(texts)
         ids += [*header, *text, tokenizer.im_end, *line_end]
         label = int(is_answer and index not in excluded)
         mask += [0] * len(header) + [label] * (len(text) + 1) + [0] * len(line_end)
+    # --8<-- [end:loss-mask]
     return ids, mask

@@ -20,9 +20,11 @@ ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT = "assistant"  # the role whose messages the model generates
 
 # For other programs, saved beside the tokenizer. `chat.py` encodes messages without it.
+# --8<-- [start:chat-template]
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     f"{{{{- '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n' -}}}}"
     "{%- endfor -%}"
     f"{{%- if add_generation_prompt -%}}{{{{- '{IM_START}{ASSISTANT}\\n' -}}}}{{%- endif -%}}"
 )
+# --8<-- [end:chat-template]

@@ -109,11 +109,13 @@ class TorchBackend:
     def step(self, scale: float) -> float:
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         self._group.all_reduce_(gradients)
+        # --8<-- [start:clip-and-step]
         norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
         if math.isfinite(norm):
             clip = min(1.0, self._grad_clip / (norm + 1e-6))
             torch._foreach_mul_(gradients, scale * clip)
             self._optimizers.step()
+        # --8<-- [end:clip-and-step]
         self._optimizers.zero_grad()
         return norm
 

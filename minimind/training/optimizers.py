@@ -86,6 +86,7 @@ class Muon(torch.optim.Optimizer):
         self, group: dict[str, Any], shape: torch.Size, parameters: list[nn.Parameter]
     ) -> None:
         """Update n parameters of one shape together."""
+        # --8<-- [start:muon-step]
         rows, columns = shape[-2] // group["num_stacked"], shape[-1]
         momentum = [self.state[parameter]["momentum"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -98,6 +99,7 @@ class Muon(torch.optim.Optimizer):
         weights: list[Tensor] = list(parameters)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * scale)
+        # --8<-- [end:muon-step]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -153,11 +155,13 @@ def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
 
 def _newton_schulz(x: Tensor, gram: Tensor, gram_squared: Tensor) -> Tensor:
     """Iterate X ← a X + (b G + c G²) X. x: [n, rows, columns]; gram, gram_squared: of x."""
+    # --8<-- [start:newton-schulz]
     for iteration, (a, b, c) in enumerate(_POLYNOMIALS):
         if iteration:
             gram = _symmetric_product(x, x.mT)  # [n, rows, rows]
             gram_squared = _symmetric_product(gram, gram)
         x = torch.baddbmm(x, torch.add(b * gram, gram_squared, alpha=c), x, beta=a)
+    # --8<-- [end:newton-schulz]
     return x
 
 
@@ -192,12 +196,14 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 def build_adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only (Loshchilov and Hutter 2019)."""
     all_parameters = list(parameters)
+    # --8<-- [start:weight-decay]
     matrices = [p for p in all_parameters if p.ndim >= 2]
     vectors = [p for p in all_parameters if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    # --8<-- [end:weight-decay]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.lr,

@@ -29,11 +29,13 @@ class LossScaler:
         """Halve the scale after an overflow; double it after many finite steps in a row."""
         if not self.enabled:
             return
+        # --8<-- [start:loss-scale]
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale = max(1.0, self.scale / 2)
         elif self.good_steps % _GROWTH_INTERVAL == 0:
             self.scale *= 2
+        # --8<-- [end:loss-scale]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""

@@ -12,6 +12,7 @@ def lr_fraction(step: int, num_steps: int, settings: ScheduleSettings) -> float:
     with a linear decay. Both reach `settings.final` one step after the last one, so that no step
     has a learning rate of 0, however short the run is.
     """
+    # --8<-- [start:schedule]
     warmup = round(settings.warmup * num_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -22,3 +23,4 @@ def lr_fraction(step: int, num_steps: int, settings: ScheduleSettings) -> float:
     # Both numbers of steps may have been rounded up; the warmup takes precedence.
     decay = max(1, min(round(settings.decay * num_steps), num_steps - warmup))
     return settings.final + (1 - settings.final) * min(1.0, (num_steps - step) / decay)
+    # --8<-- [end:schedule]

@@ -206,9 +206,11 @@ class Trainer:
                 wait_start = time.perf_counter()
                 batch = to_device(self._prefetcher.batch(samples, next_samples), self.device)
                 self.state.interval_data_s += time.perf_counter() - wait_start
+                # --8<-- [start:micro-batch]
                 output = self.backend.loss(batch)
                 self.backend.backward(output.loss_sum * loss_scale)
                 sums.add(LossSums.of(output, batch.num_tokens))
+                # --8<-- [end:micro-batch]
             except (RuntimeError, MemoryError) as error:
                 if not is_memory_error(error) or not self.backend.discard():
                     raise

@@ -299,8 +299,8 @@ def test_dry_run_lists_steps_and_time(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_packaged_roads_name_recipes_and_published_data() -> None:
-    assert list(packaged_recipes(ROADS)) == ["base", "moe", "small"]
-    for name in packaged_recipes(ROADS):
+    assert list(packaged_recipes(ROADS)) == ["base", "moe", "night", "small"]
+    for name in ("base", "moe", "small"):
         road = load_road(name)
         recipes = stage_recipes(road, Path("out"), "cpu")
         assert [recipe.objective for recipe in recipes.values()] == ["pretrain", "sft", "dpo"]

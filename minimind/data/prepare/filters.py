@@ -60,6 +60,7 @@ def drop_reasons(
     chinese, alphabetic = counts[:, CHINESE], counts[:, CHINESE] + counts[:, LETTER]
     limits, repetition = settings.characters, settings.repetition
     duplicate_ngrams = duplicate_ngram_shares(points, repetition.ngram)
+    # --8<-- [start:conditions]
     conditions = {
         TOO_SHORT: (letters < settings.length.minimum) | (letters == 0),
         TOO_LONG: letters > settings.length.maximum,
@@ -69,6 +70,7 @@ def drop_reasons(
         MUCH_PUNCTUATION: counts[:, PUNCTUATION] > limits.max_punctuation * visible,
         MANY_DIGITS: counts[:, DIGIT] > limits.max_digits * visible,
     }
+    # --8<-- [end:conditions]
     choices = [*conditions, ""]
     first = np.full(len(texts), len(conditions))
     for index, condition in reversed(list(enumerate(conditions.values()))):

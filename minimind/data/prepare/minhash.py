@@ -82,11 +82,13 @@ def _minima(
     minima = np.empty((len(multipliers), len(starts)), np.uint32)
     if not len(starts):
         return minima
+    # --8<-- [start:minima]
     values = np.empty_like(hashes)
     for row, (multiplier, offset) in enumerate(zip(multipliers, offsets, strict=True)):
         np.multiply(hashes, multiplier, out=values)
         values += offset
         minima[row] = np.minimum.reduceat(values, indices)[::2]
+    # --8<-- [end:minima]
     return minima
 
 

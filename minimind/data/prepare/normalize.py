@@ -24,6 +24,7 @@ def normalize(text: str) -> str:
     Indentation by ASCII spaces or tabs stays, because source code needs it; that of Chinese
     paragraphs, by ideographic spaces, is removed.
     """
+    # --8<-- [start:normalize]
     if "<" in text:
         text = _CONTROL_TOKENS.sub("\n", text)
     if not text.isascii() and not unicodedata.is_normalized("NFC", text):
@@ -36,3 +37,4 @@ def normalize(text: str) -> str:
     text = _SPACE_RUNS.sub(" ", text)
     text = _SPACE_AT_LINE_END.sub("", text)
     return _BLANK_LINES.sub("\n\n", text).strip()
+    # --8<-- [end:normalize]

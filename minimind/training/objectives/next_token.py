@@ -203,8 +203,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, factors: Tensor | None) -> tu
     logprobs = torch.log_softmax(logits.float(), -1)  # [C, V]
     losses = -logprobs.gather(1, targets)[:, 0]
     # --8<-- [end:cross-entropy]
+    # --8<-- [start:cross-entropy-gradient]
     minus_one = torch.full(targets.shape, -1.0, device=targets.device)
     grad = logprobs.exp_().scatter_add_(1, targets, minus_one)  # [C, V]
+    # --8<-- [end:cross-entropy-gradient]
     if factors is not None:
         grad *= factors[:, None]
     return losses, grad.to(dtype)
