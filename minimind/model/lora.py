@@ -29,6 +29,7 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
         device = base.weight.device
+        # --8<-- [start:init]
         # Drawn by the CPU's generator, so that every device starts from the same values.
         a = torch.empty(rank, base.in_features, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as in nn.Linear and peft
@@ -36,15 +37,21 @@ class LoRALinear(nn.Linear):
         b = torch.zeros(base.out_features, rank, dtype=torch.float32, device=device)
         self.lora_B = nn.Parameter(b)
         self.scale, self.dropout = alpha / rank, dropout
+        # --8<-- [end:init]
 
+    # --8<-- [start:forward]
     def forward(self, input: Tensor) -> Tensor:
         x = F.dropout(input, self.dropout, self.training)  # [..., in]
         x = F.linear(F.linear(x, self.lora_A), self.lora_B)  # [..., rank], then [..., out]
         return super().forward(input) + x * self.scale
 
+    # --8<-- [end:forward]
+    # --8<-- [start:merged]
     def merged(self) -> Tensor:
         """Return W + scale * B A, the weight [out, in] of an equivalent linear layer."""
         return self.weight + (self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+
+    # --8<-- [end:merged]
 
 
 def apply_lora(model: Transformer, settings: LoRASettings) -> Transformer:

@@ -58,12 +58,14 @@ class Preference:
         log_ratios = logps - reference  # [P, 2]
         if settings.loss != "sigmoid":
             log_ratios = log_ratios / lengths
+        # --8<-- [start:dpo]
         margins = log_ratios[:, 0] - log_ratios[:, 1]  # [P], d in the formulas above
         if settings.loss == "ipo":
             losses = (margins - 1 / (2 * settings.beta)).square()
         else:
             smoothing, scaled = settings.label_smoothing, settings.beta * margins
             losses = -F.logsigmoid(scaled) * (1 - smoothing) - F.logsigmoid(-scaled) * smoothing
+        # --8<-- [end:dpo]
         side_sums = torch.cat([settings.beta * log_ratios, logps], 1).detach().sum(0)  # [4]
         correct = (margins.detach().sign() + 1) / 2  # [P], 0.5 for a tie
         count = torch.tensor(len(reference))
@@ -141,9 +143,11 @@ def answer_logps(
     hidden = hidden.flatten(0, 1).index_select(0, batch.label_indices)  # [N, D]
     labels = batch.labels.flatten()[batch.label_indices]  # [N]
     losses = linear_cross_entropy(hidden, model.head_weight, labels, uniform_grad=False)  # [N]
+    # --8<-- [start:answer-logps]
     # 2 * pair + side of each label token: packing numbers the answers of a batch like this.
     answers = batch.pairs.side_ids.flatten()[batch.label_indices]  # [N]
     zeros = losses.new_zeros(2 * len(batch.pairs.reference))  # [2 P]
     logps = zeros.index_add(0, answers, -losses)
     lengths = zeros.index_add(0, answers, torch.ones_like(losses))
     return logps.view(-1, 2), lengths.view(-1, 2)
+    # --8<-- [end:answer-logps]
