@@ -26,4 +26,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if fused.takes(gate):
         return fused.swiglu(gate, up)
     return F.silu(gate) * up
+
+
 # --8<-- [end:swiglu]

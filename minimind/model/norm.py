@@ -38,6 +38,8 @@ def rms_norm_cpu(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale, scale
+
+
 # --8<-- [end:rms-norm]
 
 

@@ -34,6 +34,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)  # [B, T, H, D/2] each
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
 # --8<-- [end:rotary]
 
 

@@ -61,7 +61,7 @@ NOT_RUN = {
     "HF_TOKEN": "tests/cli/test_push.py publishes to stand-ins of the hubs",
     "mkdir texts": "prepares the next command",
     "zstd -dc huge": "needs zstd and a huge file",
-    "minimind data prepare \"s3://": "tests/data/prepare/test_object_store.py (slow) starts a store",
+    'minimind data prepare "s3://': "tests/data/prepare/test_object_store.py starts one",
     "aws s3": "needs the AWS command line",
     "minimind pretrain --tokenizer out/tokenizer --out out/small --data prepared/text": "the same",
     "git worktree add": "needs a clone with its history",
