@@ -117,7 +117,7 @@ class Program:
     dry_run: bool
 
     def run(self) -> None:
-        """Run the sweeps, each of which skips its finished runs, and fit the law."""
+        """Run the sweeps and fit the law. A sweep skips its finished runs."""
         rates = self.best(
             Sweep("muon-lr", "5M", [3e6], {"optim.muon_lr": ["0.01", "0.02", "0.04"]}, "weighted"),
             {"optim.muon_lr": "0.02"},

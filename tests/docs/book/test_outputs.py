@@ -86,7 +86,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chapter:
-    """The chapter in a folder of its own, which a test may change."""
+    """A copy of the chapter in a separate folder, which a test may change."""
     monkeypatch.setattr(checks, "_MIN_EXERCISES", 1)
     shutil.copytree(book, tmp_path / "book", symlinks=True)
     chapter = Chapter("01-tiny", tmp_path / "book")
