@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minimind.api import Model, Recipe, RunResult, Tokenizer, evaluate, load, train
 
 # PyTorch reads this at its first allocation on Linux: tensors of 2 MiB and more then lie in huge
-# pages. On one CPU core a training step takes a sixth less time (benchmarks/records/cpu-kernels.md).
+# pages. On one core a training step takes a sixth less time (benchmarks/records/cpu-kernels.md).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["Model", "Recipe", "RunResult", "Tokenizer", "evaluate", "load", "train"]

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../model/scalar.h"
 #include "products.h"
 
 namespace {
@@ -40,20 +41,6 @@ struct Model {
     int32_t num_experts, num_chosen, cache_kind;
     float eps, attention_scale, residual_scale, logits_scale;
 };
-
-// e^x to float32 precision, in operations that compilers vectorize (Cephes, expf). NaN stays NaN.
-inline float exponential(float x) {
-    x = x < -87 ? -87 : x > 88 ? 88 : x;
-    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;      // x - n ln 2
-    float p = 1.9875691500e-4f;
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
-        p = p * r + c;
-    const int32_t bits = (int32_t(n) + 127) << 23;  // 2^n
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return (p * r * r + r + 1) * power;
-}
 
 inline float dot(const float* a, const float* b, int count) {
     float sum = 0;
@@ -92,14 +79,10 @@ inline float sum_lanes(Eight x) {
 
 // A key or value in the cache.
 inline void store(float x, float* out) { *out = x; }
-inline void store(float x, uint16_t* out) {  // bfloat16, rounded to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *out = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+inline void store(float x, bf16* out) { *out = narrow(x); }
 
 inline Eight load_eight(const float* x) { return *(const Eight*)x; }
-inline Eight load_eight(const uint16_t* x) {
+inline Eight load_eight(const bf16* x) {
     typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
     typedef uint32_t Bits __attribute__((vector_size(32)));
     return (Eight)(__builtin_convertvector(*(const Halves*)x, Bits) << 16);
@@ -296,7 +279,7 @@ struct Step {
                      });
 #pragma omp barrier
             if (model.cache_kind == kBFloat16)
-                attention<uint16_t>(layer, number, scores.data());
+                attention<bf16>(layer, number, scores.data());
             else
                 attention<float>(layer, number, scores.data());
 #pragma omp barrier

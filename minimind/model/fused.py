@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minimind.model.native import compile_library
+from minimind.model.native import SCALAR_HEADER, compile_library
 
-_SOURCES = (Path(__file__).with_name("kernels.cpp"),)
+_SOURCES = (Path(__file__).with_name("kernels.cpp"), SCALAR_HEADER)
 # Sums may be reordered, which lets them use vector instructions. Infinities and NaN stay correct.
 _FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 _NORM_BLOCK = 64  # rows whose weight gradients are summed by one thread

@@ -11,40 +11,11 @@
 #include <cstdint>
 #include <cstring>
 
-using bf16 = uint16_t;
+#include "scalar.h"
+
 using i64 = int64_t;
 
 namespace {
-
-inline float widen(bf16 x) { // bfloat16 is the upper half of a float32
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline bf16 narrow(float x) { // round to nearest, ties to even, as PyTorch does
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float exponential(float x) { // e^x, relative error below 2e-7 for |x| <= 87
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x; // NaN stays NaN
-    float n = std::rint(x * 1.44269504f); // e^x = 2^n e^r with |r| <= ln(2) / 2
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
-}
 
 // Rotate the pairs (j, j + D / 2) of one head of one token, as `rope.py` does; sign -1: backwards.
 inline void rotate(const bf16 *__restrict from, bf16 *__restrict to, const float *__restrict cos,

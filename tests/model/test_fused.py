@@ -10,14 +10,13 @@ from minimind.environment import NATIVE_VARIABLE
 from minimind.model import Transformer, fused
 from minimind.model.rope import apply_rotary, rope_table
 from minimind.training.objectives.next_token import linear_cross_entropy
+from tests.support.decoding import enable_native
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """Use compiled code; skip the tests where that is impossible."""
-    monkeypatch.setenv(NATIVE_VARIABLE, "1")
-    if reason := fused.unavailable_reason():
-        pytest.skip(reason)
+    enable_native(monkeypatch)
 
 
 EPSILON = 2.0**-8  # the largest relative error of rounding to bf16, which keeps 8 bits

@@ -5,10 +5,11 @@ import time
 import pytest
 
 from minimind.environment import NATIVE_VARIABLE
+from minimind.inference import native_library
 from minimind.inference.engine import Engine
-from minimind.inference.native_library import unavailable_reason
 from minimind.inference.requests import Completion, Request
 from minimind.inference.sampling import Sampling
+from minimind.model import fused
 
 GREEDY = Sampling(temperature=0)
 RANDOM = Sampling(temperature=1, top_p=1)
@@ -16,10 +17,12 @@ CONTEXT = 256  # of the `nano` preset
 
 
 def enable_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode in compiled code from now on; skip the test where that is not possible."""
+    """Use compiled code from now on; skip the test without a compiler, fail if it fails."""
     monkeypatch.setenv(NATIVE_VARIABLE, "1")
-    if reason := unavailable_reason():
-        pytest.skip(reason)
+    for reason in (fused.unavailable_reason(), native_library.unavailable_reason()):
+        if reason is not None and ("no C++ compiler" in reason or "not supported on" in reason):
+            pytest.skip(reason)
+        assert reason is None
 
 
 def tokens_of(completion: Completion) -> list[int]:
