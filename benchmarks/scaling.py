@@ -146,7 +146,7 @@ def train(point: Point, seconds: float) -> dict[str, float]:
     from minimind.config import load_recipe
     from minimind.model import Transformer
     from minimind.planning.attainable import attainable_flops
-    from minimind.planning.plan import flops_per_token, measure_throughput
+    from minimind.planning.bench import measure_utilisation
 
     flags: dict[str, Any] = {
         "device": "cpu",
@@ -160,17 +160,9 @@ def train(point: Point, seconds: float) -> dict[str, float]:
         flags["model.preset"] = point.model
     recipe, device = load_recipe("pretrain-small", flags=flags).recipe, torch.device("cpu")
     model = Transformer(recipe.model.shape(6400))
-    flops = flops_per_token(model, point.seq_len)
-    before = attainable_flops(device, torch.bfloat16, seconds / 10)
-    rate = measure_throughput(recipe, model, device, point.micro_batch, seconds)
-    attainable = median([before, attainable_flops(device, torch.bfloat16, seconds / 10)])
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_token": flops,
-        "tokens_per_second": rate,
-        "attainable_flops": attainable,
-        "utilisation": rate * flops / attainable,
-    }
+    dtype = torch.bfloat16
+    before = attainable_flops(device, dtype, seconds / 10)
+    return measure_utilisation(recipe, model, device, point.micro_batch, dtype, seconds, before)
 
 
 def prepare(args: argparse.Namespace) -> dict[str, list[float]]:

@@ -49,12 +49,20 @@ def raise_on_second(count: int) -> None:
         raise KeyboardInterrupt
 
 
-def exit_when_stdin_closes() -> None:
-    """End this process as soon as its parent, which holds the other end of stdin, has ended."""
+def exit_when_stdin_closes(*, gracefully: bool = False) -> None:
+    """End this process as soon as its parent, which holds the other end of stdin, has ended.
+
+    gracefully: send SIGTERM to this process, whose handlers then run; otherwise exit at once.
+    """
 
     def watch() -> None:
-        while os.read(0, 1):  # not sys.stdin, whose lock would block the interpreter's shutdown
-            pass
-        os._exit(1)
+        with contextlib.suppress(OSError):
+            # Not sys.stdin, whose lock would block the interpreter's shutdown.
+            while os.read(0, 4096):
+                pass
+        if gracefully:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, name="stdin", daemon=True).start()

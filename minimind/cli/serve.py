@@ -71,6 +71,7 @@ def serve(
     from minimind.serving.limits import Limits
     from minimind.serving.logs import log_to_stderr
     from minimind.serving.models import find_adapters, find_models, load_models
+    from minimind.signals import exit_when_stdin_closes
 
     keys = api_key or [key for key in [os.environ.get(KEY_VARIABLE, "")] if key]
     check_exposure(host, keys)
@@ -80,7 +81,7 @@ def serve(
     sockets = server.bind(host, port)  # before loading, which takes long: the port may be in use
     with server.exit_on_signal():
         if exit_with_stdin:
-            server.exit_when_stdin_closes()
+            exit_when_stdin_closes(gracefully=True)
         log_to_stderr()
         served = load_models(
             sources,

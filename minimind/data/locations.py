@@ -12,6 +12,7 @@ import fnmatch
 import glob
 import io
 import re
+import shutil
 import tempfile
 import urllib.parse
 import urllib.request
@@ -320,8 +321,11 @@ def remove(locations: Iterable[Location]) -> None:
             system.rm([url._opened[1] for url in urls])
 
 
-def remove_folder(folder: UrlPath) -> None:
+def remove_folder(folder: Location) -> None:
     """Remove a folder and everything below it."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+        return
     system, path, _ = folder._opened
     with folder._errors():
         system.rm(path, recursive=True)

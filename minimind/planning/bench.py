@@ -94,18 +94,38 @@ def training_speed(preset: str, device: str, seconds: float) -> dict[str, Any]:
     )
     wanted = max(1, int(_PASS_S * before / flops / recipe.data.seq_len))
     micro_batch = max(n for n in range(1, fitting + 1) if batch % n == 0 and n <= max(1, wanted))
-    rate = measure_throughput(recipe, model, chosen, micro_batch, seconds)
-    attainable = median([before, attainable_flops(chosen, dtype, seconds / 10)])
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
         "precision": precision.name,
         "seq_len": recipe.data.seq_len,
         "micro_batch_size": micro_batch,
-        "tokens_per_second": rate,
+        **measure_utilisation(recipe, model, chosen, micro_batch, dtype, seconds, before),
+        "peak_memory_bytes": peak_bytes(chosen),
+    }
+
+
+def measure_utilisation(
+    recipe: Recipe,
+    model: Transformer,
+    device: torch.device,
+    micro_batch: int,
+    dtype: torch.dtype,
+    seconds: float,
+    attainable_before: float,
+) -> dict[str, float]:
+    """Measure training steps for `seconds`, then the attainable FLOPs in `dtype` again.
+
+    attainable_before: the attainable FLOPs per second, measured just before: on a shared host they
+    change within minutes.
+    """
+    flops = flops_per_token(model, recipe.data.seq_len)
+    rate = measure_throughput(recipe, model, device, micro_batch, seconds)
+    attainable = median([attainable_before, attainable_flops(device, dtype, seconds / 10)])
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
         "flops_per_token": flops,
+        "tokens_per_second": rate,
         "attainable_flops": attainable,
         "utilisation": rate * flops / attainable,
-        "peak_memory_bytes": peak_bytes(chosen),
     }
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -176,15 +175,3 @@ def exit_on_signal() -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt) as reason:
         sys.stdout.flush()
         os._exit(int(reason.code or 0) if isinstance(reason, SystemExit) else 130)
-
-
-def exit_when_stdin_closes() -> None:
-    """Exit when standard input is closed, that is, when the parent process ends."""
-
-    def watch() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="stdin", daemon=True).start()

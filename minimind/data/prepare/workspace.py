@@ -11,7 +11,6 @@ DIR/manifest.json           inputs, settings, counts, hashes of all files; writt
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,11 +160,7 @@ class Workspace:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest and remove the working files."""
         write_json(self.folder / MANIFEST, manifest)
-        work = self.folder / "work"
-        if isinstance(work, UrlPath):
-            remove_folder(work)
-        else:
-            shutil.rmtree(work)
+        remove_folder(self.folder / "work")
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
