@@ -287,6 +287,24 @@ def check(law: Law, resampled: Law, final: Run, unique: float | None) -> dict[st
     }
 
 
+def fitted(law: Law, resampled: Law, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the values of the law with their intervals, and the runs with its values."""
+    intervals = {
+        name: numpy.percentile(values, _INTERVAL).tolist()
+        for name, values in resampled.values().items()
+    }
+    return {
+        "law": {
+            name: {"value": float(value), "interval": intervals[name]}
+            for name, value in law.values().items()
+        },
+        "runs": [
+            vars(sample) | {"law": float(law.at(sample.parameters, sample.tokens))}
+            for sample in samples
+        ],
+    }
+
+
 def describe(record: Mapping[str, Any]) -> list[str]:
     """Return the record as Markdown."""
     law, runs = record["law"], record["runs"]
@@ -403,21 +421,10 @@ def main() -> None:
     final = read_run(args.final) if args.final else None
     if final and not final.finished:
         parser.exit(1, f"error: {args.final} is not a finished run\n")
-    intervals = {
-        name: numpy.percentile(values, _INTERVAL).tolist()
-        for name, values in resampled.values().items()
-    }
     record: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.scaling_law", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "law": {
-            name: {"value": float(value), "interval": intervals[name]}
-            for name, value in law.values().items()
-        },
-        "runs": [
-            vars(sample) | {"law": float(law.at(sample.parameters, sample.tokens))}
-            for sample in samples
-        ],
+        **fitted(law, resampled, samples),
         "hours": args.hours,
         "predictions": predict(law, resampled, speed, 3600 * args.hours, args.unique),
         "final": check(law, resampled, final, args.unique) if final else None,
