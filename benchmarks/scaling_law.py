@@ -89,12 +89,14 @@ class Law:
 
 def _terms(theta: Floats, u: Floats | float, v: Floats | float) -> tuple[Floats, Floats, Floats]:
     """Return the three terms of the law. u, v: logarithms of N and D relative to the center."""
+    # --8<-- [start:law]
     floor, a, b, log_alpha, log_beta = numpy.moveaxis(theta, -1, 0)
     return (
         numpy.exp(floor),
         numpy.exp(a - numpy.exp(log_alpha) * u),
         numpy.exp(b - numpy.exp(log_beta) * v),
     )
+    # --8<-- [end:law]
 
 
 def fit_law(samples: Sequence[Sample], bootstraps: int = _BOOTSTRAPS) -> tuple[Law, Law]:
@@ -168,9 +170,11 @@ def _minimize(
 
 
 def _huber(residuals: Floats) -> Floats:
+    # --8<-- [start:huber]
     size = numpy.abs(residuals)
     linear = _HUBER_DELTA * (size - _HUBER_DELTA / 2)
     return numpy.where(size <= _HUBER_DELTA, residuals**2 / 2, linear)
+    # --8<-- [end:huber]
 
 
 def _linearize(theta: Floats, u: Floats, v: Floats, log_loss: Floats) -> tuple[Floats, Floats]:
@@ -194,9 +198,11 @@ def effective_tokens(tokens: float, unique: float) -> float:
     U + U R* (1 - exp(-R / R*)) with R = tokens / unique - 1 repetitions: four epochs are worth
     almost four times the data, forty much less than forty times (Muennighoff et al. 2023).
     """
+    # --8<-- [start:effective-tokens]
     repetitions = max(tokens / unique - 1, 0)
     extra = _REPETITIONS * (1 - math.exp(-repetitions / _REPETITIONS))
     return min(tokens, unique) + unique * extra
+    # --8<-- [end:effective-tokens]
 
 
 def read_samples(folders: Sequence[Path]) -> list[Sample]:
