@@ -246,6 +246,7 @@ facts = {
     "few_epochs": f"{first['bits_per_byte']:.3f}",
     "many_epochs": f"{last['bits_per_byte']:.3f}",
     "many_predicted": f"{last['predicted']:.3f}",
+    "size_effect": f"{float(law.at(0.487e6, 0.512e6) - law.at(0.658e6, 0.512e6)):.2f}",
     "wide": f"{shapes[2]['bits_per_byte']:.2f}",
     "deep": f"{shapes[16]['bits_per_byte']:.2f}",
     "shape_gap": f"{shapes[16]['loss'] - shapes[2]['loss']:.2f}",
@@ -254,5 +255,5 @@ facts = {
 piece = {
     "law": values,
     "largest": {"parameters": sizes[-1], "tokens": final["tokens"]},
-    "sizes": [sizes[0], sizes[-1]],
+    "smallest": sizes[0],
 }
