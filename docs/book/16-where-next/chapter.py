@@ -17,7 +17,7 @@ is_right = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
 
 
 # --8<-- [start:group]
-def group_step(logits, generator, size=8, lr=1.0):
+def group_step(logits, generator, size=8, lr=0.5):
     """Return the logits after one step on a group of sampled answers."""
     probabilities = F.softmax(logits, 0)
     group = torch.multinomial(probabilities, size, True, generator=generator)
@@ -75,7 +75,7 @@ for count in (10, 100, 1000):
 
 
 # --8<-- [start:vote]
-def vote(probabilities, count, trials=2000):
+def vote(probabilities, count, trials=20_000):
     """Return how often the right answer wins a vote of `count` samples."""
     generator = torch.Generator().manual_seed(1)
     drawn = torch.multinomial(
