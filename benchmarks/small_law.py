@@ -31,8 +31,8 @@ TOKENS = {
     "1M": (0.25e6, 0.5e6, 1e6),
     "2M": (0.25e6, 0.5e6, 1e6),
 }
-FINAL = ("2M", 4e6)
-REPEATED, EPOCHS = ("0.5M", 2e6), (4, 16, 64)
+FINAL = ("2M", 3e6)
+REPEATED, EPOCHS = ("0.5M", 1e6), (4, 16, 64)
 _HELD_OUT_DOCUMENTS = 150
 RECIPE = f"""\
 objective = "pretrain"
@@ -75,10 +75,10 @@ def train(work: Path, data: Sequence[str]) -> None:
         write_texts(work, data)
     for shape, tokens in TOKENS.items():
         sweep(work, f"law-{shape}", shape, tokens)
-    shape, total = REPEATED
-    for epochs in EPOCHS:
-        sweep(work, f"repeated-{epochs}", shape, [total], source=f"repeated-{epochs}.jsonl")
     sweep(work, "final", FINAL[0], [FINAL[1]])
+    for epochs in EPOCHS:
+        source = f"repeated-{epochs}.jsonl"
+        sweep(work, f"repeated-{epochs}", REPEATED[0], [REPEATED[1]], source)
 
 
 def write_texts(work: Path, data: Sequence[str]) -> None:

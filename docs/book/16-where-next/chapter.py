@@ -23,7 +23,7 @@ def group_step(logits, generator, size=8, lr=0.5):
     group = torch.multinomial(probabilities, size, True, generator=generator)
     rewards = is_right[group]
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    slopes = F.one_hot(group, 4) - probabilities  # of the log-probability, [size, 4]
+    slopes = F.one_hot(group, 4) - probabilities  # of log-probabilities, [size, 4]
     return logits + lr * (advantages[:, None] * slopes).mean(0)
 
 
@@ -67,7 +67,9 @@ def divergence(teacher, student):
 
 generator = torch.Generator().manual_seed(1)
 for count in (10, 100, 1000):
-    drawn = torch.multinomial(start.expand(500, 4), count, True, generator=generator)
+    drawn = torch.multinomial(
+        start.expand(500, 4), count, True, generator=generator
+    )
     counts = F.one_hot(drawn, 4).sum(1) + 0.5  # [500 students, 4]
     students = counts / counts.sum(1, keepdim=True)
     print(f"{count:4} sampled answers: KL {divergence(start, students).mean():.4f}")
