@@ -106,7 +106,7 @@ def figure_runs(figure, say):
         label=say("not used for the fit", "未用于拟合"),
     )
     axes.set_xscale("log")
-    ticks = [0.25e6, 0.5e6, 1e6, 2e6, 4e6]
+    ticks = [0.25e6, 0.5e6, 1e6, 2e6]
     axes.set_xticks(ticks, [f"{tick / 1e6:g}M" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(say("training tokens", "训练词元数"))

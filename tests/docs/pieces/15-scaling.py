@@ -13,7 +13,9 @@ UNIQUE = [1e6, 3e6, 1e7, 6.8e7, 3e8, 1e9, 1e10, float("inf")]
 
 def loss(parameters: float, flops: float, unique: float) -> float:
     """The law at the tokens that the budget allows."""
-    law, tokens = DATA["law"], effective_tokens(flops / 6 / parameters, unique)
+    law, tokens = DATA["law"], flops / 6 / parameters
+    if tokens > unique:
+        tokens = effective_tokens(tokens, unique)
     size, data = law["A"] / parameters ** law["alpha"], law["B"] / tokens ** law["beta"]
     return float(law["E"] + size + data)
 
@@ -43,7 +45,7 @@ def check(page: PiecePage) -> None:
     page.write("use", "2")  # 1.8e13 FLOPs: 3 million tokens
     assert page.text("warning") == warnings[0]
     page.write("size", "0")
-    assert page.text("warning").startswith(warnings[1] if page.lang == "zh" else "7.5 times")
+    assert page.text("warning").startswith(warnings[1] if page.lang == "zh" else "10 times")
     page.write("machine", "2")
     page.write("hours", "2")  # an hour of an H100 at 2 %
     assert page.texts("td:nth-child(2)")[0] == "7.1e16 FLOPs"
