@@ -96,9 +96,7 @@ def write_texts(work: Path, data: Sequence[str]) -> None:
     _write(work / "train.jsonl", texts)
     arguments = [str(work / "train.jsonl"), "--vocab-size", str(VOCAB), "--sample-mb", "3"]
     arguments += ["--out", str(work / "tokenizer")]
-    subprocess.run(
-        [sys.executable, "-m", "minimind", "tokenizer", "train", *arguments], check=True
-    )
+    subprocess.run([sys.executable, "-m", "minimind", "tokenizer", "train", *arguments], check=True)
     tokenizer = Tokenizer.load(work / "tokenizer")
     lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]  # and the token that ends it
     unique = {"all": sum(lengths)}

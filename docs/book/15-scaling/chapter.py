@@ -192,7 +192,9 @@ def figure_shapes(figure, say):
     axes.minorticks_off()
     axes.set_xlim(1.8, 24)
     axes.set_xlabel(say("layers × width", "层数 × 宽度"))
-    axes.set_ylabel(say("held-out loss, nats per token", "留出文本的损失（奈特/词元）"))
+    axes.set_ylabel(
+        say("held-out loss, nats per token", "留出文本的损失（奈特/词元）")
+    )
     axes.grid(alpha=0.15)
 
 

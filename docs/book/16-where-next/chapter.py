@@ -134,7 +134,13 @@ ROAD = [
         ["model/transformer.py", "model/attention.py"],
         "plan",
     ),
-    ("Experts", "混合专家", "09-experts", ["model/experts.py"], "pretrain pretrain-moe"),
+    (
+        "Experts",
+        "混合专家",
+        "09-experts",
+        ["model/experts.py"],
+        "pretrain pretrain-moe",
+    ),
     (
         *("Pretraining", "预训练", "05-training"),
         ["training/trainer.py", "training/optimizers.py"],
@@ -178,7 +184,11 @@ ROAD = [
 
 
 def table_road(say):
-    head = [say("stage", "环节"), say("chapter", "章"), say("begins in", "从哪个文件读起")]
+    head = [
+        say("stage", "环节"),
+        say("chapter", "章"),
+        say("begins in", "从哪个文件读起"),
+    ]
     rows = [
         [
             say(english, chinese),
@@ -198,6 +208,11 @@ facts = {
     "vote_many": f"{vote(better, 125):.2f}",
 }
 piece = [
-    {"names": [english, chinese], "chapter": chapter, "files": files, "command": command}
+    {
+        "names": [english, chinese],
+        "chapter": chapter,
+        "files": files,
+        "command": command,
+    }
     for english, chinese, chapter, files, command in ROAD
 ]

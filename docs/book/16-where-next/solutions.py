@@ -22,7 +22,9 @@ assert torch.allclose(gradient, student.exp() - start)
 
 # --8<-- [start:selective]
 inputs = torch.tensor([5.0, 1.0, 7.0, 2.0, 3.0], dtype=torch.float64)
-keep = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64)  # token 2 resets
+keep = torch.tensor(
+    [1.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64
+)  # token 2 resets
 state, states = torch.tensor(0.0, dtype=torch.float64), []
 for value, decay in zip(inputs, keep, strict=True):
     state = decay * state + value
