@@ -29,9 +29,9 @@ TOKENS = {
     "0.2M": (0.25e6, 0.5e6, 1e6, 2e6),
     "0.5M": (0.25e6, 0.5e6, 1e6, 2e6),
     "1M": (0.25e6, 0.5e6, 1e6),
-    "2M": (0.25e6, 0.5e6, 1e6),
+    "2M": (0.25e6, 0.5e6),
 }
-FINAL = ("2M", 3e6)
+FINAL = ("2M", 1e6)
 REPEATED, EPOCHS = ("0.5M", 1e6), (4, 16, 64)
 _HELD_OUT_DOCUMENTS = 150
 RECIPE = f"""\

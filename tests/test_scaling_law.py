@@ -143,8 +143,8 @@ def test_record_of_small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (run / "summary.json").write_text(json.dumps(summary | {"unigram_bits_per_byte": 3.4}))
     small_law.record(tmp_path, tmp_path / "out" / "small")
     record = json.loads((tmp_path / "out" / "small.json").read_text())
-    assert len(record["runs"]) == 14
-    assert record["final"]["predicted"] == pytest.approx(true_loss(2e6, 3e6), rel=1e-3)
+    assert len(record["runs"]) == 13
+    assert record["final"]["predicted"] == pytest.approx(true_loss(2e6, 1e6), rel=1e-3)
     four, _, many = record["repeated"]
     assert four["predicted"] == pytest.approx(
         true_loss(0.5e6, effective_tokens(1e6, 0.25e6)), rel=1e-3
