@@ -256,6 +256,6 @@ facts = {
 }
 piece = {
     "law": values,
-    "largest": {"parameters": sizes[-1], "tokens": final["tokens"]},
+    "largest": {"parameters": sizes[-1], "tokens": max(s.tokens for s in samples)},
     "smallest": sizes[0],
 }

@@ -42,10 +42,10 @@ def check(page: PiecePage) -> None:
     sizes = [10 ** (5 + i / 20) for i in range(81)]
     assert results[6].endswith(f" {min(loss(size, 1.8e14, 1e6) for size in sizes):.3f}")
 
-    page.write("use", "2")  # 1.8e13 FLOPs: 3 million tokens
+    page.write("use", "1")  # 9e12 FLOPs: 1.5 million tokens
     assert page.text("warning") == warnings[0]
     page.write("size", "0")
-    assert page.text("warning").startswith(warnings[1] if page.lang == "zh" else "10 times")
+    assert page.text("warning").startswith(warnings[1] if page.lang == "zh" else "7.5 times")
     page.write("machine", "2")
-    page.write("hours", "2")  # an hour of an H100 at 2 %
-    assert page.texts("td:nth-child(2)")[0] == "7.1e16 FLOPs"
+    page.write("hours", "2")  # an hour of an H100 at 1 %
+    assert page.texts("td:nth-child(2)")[0] == "3.6e16 FLOPs"
