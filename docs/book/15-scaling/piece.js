@@ -46,7 +46,7 @@ function bookPiece(root, data, lang) {
     ${slider("size", say("Parameters: ", "参数量："), SIZES.length - 1, 20)}
     ${slider("unique", say("Tokens of text: ", "文本的词元数："), UNIQUE.length - 1, 3)}
     <table><tbody data-id="results"></tbody></table>
-    <svg viewBox="0 0 400 150" width="100%" role="img"
+    <svg viewBox="-8 0 416 150" width="100%" role="img"
       aria-label="${say("bits per byte by the number of parameters, for this budget",
         "此预算下每字节比特数随参数量的变化")}">
       <polyline data-id="curve" fill="none" stroke="#3b8ad8" stroke-width="2"></polyline>
