@@ -128,7 +128,8 @@ for budget in (1e12, 1e13, 1e14):
     parameters, tokens = best_size(budget, values)
     print(
         f"{budget:.0e} FLOPs: {parameters / 1e6:.1f}M parameters,",
-        f"{tokens / 1e6:4.1f}M tokens, {float(law.at(parameters, tokens)):.2f} bits",
+        f"{tokens / 1e6:4.1f}M tokens,",
+        f"{float(law.at(parameters, tokens)):.2f} bits",
     )
 # --8<-- [end:budget]
 
@@ -157,8 +158,9 @@ for run in record["repeated"]:
     worth = effective_tokens(tokens, unique)
     expected = float(law.at(run["parameters"], worth))
     print(
-        f"{run['epochs']:2} epochs of {unique / 1e6:.2f}M: worth {worth / 1e6:.2f}M,",
-        f"predicted {expected:.3f}, measured {run['bits_per_byte']:.3f}",
+        f"{run['epochs']:2} epochs of {unique / 1e6:.3f}M",
+        f"worth {worth / 1e6:.2f}M: predicted {expected:.3f},",
+        f"measured {run['bits_per_byte']:.3f}",
     )
 # --8<-- [end:repeated]
 
@@ -168,8 +170,9 @@ for shape in study["shapes"]:
     seeds = " ".join(f"{loss:.3f}" for loss in shape["loss_by_seed"].values())
     print(
         f"{shape['layers']:2} layers of width {shape['width']:3}:",
-        f"{shape['parameters_without_embeddings'] / 1e6:.2f}M + "
-        f"{2048 * shape['width'] / 1e6:.2f}M, {shape['bits_per_byte']:.2f} bits, {seeds}",
+        f"{shape['parameters_without_embeddings'] / 1e6:.2f}M +",
+        f"{2048 * shape['width'] / 1e6:.2f}M,",
+        f"{shape['bits_per_byte']:.2f} bits, {seeds}",
     )
 # --8<-- [end:shapes]
 
