@@ -14,7 +14,7 @@ def cost(preset):
     return sum(p.numel() for p in model.parameters()), flops_per_token(model, 512)
 
 
-for preset in ("demo", "small", "base"):
+for preset in ("small", "base"):
     parameters, flops = cost(preset)
     print(
         f"{preset:5} {parameters / 1e6:5.1f}M parameters, "
