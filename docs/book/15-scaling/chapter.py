@@ -238,6 +238,8 @@ facts = {
     "rate": f"{rate:,.0f}",
     "night_tokens": f"{rate * 8 * 3600 / 1e6:.0f}",
     "small_wanted": f"{20 * cost('small')[0] / 1e6:.0f}",
+    "night_short": f"{20 * cost('small')[0] / (rate * 8 * 3600):.0f}",
+    "gpu_nights": f"{PEAK * 0.1 / cost('small')[1] / (rate * 8):.0f}",
     "num_runs": len(samples),
     "unigram": f"{record['unigram_bits_per_byte']:.2f}",
     "floor": f"{values['E']:.2f}",
