@@ -132,7 +132,7 @@ def test_record_of_small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(small_law.scaling_law, "fit_law", partial(fit_law, bootstraps=50))
     unique = {"all": 9_000_000} | {str(epochs): 1e6 / epochs for epochs in small_law.EPOCHS}
     (tmp_path / "unique.json").write_text(json.dumps(unique))
-    sizes = {"0.2M": 0.2e6, "0.5M": 0.5e6, "1M": 1e6, "2M": 2e6}
+    sizes = {"0.1M": 0.1e6, "0.2M": 0.2e6, "0.5M": 0.5e6, "1M": 1e6, "2M": 2e6}
     runs = [(f"law-{shape}", shape, d) for shape, ds in small_law.TOKENS.items() for d in ds]
     runs += [("final", *small_law.FINAL)]
     runs += [(f"repeated-{epochs}", *small_law.REPEATED) for epochs in small_law.EPOCHS]
@@ -143,7 +143,7 @@ def test_record_of_small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (run / "summary.json").write_text(json.dumps(summary | {"unigram_bits_per_byte": 3.4}))
     small_law.record(tmp_path, tmp_path / "out" / "small")
     record = json.loads((tmp_path / "out" / "small.json").read_text())
-    assert len(record["runs"]) == 13
+    assert len(record["runs"]) == 16
     assert record["final"]["predicted"] == pytest.approx(true_loss(2e6, 1e6), rel=1e-3)
     four, _, many = record["repeated"]
     assert four["predicted"] == pytest.approx(

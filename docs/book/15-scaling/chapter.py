@@ -106,7 +106,7 @@ def figure_runs(figure, say):
         label=say("not used for the fit", "未用于拟合"),
     )
     axes.set_xscale("log")
-    ticks = [0.25e6, 0.5e6, 1e6, 2e6]
+    ticks = [0.25e6, 0.5e6, 1e6, 2e6, 4e6]
     axes.set_xticks(ticks, [f"{tick / 1e6:g}M" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(say("training tokens", "训练词元数"))
@@ -124,10 +124,10 @@ def best_size(flops, values):
     return parameters, flops / 6 / parameters
 
 
-for budget in (1e12, 1e13, 1e14):
+for budget in (1e12, 3e12, 1e13):
     parameters, tokens = best_size(budget, values)
     print(
-        f"{budget:.0e} FLOPs: {parameters / 1e6:.1f}M parameters,",
+        f"{budget:.0e} FLOPs: {parameters / 1e6:.2f}M parameters,",
         f"{tokens / 1e6:4.1f}M tokens,",
         f"{float(law.at(parameters, tokens)):.2f} bits",
     )
@@ -136,16 +136,15 @@ for budget in (1e12, 1e13, 1e14):
 
 def figure_budget(figure, say):
     axes = figure.subplots()
-    parameters = torch.logspace(4.7, 7.3, 120).double().numpy()
-    for budget in (1e12, 1e13, 1e14):
+    parameters = torch.logspace(4.3, 6.8, 120).double().numpy()
+    for budget in (1e12, 3e12, 1e13):
         loss = law.at(parameters, budget / 6 / parameters)
         [line] = axes.plot(parameters, loss, label=f"{budget:.0e} FLOPs")
         best, tokens = best_size(budget, values)
         axes.plot(best, law.at(best, tokens), "o", color=line.get_color())
     axes.set_xscale("log")
-    ticks = [1e5, 1e6, 1e7]
-    axes.set_xticks(ticks, ["0.1M", "1M", "10M"])
-    axes.set_ylim(None, 4.5)
+    ticks = [1e5, 1e6]
+    axes.set_xticks(ticks, ["0.1M", "1M"])
     axes.set_xlabel(say("parameters", "参数量"))
     axes.set_ylabel(say("bits per byte by the law", "定律给出的每字节比特数"))
     axes.grid(alpha=0.15)
@@ -242,6 +241,7 @@ facts = {
     "gpu_nights": f"{PEAK * 0.1 / cost('small')[1] / (rate * 8):.0f}",
     "num_runs": len(samples),
     "unigram": f"{record['unigram_bits_per_byte']:.2f}",
+    "worst_fit": f"{max(abs(run['loss'] / run['law'] - 1) for run in record['runs']):.1%}",
     "floor": f"{values['E']:.2f}",
     "alpha": f"{values['alpha']:.2f}",
     "beta": f"{values['beta']:.2f}",

@@ -10,8 +10,8 @@ assert flops_per_token(model, 1_000) < 1.16 * 6 * parameters
 # --8<-- [start:best-size]
 import numpy
 
-tried = numpy.geomspace(1e4, 1e9, 10_001)
-for budget in (1e12, 1e14):
+tried = numpy.geomspace(1e3, 1e9, 12_001)
+for budget in (1e12, 1e13):
     best, tokens = best_size(budget, values)
     losses = law.at(tried, budget / 6 / tried)
     assert abs(tried[losses.argmin()] / best - 1) < 0.01
