@@ -229,6 +229,11 @@ for preset in ("small", "base"):
 
 largest = max(samples, key=lambda sample: sample.parameters * sample.tokens)
 first, *_, last = record["repeated"]
+[fresh] = [
+    sample
+    for sample in samples
+    if (sample.parameters, sample.tokens) == (first["parameters"], first["tokens"])
+]
 shapes = {shape["layers"]: shape for shape in study["shapes"]}
 losses = {s["layers"]: list(s["loss_by_seed"].values()) for s in study["shapes"]}
 facts = {
@@ -241,7 +246,7 @@ facts = {
     "gpu_nights": f"{PEAK * 0.1 / cost('small')[1] / (rate * 8):.0f}",
     "num_runs": len(samples),
     "unigram": f"{record['unigram_bits_per_byte']:.2f}",
-    "worst_fit": f"{max(abs(run['loss'] / run['law'] - 1) for run in record['runs']):.1%}",
+    "worst_fit": f"{100 * max(abs(r['loss'] / r['law'] - 1) for r in record['runs']):.1f} %",
     "floor": f"{values['E']:.2f}",
     "alpha": f"{values['alpha']:.2f}",
     "beta": f"{values['beta']:.2f}",
@@ -250,7 +255,8 @@ facts = {
     ),
     "predicted": f"{predicted:.3f}",
     "measured": f"{final['bits_per_byte']:.3f}",
-    "error": f"{abs(final['error']):.1%}",
+    "error": f"{abs(final['error']):.1%}".replace("%", " %"),
+    "fresh": f"{fresh.loss:.3f}",
     "few_epochs": f"{first['bits_per_byte']:.3f}",
     "many_epochs": f"{last['bits_per_byte']:.3f}",
     "many_predicted": f"{last['predicted']:.3f}",
