@@ -151,6 +151,16 @@ def figure_budget(figure, say):
     axes.legend(frameon=False)
 
 
+# --8<-- [start:exponent]
+import numpy
+
+_, resampled = fit_law(samples, bootstraps=200)
+each = resampled.values()
+exponents = each["beta"] / (each["alpha"] + each["beta"])
+low, high = numpy.percentile(exponents, (5, 95))
+print(f"exponent of C: 90 % of the fits between {low:.1f} and {high:.1f}")
+# --8<-- [end:exponent]
+
 # --8<-- [start:repeated]
 for run in record["repeated"]:
     tokens, unique = run["tokens"], run["unique"]
