@@ -238,7 +238,7 @@ for preset in ("small", "base"):
 # --8<-- [end:gpu]
 
 largest = max(samples, key=lambda sample: sample.parameters * sample.tokens)
-first, *_, last = record["repeated"]
+first, second, last = record["repeated"]
 [fresh] = [
     sample
     for sample in samples
@@ -268,6 +268,7 @@ facts = {
     "error": f"{abs(final['error']):.1%}".replace("%", " %"),
     "fresh": f"{fresh.loss:.3f}",
     "few_epochs": f"{first['bits_per_byte']:.3f}",
+    "sixteen_epochs": f"{second['bits_per_byte']:.3f}",
     "many_epochs": f"{last['bits_per_byte']:.3f}",
     "many_predicted": f"{last['predicted']:.3f}",
     "size_effect": f"{float(law.at(0.487e6, 0.512e6) - law.at(0.658e6, 0.512e6)):.2f}",
