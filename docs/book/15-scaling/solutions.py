@@ -40,13 +40,15 @@ assert epochs == 11
 # --8<-- [end:infinite-epochs]
 
 # --8<-- [start:held-out-size]
-smaller = [sample for sample in samples if sample.parameters < sizes[-1]]
-partial, _ = fit_law(smaller, bootstraps=1)
-errors = [
-    float(sample.loss / partial.at(sample.parameters, sample.tokens)) - 1
-    for sample in samples
-    if sample.parameters == sizes[-1]
-]
-assert len(errors) == 3
-assert max(map(abs, errors)) > abs(record["final"]["error"])
+worst = {}
+for size in sizes:
+    others = [sample for sample in samples if sample.parameters != size]
+    partial, _ = fit_law(others, bootstraps=1)
+    worst[size] = max(
+        abs(float(sample.loss / partial.at(size, sample.tokens)) - 1)
+        for sample in samples
+        if sample.parameters == size
+    )
+assert worst[sizes[0]] > 0.02
+assert all(worst[size] < 0.015 for size in sizes[1:])
 # --8<-- [end:held-out-size]

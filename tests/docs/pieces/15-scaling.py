@@ -45,7 +45,7 @@ def check(page: PiecePage) -> None:
     page.write("use", "1")  # 9e12 FLOPs: 1.5 million tokens
     assert page.text("warning") == warnings[0]
     page.write("size", "0")
-    assert warnings[1] in page.text("warning") and " 7.5 " in f" {page.text('warning')}"
+    assert warnings[1] in page.text("warning") and " 3.75 " in f" {page.text('warning')}"
     page.write("machine", "2")
     page.write("hours", "2")  # an hour of an H100 at 1 %
     assert page.texts("td:nth-child(2)")[0] == "3.6e16 FLOPs"
