@@ -115,7 +115,7 @@ def figure_runs(figure, say):
     axes.legend(frameon=False)
 
 
-# --8<-- [start:budget]
+# --8<-- [start:best-size]
 def best_size(flops, values):
     """Return the N and D of the lowest loss among those with 6 N D = flops."""
     alpha, beta = values["alpha"], values["beta"]
@@ -124,6 +124,9 @@ def best_size(flops, values):
     return parameters, flops / 6 / parameters
 
 
+# --8<-- [end:best-size]
+
+# --8<-- [start:budget]
 for budget in (1e12, 3e12, 1e13):
     parameters, tokens = best_size(budget, values)
     print(
