@@ -60,7 +60,7 @@ sizes = sorted({sample.parameters for sample in samples})
 for size in sizes:
     runs = [s for s in samples if s.parameters == size]
     print(
-        f"{size / 1e6:.2f}M parameters:",
+        f"{size / 1e6:.2f}M:",
         ", ".join(f"{s.loss:.3f} ({s.tokens / 1e6:.2f}M)" for s in runs),
     )
 # --8<-- [end:runs]
