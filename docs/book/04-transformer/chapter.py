@@ -156,7 +156,7 @@ def table_cache(say):
     rows = [
         [say("key/value heads", "键值头"), say("query heads per group", "每组查询头"),
          say("attention parameters", "注意力参数"),
-         say("cache for 512 tokens, 2 bytes per number", "512 个词元的缓存（每数 2 字节）")]
+         say("cache for 512 tokens, 2 bytes per number", "512 个词元的缓存（每个数 2 字节）")]
     ]  # fmt: skip
     for kv_heads in (16, 8, 4, 1):
         parameters = 8 * 512 * 32 * (2 * 16 + 2 * kv_heads)

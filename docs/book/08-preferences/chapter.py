@@ -263,7 +263,7 @@ def figure_rewards(figure, say):
         axes.set_title(f"beta = {beta}")
         axes.set_xlabel(say("step", "步数"))
         axes.grid(alpha=0.15)
-    panels[0].set_ylabel(say("reward, beta times r", "奖励（beta 乘 r）"))
+    panels[0].set_ylabel(say("reward, beta times r", "奖励（beta × r）"))
     panels[0].legend(frameon=False)
 
 
@@ -271,8 +271,8 @@ def table_betas(say):
     head = [
         "beta",
         say("margin of the rewards", "奖励之差"),
-        say("short, trained", "短答，训练过"),
-        say("short, held-out", "短答，留出"),
+        say("short, trained", "简短，训练过"),
+        say("short, held-out", "简短，留出"),
         say("doubled, trained", "重复，训练过"),
         say("doubled, held-out", "重复，留出"),
     ]
