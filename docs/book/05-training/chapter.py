@@ -30,8 +30,8 @@ def descend(labels, lr, steps):
 
 seen = [0, 0, 0, 1, 1, 1, 2, 2]  # the eight words after "the"
 for steps in (0, 1, 5, 50):
-    found = descend(seen, lr=1, steps=steps)
-    print(f"{steps:3} steps", [round(p, 3) for p in found.tolist()])
+    probabilities = descend(seen, lr=1, steps=steps)
+    print(f"{steps:3} steps", [round(p, 3) for p in probabilities.tolist()])
 # --8<-- [end:descent]
 
 # --8<-- [start:letters]

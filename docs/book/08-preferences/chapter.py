@@ -183,7 +183,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for _ in range(80):
     optimizer.zero_grad()
     both = answer_logps(model, questions * 2, short + doubled)
-    (-both.mean() / 10).backward()
+    (-both.mean()).backward()
     optimizer.step()
 with torch.no_grad():
     start = [answer_logps(model, questions, side) for side in (short, doubled)]
