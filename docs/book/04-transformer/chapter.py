@@ -197,6 +197,7 @@ def figure_silu(figure, say):
     axes.plot(z, z / (1 + np.exp(-z)), label="SiLU")
     axes.plot(z, np.maximum(z, 0), ls="--", color="0.5", label="ReLU")
     axes.set_xlabel("z")
+    axes.set_ylabel("SiLU(z), ReLU(z)")
     axes.grid(alpha=0.15)
     axes.legend(frameon=False)
 

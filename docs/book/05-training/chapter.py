@@ -224,10 +224,11 @@ print("after ", [round(value, 1) for value in after[picked].tolist()])
 
 def figure_spectrum(figure, say):
     axes = figure.subplots()
-    axes.plot(
-        (before / before[0]).tolist(), marker=".", label=say("gradient", "梯度")
-    )
-    axes.plot(after.tolist(), marker=".", label=say("orthogonalized", "正交化之后"))
+    name = say("gradient, divided by its largest", "梯度（除以最大值）")
+    numbers = range(1, len(before) + 1)
+    axes.plot(numbers, (before / before[0]).tolist(), marker=".", label=name)
+    name = say("orthogonalized", "正交化之后")
+    axes.plot(numbers, after.tolist(), marker=".", label=name)
     axes.set_xlabel(say("number of the direction", "方向的序号"))
     axes.set_ylabel(say("singular value", "奇异值"))
     axes.set_ylim(0)
@@ -257,7 +258,7 @@ def figure_schedules(figure, say):
     below.axhline(floor, ls="--", lw=1.2, color="0.5")
     below.set_ylim(2.15, 2.9)
     above.set_ylabel(say("learning rate", "学习率"))
-    below.set_ylabel(say("loss", "损失"))
+    below.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"))
     below.set_xlabel(say("step", "步数"))
     below.legend(frameon=False, ncols=3)
     for axes in (above, below):
@@ -341,7 +342,7 @@ for row in [steps[0], steps[9], steps[32], steps[-1]]:
 
 def figure_record(figure, say):
     names = (
-        ("loss", say("loss", "损失")),
+        ("loss", say("loss, nats", "损失（奈特）")),
         ("grad_norm", say("gradient norm", "梯度范数")),
         ("lr/muon", say("learning rate", "学习率")),
     )

@@ -133,7 +133,7 @@ def figure_spectrum(figure, say):
     ):
         s = torch.linalg.svdvals(matrix)
         axes.plot(range(1, len(s) + 1), s / s[0], marker="o", ms=3, label=label)
-    axes.set_xlabel(say("singular value", "奇异值的序号"))
+    axes.set_xlabel(say("number of the singular value", "奇异值的序号"))
     axes.set_ylabel(say("size, relative to the first", "相对于第一个的大小"))
     axes.set_ylim(0)
     axes.grid(alpha=0.15)
