@@ -89,11 +89,14 @@ for lr, losses in curves.items():
 # --8<-- [end:rates]
 
 
+DASHED = dict(ls="--", lw=1.2, color="0.5")
+
+
 def figure_rates(figure, say):
     axes = figure.subplots()
     for lr, losses in curves.items():
         axes.plot(losses, lw=1.2, label=say(f"learning rate {lr}", f"学习率 {lr}"))
-    axes.axhline(floor, ls="--", lw=1.2, color="0.5")
+    axes.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
     axes.set_ylim(2, 7)
     axes.set_xlabel(say("step", "步数"))
     axes.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"))
@@ -196,9 +199,9 @@ def figure_optimizers(figure, say):
             sum(losses[max(0, i - 4) : i + 1]) / min(5, i + 1) for i in range(100)
         ]
         axes.plot(smooth, label={"adamw": "AdamW", "muon": "Muon + AdamW"}[name])
-    axes.axhline(floor, ls="--", lw=1.2, color="0.5")
+    axes.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
     axes.set_xlabel(say("step", "步数"))
-    axes.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"))
+    axes.set_ylabel(say("loss, mean of 5 steps", "损失（5 步平均）"))
     axes.grid(alpha=0.15)
     axes.legend(frameon=False)
 
@@ -255,12 +258,12 @@ def figure_schedules(figure, say):
     for name, settings in schedules.items():
         above.plot([30 * lr_fraction(step, 400, settings) for step in range(400)])
         below.plot(ends[name], lw=1.2, label=names[name])
-    below.axhline(floor, ls="--", lw=1.2, color="0.5")
+    below.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
     below.set_ylim(2.15, 2.9)
-    above.set_ylabel(say("learning rate", "学习率"))
-    below.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"))
+    above.set_ylabel(say("learning rate", "学习率"), fontsize=8)
+    below.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"), fontsize=8)
     below.set_xlabel(say("step", "步数"))
-    below.legend(frameon=False, ncols=3)
+    below.legend(frameon=False, ncols=4, fontsize=8)
     for axes in (above, below):
         axes.grid(alpha=0.15)
 
@@ -350,7 +353,7 @@ def figure_record(figure, say):
         figure.subplots(3, 1, sharex=True), names, strict=True
     ):
         axes.plot([row["step"] for row in steps], [row[key] for row in steps])
-        axes.set_ylabel(name)
+        axes.set_ylabel(name, fontsize=8)
         axes.set_ylim(0 if key != "loss" else None)
         axes.grid(alpha=0.15)
     axes.set_xlabel(say("step", "步数"))

@@ -275,7 +275,13 @@ def share(values, rank):
     return f"{(values[:rank].sum() / values.sum()).sqrt():.0%}".replace("%", " %")
 
 
+gentle = train(with_adapter(rank=2), new, steps=60, lr=3e-3)
+s = torch.linalg.svdvals(new_model().get_submodule(chosen).weight)
+random_share = (s[:2].square().sum() / s.square().sum()).sqrt()
 facts = {
+    "random_2": f"{random_share:.0%}".replace("%", " %"),
+    "gentle_new": f"{loss(gentle, new):.2f}",
+    "gentle_old": f"{loss(gentle, old):.2f}",
     "error_1": error(1),
     "error_8": error(8),
     "base_new": f"{loss(base, new):.2f}",
