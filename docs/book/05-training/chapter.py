@@ -254,7 +254,11 @@ for name, settings in schedules.items():
 
 def figure_schedules(figure, say):
     above, below = figure.subplots(2, 1, sharex=True)
-    names = {"constant": say("constant", "恒定"), "cosine": say("cosine", "余弦"), "wsd": "WSD"}
+    names = {
+        "constant": say("constant", "恒定"),
+        "cosine": say("cosine", "余弦"),
+        "wsd": "WSD",
+    }
     for name, settings in schedules.items():
         above.plot([30 * lr_fraction(step, 400, settings) for step in range(400)])
         below.plot(ends[name], lw=1.2, label=names[name])
