@@ -240,6 +240,16 @@ for preset in ("small", "base"):
         )
 # --8<-- [end:gpu]
 
+# The runs that had finished while the longer run was still training.
+before = [
+    sample
+    for sample in samples
+    if sample.parameters > sizes[0]
+    and (sample.parameters, round(sample.tokens / 1e6))
+    not in {(sizes[1], 4), (sizes[3], 1)}
+]
+early_law, _ = fit_law(before, bootstraps=1)
+assert len(before) == 12
 largest = max(samples, key=lambda sample: sample.parameters * sample.tokens)
 first, second, last = record["repeated"]
 [fresh] = [
@@ -267,6 +277,7 @@ facts = {
         f"{final['parameters'] * final['tokens'] / largest.parameters / largest.tokens:.0f}"
     ),
     "predicted": f"{predicted:.3f}",
+    "early": f"{float(early_law.at(final['parameters'], final['tokens'])):.3f}",
     "measured": f"{final['bits_per_byte']:.3f}",
     "error": f"{abs(final['error']):.1%}".replace("%", " %"),
     "fresh": f"{fresh.loss:.3f}",
