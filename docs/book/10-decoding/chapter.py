@@ -12,7 +12,8 @@ from minimind.model import PRESETS, ModelConfig, Transformer
 
 torch.set_num_threads(1)
 english = [subject for subject in load_subjects() if subject.title == "English"]
-texts = list(islice(prose(seed=1, subjects=english), 600))
+drawn = islice(prose(seed=1, subjects=english), 2000)
+texts = [text for text in drawn if "Question" not in text]
 tokens = [
     word for text in texts for word in ["<s>", *re.findall(r"\w+|[^\w\s]", text)]
 ]
@@ -26,15 +27,20 @@ print(f"{len(ids):,} words, {len(vocabulary)} different ones")
 torch.manual_seed(1)
 config = ModelConfig(**PRESETS["nano"] | {"vocab_size": len(vocabulary)})
 model = Transformer(config).double()
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-for step in range(150):
-    starts = (step * 8 + torch.arange(8)) * 3571 % (len(ids) - 33)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95))
+schedule = torch.optim.lr_scheduler.LambdaLR(
+    optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / 300)
+)
+for step in range(300):
+    starts = (step * 8 + torch.arange(8)) * 3571 % (len(ids) - 1089 - 33)
     batch = ids[starts[:, None] + torch.arange(33)]  # [8, 33]
     logits = model.logits(model(batch[:, :-1]))
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    schedule.step()
 print(f"loss {loss:.1f} nats per word")
 # --8<-- [end:model]
 
@@ -47,10 +53,10 @@ def next_logits(text):
         return model.logits(model(torch.tensor([prompt])))[0, -1]
 
 
-for text in ("The capital of Japan is", "The capital of"):
+for text in ("The capital of Japan", "The capital of Japan is", "The capital of"):
     top = next_logits(text).softmax(-1).topk(5)
     best = [f"{vocabulary[i]} {p:.2f}" for p, i in zip(*top, strict=True)]
-    print(f"{text} …  {', '.join(best)}")
+    print(f"{text} …   {'   '.join(best)}")
 # --8<-- [end:distribution]
 
 # --8<-- [start:temperature]
@@ -74,16 +80,16 @@ def kept(text, **settings):
     return len(allowed), logits[0].softmax(-1)[allowed].sum().item()
 
 
-for text in ("The capital of Japan is", "The capital of"):
+for text in ("The capital of Japan", "The capital of"):
     for rule in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
         count, share = kept(text, **rule)
-        print(f"{text:23} {rule!s:13}: {count:3} words with {share:.2f}")
+        print(f"{text:20} {rule!s:14} keeps {count:2} with {share:.2f}")
 # --8<-- [end:truncation]
 
 
 def figure_truncation(figure, say):
     panels = figure.subplots(1, 2)
-    texts = ("The capital of Japan is", "The capital of")
+    texts = ("The capital of Japan", "The capital of")
     rules = (
         ({"top_k": 5}, "top-k 5", ":"),
         ({"top_p": 0.9}, "top-p 0.9", "--"),
@@ -106,11 +112,11 @@ def figure_truncation(figure, say):
 # --8<-- [start:draw]
 from minimind.inference.sampling import sample
 
-logits = next_logits("The capital of Japan is")[None]
-for number in (0.0, 0.5, 0.9, 0.99):
+logits = next_logits("The capital of")[None]
+for number in (0.01, 0.3, 0.6, 0.99):
     [word] = sample(logits, [Sampling()], [number])
     [cut] = sample(logits, [Sampling(top_p=0.9)], [number])
-    print(f"{number:4}: {vocabulary[word]}, with top_p {vocabulary[cut]}")
+    print(f"{number:4}: {vocabulary[word]:8} with top_p {vocabulary[cut]}")
 # --8<-- [end:draw]
 
 # --8<-- [start:penalty]
@@ -281,9 +287,11 @@ with torch.no_grad():
         if name in matrices:
             rounded, scale = matrices[name]
             weight.copy_(rounded * scale[:, None])
-    sequence = ids[-513:].view(1, -1)[:, :513]
+    held_out = ids[-1089:].view(33, 33)  # not trained on
     losses = [
-        F.cross_entropy(m.logits(m(sequence[:, :-1]))[0], sequence[0, 1:])
+        F.cross_entropy(
+            m.logits(m(held_out[:, :-1])).flatten(0, 1), held_out[:, 1:].flatten()
+        )
         for m in (model, quantized)
     ]
 print(f"loss {losses[0]:.4f}, int8 {losses[1]:.4f}")
@@ -380,13 +388,13 @@ norms = {
     for name, weight in model.named_parameters()
     if weight.ndim == 1
 }
-PROMPTS = ["The", "The capital of", "The capital of Japan is"]
+PROMPTS = ["The", "The capital of", "The capital of Japan", "The opposite of big is"]
 CASES = [(text, {}) for text in PROMPTS]
 CASES += [("The capital of", {name: value}) for name, value in (
     ("top-k", "5"), ("top-p", "0.5"), ("min-p", "0.1"), ("temperature", "0.5"))]  # fmt: skip
 CASES += [
-    ("The capital of Japan is", {"temperature": "2", "top-k": "20", "top-p": "0.9"}),
-    ("The capital of Japan is", {"penalty": "1.5", "min-p": "0.05"}),
+    ("The capital of Japan", {"temperature": "2", "top-k": "20", "top-p": "0.9"}),
+    ("The opposite of big is", {"penalty": "1.5", "min-p": "0.05"}),
 ]
 
 
