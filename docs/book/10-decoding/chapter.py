@@ -106,7 +106,7 @@ def figure_truncation(figure, say):
         axes.set_title(f"{text} …", fontsize=9)
         axes.set_xlabel(say("rank of the word", "词的名次"))
     panels[0].set_ylabel(say("probability", "概率"))
-    panels[1].legend(frameon=False, fontsize=8)
+    panels[1].legend(frameon=False, fontsize=8, loc="center right")
 
 
 # --8<-- [start:draw]
@@ -222,17 +222,17 @@ records = Path(minimind.__file__).parents[1] / "benchmarks" / "records"
 rounds = json.loads((records / "decoding-speed.json").read_text("utf-8"))["rounds"]
 
 
-def speed(name, streams):
+def speed(name, metric):
     """Return the recorded tokens per second, the median of the rounds."""
-    return statistics.median(r[f"streams_{streams}"] for r in rounds[name])
+    return statistics.median(measured[metric] for measured in rounds[name])
 
 
 bytes_per_weight = {"minimind fp32": 4, "minimind bf16": 2, "minimind int8": 1}
-bytes_per_weight |= {"transformers bf16": 2, "llama.cpp F16": 2, "llama.cpp Q8_0": 1.0625}
+bytes_per_weight |= {"transformers bf16": 2, "llama.cpp F16": 2}
 for name, size in bytes_per_weight.items():
-    one, many = speed(name, 1), speed(name, 16)
+    one, many = speed(name, "streams_1"), speed(name, "streams_16")
     rate = one * size * parameters / 1e9
-    print(f"{name:18} {one:5.0f} tokens/s, {rate:4.1f} GB/s; 16 streams {many:6,.0f}")
+    print(f"{name:18} {one:4.0f} tokens/s, {rate:4.1f} GB/s; 16 streams {many:5,.0f}")
 # --8<-- [end:record]
 
 
@@ -252,7 +252,7 @@ def figure_streams(figure, say):
             streams, speeds, color=f"C{number}",
             label=say(f"limit of the laptop, {kind}", f"笔记本的上限，{kind}"),
         )  # fmt: skip
-        recorded = [speed(f"minimind {kind}", n) for n in (1, 16)]
+        recorded = [speed(f"minimind {kind}", f"streams_{n}") for n in (1, 16)]
         axes.plot(
             [1, 16], recorded, "o", color=f"C{number}",
             label=say(f"recorded, 2 cores, {kind}", f"实测，2 核，{kind}"),
@@ -261,6 +261,7 @@ def figure_streams(figure, say):
     axes.set_yscale("log")
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128])
     axes.set_yticks([300, 1000, 3000, 10000], ["300", "1,000", "3,000", "10,000"])
+    axes.set_ylim(200, 12000)
     axes.minorticks_off()
     axes.set_xlabel(say("streams decoded together", "同时解码的路数"))
     axes.set_ylabel(say("tokens per second", "每秒词元数"))
@@ -341,7 +342,13 @@ def figure_batching(figure, say):
     ):
         for number, (slot, start, length) in enumerate(schedule(lengths)):
             axes.barh(
-                slot, length, left=start, height=0.8, color=f"C{number % 4}", alpha=0.55
+                slot,
+                length,
+                left=start,
+                height=0.8,
+                color=f"C{number % 4}",
+                alpha=0.55,
+                edgecolor="0.5",
             )
             axes.text(start + length / 2, slot, number + 1, ha="center", va="center", fontsize=7)
         axes.invert_yaxis()
@@ -358,16 +365,24 @@ print((numbers[0] + numbers[2] + numbers[1]).item())
 # --8<-- [end:order]
 
 
-def tokens_per_second(name, streams=1):
-    return f"{speed(name, streams):,.0f}"
+def tokens_per_second(kind, metric="streams_1"):
+    return f"{speed(f'minimind {kind}', metric):,.0f}"
+
+
+def moved(kind, size):
+    return f"{speed(f'minimind {kind}', 'streams_1') * size * parameters / 1e9:.1f}"
 
 
 facts = {
-    "recorded": tokens_per_second("minimind bf16"),
-    "recorded_16": tokens_per_second("minimind bf16", 16),
-    "recorded_int8": tokens_per_second("minimind int8"),
-    "megabytes": f"{megabytes:.1f}",
+    "recorded": tokens_per_second("bf16"),
+    "recorded_16": tokens_per_second("bf16", "streams_16"),
+    "recorded_int8": tokens_per_second("int8"),
+    "recorded_int8_16": tokens_per_second("int8", "streams_16"),
+    "prefill": tokens_per_second("bf16", "prefill"),
+    "moved": moved("bf16", 2),
+    "moved_fp32": moved("fp32", 4),
     "limit": f"{1e3 * bandwidth / megabytes:.0f}",
+    "half": f"{500 * bandwidth / megabytes:.0f}",
     "peak_limit": f"{1e3 * peak / (2 * parameters / 1e6):,.0f}",
     "passes": f"{sum(passes):,}",
     "cached_passes": f"{sum(cached_passes)}",
