@@ -8,7 +8,7 @@ from minimind.model.feed_forward import swiglu
 
 torch.set_num_threads(1)
 torch.manual_seed(1)
-gate, up = torch.randn(2, 64, 32, dtype=torch.float64) / 6  # 64 features of 32 inputs
+gate, up = torch.randn(2, 64, 32, dtype=torch.float64) / 6  # 64 features
 down = torch.randn(32, 64, dtype=torch.float64) / 8
 
 
@@ -24,7 +24,8 @@ print("sum of the four parts is the whole:", torch.allclose(sum(parts), whole))
 # --8<-- [end:parts]
 
 # --8<-- [start:router]
-words = "the river is long and the river is cold".split()
+sentence = "the river is long and the river is cold"
+words = sentence.split()
 vocabulary = sorted(set(words))
 embedding = torch.randn(len(vocabulary), 32, dtype=torch.float64)
 router = torch.randn(4, 32, dtype=torch.float64) / 32**0.5
@@ -49,7 +50,8 @@ w_out = down.view(32, 4, 16).transpose(0, 1)  # [4, 32, 16]
 out = moe(x, chosen, weights, w_in, w_out)
 same = torch.allclose(out, moe_reference(x, chosen, weights, w_in, w_out))
 print("sorted rows and reference agree:", same)
-everyone = torch.arange(4).expand(9, 4)  # each word, all four experts, each with weight 1
+# now all four experts for each word, each with weight 1
+everyone = torch.arange(4).expand(9, 4)
 out = moe(x, everyone, torch.ones(9, 4, dtype=torch.float64), w_in, w_out)
 dense = torch.stack([feed_forward(row, slice(0, 64)) for row in x])
 print("all experts together are the dense layer:", torch.allclose(out, dense))
@@ -69,7 +71,10 @@ def figure_sorting(figure, say):
     for expert in range(4):
         places = [place for place, (_, e) in enumerate(after) if e == expert]
         axes.plot(
-            [places[0] - 0.35, places[-1] + 0.35], [0.45, 0.45], color=f"C{expert}", lw=2
+            [places[0] - 0.35, places[-1] + 0.35],
+            [0.45, 0.45],
+            color=f"C{expert}",
+            lw=2,
         )
         axes.text(
             (places[0] + places[-1]) / 2,
@@ -164,7 +169,7 @@ shape |= dict(intermediate_size=16, shared_intermediate_size=32)
 
 
 def evaluate(model, tokens):
-    """Return the loss, the balance loss and the load of each expert, [layers, 4]."""
+    """Return the loss, the balance loss and the loads, [layers, 4]."""
     routing = Routing()
     logits = model.logits(model(tokens[:, :-1], routing=routing))
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -196,7 +201,7 @@ for coefficient, (model, _) in runs.items():
     with torch.no_grad():
         loss, balance, load = evaluate(model, held_out)
     shares = " ".join(f"{share:.2f}" for share in load[1])
-    print(f"{coefficient:4}: loss {loss:.2f}, balance {balance:.2f}, loads {shares}")
+    print(f"{coefficient:4}: loss {loss:.2f} balance {balance:.2f} loads {shares}")
 # --8<-- [end:collapse]
 
 
@@ -264,9 +269,11 @@ record = json.loads((records / "moe-step-quiet.json").read_text("utf-8"))
 seconds = record["seconds_of_the_clock"]
 for what in ("micro_batch", "optimizer", "step"):
     ours, dense = seconds[what]["moe"], seconds[what]["dense"]
-    print(f"{what:11} {ours:5.1f} s, dense {dense:5.1f} s, ratio {ours / dense:.2f}")
+    print(f"{what:11} {ours:4.1f} s dense {dense:4.1f} s ratio {ours / dense:.2f}")
 layer = seconds["routed_layer"]
-print(f"one layer: sorted {layer['sorted']:.2f} s, reference {layer['plain']:.2f} s")
+print(
+    f"one layer: sorted {layer['sorted']:.2f} s, reference {layer['plain']:.2f} s"
+)
 # --8<-- [end:record]
 
 
@@ -303,5 +310,7 @@ def router_logits(model, tokens):
 excerpt = held_out[3]
 piece = {
     "letters": [alphabet[i] for i in excerpt.tolist()],
-    "runs": {str(c): router_logits(model, excerpt) for c, (model, _) in runs.items()},
+    "runs": {
+        str(c): router_logits(model, excerpt) for c, (model, _) in runs.items()
+    },
 }

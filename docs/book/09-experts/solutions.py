@@ -32,7 +32,9 @@ def router_gradient(weigh):
 
 
 after = router_gradient(lambda logits, chosen: logits.gather(1, chosen).softmax(-1))
-before = router_gradient(lambda logits, chosen: logits.softmax(-1).gather(1, chosen))
+before = router_gradient(
+    lambda logits, chosen: logits.softmax(-1).gather(1, chosen)
+)
 assert after.abs().max() == 0
 assert before.abs().max() > 1e-4
 # --8<-- [end:single-expert]

@@ -2,6 +2,7 @@
 
 # --8<-- [start:words]
 import re
+import textwrap
 from itertools import islice
 
 import torch
@@ -19,7 +20,7 @@ tokens = [
 ]
 vocabulary = sorted(set(tokens))
 ids = torch.tensor([vocabulary.index(word) for word in tokens])
-print(texts[0])
+print(texts[1], texts[3])
 print(f"{len(ids):,} words, {len(vocabulary)} different ones")
 # --8<-- [end:words]
 
@@ -47,14 +48,14 @@ print(f"loss {loss:.1f} nats per word")
 
 # --8<-- [start:distribution]
 def next_logits(text):
-    """Return the logits [vocabulary] of the word after a text of separated words."""
+    """Return the logits [vocabulary] of the word after a text."""
     prompt = [vocabulary.index(word) for word in ["<s>", *text.split()]]
     with torch.no_grad():
         return model.logits(model(torch.tensor([prompt])))[0, -1]
 
 
 for text in ("The capital of Japan", "The capital of Japan is", "The capital of"):
-    top = next_logits(text).softmax(-1).topk(5)
+    top = next_logits(text).softmax(-1).topk(4)
     best = [f"{vocabulary[i]} {p:.2f}" for p, i in zip(*top, strict=True)]
     print(f"{text} …   {'   '.join(best)}")
 # --8<-- [end:distribution]
@@ -143,7 +144,8 @@ for settings in (
     {"temperature": 0.7, "top_p": 0.9},
 ):
     print(settings)
-    print("  ", write("The", 24, Sampling(**settings)))
+    text = write("The", 24, Sampling(**settings))
+    print(textwrap.indent(textwrap.fill(text, 76), "    "))
 # --8<-- [end:penalty]
 
 
@@ -152,7 +154,7 @@ from minimind.model.kv_cache import KVCache
 
 
 def decode(prompt, count, cache=None):
-    """Return the greedy continuation, and how many tokens went through the model."""
+    """Return the greedy continuation and the number of tokens of each pass."""
     ids, passes = list(prompt), []
     with torch.no_grad():
         for _ in range(count):
@@ -163,13 +165,16 @@ def decode(prompt, count, cache=None):
     return ids, passes
 
 
-prompt = [vocabulary.index(word) for word in "<s> The capital of Japan is".split()]
+beginning = "<s> The capital of Japan is"
+prompt = [vocabulary.index(word) for word in beginning.split()]
 cache = KVCache(config, 1, 64, device=torch.device("cpu"), dtype=torch.float64)
 plain, passes = decode(prompt, 40)
 fast, cached_passes = decode(prompt, 40, cache)
 print("same text:", plain == fast)
 print("without cache:", passes[:4], "…", passes[-1], "in all", sum(passes))
-print("with cache:   ", cached_passes[:4], "…", cached_passes[-1], "in all", end=" ")
+print(
+    "with cache:   ", cached_passes[:4], "…", cached_passes[-1], "in all", end=" "
+)
 print(sum(cached_passes))
 # --8<-- [end:cache]
 
@@ -179,10 +184,12 @@ with torch.device("meta"):  # shapes without memory
 parameters = sum(parameter.numel() for parameter in small.parameters())
 megabytes = 2 * parameters / 1e6  # bf16: 2 bytes per parameter
 print(f"{parameters:,} parameters, {megabytes:.1f} MB in bf16")
-bandwidth = 2 * 8 * 3200 / 1e3  # GB/s: 2 channels of 8 bytes, 3,200 million per second
+bandwidth = 2 * 8 * 3200 / 1e3  # GB/s: 2 channels of 8 bytes, 3,200 MT/s
 print(f"{bandwidth} GB/s: {1e3 * bandwidth / megabytes:.0f} tokens per second")
 peak = 4 * 3.0 * 32  # GFLOP/s: 4 cores, 3 GHz, 32 operations per cycle
-print(f"{peak:.0f} GFLOP/s: {1e3 * peak / (2 * parameters / 1e6):,.0f} tokens per second")
+print(
+    f"{peak:.0f} GFLOP/s: {1e3 * peak / (2 * parameters / 1e6):,.0f} tokens per second"
+)
 # --8<-- [end:bytes]
 
 MEMORIES = [
@@ -206,7 +213,12 @@ def table_limits(say):
     for name, speed in MEMORIES:
         limits = [speed * 1e9 / size for size in (2 * parameters, parameters, 14e9)]
         rows.append(
-            [name, f"{speed:.1f}", *(f"{n:,.0f}" for n in limits[:2]), f"{limits[2]:.1f}"]
+            [
+                name,
+                f"{speed:.1f}",
+                *(f"{n:,.0f}" for n in limits[:2]),
+                f"{limits[2]:.1f}",
+            ]
         )
     return rows
 
@@ -232,7 +244,7 @@ bytes_per_weight |= {"transformers bf16": 2, "llama.cpp F16": 2}
 for name, size in bytes_per_weight.items():
     one, many = speed(name, "streams_1"), speed(name, "streams_16")
     rate = one * size * parameters / 1e9
-    print(f"{name:18} {one:4.0f} tokens/s, {rate:4.1f} GB/s; 16 streams {many:5,.0f}")
+    print(f"{name:18} {one:3.0f} tokens/s {rate:4.1f} GB/s 16 streams {many:5,.0f}")
 # --8<-- [end:record]
 
 
@@ -318,7 +330,7 @@ def in_groups(lengths, slots=4):
 
 
 def continuously(lengths, slots=4):
-    """Return (slot, start, length) when a free slot takes the next request at once."""
+    """Return (slot, start, length) when a free slot takes the next request."""
     free, bars = [0] * slots, []
     for length in lengths:
         slot = free.index(min(free))
@@ -350,7 +362,14 @@ def figure_batching(figure, say):
                 alpha=0.55,
                 edgecolor="0.5",
             )
-            axes.text(start + length / 2, slot, number + 1, ha="center", va="center", fontsize=7)
+            axes.text(
+                start + length / 2,
+                slot,
+                number + 1,
+                ha="center",
+                va="center",
+                fontsize=7,
+            )
         axes.invert_yaxis()
         axes.set_yticks(range(4), range(4))
         axes.set_ylabel(say("slot", "槽位"))
@@ -403,7 +422,12 @@ norms = {
     for name, weight in model.named_parameters()
     if weight.ndim == 1
 }
-PROMPTS = ["The", "The capital of", "The capital of Japan", "The opposite of big is"]
+PROMPTS = [
+    "The",
+    "The capital of",
+    "The capital of Japan",
+    "The opposite of big is",
+]
 CASES = [(text, {}) for text in PROMPTS]
 CASES += [("The capital of", {name: value}) for name, value in (
     ("top-k", "5"), ("top-p", "0.5"), ("min-p", "0.1"), ("temperature", "0.5"))]  # fmt: skip

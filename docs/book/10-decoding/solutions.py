@@ -27,7 +27,9 @@ assert 2 * parameters // full == 12
 gigabytes = 7e9 * 4.5 / 8 / 1e9  # a model of 7 billion, 4.5 bits per parameter
 assert round(gigabytes, 1) == 3.9
 assert round(bandwidth / gigabytes) == 13  # tokens per second
-even = peak / bandwidth  # streams at which arithmetic takes as long as reading in bf16
+even = (
+    peak / bandwidth
+)  # streams at which arithmetic takes as long as reading in bf16
 assert even == 7.5
 # --8<-- [end:other-models]
 
@@ -58,7 +60,9 @@ for _ in range(20_000):
     right = 0
     while right < 4 and chance.random() < 0.8:
         right += 1
-    counts.append(right + 1)  # the pass itself gives the token after the last right one
+    counts.append(
+        right + 1
+    )  # the pass itself gives the token after the last right one
 assert abs(sum(counts) / len(counts) - tokens_per_pass(4, 0.8)) < 0.03
 assert round(tokens_per_pass(4, 0.8), 2) == 3.36
 # --8<-- [end:speculation]
