@@ -187,9 +187,8 @@ print(f"{parameters:,} parameters, {megabytes:.1f} MB in bf16")
 bandwidth = 2 * 8 * 3200 / 1e3  # GB/s: 2 channels of 8 bytes, 3,200 MT/s
 print(f"{bandwidth} GB/s: {1e3 * bandwidth / megabytes:.0f} tokens per second")
 peak = 4 * 3.0 * 32  # GFLOP/s: 4 cores, 3 GHz, 32 operations per cycle
-print(
-    f"{peak:.0f} GFLOP/s: {1e3 * peak / (2 * parameters / 1e6):,.0f} tokens per second"
-)
+operations = 2 * parameters / 1e6  # million per token
+print(f"{peak:.0f} GFLOP/s: {1e3 * peak / operations:,.0f} tokens per second")
 # --8<-- [end:bytes]
 
 MEMORIES = [
@@ -402,7 +401,7 @@ facts = {
     "moved_fp32": moved("fp32", 4),
     "limit": f"{1e3 * bandwidth / megabytes:.0f}",
     "half": f"{500 * bandwidth / megabytes:.0f}",
-    "peak_limit": f"{1e3 * peak / (2 * parameters / 1e6):,.0f}",
+    "peak_limit": f"{1e3 * peak / operations:,.0f}",
     "passes": f"{sum(passes):,}",
     "cached_passes": f"{sum(cached_passes)}",
 }
