@@ -179,7 +179,7 @@ def evaluate(model, tokens):
 
 
 def train(coefficient, steps=100):
-    """Train a new model; return it and the loads of the second layer at each step."""
+    """Train a new model; return it and the loads of its second layer."""
     torch.manual_seed(2)
     model = Transformer(ModelConfig(**shape)).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
