@@ -58,7 +58,7 @@ function bookPiece(root, data, lang) {
     const row = document.createElement("div");
     const title = document.createElement("div");
     title.dataset.load = rows.length;
-    title.textContent = `${say("expert", "专家")} ${e}: ${rows.length} ` +
+    title.textContent = `${say("expert", "专家")} ${e}${say(": ", "：")}${rows.length} ` +
       `(${(100 * result.f[e]).toFixed(0)} %)`;
     const bar = document.createElement("span");
     bar.className = "bar";
@@ -85,7 +85,7 @@ function bookPiece(root, data, lang) {
     const parts = result.chosen[t].map((e, i) =>
       `${say("expert", "专家")} ${e} × ${result.weights[t][i].toFixed(2)}`);
     part("token").textContent =
-      `${say("letter", "字母")} ${t + 1} “${shown(data.letters[t])}”: ${parts.join(" + ")}`;
+      `${say("letter", "字母")} ${t + 1} “${shown(data.letters[t])}”${say(": ", "：")}${parts.join(" + ")}`;
   }
 
   function show() {
@@ -103,8 +103,8 @@ function bookPiece(root, data, lang) {
     part("balance").textContent =
       `${say("balance loss", "均衡损失")} ${result.balance.toFixed(3)}`;
     part("summary").textContent =
-      `${say("rows dropped", "丢弃的行")}: ${dropped} / ${number * data.letters.length}; ` +
-      `${say("routed parameters used per letter", "每个字母用到的路由专家参数")}: ` +
+      `${say("rows dropped: ", "丢弃的行：")}${dropped} / ${number * data.letters.length}${say("; ", "；")}` +
+      `${say("routed parameters used per letter: ", "每个字母用到的路由专家参数：")}` +
       `${(100 * number / EXPERTS).toFixed(0)} %`;
     describe(result, 0);
   }

@@ -128,9 +128,9 @@ function bookPiece(root, data, lang) {
       <select data-id="prompt">${data.prompts.map((text) => `<option>${text}</option>`).join("")}</select>
     </label>
     ${slider("temperature", say("temperature: ", "温度："), 0, 3, 0.1, 1)}
-    ${slider("top-k", "top-k: ", 0, 40, 1, 0)}
-    ${slider("top-p", "top-p: ", 0.05, 1, 0.05, 1)}
-    ${slider("min-p", "min-p: ", 0, 0.5, 0.01, 0)}
+    ${slider("top-k", say("top-k: ", "top-k："), 0, 40, 1, 0)}
+    ${slider("top-p", say("top-p: ", "top-p："), 0.05, 1, 0.05, 1)}
+    ${slider("min-p", say("min-p: ", "min-p："), 0, 0.5, 0.01, 0)}
     ${slider("penalty", say("repetition penalty: ", "重复惩罚："), 1, 2, 0.1, 1)}
     <p><button data-id="one">${say("Next word", "下一个词")}</button>
       <button data-id="many">${say("20 words", "写 20 个词")}</button>
@@ -185,8 +185,8 @@ function bookPiece(root, data, lang) {
     const allowed = choices.filter(([, p]) => p > 0);
     const entropy = allowed.reduce((sum, [, p]) => sum - p * Math.log(p), 0);
     part("summary").textContent =
-      `${say("words that can be drawn", "可以抽中的词")}: ${allowed.length}; ` +
-      `${say("perplexity", "困惑度")}: ${Math.exp(entropy).toFixed(1)}`;
+      `${say("words that can be drawn: ", "可以抽中的词：")}${allowed.length}${say("; ", "；")}` +
+      `${say("perplexity: ", "困惑度：")}${Math.exp(entropy).toFixed(1)}`;
     part("words").replaceChildren(...choices.slice(0, 12).map(([word, p]) => {
       const row = document.createElement("tr");
       row.innerHTML = `<td></td><td>${p.toFixed(3)}</td>
