@@ -217,7 +217,7 @@ def figure_loads(figure, say):
         axes.set_xlabel(say("step", "步数"))
         axes.set_ylim(0, 0.52)
         axes.grid(alpha=0.15)
-    panels[0].set_ylabel(say("share of the choices", "被选中的份额"))
+    panels[0].set_ylabel(say("share of the choices", "选中的份额"))
     panels[0].legend(frameon=False, fontsize=7)
 
 

@@ -160,8 +160,8 @@ def decode(prompt, count, cache=None):
         for _ in range(count):
             new = ids[cache.length :] if cache else ids
             hidden = model(torch.tensor([new]), cache=cache)
-            ids.append(int(model.logits(hidden[0, -1]).argmax()))
             passes.append(len(new))
+            ids.append(int(model.logits(hidden[0, -1]).argmax()))
     return ids, passes
 
 
