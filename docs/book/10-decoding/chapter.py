@@ -97,7 +97,8 @@ def figure_truncation(figure, say):
         ({"min_p": 0.1}, "min-p 0.1", "-"),
     )
     for axes, text in zip(panels, texts, strict=True):
-        shares = next_logits(text).softmax(-1).sort(descending=True).values[:40]
+        p = next_logits(text).softmax(-1)
+        shares = p.sort(descending=True).values[:40].tolist()
         axes.bar(range(1, 41), shares, width=0.8)
         for number, (rule, label, style) in enumerate(rules):
             axes.axvline(
