@@ -248,15 +248,15 @@ for name, size in bytes_per_weight.items():
 # --8<-- [end:record]
 
 
-def step_seconds(streams, weight_bytes, length=96):
-    """Return the time of a step on the laptop of the text: memory or arithmetic."""
-    cache = streams * length * 2 * 8 * 8 * 32 * 2
-    moved = parameters * weight_bytes + cache
-    return max(moved / (bandwidth * 1e9), streams * 2 * parameters / (peak * 1e9))
-
-
 def figure_streams(figure, say):
     axes = figure.subplots()
+
+    def step_seconds(number, weight_bytes, length=96):
+        cache = number * length * 2 * 8 * 8 * 32 * 2
+        moved = parameters * weight_bytes + cache
+        arithmetic = number * 2 * parameters / (peak * 1e9)
+        return max(moved / (bandwidth * 1e9), arithmetic)
+
     streams = [2 ** (n / 8) for n in range(0, 57)]
     for number, (size, kind) in enumerate(((2, "bf16"), (1, "int8"))):
         speeds = [n / step_seconds(n, size) for n in streams]
