@@ -1,6 +1,6 @@
 """A scaling law of small models: short runs, a longer run that the law predicts, repeated data.
 
-    python -m benchmarks.small_law --work DIR train DATA…    # about half an hour on 2 CPU cores
+    python -m benchmarks.small_law --work DIR train DATA…    # under an hour on 2 busy CPU cores
     python -m benchmarks.small_law --work DIR record --out benchmarks/records/small-law
 
 `train` trains a tokenizer on DATA and runs `minimind sweep` several times; the same command
