@@ -86,9 +86,9 @@ function bookPiece(root, data, lang) {
     const size = buffers.length;
     const last = 2 * (size - 1);
     part("size-value").textContent = size;
-    const names = ["reduce-scatter", "all-gather"];
-    const phase = step ? names[Number(step > size - 1)] : say("at the start", "开始时");
-    part("phase").textContent = `${say("step", "第")} ${step}${say(" of", " 步，共")} ${last}${say("", " 步")}: ${phase}`;
+    const phase = step ? ["reduce-scatter", "all-gather"][Number(step > size - 1)] : "–";
+    part("phase").textContent = say(
+      `Step ${step} of ${last}: ${phase}`, `第 ${step} 步，共 ${last} 步：${phase}`);
     showGrid(size, last);
     const moved = step ? chunksSent(size, step - 1) : [];
     part("messages").textContent = moved
@@ -112,7 +112,7 @@ function bookPiece(root, data, lang) {
       `65,536 个词元的一步：计算 ${ms(alone / size)}，全归约 ${ms(exchange)}`);
     part("speedup").textContent = say(
       `${(alone / (alone / size + exchange)).toFixed(1)} times as fast as one process`,
-      `是一个进程的 ${(alone / (alone / size + exchange)).toFixed(1)} 倍快`);
+      `速度是一个进程的 ${(alone / (alone / size + exchange)).toFixed(1)} 倍`);
   }
 
   part("next").addEventListener("click", () => { advance(); show(); });
