@@ -356,3 +356,66 @@ from minimind.export.ollama import export_ollama
 export_ollama(folder / "planets", folder / "ollama", name="planets", type="q8_0")
 print((folder / "ollama" / "Modelfile").read_text("utf-8"))
 # --8<-- [end:modelfile]
+
+import base64
+import shutil
+
+shutil.rmtree(folder)
+
+
+def table_types(say):
+    head = [
+        say("type", "格式"),
+        say("bits per weight", "每个权重的比特数"),
+        say("file, kB", "文件，kB"),
+        say("error of the weights", "权重的误差"),
+        say("loss, nats per token", "损失，奈特／词元"),
+    ]
+    count = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    return [
+        head,
+        *(
+            [
+                type,
+                f"{bits:g}",
+                f"{count * bits / 8000:.0f}",
+                f"{results[type][0]:.2%}".replace("%", " %"),
+                f"{plain + results[type][1]:.2f}",
+            ]
+            for type, bits in TYPES.items()
+        ),
+    ]
+
+
+from minimind.data.textbook.quiz import QuizQuestion, is_correct
+from minimind.inference.generate import answer_all
+
+asked = [(fact, fact.held_out[0]) for fact in facts_to_learn]
+given = answer_all(model, tokenizer, [text for _, text in asked], max_new_tokens=32)
+right = sum(
+    is_correct(QuizQuestion(text, fact.keys, "", fact.answers[0]), reply)
+    for (fact, text), reply in zip(asked, given, strict=True)
+)
+# The model of the piece: what the file holds, so that both can be compared.
+stored = quantized(model, "q8_0")
+PIECE_QUESTIONS = ["What is the capital of Peru?", "火星是第几颗行星？"]
+prompts = [
+    encode_chats(tokenizer, [[{"role": "user", "content": text}]])[0][0]
+    + [tokenizer.im_start, *tokenizer.encode("assistant\n")]
+    for text in PIECE_QUESTIONS
+]
+with torch.inference_mode():
+    last = [stored.logits(stored(torch.tensor([ids])))[0, -1] for ids in prompts]
+facts = {
+    "num_facts": len(facts_to_learn),
+    "num_right": right,
+    "num_asked": len(asked),
+    "q4_loss": f"{results['q4_0'][1]:.1f}",
+}
+piece = {
+    "questions": [*PIECE_QUESTIONS, "天王星是什么类型的行星？", "What is the capital of Mexico?"],
+    "prompts": prompts,
+    "logits": [[round(value, 4) for value in logits.tolist()] for logits in last],
+    "answers": answer_all(stored, tokenizer, PIECE_QUESTIONS, max_new_tokens=32),
+    "gguf": base64.b64encode(content).decode(),
+}
