@@ -45,7 +45,9 @@ shards = [ProcessGroup(rank, size=4).shard(0, 8) for rank in range(4)]
 parts = [gradient(shard) for shard in shards]
 print([list(shard) for shard in shards], [n for _, n in parts], count)
 difference = sum(flat for flat, _ in parts) - whole
-print("sum of the parts = the whole:", bool(difference.norm() < 1e-5 * whole.norm()))
+print(
+    "sum of the parts = the whole:", bool(difference.norm() < 1e-5 * whole.norm())
+)
 # --8<-- [end:shards]
 
 
@@ -142,7 +144,8 @@ def all_reduce_seconds(num_bytes, size, bandwidth, latency):
 
 with torch.device("meta"):  # shapes without memory
     models = {
-        name: Transformer(ModelConfig(**PRESETS[name])) for name in ("small", "base")
+        name: Transformer(ModelConfig(**PRESETS[name]))
+        for name in ("small", "base")
     }
 parameters = {
     name: sum(p.numel() for p in model.parameters())
@@ -175,7 +178,9 @@ def speedup(size, seconds, link):
 
 seconds = flops / 100e12  # on one GPU that computes 100 TFLOP/s
 for link in LINKS:
-    print(f"{link:17}", [f"{n}: {speedup(n, seconds, link):.1f}" for n in (2, 8, 64)])
+    print(
+        f"{link:17}", [f"{n}: {speedup(n, seconds, link):.1f}" for n in (2, 8, 64)]
+    )
 # --8<-- [end:speedup]
 
 
@@ -273,11 +278,18 @@ for size, (losses, _) in runs.items():
 
 # --8<-- [start:same]
 one, four = torch.tensor(runs[1][0]), torch.tensor(runs[4][0])
-print("1 and 4 ranks differ by less than 1e-4:", torch.allclose(one, four, rtol=1e-4))
+print(
+    "1 and 4 ranks differ by less than 1e-4:", torch.allclose(one, four, rtol=1e-4)
+)
 weights = [torch.cat([p.flatten() for p in r.parameters()]) for r in runs[4][1]]
-print("bit for bit the same on all ranks:", all(torch.equal(w, weights[0]) for w in weights))
+print(
+    "bit for bit the same on all ranks:",
+    all(torch.equal(w, weights[0]) for w in weights),
+)
 a, b, c = torch.tensor([1.0, 1e8, -1e8])
-print("(a + b) + c =", ((a + b) + c).item(), "  a + (b + c) =", (a + (b + c)).item())
+print(
+    "(a + b) + c =", ((a + b) + c).item(), "  a + (b + c) =", (a + (b + c)).item()
+)
 # --8<-- [end:same]
 
 # --8<-- [start:record]
@@ -360,7 +372,10 @@ def table_stages(say):
         head,
         *(
             [
-                say(f"ZeRO {stage}" if stage else "AdamW", f"ZeRO {stage}" if stage else "AdamW"),
+                say(
+                    f"ZeRO {stage}" if stage else "AdamW",
+                    f"ZeRO {stage}" if stage else "AdamW",
+                ),
                 what,
                 *(megabytes(name, n, stage) for name in parameters for n in (2, 8)),
             ]
@@ -381,7 +396,11 @@ def table_stages(say):
 def figure_memory(figure, say):
     axes = figure.subplots()
     colors = ["C0", "C1", "C2"]
-    labels = [say("weights", "权重"), say("gradients", "梯度"), say("moments", "矩")]
+    labels = [
+        say("weights", "权重"),
+        say("gradients", "梯度"),
+        say("moments", "矩"),
+    ]
     stages = [say("none", "不切分"), "ZeRO 1", "ZeRO 2", "ZeRO 3"]
     for stage in range(4):
         left = 0.0
@@ -394,7 +413,9 @@ def figure_memory(figure, say):
     axes.set_yticks(range(4), stages)
     axes.invert_yaxis()
     axes.set_xlim(0, 2000)
-    axes.set_xlabel(say("MB per process: base on 8 processes", "每个进程的 MB：base，8 个进程"))
+    axes.set_xlabel(
+        say("MB per process: base on 8 processes", "每个进程的 MB：base，8 个进程")
+    )
     axes.legend(frameon=False, loc="lower right")
 
 
@@ -424,7 +445,8 @@ piece = {
     "links": LINKS,
     "models": {**parameters, "1B": 10**9},
     "flops": {
-        name: flops_per_token(m, seq_len=512) * 128 * 512 for name, m in models.items()
+        name: flops_per_token(m, seq_len=512) * 128 * 512
+        for name, m in models.items()
     }
     | {"1B": 6 * 10**9 * 128 * 512},
 }

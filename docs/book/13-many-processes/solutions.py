@@ -47,7 +47,9 @@ assert millions == [1500, 2667, 4364, 12000]
 # --8<-- [end:largest]
 
 # --8<-- [start:batch-size]
-exchange = all_reduce_seconds(4 * parameters["small"], 8, *LINKS["10 Gbit Ethernet"])
+exchange = all_reduce_seconds(
+    4 * parameters["small"], 8, *LINKS["10 Gbit Ethernet"]
+)
 needed = 9 * exchange * 8  # seconds of computation on one GPU, for a share of 10 %
 times_larger = needed / seconds
 assert 80 < times_larger < 110

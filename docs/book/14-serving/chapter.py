@@ -16,7 +16,8 @@ from minimind.tokenizer.chat import encode_chats
 def part_of(name, columns):
     """Return a subject of the textbook with some of its columns."""
     [subject] = (s for s in load_subjects() if s.path.stem == name)
-    kept = (r for r in subject.relations if r.column in columns and r.asks_by_name)
+    kept = [r for r in subject.relations if r.column in columns and r.asks_by_name]
+    kept = [replace(r, answers=r.answers[:1]) for r in kept]  # one way to answer
     return replace(subject, relations=tuple(kept))
 
 
@@ -51,20 +52,20 @@ torch.manual_seed(1)
 config = ModelConfig(
     vocab_size=tokenizer.vocab_size,
     hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=3,
+    intermediate_size=128,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
     max_position_embeddings=128,
 )
-model, cpu, steps = Transformer(config), torch.device("cpu"), 150
+model, cpu, steps = Transformer(config), torch.device("cpu"), 200
 data = MixedDataset([packed], [1.0], seed=0)
 objective = NextToken(tokenizer.token_bytes, cpu)
-optimizers = Optimizers(model, OptimSettings(lr=3e-3))
+optimizers = Optimizers(model, OptimSettings(lr=1e-2, muon_lr=0.03))
 for step in range(steps):
     optimizers.set_lr(lr_fraction(step, steps, ScheduleSettings()))
-    output = objective.loss(model, to_device(data.batch(16 * step, 16), cpu))
+    output = objective.loss(model, to_device(data.batch(8 * step, 8), cpu))
     (output.loss_sum / output.count).backward()
     optimizers.step()
     optimizers.zero_grad()
@@ -149,11 +150,11 @@ for token in tokenizer.encode("冥王星"):
 # --8<-- [start:stop]
 from minimind.inference.stop_strings import TextStream
 
-stream = TextStream(tokenizer, stop=["行星。"])
-for token in tokenizer.encode("火星是行人。土星是行星。它"):
+stream = TextStream(tokenizer, stop=["Lima."])
+for token in tokenizer.encode("Lisbon or Lima. Or"):
     stream.push(token)
     ready = stream.take()
-    print(repr(tokenizer.decode([token])), "->", repr(ready[0]) if ready else "")
+    print(f"{tokenizer.decode([token])!r:6} -> {ready[0] if ready else ''!r}")
     if stream.stopped:
         break
 # --8<-- [end:stop]
@@ -260,8 +261,10 @@ def read_gguf(content):
 # --8<-- [start:metadata]
 metadata, tensors = read_gguf(content)
 for key, value in metadata.items():
-    long = isinstance(value, list) or len(str(value)) > 40
-    print(f"{key:38} {f'{len(value)} entries' if long else value}")
+    if isinstance(value, list) or len(str(value)) > 40:
+        unit = "entries" if isinstance(value, list) else "characters"
+        value = f"{len(value)} {unit}"
+    print(f"{key:38} {f'{value:g}' if isinstance(value, float) else value}")
 # --8<-- [end:metadata]
 
 # --8<-- [start:tensors]
@@ -276,10 +279,11 @@ start = tensors["token_embd.weight"][2]
 row = model.model.embed_tokens.weight[0, :32].detach().numpy()
 scale = np.frombuffer(content, np.float16, 1, start)[0].astype(np.float32)
 integers = np.frombuffer(content, np.int8, 32, start + 2)
-print("34 bytes:", content[start : start + 8].hex(" "), "…")
-print("ours the same:", np.array_equal(integers, np.rint(row / (abs(row).max() / 127))))
+ours = np.rint(row / (abs(row).max() / 127))
+print("the same integers:", np.array_equal(integers, ours))
+print("the largest of them:", abs(integers).max())
 error = abs(integers * scale - row).max()
-print("largest error, in half steps:", round(float(error / (scale / 2)), 1))
+print("every error is at most half a step:", bool(error <= 1.01 * scale / 2))
 # --8<-- [end:block]
 
 
@@ -305,32 +309,37 @@ def figure_block(figure, say):
 # --8<-- [start:quantized]
 import copy
 
-import gguf
-from gguf.quants import dequantize, quantize
 
-
-def quantized(model, type):
-    """Return a copy whose matrices have been stored in a GGUF type and read back."""
-    kind, changed = gguf.GGMLQuantizationType[type.upper()], copy.deepcopy(model)
+def rounded(model, bits):
+    """Return a copy of the model whose weights have `bits` bits, in blocks of 32."""
+    changed, highest = copy.deepcopy(model), 2 ** (bits - 1) - 1
     for parameter in changed.parameters():
         if parameter.ndim == 2:
-            stored = quantize(parameter.detach().numpy(), kind)
-            parameter.data = torch.from_numpy(dequantize(stored, kind))
+            blocks = parameter.detach().view(-1, 32)
+            scales = blocks.abs().amax(1, keepdim=True) / highest
+            parameter.data = ((blocks / scales).round() * scales).view_as(parameter)
     return changed
 
 
 def weight_error(changed):
     """Return the relative error of all matrices together."""
     pairs = zip(changed.parameters(), model.parameters(), strict=True)
-    pairs = [(a.detach(), b.detach()) for a, b in pairs if b.ndim == 2]
-    squares = sum((a - b).square().sum() for a, b in pairs)
-    return (squares / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+    both = [(a.detach(), b.detach()) for a, b in pairs if b.ndim == 2]
+    squares = sum((a - b).square().sum() for a, b in both)
+    return (squares / sum(b.square().sum() for _, b in both)).sqrt().item()
+
+
+for bits in (8, 6, 4, 3, 2):
+    print(f"{bits} bits: weights off by {weight_error(rounded(model, bits)):.1g}")
+# --8<-- [end:quantized]
 
 
 @torch.inference_mode()
 def held_out_loss(model):
     """Return the loss on answers to questions of another seed, in nats per token."""
-    chats = encode_chats(tokenizer, list(islice(dialogues(2, subjects=subjects), 200)))
+    chats = encode_chats(
+        tokenizer, list(islice(dialogues(2, subjects=subjects), 200))
+    )
     total = count = 0
     for ids, mask in chats:
         logits = model.logits(model(torch.tensor([ids[:-1]])))[0]
@@ -342,13 +351,22 @@ def held_out_loss(model):
     return total / count
 
 
-TYPES = {"f16": 16, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5}
-plain, results = held_out_loss(model), {}
-for type in TYPES:
-    changed = quantized(model, type)
-    results[type] = weight_error(changed), held_out_loss(changed) - plain
-    print(f"{type:5} weights off by {results[type][0]:.2%}")
-# --8<-- [end:quantized]
+losses = {bits: held_out_loss(rounded(model, bits)) for bits in range(2, 9)}
+
+
+def figure_bits(figure, say):
+    axes = figure.subplots()
+    axes.plot(list(losses), list(losses.values()), marker="o")
+    axes.axhline(held_out_loss(model), ls="--", lw=1.2, color="0.5")
+    axes.set_xlabel(
+        say("bits per weight, without the scales", "每个权重的比特数（不计系数）")
+    )
+    axes.set_ylabel(
+        say("loss on answers, nats per token", "回答的损失（奈特／词元）")
+    )
+    axes.set_ylim(0)
+    axes.grid(alpha=0.15)
+
 
 # --8<-- [start:modelfile]
 from minimind.export.ollama import export_ollama
@@ -366,23 +384,30 @@ shutil.rmtree(folder)
 def table_types(say):
     head = [
         say("type", "格式"),
+        say("a block of 32 weights", "一块 32 个权重"),
         say("bits per weight", "每个权重的比特数"),
-        say("file, kB", "文件，kB"),
-        say("error of the weights", "权重的误差"),
-        say("loss, nats per token", "损失，奈特／词元"),
+        say("file of this model, kB", "本模型的文件，kB"),
+        say("file of small, MB", "small 的文件，MB"),
     ]
+    scale, bytes_of = say("a scale and", "系数和"), say("bytes", "字节")
+    blocks = {
+        "f16": (16, f"64 {bytes_of}"),
+        "q8_0": (8.5, f"{scale} 32 {bytes_of}"),
+        "q5_0": (5.5, f"{scale} 20 {bytes_of}"),
+        "q4_0": (4.5, f"{scale} 16 {bytes_of}"),
+    }
     count = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     return [
         head,
         *(
             [
-                type,
+                kind,
+                block,
                 f"{bits:g}",
                 f"{count * bits / 8000:.0f}",
-                f"{results[type][0]:.2%}".replace("%", " %"),
-                f"{plain + results[type][1]:.2f}",
+                f"{26.9 * bits / 8:.0f}",
             ]
-            for type, bits in TYPES.items()
+            for kind, (bits, block) in blocks.items()
         ),
     ]
 
@@ -397,7 +422,17 @@ right = sum(
     for (fact, text), reply in zip(asked, given, strict=True)
 )
 # The model of the piece: what the file holds, so that both can be compared.
-stored = quantized(model, "q8_0")
+import gguf
+from gguf.quants import dequantize, quantize
+
+stored = copy.deepcopy(model)
+for parameter in stored.parameters():
+    if parameter.ndim == 2:
+        blocks = quantize(
+            parameter.detach().numpy(), gguf.GGMLQuantizationType.Q8_0
+        )
+        numbers = dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
+        parameter.data = torch.from_numpy(numbers)
 PIECE_QUESTIONS = ["What is the capital of Peru?", "火星是第几颗行星？"]
 prompts = [
     encode_chats(tokenizer, [[{"role": "user", "content": text}]])[0][0]
@@ -410,10 +445,13 @@ facts = {
     "num_facts": len(facts_to_learn),
     "num_right": right,
     "num_asked": len(asked),
-    "q4_loss": f"{results['q4_0'][1]:.1f}",
 }
 piece = {
-    "questions": [*PIECE_QUESTIONS, "天王星是什么类型的行星？", "What is the capital of Mexico?"],
+    "questions": [
+        *PIECE_QUESTIONS,
+        "天王星是什么类型的行星？",
+        "What is the capital of Mexico?",
+    ],
     "prompts": prompts,
     "logits": [[round(value, 4) for value in logits.tolist()] for logits in last],
     "answers": answer_all(stored, tokenizer, PIECE_QUESTIONS, max_new_tokens=32),
