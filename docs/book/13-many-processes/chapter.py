@@ -372,10 +372,7 @@ def table_stages(say):
         head,
         *(
             [
-                say(
-                    f"ZeRO {stage}" if stage else "AdamW",
-                    f"ZeRO {stage}" if stage else "AdamW",
-                ),
+                f"ZeRO {stage}" if stage else "AdamW",
                 what,
                 *(megabytes(name, n, stage) for name in parameters for n in (2, 8)),
             ]
