@@ -32,7 +32,7 @@ from minimind.training.distributed import ProcessGroup
 
 
 def gradient(samples):
-    """Return the gradient of the sum of the losses as one vector, and their number."""
+    """Return the gradient of the summed loss as one vector, and the token count."""
     model.zero_grad()
     output = objective.loss(model, batch_of(samples))
     output.loss_sum.backward()

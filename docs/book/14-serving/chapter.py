@@ -367,7 +367,7 @@ def figure_bits(figure, say):
     axes.set_yscale("log")
     axes.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
     axes.minorticks_off()
-    axes.text(8, held_out_loss(model) * 1.15, say("not rounded", "未舍入"), color="0.5",
+    axes.text(8, 1.15 * plain, say("not rounded", "未舍入"), color="0.5",
               ha="right", fontsize=9)  # fmt: skip
     axes.grid(alpha=0.15)
 
