@@ -30,7 +30,7 @@ function bookPiece(root, data, lang) {
   const options = (names) => names.map((name) => `<option>${name}</option>`).join("");
   root.innerHTML = `
     <label>${say("Ranks: ", "rank 数：")}<output data-id="size-value"></output><br>
-      <input type="range" data-id="size" min="2" max="6" value="3">
+      <input type="range" data-id="size" min="2" max="5" value="3">
     </label>
     <div>
       <button data-id="next">${say("Next step", "下一步")}</button>
@@ -38,7 +38,7 @@ function bookPiece(root, data, lang) {
       <button data-id="reset">${say("Start again", "重新开始")}</button>
     </div>
     <p data-id="phase"></p>
-    <table data-id="grid"></table>
+    <table data-id="grid" style="white-space:nowrap"></table>
     <p data-id="messages" class="note"></p>
     <p data-id="sent"></p>
     <label>${say("Model: ", "模型：")}<select data-id="model">${options(Object.keys(data.models))}</select></label>
@@ -67,7 +67,7 @@ function bookPiece(root, data, lang) {
   function showGrid(size, last) {
     const complete = (10 ** size - 1) / 9;
     const received = step ? chunksSent(size, step - 1) : [];
-    const head = Array.from({ length: size }, (_, chunk) => `<th>${chunk}</th>`).join("");
+    const head = Array.from({ length: size }, (_, chunk) => `<th style="padding:.1em .35em!important">${say("chunk", "块")} ${chunk}</th>`).join("");
     const rows = buffers.map((row, rank) => {
       const cells = row.map((value, chunk) => {
         const share = String(value).split("").filter((digit) => digit === "1").length / size;
@@ -76,9 +76,9 @@ function bookPiece(root, data, lang) {
         const border = isNew ? "outline:2px solid #d9822b;outline-offset:-2px" : "";
         return `<td style="background:${color};${border};padding:.1em .35em!important">${value}</td>`;
       });
-      return `<tr><th>rank ${rank}</th>${cells.join("")}</tr>`;
+      return `<tr><th>${rank}</th>${cells.join("")}</tr>`;
     });
-    part("grid").innerHTML = `<tr><th></th>${head}</tr>${rows.join("")}`;
+    part("grid").innerHTML = `<tr><th>rank</th>${head}</tr>${rows.join("")}`;
     part("next").disabled = part("end").disabled = step === last;
   }
 
@@ -86,9 +86,10 @@ function bookPiece(root, data, lang) {
     const size = buffers.length;
     const last = 2 * (size - 1);
     part("size-value").textContent = size;
-    const phase = step ? ["reduce-scatter", "all-gather"][Number(step > size - 1)] : "–";
+    const phase = ["reduce-scatter", "all-gather"][Number(step > size - 1)];
     part("phase").textContent = say(
-      `Step ${step} of ${last}: ${phase}`, `第 ${step} 步，共 ${last} 步：${phase}`);
+      `Step ${step} of ${last}${step ? `: ${phase}` : ""}`,
+      `第 ${step} 步，共 ${last} 步${step ? `：${phase}` : ""}`);
     showGrid(size, last);
     const moved = step ? chunksSent(size, step - 1) : [];
     part("messages").textContent = moved

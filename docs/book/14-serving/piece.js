@@ -214,7 +214,8 @@ function tokenizerOf(model) {
     }
     return parts.map((part) => idOf.get(part));
   });
-  const bytes = (id) => Uint8Array.from(model.tokens[id], (name) => byteOf.get(name) ?? 63);
+  const isControl = (id) => model.metadata["tokenizer.ggml.token_type"][id] === 3;
+  const bytes = (id) => Uint8Array.from(isControl(id) ? "" : model.tokens[id], (name) => byteOf.get(name));
   return { encode, bytes, id: (name) => idOf.get(name) };
 }
 
