@@ -436,6 +436,8 @@ facts = {
     "record_stops": sum(kind["stops"] for kind in kinds.values()),
     "laptop_step": f"{step_seconds:.0f}",
     "laptop_exchange": f"{gigabit:.1f}",
+    "passes": f"{forward_backward:.1f}",
+    "optimizers": f"{optimizer_seconds}",
     "muon_8": f"{(forward_backward + optimizer_seconds) / muon_seconds:.1f}",
     "base_one": f"{16 * parameters['base'] / 1e6:,.0f}",
     "base_eight": f"{16 * parameters['base'] / 8 / 1e6:,.0f}",

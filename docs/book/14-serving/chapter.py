@@ -23,7 +23,7 @@ def part_of(name, columns):
 
 subjects = [part_of("planets", ["order", "kind"]), part_of("english", ["capital"])]
 facts_to_learn = [fact for subject in subjects for fact in subject.facts]
-chats = list(islice(dialogues(1, subjects=subjects), 4000))
+chats = list(islice(dialogues(1, subjects=subjects), 3000))
 texts = [message["content"] for chat in chats for message in chat]
 tokenizer = train_tokenizer(texts, vocab_size=512)
 encoded = encode_chats(tokenizer, chats)
@@ -94,7 +94,7 @@ from minimind.serving.server import Server, bind, url_of
 served = load_models(find_models([folder]), device="cpu", slots=4)
 sockets = bind("127.0.0.1", 0)  # port 0: any free one
 server = Server(served)
-thread = threading.Thread(target=server.serve_at, args=(sockets,))
+thread = threading.Thread(target=server.serve_at, args=(sockets,), daemon=True)
 thread.start()
 while not server.started:
     time.sleep(0.01)
@@ -194,10 +194,9 @@ for wrong in ({"temprature": 0.5}, {"tools": [{"type": "function"}]}):
         post(question("Hello", **wrong))
     except urllib.error.HTTPError as error:
         print(error.code, json.load(error)["error"]["message"])
-# --8<-- [end:errors]
-
-server.should_exit = True
+server.should_exit = True  # that was all; the service ends
 thread.join()
+# --8<-- [end:errors]
 
 # --8<-- [start:export]
 from minimind.export.gguf import export_gguf
@@ -252,7 +251,9 @@ def read_gguf(content):
         name = reader.text()
         dimensions = [reader.number("Q") for _ in range(reader.number("I"))]
         tensors[name] = (dimensions, reader.number("I"), reader.number("Q"))
-    start = -(-reader.at // 32) * 32  # the next multiple of 32
+    start = (
+        -(-reader.at // 32) * 32
+    )  # the next multiple of 32, the default alignment
     return metadata, {n: (d, t, start + at) for n, (d, t, at) in tensors.items()}
 
 
