@@ -26,15 +26,21 @@ facts_to_learn = [fact for subject in subjects for fact in subject.facts]
 chats = list(islice(dialogues(1, subjects=subjects), 3000))
 texts = [message["content"] for chat in chats for message in chat]
 tokenizer = train_tokenizer(texts, vocab_size=512)
-encoded = encode_chats(tokenizer, chats)
-shard = Shard(
-    tokens=np.concatenate([np.array(ids) for ids, _ in encoded]),
-    mask=np.concatenate([np.array(mask, np.uint8) for _, mask in encoded]),
-    ends=np.cumsum([len(ids) for ids, _ in encoded]),
-)
-pad = tokenizer.end_of_text
-packed = ChatSequences([shard], 128, pad_id=pad, seed=0)
-print(len(facts_to_learn), "facts,", len(packed), "sequences of 128 tokens")
+
+
+def packed(chats):
+    """Return conversations as training reads them, in sequences of 128 tokens."""
+    encoded = encode_chats(tokenizer, chats)
+    shard = Shard(
+        tokens=np.concatenate([np.array(ids) for ids, _ in encoded]),
+        mask=np.concatenate([np.array(mask, np.uint8) for _, mask in encoded]),
+        ends=np.cumsum([len(ids) for ids, _ in encoded]),
+    )
+    return ChatSequences([shard], 128, pad_id=tokenizer.end_of_text, seed=0)
+
+
+data = MixedDataset([packed(chats)], [1.0], seed=0)
+print(len(facts_to_learn), "facts,", len(chats), "conversations")
 # --8<-- [end:data]
 
 # --8<-- [start:learn]
@@ -60,7 +66,6 @@ config = ModelConfig(
     max_position_embeddings=128,
 )
 model, cpu, steps = Transformer(config), torch.device("cpu"), 200
-data = MixedDataset([packed], [1.0], seed=0)
 objective = NextToken(tokenizer.token_bytes, cpu)
 optimizers = Optimizers(model, OptimSettings(lr=1e-2, muon_lr=0.03))
 for step in range(steps):
@@ -335,25 +340,22 @@ for bits in (8, 6, 4, 3, 2):
 # --8<-- [end:quantized]
 
 
-@torch.inference_mode()
-def held_out_loss(model):
+# --8<-- [start:losses]
+unseen = packed(list(islice(dialogues(2, subjects=subjects), 300)))
+held_out = to_device(MixedDataset([unseen], [1.0], seed=0).batch(0, 64), cpu)
+
+
+@torch.no_grad()
+def loss_of(model):
     """Return the loss on answers to questions of another seed, in nats per token."""
-    chats = encode_chats(
-        tokenizer, list(islice(dialogues(2, subjects=subjects), 80))
-    )
-    total = count = 0
-    for ids, mask in chats:
-        logits = model.logits(model(torch.tensor([ids[:-1]])))[0]
-        losses = torch.nn.functional.cross_entropy(
-            logits, torch.tensor(ids[1:]), reduction="none"
-        )
-        total += (losses * torch.tensor(mask[1:])).sum().item()
-        count += sum(mask[1:])
-    return total / count
+    output = objective.loss(model, held_out)
+    return (output.loss_sum / output.count).item()
 
 
-plain = held_out_loss(model)
-losses = {bits: held_out_loss(rounded(model, bits)) for bits in range(2, 9)}
+plain = loss_of(model)
+losses = {bits: loss_of(rounded(model, bits)) for bits in range(2, 9)}
+print("the same with 8 bits:", abs(losses[8] - plain) < 0.1 * plain)
+# --8<-- [end:losses]
 
 
 def figure_bits(figure, say):
