@@ -347,7 +347,7 @@ held_out = to_device(MixedDataset([unseen], [1.0], seed=0).batch(0, 64), cpu)
 
 @torch.no_grad()
 def loss_of(model):
-    """Return the loss on answers to questions of another seed, in nats per token."""
+    """Return the loss on answers to unseen questions, in nats per token."""
     output = objective.loss(model, held_out)
     return (output.loss_sum / output.count).item()
 
