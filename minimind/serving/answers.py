@@ -50,6 +50,7 @@ class Answers:
                 self._loop.call_soon_threadsafe(self._receive, index, piece)
 
         return forward
+
     # --8<-- [end:forwarder]
 
     def _receive(self, index: int, piece: Piece) -> None:

@@ -119,6 +119,7 @@ class TorchBackend:
         # --8<-- [end:clip-and-step]
         self._optimizers.zero_grad()
         return norm
+
     # --8<-- [end:step]
 
     def discard(self) -> bool:

@@ -67,6 +67,7 @@ class ProcessGroup:
         assert count % self.size == 0, "all shards have the same size"
         shard_size = count // self.size
         return range(start + self.rank * shard_size, start + (self.rank + 1) * shard_size)
+
     # --8<-- [end:shard]
 
     def any_rank(self, flag: bool) -> bool:
