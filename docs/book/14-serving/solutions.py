@@ -1,9 +1,33 @@
-# --8<-- [start:bandwidth]
-for bits, gigabytes, tokens in ((16, 14.0, 3), (8.5, 7.4, 6), (4.5, 3.9, 12)):
-    size = 7e9 * bits / 8
-    assert abs(size / 1e9 - gigabytes) < 0.1
-    assert int(50e9 / size) == tokens
-# --8<-- [end:bandwidth]
+# --8<-- [start:overload]
+import heapq
+
+from minimind.serving.admission import AdmissionQueue
+from minimind.serving.errors import APIError
+
+
+def first_refusal(rate, minutes=10):
+    """Return the time of the first refused request, and how long the last one waited."""
+    queue, ends, free, wait = AdmissionQueue(16, 64), [], [0.0] * 16, 0.0
+    for number in range(rate * 60 * minutes):
+        now = number / rate
+        while ends and ends[0] <= now:
+            heapq.heappop(ends)
+            queue.release(4.0)
+        try:
+            queue.admit(1)
+        except APIError:
+            return now, wait
+        start = max(now, heapq.heappop(free))  # in the slot that is free first
+        wait = start - now
+        for times in (free, ends):
+            heapq.heappush(times, start + 4.0)
+    return None, wait
+
+
+assert first_refusal(rate=4) == (None, 0.0)  # 16 / 4
+refused, waited = first_refusal(rate=5)
+assert 60 < refused < 70 and 15 < waited < 17
+# --8<-- [end:overload]
 
 
 # --8<-- [start:q4]
