@@ -43,9 +43,9 @@ function bookPiece(root, data, lang) {
       "52 exams, sorted. Grey dashes: chance. Green: the true accuracy. Orange intervals miss it.",
       "共 52 次考试，从低到高排列。灰色虚线为随机猜测，绿线为真实准确率，橙色区间没有包含它。")}</p>
     <label>${say("A result of your own: right ", "你自己的结果：答对 ")}
-      <input type="number" data-id="right" min="0" value="${data.right}" style="width:6em">
+      <input type="text" inputmode="numeric" data-id="right" value="${data.right}" style="width:6em">
       ${say(" of ", " 题，共 ")}
-      <input type="number" data-id="questions" min="1" value="${data.questions}" style="width:6em">
+      <input type="text" inputmode="numeric" data-id="questions" value="${data.questions}" style="width:6em">
       ${say("", " 题")}
     </label>
     <p><b data-id="own"></b></p>`;
