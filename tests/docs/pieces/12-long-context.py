@@ -1,0 +1,58 @@
+"""The piece has the frequencies of the package and the scores of the chapter's head."""
+
+import json
+import math
+import re
+
+import torch
+
+from docs.book.chapters import Chapter
+from minimind.config.model import ModelConfig
+from minimind.model.rope import extend_context, rope_frequencies
+from tests.support.pieces import PiecePage
+
+LENGTHS = [512, 768, 1024, 2048, 4096, 8192, 16384]
+CONFIG = ModelConfig(head_dim=64, max_position_embeddings=512)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text.replace("−", "-"))]
+
+
+def expected(kind: str, length: int, weights: torch.Tensor) -> tuple[int, list[float], float]:
+    """Return the pairs with unseen angles, the scores, and the percentage within 512."""
+    trained, _ = rope_frequencies(CONFIG, 1)
+    changed, factor = trained, 1.0
+    if kind != "none" and length > 512:
+        changed, factor = rope_frequencies(extend_context(CONFIG, length, kind), length)
+    turn = 2 * math.pi
+    known, reached = (trained * 512).clamp(max=turn), (changed * length).clamp(max=turn)
+    angles = torch.arange(length)[:, None] * changed.double()
+    scores = torch.cat((angles.cos(), angles.sin()), 1) @ weights
+    share = (scores * factor**2).softmax(0)[:512].sum().item()
+    return int((reached > known * (1 + 1e-5)).sum()), scores.tolist(), 100 * share
+
+
+def check(page: PiecePage) -> None:
+    data = json.loads((Chapter("12-long-context").outputs / "piece.json").read_text("utf-8"))
+    weights = torch.tensor(data["weights"], dtype=torch.float64)
+    assert len(page.find('[data-id="dials"] text')) == 8
+    for kind in ("none", "linear", "dynamic", "yarn"):
+        page.write("kind", kind)
+        for length in (512, 768, 2048, 16384):
+            page.write("length", str(LENGTHS.index(length)))
+            unseen, scores, share = expected(kind, length, weights)
+            assert unseen in numbers(page.text("unseen")), (kind, length)
+            values = numbers(page.text("scores"))
+            shown = [value for value in values if value not in (0, 511)] or values
+            for value in (scores[0], scores[511], scores[-1]):
+                assert any(abs(value - n) < 0.02 for n in shown), (kind, length, value)
+            assert abs(numbers(page.text("nearest"))[0] - (scores[0] - scores[1])) < 0.002
+            assert abs(numbers(page.text("share"))[-1] - share) < 0.1
+    page.write("length", "3")
+    page.write("kind", "none")
+    assert "16" in page.text("unseen")
+    assert page.find('[data-id="dials"] [stroke="#e8833a"]')
+    page.write("kind", "yarn")
+    assert 0 in numbers(page.text("unseen"))
+    assert not page.find('[data-id="dials"] [stroke="#e8833a"]')
