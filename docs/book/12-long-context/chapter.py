@@ -89,14 +89,17 @@ print(f"{share_within(far, linear):.3f}")
 # --8<-- [end:interpolation]
 
 # --8<-- [start:base]
-ratio = LONG / TRAINED
-base = config.rope_theta * ratio ** (64 / 62)
-by_hand = base ** (-2 * torch.arange(32) / 64)
-print(f"base {base:,.0f}", torch.allclose(by_hand, extended["dynamic"][0]))
+longer = extend_context(config, LONG, "dynamic")
 for length in (512, 768, 1024, 2048):
-    longer = extend_context(config, LONG, "dynamic")
-    slowest = rope_frequencies(longer, length)[0][-1] / frequencies[-1]
-    print(f"{length:4} tokens: the slowest pair is divided by {1 / slowest:.2f}")
+    s = 4 * length / TRAINED - 3
+    base = config.rope_theta * s ** (64 / 62)
+    by_hand = base ** (-torch.arange(32) / 32)
+    package, _ = rope_frequencies(longer, length)
+    divided = frequencies / package
+    print(
+        f"{length:4} tokens: s = {s:4.1f}, equal: {torch.allclose(by_hand, package)},",
+        f"pair 16 / {divided[16]:.2f}, pair 31 / {divided[31]:.2f}",
+    )
 # --8<-- [end:base]
 
 # --8<-- [start:yarn]
