@@ -42,7 +42,7 @@ from itertools import islice
 from minimind.data.textbook import prose
 from minimind.tokenizer import train_tokenizer
 
-training = list(islice(prose(1), 1500))
+training = list(islice(prose(1), 1000))
 known = set(training)
 held_out = list(islice((text for text in prose(2) if text not in known), 60))
 num_bytes = [len(text.encode()) for text in held_out]
@@ -98,9 +98,9 @@ Venezuela Caracas, Argentina Buenos Aires, Mexico Mexico City, Jordan Amman,
 Cambodia Phnom Penh, Ethiopia Addis Ababa, Mongolia Ulaanbaatar, Iceland Reykjavik,
 Colombia Bogota"""
 CAPITALS = dict(pair.split(maxsplit=1) for pair in PAIRS.replace("\n", " ").split(", "))
-taught = list(CAPITALS)[:30]  # the other ten occur nowhere in the text
+taught = list(CAPITALS)[:30]  # of the other ten, only the cities are mentioned
 sentences = [f"The capital of {land} is {CAPITALS[land]}." for land in taught]
-sentences += [f"{CAPITALS[land]} is a large city." for land in taught]
+sentences += [f"{capital} is a large city." for capital in CAPITALS.values()]
 model = Counts(sentences, order=14, num_tokens=128)  # a token is one character
 
 chance = random.Random(1)
@@ -149,18 +149,18 @@ QUESTION = "Which city is the capital of {}? Answer:"
 SENTENCE = "The capital of {} is"
 STYLES = {
     "letter": letter_scores,
-    "question": lambda m, land: text_scores(m, land, QUESTION, per_byte=True),
-    "sentence": lambda m, land: text_scores(m, land, SENTENCE, per_byte=True),
-    "sentence, sum": lambda m, land: text_scores(m, land, SENTENCE, per_byte=False),
+    "question, sum": lambda m, land: text_scores(m, land, QUESTION, False),
+    "question, per byte": lambda m, land: text_scores(m, land, QUESTION, True),
+    "sentence, per byte": lambda m, land: text_scores(m, land, SENTENCE, True),
 }
 
 
-def sit(model, style, lands=exam):
+def sit(model, style):
     """Return the options that the model chooses, by land."""
     chosen = {}
-    for land in lands:
+    for land, options in exam.items():
         scores = STYLES[style](model, land)
-        chosen[land] = exam[land][scores.index(max(scores))]
+        chosen[land] = options[scores.index(max(scores))]
     return chosen
 
 
@@ -169,33 +169,10 @@ def count_right(chosen):
 
 
 for style in STYLES:
-    print(f"{style:14} {count_right(sit(model, style)):2} of {len(exam)} right")
+    chosen = sit(model, style)
+    length = sum(map(len, chosen.values())) / len(chosen)
+    print(f"{style:18} {count_right(chosen):2} of 40 right, {length:.1f} bytes")
 # --8<-- [end:styles]
-
-unknown = [land for land in exam if land not in taught]
-
-
-def table_styles(say):
-    names = {
-        "letter": say("letter after the question", "问题之后的字母"),
-        "question": say("answer after the question, per byte", "问题之后的答案，按字节"),
-        "sentence": say("end of the sentence, per byte", "句子的结尾，按字节"),
-        "sentence, sum": say("end of the sentence, sum", "句子的结尾，总和"),
-    }
-    head = [
-        say("scored", "打分对象"),
-        say("30 taught", "教过的 30 题"),
-        say("10 not taught", "没教过的 10 题"),
-        say("bytes of the choice, not taught", "没教过的题：所选答案的平均字节数"),
-    ]
-    table = [head]
-    for style, name in names.items():
-        first = count_right(sit(model, style, taught))
-        chosen = sit(model, style, unknown)
-        length = sum(map(len, chosen.values())) / len(chosen)
-        table.append([name, first, count_right(chosen), f"{length:.1f}"])
-    return table
-
 
 # --8<-- [start:wilson]
 from minimind.evaluation.statistics import wilson_interval
@@ -297,20 +274,33 @@ def invented_judge(first=0, per_word=0):
 trials = make_trials(prompts, answers)
 judges = {
     "fair": invented_judge(),
-    "prefers the first": invented_judge(first=50),
-    "prefers long answers": invented_judge(per_word=3),
+    "prefers the first": invented_judge(first=30),
+    "prefers long answers": invented_judge(per_word=2),
 }
-reports = {}
+wins, reports = {}, {}
 for name, ask in judges.items():
     with tempfile.TemporaryDirectory() as folder:
         replies = judge(ask, trials, Path(folder) / "judge.jsonl", identity={})
     reports[name] = verdicts(trials, replies, list(answers))
-    wins = {row["model"]: row["wins"] for row in reports[name]["ranking"]}
+    wins[name] = {row["model"]: row["wins"] for row in reports[name]["ranking"]}
     print(
-        f"{name:20} brief wins {wins['brief']:.0%}, both orders agree in",
+        f"{name:20} brief wins {wins[name]['brief']:.0%}, the two orders agree in",
         f"{reports[name]['position_consistency']:.0%}",
     )
 # --8<-- [end:judge]
+
+# --8<-- [start:orders]
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "judge.jsonl"
+    replies = judge(judges["prefers the first"], trials, path, identity={})
+for first in ("brief", "wordy"):
+    shown = [replies[trial.id] for trial in trials if trial.models[0] == first]
+    better = sum(
+        reply["scores"][reply["models"].index("brief")] == max(reply["scores"])
+        for reply in shown
+    )
+    print(f"{first} always first: brief wins {better / len(shown):.0%}")
+# --8<-- [end:orders]
 
 # --8<-- [start:search]
 from minimind.data.ngrams import QuestionIndex
@@ -331,10 +321,10 @@ for document in documents:
 leaked = [QUESTION.format(land) + f" {CAPITALS[land]}." for land in exam]
 contaminated = Counts(sentences + leaked, order=14, num_tokens=128)
 REWORDED = "Tell me {}'s capital city. Answer:"
-STYLES["reworded"] = lambda m, land: text_scores(m, land, REWORDED, per_byte=True)
-for style in ("question", "reworded"):
-    scores = [count_right(sit(m, style)) for m in (model, contaminated)]
-    print(f"{style:9} clean {scores[0]:2}, contaminated {scores[1]:2} of {len(exam)}")
+STYLES["reworded"] = lambda m, land: text_scores(m, land, REWORDED, True)
+for style in ("question, per byte", "reworded"):
+    clean, spoilt = (count_right(sit(m, style)) for m in (model, contaminated))
+    print(f"{style:18} clean {clean:2} of 40, contaminated {spoilt:2} of 40")
 # --8<-- [end:contaminated]
 
 
@@ -363,12 +353,12 @@ def write(temperature, seed, length=60):
 for temperature in (0, 1):
     text = write(temperature, seed=1)
     print(f"temperature {temperature}: repeated {repeated_fraction(text):.2f}")
-    print("  " + " ".join(text[:16]) + " …")
+    print("  … " + " ".join(text[-40:-20]) + "\n  " + " ".join(text[-20:]))
 # --8<-- [end:write]
 
 TEMPERATURES = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.3]
 repetition = [
-    sum(repeated_fraction(write(t, seed)) for seed in range(100)) / 100
+    sum(repeated_fraction(write(t, seed)) for seed in range(40)) / 40
     for t in TEMPERATURES
 ]
 excerpts = [words[start : start + 62] for start in range(0, len(words) - 62, 62)]
@@ -398,3 +388,30 @@ for answer in RECORDED:
 low, high = wilson_interval(0, 8)
 print(f"none of 8 answers unfinished: interval {low:.0%} to {high:.0%}")
 # --8<-- [end:degeneration]
+
+
+def percent(value):
+    return f"{value:.0%}".replace("%", " %")
+
+
+sentence = sit(model, "sentence, per byte")
+options = [city for cities in exam.values() for city in cities]
+facts = {
+    "perplexity_300": f"{rows[0][0]:.2f}",
+    "perplexity_1200": f"{rows[2][0]:.2f}",
+    "perplexity_2400": f"{rows[3][0]:.2f}",
+    "bits_300": f"{rows[0][1]:.2f}",
+    "bits_1200": f"{rows[2][1]:.2f}",
+    "bits_2400": f"{rows[3][1]:.2f}",
+    "sentence_right": count_right(sentence),
+    "untaught_right": sum(
+        sentence[land] == CAPITALS[land] for land in exam if land not in taught
+    ),
+    "option_bytes": f"{sum(map(len, options)) / len(options):.1f}",
+    "letter_right": count_right(sit(model, "letter")),
+    "fair": percent(wins["fair"]["brief"]),
+    "long": percent(wins["prefers long answers"]["brief"]),
+    "spoilt": count_right(sit(contaminated, "question, per byte")),
+    "excerpts": f"{human:.2f}",
+}
+piece = {"right": 335, "questions": 1342}

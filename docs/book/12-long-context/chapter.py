@@ -52,7 +52,8 @@ def share_within(distances, frequencies, factor=1.0):
 
 
 far = torch.arange(LONG)
-print(f"{share_within(far, frequencies):.3f}")
+wish = (-2 * torch.log1p(far / 16)).softmax(0)[:TRAINED].sum()
+print(f"as wanted {wish:.3f}, with the head {share_within(far, frequencies):.3f}")
 # --8<-- [end:attention]
 
 # --8<-- [start:methods]
@@ -243,3 +244,17 @@ for row in sliding_windows(range(1, 11), start=[0], context=4):
     read, scored = row.tokens[: row.start], row.tokens[row.start :]
     print(f"given {list(read)} score {list(scored)}")
 # --8<-- [end:windows]
+
+
+extended_table = record["bits_per_byte_stretched_to_4096_by_window"]
+facts = {
+    "ntk_16": f"{4 ** (32 / 62):.2f}",
+    "share_none": f"{share_within(far, frequencies):.3f}",
+    "share_linear": f"{share_within(far, linear):.2f}",
+    "share_yarn": f"{share_within(far, *extended['yarn']):.2f}",
+    "loss_none": f"{by_context['none']['4096'] - by_context['none']['512']:.3f}",
+    "yarn_wide": f"{extended_table['yarn']['512']:.3f}",
+    "short": f"{by_context['none']['512']:.3f}",
+    "crossing": f"{2 * parameters / cache_bytes(1):,.0f}",
+}
+piece = {"weights": [round(weight, 4) for weight in weights.tolist()]}
