@@ -29,7 +29,9 @@ class Counts:
     def nats(self, tokens, start=0):
         """Return the sum of -ln P over the tokens from index `start` on."""
         return -sum(
-            math.log(self.probability(tokens[t], tokens[max(0, t - self.order) : t]))
+            math.log(
+                self.probability(tokens[t], tokens[max(0, t - self.order) : t])
+            )
             for t in range(start, len(tokens))
         )
 
@@ -97,7 +99,9 @@ Senegal Dakar, Morocco Rabat, Austria Vienna, Jamaica Kingston, Qatar Doha,
 Venezuela Caracas, Argentina Buenos Aires, Mexico Mexico City, Jordan Amman,
 Cambodia Phnom Penh, Ethiopia Addis Ababa, Mongolia Ulaanbaatar, Iceland Reykjavik,
 Colombia Bogota"""
-CAPITALS = dict(pair.split(maxsplit=1) for pair in PAIRS.replace("\n", " ").split(", "))
+CAPITALS = dict(
+    pair.split(maxsplit=1) for pair in PAIRS.replace("\n", " ").split(", ")
+)
 taught = list(CAPITALS)[:30]  # of the other ten, only the cities are mentioned
 sentences = [f"The capital of {land} is {CAPITALS[land]}." for land in taught]
 sentences += [f"{capital} is a large city." for capital in CAPITALS.values()]
@@ -130,7 +134,9 @@ for city in exam["Peru"]:
 # --8<-- [start:styles]
 def letter_scores(model, land):
     """Score the letters A to D after the question and its options."""
-    lines = [f"{letter}. {city}" for letter, city in zip("ABCD", exam[land])]
+    lines = [
+        f"{letter}. {city}" for letter, city in zip("ABCD", exam[land], strict=True)
+    ]
     prompt = "\n".join([f"Which city is the capital of {land}?", *lines, "Answer:"])
     return [log_likelihood(model, prompt, f" {letter}") for letter in "ABCD"]
 
@@ -334,14 +340,14 @@ from minimind.evaluation.degeneration import repeated_fraction, split_words
 
 licence = (Path(minimind.__file__).parents[1] / "LICENSE").read_text("utf-8")
 words = split_words(licence)
-writer = Counts([words], order=2, num_tokens=len(set(words)))
+writer = Counts([words], order=1, num_tokens=len(set(words)))
 
 
 def write(temperature, seed, length=60):
-    """Continue "the work" word by word from the counts of the last two words."""
+    """Continue "the work", each word from the counts of the word before it."""
     text, chance = ["the", "work"], random.Random(seed)
     for _ in range(length):
-        seen = writer.followers.get(tuple(text[-2:])) or writer.followers[()]
+        seen = writer.followers.get((text[-1],)) or writer.followers[()]
         if temperature == 0:
             text.append(seen.most_common(1)[0][0])
         else:
@@ -353,10 +359,10 @@ def write(temperature, seed, length=60):
 for temperature in (0, 1):
     text = write(temperature, seed=1)
     print(f"temperature {temperature}: repeated {repeated_fraction(text):.2f}")
-    print("  … " + " ".join(text[-40:-20]) + "\n  " + " ".join(text[-20:]))
+    print("  " + " ".join(text[:14]) + " …")
 # --8<-- [end:write]
 
-TEMPERATURES = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.3]
+TEMPERATURES = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1]
 repetition = [
     sum(repeated_fraction(write(t, seed)) for seed in range(40)) / 40
     for t in TEMPERATURES
@@ -367,8 +373,12 @@ human = sum(map(repeated_fraction, excerpts)) / len(excerpts)
 
 def figure_repetition(figure, say):
     axes = figure.subplots()
-    axes.plot(TEMPERATURES, repetition, marker="o", label=say("written", "写出的文字"))
-    axes.axhline(human, ls="--", lw=1.2, color="0.5", label=say("the licence", "许可证原文"))
+    axes.plot(
+        TEMPERATURES, repetition, marker="o", label=say("written", "写出的文字")
+    )
+    axes.axhline(
+        human, ls="--", lw=1.2, color="0.5", label=say("the licence", "许可证原文")
+    )
     axes.set_ylim(0, 1)
     axes.set_xlabel(say("temperature", "温度"))
     axes.set_ylabel(say("repeated 4-grams", "重复的 4-gram 比例"))

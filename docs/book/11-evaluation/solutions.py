@@ -8,9 +8,13 @@ assert round(bits_per_byte(60, 4.35), 2) == 1.36
 # --8<-- [end:compare]
 
 # --8<-- [start:how-many]
-needed = next(n for n in range(10, 10_000, 10) if wilson_interval(3 * n // 10, n)[0] > 0.25)
+needed = next(
+    n for n in range(10, 10_000, 10) if wilson_interval(3 * n // 10, n)[0] > 0.25
+)
 assert needed == 290
-needed = next(n for n in range(50, 99_950, 50) if wilson_interval(13 * n // 50, n)[0] > 0.25)
+needed = next(
+    n for n in range(50, 99_950, 50) if wilson_interval(13 * n // 50, n)[0] > 0.25
+)
 assert needed == 7250
 # --8<-- [end:how-many]
 

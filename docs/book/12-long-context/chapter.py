@@ -26,7 +26,9 @@ def waves(distances, frequencies):
 
 
 seen = torch.arange(TRAINED)
-wanted = -2 * torch.log1p(seen / 16).double()  # the farther away, the lower the score
+wanted = (
+    -2 * torch.log1p(seen / 16).double()
+)  # the farther away, the lower the score
 X = waves(seen, frequencies)
 ridge = 1e-2 * torch.eye(64, dtype=torch.float64)
 weights = torch.linalg.solve(X.T @ X + ridge, X.T @ wanted)
@@ -66,10 +68,14 @@ for kind in ("linear", "dynamic", "yarn"):
 # --8<-- [end:methods]
 
 
+COLORS = {"none": "C3", "linear": "C0", "dynamic": "C1", "yarn": "C2"}
+
+
 def figure_frequencies(figure, say):
     axes = figure.subplots()
     for kind, (changed, _) in extended.items():
-        axes.plot(changed / frequencies, marker=".", label=kind)
+        ratio = changed / frequencies
+        axes.plot(ratio, marker=".", color=COLORS[kind], label=kind)
     axes.axvline(15.3, ls="--", lw=1.2, color="0.5")
     axes.set_ylim(0, 1.1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -80,14 +86,28 @@ def figure_frequencies(figure, say):
 
 
 # --8<-- [start:interpolation]
-positions = torch.arange(LONG)
 linear, _ = extended["linear"]
-print(torch.allclose(scores(positions, linear), scores(positions / 4, frequencies)))
-for name, changed in (("trained", frequencies), ("linear", linear)):
-    here, next_one = scores(torch.tensor([0, 1]), changed).tolist()
-    print(f"{name:8} the nearest two tokens differ by {here - next_one:.3f}")
-print(f"{share_within(far, linear):.3f}")
+print(torch.allclose(scores(far, linear), scores(far / 4, frequencies)))
+print(f"attention on the nearest 512: {share_within(far, linear):.2f}")
 # --8<-- [end:interpolation]
+
+
+# --8<-- [start:previous]
+def look_back(changed, factor=1.0):
+    """Return the attention by distance of a head that looks one token back."""
+    angles = (
+        far[:, None] * changed - frequencies
+    )  # the weights turn queries back by 1
+    return (2 * factor**2 * angles.cos().sum(1)).softmax(0)
+
+
+for name, changed in (("trained", frequencies), ("linear", linear)):
+    attention = look_back(changed)
+    print(
+        f"{name:8} looks {int(attention.argmax())} back,",
+        f"attention on the previous token {attention[1]:.2f}",
+    )
+# --8<-- [end:previous]
 
 # --8<-- [start:base]
 longer = extend_context(config, LONG, "dynamic")
@@ -104,18 +124,22 @@ for length in (512, 768, 1024, 2048):
 # --8<-- [end:base]
 
 # --8<-- [start:yarn]
-changed, factor = extended["yarn"]
-print(f"factor {factor:.3f}, scores times {factor**2:.3f}")
-print(f"{share_within(far, changed):.3f} {share_within(far, changed, factor):.3f}")
+for kind, (changed, factor) in extended.items():
+    print(
+        f"{kind:8} factor {factor:.3f},",
+        f"on the nearest 512: {share_within(far, changed, factor):.2f},",
+        f"on the previous token: {look_back(changed, factor)[1]:.2f}",
+    )
 # --8<-- [end:yarn]
 
 
 def figure_scores(figure, say):
     panels = figure.subplots(1, 2, sharey=True)
     titles = (say("without scaling", "不缩放"), say("with scaling", "缩放之后"))
-    panels[0].plot(far, scores(far, frequencies), lw=1)
+    panels[0].plot(far, scores(far, frequencies), lw=1, color=COLORS["none"])
     for kind, (changed, _) in extended.items():
-        panels[1].plot(far, scores(far, changed), lw=1, label=kind)
+        style = dict(lw=1, color=COLORS[kind], label=kind)
+        panels[1].plot(far, scores(far, changed), **style)
     for axes, title in zip(panels, titles, strict=True):
         axes.axvline(TRAINED, ls="--", lw=1.2, color="0.5")
         axes.set_title(title, fontsize=9)
@@ -154,7 +178,9 @@ with torch.inference_mode():
         changed_model = Transformer(tiny.config)
         changed_model.load_state_dict(tiny.state_dict())
         changed_model.extend_context(1024, kind)
-        same = torch.equal(changed_model.logits(changed_model(text[:, :200])), plain)
+        same = torch.equal(
+            changed_model.logits(changed_model(text[:, :200])), plain
+        )
         context = changed_model.config.max_position_embeddings
         print(f"{kind:8} context {context}, short text unchanged: {same}")
 # --8<-- [end:model]
@@ -179,7 +205,8 @@ def figure_record(figure, say):
     panels = figure.subplots(1, 2, sharey=True)
     names = {"none": say("no scaling", "不缩放")}
     for kind, row in by_context.items():
-        style = dict(marker="o", ms=4, label=names.get(kind, kind))
+        label = names.get(kind, kind)
+        style = dict(marker="o", ms=4, color=COLORS[kind], label=label)
         panels[0].plot([str(n) for n in row], list(row.values()), **style)
         ends = [place.partition("-")[2] for place in by_position[kind]]
         panels[1].plot(ends, list(by_position[kind].values()), **style)
@@ -212,7 +239,9 @@ def attention_products(tokens):
 for tokens in (512, 2048, 8192, 32768):
     share = attention_products(tokens) / (attention_products(tokens) + parameters)
     mib = cache_bytes(tokens) / 2**20
-    print(f"{tokens:6} tokens: cache {mib:5.0f} MiB, attention {share:.0%} of the work")
+    print(
+        f"{tokens:6} tokens: cache {mib:5.0f} MiB, attention {share:.0%} of the work"
+    )
 print(f"as much as the weights: {2 * parameters // cache_bytes(1):,} tokens")
 # --8<-- [end:cost]
 
@@ -221,7 +250,10 @@ def table_cost(say):
     head = [
         say("tokens", "词元数"),
         say("KV cache", "KV 缓存"),
-        say("multiplications of attention, whole prompt", "注意力的乘法次数（整段提示词）"),
+        say(
+            "multiplications of attention, whole prompt",
+            "注意力的乘法次数（整段提示词）",
+        ),
         say("of all other layers", "其余各层的乘法次数"),
     ]
     table = [head]
@@ -250,8 +282,8 @@ extended_table = record["bits_per_byte_stretched_to_4096_by_window"]
 facts = {
     "ntk_16": f"{4 ** (32 / 62):.2f}",
     "share_none": f"{share_within(far, frequencies):.3f}",
-    "share_linear": f"{share_within(far, linear):.2f}",
-    "share_yarn": f"{share_within(far, *extended['yarn']):.2f}",
+    "back_trained": f"{look_back(frequencies)[1]:.2f}",
+    "back_linear": f"{look_back(linear)[1]:.2f}",
     "loss_none": f"{by_context['none']['4096'] - by_context['none']['512']:.3f}",
     "yarn_wide": f"{extended_table['yarn']['512']:.3f}",
     "short": f"{by_context['none']['512']:.3f}",

@@ -55,8 +55,8 @@ function bookPiece(root, data, lang) {
       <line data-id="border" y1="0" y2="120" stroke="#888" stroke-dasharray="4 4"></line>
       <polyline data-id="curve" fill="none" stroke="#3b8ad8" stroke-width="1.5"></polyline></svg>
     <p data-id="scores"></p>
-    <p data-id="nearest"></p>
-    <p data-id="share"></p>`;
+    <p data-id="share"></p>
+    <p data-id="back"></p>`;
   const part = (id) => root.querySelector(`[data-id="${id}"]`);
   const trained = ropeFrequencies("none", TRAINED);
 
@@ -112,15 +112,22 @@ function bookPiece(root, data, lang) {
     part("scores").textContent = say(
       `Scores at distance 0: ${shown(values[0])}, at 511: ${shown(values[511])}, at the farthest: ${shown(values[length - 1])}`,
       `距离 0 处的得分：${shown(values[0])}，511 处：${shown(values[511])}，最远处：${shown(values[length - 1])}`);
-    part("nearest").textContent = say(
-      `The nearest two tokens differ by ${(values[0] - values[1]).toFixed(3)}.`,
-      `最近的两个词元得分相差 ${(values[0] - values[1]).toFixed(3)}。`);
     const highest = Math.max(...values);
     const powers = values.map((value) => Math.exp((value - highest) * factor * factor));
     const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
     part("share").textContent = say(
       `Attention on the nearest 512 tokens: ${((100 * sum(powers.slice(0, TRAINED))) / sum(powers)).toFixed(1)} %`,
       `最近 512 个词元得到的注意力：${((100 * sum(powers.slice(0, TRAINED))) / sum(powers)).toFixed(1)} %`);
+
+    const matches = Array.from({ length }, (_, distance) => 2 * factor * factor * sum(
+      frequencies.map((frequency, i) => Math.cos(frequency * distance - trained[i]))));
+    const top = Math.max(...matches);
+    const previous = matches.map((match) => Math.exp(match - top));
+    part("back").textContent = say(
+      `A head trained to look 1 token back looks ${matches.indexOf(top)} back; ` +
+      `the previous token gets ${((100 * previous[1]) / sum(previous)).toFixed(1)} %.`,
+      `训练成往回看 1 个词元的头，现在往回看 ${matches.indexOf(top)} 个；` +
+      `前一个词元得到 ${((100 * previous[1]) / sum(previous)).toFixed(1)} %。`);
   }
 
   for (const id of ["kind", "length"]) part(id).addEventListener("input", show);

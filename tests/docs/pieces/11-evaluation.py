@@ -17,7 +17,10 @@ def check(page: PiecePage) -> None:
         expected = [right / questions, *wilson_interval(right, questions)]
         assert numbers(page.text("own")) == [round(100 * value, 1) for value in expected]
     page.write("right", "20000")
-    assert page.text("own") == {"en": "Not a possible result.", "zh": "不可能有这样的结果。"}[page.lang]
+    assert (
+        page.text("own")
+        == {"en": "Not a possible result.", "zh": "不可能有这样的结果。"}[page.lang]
+    )
 
     def counts(name: str) -> float:
         [count] = [n for n in numbers(page.text(name)) if n != 52] or [52]

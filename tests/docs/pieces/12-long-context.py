@@ -19,8 +19,13 @@ def numbers(text: str) -> list[float]:
     return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", text.replace("−", "-"))]
 
 
-def expected(kind: str, length: int, weights: torch.Tensor) -> tuple[int, list[float], float]:
-    """Return the pairs with unseen angles, the scores, and the percentage within 512."""
+def expected(
+    kind: str, length: int, weights: torch.Tensor
+) -> tuple[int, list[float], float, torch.Tensor]:
+    """Return the pairs with unseen angles, the scores, and the attention of both heads.
+
+    Attention: the percentage within 512 tokens, and by distance for the head that looks back.
+    """
     trained, _ = rope_frequencies(CONFIG, 1)
     changed, factor = trained, 1.0
     if kind != "none" and length > 512:
@@ -30,7 +35,8 @@ def expected(kind: str, length: int, weights: torch.Tensor) -> tuple[int, list[f
     angles = torch.arange(length)[:, None] * changed.double()
     scores = torch.cat((angles.cos(), angles.sin()), 1) @ weights
     share = (scores * factor**2).softmax(0)[:512].sum().item()
-    return int((reached > known * (1 + 1e-5)).sum()), scores.tolist(), 100 * share
+    back = (2 * factor**2 * (angles - trained.double()).cos().sum(1)).softmax(0)
+    return int((reached > known * (1 + 1e-5)).sum()), scores.tolist(), 100 * share, back
 
 
 def pairs_unseen(page: PiecePage) -> float:
@@ -45,12 +51,14 @@ def check(page: PiecePage) -> None:
         page.write("kind", kind)
         for length in (512, 768, 2048, 16384):
             page.write("length", str(LENGTHS.index(length)))
-            unseen, scores, share = expected(kind, length, weights)
+            unseen, scores, share, back = expected(kind, length, weights)
             assert pairs_unseen(page) == unseen, (kind, length)
             _, first, _, at_511, last = numbers(page.text("scores"))
             for value, shown in ((scores[0], first), (scores[511], at_511), (scores[-1], last)):
                 assert abs(value - shown) < 0.02, (kind, length)
-            assert abs(numbers(page.text("nearest"))[0] - (scores[0] - scores[1])) < 0.002
+            _, distance, previous = numbers(page.text("back"))
+            assert abs(previous - 100 * back[1].item()) < 0.2
+            assert back[int(distance)] > 0.99 * back.max()
             assert abs(numbers(page.text("share"))[-1] - share) < 0.1
     page.write("length", "3")
     page.write("kind", "none")
