@@ -17,8 +17,12 @@ def unfinished_pairs(theta, length, head_dim=64):
 
 assert unfinished_pairs(10_000, 512) == 16
 assert unfinished_pairs(10_000, 2048) == 11
-assert unfinished_pairs(500_000, 2048) == 18
-assert unfinished_pairs(10_000, 65536) == 0
+assert unfinished_pairs(500_000, 2048) == 17
+longest = math.ceil(
+    2 * math.pi * 10_000 ** (62 / 64)
+)  # one turn of the slowest pair
+assert longest == 47_118
+assert unfinished_pairs(10_000, longest) == 0
 # --8<-- [end:theta]
 
 # --8<-- [start:memory]
@@ -41,14 +45,15 @@ at_600 = rope_frequencies(extend_context(config, LONG, "dynamic"), 600)[0]
 at_2048 = rope_frequencies(extend_context(config, LONG, "dynamic"), 2048)[0]
 
 
-def mixed_score(query_position, key_position):
-    """Return the score between equal vectors, the key rotated when 600 were read."""
-    angles = query_position * at_2048.double() - key_position * at_600.double()
-    return angles.cos().mean().item()
+def score(query_position, key_position, query_frequencies, key_frequencies):
+    """Return the mean cosine of the angles between two equal vectors."""
+    angles = query_position * query_frequencies - key_position * key_frequencies
+    return angles.double().cos().mean().item()
 
 
-near, far_away = mixed_score(110, 100), mixed_score(510, 500)  # the same distance
-assert abs(near - far_away) > 0.1
-linear = extended["linear"][0].double()
-assert torch.allclose((110 * linear - 100 * linear).cos(), (10 * linear).cos())
+fresh = [score(n + 10, n, at_2048, at_2048) for n in (100, 500)]
+stale = [score(n + 10, n, at_2048, at_600) for n in (100, 500)]
+assert math.isclose(*fresh, abs_tol=1e-4)  # the same distance, the same score
+assert abs(stale[0] - stale[1]) > 0.05
+assert max(stale) < fresh[0] / 1.9
 # --8<-- [end:stale-keys]
