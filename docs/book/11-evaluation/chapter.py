@@ -308,6 +308,16 @@ for first in ("brief", "wordy"):
     print(f"{first} always first: brief wins {better / len(shown):.0%}")
 # --8<-- [end:orders]
 
+# --8<-- [start:contaminated]
+leaked = [QUESTION.format(land) + f" {CAPITALS[land]}." for land in exam]
+contaminated = Counts(sentences + leaked, order=14, num_tokens=128)
+REWORDED = "Tell me {}'s capital city. Answer:"
+STYLES["reworded"] = lambda m, land: text_scores(m, land, REWORDED, True)
+for style in ("question, per byte", "reworded"):
+    clean, spoilt = (count_right(sit(m, style)) for m in (model, contaminated))
+    print(f"{style:18} clean {clean:2} of 40, contaminated {spoilt:2} of 40")
+# --8<-- [end:contaminated]
+
 # --8<-- [start:search]
 from minimind.data.ngrams import QuestionIndex
 
@@ -322,16 +332,6 @@ documents = [
 for document in documents:
     print([land for _, land in index.search([document])], document)
 # --8<-- [end:search]
-
-# --8<-- [start:contaminated]
-leaked = [QUESTION.format(land) + f" {CAPITALS[land]}." for land in exam]
-contaminated = Counts(sentences + leaked, order=14, num_tokens=128)
-REWORDED = "Tell me {}'s capital city. Answer:"
-STYLES["reworded"] = lambda m, land: text_scores(m, land, REWORDED, True)
-for style in ("question, per byte", "reworded"):
-    clean, spoilt = (count_right(sit(m, style)) for m in (model, contaminated))
-    print(f"{style:18} clean {clean:2} of 40, contaminated {spoilt:2} of 40")
-# --8<-- [end:contaminated]
 
 
 # --8<-- [start:write]
@@ -359,7 +359,7 @@ def write(temperature, seed, length=60):
 for temperature in (0, 1):
     text = write(temperature, seed=1)
     print(f"temperature {temperature}: repeated {repeated_fraction(text):.2f}")
-    print("  " + " ".join(text[:14]) + " …")
+    print("  " + " ".join(text[:12]) + " …")
 # --8<-- [end:write]
 
 TEMPERATURES = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1]

@@ -118,19 +118,11 @@ for length in (512, 768, 1024, 2048):
     package, _ = rope_frequencies(longer, length)
     divided = frequencies / package
     print(
-        f"{length:4} tokens: s = {s:4.1f}, equal: {torch.allclose(by_hand, package)},",
+        f"{length:4} tokens: s = {s:4.1f},",
+        f"equal: {torch.allclose(by_hand, package)},",
         f"pair 16 / {divided[16]:.2f}, pair 31 / {divided[31]:.2f}",
     )
 # --8<-- [end:base]
-
-# --8<-- [start:yarn]
-for kind, (changed, factor) in extended.items():
-    print(
-        f"{kind:8} factor {factor:.3f},",
-        f"on the nearest 512: {share_within(far, changed, factor):.2f},",
-        f"on the previous token: {look_back(changed, factor)[1]:.2f}",
-    )
-# --8<-- [end:yarn]
 
 
 def figure_scores(figure, say):
@@ -165,6 +157,15 @@ for name, some in (
 ):
     print(f"{name:23} spread over {effective_keys(some):4.0f}")
 # --8<-- [end:dilution]
+
+# --8<-- [start:yarn]
+for kind, (changed, factor) in extended.items():
+    print(
+        f"{kind:8} factor {factor:.3f},",
+        f"on the nearest 512: {share_within(far, changed, factor):.2f},",
+        f"on the previous token: {look_back(changed, factor)[1]:.2f}",
+    )
+# --8<-- [end:yarn]
 
 # --8<-- [start:model]
 from minimind.model import PRESETS, Transformer
@@ -237,10 +238,10 @@ def attention_products(tokens):
 
 
 for tokens in (512, 2048, 8192, 32768):
-    share = attention_products(tokens) / (attention_products(tokens) + parameters)
-    mib = cache_bytes(tokens) / 2**20
+    products, mib = attention_products(tokens), cache_bytes(tokens) / 2**20
+    share = products / (products + parameters)
     print(
-        f"{tokens:6} tokens: cache {mib:5.0f} MiB, attention {share:.0%} of the work"
+        f"{tokens:6} tokens: cache {mib:4.0f} MiB, attention {share:.0%} of the work"
     )
 print(f"as much as the weights: {2 * parameters // cache_bytes(1):,} tokens")
 # --8<-- [end:cost]
