@@ -194,8 +194,7 @@ import minimind
 
 records = Path(minimind.__file__).parents[1] / "benchmarks" / "records"
 record = json.loads((records / "long-context.json").read_text("utf-8"))
-[by_context] = [table for key, table in record.items() if key in (
-    "bits_per_byte_by_context", "bits_per_byte_by_window")]  # fmt: skip
+by_context = record["bits_per_byte_by_window"]
 for kind, row in by_context.items():
     print(f"{kind:8}", "  ".join(f"{n}: {bits:.3f}" for n, bits in row.items()))
 # --8<-- [end:record]
@@ -240,9 +239,7 @@ def attention_products(tokens):
 for tokens in (512, 2048, 8192, 32768):
     products, mib = attention_products(tokens), cache_bytes(tokens) / 2**20
     share = products / (products + parameters)
-    print(
-        f"{tokens:6} tokens: cache {mib:4.0f} MiB, attention {share:.0%} of the work"
-    )
+    print(f"{tokens:6} tokens: cache {mib:4.0f} MiB, attention {share:.0%} of work")
 print(f"as much as the weights: {2 * parameters // cache_bytes(1):,} tokens")
 # --8<-- [end:cost]
 
@@ -255,7 +252,7 @@ def table_cost(say):
             "multiplications of attention, whole prompt",
             "注意力的乘法次数（整段提示词）",
         ),
-        say("of all other layers", "其余各层的乘法次数"),
+        say("of everything else", "其余部分的乘法次数"),
     ]
     table = [head]
     for tokens in (512, 2048, 8192, 32768):
