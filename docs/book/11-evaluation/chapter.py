@@ -266,7 +266,7 @@ def invented_judge(first=0, per_word=0):
         land = re.search(r"capital of (\w+)\?", request)[1]
         found = re.findall(r"\[answer (.)\]\n(.*)\n\[end", request)
         scores = {
-            letter: 20
+            letter: 10
             + 40 * (CAPITALS[land] in answer)
             + first * (letter == "A")
             + per_word * len(answer.split())

@@ -44,7 +44,7 @@ assert low_a < high_b  # the two intervals overlap in both cases
 # --8<-- [start:first]
 with tempfile.TemporaryDirectory() as folder:
     replies = judge(
-        invented_judge(first=200), trials, Path(folder) / "judge.jsonl", identity={}
+        invented_judge(first=45), trials, Path(folder) / "judge.jsonl", identity={}
     )
 report = verdicts(trials, replies, list(answers))
 assert [row["wins"] for row in report["ranking"]] == [0.5, 0.5]
