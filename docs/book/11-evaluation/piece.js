@@ -89,7 +89,12 @@ function bookPiece(root, data, lang) {
         element("circle", { cx: x, cy: y(right / questions), r: 2.5, fill: color }),
       ];
     });
-    part("plot").replaceChildren(level(1 / options, "#888", "5 4"), level(truth, "#2e9e5b", ""), ...marks);
+    const ticks = [0, 0.5, 1].map((share) => {
+      const tick = element("text", { x: 0, y: Number(y(share)) + (share ? 10 : -3), "font-size": 10, fill: "currentColor", opacity: 0.7 });
+      tick.textContent = `${100 * share} %`;
+      return tick;
+    });
+    part("plot").replaceChildren(...ticks, level(1 / options, "#888", "5 4"), level(truth, "#2e9e5b", ""), ...marks);
     part("covered").textContent = say(`${covered} of 52 intervals contain the true accuracy.`,
       `52 个区间中有 ${covered} 个包含真实准确率。`);
     part("above").textContent = say(`${above} of 52 lie above chance.`,

@@ -26,9 +26,8 @@ def waves(distances, frequencies):
 
 
 seen = torch.arange(TRAINED)
-wanted = (
-    -2 * torch.log1p(seen / 16).double()
-)  # the farther away, the lower the score
+# The farther away, the lower the score.
+wanted = -2 * torch.log1p(seen / 16).double()
 X = waves(seen, frequencies)
 ridge = 1e-2 * torch.eye(64, dtype=torch.float64)
 weights = torch.linalg.solve(X.T @ X + ridge, X.T @ wanted)
@@ -95,9 +94,8 @@ print(f"attention on the nearest 512: {share_within(far, linear):.2f}")
 # --8<-- [start:previous]
 def look_back(changed, factor=1.0):
     """Return the attention by distance of a head that looks one token back."""
-    angles = (
-        far[:, None] * changed - frequencies
-    )  # the weights turn queries back by 1
+    # The weights rotate the query back by one position, at the trained frequencies.
+    angles = far[:, None] * changed - frequencies
     return (2 * factor**2 * angles.cos().sum(1)).softmax(0)
 
 

@@ -105,7 +105,7 @@ function bookPiece(root, data, lang) {
 
     const values = Array.from({ length }, (_, distance) => score(frequencies, distance));
     const points = Array.from({ length: 417 }, (_, i) => Math.round((i * (length - 1)) / 416));
-    const y = (value) => Math.min(Math.max(6 - 5 * value, -5), 125);
+    const y = (value) => Math.min(Math.max(8 * (4 - value), -5), 125);
     part("curve").setAttribute("points", points.map((distance, i) => `${i},${y(values[distance]).toFixed(1)}`).join(" "));
     for (const end of ["x1", "x2"]) part("border").setAttribute(end, ((416 * TRAINED) / length).toFixed(1));
     const shown = (value) => value.toFixed(2).replace("-", "−");
