@@ -34,7 +34,7 @@ function bookPiece(root, data, lang) {
     ${slider("options", say("Options per question: ", "每题的选项数："), 2, 5, 1, 4)}
     ${slider("knows", say("The model knows the answer to ", "模型会做的题占 "), 0, 100, 5, 0)}
     <p data-id="truth"></p>
-    <svg data-id="plot" viewBox="0 0 416 164" width="100%" role="img" aria-label="${
+    <svg data-id="plot" viewBox="0 0 416 168" width="100%" role="img" aria-label="${
       say("the interval of each exam, with chance and the true accuracy",
         "每次考试的置信区间，以及随机猜测和真实的准确率")}"></svg>
     <p><button type="button" data-id="again">${say("Other exams", "换一批考试")}</button></p>
@@ -76,11 +76,11 @@ function bookPiece(root, data, lang) {
       return right;
     }).sort((a, b) => a - b);
     const y = (value) => (160 - 156 * value).toFixed(1);
-    const level = (value, color, dash) => element("line", { x1: 0, x2: 416, y1: y(value), y2: y(value),
+    const level = (value, color, dash) => element("line", { x1: 40, x2: 416, y1: y(value), y2: y(value),
       stroke: color, "stroke-width": 1.5, "stroke-dasharray": dash });
     let covered = 0, above = 0;
     const marks = results.flatMap((right, i) => {
-      const [low, high] = wilson(right, questions), x = 8 * i + 4;
+      const [low, high] = wilson(right, questions), x = 44 + 7.2 * i;
       const covers = low <= truth && truth <= high, color = covers ? "#3b8ad8" : "#e8833a";
       covered += covers;
       above += low > 1 / options;
@@ -90,7 +90,7 @@ function bookPiece(root, data, lang) {
       ];
     });
     const ticks = [0, 0.5, 1].map((share) => {
-      const tick = element("text", { x: 0, y: Number(y(share)) + (share ? 10 : -3), "font-size": 10, fill: "currentColor", opacity: 0.7 });
+      const tick = element("text", { x: 36, y: Number(y(share)) + (share === 1 ? 10 : 4), "text-anchor": "end", "font-size": 13, fill: "currentColor", opacity: 0.7 });
       tick.textContent = `${100 * share} %`;
       return tick;
     });
