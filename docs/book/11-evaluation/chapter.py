@@ -360,25 +360,22 @@ for temperature in (0, 1):
     text = write(temperature, seed=1)
     print(f"temperature {temperature}: repeated {repeated_fraction(text):.2f}")
     print("  " + " ".join(text[:12]) + " …")
-# --8<-- [end:write]
-
-TEMPERATURES = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1]
-repetition = [
-    sum(repeated_fraction(write(t, seed)) for seed in range(40)) / 40
-    for t in TEMPERATURES
-]
 excerpts = [words[start : start + 62] for start in range(0, len(words) - 62, 62)]
 human = sum(map(repeated_fraction, excerpts)) / len(excerpts)
+print(f"excerpts of the licence itself: repeated {human:.2f}")
+# --8<-- [end:write]
 
 
 def figure_repetition(figure, say):
     axes = figure.subplots()
-    axes.plot(
-        TEMPERATURES, repetition, marker="o", label=say("written", "写出的文字")
-    )
-    axes.axhline(
-        human, ls="--", lw=1.2, color="0.5", label=say("the licence", "许可证原文")
-    )
+    temperatures = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1]
+    means = [
+        sum(repeated_fraction(write(temperature, seed)) for seed in range(40)) / 40
+        for temperature in temperatures
+    ]
+    axes.plot(temperatures, means, marker="o", label=say("written", "写出的文字"))
+    label = say("the licence", "许可证原文")
+    axes.axhline(human, ls="--", lw=1.2, color="0.5", label=label)
     axes.set_ylim(0, 1)
     axes.set_xlabel(say("temperature", "温度"))
     axes.set_ylabel(say("repeated 4-grams", "重复的 4-gram 比例"))

@@ -67,14 +67,10 @@ for kind in ("linear", "dynamic", "yarn"):
 # --8<-- [end:methods]
 
 
-COLORS = {"none": "C3", "linear": "C0", "dynamic": "C1", "yarn": "C2"}
-
-
 def figure_frequencies(figure, say):
     axes = figure.subplots()
     for kind, (changed, _) in extended.items():
-        ratio = changed / frequencies
-        axes.plot(ratio, marker=".", color=COLORS[kind], label=kind)
+        axes.plot(changed / frequencies, marker=".", label=kind)
     axes.axvline(15.3, ls="--", lw=1.2, color="0.5")
     axes.set_ylim(0, 1.1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -126,10 +122,9 @@ for length in (512, 768, 1024, 2048):
 def figure_scores(figure, say):
     panels = figure.subplots(1, 2, sharey=True)
     titles = (say("without scaling", "不缩放"), say("with scaling", "缩放之后"))
-    panels[0].plot(far, scores(far, frequencies), lw=1, color=COLORS["none"])
+    panels[0].plot(far, scores(far, frequencies), lw=1, color="C3")
     for kind, (changed, _) in extended.items():
-        style = dict(lw=1, color=COLORS[kind], label=kind)
-        panels[1].plot(far, scores(far, changed), **style)
+        panels[1].plot(far, scores(far, changed), lw=1, label=kind)
     for axes, title in zip(panels, titles, strict=True):
         axes.axvline(TRAINED, ls="--", lw=1.2, color="0.5")
         axes.set_title(title, fontsize=9)
@@ -196,16 +191,17 @@ by_context = record["bits_per_byte_by_window"]
 for kind, row in by_context.items():
     print(f"{kind:8}", "  ".join(f"{n}: {bits:.3f}" for n, bits in row.items()))
 # --8<-- [end:record]
-by_position = record["bits_per_byte_by_position_at_4096"]
 
 
 def figure_record(figure, say):
     panels = figure.subplots(1, 2, sharey=True)
     names = {"none": say("no scaling", "不缩放")}
-    for kind, row in by_context.items():
-        label = names.get(kind, kind)
-        style = dict(marker="o", ms=4, color=COLORS[kind], label=label)
-        panels[0].plot([str(n) for n in row], list(row.values()), **style)
+    by_position = record["bits_per_byte_by_position_at_4096"]
+    for (kind, row), color in zip(by_context.items(), (3, 0, 1, 2), strict=True):
+        style = dict(
+            marker="o", ms=4, color=f"C{color}", label=names.get(kind, kind)
+        )
+        panels[0].plot(list(row), list(row.values()), **style)
         ends = [place.partition("-")[2] for place in by_position[kind]]
         panels[1].plot(ends, list(by_position[kind].values()), **style)
     panels[0].set_ylabel(say("bits per byte", "每字节比特数"))
