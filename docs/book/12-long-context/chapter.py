@@ -123,7 +123,8 @@ def figure_scores(figure, say):
     panels = figure.subplots(1, 2, sharey=True)
     titles = (say("without scaling", "不缩放"), say("with scaling", "缩放之后"))
     panels[0].plot(far, scores(far, frequencies), lw=1, color="C3")
-    for kind, (changed, _) in extended.items():
+    for kind in ("linear", "dynamic", "yarn"):
+        changed, _ = rope_frequencies(extend_context(config, LONG, kind), LONG)
         panels[1].plot(far, scores(far, changed), lw=1, label=kind)
     for axes, title in zip(panels, titles, strict=True):
         axes.axvline(TRAINED, ls="--", lw=1.2, color="0.5")
