@@ -82,9 +82,12 @@ def figure_tokenizers(figure, say):
 # --8<-- [start:intervals]
 from minimind.evaluation.statistics import ratio_interval
 
-for vocab_size in (600, 2400):
+for vocab_size in (1200, 2400):
     low, high = ratio_interval(bits[vocab_size], num_bytes)
     print(f"{vocab_size:5} tokens: {low:.3f} to {high:.3f} bits per byte")
+more = [b - a for a, b in zip(bits[1200], bits[2400], strict=True)]
+low, high = ratio_interval(more, num_bytes)
+print(f"the difference: {low:+.2f} to {high:+.2f} bits per byte")
 # --8<-- [end:intervals]
 
 # --8<-- [start:exam]

@@ -147,7 +147,7 @@ random_scores = 2 * torch.randn(LONG, dtype=torch.float64)
 for name, some in (
     ("512 keys", random_scores[:512]),
     ("2048 keys", random_scores),
-    ("2048 keys, times 1.297", 1.297 * random_scores),
+    ("2048 keys, times 1.296", 1.296 * random_scores),
 ):
     print(f"{name:23} spread over {effective_keys(some):4.0f}")
 # --8<-- [end:dilution]
