@@ -217,7 +217,7 @@ def figure_loads(figure, say):
         axes.set_xlabel(say("step", "步数"))
         axes.set_ylim(0, 0.52)
         axes.grid(alpha=0.15)
-    panels[0].set_ylabel(say("share of the choices", "选中的份额"))
+    panels[0].set_ylabel(say("share of the choices", "在所有选择中的份额"))
     panels[0].legend(frameon=False, fontsize=7)
 
 
@@ -258,7 +258,7 @@ def figure_letters(figure, say):
     axes.set_xticks([i + 0.5 for i in range(27)], ["_", *alphabet[1:]])
     axes.set_yticks([e + 0.5 for e in range(4)], [0, 1, 2, 3])
     axes.set_ylabel(say("expert", "专家"))
-    axes.set_xlabel(say("letter; _ is a space", "字母，_ 表示空格"))
+    axes.set_xlabel(say("letter; _ is a space", "字母（_ 表示空格）"))
 
 
 # --8<-- [start:record]

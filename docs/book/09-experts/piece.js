@@ -44,7 +44,7 @@ function bookPiece(root, data, lang) {
         value="${CAPACITIES.length - 1}"></label>
     <label>${say("bias of expert 0: ", "专家 0 的偏置：")}<output data-id="bias-value"></output><br>
       <input type="range" data-id="bias" min="-4" max="4" step="0.1" value="0"></label>
-    <p><button data-id="step">${say("Ten steps down the balance loss", "沿均衡损失下降十步")}</button>
+    <p><button data-id="step">${say("Ten steps down the balance loss", "沿均衡损失往下走十步")}</button>
       <button data-id="reset">${say("Reset", "复位")}</button></p>
     <div data-id="experts"></div>
     <p><b data-id="balance"></b></p>
@@ -95,7 +95,7 @@ function bookPiece(root, data, lang) {
     const capacity = Math.ceil((factor * number * data.letters.length) / EXPERTS);
     part("number-value").textContent = number;
     part("capacity-value").textContent = factor === Infinity
-      ? say("none", "不限") : `${factor} (${capacity} ${say("rows per expert", "行/专家")})`;
+      ? say("none", "不限") : `${factor} (${capacity} ${say("rows per expert", "行／专家")})`;
     part("bias").value = biases[0];
     part("bias-value").textContent = Number(biases[0]).toFixed(1);
     part("experts").replaceChildren(...[0, 1, 2, 3].map((e) => expertRow(result, e, capacity)));
@@ -103,7 +103,7 @@ function bookPiece(root, data, lang) {
     part("balance").textContent =
       `${say("balance loss", "均衡损失")} ${result.balance.toFixed(3)}`;
     part("summary").textContent =
-      `${say("rows dropped: ", "丢弃的行：")}${dropped} / ${number * data.letters.length}${say("; ", "；")}` +
+      `${say("rows dropped: ", "丢掉的行：")}${dropped} / ${number * data.letters.length}${say("; ", "；")}` +
       `${say("routed parameters used per letter: ", "每个字母用到的路由专家参数：")}` +
       `${(100 * number / EXPERTS).toFixed(0)} %`;
     describe(result, 0);

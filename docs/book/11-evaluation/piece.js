@@ -36,12 +36,12 @@ function bookPiece(root, data, lang) {
     <p data-id="truth"></p>
     <svg data-id="plot" viewBox="0 0 416 168" width="100%" role="img" aria-label="${
       say("the interval of each exam, with chance and the true accuracy",
-        "每次考试的置信区间，以及随机猜测和真实的准确率")}"></svg>
+        "每次考试的置信区间，以及瞎猜和真实的准确率")}"></svg>
     <p><button type="button" data-id="again">${say("Other exams", "换一批考试")}</button></p>
     <p><b data-id="covered"></b><br><b data-id="above"></b><br><span data-id="best"></span></p>
     <p class="note">${say(
       "52 exams, sorted. Grey dashes: chance. Green: the true accuracy. Orange intervals miss it.",
-      "共 52 次考试，从低到高排列。灰色虚线为随机猜测，绿线为真实准确率，橙色区间没有包含它。")}</p>
+      "共 52 次考试，从低到高排列。灰色虚线是瞎猜，绿线是真实准确率，橙色的区间没有包含它。")}</p>
     <label>${say("A result of your own: right ", "你自己的结果：答对 ")}
       <input type="text" inputmode="numeric" data-id="right" value="${data.right}" style="width:6em">
       ${say(" of ", " 题，共 ")}
@@ -96,9 +96,9 @@ function bookPiece(root, data, lang) {
     });
     part("plot").replaceChildren(...ticks, level(1 / options, "#888", "5 4"), level(truth, "#2e9e5b", ""), ...marks);
     part("covered").textContent = say(`${covered} of 52 intervals contain the true accuracy.`,
-      `52 个区间中有 ${covered} 个包含真实准确率。`);
+      `52 个区间里，${covered} 个包含真实准确率。`);
     part("above").textContent = say(`${above} of 52 lie above chance.`,
-      `52 个区间中有 ${above} 个整个高于随机猜测。`);
+      `52 个区间里，${above} 个整个都高于瞎猜。`);
     part("best").textContent = say(
       `Best exam: ${percent(results[EXAMS - 1] / questions)}, worst: ${percent(results[0] / questions)}`,
       `最好的一次：${percent(results[EXAMS - 1] / questions)}，最差的一次：${percent(results[0] / questions)}`);

@@ -44,12 +44,12 @@ function bookPiece(root, data, lang) {
       <input type="range" data-id="length" min="0" max="${LENGTHS.length - 1}" value="3">
     </label>
     <div>${say("Angles of eight pairs. Blue: seen in training. Orange: reached now, never seen.",
-      "八对的角。蓝色：训练中见过；橙色：现在转到、从未见过。")}</div>
+      "八对数的角。蓝色：训练中见过；橙色：现在转到了，从没见过。")}</div>
     <svg data-id="dials" viewBox="0 0 416 66" width="100%" role="img" aria-label="${
       say("one dial per pair", "每对一个表盘")}"></svg>
     <p><b data-id="unseen"></b></p>
     <div>${say("Score of the head over the distance; left of the dashes: trained",
-      "注意力头的得分随距离的变化；虚线左边训练过")}</div>
+      "这个头的得分随距离的变化；虚线左边是训练过的")}</div>
     <svg viewBox="0 0 416 120" width="100%" role="img" aria-label="${
       say("score over the distance", "得分随距离的变化")}">
       <line data-id="border" y1="0" y2="120" stroke="#888" stroke-dasharray="4 4"></line>
@@ -101,7 +101,7 @@ function bookPiece(root, data, lang) {
       Math.min(frequency * length, TURN) > Math.min(trained[i] * TRAINED, TURN) * (1 + 1e-6)).length;
     part("unseen").textContent = say(
       `${unseen} of ${PAIRS} pairs reach angles that training has not shown.`,
-      `${PAIRS} 对中有 ${unseen} 对转到了训练中没见过的角。`);
+      `${PAIRS} 对里，有 ${unseen} 对转到了训练中没见过的角。`);
 
     const values = Array.from({ length }, (_, distance) => score(frequencies, distance));
     const points = Array.from({ length: 417 }, (_, i) => Math.round((i * (length - 1)) / 416));
@@ -126,7 +126,7 @@ function bookPiece(root, data, lang) {
     part("back").textContent = say(
       `A head trained to look 1 token back looks ${matches.indexOf(top)} back; ` +
       `the previous token gets ${((100 * previous[1]) / sum(previous)).toFixed(1)} %.`,
-      `训练成往回看 1 个词元的头，现在往回看 ${matches.indexOf(top)} 个；` +
+      `本来往回看 1 个词元的头，现在往回看 ${matches.indexOf(top)} 个；` +
       `前一个词元得到 ${((100 * previous[1]) / sum(previous)).toFixed(1)} %。`);
   }
 

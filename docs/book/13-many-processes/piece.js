@@ -42,7 +42,7 @@ function bookPiece(root, data, lang) {
     <p data-id="messages" class="note"></p>
     <p data-id="sent"></p>
     <label>${say("Model: ", "模型：")}<select data-id="model">${options(Object.keys(data.models))}</select></label>
-    <label>${say("Link: ", "连接：")}<select data-id="link">${options(Object.keys(data.links))}</select></label>
+    <label>${say("Link: ", "线路：")}<select data-id="link">${options(Object.keys(data.links))}</select></label>
     <label>${say("TFLOP/s per process: ", "每个进程的 TFLOP/s：")}<output data-id="speed-value"></output><br>
       <input type="range" data-id="speed" min="-1" max="3" step="0.5" value="2">
     </label>

@@ -280,7 +280,7 @@ function bookPiece(root, data, lang) {
     const rate = (1000 * steps) / (performance.now() - started);
     part("speed").textContent = say(
       `${steps} tokens read or written, ${rate.toFixed(0)} per second`,
-      `读写共 ${steps} 个词元，每秒 ${rate.toFixed(0)} 个`);
+      `读和写共 ${steps} 个词元，每秒 ${rate.toFixed(0)} 个`);
     part("ask").disabled = false;
   }
 

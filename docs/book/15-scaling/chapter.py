@@ -209,7 +209,7 @@ def figure_shapes(figure, say):
     axes.set_ylim(5.35, None)
     axes.set_xlabel(say("layers × width", "层数 × 宽度"))
     axes.set_ylabel(
-        say("held-out loss, nats per token", "留出文本的损失（奈特/词元）")
+        say("held-out loss, nats per token", "留出文本的损失（奈特／词元）")
     )
     axes.grid(alpha=0.15)
 

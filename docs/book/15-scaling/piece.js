@@ -2,7 +2,7 @@
 // A budget of time on a machine: tokens, epochs, and the loss by the fitted law.
 
 const MACHINES = [
-  { tflops: 1, en: "two laptop cores, 1 TFLOP/s", zh: "笔记本的两个核心，1 TFLOP/s" },
+  { tflops: 1, en: "two laptop cores, 1 TFLOP/s", zh: "笔记本的两个核，1 TFLOP/s" },
   { tflops: 71, en: "RTX 3090, 71 TFLOP/s", zh: "RTX 3090，71 TFLOP/s" },
   { tflops: 989, en: "H100, 989 TFLOP/s", zh: "H100，989 TFLOP/s" },
 ];
@@ -103,7 +103,7 @@ function bookPiece(root, data, lang) {
     const below = parameters < data.smallest;
     part("warning").textContent = beyond > 1.05
       ? say(`${short(beyond)} times beyond the largest run of the law: a guess, not a prediction`,
-        `超出拟合所用最大规模 ${short(beyond)} 倍：只能算猜测，不算预测`)
+        `是拟合时最大一次的 ${short(beyond)} 倍：只能算猜，不算预测`)
       : below
         ? say("smaller than every model that the law was fitted to", "比拟合所用的模型都小")
         : say("within the range of the runs", "在拟合的范围之内");
