@@ -1,0 +1,311 @@
+// Muon's Newton-Schulz iteration on AMX, with operands split into two bfloat16 parts (amx.h).
+//
+// `orthogonalize` in optimizers.py is the same computation in PyTorch's operations and describes it.
+// Here each matrix is processed by one thread, in memory that a level 2 cache can mostly hold, and
+// packed for the next product while its blocks are still in registers. Sums have one order, so that
+// the bits do not depend on the number of threads.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "amx.h"
+
+#if defined(__AMX_BF16__)
+namespace {
+
+constexpr int kChunk = 8;  // blocks of the longer side, or of an operand's columns, used together
+constexpr int kValues = kBlock * kBlock;
+
+struct Polynomial {
+    float a, b, c;  // a s + b s^3 + c s^5
+};
+
+// A matrix [rows, columns] in memory, divided into blocks; those at the edges are padded with zeros.
+struct Matrix {
+    float *values;
+    int64_t rows, columns;
+
+    int row_blocks() const { return int((rows + kBlock - 1) / kBlock); }
+    int column_blocks() const { return int((columns + kBlock - 1) / kBlock); }
+    bool is_inside(int r, int c) const {
+        return (r + 1) * kBlock <= rows && (c + 1) * kBlock <= columns;
+    }
+    float *block(int r, int c) const { return values + r * kBlock * columns + c * kBlock; }
+
+    // Call use(pointer, stride) with a block that is complete.
+    template <class Use>
+    void with_block(int r, int c, Use use) const {
+        if (is_inside(r, c)) return use(block(r, c), columns);
+        alignas(64) float padded[kValues] = {};
+        const int height = int(std::min<int64_t>(kBlock, rows - r * kBlock));
+        const int width = int(std::min<int64_t>(kBlock, columns - c * kBlock));
+        for (int i = 0; i < height; i++)
+            std::memcpy(padded + i * kBlock, block(r, c) + i * columns, width * sizeof(float));
+        use(padded, int64_t(kBlock));
+    }
+
+    void set_block(int r, int c, const float *from, float factor) const {
+        const int height = int(std::min<int64_t>(kBlock, rows - r * kBlock));
+        const int width = int(std::min<int64_t>(kBlock, columns - c * kBlock));
+        for (int i = 0; i < height; i++) {
+            float *row = block(r, c) + i * columns;
+            for (int j = 0; j < width; j++) row[j] = from[i * kBlock + j] * factor;
+        }
+    }
+};
+
+// A symmetric matrix of n x n blocks as operands: left [row][column], right [column][row].
+struct Symmetric {
+    bf16 *left, *right;  // one may be null: not needed
+    int n;
+
+    // Set a block at or below the diagonal and its mirror image.
+    void set(int r, int c, const float *block, float factor) const {
+        alignas(64) bf16 unused[2][kOperand];
+        bf16 *to_left = left ? left + (r * n + c) * kOperand : unused[0];
+        bf16 *to_right = right ? right + (c * n + r) * kOperand : unused[1];
+        pack_left(block, kBlock, factor, to_left);
+        pack_right(block, kBlock, factor, to_right);
+        if (r == c) return;
+        if (left) transpose_block(to_right, left + (c * n + r) * kOperand);
+        if (right) transpose_block(to_left, right + (r * n + c) * kOperand);
+    }
+};
+
+// Call visit(r, c) for the blocks at and below the diagonal, in an order that uses kChunk blocks of
+// columns of the right operand repeatedly.
+template <class Visit>
+void for_lower_blocks(int n, Visit visit) {
+    for (int first = 0; first < n; first += kChunk)
+        for (int r = first; r < n; r++)
+            for (int c = first; c < std::min(first + kChunk, r + 1); c++) visit(r, c);
+}
+
+// Compute left * right, which must be symmetric, and call store(r, c, sums).
+template <class Store>
+void symmetric_product(const bf16 *left, const bf16 *right, int n, Store store) {
+    alignas(64) float sums[kValues];
+    for_lower_blocks(n, [&](int r, int c) {
+        multiply_blocks(left + r * n * kOperand, right + c * n * kOperand, n, sums, false);
+        store(r, c, sums);
+    });
+}
+
+// Memory of one thread for matrices whose shorter side has n blocks.
+struct Scratch {
+    float *gram, *squared;  // values of the Gram matrix and of its square, [n][n][32][32]
+    bf16 *operands[6];      // [n][n] blocks each
+    bf16 *chunk[2];         // [n][kChunk] blocks each
+
+    static int64_t num_bytes(int64_t n) {
+        return n * n * (2 * kValues * sizeof(float) + 6 * kOperand * sizeof(bf16)) +
+               2 * n * kChunk * kOperand * sizeof(bf16);
+    }
+
+    Scratch(char *memory, int64_t n) {
+        const auto take = [&](int64_t bytes) { return std::exchange(memory, memory + bytes); };
+        gram = (float *)take(n * n * kValues * sizeof(float));
+        squared = (float *)take(n * n * kValues * sizeof(float));
+        for (bf16 *&operand : operands) operand = (bf16 *)take(n * n * kOperand * sizeof(bf16));
+        for (bf16 *&part : chunk) part = (bf16 *)take(n * kChunk * kOperand * sizeof(bf16));
+    }
+};
+
+// Values of the Gram matrix, at and below the diagonal, of the shorter side of `factor` * matrix.
+void compute_gram(const Matrix &matrix, float factor, const Scratch &scratch) {
+    const bool is_tall = matrix.rows > matrix.columns;
+    const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
+    const int length = is_tall ? matrix.row_blocks() : matrix.column_blocks();
+    bf16 *left = scratch.chunk[0], *right = scratch.chunk[1];
+    for (int first = 0; first < length; first += kChunk) {
+        const int depth = std::min(kChunk, length - first);
+        for (int i = 0; i < n; i++)
+            for (int k = 0; k < depth; k++) {
+                bf16 *to_left = left + (i * depth + k) * kOperand;
+                bf16 *to_right = right + (i * depth + k) * kOperand;
+                if (is_tall) {
+                    matrix.with_block(first + k, i, [&](const float *block, int64_t stride) {
+                        pack_right(block, stride, factor, to_right);
+                    });
+                    transpose_block(to_right, to_left);
+                } else {
+                    matrix.with_block(i, first + k, [&](const float *block, int64_t stride) {
+                        pack_left(block, stride, factor, to_left);
+                    });
+                    transpose_block(to_left, to_right);
+                }
+            }
+        for_lower_blocks(n, [&](int r, int c) {
+            multiply_blocks(left + r * depth * kOperand, right + c * depth * kOperand, depth,
+                            scratch.gram + (r * n + c) * kValues, first > 0);
+        });
+    }
+}
+
+// matrix = product * (input_factor * matrix) * output_factor, or, if it is tall, with the product on
+// the right. product: left operand, or right operand if the matrix is tall.
+void apply(const bf16 *product, const Matrix &matrix, float input_factor, float output_factor,
+           bf16 *chunk) {
+    const bool is_tall = matrix.rows > matrix.columns;
+    const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
+    const int length = is_tall ? matrix.row_blocks() : matrix.column_blocks();
+    alignas(64) float sums[kValues];
+    for (int first = 0; first < length; first += kChunk) {
+        const int count = std::min(kChunk, length - first);
+        for (int i = 0; i < count; i++)
+            for (int k = 0; k < n; k++) {
+                bf16 *to = chunk + (i * n + k) * kOperand;
+                const int r = is_tall ? first + i : k, c = is_tall ? k : first + i;
+                matrix.with_block(r, c, [&](const float *block, int64_t stride) {
+                    is_tall ? pack_left(block, stride, input_factor, to)
+                            : pack_right(block, stride, input_factor, to);
+                });
+            }
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < count; i++) {
+                const bf16 *part = chunk + i * n * kOperand, *other = product + j * n * kOperand;
+                if (is_tall) {
+                    multiply_blocks(part, other, n, sums, false);
+                    matrix.set_block(first + i, j, sums, output_factor);
+                } else {
+                    multiply_blocks(other, part, n, sums, false);
+                    matrix.set_block(j, first + i, sums, output_factor);
+                }
+            }
+    }
+}
+
+// Sum of the squares of a symmetric matrix, of which the blocks at and below the diagonal are given.
+float sum_of_squares(const float *values, int n) {
+    double total = 0;
+    for (int r = 0; r < n; r++)
+        for (int c = 0; c <= r; c++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < kValues; i++) {
+                const float x = values[(r * n + c) * kValues + i];
+                sum += x * x;
+            }
+            total += r == c ? sum : 2.0 * sum;
+        }
+    return float(total);
+}
+
+// to = a I + b gram + c squared
+void set_polynomial(const Symmetric &to, const Polynomial &p, const Scratch &scratch) {
+    alignas(64) float block[kValues];
+    for_lower_blocks(to.n, [&](int r, int c) {
+        const float *gram = scratch.gram + (r * to.n + c) * kValues;
+        const float *squared = scratch.squared + (r * to.n + c) * kValues;
+        for (int i = 0; i < kValues; i++) block[i] = p.b * gram[i] + p.c * squared[i];
+        if (r == c)
+            for (int i = 0; i < kBlock; i++) block[i * kBlock + i] += p.a;
+        to.set(r, c, block, 1);
+    });
+}
+
+void orthogonalize(const Matrix &matrix, const Polynomial *polynomials, int iterations,
+                   const Scratch &scratch) {
+    const bool is_tall = matrix.rows > matrix.columns;
+    const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
+    const Symmetric gram{scratch.operands[0], scratch.operands[1], n};
+    const Symmetric factor{scratch.operands[2], scratch.operands[3], n};
+    bf16 *between = scratch.operands[4], *product = scratch.operands[5];
+
+    double squares = 0;
+    for (int64_t i = 0; i < matrix.rows; i++) {
+        const float *row = matrix.values + i * matrix.columns;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < matrix.columns; j++) sum += row[j] * row[j];
+        squares += sum;
+    }
+    const float scale = 1 / std::sqrt(std::max(float(squares), 1e-30f));
+    compute_gram(matrix, scale, scratch);
+    for_lower_blocks(n, [&](int r, int c) {
+        gram.set(r, c, scratch.gram + (r * n + c) * kValues, 1);
+    });
+
+    float bound = 1, gram_scale = 1;
+    for (int iteration = 0; iteration < iterations; iteration++) {
+        if (iteration) {
+            // gram = factor gram factor, and below product = factor product; all of them commute.
+            const Symmetric half{between, nullptr, n};
+            symmetric_product(factor.left, gram.right, n, [&](int r, int c, const float *sums) {
+                half.set(r, c, sums, gram_scale);
+            });
+            symmetric_product(half.left, factor.right, n, [&](int r, int c, const float *sums) {
+                std::memcpy(scratch.gram + (r * n + c) * kValues, sums, kValues * sizeof(float));
+                gram.set(r, c, sums, 1);
+            });
+            gram_scale = 1;
+        }
+        symmetric_product(gram.left, gram.right, n, [&](int r, int c, const float *sums) {
+            std::memcpy(scratch.squared + (r * n + c) * kValues, sums, kValues * sizeof(float));
+        });
+        if (!iteration) {  // a bound of the largest eigenvalue of the Gram matrix
+            bound = std::max(std::sqrt(std::sqrt(sum_of_squares(scratch.squared, n))), 1e-10f);
+            gram_scale = 1 / bound;
+        }
+        Polynomial p = polynomials[iteration];
+        p.b *= gram_scale;
+        p.c *= gram_scale * gram_scale;
+        set_polynomial(factor, p, scratch);
+        if (!iteration) {
+            std::memcpy(product, factor.right, n * n * kOperand * sizeof(bf16));
+            continue;
+        }
+        const bool is_left = iteration == iterations - 1 && !is_tall;
+        const Symmetric next{is_left ? between : nullptr, is_left ? nullptr : between, n};
+        symmetric_product(factor.left, product, n, [&](int r, int c, const float *sums) {
+            next.set(r, c, sums, 1);
+        });
+        std::swap(between, product);
+    }
+    apply(product, matrix, scale, 1 / std::sqrt(bound), scratch.chunk[0]);
+}
+
+}  // namespace
+#endif
+
+extern "C" {
+
+// True if this processor, its operating system and the compiler support AMX.
+int minimind_has_amx() {
+#if defined(__AMX_BF16__)
+    return has_amx();
+#else
+    return 0;
+#endif
+}
+
+#if defined(__AMX_BF16__)
+int64_t minimind_scratch_bytes(int64_t rows, int64_t columns) {
+    return Scratch::num_bytes((std::min(rows, columns) + kBlock - 1) / kBlock);
+}
+
+// Orthogonalize each of `count` matrices [rows, columns] in place.
+//
+// polynomials [iterations][3], at least two. scratch: `minimind_scratch_bytes` per thread, aligned to
+// 64 bytes.
+void minimind_orthogonalize(float *const *matrices, int64_t count, int64_t rows, int64_t columns,
+                            const float *polynomials, int64_t iterations, char *scratch) {
+    const int64_t bytes = minimind_scratch_bytes(rows, columns);
+    const int64_t n = (std::min(rows, columns) + kBlock - 1) / kBlock;
+#pragma omp parallel
+    {
+        const Tiles tiles;
+        const Scratch memory(scratch + omp_get_thread_num() * bytes, n);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; i++)
+            orthogonalize({matrices[i], rows, columns}, (const Polynomial *)polynomials,
+                          int(iterations), memory);
+    }
+}
+#endif
+
+}  // extern "C"
