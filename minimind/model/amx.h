@@ -5,7 +5,6 @@
 // operands can be split into a high and a low part, x = high + low, which have 16 bits together, and
 // a product is the sum of three: low high + high low + high high.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 
 #include "scalar.h"
@@ -24,12 +23,18 @@ inline bool has_amx() {
     return permitted;
 }
 
+// The tile instructions read memory without telling GCC 12, which could move or remove stores.
+inline void complete_stores() {
+    asm volatile("" ::: "memory");
+}
+
 // Sets the shape of all tiles in the calling thread: 16 rows of 64 bytes.
 struct Tiles {
     Tiles() {
         if (!has_amx()) return;
         alignas(64) uint8_t config[64] = {1};  // [16..]: bytes per row, 16 bits; [48..]: rows
         for (int tile = 0; tile < 8; tile++) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+        complete_stores();
         _tile_loadconfig(config);
     }
     ~Tiles() {
@@ -122,6 +127,7 @@ inline void transpose_block(const bf16 *from, bf16 *to) {
 // sums [32][32] = left * right, or sums += left * right. left, right: `depth` consecutive blocks.
 inline void multiply_blocks(const bf16 *left, const bf16 *right, int depth, float *sums, bool add) {
     constexpr int kRow = 4 * kBlock;  // bytes
+    complete_stores();
     if (add) {
         _tile_loadd(0, sums, kRow);
         _tile_loadd(1, sums + 16, kRow);
@@ -160,6 +166,14 @@ inline void multiply_blocks(const bf16 *left, const bf16 *right, int depth, floa
     _tile_stored(2, sums + 16 * kBlock, kRow);
     _tile_stored(3, sums + 16 * kBlock + 16, kRow);
 }
+
+}  // namespace
+#else
+namespace {
+
+struct Tiles {
+    Tiles() {}  // not trivial: no warning about an unused variable
+};
 
 }  // namespace
 #endif

@@ -12,7 +12,7 @@
 #include <cstring>
 #include <utility>
 
-#include "amx.h"
+#include "../model/amx.h"
 
 #if defined(__AMX_BF16__)
 namespace {
@@ -146,10 +146,10 @@ void compute_gram(const Matrix &matrix, float factor, const Scratch &scratch) {
     }
 }
 
-// matrix = product * (input_factor * matrix) * output_factor, or, if it is tall, with the product on
-// the right. product: left operand, or right operand if the matrix is tall.
-void apply(const bf16 *product, const Matrix &matrix, float input_factor, float output_factor,
-           bf16 *chunk) {
+// out = product * (input_factor * matrix) * output_factor, or, if it is tall, with the product on the
+// right. product: left operand, or right operand if the matrix is tall.
+void apply(const bf16 *product, const Matrix &matrix, const Matrix &out, float input_factor,
+           float output_factor, bf16 *chunk) {
     const bool is_tall = matrix.rows > matrix.columns;
     const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
     const int length = is_tall ? matrix.row_blocks() : matrix.column_blocks();
@@ -170,10 +170,10 @@ void apply(const bf16 *product, const Matrix &matrix, float input_factor, float 
                 const bf16 *part = chunk + i * n * kOperand, *other = product + j * n * kOperand;
                 if (is_tall) {
                     multiply_blocks(part, other, n, sums, false);
-                    matrix.set_block(first + i, j, sums, output_factor);
+                    out.set_block(first + i, j, sums, output_factor);
                 } else {
                     multiply_blocks(other, part, n, sums, false);
-                    matrix.set_block(j, first + i, sums, output_factor);
+                    out.set_block(j, first + i, sums, output_factor);
                 }
             }
     }
@@ -208,7 +208,7 @@ void set_polynomial(const Symmetric &to, const Polynomial &p, const Scratch &scr
     });
 }
 
-void orthogonalize(const Matrix &matrix, const Polynomial *polynomials, int iterations,
+void orthogonalize(const Matrix &matrix, const Matrix &out, const Polynomial *polynomials, int iterations,
                    const Scratch &scratch) {
     const bool is_tall = matrix.rows > matrix.columns;
     const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
@@ -266,7 +266,7 @@ void orthogonalize(const Matrix &matrix, const Polynomial *polynomials, int iter
         });
         std::swap(between, product);
     }
-    apply(product, matrix, scale, 1 / std::sqrt(bound), scratch.chunk[0]);
+    apply(product, matrix, out, scale, 1 / std::sqrt(bound), scratch.chunk[0]);
 }
 
 }  // namespace
@@ -288,22 +288,25 @@ int64_t minimind_scratch_bytes(int64_t rows, int64_t columns) {
     return Scratch::num_bytes((std::min(rows, columns) + kBlock - 1) / kBlock);
 }
 
-// Orthogonalize each of `count` matrices [rows, columns] in place.
+// Orthogonalize matrices [count, rows, columns].
 //
-// polynomials [iterations][3], at least two. scratch: `minimind_scratch_bytes` per thread, aligned to
-// 64 bytes.
-void minimind_orthogonalize(float *const *matrices, int64_t count, int64_t rows, int64_t columns,
-                            const float *polynomials, int64_t iterations, char *scratch) {
+// polynomials [iterations][3], at least two. scratch: `minimind_scratch_bytes` for each thread, aligned
+// to 64 bytes.
+void minimind_orthogonalize(float *from, float *to, int64_t count, int64_t rows, int64_t columns,
+                            const float *polynomials, int64_t iterations, char *scratch,
+                            int64_t threads) {
     const int64_t bytes = minimind_scratch_bytes(rows, columns);
     const int64_t n = (std::min(rows, columns) + kBlock - 1) / kBlock;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
         const Scratch memory(scratch + omp_get_thread_num() * bytes, n);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++)
-            orthogonalize({matrices[i], rows, columns}, (const Polynomial *)polynomials,
-                          int(iterations), memory);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t start = i * rows * columns;
+            orthogonalize({from + start, rows, columns}, {to + start, rows, columns},
+                          (const Polynomial *)polynomials, int(iterations), memory);
+        }
     }
 }
 #endif

@@ -24,24 +24,30 @@ def takes(matrices: Tensor) -> bool:
     return not isinstance(library, str) and bool(library.minimind_has_amx())
 
 
-def orthogonalize_(
-    matrices: Sequence[Tensor], polynomials: Sequence[tuple[float, float, float]]
-) -> None:
-    """Orthogonalize matrices of one shape [rows, columns] in place; they must be contiguous."""
+def orthogonalize(
+    matrices: Tensor, polynomials: Sequence[tuple[float, float, float]]
+) -> Tensor:
+    """Apply polynomials a s + b s³ + c s⁵, at least two, to the singular values of each matrix.
+
+    matrices: [n, rows, columns] float32, scaled to singular values of at most 1 before.
+    """
     library = compile_library(_SOURCES)
-    assert isinstance(library, ctypes.CDLL) and all(x.is_contiguous() for x in matrices)
-    shape = [ctypes.c_int64(size) for size in matrices[0].shape]
+    assert isinstance(library, ctypes.CDLL) and matrices.dtype == torch.float32
+    matrices, threads = matrices.contiguous(), torch.get_num_threads()
+    sizes = [ctypes.c_int64(size) for size in matrices.shape]
     library.minimind_scratch_bytes.restype = ctypes.c_int64
-    scratch_bytes = library.minimind_scratch_bytes(*shape)
-    # PyTorch's allocator aligns to 64 bytes, and to huge pages where they are enabled.
-    scratch = torch.empty(torch.get_num_threads() * scratch_bytes, dtype=torch.uint8)
-    pointers = torch.tensor([matrix.data_ptr() for matrix in matrices])
-    coefficients = torch.tensor(polynomials, dtype=torch.float32)
+    # PyTorch's allocator aligns to 64 bytes.
+    scratch = torch.empty(
+        threads * library.minimind_scratch_bytes(*sizes[1:]), dtype=torch.uint8
+    )
+    coefficients, out = torch.tensor(polynomials, dtype=torch.float32), torch.empty_like(matrices)
     library.minimind_orthogonalize(
-        ctypes.c_void_p(pointers.data_ptr()),
-        ctypes.c_int64(len(matrices)),
-        *shape,
+        ctypes.c_void_p(matrices.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        *sizes,
         ctypes.c_void_p(coefficients.data_ptr()),
         ctypes.c_int64(len(coefficients)),
         ctypes.c_void_p(scratch.data_ptr()),
+        ctypes.c_int64(threads),
     )
+    return out

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minimind.config.settings import OptimSettings
 from minimind.errors import CheckpointError
+from minimind.training import newton_schulz
 
 # p(s) = a s + b s³ + c s⁵, one polynomial per iteration. Each has the smallest maximum distance to
 # 1 on the interval to which its predecessors map [0.005, 1] (Amsel et al. 2025, algorithm 1).
@@ -111,7 +112,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     It runs in float32: in bf16 one ulp of summation noise in a gradient, such as that of another
     number of processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
+
+    Processors with AMX compute it in compiled code, with 16 bits of mantissa: `newton_schulz.py`.
     """
+    if newton_schulz.takes(matrices):
+        return newton_schulz.orthogonalize(matrices, _POLYNOMIALS)
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # rows <= columns: the Gram matrix is the smaller one
     x, gram, gram_squared = _scaled_to_one(x)
