@@ -1,9 +1,12 @@
 // Muon's Newton-Schulz iteration on AMX, with operands split into two bfloat16 parts (amx.h).
 //
-// `orthogonalize` in optimizers.py is the same computation in PyTorch's operations and describes it.
-// Here each matrix is processed by one thread, in memory that a level 2 cache can mostly hold, and
-// packed for the next product while its blocks are still in registers. Sums have one order, so that
-// the bits do not depend on the number of threads.
+// `orthogonalize` in optimizers.py computes the same with PyTorch's operations and describes it. Here
+// one thread processes a matrix. Blocks of results become operands of the next product while they are
+// in a level 1 cache. Sums have one order, so that the bits do not depend on the number of threads.
+//
+// The iteration works on Gram matrices, whose products are symmetric and cost half. A rounding error
+// of a Gram matrix grows with each iteration, most where singular values are small. So the Gram
+// matrix is computed anew after two iterations.
 #include <omp.h>
 
 #include <algorithm>
@@ -48,12 +51,12 @@ struct Matrix {
         use(padded, int64_t(kBlock));
     }
 
-    void set_block(int r, int c, const float *from, float factor) const {
+    void set_block(int r, int c, const float *from) const {
         const int height = int(std::min<int64_t>(kBlock, rows - r * kBlock));
         const int width = int(std::min<int64_t>(kBlock, columns - c * kBlock));
         for (int i = 0; i < height; i++) {
             float *row = block(r, c) + i * columns;
-            for (int j = 0; j < width; j++) row[j] = from[i * kBlock + j] * factor;
+            for (int j = 0; j < width; j++) row[j] = from[i * kBlock + j];
         }
     }
 };
@@ -98,11 +101,11 @@ void symmetric_product(const bf16 *left, const bf16 *right, int n, Store store) 
 // Memory of one thread for matrices whose shorter side has n blocks.
 struct Scratch {
     float *gram, *squared;  // values of the Gram matrix and of its square, [n][n][32][32]
-    bf16 *operands[6];      // [n][n] blocks each
+    bf16 *operands[5];      // [n][n] blocks each
     bf16 *chunk[2];         // [n][kChunk] blocks each
 
     static int64_t num_bytes(int64_t n) {
-        return n * n * (2 * kValues * sizeof(float) + 6 * kOperand * sizeof(bf16)) +
+        return n * n * (2 * kValues * sizeof(float) + 5 * kOperand * sizeof(bf16)) +
                2 * n * kChunk * kOperand * sizeof(bf16);
     }
 
@@ -146,10 +149,10 @@ void compute_gram(const Matrix &matrix, float factor, const Scratch &scratch) {
     }
 }
 
-// out = product * (input_factor * matrix) * output_factor, or, if it is tall, with the product on the
-// right. product: left operand, or right operand if the matrix is tall.
-void apply(const bf16 *product, const Matrix &matrix, const Matrix &out, float input_factor,
-           float output_factor, bf16 *chunk) {
+// out = product * (factor * matrix), or, if it is tall, with the product on the right. It may be the
+// same memory as the matrix. product: left operand, or right operand if the matrix is tall.
+void apply(const bf16 *product, const Matrix &matrix, const Matrix &out, float factor,
+           bf16 *chunk) {
     const bool is_tall = matrix.rows > matrix.columns;
     const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
     const int length = is_tall ? matrix.row_blocks() : matrix.column_blocks();
@@ -161,8 +164,8 @@ void apply(const bf16 *product, const Matrix &matrix, const Matrix &out, float i
                 bf16 *to = chunk + (i * n + k) * kOperand;
                 const int r = is_tall ? first + i : k, c = is_tall ? k : first + i;
                 matrix.with_block(r, c, [&](const float *block, int64_t stride) {
-                    is_tall ? pack_left(block, stride, input_factor, to)
-                            : pack_right(block, stride, input_factor, to);
+                    is_tall ? pack_left(block, stride, factor, to)
+                            : pack_right(block, stride, factor, to);
                 });
             }
         for (int j = 0; j < n; j++)
@@ -170,103 +173,93 @@ void apply(const bf16 *product, const Matrix &matrix, const Matrix &out, float i
                 const bf16 *part = chunk + i * n * kOperand, *other = product + j * n * kOperand;
                 if (is_tall) {
                     multiply_blocks(part, other, n, sums, false);
-                    out.set_block(first + i, j, sums, output_factor);
+                    out.set_block(first + i, j, sums);
                 } else {
                     multiply_blocks(other, part, n, sums, false);
-                    out.set_block(j, first + i, sums, output_factor);
+                    out.set_block(j, first + i, sums);
                 }
             }
     }
 }
 
-// Sum of the squares of a symmetric matrix, of which the blocks at and below the diagonal are given.
-float sum_of_squares(const float *values, int n) {
+float sum_of_squares(const Matrix &matrix) {
     double total = 0;
-    for (int r = 0; r < n; r++)
-        for (int c = 0; c <= r; c++) {
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < kValues; i++) {
-                const float x = values[(r * n + c) * kValues + i];
-                sum += x * x;
-            }
-            total += r == c ? sum : 2.0 * sum;
-        }
-    return float(total);
-}
-
-// to = a I + b gram + c squared
-void set_polynomial(const Symmetric &to, const Polynomial &p, const Scratch &scratch) {
-    alignas(64) float block[kValues];
-    for_lower_blocks(to.n, [&](int r, int c) {
-        const float *gram = scratch.gram + (r * to.n + c) * kValues;
-        const float *squared = scratch.squared + (r * to.n + c) * kValues;
-        for (int i = 0; i < kValues; i++) block[i] = p.b * gram[i] + p.c * squared[i];
-        if (r == c)
-            for (int i = 0; i < kBlock; i++) block[i * kBlock + i] += p.a;
-        to.set(r, c, block, 1);
-    });
-}
-
-void orthogonalize(const Matrix &matrix, const Matrix &out, const Polynomial *polynomials, int iterations,
-                   const Scratch &scratch) {
-    const bool is_tall = matrix.rows > matrix.columns;
-    const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
-    const Symmetric gram{scratch.operands[0], scratch.operands[1], n};
-    const Symmetric factor{scratch.operands[2], scratch.operands[3], n};
-    bf16 *between = scratch.operands[4], *product = scratch.operands[5];
-
-    double squares = 0;
     for (int64_t i = 0; i < matrix.rows; i++) {
         const float *row = matrix.values + i * matrix.columns;
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < matrix.columns; j++) sum += row[j] * row[j];
-        squares += sum;
+        total += sum;
     }
-    const float scale = 1 / std::sqrt(std::max(float(squares), 1e-30f));
+    return float(total);
+}
+
+// Norm of a symmetric matrix whose blocks at and below the diagonal are given.
+float frobenius_norm(const float *values, int n) {
+    double total = 0;
+    for (int r = 0; r < n; r++)
+        for (int c = 0; c <= r; c++) {
+            const float sum = sum_of_squares({(float *)values + (r * n + c) * kValues, 1, kValues});
+            total += r == c ? sum : 2 * sum;
+        }
+    return float(std::sqrt(total));
+}
+
+// block = a I + b gram + c squared
+void set_polynomial(float *block, const Polynomial &p, const float *gram, const float *squared,
+                    bool is_diagonal) {
+    for (int i = 0; i < kValues; i++) block[i] = p.b * gram[i] + p.c * squared[i];
+    if (is_diagonal)
+        for (int i = 0; i < kBlock; i++) block[i * kBlock + i] += p.a;
+}
+
+// Apply two polynomials. If `normalize` is set, scale the singular values to at most 1 before.
+//
+// With the Gram matrix G of X the first iteration is X <- F X, F = a I + b G + c G^2. The Gram matrix
+// of the result is F G F. The factor of the second iteration is computed from it and multiplied by F.
+void iterate_twice(const Matrix &matrix, const Matrix &out, const Polynomial *polynomials,
+                   bool normalize, const Scratch &scratch) {
+    const bool is_tall = matrix.rows > matrix.columns;
+    const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
+    bf16 *const *operands = scratch.operands;
+    const Symmetric gram{operands[0], operands[1], n}, factor{operands[2], operands[3], n};
+    const Symmetric half{operands[4], nullptr, n};  // factor * gram, and the second factor
+    alignas(64) float block[kValues];
+    const auto values = [&](int r, int c) { return scratch.gram + (r * n + c) * kValues; };
+    const auto squared = [&](int r, int c) { return scratch.squared + (r * n + c) * kValues; };
+
+    const float scale = normalize ? 1 / std::sqrt(std::max(sum_of_squares(matrix), 1e-30f)) : 1;
     compute_gram(matrix, scale, scratch);
+    for_lower_blocks(n, [&](int r, int c) { gram.set(r, c, values(r, c), 1); });
+    symmetric_product(gram.left, gram.right, n, [&](int r, int c, const float *sums) {
+        std::memcpy(squared(r, c), sums, kValues * sizeof(float));
+    });
+    float bound = 1;  // of the largest eigenvalue of the Gram matrix
+    if (normalize) bound = std::max(std::sqrt(frobenius_norm(scratch.squared, n)), 1e-10f);
+    const Polynomial first{polynomials[0].a, polynomials[0].b / bound,
+                           polynomials[0].c / (bound * bound)};
     for_lower_blocks(n, [&](int r, int c) {
-        gram.set(r, c, scratch.gram + (r * n + c) * kValues, 1);
+        set_polynomial(block, first, values(r, c), squared(r, c), r == c);
+        factor.set(r, c, block, 1);
     });
 
-    float bound = 1, gram_scale = 1;
-    for (int iteration = 0; iteration < iterations; iteration++) {
-        if (iteration) {
-            // gram = factor gram factor, and below product = factor product; all of them commute.
-            const Symmetric half{between, nullptr, n};
-            symmetric_product(factor.left, gram.right, n, [&](int r, int c, const float *sums) {
-                half.set(r, c, sums, gram_scale);
-            });
-            symmetric_product(half.left, factor.right, n, [&](int r, int c, const float *sums) {
-                std::memcpy(scratch.gram + (r * n + c) * kValues, sums, kValues * sizeof(float));
-                gram.set(r, c, sums, 1);
-            });
-            gram_scale = 1;
-        }
-        symmetric_product(gram.left, gram.right, n, [&](int r, int c, const float *sums) {
-            std::memcpy(scratch.squared + (r * n + c) * kValues, sums, kValues * sizeof(float));
-        });
-        if (!iteration) {  // a bound of the largest eigenvalue of the Gram matrix
-            bound = std::max(std::sqrt(std::sqrt(sum_of_squares(scratch.squared, n))), 1e-10f);
-            gram_scale = 1 / bound;
-        }
-        Polynomial p = polynomials[iteration];
-        p.b *= gram_scale;
-        p.c *= gram_scale * gram_scale;
-        set_polynomial(factor, p, scratch);
-        if (!iteration) {
-            std::memcpy(product, factor.right, n * n * kOperand * sizeof(bf16));
-            continue;
-        }
-        const bool is_left = iteration == iterations - 1 && !is_tall;
-        const Symmetric next{is_left ? between : nullptr, is_left ? nullptr : between, n};
-        symmetric_product(factor.left, product, n, [&](int r, int c, const float *sums) {
-            next.set(r, c, sums, 1);
-        });
-        std::swap(between, product);
-    }
-    apply(product, matrix, out, scale, 1 / std::sqrt(bound), scratch.chunk[0]);
+    // Polynomials of one matrix commute, so that all of these products are symmetric.
+    symmetric_product(factor.left, gram.right, n, [&](int r, int c, const float *sums) {
+        half.set(r, c, sums, 1 / bound);
+    });
+    symmetric_product(half.left, factor.right, n, [&](int r, int c, const float *sums) {
+        std::memcpy(values(r, c), sums, kValues * sizeof(float));
+        gram.set(r, c, sums, 1);
+    });
+    symmetric_product(gram.left, gram.right, n, [&](int r, int c, const float *sums) {
+        set_polynomial(block, polynomials[1], values(r, c), sums, r == c);
+        half.set(r, c, block, 1);
+    });
+    const Symmetric product{is_tall ? nullptr : operands[0], is_tall ? operands[0] : nullptr, n};
+    symmetric_product(half.left, factor.right, n, [&](int r, int c, const float *sums) {
+        product.set(r, c, sums, 1 / std::sqrt(bound));
+    });
+    apply(operands[0], matrix, out, scale, scratch.chunk[0]);
 }
 
 }  // namespace
@@ -290,7 +283,7 @@ int64_t minimind_scratch_bytes(int64_t rows, int64_t columns) {
 
 // Orthogonalize matrices [count, rows, columns].
 //
-// polynomials [iterations][3], at least two. scratch: `minimind_scratch_bytes` for each thread, aligned
+// polynomials [iterations][3], an even number. scratch: `minimind_scratch_bytes` for each thread, aligned
 // to 64 bytes.
 void minimind_orthogonalize(float *from, float *to, int64_t count, int64_t rows, int64_t columns,
                             const float *polynomials, int64_t iterations, char *scratch,
@@ -304,8 +297,9 @@ void minimind_orthogonalize(float *from, float *to, int64_t count, int64_t rows,
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {
             const int64_t start = i * rows * columns;
-            orthogonalize({from + start, rows, columns}, {to + start, rows, columns},
-                          (const Polynomial *)polynomials, int(iterations), memory);
+            const Matrix matrix{from + start, rows, columns}, out{to + start, rows, columns};
+            for (int64_t j = 0; j < iterations; j += 2)
+                iterate_twice(j ? out : matrix, out, (const Polynomial *)polynomials + j, !j, memory);
         }
     }
 }

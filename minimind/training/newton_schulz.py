@@ -27,9 +27,9 @@ def takes(matrices: Tensor) -> bool:
 def orthogonalize(
     matrices: Tensor, polynomials: Sequence[tuple[float, float, float]]
 ) -> Tensor:
-    """Apply polynomials a s + b s³ + c s⁵, at least two, to the singular values of each matrix.
+    """Apply polynomials a s + b s³ + c s⁵ to the singular values of each matrix, scaled to [0, 1].
 
-    matrices: [n, rows, columns] float32, scaled to singular values of at most 1 before.
+    matrices: [n, rows, columns] float32. polynomials: (a, b, c) each; an even number.
     """
     library = compile_library(_SOURCES)
     assert isinstance(library, ctypes.CDLL) and matrices.dtype == torch.float32
