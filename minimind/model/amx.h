@@ -1,9 +1,9 @@
 // Matrix products on AMX, the matrix unit of newer Intel server processors.
 //
 // An instruction multiplies two tiles of bfloat16 numbers, 16 x 32 by 32 x 16, and adds the products
-// to a tile of 16 x 16 float32 sums. Eight bits of mantissa are too few for some purposes. Therefore
-// operands can be split into a high and a low part, x = high + low, which have 16 bits together, and
-// a product is the sum of three: low high + high low + high high.
+// to a tile of 16 x 16 float32 sums. A bfloat16 number has a mantissa of 8 bits, and three of them have
+// the 24 bits of float32: x = x0 + x1 + x2, each the rounded rest. The product of two such sums needs
+// six products, because x1 y2, x2 y1 and x2 y2 are smaller than the rounding error of float32.
 #pragma once
 #include <cstdint>
 
@@ -42,24 +42,18 @@ struct Tiles {
     }
 };
 
-// Products are computed in blocks of 32 x 32 numbers. A block of an operand is four tiles: two
-// halves, each with its high and its low part.
+// Products are computed in blocks of 32 x 32 numbers. A block of an operand is six tiles: two halves,
+// each with its three parts.
 //   left:  halves of 16 rows, a tile is [16 rows][32 columns]
 //   right: halves of 16 columns, a tile is [16 pairs of rows][16 columns][2]
-constexpr int kBlock = 32, kTile = 16 * 32, kOperand = 4 * kTile;
+constexpr int kBlock = 32, kParts = 3, kTile = 16 * 32, kOperand = 2 * kParts * kTile;
 
-// Numbers rounded to bfloat16, in the upper halves of 32 bits.
-inline __m512i rounded(__m512 x) {
-    return _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
-}
-
-inline __m512 remainder(__m512 x, __m512i high) {
-    return _mm512_sub_ps(x, _mm512_castsi512_ps(high));
-}
-
-// Two vectors of rounded numbers as pairs (a[i], b[i]).
-inline __m512i pairs(__m512i a, __m512i b) {
-    return _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
+// Round numbers to bfloat16, in the upper halves of 32 bits, and subtract the result.
+inline __m512i take_part(__m512 &x) {
+    const __m256i part = (__m256i)_mm512_cvtneps_pbh(x);
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16);
+    x = _mm512_sub_ps(x, _mm512_castsi512_ps(bits));
+    return bits;
 }
 
 // from [32][stride], times `factor`, as a block of a left operand.
@@ -67,13 +61,14 @@ inline void pack_left(const float *from, int64_t stride, float factor, bf16 *to)
     const __m512 scale = _mm512_set1_ps(factor);
     for (int i = 0; i < kBlock; i++) {
         const float *row = from + i * stride;
-        bf16 *tile = to + i / 16 * 2 * kTile + i % 16 * kBlock;
-        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row), scale);
-        const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(row + 16), scale);
-        const __m512i low = (__m512i)_mm512_cvtne2ps_pbh(remainder(y, rounded(y)),
-                                                         remainder(x, rounded(x)));
-        _mm512_store_si512(tile, (__m512i)_mm512_cvtne2ps_pbh(y, x));
-        _mm512_store_si512(tile + kTile, low);
+        bf16 *tile = to + i / 16 * kParts * kTile + i % 16 * kBlock;
+        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row), scale);
+        __m512 y = _mm512_mul_ps(_mm512_loadu_ps(row + 16), scale);
+        for (int part = 0; part < kParts; part++) {
+            _mm512_store_si512(tile + part * kTile, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+            take_part(x);
+            take_part(y);
+        }
     }
 }
 
@@ -83,13 +78,13 @@ inline void pack_right(const float *from, int64_t stride, float factor, bf16 *to
     for (int half = 0; half < 2; half++)
         for (int i = 0; i < kBlock; i += 2) {
             const float *row = from + i * stride + 16 * half;
-            bf16 *tile = to + half * 2 * kTile + i * 16;
-            const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row), scale);
-            const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(row + stride), scale);
-            const __m512i x_high = rounded(x), y_high = rounded(y);
-            _mm512_store_si512(tile, pairs(x_high, y_high));
-            _mm512_store_si512(tile + kTile, pairs(rounded(remainder(x, x_high)),
-                                                   rounded(remainder(y, y_high))));
+            bf16 *tile = to + half * kParts * kTile + i * 16;
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row), scale);
+            __m512 y = _mm512_mul_ps(_mm512_loadu_ps(row + stride), scale);
+            for (int part = 0; part < kParts; part++) {
+                const __m512i low = _mm512_srli_epi32(take_part(x), 16), high = take_part(y);
+                _mm512_store_si512(tile + part * kTile, _mm512_or_si512(low, high));
+            }
         }
 }
 
@@ -121,7 +116,8 @@ inline void transpose_tile(const bf16 *from, bf16 *to) {
 
 // A block of a left operand -> the transposed block as a right operand, and the reverse.
 inline void transpose_block(const bf16 *from, bf16 *to) {
-    for (int tile = 0; tile < 4; tile++) transpose_tile(from + tile * kTile, to + tile * kTile);
+    for (int tile = 0; tile < 2 * kParts; tile++)
+        transpose_tile(from + tile * kTile, to + tile * kTile);
 }
 
 // sums [32][32] = left * right, or sums += left * right. left, right: `depth` consecutive blocks.
@@ -140,22 +136,46 @@ inline void multiply_blocks(const bf16 *left, const bf16 *right, int depth, floa
         _tile_zero(3);
     }
     for (int k = 0; k < depth; k++, left += kOperand, right += kOperand) {
-        _tile_loadd(4, left, 64);  // high * low
-        _tile_loadd(5, left + 2 * kTile, 64);
-        _tile_loadd(6, right + kTile, 64);
+        // x2 y0
+        _tile_loadd(4, left + 2 * kTile, 64);
+        _tile_loadd(5, left + 5 * kTile, 64);
+        _tile_loadd(6, right, 64);
         _tile_loadd(7, right + 3 * kTile, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(6, right, 64);  // high * high
-        _tile_loadd(7, right + 2 * kTile, 64);
+        // x1 y0
+        _tile_loadd(4, left + kTile, 64);
+        _tile_loadd(5, left + 4 * kTile, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(4, left + kTile, 64);  // low * high
+        // x1 y1
+        _tile_loadd(6, right + kTile, 64);
+        _tile_loadd(7, right + 4 * kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        // x0 y1
+        _tile_loadd(4, left, 64);
         _tile_loadd(5, left + 3 * kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        // x0 y2
+        _tile_loadd(6, right + 2 * kTile, 64);
+        _tile_loadd(7, right + 5 * kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        // x0 y0
+        _tile_loadd(6, right, 64);
+        _tile_loadd(7, right + 3 * kTile, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);

@@ -1,4 +1,4 @@
-// Muon's Newton-Schulz iteration on AMX, with operands split into two bfloat16 parts (amx.h).
+// Muon's Newton-Schulz iteration on AMX, with operands split into three bfloat16 parts (amx.h).
 //
 // `orthogonalize` in optimizers.py computes the same with PyTorch's operations and describes it. Here
 // one thread processes a matrix. Blocks of results become operands of the next product while they are
