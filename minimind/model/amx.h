@@ -191,6 +191,10 @@ inline void multiply_blocks(const bf16 *left, const bf16 *right, int depth, floa
 #else
 namespace {
 
+inline bool has_amx() {
+    return false;
+}
+
 struct Tiles {
     Tiles() {}  // not trivial: no warning about an unused variable
 };

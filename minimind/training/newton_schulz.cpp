@@ -267,13 +267,9 @@ void iterate_twice(const Matrix &matrix, const Matrix &out, const Polynomial *po
 
 extern "C" {
 
-// True if this processor, its operating system and the compiler support AMX.
+// 1 if this processor, its operating system and the compiler support AMX.
 int minimind_has_amx() {
-#if defined(__AMX_BF16__)
     return has_amx();
-#else
-    return 0;
-#endif
 }
 
 #if defined(__AMX_BF16__)

@@ -24,9 +24,7 @@ def takes(matrices: Tensor) -> bool:
     return not isinstance(library, str) and bool(library.minimind_has_amx())
 
 
-def orthogonalize(
-    matrices: Tensor, polynomials: Sequence[tuple[float, float, float]]
-) -> Tensor:
+def orthogonalize(matrices: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
     """Apply polynomials a s + b s³ + c s⁵ to the singular values of each matrix, scaled to [0, 1].
 
     matrices: [n, rows, columns] float32. polynomials: (a, b, c) each; an even number.
@@ -37,9 +35,7 @@ def orthogonalize(
     sizes = [ctypes.c_int64(size) for size in matrices.shape]
     library.minimind_scratch_bytes.restype = ctypes.c_int64
     # PyTorch's allocator aligns to 64 bytes.
-    scratch = torch.empty(
-        threads * library.minimind_scratch_bytes(*sizes[1:]), dtype=torch.uint8
-    )
+    scratch = torch.empty(threads * library.minimind_scratch_bytes(*sizes[1:]), dtype=torch.uint8)
     coefficients, out = torch.tensor(polynomials, dtype=torch.float32), torch.empty_like(matrices)
     library.minimind_orthogonalize(
         ctypes.c_void_p(matrices.data_ptr()),

@@ -43,7 +43,7 @@ def test_applies_the_polynomials_to_singular_values(shape: tuple[int, int]) -> N
     actual = orthogonalize((left * values[:, None] @ right).float())
     assert actual.dtype == torch.float32
     exact = left * expected[:, None] @ right
-    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-4)
 
 
 def test_the_bits_depend_neither_on_threads_nor_on_the_batch(
@@ -65,13 +65,13 @@ def test_the_bits_depend_neither_on_threads_nor_on_the_batch(
 
 
 def test_noise_in_a_gradient_is_amplified_little() -> None:
-    """One ulp of float32 in the gradient: with bf16 alone it would grow to 1e-3."""
+    """One ulp: with two bf16 parts instead of three it would grow to 1e-4."""
     generator = torch.Generator().manual_seed(6)
     for shape in ((64, 64), (64, 176), (176, 64), (512, 512)):
         gradient = torch.randn(2, *shape, generator=generator)
         bits = torch.randint(-1, 2, gradient.shape, generator=generator) * torch.finfo().eps
         exact, noisy = orthogonalize(gradient), orthogonalize(gradient * (1 + bits))
-        assert (exact - noisy).norm() < 1e-4 * exact.norm()
+        assert (exact - noisy).norm() < 64 * torch.finfo().eps * exact.norm()
 
 
 def test_a_zero_matrix_stays_zero() -> None:
@@ -82,7 +82,7 @@ def test_a_zero_matrix_stays_zero() -> None:
 def test_the_scale_of_a_gradient_has_no_effect(scale: float) -> None:
     gradient = torch.randn(1, 48, 80, generator=torch.Generator().manual_seed(7))
     torch.testing.assert_close(
-        orthogonalize(gradient * scale), orthogonalize(gradient), rtol=0, atol=1e-4
+        orthogonalize(gradient * scale), orthogonalize(gradient), rtol=0, atol=1e-5
     )
 
 
