@@ -149,7 +149,7 @@ def _takes_weight_grad(weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T in bf16: [..., in] and [out, in] float32 -> [..., out].
 
-    The gradient of the weight is computed in float32 from bf16, in half the time that PyTorch takes.
+    The weight gradient is computed in float32, in half the time that PyTorch takes in bf16.
     """
     out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight)
     return out

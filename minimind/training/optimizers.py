@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                chunk = max(1, _CHUNK_NUMEL // shape.numel())
+                chunk = _chunk_size(parameters[0])
                 for start in range(0, len(parameters), chunk):
                     self._step(group, shape, parameters[start : start + chunk])
 
@@ -103,6 +103,15 @@ class Muon(torch.optim.Optimizer):
         # --8<-- [end:muon-step]
 
 
+def _chunk_size(parameter: Tensor) -> int:
+    """Return the number of parameters of this shape that are orthogonalised together."""
+    size = max(1, _CHUNK_NUMEL // parameter.numel())
+    if newton_schulz.takes(parameter):  # one thread per matrix
+        threads = torch.get_num_threads()
+        size = -(-size // threads) * threads
+    return size
+
+
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Replace each matrix by approximately the nearest one whose singular values are all 1.
 
@@ -113,7 +122,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     It runs in float32: in bf16 one ulp of summation noise in a gradient, such as that of another
     number of processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
 
-    Processors with AMX compute it in compiled code, with 16 bits of mantissa: `newton_schulz.py`.
+    On processors with AMX it is compiled code with the same precision: `newton_schulz.py`.
     """
     if newton_schulz.takes(matrices):
         return newton_schulz.orthogonalize(matrices, _POLYNOMIALS)
