@@ -61,51 +61,62 @@ struct Matrix {
     }
 };
 
-// A symmetric matrix of n x n blocks as operands: left [row][column], right [column][row].
+// A symmetric matrix of n x n blocks as a left operand, [row][column]. A block of it as a right operand
+// is the transpose of its mirror image.
 struct Symmetric {
-    bf16 *left, *right;  // one may be null: not needed
+    bf16 *left;
     int n;
+
+    bf16 *at(int r, int c) const { return left + (r * n + c) * kOperand; }
 
     // Set a block at or below the diagonal and its mirror image.
     void set(int r, int c, const float *block, float factor) const {
-        alignas(64) bf16 unused[2][kOperand];
-        bf16 *to_left = left ? left + (r * n + c) * kOperand : unused[0];
-        bf16 *to_right = right ? right + (c * n + r) * kOperand : unused[1];
-        pack_left(block, kBlock, factor, to_left);
-        pack_right(block, kBlock, factor, to_right);
+        pack_left(block, kBlock, factor, at(r, c));
         if (r == c) return;
-        if (left) transpose_block(to_right, left + (c * n + r) * kOperand);
-        if (right) transpose_block(to_left, right + (r * n + c) * kOperand);
+        alignas(64) bf16 right[kOperand];
+        pack_right(block, kBlock, factor, right);
+        transpose_block(right, at(c, r));
+    }
+
+    // Copy `count` columns of blocks as a right operand, [column][row].
+    void copy_columns(int first, int count, bf16 *to) const {
+        for (int c = first; c < first + count; c++)
+            for (int r = 0; r < n; r++, to += kOperand) transpose_block(at(c, r), to);
     }
 };
 
-// Call visit(r, c) for the blocks at and below the diagonal, in an order that uses kChunk blocks of
-// columns of the right operand repeatedly.
+// Call visit(r, c) for the blocks at and below the diagonal.
 template <class Visit>
 void for_lower_blocks(int n, Visit visit) {
-    for (int first = 0; first < n; first += kChunk)
-        for (int r = first; r < n; r++)
-            for (int c = first; c < std::min(first + kChunk, r + 1); c++) visit(r, c);
+    for (int r = 0; r < n; r++)
+        for (int c = 0; c <= r; c++) visit(r, c);
 }
 
-// Compute left * right, which must be symmetric, and call store(r, c, sums).
+// Compute left * right, which must be symmetric, and call store(r, c, sums). right: memory for kChunk
+// columns of blocks.
 template <class Store>
-void symmetric_product(const bf16 *left, const bf16 *right, int n, Store store) {
+void symmetric_product(const Symmetric &a, const Symmetric &b, bf16 *right, Store store) {
     alignas(64) float sums[kValues];
-    for_lower_blocks(n, [&](int r, int c) {
-        multiply_blocks(left + r * n * kOperand, right + c * n * kOperand, n, sums, false);
-        store(r, c, sums);
-    });
+    const int n = a.n;
+    for (int first = 0; first < n; first += kChunk) {
+        const int count = std::min(kChunk, n - first);
+        b.copy_columns(first, count, right);
+        for (int r = first; r < n; r++)
+            for (int c = first; c < std::min(first + count, r + 1); c++) {
+                multiply_blocks(a.at(r, 0), right + (c - first) * n * kOperand, n, sums, false);
+                store(r, c, sums);
+            }
+    }
 }
 
 // Memory of one thread for matrices whose shorter side has n blocks.
 struct Scratch {
     float *gram, *squared;  // values of the Gram matrix and of its square, [n][n][32][32]
-    bf16 *operands[5];      // [n][n] blocks each
+    bf16 *operands[4];      // [n][n] blocks each
     bf16 *chunk[2];         // [n][kChunk] blocks each
 
     static int64_t num_bytes(int64_t n) {
-        return n * n * (2 * kValues * sizeof(float) + 5 * kOperand * sizeof(bf16)) +
+        return n * n * (2 * kValues * sizeof(float) + 4 * kOperand * sizeof(bf16)) +
                2 * n * kChunk * kOperand * sizeof(bf16);
     }
 
@@ -222,8 +233,9 @@ void iterate_twice(const Matrix &matrix, const Matrix &out, const Polynomial *po
     const bool is_tall = matrix.rows > matrix.columns;
     const int n = is_tall ? matrix.column_blocks() : matrix.row_blocks();
     bf16 *const *operands = scratch.operands;
-    const Symmetric gram{operands[0], operands[1], n}, factor{operands[2], operands[3], n};
-    const Symmetric half{operands[4], nullptr, n};  // factor * gram, and the second factor
+    const Symmetric gram{operands[0], n}, factor{operands[1], n};
+    const Symmetric half{operands[2], n};  // factor * gram, and the second factor
+    bf16 *right = scratch.chunk[0];
     alignas(64) float block[kValues];
     const auto values = [&](int r, int c) { return scratch.gram + (r * n + c) * kValues; };
     const auto squared = [&](int r, int c) { return scratch.squared + (r * n + c) * kValues; };
@@ -231,7 +243,7 @@ void iterate_twice(const Matrix &matrix, const Matrix &out, const Polynomial *po
     const float scale = normalize ? 1 / std::sqrt(std::max(sum_of_squares(matrix), 1e-30f)) : 1;
     compute_gram(matrix, scale, scratch);
     for_lower_blocks(n, [&](int r, int c) { gram.set(r, c, values(r, c), 1); });
-    symmetric_product(gram.left, gram.right, n, [&](int r, int c, const float *sums) {
+    symmetric_product(gram, gram, right, [&](int r, int c, const float *sums) {
         std::memcpy(squared(r, c), sums, kValues * sizeof(float));
     });
     float bound = 1;  // of the largest eigenvalue of the Gram matrix
@@ -244,22 +256,23 @@ void iterate_twice(const Matrix &matrix, const Matrix &out, const Polynomial *po
     });
 
     // Polynomials of one matrix commute, so that all of these products are symmetric.
-    symmetric_product(factor.left, gram.right, n, [&](int r, int c, const float *sums) {
+    symmetric_product(factor, gram, right, [&](int r, int c, const float *sums) {
         half.set(r, c, sums, 1 / bound);
     });
-    symmetric_product(half.left, factor.right, n, [&](int r, int c, const float *sums) {
+    symmetric_product(half, factor, right, [&](int r, int c, const float *sums) {
         std::memcpy(values(r, c), sums, kValues * sizeof(float));
         gram.set(r, c, sums, 1);
     });
-    symmetric_product(gram.left, gram.right, n, [&](int r, int c, const float *sums) {
+    symmetric_product(gram, gram, right, [&](int r, int c, const float *sums) {
         set_polynomial(block, polynomials[1], values(r, c), sums, r == c);
         half.set(r, c, block, 1);
     });
-    const Symmetric product{is_tall ? nullptr : operands[0], is_tall ? operands[0] : nullptr, n};
-    symmetric_product(half.left, factor.right, n, [&](int r, int c, const float *sums) {
+    const Symmetric product = gram;
+    symmetric_product(half, factor, right, [&](int r, int c, const float *sums) {
         product.set(r, c, sums, 1 / std::sqrt(bound));
     });
-    apply(operands[0], matrix, out, scale, scratch.chunk[0]);
+    if (is_tall) product.copy_columns(0, n, operands[3]);
+    apply(is_tall ? operands[3] : product.left, matrix, out, scale, scratch.chunk[0]);
 }
 
 }  // namespace
