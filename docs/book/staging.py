@@ -83,4 +83,5 @@ def _mathml(latex: str, display: str) -> str:
 def _to_mathml(match: re.Match[str]) -> str:
     if match[1]:
         return f'<div class="formula">{_mathml(match[1].strip(), "block")}</div>'
-    return _mathml(match[2], "inline")
+    # Markdown takes <math> at the start of a line for a block; <span> stays in the paragraph.
+    return f"<span>{_mathml(match[2], 'inline')}</span>"

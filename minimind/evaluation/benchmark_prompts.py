@@ -157,7 +157,11 @@ class PromptBuilder:
         return ChoicePrompt(rows, prompt.divisors, prompt.shots, truncated=True)
 
 
+# --8<-- [start:choose]
 def choose(prompt: ChoicePrompt, scores: Sequence[float]) -> int:
     """Return the index of the most likely option; the first one in case of a tie."""
     normalized = [score / divisor for score, divisor in zip(scores, prompt.divisors, strict=True)]
     return max(range(len(normalized)), key=normalized.__getitem__)
+
+
+# --8<-- [end:choose]

@@ -57,6 +57,7 @@ def find_contamination(
 
     Raises DataError if the data cannot be read.
     """
+    # --8<-- [start:search]
     index = QuestionIndex(questions)
     result = Contamination(too_short=index.too_short)
     invalid = InvalidRecords()
@@ -66,6 +67,7 @@ def find_contamination(
                 result.characters += sum(map(len, texts))
                 for _, name in index.search(texts):
                     result.found.setdefault(name, str(file))
+    # --8<-- [end:search]
     result.invalid_records = invalid.total
     return result
 

@@ -50,10 +50,14 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+# --8<-- [start:repeated]
 def repeated_fraction(words: Sequence[str], n: int = N) -> float:
     """Return the fraction of n-grams that occurred before; 0 if there are none."""
     grams = _ngrams(words, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# --8<-- [end:repeated]
 
 
 def distinct_fraction(texts: Sequence[Sequence[str]], n: int) -> float | None:

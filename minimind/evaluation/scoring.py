@@ -143,6 +143,7 @@ def sliding_windows(tokens: Sequence[int], start: Sequence[int], context: int) -
     it.
     """
     assert start, "the first token needs a token before it"
+    # --8<-- [start:windows]
     all_tokens = (*start, *tokens)
     rows: list[Row] = []
     scored = len(start)
@@ -152,3 +153,4 @@ def sliding_windows(tokens: Sequence[int], start: Sequence[int], context: int) -
         rows.append(Row(all_tokens[begin:end], scored - begin))
         scored = end
     return rows
+    # --8<-- [end:windows]

@@ -72,6 +72,7 @@ def rope_frequencies(config: ModelConfig, length: int | Tensor) -> tuple[Tensor,
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     if scaling is None:
         return 1.0 / (base**exponents), 1.0
+    # --8<-- [start:scaling]
     match scaling.rope_type:
         case "linear":
             return 1.0 / (base**exponents) / scaling.factor, 1.0
@@ -84,6 +85,7 @@ def rope_frequencies(config: ModelConfig, length: int | Tensor) -> tuple[Tensor,
             return _yarn(base, exponents, scaling), _yarn_attention_factor(scaling)
         case "llama3":
             return _llama3(1.0 / (base**exponents), scaling), 1.0
+    # --8<-- [end:scaling]
 
 
 def _dynamic_base(
@@ -93,9 +95,11 @@ def _dynamic_base(
     original, factor = scaling.original_max_position_embeddings, scaling.factor
     if head_dim == 2:
         return base  # the only frequency is base^0 = 1
+    # --8<-- [start:ntk]
     longest = length.clamp(min=original) if isinstance(length, Tensor) else max(length, original)
     ratio = factor * longest / original - (factor - 1)
     return base * ratio ** (head_dim / (head_dim - 2))
+    # --8<-- [end:ntk]
 
 
 def _yarn(base: float, exponents: Tensor, scaling: RopeScaling) -> Tensor:
@@ -106,6 +110,7 @@ def _yarn(base: float, exponents: Tensor, scaling: RopeScaling) -> Tensor:
     num_pairs = len(exponents)
     original = scaling.original_max_position_embeddings
 
+    # --8<-- [start:yarn]
     def pair_index(rotations: float) -> float:
         """Return the fractional index of the pair with this many rotations per original context."""
         return num_pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(base)
@@ -120,6 +125,7 @@ def _yarn(base: float, exponents: Tensor, scaling: RopeScaling) -> Tensor:
     unscaled_share = 1 - ramp
     periods = base**exponents
     return 1.0 / (scaling.factor * periods) * (1 - unscaled_share) + 1.0 / periods * unscaled_share
+    # --8<-- [end:yarn]
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:

@@ -21,6 +21,7 @@ def test_a_page_has_figures_formulas_and_its_piece(
     num_figures = len(list(chapter.outputs.glob(f"*.{lang}.svg")))
     assert page.count('<svg role="img" aria-label="') == num_figures
     assert page.count("<math") == page.count("</math>") > 0
+    assert "\n<math" not in page  # Markdown would end the paragraph
     assert f'<script src="{chapter.stem}.js"></script>' in page
     assert f', "{lang}")</script>' in page
     assert (tmp_path / f"{chapter.stem}.js").is_file()
