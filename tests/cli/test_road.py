@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from minimind.config.load import packaged_recipes
 from minimind.config.road import ROADS, load_road
 from minimind.data.registry import find
 from minimind.data.textbook import DEMO_QUESTIONS
+from tests.support.commands import fast_python
 
 SHORT = """
 settings.data = {seq_len = 128, validation_fraction = 0.1}
@@ -95,7 +95,7 @@ def interrupt_when(folder: Path, metrics: Path, number: signal.Signals) -> str:
     metrics: the metrics.jsonl of that stage.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "minimind", "road", "tiny.toml", "--device", "cpu"],
+        [*fast_python(), "-m", "minimind", "road", "tiny.toml", "--device", "cpu"],
         cwd=folder,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
