@@ -1,5 +1,6 @@
 """Fixtures that many tests share: tokenizers and a small demo."""
 
+import functools
 import gc
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import typer.testing
 
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from tests.support.foreign import make_tokenizer
@@ -15,6 +17,8 @@ from tests.support.shared import shared_directory
 
 # Objects of imported modules and collected tests stay; to search them for cycles takes seconds.
 gc.disable()
+# CliRunner would build all commands anew in each call.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 # Several threads slow tiny matrices down, above all on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The figures of tests hold with any compiler and without one; tests of compiled decoding enable it.

@@ -205,7 +205,9 @@ def test_a_command_of_the_documentation_runs(
 
 
 def small_settings(words: Sequence[str]) -> list[str]:
-    """Return the settings that make the training of a command short: a tiny model, two steps."""
+    """Return what makes a command short: a tiny model and two steps, or one process."""
+    if words[:2] == ["data", "prepare"]:
+        return ["--workers", "1"]
     trains = words[0] != "data" and {*TRAINING, "sweep"} & set(words)
     if "--explain" in words or not trains:
         return []

@@ -34,8 +34,11 @@ from typing import Any, NoReturn
 _PYTHON = sys.executable
 # What commands import. `minimind.cli` is not here: its console reads the environment.
 _MODULES = (
+    "numpy.ctypeslib",
+    "numpy.ma",
     "rich.progress",
     "torch._dynamo",  # by optimizers
+    "torch.utils.serialization.config",
     "typer",
     "minimind.training.stage",
     "minimind.inference.engine",
