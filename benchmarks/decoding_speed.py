@@ -54,6 +54,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "transformers bf16": dict(run="transformers", dtype="bfloat16"),
     "llama.cpp F16": dict(run="llama", file="F16"),
     "llama.cpp Q8_0": dict(run="llama", file="Q8_0"),
+    "llama.cpp Q8_0, not repacked": dict(run="llama", file="Q8_0", repack=False),
 }
 STREAMS = (1, 16)
 _LONG_PROMPTS = 8
@@ -249,8 +250,12 @@ def transformers(args: argparse.Namespace, dtype: str) -> None:
     answer(lambda streams, tokens: contextlib.nullcontext(generate), args)
 
 
-def llama(args: argparse.Namespace, file: str) -> None:
-    """Measure llama.cpp; all sequences form one batch."""
+def llama(args: argparse.Namespace, file: str, repack: bool = True) -> None:
+    """Measure llama.cpp; all sequences form one batch.
+
+    repack: allow layouts of the weights for the processor's instructions. With AMX it fails in
+        virtual machines that report AMX but do not grant it.
+    """
     import ctypes
 
     import llama_cpp as lib
@@ -260,7 +265,9 @@ def llama(args: argparse.Namespace, file: str) -> None:
     quiet = lib.llama_log_callback(lambda *rest: None)
     lib.llama_log_set(quiet, ctypes.c_void_p(0))
     path = str(args.work / f"{file}.gguf").encode()
-    model = lib.llama_model_load_from_file(path, lib.llama_model_default_params())
+    options = lib.llama_model_default_params()
+    options.use_extra_bufts = repack
+    model = lib.llama_model_load_from_file(path, options)
     vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
     @contextlib.contextmanager

@@ -3,9 +3,10 @@
 A shared machine changes its speed within minutes, so a speed means little alone, and the ratio of
 two speeds means something only if both were measured at nearly the same time. Here every contender
 is a process that stays alive (its memory and its thread pools are its own) and measures once per
-request. In each round all contenders measure one after the other, and every second round reverses
-their order. Results are medians with minimum and maximum; a ratio is the median of the ratios
-within each round. A contender can run the code of another checkout.
+request. Measurements begin when all processes are ready. In each round all contenders measure one
+after the other, and every second round reverses their order. A contender that fails is left out.
+Results are medians with minimum and maximum; a ratio is the median of the ratios within each round.
+A contender can run the code of another checkout.
 """
 
 import argparse
@@ -75,6 +76,10 @@ def _module() -> str:
     return f"benchmarks.{Path(sys.argv[0]).stem}"
 
 
+class _FailedError(Exception):
+    """The process of a contender ended."""
+
+
 class _Process:
     """A contender's process."""
 
@@ -92,19 +97,27 @@ class _Process:
             text=True,
         )
 
+    def wait_until_ready(self) -> None:
+        """Wait for the end of the start-up, which would slow a measurement beside it."""
+        self._read()
+
     def measure(self) -> dict[str, float]:
-        """Request one measurement and wait for it. Exits with the log if the process fails."""
-        assert self.child.stdin and self.child.stdout
+        """Request one measurement and wait for it."""
+        assert self.child.stdin
         with contextlib.suppress(BrokenPipeError):
             self.child.stdin.write("measure\n")
             self.child.stdin.flush()
-        answer = self.child.stdout.readline()
-        if not answer:
-            self._log.seek(0)
-            log = self._log.read().decode(errors="replace")
-            sys.exit(f"{self.name} failed with status {self.child.wait()}:\n{log[-3000:]}")
-        metrics: dict[str, float] = json.loads(answer)
+        metrics: dict[str, float] = json.loads(self._read())
         return metrics
+
+    def _read(self) -> str:
+        """Return the next line. Raises _FailedError with the log if the process has ended."""
+        assert self.child.stdout
+        if answer := self.child.stdout.readline():
+            return answer
+        self._log.seek(0)
+        log = self._log.read().decode(errors="replace")
+        raise _FailedError(f"{self.name} failed with status {self.child.wait()}:\n{log[-3000:]}")
 
     def close(self) -> None:
         """End the process, which has nothing to save."""
@@ -115,7 +128,10 @@ class _Process:
 def measure_in_turns(
     contenders: Sequence[Contender], rounds: int, threads: int, work: Path
 ) -> dict[str, list[dict[str, float]]]:
-    """Return the metrics of every contender in every round; `work` receives their logs."""
+    """Return the metrics of every contender in every round; `work` receives their logs.
+
+    A contender that fails is reported and left out. Exits if none is left.
+    """
     measured: dict[str, list[dict[str, float]]] = {one.name: [] for one in contenders}
     with contextlib.ExitStack() as stack:
         processes = []
@@ -123,9 +139,26 @@ def measure_in_turns(
             log = stack.enter_context((work / f"contender-{number}.log").open("w+b"))
             processes.append(_Process(contender, threads, log))
             stack.callback(processes[-1].close)
+
+        def left_out(process: _Process, error: _FailedError) -> None:
+            processes.remove(process)
+            del measured[process.name]
+            if not processes:
+                sys.exit(str(error))
+            print(f"{error}\n{process.name} is left out.", file=sys.stderr, flush=True)
+
+        for process in list(processes):
+            try:
+                process.wait_until_ready()
+            except _FailedError as error:
+                left_out(process, error)
         for number in range(rounds):
-            for process in reversed(processes) if number % 2 else processes:
-                metrics = process.measure()
+            for process in processes[::-1] if number % 2 else processes[:]:
+                try:
+                    metrics = process.measure()
+                except _FailedError as error:
+                    left_out(process, error)
+                    continue
                 measured[process.name].append(metrics)
                 shown = ", ".join(f"{key} {value:,.4g}" for key, value in metrics.items())
                 print(f"{number + 1}/{rounds} {process.name}: {shown}", file=sys.stderr, flush=True)
@@ -143,13 +176,14 @@ def use_checkout(checkout: Path | None) -> None:
 
 
 def answer_requests(measure: Callable[[], Mapping[str, float]]) -> None:
-    """Measure once per line of standard input; print the metrics as a line of JSON each time.
+    """Report readiness, then measure once per line of standard input and print the metrics as JSON.
 
     The peak memory of the process is added as `peak_mb`, unless it has been measured. What the
     measured code prints goes to standard error.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    print("ready", file=answers, flush=True)
     for _ in sys.stdin:
         metrics = measure()
         print(json.dumps({"peak_mb": peak_mb()} | dict(metrics)), file=answers, flush=True)

@@ -42,6 +42,7 @@ def test_ratios_are_taken_within_each_round() -> None:
 
 _CONTENDER = """
 import argparse
+import time
 from pathlib import Path
 
 from benchmarks.rounds import add_options, answer_requests, use_checkout
@@ -53,6 +54,9 @@ args = parser.parse_args()
 use_checkout(args.checkout)
 log = Path(args.work) / "order"
 count = 0
+if args.contender == "b":
+    time.sleep(0.5)  # a slow start, during which nobody may measure
+    log.write_text("b is ready\\n")
 
 
 def measure():
@@ -90,9 +94,11 @@ def test_contenders_measure_in_turns_in_processes_of_their_own(
     assert [[metrics["count"] for metrics in measured[name]] for name in "ab"] == [[1, 2], [1, 2]]
     assert measured["a"][0]["peak_mb"] > 5
     assert (tmp_path / "order").read_text().splitlines() == [
-        "a 1 this one", "b 1 the checkout", "b 2 the checkout", "a 2 this one"
+        "b is ready", "a 1 this one", "b 1 the checkout", "b 2 the checkout", "a 2 this one"
     ]  # fmt: skip
     broken = Contender("broken", "a_contender", arguments)
+    measured = measure_in_turns([broken, contenders[0]], rounds=1, threads=1, work=tmp_path)
+    assert list(measured) == ["a"]
     with pytest.raises(SystemExit, match=r"(?s)broken failed with status 1:.*no such model"):
         measure_in_turns([broken], rounds=1, threads=1, work=tmp_path)
 

@@ -19,6 +19,7 @@ from docs.book.chapters import (
     read_region,
     solutions,
 )
+from docs.book.links import link_problems
 
 _MIN_EXERCISES = 3
 _MIN_ALT = 20  # columns
@@ -85,6 +86,7 @@ def _page_problems(chapter: Chapter, lang: str) -> Iterator[str]:
         yield f"the title must begin with '# {chapter.number} '"
     yield from _include_problems(chapter, lang, text)
     yield from _fact_problems(chapter, text)
+    yield from link_problems(text, chapter.root)
     for alt, target in IMAGE.findall(text):
         if _width(alt) < _MIN_ALT:
             yield f"{target}: describe the picture in the brackets, for those who cannot see it"

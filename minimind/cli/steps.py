@@ -17,6 +17,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.plan import duration
+from minimind.errors import UsageError
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -171,12 +172,20 @@ def train_stage(recipe: "Recipe", tokens_of_all_stages: int | None) -> "StageRes
 
 
 def finished_summary(out: Path, command: str) -> dict[str, Any] | None:
-    """Return the summary of the last step if it is finished, and say so."""
+    """Return the summary of the last step if it is finished, and say so.
+
+    Raises UsageError if an older version wrote it.
+    """
     path = out / "summary.json"
     if not path.is_file():
         return None
-    console.say(f"already finished; --fresh discards the results and runs the {command} again")
     summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if "questions" not in summary:
+        raise UsageError(
+            f"{path} was written by an older version of minimind, which stored other results; keep "
+            f"{out} and choose another --out, or discard the results with --fresh"
+        )
+    console.say(f"already finished; --fresh discards the results and runs the {command} again")
     return summary
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind.cli.steps import timed
+from minimind.cli.steps import finished_summary, timed
+from minimind.errors import UsageError
 
 
 def test_total_time_includes_earlier_sessions(tmp_path: Path) -> None:
@@ -27,3 +28,13 @@ def test_total_time_includes_earlier_sessions(tmp_path: Path) -> None:
     with timed(tmp_path) as total:
         assert total() >= 1_300
         assert json.loads(path.read_text("utf-8"))["seconds"] == 1_300
+
+
+def test_summary_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    assert finished_summary(tmp_path, "demo") is None
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps({"quiz": {}, "eight": []}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"summary\.json was written by an older .* with --fresh"):
+        finished_summary(tmp_path, "demo")
+    summary.write_text(json.dumps({"quiz": {}, "questions": []}), encoding="utf-8")
+    assert finished_summary(tmp_path, "demo") == {"quiz": {}, "questions": []}

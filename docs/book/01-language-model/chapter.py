@@ -81,7 +81,7 @@ class NGram:
 def losses(model, text):
     """Return -ln p of each byte of a text, in nats."""
     return [
-        -math.log(model.probability(b, text[max(0, i - 9) : i]))
+        -math.log(model.probability(b, text[max(0, i - model.order) : i]))
         for i, b in enumerate(text)
     ]
 

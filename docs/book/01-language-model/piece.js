@@ -79,7 +79,7 @@ function bookPiece(root, data, lang) {
     }));
     part("bits").textContent = text
       ? `${total.toFixed(2)} ${say("bits", "比特")} / ${text.length} ${say("bytes", "字节")} = ` +
-        `${(total / text.length).toFixed(2)} ${say("bits per byte", "每字节比特数")}`
+        `${(total / text.length).toFixed(2)} ${say("bits per byte", "比特／字节")}`
       : "";
     const full = text.length >= part("text").maxLength;
     part("draw").disabled = full;

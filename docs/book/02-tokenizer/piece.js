@@ -38,7 +38,7 @@ function shownToken(token) {
 function bookPiece(root, data, lang) {
   const say = (en, zh) => (lang === "zh" ? zh : en);
   root.innerHTML = `
-    <label>${say("Words to learn from, separated by spaces", "用来训练的词，以空格分隔")}
+    <label>${say("Words to learn from, separated by spaces", "用来训练的词，用空格隔开")}
       <textarea data-id="words" rows="2"></textarea>
     </label>
     <p>
@@ -49,7 +49,7 @@ function bookPiece(root, data, lang) {
     <p data-id="next"></p>
     <p data-id="split"></p>
     <p>${say("Merges: ", "合并：")}<b data-id="count"></b> <span data-id="merges"></span></p>
-    <label>${say("Text to encode with these merges", "用这些合并来编码的文字")}
+    <label>${say("Text to encode with these merges", "要编码的文字")}
       <input type="text" data-id="text" value="shortest riverbed 长城">
     </label>
     <p data-id="encoded"></p>

@@ -267,7 +267,8 @@ def figure_packing(figure, say):
             for size in sequence:
                 axes.barh(row, size, left=left, color="C0", ec="white", lw=1.2)
                 left += size
-        axes.set_title(f"{name}: {sum(sizes) / len(packed) / 16:.0%}", fontsize=9)
+        colon, share = say(": ", "："), sum(sizes) / len(packed) / 16
+        axes.set_title(f"{name}{colon}{share:.0%}", fontsize=9)
         axes.set_xticks([0, 8, 16])
         axes.set_yticks([])
     panels[0].invert_yaxis()

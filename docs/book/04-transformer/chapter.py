@@ -156,7 +156,7 @@ def table_cache(say):
     rows = [
         [say("key/value heads", "键值头"), say("query heads per group", "每组查询头"),
          say("attention parameters", "注意力参数"),
-         say("cache for 512 tokens, 2 bytes per number", "512 个词元的缓存（每数 2 字节）")]
+         say("cache for 512 tokens, 2 bytes per number", "512 个词元的缓存（每个数 2 字节）")]
     ]  # fmt: skip
     for kv_heads in (16, 8, 4, 1):
         parameters = 8 * 512 * 32 * (2 * 16 + 2 * kv_heads)
@@ -197,6 +197,7 @@ def figure_silu(figure, say):
     axes.plot(z, z / (1 + np.exp(-z)), label="SiLU")
     axes.plot(z, np.maximum(z, 0), ls="--", color="0.5", label="ReLU")
     axes.set_xlabel("z")
+    axes.set_ylabel("SiLU(z), ReLU(z)")
     axes.grid(alpha=0.15)
     axes.legend(frameon=False)
 
@@ -230,15 +231,18 @@ print(f"loss {F.cross_entropy(before[0, :-1], text[0, 1:]):.1f}")
 def figure_blocks(figure, say):
     axes = figure.subplots()
     box = dict(boxstyle="round,pad=0.35", fc="C0", ec="0.5", alpha=0.3)
-    axes.annotate(
-        "",
-        (10.9, 0),
-        (0.4, 0),
-        arrowprops=dict(arrowstyle="->", lw=2.5, color="0.5"),
-    )
+    thick = dict(arrowstyle="-", lw=2.5, color="0.5", shrinkA=0, shrinkB=0)
+    # Between the boxes, whose widths depend on the language.
+    for start, stop in say(
+        ((0.1, 0.5), (2.0, 8.95), (10.45, 11.05)),
+        ((0.1, 0.9), (1.6, 8.85), (10.55, 11.05)),
+    ):
+        if stop > 11:
+            thick["arrowstyle"] = "->"
+        axes.annotate("", (stop, 0), (start, 0), arrowprops=thick)
     labels = [
-        (0, 0, say("tokens", "词元")),
-        (1.5, 0, say("embedding", "嵌入")),
+        (-0.35, 0, say("tokens", "词元")),
+        (1.25, 0, say("embedding", "嵌入")),
         (9.7, 0, say("RMSNorm,\nhead", "RMSNorm、\n输出层")),
         (11.5, 0, say("logits", "logits")),
         (2.9, 1.5, "RMSNorm"),
@@ -247,7 +251,7 @@ def figure_blocks(figure, say):
         (7.6, -1.5, "SwiGLU"),
     ]
     for x, y, label in labels:
-        plain = y == 0 and x in (0, 11.5)
+        plain = y == 0 and x in (-0.35, 11.5)
         axes.text(x, y, label, ha="center", va="center", fontsize=8,
                   bbox=None if plain else box)  # fmt: skip
     arrow = dict(arrowstyle="->", color="0.5")
@@ -276,7 +280,7 @@ def figure_blocks(figure, say):
         lw=0.8,
         color="0.5",
     )
-    axes.set_xlim(-0.6, 12.1)
+    axes.set_xlim(-0.9, 12.1)
     axes.set_ylim(-2.3, 2.6)
     axes.axis("off")
 

@@ -38,7 +38,7 @@ function followingHead(words, factor, rotates) {
 function bookPiece(root, data, lang) {
   const say = (en, zh) => (lang === "zh" ? zh : en);
   root.innerHTML = `
-    <label>${say("Words, separated by spaces (at most 12)", "以空格分隔的词（最多 12 个）")}
+    <label>${say("Words, separated by spaces (at most 12)", "词，用空格隔开（最多 12 个）")}
       <input type="text" data-id="words" maxlength="100">
     </label>
     <label>${say("Head ", "注意力头 ")}

@@ -30,8 +30,8 @@ def descend(labels, lr, steps):
 
 seen = [0, 0, 0, 1, 1, 1, 2, 2]  # the eight words after "the"
 for steps in (0, 1, 5, 50):
-    found = descend(seen, lr=1, steps=steps)
-    print(f"{steps:3} steps", [round(p, 3) for p in found.tolist()])
+    probabilities = descend(seen, lr=1, steps=steps)
+    print(f"{steps:3} steps", [round(p, 3) for p in probabilities.tolist()])
 # --8<-- [end:descent]
 
 # --8<-- [start:letters]
@@ -89,11 +89,14 @@ for lr, losses in curves.items():
 # --8<-- [end:rates]
 
 
+DASHED = dict(ls="--", lw=1.2, color="0.5")
+
+
 def figure_rates(figure, say):
     axes = figure.subplots()
     for lr, losses in curves.items():
         axes.plot(losses, lw=1.2, label=say(f"learning rate {lr}", f"学习率 {lr}"))
-    axes.axhline(floor, ls="--", lw=1.2, color="0.5")
+    axes.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
     axes.set_ylim(2, 7)
     axes.set_xlabel(say("step", "步数"))
     axes.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"))
@@ -196,9 +199,9 @@ def figure_optimizers(figure, say):
             sum(losses[max(0, i - 4) : i + 1]) / min(5, i + 1) for i in range(100)
         ]
         axes.plot(smooth, label={"adamw": "AdamW", "muon": "Muon + AdamW"}[name])
-    axes.axhline(floor, ls="--", lw=1.2, color="0.5")
+    axes.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
     axes.set_xlabel(say("step", "步数"))
-    axes.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"))
+    axes.set_ylabel(say("loss, mean of 5 steps", "损失（5 步平均）"))
     axes.grid(alpha=0.15)
     axes.legend(frameon=False)
 
@@ -224,10 +227,11 @@ print("after ", [round(value, 1) for value in after[picked].tolist()])
 
 def figure_spectrum(figure, say):
     axes = figure.subplots()
-    axes.plot(
-        (before / before[0]).tolist(), marker=".", label=say("gradient", "梯度")
-    )
-    axes.plot(after.tolist(), marker=".", label=say("orthogonalized", "正交化之后"))
+    name = say("gradient, divided by its largest", "梯度（除以最大值）")
+    numbers = range(1, len(before) + 1)
+    axes.plot(numbers, (before / before[0]).tolist(), marker=".", label=name)
+    name = say("orthogonalized", "正交化之后")
+    axes.plot(numbers, after.tolist(), marker=".", label=name)
     axes.set_xlabel(say("number of the direction", "方向的序号"))
     axes.set_ylabel(say("singular value", "奇异值"))
     axes.set_ylim(0)
@@ -250,16 +254,20 @@ for name, settings in schedules.items():
 
 def figure_schedules(figure, say):
     above, below = figure.subplots(2, 1, sharex=True)
-    names = {"constant": say("constant", "恒定"), "cosine": "cosine", "wsd": "WSD"}
+    names = {
+        "constant": say("constant", "恒定"),
+        "cosine": say("cosine", "余弦"),
+        "wsd": "WSD",
+    }
     for name, settings in schedules.items():
         above.plot([30 * lr_fraction(step, 400, settings) for step in range(400)])
         below.plot(ends[name], lw=1.2, label=names[name])
-    below.axhline(floor, ls="--", lw=1.2, color="0.5")
+    below.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
     below.set_ylim(2.15, 2.9)
-    above.set_ylabel(say("learning rate", "学习率"))
-    below.set_ylabel(say("loss", "损失"))
+    above.set_ylabel(say("learning rate", "学习率"), fontsize=8)
+    below.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"), fontsize=8)
     below.set_xlabel(say("step", "步数"))
-    below.legend(frameon=False, ncols=3)
+    below.legend(frameon=False, ncols=4, fontsize=8)
     for axes in (above, below):
         axes.grid(alpha=0.15)
 
@@ -341,7 +349,7 @@ for row in [steps[0], steps[9], steps[32], steps[-1]]:
 
 def figure_record(figure, say):
     names = (
-        ("loss", say("loss", "损失")),
+        ("loss", say("loss, nats", "损失（奈特）")),
         ("grad_norm", say("gradient norm", "梯度范数")),
         ("lr/muon", say("learning rate", "学习率")),
     )
@@ -349,7 +357,7 @@ def figure_record(figure, say):
         figure.subplots(3, 1, sharex=True), names, strict=True
     ):
         axes.plot([row["step"] for row in steps], [row[key] for row in steps])
-        axes.set_ylabel(name)
+        axes.set_ylabel(name, fontsize=8)
         axes.set_ylim(0 if key != "loss" else None)
         axes.grid(alpha=0.15)
     axes.set_xlabel(say("step", "步数"))

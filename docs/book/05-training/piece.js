@@ -72,7 +72,7 @@ function bookPiece(root, data, lang) {
     <label>${say("Schedule", "调度方式")}
       <select data-id="name">
         <option value="constant">${say("constant", "恒定")}</option>
-        <option value="cosine" selected>cosine</option>
+        <option value="cosine" selected>${say("cosine", "余弦")}</option>
         <option value="wsd">WSD</option>
       </select>
     </label>

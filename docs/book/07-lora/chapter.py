@@ -133,7 +133,7 @@ def figure_spectrum(figure, say):
     ):
         s = torch.linalg.svdvals(matrix)
         axes.plot(range(1, len(s) + 1), s / s[0], marker="o", ms=3, label=label)
-    axes.set_xlabel(say("singular value", "奇异值的序号"))
+    axes.set_xlabel(say("number of the singular value", "奇异值的序号"))
     axes.set_ylabel(say("size, relative to the first", "相对于第一个的大小"))
     axes.set_ylim(0)
     axes.grid(alpha=0.15)
@@ -275,7 +275,13 @@ def share(values, rank):
     return f"{(values[:rank].sum() / values.sum()).sqrt():.0%}".replace("%", " %")
 
 
+gentle = train(with_adapter(rank=2), new, steps=60, lr=3e-3)
+s = torch.linalg.svdvals(new_model().get_submodule(chosen).weight)
+random_share = (s[:2].square().sum() / s.square().sum()).sqrt()
 facts = {
+    "random_2": f"{random_share:.0%}".replace("%", " %"),
+    "gentle_new": f"{loss(gentle, new):.2f}",
+    "gentle_old": f"{loss(gentle, old):.2f}",
     "error_1": error(1),
     "error_8": error(8),
     "base_new": f"{loss(base, new):.2f}",

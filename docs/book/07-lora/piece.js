@@ -100,7 +100,7 @@ function bookPiece(root, data, lang) {
     const total = squares(terms);
     const error = total ? Math.sqrt(squares(terms.slice(rank)) / total) : 0;
     part("error").textContent =
-      `${2 * size * rank} ${say("numbers instead of", "个数，原为")} ${size * size}` +
+      `${2 * size * rank} ${say("numbers instead of", "个数，原来是")} ${size * size}` +
       `${say(", error ", "，误差 ")}${(100 * error).toFixed(1)} %`;
     const [whole, perRank] = data.presets[part("model").value];
     const trained = rank * perRank;

@@ -177,16 +177,22 @@ def answer_logps(model, questions, answers):
     return (logps * mask).sum(1)
 
 
-torch.manual_seed(1)
-model = Transformer(ModelConfig(vocab_size=128, **PRESETS["nano"])).double()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-for _ in range(80):
-    optimizer.zero_grad()
-    both = answer_logps(model, questions * 2, short + doubled)
-    (-both.mean() / 10).backward()
-    optimizer.step()
-with torch.no_grad():
-    start = [answer_logps(model, questions, side) for side in (short, doubled)]
+def new_base(seed):
+    """Return a model that answers in both ways, and its log-probabilities."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(vocab_size=128, **PRESETS["nano"])).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        both = answer_logps(model, questions * 2, short + doubled)
+        (-both.mean()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        start = [answer_logps(model, questions, side) for side in (short, doubled)]
+    return model, start
+
+
+model, start = new_base(seed=1)
 print([f"{logps.exp().mean():.2f}" for logps in start])
 # --8<-- [end:model]
 
@@ -195,7 +201,7 @@ print([f"{logps.exp().mean():.2f}" for logps in start])
 import copy
 
 
-def train(beta, pairs=slice(0, 6), steps=40, lr=1e-4):
+def train(beta, pairs=slice(0, 6), steps=60, lr=1e-4):
     """Train a copy of the model with DPO; return it and its metrics per step."""
     policy, rows = copy.deepcopy(model), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0)
@@ -221,7 +227,7 @@ def train(beta, pairs=slice(0, 6), steps=40, lr=1e-4):
 
 
 policy, rows = train(beta=2.0)
-for step in (0, 10, 20, 39):
+for step in (0, 20, 40, 59):
     loss, chosen, rejected = rows[step]
     print(f"{step:2} loss {loss:.2f} chosen {chosen:5.2f} rejected {rejected:5.2f}")
 # --8<-- [end:train]
@@ -252,6 +258,12 @@ for beta, (_, metrics) in runs.items():
     print(f"beta {beta}: loss {loss:.2f}, rewards {chosen:5.2f} {rejected:5.2f}")
 # --8<-- [end:runs]
 
+first_base, fallen = (model, start), []
+for seed in (2, 3):  # does the failure depend on the random start?
+    model, start = new_base(seed)
+    fallen.append(probabilities(train(0.1)[0])[0, :6].mean())
+model, start = first_base
+
 
 def figure_rewards(figure, say):
     panels = figure.subplots(1, 2)
@@ -263,7 +275,7 @@ def figure_rewards(figure, say):
         axes.set_title(f"beta = {beta}")
         axes.set_xlabel(say("step", "步数"))
         axes.grid(alpha=0.15)
-    panels[0].set_ylabel(say("reward, beta times r", "奖励（beta 乘 r）"))
+    panels[0].set_ylabel(say("reward, beta times r", "奖励（beta × r）"))
     panels[0].legend(frameon=False)
 
 
@@ -271,8 +283,8 @@ def table_betas(say):
     head = [
         "beta",
         say("margin of the rewards", "奖励之差"),
-        say("short, trained", "短答，训练过"),
-        say("short, held-out", "短答，留出"),
+        say("short, trained", "简短，训练过"),
+        say("short, held-out", "简短，留出"),
         say("doubled, trained", "重复，训练过"),
         say("doubled, held-out", "重复，留出"),
     ]
@@ -315,6 +327,8 @@ def value(tensor):
 chosen_before, rejected_before = probabilities(model)
 good, bad = (probabilities(runs[beta][0]) for beta in (2.0, 0.1))
 facts = {
+    "fallen_2": value(fallen[0]),
+    "fallen_3": value(fallen[1]),
     "p_right_wrong": value(preferred(0, 3)),
     "bt_loss": f"{bradley_terry_loss(fitted):.3f}",
     "start_chosen": value(chosen_before.mean()),

@@ -8,6 +8,7 @@ import pytest
 from docs.book import checks, outputs
 from docs.book.chapters import ROOT, Chapter, chapters, read_region
 from docs.book.execute import run_cells
+from docs.book.links import link_problems
 
 CHAPTERS = [pytest.param(chapter, id=chapter.stem) for chapter in chapters()]
 SCRIPT = """\
@@ -112,6 +113,16 @@ def test_a_script_writes_texts_values_tables_figures_and_data(tiny: Chapter) -> 
 
 def test_a_fresh_chapter_has_no_problem(tiny: Chapter) -> None:
     assert problems(tiny) == ""
+
+
+def test_the_link_before_a_region_names_its_code() -> None:
+    page = '([`{}`](../minimind/model/norm.py)):\n\n--8<-- "minimind/model/norm.py:rms-norm"\n'
+    assert list(link_problems(page.format("rms_norm_cpu"), ROOT)) == []
+    assert list(link_problems(page.format("norm.py"), ROOT)) == []
+    [problem] = link_problems(page.format("RMSNorm"), ROOT)
+    assert "rms-norm is linked as RMSNorm, and shows code of norm.py, rms_norm_cpu" in problem
+    [problem] = link_problems(page.partition(":\n")[2], ROOT)
+    assert "is linked as nothing" in problem
 
 
 @pytest.mark.parametrize(

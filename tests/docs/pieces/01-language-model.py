@@ -13,7 +13,7 @@ SENTENCE = "Licensor grants You the right to use the Work."
 
 def check(page: PiecePage) -> None:
     page.write("text", SENTENCE)
-    unit = {"en": "bits per byte", "zh": "每字节比特数"}[page.lang]
+    unit = {"en": "bits per byte", "zh": "比特／字节"}[page.lang]
     [expected] = [
         line.split()[0]
         for line in (OUTPUTS / "units.txt").read_text("utf-8").splitlines()
