@@ -207,7 +207,9 @@ def test_a_command_of_the_documentation_runs(
 
 
 def small_settings(words: Sequence[str]) -> list[str]:
-    """Return what makes a command short: a tiny model and two steps, or one process."""
+    """Return what makes a command short: a tiny model and two steps, one process, no repetition."""
+    if words[0] == "bench":
+        return ["--seconds", "0.01", *(["nano"] if len(words) == 1 else [])]
     if words[:2] == ["data", "prepare"]:
         return ["--workers", "1"]
     trains = words[0] != "data" and {*TRAINING, "sweep"} & set(words)
