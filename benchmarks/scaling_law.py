@@ -89,12 +89,14 @@ class Law:
 
 def _terms(theta: Floats, u: Floats | float, v: Floats | float) -> tuple[Floats, Floats, Floats]:
     """Return the three terms of the law. u, v: logarithms of N and D relative to the center."""
+    # --8<-- [start:law]
     floor, a, b, log_alpha, log_beta = numpy.moveaxis(theta, -1, 0)
     return (
         numpy.exp(floor),
         numpy.exp(a - numpy.exp(log_alpha) * u),
         numpy.exp(b - numpy.exp(log_beta) * v),
     )
+    # --8<-- [end:law]
 
 
 def fit_law(samples: Sequence[Sample], bootstraps: int = _BOOTSTRAPS) -> tuple[Law, Law]:
@@ -168,9 +170,11 @@ def _minimize(
 
 
 def _huber(residuals: Floats) -> Floats:
+    # --8<-- [start:huber]
     size = numpy.abs(residuals)
     linear = _HUBER_DELTA * (size - _HUBER_DELTA / 2)
     return numpy.where(size <= _HUBER_DELTA, residuals**2 / 2, linear)
+    # --8<-- [end:huber]
 
 
 def _linearize(theta: Floats, u: Floats, v: Floats, log_loss: Floats) -> tuple[Floats, Floats]:
@@ -194,9 +198,11 @@ def effective_tokens(tokens: float, unique: float) -> float:
     U + U R* (1 - exp(-R / R*)) with R = tokens / unique - 1 repetitions: four epochs are worth
     almost four times the data, forty much less than forty times (Muennighoff et al. 2023).
     """
+    # --8<-- [start:effective-tokens]
     repetitions = max(tokens / unique - 1, 0)
     extra = _REPETITIONS * (1 - math.exp(-repetitions / _REPETITIONS))
     return min(tokens, unique) + unique * extra
+    # --8<-- [end:effective-tokens]
 
 
 def read_samples(folders: Sequence[Path]) -> list[Sample]:
@@ -284,6 +290,24 @@ def check(law: Law, resampled: Law, final: Run, unique: float | None) -> dict[st
         "interval": [float(low), float(high)],
         "error": error,
         "within_tolerance": abs(error) <= _TOLERANCE,
+    }
+
+
+def fitted(law: Law, resampled: Law, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the values of the law with their intervals, and the runs with its values."""
+    intervals = {
+        name: numpy.percentile(values, _INTERVAL).tolist()
+        for name, values in resampled.values().items()
+    }
+    return {
+        "law": {
+            name: {"value": float(value), "interval": intervals[name]}
+            for name, value in law.values().items()
+        },
+        "runs": [
+            vars(sample) | {"law": float(law.at(sample.parameters, sample.tokens))}
+            for sample in samples
+        ],
     }
 
 
@@ -403,21 +427,10 @@ def main() -> None:
     final = read_run(args.final) if args.final else None
     if final and not final.finished:
         parser.exit(1, f"error: {args.final} is not a finished run\n")
-    intervals = {
-        name: numpy.percentile(values, _INTERVAL).tolist()
-        for name, values in resampled.values().items()
-    }
     record: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.scaling_law", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "law": {
-            name: {"value": float(value), "interval": intervals[name]}
-            for name, value in law.values().items()
-        },
-        "runs": [
-            vars(sample) | {"law": float(law.at(sample.parameters, sample.tokens))}
-            for sample in samples
-        ],
+        **fitted(law, resampled, samples),
         "hours": args.hours,
         "predictions": predict(law, resampled, speed, 3600 * args.hours, args.unique),
         "final": check(law, resampled, final, args.unique) if final else None,

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 
+from benchmarks import small_law
 from benchmarks.scaling_law import Sample, effective_tokens, fit_law, predict, read_samples
 from tests.support.commands import fast_python
 
@@ -117,3 +119,31 @@ def test_record_of_a_sweep(tmp_path: Path) -> None:
     write_run(tmp_path / "law" / "other", samples[0], "seq_len = 512")
     with pytest.raises(ValueError, match="and other differ in data, sequence length or tokenizer"):
         read_samples([tmp_path / "law"])
+
+
+def test_record_of_small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longer run and the repeated text are compared with the law of the short runs."""
+    monkeypatch.setattr(small_law.scaling_law, "fit_law", partial(fit_law, bootstraps=50))
+    unique = {"all": 9_000_000} | {str(epochs): 1e6 / epochs for epochs in small_law.EPOCHS}
+    (tmp_path / "unique.json").write_text(json.dumps(unique))
+    sizes = {"0.1M": 0.1e6, "0.2M": 0.2e6, "0.5M": 0.5e6, "1M": 1e6, "2M": 2e6}
+    runs = [(f"law-{shape}", shape, d) for shape, ds in small_law.TOKENS.items() for d in ds]
+    runs += [("final", *small_law.FINAL)]
+    runs += [(f"repeated-{epochs}", *small_law.REPEATED) for epochs in small_law.EPOCHS]
+    for folder, shape, tokens in runs:
+        run = tmp_path / folder / f"{tokens:g}"
+        write_run(run, Sample("", sizes[shape], tokens, true_loss(sizes[shape], tokens), 1.0))
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"unigram_bits_per_byte": 3.4}))
+    small_law.record(tmp_path, tmp_path / "out" / "small")
+    record = json.loads((tmp_path / "out" / "small.json").read_text())
+    assert len(record["runs"]) == 16
+    assert record["final"]["predicted"] == pytest.approx(true_loss(2e6, 1e6), rel=1e-3)
+    four, _, many = record["repeated"]
+    assert four["predicted"] == pytest.approx(
+        true_loss(0.5e6, effective_tokens(1e6, 0.25e6)), rel=1e-3
+    )
+    assert many["predicted"] > four["predicted"] > four["bits_per_byte"]
+    page = (tmp_path / "out" / "small.md").read_text()
+    assert "| 64 | 0.02M | 1.00M |" in page
+    assert "(small.svg)" in page and "9.0M tokens in all" in page

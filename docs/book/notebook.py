@@ -150,9 +150,10 @@ def _fence(part: re.Match[str], chapter: Chapter) -> Iterator[tuple[str, str]]:
     if file == chapter.path_in_repository("chapter.py"):
         yield "code", read_region(chapter.root / file, region)
     elif not file.startswith(chapter.path_in_repository("outputs/")):
+        language = "js" if file.endswith(".js") else "python"
         yield (
             "markdown",
-            f"```python\n{read_region(chapter.root / file, region)}\n```",
+            f"```{language}\n{read_region(chapter.root / file, region)}\n```",
         )
 
 

@@ -216,9 +216,11 @@ def llama_cpp_tensors(
 
 def _pair_rows(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows of each head so that row i + D/2 follows row i. weight: [H * D, in]."""
+    # --8<-- [start:pair-rows]
     rows, inputs = weight.shape
     halves = weight.view(heads, 2, rows // heads // 2, inputs)  # [H, 2, D/2, in]
     return halves.transpose(1, 2).reshape(rows, inputs)
+    # --8<-- [end:pair-rows]
 
 
 def _rope_factors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -104,10 +104,12 @@ class Penalties:
         The repetition penalty divides positive logits and multiplies the others.
         """
         s = self._sampling
+        # --8<-- [start:repetition-penalty]
         if s.repetition_penalty != 1:
             penalty = s.repetition_penalty
             changed = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen, changed, logits)
+        # --8<-- [end:repetition-penalty]
         if s.presence_penalty or s.frequency_penalty:
             counts = self._counts
             logits = logits - (s.frequency_penalty * counts + s.presence_penalty * (counts > 0))
@@ -139,10 +141,12 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[floa
 
 def _sample_rows(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
     """Invert the cumulative distribution of each row at its random number."""
+    # --8<-- [start:draw]
     ids, weights = candidates(logits, samplings)
     cumulative = weights.cumsum(-1)
     number = torch.tensor(uniform, device=logits.device)[:, None]
     index = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+    # --8<-- [end:draw]
     ranks = torch.arange(1, weights.shape[-1] + 1, device=logits.device)
     last = ((weights > 0) * ranks).amax(-1, keepdim=True).sub_(1)
     # Rounding may lead past the last candidate. Rows of NaN have none, hence the clamp.
@@ -187,6 +191,7 @@ def _truncate(scaled: Tensor, limits: Tensor, number: int) -> tuple[Tensor, Tens
         stable=True, dim=-1, descending=True
     )  # stable: of equal logits the lowest id comes first, as in argmax
     ids = ids if top is None else top.gather(-1, ids)
+    # --8<-- [start:truncate]
     best = values[:, :1]
     rank = torch.arange(number, device=scaled.device)
     weights = (values - best).exp().masked_fill(rank >= top_k, 0)
@@ -195,3 +200,4 @@ def _truncate(scaled: Tensor, limits: Tensor, number: int) -> tuple[Tensor, Tens
     before = weights.cumsum(-1) - weights
     cut = ((before >= top_p * total) & (top_p < 1)) | (weights < min_p)
     return ids, weights.masked_fill(cut, 0)
+    # --8<-- [end:truncate]

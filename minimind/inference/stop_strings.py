@@ -66,6 +66,7 @@ class TextStream:
 
     def _partial_stop_length(self) -> int:
         """Return the length of the longest suffix of the buffer that starts a stop string."""
+        # --8<-- [start:partial-stop]
         longest = 0
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(self._buffer)), longest, -1):
@@ -73,6 +74,7 @@ class TextStream:
                     longest = length
                     break
         return longest
+        # --8<-- [end:partial-stop]
 
 
 def _split(tokens: Sequence[_Token]) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:

@@ -66,12 +66,14 @@ class RoutedExperts(nn.Module):
         self.output_linear = ExpertMatrices(experts, hidden, inner)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        # --8<-- [start:route]
         logits = self.router(x)  # [B, T, E]
         top_logits, chosen = logits.topk(self.num_chosen, dim=-1)  # [B, T, K] each
         if routing is not None:
             routing.logits.append(logits)
             routing.chosen.append(chosen)
         weights = top_logits.softmax(-1).to(x.dtype)  # [B, T, K]
+        # --8<-- [end:route]
         out = moe(
             x.flatten(0, 1),  # [N, hidden]
             chosen.flatten(0, 1),  # [N, K]
@@ -113,11 +115,13 @@ def moe_reference(
     Every expert processes every token. Its output is multiplied by the router's weight, which is
     0 where the expert was not chosen.
     """
+    # --8<-- [start:reference]
     out = torch.zeros_like(x)
     for expert, (w_in, w_out) in enumerate(zip(input_weight, output_weight, strict=True)):
         weight = (weights * (chosen == expert)).sum(-1, keepdim=True)  # [N, 1]
         out = out + F.linear(_swiglu(F.linear(x, w_in)), w_out) * weight
     return out
+    # --8<-- [end:reference]
 
 
 def moe(
@@ -132,6 +136,7 @@ def moe(
     No token is dropped, however unbalanced the experts are.
     """
     num_chosen = chosen.shape[1]
+    # --8<-- [start:sorted]
     # [N, K] each; the outputs of a token's experts are summed in the order of experts.
     chosen, permutation = chosen.sort(dim=-1)
     weights = weights.gather(-1, permutation)
@@ -145,6 +150,7 @@ def moe(
     rows = _Permute.apply(rows, inverse, order, 1)  # [R, hidden], in the order of tokens
     rows = rows.unflatten(0, (-1, num_chosen))  # [N, K, hidden]
     return (rows * weights.unsqueeze(-1)).sum(1)  # [N, hidden]
+    # --8<-- [end:sorted]
 
 
 def _supports_grouped_mm(device: torch.device, output_weight: Tensor) -> bool:

@@ -35,6 +35,7 @@ class KVCache:
         Returns all keys and values of that layer so far, [B, K, length, D] each.
         `length` advances after the last layer.
         """
+        # --8<-- [start:append]
         end = self.length + keys.shape[2]
         assert end <= self.keys.shape[3], "the KV cache is full"
         self.keys[layer, :, :, self.length : end] = keys
@@ -42,6 +43,7 @@ class KVCache:
         if layer == self.keys.shape[0] - 1:
             self.length = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        # --8<-- [end:append]
 
     def keep(self, rows: Tensor) -> None:
         """Keep only the sequences with the indices `rows`."""

@@ -70,8 +70,10 @@ class Layer(nn.Module):
         if self.block_sparse_moe is None:
             assert self.mlp is not None
             return self.mlp(x)
+        # --8<-- [start:shared-experts]
         out = self.block_sparse_moe(x, routing)
         return out if self.shared_mlp is None else out + self.shared_mlp(x)
+        # --8<-- [end:shared-experts]
 
 
 class Decoder(nn.Module):

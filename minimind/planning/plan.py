@@ -166,6 +166,7 @@ def flops_per_token(
     values; with a causal mask, a token attends to half the sequence on average. The backward pass
     takes twice as many, and activation checkpointing adds a second forward pass.
     """
+    # --8<-- [start:flops]
     config = model.config
     weights = model.num_active_parameters
     if not config.tie_word_embeddings:  # the input embedding is a lookup, not a product
@@ -175,6 +176,7 @@ def flops_per_token(
     )
     forward = 2 * weights + attention
     return forward * (4 if activation_checkpointing else 3)
+    # --8<-- [end:flops]
 
 
 def _estimate_data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:

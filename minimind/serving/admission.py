@@ -29,6 +29,7 @@ class AdmissionQueue:
                 f"{self._capacity} at a time. Lower 'n' or send fewer prompts.",
                 param="n",
             )
+        # --8<-- [start:queue-full]
         if self._admitted + answers > self._capacity:
             wait = math.ceil(self._mean_seconds * (self.queued + 1) / self._slots)
             raise APIError(
@@ -37,6 +38,7 @@ class AdmissionQueue:
                 headers={"retry-after": str(min(max(wait, 1), 60))},
             )
         self._admitted += answers
+        # --8<-- [end:queue-full]
 
     def release(self, seconds: float) -> None:
         """Release one answer, which ended `seconds` after its admission."""

@@ -41,6 +41,7 @@ class Answers:
             for index, request in enumerate(requests)
         ]
 
+    # --8<-- [start:forwarder]
     def _forwarder(self, index: int) -> Callable[[Piece], None]:
         """Return the callback that the engine's thread calls with each piece of a choice."""
 
@@ -49,6 +50,8 @@ class Answers:
                 self._loop.call_soon_threadsafe(self._receive, index, piece)
 
         return forward
+
+    # --8<-- [end:forwarder]
 
     def _receive(self, index: int, piece: Piece) -> None:
         if self.first_token_time is None and piece.token_ids:

@@ -106,6 +106,7 @@ class TorchBackend:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    # --8<-- [start:step]
     def step(self, scale: float) -> float:
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         self._group.all_reduce_(gradients)
@@ -118,6 +119,8 @@ class TorchBackend:
         # --8<-- [end:clip-and-step]
         self._optimizers.zero_grad()
         return norm
+
+    # --8<-- [end:step]
 
     def discard(self) -> bool:
         self._optimizers.zero_grad()

@@ -133,8 +133,10 @@ class DeepSpeedBackend:
 
     @_without_future_warnings()
     def backward(self, loss: Tensor) -> None:
+        # --8<-- [start:backward]
         # DeepSpeed averages gradients over the processes; the training loop expects the sum.
         self._engine.backward(loss * self._group.size, scale_wrt_gas=False)
+        # --8<-- [end:backward]
 
     @_without_future_warnings()
     def step(self, scale: float) -> float:

@@ -61,25 +61,31 @@ class ProcessGroup:
         """True for rank 0, which writes logs, checkpoints and the model, and shows progress."""
         return self.rank == 0
 
+    # --8<-- [start:shard]
     def shard(self, start: int, count: int) -> range:
         """Return this rank's shard of the samples start … start + count - 1."""
         assert count % self.size == 0, "all shards have the same size"
         shard_size = count // self.size
         return range(start + self.rank * shard_size, start + (self.rank + 1) * shard_size)
 
+    # --8<-- [end:shard]
+
     def any_rank(self, flag: bool) -> bool:
         """Logical OR over all ranks."""
         if self.size == 1:
             return flag
+        # --8<-- [start:any-rank]
         flags = torch.tensor([flag], dtype=torch.uint8)
         with self.collective_errors():
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(flags)
+        # --8<-- [end:any-rank]
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors of one dtype and device over all ranks, in place."""
         if self.size == 1:
             return
+        # --8<-- [start:all-reduce]
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             with self.collective_errors():
@@ -87,6 +93,7 @@ class ProcessGroup:
             parts = flat.split([tensor.numel() for tensor in bucket])
             sums = [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)]
             torch._foreach_copy_(bucket, sums)
+        # --8<-- [end:all-reduce]
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Broadcast tensors from rank 0, in place."""

@@ -51,6 +51,7 @@ def balance_sums(
     logits = torch.stack(routing.logits)  # [L, B, T, E]
     chosen = torch.stack(routing.chosen)  # [L, B, T, K]
     num_experts, num_chosen = logits.shape[-1], chosen.shape[-1]
+    # --8<-- [start:balance-loss]
     logprobs = logits.log_softmax(-1)  # [L, B, T, E]
     probs = logprobs.exp() * mask.unsqueeze(-1)  # [L, B, T, E]
     choices = torch.zeros_like(logits).scatter_(-1, chosen, 1.0) * mask.unsqueeze(-1)
@@ -58,6 +59,7 @@ def balance_sums(
     num_tokens = mask.sum(1).clamp(min=1)[:, None]  # [B, 1]
     f, p = counts / (num_chosen * num_tokens), probs.sum(2) / num_tokens  # [L, B, E] each
     loss = num_experts * (f * p).sum(-1).mean(0)  # [B], the mean over layers
+    # --8<-- [end:balance-loss]
     entropy = -(probs.detach() * logprobs.detach()).sum()
     num_routed = mask.sum() * len(logits)
     return {
