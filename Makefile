@@ -19,18 +19,23 @@ READY := .venv/.ready
 
 # Modules are compiled once, whatever the shell says: the tests start many processes.
 export PYTHONDONTWRITEBYTECODE :=
-IN_PARALLEL := --numprocesses auto --dist worksteal
 
-.PHONY: demo test types style test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs book format
+.PHONY: demo test types style tests tests-avx2 test-processors slow test-lm-eval test-llama-cpp test-compatibility gpu-report docs book format
 
 demo: $(INSTALLED)
 	$(BIN)/minimind demo
 
+# Side by side: tests that wait for processes leave a core to the others.
 test: $(READY)
-	$(MAKE) --jobs 2 types style
-	$(BIN)/pytest $(IN_PARALLEL)
+	$(MAKE) --jobs 4 style types tests tests-avx2
+
+tests: $(READY)
+	$(BIN)/pytest --numprocesses auto --dist worksteal
+
+# As on another processor: the tests whose kernels depend on it most.
+tests-avx2: $(READY)
 	$(BIN)/python -m tests.processors avx2-1 \
-	  --pytest "$(IN_PARALLEL) tests/inference tests/model tests/training/objectives"
+	  --pytest "tests/inference tests/model tests/training/objectives"
 
 types: $(READY)
 	$(BIN)/mypy

@@ -1,5 +1,6 @@
 """Fixtures that many tests share: tokenizers and a small demo."""
 
+import functools
 import gc
 import os
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
+import typer.testing
 
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from tests.support.foreign import make_tokenizer
@@ -16,6 +17,8 @@ from tests.support.shared import shared_directory
 
 # Objects of imported modules and collected tests stay; to search them for cycles takes seconds.
 gc.disable()
+# CliRunner would build all commands anew in each call.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 # Several threads slow tiny matrices down, above all on busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The figures of tests hold with any compiler and without one; tests of compiled decoding enable it.
@@ -52,8 +55,22 @@ TEXTS = [
 ]
 
 
+def _order(path: Path) -> tuple[bool, str]:
+    """Return the sort key of a test file: its package, those with browsers and services first."""
+    package = path.relative_to(Path(__file__).parent).parts[0]
+    return package not in ("web", "serving"), package
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without an NVIDIA GPU."""
+    """Skip tests marked `gpu` without an NVIDIA GPU; keep the tests of each package together.
+
+    They share services, browsers and corpora. Processes of pytest-xdist take tests from the end of
+    the queue of another one, so the packages with the most expensive fixtures come first.
+    pytest-randomly has shuffled the modules, and their order within a package stays random.
+    """
+    import torch
+
+    items.sort(key=lambda item: _order(item.path))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -69,6 +86,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def fixed_threads() -> Iterator[None]:
     """Fix the number of threads, on which exact sums depend; tests/processors.py varies it."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("MINIMIND_TEST_THREADS", "1")))
     yield
@@ -78,6 +97,8 @@ def fixed_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed torch before each test, so that the order of tests does not matter."""
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.commands import fast_python
 from tests.support.shared import shared_directory
 
 Results = dict[str, dict[str, int | str]]
@@ -17,14 +17,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The results of all kinds of work on the simulated GPU, from one process."""
 
     def fill(folder: Path) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.support.fake_gpu",
-            "training",
-            "inference",
-            "faults",
-        ]
+        command = [*fast_python(), "-m", "tests.support.fake_gpu"]
+        command += ["training", "inference", "faults"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / "results.json").write_text(done.stdout)

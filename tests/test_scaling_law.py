@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from benchmarks import small_law
 from benchmarks.scaling_law import Sample, effective_tokens, fit_law, predict, read_samples
+from tests.support.commands import fast_python
 
 SIZES, TOKENS = (4.6e6, 9.0e6, 15.7e6, 26.9e6), (2e6, 4e6, 8e6, 16e6)
 TRUE = {"E": 0.9, "A": 120.0, "alpha": 0.35, "B": 300.0, "beta": 0.4}
@@ -101,14 +101,8 @@ def test_record_of_a_sweep(tmp_path: Path) -> None:
     write_run(tmp_path / "law" / "worse", worse)
     final = Sample("night", 9.0e6, 200e6, 1.02 * true_loss(9.0e6, 200e6), 1.0)
     write_run(tmp_path / "night", final)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.scaling_law",
-        str(tmp_path / "law"),
-        "--hours",
-        "8",
-    ]
+    command = [*fast_python(), "-m", "benchmarks.scaling_law"]
+    command += [str(tmp_path / "law"), "--hours", "8"]
     command += ["--final", str(tmp_path / "night"), "--out", str(tmp_path / "out" / "record")]
     printed = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=120

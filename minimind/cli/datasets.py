@@ -119,7 +119,7 @@ def get(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="Datasets: SET or SET:FILE.")],
     yes: Yes = False,
     hub: Annotated[
-        Literal["hf", "modelscope"] | None,
+        Literal["modelscope", "hf"] | None,  # typing may return that of data.hub: the same order
         typer.Option(help="Hub to download from; default: ModelScope if it has the data."),
     ] = None,
     folder: Annotated[

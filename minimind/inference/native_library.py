@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from minimind.model.native import SCALAR_HEADER, compile_library
+from minimind.model.native import AMX_HEADER, SCALAR_HEADER, compile_library
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "decode.cpp", _FOLDER / "products.h", SCALAR_HEADER)
+_SOURCES = (_FOLDER / "decode.cpp", _FOLDER / "products.h", AMX_HEADER, SCALAR_HEADER)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 

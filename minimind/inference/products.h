@@ -11,12 +11,10 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512F__) || defined(__AMX_BF16__)
+#include "../model/amx.h"
+
+#if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -116,26 +114,6 @@ void multiply_tile(int rows, const Ints* weights, int inputs, const float* const
 }
 
 #if defined(__AMX_BF16__)
-// Linux permits AMX to processes that request it. A virtual machine may not.
-inline bool has_amx() {
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-    static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-    return permitted;
-}
-
-// Sets the shape of all tiles in the calling thread: 16 rows of 64 bytes.
-struct Tiles {
-    Tiles() {
-        if (!has_amx()) return;
-        alignas(64) uint8_t config[64] = {1};  // [16..]: bytes per row, 16 bits; [48..]: rows
-        for (int tile = 0; tile < 8; tile++) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
-        _tile_loadconfig(config);
-    }
-    ~Tiles() {
-        if (has_amx()) _tile_release();
-    }
-};
-
 // kPairs for 16 consecutive rows; 32 inputs at a time.
 inline void multiply_amx(int, const Ints* weights, int pairs, const float* const* x, float* sums) {
     constexpr int stride = sizeof(Ints) * kVectors;
@@ -159,10 +137,6 @@ inline void multiply_amx(int, const Ints* weights, int pairs, const float* const
     _tile_stored(2, sums + 2 * kLanes, 4 * kPanel);
     _tile_stored(3, sums + 3 * kLanes, 4 * kPanel);
 }
-#else
-struct Tiles {
-    Tiles() {}  // not trivial: no warning about an unused variable
-};
 #endif
 
 #if defined(__AVX512BF16__)

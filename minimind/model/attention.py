@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minimind.config.model import ModelConfig
 from minimind.model import fused
 from minimind.model.kv_cache import KVCache
+from minimind.model.linear import Linear
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import apply_rotary
 from minimind.model.varlen import SegmentBounds, varlen_attention
@@ -31,10 +32,10 @@ class Attention(nn.Module):
         self.scale = config.attention_multiplier  # factor on scores; None = 1 / sqrt(head_dim)
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_width)
+        self.k_proj = Linear(config.hidden_size, key_width)
+        self.v_proj = Linear(config.hidden_size, key_width)
+        self.o_proj = Linear(query_width, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minimind.config.model import ModelConfig
 from minimind.model.feed_forward import swiglu
+from minimind.model.linear import Linear, linear
 from minimind.model.padding import padding_to_multiple
 
 _MAX_UNPADDED_ROWS = 64
@@ -43,8 +44,8 @@ class SharedExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         inner = config.shared_intermediate_size
-        self.input_linear = nn.Linear(config.hidden_size, 2 * inner, bias=False)
-        self.output_linear = nn.Linear(inner, config.hidden_size, bias=False)
+        self.input_linear = Linear(config.hidden_size, 2 * inner)
+        self.output_linear = Linear(inner, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output_linear(_swiglu(self.input_linear(x)))
@@ -170,7 +171,7 @@ def moe_loop(
     """
     counts = row_experts.bincount(minlength=len(input_weight)).tolist()
     outputs = [
-        F.linear(_swiglu(F.linear(_pad_rows(expert_rows), w_in)), w_out)[: len(expert_rows)]
+        linear(_swiglu(linear(_pad_rows(expert_rows), w_in)), w_out)[: len(expert_rows)]
         for expert_rows, w_in, w_out in zip(
             rows.split(counts), input_weight.unbind(), output_weight.unbind(), strict=True
         )

@@ -1,4 +1,4 @@
-"""Fused operations for training on a CPU in bf16, with their gradients: RMSNorm, SwiGLU, attention.
+"""Operations for training on a CPU in bf16, with gradients: RMSNorm, SwiGLU, attention, linear.
 
 The kernels are in `kernels.cpp`. The modules call these functions where `is_enabled`, and PyTorch's
 operations elsewhere.
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minimind.model.native import SCALAR_HEADER, compile_library
+from minimind.model.native import AMX_HEADER, SCALAR_HEADER, compile_library
 
-_SOURCES = (Path(__file__).with_name("kernels.cpp"), SCALAR_HEADER)
+_SOURCES = (Path(__file__).with_name("kernels.cpp"), AMX_HEADER, SCALAR_HEADER)
 # Sums may be reordered, which lets them use vector instructions. Infinities and NaN stay correct.
 _FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+_AMX_BLOCK = 32  # rows and columns that are multiplied together
 _NORM_BLOCK = 64  # rows whose weight gradients are summed by one thread
 _QUERY_BLOCK = 128  # queries whose scores are computed together
 _KEY_MULTIPLE = 64  # of a block's first key: oneDNN compiles a product for each new shape
@@ -125,6 +126,61 @@ def _rows(gate: Tensor, up: Tensor) -> tuple[int, int, int]:
     flat = gate.view(-1, gate.shape[-1])
     assert gate.stride() == up.stride() and flat.stride(1) == 1
     return *flat.shape, flat.stride(0)
+
+
+def takes_linear(x: Tensor, weight: Tensor) -> bool:
+    """Return True if `linear` takes x and this weight, which autocast would round to bf16."""
+    return is_enabled(x) and weight.dtype == torch.float32 and _takes_weight_grad(weight)
+
+
+def takes_weight_grad(x: Tensor, weight: Tensor) -> bool:
+    """Return True if `weight_grad` takes bf16 inputs x of this weight and the gradients."""
+    return takes(x) and _takes_weight_grad(weight)
+
+
+def _takes_weight_grad(weight: Tensor) -> bool:
+    """Return True on a processor with AMX, for widths that are multiples of its blocks."""
+    if weight.shape[0] % _AMX_BLOCK or weight.shape[1] % _AMX_BLOCK:
+        return False
+    library = compile_library(_SOURCES, _FLAGS)
+    return not isinstance(library, str) and bool(library.minimind_has_amx())
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in bf16: [..., in] and [out, in] float32 -> [..., out].
+
+    The weight gradient is computed in float32, in half the time that PyTorch takes in bf16.
+    """
+    out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(torch.bfloat16)
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = grads[0] @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        return grad_x, weight_grad(grads[0].flatten(0, -2), x.flatten(0, -2))
+
+
+def weight_grad(grad: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """Return grad.T @ x in float32, or add it: [N, out], [N, in] in bf16 -> [out, in].
+
+    See `takes_weight_grad`.
+    """
+    (rows, outputs), inputs = grad.shape, x.shape[1]
+    out = torch.empty(outputs, inputs) if add_to is None else add_to
+    is_sum = int(add_to is not None)
+    _call("weight_grad", grad.contiguous(), x.contiguous(), out, rows, outputs, inputs, is_sum)
+    return out
 
 
 class Block(NamedTuple):

@@ -3,14 +3,17 @@
 // PyTorch runs each elementwise operation as a separate pass over memory, and at these sizes the
 // passes cost more than the arithmetic. Each function here does the work of several operations in
 // one pass. `native.py` compiles them, `fused.py` calls them and gives them gradients. Matrix products
-// remain PyTorch's.
+// remain PyTorch's, except the weight gradients of linear layers on AMX: their left operand is
+// transposed, and PyTorch computes them at half the speed of the others.
 //
 // Arrays are contiguous unless a stride is given. Shapes: B sequences of T tokens, H query heads,
 // K key/value heads, G = H / K query heads per key/value head, D head_dim.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "amx.h"
 #include "scalar.h"
 
 using i64 = int64_t;
@@ -39,9 +42,106 @@ inline void rotate_back(const float *__restrict from, bf16 *__restrict to,
     }
 }
 
+#if defined(__AMX_BF16__)
+// Pairs of the rows [32][stride], of which `count` exist and the others are zeros, as a tile of a right
+// operand, [16 pairs][16 columns][2].
+inline void interleave(const bf16 *from, i64 stride, i64 count, bf16 *to) {
+    alignas(64) bf16 padded[32 * 16] = {};
+    if (count < 32) {
+        for (i64 i = 0; i < count; i++) std::memcpy(padded + 16 * i, from + i * stride, 32);
+        from = padded, stride = 16;
+    }
+    for (int i = 0; i < 32; i += 2) {
+        const __m256i a = _mm256_loadu_si256((const __m256i *)(from + i * stride));
+        const __m256i b = _mm256_loadu_si256((const __m256i *)(from + (i + 1) * stride));
+        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
+        _mm512_store_si512(to + 16 * i, _mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
+    }
+}
+
+// sums [32][stride] += left * right, or = if `add` is false. left: `depth` blocks of two tiles.
+inline void multiply(const bf16 *left, const bf16 *right, i64 depth, float *sums, i64 stride, bool add) {
+    complete_stores();
+    const i64 bytes = 4 * stride;
+    if (add) {
+        _tile_loadd(0, sums, bytes);
+        _tile_loadd(1, sums + 16, bytes);
+        _tile_loadd(2, sums + 16 * stride, bytes);
+        _tile_loadd(3, sums + 16 * stride + 16, bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (i64 k = 0; k < depth; k++, left += 2 * kTile, right += 2 * kTile) {
+        _tile_loadd(4, left, 64);
+        _tile_loadd(6, right, 64);
+        _tile_loadd(7, right + kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, left + kTile, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, bytes);
+    _tile_stored(1, sums + 16, bytes);
+    _tile_stored(2, sums + 16 * stride, bytes);
+    _tile_stored(3, sums + 16 * stride + 16, bytes);
+}
+
+#endif
+
 }  // namespace
 
 extern "C" {
+
+// 1 if this processor, its operating system and the compiler support AMX.
+int minimind_has_amx() {
+    return has_amx();
+}
+
+#if defined(__AMX_BF16__)
+// out [outputs, inputs] = grad^T x, or out += grad^T x if `add` is 1; grad [T, outputs], x [T, inputs].
+// outputs and inputs are multiples of 32.
+//
+// A thread computes kRows x kColumns blocks, which stay in its level 2 cache while the tokens pass,
+// kDepth blocks at a time. Sums have one order, whatever the number of threads.
+void weight_grad(const bf16 *grad, const bf16 *x, float *out, i64 T, i64 outputs, i64 inputs, i64 add) {
+    constexpr i64 kRows = 16, kColumns = 24, kDepth = 8, kPart = 2 * kTile;
+    const i64 rows = outputs / 32, columns = inputs / 32, blocks = (T + 31) / 32;
+#pragma omp parallel
+    {
+        const Tiles tiles;
+        alignas(64) bf16 left[kDepth * kPart], right[kColumns * kDepth * kPart];  // 400 KiB
+#pragma omp for collapse(2) schedule(dynamic)
+        for (i64 r = 0; r < rows; r += kRows)
+            for (i64 c = 0; c < columns; c += kColumns)
+                for (i64 first = 0; first < blocks; first += kDepth) {
+                    const i64 depth = std::min(kDepth, blocks - first);
+                    const i64 row_end = std::min(r + kRows, rows);
+                    const i64 column_end = std::min(c + kColumns, columns);
+                    for (i64 j = c; j < column_end; j++)
+                        for (i64 k = 0; k < 2 * depth; k++) {
+                            const i64 t = 32 * (first + k / 2), column = 32 * j + k % 2 * 16;
+                            interleave(x + t * inputs + column, inputs, T - t,
+                                       right + (j - c) * depth * kPart + k * kTile);
+                        }
+                    for (i64 i = r; i < row_end; i++) {
+                        for (i64 k = 0; k < 2 * depth; k++) {
+                            alignas(64) bf16 tile[kTile];
+                            const i64 t = 32 * (first + k / 2), column = 32 * i + k % 2 * 16;
+                            interleave(grad + t * outputs + column, outputs, T - t, tile);
+                            transpose_tile(tile, left + k * kTile);
+                        }
+                        for (i64 j = c; j < column_end; j++)
+                            multiply(left, right + (j - c) * depth * kPart, depth,
+                                     out + i * 32 * inputs + 32 * j, inputs, add || first);
+                    }
+                }
+    }
+}
+#endif
 
 // out = x * scale * weight with scale = 1 / RMS(x); x [rows, width], scale [rows]
 void rms_norm(const float *__restrict x, const float *__restrict weight, bf16 *__restrict out,

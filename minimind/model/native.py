@@ -24,6 +24,7 @@ from minimind.paths import cache_folder
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 SCALAR_HEADER = Path(__file__).with_name("scalar.h")  # included by all sources
+AMX_HEADER = SCALAR_HEADER.with_name("amx.h")
 _SECONDS = 120  # for one call of the compiler
 
 

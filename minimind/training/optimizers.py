@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minimind.config.settings import OptimSettings
 from minimind.errors import CheckpointError
+from minimind.training import newton_schulz
 
 # p(s) = a s + b s³ + c s⁵, one polynomial per iteration. Each has the smallest maximum distance to
 # 1 on the interval to which its predecessors map [0.005, 1] (Amsel et al. 2025, algorithm 1).
@@ -78,7 +79,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                chunk = max(1, _CHUNK_NUMEL // shape.numel())
+                chunk = _chunk_size(parameters[0])
                 for start in range(0, len(parameters), chunk):
                     self._step(group, shape, parameters[start : start + chunk])
 
@@ -102,6 +103,15 @@ class Muon(torch.optim.Optimizer):
         # --8<-- [end:muon-step]
 
 
+def _chunk_size(parameter: Tensor) -> int:
+    """Return the number of parameters of this shape that are orthogonalised together."""
+    size = max(1, _CHUNK_NUMEL // parameter.numel())
+    if newton_schulz.takes(parameter):  # one thread per matrix
+        threads = torch.get_num_threads()
+        size = -(-size // threads) * threads
+    return size
+
+
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Replace each matrix by approximately the nearest one whose singular values are all 1.
 
@@ -111,7 +121,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     It runs in float32: in bf16 one ulp of summation noise in a gradient, such as that of another
     number of processes, grows to 1e-3 in the loss (benchmarks/records/process-count.md).
+
+    On processors with AMX it is compiled code with the same precision: `newton_schulz.py`.
     """
+    if newton_schulz.takes(matrices):
+        return newton_schulz.orthogonalize(matrices, _POLYNOMIALS)
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # rows <= columns: the Gram matrix is the smaller one
     x, gram, gram_squared = _scaled_to_one(x)

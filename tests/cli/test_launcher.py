@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.commands import with_fast_children
+from tests.support.commands import fast_python, with_fast_children
 
 INTERRUPTED = 130
 TEXT = "第{0}段长{1}公里，最后流入东海。Part {0} of the river is {1} kilometres long. " * 3
@@ -50,7 +50,7 @@ Start = Callable[..., subprocess.Popen[str]]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start Python processes, which are killed with their children after the test.
 
-    Their training processes have imported torch already, except with `imports`.
+    torchrun and all training processes have imported torch already, except with `imports`.
     """
     fast = with_fast_children(tmp_path)
     variables = {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": fast[-1]}  # the executable of torchrun
@@ -61,7 +61,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         ) -> subprocess.Popen[str]:
             started = [*fast, *arguments]
             if module:
-                started = [sys.executable, "-m", module, *arguments]
+                started = [*fast_python(), "-m", module, *arguments]
             elif imports:
                 started = [sys.executable, *arguments]
             process = stack.enter_context(
@@ -80,10 +80,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
     process.kill()
+    for worker in workers(process).values():
+        worker.kill()
 
 
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> int:
@@ -101,9 +100,15 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> int
 
 
 def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """Return the training processes by rank."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+    """Return the training processes by rank; they have the same arguments after --out."""
+    assert isinstance(process.args, list)
+    ends = process.args[process.args.index("--out") :]
+    found = {}
+    for candidate in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if candidate.cmdline()[-len(ends) :] == ends and "RANK" in candidate.environ():
+                found[int(candidate.environ()["RANK"])] = candidate
+    return found
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes(

@@ -13,6 +13,7 @@ from minimind.cli import console
 from minimind.cli.main import app, errors_as_messages
 from minimind.errors import ConfigError
 from minimind.version import __version__
+from tests.support.commands import fast_python
 
 # The command line with an extra command `work`, whose body a test supplies.
 WITH_WORK = """
@@ -30,8 +31,9 @@ main()
 def run(
     *arguments: str, body: str = "pass", stdin: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
+    python = [sys.executable] if environment else fast_python()
     return subprocess.run(
-        [sys.executable, "-c", WITH_WORK.format(body=body), *arguments],
+        [*python, "-c", WITH_WORK.format(body=body), *arguments],
         input=stdin,
         capture_output=True,
         text=True,

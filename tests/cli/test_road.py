@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from minimind.config.load import packaged_recipes
 from minimind.config.road import ROADS, load_road
 from minimind.data.registry import find
 from minimind.data.textbook import DEMO_QUESTIONS
+from tests.support.commands import fast_python
+from tests.support.plots import draw_equal_plots_once
 
 SHORT = """
 settings.data = {seq_len = 128, validation_fraction = 0.1}
@@ -71,7 +72,8 @@ def error(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    draw_equal_plots_once(monkeypatch)
     lengths = [(f"第{n}段多长？", f"{7 * n}公里。") for n in range(100)]
     texts = [{"text": f"长江第{n}段长{7 * n}公里。"} for n in range(200)]
     chats = [
@@ -95,7 +97,7 @@ def interrupt_when(folder: Path, metrics: Path, number: signal.Signals) -> str:
     metrics: the metrics.jsonl of that stage.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", "minimind", "road", "tiny.toml", "--device", "cpu"],
+        [*fast_python(), "-m", "minimind", "road", "tiny.toml", "--device", "cpu"],
         cwd=folder,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -134,7 +136,7 @@ def write_road(folder: Path, *changes: tuple[str, str]) -> None:
 def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> None:
     out = folder / "out" / "tiny"
     sft = ROAD[ROAD.index("[stages.sft]") : ROAD.index("[stages.dpo]")]
-    many_steps = (sft, sft.replace("steps = 2", "steps = 300, log_every = 1"))
+    many_steps = (sft, sft.replace("steps = 2", "steps = 100, log_every = 1"))
     write_road(folder, many_steps)
     stopped = interrupt_when(folder, out / "sft" / "metrics.jsonl", signal.SIGINT)
     assert "1/6 the tokenizer" in stopped
@@ -149,7 +151,7 @@ def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> Non
     write_road(folder)
     assert error(folder, "tiny.toml") == (
         f"error: {Path('out/tiny')} holds the results of another road: stages.sft.settings.training"
-        ".steps was 300 and is now 2; stages.sft.settings.training.log_every was 1 and is now not "
+        ".steps was 100 and is now 2; stages.sft.settings.training.log_every was 1 and is now not "
         "set, but the stage sft has begun. Give the same road, choose another --out, or start over "
         f"with --fresh. To repeat only the steps that change, remove {Path('out/tiny/sft')}"
     )
@@ -160,7 +162,7 @@ def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> Non
     assert "resuming" in resumed and modified(*finished) == times
     lines = (out / "sft" / "metrics.jsonl").read_text("utf-8").splitlines()
     steps = [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
-    assert steps == list(range(1, 301))
+    assert steps == list(range(1, 101))
 
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     assert list(summary["stages"]) == ["pretrain", "sft", "dpo", "adapter"]

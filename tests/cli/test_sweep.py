@@ -18,6 +18,7 @@ from minimind.cli.sweep import describe_failures
 from minimind.errors import UsageError
 from minimind.planning.sweep import device_settings
 from tests.support.commands import fast_executable, fast_python
+from tests.support.plots import draw_equal_plots_once
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 NANO = (
@@ -29,6 +30,7 @@ NANO = (
 
 @pytest.fixture
 def folder(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    draw_equal_plots_once(monkeypatch)
     python = fast_executable(tmp_path)
     monkeypatch.setattr(sys, "executable", python)  # with which a sweep starts its runs
     with (tmp_path / "text.jsonl").open("w", encoding="utf-8") as stream:

@@ -8,14 +8,22 @@ import pytest
 from tests.compatibility.conftest import ARCHITECTURES, Runs
 from tests.compatibility.test_transformers import assert_changed
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 PROMPT = [{"role": "user", "content": "黄河流到哪里？"}]
 GOOD = [{"role": "assistant", "content": "流入渤海。"}]
 BAD = [{"role": "assistant", "content": "不知道。"}]
+
+
+@pytest.fixture(scope="module")
+def trl() -> Any:
+    return pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def datasets() -> Any:
+    return pytest.importorskip("datasets")
 
 
 def settings(folder: Path, **more: Any) -> dict[str, Any]:
@@ -38,7 +46,7 @@ def train(trainer: Any, before: Path, folder: Path) -> None:
 
 
 @every_architecture
-def test_sft(architecture: str, runs: Runs, tmp_path: Path) -> None:
+def test_sft(architecture: str, runs: Runs, tmp_path: Path, trl: Any, datasets: Any) -> None:
     directory = runs.model(architecture, "pretrain")
     trainer = trl.SFTTrainer(
         str(directory),
@@ -49,7 +57,7 @@ def test_sft(architecture: str, runs: Runs, tmp_path: Path) -> None:
 
 
 @every_architecture
-def test_dpo(architecture: str, runs: Runs, tmp_path: Path) -> None:
+def test_dpo(architecture: str, runs: Runs, tmp_path: Path, trl: Any, datasets: Any) -> None:
     directory = runs.model(architecture)
     pair = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
     trainer = trl.DPOTrainer(
@@ -61,7 +69,7 @@ def test_dpo(architecture: str, runs: Runs, tmp_path: Path) -> None:
 
 
 @every_architecture
-def test_grpo(architecture: str, runs: Runs, tmp_path: Path) -> None:
+def test_grpo(architecture: str, runs: Runs, tmp_path: Path, trl: Any, datasets: Any) -> None:
     """The reward differs within a group: otherwise every advantage is 0 and nothing changes."""
     directory = runs.model(architecture)
 

@@ -57,5 +57,6 @@ def test_any_number_of_processes_reads_the_same_samples_from_any_cursor(
             for sample in order.locate(cursor + rank * share, share)
         ]
         assert together == expected[cursor : cursor + batch]
-    singles = [order.locate(cursor, 1)[0] for cursor in range(0, total, 7)]
-    assert singles == expected[:total:7]
+    if processes == 1:
+        singles = [order.locate(cursor, 1)[0] for cursor in range(0, total, 7)]
+        assert singles == expected[:total:7]

@@ -24,6 +24,7 @@ from minimind.cli import road_plan
 from minimind.cli.main import app
 from minimind.data.download import record_origin
 from minimind.data.registry import find
+from tests.support.plots import draw_equal_plots_once
 from tests.support.services import serving
 from tests.support.small_benchmarks import make_ceval
 
@@ -178,6 +179,7 @@ def test_a_command_of_the_documentation_runs(
     command: str, materials: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(road_plan, "_TRIAL_S", 0.0)  # for each of three recipes
+    draw_equal_plots_once(monkeypatch)
     if "backend=deepspeed" in command:
         pytest.importorskip("deepspeed")
     if "q4_k_m" in command:
@@ -205,7 +207,11 @@ def test_a_command_of_the_documentation_runs(
 
 
 def small_settings(words: Sequence[str]) -> list[str]:
-    """Return the settings that make the training of a command short: a tiny model, two steps."""
+    """Return what makes a command short: a tiny model and two steps, one process, no repetition."""
+    if words[0] == "bench":
+        return ["--seconds", "0.01", *(["nano"] if len(words) == 1 else [])]
+    if words[:2] == ["data", "prepare"]:
+        return ["--workers", "1"]
     trains = words[0] != "data" and {*TRAINING, "sweep"} & set(words)
     if "--explain" in words or not trains:
         return []

@@ -87,7 +87,8 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, max_tokens: int = 60
         # Half of the steps prefer delimiters: most tokens are text, so strings would not end.
         if rng.random() < 0.5 and (ending := choices & _delimiters(tokenizer)).any():
             choices = ending
-        token = rng.choice(choices.nonzero()[:, 0].tolist())
+        tokens = choices.nonzero()
+        token = int(tokens[rng.randrange(len(tokens))])
         if token in tokenizer.stop_ids:
             break
         ids.append(token)

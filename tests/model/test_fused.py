@@ -8,6 +8,7 @@ from torch import Tensor
 from minimind.config.model import ModelConfig
 from minimind.environment import NATIVE_VARIABLE
 from minimind.model import Transformer, fused
+from minimind.model.linear import Linear
 from minimind.model.rope import apply_rotary, rope_table
 from minimind.training.objectives.next_token import linear_cross_entropy
 from tests.support.decoding import enable_native
@@ -169,3 +170,60 @@ def test_a_model_learns_the_same_with_and_without_kernels(monkeypatch, checkpoin
         dict(model.named_parameters()), grads, expected_grads, strict=True
     ):
         assert relative_error(grad, expected) < 0.05, name
+
+
+@pytest.fixture
+def amx():
+    """Skip the test on processors without AMX."""
+    if not fused.takes_weight_grad(torch.empty(1, dtype=torch.bfloat16), torch.empty(32, 32)):
+        pytest.skip("this processor has no AMX")
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(1, 32, 32), (100, 64, 96), (300, 544, 800), (33, 32, 1024)]
+)
+def test_weight_grad(amx, rows, outputs, inputs):
+    """More blocks than a thread keeps in its cache, rows that are no multiple of a block."""
+    grad, x = torch.randn(rows, outputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
+    expected = grad.float().T @ x.float()
+    result = fused.weight_grad(grad, x)
+    assert result.dtype == torch.float32
+    assert relative_error(result, expected) < 1e-6
+    assert fused.weight_grad(grad, x, result) is result
+    assert relative_error(result, 2 * expected) < 1e-6
+
+
+def test_linear(amx):
+    layer = Linear(96, 64)
+    x, grad = torch.randn(3, 50, 96).bfloat16(), torch.randn(3, 50, 64).bfloat16()
+    exact = [x.float().requires_grad_(), layer.weight.detach().bfloat16().float().requires_grad_()]
+    expected = F.linear(*exact)
+    expected_grads = torch.autograd.grad(expected, exact, grad.float())
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.grad_fn.name() == "_LinearBackward"
+    grads = torch.autograd.grad(out, [x, layer.weight], grad)
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+    assert relative_error(out, expected) < EPSILON
+    assert relative_error(grads[0], expected_grads[0]) < EPSILON
+    assert relative_error(grads[1], expected_grads[1]) < 1e-6  # not rounded to bf16
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 40), (40, 64)])
+def test_widths_that_are_no_multiples_of_a_block_are_left_to_torch(outputs, inputs):
+    x = torch.randn(5, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Linear(inputs, outputs)(x).grad_fn.name() != "_LinearBackward"
+
+
+def test_the_bits_of_a_weight_gradient_do_not_depend_on_threads(amx):
+    grad, x = torch.randn(200, 1088).bfloat16(), torch.randn(200, 96).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = fused.weight_grad(grad, x)
+        torch.set_num_threads(3)
+        assert torch.equal(fused.weight_grad(grad, x), single)
+    finally:
+        torch.set_num_threads(threads)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from minimind.errors import DataError
-from minimind.reporting import curves, scaling
-from minimind.reporting.plots import draw
 from minimind.reporting.report import make_report
+from tests.support.plots import draw_equal_plots_once
 from tests.support.run_folders import sample, train, usual_metrics, validation, write_run
 
 EVIL = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\x00\x1b[0m\ufffd\n第二行"
@@ -97,24 +96,12 @@ def render(*paths: Path, price: float | None = None) -> str:
     return out.read_text("utf-8")
 
 
-_drawings: dict[str, str] = {}
-
-
-def draw_once(*arguments: Any, **options: Any) -> str:
-    """Draw a plot, unless a test has drawn it before: most reports here have the same plots."""
-    key = repr((arguments, options))
-    if key not in _drawings:
-        _drawings[key] = draw(*arguments, **options)
-    return _drawings[key]
-
-
 @pytest.fixture(autouse=True)
 def equal_plots_are_drawn_once(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if request.function is not test_the_same_runs_give_the_same_bytes:
-        for module in (curves, scaling):
-            monkeypatch.setattr(module, "draw", draw_once)
+        draw_equal_plots_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def chat(service: InProcess, **settings: Any) -> Any:
 def test_json_mode(service: InProcess, temperature: float) -> None:
     json_mode = {"response_format": {"type": "json_object"}, "temperature": temperature}
     for seed in range(3):
-        [choice] = chat(service, seed=seed, max_tokens=400, **json_mode)["choices"]
+        [choice] = chat(service, seed=seed, max_tokens=200, **json_mode)["choices"]
         content = choice["message"]["content"]
         assert content.lstrip().startswith("{")
         if choice["finish_reason"] == "stop":  # a random model may not close what it opens

@@ -113,7 +113,7 @@ class Browser:
                 if result := condition():
                     return result
             assert time.monotonic() < end, f"timeout; messages: {self.messages()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def ask(self, text: str) -> None:
         [box] = self.wait(lambda: self.find('[data-testid="stChatInputTextArea"]'))

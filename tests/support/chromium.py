@@ -24,6 +24,8 @@ def start_chromium(language: str = "en-US", width: int = 1200) -> Any:
         "--headless=new",
         "--no-sandbox",
         "--disable-dev-shm-usage",
+        "--disable-gpu",  # nor its emulation in software
+        "--force-prefers-reduced-motion",
         f"--lang={language}",
     ):
         options.add_argument(flag)

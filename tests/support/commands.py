@@ -4,14 +4,16 @@ A server imports them once per test process, and forks for each command. The tes
 a small process that stands for the command: it hands its arguments, environment, folder and
 standard streams to the server, forwards signals, and ends with the status of the command.
 
-Tests of imports and of terminals run `sys.executable` instead, and so do tests that kill a command
-and then read its files, or that look for its children: those of the client are none.
+Tests of imports and of terminals run `sys.executable` instead, and so do tests that look for the
+children of a command: those of the client are none. A test that kills a command, and then reads its
+files, needs its process id; see `pid_of`.
 """
 
 import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import marshal
 import os
 import random
@@ -27,9 +29,25 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _PYTHON = sys.executable
+# What commands import. `minimind.cli` is not here: its console reads the environment.
+_MODULES = (
+    "numpy.ctypeslib",
+    "numpy.ma",
+    "rich.progress",
+    "torch._dynamo",  # by optimizers
+    "torch.utils.serialization.config",
+    "typer",
+    "minimind.training.stage",
+    "minimind.inference.engine",
+    "minimind.serving.models",
+    "minimind.serving.server",
+    "minimind.web.client",
+    "streamlit.web.cli",
+)
+PID_FILE = "MINIMIND_TEST_PID_FILE"  # variable with the file that receives the command's process id
 # It imports no module that is written in Python, so it starts in a few milliseconds.
 _CLIENT = """
 import _socket, marshal, posix, sys, _signal
@@ -80,6 +98,11 @@ def with_fast_children(folder: Path) -> list[str]:
     The Python processes that it starts are fast. `folder` receives a script.
     """
     return [_PYTHON, "-c", _WITH_EXECUTABLE, fast_executable(folder)]
+
+
+def pid_of(child: subprocess.Popen[Any], file: Path) -> int:
+    """Return the process id of a command that was started with `PID_FILE` and has begun to work."""
+    return int(file.read_text()) if file.exists() else child.pid  # elsewhere `child` is the command
 
 
 @functools.cache
@@ -139,6 +162,8 @@ def _start(client: socket.socket) -> None:
     os.environ.clear()
     os.environb.update(environment)
     os.chdir(folder)
+    if file := os.environ.pop(PID_FILE, ""):
+        Path(file).write_text(str(os.getpid()))
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
@@ -196,8 +221,10 @@ def exit_after(function: Callable[[], object]) -> NoReturn:
 
 if __name__ == "__main__":
     import torch
-    import torch._dynamo  # optimizers import it, which takes over a second
 
+    for module in _MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # a collection would copy all pages of the modules into each process

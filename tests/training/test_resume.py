@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import fast_python
 from tests.support.small_runs import ForkServer, metrics, steps_done, wait_until
 from tests.support.stages import INTERRUPTED, KINDS, Stage, assert_same, kill_repeatedly, make_stage
 
@@ -85,14 +86,17 @@ def test_a_second_signal_stops_immediately(
 
 
 @pytest.fixture
-def start_command() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
-    """Return a function that starts `minimind`; processes that still run at the end are killed."""
+def start_command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Return a function that starts `minimind`; processes that still run at the end are killed.
+
+    real: the returned process is the command itself, with its process id.
+    """
     with contextlib.ExitStack() as stack:
 
-        def start(arguments: list[str]) -> subprocess.Popen[str]:
+        def start(arguments: list[str], real: bool = False) -> subprocess.Popen[str]:
             process = stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-m", "minimind", *arguments],
+                    [*([sys.executable] if real else fast_python()), "-m", "minimind", *arguments],
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -109,13 +113,13 @@ def test_the_command_is_locked_while_it_runs_and_resumes_after_a_kill_and_signal
     pretraining: Stage,
     fork_server: ForkServer,
     tmp_path: Path,
-    start_command: Callable[[list[str]], subprocess.Popen[str]],
+    start_command: Callable[..., subprocess.Popen[str]],
 ) -> None:
     """A second command on the same run directory fails and names the process with the lock."""
     run = tmp_path / "run"
     endless = "training.steps=100000"
     arguments = [*pretraining.arguments(run), endless]
-    first = start_command(arguments)
+    first = start_command(arguments, True)
     wait_until(lambda: steps_done(run) >= 8)
     second = start_command(arguments)
     _, message = second.communicate()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minimind.tokenizer import Tokenizer
+from tests.support.commands import fast_python
 from tests.support.services import save_models, serving
 
 # Run the command, then report what it has imported of torch; its compiler takes over a second.
@@ -21,9 +22,13 @@ main()
 """
 
 
-def chat(*flags: str, stdin: str, key: str = "secret") -> subprocess.CompletedProcess[str]:
+def chat(
+    *flags: str, stdin: str, key: str = "secret", imports: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `minimind chat`; imports: in a new process, which reports its imports of torch."""
+    python = [sys.executable, "-c", REPORT_TORCH] if imports else [*fast_python(), "-m", "minimind"]
     return subprocess.run(
-        [sys.executable, "-c", REPORT_TORCH, "chat", *flags],
+        [*python, "chat", *flags],
         input=stdin,
         capture_output=True,
         text=True,
@@ -35,9 +40,9 @@ def chat(*flags: str, stdin: str, key: str = "secret") -> subprocess.CompletedPr
 def test_remote_answers_equal_local_ones_and_need_no_torch(process: Any, models_dir: Path) -> None:
     settings = ["--temperature", "0", "--max-new-tokens", "8", "--system", "你是向导"]
     lines = "你好\n长江呢？\n"
-    remote = chat("tiny", "--url", process.url, *settings, stdin=lines)
+    remote = chat("tiny", "--url", process.url, *settings, stdin=lines, imports=True)
     assert (remote.returncode, remote.stderr) == (0, "set()\n")
-    local = chat(str(models_dir / "tiny"), *settings, stdin=lines)
+    local = chat(str(models_dir / "tiny"), *settings, stdin=lines, imports=True)
     assert (local.stdout, local.stderr) == (remote.stdout, "{'torch'}\n")
     assert remote.stdout.count("\n") >= 2
     first = chat("--url", process.url, *settings, stdin=lines)  # without a name, the first

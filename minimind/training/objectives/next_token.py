@@ -177,6 +177,7 @@ def _losses_by_chunks(
     if needs_grad:
         grads = [torch.empty_like(hidden)]  # [N, D]
         grads += [torch.zeros_like(weight, dtype=torch.float32)] * trains_weight  # [V, D]
+    uses_amx = fused.takes_weight_grad(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), LOGIT_CHUNK):
             chunk = slice(start, start + LOGIT_CHUNK)  # C tokens
@@ -185,7 +186,9 @@ def _losses_by_chunks(
             losses[chunk], grad = _cross_entropy(rows @ weight.T, labels[chunk], factor)
             if needs_grad:
                 grads[0][chunk] = grad @ weight
-                if trains_weight:
+                if trains_weight and uses_amx:
+                    fused.weight_grad(grad, rows, grads[1])
+                elif trains_weight:
                     grads[1] += grad.T @ rows
     return [losses, *grads]
 

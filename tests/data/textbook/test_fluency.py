@@ -7,7 +7,11 @@ import pytest
 
 from minimind.data.textbook import is_fluent, quiz
 
-ANSWERS = sorted({question.answer for question in quiz()})
+
+@pytest.fixture(scope="module")
+def answers() -> list[str]:
+    """All right answers."""
+    return sorted({question.answer for question in quiz()})
 
 
 def damaged(answer: str, how: str, rng: random.Random) -> str:
@@ -21,18 +25,18 @@ def damaged(answer: str, how: str, rng: random.Random) -> str:
     return answer[:end] + rng.choice("的了在是大不") + answer[end:]
 
 
-def test_right_answers_are_fluent() -> None:
-    assert len(ANSWERS) > 2_000
-    assert [answer for answer in ANSWERS if not is_fluent(answer)] == []
+def test_right_answers_are_fluent(answers: list[str]) -> None:
+    assert len(answers) > 2_000
+    assert [answer for answer in answers if not is_fluent(answer)] == []
 
 
 @pytest.mark.parametrize(
     ("how", "minimum"), [("missing", 0.95), ("swapped", 0.98), ("added", 0.98)]
 )
-def test_damaged_answers_are_not_fluent(how: str, minimum: float) -> None:
+def test_damaged_answers_are_not_fluent(how: str, minimum: float, answers: list[str]) -> None:
     """A few damaged answers are still correct sentences, such as 香港的简称港."""
     rng = random.Random(how)
-    detected = [not is_fluent(damaged(answer, how, rng)) for answer in ANSWERS]
+    detected = [not is_fluent(damaged(answer, how, rng)) for answer in answers]
     assert sum(detected) / len(detected) >= minimum
 
 
