@@ -103,7 +103,7 @@ function bookPiece(root, data, lang) {
     const below = parameters < data.smallest;
     part("warning").textContent = beyond > 1.05
       ? say(`${short(beyond)} times beyond the largest run of the law: a guess, not a prediction`,
-        `是拟合时最大一次的 ${short(beyond)} 倍：只能算猜，不算预测`)
+        `是拟合时最大一次的 ${short(beyond)} 倍：只能算猜测，不算预测`)
       : below
         ? say("smaller than every model that the law was fitted to", "比拟合所用的模型都小")
         : say("within the range of the runs", "在拟合的范围之内");
