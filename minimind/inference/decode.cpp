@@ -4,15 +4,21 @@
 // the weights from memory. Here the threads run all layers in one parallel region. `native_library.py`
 // compiles this file at first use and mirrors the structs; `native_decoder.py` packs the weights.
 //
-// The bits of a row depend neither on the other rows nor on the number of threads: `products.h` sums
-// each row in one order, and every other loop runs over one row.
+// The bits of a row depend neither on the other rows nor on the number of threads: `products.h` and
+// `attend` sum each row in one order, and every other loop runs over one row.
 //
 // N rows, H query heads, K key/value heads, G = H / K, D head dimension, P positions per slot.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "../model/scalar.h"
 #include "products.h"
@@ -69,12 +75,26 @@ void rotate(const float* head, const float* norm, const float* cos, const float*
 
 typedef float Eight __attribute__((vector_size(32), aligned(4)));
 
-inline float sum_lanes(Eight x) {
-    typedef float Four __attribute__((vector_size(16)));
-    Four half[2];
-    std::memcpy(half, &x, sizeof x);
-    const Four sum = half[0] + half[1];
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t FourInts __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourInts{__VA_ARGS__})
+#endif
+
+// The sum of the lanes of each of four vectors.
+inline Four sum_lanes(const Eight* x) {
+    Four half[4];
+    for (int i = 0; i < 4; i++) {
+        Four both[2];
+        std::memcpy(both, x + i, sizeof both);
+        half[i] = both[0] + both[1];
+    }
+    const Four first = SHUFFLE(half[0], half[1], 0, 4, 2, 6) + SHUFFLE(half[0], half[1], 1, 5, 3, 7);
+    const Four last = SHUFFLE(half[2], half[3], 0, 4, 2, 6) + SHUFFLE(half[2], half[3], 1, 5, 3, 7);
+    return SHUFFLE(first, last, 0, 1, 4, 5) + SHUFFLE(first, last, 2, 3, 6, 7);
 }
 
 // A key or value in the cache.
@@ -83,35 +103,75 @@ inline void store(float x, bf16* out) { *out = narrow(x); }
 
 inline Eight load_eight(const float* x) { return *(const Eight*)x; }
 inline Eight load_eight(const bf16* x) {
+#if defined(__AVX2__)  // GCC 12 compiles the other form to five instructions
+    return (Eight)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16);
+#else
     typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
     typedef uint32_t Bits __attribute__((vector_size(32)));
     return (Eight)(__builtin_convertvector(*(const Halves*)x, Bits) << 16);
+#endif
 }
 
-// Attention of one query [D] over `length` keys and values [P, D]; scores: room for P.
-// The cache has whole groups of 4 positions. Those beyond the length have weight 0.
-template <class Value>
-void attend(const float* query, const Value* keys, const Value* values, int length, int dim,
-            float scale, float* scores, float* out) {
-    float highest = -INFINITY, total = 0;
-    for (int p = 0; p < length; p++) {
-        Eight sum = {};
+constexpr int kQueries = 4;  // that share a pass over keys and values
+
+// Attention of `count` queries [count, D] over keys and values [P, D]; out: [D] each. Query q attends
+// to lengths[q] positions, ascending. scores: room for P per query. The cache has whole groups of 4
+// positions. Those beyond a length have weight 0, so that a query gets the same bits in any company.
+template <int count, class Value>
+void attend(const float* queries, const int* lengths, const Value* keys, const Value* values,
+            int dim, float scale, float* scores, int stride, float* const* out) {
+    const int longest = lengths[count - 1];
+    for (int p = 0; p < longest; p += 4) {
+        Eight sum[count][4] = {};
         for (int i = 0; i < dim; i += 8)
-            sum += *(const Eight*)(query + i) * load_eight(keys + p * dim + i);
-        scores[p] = sum_lanes(sum) * scale;
-        highest = scores[p] > highest ? scores[p] : highest;
-    }
-    for (int p = 0; p < length; p++) scores[p] = exponential(scores[p] - highest);
-#pragma omp simd reduction(+ : total)
-    for (int p = 0; p < length; p++) total += scores[p];
-    for (int p = length; p % 4; p++) scores[p] = 0;
-    for (int i = 0; i < dim; i += 8) {
-        Eight sum[4] = {};
-        for (int p = 0; p < length; p += 4)
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
-                sum[j] += scores[p + j] * load_eight(values + (p + j) * dim + i);
-        *(Eight*)(out + i) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / total;
+            for (int j = 0; j < 4; j++) {
+                const Eight key = load_eight(keys + (p + j) * dim + i);
+#pragma GCC unroll 4
+                for (int q = 0; q < count; q++)
+                    sum[q][j] += *(const Eight*)(queries + q * dim + i) * key;
+            }
+        for (int q = 0; q < count; q++)
+            *(Four*)(scores + q * stride + p) = sum_lanes(sum[q]) * scale;
+    }
+    float totals[count];
+    for (int q = 0; q < count; q++) {
+        float *own = scores + q * stride, highest = -INFINITY, total = 0;
+#pragma omp simd reduction(max : highest)
+        for (int p = 0; p < lengths[q]; p++) highest = own[p] > highest ? own[p] : highest;
+        for (int p = 0; p < lengths[q]; p++) own[p] = exponential(own[p] - highest);
+#pragma omp simd reduction(+ : total)
+        for (int p = 0; p < lengths[q]; p++) total += own[p];
+        std::fill(own + lengths[q], own + (longest + 3) / 4 * 4, 0.0f);
+        totals[q] = total;
+    }
+    for (int i = 0; i < dim; i += 8) {
+        Eight sum[count][4] = {};
+        for (int p = 0; p < longest; p += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const Eight value = load_eight(values + (p + j) * dim + i);
+#pragma GCC unroll 4
+                for (int q = 0; q < count; q++) sum[q][j] += scores[q * stride + p + j] * value;
+            }
+        for (int q = 0; q < count; q++)
+            *(Eight*)(out[q] + i) = ((sum[q][0] + sum[q][1]) + (sum[q][2] + sum[q][3])) / totals[q];
+    }
+}
+
+// The same for 1 to kQueries queries.
+template <class Value>
+void attend(int count, const float* queries, const int* lengths, const Value* keys,
+            const Value* values, int dim, float scale, float* scores, int stride,
+            float* const* out) {
+    const auto run = [&](auto number) {
+        attend<number.value>(queries, lengths, keys, values, dim, scale, scores, stride, out);
+    };
+    switch (count) {
+        case 1: return run(std::integral_constant<int, 1>());
+        case 2: return run(std::integral_constant<int, 2>());
+        case 3: return run(std::integral_constant<int, 3>());
+        default: return run(std::integral_constant<int, kQueries>());
     }
 }
 
@@ -125,6 +185,7 @@ struct Step {
     float* x;                          // [N, hidden], the residual stream
     std::vector<float> qkv, mixed, inner;
     std::vector<const float*> mixed_rows, inner_rows;
+    std::vector<Range> runs;  // of rows at ascending positions of a slot
 
     Step(const Model& model, int rows, const int64_t* slots, const int64_t* positions,
          const float* rope, float* x)
@@ -143,51 +204,77 @@ struct Step {
         for (int row = 0; row < rows; row++)
             mixed_rows.push_back(&mixed[row * model.heads * model.head_dim]);
         for (int way = 0; way < rows * ways; way++) inner_rows.push_back(&inner[way * width]);
+        const int longest = std::max(1, kQueries * model.kv_heads / model.heads);
+        for (int row = 0; row < rows; row++) {
+            const bool continues = row && slots[row] == slots[row - 1] &&
+                                   positions[row] > positions[row - 1] &&
+                                   runs.back().end - runs.back().begin < longest;
+            if (continues)
+                runs.back().end++;
+            else
+                runs.push_back({row, row + 1});
+        }
     }
 
-    // A row and one of its key/value heads.
+    // The keys and values [P, D] of a head in the slot of a row.
     template <class Value>
-    struct Item {
-        int row, head;
-        const float *cos, *sin, *qkv;  // qkv: of the row
-        Value *keys, *values;          // [P, D]
-    };
+    std::pair<Value*, Value*> cached(int layer, int row, int head) {
+        const int64_t size = int64_t(model.positions) * model.head_dim;
+        const int64_t slot = 2 * layer * model.slots + slots[row];
+        Value* keys = (Value*)model.cache + (slot * model.kv_heads + head) * size;
+        return {keys, keys + model.slots * model.kv_heads * size};
+    }
 
-    template <class Value>
-    Item<Value> item(int layer, int index) {
-        const int dim = model.head_dim, row = index / model.kv_heads, head = index % model.kv_heads;
-        const int64_t size = int64_t(model.kv_heads) * model.positions * dim;  // of a slot
-        Value* keys = (Value*)model.cache + (2 * layer * model.slots + slots[row]) * size +
-                      int64_t(head) * model.positions * dim;
-        return {row, head, rope + row * dim, rope + (rows + row) * dim,
-                &qkv[row * (model.heads + 2 * model.kv_heads) * dim], keys, keys + model.slots * size};
+    // out = a head of `qkv`, rotated to the position of the row.
+    void rotate_head(int row, int head, const float* norm, float* out) {
+        const int dim = model.head_dim, heads = model.heads + 2 * model.kv_heads;
+        rotate(&qkv[(row * heads + head) * dim], norm, rope + row * dim, rope + (rows + row) * dim,
+               dim, model.eps, out);
+    }
+
+    // Threads take turns, because later rows attend to more positions.
+    template <class Visit>
+    void for_own_runs(Visit visit) {
+        const int items = int(runs.size()) * model.kv_heads;
+        for (int item = omp_get_thread_num(); item < items; item += omp_get_num_threads())
+            visit(runs[item / model.kv_heads], item % model.kv_heads);
     }
 
     template <class Value>
     void attention(const Layer& layer, int number, float* scores) {
         const int dim = model.head_dim, group = model.heads / model.kv_heads;
-        const Range items = share(rows * model.kv_heads);
-        for (int index = items.begin; index < items.end; index++) {
-            const Item<Value> at = item<Value>(number, index);
-            const float* key = at.qkv + (model.heads + at.head) * dim;
-            const int64_t offset = positions[at.row] * dim;
-            float rotated[dim];
-            rotate(key, layer.k_norm, at.cos, at.sin, dim, model.eps, rotated);
-            for (int i = 0; i < dim; i++) {
-                store(rotated[i], at.keys + offset + i);
-                store(key[model.kv_heads * dim + i], at.values + offset + i);
-            }
-        }
-#pragma omp barrier  // rows of a prompt attend to each other
-        for (int index = items.begin; index < items.end; index++) {
-            const Item<Value> at = item<Value>(number, index);
-            for (int query = at.head * group; query < (at.head + 1) * group; query++) {
+        for_own_runs([&](Range run, int head) {
+            for (int row = run.begin; row < run.end; row++) {
+                const auto [keys, values] = cached<Value>(number, row, head);
+                const int key_head = model.heads + head;
+                const int64_t offset = positions[row] * dim;
+                const float* value =
+                    &qkv[(row * (model.heads + 2 * model.kv_heads) + key_head + model.kv_heads) * dim];
                 float rotated[dim];
-                rotate(at.qkv + query * dim, layer.q_norm, at.cos, at.sin, dim, model.eps, rotated);
-                attend(rotated, at.keys, at.values, positions[at.row] + 1, dim,
-                       model.attention_scale, scores, &mixed[(at.row * model.heads + query) * dim]);
+                rotate_head(row, key_head, layer.k_norm, rotated);
+                for (int i = 0; i < dim; i++) {
+                    store(rotated[i], keys + offset + i);
+                    store(value[i], values + offset + i);
+                }
             }
-        }
+        });
+#pragma omp barrier  // rows of a prompt attend to each other
+        for_own_runs([&](Range run, int head) {
+            const auto [keys, values] = cached<Value>(number, run.begin, head);
+            float rotated[kQueries * dim], *out[kQueries];
+            int lengths[kQueries], count = 0;
+            for (int row = run.begin; row < run.end; row++)
+                for (int query = head * group; query < (head + 1) * group; query++) {
+                    rotate_head(row, query, layer.q_norm, rotated + count * dim);
+                    out[count] = &mixed[(row * model.heads + query) * dim];
+                    lengths[count++] = positions[row] + 1;
+                    const bool is_last = row + 1 == run.end && query + 1 == (head + 1) * group;
+                    if (count < kQueries && !is_last) continue;
+                    attend(count, rotated, lengths, keys, values, dim, model.attention_scale,
+                           scores, model.positions, out);
+                    count = 0;
+                }
+        });
     }
 
     // Drop the rows without logits, which nothing needs after attention of the last layer.
@@ -260,7 +347,7 @@ struct Step {
     // kept: ascending rows; logits: [num_kept, vocab].
     void run(int num_kept, const int64_t* kept, float* logits, int vocab) {
         const Tiles tiles;
-        std::vector<float> normed(rows * model.hidden), scores(model.positions);
+        std::vector<float> normed(rows * model.hidden), scores(kQueries * model.positions);
         std::vector<const float*> normed_rows(rows);
         for (int row = 0; row < rows; row++) normed_rows[row] = &normed[row * model.hidden];
         const auto normalize = [&](const float* weight) {

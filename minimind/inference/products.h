@@ -117,6 +117,7 @@ void multiply_tile(int rows, const Ints* weights, int inputs, const float* const
 // kPairs for 16 consecutive rows; 32 inputs at a time.
 inline void multiply_amx(int, const Ints* weights, int pairs, const float* const* x, float* sums) {
     constexpr int stride = sizeof(Ints) * kVectors;
+    complete_stores();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -1,5 +1,6 @@
 """Decoding in compiled code, compared with torch, and what happens without a compiler."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -69,6 +70,31 @@ def test_bits_do_not_depend_on_the_number_of_threads(
         steps = [batch.forward([Part(s, at, (s + at,)) for s in range(20)], []) for at in range(9)]
         results.append(torch.stack(steps))
     assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", TOLERANCES)
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])  # 6, 3 or 1 queries of a row share keys and values
+def test_bits_do_not_depend_on_the_parts_of_a_prompt(
+    kind: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are processed together share passes over keys and values."""
+    enable_native(monkeypatch)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    model = make_tiny(dtype, **WIDE | dict(num_key_value_heads=kv_heads))
+    ids, results = random_tokens(50, 0), []
+    for parts in ([1] * 50, [50], [3, 1, 7, 20, 2, 17]):
+        batch = BatchedModel(model, 2, 64, int8=kind == "int8", threads=2)
+        ends = list(itertools.accumulate(parts))
+        results.append(
+            torch.cat(
+                [
+                    batch.forward([], [Part(1, end - n, ids[end - n : end], 0, n)])
+                    for n, end in zip(parts, ends, strict=True)
+                ]
+            )
+        )
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_logits_that_are_not_finite_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
