@@ -11,11 +11,12 @@ def test_answers_survive_a_reload(url: str, browser: Browser, store: Store) -> N
     browser.wait(lambda: len(browser.messages()) == 2)
     question, answer = browser.messages()
     assert question == "长江有多长？"
-    assert "tokens/s" in answer
     assert "other · " in answer  # the first model
     [kept] = saved_in(store)
     assert kept.turns[0].answers[0].text
     assert kept.turns[0].answers[0].tokens > 0
+    # The answer is random, and one token has no rate.
+    assert ("tokens/s" in answer) == (kept.turns[0].answers[0].tokens > 1)
     address = browser.driver.current_url
     assert kept.id in address
     browser.driver.refresh()
