@@ -40,7 +40,6 @@ print(f"8 hours: {rate * 8 * 3600 / 1e6:.0f} million tokens")
 
 # --8<-- [start:growth]
 growth = json.loads((records / "scaling.json").read_text("utf-8"))
-print("a trial with tiny models" if growth["quick"] else "a full run")
 for point in growth["training"]:
     if point["axis"] == "parameters":
         print(
