@@ -7,7 +7,7 @@ assert torch.allclose(F.cosine_similarity(normed, vectors), torch.ones(5))
 # --8<-- [end:scale]
 
 # --8<-- [start:order-blind]
-vectors = torch.randn(6, 32)
+vectors = torch.randn(6, 32) / 2  # long vectors would attend to themselves only
 shuffled = vectors[[3, 0, 4, 1, 2, 5]]  # the last one stays the last
 (out_a, _), (out_b, _) = (attention(x, x, x) for x in (vectors, shuffled))
 assert torch.allclose(out_a[-1], out_b[-1], atol=1e-5)
@@ -16,7 +16,7 @@ out_a, out_b = (
     attention(rotated, rotated, vectors)[0],
     attention(rotated_b, rotated_b, shuffled)[0],
 )
-assert not torch.allclose(out_a[-1], out_b[-1], atol=1e-2)
+assert not torch.allclose(out_a[-1], out_b[-1], atol=1e-3)
 # --8<-- [end:order-blind]
 
 # --8<-- [start:three-back]

@@ -89,14 +89,17 @@ for lr, losses in curves.items():
 # --8<-- [end:rates]
 
 
-DASHED = dict(ls="--", lw=1.2, color="0.5")
-
-
 def figure_rates(figure, say):
     axes = figure.subplots()
     for lr, losses in curves.items():
         axes.plot(losses, lw=1.2, label=say(f"learning rate {lr}", f"学习率 {lr}"))
-    axes.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
+    axes.axhline(
+        floor,
+        label=say("counted table", "统计得到的表"),
+        ls="--",
+        lw=1.2,
+        color="0.5",
+    )
     axes.set_ylim(2, 7)
     axes.set_xlabel(say("step", "步数"))
     axes.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"))
@@ -199,7 +202,13 @@ def figure_optimizers(figure, say):
             sum(losses[max(0, i - 4) : i + 1]) / min(5, i + 1) for i in range(100)
         ]
         axes.plot(smooth, label={"adamw": "AdamW", "muon": "Muon + AdamW"}[name])
-    axes.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
+    axes.axhline(
+        floor,
+        label=say("counted table", "统计得到的表"),
+        ls="--",
+        lw=1.2,
+        color="0.5",
+    )
     axes.set_xlabel(say("step", "步数"))
     axes.set_ylabel(say("loss, mean of 5 steps", "损失（5 步平均）"))
     axes.grid(alpha=0.15)
@@ -262,7 +271,13 @@ def figure_schedules(figure, say):
     for name, settings in schedules.items():
         above.plot([30 * lr_fraction(step, 400, settings) for step in range(400)])
         below.plot(ends[name], lw=1.2, label=names[name])
-    below.axhline(floor, label=say("counted table", "统计得到的表"), **DASHED)
+    below.axhline(
+        floor,
+        label=say("counted table", "统计得到的表"),
+        ls="--",
+        lw=1.2,
+        color="0.5",
+    )
     below.set_ylim(2.15, 2.9)
     above.set_ylabel(say("learning rate", "学习率"), fontsize=8)
     below.set_ylabel(say("loss, nats per letter", "损失（奈特／字母）"), fontsize=8)

@@ -35,7 +35,7 @@ def figure_picture(figure, say):
         B, A = low_rank(picture, rank)
         images.append((say(f"rank {rank}", f"秩 {rank}"), B @ A))
     for axes, (title, image) in zip(panels, images, strict=True):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set_title(title)
         axes.axis("off")
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from docs.book.chapters import LANGUAGES, Chapter, cell_names, chapters, solutions
 
+ROOT = Path(__file__).parents[3]
 CHAPTERS = [pytest.param(chapter, id=chapter.stem) for chapter in chapters()]
 
 
@@ -31,6 +34,12 @@ def test_both_notebooks_have_the_cells_figures_and_solutions(chapter: Chapter) -
     for lang in LANGUAGES:
         text = chapter.notebook(lang).read_text("utf-8")
         assert "--8<--" not in text and "<!--=" not in text and "<details" not in text
+
+
+def test_cells_use_no_name_that_only_hidden_code_defines() -> None:
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821"]
+    done = subprocess.run([*ruff, ROOT / "notebooks/book"], capture_output=True, text=True)
+    assert not done.returncode, done.stdout
 
 
 @pytest.mark.slow
