@@ -120,71 +120,70 @@ inline void transpose_block(const bf16 *from, bf16 *to) {
         transpose_tile(from + tile * kTile, to + tile * kTile);
 }
 
-// sums [32][32] = left * right, or sums += left * right. left, right: `depth` consecutive blocks.
-inline void multiply_blocks(const bf16 *left, const bf16 *right, int depth, float *sums, bool add) {
-    constexpr int kRow = 4 * kBlock;  // bytes
+// Tiles 0 to 3 = sums [32][stride], or 0 if `add` is false.
+inline void begin_sums(const float *sums, int64_t stride, bool add) {
     complete_stores();
     if (add) {
-        _tile_loadd(0, sums, kRow);
-        _tile_loadd(1, sums + 16, kRow);
-        _tile_loadd(2, sums + 16 * kBlock, kRow);
-        _tile_loadd(3, sums + 16 * kBlock + 16, kRow);
+        _tile_loadd(0, sums, 4 * stride);
+        _tile_loadd(1, sums + 16, 4 * stride);
+        _tile_loadd(2, sums + 16 * stride, 4 * stride);
+        _tile_loadd(3, sums + 16 * stride + 16, 4 * stride);
     } else {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     }
+}
+
+// Tiles 0 to 3 += left * right. Left: tiles 4 and 5, rows; right: 6 and 7, columns.
+inline void multiply_tiles() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+// sums [32][stride] = tiles 0 to 3
+inline void end_sums(float *sums, int64_t stride) {
+    _tile_stored(0, sums, 4 * stride);
+    _tile_stored(1, sums + 16, 4 * stride);
+    _tile_stored(2, sums + 16 * stride, 4 * stride);
+    _tile_stored(3, sums + 16 * stride + 16, 4 * stride);
+}
+
+// sums [32][32] = left * right, or sums += left * right. left, right: `depth` consecutive blocks.
+inline void multiply_blocks(const bf16 *left, const bf16 *right, int depth, float *sums, bool add) {
+    begin_sums(sums, kBlock, add);
     for (int k = 0; k < depth; k++, left += kOperand, right += kOperand) {
         // x2 y0
         _tile_loadd(4, left + 2 * kTile, 64);
         _tile_loadd(5, left + 5 * kTile, 64);
         _tile_loadd(6, right, 64);
         _tile_loadd(7, right + 3 * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply_tiles();
         // x1 y0
         _tile_loadd(4, left + kTile, 64);
         _tile_loadd(5, left + 4 * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply_tiles();
         // x1 y1
         _tile_loadd(6, right + kTile, 64);
         _tile_loadd(7, right + 4 * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply_tiles();
         // x0 y1
         _tile_loadd(4, left, 64);
         _tile_loadd(5, left + 3 * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply_tiles();
         // x0 y2
         _tile_loadd(6, right + 2 * kTile, 64);
         _tile_loadd(7, right + 5 * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply_tiles();
         // x0 y0
         _tile_loadd(6, right, 64);
         _tile_loadd(7, right + 3 * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply_tiles();
     }
-    _tile_stored(0, sums, kRow);
-    _tile_stored(1, sums + 16, kRow);
-    _tile_stored(2, sums + 16 * kBlock, kRow);
-    _tile_stored(3, sums + 16 * kBlock + 16, kRow);
+    end_sums(sums, kBlock);
 }
 
 }  // namespace

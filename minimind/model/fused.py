@@ -149,7 +149,8 @@ def _takes_weight_grad(weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T in bf16: [..., in] and [out, in] float32 -> [..., out].
 
-    The weight gradient is computed in float32, in half the time that PyTorch takes in bf16.
+    The weight gradient is float32, and takes less time than PyTorch's in bf16
+    (benchmarks/records/cpu-kernels.md).
     """
     out: Tensor = _Linear.apply(x.to(torch.bfloat16), weight)
     return out

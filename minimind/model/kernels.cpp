@@ -61,33 +61,15 @@ inline void interleave(const bf16 *from, i64 stride, i64 count, bf16 *to) {
 
 // sums [32][stride] += left * right, or = if `add` is false. left: `depth` blocks of two tiles.
 inline void multiply(const bf16 *left, const bf16 *right, i64 depth, float *sums, i64 stride, bool add) {
-    complete_stores();
-    const i64 bytes = 4 * stride;
-    if (add) {
-        _tile_loadd(0, sums, bytes);
-        _tile_loadd(1, sums + 16, bytes);
-        _tile_loadd(2, sums + 16 * stride, bytes);
-        _tile_loadd(3, sums + 16 * stride + 16, bytes);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    begin_sums(sums, stride, add);
     for (i64 k = 0; k < depth; k++, left += 2 * kTile, right += 2 * kTile) {
         _tile_loadd(4, left, 64);
+        _tile_loadd(5, left + kTile, 64);
         _tile_loadd(6, right, 64);
         _tile_loadd(7, right + kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, left + kTile, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply_tiles();
     }
-    _tile_stored(0, sums, bytes);
-    _tile_stored(1, sums + 16, bytes);
-    _tile_stored(2, sums + 16 * stride, bytes);
-    _tile_stored(3, sums + 16 * stride + 16, bytes);
+    end_sums(sums, stride);
 }
 
 #endif

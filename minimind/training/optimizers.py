@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _chunk_size(parameter: Tensor) -> int:
-    """Return the number of parameters of this shape that are orthogonalised together."""
+    """Return the number of parameters of this shape that are orthogonalized together."""
     size = max(1, _CHUNK_NUMEL // parameter.numel())
     if newton_schulz.takes(parameter):  # one thread per matrix
         threads = torch.get_num_threads()

@@ -3,7 +3,7 @@ from minimind.model import PRESETS, ModelConfig, Transformer
 
 
 def count(c, experts):
-    """Return the parameters of a mixture of which `experts` per layer count."""
+    """Return the number of parameters with `experts` experts in each layer."""
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
     layer = c.hidden_size * c.head_dim * heads  # attention
     layer += 3 * c.hidden_size * c.shared_intermediate_size

@@ -47,7 +47,7 @@ for distance in (100, 511, 600, 800, 1500):
 
 # --8<-- [start:attention]
 def share_within(distances, frequencies, factor=1.0):
-    """Return the attention on the nearest 512 tokens, if all keys are alike."""
+    """Return the attention on the nearest 512 tokens, if all keys are equal."""
     attention = (scores(distances, frequencies) * factor**2).softmax(0)
     return attention[:TRAINED].sum().item()
 
