@@ -6,6 +6,7 @@
 // six products, because x1 y2, x2 y1 and x2 y2 are smaller than the rounding error of float32.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "scalar.h"
 
@@ -57,7 +58,7 @@ inline __m512i take_part(__m512 &x) {
 }
 
 // from [32][stride], times `factor`, as a block of a left operand.
-inline void pack_left(const float *from, int64_t stride, float factor, bf16 *to) {
+inline void pack_left(const float *from, i64 stride, float factor, bf16 *to) {
     const __m512 scale = _mm512_set1_ps(factor);
     for (int i = 0; i < kBlock; i++) {
         const float *row = from + i * stride;
@@ -73,7 +74,7 @@ inline void pack_left(const float *from, int64_t stride, float factor, bf16 *to)
 }
 
 // The same as a block of a right operand.
-inline void pack_right(const float *from, int64_t stride, float factor, bf16 *to) {
+inline void pack_right(const float *from, i64 stride, float factor, bf16 *to) {
     const __m512 scale = _mm512_set1_ps(factor);
     for (int half = 0; half < 2; half++)
         for (int i = 0; i < kBlock; i += 2) {
@@ -88,10 +89,10 @@ inline void pack_right(const float *from, int64_t stride, float factor, bf16 *to
         }
 }
 
-// Transpose a matrix of 16 x 16 numbers of 32 bits.
-inline void transpose_tile(const bf16 *from, bf16 *to) {
+// Transpose a matrix of 16 x 16 numbers of 32 bits. stride: of its rows, in bytes.
+inline void transpose_tile(const void *from, bf16 *to, i64 stride = 64) {
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(from + 32 * i);
+    for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512((const char *)from + stride * i);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -120,8 +121,24 @@ inline void transpose_block(const bf16 *from, bf16 *to) {
         transpose_tile(from + tile * kTile, to + tile * kTile);
 }
 
+// Pairs of the rows [32][stride], of which `count` exist and the others are zeros, as a tile of a right
+// operand, [16 pairs][16 columns][2].
+inline void interleave(const bf16 *from, i64 stride, i64 count, bf16 *to) {
+    alignas(64) bf16 padded[32 * 16] = {};
+    if (count < 32) {
+        for (i64 i = 0; i < count; i++) std::memcpy(padded + 16 * i, from + i * stride, 32);
+        from = padded, stride = 16;
+    }
+    for (int i = 0; i < 32; i += 2) {
+        const __m256i a = _mm256_loadu_si256((const __m256i *)(from + i * stride));
+        const __m256i b = _mm256_loadu_si256((const __m256i *)(from + (i + 1) * stride));
+        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
+        _mm512_store_si512(to + 16 * i, _mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
+    }
+}
+
 // Tiles 0 to 3 = sums [32][stride], or 0 if `add` is false.
-inline void begin_sums(const float *sums, int64_t stride, bool add) {
+inline void begin_sums(const float *sums, i64 stride, bool add) {
     complete_stores();
     if (add) {
         _tile_loadd(0, sums, 4 * stride);
@@ -145,11 +162,24 @@ inline void multiply_tiles() {
 }
 
 // sums [32][stride] = tiles 0 to 3
-inline void end_sums(float *sums, int64_t stride) {
+inline void end_sums(float *sums, i64 stride) {
     _tile_stored(0, sums, 4 * stride);
     _tile_stored(1, sums + 16, 4 * stride);
     _tile_stored(2, sums + 16 * stride, 4 * stride);
     _tile_stored(3, sums + 16 * stride + 16, 4 * stride);
+}
+
+// sums [32][stride] += left * right, or = if `add` is false. left: `depth` blocks of two tiles.
+inline void multiply(const bf16 *left, const bf16 *right, i64 depth, float *sums, i64 stride, bool add) {
+    begin_sums(sums, stride, add);
+    for (i64 k = 0; k < depth; k++, left += 2 * kTile, right += 2 * kTile) {
+        _tile_loadd(4, left, 64);
+        _tile_loadd(5, left + kTile, 64);
+        _tile_loadd(6, right, 64);
+        _tile_loadd(7, right + kTile, 64);
+        multiply_tiles();
+    }
+    end_sums(sums, stride);
 }
 
 // sums [32][32] = left * right, or sums += left * right. left, right: `depth` consecutive blocks.

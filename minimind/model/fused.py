@@ -16,7 +16,9 @@ from torch import Tensor
 
 from minimind.model.native import AMX_HEADER, SCALAR_HEADER, compile_library
 
-_SOURCES = (Path(__file__).with_name("kernels.cpp"), AMX_HEADER, SCALAR_HEADER)
+_HEADERS = (AMX_HEADER, SCALAR_HEADER)
+_SOURCES = (Path(__file__).with_name("kernels.cpp"), *_HEADERS)
+_ATTENTION_SOURCES = (Path(__file__).with_name("attention.cpp"), *_HEADERS)
 # Sums may be reordered, which lets them use vector instructions. Infinities and NaN stay correct.
 _FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 _AMX_BLOCK = 32  # rows and columns that are multiplied together
@@ -140,8 +142,11 @@ def takes_weight_grad(x: Tensor, weight: Tensor) -> bool:
 
 def _takes_weight_grad(weight: Tensor) -> bool:
     """Return True on a processor with AMX, for widths that are multiples of its blocks."""
-    if weight.shape[0] % _AMX_BLOCK or weight.shape[1] % _AMX_BLOCK:
-        return False
+    return not (weight.shape[0] % _AMX_BLOCK or weight.shape[1] % _AMX_BLOCK) and has_amx()
+
+
+def has_amx() -> bool:
+    """Return True if the kernels are compiled and the processor and its system support AMX."""
     library = compile_library(_SOURCES, _FLAGS)
     return not isinstance(library, str) and bool(library.minimind_has_amx())
 
@@ -196,7 +201,8 @@ class PackedMask(NamedTuple):
     """Causal attention within the segments of packed sequences.
 
     starts: [B, T] int32, the first position of each token's segment.
-    blocks: cover all scores within segments; scores between segments are mostly left out.
+    blocks: cover all scores within segments; scores between segments are mostly left out. Not used
+        on AMX, and empty there.
     """
 
     starts: Tensor
@@ -206,10 +212,11 @@ class PackedMask(NamedTuple):
 def packed_mask(starts: Tensor, num_heads: int) -> PackedMask:
     """Return the mask of segments that start at `starts` [B, T]."""
     starts = starts.int().contiguous()
-    return PackedMask(starts, list(_blocks(starts, num_heads)))
+    return PackedMask(starts, [] if has_amx() else list(blocks(starts, num_heads)))
 
 
-def _blocks(starts: Tensor, num_heads: int) -> Iterator[Block]:
+def blocks(starts: Tensor, num_heads: int) -> Iterator[Block]:
+    """Yield the blocks of a mask; see `PackedMask`."""
     num_sequences, length = starts.shape
     first_keys = starts[:, ::_QUERY_BLOCK].tolist()  # starts do not decrease along T
     for number, start in enumerate(range(0, length, _QUERY_BLOCK)):
@@ -230,8 +237,44 @@ def attention(
 
     cos, sin: [B, T, D] or [T, D], float32.
     """
-    out: Tensor = _Attention.apply(*(x.contiguous() for x in (q, k, v, cos, sin)), mask, scale)
+    function = _AttentionOnAMX if has_amx() else _Attention
+    out: Tensor = function.apply(*(x.contiguous() for x in (q, k, v, cos, sin)), mask, scale)
     return out
+
+
+class _AttentionOnAMX(torch.autograd.Function):
+    """Attention in one kernel each for the forward and the backward pass: `attention.cpp`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: PackedMask,
+        scale: float,
+    ) -> Tensor:
+        (B, T, H, D), K = q.shape, k.shape[2]
+        out, logs = q.new_empty(B, T, H * D), torch.empty(B, K, T, H // K)
+        ctx.numbers = B, T, H, K, D, int(cos.ndim == 3), scale
+        tensors = q, k, v, cos, sin, mask.starts, out, logs
+        _call_attention("attention", *tensors, *ctx.numbers)
+        ctx.save_for_backward(*tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        results = [torch.empty_like(x) for x in tensors[:3]]  # of q, k and v
+        grad = grads[0].contiguous()
+        _call_attention("attention_backward", grad, *tensors, *results, *ctx.numbers)
+        return *results, None, None, None, None
+
+
+def _call_attention(name: str, *arguments: Tensor | int | float) -> None:
+    getattr(compile_library(_ATTENTION_SOURCES), name)(*map(_as_c, arguments))
 
 
 class _Attention(torch.autograd.Function):

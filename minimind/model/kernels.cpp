@@ -16,66 +16,6 @@
 #include "amx.h"
 #include "scalar.h"
 
-using i64 = int64_t;
-
-namespace {
-
-// Rotate the pairs (j, j + D / 2) of one head of one token, as `rope.py` does; sign -1: backwards.
-inline void rotate(const bf16 *__restrict from, bf16 *__restrict to, const float *__restrict cos,
-                          const float *__restrict sin, i64 half, float sign) {
-#pragma omp simd
-    for (i64 j = 0; j < half; j++) {
-        float a = widen(from[j]), b = widen(from[j + half]), s = sign * sin[j];
-        to[j] = narrow(a * cos[j] - b * s);
-        to[j + half] = narrow(b * cos[j] + a * s);
-    }
-}
-
-// The same for a float32 gradient, backwards.
-inline void rotate_back(const float *__restrict from, bf16 *__restrict to,
-                               const float *__restrict cos, const float *__restrict sin, i64 half) {
-#pragma omp simd
-    for (i64 j = 0; j < half; j++) {
-        float a = from[j], b = from[j + half];
-        to[j] = narrow(a * cos[j] + b * sin[j]);
-        to[j + half] = narrow(b * cos[j] - a * sin[j]);
-    }
-}
-
-#if defined(__AMX_BF16__)
-// Pairs of the rows [32][stride], of which `count` exist and the others are zeros, as a tile of a right
-// operand, [16 pairs][16 columns][2].
-inline void interleave(const bf16 *from, i64 stride, i64 count, bf16 *to) {
-    alignas(64) bf16 padded[32 * 16] = {};
-    if (count < 32) {
-        for (i64 i = 0; i < count; i++) std::memcpy(padded + 16 * i, from + i * stride, 32);
-        from = padded, stride = 16;
-    }
-    for (int i = 0; i < 32; i += 2) {
-        const __m256i a = _mm256_loadu_si256((const __m256i *)(from + i * stride));
-        const __m256i b = _mm256_loadu_si256((const __m256i *)(from + (i + 1) * stride));
-        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
-        _mm512_store_si512(to + 16 * i, _mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
-    }
-}
-
-// sums [32][stride] += left * right, or = if `add` is false. left: `depth` blocks of two tiles.
-inline void multiply(const bf16 *left, const bf16 *right, i64 depth, float *sums, i64 stride, bool add) {
-    begin_sums(sums, stride, add);
-    for (i64 k = 0; k < depth; k++, left += 2 * kTile, right += 2 * kTile) {
-        _tile_loadd(4, left, 64);
-        _tile_loadd(5, left + kTile, 64);
-        _tile_loadd(6, right, 64);
-        _tile_loadd(7, right + kTile, 64);
-        multiply_tiles();
-    }
-    end_sums(sums, stride);
-}
-
-#endif
-
-}  // namespace
-
 extern "C" {
 
 // 1 if this processor, its operating system and the compiler support AMX.
@@ -240,7 +180,7 @@ void split_heads_backward(const bf16 *__restrict q, const float *__restrict k, c
                        cos + row, sin + row, D / 2, -1);
             for (i64 h = 0; h < K; h++) {
                 i64 from = ((b * K + h) * T + t) * D, to = (token * K + h) * D;
-                rotate_back(k + from, to_k + to, cos + row, sin + row, D / 2);
+                rotate(k + from, to_k + to, cos + row, sin + row, D / 2, -1);
                 for (i64 j = 0; j < D; j++) to_v[to + j] = narrow(v[from + j]);
             }
         }

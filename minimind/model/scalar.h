@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 
+using i64 = int64_t;
 using bf16 = uint16_t;  // a bfloat16 number: the upper half of a float32
 
 inline float widen(bf16 x) {
@@ -12,6 +13,10 @@ inline float widen(bf16 x) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+
+inline float widen(float x) {
+    return x;
 }
 
 // Round to nearest, ties to even, as PyTorch does. NaN stays NaN.
@@ -33,4 +38,16 @@ inline float exponential(float x) {
     float power;
     std::memcpy(&power, &bits, 4);
     return (p * r * r + r + 1.0f) * power;
+}
+
+// Rotate the pairs (j, j + D / 2) of one head of one token, as `rope.py` does; sign -1: backwards.
+template <class Number>
+inline void rotate(const Number *__restrict from, bf16 *__restrict to, const float *__restrict cos,
+                   const float *__restrict sin, i64 half, float sign) {
+#pragma omp simd
+    for (i64 j = 0; j < half; j++) {
+        const float a = widen(from[j]), b = widen(from[j + half]), s = sign * sin[j];
+        to[j] = narrow(a * cos[j] - b * s);
+        to[j + half] = narrow(b * cos[j] + a * s);
+    }
 }

@@ -66,7 +66,10 @@ def test_swiglu(halves):
 
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "head_dim"),
-    [(1, 2, 1, 4), (37, 4, 2, 8), (128, 4, 4, 64), (300, 4, 1, 32), (515, 2, 2, 16)],
+    [
+        *((1, 2, 1, 4), (37, 4, 2, 8), (128, 4, 4, 64), (300, 4, 1, 32), (515, 2, 2, 16)),
+        *((90, 6, 2, 48), (700, 2, 1, 80)),  # G = 3; more rows than a thread packs together
+    ],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention(length, heads, kv_heads, head_dim, packed):
@@ -113,7 +116,7 @@ def test_attention(length, heads, kv_heads, head_dim, packed):
 def test_blocks_leave_out_most_scores_between_segments():
     starts = torch.zeros(1, 1024, dtype=torch.int64)
     starts[0, 512:] = 512
-    blocks = fused.packed_mask(starts, num_heads=16).blocks
+    blocks = fused.blocks(starts, num_heads=16)
     assert [(b.queries.start, b.keys.start) for b in blocks] == [
         *((start, 0) for start in range(0, 512, 128)),
         *((start, 512) for start in range(512, 1024, 128)),
