@@ -12,6 +12,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include <omp.h>
 
 #include "amx.h"
 #include "scalar.h"
@@ -27,22 +30,30 @@ int minimind_has_amx() {
 // out [outputs, inputs] = grad^T x, or out += grad^T x if `add` is 1; grad [T, outputs], x [T, inputs].
 // outputs and inputs are multiples of 32.
 //
-// A thread computes kRows x kColumns blocks, which stay in its level 2 cache while the tokens pass,
-// kDepth blocks at a time. Sums have one order, whatever the number of threads.
+// A thread computes at most kRows x kColumns blocks, which stay in its level 2 cache while the tokens
+// pass, kDepth blocks at a time. Sums have one order, whatever the number of threads.
 void weight_grad(const bf16 *grad, const bf16 *x, float *out, i64 T, i64 outputs, i64 inputs, i64 add) {
     constexpr i64 kRows = 16, kColumns = 24, kDepth = 8, kPart = 2 * kTile;
     const i64 rows = outputs / 32, columns = inputs / 32, blocks = (T + 31) / 32;
+    // Parts of equal size, as many for each thread.
+    i64 row_parts = (rows + kRows - 1) / kRows, column_parts = (columns + kColumns - 1) / kColumns;
+    const i64 threads = omp_get_max_threads();
+    while (row_parts * column_parts % threads && row_parts * column_parts < 4 * threads
+           && row_parts * column_parts < rows * columns)
+        ++(rows * column_parts >= columns * row_parts ? row_parts : column_parts);
+    const i64 height = (rows + row_parts - 1) / row_parts;
+    const i64 width = (columns + column_parts - 1) / column_parts;
 #pragma omp parallel
     {
         const Tiles tiles;
         alignas(64) bf16 left[kDepth * kPart], right[kColumns * kDepth * kPart];  // 400 KiB
 #pragma omp for collapse(2) schedule(dynamic)
-        for (i64 r = 0; r < rows; r += kRows)
-            for (i64 c = 0; c < columns; c += kColumns)
+        for (i64 r = 0; r < rows; r += height)
+            for (i64 c = 0; c < columns; c += width)
                 for (i64 first = 0; first < blocks; first += kDepth) {
                     const i64 depth = std::min(kDepth, blocks - first);
-                    const i64 row_end = std::min(r + kRows, rows);
-                    const i64 column_end = std::min(c + kColumns, columns);
+                    const i64 row_end = std::min(r + height, rows);
+                    const i64 column_end = std::min(c + width, columns);
                     for (i64 j = c; j < column_end; j++)
                         for (i64 k = 0; k < 2 * depth; k++) {
                             const i64 t = 32 * (first + k / 2), column = 32 * j + k % 2 * 16;
@@ -284,22 +295,26 @@ void merge_heads_backward(const bf16 *__restrict grad, const bf16 *__restrict ou
 // Losses of labels, and logits [rows, vocab] overwritten by their gradient softmax - one_hot.
 void cross_entropy(bf16 *__restrict logits, const i64 *__restrict labels, float *__restrict losses,
                    const float *factors, i64 rows, i64 vocab) {
-#pragma omp parallel for
-    for (i64 i = 0; i < rows; i++) {
-        bf16 *row = logits + i * vocab;
-        float highest = -INFINITY, sum = 0, factor = factors ? factors[i] : 1.0f;
+#pragma omp parallel
+    {
+        std::vector<float> powers(vocab);
+#pragma omp for
+        for (i64 i = 0; i < rows; i++) {
+            bf16 *row = logits + i * vocab;
+            float *power = powers.data(), highest = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : highest)
-        for (i64 j = 0; j < vocab; j++) {
-            float x = widen(row[j]);
-            highest = x > highest ? x : highest;
-        }
+            for (i64 j = 0; j < vocab; j++) {
+                float x = widen(row[j]);
+                highest = x > highest ? x : highest;
+            }
 #pragma omp simd reduction(+ : sum)
-        for (i64 j = 0; j < vocab; j++) sum += exponential(widen(row[j]) - highest);
-        float log = highest + std::log(sum), chosen = widen(row[labels[i]]);
-        losses[i] = log - chosen;
+            for (i64 j = 0; j < vocab; j++) sum += power[j] = exponential(widen(row[j]) - highest);
+            const float factor = factors ? factors[i] : 1.0f, scale = factor / sum;
+            losses[i] = highest + std::log(sum) - widen(row[labels[i]]);
 #pragma omp simd
-        for (i64 j = 0; j < vocab; j++) row[j] = narrow(exponential(widen(row[j]) - log) * factor);
-        row[labels[i]] = narrow((std::exp(chosen - log) - 1.0f) * factor);
+            for (i64 j = 0; j < vocab; j++) row[j] = narrow(power[j] * scale);
+            row[labels[i]] = narrow(power[labels[i]] * scale - factor);
+        }
     }
 }
 
