@@ -96,7 +96,8 @@ def main() -> None:
         [r.name, f"{r.seconds:.0f}", f"{r.bits_per_byte:.3f}", f"{theirs[1] / r.seconds:.1f}"]
         for r in results
     ]
-    print(table(["run", "seconds", "bits per byte", "MiniMind's time divided by this"], rows))
+    header = ["run", "seconds", "bits per byte", "MiniMind's time divided by this"]
+    print("\n".join(table(header, rows)))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
