@@ -46,7 +46,7 @@ MIXES = {
     },
     "modern": {"general": 1.0, "life": 1.0, "reading": 2.0, "formal": 0.4, "reviews": 0.5},
 }
-LAW = {"5M": (1.5e6, 3e6, 6e6, 12e6), "9M": (3e6, 6e6), "16M": (1.5e6, 3e6)}
+LAW = {"5M": (1.5e6, 3e6, 6e6, 12e6), "9M": (3e6, 6e6), "16M": (1.5e6, 3e6), "27M": (1.5e6,)}
 # The best of benchmarks.quality_per_token.
 RATES: Mapping[str, Sequence[str]] = {"optim.muon_lr": ["0.02"], "optim.lr": ["1.2e-2"]}
 RECIPE = """\
