@@ -121,8 +121,8 @@ inline void transpose_block(const bf16 *from, bf16 *to) {
         transpose_tile(from + tile * kTile, to + tile * kTile);
 }
 
-// Pairs of the rows [32][stride], of which `count` exist and the others are zeros, as a tile of a right
-// operand, [16 pairs][16 columns][2].
+// Pairs of the rows [32][stride] as a tile of a right operand, [16 pairs][16 columns][2]. Only the first
+// `count` rows are read; the others are zeros.
 inline void interleave(const bf16 *from, i64 stride, i64 count, bf16 *to) {
     alignas(64) bf16 padded[32 * 16] = {};
     if (count < 32) {

@@ -476,7 +476,7 @@ class Backward {
     }
 
   private:
-    // The same for `count` blocks of rows, the first of which is the n-th of those that are packed.
+    // The same for the packed blocks of rows n to n + count - 1.
     void add_group(i64 j, i64 n, i64 count, float scale) {
         const i64 at = j * size;
         for (i64 i = 0; i < count; i++) {
