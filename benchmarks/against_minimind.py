@@ -6,8 +6,9 @@
 
 Both train a model of the same shape, with MiniMind's tokenizer, on the same documents. MiniMind's
 `trainer/train_pretrain.py` runs first: one epoch on the CPU with one loader process, and otherwise
-its defaults; `--accumulation` overrides another one. Then `minimind pretrain` runs with more and more steps until its bits per byte are as
-low. Times are those of whole commands, from start to exit. `minimind eval` measures both models.
+its defaults; `--accumulation` overrides another one. Then `minimind pretrain` runs with more and
+more steps until its bits per byte are as low. Times are those of whole commands, from start to
+exit. `minimind eval` measures both models.
 """
 
 import argparse

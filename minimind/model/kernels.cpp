@@ -4,8 +4,8 @@
 // passes cost more than the arithmetic. Each function here does the work of several operations in
 // one pass. `native.py` compiles them, `fused.py` calls them and gives them gradients. Matrix products
 // remain PyTorch's, except the weight gradients of linear layers on AMX: their left operand is
-// transposed, and PyTorch computes them at half the speed of the others. Attention has kernels of its
-// own on AMX, in `attention.cpp`; those here are for other processors.
+// transposed, and PyTorch computes them at half the speed of the others. Attention on AMX
+// is in `attention.cpp`; its kernels here are for other processors.
 //
 // Arrays are contiguous unless a stride is given. Shapes: B sequences of T tokens, H query heads,
 // K key/value heads, G = H / K query heads per key/value head, D head_dim.
