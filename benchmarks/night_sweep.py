@@ -46,7 +46,7 @@ MIXES = {
     },
     "modern": {"general": 1.0, "life": 1.0, "reading": 2.0, "formal": 0.4, "reviews": 0.5},
 }
-LAW = {"5M": (1.5e6, 3e6, 6e6, 12e6), "9M": (3e6, 6e6), "16M": (1.5e6, 3e6), "27M": (1.5e6,)}
+LAW = {"5M": (1.5e6, 6e6, 12e6), "9M": (3e6, 6e6), "16M": (1.5e6, 3e6), "27M": (1.5e6,)}
 # The best of benchmarks.quality_per_token.
 RATES: Mapping[str, Sequence[str]] = {"optim.muon_lr": ["0.02"], "optim.lr": ["1.2e-2"]}
 RECIPE = """\
@@ -128,7 +128,8 @@ class Program:
         mix = "weighted" if self.dry_run else min(losses, key=lambda name: losses[name])
         for shape, tokens in LAW.items():
             self.sweep(Sweep(f"law-{shape}", shape, tokens, RATES, mix))
-        folders = [str(self.out / f"law-{shape}") for shape in LAW]
+        # The run of the best mix is one of the law's too.
+        folders = [str(self.out / f"mix-{mix}"), *(str(self.out / f"law-{shape}") for shape in LAW)]
         command = [sys.executable, "-m", "benchmarks.scaling_law", *folders, "--hours", "8"]
         self.call([*command, "--out", str(self.out / "law")])
 

@@ -76,7 +76,10 @@ def test_an_error_of_the_compiler_is_the_reason(source, tmp_path):
 
 def test_a_compiler_that_writes_no_library_is_the_reason(source, tmp_path, monkeypatch):
     compiler = tmp_path / "compiler"  # writes text to the name after -o
-    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done; echo text > "$1"\n')
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
+        'while [ $# -gt 1 ]; do shift; done; echo text > "$1"\n'
+    )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     assert "file too short" in native.compile_library((source,))
