@@ -11,10 +11,10 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from minimind.errors import MinimindError, ServiceError, UsageError, install_line
 from minimind.evaluation.tasks import Answer, GenerationConfig, format_error, map_concurrently
+from minimind.service_url import parse_service_url
 from minimind.tokenizer.chat import Message
 from minimind.version import __version__
 
@@ -48,7 +48,7 @@ class Service:
                 f"{install_line('remote')}, then run the same command again"
             ) from error
         location, _, name = url.partition("#")
-        self.url, is_local = _base_url(location)
+        self.url, is_local = parse_service_url(location)
         self._openai: Any = openai
         self._key_variable = key_variable
         self._client: Any = openai.OpenAI(
@@ -212,25 +212,6 @@ class Service:
 
 class _StreamInterrupted(Exception):
     """A response stream that ended too early."""
-
-
-def _base_url(text: str) -> tuple[str, bool]:
-    """Return the base URL of the API, and True if its host is local. Raises UsageError."""
-    try:
-        parts = urlsplit(text if "//" in text else f"http://{text}")
-        valid = parts.scheme in ("http", "https") and parts.hostname and not parts.query
-        parts.port  # noqa: B018 (raises ValueError for an invalid port)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UsageError(
-            f"{text} is not the URL of a service; give one such as http://127.0.0.1:8000"
-        )
-    path = parts.path.rstrip("/")
-    if not re.search(r"/(v\d\w*|openai)$", path):  # some services use another version path
-        path += "/v1"
-    is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-    return f"{parts.scheme}://{parts.netloc}{path}", is_local
 
 
 def _rejected_parameters(settings: dict[str, Any], error: Any) -> set[str]:

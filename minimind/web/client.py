@@ -9,15 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 from minimind.environment import KEY_VARIABLE
-from minimind.errors import ServiceError, UsageError
+from minimind.errors import ServiceError
+from minimind.service_url import parse_service_url
 
 _OWNER = "minimind"  # `owned_by` of the models of our own service
 _TIMEOUT = 120  # seconds without a single byte
 _MAX_LINE_BYTES = 10 * 1024 * 1024
 _TRUNCATED = "the connection closed before the end of the answer"
+# OpenAI's newer models reject the older name. Other services ignore the newer one silently, so only
+# services that name it receive it.
+_MAX_TOKENS, _NEWER_MAX_TOKENS = "max_tokens", "max_completion_tokens"
+_USAGE = "stream_options"  # some services reject it; then the answer has no token count
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
@@ -30,25 +34,29 @@ class ModelInfo:
     is_ours: bool  # served by minimind: accepts parameters beyond OpenAI's API
 
 
+class _HTTPError(ServiceError):
+    """A response with an error status. body: its start, as text."""
+
+    def __init__(self, message: str, status: int, body: str) -> None:
+        super().__init__(message)
+        self.status, self.body = status, body
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None  # a redirect would send the API key to another host
 
 
 class Client:
-    """A connection to the service at `url`, which may end in /v1."""
+    """A connection to the service at `url`; see `parse_service_url`."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """Raises UsageError if `url` is not a valid HTTP URL."""
-        parts = _parse_url(url if "//" in url else f"http://{url}")
-        if parts is None:
-            raise UsageError(f"{url} is not the URL of a service, such as http://127.0.0.1:8000")
-        path = parts.path.rstrip("/").removesuffix("/v1")
-        self.url = f"{parts.scheme}://{parts.netloc}{path}/v1"
+        self.url, is_local = parse_service_url(url)
+        self._rejected: dict[str, set[str]] = {}  # parameters by model, as in `_rejected_by`
         self._headers = {"content-type": "application/json"}
         if key:
             self._headers["authorization"] = f"Bearer {key}"
-        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         proxies = [urllib.request.ProxyHandler({})] if is_local else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
@@ -67,10 +75,22 @@ class Client:
         """Stream an answer; `settings` are parameters of OpenAI's API. Raises ServiceError."""
         body: dict[str, Any] = {"model": model.name, "messages": list(messages), "stream": True}
         body |= {name: value for name, value in settings.items() if value is not None}
-        body["stream_options"] = {"include_usage": True}
+        body[_USAGE] = {"include_usage": True}
         if model.is_ours:
             body["truncation"] = "auto"
-        return Answer(self._open("/chat/completions", json.dumps(body).encode()), self.url)
+        rejected = self._rejected.setdefault(model.name, set())
+        while True:
+            for name in rejected & body.keys():
+                value = body.pop(name)
+                if name == _MAX_TOKENS:
+                    body[_NEWER_MAX_TOKENS] = value
+            try:
+                return Answer(self._open("/chat/completions", json.dumps(body).encode()), self.url)
+            except _HTTPError as error:
+                names = _rejected_by(error) & body.keys()
+                if not names:
+                    raise
+                rejected |= names
 
     def _open(self, path: str, body: bytes | None = None) -> HTTPResponse:
         request = urllib.request.Request(self.url + path, data=body, headers=self._headers)
@@ -78,7 +98,9 @@ class Client:
             return self._opener.open(request, timeout=_TIMEOUT)
         except urllib.error.HTTPError as error:
             with error:
-                raise ServiceError(self._http_error(error.code, error.read(65536))) from None
+                content = error.read(65536)
+            message = self._error_message(error.code, content)
+            raise _HTTPError(message, error.code, content.decode("utf-8", "replace")) from None
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ServiceError(
@@ -86,7 +108,7 @@ class Client:
                 "Start a service with `minimind serve MODEL`"
             ) from None
 
-    def _http_error(self, status: int, body: bytes) -> str:
+    def _error_message(self, status: int, body: bytes) -> str:
         if status == 401:
             return f"{self.url} rejected the API key; set the environment variable {KEY_VARIABLE}"
         try:
@@ -96,15 +118,13 @@ class Client:
         return f"{self.url} answered {status}: {message}"
 
 
-def _parse_url(url: str) -> SplitResult | None:
-    """Return the parts of an HTTP URL, or None if it is not valid for a service."""
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 (raises ValueError if it is not a port number)
-    except ValueError:
-        return None
-    is_valid = parts.scheme in ("http", "https") and parts.hostname and not parts.query
-    return parts if is_valid else None
+def _rejected_by(error: _HTTPError) -> set[str]:
+    """Return the parameters that can be renamed or left out, if the response is about them."""
+    if error.status not in (400, 422):
+        return set()
+    # An error that names only the older parameter may be about its value.
+    reasons = {_MAX_TOKENS: _NEWER_MAX_TOKENS, _USAGE: _USAGE}
+    return {name for name, reason in reasons.items() if reason in error.body}
 
 
 class Answer:

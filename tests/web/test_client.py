@@ -10,6 +10,14 @@ import pytest
 
 from minimind.errors import ServiceError, UsageError
 from minimind.web.client import Answer, Client, ModelInfo
+from tests.support.remote_services import (
+    Policy,
+    RemoteService,
+    accepts_everything,
+    like_gpt5,
+    like_mistral,
+    like_old,
+)
 from tests.support.services import serving, wait_until
 
 ASKED = [{"role": "user", "content": "你好"}]
@@ -105,16 +113,54 @@ def test_refusals_of_the_service_are_reported(client: Client, process: Any) -> N
         Client("http://127.0.0.1:9").models()
 
 
+def test_the_url_may_have_another_version_path() -> None:
+    assert Client("https://open.bigmodel.cn/api/paas/v4").url.endswith("/api/paas/v4")
+    with pytest.raises(UsageError, match="is not the URL of a service"):
+        Client("ftp://a")
+
+
+def answer_to(client: Client, **settings: Any) -> str:
+    """Return the answer of a foreign service, and check that it is complete."""
+    with client.chat(ModelInfo("m", is_ours=False), ASKED, **settings) as answer:
+        text = "".join(answer)
+    assert answer.finish_reason
+    return text
+
+
 @pytest.mark.parametrize(
-    "url",
+    ("policy", "sent", "requests"),
     [
-        "", "ftp://a", "http://", "file:///etc/passwd", "http://a/?b=1",
-        "http://[::1", "http://127.0.0.1:99999", "http://a:b",
+        (accepts_everything, {"max_tokens", "stream_options"}, 1),
+        (like_old, {"max_tokens", "stream_options"}, 1),
+        (like_gpt5, {"max_completion_tokens", "stream_options"}, 2),
+        (like_mistral, {"max_tokens"}, 2),
     ],
-)  # fmt: skip
-def test_invalid_urls(url: str) -> None:
-    with pytest.raises(UsageError, match="is not the URL"):
-        Client(url)
+)
+def test_the_token_limit_has_the_name_that_the_service_accepts(
+    policy: Policy, sent: set[str], requests: int
+) -> None:
+    with RemoteService(lambda messages: "I am fine.", "m", policy) as server:
+        client = Client(server.url)
+        assert answer_to(client, max_tokens=2, seed=None) == "I am"
+        assert len(server.requests) == requests
+        assert answer_to(client, max_tokens=2) == "I am"
+        assert len(server.requests) == requests + 1  # the rejection is remembered
+        assert set(server.requests[-1]) == {"model", "messages", "stream", *sent}
+
+
+def test_other_rejected_parameters_are_reported() -> None:
+    def too_large(body: dict[str, Any]) -> tuple[int, object] | None:
+        return 400, {"error": {"message": "max_tokens is too large: at most 4096"}}
+
+    with RemoteService(lambda messages: "", "m", too_large) as server:
+        with pytest.raises(ServiceError, match="answered 400: max_tokens is too large"):
+            answer_to(Client(server.url), max_tokens=9999)
+        assert len(server.requests) == 1
+    with (
+        RemoteService(lambda messages: "", "m", like_gpt5) as server,
+        pytest.raises(ServiceError, match="'temperature' does not support"),
+    ):
+        answer_to(Client(server.url), max_tokens=9, temperature=0.5)
 
 
 @pytest.fixture
