@@ -76,12 +76,12 @@ def chat(
     """Chat with a model. If stdin is a pipe or a file, each line is a message."""
     if model is None and url is None:
         raise UsageError("give a MODEL, or a service with --url URL")
-    context = validated_context(context, rope_scaling)
-    if url is not None and (adapter or device != "auto" or int8 or context):
+    if url is not None and (adapter or device != "auto" or int8 or context or rope_scaling):
         raise UsageError(
-            "--adapter, --device, --int8 and --context cannot be used with --url; set them when "
-            "you start the service"
+            "--adapter, --device, --int8, --context and --rope-scaling cannot be used with --url; "
+            "set them when you start the service"
         )
+    context = validated_context(context, rope_scaling)
     settings = dict(
         temperature=temperature,
         top_p=top_p,

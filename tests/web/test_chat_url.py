@@ -66,6 +66,7 @@ def test_a_conversation_may_exceed_the_context(tokenizer: Tokenizer, tmp_path: P
         ([], "", "give a MODEL, or a service with --url URL"),
         (["tiny", "--url", "URL", "--device", "cpu"], "secret", "cannot be used with --url"),
         (["tiny", "--url", "URL", "--adapter", "a"], "secret", "cannot be used with --url"),
+        (["--url", "URL", "--rope-scaling", "yarn"], "secret", "cannot be used with --url"),
         (["nobody", "--url", "URL"], "secret", "has no model nobody; it has: other, tiny"),
         (
             ["--url", "URL"],
