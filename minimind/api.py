@@ -21,7 +21,7 @@ from minimind.inference.sampling import Sampling
 from minimind.inference.truncation import truncate_chat
 from minimind.progress import RichReporter
 from minimind.tokenizer import Tokenizer
-from minimind.tokenizer.chat import Message
+from minimind.tokenizer.chat import Message, validate_messages
 from minimind.training.reporter import Reporter
 from minimind.training.stage import run_stage
 
@@ -130,6 +130,10 @@ class Model:
         turns: Sequence[Message] = (
             [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         )
+        try:
+            validate_messages(turns)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         new_tokens = self._max_new_tokens(max_new_tokens)
         reserved = min(new_tokens, self.context // 4)  # tokens kept free for the answer
         prompt, _ = truncate_chat(self.tokenizer, list(turns), self.context - reserved)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_chat_answers_a_question_or_a_conversation(model: minimind.Model, model_
     [tokens] = generate_all(loaded, tokenizer, [prompt], max_new_tokens=12)
     expected = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     assert model.chat(turns, temperature=0, max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "there are no messages"),
+        ([{"role": "system", "content": "你是向导"}], "no message of the user"),
+        ([{"role": "author", "content": "你好"}], "message 1 has the unknown role 'author'"),
+        ([{"content": "你好"}], "message 1 has the unknown role None"),
+        (["你好"], "message 1 is not an object"),
+    ],
+)
+def test_invalid_conversations_are_refused(
+    model: minimind.Model, messages: list[Any], reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        model.chat(messages)
 
 
 def test_prompts_of_a_batch_are_continued_as_single_ones(model: minimind.Model) -> None:

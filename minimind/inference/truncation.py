@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import takewhile
 
 from minimind.errors import UsageError
 from minimind.tokenizer import Tokenizer, encode_chat
@@ -13,12 +14,15 @@ def truncate_chat(
 ) -> tuple[list[int], int]:
     """Return (prompt of at most `max_tokens` tokens, number of messages dropped to reach it).
 
-    The oldest turns are dropped first, the system message never. The last message must be the
-    user's. Raises UsageError when it does not fit alone.
+    The oldest turns are dropped first, system messages at the beginning never. The last message
+    must be the user's. Raises UsageError when it does not fit alone, and when the user has none.
     """
-    system = [m for m in messages[:1] if m["role"] == "system"]
+    system = list(takewhile(lambda message: message["role"] == "system", messages))
     turns = messages[len(system) :]
-    starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
+    users = [i for i, message in enumerate(turns) if message["role"] == "user"]
+    if not users:
+        raise UsageError("the conversation has no message of the user")
+    starts = sorted({0, *users})  # 0 also if the conversation opens with an answer
 
     def prompt_from(start: int) -> list[int]:
         kept = [*system, *turns[start:]]

@@ -44,3 +44,39 @@ def test_a_single_message_that_does_not_fit_is_refused(
     assert ("system message" in str(error.value)) == bool(system)
     with pytest.raises(UsageError, match="the prompt may have 3: no message fits"):
         truncate_chat(tokenizer, [*system, *TURNS], 3)
+
+
+GREETING = {"role": "assistant", "content": "你好，我是向导。"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [GREETING, TURNS[0]],
+        [SYSTEM, GREETING, *TURNS],
+        [SYSTEM, {"role": "system", "content": "只用中文回答。"}, TURNS[0]],
+    ],
+)
+def test_a_conversation_that_fits_is_complete(
+    tokenizer: Tokenizer, messages: list[dict[str, str]]
+) -> None:
+    complete, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
+    assert truncate_chat(tokenizer, messages, len(complete)) == (complete, 0)
+
+
+def test_a_greeting_is_dropped_before_the_first_turn(tokenizer: Tokenizer) -> None:
+    systems = [SYSTEM, {"role": "system", "content": "只用中文回答。"}]
+    kept = [*systems, *TURNS]
+    expected, _ = encode_chat(tokenizer, kept, add_generation_prompt=True)
+    messages = [*systems, GREETING, *TURNS]
+    assert truncate_chat(tokenizer, messages, len(expected)) == (expected, 1)
+    last, _ = encode_chat(tokenizer, [*systems, TURNS[-1]], add_generation_prompt=True)
+    assert truncate_chat(tokenizer, messages, len(last)) == (last, 5)
+
+
+@pytest.mark.parametrize("messages", [[], [SYSTEM], [SYSTEM, GREETING]])
+def test_a_conversation_without_a_user_message_is_refused(
+    tokenizer: Tokenizer, messages: list[dict[str, str]]
+) -> None:
+    with pytest.raises(UsageError, match="the conversation has no message of the user"):
+        truncate_chat(tokenizer, messages, 1000)

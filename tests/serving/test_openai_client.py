@@ -245,6 +245,9 @@ def test_truncation_drops_the_oldest_turns(client: OpenAI) -> None:
     expected = ask(raw_of(raw), messages=same, extra_body={"truncation": "auto"})
     assert "minimind-left-out" not in expected.headers
     assert answer.parse().choices == expected.parse().choices
+    fits = [MESSAGES[0], {"role": "developer", "content": "只用中文"}, MESSAGES[1]]
+    expected = ask(client, messages=fits)
+    assert ask(client, messages=fits, extra_body={"truncation": "auto"}).usage == expected.usage
     too_long = [{"role": "user", "content": "长江" * 3000}]
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, messages=too_long, extra_body={"truncation": "auto"})
