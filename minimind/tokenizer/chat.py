@@ -50,9 +50,9 @@ def encode_chat(
 ) -> EncodedChat:
     """Encode a conversation; the loss mask is 1 on each answer and the token that ends it.
 
-    In a third-party chat format, answers that do not follow the generation prompt are masked out.
-    Raises ValueError for invalid messages, TokenizerError for a conversation that the model's chat
-    template does not accept.
+    In a third-party chat format, answers that do not follow the generation prompt are masked out,
+    and all answers if `add_generation_prompt` is set. Raises ValueError for invalid messages,
+    TokenizerError for a conversation that the model's chat template does not accept.
     """
     if tokenizer.template:
         validate_messages(messages)

@@ -29,7 +29,8 @@ TextPosition = Literal["start", "after_control", "inline"]
 # the result, the template strips messages.
 _SPACE = "\u2003"
 _PLACEHOLDER = re.compile(f"({_SPACE}?)\ue000([0-9]{{1,9}})\ue001({_SPACE}?)")
-_MAX_CACHED_LAYOUTS = 4096
+_MAX_CACHED_MESSAGES = 65_536  # of cached layouts together, which take about 50 MB
+_MAX_CACHED_PROMPTS = 4096
 # Limit on the output of a template, in characters beyond four times the length of the messages, and
 # on the total length of its ranges.
 _MAX_OUTPUT = 1_000_000
@@ -119,17 +120,25 @@ class ChatTemplate:
     def layout(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> Layout:
         """Return what the template writes for messages of these roles.
 
+        With `add_generation_prompt` no answer is supervised: such a layout is a prompt.
+
         Raises TokenizerError, with the template's own message, if it rejects these roles, and if
         it omits or changes a message.
         """
         key = roles, add_generation_prompt
-        if key not in self._layouts:
-            if len(self._layouts) >= _MAX_CACHED_LAYOUTS:
-                self._layouts.clear()
+        layout = self._layouts.get(key)
+        if layout is None:
             parts = list(self._parse(roles, add_generation_prompt))
-            supervised = self._supervised_answers(parts, roles)
-            self._layouts[key] = _to_layout(parts, roles, supervised)
-        return self._layouts[key]
+            supervised: frozenset[int] = frozenset()
+            if not add_generation_prompt:  # the text before each answer is rendered
+                supervised = self._supervised_answers(parts, roles)
+            layout = _to_layout(parts, roles, supervised)
+            # A list, because another thread may add a layout meanwhile.
+            num_cached = sum(len(cached) for cached, _ in list(self._layouts))
+            if num_cached + len(roles) > _MAX_CACHED_MESSAGES:
+                self._layouts.clear()
+            self._layouts[key] = layout
+        return layout
 
     def end_of_answer(self) -> int | None:
         """Return the id of the control token that ends an answer, if there is one."""
@@ -197,7 +206,7 @@ class ChatTemplate:
     def _generation_prompt(self, roles: tuple[str, ...]) -> list[str | SpecialToken] | None:
         """Return the template's text after the last message; None if it rejects the roles."""
         if roles not in self._generation_prompts:
-            if len(self._generation_prompts) >= _MAX_CACHED_LAYOUTS:
+            if len(self._generation_prompts) >= _MAX_CACHED_PROMPTS:
                 self._generation_prompts.clear()
             end: list[str | SpecialToken] | None = []
             try:

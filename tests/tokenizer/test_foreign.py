@@ -14,6 +14,7 @@ import pytest
 from minimind.errors import TokenizerError
 from minimind.inference.detokenizer import StreamingDetokenizer
 from minimind.tokenizer import Tokenizer
+from minimind.tokenizer import template as template_module
 from minimind.tokenizer.chat import encode_chat, encode_chats, unsupported_reason
 from minimind.tokenizer.format import CHAT_TEMPLATE
 from tests.support.foreign import CHATTING, SHAPES
@@ -284,6 +285,40 @@ def test_answers_that_do_not_follow_the_generation_prompt_are_not_supervised(
     assert decoded(tokenizer, [tokenizer.im_end]) == "<|im_end|>"
     thinking = Tokenizer.load(foreign_dir("qwen3"))
     assert unsupported_reason(thinking, turns("a", "b", "c", "d")) is None
+
+
+def test_the_work_for_a_prompt_does_not_grow_with_its_turns(
+    foreign_dir: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which answers are supervised takes a rendering per answer, and only training needs it."""
+    tokenizer = Tokenizer.load(foreign_dir("qwen3"))
+    template = tokenizer.template
+    assert template
+    renderings: list[int] = []
+
+    def render(roles: tuple[str, ...], *arguments: Any) -> str:
+        renderings.append(len(roles))
+        return type(template)._render(template, roles, *arguments)
+
+    monkeypatch.setattr(template, "_render", render)
+    for number in (1, 3, 31):
+        renderings.clear()
+        ids, mask = encode_chat(tokenizer, turns(*"a" * number), add_generation_prompt=True)
+        assert renderings == [number] * 5
+        assert mask == [0] * len(ids)
+
+
+def test_the_cached_layouts_are_bounded(
+    foreign_dir: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_module, "_MAX_CACHED_MESSAGES", 30)
+    template = Tokenizer.load(foreign_dir("smollm2")).template
+    assert template
+    expected = template.layout(("user",), True)
+    for number in range(1, 12):
+        template.layout(("user", "assistant") * number, True)
+        assert sum(len(roles) for roles, _ in template._layouts) <= 30
+        assert template.layout(("user",), True) == expected
 
 
 def test_an_edited_template_is_used(tokenizer_dir: Path, tmp_path: Path) -> None:
