@@ -130,7 +130,7 @@ class ChatTemplate:
         if layout is None:
             parts = list(self._parse(roles, add_generation_prompt))
             supervised: frozenset[int] = frozenset()
-            if not add_generation_prompt:  # the text before each answer is rendered
+            if not add_generation_prompt:  # costs a rendering per answer
                 supervised = self._supervised_answers(parts, roles)
             layout = _to_layout(parts, roles, supervised)
             # A list, because another thread may add a layout meanwhile.
