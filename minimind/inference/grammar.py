@@ -18,6 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from minimind.errors import ModelError, UsageError
+from minimind.inference.grammar_check import CHECK_SECONDS
 from minimind.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 MAX_DEPTH = 64  # nested objects and arrays; parsers have limits between 100 and 1,000 levels
-CHECK_SECONDS = 10
 # Without a bound some models generate whitespace up to the token limit.
 _OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
 _LIMITS = LLParserLimits(verbose_errors=False)

@@ -2,7 +2,8 @@
 
 llguidance overflows its stack on references that are thousands of levels deep, and takes minutes
 and all memory for some intersections of patterns. That must not end the service. The process reads
-the grammar from stdin and writes why it cannot be used to stdout, or nothing.
+the grammar from stdin and writes why it cannot be used to stdout, or nothing. The service ends it
+after CHECK_SECONDS; a limit on processor time does when the service has ended before.
 """
 
 import contextlib
@@ -11,17 +12,20 @@ import threading
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+CHECK_SECONDS = 10
 _STACK_BYTES = 2 * 2**20  # a quarter of a thread's stack in the service
 _MEMORY_BYTES = 4 * 2**30
 
 
 def main() -> None:
     """Check the grammar on stdin in a thread with a small stack."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no `resource`
+    with contextlib.suppress(ImportError):  # Windows has no `resource`
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limits = {resource.RLIMIT_CPU: CHECK_SECONDS, resource.RLIMIT_CORE: 0}
+        for limit, value in (limits | {resource.RLIMIT_AS: _MEMORY_BYTES}).items():
+            with contextlib.suppress(ValueError, OSError):  # macOS; a lower limit is set
+                resource.setrlimit(limit, (value, value))
     grammar = sys.stdin.buffer.read().decode("utf-8")
     threading.stack_size(_STACK_BYTES)
     checker = threading.Thread(target=_check, args=(grammar,))

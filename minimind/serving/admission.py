@@ -16,6 +16,11 @@ class AdmissionQueue:
         self._mean_seconds = 1.0  # exponential moving average of the time per answer
 
     @property
+    def capacity(self) -> int:
+        """Number of answers that may run and wait."""
+        return self._capacity
+
+    @property
     def queued(self) -> int:
         """Number of answers that wait for a slot."""
         return max(self._admitted - self._slots, 0)

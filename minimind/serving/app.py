@@ -1,6 +1,5 @@
 """The ASGI application: routes, error handlers and middleware."""
 
-import asyncio
 import json
 import time
 import uuid
@@ -21,13 +20,13 @@ from minimind.serving import chat, completions
 from minimind.serving.answers import Answers, stopping_error
 from minimind.serving.auth import HEALTH_PATH, INDEX_PATH, APIKeyMiddleware
 from minimind.serving.body_limit import BodyLimitMiddleware
-from minimind.serving.engine_requests import EngineRequests, prepare_chat, prepare_completion
 from minimind.serving.errors import APIError, http_error_response, internal_error, validation_error
 from minimind.serving.limits import Limits
 from minimind.serving.logs import LOG_FIELDS
 from minimind.serving.metrics import Metrics
 from minimind.serving.models import ServedModel
 from minimind.serving.observe import REQUEST_ID, ObserveMiddleware
+from minimind.serving.preparation import Preparation
 from minimind.serving.requests import ChatRequest, CompletionRequest
 from minimind.serving.schema import (
     ChatCompletion,
@@ -56,11 +55,12 @@ _PLAIN_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 class Service:
-    """State shared by the routes: models, metrics and the answers in progress."""
+    """State shared by the routes: models, metrics and the requests in progress."""
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self.models = models
         self.metrics = Metrics(list(models.values()))
+        self.preparation = Preparation()
         self.is_stopping = False
         self._in_progress: set[Answers] = set()
 
@@ -84,7 +84,8 @@ class Service:
         return self.models[name]
 
     def cancel_all(self) -> None:
-        """Cancel all answers in progress; their clients receive the error `stopping`."""
+        """Cancel all requests in progress; their clients receive the error `stopping`."""
+        self.preparation.cancel_all()
         for answers in list(self._in_progress):
             answers.cancel()
 
@@ -102,10 +103,9 @@ class Service:
                 param="stream_options",
             )
         model = self.find(body.model)
-        is_chat = isinstance(body, ChatRequest)
-        prepare: Any = prepare_chat if is_chat else prepare_completion
-        # In a thread, because tokenizing a long text would block the event loop.
-        prepared: EngineRequests = await asyncio.to_thread(prepare, body, model)
+        prepared = await cancel_on_disconnect(
+            self.preparation.prepare(body, model), request.receive
+        )
         answers = Answers(model, prepared.requests, body.num_choices)
         self._in_progress.add(answers)
 
@@ -114,6 +114,7 @@ class Service:
             self._in_progress.discard(answers)
             self._record(request, model, answers)
 
+        is_chat = isinstance(body, ChatRequest)
         head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),

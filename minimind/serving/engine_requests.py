@@ -106,11 +106,10 @@ def _grammar(request: ChatRequest, model: ServedModel) -> Grammar | None:
             "complete. Leave one of them out.",
             param="stop",
         )
-    schema = response_format.json_schema
     try:
-        return model.grammars.compile((schema and schema.definition) or ANY_OBJECT)
+        return model.grammars.compile(request.json_schema or ANY_OBJECT)
     except UsageError as error:
-        name = schema.name if schema else ""
+        name = response_format.json_schema.name if response_format.json_schema else ""
         raise APIError(
             "invalid_value",
             f"Invalid schema for response_format '{name}': {error}.",

@@ -337,6 +337,12 @@ class ChatRequest(CompletionParameters):
         json_schema_extra=ignored("No effect: tools are not supported."),
     )
 
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow, if the request has one."""
+        schema = self.response_format and self.response_format.json_schema
+        return (schema and schema.definition) or None
+
 
 class CompletionRequest(CompletionParameters):
     """POST /v1/completions."""

@@ -125,6 +125,7 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=list(sockets))
         finally:
+            self._service.preparation.close()
             deadline = time.monotonic() + _ENGINE_CLOSE_SECONDS
             for model in self._service.models.values():
                 model.engine.close(max(0.0, deadline - time.monotonic()))
