@@ -95,7 +95,6 @@ class Engine:
         self._vocabulary = ModelVocabulary(tokenizer, self.model.vocab_size, self.model.device)
         self._changed = ENGINE_THREAD.changed
         self._scheduler = Scheduler(self.model, tokenizer, self._changed)
-        self._requests = self._tokens = 0  # totals for `stats`
         self._closed = False
         self._failure: Exception | None = None
         self._ended = threading.Event()
@@ -133,7 +132,6 @@ class Engine:
         completion = Completion(request, max_new_tokens, deliver)
         with self._changed:
             assert not self._closed, "the engine is closed"
-            self._requests += 1
             failure = self._failure
             if failure is None:
                 self._scheduler.waiting.append(completion)
@@ -203,17 +201,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return a snapshot; may be called from any thread."""
-        scheduler = self._scheduler
         with self._changed:
-            return EngineStats(
-                running=len(scheduler.active),
-                waiting=len(scheduler.waiting),
-                free_slots=len(scheduler.free_slots),
-                requests=self._requests,
-                prompt_tokens=scheduler.prompt_tokens,
-                cached_tokens=scheduler.cached_tokens,
-                tokens=self._tokens,
-            )
+            return EngineStats(len(self._scheduler.active), len(self._scheduler.waiting))
 
     def close(self, seconds: float = _CLOSE_SECONDS) -> None:
         """End all requests; return after `seconds` even when the current step hangs."""
@@ -397,7 +386,6 @@ class Engine:
             self._finish(sequence, "stop")
             return
         completion.completion_tokens += 1
-        self._tokens += 1
         sequence.last_token = token
         sequence.length += 1
         if sequence.penalties is not None:

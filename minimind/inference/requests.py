@@ -161,15 +161,10 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Current load of an engine and its totals since it started."""
+    """Current load of an engine, in requests."""
 
     running: int
     waiting: int
-    free_slots: int
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    tokens: int
 
 
 class Completion:

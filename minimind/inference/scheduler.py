@@ -34,8 +34,8 @@ MAX_LOGITS = 1 << 24  # elements that a step prefills, unless a single chunk nee
 class Scheduler:
     """Assigns slots to requests and chooses what each step prefills.
 
-    lock: held to change `waiting`, `active`, `free_slots` and the counters, and to read them from
-    other threads. Only the engine's thread changes them, but for appending to `waiting`.
+    lock: held to change `waiting`, `active` and `free_slots`, and to read them from other threads.
+    Only the engine's thread changes them, but for appending to `waiting`.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class Scheduler:
         self.waiting: deque[Completion] = deque()
         self.active: list[ActiveSequence] = []
         self.free_slots = list(range(model.slots))  # least recently used first
-        self.prompt_tokens = self.cached_tokens = 0
         self._model, self._tokenizer, self._lock = model, tokenizer, lock
         self._prefix_cache = PrefixCache(model.slots)
 
@@ -95,8 +94,6 @@ class Scheduler:
             self.waiting.remove(completion)
             self.free_slots.remove(slot)
             self.active.append(sequence)
-            self.prompt_tokens += len(prompt)
-            self.cached_tokens += num_cached
 
     def _new_sequence(self, completion: Completion, slot: int, num_cached: int) -> ActiveSequence:
         request = completion.request

@@ -247,17 +247,16 @@ def test_engines_share_one_thread(model: Transformer, tokenizer: Tokenizer) -> N
     assert engine_threads() == before
 
 
-def test_stats_count_requests_and_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_completions_count_their_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
+    counts = []
     with Engine(model, tokenizer, slots=2) as engine:
         for _ in range(2):
-            tokens_of(engine.submit(Request([5] * 100, GREEDY, 7)))
-        stats = engine.stats()
-    assert (stats.requests, stats.prompt_tokens, stats.cached_tokens, stats.tokens) == (
-        2,
-        200,
-        64,
-        14,
-    )
+            completion = engine.submit(Request([5] * 100, GREEDY, 7))
+            tokens_of(completion)
+            counts.append(
+                (completion.prompt_tokens, completion.cached_tokens, completion.completion_tokens)
+            )
+    assert counts == [(100, 0, 7), (100, 64, 7)]
 
 
 def test_no_tensor_is_in_double_precision(

@@ -79,7 +79,7 @@ def test_prompt_logprobs_without_new_tokens(model: Transformer, tokenizer: Token
             assert sum(len(piece.prompt_logprobs) for piece in pieces) == length
             assert pieces[-1] == Piece("", finish_reason="length")
             assert completion.completion_tokens == 0
-        assert engine.stats().free_slots == 1
+        assert len(engine._scheduler.free_slots) == 1
 
 
 def test_prompts_in_a_batch_keep_their_own_logprobs(
@@ -119,7 +119,7 @@ def test_prompt_logprobs_that_are_not_finite_fail_one_request(
             )
             with pytest.raises(ModelError, match="not finite"):
                 list(bad)
-            assert engine.stats().free_slots == 2
+            assert len(engine._scheduler.free_slots) == 2
             assert engine.failure is None
     finally:
         with torch.no_grad():

@@ -46,7 +46,8 @@ def becomes_idle(engine: Engine, slots: int = 9) -> bool:
     end = time.monotonic() + 1
     while time.monotonic() < end:
         stats = engine.stats()
-        if (stats.running, stats.waiting, stats.free_slots) == (0, 0, slots):
+        num_free = len(engine._scheduler.free_slots)
+        if (stats.running, stats.waiting, num_free) == (0, 0, slots):
             return True
         time.sleep(0.01)
     return False
