@@ -80,6 +80,11 @@ def evaluate(
     if adapter and len(models) > 1:
         raise UsageError("--adapter applies to a single model; give one MODEL")
     names = list(dict.fromkeys(task))
+    if context is not None and (harness := [n for n in names if n.startswith(HARNESS)]):
+        raise UsageError(
+            f"--context does not apply to {harness[0]}: lm-eval uses the model's own context; "
+            "evaluate this task in a separate command without --context"
+        )
     ensure_downloaded(task_datasets(names, data or [], contamination or []), yes)
     evaluation = _Benchmarks(out, fresh, json, device, limit)
     tasks = evaluation.read_tasks(

@@ -206,10 +206,11 @@ def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path
         (("--task", "c3"), "c3 needs its data: give --data DIR"),
         (("--task", "choice"), "choice needs a file"),
         (("--task", "bpb"), "bpb needs text"),
+        (("--task", "lm-eval:arc", "--context", 64), "--context does not apply to lm-eval:arc"),
     ],
 )
 def test_invalid_command_lines(
-    models: Path, tmp_path: Path, words: tuple[str, ...], message: str
+    models: Path, tmp_path: Path, words: tuple[object, ...], message: str
 ) -> None:
     done = run(tmp_path, models / "tiny", *words)
     assert done.exit_code == 1
