@@ -9,7 +9,9 @@ import io
 import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import zstandard
@@ -27,10 +29,36 @@ _MAGIC = {
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
     "zip": re.compile(rb"PK\x03\x04"),
 }
+# Errors of reading a damaged or truncated file; NotImplementedError: an unknown method of a zip.
+DAMAGED = (
+    *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
+    *(zipfile.BadZipFile, NotImplementedError),
+)
 _BUFFER_BYTES = 1 << 20
 # Smaller for compressed files, so that reported progress is not far ahead of the records.
 _COMPRESSED_BUFFER_BYTES = 1 << 16
 _ZSTD_CHUNK_BYTES = 1 << 12  # may decompress to 30,000 times as many
+
+
+@contextmanager
+def as_data_errors(file: Location) -> Iterator[None]:
+    """Convert errors of reading `file` inside the `with` block to DataError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{file}: no permission to read it") from error
+    except DAMAGED as error:
+        compression = COMPRESSIONS.get(file.suffix.lower())
+        what = f"cannot be decompressed as {compression}" if compression else "cannot be read"
+        raise DataError(
+            f"{file}: {what} ({one_line(error)}); the file is damaged or truncated, "
+            "download it again"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks."""
+    return " ".join(str(error).split())
 
 
 class CountedFile(io.RawIOBase):

@@ -5,7 +5,7 @@
     {dev,val,test}/<subject>_val.csv  C-Eval and MMLU
     {dev,test}/<subject>.csv          CMMLU
     a .zip or .tar.* of these         as downloaded
-    FILE.csv                          any questions, with the columns question, A, B, …, answer
+    FILE.csv (.zst, .gz, …)           any questions, with the columns question, A, B, …, answer
 
 MMLU's files have no header. The questions of the split "dev" are few-shot examples for the others.
 """
@@ -27,7 +27,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minimind.data.invalid import InvalidRecords
+from minimind.data.compression import DAMAGED, CountedFile, as_data_errors, open_decompressed
+from minimind.data.input_files import COMPRESSIONS, format_of
+from minimind.data.invalid import CONVERT_TO_UTF_8, NOT_UTF_8, InvalidRecords
 from minimind.data.read import read_objects
 from minimind.data.registry import download_hint
 from minimind.errors import DataError
@@ -172,7 +174,7 @@ def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_Fil
         records = sorted(
             path
             for path in source.glob(f"{benchmark.name}.*")
-            if _data_suffix(path) in (".jsonl", ".json")
+            if format_of(path) in (".jsonl", ".json")
         )
         if records:
             yield [_File(None, None, records[0])]
@@ -196,10 +198,6 @@ def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_Fil
         yield _find_tables(benchmark, Path(folder))
 
 
-def _data_suffix(path: Path) -> str:
-    return next((s for s in path.suffixes if s in (".jsonl", ".json", ".csv")), "")
-
-
 def _find_tables(benchmark: Benchmark, folder: Path) -> list[_File]:
     """Find a benchmark's CSV files in its own folder, in `data`, or anywhere below `folder`."""
     for root in [*(folder / name for name in (*benchmark.folders, "data")), folder]:
@@ -214,7 +212,7 @@ def _find_tables(benchmark: Benchmark, folder: Path) -> list[_File]:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack the CSV files of an archive. Raises DataError if the archive is damaged."""
+    """Unpack the CSV files of an archive. Raises DataError if it is damaged or encrypted."""
 
     def destinations(names: Iterable[str]) -> list[tuple[str, Path]]:
         """Return (member, destination); the member's own path could lead out of the folder."""
@@ -236,6 +234,8 @@ def _unpack(archive: Path, folder: Path) -> None:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
                 for name, path in destinations(dict.fromkeys(packed.namelist())):
+                    if packed.getinfo(name).flag_bits & 1:
+                        raise DataError(f"{archive}: {name} is encrypted; unpack it into a folder")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(packed.read(name))
             return
@@ -247,7 +247,7 @@ def _unpack(archive: Path, folder: Path) -> None:
                 assert content is not None
                 with content, path.open("wb") as out:
                     shutil.copyfileobj(content, out)
-    except (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, ValueError, tarfile.TarError) as error:
         raise DataError(f"{archive}: cannot be unpacked ({error}); download it again") from error
 
 
@@ -281,7 +281,7 @@ def _read_questions(benchmark: Benchmark, files: Sequence[_File]) -> Questions:
 
 def _rows(path: Path, invalid: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row)."""
-    if _data_suffix(path) == ".csv":
+    if format_of(path) == ".csv":
         yield from _csv_rows(path, invalid)
     else:
         for _, line, row in read_objects([path], invalid=invalid):
@@ -325,14 +325,14 @@ def _to_text(value: Any) -> str:
 def _csv_rows(path: Path, invalid: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row); without a header, the columns are in MMLU's order."""
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    with as_data_errors(path), path.open("rb") as raw:
+        is_compressed = path.suffix.lower() in COMPRESSIONS
+        stream = open_decompressed(path, CountedFile(raw, lambda _: None)) if is_compressed else raw
+        content = stream.read()
     try:
-        text = path.read_text("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(
-            f"{path}: not UTF-8; convert it: iconv -f GB18030 -t UTF-8 OLD > NEW"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: {NOT_UTF_8}; {CONVERT_TO_UTF_8.format('GB18030')}") from None
     reader = csv.reader(io.StringIO(text, newline=""))
     header: list[str] | None = None
     try:

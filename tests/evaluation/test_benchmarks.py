@@ -1,3 +1,5 @@
+import contextlib
+import gzip
 import io
 import json
 import shutil
@@ -87,6 +89,49 @@ def test_no_member_of_an_archive_is_dropped(tmp_path: Path) -> None:
     both = "a/val/logic_val.csv and b/val/logic_val.csv have the same name"
     with pytest.raises(DataError, match=both):
         read_benchmark("ceval", [str(archive)])
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar.gz", "tar.xz", "tar.bz2"])
+def test_a_damaged_archive_is_an_error(ceval_dir: Path, tmp_path: Path, ending: str) -> None:
+    """Each byte after the first tenth, in turn, is another one."""
+    kind = {"zip": "zip", "tar.gz": "gztar", "tar.xz": "xztar", "tar.bz2": "bztar"}[ending]
+    archive = Path(shutil.make_archive(str(tmp_path / "ceval"), kind, ceval_dir))
+    content = archive.read_bytes()
+    for position in range(len(content) // 10, len(content), len(content) // 40):
+        archive.write_bytes(
+            content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
+        )
+        with contextlib.suppress(DataError):
+            read_benchmark("ceval", [str(archive)])
+    middle = len(content) // 3
+    archive.write_bytes(content[:middle] + bytes(100) + content[middle + 100 :])
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        read_benchmark("ceval", [str(archive)])
+
+
+def test_an_encrypted_archive_is_an_error(ceval_dir: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "ceval"), "zip", ceval_dir))
+    content = bytearray(archive.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        position = -1
+        while (position := content.find(signature, position + 1)) >= 0:
+            content[position + flags] |= 1
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"_dev\.csv is encrypted; unpack it into a folder"):
+        read_benchmark("ceval", [str(archive)])
+
+
+def test_compressed_csv(tmp_path: Path) -> None:
+    content = "\ufeffquestion,A,B,answer\n泰山在哪里？,甲,乙,A\n".encode()
+    for ending, compress in ((".gz", gzip.compress), (".ZST", zstandard.compress)):
+        path = tmp_path / f"mine.csv{ending}"
+        path.write_bytes(compress(content))
+        assert contents(read_benchmark("choice", [str(path)])) == [
+            ("泰山在哪里？", ["甲", "乙"], "A")
+        ]
+        path.write_bytes(compress(content)[:-6])
+        with pytest.raises(DataError, match=r"cannot be decompressed as .*damaged or truncated"):
+            read_benchmark("choice", [str(path)])
 
 
 def test_cmmlu_and_mmlu_are_distinguished_in_one_folder(tmp_path: Path) -> None:
