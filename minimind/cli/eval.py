@@ -77,6 +77,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate models: bits per byte, benchmarks, contamination."""
+    from minimind.evaluation.catalogue import check_data
+
     if adapter and len(models) > 1:
         raise UsageError("--adapter applies to a single model; give one MODEL")
     names = list(dict.fromkeys(task))
@@ -85,6 +87,7 @@ def evaluate(
             f"--context does not apply to {harness[0]}: lm-eval uses the model's own context; "
             "evaluate this task in a separate command without --context"
         )
+    check_data(names, data or [])
     ensure_downloaded(task_datasets(names, data or [], contamination or []), yes)
     evaluation = _Benchmarks(out, fresh, json, device, limit)
     tasks = evaluation.read_tasks(

@@ -5,16 +5,33 @@ from collections.abc import Sequence
 from minimind.data.registry import downloaded_file, is_name
 from minimind.errors import UsageError
 from minimind.evaluation.benchmark_prompts import Style
-from minimind.evaluation.benchmarks import read_benchmark
+from minimind.evaluation.benchmarks import is_archive, read_benchmark
 from minimind.evaluation.bits_per_byte import BitsPerByte
 from minimind.evaluation.math_word_problems import math_task
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.evaluation.open_ended import degeneration_task
 from minimind.evaluation.quiz import quiz_task
 from minimind.evaluation.tasks import Task
+from minimind.paths import expand_user
 
 BENCHMARK_TASKS = ("ceval", "cmmlu", "mmlu", "c3", "choice")
+_DATA_READERS = ("bpb", *BENCHMARK_TASKS, "gsm8k", "cmath")
 TASKS = ("bpb", *BENCHMARK_TASKS, "gsm8k", "cmath", "quiz", "degeneration", "lm-eval:NAME")
+
+
+def check_data(specs: Sequence[str], data: Sequence[str]) -> None:
+    """Raise UsageError if a file of `data` would be the questions of several tasks.
+
+    In a folder or an archive, each task finds its own files.
+    """
+    readers = [spec for spec in dict.fromkeys(specs) if spec in _DATA_READERS]
+    files = [path for path in data if expand_user(path).is_file() and not is_archive(path)]
+    if files and len(readers) > 1:
+        paths = " ".join(f"--task {name}:PATH" for name in readers)
+        raise UsageError(
+            f"--data {files[0]}: this file would be the data of {' and '.join(readers)}; name the "
+            f"data of each task: {paths}"
+        )
 
 
 def make_task(

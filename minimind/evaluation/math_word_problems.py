@@ -16,16 +16,26 @@ from minimind.paths import expand_user
 
 @dataclass(frozen=True)
 class _Format:
-    """Names of a benchmark's fields, its splits, and the maximum answer length in tokens."""
+    """Names of a benchmark's fields, its splits, and the maximum answer length in tokens.
+
+    mark: what its published answers contain.
+    """
 
     question: str
     answer: str
     splits: tuple[str, ...]
     max_new_tokens: int
+    mark: str = ""
+
+    def describes(self, path: Path) -> bool:
+        """Return True if the first record of a file has these fields."""
+        for _, _, row in read_objects([path], invalid=InvalidRecords()):
+            return self.question in row and self.mark in str(row.get(self.answer))
+        return False
 
 
 _FORMATS = {
-    "gsm8k": _Format("question", "answer", ("test",), 320),
+    "gsm8k": _Format("question", "answer", ("test",), 320, mark="####"),
     "cmath": _Format("input", "golden", ("test", "cmath_dev"), 256),
 }
 
@@ -76,10 +86,12 @@ def _find_file(name: str, sources: Sequence[str]) -> Path:
             f"{name}*.jsonl*",
             f"{name}*.parquet",
             f"**/{name}*/test.jsonl",
-            "**/test.jsonl",
         ):
             if matches := sorted(path.glob(pattern)):
                 return matches[0]
+        for match in sorted(path.glob("**/test.jsonl")):  # another benchmark may have one
+            if _FORMATS[name].describes(match):
+                return match
     raise DataError(
         f"{', '.join(sources) or '--data'}: found no {name}.jsonl; put it there, or give its path "
         f"with --task {name}:PATH{download_hint(name)}"

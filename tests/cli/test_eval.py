@@ -206,6 +206,11 @@ def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path
         (("--task", "c3"), "c3 needs its data: give --data DIR"),
         (("--task", "choice"), "choice needs a file"),
         (("--task", "bpb"), "bpb needs text"),
+        (
+            ("--task", "ceval", "--task", "mmlu", "--data", __file__),
+            f"--data {__file__}: this file would be the data of ceval and mmlu; name the data of "
+            "each task: --task ceval:PATH --task mmlu:PATH",
+        ),
         (("--task", "lm-eval:arc", "--context", 64), "--context does not apply to lm-eval:arc"),
     ],
 )

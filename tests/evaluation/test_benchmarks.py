@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,11 @@ def test_no_member_of_an_archive_is_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["zip", "tar.gz", "tar.xz", "tar.bz2"])
 def test_a_damaged_archive_is_an_error(ceval_dir: Path, tmp_path: Path, ending: str) -> None:
-    """Each byte after the first tenth, in turn, is another one."""
+    """One byte is another one, in twelve places."""
     kind = {"zip": "zip", "tar.gz": "gztar", "tar.xz": "xztar", "tar.bz2": "bztar"}[ending]
     archive = Path(shutil.make_archive(str(tmp_path / "ceval"), kind, ceval_dir))
     content = archive.read_bytes()
-    for position in range(len(content) // 10, len(content), len(content) // 40):
+    for position in range(9, len(content), len(content) // 12):
         archive.write_bytes(
             content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
         )
@@ -121,15 +122,19 @@ def test_an_encrypted_archive_is_an_error(ceval_dir: Path, tmp_path: Path) -> No
         read_benchmark("ceval", [str(archive)])
 
 
-def test_compressed_csv(tmp_path: Path) -> None:
-    content = "\ufeffquestion,A,B,answer\n泰山在哪里？,甲,乙,A\n".encode()
-    for ending, compress in ((".gz", gzip.compress), (".ZST", zstandard.compress)):
-        path = tmp_path / f"mine.csv{ending}"
-        path.write_bytes(compress(content))
-        assert contents(read_benchmark("choice", [str(path)])) == [
-            ("泰山在哪里？", ["甲", "乙"], "A")
-        ]
-        path.write_bytes(compress(content)[:-6])
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("", bytes), (".gz", gzip.compress), (".ZST", zstandard.compress)]
+)
+def test_csv_may_be_compressed(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"mine.csv{ending}"
+    content = compress('\ufeffquestion,A,B,answer\n"泰山\r\n在哪里？",甲,乙,A\n'.encode())
+    path.write_bytes(content)
+    [question] = read_benchmark("choice", [str(path)]).questions
+    assert (question.question, question.options) == ("泰山\n在哪里？", ("甲", "乙"))
+    if ending:
+        path.write_bytes(content[:-6])
         with pytest.raises(DataError, match=r"cannot be decompressed as .*damaged or truncated"):
             read_benchmark("choice", [str(path)])
 
@@ -143,6 +148,78 @@ def test_cmmlu_and_mmlu_are_distinguished_in_one_folder(tmp_path: Path) -> None:
     assert contents(questions) == CHINESE
     assert [len(examples) for examples in questions.examples.values()] == [3]
     assert contents(read_benchmark("mmlu", [str(tmp_path)])) == CHINESE[:2]
+
+
+def write_tables(folder: Path, names: Iterable[str]) -> None:
+    """Write a table for each name, such as val/logic_val; with a header as C-Eval and CMMLU."""
+    for name in names:
+        header = ["id", "question", "A", "B", "C", "D", "answer"]
+        write_table(folder / f"{name}.csv", CHINESE[:1], header)
+
+
+def full(benchmark: str, split: str) -> list[str]:
+    ending = "" if benchmark == "cmmlu" else f"_{split}"
+    return [f"{split}/{subject}{ending}" for subject in subjects(benchmark)]
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "tables"),
+    [
+        ("mmlu", "cmmlu", ["test/anatomy"]),
+        ("mmlu", "CMMLU_v1_0_1/x", ["test/anatomy_test"]),
+        ("mmlu", "mmlu/cmmlu", ["test/anatomy"]),
+        ("mmlu", "", ["test/anatomy"]),  # no "_test", as in CMMLU
+        ("mmlu", "data", full("cmmlu", "test")),
+        ("cmmlu", "data", full("mmlu", "test")),
+        ("ceval", "data", full("mmlu", "val")),
+        ("ceval", "data", ["val/college_physics_val"]),
+    ],
+)
+def test_tables_of_another_benchmark_are_not_read(
+    tmp_path: Path, task: str, folder: str, tables: list[str]
+) -> None:
+    """They share subjects, from an archive as from a folder."""
+    write_tables(tmp_path / "exams" / folder, tables)
+    archive = shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path / "exams")
+    for source in (str(tmp_path / "exams"), archive):
+        with pytest.raises(DataError, match=f"found no {task}"):
+            read_benchmark(task, [source])
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "tables"),
+    [
+        ("mmlu", "mmlu", ["test/anatomy"]),
+        ("ceval", "x/ceval-exam-v2", ["val/college_physics_val"]),
+        ("mmlu", "x", ["test/anatomy_test"]),
+        ("cmmlu", "x", ["test/anatomy"]),
+        ("ceval", "x", ["val/logic"]),
+    ],
+)
+def test_a_part_of_a_benchmark_is_read(
+    tmp_path: Path, task: str, folder: str, tables: list[str]
+) -> None:
+    write_tables(tmp_path / "exams" / folder, tables)
+    for source in (tmp_path / "exams", tmp_path / "exams" / folder):
+        assert contents(read_benchmark(task, [str(source)])) == CHINESE[:1]
+
+
+def test_benchmarks_in_one_folder_are_separated(tmp_path: Path) -> None:
+    write_tables(tmp_path / "a", [*full("ceval", "val"), "dev/college_physics_dev"])
+    write_tables(tmp_path / "b", [*full("mmlu", "test"), "dev/college_physics_dev"])
+    for task, number in (("ceval", 52), ("mmlu", 57)):
+        questions = read_benchmark(task, [str(tmp_path)])
+        assert len(questions.questions) == number
+        assert len(questions.examples["college_physics"]) == 1
+
+
+def test_an_archive_beside_another_benchmark_is_read(tmp_path: Path) -> None:
+    write_tables(tmp_path / "cmmlu", ["test/anatomy"])
+    write_table(tmp_path / "x" / "test" / "anatomy_test.csv", CHINESE[1:3], None)
+    shutil.make_archive(str(tmp_path / "mmlu"), "tar", tmp_path / "x")
+    shutil.rmtree(tmp_path / "x")
+    assert contents(read_benchmark("mmlu", [str(tmp_path)])) == CHINESE[1:3]
+    assert contents(read_benchmark("cmmlu", [str(tmp_path)])) == CHINESE[:1]
 
 
 def test_records_may_have_splits_and_passages(tmp_path: Path) -> None:
