@@ -124,10 +124,15 @@ class _Benchmarks(Evaluation):
     metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
 
     def read_tasks(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, "Task"]:
-        """Read the data of tasks. Raises UsageError for a wrong name; reports missing data."""
+        """Read the data of tasks. Reports missing data.
+
+        Raises UsageError for a wrong name, and for two tasks whose results have the same file.
+        """
         from minimind.evaluation.catalogue import make_task
+        from minimind.evaluation.runner import file_name
 
         tasks: dict[str, Task] = {}
+        files: dict[str, str] = {}
         for name in names:
             try:
                 tasks[name] = make_task(name, **options)
@@ -135,6 +140,13 @@ class _Benchmarks(Evaluation):
                 raise
             except MinimindError as error:
                 self.fail(name, error)
+                continue
+            other = files.setdefault(file_name(tasks[name].name), name)
+            if other != name:
+                raise UsageError(
+                    f"the results of --task {other} and --task {name} would have the same file "
+                    "name; evaluate them in separate commands, each with its own --out"
+                )
         return tasks
 
     def find_contamination(

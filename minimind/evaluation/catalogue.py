@@ -44,7 +44,8 @@ def make_task(
 ) -> Task:
     """Create the task NAME, or NAME:PATH to read its data from PATH instead of from `data`.
 
-    Without either, a published benchmark is read from where it was downloaded to.
+    Without either, a published benchmark is read from where it was downloaded to. A PATH is part of
+    the task's name, so that results of other data have other names.
 
     Raises UsageError for an unknown name, and DataError if the data is missing.
     """
@@ -53,13 +54,13 @@ def make_task(
     if not sources and is_name(name):
         sources = [str(downloaded_file(name))]
     if name == "bpb":
-        return BitsPerByte(sources, limit)
+        return BitsPerByte(sources, limit, spec if path else name)
     if name == "quiz":
         return quiz_task(limit)
     if name == "degeneration":
         return degeneration_task(path, limit)
     if name in ("gsm8k", "cmath"):
-        return math_task(name, sources, limit)
+        return math_task(name, sources, limit, spec if path else name)
     if name not in BENCHMARK_TASKS:
         raise UsageError(
             f"--task {spec}: unknown task; choose from {', '.join(TASKS)}; "
@@ -72,4 +73,5 @@ def make_task(
         )
     if not sources:
         raise UsageError(f"{name} needs its data: give --data DIR, or --task {name}:PATH")
-    return MultipleChoice(read_benchmark(name, sources), style, shots, limit)
+    questions = read_benchmark(name, sources)
+    return MultipleChoice(questions, style, shots, limit, spec if path else None)

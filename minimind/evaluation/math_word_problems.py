@@ -40,12 +40,14 @@ _FORMATS = {
 }
 
 
-def math_task(name: str, sources: Sequence[str], limit: int | None) -> GenerativeTask:
+def math_task(
+    kind: str, sources: Sequence[str], limit: int | None, name: str | None = None
+) -> GenerativeTask:
     """Return the task `gsm8k` or `cmath`, read from the first source that has it."""
-    layout = _FORMATS[name]
+    layout = _FORMATS[kind]
     invalid = InvalidRecords()
     questions = []
-    for _, line, row in read_objects([_find_file(name, sources)], invalid=invalid):
+    for _, line, row in read_objects([_find_file(kind, sources)], invalid=invalid):
         if row.get("split", layout.splits[0]) not in layout.splits:
             continue
         question = row.get(layout.question)
@@ -53,13 +55,13 @@ def math_task(name: str, sources: Sequence[str], limit: int | None) -> Generativ
         answer = str(row.get(layout.answer, "")).rpartition("####")[2].strip()
         if not isinstance(question, str) or last_number(answer) is None:
             invalid.add(
-                Path(name), line, f"no {layout.question}, or no number in {layout.answer}", row
+                Path(kind), line, f"no {layout.question}, or no number in {layout.answer}", row
             )
             continue
         invalid.num_valid += 1
         questions.append(
             GenerativeQuestion(
-                f"{name}-{line}",
+                f"{kind}-{line}",
                 question,
                 answer,
                 _score_by_number(answer),
@@ -68,8 +70,9 @@ def math_task(name: str, sources: Sequence[str], limit: int | None) -> Generativ
         )
     if not questions:
         detail = f"; the first error: {invalid.first}" if invalid.total else ""
-        raise DataError(f"{', '.join(sources)}: contains no {name} question{detail}")
-    return GenerativeTask(name, evenly_spaced(questions, limit), layout.max_new_tokens, invalid)
+        raise DataError(f"{', '.join(sources)}: contains no {kind} question{detail}")
+    chosen = evenly_spaced(questions, limit)
+    return GenerativeTask(name or kind, chosen, layout.max_new_tokens, invalid, kind)
 
 
 def _score_by_number(expected: str) -> Callable[[str], dict[str, bool]]:
