@@ -77,17 +77,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate models: bits per byte, benchmarks, contamination."""
-    from minimind.evaluation.catalogue import check_data
-
-    if adapter and len(models) > 1:
-        raise UsageError("--adapter applies to a single model; give one MODEL")
     names = list(dict.fromkeys(task))
-    if context is not None and (harness := [n for n in names if n.startswith(HARNESS)]):
-        raise UsageError(
-            f"--context does not apply to {harness[0]}: lm-eval uses the model's own context; "
-            "evaluate this task in a separate command without --context"
-        )
-    check_data(names, data or [])
+    _check_options(names, models, data or [], adapter, context)
     ensure_downloaded(task_datasets(names, data or [], contamination or []), yes)
     evaluation = _Benchmarks(out, fresh, json, device, limit)
     tasks = evaluation.read_tasks(
@@ -105,6 +96,26 @@ def evaluate(
     evaluation.show()
     if not evaluation.succeeded():
         raise typer.Exit(1)
+
+
+def _check_options(
+    tasks: Sequence[str],
+    models: Sequence[str],
+    data: Sequence[str],
+    adapter: Path | None,
+    context: int | None,
+) -> None:
+    """Raise UsageError for options that contradict each other."""
+    from minimind.evaluation.catalogue import check_data
+
+    if adapter and len(models) > 1:
+        raise UsageError("--adapter applies to a single model; give one MODEL")
+    if context is not None and (harness := [task for task in tasks if task.startswith(HARNESS)]):
+        raise UsageError(
+            f"--context does not apply to {harness[0]}: lm-eval uses the model's own context; "
+            "evaluate this task in a separate command without --context"
+        )
+    check_data(tasks, data)
 
 
 def task_datasets(
