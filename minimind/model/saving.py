@@ -21,6 +21,7 @@ from minimind.model.transformer import Transformer
 _CURRENT = "is the current folder, which cannot be replaced"
 _WORTHLESS = re.compile(r"\.DS_Store|\._.*|\.nfs.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
+
 class SaveableTokenizer(Protocol):
     """The part of a tokenizer that `save_model` uses."""
 
