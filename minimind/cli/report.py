@@ -36,7 +36,8 @@ def report(
 
     if out and out.suffix.lower() == ".md":
         raise UsageError(
-            f"{out} is the name of the Markdown file beside the page; give {out.with_suffix('.html')}"
+            f"{out} is the name of the Markdown file beside the page; give "
+            f"{out.with_suffix('.html')}"
         )
     result = make_report(runs, price=price)
     path = out or (runs[0] if len(runs) == 1 else Path("out")) / "report.html"
