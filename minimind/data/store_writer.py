@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-import tempfile
+import uuid
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,7 +76,8 @@ def build_store(
     try:
         quarantine.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir()  # unlike tempfile.mkdtemp, readable for others if the umask permits
         invalid = InvalidRecords(quarantine, max_invalid_fraction)
         written = _write(temporary, files, tokenizer, spec, invalid, counts, progress)
         write_manifest(temporary, spec | written)
