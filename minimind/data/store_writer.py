@@ -146,6 +146,7 @@ def _write(
             for file, entry, stamp in zip(files, spec["files"], stamps, strict=True)
         ],
         "records": num_records,
+        "valid_records": invalid.num_valid,  # before packed ones are split; of plain text: lines
         "invalid_records": invalid.total,
         "invalid_summary": invalid.describe() if invalid.total else "",
         "invalid_records_file": str(invalid.path) if invalid.total else None,
@@ -256,6 +257,7 @@ def finish_store(
             for file, sha256, entry in zip(files, sha256s, spec["files"], strict=True)
         ],
         "records": sum(part["records"] for part in parts),
+        "valid_records": sum(part["records"] for part in parts),
         "invalid_records": 0,
         "invalid_summary": "",
         "invalid_records_file": None,
