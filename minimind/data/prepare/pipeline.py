@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from minimind.data.input_files import list_locations
 from minimind.data.locations import Location, UrlPath, new_files, write_json
 from minimind.data.prepare.duplicates import BYTES_PER_DOCUMENT, BYTES_PER_KEY
 from minimind.data.prepare.engine import Engine, EngineName, Task, open_engine
@@ -27,7 +26,7 @@ from minimind.data.prepare.stages import (
     read_file,
     write_shard,
 )
-from minimind.data.prepare.workspace import FORMAT, Workspace, check_unchanged
+from minimind.data.prepare.workspace import FORMAT, Workspace, check_unchanged, list_inputs
 from minimind.data.store import store_key, store_spec
 from minimind.data.store_writer import finish_store
 from minimind.errors import DataError, UsageError
@@ -139,11 +138,11 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare the files that `paths` name for pretraining, and return the manifest.
 
-    An interrupted preparation is continued. Raises DataError for input that cannot be read,
-    UsageError for a folder that belongs to another preparation or too little memory, and
-    ResourceError for too little disk space or when a worker is lost.
+    An interrupted preparation is continued. Files in `out` are no input. Raises DataError for input
+    that cannot be read, UsageError for a folder that belongs to another preparation or too little
+    memory, and ResourceError for too little disk space or when a worker is lost.
     """
-    files = list(dict.fromkeys(file for path in paths for file in list_locations(path)))
+    files = list_inputs(paths, out)
     preparation = Preparation(files, settings, tokenizer, questions)
     workspace = Workspace(out)
     with workspace.lock():

@@ -17,7 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from minimind.data.locations import Location, UrlPath, remove, remove_folder, write_json
+from minimind.data.input_files import list_locations
+from minimind.data.locations import Location, UrlPath, is_below, remove, remove_folder, write_json
 from minimind.data.stamps import sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError, UsageError
 from minimind.files import read_json_object
@@ -180,6 +181,20 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _shown(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def list_inputs(paths: Sequence[str], out: Location) -> list[Location]:
+    """Return the files that `paths` name, without those of the output folder.
+
+    It may be inside an input folder. Raises UsageError for a path without other files.
+    """
+    files: dict[Location, None] = {}
+    for path in paths:
+        inputs = [file for file in list_locations(path) if not is_below(file, out)]
+        if not inputs:
+            raise UsageError(f"{path}: all of its files are in --out {out}; choose another --out")
+        files |= dict.fromkeys(inputs)
+    return list(files)
 
 
 def check_unchanged(

@@ -2,6 +2,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,20 @@ def test_interrupted_after_each_task_it_continues(
             run(inputs, tmp_path / "out", tokenizer=tokenizer_dir, reporter=_Interrupting())
     assert tries == 2 + 2 + 15 + 1 + 2 + 1  # the tasks of each stage, and the last try
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_an_output_folder_inside_the_input_is_no_input(inputs: list[Path], tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "data" / "clean"
+    data.mkdir()
+    shutil.copy(inputs[0], data)
+    with contextlib.suppress(KeyboardInterrupt):
+        run([data], out, reporter=_Interrupting())
+    assert list((out / "work" / "read").iterdir())
+    manifest = run([data, tmp_path / "data/**/*"], out)
+    assert [entry["path"] for entry in manifest["inputs"]] == [str(data / "a.jsonl")]
+    assert run([data], out) == json.loads((out / "manifest.json").read_text("utf-8"))
+    with pytest.raises(UsageError, match=r"clean/text: all of its files are in --out "):
+        run([data, out / "text"], out)
 
 
 def test_other_settings_and_inputs_are_noticed(inputs: list[Path], tmp_path: Path) -> None:
