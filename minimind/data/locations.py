@@ -279,7 +279,7 @@ def is_below(file: Location, folder: Location) -> bool:
     """Return True if a file is in a folder or below it, also if links lead there."""
     file, folder = file.resolve(), folder.resolve()
     if isinstance(file, Path) and isinstance(folder, Path):
-        return file.is_relative_to(folder)
+        return folder in file.parents
     return str(file).startswith(f"{folder}/")
 
 

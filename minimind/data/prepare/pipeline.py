@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,8 +73,9 @@ class Preparation:
         """Return the questions as the text of a JSON file."""
         return json.dumps(dict(self.questions or {}), ensure_ascii=False, sort_keys=True)
 
+    @cached_property  # as the inputs were at the beginning; they may be removed later
     def identity(self) -> dict[str, Any]:
-        """Return everything that determines the output, except for the content of the inputs."""
+        """Everything that determines the output, except for the content of the inputs."""
         return {
             "format": FORMAT,
             "settings": self.settings.model_dump(),
@@ -146,7 +148,7 @@ def prepare(
     preparation = Preparation(files, settings, tokenizer, questions)
     workspace = Workspace(out)
     with workspace.lock():
-        if manifest := workspace.begin(preparation.identity()):
+        if manifest := workspace.begin(preparation.identity):
             inputs = {str(i): entry for i, entry in enumerate(manifest["inputs"])}
             check_unchanged(files, {k: {"input": v} for k, v in inputs.items()}, str)
             reporter.say(f"{out} is prepared already")
@@ -326,7 +328,7 @@ class _Run:
         clusters: Mapping[str, Any],
         written: Sequence[dict[str, Any]],
     ) -> dict[str, Any]:
-        identity = self.preparation.identity()
+        identity = self.preparation.identity
         outputs = [result for result in written if result["documents"]]
         manifest = {
             "identity": identity,
