@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from minimind.data.input_files import walk_files
 from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_objects
 from minimind.data.registry import download_hint
@@ -204,7 +205,7 @@ def _find_tables(benchmark: Benchmark, folder: Path) -> list[_File]:
     """Find a benchmark's CSV files in its own folder, in `data`, or anywhere below `folder`."""
     for root in [*(folder / name for name in (*benchmark.folders, "data")), folder]:
         files: list[_File] = []
-        for path in sorted(root.rglob("*.csv")) if root.is_dir() else ():
+        for path in sorted(walk_files(root)) if root.is_dir() else ():
             match = _TABLES.fullmatch(path.relative_to(folder).as_posix())
             if match and match[2] in subjects(benchmark.name):
                 files.append(_File(match[1].lower(), match[2], path))
