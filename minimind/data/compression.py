@@ -102,10 +102,10 @@ def open_decompressed(file: Location, counted: CountedFile) -> io.BufferedReader
     if compression is None:
         return stream
     if compression == "zstd":
-        decompressed: Any = _ChunkStream(_decompress_zstd(stream))
-    elif compression == "zip":
+        return open_zstd(stream)
+    if compression == "zip":
         counted.paused = True
-        decompressed = _open_zip(file, stream)
+        decompressed: Any = _open_zip(file, stream)
         counted.paused = False
     else:
         openers: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
@@ -144,6 +144,11 @@ def _open_zip(file: Location, stream: IO[bytes]) -> IO[bytes]:
         problem = "is encrypted" if len(members) == 1 else f"has {len(members):,} files, not one"
         raise DataError(f"{file}: the archive {problem}; unpack it")
     return archive.open(members[0])
+
+
+def open_zstd(compressed: IO[bytes]) -> io.BufferedReader:
+    """Return the decompressed bytes as a stream. Reading raises EOFError if it is truncated."""
+    return io.BufferedReader(_ChunkStream(_decompress_zstd(compressed)), _BUFFER_BYTES)
 
 
 def _decompress_zstd(compressed: IO[bytes]) -> Iterator[bytes]:

@@ -145,7 +145,8 @@ def _json_texts(file: Location, stream: IO[bytes], first: bytes) -> Iterator[tup
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     chunks = chain([first], iter(lambda: stream.read(_CHUNK_BYTES), b""))
-    find_end = json.JSONDecoder().raw_decode
+    # `parse_json` checks the numbers: here a long integer must not raise an error.
+    find_end = json.JSONDecoder(parse_int=str).raw_decode
     text, position, line = "", 0, 1
     in_array = closed = False
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minimind.data.compression import DAMAGED, CountedFile, as_data_errors, open_decompressed
-from minimind.data.input_files import COMPRESSIONS, format_of
+from minimind.data.input_files import COMPRESSIONS, format_of, walk_files
 from minimind.data.invalid import CONVERT_TO_UTF_8, NOT_UTF_8, InvalidRecords
 from minimind.data.read import read_objects
 from minimind.data.registry import download_hint
@@ -217,7 +217,7 @@ def _find_tables(benchmark: Benchmark, folder: Path, name: str) -> list[_File]:
     """
     for root in [*(folder / name for name in (*benchmark.folders, "data")), folder]:
         groups: dict[Path, list[_File]] = {}  # by the folder that contains dev, val and test
-        for path in sorted(root.rglob("*.csv")) if root.is_dir() else ():
+        for path in sorted(walk_files(root)) if root.is_dir() else ():
             if match := _TABLES.fullmatch(path.relative_to(folder).as_posix()):
                 file = _File(match[1].lower(), match[2], path)
                 groups.setdefault(path.parent.parent, []).append(file)

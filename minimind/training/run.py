@@ -13,6 +13,7 @@ Every command uses the functions here to decide whether a run has begun or is fi
 import re
 import shutil
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,30 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
 
 
 def check_removable(run: Path, recipe: Recipe) -> None:
-    """Raise ConfigError if `remove_run` would remove a model or tokenizer that the stage needs."""
+    """Raise ConfigError if `remove_run` would remove what the stage needs or no run has made."""
     for needed in (recipe.model.init, recipe.tokenizer):
         if needed and Path(needed).resolve() in (run.resolve(), (run / "model").resolve()):
             raise ConfigError(
                 f"{needed} would be removed by --fresh, but the run starts from it. Choose "
                 "another --out"
             )
+    _check_own(run, _removed_folders(run))
+
+
+def _check_own(run: Path, folders: Iterable[Path]) -> None:
+    """Raise ConfigError if one of the folders exists in a directory that holds no run."""
+    for folder in folders:
+        if folder.is_dir() and not (run / RECIPE_FILE).is_file():
+            raise ConfigError(
+                f"{folder} would be removed, but no run has made it: {run} has no {RECIPE_FILE}. "
+                "Choose another --out"
+            )
+
+
+def _removed_folders(run: Path) -> list[Path]:
+    """List the folders that `remove_run` removes."""
+    names = ("model", "adapter", "tensorboard", "report-plots", TOKENIZER_COPY)
+    return [*(run / name for name in names), checkpoints_folder(run)]
 
 
 def remove_run(run: Path) -> None:
@@ -125,8 +143,7 @@ def remove_run(run: Path) -> None:
     reports = ("report.html", "report.md", "metrics.jsonl")
     for name in (SUMMARY_FILE, *reports, "reference.safetensors", *tracker_ids):
         (run / name).unlink(missing_ok=True)
-    folders = ("model", "adapter", "tensorboard", "report-plots", TOKENIZER_COPY)
-    for folder in (*(run / name for name in folders), checkpoints_folder(run)):
+    for folder in _removed_folders(run):
         if folder.exists():
             shutil.rmtree(folder)
     (run / RECIPE_FILE).unlink(missing_ok=True)
@@ -136,9 +153,11 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     """Describe, by setting, how `recipe` differs from the recipe of a run that has begun.
 
     The run directory itself may have moved. Raises ConfigError if a setting that identifies the run
-    differs. The number of steps may differ: `extend.py` decides whether the run can be extended.
+    differs, or if a model is in the way that no run has made. The number of steps may differ:
+    `extend.py` decides whether the run can be extended.
     """
     path = run / RECIPE_FILE
+    _check_own(run, [output_directory(run, recipe)])
     if not (path.is_file() and has_begun(run)):
         return {}
     recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})

@@ -2,6 +2,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import shutil
 import tarfile
 import zipfile
@@ -42,6 +43,14 @@ def check(questions: Questions) -> None:
 @pytest.mark.parametrize("below", ["", "ceval-exam"])
 def test_ceval_is_read_from_folders(ceval_dir: Path, below: str) -> None:
     check(read_benchmark("ceval", [str(ceval_dir / below)]))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_tables_behind_links_are_read(ceval_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "ceval-exam").mkdir()
+    for split in (ceval_dir / "ceval-exam").iterdir():
+        (tmp_path / "ceval-exam" / split.name).symlink_to(split)
+    check(read_benchmark("ceval", [str(tmp_path)]))
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar.xz"])
