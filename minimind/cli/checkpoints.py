@@ -106,14 +106,14 @@ def _metrics(checkpoint: "CheckpointInfo", all_of_run: list["CheckpointInfo"]) -
     from minimind.training.validation import selection_metric
 
     is_current = checkpoint.state.get("validated_step") == checkpoint.step
-    validation = checkpoint.state.get("validation") if is_current else None
-    name = selection_metric(validation) if validation else None
+    validation = checkpoint.state.get("validation", {}) if is_current else {}
+    name = selection_metric(validation)
     return {
         "step": checkpoint.step,
         "path": str(checkpoint.path),
         "saved": checkpoint.saved.isoformat(timespec="seconds"),
         "bytes": checkpoint.bytes,
-        "validation": {name: validation[name]} if validation and name else {},
+        "validation": {name: validation[name]} if name in validation else {},
         "newest": checkpoint is all_of_run[-1],
         "best": checkpoint.step == best_step(all_of_run),
         "trouble": checkpoint.error,

@@ -57,6 +57,15 @@ def test_list_shows_step_size_validation_best_and_newest(here: Path, verb: str) 
     assert "bits per byte 1.25" in done.output
 
 
+def test_a_checkpoint_with_a_retention_set_alone_is_listed(here: Path) -> None:
+    state = {"validated_step": 40, "validation": {"retention_loss": 2.5}, "best": {}}
+    numbers = {"weight": torch.arange(5)}
+    save_checkpoint(here, 40, model=numbers, optimizer=numbers, state=state, keep=9)
+    done, found = metrics("list", here)
+    assert done.exit_code == 0, done.output
+    assert (found[40]["validation"], found[40]["trouble"]) == ({}, "")
+
+
 def test_only_verify_finds_a_flipped_bit(here: Path) -> None:
     weights = here / "checkpoints" / "step-00000020" / "model.safetensors"
     content = bytearray(weights.read_bytes())
