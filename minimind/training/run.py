@@ -107,6 +107,18 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     return all(role_of(key) is Role.OPERATION for key in changes)
 
 
+def check_is_run(run: Path) -> None:
+    """Raise ConfigError for a directory with results but no recipe, such as that of a demo.
+
+    Its checkpoints cannot be matched with a recipe, and its model may be that of all stages.
+    """
+    if has_begun(run) and not (run / RECIPE_FILE).is_file():
+        raise ConfigError(
+            f"{run} holds a model, an adapter or checkpoints, but no {RECIPE_FILE}: it is not a "
+            "training run, or its recipe was removed. Choose another --out"
+        )
+
+
 def check_removable(run: Path, recipe: Recipe) -> None:
     """Raise ConfigError if `remove_run` would remove a model or tokenizer that the stage needs."""
     for needed in (recipe.model.init, recipe.tokenizer):
@@ -138,10 +150,9 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     The run directory itself may have moved. Raises ConfigError if a setting that identifies the run
     differs. The number of steps may differ: `extend.py` decides whether the run can be extended.
     """
-    path = run / RECIPE_FILE
-    if not (path.is_file() and has_begun(run)):
+    if not has_begun(run):
         return {}
-    recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})
+    recorded = load_recipe(run / RECIPE_FILE).recipe.model_copy(update={"out": recipe.out})
     changes = difference(recorded, recipe)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
     if "objective" in identity:  # the other changes follow from it

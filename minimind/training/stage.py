@@ -52,6 +52,7 @@ from minimind.training.run import (
     SUMMARY_FILE,
     TOKENIZER_COPY,
     changes_num_steps,
+    check_is_run,
     check_removable,
     checkpoint_paths,
     finished_summary,
@@ -175,6 +176,7 @@ def _prepare_start(
         summary = None
         if group.is_main:
             stack.enter_context(claim_directory(run))
+            check_is_run(run)
             if fresh:
                 check_removable(run, recipe)
             else:

@@ -50,6 +50,20 @@ def test_a_run_has_begun_when_there_is_something_to_resume_or_to_lose(
         assert recipe_changes(run, other) == {}
 
 
+@pytest.mark.parametrize("path", ["checkpoints/step-00000007", "model", "adapter"])
+def test_a_folder_without_a_recipe_is_no_run(recipe: MakeRecipe, run: Path, path: str) -> None:
+    """Such as out/demo, which has a model and the summary of all stages."""
+    (run / path).mkdir(parents=True)
+    (run / path / "weights").touch()
+    (run / "summary.json").write_text('{"questions": []}')
+    for fresh in (False, True):
+        assert refused(recipe(), ConfigError, fresh=fresh) == (
+            f"{run} holds a model, an adapter or checkpoints, but no recipe.toml: it is not a "
+            "training run, or its recipe was removed. Choose another --out"
+        )
+    assert (run / path / "weights").is_file() and (run / "summary.json").is_file()
+
+
 def test_a_run_is_finished_when_its_summary_and_its_model_exist(
     recipe: MakeRecipe, run: Path
 ) -> None:
