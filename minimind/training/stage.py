@@ -205,6 +205,8 @@ def _prepare_start(
         extension = None
         if changes_num_steps(changes):
             extension = plan_extension(run, recipe, stage.trainer.num_steps)
+        if recipe.training.micro_batch_size not in (None, sizes.train):
+            changes.pop("training.micro_batch_size", None)  # without effect, as just reported
         if operation := [changes[key] for key in changes if role_of(key) is Role.OPERATION]:
             reporter.say(f"changed since {run} began: {'; '.join(operation)}")
         yield _Start(run, reporter, fresh, None, stage, extension)
@@ -275,6 +277,8 @@ def prepare_stage(
             f"micro-batch size {micro_batch} instead of {saved}: "
             f"no more sequences fit into the memory that is free on {device}"
         )
+    elif saved and requested and micro_batch < requested:
+        reporter.say(f"micro-batch size {micro_batch}, that of the checkpoint, is kept")
     stores = open_stores(recipe, tokenizer, reporter)
     sha256 = data_sha256(stores)
     if state:
