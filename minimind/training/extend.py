@@ -1,9 +1,10 @@
 """Extend a run: continue it for more steps than it was planned for.
 
 Under the WSD schedule (warmup, stable, decay) the learning rate is constant until the final decay.
-Until the end of the stable phase, a longer run is identical to a shorter one. Extending a run from
-the checkpoint there is bit-identical to planning more steps at the start. The model of the
-shorter run is the decayed branch (Hu et al. 2024, MiniCPM, section 4).
+A run is extended from the checkpoint at the end of its stable phase; the model of the shorter run is
+the decayed branch (Hu et al. 2024, MiniCPM, section 4). Without warmup, the extended run is
+bit-identical to one of more steps from the start. `schedule.warmup` is a fraction of the steps, so
+that with warmup a run of more steps would have warmed up for longer; an extended run keeps its own.
 """
 
 from collections.abc import Sequence
