@@ -23,6 +23,7 @@ from minimind.training.build import (
     build_footprint,
     build_objective,
     build_tokenizer_and_model,
+    check_backend_installed,
     check_base,
     count_parameters,
 )
@@ -252,6 +253,7 @@ def prepare_stage(
     the model, and CheckpointError if the run there began with other data.
     """
     run = run_directory(recipe)
+    check_backend_installed(recipe)
     if group.is_main:
         check_trackers(recipe.training.trackers)
     device = local_device(recipe.device, group)
