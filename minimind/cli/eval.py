@@ -104,7 +104,7 @@ def task_datasets(
 ) -> list[str]:
     """Return the paths and dataset names that an evaluation reads."""
     own = [task.partition(":") for task in tasks if not task.startswith(HARNESS)]
-    named = [path if path else name for name, _, path in own if path or not data]
+    named = [path or name for name, _, path in own if (path or not data) and name != "quiz"]
     return [*named, *data, *contamination]
 
 

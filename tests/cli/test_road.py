@@ -297,6 +297,9 @@ def test_dry_run_lists_steps_and_time(folder: Path, monkeypatch: pytest.MonkeyPa
         message = error(folder, "tiny.toml", "--out", "text.jsonl", *more)
         assert message == "error: --out text.jsonl is a file; choose a folder"
     assert "--data" not in error(folder, "text.jsonl", "--dry-run")
+    quiz = 'extends = "tiny.toml"\n[evaluation]\ntasks = ["quiz"]\n'  # reads no data
+    (folder / "quiz.toml").write_text(quiz)
+    assert "quiz" not in run(folder, "quiz.toml", "--dry-run").output
     assert not (folder / "out").exists()
 
 
