@@ -175,14 +175,14 @@ def train_stage(recipe: "Recipe", tokens_of_all_stages: int | None) -> "StageRes
         console.say("stopped; run the same command again to resume")
         raise typer.Exit(130)
     summary = result.summary
-    quality = (
-        f"{summary['accuracy']:.1%} preference accuracy on held-out pairs"
-        if "accuracy" in summary
-        else f"{summary['bits_per_byte']:.3f} bits per byte on held-out text"
-    )
+    quality = ""  # without held-out data
+    if "accuracy" in summary:
+        quality = f", {summary['accuracy']:.1%} preference accuracy on held-out pairs"
+    elif "bits_per_byte" in summary:
+        quality = f", {summary['bits_per_byte']:.3f} bits per byte on held-out text"
     console.say(
         f"{summary['tokens']:,} tokens in {summary['seconds']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} tokens/s), {quality}"
+        f"({summary['tokens_per_second']:,.0f} tokens/s){quality}"
     )
     return result
 

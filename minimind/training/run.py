@@ -13,7 +13,6 @@ Every command uses the functions here to decide whether a run has begun or is fi
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +107,29 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     return all(role_of(key) is Role.OPERATION for key in changes)
 
 
+def check_is_run(run: Path, fresh: bool) -> None:
+    """Raise ConfigError for a directory with results but no recipe, such as that of a demo.
+
+    Its checkpoints cannot be matched with a recipe, and its model may be that of all stages or one
+    that no run has made. fresh: `remove_run` would remove more than training replaces.
+    """
+    if (run / RECIPE_FILE).is_file():
+        return
+    folders = [folder for folder in _removed_folders(run) if folder.is_dir()]
+    if folders and (fresh or has_begun(run)):
+        raise ConfigError(
+            f"{folders[0]} exists, but {run} has no {RECIPE_FILE}: no training run has made it, or "
+            "its recipe was removed. Choose another --out"
+        )
+
+
 def check_removable(run: Path, recipe: Recipe) -> None:
-    """Raise ConfigError if `remove_run` would remove what the stage needs or no run has made."""
+    """Raise ConfigError if `remove_run` would remove a model or tokenizer that the stage needs."""
     for needed in (recipe.model.init, recipe.tokenizer):
         if needed and Path(needed).resolve() in (run.resolve(), (run / "model").resolve()):
             raise ConfigError(
                 f"{needed} would be removed by --fresh, but the run starts from it. Choose "
                 "another --out"
-            )
-    _check_own(run, _removed_folders(run))
-
-
-def _check_own(run: Path, folders: Iterable[Path]) -> None:
-    """Raise ConfigError if one of the folders exists in a directory that holds no run."""
-    for folder in folders:
-        if folder.is_dir() and not (run / RECIPE_FILE).is_file():
-            raise ConfigError(
-                f"{folder} would be removed, but no run has made it: {run} has no {RECIPE_FILE}. "
-                "Choose another --out"
             )
 
 
@@ -153,14 +157,11 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     """Describe, by setting, how `recipe` differs from the recipe of a run that has begun.
 
     The run directory itself may have moved. Raises ConfigError if a setting that identifies the run
-    differs, or if a model is in the way that no run has made. The number of steps may differ:
-    `extend.py` decides whether the run can be extended.
+    differs. The number of steps may differ: `extend.py` decides whether the run can be extended.
     """
-    path = run / RECIPE_FILE
-    _check_own(run, [output_directory(run, recipe)])
-    if not (path.is_file() and has_begun(run)):
+    if not has_begun(run):
         return {}
-    recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})
+    recorded = load_recipe(run / RECIPE_FILE).recipe.model_copy(update={"out": recipe.out})
     changes = difference(recorded, recipe)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
     if "objective" in identity:  # the other changes follow from it

@@ -192,8 +192,8 @@ def test_folders_that_no_run_has_made_are_kept(recipe: MakeRecipe, run: Path) ->
             for fresh in (True, False) if name == "model" else (True,):
                 message = refused(recipe(**settings), ConfigError, fresh=fresh)
                 assert message == (
-                    f"{run / name} would be removed, but no run has made it: {run} has no "
-                    "recipe.toml. Choose another --out"
+                    f"{run / name} exists, but {run} has no recipe.toml: no training run has made "
+                    "it, or its recipe was removed. Choose another --out"
                 )
         assert (run / name / "config.json").read_text() == "{}"
         shutil.rmtree(run)
