@@ -91,11 +91,10 @@ def record(work: Path, out: Path) -> None:
     """Write OUT.json, OUT.md and OUT.svg from the finished runs."""
     from minimind.reporting.runs import Run, find_runs
 
-    overview = find_runs([work / "runs"])
     runs: dict[int, list[Run]] = {layers: [] for layers in WIDTHS}
-    for run in overview.runs:
+    for run in find_runs([work / "runs"]).runs:
         if run.finished:
-            runs[overview.sweep_settings[run.name]["model.num_hidden_layers"]].append(run)
+            runs[run.varied["model.num_hidden_layers"]].append(run)
     shapes = []
     for layers, runs_of_shape in runs.items():
         hidden, inner = WIDTHS[layers]

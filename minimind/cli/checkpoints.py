@@ -52,7 +52,11 @@ def extract(
 
 def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     """Print the table of checkpoints; return the number of damaged ones."""
-    from minimind.training.checkpoint import damaged_checkpoints, inspect_checkpoints
+    from minimind.training.checkpoint import (
+        damaged_checkpoints,
+        decayed_checkpoints,
+        inspect_checkpoints,
+    )
 
     inspected = inspect_checkpoints(run, verify_hashes=thorough)
     if not inspected:
@@ -61,7 +65,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     rows = [
         [
             row["step"],
-            row["saved"].replace("T", " ")[:19],
+            row["saved"] and row["saved"].replace("T", " ")[:19],
             console.format_size(row["bytes"]),
             ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["validation"].items()),
             ", ".join(name for name in ("newest", "best") if row[name]),
@@ -86,6 +90,12 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     if quarantined := damaged_checkpoints(run):
         names = ", ".join(path.name for path in quarantined)
         console.say(f"damaged checkpoints, quarantined in {run / 'checkpoints'}: {names}")
+    if decayed := decayed_checkpoints(run):
+        names = ", ".join(path.name for path in decayed)
+        console.say(
+            f"checkpoints left behind when the run was extended, in {run / 'checkpoints'}, which "
+            f"may be deleted: {names}"
+        )
     return damaged
 
 
@@ -106,14 +116,14 @@ def _metrics(checkpoint: "CheckpointInfo", all_of_run: list["CheckpointInfo"]) -
     from minimind.training.validation import selection_metric
 
     is_current = checkpoint.state.get("validated_step") == checkpoint.step
-    validation = checkpoint.state.get("validation") if is_current else None
-    name = selection_metric(validation) if validation else None
+    validation = checkpoint.state.get("validation", {}) if is_current else {}
+    name = selection_metric(validation)
     return {
         "step": checkpoint.step,
         "path": str(checkpoint.path),
-        "saved": checkpoint.saved.isoformat(timespec="seconds"),
+        "saved": checkpoint.saved and checkpoint.saved.isoformat(timespec="seconds"),
         "bytes": checkpoint.bytes,
-        "validation": {name: validation[name]} if validation and name else {},
+        "validation": {name: validation[name]} if name in validation else {},
         "newest": checkpoint is all_of_run[-1],
         "best": checkpoint.step == best_step(all_of_run),
         "trouble": checkpoint.error,

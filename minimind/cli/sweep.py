@@ -141,8 +141,10 @@ def _finish(
         for path in filter(None, (out / "summary.json", json)):
             console.write_json(path, variants | report.metrics)
         columns = ["parameters", "tokens", "seconds", "loss", "bits_per_byte"]
+        # Not by their names in the report: a base model outside the sweep may have one of them.
+        metrics = {run.folder.name: run.metrics for run in report.inputs.runs if run.varied}
         rows = [
-            (name, *(report.metrics["runs"].get(name, {}).get(column) for column in columns))
+            (name, *(metrics.get(name, {}).get(column) for column in columns))
             for name in settings
             if name in outcomes.finished
         ]

@@ -83,6 +83,7 @@ def _field_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
+@cache
 def packaged_recipes(group: str = "") -> dict[str, Path]:
     """Return the files of the recipes that come with minimind, by name.
 

@@ -4,7 +4,8 @@ Shapes: B sequences, T queries (new tokens), S keys (cached and new tokens), H q
 K key/value heads, D head_dim; H is a multiple of K. During training S = T.
 
 `scaled_dot_product_attention` accepts any boolean mask but then cannot use FlashAttention. Packed
-sequences therefore use variable-length attention where it works: `varlen.py`.
+sequences therefore use variable-length attention where it works: `varlen.py`. On a CPU in bf16,
+compiled kernels compute the attention of all sequences without a cache: `fused.py`.
 """
 
 import torch

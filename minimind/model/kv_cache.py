@@ -44,7 +44,3 @@ class KVCache:
             self.length = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
         # --8<-- [end:append]
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep only the sequences with the indices `rows`."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]

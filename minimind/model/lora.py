@@ -80,7 +80,8 @@ def _target_modules(model: Transformer, targets: Sequence[str]) -> list[str]:
                 by_name.setdefault(leaf, set()).add(name)
                 groups[group].add(name)
                 groups["all"].add(name)
-    known = by_name | groups
+    # A mixture of experts without shared ones has no mlp.
+    known = by_name | {group: names for group, names in groups.items() if names}
     for target in targets:
         if target not in known:
             nearest = difflib.get_close_matches(target, known, n=1)

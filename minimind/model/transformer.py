@@ -6,9 +6,10 @@ state dict can be saved as it is.
 Shapes: B sequences per batch, T new tokens per sequence, S keys (cached and new), D head_dim;
 `hidden` is the width of the residual stream, `vocab` the vocabulary size.
 
-Packed batches (several conversations per sequence) use variable-length attention on a GPU
-(`varlen.py`). Elsewhere, and in float32, they use a dense [B, 1, T, T] attention mask. It is
-simple, and small at the sequence lengths of our recipes: 256 KiB per sequence at T = 512.
+Packed batches (several conversations per sequence) use variable-length attention on a GPU in 16
+bits (`varlen.py`), and compiled kernels on a CPU in bf16 (`fused.py`). Elsewhere they use a dense
+[B, 1, T, T] attention mask. It is simple, and small at the sequence lengths of our recipes: 256 KiB
+per sequence at T = 512.
 """
 
 import torch

@@ -19,7 +19,12 @@ from minimind.model import Transformer
 from minimind.model.device import choose_device, free_bytes
 from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch
-from minimind.training.build import build_footprint, build_model, load_tokenizer
+from minimind.training.build import (
+    build_footprint,
+    build_model,
+    check_backend_installed,
+    load_tokenizer,
+)
 from minimind.training.datasets import KINDS
 from minimind.training.memory import Footprint, divisors
 from minimind.training.objectives.next_token import NextToken
@@ -69,6 +74,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     Raises ResourceError for a missing device, and the errors of loading the tokenizer, the model
     and the data.
     """
+    check_backend_installed(recipe)
     device, is_present = _resolve_device(recipe.device, allow_missing=memory is not None)
     if is_present:
         precision = choose_precision(recipe.training.precision, device).name

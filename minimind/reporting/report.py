@@ -66,7 +66,7 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     name = "Runs" if compare else "Stages"
     page.add(name, _ABOUT[name], _run_table(inputs, price))
     if compare:
-        metrics["fits"] = add_scaling(page, inputs.runs, inputs.sweep_settings)
+        metrics["fits"] = add_scaling(page, inputs.runs)
     add_curves(page, inputs.chains)
     add_benchmarks(page, inputs.benchmarks)
     add_demo_quiz(page, inputs.demo)

@@ -1,5 +1,7 @@
 """Training runs and benchmark results, read from disk; damaged parts are skipped and reported."""
 
+import glob
+import itertools
 import json
 import math
 import tomllib
@@ -13,6 +15,7 @@ import numpy
 Axis = Literal["tokens", "seconds"]
 Metrics = dict[str, Any]
 _RESULTS_DEPTH = 3  # folders below a source that are searched for results
+_MAX_RESULT_BYTES = 10_000_000  # of a file with results
 
 
 @dataclass
@@ -20,7 +23,8 @@ class Run:
     """A run directory.
 
     history: the lines of metrics.jsonl. recipe: the text of recipe.toml; settings: the same,
-    parsed. problems: messages about missing or damaged files.
+    parsed. problems: messages about missing or damaged files. varied: the settings that a sweep
+    varies, with their values in this run.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Run:
     recipe: str = ""
     settings: Metrics = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    varied: Metrics = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -171,14 +176,13 @@ class Inputs:
     """Everything that the sources of a report contain.
 
     chains: lists of runs, each starting from the run before it. benchmarks: results of `minimind
-    eval`. demo: the summary of `minimind demo`. sweep_settings: the settings that a sweep varies,
-    by run. failed: messages about failed runs of a sweep. missing: sources without runs or results.
+    eval`. demo: the summary of `minimind demo`. failed: messages about failed runs of sweeps.
+    missing: sources without runs or results.
     """
 
     chains: list[list[Run]] = field(default_factory=list)
     benchmarks: list[Metrics] = field(default_factory=list)
     demo: Metrics = field(default_factory=dict)
-    sweep_settings: dict[str, Metrics] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -192,7 +196,8 @@ def find_runs(sources: Sequence[Path]) -> Inputs:
     """Read the sources: run directories, folders of them, and results of `minimind eval`."""
     inputs = Inputs()
     folders: dict[Path, None] = {}
-    failed: dict[str, str] = {}
+    varied: dict[Path, Metrics] = {}  # by the folder of the run, as are the failures
+    failed: dict[Path, str] = {}
     for source in sources:
         if source.name == "model" and _is_run(source.parent):
             source = source.parent
@@ -210,22 +215,25 @@ def find_runs(sources: Sequence[Path]) -> Inputs:
             inputs.demo = summary
         sweep = _read_object(source / "sweep.json")
         if isinstance(sweep.get("settings"), dict):
-            inputs.sweep_settings |= sweep["settings"]
+            varied |= {(source / name).resolve(): each for name, each in sweep["settings"].items()}
             failures = sweep.get("failed")
-            failed |= failures if isinstance(failures, dict) else {}
+            failures = failures if isinstance(failures, dict) else {}
+            failed |= {(source / name).resolve(): reason for name, reason in failures.items()}
         if not source.exists():
             inputs.missing.append(f"{source}: no such file or folder")
         elif not run_folders and not benchmarks:
             inputs.missing.append(f"{source}: contains no run and no benchmark results")
-    order = {name: number for number, name in enumerate(inputs.sweep_settings)}
-    in_order = sorted(folders, key=lambda folder: order.get(folder.name, len(order)))
+    order = {folder: number for number, folder in enumerate(varied)}
+    in_order = sorted(folders, key=lambda folder: order.get(folder.resolve(), len(order)))
     runs = [read_run(folder) for folder in _with_origins(in_order)]
-    finished = {
-        run.name for run in runs if run.finished
-    }  # a failed run of a sweep may have been finished later
-    inputs.failed = [f"{name}: {reason}" for name, reason in failed.items() if name not in finished]
+    for run in runs:
+        run.varied = varied.get(run.folder.resolve(), {})
+        if run.finished:  # later than the sweep in which it failed
+            failed.pop(run.folder.resolve(), None)
     inputs.chains = _chains(runs)
     _make_names_unique(inputs.runs)
+    names = {run.folder.resolve(): run.name for run in runs}
+    inputs.failed = [f"{names.get(path, path.name)}: {reason}" for path, reason in failed.items()]
     return inputs
 
 
@@ -233,9 +241,11 @@ def _is_run(source: Path) -> bool:
     return (source / "recipe.toml").is_file() or (source / "metrics.jsonl").is_file()
 
 
-def _read_object(path: Path) -> Metrics:
-    """Read a JSON object; return an empty one if there is none."""
+def _read_object(path: Path, max_bytes: int | None = None) -> Metrics:
+    """Read a JSON object; return an empty one if there is none, or a larger file."""
     try:
+        if max_bytes is not None and path.stat().st_size > max_bytes:
+            return {}
         return _parse_object(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError):
         return {}
@@ -306,20 +316,26 @@ def _chains(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _make_names_unique(runs: Sequence[Run]) -> None:
-    """Prefix the names of runs with the same name by their parent folders."""
+    """Prefix the names of runs with the same name by as few parent folders as possible."""
     for name in {run.name for run in runs}:
         namesakes = [run for run in runs if run.name == name]
-        if len(namesakes) > 1:
-            for run in namesakes:
-                run.name = f"{run.folder.resolve().parent.name}/{name}"
+        paths = [run.folder.resolve() for run in namesakes]
+        for depth in itertools.count(1):
+            names = [Path(*path.parts[-depth:]).as_posix() for path in paths]
+            if len(set(names)) == len(names):
+                break
+        for run, unique in zip(namesakes, names, strict=True):
+            run.name = unique
 
 
 def _read_benchmarks(source: Path) -> list[Metrics]:
     """Read results of `minimind eval` in a folder or a few levels below it."""
     results = []
     for depth in range(_RESULTS_DEPTH):
-        for path in sorted(source.glob("*/" * depth + "*.json")):
-            metrics = _read_object(path) if path.stat().st_size < 10_000_000 else {}
+        # A running training removes checkpoints meanwhile; Path.glob would raise an error then.
+        names = glob.glob("*/" * depth + "*.json", root_dir=source, include_hidden=True)
+        for path in sorted(source / name for name in names):
+            metrics = _read_object(path, max_bytes=_MAX_RESULT_BYTES)
             if {"task", "model", "settings"} <= metrics.keys():
                 results.append(metrics)
     return results

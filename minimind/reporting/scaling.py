@@ -1,6 +1,6 @@
 """Sections that compare several runs: scaling laws, and the loss by each setting that varies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minimind.reporting.curves import AXES, Plot, side_by_side
@@ -31,7 +31,7 @@ class _Axis:
     fit: PowerLaw | str
 
 
-def add_scaling(page: Page, runs: Sequence[Run], sweep: Mapping[str, Metrics]) -> Metrics:
+def add_scaling(page: Page, runs: Sequence[Run]) -> Metrics:
     """Add sections on scaling and on settings; return the fits as metrics."""
     metrics: Metrics = {}
     for kind in ("pretrain", "sft"):
@@ -54,8 +54,8 @@ def add_scaling(page: Page, runs: Sequence[Run], sweep: Mapping[str, Metrics]) -
             f"By setting: {kind}",
             "The final loss by each setting that varies, one point per run. If several settings "
             "vary together, their plots show the same runs.",
-            side_by_side(_setting_plots(selected, sweep, key, unit)),
-            _setting_table(selected, sweep, key),
+            side_by_side(_setting_plots(selected, key, unit)),
+            _setting_table(selected, key),
         )
         metrics[kind] = {
             name: vars(axis.fit) if isinstance(axis.fit, PowerLaw) else {"reason": axis.fit}
@@ -106,15 +106,13 @@ def _scaling_plot(name: str, axis: _Axis, unit: str, kind: str) -> Plot:
     return Plot(f"by {_NAMES[name]}", drawing, len(lines))
 
 
-def _setting_plots(
-    runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str, unit: str
-) -> list[Plot]:
+def _setting_plots(runs: Sequence[Run], key: str, unit: str) -> list[Plot]:
     plots = []
-    for setting in _varied_settings(runs, sweep):
+    for setting in _varied_settings(runs):
         points = [
             (float(value), loss)
             for run in runs
-            if (value := number_of(sweep.get(run.name, {}), setting)) is not None
+            if (value := number_of(run.varied, setting)) is not None
             and (loss := number_of(run.metrics, key)) is not None
             and run.finished
         ]
@@ -124,12 +122,12 @@ def _setting_plots(
     return plots
 
 
-def _setting_table(runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str) -> Table | None:
-    settings = _varied_settings(runs, sweep)
+def _setting_table(runs: Sequence[Run], key: str) -> Table | None:
+    settings = _varied_settings(runs)
     rows: list[list[Cell]] = [
         [
             run.name,
-            *(str(sweep.get(run.name, {}).get(setting, "–")) for setting in settings),
+            *(str(run.varied.get(setting, "–")) for setting in settings),
             format_metric(run.metrics, key, ".4f"),
         ]
         for run in runs
@@ -138,5 +136,5 @@ def _setting_table(runs: Sequence[Run], sweep: Mapping[str, Metrics], key: str) 
     return Table(head, rows, range(1, len(head))) if settings else None
 
 
-def _varied_settings(runs: Sequence[Run], sweep: Mapping[str, Metrics]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in sweep.get(run.name, {})))
+def _varied_settings(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(key for run in runs for key in run.varied))

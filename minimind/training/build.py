@@ -43,14 +43,18 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.training.backend != "deepspeed":
         return
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"training.backend: deepspeed is not installed; {install_line('deepspeed')}"
-        )
     if recipe.optim.name != "adamw":
         raise ConfigError('training.backend: deepspeed trains with AdamW; set optim.name = "adamw"')
     if recipe.training.compile:
         raise ConfigError("training.backend: deepspeed cannot be combined with training.compile")
+
+
+def check_backend_installed(recipe: Recipe) -> None:
+    """Raise ConfigError if DeepSpeed is needed to train, and not installed."""
+    if recipe.training.backend == "deepspeed" and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"training.backend: deepspeed is not installed; {install_line('deepspeed')}"
+        )
 
 
 def needs_base(recipe: Recipe) -> bool:

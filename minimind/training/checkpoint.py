@@ -42,6 +42,7 @@ _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _MANIFEST = "manifest.json"
 _TMP_PREFIX = ".tmp-"
 _DAMAGED_PREFIX = ".damaged-"
+DECAYED_PREFIX = ".decayed-"  # of checkpoints that an extended run has left behind
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -237,7 +238,7 @@ class CheckpointInfo:
 
     step: int
     path: Path
-    saved: datetime
+    saved: datetime | None  # None if the system cannot read it
     bytes: int
     state: dict[str, Any]  # empty if there is an error
     error: str  # empty if the checkpoint is valid
@@ -251,7 +252,7 @@ def inspect_checkpoints(run: Path, *, verify_hashes: bool) -> list[CheckpointInf
     """
     infos = []
     for path in reversed(checkpoint_paths(run)):
-        error_text, size, state, unknown = "", 0, {}, []
+        error_text, saved, size, state, unknown = "", None, 0, {}, []
         try:
             saved = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
             if path.is_dir():
@@ -271,6 +272,11 @@ def inspect_checkpoints(run: Path, *, verify_hashes: bool) -> list[CheckpointInf
 def damaged_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints that were set aside as damaged."""
     return sorted(checkpoints_folder(run).glob(f"{_DAMAGED_PREFIX}step-*"))
+
+
+def decayed_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints that were set aside when the run was extended."""
+    return sorted(checkpoints_folder(run).glob(f"{DECAYED_PREFIX}step-*"))
 
 
 def newest_state(run: Path) -> dict[str, Any] | None:

@@ -1,9 +1,10 @@
 """Extend a run: continue it for more steps than it was planned for.
 
 Under the WSD schedule (warmup, stable, decay) the learning rate is constant until the final decay.
-Until the end of the stable phase, a longer run is identical to a shorter one. Extending a run from
-the checkpoint there is bit-identical to planning more steps at the start. The model of the
-shorter run is the decayed branch (Hu et al. 2024, MiniCPM, section 4).
+A run is extended from the checkpoint at the end of the stable phase; the model of the shorter run
+is the decayed branch (Hu et al. 2024, MiniCPM, section 4). Without warmup, the extended run is
+bit-identical to one that was planned with more steps. `schedule.warmup` is a fraction of the steps,
+so that with warmup a longer run would have warmed up for more steps.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,15 @@ from pathlib import Path
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe, ScheduleSettings
 from minimind.errors import CheckpointError
-from minimind.training.checkpoint import CheckpointInfo, inspect_checkpoints, set_aside
+from minimind.training.checkpoint import (
+    DECAYED_PREFIX,
+    CheckpointInfo,
+    inspect_checkpoints,
+    set_aside,
+)
 from minimind.training.reporter import pluralize
 from minimind.training.run import RECIPE_FILE, SUMMARY_FILE, other_recipe_error
 from minimind.training.schedule import lr_fraction
-
-_DECAYED_PREFIX = ".decayed-"
 
 
 @cache
@@ -68,7 +72,7 @@ def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | Non
         later,
         f"{run}: {num_steps:,} steps instead of {planned:,}, continued from step {start.step:,}, "
         f"where the learning rate goes from {before:.3g} to {after:.3g} of its peak"
-        + f"; later checkpoints are renamed to {_DECAYED_PREFIX}step-…"
+        + f"; later checkpoints are renamed to {DECAYED_PREFIX}step-…"
         * bool(later),
     )
 
@@ -80,4 +84,4 @@ def extend_run(run: Path, extension: Extension) -> None:
     """
     (run / SUMMARY_FILE).unlink(missing_ok=True)
     for info in extension.later:
-        set_aside(info.path, _DECAYED_PREFIX)
+        set_aside(info.path, DECAYED_PREFIX)

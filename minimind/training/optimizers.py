@@ -11,6 +11,7 @@ hidden layers in neural networks", kellerjordan.github.io/posts/muon (Muon); Ams
 Polar Express" (polynomials that differ between iterations).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ _POLYNOMIALS = (
     (2.1965, -1.5738, 0.4086),
 )
 _GRAM_ASPECT_RATIO = 1.5  # columns / rows above which iterating on the Gram matrix is cheaper
+_FLUSHED_SCALE = 1e15  # of matrices whose elements have squares below 1e-38, flushed to 0
 _SYMMETRIC_BLOCK = 128  # rows of a symmetric product that are computed together
 _CHUNK_NUMEL = 1 << 22  # elements orthogonalised together; the iteration holds four copies of them
 STATE_MISMATCH = "the optimizer's state belongs to another model or optimizer"
@@ -147,7 +149,9 @@ def _scaled_to_one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gram /= squares  # first, because s⁸ of a small gradient is no float32
     gram_squared = _symmetric_product(gram, gram)
     bound = gram_squared.norm(dim=(-2, -1), keepdim=True).sqrt_().clamp_(min=1e-10)
-    return x * (squares * bound).rsqrt_(), gram.div_(bound), gram_squared.div_(bound.square())
+    # For a zero matrix the product is 1e-40, which a device without subnormal numbers turns into 0.
+    scale = (squares * bound).rsqrt_().nan_to_num_(nan=math.nan, posinf=_FLUSHED_SCALE)
+    return x * scale, gram.div_(bound), gram_squared.div_(bound.square())
 
 
 def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:

@@ -42,8 +42,12 @@ class LossScaler:
         return vars(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.scale, self.good_steps = state["scale"], state["good_steps"]
+        """Restore what `state_dict` returned, if both runs scale the loss.
+
+        A run may resume on another kind of device, in another precision.
+        """
+        if self.enabled and state["enabled"]:
+            self.scale, self.good_steps = state["scale"], state["good_steps"]
 
 
 @dataclass

@@ -107,6 +107,22 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     return all(role_of(key) is Role.OPERATION for key in changes)
 
 
+def check_is_run(run: Path, fresh: bool) -> None:
+    """Raise ConfigError for a directory with results but no recipe, such as that of a demo.
+
+    Its checkpoints cannot be matched with a recipe, and its model may be that of all stages or one
+    that no run has made. fresh: `remove_run` would remove more than training replaces.
+    """
+    if (run / RECIPE_FILE).is_file():
+        return
+    folders = [folder for folder in _removed_folders(run) if folder.is_dir()]
+    if folders and (fresh or has_begun(run)):
+        raise ConfigError(
+            f"{folders[0]} exists, but {run} has no {RECIPE_FILE}: no training run has made it, or "
+            "its recipe was removed. Choose another --out"
+        )
+
+
 def check_removable(run: Path, recipe: Recipe) -> None:
     """Raise ConfigError if `remove_run` would remove a model or tokenizer that the stage needs."""
     for needed in (recipe.model.init, recipe.tokenizer):
@@ -117,6 +133,12 @@ def check_removable(run: Path, recipe: Recipe) -> None:
             )
 
 
+def _removed_folders(run: Path) -> list[Path]:
+    """List the folders that `remove_run` removes."""
+    names = ("model", "adapter", "tensorboard", "report-plots", TOKENIZER_COPY)
+    return [*(run / name for name in names), checkpoints_folder(run)]
+
+
 def remove_run(run: Path) -> None:
     """Remove the files of an earlier run from its directory and leave all others."""
     # Summary first, recipe last: after an interruption, the remaining files are neither taken for
@@ -125,8 +147,7 @@ def remove_run(run: Path) -> None:
     reports = ("report.html", "report.md", "metrics.jsonl")
     for name in (SUMMARY_FILE, *reports, "reference.safetensors", *tracker_ids):
         (run / name).unlink(missing_ok=True)
-    folders = ("model", "adapter", "tensorboard", "report-plots", TOKENIZER_COPY)
-    for folder in (*(run / name for name in folders), checkpoints_folder(run)):
+    for folder in _removed_folders(run):
         if folder.exists():
             shutil.rmtree(folder)
     (run / RECIPE_FILE).unlink(missing_ok=True)
@@ -138,10 +159,9 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     The run directory itself may have moved. Raises ConfigError if a setting that identifies the run
     differs. The number of steps may differ: `extend.py` decides whether the run can be extended.
     """
-    path = run / RECIPE_FILE
-    if not (path.is_file() and has_begun(run)):
+    if not has_begun(run):
         return {}
-    recorded = load_recipe(path).recipe.model_copy(update={"out": recipe.out})
+    recorded = load_recipe(run / RECIPE_FILE).recipe.model_copy(update={"out": recipe.out})
     changes = difference(recorded, recipe)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
     if "objective" in identity:  # the other changes follow from it

@@ -23,6 +23,7 @@ from minimind.training.build import (
     build_footprint,
     build_objective,
     build_tokenizer_and_model,
+    check_backend_installed,
     check_base,
     count_parameters,
 )
@@ -52,6 +53,7 @@ from minimind.training.run import (
     SUMMARY_FILE,
     TOKENIZER_COPY,
     changes_num_steps,
+    check_is_run,
     check_removable,
     checkpoint_paths,
     finished_summary,
@@ -175,6 +177,7 @@ def _prepare_start(
         summary = None
         if group.is_main:
             stack.enter_context(claim_directory(run))
+            check_is_run(run, fresh)
             if fresh:
                 check_removable(run, recipe)
             else:
@@ -203,6 +206,8 @@ def _prepare_start(
         extension = None
         if changes_num_steps(changes):
             extension = plan_extension(run, recipe, stage.trainer.num_steps)
+        if recipe.training.micro_batch_size not in (None, sizes.train):
+            changes.pop("training.micro_batch_size", None)  # without effect, as just reported
         if operation := [changes[key] for key in changes if role_of(key) is Role.OPERATION]:
             reporter.say(f"changed since {run} began: {'; '.join(operation)}")
         yield _Start(run, reporter, fresh, None, stage, extension)
@@ -248,6 +253,7 @@ def prepare_stage(
     the model, and CheckpointError if the run there began with other data.
     """
     run = run_directory(recipe)
+    check_backend_installed(recipe)
     if group.is_main:
         check_trackers(recipe.training.trackers)
     device = local_device(recipe.device, group)
@@ -273,6 +279,8 @@ def prepare_stage(
             f"micro-batch size {micro_batch} instead of {saved}: "
             f"no more sequences fit into the memory that is free on {device}"
         )
+    elif saved and requested and micro_batch < requested:
+        reporter.say(f"micro-batch size {micro_batch}, that of the checkpoint, is kept")
     stores = open_stores(recipe, tokenizer, reporter)
     sha256 = data_sha256(stores)
     if state:

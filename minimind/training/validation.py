@@ -81,8 +81,9 @@ def selection_metric(metrics: dict[str, float]) -> str:
 
 
 def is_better(metrics: dict[str, float], best: dict[str, Any]) -> bool:
-    """True if validation metrics are finite and better than the best so far."""
-    if not metrics:
-        return False
-    value = metrics[selection_metric(metrics)]
+    """True if validation metrics are finite and better than the best so far.
+
+    False without metrics on held-out data: those on a retention set do not select a checkpoint.
+    """
+    value = metrics.get(selection_metric(metrics), math.nan)
     return math.isfinite(value) and (not best or value < best["value"])

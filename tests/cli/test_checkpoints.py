@@ -57,6 +57,15 @@ def test_list_shows_step_size_validation_best_and_newest(here: Path, verb: str) 
     assert "bits per byte 1.25" in done.output
 
 
+def test_a_checkpoint_with_a_retention_set_alone_is_listed(here: Path) -> None:
+    state = {"validated_step": 40, "validation": {"retention_loss": 2.5}, "best": {}}
+    numbers = {"weight": torch.arange(5)}
+    save_checkpoint(here, 40, model=numbers, optimizer=numbers, state=state, keep=9)
+    done, found = metrics("list", here)
+    assert done.exit_code == 0, done.output
+    assert (found[40]["validation"], found[40]["trouble"]) == ({}, "")
+
+
 def test_only_verify_finds_a_flipped_bit(here: Path) -> None:
     weights = here / "checkpoints" / "step-00000020" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -92,17 +101,29 @@ def test_list_finds_missing_and_truncated_files(here: Path, verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["list", "verify"])
+def test_a_checkpoint_that_cannot_be_read_is_listed(here: Path, verb: str) -> None:
+    path = here / "checkpoints" / "step-00000040"
+    path.symlink_to(path.name)  # a loop
+    done, found = metrics(verb, here)
+    assert done.exit_code == (1 if verb == "verify" else 0), done.output
+    assert (found[40]["saved"], found[40]["bytes"]) == (None, 0)
+    assert "symbolic links" in found[40]["trouble"] and not found[30]["trouble"]
+
+
+@pytest.mark.parametrize("verb", ["list", "verify"])
 def test_unknown_files_are_named_but_are_not_damage(here: Path, verb: str) -> None:
     home = here / "checkpoints"
     (home / "step-00000010" / ".DS_Store").touch()
     (home / "step-00000020" / "more.json").touch()
-    (home / ".damaged-step-00000015").mkdir()
+    for name in (".damaged-step-00000015", ".decayed-step-00000040", ".decayed-step-00000040-2"):
+        (home / name).mkdir()
     done, found = metrics(verb, here)
     assert done.exit_code == 0
     assert [one["trouble"] for one in found.values()] == ["", "", "", ""]
     output = " ".join(done.output.split())
     assert "step-00000020: not part of a checkpoint: more.json" in output
     assert "damaged checkpoints, quarantined in run/checkpoints: .damaged-step-00000015" in output
+    assert "may be deleted: .decayed-step-00000040, .decayed-step-00000040-2" in output
     assert ".DS_Store" not in output
 
 
@@ -117,6 +138,8 @@ def test_extract_names_the_available_steps(here: Path) -> None:
     assert done.stderr == (
         "error: run: there is no checkpoint of step 20, which was the best; available: 10, 25, 30\n"
     )
+    done = run("extract", here, "--out", ".")
+    assert done.stderr.startswith("error: . is the current folder, which cannot be replaced")
     done = run("extract", "nowhere", "--out", "out")
     assert done.stderr.startswith("error: nowhere has no checkpoints; give a run directory")
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minimind.cli.steps import finished_summary, timed
+from minimind.cli.steps import finished_summary, timed, train_stage
 from minimind.errors import UsageError
+from tests.support.small_runs import nano_recipe
+from tests.support.stages import write_corpus
 
 
 def test_total_time_includes_earlier_sessions(tmp_path: Path) -> None:
@@ -38,3 +40,15 @@ def test_summary_of_an_older_version_is_refused(tmp_path: Path) -> None:
         finished_summary(tmp_path, "demo")
     summary.write_text(json.dumps({"quiz": {}, "questions": []}), encoding="utf-8")
     assert finished_summary(tmp_path, "demo") == {"quiz": {}, "questions": []}
+
+
+def test_a_stage_without_held_out_data_is_trained(tmp_path: Path, tokenizer_dir: Path) -> None:
+    settings = {
+        "data__sources": [str(write_corpus(tmp_path) / "text.jsonl")],
+        "data__store": str(tmp_path / "stores"),
+        "data__validation_fraction": 0.0,
+        "tokenizer": str(tokenizer_dir),
+        "training__steps": 1,
+    }
+    result = train_stage(nano_recipe("pretrain", tmp_path / "run", **settings), None)
+    assert result.finished and "bits_per_byte" not in result.summary

@@ -14,11 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
-from minimind.cli.sweep import describe_failures
+from minimind.cli.sweep import _finish, describe_failures
 from minimind.errors import UsageError
-from minimind.planning.sweep import device_settings
+from minimind.planning.sweep import Outcomes, device_settings
 from tests.support.commands import fast_executable, fast_python
 from tests.support.plots import draw_equal_plots_once
+from tests.support.run_folders import write_run
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 NANO = (
@@ -116,6 +117,18 @@ def test_a_sweep_with_only_invalid_variants_is_an_error(folder: Path) -> None:
     output = run(folder, *NANO, "optim.lrr=1,2", status=1)
     assert output.startswith("error: all 2 runs: ")
     assert output.count("did you mean optim.lr?") == 1
+
+
+def test_the_table_has_the_metrics_of_variants_named_as_their_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a sweep of fine-tuning that starts from a run of a sweep of pretraining."""
+    draw_equal_plots_once(monkeypatch)
+    base = write_run(tmp_path / "pretrain" / "seed=1")
+    write_run(tmp_path / "sft" / "seed=1", init=f"{base}", objective="sft", loss=1.625)
+    outcomes = Outcomes(["seed=1"])
+    _finish(tmp_path / "sft", {"seed=1": {"seed": 1}}, outcomes, None)
+    assert "1.625" in capsys.readouterr().out
 
 
 def test_errors_that_runs_have_in_common_are_reported_once() -> None:

@@ -110,6 +110,15 @@ def test_in_a_mixture_of_experts_the_shared_experts_are_adapted(
     }
 
 
+@pytest.mark.parametrize("targets", [["mlp"], ["attention", "mlp"]])
+def test_a_group_without_modules_is_refused(
+    random_model: Callable[..., Transformer], targets: list[str]
+) -> None:
+    model = random_model("nano-moe", shared_intermediate_size=0)
+    with pytest.raises(ConfigError, match=r"has no 'mlp'; available: .*, attention, all$"):
+        apply_lora(model, LoRASettings(targets=targets))
+
+
 @pytest.mark.numeric
 def test_an_unknown_target_is_refused_with_a_suggestion(
     random_model: Callable[..., Transformer],

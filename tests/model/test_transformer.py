@@ -52,19 +52,6 @@ def test_decoding_with_a_cache_gives_the_same_hidden_states(
     assert cache.length == 40
 
 
-@torch.inference_mode()
-def test_a_cache_can_keep_a_subset_of_its_sequences(
-    random_model: Callable[..., Transformer],
-) -> None:
-    model = random_model("nano")
-    tokens = torch.randint(600, (3, 20))
-    cache = KVCache(model.config, 3, 20, device=tokens.device, dtype=torch.float32)
-    model(tokens[:, :12], cache=cache)
-    cache.keep(torch.tensor([2, 0]))
-    rest = model(tokens[[2, 0], 12:], cache=cache)
-    torch.testing.assert_close(rest, model(tokens)[[2, 0], 12:], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 @pytest.mark.parametrize("training", [False, True])
 def test_conversations_in_a_packed_sequence_do_not_attend_to_each_other(

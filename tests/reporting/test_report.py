@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -314,6 +315,42 @@ def test_several_runs_share_their_axes(tmp_path: Path) -> None:
     assert report.metrics["problems"] == ["n4: killed by SIGKILL"] and report.complete
 
 
+def test_runs_with_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    roads = [tmp_path / name for name in ("a/road", "b/road", "c/other")]
+    for road in roads:
+        write_run(road / "pretrain")
+        write_run(road / "sft", init=f"{road}/pretrain", objective="sft")
+    names = [
+        f"{parent}/{stage}" for parent in ("a/road", "b/road") for stage in ("pretrain", "sft")
+    ]
+    assert list(make_report(roads[:2]).metrics["runs"]) == names
+    names += ["c/other/pretrain", "c/other/sft"]
+    assert list(make_report(roads).metrics["runs"]) == names
+    assert list(make_report(roads[1:2]).metrics["runs"]) == ["pretrain", "sft"]
+
+
+def test_two_sweeps_may_have_variants_of_the_same_names(tmp_path: Path) -> None:
+    for sweep, setting in (("first", "optim.lr"), ("second", "seed")):
+        for number in range(2):
+            write_run(tmp_path / sweep / f"n{number}", loss=2.0 + number)
+        contents = {"settings": {f"n{number}": {setting: number} for number in range(2)}}
+        contents["failed"] = {"n2": f"the reason of the {sweep}"}
+        (tmp_path / sweep / "sweep.json").write_text(json.dumps(contents))
+    write_run(tmp_path / "second" / "n2")  # finished later
+    report = make_report([tmp_path / "first", tmp_path / "second"])
+    [section] = (each for each in report.page.sections if each.title == "By setting: pretrain")
+    _, table = section.blocks
+    assert table.head == ["run", "optim.lr", "seed", "loss"]
+    assert [row[:3] for row in table.rows] == [
+        ["first/n0", "0", "–"],
+        ["first/n1", "1", "–"],
+        ["second/n0", "–", "0"],
+        ["second/n1", "–", "1"],
+        ["n2", "–", "–"],
+    ]
+    assert report.metrics["problems"] == ["n2: the reason of the first"]
+
+
 def test_runs_of_the_same_size_get_no_fit(tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / "runs" / name)
@@ -335,6 +372,27 @@ def test_benchmark_results_are_read_from_the_run_and_from_other_folders(tmp_path
         assert fragment in text, fragment
     separate = make_report([tmp_path / "apart"])
     assert [section.title for section in separate.page.sections] == ["Benchmarks"]
+
+
+def test_a_run_is_read_while_it_removes_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    step = run / "checkpoints" / "step-00000007"
+    step.mkdir(parents=True)
+    (step / "state.json").symlink_to("gone")
+    removed = run / "checkpoints" / ".tmp-step-00000006"
+    removed.mkdir()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if "tmp-step" in str(path):
+            removed.rename(tmp_path / "removed")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(make_report([run]).metrics["runs"]) == ["run"]
+    assert not removed.exists()
 
 
 def test_damaged_files_are_reported_and_the_rest_is_rendered(tmp_path: Path) -> None:

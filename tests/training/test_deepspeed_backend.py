@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minimind.config import load_recipe
+from minimind.config.settings import Recipe
 from minimind.errors import ConfigError, install_line
-from minimind.training.build import check_recipe
+from minimind.training.build import check_backend_installed, check_recipe
 from minimind.training.deepspeed_backend import _without_future_warnings
 from tests.support.small_runs import (
     ForkServer,
@@ -35,14 +36,9 @@ def zero(stage: int) -> dict[str, Any]:
     return ADAMW | {"training__backend": "deepspeed", "training__zero_stage": stage}
 
 
-def config_error(monkeypatch: pytest.MonkeyPatch, installed: bool = True, **settings: Any) -> str:
-    monkeypatch.setattr(
-        "minimind.training.build.find_spec", lambda name: object() if installed else None
-    )
+def deepspeed_recipe(**settings: Any) -> Recipe:
     flags = {"objective": "pretrain", "training.backend": "deepspeed", "optim.name": "adamw"}
-    with pytest.raises(ConfigError) as caught:
-        check_recipe(load_recipe(None, flags=flags | settings).recipe)
-    return str(caught.value)
+    return load_recipe(None, flags=flags | settings).recipe
 
 
 def test_warnings_are_silenced_only_inside_the_context() -> None:
@@ -54,10 +50,20 @@ def test_warnings_are_silenced_only_inside_the_context() -> None:
     assert warnings.filters == before
 
 
-def test_unsupported_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert install_line("deepspeed") in config_error(monkeypatch, installed=False)
-    assert 'optim.name = "adamw"' in config_error(monkeypatch, **{"optim.name": "muon"})
-    assert "training.compile" in config_error(monkeypatch, **{"training.compile": True})
+def test_unsupported_settings_are_errors() -> None:
+    with pytest.raises(ConfigError, match=r'optim\.name = "adamw"'):
+        check_recipe(deepspeed_recipe(**{"optim.name": "muon"}))
+    with pytest.raises(ConfigError, match=r"training\.compile"):
+        check_recipe(deepspeed_recipe(**{"training.compile": True}))
+
+
+def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minimind.training.build.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        check_backend_installed(deepspeed_recipe())
+    assert install_line("deepspeed") in str(caught.value)
+    monkeypatch.setattr("minimind.training.build.find_spec", lambda name: object())
+    check_backend_installed(deepspeed_recipe())
 
 
 class TestZero:

@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from minimind.errors import CheckpointError, ModelError
+from minimind.errors import CheckpointError, UsageError
 from minimind.training.extract import extract_checkpoint
+from minimind.training.run import write_recipe
 from tests.support.small_runs import lora_settings
 from tests.support.stages import MakeRecipe, train
 
@@ -38,7 +39,7 @@ def test_a_checkpoint_is_extracted_as_a_model_or_an_adapter(
     before = files_in(out)
     recipe_file = again / "recipe.toml"
     for existing in (out, output, recipe_file):
-        with pytest.raises(ModelError, match=r"already exists .* another --out, or remove it"):
+        with pytest.raises(UsageError, match=r"already exists .* another --out, or move it"):
             extract_checkpoint(again, 5, existing)
     assert files_in(out) == before and recipe_file.is_file()
     out = tmp_path / "empty"
@@ -65,3 +66,15 @@ def test_a_missing_or_damaged_checkpoint_is_not_extracted(
     with pytest.raises(CheckpointError, match=r"step-00000005 is damaged: .*model.safetensors"):
         extract_checkpoint(run, 5, out)
     assert not out.exists()
+
+
+def test_a_checkpoint_is_extracted_without_the_backend_that_wrote_it(
+    recipe: MakeRecipe, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = recipe(optim__name="adamw")
+    train(begun)
+    training = begun.training.model_copy(update={"backend": "deepspeed"})
+    write_recipe(run, begun.model_copy(update={"training": training}))
+    monkeypatch.setattr("minimind.training.build.find_spec", lambda name: None)
+    assert extract_checkpoint(run, 5, tmp_path / "out") == 5
+    assert "model.safetensors" in files_in(tmp_path / "out")

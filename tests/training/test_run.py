@@ -50,6 +50,21 @@ def test_a_run_has_begun_when_there_is_something_to_resume_or_to_lose(
         assert recipe_changes(run, other) == {}
 
 
+@pytest.mark.parametrize("path", ["checkpoints/step-00000007", "model", "adapter"])
+def test_a_folder_without_a_recipe_is_no_run(recipe: MakeRecipe, run: Path, path: str) -> None:
+    """Such as out/demo, which has a model and the summary of all stages."""
+    (run / path).mkdir(parents=True)
+    (run / path / "weights").touch()
+    (run / "summary.json").write_text('{"questions": []}')
+    for fresh in (False, True):
+        assert refused(recipe(), ConfigError, fresh=fresh) == (
+            f"{(run / path).parent if 'step' in path else run / path} exists, but {run} has no "
+            "recipe.toml: no training run has made it, or its recipe was removed. Choose another "
+            "--out"
+        )
+    assert (run / path / "weights").is_file() and (run / "summary.json").is_file()
+
+
 def test_a_run_is_finished_when_its_summary_and_its_model_exist(
     recipe: MakeRecipe, run: Path
 ) -> None:
@@ -166,18 +181,32 @@ def test_changed_operation_settings_do_not_touch_a_finished_run(
 # On resume the micro-batch size is the smallest of saved, requested and fitting.
 
 
+KEPT = "micro-batch size 2, that of the checkpoint, is kept"
+TOO_LARGE = "micro-batch size 1 instead of 2: no more sequences fit"
+CHANGED = "changed since "
+
+
 @pytest.mark.parametrize(
     ("requested", "fits", "chosen", "reported"),
-    [(2, 4, 2, False), (4, 4, 2, False), (1, 4, 1, False), (2, 1, 1, True), (None, 1, 1, True)],
+    [
+        (2, 4, 2, []),
+        (4, 4, 2, [KEPT]),
+        (1, 4, 1, [CHANGED]),
+        (2, 1, 1, [TOO_LARGE]),
+        (4, 1, 1, [TOO_LARGE]),
+        (None, 4, 2, [CHANGED]),
+        (None, 1, 1, [TOO_LARGE, CHANGED]),
+    ],
 )
 def test_the_micro_batch_size_on_resume(
     recipe: MakeRecipe,
+    run: Path,
     stopped: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     requested: int | None,
     fits: int,
     chosen: int,
-    reported: bool,
+    reported: list[str],
 ) -> None:
     again = recipe(**stopped | {"training__micro_batch_size": requested})
     prepared = prepare_stage(again, reporter=RecordingReporter())
@@ -186,7 +215,9 @@ def test_the_micro_batch_size_on_resume(
     needed = build_footprint(again, prepared.trainer.model, prepared.trainer.device).total(fits)
     monkeypatch.setattr(stage_module, "free_bytes", lambda device: needed)
     reporter = RecordingReporter()
-    trainer = prepare_stage(again, reporter=reporter).trainer
-    assert trainer.batch_sizes.train == chosen
-    assert any("micro-batch size 1 instead of 2: no more" in x for x in reporter.lines) == reported
-    assert train(again).summary["steps"] == 10
+    assert train(again, reporter).summary["steps"] == 10
+    state = newest_state(run)
+    assert state and state["micro_batch"] == chosen
+    lines = [line for line in reporter.lines if "micro" in line]
+    assert [start for start in (KEPT, TOO_LARGE, CHANGED) for x in lines if start in x] == reported
+    assert len(lines) == len(reported)

@@ -190,6 +190,23 @@ def test_fp16_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert checkpoint_files(run, 50) == checkpoint_files(uninterrupted.run, 50)
 
 
+def test_resuming_without_fp16_halts_after_three_skipped_steps(tmp_path: Path) -> None:
+    """And resuming with fp16 starts from its own loss scale. `device` may change on resume."""
+    fp16 = fp16_trainer(tmp_path / "fp16", 9, StoppingReporter(4), scale=4.0)
+    assert fp16.train().steps == 4
+    fp32 = nano_trainer(fp16.run, training__steps=9, optim__lr=3e-3)
+    fp32.objective = Corrupted(fp32.objective, CORRUPTIONS["loss-nan"], {*range(1, 99)})
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* up to step 7"):
+        fp32.train()
+    assert fp32.precision.scaler == LossScaler()
+
+    fp32 = nano_trainer(tmp_path / "fp32", training__steps=9, reporter=StoppingReporter(4))
+    assert fp32.train().steps == 4
+    fp16 = fp16_trainer(fp32.run, 9, scale=2.0**12)
+    assert fp16.train().finished
+    assert fp16.precision.scaler == LossScaler(2.0**12, enabled=True, good_steps=5)
+
+
 # No supervised tokens.
 
 

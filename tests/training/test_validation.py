@@ -13,6 +13,7 @@ from minimind.inference.generate import generate_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
+from minimind.training.validation import EvalSet
 from tests.support.objectives import Corrupted, PresetValidation
 from tests.support.small_runs import (
     StoppingReporter,
@@ -57,6 +58,15 @@ def test_without_held_out_data_there_is_no_validation(tmp_path: Path) -> None:
     result = nano_trainer(tmp_path, validation__every=2).train()
     assert result.validation == {}
     assert metrics(tmp_path, "validation") == []
+
+
+def test_a_retention_set_alone_selects_no_best_checkpoint(tmp_path: Path) -> None:
+    trainer = nano_trainer(tmp_path, validation__every=10)
+    trainer.retention = EvalSet(trainer.objective, [trainer.data])
+    result = trainer.train()
+    assert result.validation.keys() == {"retention_loss", "retention_bits_per_byte"}
+    assert (result.finished, result.best) == (True, {})
+    assert [line["step"] for line in metrics(tmp_path, "validation")] == [10, 20]
 
 
 def test_stop_during_validation_does_not_wait_for_its_end(tmp_path: Path) -> None:
