@@ -157,7 +157,7 @@ def bits_per_byte(model: Path, args: argparse.Namespace) -> float:
     call([*_PROGRAM, "eval", str(model), "--task", task, "--context", str(_SEQ_LEN),
           "--out", str(args.out / "eval"), "--json", str(path)])  # fmt: skip
     results = json.loads(path.read_text("utf-8"))["models"]
-    result: float = results[model.name]["bpb"]["bits_per_byte"]
+    result: float = results[model.name][task]["bits_per_byte"]
     return result
 
 

@@ -10,7 +10,7 @@ from minimind.config import Recipe, dump_recipe, load_recipe
 from minimind.config.model import RopeKind
 from minimind.errors import UsageError
 from minimind.evaluation.bits_per_byte import measure_texts
-from minimind.evaluation.catalogue import make_task
+from minimind.evaluation.catalogue import check_data, make_task
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.scoring import Row
 from minimind.inference.defaults import read_generation_defaults
@@ -296,8 +296,9 @@ def evaluate(
     or files with the questions. limit: evaluate an evenly spaced subset of this many questions.
     Writes no files; `minimind eval` also saves every answer. Raises UsageError and DataError.
     """
-    local = LocalModel(Path(model), device, adapter=None if adapter is None else Path(adapter))
     names = [tasks] if isinstance(tasks, str) else tasks
+    check_data(names, data)
+    local = LocalModel(Path(model), device, adapter=None if adapter is None else Path(adapter))
     metrics: dict[str, dict[str, Any]] = {}
     for name in names:
         task = make_task(name, data=data, limit=limit)

@@ -33,8 +33,13 @@ def format_number(value: object) -> str:
     return str(value)
 
 
-def format_size(num_bytes: float) -> str:
-    """Format the size of a file: 950 bytes, 12.3 kB, 4.5 MB, 1.25 GB (1 kB = 1,000 bytes)."""
+def format_size(num_bytes: float | None) -> str:
+    """Format the size of a file: 950 bytes, 12.3 kB, 4.5 MB, 1.25 GB (1 kB = 1,000 bytes).
+
+    None is an unknown size.
+    """
+    if num_bytes is None:
+        return "unknown"
     if num_bytes < 1000:
         return f"{num_bytes:.0f} byte" + "s" * (num_bytes != 1)
     if num_bytes < 1e6:

@@ -12,6 +12,7 @@ from minimind.cli.demo_results import ADAPTER_IDENTITY, evaluate_demo, show_resu
 from minimind.cli.options import Device
 from minimind.cli.steps import (
     Step,
+    check_results,
     copy_final_model,
     finished_summary,
     new_directory,
@@ -78,8 +79,10 @@ def demo(
     if preset == "moe" and on_cpu:  # 113 million parameters would take days
         preset = "demo-moe"
     recipes = stage_recipes(preset, str(chosen), out)
+    folders = ("corpus", "stores", *_STAGES)
+    check_results(out, folders, fresh=fresh)
     if fresh:
-        remove_results(out, ("corpus", "stores", *_STAGES))
+        remove_results(out, folders)
     out.mkdir(parents=True, exist_ok=True)
     with timed(out) as total_seconds:
         summary = _run_steps(out, recipes, total_seconds)

@@ -50,7 +50,7 @@ def get_datasets(
     rows = [
         [
             each.published.name,
-            format_size(each.file.size),
+            console.format_size(each.file.size),
             each.published.licence,
             f"{each.repository.host}/{each.repository.id} at {each.repository.branch[:12]}",
         ]
@@ -86,7 +86,7 @@ def total_size(files: "Iterable[HubFile]") -> int | None:
 
 def confirm(num_bytes: int | None, folder: Path, yes: bool) -> None:
     """Ask whether to download; raise typer.Exit if the answer is no."""
-    question = f"Download {format_size(num_bytes)} to {folder}?"
+    question = f"Download {console.format_size(num_bytes)} to {folder}?"
     if num_bytes is None:
         question = f"Download a file of unknown size to {folder}?"
     if not yes and not typer.confirm(question, default=True):
@@ -113,8 +113,8 @@ def progress_bar(name: str, target: Path) -> Iterator[Callable[[int, int | None]
         except KeyboardInterrupt:
             bar.stop()
             console.say(
-                f"{name}: {format_size(done)} are kept in {target.parent}; the same command "
-                "continues the download"
+                f"{name}: {console.format_size(done)} are kept in {target.parent}; the same "
+                "command continues the download"
             )
             raise
 
@@ -125,17 +125,5 @@ def _describe(published: "Published") -> str:
 
 def describe_size(published: "Published") -> str:
     """Return the size that the registry records: exact, rounded or unknown."""
-    size = published.file.bytes
-    if size is None:
-        return "unknown"
-    return f"{'about ' if published.file.rounded else ''}{format_size(size)}"
-
-
-def format_size(num_bytes: int | None) -> str:
-    """Format 1,241,043,656 bytes as 1.24 GB."""
-    if num_bytes is None:
-        return "unknown"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
-    return f"{num_bytes} bytes"
+    file = published.file
+    return f"{'about ' if file.rounded and file.bytes else ''}{console.format_size(file.bytes)}"

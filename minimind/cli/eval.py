@@ -77,9 +77,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate models: bits per byte, benchmarks, contamination."""
-    if adapter and len(models) > 1:
-        raise UsageError("--adapter applies to a single model; give one MODEL")
     names = list(dict.fromkeys(task))
+    _check_options(names, models, data or [], adapter, context)
     ensure_downloaded(task_datasets(names, data or [], contamination or []), yes)
     evaluation = _Benchmarks(out, fresh, json, device, limit)
     tasks = evaluation.read_tasks(
@@ -99,6 +98,26 @@ def evaluate(
         raise typer.Exit(1)
 
 
+def _check_options(
+    tasks: Sequence[str],
+    models: Sequence[str],
+    data: Sequence[str],
+    adapter: Path | None,
+    context: int | None,
+) -> None:
+    """Raise UsageError for options that contradict each other."""
+    from minimind.evaluation.catalogue import check_data
+
+    if adapter and len(models) > 1:
+        raise UsageError("--adapter applies to a single model; give one MODEL")
+    if context is not None and (harness := [task for task in tasks if task.startswith(HARNESS)]):
+        raise UsageError(
+            f"--context does not apply to {harness[0]}: lm-eval uses the model's own context; "
+            "evaluate this task in a separate command without --context"
+        )
+    check_data(tasks, data)
+
+
 def task_datasets(
     tasks: Sequence[str], data: Sequence[str] = (), contamination: Sequence[str] = ()
 ) -> list[str]:
@@ -116,10 +135,15 @@ class _Benchmarks(Evaluation):
     metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
 
     def read_tasks(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, "Task"]:
-        """Read the data of tasks. Raises UsageError for a wrong name; reports missing data."""
+        """Read the data of tasks. Reports missing data.
+
+        Raises UsageError for a wrong name, and for two tasks whose results have the same file.
+        """
         from minimind.evaluation.catalogue import make_task
+        from minimind.evaluation.runner import file_name
 
         tasks: dict[str, Task] = {}
+        files: dict[str, str] = {}
         for name in names:
             try:
                 tasks[name] = make_task(name, **options)
@@ -127,6 +151,13 @@ class _Benchmarks(Evaluation):
                 raise
             except MinimindError as error:
                 self.fail(name, error)
+                continue
+            other = files.setdefault(file_name(tasks[name].name), name)
+            if other != name:
+                raise UsageError(
+                    f"the results of --task {other} and --task {name} would have the same file "
+                    "name; evaluate them in separate commands, each with its own --out"
+                )
         return tasks
 
     def find_contamination(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.cli import console
-from minimind.cli.downloads import check_terminal, confirm, format_size, progress_bar, total_size
+from minimind.cli.downloads import check_terminal, confirm, progress_bar, total_size
 
 
 def get(
@@ -46,7 +46,7 @@ def get(
     size = total_size(files)
     console.say(
         f"{repository.host}/{repository.id} at {listing.repository.branch[:12]}: "
-        f"{console.pluralize(len(files), 'file')}, {format_size(size)}, "
+        f"{console.pluralize(len(files), 'file')}, {console.format_size(size)}, "
         f"licence: {listing.licence or 'unknown'}"
     )
     confirm(size, target, yes)

@@ -27,9 +27,11 @@ def merge(
     from minimind.inference.load import load_for_inference
     from minimind.model import resolve_model_directory, save_model
     from minimind.model.directory import stored_dtype
+    from minimind.model.saving import check_new_directory
 
     if out.resolve() == resolve_model_directory(model).resolve():
         raise UsageError(f"{out} is the base model of the adapter; choose another --out")
+    check_new_directory(out)
     merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter, dtype=torch.float32)
     save_model(out, merged, tokenizer, dtype=dtype or stored_dtype(resolve_model_directory(model)))
     console.say(f"The merged model is in {out}. Try it: minimind {shell_words('chat', out)}")

@@ -48,7 +48,12 @@ Seed = Annotated[
     typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same text."),
 ]
 Int8 = Annotated[
-    bool, typer.Option("--int8", help="8-bit integer weights on a CPU: half the memory, faster for one answer at a time, less exact.")
+    bool,
+    typer.Option(
+        "--int8",
+        help="8-bit integer weights on a CPU: half the memory, faster for one answer at a time, "
+        "less exact.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Context = Annotated[

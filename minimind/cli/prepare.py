@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -127,17 +128,27 @@ def _read_questions(benchmarks: list[str]) -> dict[str, str]:
 def questions_of(specs: list[str]) -> dict[str, str]:
     """Return the questions of benchmarks NAME:PATH; without PATH they are downloaded already.
 
+    They are named NAME/ID, or NAME:PATH/ID for benchmarks that have names of questions in common.
     Raises UsageError for a name without questions, DataError for missing files.
     """
     from minimind.evaluation.catalogue import make_task
 
-    questions: dict[str, str] = {}
+    texts_of: dict[str, dict[str, str]] = {}
     for spec in specs:
-        texts = make_task(spec).texts()
-        if not texts:
+        texts_of[spec] = make_task(spec).texts()
+        if not texts_of[spec]:
             raise UsageError(f"--decontaminate {spec}: it has no questions; leave it out")
-        questions |= {f"{spec.partition(':')[0]}/{key}": text for key, text in texts.items()}
+    names = Counter((_name(spec), key) for spec, texts in texts_of.items() for key in texts)
+    questions: dict[str, str] = {}
+    for spec, texts in texts_of.items():
+        is_ambiguous = any(names[_name(spec), key] > 1 for key in texts)
+        prefix = spec if is_ambiguous else _name(spec)
+        questions |= {f"{prefix}/{key}": text for key, text in texts.items()}
     return questions
+
+
+def _name(spec: str) -> str:
+    return spec.partition(":")[0]
 
 
 def _show(

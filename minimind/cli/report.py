@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from minimind.cli import console
+from minimind.errors import UsageError
 
 
 def report(
@@ -33,6 +34,11 @@ def report(
     """Report on runs: curves, benchmarks, samples, memory, cost. Several runs share axes."""
     from minimind.reporting.report import make_report
 
+    if out and out.suffix.lower() == ".md":
+        raise UsageError(
+            f"{out} is the name of the Markdown file beside the page; give "
+            f"{out.with_suffix('.html')}"
+        )
     result = make_report(runs, price=price)
     path = out or (runs[0] if len(runs) == 1 else Path("out")) / "report.html"
     result.write(path)

@@ -14,6 +14,7 @@ from minimind.cli.options import Device
 from minimind.cli.road_results import answer_questions, show_results
 from minimind.cli.steps import (
     Step,
+    check_results,
     copy_final_model,
     finished_summary,
     remove_results,
@@ -77,9 +78,10 @@ def road(
     previous = _previous_road(out)
     if previous and not fresh:
         _check_changes(out, previous, settings)
+    names = [*recipes, *(previous.stages if previous else ()), "eval"]
+    check_results(out, names, fresh=fresh)
     _check_inputs(settings, recipes, yes)
     if fresh:
-        names = [*recipes, *(previous.stages if previous else ()), "eval"]
         remove_results(out, names, [_ROAD_FILE])
     elif previous and _answers_change(previous, settings):
         (out / "summary.json").unlink(missing_ok=True)

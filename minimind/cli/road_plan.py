@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from minimind.cli import console
-from minimind.cli.downloads import format_size
 from minimind.cli.eval import task_datasets
 from minimind.cli.plan import duration
 from minimind.cli.steps import planned_tokens, weighted_tokens
@@ -70,7 +69,7 @@ def _rows(step: str, data: Sequence[str], tokens: str = "", time: str = "") -> l
     rows: list[list[object]] = []
     for path in data or [""]:
         licence, size = _facts(path) if path else ("", None)
-        rows.append(["", path, licence, format_size(size) if path else "", "", ""])
+        rows.append(["", path, licence, console.format_size(size) if path else "", "", ""])
     rows[0][0], rows[0][4], rows[0][5] = step, tokens, time
     return rows
 

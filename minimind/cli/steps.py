@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 STAGE_METRICS = ("seconds", "tokens", "tokens_per_second", "bits_per_byte")
 _ESTIMATE_AFTER = 20  # steps of pretraining
 _RESULT_FOLDERS = ("tokenizer", "model", "report-plots")
-_RESULT_FILES = ("summary.json", "time.json", "report.html", "report.md")
+_TIME_FILE = "time.json"  # exists from the first step on
+_RESULT_FILES = ("summary.json", _TIME_FILE, "report.html", "report.md")
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ def run_steps(steps: Sequence[Step]) -> None:
 def timed(out: Path) -> Iterator[Callable[[], float]]:
     """Yield a function that returns the seconds spent on the steps, earlier sessions included.
 
-    `time.json` stores the seconds of earlier sessions and the start time of the running one. A
+    `_TIME_FILE` stores the seconds of earlier sessions and the start time of the running one. A
     session that was killed counts up to the last change of a metrics file.
     """
-    path = out / "time.json"
+    path = out / _TIME_FILE
     stored = json.loads(path.read_text("utf-8")) if path.is_file() else {"seconds": 0.0}
     before = stored["seconds"]
     if (began := stored.get("began")) is not None:
@@ -70,6 +71,21 @@ def timed(out: Path) -> Iterator[Callable[[], float]]:
         yield total
     finally:
         console.write_json(path, {"seconds": total()})
+
+
+def check_results(out: Path, folders: Iterable[str], *, fresh: bool) -> None:
+    """Raise UsageError if an existing folder that would be replaced is not from an earlier run.
+
+    folders: the command's own, by name. fresh: `remove_results` follows. Without it only the final
+    model would be replaced.
+    """
+    names = (*_RESULT_FOLDERS, *folders) if fresh else ("model",)
+    for path in (out / name for name in names):
+        if path.exists() and not (out / _TIME_FILE).is_file():
+            raise UsageError(
+                f"{path} exists, but {out} has no {_TIME_FILE}, so it is not from an earlier run "
+                "of this command. Choose another --out, or move it away first"
+            )
 
 
 def remove_results(out: Path, folders: Iterable[str], files: Iterable[str] = ()) -> None:

@@ -9,7 +9,9 @@ import io
 import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import zstandard
@@ -27,10 +29,36 @@ _MAGIC = {
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
     "zip": re.compile(rb"PK\x03\x04"),
 }
+# Errors of reading a damaged or truncated file; NotImplementedError: an unknown method of a zip.
+DAMAGED = (
+    *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
+    *(zipfile.BadZipFile, NotImplementedError),
+)
 _BUFFER_BYTES = 1 << 20
 # Smaller for compressed files, so that reported progress is not far ahead of the records.
 _COMPRESSED_BUFFER_BYTES = 1 << 16
 _ZSTD_CHUNK_BYTES = 1 << 12  # may decompress to 30,000 times as many
+
+
+@contextmanager
+def as_data_errors(file: Location) -> Iterator[None]:
+    """Convert errors of reading `file` inside the `with` block to DataError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{file}: no permission to read it") from error
+    except DAMAGED as error:
+        compression = COMPRESSIONS.get(file.suffix.lower())
+        what = f"cannot be decompressed as {compression}" if compression else "cannot be read"
+        raise DataError(
+            f"{file}: {what} ({one_line(error)}); the file is damaged or truncated, "
+            "download it again"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks."""
+    return " ".join(str(error).split())
 
 
 class CountedFile(io.RawIOBase):
@@ -74,10 +102,10 @@ def open_decompressed(file: Location, counted: CountedFile) -> io.BufferedReader
     if compression is None:
         return stream
     if compression == "zstd":
-        decompressed: Any = _ChunkStream(_decompress_zstd(stream))
-    elif compression == "zip":
+        return open_zstd(stream)
+    if compression == "zip":
         counted.paused = True
-        decompressed = _open_zip(file, stream)
+        decompressed: Any = _open_zip(file, stream)
         counted.paused = False
     else:
         openers: dict[str, Any] = {"gzip": gzip.open, "xz": lzma.open, "bzip2": bz2.open}
@@ -116,6 +144,11 @@ def _open_zip(file: Location, stream: IO[bytes]) -> IO[bytes]:
         problem = "is encrypted" if len(members) == 1 else f"has {len(members):,} files, not one"
         raise DataError(f"{file}: the archive {problem}; unpack it")
     return archive.open(members[0])
+
+
+def open_zstd(compressed: IO[bytes]) -> io.BufferedReader:
+    """Return the decompressed bytes as a stream. Reading raises EOFError if it is truncated."""
+    return io.BufferedReader(_ChunkStream(_decompress_zstd(compressed)), _BUFFER_BYTES)
 
 
 def _decompress_zstd(compressed: IO[bytes]) -> Iterator[bytes]:

@@ -7,7 +7,8 @@
 A connection that breaks, stalls or is refused by a busy server is continued at the byte where it
 stopped, also by a later call. The SHA-256 of the whole file is compared with that of the registry
 or of the hub, because a damaged file can have the right size. The name of an unfinished file
-contains the beginning of the expected hash, so the parts of two versions are never joined.
+contains the beginning of the expected hash, so the parts of two versions are never joined. A file
+for which no hash is known is continued only within a call.
 """
 
 import hashlib
@@ -231,15 +232,21 @@ def download_file(
 ) -> None:
     """Download a file and verify it; `target` appears only when it is complete.
 
-    Raises HubError if the hub refuses or delivers a wrong file twice, TransientError if the
-    connection fails repeatedly, ResourceError if the disk is too small.
+    A `target` that is another version of the file is replaced. Raises HubError if the hub refuses
+    or delivers a wrong file twice, TransientError if the connection fails repeatedly, ResourceError
+    if the disk is too small.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = (file.sha256 or file.blob_id or "unknown")[:8]
-    part = target.with_name(f"{target.name}.{digest}.part")
+    part = part_of(target, file)
+    has_hash = bool(file.sha256 or file.blob_id)
     with FileLock(target.with_name(f".{target.name}.lock")):
-        if target.is_file():  # another process has downloaded it meanwhile
-            return
+        if target.is_file():  # from an interrupted call, or another process
+            if has_hash and _difference(target, file) is None:
+                return
+            say(f"{target.name} in {target.parent} is of another version; downloading it again")
+            target.unlink()
+        if not has_hash:
+            part.unlink(missing_ok=True)
         _check_disk(part, file)
         for attempt in (1, 2):
             _transfer(repository, file, part, progress, say)
@@ -255,6 +262,12 @@ def download_file(
             say(f"{file.path} is damaged ({difference}); downloading it again")
         fsync(part)
         os.replace(part, target)
+
+
+def part_of(target: Path, file: HubFile) -> Path:
+    """Return the unfinished download of a file."""
+    digest = (file.sha256 or file.blob_id or "unknown")[:8]
+    return target.with_name(f"{target.name}.{digest}.part")
 
 
 def _check_disk(part: Path, file: HubFile) -> None:

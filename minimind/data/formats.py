@@ -10,18 +10,19 @@ import contextlib
 import csv
 import io
 import json
-import lzma
 import re
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
 from typing import IO, Any
 
-import zstandard
-
-from minimind.data.compression import CountedFile, Progress, open_decompressed
+from minimind.data.compression import (
+    CountedFile,
+    Progress,
+    as_data_errors,
+    one_line,
+    open_decompressed,
+)
 from minimind.data.input_files import COMPRESSIONS, SUPPORTED, format_of
 from minimind.data.invalid import CONVERT_TO_UTF_8, NOT_UTF_8, InvalidRecords
 from minimind.data.locations import Location
@@ -36,11 +37,6 @@ _MAX_COMPRESSED_PARQUET = 256 << 20  # bytes, decompressed: Parquet needs random
 _PARQUET_ROWS = 256
 _BOM = "\ufeff"
 
-_DAMAGED = (
-    *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
-    *(zipfile.BadZipFile, NotImplementedError),  # NotImplementedError: a method of compression
-)
-
 Values = Iterator[tuple[int, Any]]
 
 
@@ -53,30 +49,16 @@ def read_values(file: Location, invalid: InvalidRecords, progress: Progress) -> 
     if kind is None:
         raise DataError(f"{file}: unsupported file format; {SUPPORTED}")
     readers = {".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _plain_text}
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    try:
-        with file.open("rb") as raw:
-            counted = CountedFile(raw, progress)
-            stream = open_decompressed(file, counted)
-            if kind == ".parquet":
-                source = raw if compression is None else _in_memory(file, stream)
-                yield from _parquet(file, source, invalid, counted)
-            else:
-                _check_text(file, stream)
-                yield from readers.get(kind, _json_lines)(file, stream, invalid)
-            counted.report(file.stat().st_size)
-    except PermissionError as error:
-        raise DataError(f"{file}: no permission to read it") from error
-    except _DAMAGED as error:
-        what = f"cannot be decompressed as {compression}" if compression else "cannot be read"
-        raise DataError(
-            f"{file}: {what} ({_one_line(error)}); the file is damaged or truncated, "
-            "download it again"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    with as_data_errors(file), file.open("rb") as raw:
+        counted = CountedFile(raw, progress)
+        stream = open_decompressed(file, counted)
+        if kind == ".parquet":
+            source = raw if file.suffix.lower() not in COMPRESSIONS else _in_memory(file, stream)
+            yield from _parquet(file, source, invalid, counted)
+        else:
+            _check_text(file, stream)
+            yield from readers.get(kind, _json_lines)(file, stream, invalid)
+        counted.report(file.stat().st_size)
 
 
 def _check_text(file: Location, stream: io.BufferedReader) -> None:
@@ -163,7 +145,8 @@ def _json_texts(file: Location, stream: IO[bytes], first: bytes) -> Iterator[tup
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     chunks = chain([first], iter(lambda: stream.read(_CHUNK_BYTES), b""))
-    find_end = json.JSONDecoder().raw_decode
+    # `parse_json` checks the numbers: here a long integer must not raise an error.
+    find_end = json.JSONDecoder(parse_int=str).raw_decode
     text, position, line = "", 0, 1
     in_array = closed = False
 
@@ -378,5 +361,5 @@ def _parquet(
                     yield number, row
     except pyarrow.ArrowException as error:
         raise DataError(
-            f"{file}: cannot be read as Parquet ({_one_line(error)}); download it again"
+            f"{file}: cannot be read as Parquet ({one_line(error)}); download it again"
         ) from error

@@ -36,7 +36,6 @@ _TIMEOUT_S = 30.0
 _MAX_REDIRECTS = 5
 _PAGE_SIZE = 200  # files per page of a ModelScope listing
 _MAX_LISTING_BYTES = 64 << 20
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")
 _TRANSIENT_STATUS = (408, 425, 429)  # and 5xx: the same request may succeed later
 
@@ -84,11 +83,6 @@ class Repository:
     def branch(self) -> str:
         """The revision, or the name of the default branch."""
         return self.revision or _DEFAULT_REVISION[self.hub]
-
-    @property
-    def is_pinned(self) -> bool:
-        """True if the revision is a commit, so that its files never change."""
-        return bool(self.revision and _COMMIT.fullmatch(self.revision))
 
     def file_url(self, path: str) -> str:
         """Return the address of a file, which also works in a browser."""

@@ -2,11 +2,20 @@
 
 import os
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 
-from minimind.data.download import Progress, Say, download_file, list_files_of, mirror_hint
+from filelock import FileLock, Timeout
+
+from minimind.data.download import (
+    Progress,
+    Say,
+    download_file,
+    list_files_of,
+    mirror_hint,
+    part_of,
+)
 from minimind.data.hub import Hub, HubError, HubFile, Listing, Repository, TransientError
 from minimind.errors import DataError, ModelError, UsageError
 from minimind.files import read_json_object, write_json
@@ -16,6 +25,7 @@ _NAME = re.compile(r"(?:(hf|modelscope):)?([\w.-]+/[\w.-]+)", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja", "LICENSE")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SUFFIXES = (".json", ".safetensors", ".part", ".tmp")  # that an unfinished folder may have
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 OpenProgress = Callable[[str], AbstractContextManager[Progress]]  # by file name
@@ -112,11 +122,45 @@ def download_model(
 ) -> None:
     """Download the files of a model; the directory `target` appears only when it is complete.
 
-    An interrupted download is kept in `TARGET.part` and continued. requested: the revision that
-    the user gave. Raises DataError for a download that fails.
+    An interrupted download is kept in `TARGET.part` and continued; files of another model or
+    version there are removed. requested: the revision that the user gave. Raises DataError for a
+    download that fails, and UsageError if another process downloads to `target`, or if
+    `TARGET.part` has files that no download leaves.
     """
+    with _lock(target):
+        if not is_downloaded(listing.repository, target):  # by another process meanwhile
+            _download_model(listing, files, target, requested, progress, say)
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold the lock of a download; the operating system releases it if the process dies."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"another process is downloading to {target}; wait until it has finished, or choose "
+            "another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _download_model(
+    listing: Listing,
+    files: list[HubFile],
+    target: Path,
+    requested: str | None,
+    progress: OpenProgress,
+    say: Say,
+) -> None:
     repository = listing.repository
     folder = unfinished_folder(target)
+    _remove_others(folder, files, say)
     for file in files:
         path = folder / file.path
         try:
@@ -141,6 +185,25 @@ def download_model(
         lock.unlink()
     write_json(folder / ORIGIN_FILE, origin)
     os.replace(folder, target)
+
+
+def _remove_others(folder: Path, files: list[HubFile], say: Say) -> None:
+    """Remove the files of another model or version that an interrupted download left."""
+    listed = {folder / file.path for file in files}
+    parts = {part_of(folder / file.path, file) for file in files}
+    others = sorted({*folder.glob("*")} - {*folder.glob(".*.lock")} - listed - parts)
+    for path in others:
+        is_download = path.suffix in _SUFFIXES or path.name in _TOKENIZER_FILES
+        if not (is_download and path.is_file()):
+            raise UsageError(
+                f"{folder} contains other files, such as {path.name}; move them, or choose another "
+                "--out"
+            )
+    if others:
+        names = ", ".join(path.name for path in others)
+        say(f"removing files of another model or version from {folder}: {names}")
+    for path in others:
+        path.unlink()
 
 
 def unfinished_folder(target: Path) -> Path:

@@ -30,8 +30,8 @@ def list_files(path: str) -> list[Path]:
     """List the files of `path`: a file, all supported files below a folder, a glob, or a dataset.
 
     A name that exists is taken literally: if the folder `[v1]` exists, `[v1]/*.jsonl` matches the
-    files in it. Hidden files below a folder are skipped. Otherwise the name of a published dataset
-    stands for its downloaded file. Raises DataError when there is no file.
+    files in it. Below a folder, links are followed and hidden files are skipped. Otherwise the name
+    of a published dataset stands for its downloaded file. Raises DataError when there is no file.
     """
     if is_url(path):
         raise DataError(
@@ -44,7 +44,7 @@ def list_files(path: str) -> list[Path]:
         if root.is_file():
             return [root]
         if root.is_dir():
-            candidates = list(_walk(root))
+            candidates = list(walk_files(root))
         elif glob.has_magic(str(root)):
             candidates = _expand_glob(root)
         else:
@@ -99,15 +99,34 @@ def _expand_glob(pattern: Path) -> list[Path]:
     return matches
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all files below `folder`. Raises OSError for a folder that cannot be listed."""
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below `folder` that are not hidden, also those in linked folders.
+
+    Each folder counts once, under its own name if it has one below `folder`, so links cannot form
+    a loop. Raises OSError for a folder that cannot be listed.
+    """
 
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+    visited = set[tuple[int, int]]()
+    starts = [folder]
+    for start in starts:
+        links: list[Path] = []
+        if _identity(start) in visited:
+            continue
+        for parent, folders, names in os.walk(start, onerror=fail):
+            visited.add(_identity(Path(parent)))
+            shown = [Path(parent, name) for name in folders if not name.startswith(".")]
+            links += filter(Path.is_symlink, shown)  # os.walk does not enter them
+            folders[:] = [path.name for path in shown if _identity(path) not in visited]
+            yield from (Path(parent, name) for name in names if not name.startswith("."))
+        starts += sorted(links)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _suggestion(path: str, missing: Path) -> str:

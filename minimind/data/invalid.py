@@ -104,13 +104,18 @@ class InvalidRecords:
         seen = self.num_valid + self.total
         if self.total <= max_fraction * seen or not (final or seen >= _MIN_RECORDS):
             return
-        where = hint = ""
-        if self.path:
-            which = "They" if self.total <= _MAX_QUARANTINED else f"The first {_MAX_QUARANTINED:,}"
-            where = f". {which} are in {self.path}"
-        if NOT_UTF_8 in self.reasons:
-            hint = f" If the file is GBK, {CONVERT_TO_UTF_8.format('GB18030')}."
-        raise DataError(f"{self.describe()}.{hint} {self.advice}{where}")
+        raise too_many(self.describe(), self.total, self.path, self.advice)
+
+
+def too_many(summary: str, total: int, path: Location | None, advice: str = _ADVICE) -> DataError:
+    """Return the error for `total` invalid records. summary: as of `InvalidRecords.describe`."""
+    where = hint = ""
+    if path:
+        which = "They" if total <= _MAX_QUARANTINED else f"The first {_MAX_QUARANTINED:,}"
+        where = f". {which} are in {path}"
+    if NOT_UTF_8 in summary:
+        hint = f" If the file is GBK, {CONVERT_TO_UTF_8.format('GB18030')}."
+    return DataError(f"{summary}.{hint} {advice}{where}")
 
 
 def _excerpt(content: Any) -> str:

@@ -275,6 +275,14 @@ def list_urls(url: str) -> list[UrlPath]:
     return sorted(found, key=lambda each: PurePosixPath(each.url).parts)
 
 
+def is_below(file: Location, folder: Location) -> bool:
+    """Return True if a file is in a folder or below it, also if links lead there."""
+    file, folder = file.resolve(), folder.resolve()
+    if isinstance(file, Path) and isinstance(folder, Path):
+        return folder in file.parents
+    return str(file).startswith(f"{folder}/")
+
+
 @contextlib.contextmanager
 def new_file(target: Location) -> Iterator[Path]:
     """Yield an empty temporary file; at the end of the `with` block it replaces `target`."""

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from minimind.data.encode import Kind as Kind
 from minimind.data.input_files import list_files
+from minimind.data.invalid import too_many
 from minimind.data.locations import Location
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.data.store_manifest import (
@@ -47,6 +48,7 @@ from minimind.data.store_manifest import (
     IDENTITY_VARIABLES,
     MANIFEST,
     SPLITS,
+    invalid_records_file,
     write_manifest,
 )
 from minimind.data.store_manifest import Split as Split
@@ -147,7 +149,8 @@ def open_store(
     process is building the store, wait for it. A store that is damaged, or whose input files have
     changed, is rebuilt. `progress(done, total)` is called with bytes of input, `say(text)` with
     messages for the user. Raises DataError when the input cannot be read or has too many invalid
-    records, and ResourceError when the store cannot be written.
+    records, also if the store was built when more were allowed, and ResourceError when the store
+    cannot be written.
     """
     files = list_files(path)
     spec = store_spec(files, tokenizer, kind, schema, variables or {}, validation_fraction)
@@ -169,8 +172,8 @@ def open_store(
                     say(f"the token store {target} is damaged; building it again")
                 build_store(target, files, tokenizer, spec, max_invalid_fraction, progress)
                 store, built = TokenStore(target), True
-    if built:
-        _report_skipped(path, store, say)
+    _check_invalid_records(store, max_invalid_fraction)
+    _report_skipped(path, store, say)
     _check_identity_variables(path, store)
     if built:
         for name in store.manifest["unsubstituted"]:
@@ -292,11 +295,22 @@ def _remove_stale(home: Path) -> None:
 # --- Notices for the user
 
 
+def _check_invalid_records(store: TokenStore, max_fraction: float) -> None:
+    """Raise DataError if a store, which may have been built when more were allowed, lacks too many.
+
+    Stores of earlier versions do not have the number of valid records; they are not checked.
+    """
+    valid, invalid = store.manifest.get("valid_records"), store.manifest["invalid_records"]
+    if valid is not None and invalid > max_fraction * (valid + invalid):
+        summary = store.manifest["invalid_summary"]
+        raise too_many(summary, invalid, invalid_records_file(store.folder))
+
+
 def _report_skipped(path: str, store: TokenStore, say: Callable[[str], None]) -> None:
-    """Report which records of the input a new store does not contain."""
+    """Report which records of the input a store does not contain."""
     manifest = store.manifest
     if manifest["invalid_records"]:
-        file = manifest["invalid_records_file"]
+        file = invalid_records_file(store.folder)
         say(f"{manifest['invalid_summary']}. They are left out; see {file}")
     for reason, count in manifest["skipped"].items():
         say(f"{path}: skipped {count:,} of {manifest['records']:,} records: {reason}")

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-import tempfile
+import uuid
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,7 +76,8 @@ def build_store(
     try:
         quarantine.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir()  # unlike tempfile.mkdtemp, readable for others if the umask permits
         invalid = InvalidRecords(quarantine, max_invalid_fraction)
         written = _write(temporary, files, tokenizer, spec, invalid, counts, progress)
         write_manifest(temporary, spec | written)
@@ -145,6 +146,7 @@ def _write(
             for file, entry, stamp in zip(files, spec["files"], stamps, strict=True)
         ],
         "records": num_records,
+        "valid_records": invalid.num_valid,  # before packed ones are split; of plain text: lines
         "invalid_records": invalid.total,
         "invalid_summary": invalid.describe() if invalid.total else "",
         "invalid_records_file": str(invalid.path) if invalid.total else None,
@@ -255,6 +257,7 @@ def finish_store(
             for file, sha256, entry in zip(files, sha256s, spec["files"], strict=True)
         ],
         "records": sum(part["records"] for part in parts),
+        "valid_records": sum(part["records"] for part in parts),
         "invalid_records": 0,
         "invalid_summary": "",
         "invalid_records_file": None,

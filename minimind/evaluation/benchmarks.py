@@ -5,9 +5,12 @@
     {dev,val,test}/<subject>_val.csv  C-Eval and MMLU
     {dev,test}/<subject>.csv          CMMLU
     a .zip or .tar.* of these         as downloaded
-    FILE.csv                          any questions, with the columns question, A, B, …, answer
+    FILE.csv (.zst, .gz, …)           any questions, with the columns question, A, B, …, answer
 
 MMLU's files have no header. The questions of the split "dev" are few-shot examples for the others.
+
+The benchmarks share names of subjects. So a folder whose name begins with that of a benchmark has
+only files of that one; tables in other folders are those of the benchmark that they are most like.
 """
 
 import csv
@@ -25,9 +28,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from minimind.data.invalid import InvalidRecords
+from minimind.data.compression import DAMAGED, CountedFile, as_data_errors, open_decompressed
+from minimind.data.input_files import COMPRESSIONS, format_of, walk_files
+from minimind.data.invalid import CONVERT_TO_UTF_8, NOT_UTF_8, InvalidRecords
 from minimind.data.read import read_objects
 from minimind.data.registry import download_hint
 from minimind.errors import DataError
@@ -43,19 +48,23 @@ _MAX_TABLES = 10_000  # of an archive
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its evaluated split, its language, and the names of its folders."""
+    """A benchmark: its evaluated split, its language, and the names of its folders.
+
+    split_in_name: the names of its CSV files end in the split.
+    """
 
     name: str
     split: str
     language: str
     folders: tuple[str, ...] = ()
+    split_in_name: bool = True
 
 
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark("ceval", "val", "zh", ("ceval", "ceval-exam")),
-        Benchmark("cmmlu", "test", "zh", ("cmmlu",)),
+        Benchmark("cmmlu", "test", "zh", ("cmmlu",), split_in_name=False),
         Benchmark("mmlu", "test", "en", ("mmlu",)),
         Benchmark("c3", "test", "zh"),
     )
@@ -160,10 +169,15 @@ class _File:
     path: Path
 
 
+def is_archive(name: str) -> bool:
+    """Return True for the name of an archive, which may contain several benchmarks."""
+    return name.endswith(_ARCHIVES)
+
+
 @contextmanager
 def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_File]]:
     """Find the files of a benchmark in a file, folder or archive."""
-    if source.is_file() and not source.name.endswith(_ARCHIVES):
+    if source.is_file() and not is_archive(source.name):
         yield [_File(None, None, source)]
         return
     if benchmark is None:
@@ -172,19 +186,19 @@ def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_Fil
         records = sorted(
             path
             for path in source.glob(f"{benchmark.name}.*")
-            if _data_suffix(path) in (".jsonl", ".json")
+            if format_of(path) in (".jsonl", ".json")
         )
         if records:
             yield [_File(None, None, records[0])]
             return
-        if tables := _find_tables(benchmark, source):
+        if tables := _find_tables(benchmark, source, source.absolute().name):
             yield tables
             return
         names = (benchmark.name, *benchmark.folders)
         archives = [
             path
             for path in sorted(source.iterdir())
-            if path.name.endswith(_ARCHIVES) and path.name.startswith(names)
+            if is_archive(path.name) and path.name.startswith(names)
         ]
     else:
         archives = [source]
@@ -192,35 +206,72 @@ def _find_files(benchmark: Benchmark | None, source: Path) -> Iterator[list[_Fil
         yield []
         return
     with tempfile.TemporaryDirectory() as folder:
-        _unpack(archives[0], Path(folder))
-        yield _find_tables(benchmark, Path(folder))
+        _unpack(benchmark, archives[0], Path(folder))
+        yield _find_tables(benchmark, Path(folder), archives[0].name)
 
 
-def _data_suffix(path: Path) -> str:
-    return next((s for s in path.suffixes if s in (".jsonl", ".json", ".csv")), "")
+def _find_tables(benchmark: Benchmark, folder: Path, name: str) -> list[_File]:
+    """Find a benchmark's CSV files in its own folder, in `data`, or anywhere below `folder`.
 
-
-def _find_tables(benchmark: Benchmark, folder: Path) -> list[_File]:
-    """Find a benchmark's CSV files in its own folder, in `data`, or anywhere below `folder`."""
+    name: the name of the folder, or of the archive that was unpacked into it.
+    """
     for root in [*(folder / name for name in (*benchmark.folders, "data")), folder]:
-        files: list[_File] = []
-        for path in sorted(root.rglob("*.csv")) if root.is_dir() else ():
-            match = _TABLES.fullmatch(path.relative_to(folder).as_posix())
-            if match and match[2] in subjects(benchmark.name):
-                files.append(_File(match[1].lower(), match[2], path))
+        groups: dict[Path, list[_File]] = {}  # by the folder that contains dev, val and test
+        for path in sorted(walk_files(root)) if root.is_dir() else ():
+            if match := _TABLES.fullmatch(path.relative_to(folder).as_posix()):
+                file = _File(match[1].lower(), match[2], path)
+                groups.setdefault(path.parent.parent, []).append(file)
+        files = [
+            file
+            for parent, group in groups.items()
+            if _has_tables_of(benchmark, name, parent.relative_to(folder).parts, group)
+            for file in group
+            if file.subject in subjects(benchmark.name)
+        ]
         if any(file.split == benchmark.split for file in files):
-            return files
+            return sorted(files, key=lambda file: file.path)
     return []
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack the CSV files of an archive. Raises DataError if the archive is damaged."""
+def _has_tables_of(
+    benchmark: Benchmark, name: str, parts: Sequence[str], tables: Sequence[_File]
+) -> bool:
+    """Return True if tables in the folder `parts` below the folder `name` are of the benchmark."""
+    if owner := _owner(parts):
+        return owner is benchmark
+    if _owner([name]) is benchmark:
+        return True
+
+    def similarity(other: Benchmark) -> tuple[int, int]:
+        known = subjects(other.name)
+        named_alike = [(file.path.stem != file.subject) == other.split_in_name for file in tables]
+        return len({file.subject for file in tables if file.subject in known}), sum(named_alike)
+
+    others = (other for other in BENCHMARKS.values() if other is not benchmark)
+    return all(similarity(benchmark) > similarity(other) for other in others)
+
+
+def _owner(parts: Sequence[str]) -> Benchmark | None:
+    """Return the benchmark that the last of the folder names that begin with one's name names."""
+    for part in reversed(parts):
+        for benchmark in BENCHMARKS.values():
+            if part.lower().startswith(benchmark.folders):
+                return benchmark
+    return None
+
+
+def _unpack(benchmark: Benchmark, archive: Path, folder: Path) -> None:
+    """Unpack the CSV files of an archive, except those in folders of other benchmarks.
+
+    Raises DataError if the archive is damaged or encrypted.
+    """
 
     def destinations(names: Iterable[str]) -> list[tuple[str, Path]]:
         """Return (member, destination); the member's own path could lead out of the folder."""
         tables: dict[Path, str] = {}
         for name in names:
-            if match := _TABLES.fullmatch(name):
+            match = _TABLES.fullmatch(name)
+            if match and _owner(name.split("/")[:-2]) in (None, benchmark):
                 path = folder / "data" / match[1].lower() / name.rsplit("/", 1)[-1]
                 if path in tables:
                     raise DataError(f"{archive}: {tables[path]} and {name} have the same name")
@@ -236,6 +287,8 @@ def _unpack(archive: Path, folder: Path) -> None:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
                 for name, path in destinations(dict.fromkeys(packed.namelist())):
+                    if packed.getinfo(name).flag_bits & 1:
+                        raise DataError(f"{archive}: {name} is encrypted; unpack it into a folder")
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(packed.read(name))
             return
@@ -247,7 +300,7 @@ def _unpack(archive: Path, folder: Path) -> None:
                 assert content is not None
                 with content, path.open("wb") as out:
                     shutil.copyfileobj(content, out)
-    except (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, ValueError, tarfile.TarError) as error:
         raise DataError(f"{archive}: cannot be unpacked ({error}); download it again") from error
 
 
@@ -281,7 +334,7 @@ def _read_questions(benchmark: Benchmark, files: Sequence[_File]) -> Questions:
 
 def _rows(path: Path, invalid: InvalidRecords) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row)."""
-    if _data_suffix(path) == ".csv":
+    if format_of(path) == ".csv":
         yield from _csv_rows(path, invalid)
     else:
         for _, line, row in read_objects([path], invalid=invalid):
@@ -326,14 +379,14 @@ def _csv_rows(path: Path, invalid: InvalidRecords) -> Iterator[tuple[int, dict[s
     """Yield (line number, row); without a header, the columns are in MMLU's order."""
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     try:
-        text = path.read_text("utf-8-sig")
+        with as_data_errors(path), path.open("rb") as raw:
+            stream: IO[bytes] = raw
+            if path.suffix.lower() in COMPRESSIONS:
+                stream = open_decompressed(path, CountedFile(raw, lambda _: None))
+            text = stream.read().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(
-            f"{path}: not UTF-8; convert it: iconv -f GB18030 -t UTF-8 OLD > NEW"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
+        raise DataError(f"{path}: {NOT_UTF_8}; {CONVERT_TO_UTF_8.format('GB18030')}") from None
+    reader = csv.reader(io.StringIO(text, newline=None))  # line breaks in fields become "\n"
     header: list[str] | None = None
     try:
         for row in reader:

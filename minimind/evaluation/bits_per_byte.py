@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from minimind.data.input_files import list_files
@@ -38,9 +39,16 @@ class BitsPerByte:
 
     unit = "document"
 
-    def __init__(self, sources: Sequence[str], limit: int | None) -> None:
-        self.name = "bpb"
-        self._files = [file for source in sources for file in list_files(source)]
+    kind = "bpb"
+
+    def __init__(self, sources: Sequence[str], limit: int | None, name: str = "bpb") -> None:
+        """Read all documents once. A file that is named by several paths counts once."""
+        self.name = name
+        files: dict[Path, Path] = {}
+        for file in (file for source in sources for file in list_files(source)):
+            files.setdefault(file.resolve(), file)
+        self._files = list(files.values())
+        self._sources = set(map(str, self._files))
         if not self._files:
             raise UsageError("bpb needs text: give --task bpb:PATH, or --data PATH")
         self._limit = limit
@@ -69,9 +77,12 @@ class BitsPerByte:
     def __len__(self) -> int:
         return self._count
 
+    def __contains__(self, item_id: object) -> bool:
+        return str(item_id).rpartition("#")[0] in self._sources
+
     def settings(self) -> dict[str, Any]:
         """Return the settings, with a hash of the documents."""
-        return {"task": self.name, "documents": self._count, "sha256": self._sha256}
+        return {"task": self.kind, "documents": self._count, "sha256": self._sha256}
 
     def texts(self) -> dict[str, str]:
         """Return no texts: bits per byte is measured on text that is excluded from training."""

@@ -5,16 +5,33 @@ from collections.abc import Sequence
 from minimind.data.registry import downloaded_file, is_name
 from minimind.errors import UsageError
 from minimind.evaluation.benchmark_prompts import Style
-from minimind.evaluation.benchmarks import read_benchmark
+from minimind.evaluation.benchmarks import is_archive, read_benchmark
 from minimind.evaluation.bits_per_byte import BitsPerByte
 from minimind.evaluation.math_word_problems import math_task
 from minimind.evaluation.multiple_choice import MultipleChoice
 from minimind.evaluation.open_ended import degeneration_task
 from minimind.evaluation.quiz import quiz_task
 from minimind.evaluation.tasks import Task
+from minimind.paths import expand_user
 
 BENCHMARK_TASKS = ("ceval", "cmmlu", "mmlu", "c3", "choice")
+_DATA_READERS = ("bpb", *BENCHMARK_TASKS, "gsm8k", "cmath")
 TASKS = ("bpb", *BENCHMARK_TASKS, "gsm8k", "cmath", "quiz", "degeneration", "lm-eval:NAME")
+
+
+def check_data(specs: Sequence[str], data: Sequence[str]) -> None:
+    """Raise UsageError if a file of `data` would be the questions of several tasks.
+
+    In a folder or an archive, each task finds its own files.
+    """
+    readers = [spec for spec in dict.fromkeys(specs) if spec in _DATA_READERS]
+    files = [path for path in data if expand_user(path).is_file() and not is_archive(path)]
+    if files and len(readers) > 1:
+        paths = " ".join(f"--task {name}:PATH" for name in readers)
+        raise UsageError(
+            f"--data {files[0]}: this file would be the data of {' and '.join(readers)}; name the "
+            f"data of each task: {paths}"
+        )
 
 
 def make_task(
@@ -27,7 +44,8 @@ def make_task(
 ) -> Task:
     """Create the task NAME, or NAME:PATH to read its data from PATH instead of from `data`.
 
-    Without either, a published benchmark is read from where it was downloaded to.
+    Without either, a published benchmark is read from where it was downloaded to. A PATH is part of
+    the task's name, so that results of other data have other names.
 
     Raises UsageError for an unknown name, and DataError if the data is missing.
     """
@@ -36,13 +54,13 @@ def make_task(
     if not sources and is_name(name):
         sources = [str(downloaded_file(name))]
     if name == "bpb":
-        return BitsPerByte(sources, limit)
+        return BitsPerByte(sources, limit, spec if path else name)
     if name == "quiz":
         return quiz_task(limit)
     if name == "degeneration":
         return degeneration_task(path, limit)
     if name in ("gsm8k", "cmath"):
-        return math_task(name, sources, limit)
+        return math_task(name, sources, limit, spec if path else name)
     if name not in BENCHMARK_TASKS:
         raise UsageError(
             f"--task {spec}: unknown task; choose from {', '.join(TASKS)}; "
@@ -55,4 +73,5 @@ def make_task(
         )
     if not sources:
         raise UsageError(f"{name} needs its data: give --data DIR, or --task {name}:PATH")
-    return MultipleChoice(read_benchmark(name, sources), style, shots, limit)
+    questions = read_benchmark(name, sources)
+    return MultipleChoice(questions, style, shots, limit, spec if path else None)

@@ -31,7 +31,10 @@ class GenerativeQuestion:
 
 
 class GenerativeTask:
-    """Questions that are answered with greedy decoding, each in a separate conversation."""
+    """Questions that are answered with greedy decoding, each in a separate conversation.
+
+    name, kind: see Task.
+    """
 
     unit = "question"
 
@@ -41,18 +44,23 @@ class GenerativeTask:
         questions: Sequence[GenerativeQuestion],
         max_new_tokens: int,
         invalid: InvalidRecords,
+        kind: str | None = None,
     ) -> None:
-        self.name, self.invalid = name, invalid
+        self.name, self.kind, self.invalid = name, kind or name, invalid
         self._questions, self._max_new_tokens = questions, max_new_tokens
+        self._ids = {question.id for question in questions}
 
     def __len__(self) -> int:
         return len(self._questions)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._ids
 
     def settings(self) -> dict[str, Any]:
         """Return the settings, with a hash of the questions."""
         questions = json.dumps([(q.id, q.question, q.expected) for q in self._questions])
         return {
-            "task": self.name,
+            "task": self.kind,
             "max_new_tokens": self._max_new_tokens,
             "questions": len(self),
             "sha256": hashlib.sha256(questions.encode()).hexdigest(),

@@ -16,26 +16,38 @@ from minimind.paths import expand_user
 
 @dataclass(frozen=True)
 class _Format:
-    """Names of a benchmark's fields, its splits, and the maximum answer length in tokens."""
+    """Names of a benchmark's fields, its splits, and the maximum answer length in tokens.
+
+    mark: what its published answers contain.
+    """
 
     question: str
     answer: str
     splits: tuple[str, ...]
     max_new_tokens: int
+    mark: str = ""
+
+    def describes(self, path: Path) -> bool:
+        """Return True if the first record of a file has these fields."""
+        for _, _, row in read_objects([path], invalid=InvalidRecords()):
+            return self.question in row and self.mark in str(row.get(self.answer))
+        return False
 
 
 _FORMATS = {
-    "gsm8k": _Format("question", "answer", ("test",), 320),
+    "gsm8k": _Format("question", "answer", ("test",), 320, mark="####"),
     "cmath": _Format("input", "golden", ("test", "cmath_dev"), 256),
 }
 
 
-def math_task(name: str, sources: Sequence[str], limit: int | None) -> GenerativeTask:
+def math_task(
+    kind: str, sources: Sequence[str], limit: int | None, name: str | None = None
+) -> GenerativeTask:
     """Return the task `gsm8k` or `cmath`, read from the first source that has it."""
-    layout = _FORMATS[name]
+    layout = _FORMATS[kind]
     invalid = InvalidRecords()
     questions = []
-    for _, line, row in read_objects([_find_file(name, sources)], invalid=invalid):
+    for _, line, row in read_objects([_find_file(kind, sources)], invalid=invalid):
         if row.get("split", layout.splits[0]) not in layout.splits:
             continue
         question = row.get(layout.question)
@@ -43,13 +55,13 @@ def math_task(name: str, sources: Sequence[str], limit: int | None) -> Generativ
         answer = str(row.get(layout.answer, "")).rpartition("####")[2].strip()
         if not isinstance(question, str) or last_number(answer) is None:
             invalid.add(
-                Path(name), line, f"no {layout.question}, or no number in {layout.answer}", row
+                Path(kind), line, f"no {layout.question}, or no number in {layout.answer}", row
             )
             continue
         invalid.num_valid += 1
         questions.append(
             GenerativeQuestion(
-                f"{name}-{line}",
+                f"{kind}-{line}",
                 question,
                 answer,
                 _score_by_number(answer),
@@ -58,8 +70,9 @@ def math_task(name: str, sources: Sequence[str], limit: int | None) -> Generativ
         )
     if not questions:
         detail = f"; the first error: {invalid.first}" if invalid.total else ""
-        raise DataError(f"{', '.join(sources)}: contains no {name} question{detail}")
-    return GenerativeTask(name, evenly_spaced(questions, limit), layout.max_new_tokens, invalid)
+        raise DataError(f"{', '.join(sources)}: contains no {kind} question{detail}")
+    chosen = evenly_spaced(questions, limit)
+    return GenerativeTask(name or kind, chosen, layout.max_new_tokens, invalid, kind)
 
 
 def _score_by_number(expected: str) -> Callable[[str], dict[str, bool]]:
@@ -76,10 +89,12 @@ def _find_file(name: str, sources: Sequence[str]) -> Path:
             f"{name}*.jsonl*",
             f"{name}*.parquet",
             f"**/{name}*/test.jsonl",
-            "**/test.jsonl",
         ):
             if matches := sorted(path.glob(pattern)):
                 return matches[0]
+        for match in sorted(path.glob("**/test.jsonl")):  # another benchmark may have one
+            if _FORMATS[name].describes(match):
+                return match
     raise DataError(
         f"{', '.join(sources) or '--data'}: found no {name}.jsonl; put it there, or give its path "
         f"with --task {name}:PATH{download_hint(name)}"

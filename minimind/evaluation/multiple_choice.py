@@ -19,23 +19,37 @@ from minimind.evaluation.tasks import (
 
 
 class MultipleChoice:
-    """A multiple-choice benchmark with one of three prompt styles (see benchmark_prompts)."""
+    """A multiple-choice benchmark with one of three prompt styles (see benchmark_prompts).
+
+    label: the benchmark with the path of its data, if that is given.
+    """
 
     unit = "question"
 
-    def __init__(self, questions: Questions, style: Style, shots: int, limit: int | None) -> None:
+    def __init__(
+        self,
+        questions: Questions,
+        style: Style,
+        shots: int,
+        limit: int | None,
+        label: str | None = None,
+    ) -> None:
         self.benchmark, self._style = questions.benchmark, style
         self._shots = 0 if style == "chat" else shots
-        self.name = (
-            f"{self.benchmark.name} ({style}{f', {self._shots} shots' if self._shots else ''})"
-        )
+        prompt = f"({style}{f', {self._shots} shots' if self._shots else ''})"
+        self.kind = f"{self.benchmark.name} {prompt}"
+        self.name = f"{label or self.benchmark.name} {prompt}"
         self.questions = evenly_spaced(questions.questions, limit)
+        self._ids = {question.id for question in self.questions}
         self.examples = questions.examples
         self.invalid = questions.invalid
         self._sha256 = questions.sha256()
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._ids
 
     def settings(self) -> dict[str, Any]:
         """Return the settings, with a hash of the questions."""

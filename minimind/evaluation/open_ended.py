@@ -100,7 +100,7 @@ def _first_string(row: Mapping[str, Any], keys: Sequence[str]) -> str:
 class OpenEndedTask:
     """Answers to open-ended questions, measured by length, speed and degeneration.
 
-    Each question is asked in a separate conversation.
+    Each question is asked in a separate conversation. name, kind: see Task.
     """
 
     unit = "question"
@@ -111,18 +111,23 @@ class OpenEndedTask:
         prompts: Sequence[Prompt],
         generation: GenerationConfig,
         invalid: InvalidRecords | None = None,
+        kind: str | None = None,
     ) -> None:
-        self.name, self.invalid, self.generation = name, invalid or InvalidRecords(), generation
+        self.name, self.kind = name, kind or name
+        self.invalid, self.generation = invalid or InvalidRecords(), generation
         self.prompts = {prompt.id: prompt for prompt in prompts}
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self.prompts
+
     def settings(self) -> dict[str, Any]:
         """Return the settings, with a hash of the questions."""
         prompts = json.dumps([asdict(prompt) for prompt in self.prompts.values()])
         return {
-            "task": self.name,
+            "task": self.kind,
             "max_new_tokens": self.generation.max_new_tokens,
             "temperature": self.generation.temperature,
             "seed": self.generation.seed if self.generation.temperature else None,
@@ -205,4 +210,6 @@ def degeneration_task(path: str, limit: int | None) -> OpenEndedTask:
     The questions are those of a file, or the eight built-in ones for an empty path.
     """
     prompts, invalid = read_prompts(path or None, limit)
-    return OpenEndedTask("degeneration", prompts, GenerationConfig(256), invalid)
+    kind = "degeneration"
+    name = f"{kind}:{path}" if path else kind
+    return OpenEndedTask(name, prompts, GenerationConfig(256), invalid, kind)

@@ -1,7 +1,8 @@
 """Remote models behind an OpenAI-compatible API, which generate answers without likelihoods.
 
-Services differ in the parameters they accept. A parameter that a service rejects is left out of all
-further requests, or sent under its older name.
+Services differ in the parameters they accept. A parameter that a service rejects is left out, or
+sent under its older name; of all further requests too, if the service then answers. If it does not,
+the question was rejected, and not the parameter.
 """
 
 import json
@@ -100,21 +101,24 @@ class Service:
             "truncation": "auto" if self._is_minimind else None,
         }
         disconnects = 0
+        rejected_now: set[str] = set()
         while True:
+            rejected = self.rejected | rejected_now
             settings = {
                 name: value
                 for name, value in parameters.items()
-                if value is not None and name not in self.rejected
+                if value is not None and name not in rejected
             }
-            if _MAX_TOKENS in self.rejected and _OLD_MAX_TOKENS not in self.rejected:
+            if _MAX_TOKENS in rejected:
                 settings[_OLD_MAX_TOKENS] = max_tokens
             try:
                 answer = self._stream(messages, settings)
             except self._openai.APIStatusError as error:
-                rejected = _rejected_parameters(settings, error)
-                if error.status_code not in (400, 422) or not rejected:
+                names = _rejected_parameters(settings, error)
+                # Never ask for an answer without a limit, which may take hours and is no result.
+                if error.status_code not in (400, 422) or not names or _OLD_MAX_TOKENS in names:
                     raise self._to_service_error(error) from None
-                self.rejected |= rejected
+                rejected_now |= names
                 continue
             except (self._openai.APIConnectionError, _StreamInterrupted) as error:
                 disconnects += 1
@@ -124,8 +128,9 @@ class Service:
             except self._openai.OpenAIError as error:
                 raise self._to_service_error(error) from None
             if _MAX_TOKENS in settings and (answer.tokens or 0) > max_tokens:
-                self.rejected.add(_MAX_TOKENS)  # accepted, but ignored
+                rejected_now.add(_MAX_TOKENS)  # accepted, but ignored
                 continue
+            self.rejected |= rejected_now
             return answer
 
     def _stream(self, messages: Sequence[Message], settings: dict[str, Any]) -> Answer:

@@ -6,12 +6,13 @@
 """
 
 import csv
+import hashlib
 import io
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from minimind.evaluation.tasks import Model, Result, Task
 from minimind.files import write_atomically
 
 Progress = Callable[[int, int], None]
+_MAX_NAME = 200  # bytes of a file name; 255 are allowed, with the endings of temporary files
 
 
 def evaluate(
@@ -42,7 +44,7 @@ def evaluate(
     """
     path = folder / f"{file_name(task.name)}.jsonl"
     header = {**task.settings(), **identity}
-    results = {} if fresh else read_results(path, header)
+    results = {} if fresh else _earlier_results(task, path, header)
     done = {name for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()
     with open_results(path, header, results.values()) as write:
@@ -74,9 +76,24 @@ def evaluate(
     return summary
 
 
+def _earlier_results(task: Task, path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
+    """Return the stored results of the task's items by id. Raises as `read_results`."""
+    results = read_results(path, header)
+    if not results:
+        former = path.with_name(f"{file_name(task.kind)}.jsonl")
+        with suppress(UsageError):  # of other data
+            results = read_results(former, header)
+    # Ids of documents contain paths: the same data may have been evaluated under another one.
+    return {name: result for name, result in results.items() if name in task}
+
+
 def file_name(text: str) -> str:
     """Convert a text to a file name that is valid on every file system."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "_"
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.") or "_"
+    if len(name.encode()) <= _MAX_NAME:
+        return name
+    shortened = name.encode()[: _MAX_NAME - 9].decode(errors="ignore")
+    return f"{shortened}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:

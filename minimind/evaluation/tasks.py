@@ -78,13 +78,21 @@ class Model(Protocol):
 
 
 class Task(Protocol):
-    """A benchmark, or another evaluation such as bits per byte."""
+    """A benchmark, or another evaluation such as bits per byte.
+
+    name: with the path of its data if that is given, so that it differs from tasks on other data.
+    kind: the name without the path. Earlier versions stored results under it.
+    """
 
     name: str
+    kind: str
     unit: str
     invalid: InvalidRecords
 
     def __len__(self) -> int: ...
+    def __contains__(self, item_id: object) -> bool:
+        """Return True if an item has this id."""
+
     def settings(self) -> dict[str, Any]:
         """Return everything that the results depend on besides the model."""
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from minimind.evaluation.models import name_of, name_of_device
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.inference.failures import NON_FINITE
+from minimind.inference.requests import Request
 from minimind.model import fingerprint
 from minimind.model.device import choose_device
 from minimind.tokenizer.chat import Message
@@ -102,7 +104,10 @@ class TransformersModel:
         prompts: dict[int, list[int]] = {}
         for index, question in enumerate(questions):
             try:
-                prompts[index] = encoder.prompt([{"role": "user", "content": question}])
+                prompt = encoder.prompt([{"role": "user", "content": question}])
+                if self.context is not None:
+                    Request(prompt).check(self.context)
+                prompts[index] = prompt
             except MinimindError as error:
                 yield index, error
         remaining = sorted(prompts, key=lambda index: len(prompts[index]))
@@ -113,11 +118,18 @@ class TransformersModel:
             length = len(prompts[remaining[0]])
             batch = [i for i in remaining[:batch_size] if len(prompts[i]) == length]
             remaining = remaining[len(batch) :]
-            outputs = self._generate([prompts[i] for i in batch], questions[batch[0]], generation)
+            limit = generation.max_new_tokens
+            if self.context is not None:
+                limit = min(limit, self.context - length)
+            outputs = self._generate(
+                [prompts[i] for i in batch],
+                questions[batch[0]],
+                replace(generation, max_new_tokens=limit),
+            )
             for index, ids in zip(batch, outputs, strict=True):
                 now = time.perf_counter()
                 text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
-                ended = len(ids) < generation.max_new_tokens
+                ended = len(ids) < limit
                 yield index, Answer(text, len(ids), ended, now - before)
                 before = now
 

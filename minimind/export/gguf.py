@@ -10,6 +10,7 @@ llama.cpp's names. Two layouts differ from Hugging Face's:
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ _ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "GraniteMoeSharedForCausalLM": "granitemoe",
 }
+# YaRN in llama.cpp, which ignores the keys yarn_beta_fast and yarn_beta_slow for these models.
+_FIXED_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _BLOCK = 32  # numbers of a row that share a scale in q8_0, q4_0, …
 _K_BLOCK = 256  # the same in K-quants
 _LOG_ERROR = 4  # ggml_log_level of errors
@@ -142,11 +145,26 @@ def _write(
 
 def architecture(config: ModelConfig) -> str:
     """Return llama.cpp's name of the architecture; raise ModelError where RoPE has no match."""
-    if config.rope_scaling and config.rope_scaling.rope_type == "dynamic":
+    scaling = config.rope_scaling
+    if scaling is None:
+        return _ARCHITECTURES[config.architecture]
+    if scaling.rope_type == "dynamic":
         raise ModelError(
             "llama.cpp has no dynamic RoPE scaling; extend the context with "
             "model.rope_scaling=yarn instead, or export the model without an extended context"
         )
+    if scaling.rope_type == "llama3" and config.qk_norm:
+        raise ModelError(
+            "llama.cpp has no Llama 3 RoPE scaling for models with QK-norm; export ONNX instead: "
+            "minimind export onnx"
+        )
+    for name, default in _FIXED_YARN.items():
+        if getattr(scaling, name) not in (None, default):
+            raise ModelError(
+                f"llama.cpp computes YaRN with {name} = {json.dumps(default)}; the model has "
+                f"{json.dumps(getattr(scaling, name))} in its rope_scaling. Export ONNX instead: "
+                "minimind export onnx"
+            )
     return _ARCHITECTURES[config.architecture]
 
 
@@ -280,6 +298,10 @@ def _write_metadata(writer: gguf.GGUFWriter, name: str, config: ModelConfig, typ
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
         writer.add_rope_scaling_factor(scaling.factor)
         writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+        _, attention_factor = rope_frequencies(config, 1)
+        default = 1 + 0.1 * math.log(scaling.factor)  # of llama.cpp, which multiplies it
+        if scaling.rope_type == "yarn" and attention_factor != default:
+            writer.add_rope_scaling_attn_factors(attention_factor / default)
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None:

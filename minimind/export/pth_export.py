@@ -24,8 +24,16 @@ def export_pth(directory: Path, out: Path) -> dict[str, Any]:
 
     The configuration has the name of `out` with the suffix `.json`. Tensors keep their dtype.
     Returns the configuration. Raises ModelError for a model that MiniMind's code cannot compute,
-    UsageError when one of the files exists, ResourceError when they cannot be written.
+    UsageError when one of the files exists or both have one name, ResourceError when they cannot
+    be written.
     """
+    if out.is_dir():
+        raise UsageError(f"{out} is a directory; give a file name, such as {out / 'model.pth'}")
+    if out.suffix.lower() == ".json":  # on macOS and Windows, NAME.JSON is the same file
+        raise UsageError(
+            f"{out} is the name of the configuration beside the weights; give "
+            f"{out.with_suffix('.pth')}"
+        )
     config_file = out.with_suffix(".json")
     for file in (out, config_file):
         if file.exists():

@@ -30,6 +30,7 @@ from minimind.export.pth_layout import (
 from minimind.files import read_json_object
 from minimind.model import Transformer, save_model
 from minimind.model.empty import empty_transformer
+from minimind.model.saving import check_new_directory
 from minimind.tokenizer import Tokenizer
 
 # Settings that tensors do not show, with the older names.
@@ -75,13 +76,14 @@ class ImportReport:
 def import_pth(
     path: Path, out: Path, tokenizer: Tokenizer, overrides: Mapping[str, Any] | None = None
 ) -> ImportReport:
-    """Write the weights in `path` as the model directory `out`.
+    """Write the weights in `path` as the new model directory `out`.
 
     overrides: values of SETTINGS. Raises ModelError for a file that holds anything but tensors,
     and for a model that no supported class of transformers computes; UsageError for an unknown
-    setting; TokenizerError when the tokenizer does not fit; ResourceError when `out` cannot be
-    written.
+    setting, and when `out` is not empty; TokenizerError when the tokenizer does not fit;
+    ResourceError when `out` cannot be written.
     """
+    check_new_directory(out)
     if unknown := sorted((overrides or {}).keys() - set(SETTINGS)):
         raise UsageError(f"no setting {unknown[0]!r}; known are {', '.join(SETTINGS)}")
     state = read_state(path)

@@ -63,7 +63,7 @@ def save_adapter(directory: Path, model: Transformer, settings: LoRASettings, ba
     """Write the adapter of a model adapted by `apply_lora`, atomically.
 
     Raises ResourceError when it cannot be written, ModelError when `directory` holds something
-    else.
+    else or is the current folder.
     """
     tensors = {
         _tensor_name(name, matrix): getattr(module, matrix).detach().cpu().contiguous()

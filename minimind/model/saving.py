@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from minimind.errors import ModelError, ResourceError
+from minimind.errors import ModelError, ResourceError, UsageError
 from minimind.files import fsync
 from minimind.model.hf_config import to_config_json
 from minimind.model.transformer import Transformer
+
+_CURRENT = "is the current folder, which cannot be replaced"
+_WORTHLESS = re.compile(r"\.DS_Store|\._.*|\.nfs.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
 
 class SaveableTokenizer(Protocol):
@@ -36,7 +40,7 @@ def save_model(
     """Write a model directory atomically, replacing a model that is already there.
 
     Raises ResourceError when it cannot be written, ModelError when `directory` holds something
-    else.
+    else or is the current folder.
     """
     size = sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
     with atomic_directory(directory, "model", "config.json", size) as work:
@@ -66,26 +70,30 @@ def atomic_directory(directory: Path, kind: str, marker: str, size: int) -> Iter
 
     All files are flushed to the disk before the rename. On an error nothing changes. An existing
     directory is replaced if it is empty or contains the file `marker`, which every directory of
-    this `kind` has. Raises ModelError when `directory` holds something else, and ResourceError
-    when it cannot be written. size: the bytes needed, for the error message.
+    this `kind` has. Raises ModelError when `directory` holds something else or is the current
+    folder, and ResourceError when it cannot be written. size: the bytes needed, for the error
+    message.
     """
+    if _is_current(directory):  # it would be removed under the process and its shell
+        raise ModelError(f"{directory} {_CURRENT}; give another directory")
     is_replaceable = directory.is_dir() and ((directory / marker).is_file() or is_empty(directory))
     if directory.is_file() or (directory.is_dir() and not is_replaceable):
         raise ModelError(f"{directory} already exists and is not a {kind}; give another directory")
+    target = directory.resolve()  # a symbolic link stays, and ".." has a name
     # Fixed names, so that the next save finds and removes what a killed process left behind.
-    work, old = (directory.with_name(f".{directory.name}.{part}") for part in ("new", "old"))
+    work, old = (target.with_name(f".{target.name}.{part}") for part in ("new", "old"))
     try:
-        _restore_or_remove(old, directory)
+        _restore_or_remove(old, target)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
         for file in work.rglob("*"):
             fsync(file)
         fsync(work)
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(work, directory)
-        fsync(directory.parent)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(work, target)
+        fsync(target.parent)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{directory}: the {kind} could not be written ({error}); it needs {size:,} bytes"
@@ -93,7 +101,22 @@ def atomic_directory(directory: Path, kind: str, marker: str, size: int) -> Iter
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        _restore_or_remove(old, directory)
+        _restore_or_remove(old, target)
+
+
+def check_new_directory(out: Path) -> None:
+    """Raise UsageError unless `out` is missing, or an empty directory but not the current one."""
+    if _is_current(out):
+        raise UsageError(f"{out} {_CURRENT}; give another --out")
+    if out.exists() and not (out.is_dir() and is_empty(out)):
+        raise UsageError(
+            f"{out} already exists and would be overwritten; give another --out, or move it away "
+            "first"
+        )
+
+
+def _is_current(directory: Path) -> bool:
+    return directory.is_dir() and directory.samefile(".")
 
 
 def _restore_or_remove(old: Path, directory: Path) -> None:
@@ -120,5 +143,8 @@ def is_stray(name: str) -> bool:
 
 
 def is_empty(directory: Path) -> bool:
-    """Return True if a directory contains nothing but stray files."""
-    return all(is_stray(file.name) for file in directory.iterdir())
+    """Return True if a directory contains nothing but files of file managers and network disks.
+
+    Stricter than `is_stray`, because the directory may be removed: a hidden file is the user's.
+    """
+    return all(file.is_file() and _WORTHLESS.fullmatch(file.name) for file in directory.iterdir())

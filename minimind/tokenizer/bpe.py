@@ -41,6 +41,7 @@ def new_bpe() -> BPE:
 def load_bpe(directory: Path) -> BPE:
     """Read `tokenizer.json` of a tokenizer or model directory, of any origin.
 
+    Truncation and padding that the file sets are switched off, so that a text is encoded complete.
     Raises TokenizerError when it is missing or damaged.
     """
     path = directory / "tokenizer.json"
@@ -52,7 +53,7 @@ def load_bpe(directory: Path) -> BPE:
             f"{directory} {problem}. Train one with `minimind tokenizer train DATA --out DIR`"
         )
     try:
-        return BPE.from_str(path.read_text("utf-8"))
+        bpe = BPE.from_str(path.read_text("utf-8"))
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
     except (KeyboardInterrupt, MemoryError):
@@ -61,6 +62,9 @@ def load_bpe(directory: Path) -> BPE:
         raise TokenizerError(
             f"{path}: not a tokenizer file, or damaged ({error}); copy it again or train a new one"
         ) from error
+    bpe.no_truncation()
+    bpe.no_padding()
+    return bpe
 
 
 def byte_encoder(bpe: BPE) -> Callable[[str], bytes]:

@@ -27,8 +27,6 @@ class Tokenizer:
         self._visible_tags = {i for i, t in added.items() if not t.special and _is_tag(t.content)}
         # As special tokens, they are not recognized in text, see `encode_special_tokens` below.
         bpe.add_special_tokens([added[i].content for i in self._visible_tags])
-        bpe.no_padding()
-        bpe.no_truncation()
         # `encode_special_tokens` encodes control tokens in text as plain text. Threads share the
         # tokenizer, so it is set once, after this probe, which needs it unset.
         name = bpe.id_to_token(min(self.special_ids, default=0)) or ""

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from minimind.config import load_recipe
-from minimind.errors import CheckpointError, ModelError
-from minimind.model.saving import is_empty
+from minimind.errors import CheckpointError
+from minimind.model.saving import check_new_directory
 from minimind.training.build import build_tokenizer_and_model, check_base
 from minimind.training.checkpoint import (
     CheckpointInfo,
@@ -24,12 +24,9 @@ def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
 
     step: None means the step with the best validation.
     Raises CheckpointError if the checkpoint is missing, damaged or needs another base model, and
-    ModelError if `out` is not empty.
+    UsageError if `out` is not empty.
     """
-    if out.is_file() or (out.is_dir() and not is_empty(out)):
-        raise ModelError(
-            f"{out} already exists and would be overwritten; give another --out, or remove it first"
-        )
+    check_new_directory(out)
     step = _select_step(run, inspect_checkpoints(run, verify_hashes=False), step)
     checkpoint = load_checkpoint(run, step)
     recipe = load_recipe(run / RECIPE_FILE).recipe

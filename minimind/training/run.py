@@ -107,15 +107,19 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     return all(role_of(key) is Role.OPERATION for key in changes)
 
 
-def check_is_run(run: Path) -> None:
+def check_is_run(run: Path, fresh: bool) -> None:
     """Raise ConfigError for a directory with results but no recipe, such as that of a demo.
 
-    Its checkpoints cannot be matched with a recipe, and its model may be that of all stages.
+    Its checkpoints cannot be matched with a recipe, and its model may be that of all stages or one
+    that no run has made. fresh: `remove_run` would remove more than training replaces.
     """
-    if has_begun(run) and not (run / RECIPE_FILE).is_file():
+    if (run / RECIPE_FILE).is_file():
+        return
+    folders = [folder for folder in _removed_folders(run) if folder.is_dir()]
+    if folders and (fresh or has_begun(run)):
         raise ConfigError(
-            f"{run} holds a model, an adapter or checkpoints, but no {RECIPE_FILE}: it is not a "
-            "training run, or its recipe was removed. Choose another --out"
+            f"{folders[0]} exists, but {run} has no {RECIPE_FILE}: no training run has made it, or "
+            "its recipe was removed. Choose another --out"
         )
 
 
@@ -129,6 +133,12 @@ def check_removable(run: Path, recipe: Recipe) -> None:
             )
 
 
+def _removed_folders(run: Path) -> list[Path]:
+    """List the folders that `remove_run` removes."""
+    names = ("model", "adapter", "tensorboard", "report-plots", TOKENIZER_COPY)
+    return [*(run / name for name in names), checkpoints_folder(run)]
+
+
 def remove_run(run: Path) -> None:
     """Remove the files of an earlier run from its directory and leave all others."""
     # Summary first, recipe last: after an interruption, the remaining files are neither taken for
@@ -137,8 +147,7 @@ def remove_run(run: Path) -> None:
     reports = ("report.html", "report.md", "metrics.jsonl")
     for name in (SUMMARY_FILE, *reports, "reference.safetensors", *tracker_ids):
         (run / name).unlink(missing_ok=True)
-    folders = ("model", "adapter", "tensorboard", "report-plots", TOKENIZER_COPY)
-    for folder in (*(run / name for name in folders), checkpoints_folder(run)):
+    for folder in _removed_folders(run):
         if folder.exists():
             shutil.rmtree(folder)
     (run / RECIPE_FILE).unlink(missing_ok=True)

@@ -177,7 +177,7 @@ def _prepare_start(
         summary = None
         if group.is_main:
             stack.enter_context(claim_directory(run))
-            check_is_run(run)
+            check_is_run(run, fresh)
             if fresh:
                 check_removable(run, recipe)
             else:

@@ -138,6 +138,8 @@ def test_extract_names_the_available_steps(here: Path) -> None:
     assert done.stderr == (
         "error: run: there is no checkpoint of step 20, which was the best; available: 10, 25, 30\n"
     )
+    done = run("extract", here, "--out", ".")
+    assert done.stderr.startswith("error: . is the current folder, which cannot be replaced")
     done = run("extract", "nowhere", "--out", "out")
     assert done.stderr.startswith("error: nowhere has no checkpoints; give a run directory")
 

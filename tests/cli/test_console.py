@@ -26,15 +26,17 @@ def test_format_number(value: object, expected: str) -> None:
 @pytest.mark.parametrize(
     ("num_bytes", "expected"),
     [
+        (None, "unknown"),
         (0, "0 bytes"),
         (1, "1 byte"),
         (999, "999 bytes"),
         (12_345, "12.3 kB"),
         (4_500_000, "4.5 MB"),
         (1_250_000_000, "1.25 GB"),
+        (1_250_000_000_000, "1,250.00 GB"),
     ],
 )
-def test_format_size(num_bytes: int, expected: str) -> None:
+def test_format_size(num_bytes: int | None, expected: str) -> None:
     assert console.format_size(num_bytes) == expected
 
 

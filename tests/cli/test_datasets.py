@@ -74,7 +74,7 @@ def test_get_asks_downloads_and_keeps(hub: HubServer, tmp_path: Path) -> None:
     add(hub, "gsm8k", b"PAR1", "hf")
     refused = run("data", "get", "cmmlu")
     assert refused.exit_code == 1
-    assert "cmmlu:v1_0_1 (size: about 1.08 MB, licence: cc-by-nc-4.0)" in refused.stderr
+    assert "cmmlu:v1_0_1 (size: about 1.1 MB, licence: cc-by-nc-4.0)" in refused.stderr
     assert "add --yes to accept the licence and download" in refused.stderr
     assert hub.requests == []
     for _ in range(2):  # the second time nothing is requested

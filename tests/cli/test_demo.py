@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from minimind.cli.main import app
 
 STAGES = ("pretrain", "sft-single", "sft-multi", "dpo", "identity")
 
@@ -64,3 +67,21 @@ def test_small_demo_runs_every_stage(small_demo: tuple[Path, str]) -> None:
     assert "<h2>Answers after each stage</h2>" in (out / "report.html").read_text("utf-8")
     assert "minimind chat out/demo --adapter out/demo/identity\n" in output
     assert output.rstrip().endswith("minimind export web out/demo --out out/demo/page")
+
+
+@pytest.mark.parametrize(
+    ("existing", "options"),
+    [("tokenizer", ["--fresh"]), ("corpus", ["--fresh"]), ("dpo", ["--fresh"]), ("model", [])],
+)
+def test_folders_of_others_are_not_removed(
+    existing: str, options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / existing).mkdir()
+    (tmp_path / existing / "file").touch()
+    arguments = ["demo", "--model", "nano", "--device", "cpu", "--out", str(tmp_path), *options]
+    done = CliRunner().invoke(app, arguments)
+    assert done.stderr == (
+        f"error: {tmp_path / existing} exists, but {tmp_path} has no time.json, so it is not from "
+        "an earlier run of this command. Choose another --out, or move it away first\n"
+    )
+    assert [path.name for path in tmp_path.rglob("*")] == [existing, "file"]

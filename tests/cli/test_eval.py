@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,14 @@ def test_two_models_with_several_tasks(models: Path, benchmark: Path, tmp_path: 
     assert json.loads((tmp_path / "also.json").read_text("utf-8"))["models"] == found
     assert list(found) == ["tiny", "other"]
     for name, tasks_of in found.items():
-        assert list(tasks_of) == ["mine (chat)", "bpb", "quiz"]
+        assert list(tasks_of) == [f"choice:{benchmark} (chat)", f"bpb:{text}", "quiz"]
         choice, bits, quiz = tasks_of.values()
         assert choice["questions"] == quiz["questions"] == 6
         assert f"{choice['correct']} / 6" in done.output
         assert quiz["fluent"] == 0
         assert "fluent" in done.output and "by keywords" in done.output
         assert f"{bits['bits_per_byte']:.4f}" in done.output
-        assert (tmp_path / "out" / name / "mine-chat" / "mine.csv").is_file()
+        assert list((tmp_path / "out" / name).glob("choice-*-mine.csv-chat/mine.csv"))
     assert "by group" not in done.output  # there is only one group
 
 
@@ -99,9 +100,9 @@ def test_groups_are_shown_with_their_intervals(models: Path, tmp_path: Path) -> 
 def test_a_second_run_reuses_all_results(models: Path, benchmark: Path, tmp_path: Path) -> None:
     words = (models / "tiny", "--task", f"choice:{benchmark}", "--style", "letter", "--shots", 0)
     assert run(tmp_path, *words).exit_code == 0
-    first = metrics(tmp_path)["tiny"]["mine (letter)"]
+    [first] = metrics(tmp_path)["tiny"].values()
     assert run(tmp_path, *words).exit_code == 0
-    second = metrics(tmp_path)["tiny"]["mine (letter)"]
+    [second] = metrics(tmp_path)["tiny"].values()
     assert (first["asked_now"], second["asked_now"]) == (40, 0)
     assert first["by_subject"] == second["by_subject"]
 
@@ -114,12 +115,13 @@ def test_a_killed_evaluation_is_resumed(tokenizer: Tokenizer, tmp_path: Path) ->
     shape = {"vocab_size": tokenizer.vocab_size}
     save_model(tmp_path / "m", Transformer(ModelConfig(**PRESETS["nano"] | shape)), tokenizer)
     words = ["eval", "m", "--task", "choice:long.csv", "--out", "out", "--device", "cpu"]
-    results = tmp_path / "out" / "m" / "long-chat.jsonl"
+    results = tmp_path / "out" / "m" / "choice-long.csv-chat.jsonl"
     kept = kill_amid(words, tmp_path, results, 5_000)
     assert 1 < len(kept) < 801
-    done = run(tmp_path, tmp_path / "m", "--task", f"choice:{benchmark}")
+    with contextlib.chdir(tmp_path):
+        done = run(tmp_path, tmp_path / "m", "--task", "choice:long.csv")
     assert done.exit_code == 0, done.output
-    found = metrics(tmp_path)["m"]["long (chat)"]
+    found = metrics(tmp_path)["m"]["choice:long.csv (chat)"]
     assert (found["asked_now"], found["questions"]) == (801 - len(kept), 800)
     lines = results.read_bytes().splitlines()
     assert lines[: len(kept)] == kept
@@ -136,7 +138,7 @@ def test_failures_are_reported_and_the_rest_continues(
     assert done.exit_code == 1
     assert "no such directory" in done.output
     assert "found no ceval" in done.output
-    assert metrics(tmp_path)["tiny"]["mine (chat)"]["questions"] == 40
+    assert metrics(tmp_path)["tiny"][f"choice:{benchmark} (chat)"]["questions"] == 40
     assert "Traceback" not in done.output
 
 
@@ -169,6 +171,41 @@ def test_failed_questions_give_exit_status_1(
     assert again.exit_code == 1
 
 
+def test_tasks_on_different_data_have_separate_results(models: Path, tmp_path: Path) -> None:
+    """In one command, in a second one, and with --fresh."""
+    texts = {"zh": "泰山在山东省。", "en": "The river.", "x": "x"}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+        (tmp_path / name / "mine.csv").write_text(f"{HEADER}{text},1,2,3,4,A\n", encoding="utf-8")
+    with contextlib.chdir(tmp_path):
+        first = [f"{kind}" for kind in ("bpb:zh/a.jsonl", "choice:zh/mine.csv", "bpb:en/a.jsonl")]
+        words = [word for task in first for word in ("--task", task)]
+        for more in ((), ("--fresh",)):
+            done = run(Path(), models / "tiny", *words, *more)
+            assert done.exit_code == 0, done.output
+        done = run(
+            Path(), models / "tiny", "--task", "bpb:x/a.jsonl", "--task", "choice:x/mine.csv"
+        )
+        assert done.exit_code == 0, done.output
+        folder = Path("out", "tiny")
+        sizes = {
+            path.name: json.loads(path.read_text("utf-8")).get("bytes")
+            for path in folder.glob("*.json")
+        }
+        assert sizes == {
+            "bpb-zh-a.jsonl.json": len(texts["zh"].encode()),
+            "bpb-en-a.jsonl.json": 10,
+            "bpb-x-a.jsonl.json": 1,
+            "choice-zh-mine.csv-chat.json": None,
+            "choice-x-mine.csv-chat.json": None,
+        }
+        Path("zh-a.jsonl").write_text('{"text": "a"}\n')
+        both = run(Path(), models / "tiny", "--task", "bpb:zh/a.jsonl", "--task", "bpb:zh-a.jsonl")
+        assert both.exit_code == 1
+        assert "--task bpb:zh-a.jsonl would have the same file name" in both.output
+
+
 def test_results_of_another_evaluation_are_not_overwritten(
     models: Path, benchmark: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +224,7 @@ def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path
     data.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
     done = run(tmp_path, models / "tiny", "--task", f"choice:{benchmark}", "--contamination", data)
     assert done.exit_code == 0, done.output
-    found = metrics(tmp_path)["tiny"]["mine (chat)"]["contamination"]
+    found = metrics(tmp_path)["tiny"][f"choice:{benchmark} (chat)"]["contamination"]
     assert found["found"] == 1
     assert found["without"]["questions"] == 39
     assert "Questions in the training data" in done.output
@@ -206,10 +243,16 @@ def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path
         (("--task", "c3"), "c3 needs its data: give --data DIR"),
         (("--task", "choice"), "choice needs a file"),
         (("--task", "bpb"), "bpb needs text"),
+        (
+            ("--task", "ceval", "--task", "mmlu", "--data", __file__),
+            f"--data {__file__}: this file would be the data of ceval and mmlu; name the data of "
+            "each task: --task ceval:PATH --task mmlu:PATH",
+        ),
+        (("--task", "lm-eval:arc", "--context", 64), "--context does not apply to lm-eval:arc"),
     ],
 )
 def test_invalid_command_lines(
-    models: Path, tmp_path: Path, words: tuple[str, ...], message: str
+    models: Path, tmp_path: Path, words: tuple[object, ...], message: str
 ) -> None:
     done = run(tmp_path, models / "tiny", *words)
     assert done.exit_code == 1

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
@@ -77,6 +78,64 @@ def test_an_interrupted_download_is_continued(hub: HubServer, published: Path) -
     hub.requests.clear()
     assert get(MODEL, "--yes", "--revision", COMMIT, "--out", "m").exit_code == 0
     assert hub.downloads() == ["bytes=1000-"]
+    assert not Path("m.part").exists()
+
+
+@pytest.mark.parametrize("other", ["other/tiny", "modelscope:other/tiny", MODEL])
+def test_files_of_another_model_or_version_are_not_mixed_in(
+    hub: HubServer, published: Path, other: str
+) -> None:
+    hub.add(MODEL, "merges.txt", b"of the first only", kind="models")
+    hub.faults["model.safetensors"] = ["cut:1000", *["cut:0"] * 4]
+    assert get(MODEL, "--yes", "--revision", COMMIT).exit_code == 1
+    unfinished = Path("models/tiny.part")
+    kept = {path.name for path in unfinished.iterdir() if not path.name.startswith(".")}
+    assert {"config.json", "tokenizer.json", "merges.txt"} < kept
+
+    name, at = other.rpartition(":")[2], "modelscope" if ":" in other else "hf"
+    hub.files = {key: content for key, content in hub.files.items() if key[3] != "merges.txt"}
+    hub.commit = "beef" * 10
+    contents = {path.name: path.read_bytes() for path in published.iterdir()}
+    contents["config.json"] = contents["config.json"].replace(b"silu", b"gelu")  # of equal size
+    contents["model.safetensors"] = contents["model.safetensors"][::-1]
+    for file, content in contents.items():
+        hub.add(name, file, content, at, "models")
+    done = get(other, "--yes")
+    assert done.exit_code == 0, done.output
+    assert "config.json in models/tiny.part is of another version; downloading it again" in (
+        done.output
+    )
+    assert "removing files of another model or version from models/tiny.part: merges.txt" in (
+        done.output.replace("\n", " ")
+    )
+    origin = json.loads(Path("models/tiny/origin.json").read_text("utf-8"))
+    assert origin["repository"] == name
+    assert set(origin["files"]) == set(contents)
+    assert contents == {
+        path.name: path.read_bytes()
+        for path in Path("models/tiny").iterdir()
+        if path.name != "origin.json"
+    }
+    assert not unfinished.exists()
+
+
+def test_files_that_no_download_leaves_are_not_removed(published: Path) -> None:
+    Path("m.part").mkdir()
+    Path("m.part/thesis.docx").touch()
+    done = get(MODEL, "--yes", "--out", "m")
+    assert done.exit_code == 1
+    assert (
+        "m.part contains other files, such as thesis.docx; move them, or choose another --out"
+        in (done.stderr)
+    )
+    assert Path("m.part/thesis.docx").exists()
+
+
+def test_two_downloads_into_one_folder_do_not_mix(published: Path) -> None:
+    with FileLock(".m.lock"):
+        done = get(MODEL, "--yes", "--out", "m")
+    assert done.exit_code == 1
+    assert "another process is downloading to m" in done.stderr
     assert not Path("m.part").exists()
 
 

@@ -84,7 +84,12 @@ def test_a_merged_model_gives_the_same_answer(folder: Path) -> None:
     before = (folder / "base" / "model.safetensors").read_bytes()
     error = run(folder, "merge", "base", "--adapter", "run", "--out", "base", status=1).stderr
     assert "is the base model of the adapter; choose another --out" in error
+    other = "already exists and would be overwritten; give another --out, or move it away first"
+    for out, message in (("merged", other), (".", "is the current folder, which cannot be")):
+        error = run(folder, "merge", "base", "--adapter", "run", "--out", out, status=1).stderr
+        assert error.startswith(f"error: {out} {message}")
     assert (folder / "base" / "model.safetensors").read_bytes() == before
+    assert load_model(folder / "merged").head_weight.equal(merged["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize(

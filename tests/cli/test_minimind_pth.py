@@ -64,3 +64,19 @@ def test_refusals(arguments: tuple[str, ...], message: str, folder: Path) -> Non
     output = run(folder, "import", *arguments, "--out", "new", status=1).output
     assert message in output and "Traceback" not in output
     assert not (folder / "new").exists()
+
+
+def test_nothing_in_the_target_folder_is_removed(folder: Path) -> None:
+    """A folder of MiniMind's weights looks like a model directory: it has a config.json."""
+    weights = folder / "weights"
+    Tokenizer.load(folder / "run" / "model").save(weights)
+    for name in ("config.json", "pretrain.pth"):
+        (weights / name).write_text("{}")
+    (folder / "x.pth").rename(weights / "x.pth")
+    before = {file.name: file.read_bytes() for file in weights.iterdir()}
+    error = run(folder, "import", "weights/x.pth", "--out", "weights", status=1).stderr
+    message = "already exists and would be overwritten; give another --out, or move it away first"
+    assert error == f"error: weights {message}\n"
+    error = run(weights, "import", "x.pth", "--out", ".", status=1).stderr
+    assert error == "error: . is the current folder, which cannot be replaced; give another --out\n"
+    assert {file.name: file.read_bytes() for file in weights.iterdir()} == before

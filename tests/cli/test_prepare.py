@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from minimind.cli.main import app
+from minimind.cli.prepare import questions_of
 from minimind.data.prepare.shards import read_shard
 from tests.support.corpora import Corpus, write_texts
 
@@ -42,6 +43,25 @@ def test_prepare_prints_counts_and_the_next_command(texts: Path, tokenizer_dir: 
     dropped = {reason: entry["documents"] for reason, entry in manifest["dropped"].items()}
     assert dropped == {"benchmark question": 1, "exact duplicate": 1, "too short": 1}
     assert manifest["identity"]["settings"]["length"]["minimum"] == 10
+
+
+def test_no_question_of_two_files_of_one_benchmark_is_lost(tmp_path: Path) -> None:
+    """Only names that occur twice are extended by the path, so that others stay as they were."""
+    specs = []
+    for folder, questions in (("a", ["p", "q"]), ("b", ["r"]), ("c", ["s"])):
+        path = tmp_path / folder / ("other.csv" if folder == "c" else "mine.csv")
+        path.parent.mkdir()
+        rows = [f"{question}?,1,2,A\n" for question in questions]
+        path.write_text("question,A,B,answer\n" + "".join(rows), "utf-8")
+        specs.append(f"choice:{path}")
+    a, b, _ = specs
+    assert questions_of([*specs, a]) == {
+        f"{a}/mine-2": "p?",
+        f"{a}/mine-3": "q?",
+        f"{b}/mine-2": "r?",
+        "choice/other-2": "s?",
+    }
+    assert questions_of([a, a]) == {"choice/mine-2": "p?", "choice/mine-3": "q?"}
 
 
 def test_messages_say_what_to_do(texts: Path) -> None:

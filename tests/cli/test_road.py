@@ -280,6 +280,26 @@ def test_a_bad_road_is_one_message_before_any_work(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("existing", "options"),
+    [("tokenizer", ["--fresh"]), ("sft", ["--fresh"]), ("eval", ["--fresh"]), ("model", [])],
+)
+def test_folders_of_others_are_neither_removed_nor_used(
+    folder: Path, existing: str, options: list[str]
+) -> None:
+    (folder / "out" / existing).mkdir(parents=True)
+    (folder / "out" / existing / "config.json").write_text("{}")
+    (folder / "text.jsonl").unlink()  # the data is read later
+    assert error(folder, "tiny.toml", "--out", "out", *options) == (
+        f"error: {Path('out', existing)} exists, but out has no time.json, so it is not from an "
+        "earlier run of this command. Choose another --out, or move it away first"
+    )
+    assert [str(path.relative_to(folder)) for path in (folder / "out").rglob("*")] == [
+        str(Path("out", existing)),
+        str(Path("out", existing, "config.json")),
+    ]
+
+
 def test_data_that_is_not_there_is_not_downloaded_without_consent(folder: Path) -> None:
     write_road(folder, ('["chat.jsonl"]', '["minimind:sft_mini"]'))
     message = error(folder, "tiny.toml")

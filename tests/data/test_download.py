@@ -304,6 +304,28 @@ def test_parts_of_two_versions_are_not_joined(hub: HubServer, client: Client) ->
     assert client.get().read_bytes() == CONTENT[::-1]
 
 
+def test_a_file_without_a_hash_is_not_continued_by_a_later_call(
+    hub: HubServer, client: Client
+) -> None:
+    located = locate(published(), client.folder, None, client.said.append)
+    located = replace(located, file=replace(located.file, sha256=None))
+    hub.faults["data/part.jsonl"] = ["cut:100", *["cut:0"] * 4]
+    with pytest.raises(DataError):
+        client.fetch(located)
+    hub.add("owner/tiny", "data/part.jsonl", CONTENT[::-1])
+    assert client.fetch(located).read_bytes() == CONTENT[::-1]
+
+
+def test_another_version_that_appears_meanwhile_is_replaced(hub: HubServer, client: Client) -> None:
+    located = locate(published(), client.folder, None, client.said.append)
+    target = client.folder / "tiny" / "part.jsonl"
+    target.parent.mkdir()
+    target.write_bytes(CONTENT[::-1])
+    assert client.fetch(located).read_bytes() == CONTENT
+    origin = origin_of(target)
+    assert origin and origin["sha256"] == sha256(CONTENT)
+
+
 def test_a_full_disk_is_reported_before_the_download(hub: HubServer, client: Client) -> None:
     located = locate(published(), client.folder, None, print)
     huge = replace(located, file=replace(located.file, size=1 << 60))

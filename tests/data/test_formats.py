@@ -147,6 +147,16 @@ def test_invalid_elements_of_a_json_array_are_counted(tmp_path: Path) -> None:
     ] == [*("2", "3", "3")]
 
 
+@pytest.mark.parametrize("layout", ["[%s,\n%s,\n%s]", "%s\n%s\n%s"])
+def test_an_integer_that_is_too_long_invalidates_one_record(layout: str, tmp_path: Path) -> None:
+    invalid = InvalidRecords()
+    records = ('{"text": "a", "n": %s}' % ("9" * 5_000), '{"text": "b"}', "9" * 5_000)
+    content = (layout % records).encode()
+    assert texts_of(tmp_path / "a.json", content, invalid) == ["b"]
+    reason = "an integer of more than 4,000 digits"
+    assert invalid.locations == {reason: [f"{tmp_path}/a.json:{line}" for line in (1, 3)]}
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -25,6 +25,25 @@ def test_folders_and_globs_list_supported_files(tmp_path: Path) -> None:
     assert list_files(f"{here}/x[1].jsonl") == [tmp_path / "x[1].jsonl"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_folders_behind_links_are_listed_once(tmp_path: Path) -> None:
+    data, disk = tmp_path / "data", tmp_path / "disk"
+    for name in ("data/z/own.jsonl", "disk/wiki/deep/1.jsonl", "disk/.hidden/2.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (data / "wiki").symlink_to(disk / "wiki")
+    (data / "wiki-again").symlink_to(disk / "wiki")
+    (data / ".hidden").symlink_to(disk / ".hidden")
+    (data / "a").symlink_to(data / "z")  # also listed by its own name
+    (data / "missing").symlink_to(tmp_path / "nowhere")
+    (disk / "wiki" / "up").symlink_to(data)
+    (data / "loop").symlink_to(data / "loop")
+    assert list_files(str(data)) == [data / "wiki/deep/1.jsonl", data / "z/own.jsonl"]
+    (tmp_path / "link").symlink_to(data)
+    link = tmp_path / "link"
+    assert list_files(str(link)) == [link / "wiki/deep/1.jsonl", link / "z/own.jsonl"]
+
+
 NAMES = ["[v1]", "a@2", "x*", "a,b", "a b", "q?", "[!x]", "{a}", "~", "a@0.5", "**"]
 
 

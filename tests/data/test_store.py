@@ -13,7 +13,7 @@ from tokenizers import models
 from minimind.data import stamps, store_writer
 from minimind.data import store as store_module
 from minimind.data.store import Kind, TokenStore, default_folder, open_store
-from minimind.errors import ResourceError
+from minimind.errors import DataError, ResourceError
 from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.bpe import new_bpe
 from minimind.tokenizer.format import SPECIAL_TOKENS
@@ -69,6 +69,41 @@ def test_a_store_is_built_once_for_the_same_input(
     fourth, built = opened()
     assert built
     assert len(documents(TokenStore(fourth))) == len(documents(TokenStore(third))) + 1
+
+
+def test_the_fraction_of_invalid_records_holds_for_an_existing_store(
+    tmp_path: Path, store_folder: Path, tokenizer: Tokenizer
+) -> None:
+    packed = {"text": "<s>一</s> <s>二</s> <s>三</s>"}  # three records of the store
+    path = write_lines(tmp_path / "texts.jsonl", [packed] * 7)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("{broken\n" * 3)
+
+    def opened(fraction: float) -> list[str]:
+        notices: list[str] = []
+        store = open_store(
+            str(path),
+            tokenizer,
+            kind="text",
+            folder=store_folder,
+            max_invalid_fraction=fraction,
+            say=notices.append,
+        )
+        assert len(documents(store)) == 21
+        return notices
+
+    first = opened(0.3)
+    [quarantine] = store_folder.glob("*.invalid.jsonl")
+    assert [notice.partition(". ")[2] for notice in first] == [
+        "3 of 10 records are invalid: 3 × not JSON: Expecting property name enclosed in double "
+        f"quotes. They are left out; see {quarantine}"
+    ]
+    assert opened(0.3) == first, "reported each time"
+    with pytest.raises(DataError) as caught:
+        opened(0.29)
+    assert "3 of 10 records are invalid" in str(caught.value)
+    assert "or allow more with data.max_invalid_fraction=…" in str(caught.value)
+    assert str(caught.value).endswith(f". They are in {quarantine}")
 
 
 @pytest.mark.parametrize("in_place", [True, False])

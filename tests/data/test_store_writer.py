@@ -1,7 +1,9 @@
 import json
+import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +113,21 @@ def test_each_text_is_a_document_that_ends_with_end_of_text(
     assert train["characters"] == sum(map(len, TEXTS))
     assert train["bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert names(store_folder) == ["", "lock"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no POSIX permissions")
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_the_umask_decides_who_may_read_a_store(
+    texts: Path, store_folder: Path, tokenizer: Tokenizer, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        store = open_store(str(texts), tokenizer, kind="text", folder=store_folder)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o777 & ~umask
+    files = {stat.S_IMODE(path.stat().st_mode) for path in store.folder.iterdir()}
+    assert files == {0o666 & ~umask}
 
 
 def test_conversations_have_loss_masks(

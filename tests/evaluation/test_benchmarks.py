@@ -1,8 +1,12 @@
+import contextlib
+import gzip
 import io
 import json
+import os
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,14 @@ def check(questions: Questions) -> None:
 @pytest.mark.parametrize("below", ["", "ceval-exam"])
 def test_ceval_is_read_from_folders(ceval_dir: Path, below: str) -> None:
     check(read_benchmark("ceval", [str(ceval_dir / below)]))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_tables_behind_links_are_read(ceval_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "ceval-exam").mkdir()
+    for split in (ceval_dir / "ceval-exam").iterdir():
+        (tmp_path / "ceval-exam" / split.name).symlink_to(split)
+    check(read_benchmark("ceval", [str(tmp_path)]))
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar.xz"])
@@ -89,6 +101,53 @@ def test_no_member_of_an_archive_is_dropped(tmp_path: Path) -> None:
         read_benchmark("ceval", [str(archive)])
 
 
+@pytest.mark.parametrize("ending", ["zip", "tar.gz", "tar.xz", "tar.bz2"])
+def test_a_damaged_archive_is_an_error(ceval_dir: Path, tmp_path: Path, ending: str) -> None:
+    """One byte is another one, in twelve places."""
+    kind = {"zip": "zip", "tar.gz": "gztar", "tar.xz": "xztar", "tar.bz2": "bztar"}[ending]
+    archive = Path(shutil.make_archive(str(tmp_path / "ceval"), kind, ceval_dir))
+    content = archive.read_bytes()
+    for position in range(9, len(content), len(content) // 12):
+        archive.write_bytes(
+            content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
+        )
+        with contextlib.suppress(DataError):
+            read_benchmark("ceval", [str(archive)])
+    middle = len(content) // 3
+    archive.write_bytes(content[:middle] + bytes(100) + content[middle + 100 :])
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        read_benchmark("ceval", [str(archive)])
+
+
+def test_an_encrypted_archive_is_an_error(ceval_dir: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "ceval"), "zip", ceval_dir))
+    content = bytearray(archive.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        position = -1
+        while (position := content.find(signature, position + 1)) >= 0:
+            content[position + flags] |= 1
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"_dev\.csv is encrypted; unpack it into a folder"):
+        read_benchmark("ceval", [str(archive)])
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("", bytes), (".gz", gzip.compress), (".ZST", zstandard.compress)]
+)
+def test_csv_may_be_compressed(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"mine.csv{ending}"
+    content = compress('\ufeffquestion,A,B,answer\n"泰山\r\n在哪里？",甲,乙,A\n'.encode())
+    path.write_bytes(content)
+    [question] = read_benchmark("choice", [str(path)]).questions
+    assert (question.question, question.options) == ("泰山\n在哪里？", ("甲", "乙"))
+    if ending:
+        path.write_bytes(content[:-6])
+        with pytest.raises(DataError, match=r"cannot be decompressed as .*damaged or truncated"):
+            read_benchmark("choice", [str(path)])
+
+
 def test_cmmlu_and_mmlu_are_distinguished_in_one_folder(tmp_path: Path) -> None:
     header = ["", "Question", "A", "B", "C", "D", "Answer"]
     for split, questions in (("test", CHINESE), ("dev", EXAMPLES)):
@@ -98,6 +157,78 @@ def test_cmmlu_and_mmlu_are_distinguished_in_one_folder(tmp_path: Path) -> None:
     assert contents(questions) == CHINESE
     assert [len(examples) for examples in questions.examples.values()] == [3]
     assert contents(read_benchmark("mmlu", [str(tmp_path)])) == CHINESE[:2]
+
+
+def write_tables(folder: Path, names: Iterable[str]) -> None:
+    """Write a table for each name, such as val/logic_val; with a header as C-Eval and CMMLU."""
+    for name in names:
+        header = ["id", "question", "A", "B", "C", "D", "answer"]
+        write_table(folder / f"{name}.csv", CHINESE[:1], header)
+
+
+def full(benchmark: str, split: str) -> list[str]:
+    ending = "" if benchmark == "cmmlu" else f"_{split}"
+    return [f"{split}/{subject}{ending}" for subject in subjects(benchmark)]
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "tables"),
+    [
+        ("mmlu", "cmmlu", ["test/anatomy"]),
+        ("mmlu", "CMMLU_v1_0_1/x", ["test/anatomy_test"]),
+        ("mmlu", "mmlu/cmmlu", ["test/anatomy"]),
+        ("mmlu", "", ["test/anatomy"]),  # no "_test", as in CMMLU
+        ("mmlu", "data", full("cmmlu", "test")),
+        ("cmmlu", "data", full("mmlu", "test")),
+        ("ceval", "data", full("mmlu", "val")),
+        ("ceval", "data", ["val/college_physics_val"]),
+    ],
+)
+def test_tables_of_another_benchmark_are_not_read(
+    tmp_path: Path, task: str, folder: str, tables: list[str]
+) -> None:
+    """They share subjects, from an archive as from a folder."""
+    write_tables(tmp_path / "exams" / folder, tables)
+    archive = shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path / "exams")
+    for source in (str(tmp_path / "exams"), archive):
+        with pytest.raises(DataError, match=f"found no {task}"):
+            read_benchmark(task, [source])
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "tables"),
+    [
+        ("mmlu", "mmlu", ["test/anatomy"]),
+        ("ceval", "x/ceval-exam-v2", ["val/college_physics_val"]),
+        ("mmlu", "x", ["test/anatomy_test"]),
+        ("cmmlu", "x", ["test/anatomy"]),
+        ("ceval", "x", ["val/logic"]),
+    ],
+)
+def test_a_part_of_a_benchmark_is_read(
+    tmp_path: Path, task: str, folder: str, tables: list[str]
+) -> None:
+    write_tables(tmp_path / "exams" / folder, tables)
+    for source in (tmp_path / "exams", tmp_path / "exams" / folder):
+        assert contents(read_benchmark(task, [str(source)])) == CHINESE[:1]
+
+
+def test_benchmarks_in_one_folder_are_separated(tmp_path: Path) -> None:
+    write_tables(tmp_path / "a", [*full("ceval", "val"), "dev/college_physics_dev"])
+    write_tables(tmp_path / "b", [*full("mmlu", "test"), "dev/college_physics_dev"])
+    for task, number in (("ceval", 52), ("mmlu", 57)):
+        questions = read_benchmark(task, [str(tmp_path)])
+        assert len(questions.questions) == number
+        assert len(questions.examples["college_physics"]) == 1
+
+
+def test_an_archive_beside_another_benchmark_is_read(tmp_path: Path) -> None:
+    write_tables(tmp_path / "cmmlu", ["test/anatomy"])
+    write_table(tmp_path / "x" / "test" / "anatomy_test.csv", CHINESE[1:3], None)
+    shutil.make_archive(str(tmp_path / "mmlu"), "tar", tmp_path / "x")
+    shutil.rmtree(tmp_path / "x")
+    assert contents(read_benchmark("mmlu", [str(tmp_path)])) == CHINESE[1:3]
+    assert contents(read_benchmark("cmmlu", [str(tmp_path)])) == CHINESE[:1]
 
 
 def test_records_may_have_splits_and_passages(tmp_path: Path) -> None:

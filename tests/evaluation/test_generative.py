@@ -68,6 +68,18 @@ def test_gsm8k_is_scored_by_the_final_number(tmp_path: Path, file: str) -> None:
     assert "by_subject" not in summary
 
 
+def test_the_file_of_another_benchmark_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "test.jsonl", [{"question": "1 + 2 = ?", "answer": "3"}])
+    write(tmp_path / "cmath" / "test.jsonl", list(CMATH))
+    with pytest.raises(DataError, match=r"found no gsm8k\.jsonl"):
+        make_task("gsm8k", data=[str(tmp_path)])
+    write(tmp_path / "grade_school_math" / "test.jsonl", list(GSM8K))
+    assert list(make_task("gsm8k", data=[str(tmp_path)]).texts().values()) == [
+        "How many?",
+        "How much?",
+    ]
+
+
 def test_cmath_by_grade_without_distractors(tmp_path: Path) -> None:
     task = make_task(f"cmath:{write(tmp_path / 'mine.jsonl', list(CMATH))}")
     results = list(task.run(FakeModel("是10减1，等于9个", "0.5"), ()))  # type: ignore[arg-type]

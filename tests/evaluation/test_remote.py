@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.support.remote_services import (
     like_gpt5,
     like_mistral,
     like_old,
+    like_vllm,
 )
 from tests.support.services import InProcess, save_models
 
@@ -75,6 +77,30 @@ def test_the_older_name_is_used_if_the_token_limit_is_ignored() -> None:
         answer = Service(server.url).answer(ASK, max_tokens=2, temperature=0)
     assert answer == Answer("I am", 2, False)
     assert [body.get("max_tokens") for body in server.requests] == [None, 2]
+
+
+def test_a_rejected_question_changes_no_later_request() -> None:
+    """A question that is too long, and one that an error quotes with the name of a parameter."""
+
+    def refuse(body: dict[str, Any]) -> tuple[int, object] | None:
+        question = body["messages"][-1]["content"]
+        flagged = 400, {"error": {"message": f"Flagged: {question}"}}
+        return flagged if "temperature" in question else like_vllm(body)
+
+    generation = GenerationConfig(9, temperature=0.5, concurrency=1)
+    with RemoteService(respond, "m", refuse) as server:
+        service = Service(server.url)
+        questions = ["Why?" * 100, "Which temperature?", "Why?"]
+        long, flagged, answer = (
+            answer for _, answer in sorted(service.answers(questions, generation))
+        )
+        assert "too large: 9. This model's maximum context" in str(long)
+        assert "Flagged: Which temperature?" in str(flagged)
+        assert answer.text == "I am fine."
+    assert service.rejected == set()
+    sent = server.requests[-1]
+    assert (sent["max_completion_tokens"], sent["temperature"]) == (9, 0.5)
+    assert all("max_completion_tokens" in body or "max_tokens" in body for body in server.requests)
 
 
 @pytest.mark.parametrize("fault", ["429", "503", "500", "html", "hang", "stall", "cut"])

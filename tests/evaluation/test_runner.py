@@ -181,7 +181,43 @@ def test_an_item_has_a_single_line(ceval_dir: Path, local: LocalModel, tmp_path:
     assert results[0] in stored
 
 
+def test_results_without_the_path_in_their_name_are_resumed(
+    local: LocalModel, tmp_path: Path
+) -> None:
+    """Earlier versions stored them under the kind of the task; those of other data are kept."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "长江"}\n{"text": "泰山"}\n', encoding="utf-8")
+    old = make_task(f"bpb:{path}")
+    old.name = "bpb"
+    evaluate(old, local, tmp_path / "out", identity=ME)
+    kept = (tmp_path / "out" / "bpb.jsonl").read_bytes()
+    again = evaluate(make_task(f"bpb:{path}"), local, tmp_path / "out", identity=ME)
+    assert (again["task"], again["asked_now"], again["documents"]) == (f"bpb:{path}", 0, 2)
+    other = tmp_path / "b.jsonl"
+    other.write_text('{"text": "黄河"}\n', encoding="utf-8")
+    new = evaluate(make_task(f"bpb:{other}"), local, tmp_path / "out", identity=ME)
+    assert (new["asked_now"], new["documents"]) == (1, 1)
+    assert (tmp_path / "out" / "bpb.jsonl").read_bytes() == kept
+
+
+def test_a_document_counts_once_whatever_its_path(
+    local: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "长江"}\n{"text": "泰山"}\n', encoding="utf-8")
+    sources = ["a.jsonl", str(tmp_path / "a.jsonl"), "."]
+    for source in ([sources[0]], [sources[1]], [sources[2]], sources):
+        task = make_task("bpb", data=source)
+        summary = evaluate(task, local, tmp_path / "out", identity=ME)
+        assert (len(task), summary["documents"], summary["bytes"]) == (2, 2, 12)
+    assert summary["asked_now"] == 0
+    assert len(lines(tmp_path / "out")) == 3
+
+
 def test_names_of_models_and_files(varied_dir: Path) -> None:
     assert name_of(varied_dir) == name_of(varied_dir / "model") == "tiny"
     assert file_name("ceval (letter, 5 shots)") == "ceval-letter-5-shots"
     assert file_name("../..") == "_"
+    long = [file_name("长江" * 50 + ending) for ending in ("a", "b")]
+    assert len(set(long)) == 2
+    assert all(len(name.encode()) <= 200 and name.startswith("长江") for name in long)

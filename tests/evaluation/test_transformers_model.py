@@ -13,7 +13,7 @@ from minimind.evaluation.scoring import Row, sliding_windows
 from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.evaluation.transformers_model import TransformersModel
 from minimind.inference import load
-from minimind.tokenizer import Tokenizer
+from minimind.tokenizer import Tokenizer, encode_chat
 from tests.support.foreign import make_tokenizer
 from tests.support.small_benchmarks import CHINESE
 
@@ -91,6 +91,24 @@ def test_answers_are_the_same(
     sampling = GenerationConfig(8, temperature=1, seed=3)
     assert answers(model, questions, sampling)[1] == answers(model, questions[1:2], sampling)[0]
     assert answers(model, questions, sampling) != expected
+
+
+def test_answers_respect_the_context(
+    varied_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that leaves room for three tokens, and one that does not fit."""
+    monkeypatch.setattr(load, "inference_dtype", lambda device: torch.float32)
+    short, long = "泰山在哪里？", "长江？" * 30
+    messages = [{"role": "user", "content": short}]
+    context = len(encode_chat(tokenizer, messages, add_generation_prompt=True)[0]) + 3
+    theirs = TransformersModel(varied_dir / "model", "cpu", context=context)
+    outcomes = dict(theirs.answers([short, long], GREEDY))
+    ours = dict(LocalModel(varied_dir, "cpu", context=context).answers([short, long], GREEDY))
+    assert isinstance(outcomes[0], Answer) and isinstance(ours[0], Answer)
+    assert replace(outcomes[0], seconds=0) == replace(ours[0], seconds=0)
+    assert (outcomes[0].tokens, outcomes[0].ended) == (3, False)
+    assert str(outcomes[1]) == str(ours[1])
+    assert f"the model's context is {context}; shorten it" in str(outcomes[1])
 
 
 def test_other_architectures_are_evaluated_with_transformers(

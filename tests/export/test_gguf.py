@@ -4,6 +4,7 @@ For llama.cpp itself see test_against_llama_cpp.py.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pytest
 import torch
 
 from minimind.errors import ModelError, ResourceError, UsageError
-from minimind.export.gguf import export_gguf, gguf_tensors
+from minimind.export.gguf import architecture, export_gguf, gguf_tensors
 from minimind.export.gguf_adapter import export_gguf_adapter
 from minimind.tokenizer import Tokenizer
-from tests.support.small_models import ARCHITECTURES, save_small_model
+from tests.support.small_models import ARCHITECTURES, save_small_model, small_model
 
 
 def field(reader: Any, key: str) -> Any:
@@ -115,6 +116,54 @@ def test_what_llama_cpp_cannot_represent_is_refused(tokenizer: Tokenizer, tmp_pa
     with pytest.raises(UsageError, match="unknown GGUF type 'q9'; known: f32, f16"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf", type="q9")
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "yarn-factor", "yarn-mscale"])
+def test_settings_of_yarn(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """llama.cpp multiplies YaRN's default factor, 1 + 0.1 ln(factor), by `attn_factor`."""
+    save_small_model(tmp_path / "model", kind, tokenizer)
+    export_gguf(tmp_path / "model", tmp_path / "out.gguf")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    prefix = "llama.rope.scaling."
+    written = {
+        name.removeprefix(prefix): field(reader, name)
+        for name in reader.fields
+        if name.startswith(prefix)
+    }
+    factor = {
+        "yarn": None,
+        "yarn-factor": 1.5,
+        "yarn-mscale": (1 + 0.2 * math.log(2.5)) / (1 + 0.05 * math.log(2.5)),
+    }[kind]
+    expected: dict[str, Any] = {"type": "yarn", "factor": 2.5, "original_context_length": 64}
+    if factor:
+        expected["attn_factor"] = pytest.approx(factor / (1 + 0.1 * math.log(2.5)))
+    assert written == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"beta_fast": 4.0}, "computes YaRN with beta_fast = 32; the model has 4.0"),
+        ({"beta_slow": 0.5}, "computes YaRN with beta_slow = 1; the model has 0.5"),
+        ({"truncate": False}, "computes YaRN with truncate = true; the model has false"),
+    ],
+)
+def test_settings_of_yarn_that_llama_cpp_does_not_read_are_refused(
+    changes: dict[str, Any], reason: str, tokenizer: Tokenizer
+) -> None:
+    config = small_model("yarn", tokenizer.vocab_size).config
+    assert architecture(config) == "llama" and config.rope_scaling
+    scaling = config.rope_scaling.model_copy(update=changes)
+    with pytest.raises(ModelError, match=reason):
+        architecture(config.model_copy(update={"rope_scaling": scaling}))
+
+
+def test_scaling_of_llama_3_with_qk_norm_is_refused(tokenizer: Tokenizer) -> None:
+    """llama.cpp's qwen3 has no tensor of frequencies, and does not load a file that has one."""
+    config = small_model("llama3", tokenizer.vocab_size, qk_norm=True).config
+    with pytest.raises(ModelError, match="no Llama 3 RoPE scaling for models with QK-norm"):
+        architecture(config)
 
 
 def test_only_new_files_with_the_usual_suffix(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -125,6 +125,27 @@ def test_existing_files_stay(name: str, tokenizer: Tokenizer, tmp_path: Path) ->
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.JSON"])
+def test_the_weights_do_not_have_the_name_of_their_configuration(
+    name: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "model", tokenizer)
+    message = rf"{name} is the name of the configuration beside the weights; give .*x\.pth$"
+    with pytest.raises(UsageError, match=message):
+        export_pth(tmp_path / "model", tmp_path / name)
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_folder_is_no_name_for_weights(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "model", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "model"):
+        with pytest.raises(UsageError, match=rf"^{name} is a directory; give a file name, such as"):
+            export_pth(tmp_path / "model", Path(name))
+
+
 def test_a_file_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
     make_model(tmp_path / "model", tokenizer)
     (tmp_path / "file").write_text("")

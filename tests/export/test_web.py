@@ -190,6 +190,20 @@ def test_a_browser_without_new_webassembly_features(
 
 @needs_chromium
 @pytest.mark.slow
+def test_a_browser_that_blocks_storage(host: Host) -> None:
+    driver = start_chromium(blocks_storage=True)
+    try:
+        page = Page(driver, host.url)
+        script = "const done = arguments[0]; caches.open('x').then(() => done(1), () => done(0))"
+        assert driver.execute_async_script(script) == 0, "storage is not blocked"
+        assert page["status"].text.startswith("f16 · ")
+        assert page.ask("1")
+    finally:
+        driver.quit()
+
+
+@needs_chromium
+@pytest.mark.slow
 def test_the_page_uses_only_its_own_folder(driver: Any, host: Host) -> None:
     driver.get_log("performance")
     Page(driver, host.url).ask("1")

@@ -1,18 +1,20 @@
 """Model directories are written atomically, or not at all."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from minimind.errors import ModelError, ResourceError
+from minimind.errors import ModelError, ResourceError, UsageError
 from minimind.model import (
     Transformer,
     load_model,
     save_model,
 )
+from minimind.model.saving import check_new_directory
 from minimind.tokenizer import Tokenizer
 
 FILES = {
@@ -133,6 +135,58 @@ def test_only_models_and_empty_directories_are_replaced(
     (tmp_path / "empty").mkdir()
     save_model(tmp_path / "empty", model, tokenizer)
     assert set(os.listdir(tmp_path / "empty")) == FILES
+
+
+def test_hidden_files_of_the_user_are_not_removed(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for name in (".git", ".DS_Store"):  # a folder is no file of a file manager
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "HEAD").touch()
+        with pytest.raises(ModelError, match="is not a model; give another directory"):
+            save_model(tmp_path / name, model, tokenizer)
+        assert (tmp_path / name / name / "HEAD").is_file()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / ".env").write_text("mine")
+    with pytest.raises(UsageError, match="notes already exists and would be overwritten"):
+        check_new_directory(tmp_path / "notes")
+    (tmp_path / "other").mkdir()
+    for name in (".DS_Store", "._x", ".nfs01", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "other" / name).touch()
+    check_new_directory(tmp_path / "other")
+    save_model(tmp_path / "other", model, tokenizer)
+    assert set(os.listdir(tmp_path / "other")) == FILES
+
+
+def test_the_current_folder_is_not_replaced(
+    saved: Path, model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    (saved.parent / "empty").mkdir()
+    for folder in (saved, saved.parent / "empty"):
+        monkeypatch.chdir(folder)
+        message = "is the current folder, which cannot be replaced; give another"
+        for path in (Path("."), folder):
+            with pytest.raises(ModelError, match=rf"^{re.escape(str(path))} {message} directory$"):
+                save_model(path, model, tokenizer)
+            with pytest.raises(UsageError, match=rf"^{re.escape(str(path))} {message} --out$"):
+                check_new_directory(path)
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert not os.listdir()
+
+
+def test_the_target_of_a_path_is_replaced(
+    saved: Path, random_model: Callable[..., Transformer], tokenizer: Tokenizer
+) -> None:
+    newer = random_model("nano", seed=1)
+    save_model(saved.parent / "new" / ".." / "model", newer, tokenizer)
+    assert torch.equal(load_model(saved).head_weight, newer.head_weight)
+    link = saved.parent / "link"
+    link.symlink_to(saved)
+    newest = random_model("nano", seed=2)
+    save_model(link, newest, tokenizer)
+    assert torch.equal(load_model(saved).head_weight, newest.head_weight)
+    assert link.is_symlink() and sorted(os.listdir(saved.parent)) == ["link", "model"]
 
 
 def test_saving_below_a_file_is_refused(

@@ -14,8 +14,13 @@ NO_CHROMIUM = "no Chromium here; on Debian: apt-get install chromium chromium-dr
 needs_chromium = pytest.mark.skipif(not HAS_CHROMIUM, reason=NO_CHROMIUM)
 
 
-def start_chromium(language: str = "en-US", width: int = 1200) -> Any:
-    """Return a driver that logs requests; below 600 pixels of width it acts as a phone."""
+def start_chromium(
+    language: str = "en-US", width: int = 1200, *, blocks_storage: bool = False
+) -> Any:
+    """Return a driver that logs requests; below 600 pixels of width it acts as a phone.
+
+    blocks_storage: sites may store nothing, as with "block all cookies" in the settings.
+    """
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -29,7 +34,10 @@ def start_chromium(language: str = "en-US", width: int = 1200) -> Any:
         f"--lang={language}",
     ):
         options.add_argument(flag)
-    options.add_experimental_option("prefs", {"intl.accept_languages": language})
+    preferences: dict[str, Any] = {"intl.accept_languages": language}
+    if blocks_storage:
+        preferences["profile.default_content_setting_values.cookies"] = 2
+    options.add_experimental_option("prefs", preferences)
     if width < 600:
         metrics = {"width": width, "height": 800, "pixelRatio": 2.0}
         options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})

@@ -55,6 +55,19 @@ def like_old(body: dict[str, Any]) -> Refusal | None:
     return None
 
 
+def like_vllm(body: dict[str, Any]) -> Refusal | None:
+    """vLLM: a question that is too long is an error that names the token limit."""
+    if len(body["messages"][-1]["content"]) < 100:
+        return None
+    name = "max_tokens" if "max_tokens" in body else "max_completion_tokens"
+    return _openai_error(
+        f"'max_tokens' or 'max_completion_tokens' is too large: {body[name]}. This model's maximum "
+        "context length is 100 tokens and your request has 100 input tokens.",
+        name,
+        "BadRequestError",
+    )
+
+
 def accepts_everything(body: dict[str, Any]) -> Refusal | None:
     return None
 

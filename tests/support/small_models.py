@@ -35,7 +35,29 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
         "attention_multiplier": 0.3,
     },
 }
-EXTENDED = ("linear", "yarn", "llama3")
+_SCALINGS: dict[str, dict[str, object]] = {
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "yarn-factor": {
+        "rope_type": "yarn",
+        "factor": 2.5,
+        "attention_factor": 1.5,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "yarn-mscale": {
+        "rope_type": "yarn",
+        "factor": 2.5,
+        "mscale": 2.0,
+        "mscale_all_dim": 0.5,
+        "truncate": True,
+    },
+}
+EXTENDED = ("linear", "yarn", *_SCALINGS)
 
 
 def small_model(kind: str, vocab_size: int, **shape: object) -> Transformer:
@@ -44,14 +66,8 @@ def small_model(kind: str, vocab_size: int, **shape: object) -> Transformer:
     config = ModelConfig.model_validate(shape)
     if kind in ("linear", "yarn", "dynamic"):
         config = extend_context(config, 160, kind)  # type: ignore[arg-type]
-    elif kind == "llama3":
-        scaling = {
-            "rope_type": "llama3",
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-        }
+    elif kind in _SCALINGS:
+        scaling = _SCALINGS[kind] | {"original_max_position_embeddings": 64}
         config = ModelConfig.model_validate(
             config.model_dump() | {"rope_scaling": scaling, "max_position_embeddings": 160}
         )

@@ -64,6 +64,17 @@ def test_the_built_in_texts_cover_three_scripts(tokenizer_dir: Path) -> None:
     assert list(usage.characters_per_token) == ["Chinese", "Latin", "digits and signs", "all"]
 
 
+def test_truncation_and_padding_of_the_file_are_ignored(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    expected = measure(load_bpe(tokenizer_dir), SAMPLE_TEXTS)
+    bpe = BPE.from_file(str(tokenizer_dir / "tokenizer.json"))
+    bpe.enable_truncation(9)
+    bpe.enable_padding(length=512)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert measure(load_bpe(tmp_path), SAMPLE_TEXTS) == expected
+
+
 def test_a_unigram_tokenizer(tmp_path: Path) -> None:
     pieces = [("<unk>", 0.0), ("▁river", -1.0), ("▁", -2.0), ("长", -3.0), ("江", -3.0)]
     other = BPE(models.Unigram(pieces, unk_id=0))

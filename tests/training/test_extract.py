@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from minimind.errors import CheckpointError, ModelError
+from minimind.errors import CheckpointError, UsageError
 from minimind.training.extract import extract_checkpoint
 from minimind.training.run import write_recipe
 from tests.support.small_runs import lora_settings
@@ -39,7 +39,7 @@ def test_a_checkpoint_is_extracted_as_a_model_or_an_adapter(
     before = files_in(out)
     recipe_file = again / "recipe.toml"
     for existing in (out, output, recipe_file):
-        with pytest.raises(ModelError, match=r"already exists .* another --out, or remove it"):
+        with pytest.raises(UsageError, match=r"already exists .* another --out, or move it"):
             extract_checkpoint(again, 5, existing)
     assert files_in(out) == before and recipe_file.is_file()
     out = tmp_path / "empty"

@@ -58,8 +58,9 @@ def test_a_folder_without_a_recipe_is_no_run(recipe: MakeRecipe, run: Path, path
     (run / "summary.json").write_text('{"questions": []}')
     for fresh in (False, True):
         assert refused(recipe(), ConfigError, fresh=fresh) == (
-            f"{run} holds a model, an adapter or checkpoints, but no recipe.toml: it is not a "
-            "training run, or its recipe was removed. Choose another --out"
+            f"{(run / path).parent if 'step' in path else run / path} exists, but {run} has no "
+            "recipe.toml: no training run has made it, or its recipe was removed. Choose another "
+            "--out"
         )
     assert (run / path / "weights").is_file() and (run / "summary.json").is_file()
 

@@ -181,6 +181,24 @@ def test_fresh_does_not_remove_the_model_that_the_run_starts_from(
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_folders_that_no_run_has_made_are_kept(recipe: MakeRecipe, run: Path) -> None:
+    """For example a downloaded model in the place where the run would write its own."""
+    train(recipe())
+    run.rename(run.with_name("base"))
+    for name in ("model", "checkpoints"):
+        (run / name).mkdir(parents=True)
+        (run / name / "config.json").write_text("{}")
+        for settings in ({}, {"model__init": str(run.with_name("base"))}):
+            for fresh in (True, False) if name == "model" else (True,):
+                message = refused(recipe(**settings), ConfigError, fresh=fresh)
+                assert message == (
+                    f"{run / name} exists, but {run} has no recipe.toml: no training run has made "
+                    "it, or its recipe was removed. Choose another --out"
+                )
+        assert (run / name / "config.json").read_text() == "{}"
+        shutil.rmtree(run)
+
+
 def test_a_removed_model_is_written_again(recipe: MakeRecipe, run: Path) -> None:
     train(recipe())
     weights = (run / "model" / "model.safetensors").read_bytes()

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from minimind.data.input_files import list_locations
 from minimind.data.locations import Location, UrlPath, new_files, write_json
 from minimind.data.prepare.duplicates import BYTES_PER_DOCUMENT, BYTES_PER_KEY
 from minimind.data.prepare.engine import Engine, EngineName, Task, open_engine
@@ -27,7 +27,7 @@ from minimind.data.prepare.stages import (
     read_file,
     write_shard,
 )
-from minimind.data.prepare.workspace import FORMAT, Workspace, check_unchanged
+from minimind.data.prepare.workspace import FORMAT, Workspace, check_unchanged, list_inputs
 from minimind.data.store import store_key, store_spec
 from minimind.data.store_writer import finish_store
 from minimind.errors import DataError, UsageError
@@ -73,8 +73,9 @@ class Preparation:
         """Return the questions as the text of a JSON file."""
         return json.dumps(dict(self.questions or {}), ensure_ascii=False, sort_keys=True)
 
+    @cached_property  # as the inputs were at the beginning; they may be removed later
     def identity(self) -> dict[str, Any]:
-        """Return everything that determines the output, except for the content of the inputs."""
+        """Everything that determines the output, except for the content of the inputs."""
         return {
             "format": FORMAT,
             "settings": self.settings.model_dump(),
@@ -139,15 +140,15 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare the files that `paths` name for pretraining, and return the manifest.
 
-    An interrupted preparation is continued. Raises DataError for input that cannot be read,
-    UsageError for a folder that belongs to another preparation or too little memory, and
-    ResourceError for too little disk space or when a worker is lost.
+    An interrupted preparation is continued. Files in `out` are no input. Raises DataError for input
+    that cannot be read, UsageError for a folder that belongs to another preparation or too little
+    memory, and ResourceError for too little disk space or when a worker is lost.
     """
-    files = list(dict.fromkeys(file for path in paths for file in list_locations(path)))
+    files = list_inputs(paths, out)
     preparation = Preparation(files, settings, tokenizer, questions)
     workspace = Workspace(out)
     with workspace.lock():
-        if manifest := workspace.begin(preparation.identity()):
+        if manifest := workspace.begin(preparation.identity):
             inputs = {str(i): entry for i, entry in enumerate(manifest["inputs"])}
             check_unchanged(files, {k: {"input": v} for k, v in inputs.items()}, str)
             reporter.say(f"{out} is prepared already")
@@ -327,7 +328,7 @@ class _Run:
         clusters: Mapping[str, Any],
         written: Sequence[dict[str, Any]],
     ) -> dict[str, Any]:
-        identity = self.preparation.identity()
+        identity = self.preparation.identity
         outputs = [result for result in written if result["documents"]]
         manifest = {
             "identity": identity,

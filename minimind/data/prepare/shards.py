@@ -13,6 +13,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from minimind.data.compression import open_zstd
 from minimind.data.locations import Location, new_file
 from minimind.data.stamps import sha256_of
 from minimind.errors import DataError
@@ -70,10 +71,9 @@ def read_shard(path: Location) -> Iterator[str]:
     """Yield the texts of a shard. Raises DataError if it is missing or damaged."""
     try:
         with path.open("rb") as raw:
-            stream = zstandard.ZstdDecompressor().stream_reader(raw)
-            for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
+            for line in io.TextIOWrapper(open_zstd(raw), "utf-8", newline="\n"):
                 yield json.loads(line)["text"]
-    except (OSError, zstandard.ZstdError, ValueError, KeyError) as error:
+    except (OSError, EOFError, zstandard.ZstdError, ValueError, KeyError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); it was changed or removed during the preparation. "
             "Remove the output folder and start again"

@@ -70,7 +70,7 @@ _NUM_SAMPLES, _NUM_PAIRS = 5, 200
 _EXCERPT, _PAIR_EXCERPT = 200, 600  # characters
 _INVALID_ADVICE = (
     "Fix the file (`minimind data inspect` shows its contents), leave it out, or allow more with "
-    "max_invalid_fraction=…"
+    "max_invalid_fraction=…; then choose another --out"
 )
 
 

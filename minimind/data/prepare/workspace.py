@@ -17,7 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from minimind.data.locations import Location, UrlPath, remove, remove_folder, write_json
+from minimind.data.input_files import list_locations
+from minimind.data.locations import Location, UrlPath, is_below, remove, remove_folder, write_json
 from minimind.data.stamps import sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError, UsageError
 from minimind.files import read_json_object
@@ -25,7 +26,7 @@ from minimind.files import read_json_object
 FORMAT = 1  # of the manifest; also changes when the same settings give another output
 MANIFEST, IDENTITY = "manifest.json", "identity.json"
 _OUTPUTS = ("manifest.json", "near-duplicates.json", "report.html", "report.md", "report-plots")
-_KNOWN = {*_OUTPUTS, "text", "tokens", "invalid", "work", ".lock"}
+_KNOWN = {*_OUTPUTS, "text", "tokens", "invalid", "work"}
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ class Workspace:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            foreign = sorted({path.name for path in self.folder.iterdir()} - _KNOWN)
+            names = {path.name for path in self.folder.iterdir()} - _KNOWN
         except FileExistsError:
             raise UsageError(f"--out {self.folder} is a file; choose a folder") from None
-        if foreign:
+        # Hidden ones are the lock, and what file managers and network disks leave.
+        if foreign := sorted(name for name in names if not name.startswith(".")):
             raise UsageError(
                 f"--out {self.folder} contains other files, such as {foreign[0]}; choose a new "
                 "or empty folder"
@@ -99,7 +101,7 @@ class Workspace:
 
     def results(self, stage: str) -> dict[str, dict[str, Any]]:
         """Return the results of the finished tasks of a stage, by name."""
-        markers = self.stage(stage).glob("*.json")
+        markers = self.stage(stage).glob("[!.]*.json")
         return {marker.stem: read_json_object(marker) for marker in markers}
 
     def record(self, stage: str, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +132,7 @@ class Workspace:
             self._check(stored, identity)
             if path.name == MANIFEST:
                 self._check_outputs(earlier)
+                self._remove_work()  # of a process that was killed at the very end
                 return earlier
             return None
         write_json(self.folder / "work" / IDENTITY, identity)
@@ -160,7 +163,11 @@ class Workspace:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest and remove the working files."""
         write_json(self.folder / MANIFEST, manifest)
-        remove_folder(self.folder / "work")
+        self._remove_work()
+
+    def _remove_work(self) -> None:
+        if (self.folder / "work").exists():
+            remove_folder(self.folder / "work")
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -180,6 +187,20 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 def _shown(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def list_inputs(paths: Sequence[str], out: Location) -> list[Location]:
+    """Return the files that `paths` name, without those of the output folder.
+
+    It may be inside an input folder. Raises UsageError for a path without other files.
+    """
+    files: dict[Location, None] = {}
+    for path in paths:
+        inputs = [file for file in list_locations(path) if not is_below(file, out)]
+        if not inputs:
+            raise UsageError(f"{path}: all of its files are in --out {out}; choose another --out")
+        files |= dict.fromkeys(inputs)
+    return list(files)
 
 
 def check_unchanged(

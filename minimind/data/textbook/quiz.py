@@ -45,6 +45,7 @@ _NEGATION_AFTER = re.compile(
 )
 _QUOTED = re.compile(r"[“《「『][^”》」』]*[”》」』]")
 _CLAUSES = re.compile(r"[，。；：！？,;:!?\n]|\.(?!\d)|而(?=[是在叫])|\bbut\b")
+_EXPRESSION = re.compile(r"\d+(?:\.\d+)?(?:\s*[乘加减×*+＋－-]\s*\d+(?:\.\d+)?)+")
 _IGNORED = re.compile(r"[^\w+×*]+|_+")  # where questions are compared
 _FULL_WIDTH = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF5B))}
 
@@ -106,14 +107,19 @@ def is_correct(question: QuizQuestion, answer: str) -> bool:
     """Return True if an answer is complete, without repetition, with every key and no distractor.
 
     Numbers and Latin words match only as complete words. A key that is negated in its clause counts
-    only if the reference answer negates it too.
+    only if the reference answer negates it too. The repeated question is no answer; neither is an
+    operand: 3乘1 contains the key of 3乘1等于多少.
     """
     answer = _canonical(answer)
+    asserted = answer
+    if _EXPRESSION.search(_canonical(question.question)):
+        asserted = _EXPRESSION.sub("", answer)
     return (
         answer.rstrip(_CLOSING).endswith(_ENDS)
         and _max_repetitions(answer) < 3
+        and normalise(answer) != normalise(question.question)
         and all(
-            any(_asserts(answer, key, question.answer) for key in keys) for keys in question.keys
+            any(_asserts(asserted, key, question.answer) for key in keys) for keys in question.keys
         )
         and not any(_contains_affirmed(answer, distractor) for distractor in question.distractors)
     )

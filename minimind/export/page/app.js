@@ -106,6 +106,7 @@ async function enableOffline() {
 
 // The stored copies of an earlier export are of no use once this one is loaded.
 async function forgetOldFiles(page) {
+  if (!window.caches) return;  // reading it may already be an error where storage is blocked
   const scope = new URL("./", location.href).href;
   const cache = await caches.open(`minimind ${scope}`);
   for (const { url } of await cache.keys()) {
@@ -133,7 +134,7 @@ async function download(url, size) {
 }
 
 async function start() {
-  await enableOffline().catch(console.warn);  // such as private windows
+  await enableOffline().catch(console.warn);  // where storage is blocked
   const page = await (await fetch("page.json", { cache: "no-cache" })).json();
   $("name").textContent = document.title = page.name;
   $("max-tokens").max = page.context;
@@ -158,7 +159,7 @@ async function start() {
   showStatus(...ready);
   $("send").disabled = $("input").disabled = false;
   $("input").focus();
-  if (window.caches) await forgetOldFiles(page);
+  await forgetOldFiles(page).catch(console.warn);
 }
 
 // Chunks of the answer. While the prompt exceeds the context, the oldest exchange is left out.

@@ -2,6 +2,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,49 @@ def test_interrupted_after_each_task_it_continues(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
+def test_an_output_folder_inside_the_input_is_no_input(inputs: list[Path], tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "data" / "clean"
+    data.mkdir()
+    shutil.copy(inputs[0], data)
+    with contextlib.suppress(KeyboardInterrupt):
+        run([data], out, reporter=_Interrupting())
+    assert list((out / "work" / "read").iterdir())
+    manifest = run([data, tmp_path / "data/**/*"], out)
+    assert [entry["path"] for entry in manifest["inputs"]] == [str(data / "a.jsonl")]
+    assert run([data], out) == json.loads((out / "manifest.json").read_text("utf-8"))
+    with pytest.raises(UsageError, match=r"clean/text: all of its files are in --out "):
+        run([data, out / "text"], out)
+
+
+def test_inputs_are_not_needed_once_they_are_read(inputs: list[Path], tmp_path: Path) -> None:
+    copies = [Path(shutil.copy(file, tmp_path)) for file in inputs]
+
+    class _Removing(Reporter):
+        def start(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
+            if title == "clustering":
+                for copy in copies:
+                    copy.unlink()
+
+    manifest = run(copies, tmp_path / "out", reporter=_Removing())
+    assert [entry["bytes"] for entry in manifest["inputs"]] == [
+        file.stat().st_size for file in inputs
+    ]
+
+
+def test_what_a_killed_process_and_file_managers_leave(inputs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with contextlib.suppress(KeyboardInterrupt):
+        run(inputs, out, reporter=_Interrupting())
+    (out / ".DS_Store").write_bytes(b"\xff")
+    (out / "work" / "read" / "._00000.json").write_bytes(b"\xff")
+    manifest = run(inputs, out)
+    # Killed after the manifest was written, before all working files were removed.
+    (out / "work" / "filter").mkdir(parents=True)
+    (out / "work" / "filter" / "00000-00000.jsonl.zst").touch()
+    assert run(inputs, out) == manifest
+    assert not (out / "work").exists()
+
+
 def test_other_settings_and_inputs_are_noticed(inputs: list[Path], tmp_path: Path) -> None:
     out, copy = tmp_path / "out", tmp_path / "a.jsonl"
     lines = inputs[0].read_bytes().splitlines(keepends=True)
@@ -235,7 +279,7 @@ def test_bad_input_and_folders(inputs: list[Path], tmp_path: Path) -> None:
     for paths, out, settings, words in [
         ([tmp_path / "no.jsonl"], "out1", [], "there is no such file"),
         ([english], "out2", [], "no document passes the filters (1 too little Chinese)"),
-        ([bad], "out3", [], "allow more with max_invalid_fraction="),
+        ([bad], "out3", [], "allow more with max_invalid_fraction=…; then choose another --out"),
         ([english], "other", [], "contains other files, such as thesis.docx"),
         ([english], "en.jsonl", [], "is a file; choose a folder"),
         ([english], "out4", ["length.minimun=3"], "did you mean length.minimum?"),

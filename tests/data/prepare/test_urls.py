@@ -115,3 +115,16 @@ def test_too_many_invalid_records_are_kept(memory: MemoryFileSystem) -> None:
     with pytest.raises(DataError, match=r"They are in memory://bucket/out/invalid/00000\.jsonl"):
         run_on_urls()
     assert memory.cat_file("/bucket/out/invalid/00000.jsonl").count(b"\n") == 20
+
+
+def test_an_output_folder_inside_the_input_is_no_input(memory: MemoryFileSystem) -> None:
+    def run_again(reporter: Reporter) -> dict[str, Any]:
+        settings = load_prepare_settings("zh", SETTINGS)
+        out = UrlPath("memory://bucket/in/clean")
+        options: dict[str, Any] = {"workers": 1, "memory_bytes": 2_000_000_000}
+        return prepare(["memory://bucket/in"], out, settings, reporter=reporter, **options)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        run_again(_Interrupting())
+    names = [entry["path"] for entry in run_again(Reporter())["inputs"]]
+    assert names == ["memory://bucket/in/a.jsonl", "memory://bucket/in/b.jsonl"]

@@ -23,6 +23,8 @@ TAISHAN = QuizQuestion(
 )
 LENGTH = QuizQuestion("长江有多长？", (("6300公里",),), "河流", "长江长6300公里。", ("5464公里",))
 PRODUCT = QuizQuestion("4乘3等于多少？", (("12",),), "算术", "4乘3等于12。", ("1", "2", "15"))
+ONCE = QuizQuestion("你知道3乘1等于多少吗？", (("3",),), "算术", "3乘1等于3。", ("2", "4"))
+DONG = QuizQuestion("越南盾是哪国的货币？", (("越南",),), "国家", "越南盾是越南的货币。")
 NAME = QuizQuestion("你叫什么名字？", (("MiniMind",),), "自我认识", "我叫MiniMind。", ("开源",))
 PANDA = QuizQuestion("大熊猫吃什么？", (("竹子",),), "动物", "大熊猫吃竹子。", ("鱼和磷虾",))
 CAPITAL = QuizQuestion(
@@ -54,6 +56,8 @@ BOTH = QuizQuestion("李白是谁？", (("唐朝", "唐代"), ("诗人",)), "人
         (LENGTH, "长江全长约６３００公里。"),
         (PRODUCT, "4乘3等于12。"),
         (PRODUCT, "答案是12，因为3加3加3加3是12。"),
+        (ONCE, "3乘1等于3。"),
+        (ONCE, "3×1=3，读作3乘1等于3。"),
         (NAME, "我叫minimind。"),
         (CAPITAL, "The capital of France is Paris."),
         (CAPITAL, "It is not Rome, it is Paris."),
@@ -120,6 +124,13 @@ def test_right_answers_are_recognized(question: QuizQuestion, answer: str) -> No
         (PRODUCT, "4乘3等于12.5。"),
         (PRODUCT, "4乘3等于-12。"),
         (CAPITAL, "It is Parisian."),
+        # only in the repeated question
+        (ONCE, "3乘1等于1。"),
+        (ONCE, "３ × 1 = 1。"),
+        (ONCE, "1乘3等于1乘3。"),
+        (ONCE, "你知道3乘1等于多少吗。"),
+        (ONCE, "3.5乘1等于1。"),
+        (DONG, "越南盾是哪国的货币。"),
         # without an end, or repetitive
         (TAISHAN, "泰山位于山东省"),
         (TAISHAN, "泰山位于山东省，"),
