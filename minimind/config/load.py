@@ -20,7 +20,9 @@ from minimind.errors import ConfigError
 COMMAND_LINE, FLAG = "command line", "flag"  # origins of settings, besides files
 _LORA_DEFAULT = "default with lora"
 _Settings = TypeVar("_Settings", bound=BaseModel)
-_ADAPTER_LR = 1e-3  # equals optim.lr of lora-small.toml; a test compares them
+# AdamW's rate for adapters, which is higher than for all weights: only they train. That of
+# lora-small.toml, and ten times that of dpo-small.toml, the ratio in trl's examples of DPO.
+_ADAPTER_LR, _DPO_ADAPTER_LR = 1e-3, 5e-4
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,8 @@ def _use_adamw_for_lora(values: dict[str, Any], origins: dict[str, str]) -> None
     if not any(f"{key}.".startswith("lora.") for key in keys) or not isinstance(optim, dict):
         return
     if optim.get("name", "muon") == "muon" and not {"optim", "optim.name"} & keys:
-        for key, value in (("optim.name", "adamw"), ("optim.lr", _ADAPTER_LR)):
+        lr = _DPO_ADAPTER_LR if values.get("objective") == "dpo" else _ADAPTER_LR
+        for key, value in (("optim.name", "adamw"), ("optim.lr", lr)):
             if key not in keys:
                 _set(values, origins, key, value, _LORA_DEFAULT)
 

@@ -328,10 +328,11 @@ def test_recipes_with_lora_are_consistent(name: str) -> None:
 
 
 def test_adding_lora_on_the_command_line_selects_adamw() -> None:
-    adapted = load_recipe("dpo-small", overrides=["lora.rank=8"])
-    expected = ("adamw", load_recipe("lora-small").recipe.optim.lr)
-    assert (adapted.recipe.optim.name, adapted.recipe.optim.lr) == expected == ("adamw", 1e-3)
-    assert adapted.origins["optim.lr"] == "default with lora"
+    full = {name: load_recipe(name).recipe.optim.lr for name in ("lora-small", "dpo-small")}
+    for name, lr in (("sft-small", full["lora-small"]), ("dpo-small", 10 * full["dpo-small"])):
+        adapted = load_recipe(name, overrides=["lora.rank=8"])
+        assert (adapted.recipe.optim.name, adapted.recipe.optim.lr) == ("adamw", lr)
+        assert adapted.origins["optim.lr"] == "default with lora"
     own = load_recipe("dpo-small", overrides=["lora.rank=8", "optim.lr=1e-4"]).recipe.optim
     assert (own.name, own.lr) == ("adamw", 1e-4)
     assert load_recipe("dpo-small").recipe.optim.name == "muon"
