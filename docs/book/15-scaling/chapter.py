@@ -216,11 +216,11 @@ def figure_shapes(figure, say):
 # --8<-- [start:night]
 from benchmarks.night_sweep import LAW, SHAPES
 
-UNIQUE = 68e6  # tokens in one epoch of the mix of texts
+UNIQUE = 52e6  # tokens in one epoch of the mix of texts
 for name, (_, estimate) in SHAPES.items():
     tokens = estimate * 8 * 3600
     worth = effective_tokens(tokens, UNIQUE)
-    runs = ", ".join(f"{count / 1e6:g}M" for count in LAW[name])
+    runs = ", ".join(f"{count / 1e6:g}M" for count in LAW.get(name, ())) or "none"
     print(
         f"{name:>3}: {tokens / 1e6:3.0f}M tokens, {tokens / UNIQUE:.1f} epochs, "
         f"worth {worth / 1e6:3.0f}M; short runs: {runs}"
