@@ -103,7 +103,7 @@ def test_parts_are_linked_once(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "text" / "life").iterdir()] == [f"a-{part.name}"]
 
 
-def test_the_sweeps_are_valid_and_take_two_hours(
+def test_the_sweeps_are_valid_and_take_about_an_hour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every variant loads; all compare the same held-out text; the law varies shape and tokens."""
@@ -111,7 +111,7 @@ def test_the_sweeps_are_valid_and_take_two_hours(
     monkeypatch.setattr(night_sweep.Program, "sweep", lambda self, sweep: sweeps.append(sweep))
     (tmp_path / "recipe.toml").write_text(night_sweep.RECIPE)
     night_sweep.Program(tmp_path / "data", tmp_path, dry_run=True).run()
-    assert sum(sweep.seconds for sweep in sweeps) <= 2 * 3600
+    assert sum(sweep.seconds for sweep in sweeps) <= 1.2 * 3600
     sizes = set()
     for sweep in sweeps:
         recipe, *arguments = sweep.arguments(tmp_path / "data", tmp_path)
@@ -156,6 +156,6 @@ def test_the_road_starts_from_local_folders() -> None:
     assert [r.objective for r in recipes.values()] == ["pretrain", "sft", "sft", "dpo"]
     shape = recipes["pretrain"].model.shape(night_sweep.VOCAB)
     names = [getattr(shape, key) for key in night_sweep._KEYS]
-    assert tuple(names) == night_sweep.SHAPES["9M"][0]
+    assert tuple(names) == night_sweep.SHAPES["5M"][0]
     paths = json.dumps([stage.data for stage in without.stages.values()])
     assert "textbook" not in paths and "textbook" in json.dumps(road.model_dump())
