@@ -227,10 +227,16 @@ def read_samples(folders: Sequence[Path]) -> list[Sample]:
 
 
 def _comparable(run: Run) -> str:
-    parts = {key: run.settings.get(key) for key in _COMPARABLE}
-    if isinstance(parts["data"], dict):  # where the token store is does not matter
-        parts["data"] = {key: value for key, value in parts["data"].items() if key != "store"}
-    return json.dumps(parts, sort_keys=True)
+    """Return the settings that the runs of a law share; files may lie in different folders."""
+
+    def normalize(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: normalize(each) for key, each in value.items() if key != "store"}
+        if isinstance(value, list):
+            return [normalize(each) for each in value]
+        return Path(value).name if isinstance(value, str) else value
+
+    return json.dumps([normalize(run.settings.get(key)) for key in _COMPARABLE], sort_keys=True)
 
 
 def _sample(run: Run) -> Sample:

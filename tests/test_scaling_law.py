@@ -95,10 +95,11 @@ def write_run(folder: Path, sample: Sample, settings: str = "seq_len = 256") -> 
 def test_record_of_a_sweep(tmp_path: Path) -> None:
     """Of two learning rates the better counts; another data mix is refused; the page is written."""
     samples = synthetic()
-    for sample in samples:
-        write_run(tmp_path / "law" / sample.name, sample)
+    for number, sample in enumerate(samples):  # with the same files in other folders
+        moved = f'seq_len = 256\nstore = "{number}"\nsources = [{{path = "{number}/texts"}}]'
+        write_run(tmp_path / "law" / sample.name, sample, moved)
     worse = Sample("worse", *[samples[0].parameters, samples[0].tokens, 9.0, 1.0])
-    write_run(tmp_path / "law" / "worse", worse)
+    write_run(tmp_path / "law" / "worse", worse, moved)
     final = Sample("night", 9.0e6, 200e6, 1.02 * true_loss(9.0e6, 200e6), 1.0)
     write_run(tmp_path / "night", final)
     command = [*fast_python(), "-m", "benchmarks.scaling_law"]
