@@ -56,6 +56,8 @@ def make_task(
     if name == "bpb":
         return BitsPerByte(sources, limit, spec if path else name)
     if name == "quiz":
+        if path:
+            raise UsageError(f"--task {spec}: the quiz reads no data; give --task quiz")
         return quiz_task(limit)
     if name == "degeneration":
         return degeneration_task(path, limit)

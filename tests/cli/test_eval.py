@@ -239,6 +239,7 @@ def test_contamination_is_reported(models: Path, benchmark: Path, tmp_path: Path
     ("words", "message"),
     [
         (("--task", "chess"), "--task chess: unknown task; choose from bpb, ceval"),
+        (("--task", "quiz:q.jsonl"), "--task quiz:q.jsonl: the quiz reads no data; give --task q"),
         (("--task", "ceval"), "not downloaded yet: ceval:exam (size: unknown, licence: cc-by-nc"),
         (("--task", "c3"), "c3 needs its data: give --data DIR"),
         (("--task", "choice"), "choice needs a file"),
