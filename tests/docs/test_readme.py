@@ -1,4 +1,4 @@
-"""The figures of the READMEs are those of the records that they link to."""
+"""The figures in the READMEs agree with the records."""
 
 import json
 import re
