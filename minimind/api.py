@@ -306,7 +306,7 @@ def evaluate(
     metrics: dict[str, dict[str, Any]] = {}
     for name in names:
         task = make_task(name, data=data, limit=limit)
-        results = list(task.run(local, ()))
+        results = list(task.run(local, {}))
         failed = [result for result in results if "error" in result]
         summary = task.summary([result for result in results if "error" not in result])
         metrics[name] = summary | {"failed": len(failed)}

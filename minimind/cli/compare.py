@@ -38,8 +38,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Questions: text with one per line, or records as in JSONL. Default: eight "
-            "built-in questions.",
+            help="Questions: text with one per line, or records as in JSONL. All user messages "
+            "of a conversation are asked. Default: eight built-in questions.",
         ),
     ] = None,
     judge: Annotated[
@@ -58,7 +58,8 @@ def compare(
     ] = 0,
     max_new_tokens: MaxNewTokens = 256,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use an evenly spaced subset of N questions.")
+        int | None,
+        typer.Option(min=1, help="Use an evenly spaced subset of N questions or conversations."),
     ] = None,
     context: Context = None,
     device: Device = "auto",
@@ -214,6 +215,7 @@ class _Comparison(Evaluation):
             RANKING_COLUMNS,
             category_rows,
             describe_judge,
+            mark_turn,
             metric_rows,
             ranking_rows,
         )
@@ -222,7 +224,7 @@ class _Comparison(Evaluation):
         questions = self.comparison["questions"]
         rows = [
             [
-                strip_controls(question["question"]),
+                strip_controls(mark_turn(question)),
                 *(_excerpt(question["answers"].get(model)) for model in self.metrics),
             ]
             for question in questions[:_SHOWN_QUESTIONS]

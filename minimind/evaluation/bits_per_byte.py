@@ -15,7 +15,7 @@ many bits per byte (Shannon 1948). A uniform guess over bytes needs 8; lower is 
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class BitsPerByte:
         """Return no texts: bits per byte is measured on text that is excluded from training."""
         return {}
 
-    def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
+    def run(self, model: Model, done: Mapping[str, Result]) -> Iterator[Result]:
         """Yield results in order; the files are read again."""
         documents = self._documents(InvalidRecords())
         return _score_documents(model, (pair for pair in documents if pair[0] not in done))

@@ -109,6 +109,7 @@ def build_comparison(
                 "id": prompt.id,
                 "question": prompt.question,
                 "category": prompt.category,
+                "after": prompt.after,
                 "answers": {
                     model: task.with_metrics(by_id[prompt.id])
                     for model, by_id in results.items()
@@ -258,7 +259,8 @@ def as_page(comparison: Mapping[str, Any]) -> Page:
     )
     page.add(
         "Answers",
-        "The answers of each model, each question in a separate conversation.",
+        "The answers of each model. ↳ marks a message after the one above it, in the same "
+        "conversation.",
         *_answer_tables(comparison),
     )
     return page
@@ -271,7 +273,7 @@ def _answer_tables(comparison: Mapping[str, Any]) -> list[Table | Folded]:
     for question in comparison["questions"]:
         answers, by_model = question["answers"], scores.get(question["id"], {})
         cells = [_answer_cell(answers.get(m), by_model.get(m)) for m in comparison["models"]]
-        by_category.setdefault(question["category"], []).append([question["question"], *cells])
+        by_category.setdefault(question["category"], []).append([mark_turn(question), *cells])
     head = ["question", *comparison["models"]]
     if len(by_category) == 1:
         return [Table(head, rows, kind="texts") for rows in by_category.values()]
@@ -279,6 +281,11 @@ def _answer_tables(comparison: Mapping[str, Any]) -> list[Table | Folded]:
         Folded(f"{name or MISSING}: {len(rows):,}", Table(head, rows, kind="texts"))
         for name, rows in by_category.items()
     ]
+
+
+def mark_turn(question: Metrics) -> str:
+    """Return the text of a question, marked if it continues a conversation."""
+    return f"↳ {question['question']}" if question["after"] else question["question"]
 
 
 def _answer_cell(answer: Metrics | None, score: float | None) -> str:
@@ -299,5 +306,5 @@ def _verdict_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
             models, scores = reply["models"], reply.get("scores", ())
             lines = [f"{model}: {score:g}" for model, score in zip(models, scores, strict=False)]
             reason = reply.get("reason") or f"(no verdict: {reply.get('unreadable', 'failed')})"
-            rows.append([question["question"], "\n".join(lines or models), reason])
+            rows.append([mark_turn(question), "\n".join(lines or models), reason])
     return rows

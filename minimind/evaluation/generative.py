@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,11 +70,12 @@ class GenerativeTask:
         """Return the questions by id."""
         return {question.id: question.question for question in self._questions}
 
-    def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
+    def run(self, model: Model, done: Mapping[str, Result]) -> Iterator[Result]:
         """Yield results in order of completion."""
         remaining = [question for question in self._questions if question.id not in done]
         answers = model.answers(
-            [question.question for question in remaining], GenerationConfig(self._max_new_tokens)
+            [[{"role": "user", "content": question.question}] for question in remaining],
+            GenerationConfig(self._max_new_tokens),
         )
 
         def outcomes() -> Iterator[tuple[str, Result | Exception]]:

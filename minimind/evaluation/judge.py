@@ -102,8 +102,10 @@ class Trial:
 def make_trials(prompts: Sequence[Prompt], answers: Mapping[str, Mapping[str, str]]) -> list[Trial]:
     """Return trials of all pairs of models in both orders; a single model is judged alone.
 
-    answers: by model and question id. The order within a pair is shuffled with a fixed seed.
+    answers: by model and question id. The judge sees an answer after the conversation before it.
+    The order within a pair is shuffled with a fixed seed.
     """
+    questions = {prompt.id: prompt.question for prompt in prompts}
     trials = []
     for prompt in prompts:
         answered = [model for model in answers if prompt.id in answers[model]]
@@ -111,10 +113,22 @@ def make_trials(prompts: Sequence[Prompt], answers: Mapping[str, Mapping[str, st
             orders = [models, models[::-1]][: len(models)]
             random.Random(f"{prompt.id} {models}").shuffle(orders)
             trials += [
-                Trial(prompt, order, tuple(answers[model][prompt.id] for model in order))
+                Trial(
+                    prompt,
+                    order,
+                    tuple(_with_context(prompt, questions, answers[model]) for model in order),
+                )
                 for order in orders
             ]
     return trials
+
+
+def _with_context(prompt: Prompt, questions: Mapping[str, str], answers: Mapping[str, str]) -> str:
+    """Return the answer to a prompt, after the messages and answers before it, if any."""
+    if not prompt.after:
+        return answers[prompt.id]
+    before = [f"[earlier question] {questions[n]}\n[its answer] {answers[n]}" for n in prompt.after]
+    return "\n\n".join([*before, f"[the answer to judge] {answers[prompt.id]}"])
 
 
 def judge(

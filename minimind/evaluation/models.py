@@ -23,6 +23,7 @@ from minimind.model import (
 )
 from minimind.model.device import choose_device
 from minimind.tokenizer import Tokenizer, encode_chat
+from minimind.tokenizer.chat import Message
 from minimind.version import __version__
 
 _WARM_UP_TOKENS = 16  # per prompt
@@ -86,13 +87,12 @@ class LocalModel:
         return EngineScorer(model, tokenizer, self.context), MinimindEncoder(tokenizer)
 
     def answers(
-        self, questions: Sequence[str], generation: GenerationConfig
+        self, conversations: Sequence[Sequence[Message]], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        """Answer questions; see Model."""
+        """Answer conversations; see Model."""
         model, tokenizer = self._load(None)
         prompts: dict[int, list[int]] = {}
-        for index, question in enumerate(questions):
-            messages = [{"role": "user", "content": question}]
+        for index, messages in enumerate(conversations):
             try:
                 prompts[index] = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
             except MinimindError as error:
@@ -111,7 +111,7 @@ class LocalModel:
                     sampling,
                     generation.max_new_tokens,
                     stop_ids=frozenset(tokenizer.stop_ids),
-                    seed=generation.seed_for(questions[index]),
+                    seed=generation.seed_for(conversations[index]),
                 )
                 for index, prompt in prompts.items()
             ]

@@ -1,7 +1,7 @@
 """Multiple-choice benchmarks as tasks."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ class MultipleChoice:
         """
         return {question.id: question.passage or question.question for question in self.questions}
 
-    def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
+    def run(self, model: Model, done: Mapping[str, Result]) -> Iterator[Result]:
         """Yield results subject by subject, because prompts of a subject share a prefix."""
         scorer, encoder = model.scorer()
         builder = PromptBuilder(encoder, self.benchmark, self._style, self._shots, scorer.context)

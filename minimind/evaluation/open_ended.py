@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
+from minimind.data.messages import Fields, read_turns
 from minimind.data.read import read_objects
 from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.errors import DataError
@@ -20,6 +22,7 @@ from minimind.evaluation.tasks import (
     evenly_spaced,
     to_results,
 )
+from minimind.tokenizer.chat import Message
 
 _QUESTION_KEYS = ("question", "prompt", "instruction", "query", "q", "input", "text")
 _CATEGORY_KEYS = ("category", "class", "subject")
@@ -29,11 +32,23 @@ _CONVERSATION_KEYS = ("turns", "messages", "conversations")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, asked as the first message of a conversation."""
+    """A user message. after: ids of those before it in its conversation; most have none."""
 
     id: str
     question: str
     category: str = ""
+    after: tuple[str, ...] = ()
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """The user messages of a conversation, and its system message, if any."""
+
+    id: str
+    questions: tuple[str, ...]
+    category: str = ""
+    system: str = ""
 
 
 def read_prompts(
@@ -41,54 +56,81 @@ def read_prompts(
 ) -> tuple[list[Prompt], InvalidRecords]:
     """Read questions from a file, or return the eight built-in ones.
 
-    A text file has one question per line. A record has its question in one of several fields or in
-    the first turn of a conversation, and optionally a category. Raises DataError if there are no
-    questions.
+    A text file has one question per line. A record has its question in one of several fields, or
+    it is a conversation, and optionally has a category. The user messages of a conversation become
+    one prompt each; its answers are ignored, because the model gives its own. limit: the number of
+    conversations, evenly spaced. Raises DataError if there are no questions.
     """
     if path is None:
         prompts = [Prompt(str(n), question) for n, question in enumerate(DEMO_QUESTIONS, start=1)]
         return evenly_spaced(prompts, limit), InvalidRecords(num_valid=len(prompts))
-    invalid, prompts, ids = InvalidRecords(), [], Counter[str]()
+    invalid, conversations = InvalidRecords(), []
     for file, line, row in read_objects(list_files(path), invalid=invalid):
         if ".txt" in (suffix.lower() for suffix in file.suffixes):
             texts = str(row["text"]).split("\n")
-            candidates = [Prompt(str(n), text.strip()) for n, text in enumerate(texts, start=line)]
+            found = [
+                _Conversation(str(n), (text.strip(),))
+                for n, text in enumerate(texts, start=line)
+                if text.strip()
+            ]
         else:
-            candidates = [_parse_prompt(line, row)]
-            if not candidates[0].question:
-                invalid.add(file, line, f"no question; its fields: {', '.join(map(str, row))}", row)
-        for prompt in candidates:
-            if prompt.question:
-                invalid.num_valid += 1
-                ids[prompt.id] += 1
-                suffix = f" {ids[prompt.id]}" if ids[prompt.id] > 1 else ""
-                prompts.append(Prompt(prompt.id + suffix, prompt.question, prompt.category))
-    if not prompts:
+            try:
+                found = [_parse_conversation(line, row)]
+            except ValueError as error:
+                invalid.add(file, line, str(error), row)
+                continue
+        invalid.num_valid += len(found)
+        conversations += found
+    if not conversations:
         raise DataError(f"{path}: contains no question; the first error: {invalid.first}")
-    return evenly_spaced(prompts, limit), invalid
+    ids = Counter[str]()
+    each = [_to_prompts(conversation, ids) for conversation in conversations]
+    return list(chain.from_iterable(evenly_spaced(each, limit))), invalid
 
 
-def _parse_prompt(line: int, row: Mapping[str, Any]) -> Prompt:
+def _to_prompts(conversation: _Conversation, ids: Counter[str]) -> list[Prompt]:
+    """Return a prompt per user message. ids: how often each id has occurred so far."""
+    prompts: list[Prompt] = []
+    for turn, question in enumerate(conversation.questions, 1):
+        name = conversation.id if turn == 1 else f"{prompts[0].id} turn {turn}"
+        ids[name] += 1
+        if ids[name] > 1:
+            name += f" {ids[name]}"
+        after = tuple(prompt.id for prompt in prompts)
+        prompts.append(Prompt(name, question, conversation.category, after, conversation.system))
+    return prompts
+
+
+def _parse_conversation(line: int, row: Mapping[str, Any]) -> _Conversation:
+    """Raises ValueError with the reason if there is no question."""
     ids = (str(row[key]) for key in _ID_KEYS if isinstance(row.get(key), str | int))
     category = " ".join(_first_string(row, _CATEGORY_KEYS).split())
-    return Prompt(next(ids, str(line)), _find_question(row), category)
+    system, questions = _find_messages(row)
+    if not questions:
+        raise ValueError(f"no question; its fields: {', '.join(map(str, row))}")
+    return _Conversation(next(ids, str(line)), tuple(questions), category, system)
 
 
-def _find_question(row: Mapping[str, Any]) -> str:
-    """Return the first message that is not a system message, or the question field."""
+def _find_messages(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the system message or "", and all user messages of a record."""
     for key in _CONVERSATION_KEYS:
-        for message in row[key] if isinstance(row.get(key), list) else ():
-            if isinstance(message, str):
-                return message.strip()
-            if (
-                isinstance(message, dict)
-                and (message.get("role") or message.get("from")) != "system"
-            ):
-                return _first_string(message, ("content", "value"))
+        value = row.get(key)
+        if not isinstance(value, list) or not value:
+            continue
+        if all(isinstance(message, str) for message in value):
+            return "", _without_blanks(value)
+        turns = read_turns(value, Fields(row), key)
+        system = (turn.content for turn in turns if turn.role == "system")
+        questions = (turn.content for turn in turns if turn.role == "user")
+        return "\n".join(system).strip(), _without_blanks(questions)
     question = _first_string(row, _QUESTION_KEYS)
     if "instruction" in row and row.get("input") and isinstance(row["input"], str):
         question += "\n" + row["input"].strip()
-    return question
+    return "", _without_blanks([question])
+
+
+def _without_blanks(texts: Iterable[str]) -> list[str]:
+    return [stripped for text in texts if (stripped := text.strip())]
 
 
 def _first_string(row: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -100,7 +142,8 @@ def _first_string(row: Mapping[str, Any], keys: Sequence[str]) -> str:
 class OpenEndedTask:
     """Answers to open-ended questions, measured by length, speed and degeneration.
 
-    Each question is asked in a separate conversation. name, kind: see Task.
+    Conversations are separate. A message is asked after the model's answers to those before it.
+    name, kind: see Task.
     """
 
     unit = "question"
@@ -139,27 +182,45 @@ class OpenEndedTask:
         """Return no texts: there is no score that contamination could raise."""
         return {}
 
-    def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
-        """Yield results in order of completion."""
+    def run(self, model: Model, done: Mapping[str, Result]) -> Iterator[Result]:
+        """Yield results in order of completion: those of all first messages, then of all second."""
+        return to_results(self._outcomes(model, done))
+
+    def _outcomes(
+        self, model: Model, done: Mapping[str, Result]
+    ) -> Iterator[tuple[str, Result | Exception]]:
+        texts = {name: result["answer"] for name, result in done.items()}
         remaining = [prompt for name, prompt in self.prompts.items() if name not in done]
-        answers = model.answers([prompt.question for prompt in remaining], self.generation)
-
-        def outcomes() -> Iterator[tuple[str, Result | Exception]]:
-            for index, answer in answers:
-                if isinstance(answer, Exception):
-                    yield remaining[index].id, answer
+        for turn in range(max((len(prompt.after) for prompt in remaining), default=-1) + 1):
+            prompts = []
+            for prompt in remaining:
+                if len(prompt.after) != turn:
                     continue
-                yield (
-                    remaining[index].id,
-                    {
-                        "answer": answer.text,
-                        "tokens": answer.tokens,
-                        "ended": answer.ended,
-                        "seconds": answer.seconds,
-                    },
-                )
+                if missing := [name for name in prompt.after if name not in texts]:
+                    # Not an exception, because that would count as another failure of the model.
+                    yield (
+                        prompt.id,
+                        {"error": f"the message before it, {missing[0]}, has no answer"},
+                    )
+                else:
+                    prompts.append(prompt)
+            conversations = [self._conversation(prompt, texts) for prompt in prompts]
+            for index, answer in model.answers(conversations, self.generation):
+                name = prompts[index].id
+                if isinstance(answer, Exception):
+                    yield name, answer
+                    continue
+                texts[name] = answer.text
+                result = {"answer": answer.text, "tokens": answer.tokens}
+                yield name, result | {"ended": answer.ended, "seconds": answer.seconds}
 
-        return to_results(outcomes())
+    def _conversation(self, prompt: Prompt, answers: Mapping[str, str]) -> list[Message]:
+        """Return the messages up to a prompt, with the given answers, by prompt id."""
+        messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        for name in prompt.after:
+            messages.append({"role": "user", "content": self.prompts[name].question})
+            messages.append({"role": "assistant", "content": answers[name]})
+        return [*messages, {"role": "user", "content": prompt.question}]
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Return metrics of degeneration, length and speed, also by category if there are any."""

@@ -160,23 +160,23 @@ class Service:
         return Answer("".join(texts).strip(), tokens, finish_reason != "length")
 
     def answers(
-        self, questions: Sequence[str], generation: GenerationConfig
+        self, conversations: Sequence[Sequence[Message]], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        """Answer questions; see Model."""
+        """Answer conversations; see Model."""
 
-        def ask(question: str) -> Answer:
+        def ask(messages: Sequence[Message]) -> Answer:
             greedy = generation.temperature == 0
             return self.answer(
-                [{"role": "user", "content": question}],
+                messages,
                 max_tokens=generation.max_new_tokens,
                 temperature=generation.temperature,
                 top_p=None if greedy else generation.top_p,
-                seed=None if greedy else generation.seed_for(question),
+                seed=None if greedy else generation.seed_for(messages),
             )
 
         before = time.perf_counter()
         concurrency = min(MAX_CONNECTIONS, generation.concurrency)
-        for index, answer in map_concurrently(ask, questions, concurrency):
+        for index, answer in map_concurrently(ask, conversations, concurrency):
             now = time.perf_counter()
             if isinstance(answer, MinimindError):
                 yield index, answer

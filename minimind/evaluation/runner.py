@@ -45,7 +45,7 @@ def evaluate(
     path = folder / f"{file_name(task.name)}.jsonl"
     header = {**task.settings(), **identity}
     results = {} if fresh else _earlier_results(task, path, header)
-    done = {name for name, result in results.items() if "error" not in result}
+    done = {name: result for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()
     with open_results(path, header, results.values()) as write:
         progress(before, len(task))
@@ -53,7 +53,7 @@ def evaluate(
             write(result)
             results[result["id"]] = result
             if "error" not in result:
-                done.add(result["id"])
+                done[result["id"]] = result
             progress(len(results), len(task))
     seconds = time.perf_counter() - started
     good = [result for result in results.values() if "error" not in result]

@@ -6,7 +6,7 @@ of metrics; it is tried again when the evaluation is resumed.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -16,6 +16,7 @@ from minimind.errors import MinimindError
 from minimind.evaluation.encoding import PromptEncoder
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.statistics import wilson_interval
+from minimind.tokenizer.chat import Message
 
 Result = dict[str, Any]
 Outcome = tuple[str, Result | Exception]  # item id, with the item's result or its error
@@ -38,8 +39,9 @@ class GenerationConfig:
 
     top_p = 0.9  # as in `minimind chat`
 
-    def seed_for(self, question: str) -> int:
-        """Return the sampling seed of a question, independent of its position."""
+    def seed_for(self, conversation: Sequence[Message]) -> int:
+        """Return the sampling seed of a conversation, independent of its position."""
+        question = conversation[-1]["content"]
         return (self.seed + zlib.crc32(question.encode("utf-8", "replace"))) % 2**32
 
 
@@ -69,11 +71,11 @@ class Model(Protocol):
         """
 
     def answers(
-        self, questions: Sequence[str], generation: GenerationConfig
+        self, conversations: Sequence[Sequence[Message]], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        """Answer each question in a separate conversation.
+        """Answer the last message of each conversation.
 
-        Yields (index of the question, answer or error) in order of completion.
+        Yields (index of the conversation, answer or error) in order of completion.
         """
 
 
@@ -99,8 +101,11 @@ class Task(Protocol):
     def texts(self) -> dict[str, str]:
         """Return the texts to search training data for, by item id; empty if not applicable."""
 
-    def run(self, model: Model, done: Collection[str]) -> Iterator[Result]:
-        """Yield the results of all items whose ids are not in `done`, in order of completion."""
+    def run(self, model: Model, done: Mapping[str, Result]) -> Iterator[Result]:
+        """Yield the results of all items that are not in `done`, in order of completion.
+
+        done: results without errors, by item id.
+        """
 
     def summary(self, results: Sequence[Result]) -> dict[str, Any]:
         """Return the metrics of results without errors."""

@@ -94,17 +94,17 @@ class TransformersModel:
         )
 
     def answers(
-        self, questions: Sequence[str], generation: GenerationConfig
+        self, conversations: Sequence[Sequence[Message]], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
-        """Answer questions; see Model.
+        """Answer conversations; see Model.
 
         Greedy decoding batches prompts of the same length; sampling answers one by one.
         """
         encoder = _TransformersEncoder(self._tokenizer, self.directory)
         prompts: dict[int, list[int]] = {}
-        for index, question in enumerate(questions):
+        for index, messages in enumerate(conversations):
             try:
-                prompt = encoder.prompt([{"role": "user", "content": question}])
+                prompt = encoder.prompt(messages)
                 if self.context is not None:
                     Request(prompt).check(self.context)
                 prompts[index] = prompt
@@ -123,8 +123,8 @@ class TransformersModel:
                 limit = min(limit, self.context - length)
             outputs = self._generate(
                 [prompts[i] for i in batch],
-                questions[batch[0]],
                 replace(generation, max_new_tokens=limit),
+                generation.seed_for(conversations[batch[0]]),
             )
             for index, ids in zip(batch, outputs, strict=True):
                 now = time.perf_counter()
@@ -134,13 +134,13 @@ class TransformersModel:
                 before = now
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], question: str, generation: GenerationConfig
+        self, prompts: Sequence[Sequence[int]], generation: GenerationConfig, seed: int
     ) -> list[list[int]]:
         """Return the new tokens of prompts of the same length, without stop tokens."""
         tokens = torch.tensor(prompts, device=self._model.device)
         sampling: dict[str, Any] = {"do_sample": False}
         if generation.temperature:
-            torch.manual_seed(generation.seed_for(question))
+            torch.manual_seed(seed)
             sampling = {"do_sample": True, "top_k": 0, "top_p": generation.top_p}
             sampling["temperature"] = generation.temperature
         stops = self._model.generation_config.eos_token_id

@@ -54,7 +54,7 @@ def test_each_question_has_the_same_likelihoods(
     folder = make_benchmark(name, tmp_path)
     task = make_task(name, data=[str(folder)], style="letter", shots=shots)
     assert isinstance(task, MultipleChoice)
-    ours = {result["id"]: result for result in task.run(LocalModel(model_dir, "cpu"), ())}
+    ours = {result["id"]: result for result in task.run(LocalModel(model_dir, "cpu"), {})}
     expected = by_lm_eval(task, model_dir, shots, tmp_path)
     assert ours.keys() == expected.keys()
     assert len(ours) == 7

@@ -31,7 +31,7 @@ def test_bits_per_byte_by_the_definition(
     local: LocalModel, varied: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     task = BitsPerByte([write(tmp_path / "a.jsonl", [TEXTS[0], *TEXTS[2:]])], None)
-    summary = task.summary(list(task.run(local, ())))
+    summary = task.summary(list(task.run(local, {})))
     nats, sizes = 0.0, 0
     for text in (TEXTS[0], *TEXTS[2:]):
         tokens = torch.tensor([[tokenizer.end_of_text, *tokenizer.encode(text)]])
@@ -62,7 +62,7 @@ def test_a_uniform_model_has_the_same_bits_per_byte_for_any_context(
         folder = tmp_path / f"{text_tokenizer.vocab_size}-{context}"
         save_model(folder, model, text_tokenizer)
         task = BitsPerByte([data], None)
-        summary = task.summary(list(task.run(LocalModel(folder, "cpu"), ())))
+        summary = task.summary(list(task.run(LocalModel(folder, "cpu"), {})))
         tokens = sum(len(text_tokenizer.encode(text)) for text in TEXTS)
         size = sum(len(text.encode()) for text in TEXTS)
         assert (summary["tokens"], summary["bytes"]) == (tokens, size)
@@ -77,7 +77,7 @@ def test_long_texts_are_scored_in_overlapping_sequences(
     model = make_varied(tokenizer, context=24)
     save_model(tmp_path / "m", model, tokenizer)
     task = BitsPerByte([write(tmp_path / "a.jsonl", TEXTS[1:2])], None)
-    [result] = task.run(LocalModel(tmp_path / "m", "cpu"), ())
+    [result] = task.run(LocalModel(tmp_path / "m", "cpu"), {})
     text = [tokenizer.end_of_text, *tokenizer.encode(TEXTS[1])]
     nats = 0.0
     for at in range(1, len(text)):
@@ -94,11 +94,11 @@ def test_metrics_by_source_and_finished_documents_are_skipped(
     sources = [write(tmp_path / f"{n}.jsonl", TEXTS[n : n + 2]) for n in (0, 2)]
     task = BitsPerByte([str(tmp_path)], None)
     assert len(task) == 4
-    results = list(task.run(local, ()))
+    results = list(task.run(local, {}))
     summary = task.summary(results)
     assert list(summary["by_source"]) == sources
     assert [part["documents"] for part in summary["by_source"].values()] == [2, 2]
-    rest = list(task.run(local, {results[0]["id"], results[3]["id"]}))
+    rest = list(task.run(local, {results[n]["id"]: results[n] for n in (0, 3)}))
     assert rest == [pytest.approx(result) for result in results[1:3]]
     assert len(BitsPerByte([str(tmp_path)], 3)) == 3
 

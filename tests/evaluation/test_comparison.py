@@ -23,7 +23,7 @@ from minimind.reporting.render import to_html, to_markdown
 PROMPTS = [
     Prompt("1", "甲？<b>粗</b>", "写作"),
     Prompt("2", "第一行\n| 第二行 |", "数学"),
-    Prompt("3", "丙？", "数学"),
+    Prompt("3", "丙？", "数学", after=("2",)),
 ]
 ANSWERS = {
     "one": {"1": "<script>alert(1)</script>", "2": "```\n好\n```", "3": "啊啊啊啊啊"},
@@ -89,6 +89,7 @@ def test_html_escapes_texts(task: OpenEndedTask) -> None:
     cells = "\n".join(parser.cells)
     for text in (
         "甲？<b>粗</b>",
+        "↳ 丙？",
         "<script>alert(1)</script>",
         "```\n好\n```",
         "# 好\ufffd",

@@ -109,6 +109,18 @@ def test_messages_have_the_answers_in_order_and_mark_empty_ones() -> None:
     assert '{"reason": "…", "A": 0-100, "B": 0-100}' in messages[1]["content"]
 
 
+def test_the_judge_sees_the_conversation_before_an_answer() -> None:
+    prompts = [Prompt("1", "甲？"), Prompt("1 turn 2", "乙？", after=("1",))]
+    answers = {"a": {"1": "一", "1 turn 2": "二"}, "b": {"1": "三", "1 turn 2": "四"}}
+    first, _, trial, _ = make_trials(prompts, answers)
+    assert set(first.answers) == {"一", "三"}
+    assert set(trial.answers) == {
+        "[earlier question] 甲？\n[its answer] 一\n\n[the answer to judge] 二",
+        "[earlier question] 甲？\n[its answer] 三\n\n[the answer to judge] 四",
+    }
+    assert "[question]\n乙？\n[end of question]" in trial.messages()[-1]["content"]
+
+
 def test_a_judge_of_length_ranks_by_length(tmp_path: Path) -> None:
     answers = {"short": lengths(1, 20), "long": lengths(2, 70), "middle": lengths(3, 45)}
     metrics = judged(by_length, answers, tmp_path / "j")

@@ -13,8 +13,9 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.open_ended import OpenEndedTask, Prompt, read_prompts
 from minimind.evaluation.runner import evaluate
 from minimind.evaluation.tasks import Answer, GenerationConfig
-from minimind.inference.generate import answer_all
+from minimind.inference.generate import answer_all, generate_all
 from minimind.inference.load import load_for_inference
+from minimind.tokenizer.chat import Message, encode_chat
 
 ME = {"model": "1"}
 
@@ -28,9 +29,13 @@ class FakeModel:
         self._answers = answers
 
     def answers(
-        self, questions: Sequence[str], generation: GenerationConfig
+        self, conversations: Sequence[Sequence[Message]], generation: GenerationConfig
     ) -> Iterator[tuple[int, Answer | Exception]]:
         yield from enumerate(self._answers)
+
+
+def asked(question: str) -> list[Message]:
+    return [{"role": "user", "content": question}]
 
 
 def rows(path: Path, *values: dict[str, Any]) -> str:
@@ -68,18 +73,21 @@ def test_questions_in_records_of_many_schemas(tmp_path: Path) -> None:
         {"answer": "没有问题"},
         {"question": "  "},
         {"question": 5, "turns": []},
+        {"messages": [{"role": "wizard", "content": "己？"}]},
     )
     prompts, bad = read_prompts(path)
     assert prompts == [
         Prompt("belle-0", "甲？", "closed qa"),
         Prompt("81", "乙？", "writing"),
-        Prompt("3", "丙？"),
+        Prompt("81 turn 2", "再说", "writing", ("81",)),
+        Prompt("3", "丙？", system="短"),
         Prompt("4", "丁？"),
         Prompt("5", "翻译\nhello"),
         Prompt("81 2", "戊？"),
     ]
-    assert (bad.num_valid, bad.total) == (6, 3)
+    assert (bad.num_valid, bad.total) == (6, 4)
     assert "no question; its fields: answer" in bad.first
+    assert [prompt.id for prompt in read_prompts(path, 3)[0]] == ["belle-0", "3", "5"]
 
 
 def test_files_without_questions_are_errors(tmp_path: Path) -> None:
@@ -115,7 +123,8 @@ def test_answers_and_metrics_of_a_local_model(
 def test_sampled_answers_depend_only_on_seed_and_question(local: LocalModel) -> None:
     def sample(questions: Sequence[str], seed: int) -> dict[str, str]:
         answers = local.answers(
-            questions, GenerationConfig(16, temperature=1.0, seed=seed, concurrency=3)
+            [asked(question) for question in questions],
+            GenerationConfig(16, temperature=1.0, seed=seed, concurrency=3),
         )
         return {questions[n]: a.text for n, a in answers if isinstance(a, Answer)}
 
@@ -149,7 +158,7 @@ def test_speed_length_categories_and_errors() -> None:
     model = FakeModel(
         Answer("好的", 2, True, 0.5), ServiceError("gone"), Answer("好的好的", None, None, 7)
     )
-    results = list(task.run(model, ()))  # type: ignore[arg-type]
+    results = list(task.run(model, {}))  # type: ignore[arg-type]
     assert results[1] == {"id": "2", "error": "gone"}
     summary = task.summary([result for result in results if "error" not in result])
     assert summary["tokens"] == 2
@@ -160,13 +169,76 @@ def test_speed_length_categories_and_errors() -> None:
     assert task.with_metrics(results[1]) == {"error": "gone"}
     many = OpenEndedTask("a", [Prompt(str(n), "甲") for n in range(30)], GenerationConfig(9))
     with pytest.raises(ServiceError):
-        list(many.run(FakeModel(*[ServiceError("gone")] * 30), ()))  # type: ignore[arg-type]
+        list(many.run(FakeModel(*[ServiceError("gone")] * 30), {}))  # type: ignore[arg-type]
+
+
+def test_all_messages_of_a_conversation_are_asked(
+    local: LocalModel, varied_dir: Path, tmp_path: Path
+) -> None:
+    """With the model's own answers between them; also if the evaluation is resumed in between."""
+    said = [{"role": "user", "content": "甲？"}, {"role": "assistant", "content": "忽略"}]
+    said += [{"role": "user", "content": "为什么？"}]
+    path = rows(
+        tmp_path / "q.jsonl",
+        {"messages": [{"role": "system", "content": "短"}, *said]},
+        {"id": "b", "turns": ["乙？", "再说", "翻译"]},
+    )
+    task = OpenEndedTask("answers", read_prompts(path)[0], GenerationConfig(12))
+    results = {result["id"]: result for result in task.run(local, {})}
+    assert sorted(results) == ["1", "1 turn 2", "b", "b turn 2", "b turn 3"]
+    model, tokenizer = load_for_inference(varied_dir, "cpu")
+    for name, conversation in {
+        "1 turn 2": [
+            {"role": "system", "content": "短"},
+            *asked("甲？"),
+            {"role": "assistant", "content": results["1"]["answer"]},
+            *asked("为什么？"),
+        ],
+        "b turn 3": [
+            *asked("乙？"),
+            {"role": "assistant", "content": results["b"]["answer"]},
+            *asked("再说"),
+            {"role": "assistant", "content": results["b turn 2"]["answer"]},
+            *asked("翻译"),
+        ],
+    }.items():
+        prompt = encode_chat(tokenizer, conversation, add_generation_prompt=True)[0]
+        [expected] = generate_all(model, tokenizer, [prompt], max_new_tokens=12)
+        text = tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert results[name]["answer"] == text
+    half = {name: results[name] for name in ("1", "b", "b turn 2")}
+    rest = {result["id"]: result["answer"] for result in task.run(local, half)}
+    assert rest == {name: results[name]["answer"] for name in ("1 turn 2", "b turn 3")}
+
+
+def test_messages_after_a_failure_are_not_asked() -> None:
+    prompts = [Prompt(str(n), "甲") for n in range(12)]
+    prompts += [Prompt(f"{n} turn 2", "乙", after=(str(n),)) for n in range(12)]
+    task = OpenEndedTask("a", prompts, GenerationConfig(9))
+
+    class Failing(FakeModel):
+        """Fails for all but each third conversation."""
+
+        def answers(
+            self, conversations: Sequence[Sequence[Message]], generation: GenerationConfig
+        ) -> Iterator[tuple[int, Answer | Exception]]:
+            for index in range(len(conversations)):
+                failed = len(conversations) == 12 and index % 3
+                yield index, ServiceError("gone") if failed else Answer("好")
+
+    results = {r["id"]: r for r in task.run(Failing(), {})}  # type: ignore[arg-type]
+    assert len(results) == 24
+    assert results["3 turn 2"]["answer"] == "好"
+    assert results["4 turn 2"] == {
+        "id": "4 turn 2",
+        "error": "the message before it, 4, has no answer",
+    }
 
 
 def test_a_question_that_exceeds_the_context_is_an_error(local: LocalModel, tmp_path: Path) -> None:
     path = tmp_path / "q.txt"
     path.write_text("短？\n" + "长江的水" * 400 + "\n", encoding="utf-8")
-    results = {r["id"]: r for r in make_task(f"degeneration:{path}").run(local, ())}
+    results = {r["id"]: r for r in make_task(f"degeneration:{path}").run(local, {})}
     assert "answer" in results["1"]
     assert "context is 512" in results["2"]["error"]
 

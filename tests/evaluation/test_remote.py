@@ -65,10 +65,10 @@ def test_rejected_sampling_parameters() -> None:
     with RemoteService(respond, "m", like_gpt5) as server:
         service = Service(server.url)
         generation = GenerationConfig(9, temperature=0.5, concurrency=1)
-        [(_, answer)] = service.answers(["How are you?"], generation)
+        [(_, answer)] = service.answers([ASK], generation)
         assert isinstance(answer, Answer)
         assert (answer.text, service.rejected) == ("I am fine.", {"temperature", "top_p"})
-        assert server.requests[-1]["seed"] == generation.seed_for("How are you?")
+        assert server.requests[-1]["seed"] == generation.seed_for(ASK)
     assert set(server.keys) == {"Bearer none"}
 
 
@@ -90,7 +90,10 @@ def test_a_rejected_question_changes_no_later_request() -> None:
     generation = GenerationConfig(9, temperature=0.5, concurrency=1)
     with RemoteService(respond, "m", refuse) as server:
         service = Service(server.url)
-        questions = ["Why?" * 100, "Which temperature?", "Why?"]
+        questions = [
+            [{"role": "user", "content": text}]
+            for text in ("Why?" * 100, "Which temperature?", "Why?")
+        ]
         long, flagged, answer = (
             answer for _, answer in sorted(service.answers(questions, generation))
         )
@@ -177,7 +180,9 @@ def own(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[InProcess]:
 
 def test_minimind_serve_accepts_all_parameters(own: InProcess) -> None:
     service = Service(f"{own.url}#other", "k")
-    [(_, answer)] = service.answers(["你好"], GenerationConfig(5, temperature=1))
+    [(_, answer)] = service.answers(
+        [[{"role": "user", "content": "你好"}]], GenerationConfig(5, temperature=1)
+    )
     assert isinstance(answer, Answer)
     assert (answer.tokens, answer.ended, service.rejected) == (5, False, set())
     with pytest.raises(ServiceError, match="needs one; set MINIMIND"):

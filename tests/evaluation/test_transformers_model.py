@@ -14,6 +14,7 @@ from minimind.evaluation.tasks import Answer, GenerationConfig
 from minimind.evaluation.transformers_model import TransformersModel
 from minimind.inference import load
 from minimind.tokenizer import Tokenizer, encode_chat
+from minimind.tokenizer.chat import Message
 from tests.support.foreign import make_tokenizer
 from tests.support.small_benchmarks import CHINESE
 
@@ -28,8 +29,8 @@ def test_benchmarks_have_the_same_scores(
     varied_dir: Path, local: LocalModel, ceval_dir: Path, style: str
 ) -> None:
     task = make_task("ceval", data=[str(ceval_dir)], style=style, shots=2)  # type: ignore[arg-type]
-    theirs = {r["id"]: r for r in task.run(TransformersModel(varied_dir / "model", "cpu"), ())}
-    ours = {r["id"]: r for r in task.run(local, ())}
+    theirs = {r["id"]: r for r in task.run(TransformersModel(varied_dir / "model", "cpu"), {})}
+    ours = {r["id"]: r for r in task.run(local, {})}
     assert theirs.keys() == ours.keys()
     for name, result in ours.items():
         assert theirs[name]["scores"] == pytest.approx(result["scores"], abs=1e-4)
@@ -52,7 +53,7 @@ def test_texts_have_the_same_scores(
     assert theirs == pytest.approx(ours, abs=1e-3)
     (tmp_path / "a.jsonl").write_text(TEXT, encoding="utf-8")
     task = make_task(f"bpb:{tmp_path / 'a.jsonl'}")
-    assert task.summary(list(task.run(model, ())))["bytes"] == 66
+    assert task.summary(list(task.run(model, {})))["bytes"] == 66
 
 
 def test_an_error_in_one_item_does_not_affect_the_others(varied_dir: Path) -> None:
@@ -66,13 +67,17 @@ def test_an_error_in_one_item_does_not_affect_the_others(varied_dir: Path) -> No
         assert scores == pytest.approx(single)
 
 
+def asked(question: str) -> list[Message]:
+    return [{"role": "user", "content": question}]
+
+
 def answers(
     model: LocalModel | TransformersModel,
     questions: list[str],
     generation: GenerationConfig = GREEDY,
 ) -> dict[int, Answer | Exception]:
     """Return the answers by index, without their times."""
-    outcomes = model.answers(questions, generation)
+    outcomes = model.answers(list(map(asked, questions)), generation)
     return {n: replace(a, seconds=0) for n, a in outcomes if isinstance(a, Answer)}
 
 
@@ -99,11 +104,11 @@ def test_answers_respect_the_context(
     """A prompt that leaves room for three tokens, and one that does not fit."""
     monkeypatch.setattr(load, "inference_dtype", lambda device: torch.float32)
     short, long = "泰山在哪里？", "长江？" * 30
-    messages = [{"role": "user", "content": short}]
-    context = len(encode_chat(tokenizer, messages, add_generation_prompt=True)[0]) + 3
+    context = len(encode_chat(tokenizer, asked(short), add_generation_prompt=True)[0]) + 3
     theirs = TransformersModel(varied_dir / "model", "cpu", context=context)
-    outcomes = dict(theirs.answers([short, long], GREEDY))
-    ours = dict(LocalModel(varied_dir, "cpu", context=context).answers([short, long], GREEDY))
+    conversations = [asked(short), asked(long)]
+    outcomes = dict(theirs.answers(conversations, GREEDY))
+    ours = dict(LocalModel(varied_dir, "cpu", context=context).answers(conversations, GREEDY))
     assert isinstance(outcomes[0], Answer) and isinstance(ours[0], Answer)
     assert replace(outcomes[0], seconds=0) == replace(ours[0], seconds=0)
     assert (outcomes[0].tokens, outcomes[0].ended) == (3, False)
@@ -125,11 +130,11 @@ def test_other_architectures_are_evaluated_with_transformers(
         LocalModel(tmp_path, "cpu").check()
     model = TransformersModel(tmp_path, "cpu")
     task = make_task("ceval", data=[str(ceval_dir)], style="letter", shots=0)
-    results = list(task.run(model, ()))
+    results = list(task.run(model, {}))
     assert len(results) == 7
     assert len({tuple(result["scores"]) for result in results}) == 7
     chat = make_task("ceval", data=[str(ceval_dir)], style="chat")
-    errors = [result["error"] for result in chat.run(model, ())]
+    errors = [result["error"] for result in chat.run(model, {})]
     assert all("--style letter" in error for error in errors)
 
 
