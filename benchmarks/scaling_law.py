@@ -3,6 +3,7 @@
     python -m benchmarks.scaling_law out/sweep/law --hours 8 --out benchmarks/records/night/law
     python -m benchmarks.scaling_law out/sweep/law --hours 1 --speed 26.9e6=1.2e6   # elsewhere
     python -m benchmarks.scaling_law out/sweep/law --final out/night/pretrain       # check it
+    python -m benchmarks.scaling_law law.json --final out/night/pretrain            # from a record
 
 The law is L(N, D) = E + A / N^alpha + B / D^beta, with N parameters and D training tokens
 (Hoffmann et al. 2022, equation 2). As in their section 3.3, the five values minimize the sum of
@@ -21,7 +22,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -205,11 +206,19 @@ def effective_tokens(tokens: float, unique: float) -> float:
     # --8<-- [end:effective-tokens]
 
 
-def read_samples(folders: Sequence[Path]) -> list[Sample]:
-    """Read the finished pretraining runs in folders; of equal N and D, the best one.
+def read_samples(paths: Sequence[Path]) -> list[Sample]:
+    """Read the finished pretraining runs in folders and records; of equal N and D, the best one.
 
-    Raises ValueError if runs have different data, sequence lengths or tokenizers.
+    A record is a JSON file that this program has written. Raises ValueError if runs in folders have
+    different data, sequence lengths or tokenizers; a record does not state them.
     """
+    folders = [path for path in paths if path.suffix != ".json"]
+    samples = [
+        Sample(**{field.name: run[field.name] for field in fields(Sample)})
+        for path in paths
+        if path.suffix == ".json"
+        for run in json.loads(path.read_text("utf-8"))["runs"]
+    ]
     runs = [run for run in find_runs(folders).runs if run.finished and run.kind == "pretrain"]
     settings = {_comparable(run): run.name for run in runs}
     if len(settings) > 1:
@@ -218,8 +227,7 @@ def read_samples(folders: Sequence[Path]) -> list[Sample]:
             "or tokenizer, so their losses have different laws; give the folder of one sweep"
         )
     best: dict[tuple[float, float], Sample] = {}
-    for run in runs:
-        sample = _sample(run)
+    for sample in [*samples, *map(_sample, runs)]:
         key = (sample.parameters, sample.tokens)
         if key not in best or sample.loss < best[key].loss:
             best[key] = sample
@@ -411,7 +419,7 @@ def parse_speed(text: str) -> tuple[float, float]:
 def main() -> None:
     """Fit the law, print the tables, write the record, its page and its plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="sweeps or run directories")
+    parser.add_argument("folders", nargs="+", type=Path, help="sweeps, runs or records")
     parser.add_argument("--hours", type=float, default=8.0, help="time of training to predict for")
     parser.add_argument(
         "--speed",

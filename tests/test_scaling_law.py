@@ -117,6 +117,7 @@ def test_record_of_a_sweep(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "record.svg").read_text().startswith("<svg")
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["law"]["E"]["value"] == pytest.approx(0.9, rel=1e-3)
+    assert read_samples([tmp_path / "out" / "record.json"]) == read_samples([tmp_path / "law"])
     write_run(tmp_path / "law" / "other", samples[0], "seq_len = 512")
     with pytest.raises(ValueError, match="and other differ in data, sequence length or tokenizer"):
         read_samples([tmp_path / "law"])
