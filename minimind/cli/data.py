@@ -9,6 +9,7 @@ import typer
 from minimind.cli import console, datasets
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
+from minimind.cli.pairs import pairs
 from minimind.cli.prepare import prepare
 from minimind.errors import UsageError
 
@@ -72,6 +73,7 @@ def inspect(
 
 
 app.command()(prepare)
+app.command()(pairs)
 
 
 @app.command()

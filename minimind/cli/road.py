@@ -1,5 +1,7 @@
 """`minimind road ROAD`: tokenizer, all training stages, evaluation and report on published data."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from minimind.training.stage import StageResult
 
 _ROAD_FILE = "road.json"
+_PAIRS = "{}-pairs-{}.jsonl"  # stage, hash
 _SET_BY_ROAD = ("out", "tokenizer", "device", "model.init", "data.sources")
 
 
@@ -82,7 +85,8 @@ def road(
     check_results(out, names, fresh=fresh)
     _check_inputs(settings, recipes, yes)
     if fresh:
-        remove_results(out, names, [_ROAD_FILE])
+        pairs = [path.name for path in out.glob(f"{_PAIRS.format('*', '*')}*")]
+        remove_results(out, names, [_ROAD_FILE, *pairs])
     elif previous and _answers_change(previous, settings):
         (out / "summary.json").unlink(missing_ok=True)
     console.write_json(out / _ROAD_FILE, settings.model_dump())
@@ -128,6 +132,11 @@ def _stage_recipe(
     if stage.data:
         flags["data.sources"] = stage.data
     recipe = load_recipe(stage.recipe, flags=flags).recipe
+    if stage.own_answers and recipe.objective != "dpo":
+        raise ConfigError(
+            f"own_answers: the recipe {stage.recipe} has the objective {recipe.objective}; only "
+            "preference optimization (dpo) uses own answers"
+        )
     if recipe.objective == "pretrain" and recipe.lora is None and model:
         raise ConfigError(
             f"the recipe {stage.recipe} pretrains a new model, but the stage {model} has already "
@@ -138,7 +147,7 @@ def _stage_recipe(
             f"the recipe {stage.recipe} trains an existing model, and no stage before it pretrains "
             "one. The first stage needs a recipe such as pretrain-small"
         )
-    if not recipe.data.sources:
+    if not (recipe.data.sources or stage.own_answers):
         raise ConfigError('there is no training data; add a line such as data = ["minimind:sft"]')
     if model is None:
         return recipe
@@ -213,6 +222,7 @@ def _check_inputs(road: "Road", recipes: "Mapping[str, Recipe]", yes: bool) -> N
     paths = [
         *road.tokenizer.data,
         *(path for each in recipes.values() for path in data_paths(each)),
+        *(path for each in road.stages.values() for path in each.own_answers),
     ]
     tasks = road.evaluation.tasks
     for path in dict.fromkeys(paths):
@@ -235,7 +245,8 @@ def _run(
     outcome: dict[str, Any] = {}
 
     def train(stage: str) -> None:
-        results[stage] = train_stage(recipes[stage], tokens)
+        recipe = _with_own_answers(road.stages[stage], stage, recipes[stage], out)
+        results[stage] = train_stage(recipe, tokens)
 
     def finish() -> None:
         if not (out / "model").is_dir():
@@ -253,6 +264,30 @@ def _run(
         steps.append(Step(f"{name}, with the recipe {stage.recipe}", partial(train, name)))
     run_steps([*steps, Step("the evaluation and the report", finish)])
     return outcome["passed"], outcome["summary"]
+
+
+def _with_own_answers(stage: "RoadStage", name: str, recipe: "Recipe", out: Path) -> "Recipe":
+    """Add the pairs of the stage's own answers to its data, once the model before it has answered.
+
+    The file's name identifies model and data, so that pairs of another model are never used.
+    """
+    from minimind.cli.pairs import write_own_pairs
+    from minimind.config.settings import Source
+    from minimind.model import resolve_model_directory
+    from minimind.model.fingerprint import fingerprint
+
+    if not stage.own_answers:
+        return recipe
+    model = recipe.model.init or ""
+    identity = [fingerprint(resolve_model_directory(Path(model))), stage.own_answers]
+    text = json.dumps([*identity, stage.num_own_answers])
+    path = out / _PAIRS.format(name, hashlib.sha256(text.encode()).hexdigest()[:8])
+    if not path.is_file():
+        write_own_pairs(
+            model, stage.own_answers, path, limit=stage.num_own_answers, device=recipe.device
+        )
+    sources = [*recipe.data.sources, Source(path=str(path))]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
 
 
 def _train_tokenizer(road: "Road", directory: Path) -> None:

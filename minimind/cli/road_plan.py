@@ -30,7 +30,10 @@ def show_plan(road: "Road", recipes: "Mapping[str, Recipe]") -> None:
         tokens, time = stages[name], seconds[name]
         rows += _rows(
             f"{name} ({road.stages[name].recipe})",
-            [source.path for source in recipe.data.sources],
+            [
+                *(source.path for source in recipe.data.sources),
+                *road.stages[name].own_answers,
+            ],
             _UNKNOWN if tokens is None else f"{tokens / 1e6:,.3g} million",
             _UNKNOWN if time is None else duration(time),
         )

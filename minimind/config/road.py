@@ -31,6 +31,12 @@ class RoadStage(Settings):
     settings: dict[str, Any] = Field(
         default_factory=dict, description="Settings of the recipe to override."
     )
+    own_answers: list[str] = Field(
+        default_factory=list,
+        description="Conversations, for a stage of preference optimization: their answers are "
+        "preferred to those that the model before it gives (`minimind data pairs`).",
+    )
+    num_own_answers: int = Field(2_000, ge=1, description="Number of these conversations.")
 
 
 class RoadEvaluation(Settings):

@@ -8,5 +8,6 @@ Reading order:
 4. `benchmarks.py`, `benchmark_prompts.py`, `multiple_choice.py`: C-Eval, CMMLU, MMLU, C3
 5. `generative.py`, `quiz.py`, `math_word_problems.py`: tasks scored by the generated answer
 6. `open_ended.py`, `degeneration.py`, `judge.py`, `comparison.py`: answers side by side
-7. `runner.py`: run a task on a model, with results that survive an interruption
+7. `own_answers.py`: preference pairs from a model's own answers
+8. `runner.py`: run a task on a model, with results that survive an interruption
 """

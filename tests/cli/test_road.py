@@ -155,7 +155,8 @@ def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> Non
         "set, but the stage sft has begun. Give the same road, choose another --out, or start over "
         f"with --fresh. To repeat only the steps that change, remove {Path('out/tiny/sft')}"
     )
-    write_road(folder, many_steps, ("pairs.jsonl@0.5", "pairs.jsonl"))
+    own = 'data = ["pairs.jsonl"]\nown_answers = ["chat.jsonl"]\nnum_own_answers = 6'
+    write_road(folder, many_steps, ('data = ["pairs.jsonl@0.5"]', own))
     resumed = run(folder, "tiny.toml").output
     assert "stages.dpo.data was ['pairs.jsonl@0.5'] and is now ['pairs.jsonl']" in resumed
     assert f"{Path('out/tiny/pretrain')} is already finished" in resumed
@@ -179,6 +180,9 @@ def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> Non
     assert resumed.rstrip().endswith("minimind export web out/tiny --out out/tiny/page")
     final = out / "model" / "model.safetensors"
     assert final.read_bytes() == weights(out, "dpo").read_bytes()
+    [pairs] = out.glob("dpo-pairs-*")
+    assert 0 < len(pairs.read_text("utf-8").splitlines()) <= 6
+    assert pairs.name in (out / "dpo" / "recipe.toml").read_text("utf-8")
 
     times = modified(final)
     again = run(folder, "tiny.toml").output
@@ -231,7 +235,9 @@ def test_a_finished_road_is_changed_only_as_its_message_says(folder: Path) -> No
     (folder / "tiny.toml").write_text(
         ROAD[: ROAD.index("[stages.sft]")] + "[evaluation]\n", encoding="utf-8"
     )
+    (out / "dpo-pairs-0.jsonl").touch()
     run(folder, "tiny.toml", "--fresh")
+    assert not list(out.glob("*-pairs-*"))
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
         "model",
         "pretrain",
@@ -263,6 +269,12 @@ def test_the_adapter_belongs_to_the_stage_that_it_started_from(folder: Path) -> 
         ("[stages.sft]", "[stage.sft]", "stage is not a setting; did you mean stages"),
         ('data = ["chat.jsonl"]', 'data = ["chats.jsonl"]', "there is no such file or folder"),
         ('"sft-small"', '"sft-smal"', "stages.sft: sft-smal: there is no such recipe"),
+        (
+            '"sft-small"',
+            '"sft-small"\nown_answers = ["?"]',
+            "only preference optimization (dpo) uses",
+        ),
+        ('"dpo-small"', '"dpo-small"\nown_answers = ["no"]', "there is no such file or folder"),
         ('"pretrain-small"', '"dpo-small"', "no stage before it pretrains one"),
         ('"dpo-small"', '"pretrain-small"', "but the stage sft has already done that"),
         ("[stages.dpo]", "[stages.model]", "'model' cannot be the name of a stage"),
