@@ -1,10 +1,12 @@
-"""Extend a run: continue it for more steps than it was planned for.
+"""Extend or shorten a run: continue it for another number of steps than it was planned for.
 
 Under the WSD schedule (warmup, stable, decay) the learning rate is constant until the final decay.
 A run is extended from the checkpoint at the end of the stable phase; the model of the shorter run
 is the decayed branch (Hu et al. 2024, MiniCPM, section 4). Without warmup, the extended run is
 bit-identical to one that was planned with more steps. `schedule.warmup` is a fraction of the steps,
 so that with warmup a longer run would have warmed up for more steps.
+
+A run can be shortened in its stable phase, as long as the decay of the shorter run is still ahead.
 """
 
 from collections.abc import Sequence
@@ -37,18 +39,19 @@ def stable_steps(num_steps: int, schedule: ScheduleSettings) -> int | None:
 
 @dataclass(frozen=True)
 class Extension:
-    """A plan to extend a run. later: checkpoints after the one that the run continues from."""
+    """A plan to extend or shorten a run. later: checkpoints after the one it continues from."""
 
     later: Sequence[CheckpointInfo]
     description: str
 
 
 def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | None:
-    """Plan `num_steps` steps for a run that was planned for fewer; None if that was its number.
+    """Plan `num_steps` steps for a run that was planned for others; None if that was its number.
 
     Under WSD, the run continues from the newest checkpoint before the decay. With another schedule,
-    or if no such checkpoint was kept, it continues from the newest one.
-    Raises ConfigError for fewer steps than planned, CheckpointError if no checkpoint is left.
+    or if no such checkpoint was kept, it continues from the newest one. Raises ConfigError for
+    fewer steps if the decay of the shorter run would have begun before the newest checkpoint, and
+    CheckpointError if no checkpoint is left.
     """
     infos = [info for info in inspect_checkpoints(run, verify_hashes=False) if not info.error]
     if not infos:
@@ -60,10 +63,8 @@ def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | Non
     if num_steps == planned:
         return None
     if num_steps < planned:
-        recorded = load_recipe(run / RECIPE_FILE).recipe.training.steps
-        steps = planned if recorded is None else recorded
-        raise other_recipe_error(run, [f"training.steps was {steps} and is now {num_steps}"])
-    stable = stable_steps(planned, recipe.schedule)
+        _check_shorter(run, recipe, num_steps, planned, infos[-1].step)
+    stable = stable_steps(min(planned, num_steps), recipe.schedule)
     start = next((info for info in reversed(infos) if stable and info.step <= stable), infos[-1])
     later = [info for info in infos if info.step > start.step]
     before = lr_fraction(start.step - 1, planned, recipe.schedule)
@@ -75,6 +76,26 @@ def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | Non
         + f"; later checkpoints are renamed to {DECAYED_PREFIX}step-…"
         * bool(later),
     )
+
+
+def _check_shorter(run: Path, recipe: Recipe, num_steps: int, planned: int, newest: int) -> None:
+    """Raise ConfigError if a run cannot be shortened. newest: the step of the newest checkpoint."""
+    stable = stable_steps(num_steps, recipe.schedule)
+    if stable is not None and newest <= stable:
+        return
+    recorded = load_recipe(run / RECIPE_FILE).recipe.training.steps
+    change = f"training.steps was {recorded or planned} and is now {num_steps}"
+    if stable is not None:
+        shortest = next(
+            steps
+            for steps in range(num_steps, planned + 1)
+            if (stable_steps(steps, recipe.schedule) or 0) >= newest
+        )
+        change += (
+            f", but the newest checkpoint is of step {newest:,}, and the learning rate would have "
+            f"had to fall from step {stable:,} on; at least {shortest:,} steps are possible"
+        )
+    raise other_recipe_error(run, [change])
 
 
 def extend_run(run: Path, extension: Extension) -> None:
