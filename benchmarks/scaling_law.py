@@ -209,16 +209,12 @@ def effective_tokens(tokens: float, unique: float) -> float:
 def read_samples(paths: Sequence[Path]) -> list[Sample]:
     """Read the finished pretraining runs in folders and records; of equal N and D, the best one.
 
-    A record is a JSON file that this program has written. Raises ValueError if runs in folders have
-    different data, sequence lengths or tokenizers; a record does not state them.
+    A record is a JSON file that this program has written. Raises ValueError if it is another file,
+    or if runs in folders have different data, sequence lengths or tokenizers, which records do not
+    state.
     """
     folders = [path for path in paths if path.suffix != ".json"]
-    samples = [
-        Sample(**{field.name: run[field.name] for field in fields(Sample)})
-        for path in paths
-        if path.suffix == ".json"
-        for run in json.loads(path.read_text("utf-8"))["runs"]
-    ]
+    samples = [sample for path in paths if path.suffix == ".json" for sample in _read_record(path)]
     runs = [run for run in find_runs(folders).runs if run.finished and run.kind == "pretrain"]
     settings = {_comparable(run): run.name for run in runs}
     if len(settings) > 1:
@@ -232,6 +228,15 @@ def read_samples(paths: Sequence[Path]) -> list[Sample]:
         if key not in best or sample.loss < best[key].loss:
             best[key] = sample
     return sorted(best.values(), key=lambda each: (each.parameters, each.tokens))
+
+
+def _read_record(path: Path) -> list[Sample]:
+    names = [field.name for field in fields(Sample)]
+    try:
+        runs = json.loads(path.read_text("utf-8"))["runs"]
+        return [Sample(*(run[name] for name in names)) for run in runs]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: is not a record of this program ({error!r})") from None
 
 
 def _comparable(run: Run) -> str:
@@ -419,7 +424,7 @@ def parse_speed(text: str) -> tuple[float, float]:
 def main() -> None:
     """Fit the law, print the tables, write the record, its page and its plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="sweeps, runs or records")
+    parser.add_argument("paths", nargs="+", type=Path, help="sweeps, runs or records")
     parser.add_argument("--hours", type=float, default=8.0, help="time of training to predict for")
     parser.add_argument(
         "--speed",
@@ -433,7 +438,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write OUT.json, OUT.md and OUT.svg")
     args = parser.parse_args()
     try:
-        samples = read_samples(args.folders)
+        samples = read_samples(args.paths)
         law, resampled = fit_law(samples)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")

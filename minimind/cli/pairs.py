@@ -12,24 +12,28 @@ from minimind.cli.options import Device, MaxNewTokens
 from minimind.cli.terminal import strip_controls
 from minimind.errors import UsageError
 
+_SUFFIX = ".jsonl"
+
 
 def pairs(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Model, DIR+ADAPTER or service (URL or URL#NAME) that answers."
+            metavar="MODEL",
+            help="Model or run directory that answers; DIR+ADAPTER with a LoRA adapter; URL or "
+            "URL#NAME of a service.",
         ),
     ],
     data: Annotated[
         list[str],
         typer.Argument(
             metavar="DATA",
-            help="Conversations, as for `minimind sft`: files, folders, globs (quoted) or dataset "
-            "names.",
+            help="Conversations: files, folders, globs (quoted) or dataset names.",
         ),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="JSON Lines file; interrupted work is continued.")
+        Path,
+        typer.Option(metavar="FILE", help="JSON Lines file; an interrupted command is continued."),
     ],
     limit: Annotated[
         int, typer.Option(min=1, help="Answer at most N conversations, evenly spaced.")
@@ -44,26 +48,35 @@ def pairs(
     device: Device = "auto",
     yes: Yes = False,
 ) -> None:
-    """Make preference pairs: an answer of the data is chosen, the model's own rejected.
+    """Make preference pairs: the answer of the data is chosen, the model's own rejected."""
+    from minimind.cli.models import is_service
+    from minimind.evaluation.own_answers import part_of
 
-    Training on them (`minimind dpo`) reduces repetitions and other mistakes of the model.
-    """
-    if out.exists():
+    if out.suffix != _SUFFIX:
+        raise UsageError(f"--out {out}: the pairs are JSON Lines; choose a name with {_SUFFIX}")
+    if out.exists() and not part_of(out).exists():
         raise UsageError(f"--out {out} exists; choose another file, or remove it")
     ensure_downloaded(data, yes)
-    write_own_pairs(
-        model,
-        data,
-        out,
-        limit=limit,
-        device=device,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    console.say(
-        f"Train on them: {console.command('dpo', '--model', model, '--data', out, '--out', 'DIR')}"
-    )
+    try:
+        num_failed = write_own_pairs(
+            model,
+            data,
+            out,
+            limit=limit,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        console.say("stopped; run the same command again to continue")
+        raise typer.Exit(130) from None
+    trained = model if Path(model).is_dir() and not is_service(model) else "MODEL"
+    command = console.command("dpo", "--model", trained, "--data", out, "--out", "DIR")
+    console.say(f"Train on them: {command}")
+    if num_failed:
+        console.say("Run the same command again to repeat those that failed")
+        raise typer.Exit(1)
 
 
 def write_own_pairs(
@@ -76,20 +89,20 @@ def write_own_pairs(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
-) -> None:
-    """Write the pairs with a progress bar, and report what became of the conversations."""
+) -> int:
+    """Write the pairs with a progress bar, report all counts, and return that of failures."""
     from minimind.cli.models import open_model, report_dropped
     from minimind.evaluation.own_answers import read_conversations, write_pairs
     from minimind.evaluation.tasks import GenerationConfig
 
     opened = open_model(model, device)
-    conversations, invalid = read_conversations(data, limit)
+    read = read_conversations(data, limit)
     reporter = console.RichReporter()
-    reporter.start("own answers", len(conversations), unit="answer")
+    reporter.start("own answers", len(read.conversations), unit="answer")
     try:
         counts = write_pairs(
             opened,
-            conversations,
+            read.conversations,
             out,
             generation=GenerationConfig(max_new_tokens, temperature, seed),
             identity=opened.identity(),
@@ -97,17 +110,20 @@ def write_own_pairs(
         )
     finally:
         reporter.stop()
-    report_dropped(opened)
+        report_dropped(opened)
     notes = [
-        f"{console.pluralize(count, what)}{detail}"
-        for count, what, detail in (
-            (counts.equal, "answer", " equal to that of the data"),
-            (counts.empty, "empty answer", ""),
+        f"{console.pluralize(count, noun)}{detail}"
+        for count, noun, detail in (
+            (counts.cut, "answer", f" cut off after {max_new_tokens} tokens"),
+            (counts.equal, "answer", " left out, equal to that of the data"),
+            (counts.empty, "empty answer", " left out"),
             (counts.failed, "failure", f", the first: {counts.first_error}"),
-            (invalid.total, "invalid record", f", the first: {invalid.first}"),
+            (read.unsuitable, "record", " of DATA without an answer at the end left out"),
+            (read.invalid.total, "invalid record", f", the first: {read.invalid.first}"),
         )
         if count
     ]
-    asked = console.pluralize(len(conversations), "conversation")
-    made = f"{console.pluralize(counts.pairs, 'pair')} from {asked}, in {out}"
-    console.say(strip_controls("; ".join([made, *notes])))
+    answered = console.pluralize(len(read.conversations), "conversation")
+    written = f"{console.pluralize(counts.pairs, 'pair')} from {answered}, in {out}"
+    console.say(strip_controls("; ".join([written, *notes])))
+    return counts.failed

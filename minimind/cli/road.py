@@ -1,7 +1,5 @@
 """`minimind road ROAD`: tokenizer, all training stages, evaluation and report on published data."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.eval import HARNESS, evaluate, task_datasets
 from minimind.cli.options import Device
+from minimind.cli.pairs import write_own_pairs
 from minimind.cli.road_results import answer_questions, show_results
 from minimind.cli.steps import (
     Step,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from minimind.training.stage import StageResult
 
 _ROAD_FILE = "road.json"
-_PAIRS = "{}-pairs-{}.jsonl"  # stage, hash
 _SET_BY_ROAD = ("out", "tokenizer", "device", "model.init", "data.sources")
 
 
@@ -62,7 +60,7 @@ def road(
 
     The steps: tokenizer, pretraining, fine-tuning, preference optimization, evaluation, report.
     """
-    from minimind.config.road import load_road
+    from minimind.config.road import OWN_ANSWERS, load_road
     from minimind.model.device import choose_device
     from minimind.reporting.report import make_report
 
@@ -81,12 +79,11 @@ def road(
     previous = _previous_road(out)
     if previous and not fresh:
         _check_changes(out, previous, settings)
-    names = [*recipes, *(previous.stages if previous else ()), "eval"]
+    names = [*recipes, *(previous.stages if previous else ()), "eval", OWN_ANSWERS]
     check_results(out, names, fresh=fresh)
     _check_inputs(settings, recipes, yes)
     if fresh:
-        pairs = [path.name for path in out.glob(f"{_PAIRS.format('*', '*')}*")]
-        remove_results(out, names, [_ROAD_FILE, *pairs])
+        remove_results(out, names, [_ROAD_FILE])
     elif previous and _answers_change(previous, settings):
         (out / "summary.json").unlink(missing_ok=True)
     console.write_json(out / _ROAD_FILE, settings.model_dump())
@@ -218,17 +215,21 @@ def _check_inputs(road: "Road", recipes: "Mapping[str, Recipe]", yes: bool) -> N
     from minimind.data.registry import is_name
     from minimind.data.textbook import is_textbook
     from minimind.evaluation.catalogue import make_task
+    from minimind.evaluation.own_answers import check_conversations
 
+    own_answers = [path for each in road.stages.values() for path in each.own_answers]
     paths = [
         *road.tokenizer.data,
         *(path for each in recipes.values() for path in data_paths(each)),
-        *(path for each in road.stages.values() for path in each.own_answers),
+        *own_answers,
     ]
     tasks = road.evaluation.tasks
     for path in dict.fromkeys(paths):
         if not is_textbook(path) and not is_name(path):
             list_files(path)
     ensure_downloaded([*paths, *task_datasets(tasks)], yes)
+    if own_answers:
+        check_conversations(own_answers)
     for task in tasks:
         if not task.startswith(HARNESS):
             make_task(task)
@@ -240,7 +241,7 @@ def _run(
     """Run the steps that are not finished; return (True if all tasks succeeded, summary)."""
     from minimind.cli.road_plan import all_stage_tokens
 
-    tokens = all_stage_tokens(recipes)
+    tokens = all_stage_tokens(recipes, road.stages)
     results: dict[str, StageResult] = {}
     outcome: dict[str, Any] = {}
 
@@ -267,27 +268,52 @@ def _run(
 
 
 def _with_own_answers(stage: "RoadStage", name: str, recipe: "Recipe", out: Path) -> "Recipe":
-    """Add the pairs of the stage's own answers to its data, once the model before it has answered.
+    """Add the pairs of a stage's own answers to its data; the model before it makes them.
 
-    The file's name identifies model and data, so that pairs of another model are never used.
+    Pairs of another model or of other data are made anew, unless the stage has begun with them.
     """
-    from minimind.cli.pairs import write_own_pairs
+    from minimind.config.road import OWN_ANSWERS
     from minimind.config.settings import Source
-    from minimind.model import resolve_model_directory
-    from minimind.model.fingerprint import fingerprint
+    from minimind.evaluation.own_answers import part_of
+    from minimind.files import read_json
+    from minimind.training.run import has_begun
 
     if not stage.own_answers:
         return recipe
-    model = recipe.model.init or ""
-    identity = [fingerprint(resolve_model_directory(Path(model))), stage.own_answers]
-    text = json.dumps([*identity, stage.num_own_answers])
-    path = out / _PAIRS.format(name, hashlib.sha256(text.encode()).hexdigest()[:8])
-    if not path.is_file():
-        write_own_pairs(
-            model, stage.own_answers, path, limit=stage.num_own_answers, device=recipe.device
-        )
-    sources = [*recipe.data.sources, Source(path=str(path))]
+    assert recipe.model.init, "a stage before it has trained a model"
+    pairs = out / OWN_ANSWERS / f"{name}.jsonl"
+    identity = pairs.with_suffix(".json")
+    if not (pairs.is_file() and has_begun(out / name)):
+        found = _identify(stage, recipe.model.init)
+        if not identity.is_file() or read_json(identity) != found:
+            pairs.unlink(missing_ok=True)
+            part_of(pairs).unlink(missing_ok=True)
+            console.write_json(identity, found)
+        if not pairs.is_file():
+            write_own_pairs(
+                recipe.model.init,
+                stage.own_answers,
+                pairs,
+                limit=stage.num_own_answers,
+                device=recipe.device,
+            )
+    sources = [*recipe.data.sources, Source(path=str(pairs))]
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+
+
+def _identify(stage: "RoadStage", model: str) -> dict[str, Any]:
+    """Return what the own answers of a stage depend on."""
+    from minimind.data.input_files import list_files
+    from minimind.data.stamps import stamp_of
+    from minimind.model import resolve_model_directory
+    from minimind.model.fingerprint import fingerprint
+
+    files = [file for path in stage.own_answers for file in list_files(path)]
+    return {
+        "model": fingerprint(resolve_model_directory(Path(model))),
+        "data": [[str(file), *stamp_of(file)] for file in files],
+        "conversations": stage.num_own_answers,
+    }
 
 
 def _train_tokenizer(road: "Road", directory: Path) -> None:

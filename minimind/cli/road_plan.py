@@ -1,26 +1,29 @@
 """What a road will take, before it begins: data, licences, sizes, tokens and time of each step."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from minimind.cli import console
 from minimind.cli.eval import task_datasets
 from minimind.cli.plan import duration
 from minimind.cli.steps import planned_tokens, weighted_tokens
+from minimind.errors import MinimindError
 
 if TYPE_CHECKING:
-    from minimind.config.road import Road
+    from minimind.config.road import Road, RoadStage
     from minimind.config.settings import Recipe
 
 _BYTES_PER_TOKEN = 3.7  # of Chinese text, with a vocabulary of 6,400 tokens
 _TRIAL_S = 3.0  # duration of the speed measurement
 _UNKNOWN = "unknown"
+_NUM_MEASURED = 100  # conversations
 
 
 def show_plan(road: "Road", recipes: "Mapping[str, Recipe]") -> None:
     """Print a table of all steps. Downloads nothing, and trains only to measure the speed."""
     rate = _measure_rate(next(iter(recipes.values())))
-    stages = {name: estimate_tokens(recipe) for name, recipe in recipes.items()}
+    stages = {name: estimate_tokens(recipe, road.stages[name]) for name, recipe in recipes.items()}
     seconds = {
         name: weighted_tokens(recipe, tokens) / rate if (tokens := stages[name]) and rate else None
         for name, recipe in recipes.items()
@@ -49,14 +52,22 @@ def show_plan(road: "Road", recipes: "Mapping[str, Recipe]") -> None:
         )
 
 
-def all_stage_tokens(recipes: "Mapping[str, Recipe]") -> int | None:
-    """Return the `weighted_tokens` of all stages; None if those of one are unknown."""
-    tokens = {name: estimate_tokens(recipe) for name, recipe in recipes.items()}
+def all_stage_tokens(
+    recipes: "Mapping[str, Recipe]", stages: "Mapping[str, RoadStage] | None" = None
+) -> int | None:
+    """Return the `weighted_tokens` of all stages; None if those of one are unknown.
+
+    stages: those of a road, which may have own answers.
+    """
+    tokens = {
+        name: estimate_tokens(recipe, stages[name] if stages else None)
+        for name, recipe in recipes.items()
+    }
     counts = [weighted_tokens(recipes[name], count) for name, count in tokens.items() if count]
     return sum(counts) if len(counts) == len(tokens) else None
 
 
-def estimate_tokens(recipe: "Recipe") -> int | None:
+def estimate_tokens(recipe: "Recipe", stage: "RoadStage | None" = None) -> int | None:
     """Estimate the training tokens of a stage from the size of its data; None if unknown."""
     if recipe.training.steps:
         return planned_tokens(recipe)
@@ -64,7 +75,25 @@ def estimate_tokens(recipe: "Recipe") -> int | None:
     if any(size is None for _, size in sizes):
         return None
     num_bytes = sum(weight * (size or 0) for weight, size in sizes)
+    if stage and stage.own_answers:
+        num_bytes += 2 * stage.num_own_answers * _mean_size(stage.own_answers)  # both sides
     return round(recipe.training.epochs * num_bytes / _BYTES_PER_TOKEN)
+
+
+def _mean_size(paths: "Sequence[str]") -> float:
+    """Return the mean size of the first conversations, in bytes; 0 if the data is not here yet."""
+    from minimind.data.input_files import list_files
+    from minimind.data.invalid import InvalidRecords
+    from minimind.data.read import read_records
+
+    try:
+        records = read_records(
+            [file for path in paths for file in list_files(path)], invalid=InvalidRecords()
+        )
+        sizes = [len(record.as_text().encode()) for record in islice(records, _NUM_MEASURED)]
+    except MinimindError:
+        return 0.0
+    return sum(sizes) / max(len(sizes), 1)
 
 
 def _rows(step: str, data: Sequence[str], tokens: str = "", time: str = "") -> list[list[object]]:

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from minimind.config.load import leaves, load_settings
 from minimind.config.roles import Settings
@@ -11,7 +11,9 @@ from minimind.config.roles import Settings
 ROADS = "roads"  # the group of the packaged roads
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 # Folders beside those of the stages.
-_OTHER_FOLDERS = ("tokenizer", "model", "eval", "page", "report-plots")
+OWN_ANSWERS = "own-answers"
+_NUM_OWN_ANSWERS = 2_000
+_OTHER_FOLDERS = ("tokenizer", "model", "eval", "page", "report-plots", OWN_ANSWERS)
 
 
 class RoadTokenizer(Settings):
@@ -36,7 +38,17 @@ class RoadStage(Settings):
         description="Conversations, for a stage of preference optimization: their answers are "
         "preferred to those that the model before it gives (`minimind data pairs`).",
     )
-    num_own_answers: int = Field(2_000, ge=1, description="Number of these conversations.")
+    num_own_answers: int = Field(
+        _NUM_OWN_ANSWERS,
+        ge=1,
+        description="Number of these conversations, evenly spaced; needs own_answers.",
+    )
+
+    @model_validator(mode="after")
+    def _check_own_answers(self) -> "RoadStage":
+        if self.num_own_answers != _NUM_OWN_ANSWERS and not self.own_answers:
+            raise ValueError("num_own_answers needs own_answers, the conversations to answer")
+        return self
 
 
 class RoadEvaluation(Settings):

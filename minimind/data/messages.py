@@ -136,13 +136,19 @@ def read_turns(value: Any, record: Fields, key: str) -> list[Turn]:
     return [_turn(turn, record, f"{key}[].") for turn in turns]
 
 
+def role_of(name: str) -> str | None:
+    """Return the role that a source calls `name`; None if the name is unknown."""
+    return _ROLE_OF.get(name.lower())
+
+
 def _turn(values: dict[str, Any], record: Fields, prefix: str) -> Turn:
     message = Fields(values, prefix)
     message.check_supported(_UNSUPPORTED_IN_MESSAGE)
     role = message.first(("role", "from"))
-    if not isinstance(role, str) or role.lower() not in _ROLE_OF:
-        raise ValueError(f"unknown role {role!r}; supported are {', '.join(_ROLE_OF)}")
-    role = _ROLE_OF[role.lower()]
+    name = role
+    role = role_of(name) if isinstance(name, str) else None
+    if role is None:
+        raise ValueError(f"unknown role {name!r}; supported are {', '.join(_ROLE_OF)}")
     if role == "tool":
         raise ValueError(f"a tool message: {_NO_TOOLS}")
     turn = Turn(role, _content(message, role, prefix), _is_supervised(message, role))

@@ -22,6 +22,8 @@ from minimind.reporting.render import to_html, to_markdown
 
 Metrics = Mapping[str, Any]
 
+_ABOUT_TURNS = " ↳ marks a message after the one above it, in the same conversation."
+
 _ABOUT_METRICS = (
     "Lengths are means over answers. Tokens per second is the throughput with eight questions at a "
     "time. Repeated: the fraction of an answer's 4-grams that occurred before in it. Never end: "
@@ -35,7 +37,7 @@ _ABOUT_RANKING = (
     "The judge scores two answers at a time from 0 to 100, and again in swapped order. A pair "
     "counts if both replies could be parsed. Score: the mean. Wins: the fraction of comparisons in "
     "which an answer scored higher; ties count half. The 95 % intervals of score, wins and rank "
-    "are from a bootstrap over questions."
+    "are from a bootstrap over questions, those of a conversation together."
 )
 
 
@@ -259,8 +261,8 @@ def as_page(comparison: Mapping[str, Any]) -> Page:
     )
     page.add(
         "Answers",
-        "The answers of each model. ↳ marks a message after the one above it, in the same "
-        "conversation.",
+        "The answers of each model."
+        + _ABOUT_TURNS * any(q["after"] for q in comparison["questions"]),
         *_answer_tables(comparison),
     )
     return page

@@ -10,10 +10,10 @@ from typing import Any
 
 from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
-from minimind.data.messages import Fields, read_turns
+from minimind.data.messages import Fields, read_turns, role_of
 from minimind.data.read import read_objects
 from minimind.data.textbook import DEMO_QUESTIONS
-from minimind.errors import DataError
+from minimind.errors import DataError, UsageError
 from minimind.evaluation.degeneration import AnsweredQuestion, measure, summarize
 from minimind.evaluation.tasks import (
     GenerationConfig,
@@ -27,7 +27,8 @@ from minimind.tokenizer.chat import Message
 _QUESTION_KEYS = ("question", "prompt", "instruction", "query", "q", "input", "text")
 _CATEGORY_KEYS = ("category", "class", "subject")
 _ID_KEYS = ("id", "question_id")
-_CONVERSATION_KEYS = ("turns", "messages", "conversations")
+_HASHED = ("id", "question", "category")  # also if empty
+_MESSAGES_KEYS = ("turns", "messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class _Conversation:
-    """The user messages of a conversation, and its system message, if any."""
+class _Dialogue:
+    """The user messages of a record, and its system message, if any."""
 
     id: str
     questions: tuple[str, ...]
@@ -64,72 +65,84 @@ def read_prompts(
     if path is None:
         prompts = [Prompt(str(n), question) for n, question in enumerate(DEMO_QUESTIONS, start=1)]
         return evenly_spaced(prompts, limit), InvalidRecords(num_valid=len(prompts))
-    invalid, conversations = InvalidRecords(), []
+    invalid, dialogues = InvalidRecords(), []
     for file, line, row in read_objects(list_files(path), invalid=invalid):
         if ".txt" in (suffix.lower() for suffix in file.suffixes):
             texts = str(row["text"]).split("\n")
-            found = [
-                _Conversation(str(n), (text.strip(),))
+            read = [
+                _Dialogue(str(n), (text.strip(),))
                 for n, text in enumerate(texts, start=line)
                 if text.strip()
             ]
         else:
             try:
-                found = [_parse_conversation(line, row)]
+                read = [_parse_dialogue(line, row)]
             except ValueError as error:
                 invalid.add(file, line, str(error), row)
                 continue
-        invalid.num_valid += len(found)
-        conversations += found
-    if not conversations:
+        invalid.num_valid += len(read)
+        dialogues += read
+    if not dialogues:
         raise DataError(f"{path}: contains no question; the first error: {invalid.first}")
     ids = Counter[str]()
-    each = [_to_prompts(conversation, ids) for conversation in conversations]
-    return list(chain.from_iterable(evenly_spaced(each, limit))), invalid
+    groups = [_to_prompts(dialogue, ids) for dialogue in dialogues]
+    return list(chain.from_iterable(evenly_spaced(groups, limit))), invalid
 
 
-def _to_prompts(conversation: _Conversation, ids: Counter[str]) -> list[Prompt]:
+def _to_prompts(dialogue: _Dialogue, ids: Counter[str]) -> list[Prompt]:
     """Return a prompt per user message. ids: how often each id has occurred so far."""
     prompts: list[Prompt] = []
-    for turn, question in enumerate(conversation.questions, 1):
-        name = conversation.id if turn == 1 else f"{prompts[0].id} turn {turn}"
-        ids[name] += 1
-        if ids[name] > 1:
+    for turn, question in enumerate(dialogue.questions, 1):
+        name = dialogue.id if turn == 1 else f"{prompts[0].id} turn {turn}"
+        while name in ids:
+            ids[name] += 1
             name += f" {ids[name]}"
+        ids[name] = 1
         after = tuple(prompt.id for prompt in prompts)
-        prompts.append(Prompt(name, question, conversation.category, after, conversation.system))
+        prompts.append(Prompt(name, question, dialogue.category, after, dialogue.system))
     return prompts
 
 
-def _parse_conversation(line: int, row: Mapping[str, Any]) -> _Conversation:
-    """Raises ValueError with the reason if there is no question."""
+def _parse_dialogue(line: int, row: Mapping[str, Any]) -> _Dialogue:
+    """Return the questions of a record. Raises ValueError with the reason if there is none."""
     ids = (str(row[key]) for key in _ID_KEYS if isinstance(row.get(key), str | int))
     category = " ".join(_first_string(row, _CATEGORY_KEYS).split())
     system, questions = _find_messages(row)
     if not questions:
         raise ValueError(f"no question; its fields: {', '.join(map(str, row))}")
-    return _Conversation(next(ids, str(line)), tuple(questions), category, system)
+    return _Dialogue(next(ids, str(line)), tuple(questions), category, system)
 
 
 def _find_messages(row: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Return the system message or "", and all user messages of a record."""
-    for key in _CONVERSATION_KEYS:
+    system = _first_string(row, ("system",))
+    for key in _MESSAGES_KEYS:
         value = row.get(key)
         if not isinstance(value, list) or not value:
             continue
-        if all(isinstance(message, str) for message in value):
-            return "", _without_blanks(value)
-        turns = read_turns(value, Fields(row), key)
-        system = (turn.content for turn in turns if turn.role == "system")
+        if key == "turns" and all(isinstance(message, str) for message in value):
+            return system, _strip_all(value)
+        # The answers are not read, so they may be anything.
+        asked = [message for message in value if not _is_answer(message)]
+        turns = read_turns(asked, Fields(row), key) if asked else []
+        systems = [turn.content for turn in turns if turn.role == "system"]
         questions = (turn.content for turn in turns if turn.role == "user")
-        return "\n".join(system).strip(), _without_blanks(questions)
+        return "\n".join(systems).strip() or system, _strip_all(questions)
     question = _first_string(row, _QUESTION_KEYS)
     if "instruction" in row and row.get("input") and isinstance(row["input"], str):
         question += "\n" + row["input"].strip()
-    return "", _without_blanks([question])
+    history = row["history"] if isinstance(row.get("history"), list) else []
+    earlier = [pair[0] for pair in history if isinstance(pair, list) and pair]
+    return system, _strip_all([*(text for text in earlier if isinstance(text, str)), question])
 
 
-def _without_blanks(texts: Iterable[str]) -> list[str]:
+def _is_answer(message: object) -> bool:
+    role = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
+    return isinstance(role, str) and role_of(role) == "assistant"
+
+
+def _strip_all(texts: Iterable[str]) -> list[str]:
+    """Strip the texts; leave out those that are blank."""
     return [stripped for text in texts if (stripped := text.strip())]
 
 
@@ -168,7 +181,13 @@ class OpenEndedTask:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings, with a hash of the questions."""
-        prompts = json.dumps([asdict(prompt) for prompt in self.prompts.values()])
+        # Without the keys that only conversations have, the hash is that of earlier versions.
+        prompts = json.dumps(
+            [
+                {key: value for key, value in asdict(prompt).items() if value or key in _HASHED}
+                for prompt in self.prompts.values()
+            ]
+        )
         return {
             "task": self.kind,
             "max_new_tokens": self.generation.max_new_tokens,
@@ -197,11 +216,7 @@ class OpenEndedTask:
                 if len(prompt.after) != turn:
                     continue
                 if missing := [name for name in prompt.after if name not in texts]:
-                    # Not an exception, because that would count as another failure of the model.
-                    yield (
-                        prompt.id,
-                        {"error": f"the message before it, {missing[0]}, has no answer"},
-                    )
+                    yield prompt.id, UsageError(f"the message before it, {missing[0]}, failed")
                 else:
                     prompts.append(prompt)
             conversations = [self._conversation(prompt, texts) for prompt in prompts]

@@ -28,7 +28,6 @@ _RETRIES = 5  # per request, after rate limits, server errors and connection err
 _TIMEOUT = 120.0  # seconds without data
 _CONNECT_TIMEOUT = 10.0  # seconds
 _MAX_TOKENS, _OLD_MAX_TOKENS = "max_completion_tokens", "max_tokens"
-_OUR_OWNER = "minimind"  # "owned_by" of models that `minimind serve` serves
 
 
 class Service:
@@ -61,14 +60,13 @@ class Service:
             http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
         weakref.finalize(self, self._client.close)
-        owners = self._models()
-        self.name = name or next(iter(owners), "")
-        if self.name not in owners:
+        names = self._models()
+        self.name = name or next(iter(names), "")
+        if self.name not in names:
             raise UsageError(
-                f"{self.url} has no model {self.name}; available: {', '.join(owners) or 'none'}"
+                f"{self.url} has no model {self.name}; available: {', '.join(names) or 'none'}"
             )
         self._model = self.name
-        self._is_minimind = owners[self.name] == _OUR_OWNER
         self.rejected: set[str] = set()
 
     def identity(self) -> dict[str, Any]:
@@ -98,7 +96,6 @@ class Service:
             "top_p": top_p,
             "seed": seed,
             "stream_options": {"include_usage": True},
-            "truncation": "auto" if self._is_minimind else None,
         }
         disconnects = 0
         rejected_now: set[str] = set()
@@ -184,11 +181,11 @@ class Service:
                 yield index, replace(answer, seconds=now - before)
             before = now
 
-    def _models(self) -> dict[str, str | None]:
-        """Return the owner of each model of the service, by name."""
+    def _models(self) -> list[str]:
+        """Return the names of the models of the service."""
         try:
             models = self._client.with_options(max_retries=1).models.list().data
-            return {str(model.id): getattr(model, "owned_by", None) for model in models}
+            return [str(model.id) for model in models]
         except self._openai.OpenAIError as error:
             raise self._to_service_error(error) from None
         except (AttributeError, TypeError, ValueError):

@@ -52,8 +52,6 @@ def evaluate(
         for result in task.run(model, done):
             write(result)
             results[result["id"]] = result
-            if "error" not in result:
-                done[result["id"]] = result
             progress(len(results), len(task))
     seconds = time.perf_counter() - started
     good = [result for result in results.values() if "error" not in result]
@@ -96,11 +94,16 @@ def file_name(text: str) -> str:
     return f"{shortened}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
+def read_results(
+    path: Path,
+    header: Mapping[str, Any],
+    *,
+    advice: str = "choose another --out, or start over with --fresh",
+) -> dict[str, Result]:
     """Return the results in a file by id; of several with the same id, the last one counts.
 
-    Returns an empty dict if there is no file. Raises UsageError if the file's header differs from
-    `header`.
+    Returns an empty dict if there is no file. Raises UsageError, with the advice, if the file's
+    header differs from `header`.
     """
     try:
         content = path.read_bytes()
@@ -114,8 +117,7 @@ def read_results(path: Path, header: Mapping[str, Any]) -> dict[str, Result]:
     stored = _parse_object(lines[0])
     if differing := sorted(key for key in {*stored, *header} if stored.get(key) != header.get(key)):
         raise UsageError(
-            f"{path}: has results of another evaluation ({', '.join(differing)} differ); "
-            "choose another --out, or start over with --fresh"
+            f"{path}: has results of another evaluation ({', '.join(differing)} differ); {advice}"
         )
     results = [result for line in lines[1:] if "id" in (result := _parse_object(line))]
     return {str(result["id"]): result for result in results}

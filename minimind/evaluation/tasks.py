@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from minimind.data.invalid import InvalidRecords
-from minimind.errors import MinimindError
+from minimind.errors import MinimindError, UsageError
 from minimind.evaluation.encoding import PromptEncoder
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.statistics import wilson_interval
@@ -122,10 +122,15 @@ def accuracy(correct: int, questions: int) -> dict[str, Any]:
 
 
 def to_results(outcomes: Iterable[Outcome]) -> Iterator[Result]:
-    """Convert outcomes to results. Raises the last of MAX_CONSECUTIVE_ERRORS errors in a row."""
+    """Convert outcomes to results. Raises the last of MAX_CONSECUTIVE_ERRORS errors in a row.
+
+    A UsageError is not counted: it is about the item, such as a prompt that exceeds the context.
+    """
     consecutive_errors = 0
     for name, outcome in outcomes:
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, UsageError):
+            yield {"id": name, "error": format_error(outcome)}
+        elif isinstance(outcome, Exception):
             consecutive_errors += 1
             if consecutive_errors >= MAX_CONSECUTIVE_ERRORS:
                 raise outcome

@@ -86,15 +86,13 @@ def _check_shorter(run: Path, recipe: Recipe, num_steps: int, planned: int, newe
     recorded = load_recipe(run / RECIPE_FILE).recipe.training.steps
     change = f"training.steps was {recorded or planned} and is now {num_steps}"
     if stable is not None:
-        shortest = next(
-            steps
-            for steps in range(num_steps, planned + 1)
-            if (stable_steps(steps, recipe.schedule) or 0) >= newest
-        )
         change += (
             f", but the newest checkpoint is of step {newest:,}, and the learning rate would have "
-            f"had to fall from step {stable:,} on; at least {shortest:,} steps are possible"
+            f"had to fall from step {stable:,} on"
         )
+        lengths = range(num_steps, planned)
+        if enough := [n for n in lengths if (stable_steps(n, recipe.schedule) or 0) >= newest]:
+            change += f"; at least {enough[0]:,} steps are possible"
     raise other_recipe_error(run, [change])
 
 

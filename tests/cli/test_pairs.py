@@ -20,11 +20,18 @@ def test_pairs_of_a_model_are_trained_on(tokenizer: Tokenizer, tmp_path: Path) -
     runner = CliRunner(env={"COLUMNS": "200"})
     done = runner.invoke(app, [*map(str, words), "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    assert f"6 pairs from 6 conversations, in {out}; 1 invalid record, the first: " in done.output
+    count = len(out.read_text("utf-8").splitlines())
+    assert f"{count} pairs from 6 conversations, in {out}; " in done.output
+    assert "; 1 invalid record, the first: " in done.output
     assert f"minimind dpo --model {model} --data {out} --out DIR" in done.output
-    again = runner.invoke(app, [*map(str, words), "--device", "cpu"])
-    assert again.exit_code == 1
-    assert f"--out {out} exists; choose another file, or remove it" in again.output
+    assert f"{count} answers cut off after 8 tokens" in done.output
+    for file, message in (
+        (out, f"--out {out} exists; choose another file, or remove it"),
+        (tmp_path / "pairs.csv", "the pairs are JSON Lines; choose a name with .jsonl"),
+    ):
+        refused = runner.invoke(app, ["data", "pairs", str(model), str(chats), "--out", str(file)])
+        assert refused.exit_code == 1
+        assert message in refused.output
     settings = ["data.seq_len=64", "data.validation_fraction=0", "training.steps=1"]
     settings += ["training.global_batch_size=2", "validation.prompts=[]"]
     words = ["dpo", *settings, "--model", model, "--data", out, "--out", tmp_path / "dpo"]

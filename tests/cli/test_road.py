@@ -180,9 +180,9 @@ def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> Non
     assert resumed.rstrip().endswith("minimind export web out/tiny --out out/tiny/page")
     final = out / "model" / "model.safetensors"
     assert final.read_bytes() == weights(out, "dpo").read_bytes()
-    [pairs] = out.glob("dpo-pairs-*")
+    pairs = out / "own-answers" / "dpo.jsonl"
     assert 0 < len(pairs.read_text("utf-8").splitlines()) <= 6
-    assert pairs.name in (out / "dpo" / "recipe.toml").read_text("utf-8")
+    assert "own-answers/dpo.jsonl" in (out / "dpo" / "recipe.toml").read_text("utf-8")
 
     times = modified(final)
     again = run(folder, "tiny.toml").output
@@ -235,9 +235,7 @@ def test_a_finished_road_is_changed_only_as_its_message_says(folder: Path) -> No
     (folder / "tiny.toml").write_text(
         ROAD[: ROAD.index("[stages.sft]")] + "[evaluation]\n", encoding="utf-8"
     )
-    (out / "dpo-pairs-0.jsonl").touch()
     run(folder, "tiny.toml", "--fresh")
-    assert not list(out.glob("*-pairs-*"))
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
         "model",
         "pretrain",
@@ -275,6 +273,8 @@ def test_the_adapter_belongs_to_the_stage_that_it_started_from(folder: Path) -> 
             "only preference optimization (dpo) uses",
         ),
         ('"dpo-small"', '"dpo-small"\nown_answers = ["no"]', "there is no such file or folder"),
+        ('"dpo-small"', '"dpo-small"\nown_answers = ["text.jsonl"]', "no conversation that ends"),
+        ('"dpo-small"', '"dpo-small"\nnum_own_answers = 9', "num_own_answers needs own_answers"),
         ('"pretrain-small"', '"dpo-small"', "no stage before it pretrains one"),
         ('"dpo-small"', '"pretrain-small"', "but the stage sft has already done that"),
         ("[stages.dpo]", "[stages.model]", "'model' cannot be the name of a stage"),
@@ -294,7 +294,13 @@ def test_a_bad_road_is_one_message_before_any_work(
 
 @pytest.mark.parametrize(
     ("existing", "options"),
-    [("tokenizer", ["--fresh"]), ("sft", ["--fresh"]), ("eval", ["--fresh"]), ("model", [])],
+    [
+        ("tokenizer", ["--fresh"]),
+        ("own-answers", ["--fresh"]),
+        ("sft", ["--fresh"]),
+        ("eval", ["--fresh"]),
+        ("model", []),
+    ],
 )
 def test_folders_of_others_are_neither_removed_nor_used(
     folder: Path, existing: str, options: list[str]
@@ -332,6 +338,9 @@ def test_dry_run_lists_steps_and_time(folder: Path, monkeypatch: pytest.MonkeyPa
     quiz = 'extends = "tiny.toml"\n[evaluation]\ntasks = ["quiz"]\n'  # reads no data
     (folder / "quiz.toml").write_text(quiz)
     assert "quiz" not in run(folder, "quiz.toml", "--dry-run").output
+    dpo = 'own_answers = ["chat.jsonl"]\nrecipe = "dpo-small"\n'
+    write_road(folder, ('recipe = "dpo-small"\ndata = ["pairs.jsonl@0.5"]', dpo))
+    assert "Training takes about" in run(folder, "tiny.toml", "--dry-run").output
     assert not (folder / "out").exists()
 
 

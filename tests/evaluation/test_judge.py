@@ -31,6 +31,11 @@ def by_length(messages: Sequence[Message]) -> str:
     return reply(*(min(len(answer), 100) for answer in answers_of(messages)))
 
 
+def by_last_length(messages: Sequence[Message]) -> str:
+    texts = (answer.rpartition("[the answer to judge] ")[2] for answer in answers_of(messages))
+    return reply(*(min(len(text), 100) for text in texts))
+
+
 def judged(ask: Any, answers: dict[str, dict[str, str]], path: Path) -> dict[str, Any]:
     prompts = [Prompt(name, f"问题{name}") for name in next(iter(answers.values()))]
     trials = make_trials(prompts, answers)
@@ -119,6 +124,33 @@ def test_the_judge_sees_the_conversation_before_an_answer() -> None:
         "[earlier question] 甲？\n[its answer] 三\n\n[the answer to judge] 四",
     }
     assert "[question]\n乙？\n[end of question]" in trial.messages()[-1]["content"]
+
+
+def test_empty_answers_and_system_messages_are_shown() -> None:
+    prompts = [Prompt("1", "甲？", system="短"), Prompt("2", "乙？", after=("1",), system="短")]
+    first, second = make_trials(prompts, {"a": {"1": "", "2": ""}})
+    assert first.answers == ("[system message] 短\n\n[the answer to judge] (no word)",)
+    assert second.answers[0].endswith("[its answer] (no word)\n\n[the answer to judge] (no word)")
+
+
+def test_questions_of_a_conversation_are_drawn_together(tmp_path: Path) -> None:
+    """Equal scores within each conversation: the interval is that of a fifth of the questions."""
+    apart = {"a": lengths(1, 30, 50), "b": lengths(2, 30, 50)}
+    together = {m: {n: texts[str(int(n) // 5)] for n in texts} for m, texts in apart.items()}
+    prompts = [
+        Prompt(str(n), f"问题{n}", after=tuple(map(str, range(n - n % 5, n)))) for n in range(50)
+    ]
+
+    def widths(prompts: list[Prompt], answers: dict[str, dict[str, str]], name: str) -> float:
+        trials = make_trials(prompts, answers)
+        found = verdicts(
+            trials, judge(by_last_length, trials, tmp_path / name, identity=ME), list(answers)
+        )
+        low, high = found["ranking"][0]["score_interval"]
+        return float(high - low)
+
+    single = [Prompt(str(n), f"问题{n}") for n in range(50)]
+    assert widths(prompts, together, "1") > 1.6 * widths(single, together, "2")
 
 
 def test_a_judge_of_length_ranks_by_length(tmp_path: Path) -> None:

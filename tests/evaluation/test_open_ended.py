@@ -74,6 +74,8 @@ def test_questions_in_records_of_many_schemas(tmp_path: Path) -> None:
         {"question": "  "},
         {"question": 5, "turns": []},
         {"messages": [{"role": "wizard", "content": "己？"}]},
+        {"system": "短", "instruction": "辛？", "history": [["庚？", "是"]], "id": "81 turn 2"},
+        {"messages": [{"role": "user", "content": "壬？"}, {"role": "assistant", "content": None}]},
     )
     prompts, bad = read_prompts(path)
     assert prompts == [
@@ -84,10 +86,13 @@ def test_questions_in_records_of_many_schemas(tmp_path: Path) -> None:
         Prompt("4", "丁？"),
         Prompt("5", "翻译\nhello"),
         Prompt("81 2", "戊？"),
+        Prompt("81 turn 2 2", "庚？", system="短"),
+        Prompt("81 turn 2 2 turn 2", "辛？", after=("81 turn 2 2",), system="短"),
+        Prompt("12", "壬？"),
     ]
-    assert (bad.num_valid, bad.total) == (6, 4)
+    assert (bad.num_valid, bad.total) == (8, 4)
     assert "no question; its fields: answer" in bad.first
-    assert [prompt.id for prompt in read_prompts(path, 3)[0]] == ["belle-0", "3", "5"]
+    assert [prompt.question for prompt in read_prompts(path, 2)[0]] == ["甲？", "翻译\nhello"]
 
 
 def test_files_without_questions_are_errors(tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ def test_messages_after_a_failure_are_not_asked() -> None:
     assert results["3 turn 2"]["answer"] == "好"
     assert results["4 turn 2"] == {
         "id": "4 turn 2",
-        "error": "the message before it, 4, has no answer",
+        "error": "the message before it, 4, failed",
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import pytest
 from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_records
+from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.errors import DataError, ServiceError, UsageError
 from minimind.evaluation.models import LocalModel
-from minimind.evaluation.own_answers import PairCounts, read_conversations, write_pairs
-from minimind.evaluation.tasks import Answer, GenerationConfig
-from minimind.inference.generate import answer_all
+from minimind.evaluation.own_answers import (
+    PairCounts,
+    check_conversations,
+    part_of,
+    read_conversations,
+    write_pairs,
+)
+from minimind.evaluation.tasks import Answer, GenerationConfig, evenly_spaced
+from minimind.inference.generate import generate_all
 from minimind.inference.load import load_for_inference
-from minimind.tokenizer.chat import Message
+from minimind.tokenizer.chat import Message, encode_chat
 
 ME = {"model": "1"}
 GREEDY = GenerationConfig(12)
@@ -50,47 +58,58 @@ def write(path: Path, *values: dict[str, Any]) -> list[str]:
 
 
 def test_conversations_that_end_with_an_answer_are_evenly_spaced(tmp_path: Path) -> None:
-    excluded = chat("丑", "寅")
-    excluded[1]["loss"] = False  # type: ignore[assignment]
+    masked: list[dict[str, Any]] = [*chat("丑", "寅")]
+    masked[1]["loss"] = False
     paths = write(
         tmp_path / "chats.jsonl",
         *({"messages": chat(str(n), "好")} for n in range(10)),
         {"messages": chat("子", "是", "为什么")},
-        {"messages": excluded},
+        {"messages": masked},
         {"messages": "?"},
     )
-    conversations, invalid = read_conversations(paths, 100)
-    assert [messages[0]["content"] for messages in conversations] == list("0123456789")
-    assert invalid.total == 1
-    assert [messages[0]["content"] for messages in read_conversations(paths, 4)[0]] == [
-        *("0", "3", "5", "8")
-    ]
-    with pytest.raises(DataError, match="no conversation that ends with an answer"):
-        read_conversations(write(tmp_path / "texts.jsonl", {"text": "长江"}), 4)
+    read = read_conversations(paths, 100)
+    assert [messages[0]["content"] for messages in read.conversations] == list("0123456789")
+    assert (read.unsuitable, read.invalid.total) == (2, 1)
+    few = read_conversations(paths, 4).conversations
+    assert few == evenly_spaced(read.conversations, 4)
+    check_conversations(paths)
+    texts = write(tmp_path / "texts.jsonl", {"text": "长江"}, {"nothing": 1})
+    for function in (partial(read_conversations, limit=4), check_conversations):
+        with pytest.raises(
+            DataError, match=r"no conversation that ends.*invalid record: .*jsonl:2"
+        ):
+            function(texts)
 
 
 def test_the_rejected_side_is_the_models_answer(
     local: LocalModel, varied_dir: Path, tmp_path: Path
 ) -> None:
-    conversations = [chat("甲？", "一。"), chat("乙？", "二。", "为什么？", "三。")]
+    asked = [chat(question, "二。") for question in DEMO_QUESTIONS]
+    asked += [chat("甲？", "一。", question, "二。") for question in DEMO_QUESTIONS]
     out = tmp_path / "pairs.jsonl"
-    counts = write_pairs(local, conversations, out, generation=GREEDY, identity=ME)
-    assert counts == PairCounts(2, 0, 0, 0)
-    first, second = read_records(list_files(str(out)), invalid=InvalidRecords(max_fraction=0))
-    assert [first.chosen, second.chosen] == conversations
-    assert second.rejected and second.rejected[:-1] == conversations[1][:-1]
+    counts = write_pairs(local, asked, out, generation=GREEDY, identity=ME)
     model, tokenizer = load_for_inference(varied_dir, "cpu")
-    [expected] = answer_all(model, tokenizer, ["甲？"], max_new_tokens=12)
-    assert first.rejected == chat("甲？", expected)
+    prompts = [encode_chat(tokenizer, each[:-1], add_generation_prompt=True)[0] for each in asked]
+    answers = generate_all(model, tokenizer, prompts, max_new_tokens=12)
+    texts = [tokenizer.decode(answer).rstrip("\ufffd").strip() for answer in answers]
+    expected = [
+        (messages, [*messages[:-1], {"role": "assistant", "content": text}])
+        for messages, text in zip(asked, texts, strict=True)
+        if text
+    ]
+    records = read_records(list_files(str(out)), invalid=InvalidRecords(max_fraction=0))
+    assert [(record.chosen, record.rejected) for record in records] == expected
+    assert (counts.pairs, counts.empty) == (len(expected), 16 - len(expected))
+    assert counts.pairs >= counts.cut > 0
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 def test_equal_empty_and_failed_answers_make_no_pair(tmp_path: Path) -> None:
     conversations = [chat(question, "好。 ") for question in "abcd"]
     out = tmp_path / "pairs.jsonl"
-    model: Any = FakeModel(a="好。", b="", c=ServiceError("gone"), d="不好。")
+    model: Any = FakeModel(a="好。", b="\ufffd", c=ServiceError("gone"), d="不好。\ufffd")
     counts = write_pairs(model, conversations, out, generation=GREEDY, identity=ME)
-    assert counts == PairCounts(1, 1, 1, 1, "gone")
+    assert counts == PairCounts(1, equal=1, empty=1, failed=1, first_error="gone")
     assert json.loads(out.read_text("utf-8")) == {
         "chosen": conversations[3],
         "rejected": chat("d", "不好。"),
@@ -101,6 +120,22 @@ def test_equal_empty_and_failed_answers_make_no_pair(tmp_path: Path) -> None:
         write_pairs(
             model, conversations[:3], tmp_path / "none.jsonl", generation=GREEDY, identity=ME
         )
+    # The one that failed is repeated.
+    model = FakeModel(c="是。")
+    counts = write_pairs(model, conversations, out, generation=GREEDY, identity=ME)
+    assert (counts.pairs, counts.failed, model.asked) == (2, 0, 1)
+    assert not part_of(out).exists()
+
+
+def test_conversations_that_exceed_the_context_do_not_stop_the_others(
+    local: LocalModel, tmp_path: Path
+) -> None:
+    fitting = [chat(question, "二。") for question in DEMO_QUESTIONS]
+    conversations = [chat("长江的水" * 400, "一。")] * 12 + fitting
+    out = tmp_path / "pairs.jsonl"
+    counts = write_pairs(local, conversations, out, generation=GREEDY, identity=ME)
+    assert (counts.pairs + counts.empty, counts.failed) == (8, 12)
+    assert "context is 512" in counts.first_error
 
 
 def test_interrupted_work_is_continued(tmp_path: Path) -> None:
@@ -116,8 +151,10 @@ def test_interrupted_work_is_continued(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_pairs(Killed(**answers), conversations, out, generation=GREEDY, identity=ME)  # type: ignore[arg-type]
     assert not out.exists()
-    with pytest.raises(UsageError, match=r"pairs.jsonl.part: has answers of another model"):
-        write_pairs(FakeModel(), conversations, out, generation=GREEDY, identity={"model": "2"})  # type: ignore[arg-type]
+    other: Any = FakeModel()
+    message = r"evaluation \(model differ\); choose another --out, or remove pairs.jsonl.part"
+    with pytest.raises(UsageError, match=message):
+        write_pairs(other, conversations, out, generation=GREEDY, identity={"model": "2"})
     model: Any = FakeModel(**answers)
     counts = write_pairs(model, conversations, out, generation=GREEDY, identity=ME)
     assert (counts.pairs, model.asked) == (3, 1)

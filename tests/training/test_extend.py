@@ -1,6 +1,7 @@
 """A run is continued for more steps than planned, with its optimizer state."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,33 @@ def test_more_epochs_extend_a_run(recipe: MakeRecipe, run: Path) -> None:
     settings = WSD | {"training__steps": None, "training__global_batch_size": 16}
     first = train(recipe(**settings, training__epochs=1.0)).summary["steps"]
     assert train(recipe(**settings, training__epochs=2.0)).summary["steps"] > first + 10
+
+
+def test_a_run_is_shortened_before_its_decay(recipe: MakeRecipe, run: Path, tmp_path: Path) -> None:
+    settings = WSD | {"schedule__warmup": 0.0, "checkpoint__keep": 9, "validation__every": 100}
+    train(recipe(**settings, training__steps=20))
+    for path in (run / "checkpoints").iterdir():  # as if stopped after 10 steps
+        if path.name > "step-00000010":
+            shutil.rmtree(path)
+    (run / "summary.json").unlink()
+    log = run / "metrics.jsonl"
+    lines = log.read_text("utf-8").splitlines()
+    log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= 10))
+    message = refused(recipe(**settings, training__steps=11), ConfigError)
+    assert "training.steps was 20 and is now 11, but the newest checkpoint is of step 10" in message
+    shortest = int(re.search(r"at least (\d+) steps are possible", message)[1])  # type: ignore[index]
+    assert (stable_steps(shortest, recipe(**WSD).schedule) or 0) >= 10
+    assert (stable_steps(shortest - 1, recipe(**WSD).schedule) or 0) < 10
+    reporter = RecordingReporter()
+    short = recipe(**settings, training__steps=shortest)
+    assert train(short, reporter).summary["steps"] == shortest
+    assert f"{shortest} steps instead of 20, continued from step 10" in "".join(reporter.lines)
+    train(short.model_copy(update={"out": str(tmp_path / "uninterrupted")}))
+    first, second = (
+        (folder / "model" / "model.safetensors").read_bytes()
+        for folder in (run, tmp_path / "uninterrupted")
+    )
+    assert first == second
 
 
 def test_fewer_steps_are_another_recipe(recipe: MakeRecipe, run: Path) -> None:
