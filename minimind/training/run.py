@@ -20,6 +20,7 @@ from minimind.config import Role, difference, dump_recipe, load_recipe, role_of
 from minimind.config.settings import Recipe
 from minimind.errors import CheckpointError, ConfigError
 from minimind.files import read_json, write_atomically
+from minimind.paths import expand_user
 
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
@@ -121,6 +122,18 @@ def check_is_run(run: Path, fresh: bool) -> None:
             f"{folders[0]} exists, but {run} has no {RECIPE_FILE}: no training run has made it, or "
             "its recipe was removed. Choose another --out"
         )
+
+
+def check_outside_data(run: Path, recipe: Recipe) -> None:
+    """Raise ConfigError if the run lies in a folder of data: its files would become data."""
+    data = recipe.data
+    for path in (each.path for each in (*data.sources, *data.validation, *data.retention)):
+        folder = expand_user(path)
+        if folder.is_dir() and run.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{run} lies in {path}, all files of which are data; those of the run would become "
+                "data too. Choose another --out, or name a subfolder with the data"
+            )
 
 
 def check_removable(run: Path, recipe: Recipe) -> None:

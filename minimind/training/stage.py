@@ -54,6 +54,7 @@ from minimind.training.run import (
     TOKENIZER_COPY,
     changes_num_steps,
     check_is_run,
+    check_outside_data,
     check_removable,
     checkpoint_paths,
     finished_summary,
@@ -178,6 +179,7 @@ def _prepare_start(
         if group.is_main:
             stack.enter_context(claim_directory(run))
             check_is_run(run, fresh)
+            check_outside_data(run, recipe)
             if fresh:
                 check_removable(run, recipe)
             else:

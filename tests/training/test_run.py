@@ -65,6 +65,20 @@ def test_a_folder_without_a_recipe_is_no_run(recipe: MakeRecipe, run: Path, path
     assert (run / path / "weights").is_file() and (run / "summary.json").is_file()
 
 
+@pytest.mark.parametrize("key", ["sources", "validation", "retention"])
+def test_a_run_in_a_folder_of_data_is_refused(
+    recipe: MakeRecipe, tmp_path: Path, corpus: Path, key: str
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(corpus / "text.jsonl", folder)
+    run = folder / "out" / "small"
+    files = {f"data__{key}": [{"path": str(folder)}], "out": run}
+    message = refused(recipe(**files), ConfigError)
+    assert message.startswith(f"{run} lies in {folder}, all files of which are data")
+    assert [path.name for path in folder.iterdir()] == ["text.jsonl"]
+
+
 def test_a_run_is_finished_when_its_summary_and_its_model_exist(
     recipe: MakeRecipe, run: Path
 ) -> None:
