@@ -376,15 +376,16 @@ class CheckpointSettings(Settings):
 class DPOSettings(Settings):
     """Direct preference optimization (Rafailov et al. 2023); only for the objective dpo."""
 
-    loss: Identity[Literal["sigmoid", "ipo", "sigmoid_norm"]] = Field(
+    loss: Identity[Literal["sigmoid", "ipo", "sigmoid_norm", "unlikelihood"]] = Field(
         "sigmoid",
-        description="Loss function: sigmoid (DPO), ipo, or sigmoid_norm (length-normalized DPO).",
+        description="Loss function: sigmoid (DPO), ipo, sigmoid_norm (length-normalized DPO), or "
+        "unlikelihood (against repetitions in rejected answers).",
     )
     beta: Identity[float] = Field(
         0.1,
         gt=0,
         description="Strength of the KL penalty toward the initial model; "
-        "use about 5 with sigmoid_norm.",
+        "use about 5 with sigmoid_norm. With unlikelihood, the weight of its term: about 2.",
     )
     label_smoothing: Identity[float] = Field(
         0.0,
@@ -395,8 +396,8 @@ class DPOSettings(Settings):
 
     @model_validator(mode="after")
     def _check_label_smoothing(self) -> "DPOSettings":
-        if self.label_smoothing and self.loss == "ipo":
-            raise ValueError("label_smoothing applies to the sigmoid losses, not to ipo")
+        if self.label_smoothing and self.loss in ("ipo", "unlikelihood"):
+            raise ValueError(f"label_smoothing applies to the sigmoid losses, not to {self.loss}")
         return self
 
 

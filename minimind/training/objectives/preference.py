@@ -8,6 +8,12 @@ difference d = r(chosen) - r(rejected), the loss of a pair is
     sigmoid_norm  -log sigmoid(beta d)       Lambert et al. 2024 (Tülu 3), section 5.1
 
 where r is a sum over the answer's tokens for sigmoid, and a mean for ipo and sigmoid_norm.
+
+    unlikelihood  -mean log p(token) + beta mean -log(1 - p(token))
+                                             Welleck et al. 2020, section 5.2
+
+where the first mean is over the chosen answer, and the second one over the tokens that end a
+repeated 4-gram of the rejected one; it is 0 if there are none.
 With label smoothing e, the sigmoid losses become (1 - e) times the loss of the pair plus e times
 the loss of the pair with its sides swapped (Mitchell 2023, "cDPO").
 
@@ -16,6 +22,7 @@ batch, chosen side first; N label tokens; D hidden size.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +39,7 @@ from minimind.training.objectives.balance import with_balance, without_balance
 from minimind.training.objectives.next_token import linear_cross_entropy
 
 _WARN_AFTER = 0.3  # fraction of the run
+_N = 4  # tokens of a repeated n-gram
 _MIN_CHANGE = 0.01  # a loss within this fraction of its initial value has not changed
 _SIDE_SUMS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 _PAIR_MEANS = (*_SIDE_SUMS, "accuracy", "ranking_accuracy")
@@ -54,13 +62,16 @@ class Preference:
         assert batch.pairs is not None, "the batch has no preference pairs"
         settings, reference = self._settings, batch.pairs.reference  # [P, 2]
         routing = Routing() if model.config.num_local_experts else None
-        logps, lengths = answer_logps(model, batch, routing)  # [P, 2] each
+        answers = answer_tokens(model, batch, routing)
+        logps, lengths = answers.sums(answers.logps), answers.sums()  # [P, 2] each
         log_ratios = logps - reference  # [P, 2]
-        if settings.loss != "sigmoid":
+        if settings.loss in ("ipo", "sigmoid_norm"):
             log_ratios = log_ratios / lengths
         # --8<-- [start:dpo]
         margins = log_ratios[:, 0] - log_ratios[:, 1]  # [P], d in the formulas above
-        if settings.loss == "ipo":
+        if settings.loss == "unlikelihood":
+            losses = settings.beta * answers.unlikelihood()[:, 1] - logps[:, 0] / lengths[:, 0]
+        elif settings.loss == "ipo":
             losses = (margins - 1 / (2 * settings.beta)).square()
         else:
             smoothing, scaled = settings.label_smoothing, settings.beta * margins
@@ -118,6 +129,7 @@ class Preference:
         beta = self._settings.beta
         initial = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
         has_changed = abs(metrics["loss"] - initial) > _MIN_CHANGE * initial
+        has_changed |= self._settings.loss == "unlikelihood"  # which begins anywhere
         if self._warned or progress < _WARN_AFTER or has_changed:
             return None
         self._warned = True
@@ -129,13 +141,57 @@ class Preference:
         )
 
 
-def answer_logps(
-    model: Transformer, batch: TensorBatch, routing: Routing | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return ([P, 2] log-probability in nats, [P, 2] number of tokens) of the answers of all pairs.
+@dataclass(frozen=True)
+class AnswerTokens:
+    """The N label tokens of a batch, which are those of the answers of all P pairs, in order.
 
-    Column 0 is the chosen answer, column 1 the rejected one.
+    logps: [N], log-probabilities in nats. labels: [N], token ids. answers: [N], 2 pair + side.
     """
+
+    logps: Tensor
+    labels: Tensor
+    answers: Tensor
+    num_pairs: int
+
+    def sums(self, values: Tensor | None = None) -> Tensor:
+        """Return the sums of `values`, [N], over each answer, [P, 2]; without them, the counts.
+
+        Column 0 is the chosen answer, column 1 the rejected one.
+        """
+        # --8<-- [start:answer-logps]
+        values = torch.ones_like(self.logps) if values is None else values
+        zeros = values.new_zeros(2 * self.num_pairs)  # [2 P]
+        return zeros.index_add(0, self.answers, values).view(-1, 2)
+        # --8<-- [end:answer-logps]
+
+    def unlikelihood(self) -> Tensor:
+        """Return the mean of -log(1 - p) over the repeated tokens of each answer, [P, 2]."""
+        repeated = self.repeated()  # [N]
+        # p is below 1, so that the loss of a token is finite
+        probabilities = self.logps.exp().clamp(max=1 - 1e-4)
+        losses = torch.where(repeated, -torch.log1p(-probabilities), 0.0)
+        return self.sums(losses) / self.sums(repeated.to(losses.dtype)).clamp(min=1)
+
+    def repeated(self) -> Tensor:
+        """Return which tokens end a 4-gram that occurred before in the same answer, bool [N]."""
+        result = torch.zeros_like(self.labels, dtype=torch.bool)
+        if len(self.labels) < _N:
+            return result
+        rows = torch.stack([self.answers, self.labels], 1).unfold(0, _N, 1)  # [N - 3, 2, 4]
+        in_one_answer = (rows[:, 0] == rows[:, 0, :1]).all(1)
+        grams = torch.cat([rows[:, 0, :1], rows[:, 1]], 1)  # [N - 3, 5]
+        _, number = torch.unique(grams, dim=0, return_inverse=True)  # [N - 3]
+        positions = torch.arange(len(number), device=number.device)
+        first = positions.new_full((len(number),), len(number))
+        first = first.scatter_reduce(0, number, positions, "amin")
+        result[_N - 1 :] = in_one_answer & (positions > first[number])
+        return result
+
+
+def answer_tokens(
+    model: Transformer, batch: TensorBatch, routing: Routing | None = None
+) -> AnswerTokens:
+    """Return the log-probabilities of the tokens of all answers."""
     assert batch.pairs is not None, "the batch has no preference pairs"
     hidden = model(
         batch.tokens, segments=batch.segments, bounds=batch.bounds, routing=routing
@@ -143,11 +199,15 @@ def answer_logps(
     hidden = hidden.flatten(0, 1).index_select(0, batch.label_indices)  # [N, D]
     labels = batch.labels.flatten()[batch.label_indices]  # [N]
     losses = linear_cross_entropy(hidden, model.head_weight, labels, uniform_grad=False)  # [N]
-    # --8<-- [start:answer-logps]
-    # 2 * pair + side of each label token: packing numbers the answers of a batch like this.
+    # Packing numbers the answers of a batch as 2 pair + side.
     answers = batch.pairs.side_ids.flatten()[batch.label_indices]  # [N]
-    zeros = losses.new_zeros(2 * len(batch.pairs.reference))  # [2 P]
-    logps = zeros.index_add(0, answers, -losses)
-    lengths = zeros.index_add(0, answers, torch.ones_like(losses))
-    return logps.view(-1, 2), lengths.view(-1, 2)
-    # --8<-- [end:answer-logps]
+    return AnswerTokens(-losses, labels, answers, len(batch.pairs.reference))
+
+
+def answer_logps(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor]:
+    """Return ([P, 2] log-probability in nats, [P, 2] number of tokens) of the answers of all pairs.
+
+    Column 0 is the chosen answer, column 1 the rejected one.
+    """
+    answers = answer_tokens(model, batch)
+    return answers.sums(answers.logps), answers.sums()

@@ -393,3 +393,41 @@ def test_tie_counts_as_half_in_accuracy() -> None:
 def test_contradictory_settings_are_an_error() -> None:
     with pytest.raises(ValueError, match="label_smoothing applies to the sigmoid losses"):
         DPOSettings(loss="ipo", label_smoothing=0.1)
+
+
+def test_unlikelihood_of_repeated_tokens(
+    ours: Transformer, packed_pairs: Any, batch: TensorBatch
+) -> None:
+    """Value and gradient, against a loop over the tokens of each answer by itself."""
+    beta, losses, repetitions = 0.7, [], 0
+    sequences = packed_pairs(256)
+    for index in range(len(sequences)):
+        tokens, labels, segments = (torch.from_numpy(each) for each in sequences.sequence(index))
+        for segment in range(0, 2 * len(sequences.reference[sequences.item_slice(index)]), 2):
+            terms = []
+            for side in range(2):
+                here = segments == segment + side
+                logps = F.log_softmax(ours(tokens[here][None])[0] @ ours.head_weight.T, -1)
+                answer = labels[here] != IGNORED
+                ids = labels[here][answer].tolist()
+                own = logps[answer, ids]
+                grams = [tuple(ids[max(end - 3, 0) : end + 1]) for end in range(len(ids))]
+                again = [n for n, gram in enumerate(grams) if n > 3 and gram in grams[3:n]]
+                if side == 0:
+                    terms.append(-own.mean())
+                elif again:
+                    terms.append(-beta * torch.log1p(-own[again].exp()).mean())
+                    repetitions += len(again)
+            losses.append(sum(terms))
+    assert repetitions == 3, "of 渤海。渤海。渤海。"
+    parameters = list(ours.parameters())
+    expected = sum(losses)
+    assert isinstance(expected, Tensor)
+    output = Preference(DPOSettings(loss="unlikelihood", beta=beta)).loss(ours, batch)
+    tolerance = rounding_of(ours, batch)
+    assert float(output.loss_sum) == pytest.approx(float(expected), rel=tolerance)
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    actual = torch.autograd.grad(output.loss_sum, parameters, allow_unused=True)
+    for ours_, theirs in zip(actual, gradients, strict=True):
+        if theirs is not None and ours_ is not None:
+            assert relative_difference(ours_, theirs) <= tolerance
