@@ -48,7 +48,10 @@ def pairs(
     device: Device = "auto",
     yes: Yes = False,
 ) -> None:
-    """Make preference pairs: the answer of the data is chosen, the model's own rejected."""
+    """Make preference pairs from a model's own answers.
+
+    The answer of the data is chosen, that of the model rejected.
+    """
     from minimind.cli.models import is_service
     from minimind.evaluation.own_answers import part_of
 

@@ -112,6 +112,30 @@ inline Eight load_eight(const bf16* x) {
 #endif
 }
 
+// Replace `count` scores by exponentials relative to the highest, and return their sum. Inlined, it
+// would be compiled anew for each number of queries, on some processors with other roundings.
+__attribute__((noinline)) float exponentials(float* scores, int count) {
+    float highest = -INFINITY, total = 0;
+#pragma omp simd reduction(max : highest)
+    for (int p = 0; p < count; p++) highest = scores[p] > highest ? scores[p] : highest;
+    for (int p = 0; p < count; p++) scores[p] = exponential(scores[p] - highest);
+#pragma omp simd reduction(+ : total)
+    for (int p = 0; p < count; p++) total += scores[p];
+    return total;
+}
+
+inline Eight broadcast(float x) { return Eight{x, x, x, x, x, x, x, x}; }
+
+// a b + c. Compilers tuned for some processors choose between one and two roundings by context, and
+// so for each number of queries.
+inline Eight multiply_add(Eight a, Eight b, Eight c) {
+#if defined(__FMA__)
+    return (Eight)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 constexpr int kQueries = 4;  // that share a pass over keys and values
 
 // Attention of `count` queries [count, D] over keys and values [P, D]; out: [D] each. Query q attends
@@ -129,21 +153,16 @@ void attend(const float* queries, const int* lengths, const Value* keys, const V
                 const Eight key = load_eight(keys + (p + j) * dim + i);
 #pragma GCC unroll 4
                 for (int q = 0; q < count; q++)
-                    sum[q][j] += *(const Eight*)(queries + q * dim + i) * key;
+                    sum[q][j] = multiply_add(*(const Eight*)(queries + q * dim + i), key, sum[q][j]);
             }
         for (int q = 0; q < count; q++)
             *(Four*)(scores + q * stride + p) = sum_lanes(sum[q]) * scale;
     }
     float totals[count];
     for (int q = 0; q < count; q++) {
-        float *own = scores + q * stride, highest = -INFINITY, total = 0;
-#pragma omp simd reduction(max : highest)
-        for (int p = 0; p < lengths[q]; p++) highest = own[p] > highest ? own[p] : highest;
-        for (int p = 0; p < lengths[q]; p++) own[p] = exponential(own[p] - highest);
-#pragma omp simd reduction(+ : total)
-        for (int p = 0; p < lengths[q]; p++) total += own[p];
+        float* own = scores + q * stride;
+        totals[q] = exponentials(own, lengths[q]);
         std::fill(own + lengths[q], own + (longest + 3) / 4 * 4, 0.0f);
-        totals[q] = total;
     }
     for (int i = 0; i < dim; i += 8) {
         Eight sum[count][4] = {};
@@ -152,7 +171,8 @@ void attend(const float* queries, const int* lengths, const Value* keys, const V
             for (int j = 0; j < 4; j++) {
                 const Eight value = load_eight(values + (p + j) * dim + i);
 #pragma GCC unroll 4
-                for (int q = 0; q < count; q++) sum[q][j] += scores[q * stride + p + j] * value;
+                for (int q = 0; q < count; q++)
+                    sum[q][j] = multiply_add(broadcast(scores[q * stride + p + j]), value, sum[q][j]);
             }
         for (int q = 0; q < count; q++)
             *(Eight*)(out[q] + i) = ((sum[q][0] + sum[q][1]) + (sum[q][2] + sum[q][3])) / totals[q];

@@ -65,6 +65,7 @@ NOT_RUN = {
     'minimind data prepare "s3://': "tests/data/prepare/test_object_store.py starts one",
     "aws s3": "needs the AWS command line",
     "minimind pretrain --tokenizer out/tokenizer --out out/small --data prepared/text": "the same",
+    "minimind data pairs": "the small demo gives empty answers; see tests/cli/test_pairs.py",
     "git worktree add": "needs a clone with its history",
     "python -m benchmarks": "measures for minutes; tests/test_benchmarks.py has trials",
     "RAY_ADDRESS": "tests/data/prepare/test_engine.py (slow) starts a Ray cluster",
@@ -137,7 +138,8 @@ def materials(small_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFac
     (folder / "chats" / "a.jsonl").write_bytes(chats)
     line = json.dumps(named, ensure_ascii=False).encode() + b"\n"
     (folder / "chats.jsonl").write_bytes(line * 20 + chats)
-    (folder / "pairs" / "a.jsonl").write_bytes((corpus / "dpo.jsonl").read_bytes())
+    for name in ("pairs/a.jsonl", "own-pairs.jsonl"):
+        (folder / name).write_bytes((corpus / "dpo.jsonl").read_bytes())
     (folder / "questions.jsonl").write_text('{"question": "长江有多长？"}\n', encoding="utf-8")
     make_ceval(folder / "exams" / "ceval-exam")
     exams = shutil.make_archive(str(folder / "exams"), "zip", folder / "exams" / "ceval-exam")

