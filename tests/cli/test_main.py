@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from minimind.cli import console
 from minimind.cli.main import app, errors_as_messages
+from minimind.environment import NATIVE_VARIABLE
 from minimind.errors import ConfigError
 from minimind.version import __version__
 from tests.support.commands import fast_python
@@ -257,6 +258,7 @@ def test_a_missing_home_prints_one_line(
         monkeypatch.setattr(pwd, lookup, missing)
     for name in os.environ.keys() - {"PATH"}:
         monkeypatch.delenv(name)
+    monkeypatch.setenv(NATIVE_VARIABLE, "0")  # a process remembers why it cannot load the code
     texts = tmp_path / "texts.txt"
     texts.write_text("长江是中国最长的河流。\n" * 50, "utf-8")
     places = {"TOKENIZER": tokenizer_dir, "TEXTS": texts, "OUT": tmp_path / "out"}
