@@ -8,7 +8,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.evaluation import Evaluation
-from minimind.cli.options import Context, Device, MaxNewTokens
+from minimind.cli.options import AnswerSeed, AnswerTemperature, Context, Device, MaxNewTokens
 from minimind.cli.terminal import strip_controls
 from minimind.environment import KEY_VARIABLE
 from minimind.errors import MinimindError, ServiceError
@@ -50,12 +50,8 @@ def compare(
             f"{_JUDGE_KEY} or {KEY_VARIABLE}.",
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy decoding.")
-    ] = 0.0,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answers.")
-    ] = 0,
+    temperature: AnswerTemperature = 0.0,
+    seed: AnswerSeed = 0,
     max_new_tokens: MaxNewTokens = 256,
     limit: Annotated[
         int | None,

@@ -47,6 +47,13 @@ Seed = Annotated[
     int | None,
     typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same text."),
 ]
+# Of commands that answer many questions, greedily by default.
+AnswerTemperature = Annotated[
+    float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy decoding.")
+]
+AnswerSeed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answers.")
+]
 Int8 = Annotated[
     bool,
     typer.Option(

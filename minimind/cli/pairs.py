@@ -8,7 +8,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
-from minimind.cli.options import Device, MaxNewTokens
+from minimind.cli.options import AnswerSeed, AnswerTemperature, Device, MaxNewTokens
 from minimind.cli.terminal import strip_controls
 from minimind.errors import UsageError
 
@@ -38,12 +38,8 @@ def pairs(
     limit: Annotated[
         int, typer.Option(min=1, help="Answer at most N conversations, evenly spaced.")
     ] = 2_000,
-    temperature: Annotated[
-        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy decoding.")
-    ] = 0.0,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answers.")
-    ] = 0,
+    temperature: AnswerTemperature = 0.0,
+    seed: AnswerSeed = 0,
     max_new_tokens: MaxNewTokens = 256,
     device: Device = "auto",
     yes: Yes = False,

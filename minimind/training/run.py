@@ -125,14 +125,14 @@ def check_is_run(run: Path, fresh: bool) -> None:
 
 
 def check_outside_data(run: Path, recipe: Recipe) -> None:
-    """Raise ConfigError if the run lies in a folder of data: its files would become data."""
+    """Raise ConfigError if the run is inside a folder of data, whose files are all read."""
     data = recipe.data
     for path in (each.path for each in (*data.sources, *data.validation, *data.retention)):
         folder = expand_user(path)
         if folder.is_dir() and run.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
-                f"{run} lies in {path}, all files of which are data; those of the run would become "
-                "data too. Choose another --out, or name a subfolder with the data"
+                f"{run} is inside the data folder {path}, so the files of the run would be read as "
+                "data. Choose another --out, or a subfolder that has only the data"
             )
 
 

@@ -75,7 +75,7 @@ def test_a_run_in_a_folder_of_data_is_refused(
     run = folder / "out" / "small"
     files = {f"data__{key}": [{"path": str(folder)}], "out": run}
     message = refused(recipe(**files), ConfigError)
-    assert message.startswith(f"{run} lies in {folder}, all files of which are data")
+    assert message.startswith(f"{run} is inside the data folder {folder}, so the files of the run")
     assert [path.name for path in folder.iterdir()] == ["text.jsonl"]
 
 

@@ -14,6 +14,7 @@ where r is a sum over the answer's tokens for sigmoid, and a mean for ipo and si
 
 where the first mean is over the chosen answer, and the second one over the tokens that end a
 repeated 4-gram of the rejected one; it is 0 if there are none.
+
 With label smoothing e, the sigmoid losses become (1 - e) times the loss of the pair plus e times
 the loss of the pair with its sides swapped (Mitchell 2023, "cDPO").
 
@@ -126,10 +127,11 @@ class Preference:
 
     def warning(self, progress: float, metrics: dict[str, float]) -> str | None:
         """Warn once if the loss is still at its initial value: the learning rate is too low."""
+        if self._settings.loss == "unlikelihood":
+            return None  # its initial value depends on the data
         beta = self._settings.beta
         initial = 1 / (2 * beta) ** 2 if self._settings.loss == "ipo" else math.log(2)
         has_changed = abs(metrics["loss"] - initial) > _MIN_CHANGE * initial
-        has_changed |= self._settings.loss == "unlikelihood"  # which begins anywhere
         if self._warned or progress < _WARN_AFTER or has_changed:
             return None
         self._warned = True
@@ -167,7 +169,7 @@ class AnswerTokens:
     def unlikelihood(self) -> Tensor:
         """Return the mean of -log(1 - p) over the repeated tokens of each answer, [P, 2]."""
         repeated = self.repeated()  # [N]
-        # p is below 1, so that the loss of a token is finite
+        # Bounded, because -log(1 - p) is infinite where p rounds to 1.
         probabilities = self.logps.exp().clamp(max=1 - 1e-4)
         losses = torch.where(repeated, -torch.log1p(-probabilities), 0.0)
         return self.sums(losses) / self.sums(repeated.to(losses.dtype)).clamp(min=1)
