@@ -1,12 +1,13 @@
 """Chat speed of a trained model: in the service, in llama.cpp, and in its page in a browser.
 
-    pip install -c constraints.txt -e '.[bench,llama-cpp,test]'
-    python -m benchmarks.chat_speed out/night --json FILE
+    pip install -c constraints.txt -e '.[bench,test]'
+    python -m benchmarks.chat_speed out/night [--llama-server PATH] [--json FILE]
 
-Every program answers the same questions, each in a new conversation: the service and llama.cpp
-greedily, the page with its own settings. Tokens per second: tokens of an answer by the time from
-the request to its end, in the page by its own statement, which leaves the prompt out; the median
-over questions. The page needs Chromium. A program that is not installed is left out, with a note.
+Every program answers the same questions, each in a new conversation: the service and llama.cpp's
+`llama-server` greedily, the page with its own settings. Tokens per second: tokens of an answer by
+the time from the request to its end, in the page by its own statement, which leaves the prompt out;
+the median over questions. The page needs Chromium. A program that is not installed is left out,
+with a note.
 """
 
 import argparse
@@ -22,12 +23,12 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving_speed import running
+from benchmarks.serving_speed import llama_server, running
 from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.export.gguf import export_gguf
 from minimind.export.web import export_web
@@ -39,16 +40,14 @@ _PAGE_SECONDS = 120.0
 _RATE = re.compile(r"(\d+) tokens · ([\d.]+) tokens/s")
 
 # Of each answer: tokens, tokens per second, seconds to its first token (None if unknown).
-Answers = list[tuple[int, float, float | None]]
+Answers = Sequence[tuple[int, float, float | None]]
 
 
-def service(model: Path, work: Path, threads: int, *options: str) -> Answers:
-    """Ask `minimind serve`."""
+def service(command: Callable[[int], list[str]], work: Path, threads: int) -> Answers:
+    """Ask a service. command: returns its command for a port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "minimind", "serve", str(model), "--device", "cpu"]
-    command += ["--port", str(port), *options]
-    with running(command, port, threads, work / "log"):
+    with running(command(port), port, threads, work / "log"):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as response:
             name = json.load(response)["data"][0]["id"]
         _ask(port, name, "你好")
@@ -76,24 +75,6 @@ def _ask(port: int, model: str, question: str) -> tuple[int, float, float]:
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     seconds = time.perf_counter() - start
     return tokens, tokens / seconds, first or seconds
-
-
-def llama_cpp(file: Path, threads: int) -> Answers:
-    """Ask llama.cpp, in this process."""
-    from llama_cpp import Llama
-
-    model = Llama(str(file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    def ask(question: str) -> tuple[int, float, None]:
-        start = time.perf_counter()
-        reply: Any = model.create_chat_completion(
-            [{"role": "user", "content": question}], temperature=0, max_tokens=_TOKENS
-        )
-        tokens = reply["usage"]["completion_tokens"]
-        return tokens, tokens / (time.perf_counter() - start), None
-
-    ask("你好")
-    return [ask(question) for question in DEMO_QUESTIONS]
 
 
 @contextlib.contextmanager
@@ -145,37 +126,44 @@ def _wait(condition: Callable[[], Any]) -> Any:
     return value
 
 
+def _serve(model: Path, options: Sequence[str], port: int) -> list[str]:
+    """Return the command of `minimind serve`."""
+    command = [sys.executable, "-m", "minimind", "serve", str(model), "--device", "cpu"]
+    return [*command, "--port", str(port), *options]
+
+
 def main() -> None:
     """Measure every program, print a table, write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path, help="model or run directory")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama-server", type=Path, help="path of llama.cpp's server")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         directory = resolve_model_directory(args.model)
-        measured: dict[str, Callable[[], Answers]] = {
-            "service, bf16": lambda: service(args.model, work, args.threads),
-            "service, int8": lambda: service(args.model, work, args.threads, "--int8"),
-        }
-        for kind in ("f16", "q8_0"):
+        measured: dict[str, Callable[[], Answers]] = {}
+        for kind, options in ("bf16", ()), ("int8", ("--int8",)):
+            command = functools.partial(_serve, args.model, options)
+            measured[f"service, {kind}"] = functools.partial(service, command, work, args.threads)
+        for kind in ("F16", "Q8_0") if args.llama_server else ():
             file = work / f"{kind}.gguf"
-            export_gguf(directory, file, type=kind)
-            name = f"llama.cpp, {kind.upper()}"
-            measured[name] = functools.partial(llama_cpp, file, args.threads)
-        export_web(directory, work / "page", name="model")
-        measured["page in Chromium, Q8_0"] = lambda: page(work / "page")
+            export_gguf(directory, file, type=kind.lower())
+            command = functools.partial(
+                llama_server, args.llama_server, str(file), threads=args.threads, streams=1
+            )
+            measured[f"llama-server, {kind}"] = functools.partial(
+                service, command, work, args.threads
+            )
+        if HAS_CHROMIUM:
+            export_web(directory, work / "page", name="model")
+            measured["page in Chromium, Q8_0"] = lambda: page(work / "page")
+        else:
+            print(f"page: left out: {NO_CHROMIUM}")
         for name, measure in measured.items():
-            if name.startswith("page") and not HAS_CHROMIUM:
-                print(f"{name}: left out: {NO_CHROMIUM}")
-                continue
-            try:
-                answers = measure()
-            except ImportError as error:
-                print(f"{name}: left out: {error}")
-                continue
+            answers = measure()
             rates = [rate for _, rate, _ in answers]
             firsts = [first for _, _, first in answers if first is not None]
             results[name] = {

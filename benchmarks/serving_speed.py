@@ -47,10 +47,15 @@ def commands(work: Path, args: argparse.Namespace, port: int) -> dict[str, list[
         if args.llama_server is None:
             result[f"llama-cpp-python {kind}"] = [*python, "--model", file]
         else:
-            server = [str(args.llama_server), "-m", file, "--port", str(port)]
-            server += ["-t", str(args.threads), "-np", str(args.streams)]
-            result[f"llama-server {kind}"] = [*server, "-c", str(512 * args.streams)]
+            command = llama_server(args.llama_server, file, port, args.threads, args.streams)
+            result[f"llama-server {kind}"] = command
     return result
+
+
+def llama_server(binary: Path, file: str, port: int, threads: int, streams: int) -> list[str]:
+    """Return the command of llama.cpp's server for `streams` concurrent requests."""
+    command = [str(binary), "-m", file, "--port", str(port), "-t", str(threads)]
+    return [*command, "-np", str(streams), "-c", str(512 * streams)]
 
 
 @contextlib.contextmanager
