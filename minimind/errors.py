@@ -9,6 +9,7 @@
     ├── CheckpointError     no valid checkpoint, or a checkpoint of another run
     ├── ResourceError       too little disk or memory, or a missing device
     ├── ServiceError        a service that is unreachable, refuses a request or disconnects
+    │   └── RejectedRequestError  the service would reject the same request again
     └── TrainingError       non-finite values, no supervised tokens, a run locked by another process
 
 Each message says what happened, in which file, key or line, and what to do next. The command line
@@ -57,6 +58,10 @@ class ResourceError(MinimindError):
 
 class ServiceError(MinimindError):
     """A service that is unreachable, refuses a request or disconnects."""
+
+
+class RejectedRequestError(ServiceError):
+    """A request that a service rejects for its content, such as a prompt that is too long."""
 
 
 class TrainingError(MinimindError):

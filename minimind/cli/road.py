@@ -217,19 +217,20 @@ def _check_inputs(road: "Road", recipes: "Mapping[str, Recipe]", yes: bool) -> N
     from minimind.evaluation.catalogue import make_task
     from minimind.evaluation.own_answers import check_conversations
 
-    own_answers = [path for each in road.stages.values() for path in each.own_answers]
+    answered = [path for each in road.stages.values() for path in each.own_answers]
     paths = [
         *road.tokenizer.data,
         *(path for each in recipes.values() for path in data_paths(each)),
-        *own_answers,
+        *answered,
     ]
     tasks = road.evaluation.tasks
     for path in dict.fromkeys(paths):
-        if not is_textbook(path) and not is_name(path):
+        if path in answered or not (is_textbook(path) or is_name(path)):
             list_files(path)
     ensure_downloaded([*paths, *task_datasets(tasks)], yes)
-    if own_answers:
-        check_conversations(own_answers)
+    for name, stage in road.stages.items():
+        if stage.own_answers:
+            check_conversations(stage.own_answers, recipes[name].data.variables)
     for task in tasks:
         if not task.startswith(HARNESS):
             make_task(task)
@@ -268,52 +269,58 @@ def _run(
 
 
 def _with_own_answers(stage: "RoadStage", name: str, recipe: "Recipe", out: Path) -> "Recipe":
-    """Add the pairs of a stage's own answers to its data; the model before it makes them.
-
-    Pairs of another model or of other data are made anew, unless the stage has begun with them.
-    """
+    """Add the pairs of a stage's own answers to its data; the model before it makes them."""
     from minimind.config.road import OWN_ANSWERS
     from minimind.config.settings import Source
-    from minimind.evaluation.own_answers import part_of
-    from minimind.files import read_json
-    from minimind.training.run import has_begun
+    from minimind.training.run import finished_summary, has_begun
 
     if not stage.own_answers:
         return recipe
-    assert recipe.model.init, "a stage before it has trained a model"
     pairs = out / OWN_ANSWERS / f"{name}.jsonl"
-    identity = pairs.with_suffix(".json")
-    if not (pairs.is_file() and has_begun(out / name)):
-        found = _identify(stage, recipe.model.init)
-        if not identity.is_file() or read_json(identity) != found:
-            pairs.unlink(missing_ok=True)
-            part_of(pairs).unlink(missing_ok=True)
-            console.write_json(identity, found)
-        if not pairs.is_file():
-            write_own_pairs(
-                recipe.model.init,
-                stage.own_answers,
-                pairs,
-                limit=stage.num_own_answers,
-                device=recipe.device,
+    if finished_summary(out / name, recipe) is None:
+        if not has_begun(out / name):
+            _write_pairs(stage, recipe, pairs)
+        elif not pairs.is_file():
+            raise ConfigError(
+                f"{pairs}: there is no such file, but the stage {name} has begun to train on it. "
+                f"Restore the file, or remove {out / name} to repeat the stage"
             )
     sources = [*recipe.data.sources, Source(path=str(pairs))]
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
 
 
-def _identify(stage: "RoadStage", model: str) -> dict[str, Any]:
-    """Return what the own answers of a stage depend on."""
-    from minimind.data.input_files import list_files
-    from minimind.data.stamps import stamp_of
+def _write_pairs(stage: "RoadStage", recipe: "Recipe", pairs: Path) -> None:
+    """Write the pairs of a stage, unless there are some of the same model and conversations."""
+    from minimind.evaluation.own_answers import partial_file, read_conversations
+    from minimind.files import read_json
     from minimind.model import resolve_model_directory
     from minimind.model.fingerprint import fingerprint
 
-    files = [file for path in stage.own_answers for file in list_files(path)]
-    return {
-        "model": fingerprint(resolve_model_directory(Path(model))),
-        "data": [[str(file), *stamp_of(file)] for file in files],
-        "conversations": stage.num_own_answers,
-    }
+    assert recipe.model.init, "a stage before it has trained a model"
+    variables = recipe.data.variables
+    data = read_conversations(stage.own_answers, stage.num_own_answers, variables)
+    model = fingerprint(resolve_model_directory(Path(recipe.model.init)))
+    current = {"model": model, "conversations": data.sha256()}
+    identity = pairs.with_suffix(".json")
+    if pairs.is_file() and not partial_file(pairs).is_file():
+        if not identity.is_file():
+            raise ConfigError(
+                f"{pairs} exists, but no step of this road has written it. Move it elsewhere; "
+                "`data` of a stage takes pairs"
+            )
+        if read_json(identity) == current:
+            return
+        console.say(f"{pairs} is replaced: the model that answers or its questions have changed")
+    write_own_pairs(
+        recipe.model.init,
+        stage.own_answers,
+        pairs,
+        limit=stage.num_own_answers,
+        device=recipe.device,
+        variables=variables,
+        replace=True,
+    )
+    console.write_json(identity, current)
 
 
 def _train_tokenizer(road: "Road", directory: Path) -> None:

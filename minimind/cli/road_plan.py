@@ -76,12 +76,14 @@ def estimate_tokens(recipe: "Recipe", stage: "RoadStage | None" = None) -> int |
         return None
     num_bytes = sum(weight * (size or 0) for weight, size in sizes)
     if stage and stage.own_answers:
-        num_bytes += 2 * stage.num_own_answers * _mean_size(stage.own_answers)  # both sides
+        if not (mean := _mean_size(stage.own_answers)):
+            return None
+        num_bytes += 2 * stage.num_own_answers * mean  # both sides
     return round(recipe.training.epochs * num_bytes / _BYTES_PER_TOKEN)
 
 
 def _mean_size(paths: "Sequence[str]") -> float:
-    """Return the mean size of the first conversations, in bytes; 0 if the data is not here yet."""
+    """Return the mean size of the first conversations, in bytes; 0 if there are none here yet."""
     from minimind.data.input_files import list_files
     from minimind.data.invalid import InvalidRecords
     from minimind.data.read import read_records

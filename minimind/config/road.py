@@ -12,7 +12,6 @@ ROADS = "roads"  # the group of the packaged roads
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 # Folders beside those of the stages.
 OWN_ANSWERS = "own-answers"
-_NUM_OWN_ANSWERS = 2_000
 _OTHER_FOLDERS = ("tokenizer", "model", "eval", "page", "report-plots", OWN_ANSWERS)
 
 
@@ -39,14 +38,14 @@ class RoadStage(Settings):
         "preferred to those that the model before it gives (`minimind data pairs`).",
     )
     num_own_answers: int = Field(
-        _NUM_OWN_ANSWERS,
+        2_000,
         ge=1,
         description="Number of these conversations, evenly spaced; needs own_answers.",
     )
 
     @model_validator(mode="after")
     def _check_own_answers(self) -> "RoadStage":
-        if self.num_own_answers != _NUM_OWN_ANSWERS and not self.own_answers:
+        if self.model_fields_set & {"own_answers", "num_own_answers"} == {"num_own_answers"}:
             raise ValueError("num_own_answers needs own_answers, the conversations to answer")
         return self
 

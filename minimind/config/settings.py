@@ -385,7 +385,13 @@ class DPOSettings(Settings):
         0.1,
         gt=0,
         description="Strength of the KL penalty toward the initial model; "
-        "use about 5 with sigmoid_norm. With unlikelihood, the weight of its term: about 2.",
+        "use about 5 with sigmoid_norm. With unlikelihood it only scales the reported rewards.",
+    )
+    unlikelihood_weight: Identity[float] = Field(
+        2.0,
+        gt=0,
+        description="Weight of repeated tokens relative to the chosen answer; only for "
+        "unlikelihood.",
     )
     label_smoothing: Identity[float] = Field(
         0.0,

@@ -1,11 +1,12 @@
 """Input files: the files of a path, folder, glob or dataset name, and their formats."""
 
 import difflib
+import fnmatch
 import glob
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minimind.data.locations import Location, is_url, list_urls, location
@@ -63,6 +64,32 @@ def list_files(path: str) -> list[Path]:
             f"{path}: none of the {len(candidates):,} files has a supported format; {SUPPORTED}"
         )
     raise DataError(f"{path}: no file matches{_separation_hint(path)}")
+
+
+def would_match(path: str, file: Path) -> bool:
+    """Return True if `path` would include `file`, which need not exist, among its files.
+
+    file: absolute, without symbolic links.
+    """
+    root = expand_user(path)
+    resolved = Path(os.path.realpath(root))
+    if root.is_dir():
+        return _matches(file.parts, (*resolved.parts, "**"))
+    return glob.has_magic(str(root)) and _matches(file.parts, resolved.parts)
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Return True if the parts of a path match those of a glob, of which "**" matches several."""
+    if not names or not patterns:
+        return not names and all(pattern == "**" for pattern in patterns)
+    (name, *other_names), (pattern, *other_patterns) = names, patterns
+    if name == pattern:
+        return _matches(other_names, other_patterns)
+    if name.startswith(".") and not pattern.startswith("."):
+        return False
+    if pattern == "**":
+        return _matches(names, other_patterns) or _matches(other_names, patterns)
+    return fnmatch.fnmatchcase(name, pattern) and _matches(other_names, other_patterns)
 
 
 def list_locations(path: str) -> list[Location]:

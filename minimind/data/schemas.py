@@ -28,7 +28,7 @@ from minimind.data.messages import Fields, Turn, as_text, holds_messages, parse_
 from minimind.tokenizer.chat import Message
 
 _TEXT = ("text", "content")
-_TURNS = ("messages", "conversations", "conversation")
+TURNS = ("messages", "conversations", "conversation")
 _QUESTION = ("q", "question", "prompt")
 _ANSWER = ("a", "answer", "response")
 _PROMPT_COMPLETION = ("prompt", "completion")
@@ -162,7 +162,7 @@ def detect_schema(record: Mapping[str, Any]) -> str:
     fields = Fields(record)
     if fields.name_of_first(_CHOSEN) and fields.name_of_first(_REJECTED):
         return "pairs"
-    turns = fields.name_of_first(_TURNS)
+    turns = fields.name_of_first(TURNS)
     if turns and isinstance(_list_or_none(record[turns]), list):
         return _schema_of_turns(turns, record[turns])
     if "instruction" in record and "output" in record:
@@ -226,9 +226,9 @@ def _text(fields: Fields) -> Record:
 
 
 def _messages(fields: Fields) -> Record:
-    name = fields.name_of_first(_TURNS)
+    name = fields.name_of_first(TURNS)
     if name is None:
-        raise fields.missing(_TURNS)
+        raise fields.missing(TURNS)
     return _conversation(_with_system(fields, read_turns(fields.first((name,)), fields, name)))
 
 
@@ -355,7 +355,7 @@ def _pair_sides(fields: Fields, names: list[str]) -> list[list[Turn]]:
 
 def _pair_prompt(fields: Fields) -> list[Turn]:
     """Return the turns of the prompt field; an empty list if there is no such field."""
-    name = fields.name_of_first((*_TURNS, *_QUESTION))
+    name = fields.name_of_first((*TURNS, *_QUESTION))
     if name is None:
         has_instruction = fields.name_of_first(("instruction",))
         return _prompt(fields, _instruction(fields)) if has_instruction else []

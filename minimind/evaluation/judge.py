@@ -27,7 +27,12 @@ from minimind.errors import MinimindError
 from minimind.evaluation.open_ended import Prompt
 from minimind.evaluation.runner import open_results, read_results
 from minimind.evaluation.statistics import wilson_interval
-from minimind.evaluation.tasks import MAX_CONSECUTIVE_ERRORS, Result, map_concurrently
+from minimind.evaluation.tasks import (
+    ITEM_ERRORS,
+    MAX_CONSECUTIVE_ERRORS,
+    Result,
+    map_concurrently,
+)
 from minimind.tokenizer.chat import Message
 
 _LETTERS = ("A", "B")
@@ -155,9 +160,10 @@ def judge(
     """
     instructions = hashlib.sha256(f"{_SYSTEM}{_REQUEST}".encode()).hexdigest()
     header = {"task": "judge", "asking": instructions, **identity}
-    results = {} if fresh else read_results(path, header)
+    earlier = {} if fresh else read_results(path, header)
+    results = {name: result for name, result in earlier.items() if "error" not in result}
     by_id = {trial.id: trial for trial in trials}
-    remaining = [t for t in by_id.values() if "error" in results.get(t.id, {"error": ""})]
+    remaining = [trial for trial in by_id.values() if trial.id not in results]
     done, consecutive_errors = len(by_id) - len(remaining), 0
     progress(done, len(by_id))
     with open_results(path, header, results.values()) as write:
@@ -169,7 +175,8 @@ def judge(
             write(results[name])
             done += 1
             progress(done, len(by_id))
-            consecutive_errors = consecutive_errors + 1 if "error" in results[name] else 0
+            if not isinstance(reply, ITEM_ERRORS):
+                consecutive_errors = consecutive_errors + 1 if "error" in results[name] else 0
             if consecutive_errors >= MAX_CONSECUTIVE_ERRORS:
                 break
     return {name: results[name] for name in by_id if name in results}

@@ -12,6 +12,7 @@ from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
 from minimind.data.messages import Fields, read_turns, role_of
 from minimind.data.read import read_objects
+from minimind.data.schemas import TURNS
 from minimind.data.textbook import DEMO_QUESTIONS
 from minimind.errors import DataError, UsageError
 from minimind.evaluation.degeneration import AnsweredQuestion, measure, summarize
@@ -28,7 +29,7 @@ _QUESTION_KEYS = ("question", "prompt", "instruction", "query", "q", "input", "t
 _CATEGORY_KEYS = ("category", "class", "subject")
 _ID_KEYS = ("id", "question_id")
 _HASHED = ("id", "question", "category")  # also if empty
-_MESSAGES_KEYS = ("turns", "messages", "conversations")
+_MESSAGES_KEYS = ("turns", *TURNS)
 
 
 @dataclass(frozen=True)

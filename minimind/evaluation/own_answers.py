@@ -1,27 +1,32 @@
 """Preference pairs from a model's own answers (SPIN: Chen et al. 2024, section 4).
 
 The chosen side is a conversation of the data. In the rejected side the model's own answer takes the
-place of the last one. Training on such pairs moves the model away from what it does and the data do
-not, such as repetitions. Nobody has judged an answer, so they do not reflect human preferences.
+place of the last one. Training on such pairs lowers the probability of habits that the model has
+and the data lacks, such as repetitions. Nobody has judged an answer, so they do not reflect human
+preferences.
 """
 
+import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minimind.data.input_files import list_files
 from minimind.data.invalid import InvalidRecords
 from minimind.data.read import read_records
-from minimind.data.schemas import Record
-from minimind.errors import DataError
+from minimind.data.schemas import Record, variables_in
+from minimind.errors import DataError, UsageError
 from minimind.evaluation.runner import open_results, read_results
-from minimind.evaluation.tasks import GenerationConfig, Model, Result, to_results
+from minimind.evaluation.tasks import GenerationConfig, Model, Result, evenly_spaced, to_results
 from minimind.files import write_atomically
 from minimind.tokenizer.chat import Message
 
+_SUITABLE, _NO_ANSWER, _VARIABLES = "suitable", "no answer", "variables"
 _CUT = "\ufffd"  # the end of an answer that the token limit cut within a character
 
 
@@ -30,59 +35,87 @@ class AnsweredData:
     """Conversations whose last answer a model is to replace.
 
     unsuitable: records that are left out because they do not end with a supervised answer.
+    with_variables: records that are left out for template variables without a value.
     """
 
     conversations: Sequence[Sequence[Message]]
     unsuitable: int
+    with_variables: int
     invalid: InvalidRecords
+
+    def sha256(self) -> str:
+        """Return a hash of the conversations."""
+        return hashlib.sha256(json.dumps(list(self.conversations)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class PairCounts:
     """Number of pairs, and of answers without one: equal to that of the data, empty, failed.
 
-    cut: pairs whose rejected answer the token limit cut off.
+    unanswerable: conversations that cannot be answered, such as those that exceed the context.
+    cut: pairs whose rejected answer the token limit cut off. discarded: answers of an earlier run
+    that do not fit this one.
     """
 
     pairs: int
     equal: int = 0
     empty: int = 0
     failed: int = 0
+    unanswerable: int = 0
     cut: int = 0
+    discarded: int = 0
     first_error: str = ""
 
 
-def read_conversations(paths: Sequence[str], limit: int) -> AnsweredData:
+def read_conversations(
+    paths: Sequence[str], limit: int, variables: Mapping[str, str] = MappingProxyType({})
+) -> AnsweredData:
     """Read at most `limit` conversations that end with an answer, evenly spaced over all.
 
-    Raises DataError if there is none.
+    variables: values of template variables; conversations with others are left out. Raises
+    DataError if there is none.
     """
     # Counted first, and then read again, because only `limit` of them have to fit into memory.
     invalid = InvalidRecords()
-    ends = [_ends_with_answer(record) for record in _read(paths, invalid)]
-    total = sum(ends)
+    counts = Counter(_suitability(record) for record in _read(paths, variables, invalid))
+    total = counts[_SUITABLE]
     if not total:
+        variable = f", {counts[_VARIABLES]:,} with template variables" * bool(counts[_VARIABLES])
         first = f"; the first invalid record: {invalid.first}" if invalid.total else ""
-        raise DataError(f"{', '.join(paths)}: no conversation that ends with an answer{first}")
-    chosen = {index * total // limit for index in range(limit)} if limit < total else range(total)
-    suitable = (record for record in _read(paths, InvalidRecords()) if _ends_with_answer(record))
+        raise DataError(
+            f"{', '.join(paths)}: no conversation that ends with an answer{variable}{first}"
+        )
+    chosen = set(evenly_spaced(range(total), limit))
+    records = _read(paths, variables, InvalidRecords())
+    suitable = (record for record in records if _suitability(record) == _SUITABLE)
     conversations = [
         record.messages
         for number, record in enumerate(suitable)
         if number in chosen and record.messages
     ]
-    return AnsweredData(conversations, len(ends) - total, invalid)
+    return AnsweredData(conversations, counts[_NO_ANSWER], counts[_VARIABLES], invalid)
 
 
-def check_conversations(paths: Sequence[str]) -> None:
+def check_conversations(paths: Sequence[str], variables: Mapping[str, str]) -> None:
     """Raise DataError if no conversation ends with an answer. Reads up to the first that does."""
-    if not any(map(_ends_with_answer, _read(paths, InvalidRecords()))):
-        read_conversations(paths, 1)
+    records = _read(paths, variables, InvalidRecords())
+    if not any(_suitability(record) == _SUITABLE for record in records):
+        read_conversations(paths, 1, variables)
 
 
-def _read(paths: Sequence[str], invalid: InvalidRecords) -> Iterator[Record]:
+def _read(
+    paths: Sequence[str], variables: Mapping[str, str], invalid: InvalidRecords
+) -> Iterator[Record]:
     for path in paths:
-        yield from read_records(list_files(path), invalid=invalid)
+        for record in read_records(list_files(path), invalid=invalid):
+            yield record.substitute(variables)
+
+
+def _suitability(record: Record) -> str:
+    if not _ends_with_answer(record):
+        return _NO_ANSWER
+    contents = (message["content"] for message in record.messages or ())
+    return _VARIABLES if any(map(variables_in, contents)) else _SUITABLE
 
 
 def _ends_with_answer(record: Record) -> bool:
@@ -93,38 +126,55 @@ def _ends_with_answer(record: Record) -> bool:
     return messages[-1]["role"] == "assistant" and len(messages) - 1 not in unsupervised
 
 
-def part_of(out: Path) -> Path:
+def partial_file(out: Path) -> Path:
     """Return the file with the answers so far, until the pairs are written."""
     return out.with_name(f"{out.name}.part")
 
 
 def write_pairs(
     model: Model,
-    conversations: Sequence[Sequence[Message]],
+    data: AnsweredData,
     out: Path,
     *,
     generation: GenerationConfig,
     identity: Mapping[str, Any],
+    replace: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PairCounts:
     """Answer the conversations, and write a JSON Lines file of preference pairs.
 
-    Each answer is written to `part_of(out)` at once, so that the same call continues after an
+    Each answer is written to `partial_file(out)` at once, so that the same call continues after an
     interruption. The file stays if answers failed, so that they can be repeated. identity:
-    everything that answers depend on besides the other arguments. Raises DataError if there is no
-    pair, and UsageError if the file has answers of another model or to other conversations.
+    everything that answers depend on besides the other arguments. replace: discard answers of
+    another model or to other conversations; otherwise they raise UsageError. Raises DataError if
+    there is no pair.
     """
-    part = part_of(out)
+    conversations, part = data.conversations, partial_file(out)
     header = {
         "task": "own answers",
-        "conversations": hashlib.sha256(json.dumps(list(conversations)).encode()).hexdigest(),
+        "conversations": data.sha256(),
         "max_new_tokens": generation.max_new_tokens,
         "temperature": generation.temperature,
         "seed": generation.seed if generation.temperature else None,
         **identity,
     }
-    results = read_results(part, header, advice=f"choose another --out, or remove {part.name}")
-    remaining = [n for n in range(len(conversations)) if "answer" not in results.get(str(n), {})]
+    files = f"{part.name} and {out.name}" if out.exists() else part.name
+    discarded = 0
+    try:
+        earlier = read_results(part, header, advice=f"choose another --out, or remove {files}")
+    except UsageError:
+        if not replace:
+            raise
+        discarded = part.read_bytes().count(b"\n") - 1  # without the header
+        earlier = {}
+    results = {
+        name: result
+        for name, result in earlier.items()
+        if "error" not in result or result.get("permanent")
+    }
+    remaining = [n for n in range(len(conversations)) if str(n) not in results]
+    # Those that failed before come last: if they fail again, the others are answered.
+    remaining.sort(key=lambda n: str(n) in earlier)
     done = len(conversations) - len(remaining)
     with open_results(part, header, results.values()) as write:
         progress(done, len(conversations))
@@ -145,15 +195,16 @@ def write_pairs(
             progress(done, len(conversations))
     lines, counts = _pair(conversations, results)
     if not counts.pairs:
-        first = f" (the first: {counts.first_error})" if counts.failed else ""
+        first = f" (the first: {counts.first_error})" if counts.first_error else ""
         raise DataError(
-            f"no pairs from {len(conversations):,} conversations: {counts.failed:,} failed{first}, "
+            f"no pairs from {len(conversations):,} conversations: "
+            f"{counts.failed + counts.unanswerable:,} failed{first}, "
             f"{counts.equal:,} answers equal those of the data, {counts.empty:,} are empty"
         )
     write_atomically(out, "".join(lines))
     if not counts.failed:
         part.unlink()
-    return counts
+    return dataclasses.replace(counts, discarded=discarded)
 
 
 def _pair(
@@ -162,11 +213,12 @@ def _pair(
     """Return the pairs as lines of JSON, and the counts."""
     lines: list[str] = []
     errors: list[str] = []
-    equal = empty = cut = 0
+    equal = empty = cut = unanswerable = 0
     for number, messages in enumerate(conversations):
         result = results[str(number)]
         if "error" in result:
             errors.append(result["error"])
+            unanswerable += result.get("permanent", False)
         elif not (answer := result["answer"].rstrip(_CUT).strip()):
             empty += 1
         elif answer == messages[-1]["content"].strip():
@@ -176,5 +228,12 @@ def _pair(
             rejected = [*messages[:-1], {"role": "assistant", "content": answer}]
             pair = {"chosen": messages, "rejected": rejected}
             lines.append(json.dumps(pair, ensure_ascii=False) + "\n")
-    first_error = errors[0] if errors else ""
-    return lines, PairCounts(len(lines), equal, empty, len(errors), cut, first_error)
+    return lines, PairCounts(
+        len(lines),
+        equal,
+        empty,
+        failed=len(errors) - unanswerable,
+        unanswerable=unanswerable,
+        cut=cut,
+        first_error=errors[0] if errors else "",
+    )

@@ -13,7 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from minimind.errors import MinimindError, ServiceError, UsageError, install_line
+from minimind.errors import (
+    MinimindError,
+    RejectedRequestError,
+    ServiceError,
+    UsageError,
+    install_line,
+)
 from minimind.evaluation.tasks import Answer, GenerationConfig, format_error, map_concurrently
 from minimind.service_url import parse_service_url
 from minimind.tokenizer.chat import Message
@@ -27,6 +33,7 @@ MAX_CONNECTIONS = 8
 _RETRIES = 5  # per request, after rate limits, server errors and connection errors
 _TIMEOUT = 120.0  # seconds without data
 _CONNECT_TIMEOUT = 10.0  # seconds
+_REJECTED = (400, 413, 422)  # status codes of requests that are too long or invalid
 _MAX_TOKENS, _OLD_MAX_TOKENS = "max_completion_tokens", "max_tokens"
 
 
@@ -113,7 +120,7 @@ class Service:
             except self._openai.APIStatusError as error:
                 names = _rejected_parameters(settings, error)
                 # Never ask for an answer without a limit, which may take hours and is no result.
-                if error.status_code not in (400, 422) or not names or _OLD_MAX_TOKENS in names:
+                if error.status_code not in _REJECTED or not names or _OLD_MAX_TOKENS in names:
                     raise self._to_service_error(error) from None
                 rejected_now |= names
                 continue
@@ -197,9 +204,8 @@ class Service:
                 f"{self.url} rejects the API key or needs one; set {self._key_variable}"
             )
         if isinstance(error, self._openai.APIStatusError):
-            return ServiceError(
-                f"{self.url} returned status {error.status_code}: {_error_message(error)}"
-            )
+            kind = RejectedRequestError if error.status_code in _REJECTED else ServiceError
+            return kind(f"{self.url} returned status {error.status_code}: {_error_message(error)}")
         if isinstance(error, self._openai.APITimeoutError):
             return ServiceError(f"{self.url} did not respond within {_TIMEOUT:g} seconds")
         if isinstance(error, self._openai.APIConnectionError):

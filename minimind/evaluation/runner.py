@@ -47,7 +47,7 @@ def evaluate(
     results = {} if fresh else _earlier_results(task, path, header)
     done = {name: result for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()
-    with open_results(path, header, results.values()) as write:
+    with open_results(path, header, done.values()) as write:
         progress(before, len(task))
         for result in task.run(model, done):
             write(result)
@@ -143,11 +143,8 @@ def _parse_object(line: bytes) -> dict[str, Any]:
 def open_results(
     path: Path, header: Mapping[str, Any], previous: Iterable[Result] = ()
 ) -> Iterator[Callable[[Result], None]]:
-    """Rewrite a file of results and yield a function that appends one.
-
-    Previous results with errors are dropped, because their items are tried again.
-    """
-    lines = [header, *(result for result in previous if "error" not in result)]
+    """Write a file with the previous results, and yield a function that appends one."""
+    lines = [header, *previous]
     try:
         write_atomically(path, "".join(map(_to_line, lines)))
         file = path.open("ab")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from minimind.data.invalid import InvalidRecords
-from minimind.errors import MinimindError, UsageError
+from minimind.errors import MinimindError, RejectedRequestError, TokenizerError, UsageError
 from minimind.evaluation.encoding import PromptEncoder
 from minimind.evaluation.scoring import Row, Scorer
 from minimind.evaluation.statistics import wilson_interval
@@ -22,6 +22,8 @@ Result = dict[str, Any]
 Outcome = tuple[str, Result | Exception]  # item id, with the item's result or its error
 T = TypeVar("T")
 R = TypeVar("R")
+# Errors of one item, such as a prompt that exceeds the context: repeating it does not help.
+ITEM_ERRORS = (UsageError, TokenizerError, RejectedRequestError)
 MAX_CONSECUTIVE_ERRORS = 10  # after so many, the cause is the model or the service, not an item
 
 
@@ -124,12 +126,12 @@ def accuracy(correct: int, questions: int) -> dict[str, Any]:
 def to_results(outcomes: Iterable[Outcome]) -> Iterator[Result]:
     """Convert outcomes to results. Raises the last of MAX_CONSECUTIVE_ERRORS errors in a row.
 
-    A UsageError is not counted: it is about the item, such as a prompt that exceeds the context.
+    ITEM_ERRORS are not counted, and their results have "permanent": True.
     """
     consecutive_errors = 0
     for name, outcome in outcomes:
-        if isinstance(outcome, UsageError):
-            yield {"id": name, "error": format_error(outcome)}
+        if isinstance(outcome, ITEM_ERRORS):
+            yield {"id": name, "error": format_error(outcome), "permanent": True}
         elif isinstance(outcome, Exception):
             consecutive_errors += 1
             if consecutive_errors >= MAX_CONSECUTIVE_ERRORS:

@@ -101,12 +101,12 @@ class TransformersModel:
         Greedy decoding batches prompts of the same length; sampling answers one by one.
         """
         encoder = _TransformersEncoder(self._tokenizer, self.directory)
+        context = self.context or _max_context(self._model)
         prompts: dict[int, list[int]] = {}
         for index, messages in enumerate(conversations):
             try:
                 prompt = encoder.prompt(messages)
-                if self.context is not None:
-                    Request(prompt).check(self.context)
+                Request(prompt).check(context)
                 prompts[index] = prompt
             except MinimindError as error:
                 yield index, error
@@ -118,9 +118,7 @@ class TransformersModel:
             length = len(prompts[remaining[0]])
             batch = [i for i in remaining[:batch_size] if len(prompts[i]) == length]
             remaining = remaining[len(batch) :]
-            limit = generation.max_new_tokens
-            if self.context is not None:
-                limit = min(limit, self.context - length)
+            limit = min(generation.max_new_tokens, context - length)
             outputs = self._generate(
                 [prompts[i] for i in batch],
                 replace(generation, max_new_tokens=limit),

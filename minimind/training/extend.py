@@ -9,6 +9,7 @@ so that with warmup a longer run would have warmed up for more steps.
 A run can be shortened in its stable phase, as long as the decay of the shorter run is still ahead.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +47,7 @@ class Extension:
 
 
 def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | None:
-    """Plan `num_steps` steps for a run that was planned for others; None if that was its number.
+    """Plan to continue a run with `num_steps` steps; None if the run already has that number.
 
     Under WSD, the run continues from the newest checkpoint before the decay. With another schedule,
     or if no such checkpoint was kept, it continues from the newest one. Raises ConfigError for
@@ -87,12 +88,13 @@ def _check_shorter(run: Path, recipe: Recipe, num_steps: int, planned: int, newe
     change = f"training.steps was {recorded or planned} and is now {num_steps}"
     if stable is not None:
         change += (
-            f", but the newest checkpoint is of step {newest:,}, and the learning rate would have "
-            f"had to fall from step {stable:,} on"
+            f", but the newest checkpoint is at step {newest:,}, and with {num_steps:,} steps the "
+            f"decay of the learning rate begins at step {stable:,}"
         )
         lengths = range(num_steps, planned)
-        if enough := [n for n in lengths if (stable_steps(n, recipe.schedule) or 0) >= newest]:
-            change += f"; at least {enough[0]:,} steps are possible"
+        shortest = bisect_left(lengths, newest, key=lambda n: stable_steps(n, recipe.schedule) or 0)
+        if shortest < len(lengths):
+            change += f"; at least {lengths[shortest]:,} steps are possible"
     raise other_recipe_error(run, [change])
 
 

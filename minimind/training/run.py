@@ -18,9 +18,9 @@ from typing import Any
 
 from minimind.config import Role, difference, dump_recipe, load_recipe, role_of
 from minimind.config.settings import Recipe
+from minimind.data.input_files import would_match
 from minimind.errors import CheckpointError, ConfigError
 from minimind.files import read_json, write_atomically
-from minimind.paths import expand_user
 
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
@@ -128,11 +128,10 @@ def check_outside_data(run: Path, recipe: Recipe) -> None:
     """Raise ConfigError if the run is inside a folder of data, whose files are all read."""
     data = recipe.data
     for path in (each.path for each in (*data.sources, *data.validation, *data.retention)):
-        folder = expand_user(path)
-        if folder.is_dir() and run.resolve().is_relative_to(folder.resolve()):
+        if would_match(path, run.resolve() / "metrics.jsonl"):
             raise ConfigError(
-                f"{run} is inside the data folder {path}, so the files of the run would be read as "
-                "data. Choose another --out, or a subfolder that has only the data"
+                f"{run} is inside the data {path}, so the files of the run would be read as "
+                "data. Choose another --out, or data that excludes it"
             )
 
 

@@ -23,7 +23,8 @@ def test_pairs_of_a_model_are_trained_on(tokenizer: Tokenizer, tmp_path: Path) -
     count = len(out.read_text("utf-8").splitlines())
     assert f"{count} pairs from 6 conversations, in {out}; " in done.output
     assert "; 1 invalid record, the first: " in done.output
-    assert f"minimind dpo --model {model} --data {out} --out DIR" in done.output
+    dpo = f"minimind dpo dpo.loss=unlikelihood --model {model} --data {out} --out DIR"
+    assert dpo in done.output
     assert f"{count} answers cut off after 8 tokens" in done.output
     for file, message in (
         (out, f"--out {out} exists; choose another file, or remove it"),

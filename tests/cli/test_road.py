@@ -8,14 +8,16 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from minimind.cli import road_plan
+from minimind.cli import road, road_plan
 from minimind.cli.main import app
 from minimind.cli.road import stage_recipes
 from minimind.cli.road_results import last_adapter
+from minimind.config import Recipe
 from minimind.config.load import packaged_recipes
 from minimind.config.road import ROADS, load_road
 from minimind.data.registry import find
@@ -185,10 +187,43 @@ def test_a_road_is_interrupted_changed_resumed_and_repeated(folder: Path) -> Non
     assert "own-answers/dpo.jsonl" in (out / "dpo" / "recipe.toml").read_text("utf-8")
 
     times = modified(final)
+    pairs.unlink()  # of a finished stage: they are not needed any more
     again = run(folder, "tiny.toml").output
+    assert not pairs.exists()
     assert "--fresh discards the results and runs the road again" in again
     assert modified(final) == times
     assert again[again.index("Summary") :] == resumed[resumed.index("Summary") :]
+
+
+def test_pairs_of_a_road_are_kept_as_long_as_they_are_true(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = 'data = ["pairs.jsonl"]\nown_answers = ["chat.jsonl"]\nnum_own_answers = 6'
+    write_road(folder, ('data = ["pairs.jsonl@0.5"]', own))
+    pairs = folder / "out" / "tiny" / "own-answers" / "dpo.jsonl"
+
+    train_stage = road.train_stage
+
+    def stop_at_dpo(recipe: Recipe, tokens: int | None) -> Any:
+        if recipe.objective == "dpo":
+            raise KeyboardInterrupt
+        return train_stage(recipe, tokens)
+
+    monkeypatch.setattr(road, "train_stage", stop_at_dpo)
+    run(folder, "tiny.toml", status=130)
+    written = pairs.stat().st_mtime_ns
+    (folder / "chat.jsonl").touch()
+    run(folder, "tiny.toml", status=130)
+    assert pairs.stat().st_mtime_ns == written
+    write_road(folder, ('data = ["pairs.jsonl@0.5"]', own.replace("6", "7")))
+    assert "is replaced: " in run(folder, "tiny.toml", status=130).output
+    assert pairs.stat().st_mtime_ns != written
+    pairs.with_suffix(".json").unlink()
+    assert "no step of this road has written it" in error(folder, "tiny.toml")
+    assert pairs.is_file()
+    (folder / "out" / "tiny" / "dpo" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    pairs.unlink()
+    assert "the stage dpo has begun to train on it" in error(folder, "tiny.toml")
 
 
 def test_a_finished_road_is_changed_only_as_its_message_says(folder: Path) -> None:
@@ -274,6 +309,7 @@ def test_the_adapter_belongs_to_the_stage_that_it_started_from(folder: Path) -> 
         ),
         ('"dpo-small"', '"dpo-small"\nown_answers = ["no"]', "there is no such file or folder"),
         ('"dpo-small"', '"dpo-small"\nown_answers = ["text.jsonl"]', "no conversation that ends"),
+        ('"dpo-small"', '"dpo-small"\nown_answers = ["textbook:dialogues"]', "no such file"),
         ('"dpo-small"', '"dpo-small"\nnum_own_answers = 9', "num_own_answers needs own_answers"),
         ('"pretrain-small"', '"dpo-small"', "no stage before it pretrains one"),
         ('"dpo-small"', '"pretrain-small"', "but the stage sft has already done that"),

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from minimind.data.textbook import sample_quiz
-from minimind.errors import DataError, ServiceError
+from minimind.errors import (
+    DataError,
+    RejectedRequestError,
+    ServiceError,
+    TokenizerError,
+    UsageError,
+)
 from minimind.evaluation.catalogue import make_task
 from minimind.evaluation.models import LocalModel
 from minimind.evaluation.quiz import score_answers
@@ -105,6 +111,11 @@ def test_errors_are_results_until_too_many_in_a_row(tmp_path: Path) -> None:
     errors = [ServiceError("gone")] * 30
     with pytest.raises(ServiceError, match="gone"):
         list(task.run(FakeModel(*errors), {}))  # type: ignore[arg-type]
+    # Those of the items themselves do not stop the others.
+    for kind in (UsageError, TokenizerError, RejectedRequestError):
+        model = FakeModel(*[kind("too long")] * 29, "5")
+        results = list(task.run(model, {}))  # type: ignore[arg-type]
+        assert [r.get("permanent") for r in results] == [True] * 29 + [None]
 
 
 def test_the_quiz_has_the_questions_of_the_demo(local: LocalModel, varied_dir: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minimind.errors import ServiceError, UsageError
+from minimind.errors import RejectedRequestError, ServiceError, UsageError
 from minimind.evaluation.judge import Trial, judge, make_trials, verdicts
 from minimind.evaluation.open_ended import Prompt
 from minimind.tokenizer.chat import Message
@@ -267,3 +267,10 @@ def test_judging_stops_after_consecutive_errors(tmp_path: Path) -> None:
     metrics = judged(ask, {"a": lengths(1, 20), "b": lengths(2, 30)}, tmp_path / "j")
     assert (metrics["read"], metrics["failed"], metrics["first_error"]) == (0, 80, "no luck")
     assert len((tmp_path / "j").read_text("utf-8").splitlines()) == 11
+
+    def reject(messages: Sequence[Message]) -> str:
+        raise RejectedRequestError("too long")
+
+    metrics = judged(reject, {"a": lengths(1, 20), "b": lengths(2, 30)}, tmp_path / "k")
+    assert (metrics["failed"], metrics["first_error"]) == (80, "too long")
+    assert len((tmp_path / "k").read_text("utf-8").splitlines()) == 81

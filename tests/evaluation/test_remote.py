@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minimind.errors import ServiceError, UsageError
+from minimind.errors import RejectedRequestError, ServiceError, UsageError
 from minimind.evaluation import remote
 from minimind.evaluation.remote import Service
 from minimind.evaluation.tasks import Answer, GenerationConfig
@@ -97,6 +97,7 @@ def test_a_rejected_question_changes_no_later_request() -> None:
         long, flagged, answer = (
             answer for _, answer in sorted(service.answers(questions, generation))
         )
+        assert isinstance(long, RejectedRequestError)
         assert "too large: 9. This model's maximum context" in str(long)
         assert "Flagged: Which temperature?" in str(flagged)
         assert answer.text == "I am fine."

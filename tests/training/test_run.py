@@ -73,9 +73,10 @@ def test_a_run_in_a_folder_of_data_is_refused(
     folder.mkdir()
     shutil.copy(corpus / "text.jsonl", folder)
     run = folder / "out" / "small"
-    files = {f"data__{key}": [{"path": str(folder)}], "out": run}
-    message = refused(recipe(**files), ConfigError)
-    assert message.startswith(f"{run} is inside the data folder {folder}, so the files of the run")
+    for path in (str(folder), f"{tmp_path}/t*/**/*.jsonl"):
+        files = {f"data__{key}": [{"path": path}], "out": run}
+        message = refused(recipe(**files), ConfigError)
+        assert message.startswith(f"{run} is inside the data {path}, so the files of the run")
     assert [path.name for path in folder.iterdir()] == ["text.jsonl"]
 
 

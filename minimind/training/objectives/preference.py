@@ -9,11 +9,11 @@ difference d = r(chosen) - r(rejected), the loss of a pair is
 
 where r is a sum over the answer's tokens for sigmoid, and a mean for ipo and sigmoid_norm.
 
-    unlikelihood  -mean log p(token) + beta mean -log(1 - p(token))
+    unlikelihood  -mean log p(token) + weight mean -log(1 - p(token))
                                              Welleck et al. 2020, section 5.2
 
 where the first mean is over the chosen answer, and the second one over the tokens that end a
-repeated 4-gram of the rejected one; it is 0 if there are none.
+repeated 4-gram of the rejected one; it is 0 if there are none. weight: `dpo.unlikelihood_weight`.
 
 With label smoothing e, the sigmoid losses become (1 - e) times the loss of the pair plus e times
 the loss of the pair with its sides swapped (Mitchell 2023, "cDPO").
@@ -40,7 +40,8 @@ from minimind.training.objectives.balance import with_balance, without_balance
 from minimind.training.objectives.next_token import linear_cross_entropy
 
 _WARN_AFTER = 0.3  # fraction of the run
-_N = 4  # tokens of a repeated n-gram
+_NGRAM = 4  # tokens of a repeated n-gram
+_CERTAIN = 1e-6  # 1 - p below which rounding dominates
 _MIN_CHANGE = 0.01  # a loss within this fraction of its initial value has not changed
 _SIDE_SUMS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 _PAIR_MEANS = (*_SIDE_SUMS, "accuracy", "ranking_accuracy")
@@ -64,14 +65,15 @@ class Preference:
         settings, reference = self._settings, batch.pairs.reference  # [P, 2]
         routing = Routing() if model.config.num_local_experts else None
         answers = answer_tokens(model, batch, routing)
-        logps, lengths = answers.sums(answers.logps), answers.sums()  # [P, 2] each
+        logps, lengths = answers.sum_per_answer(answers.logps), answers.lengths()  # [P, 2] each
         log_ratios = logps - reference  # [P, 2]
         if settings.loss in ("ipo", "sigmoid_norm"):
             log_ratios = log_ratios / lengths
         # --8<-- [start:dpo]
         margins = log_ratios[:, 0] - log_ratios[:, 1]  # [P], d in the formulas above
         if settings.loss == "unlikelihood":
-            losses = settings.beta * answers.unlikelihood()[:, 1] - logps[:, 0] / lengths[:, 0]
+            weighted = settings.unlikelihood_weight * answers.unlikelihood()[:, 1]
+            losses = weighted - logps[:, 0] / lengths[:, 0]
         elif settings.loss == "ipo":
             losses = (margins - 1 / (2 * settings.beta)).square()
         else:
@@ -155,38 +157,42 @@ class AnswerTokens:
     answers: Tensor
     num_pairs: int
 
-    def sums(self, values: Tensor | None = None) -> Tensor:
-        """Return the sums of `values`, [N], over each answer, [P, 2]; without them, the counts.
-
-        Column 0 is the chosen answer, column 1 the rejected one.
-        """
+    def sum_per_answer(self, values: Tensor) -> Tensor:
+        """Return the sums of `values`, [N], over each answer, [P, 2]: chosen, rejected."""
         # --8<-- [start:answer-logps]
-        values = torch.ones_like(self.logps) if values is None else values
         zeros = values.new_zeros(2 * self.num_pairs)  # [2 P]
         return zeros.index_add(0, self.answers, values).view(-1, 2)
         # --8<-- [end:answer-logps]
 
+    def lengths(self) -> Tensor:
+        """Return the number of tokens of each answer, float32 [P, 2]."""
+        return self.sum_per_answer(torch.ones_like(self.logps))
+
     def unlikelihood(self) -> Tensor:
         """Return the mean of -log(1 - p) over the repeated tokens of each answer, [P, 2]."""
         repeated = self.repeated()  # [N]
-        # Bounded, because -log(1 - p) is infinite where p rounds to 1.
-        probabilities = self.logps.exp().clamp(max=1 - 1e-4)
-        losses = torch.where(repeated, -torch.log1p(-probabilities), 0.0)
-        return self.sums(losses) / self.sums(repeated.to(losses.dtype)).clamp(min=1)
+        # Continued linearly from 1 - p = _CERTAIN on: there -log(1 - p) is not exact, but the most
+        # certain repetitions need a gradient too.
+        bounded = self.logps.clamp(max=-_CERTAIN)
+        losses = (self.logps - bounded) / _CERTAIN - torch.log(-torch.expm1(bounded))
+        losses = torch.where(repeated, losses, 0.0)
+        return self.sum_per_answer(losses) / self.sum_per_answer(repeated.to(losses.dtype)).clamp(
+            min=1
+        )
 
     def repeated(self) -> Tensor:
         """Return which tokens end a 4-gram that occurred before in the same answer, bool [N]."""
         result = torch.zeros_like(self.labels, dtype=torch.bool)
-        if len(self.labels) < _N:
+        if len(self.labels) < _NGRAM:
             return result
-        rows = torch.stack([self.answers, self.labels], 1).unfold(0, _N, 1)  # [N - 3, 2, 4]
+        rows = torch.stack([self.answers, self.labels], 1).unfold(0, _NGRAM, 1)  # [N - 3, 2, 4]
         in_one_answer = (rows[:, 0] == rows[:, 0, :1]).all(1)
         grams = torch.cat([rows[:, 0, :1], rows[:, 1]], 1)  # [N - 3, 5]
         _, number = torch.unique(grams, dim=0, return_inverse=True)  # [N - 3]
         positions = torch.arange(len(number), device=number.device)
         first = positions.new_full((len(number),), len(number))
         first = first.scatter_reduce(0, number, positions, "amin")
-        result[_N - 1 :] = in_one_answer & (positions > first[number])
+        result[_NGRAM - 1 :] = in_one_answer & (positions > first[number])
         return result
 
 
@@ -212,4 +218,4 @@ def answer_logps(model: Transformer, batch: TensorBatch) -> tuple[Tensor, Tensor
     Column 0 is the chosen answer, column 1 the rejected one.
     """
     answers = answer_tokens(model, batch)
-    return answers.sums(answers.logps), answers.sums()
+    return answers.sum_per_answer(answers.logps), answers.lengths()

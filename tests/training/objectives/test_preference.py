@@ -21,7 +21,11 @@ from minimind.model import Transformer, save_model
 from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch, label_indices, to_device
 from minimind.training.objectives.next_token import linear_cross_entropy
-from minimind.training.objectives.preference import Preference, answer_logps
+from minimind.training.objectives.preference import (
+    AnswerTokens,
+    Preference,
+    answer_logps,
+)
 from tests.support.rounding import gradient_rounding, relative_difference, rounding
 from tests.support.small_runs import VOCAB, pair_shard
 
@@ -399,7 +403,7 @@ def test_unlikelihood_of_repeated_tokens(
     ours: Transformer, packed_pairs: Any, batch: TensorBatch
 ) -> None:
     """Value and gradient, against a loop over the tokens of each answer by itself."""
-    beta, losses, repetitions = 0.7, [], 0
+    weight, losses, repetitions = 0.7, [], 0
     sequences = packed_pairs(256)
     for index in range(len(sequences)):
         tokens, labels, segments = (torch.from_numpy(each) for each in sequences.sequence(index))
@@ -416,14 +420,16 @@ def test_unlikelihood_of_repeated_tokens(
                 if side == 0:
                     terms.append(-own.mean())
                 elif again:
-                    terms.append(-beta * torch.log1p(-own[again].exp()).mean())
+                    terms.append(-weight * torch.log1p(-own[again].exp()).mean())
                     repetitions += len(again)
             losses.append(sum(terms))
     assert repetitions == 3, "of 渤海。渤海。渤海。"
     parameters = list(ours.parameters())
     expected = sum(losses)
     assert isinstance(expected, Tensor)
-    output = Preference(DPOSettings(loss="unlikelihood", beta=beta)).loss(ours, batch)
+    output = Preference(DPOSettings(loss="unlikelihood", unlikelihood_weight=weight)).loss(
+        ours, batch
+    )
     tolerance = rounding_of(ours, batch)
     assert float(output.loss_sum.detach()) == pytest.approx(float(expected.detach()), rel=tolerance)
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
@@ -431,3 +437,17 @@ def test_unlikelihood_of_repeated_tokens(
     for ours_, theirs in zip(actual, gradients, strict=True):
         if theirs is not None and ours_ is not None:
             assert relative_difference(ours_, theirs) <= tolerance
+
+
+def test_certain_repetitions_have_a_gradient() -> None:
+    """Near p = 1 the gradient by the logit of the token is p, as everywhere."""
+    for distance in (1e-3, 1e-5, 1e-7):
+        margin = torch.tensor(-math.log(distance), requires_grad=True)
+        logp = -F.softplus(-margin)  # of the first of two tokens, p = sigmoid(margin)
+        logps = torch.cat([torch.full((7,), -1.0), logp[None]])
+        labels = torch.tensor([1, 2, 3, 4, 1, 2, 3, 4])
+        answers = AnswerTokens(logps, labels, torch.ones(8, dtype=torch.long), 1)
+        answers.unlikelihood()[0, 1].backward()
+        assert margin.grad is not None
+        expected = 1.0 if distance >= 1e-6 else distance / 1e-6
+        assert float(margin.grad) == pytest.approx(expected, rel=0.1)
