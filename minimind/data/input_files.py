@@ -73,9 +73,8 @@ def would_match(path: str, file: Path) -> bool:
     """
     root = expand_user(path)
     resolved = Path(os.path.realpath(root))
-    if root.is_dir():
-        return _matches(file.parts, (*resolved.parts, "**"))
-    return glob.has_magic(str(root)) and _matches(file.parts, resolved.parts)
+    below = ("**",) if root.is_dir() else ()
+    return _matches(file.parts, (*resolved.parts, *below))
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:

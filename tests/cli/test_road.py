@@ -199,7 +199,9 @@ def test_pairs_of_a_road_are_kept_as_long_as_they_are_true(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = 'data = ["pairs.jsonl"]\nown_answers = ["chat.jsonl"]\nnum_own_answers = 6'
-    write_road(folder, ('data = ["pairs.jsonl@0.5"]', own))
+    sft = ROAD[ROAD.index("[stages.sft]") : ROAD.index("[stages.dpo]")]
+    trained = (sft, sft.replace("steps = 2", "steps = 60"))  # gives answers
+    write_road(folder, trained, ('data = ["pairs.jsonl@0.5"]', own))
     pairs = folder / "out" / "tiny" / "own-answers" / "dpo.jsonl"
 
     train_stage = road.train_stage
@@ -215,7 +217,7 @@ def test_pairs_of_a_road_are_kept_as_long_as_they_are_true(
     (folder / "chat.jsonl").touch()
     run(folder, "tiny.toml", status=130)
     assert pairs.stat().st_mtime_ns == written
-    write_road(folder, ('data = ["pairs.jsonl@0.5"]', own.replace("6", "7")))
+    write_road(folder, trained, ('data = ["pairs.jsonl@0.5"]', own.replace("6", "7")))
     assert "is replaced: " in run(folder, "tiny.toml", status=130).output
     assert pairs.stat().st_mtime_ns != written
     pairs.with_suffix(".json").unlink()

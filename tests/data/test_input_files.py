@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.data.input_files import list_files
+from minimind.data.input_files import list_files, would_match
 from minimind.errors import DataError
 from tests.support.data_files import records_of
 
@@ -23,6 +23,34 @@ def test_folders_and_globs_list_supported_files(tmp_path: Path) -> None:
     assert list_files(f"{here}/a/d.md") == [tmp_path / "a/d.md"]  # reading it gives the error
     (tmp_path / "x[1].jsonl").write_text("x")
     assert list_files(f"{here}/x[1].jsonl") == [tmp_path / "x[1].jsonl"]
+
+
+def test_files_that_a_path_would_match(tmp_path: Path) -> None:
+    """The same as those that it matches once they exist."""
+    files = [
+        tmp_path / name
+        for name in (
+            "b.jsonl",
+            "a/c.jsonl",
+            "a/d/e.jsonl",
+            "a/.f/g.jsonl",
+            ".h/i.jsonl",
+            "[j]/k.txt",
+        )
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    here = str(tmp_path)
+    paths = (here, f"{here}/a", f"{here}/*", f"{here}/*/*", f"{here}/**", f"{here}/**/*.jsonl")
+    paths += (f"{here}/a/**/e*", f"{here}/[ab]/?.jsonl", f"{here}/[[]j]/*", f"{here}/.*/*.jsonl")
+    for path in (*paths, f"{here}/b.jsonl", f"{here}/[j]/*"):
+        listed = list_files(path)
+        assert [file for file in files if would_match(path, file)] == sorted(
+            listed, key=files.index
+        ), path
+    assert not would_match("minimind:dpo", files[0])
+    assert not would_match(f"{here}/none", files[0])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")

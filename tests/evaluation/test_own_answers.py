@@ -183,7 +183,8 @@ def test_answers_of_another_model_are_replaced_on_request(tmp_path: Path) -> Non
         other, questions, out, generation=GREEDY, identity={"model": "2"}, replace=True
     )
     assert (counts.pairs, counts.discarded, other.asked) == (2, 2, 2)
-    assert [json.loads(line)["rejected"][-1]["content"] for line in out.open()] == ["二", "三"]
+    lines = map(json.loads, out.read_text("utf-8").splitlines())
+    assert [line["rejected"][-1]["content"] for line in lines] == ["二", "三"]
 
 
 def test_those_that_failed_are_asked_last(tmp_path: Path) -> None:
