@@ -46,9 +46,11 @@ def show_plan(road: "Road", recipes: "Mapping[str, Recipe]") -> None:
     known = [time for time in seconds.values() if time is not None]
     if known and len(known) == len(seconds):
         device = next(iter(recipes.values())).device
+        has_own_answers = any(stage.own_answers for stage in road.stages.values())
         console.say(
             f"Training takes about {duration(sum(known))} on {device}, at {rate:,.0f} tokens/s "
             "in pretraining. Tokens are estimated from the size of the data"
+            + "; the time for own answers is not included" * has_own_answers
         )
 
 

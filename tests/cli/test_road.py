@@ -378,7 +378,9 @@ def test_dry_run_lists_steps_and_time(folder: Path, monkeypatch: pytest.MonkeyPa
     assert "quiz" not in run(folder, "quiz.toml", "--dry-run").output
     dpo = 'own_answers = ["chat.jsonl"]\nrecipe = "dpo-small"\n'
     write_road(folder, ('recipe = "dpo-small"\ndata = ["pairs.jsonl@0.5"]', dpo))
-    assert "Training takes about" in run(folder, "tiny.toml", "--dry-run").output
+    output = run(folder, "tiny.toml", "--dry-run").output
+    assert "Training takes about" in output
+    assert "the time for own answers is not included" in " ".join(output.split())
     assert not (folder / "out").exists()
 
 
