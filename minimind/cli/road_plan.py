@@ -50,7 +50,8 @@ def show_plan(road: "Road", recipes: "Mapping[str, Recipe]") -> None:
         console.say(
             f"Training takes about {duration(sum(known))} on {device}, at {rate:,.0f} tokens/s "
             "in pretraining. Tokens are estimated from the size of the data"
-            + "; the time for own answers is not included" * has_own_answers
+            + "; the time for own answers is not included"
+            * has_own_answers
         )
 
 

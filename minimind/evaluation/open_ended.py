@@ -14,7 +14,7 @@ from minimind.data.messages import Fields, read_turns, role_of
 from minimind.data.read import read_objects
 from minimind.data.schemas import TURNS
 from minimind.data.textbook import DEMO_QUESTIONS
-from minimind.errors import DataError, UsageError
+from minimind.errors import DataError
 from minimind.evaluation.degeneration import AnsweredQuestion, measure, summarize
 from minimind.evaluation.tasks import (
     GenerationConfig,
@@ -217,7 +217,7 @@ class OpenEndedTask:
                 if len(prompt.after) != turn:
                     continue
                 if missing := [name for name in prompt.after if name not in texts]:
-                    yield prompt.id, UsageError(f"the message before it, {missing[0]}, failed")
+                    yield prompt.id, {"error": f"the message before it, {missing[0]}, failed"}
                 else:
                     prompts.append(prompt)
             conversations = [self._conversation(prompt, texts) for prompt in prompts]

@@ -113,7 +113,7 @@ def test_errors_are_results_until_too_many_in_a_row(tmp_path: Path) -> None:
         list(task.run(FakeModel(*errors), {}))  # type: ignore[arg-type]
     # Those of the items themselves do not stop the others.
     for kind in (UsageError, TokenizerError, RejectedRequestError):
-        model = FakeModel(*[kind("too long")] * 29, "5")
+        model = FakeModel("5", *[kind("too long")] * 29)
         results = list(task.run(model, {}))  # type: ignore[arg-type]
         assert [r.get("permanent") for r in results] == [True] * 29 + [None]
 

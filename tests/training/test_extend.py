@@ -141,7 +141,7 @@ def test_a_run_is_shortened_before_its_decay(recipe: MakeRecipe, run: Path, tmp_
     lines = log.read_text("utf-8").splitlines()
     log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= 10))
     message = refused(recipe(**settings, training__steps=11), ConfigError)
-    assert "training.steps was 20 and is now 11, but the newest checkpoint is of step 10" in message
+    assert "training.steps was 20 and is now 11, but the newest checkpoint is at step 10" in message
     shortest = int(re.search(r"at least (\d+) steps are possible", message)[1])  # type: ignore[index]
     assert (stable_steps(shortest, recipe(**WSD).schedule) or 0) >= 10
     assert (stable_steps(shortest - 1, recipe(**WSD).schedule) or 0) < 10

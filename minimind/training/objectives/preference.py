@@ -173,8 +173,8 @@ class AnswerTokens:
         repeated = self.repeated()  # [N]
         # Continued linearly from 1 - p = _CERTAIN on: there -log(1 - p) is not exact, but the most
         # certain repetitions need a gradient too.
-        bounded = self.logps.clamp(max=-_CERTAIN)
-        losses = (self.logps - bounded) / _CERTAIN - torch.log(-torch.expm1(bounded))
+        linear = (self.logps.clamp(min=-_CERTAIN) + _CERTAIN) / _CERTAIN
+        losses = linear - torch.log(-torch.expm1(self.logps.clamp(max=-_CERTAIN)))
         losses = torch.where(repeated, losses, 0.0)
         return self.sum_per_answer(losses) / self.sum_per_answer(repeated.to(losses.dtype)).clamp(
             min=1
