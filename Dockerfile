@@ -19,6 +19,6 @@ RUN useradd --create-home --uid 1000 minimind && mkdir /data && chmod 1777 /data
 USER minimind
 WORKDIR /data
 ENV MINIMIND_CACHE=/data/.cache
-EXPOSE 8000 8501
+EXPOSE 8000
 ENTRYPOINT ["minimind"]
 CMD ["--help"]

@@ -148,7 +148,7 @@ class Model:
         prompt: str,
         *,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
         **sampling: float,
     ) -> str: ...
@@ -159,7 +159,7 @@ class Model:
         prompt: list[str] | tuple[str, ...],
         *,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
         **sampling: float,
     ) -> list[str]: ...
@@ -169,14 +169,14 @@ class Model:
         prompt: str | list[str] | tuple[str, ...],
         *,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
         **sampling: float,
     ) -> str | list[str]:
         """Return the continuation of each prompt; several prompts are decoded as one batch.
 
-        Prompts are plain text, without the chat format. stop: strings that end a continuation and
-        are not part of it. sampling: as in `chat`. Raises UsageError.
+        Prompts are plain text, without the chat format. stop: one or more strings that end a
+        continuation and are not part of it. sampling: as in `chat`. Raises UsageError.
         """
         if isinstance(prompt, str):
             [text] = self.generate(
@@ -188,7 +188,7 @@ class Model:
                 self.tokenizer.text_start + self.tokenizer.encode(text),
                 self._sampling(sampling),
                 self._max_new_tokens(max_new_tokens),
-                stop=tuple(stop),
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
                 stop_ids=frozenset(self.tokenizer.stop_ids),
                 seed=seed,
             )

@@ -101,6 +101,8 @@ def test_prompts_of_a_batch_are_continued_as_single_ones(model: minimind.Model) 
     stop = text.strip("\ufffd")[0]
     cut = model.generate(prompt, temperature=0, max_new_tokens=10, stop=[stop])
     assert cut == text.partition(stop)[0]
+    both = model.generate(prompt, temperature=0, max_new_tokens=10, stop=text[:2])
+    assert both == text.partition(text[:2])[0], "one string, not its characters"
     sampled = {model.generate("长江是", seed=7, temperature=2.0, max_new_tokens=8) for _ in "ab"}
     assert len(sampled) == 1
 

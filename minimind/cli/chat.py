@@ -165,7 +165,7 @@ def _remote_model(
 
     client = Client(url, os.environ.get(KEY_VARIABLE))
     models = {model.name: model for model in client.models()}
-    name = next(iter(models), "") if requested is None else str(requested)
+    name = next(iter(models), "") if requested is None else requested.as_posix()
     if name not in models:
         raise UsageError(f"{client.url} has no model {name}; it has: {', '.join(models) or 'none'}")
     model = models[name]

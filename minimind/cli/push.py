@@ -49,6 +49,10 @@ def push(
     for conflict in card.conflicts:
         console.say(f"licence: {conflict}")
     if preview:
+        if taken := [name for name in card.files if (preview / name).exists()]:
+            raise UsageError(
+                f"{preview / taken[0]} already exists; delete it or choose another DIR"
+            )
         for name, text in card.files.items():
             write_atomically(preview / name, text)
         console.say(f"The model card: {preview / 'README.md'}. Nothing was sent.")

@@ -67,7 +67,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP with OpenAI's API. API documentation is at /docs."""
     from minimind.serving import server
-    from minimind.serving.auth import check_exposure
+    from minimind.serving.auth import check_exposure, normalized_origin
     from minimind.serving.limits import Limits
     from minimind.serving.logs import log_to_stderr
     from minimind.serving.models import find_adapters, find_models, load_models
@@ -75,6 +75,7 @@ def serve(
 
     keys = api_key or [key for key in [os.environ.get(KEY_VARIABLE, "")] if key]
     check_exposure(host, keys)
+    origins = [normalized_origin(origin) for origin in cors or []]
     context = validated_context(context, rope_scaling)
     sources = find_models(models)
     sources |= find_adapters(adapter or [], sources)
@@ -92,6 +93,7 @@ def serve(
             context=context,
             rope_scaling=rope_scaling,
         )
+        server.listen(sockets)
         for name in served:
             print(f"{name}: {server.url_of(sockets)}/v1", flush=True)
         for name, model in served.items():
@@ -99,5 +101,5 @@ def serve(
             print(f"{name}: {model.engine.model.invariance_note}", flush=True)
         server.prioritize_event_loop()
         limits = Limits(queue=queue)
-        running = server.Server(served, keys=keys, origins=cors or [], limits=limits)
+        running = server.Server(served, keys=keys, origins=origins, limits=limits)
         raise SystemExit(running.serve_at(sockets))

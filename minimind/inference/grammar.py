@@ -29,6 +29,7 @@ MAX_DEPTH = 64  # nested objects and arrays; parsers have limits between 100 and
 # Without a bound some models generate whitespace up to the token limit.
 _OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
 _LIMITS = LLParserLimits(verbose_errors=False)
+_TOO_COMPLEX = "it is too complex: compiling it takes too long or too much memory"
 _POOL = ThreadPoolExecutor(4, "minimind-grammar")  # llguidance releases the GIL
 
 
@@ -52,7 +53,11 @@ class GrammarCompiler:
             text = LLMatcher.grammar_from_json_schema(dict(schema), overrides=_OPTIONS)
         except ValueError as error:
             raise UsageError(_one_line(str(error))) from None
-        if schema is not ANY_OBJECT and (reason := _unsupported_reason(text)):
+        try:
+            reason = "" if schema is ANY_OBJECT else _unsupported_reason(text)
+        except subprocess.SubprocessError:
+            reason = _TOO_COMPLEX
+        if reason:
             raise UsageError(_one_line(reason))
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
@@ -128,14 +133,20 @@ class GrammarConstraint:
 
 @lru_cache(256)
 def _unsupported_reason(grammar: str) -> str:
-    """Return why a grammar cannot be used, or an empty string; see `grammar_check`."""
+    """Return why a grammar cannot be used, or an empty string; see `grammar_check`.
+
+    Raises SubprocessError, which is not cached, when the machine may have been too busy or short of
+    memory for the check.
+    """
     command = [sys.executable, "-m", "minimind.inference.grammar_check"]
     try:
         done = subprocess.run(
             command, input=grammar.encode(), capture_output=True, timeout=CHECK_SECONDS, check=True
         )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-        return "it is too complex: compiling it takes too long or too much memory"
+    except subprocess.CalledProcessError as error:
+        if error.returncode == -9:  # SIGKILL, such as from the kernel when memory runs out
+            raise
+        return _TOO_COMPLEX
     return done.stdout.decode()
 
 

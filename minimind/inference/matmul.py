@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.errors import UsageError
+
 T = TypeVar("T")
 Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # see `BatchedModel._attend`
@@ -50,11 +52,16 @@ class Packer:
     """Packs weights into products that are batch-invariant where the processor allows it.
 
     threads: CPU threads of the thread that will call the products. On a GPU products are not
-    batch-invariant.
+    batch-invariant, and weights are not quantized: there int8 raises UsageError.
     """
 
     def __init__(self, device: torch.device, *, int8: bool, threads: int) -> None:
-        self._int8 = int8 and device.type == "cpu"
+        if int8 and device.type != "cpu":
+            raise UsageError(
+                f"8-bit weights (int8) are for the CPU, and the device is {device}; choose the "
+                "device cpu, or leave int8 out"
+            )
+        self._int8 = int8
         self._on_cpu, self._threads = device.type == "cpu", threads
         self.ranges: list[RowRange | None] = []  # of each product so far; None = no range agrees
 

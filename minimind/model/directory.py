@@ -36,8 +36,9 @@ def resolve_model_directory(path: Path) -> Path:
         if (directory / "adapter_config.json").is_file():
             adapter = shell_words("--adapter", path)
             raise ModelError(
-                f"{path} holds a LoRA adapter but no model: give its base model together with "
-                f"{adapter}, or merge both with `minimind merge MODEL {adapter} --out DIR`"
+                f"{path} holds a LoRA adapter but no model: merge it into its base model with "
+                f"`minimind merge MODEL {adapter} --out DIR`. Commands with the option --adapter "
+                f"also accept the base model together with {adapter}"
             )
     if (path / "checkpoints").is_dir():
         raise ModelError(

@@ -200,7 +200,11 @@ def create_app(
     app = APIKeyMiddleware(app, keys=keys)
     if origins:
         app = CORSMiddleware(
-            app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["minimind-left-out", "retry-after", "x-request-id"],
         )
     return ObserveMiddleware(app, metrics=service.metrics)
 

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -30,6 +31,21 @@ def check_exposure(host: str, keys: Sequence[str]) -> None:
             f"--host {host} makes the service reachable from other machines, which requires an API "
             f"key: set the environment variable {KEY_VARIABLE}, or pass --api-key KEY"
         )
+
+
+def normalized_origin(origin: str) -> str:
+    """Return an origin as browsers send it, or "*". Raises UsageError for what no browser sends."""
+    if origin == "*":
+        return origin
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/?#@\s:]+|\[[^]]+\])(:\d+)?/?", origin.lower())
+    if match is None:
+        raise UsageError(
+            f"--cors {origin} is not an origin, such as https://example.com or "
+            "http://localhost:3000; * allows all"
+        )
+    scheme, host, port = match.groups()
+    is_default = port == {"http": ":80", "https": ":443"}.get(scheme)
+    return f"{scheme}://{host}" + (port or "") * (not is_default)
 
 
 def is_loopback(host: str) -> bool:
@@ -87,7 +103,8 @@ def _check_host(headers: Headers) -> APIError | None:
         return None
     return APIError(
         "host_not_allowed",
-        "This service has no API key and therefore accepts only requests to localhost.",
+        "This service has no API key and therefore accepts only requests to localhost. To reach "
+        f"it by another name, start it with an API key in {KEY_VARIABLE}.",
     )
 
 

@@ -50,11 +50,24 @@ def bind(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for bound in sockets:
             bound.close()
-        raise ResourceError(
-            f"cannot listen at {host}, port {port}: {error.strerror or error}. "
-            "Choose another --port, or stop the program that uses it"
-        ) from error
+        raise _cannot_listen(host, port, error) from error
     return sockets
+
+
+def listen(sockets: Sequence[socket.socket]) -> None:
+    """Accept connections. Raises ResourceError: another program may have bound the port as well."""
+    for bound in sockets:
+        try:
+            bound.listen()
+        except OSError as error:
+            raise _cannot_listen(*bound.getsockname()[:2], error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"cannot listen at {host}, port {port}: {error.strerror or error}. "
+        "Choose another --port, or stop the program that uses it"
+    )
 
 
 def _bound_socket(entry: Any, port: int, *, is_only: bool) -> socket.socket:

@@ -209,6 +209,7 @@ class Page:
         )
         if st.button(self.text("delete"), icon=":material/delete:", width="stretch"):
             self.store.delete(conversation.id)
+            st.session_state.pop("new", None)  # perhaps the same conversation
             self._set_address(None)
             st.rerun()
 

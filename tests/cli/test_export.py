@@ -63,7 +63,7 @@ def test_tensors_in_another_type_are_reported(tokenizer: Tokenizer, tmp_path: Pa
     ("arguments", "message"),
     [
         (("gguf", "nowhere"), "nowhere: there is no such directory"),
-        (("gguf", "lora"), "lora holds a LoRA adapter but no model: give its base model together"),
+        (("gguf", "lora"), "lora holds a LoRA adapter but no model: merge it into its base model"),
         (("gguf", "run", "--type", "q9"), "unknown GGUF type 'q9'; known: f32, f16"),
         (("gguf", "run", "--adapter-only"), "--adapter-only needs --adapter DIR"),
         (("gguf", "run", "--adapter", "run"), "is not a LoRA adapter"),

@@ -122,3 +122,7 @@ def test_preview_writes_the_card_only(run_folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "Nothing was sent." in done.output
     assert (tmp_path / "card" / "README.md").is_file()
     assert list((tmp_path / "card" / "plots").glob("*.svg"))
+    (tmp_path / "card" / "README.md").write_text("mine", "utf-8")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "README.md already exists; delete it or choose" in done.output
+    assert (tmp_path / "card" / "README.md").read_text("utf-8") == "mine"

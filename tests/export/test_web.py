@@ -246,6 +246,14 @@ def test_stop_new_chat_and_a_full_context(driver: Any, host: Host) -> None:
     page["send"].click()
     page.wait(lambda: "longer than the model's context" in page["status"].text)
     assert page["input"].get_property("value").startswith("c c c")
+    # The same while the next message is being typed: that one stays in the field.
+    count = len(page.texts(".message"))
+    script = "document.getElementById('send').click(); document.getElementById('input').value = '1'"
+    driver.execute_script(script)
+    page.wait(lambda: len(page.texts(".message")) == count and page["send"].is_displayed())
+    assert page["input"].get_property("value") == "1"
+    page["send"].click()
+    page.wait(lambda: len(page.texts(".message")) == count + 2 and page.texts(".message")[-1])
     page["new-chat"].click()
     assert page.texts(".message") == page.texts(".note") == []
     page.set(input="")

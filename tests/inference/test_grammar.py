@@ -201,6 +201,16 @@ def _chain(length: int) -> dict[str, Any]:
     return {"$defs": links, "$ref": "#/$defs/0"}
 
 
+def test_a_slow_check_is_repeated(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine may have been busy."""
+    compiler, schema = GrammarCompiler(tokenizer), {"const": "a slow check is repeated"}
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_module, "CHECK_SECONDS", 1e-3)
+        with pytest.raises(UsageError, match="too complex"):
+            compiler.compile(schema)
+    assert compiler.compile(schema)
+
+
 def test_a_schema_that_crashes_the_compiler_is_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.errors import UsageError
 from minimind.inference import matmul
 from minimind.inference.matmul import (
     Linear,
@@ -167,3 +168,8 @@ def test_weights_that_onednn_cannot_pack_are_used_as_they_are() -> None:
     assert not can_pack(torch.float64)
     weight, x = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
     assert torch.equal(matmul._pack_weight(weight)(x), F.linear(x, weight))
+
+
+def test_int8_is_refused_off_the_cpu() -> None:
+    with pytest.raises(UsageError, match=r"int8.* the device is meta"):
+        Packer(torch.device("meta"), int8=True, threads=1)

@@ -1,3 +1,4 @@
+import asyncio
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -10,8 +11,10 @@ from openai import AuthenticationError, OpenAI
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
-from minimind.errors import UsageError
-from minimind.serving.auth import check_exposure, is_loopback
+from minimind.errors import ResourceError, UsageError
+from minimind.serving import server
+from minimind.serving.app import Service, create_app
+from minimind.serving.auth import check_exposure, is_loopback, normalized_origin
 
 KEY = "key-of-the-tests"
 
@@ -144,3 +147,53 @@ def test_cross_origin_requests_are_not_allowed_by_default(process: Any, models_d
     assert [answer.status_code for answer in answers] == [200, 405, 400]
     assert "content-type: application/json" in answers[-1].json()["error"]["message"]
     assert not any("access-control-allow-origin" in answer.headers for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("*", "*"),
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("https://Example.com:443", "https://example.com"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("app://obsidian.md", "app://obsidian.md"),
+    ],
+)
+def test_origins_are_those_that_browsers_send(given: str, origin: str) -> None:
+    assert normalized_origin(given) == origin
+
+
+@pytest.mark.parametrize("given", ["localhost:3000", "example.com", "https://a.b/c", "http://", ""])
+def test_what_is_no_origin_is_refused(given: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["serve", str(tmp_path), f"--cors={given}"])
+    assert done.exit_code == 1
+    assert f"error: --cors {given} is not an origin" in done.output
+
+
+def test_pages_of_an_allowed_origin_may_read_our_headers() -> None:
+    origin = "http://localhost:3000"
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(Service({}), origins=[origin]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/health", headers={"origin": origin})
+
+    headers = asyncio.run(ask()).headers
+    assert headers["access-control-allow-origin"] == origin
+    exposed = headers["access-control-expose-headers"].split(", ")
+    assert {"minimind-left-out", "retry-after", "x-request-id"} == set(exposed)
+
+
+def test_a_port_that_another_service_took_during_loading() -> None:
+    """On Linux, two sockets may be bound to one port as long as neither listens."""
+    first = server.bind("127.0.0.1", 0)
+    port = first[0].getsockname()[1]
+    second = []
+    try:
+        with pytest.raises(ResourceError, match=f"cannot listen at 127.0.0.1, port {port}"):
+            second = server.bind("127.0.0.1", port)
+            server.listen(first)
+            server.listen(second)
+    finally:
+        for bound in (*first, *second):
+            bound.close()

@@ -32,6 +32,20 @@ def test_answers_survive_a_reload(url: str, browser: Browser, store: Store) -> N
     browser.wait(lambda: len(browser.messages()) == 4)
 
 
+def test_a_deleted_conversation_is_gone(url: str, browser: Browser, store: Store) -> None:
+    browser.open(url)
+    browser.ask("长江有多长？")
+    browser.wait_until_finished()
+    browser.wait(lambda: len(browser.messages()) == 2)
+    next(b for b in browser.find("button") if "Delete" in b.text).click()
+    browser.wait(lambda: not browser.messages())
+    assert store.ids() == []
+    browser.ask("然后呢？")
+    browser.wait_until_finished()
+    browser.wait(lambda: len(browser.messages()) == 2)
+    assert browser.messages()[0] == "然后呢？"
+
+
 def saved_in(store: Store) -> list[Conversation]:
     found = [store.load(id) for id in store.ids()]
     return [conversation for conversation in found if conversation]

@@ -13,7 +13,7 @@ const TEXTS = {
     loading: (percent) => `正在加载模型：${percent}%`, starting: () => "正在启动……",
     ready: (type, mb) => `${type} · ${mb} MB · 在本机运行`,
     rate: (tokens, rate) => `${tokens} 个词元 · 每秒 ${rate} 个`,
-    cut: "已达到长度上限", stopped: "已停止", dropped: (n) => `上下文已满，略去了最早的 ${n} 条消息`,
+    cut: "已达到长度上限", stopped: "已停止", empty: "模型没有给出回答。", dropped: (n) => `上下文已满，略去了最早的 ${n} 条消息`,
     tooLong: "这条消息超过了模型的上下文长度，请缩短后重发。", failed: (reason) => `出错了：${reason}`,
   },
   en: {
@@ -28,7 +28,7 @@ const TEXTS = {
     loading: (percent) => `Loading the model: ${percent}%`, starting: () => "Starting…",
     ready: (type, mb) => `${type} · ${mb} MB · on this device`,
     rate: (tokens, rate) => `${tokens} tokens · ${rate} tokens/s`,
-    cut: "length limit reached", stopped: "stopped",
+    cut: "length limit reached", stopped: "stopped", empty: "The model gave no answer.",
     dropped: (n) => `context full: left out the ${n} oldest messages`,
     tooLong: "This message is longer than the model's context. Shorten it and send it again.",
     failed: (reason) => `Error: ${reason}`,
@@ -209,10 +209,12 @@ async function answer() {
   setBusy(false);
   if (conversation !== messages) return;
   element.classList.remove("busy");
-  if (reason === "failed" && !content) {  // the question goes back into the field
+  if (!content.trim()) {  // the question goes back into the field, unless it has another one
+    const question = conversation.pop().content;
+    $("input").value ||= question;
     element.previousElementSibling.remove();
     element.remove();
-    $("input").value ||= conversation.pop().content;
+    if (reason !== "failed") showStatus(reason === "stopped" ? "stopped" : "empty");
     return;
   }
   conversation.push({ role: "assistant", content });
