@@ -16,8 +16,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
-# Of pytest: one more than there are cores, since some tests wait for other processes.
-WORKERS := $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
 
 # Modules are compiled once, whatever the shell says: the tests start many processes.
 export PYTHONDONTWRITEBYTECODE :=
@@ -32,7 +30,7 @@ test: $(READY)
 	$(MAKE) --jobs 4 style types tests tests-avx2
 
 tests: $(READY)
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 # As on another processor: the tests whose kernels depend on it most.
 tests-avx2: $(READY)

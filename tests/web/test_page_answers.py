@@ -14,7 +14,8 @@ def test_a_streaming_answer_can_be_stopped(url: str, browser: Browser, store: St
     browser.open(f"{url}&c={talk.id}")
     browser.wait(lambda: len(browser.messages()) == 2)
     browser.ask("说长一点")
-    browser.wait(lambda: len(browser.messages()) == 4 and browser.messages()[3])
+    begun = browser.wait(lambda: len(browser.messages()) == 4 and browser.messages()[3])
+    browser.wait(lambda: len(browser.messages()[3]) > len(begun))  # tokens have arrived
     browser.press('[class*="st-key-stop-"]')
     browser.wait_until_finished()
     browser.wait(lambda: "stopped" in browser.messages()[-1])
