@@ -80,11 +80,11 @@ def demo(
         preset = "demo-moe"
     recipes = stage_recipes(preset, str(chosen), out)
     folders = ("corpus", "stores", *_STAGES)
-    check_results(out, folders, fresh=fresh)
+    check_results(out, "demo", folders, fresh=fresh)
     if fresh:
         remove_results(out, folders)
     out.mkdir(parents=True, exist_ok=True)
-    with timed(out) as total_seconds:
+    with timed(out, "demo") as total_seconds:
         summary = _run_steps(out, recipes, total_seconds)
     make_report([out]).write(out / "report.html")
     show_results(out, summary)

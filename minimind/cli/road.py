@@ -80,14 +80,14 @@ def road(
     if previous and not fresh:
         _check_changes(out, previous, settings)
     names = [*recipes, *(previous.stages if previous else ()), "eval", OWN_ANSWERS]
-    check_results(out, names, fresh=fresh)
+    check_results(out, "road", names, fresh=fresh)
     _check_inputs(settings, recipes, yes)
     if fresh:
         remove_results(out, names, [_ROAD_FILE])
     elif previous and _answers_change(previous, settings):
         (out / "summary.json").unlink(missing_ok=True)
     console.write_json(out / _ROAD_FILE, settings.model_dump())
-    with timed(out) as total_seconds:
+    with timed(out, "road") as total_seconds:
         passed, summary = _run(settings, out, recipes, total_seconds)
     make_report([out]).write(out / "report.html")
     show_results(out, summary, recipes)

@@ -153,6 +153,10 @@ def _finish(
         for kind, fits in report.metrics.get("fits", {}).items():
             for axis, fit in fits.items():
                 console.say(f"{kind}, loss by {axis}: {_scaling_law(fit)}")
+        others = {path.parent.name for path in out.glob("*/recipe.toml")} - {*settings}
+        if others := others - {*outcomes.failed}:
+            count = console.pluralize(len(others), "run")
+            console.say(f"{out} also has {count} of other sweeps, which the report leaves out")
         console.say(f"Report with all curves: {out / 'report.html'}")
     for line in describe_failures(outcomes.failed, len(settings)):
         console.say(f"failed: {line}")

@@ -356,6 +356,16 @@ def test_folders_of_others_are_neither_removed_nor_used(
     ]
 
 
+def test_results_of_a_demo_are_neither_removed_nor_used(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "time.json").write_text('{"command": "demo", "seconds": 1.0}')
+    for options in ([], ["--fresh"]):
+        assert error(folder, "tiny.toml", "--out", "out", *options) == (
+            "error: out holds the results of `minimind demo`; choose another --out"
+        )
+    assert [path.name for path in (folder / "out").iterdir()] == ["time.json"]
+
+
 def test_data_that_is_not_there_is_not_downloaded_without_consent(folder: Path) -> None:
     write_road(folder, ('["chat.jsonl"]', '["minimind:sft_mini"]'))
     message = error(folder, "tiny.toml")
