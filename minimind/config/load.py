@@ -50,6 +50,10 @@ def load_recipe(
     for argument in overrides:
         _set(values, origins, *parse_override(argument), COMMAND_LINE)
     for key, value in (flags or {}).items():
+        if origins.get(key) == COMMAND_LINE:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {key} is also given by an option; leave one of them out"
+            )
         _set(values, origins, key, value, FLAG)
     _drop_inherited_decay(values, origins, _from_command_line(origins))
     _use_adamw_for_lora(values, origins)

@@ -366,8 +366,17 @@ def test_results_of_a_demo_are_neither_removed_nor_used(folder: Path) -> None:
     assert [path.name for path in (folder / "out").iterdir()] == ["time.json"]
 
 
-def test_data_that_is_not_there_is_not_downloaded_without_consent(folder: Path) -> None:
-    write_road(folder, ('["chat.jsonl"]', '["minimind:sft_mini"]'))
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('["chat.jsonl"]', '["minimind:sft_mini"]'),
+        ('"dpo-small"', '"dpo-small"\nown_answers = ["minimind:sft_mini"]'),
+    ],
+)
+def test_data_that_is_not_there_is_not_downloaded_without_consent(
+    folder: Path, old: str, new: str
+) -> None:
+    write_road(folder, (old, new))
     message = error(folder, "tiny.toml")
     assert "minimind:sft_mini (size: 1.74 GB, licence: apache-2.0, cc-by-nc-2.0)" in message
     assert not (folder / "out").exists()

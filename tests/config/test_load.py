@@ -154,6 +154,11 @@ def test_errors_on_the_command_line(override: str, expected: str) -> None:
     assert error_message("pretrain-small", override).startswith(expected)
 
 
+def test_a_setting_is_not_given_twice() -> None:
+    with pytest.raises(ConfigError, match=r"command line: out is also given by an option"):
+        load_recipe("pretrain-small", overrides=["out=a"], flags={"out": "b"})
+
+
 def test_override_values_are_toml_or_bare_strings() -> None:
     overrides = [
         "model.preset=base",

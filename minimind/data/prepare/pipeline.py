@@ -115,7 +115,7 @@ class Resources:
         chosen = workers or max(min(os.cpu_count() or 1, fitting), 1)
         if chosen > fitting:
             needed = (_MAIN_BYTES + chosen * worker) / 1e9
-            fewer = f", or --workers {fitting}" if fitting else ""
+            fewer = f", or --workers {fitting}" if fitting > 0 else ""
             raise UsageError(
                 f"{chosen} {'worker needs' if chosen == 1 else 'workers need'} {needed:.2f} GB of "
                 f"memory, and --memory allows {memory_bytes / 1e9:.2f}; give --memory "
@@ -309,7 +309,9 @@ class _Run:
             if self.preparation.tokenizer:
                 fraction = self.preparation.settings.validation_fraction
                 folder = self.workspace.token_parts
-                tokens = (self.preparation.tokenizer.resolve(), index, folder, fraction)
+                tokenizer = self.preparation.tokenizer.resolve()
+                sha256 = self.preparation.identity["tokenizer"]
+                tokens = (tokenizer, sha256, index, folder, fraction)
             arguments = (
                 self.workspace.stage("filter") / result["name"],
                 (decided, first, result["documents"]),
@@ -339,7 +341,9 @@ class _Run:
             "documents": sum(r["documents"] for r in written),
             "characters": sum(r["characters"] for r in written),
             "text_bytes": sum(r["text_bytes"] for r in written),
-            "input_documents": sum(s["documents"] for r in read for s in r["shards"]),
+            "input_documents": sum(
+                entry["documents"] for r in read for entry in (*r["shards"], *r["dropped"].values())
+            ),
             "input_text_bytes": sum(s["text_bytes"] for r in read for s in r["shards"]),
             **_dropped([*read, *filtered, *written]),
             "lengths": {

@@ -306,18 +306,21 @@ def write_shard(
 
 
 @contextlib.contextmanager
-def _token_writer(tokens: tuple[Path, int, Location, float] | None) -> Iterator[PartWriter | None]:
+def _token_writer(
+    tokens: tuple[Path, str, int, Location, float] | None,
+) -> Iterator[PartWriter | None]:
     if tokens is None:
         yield None
         return
-    tokenizer, number, store, fraction = tokens
+    path, sha256, number, store, fraction = tokens
     with (
         new_files(store) as folder,
-        PartWriter(folder, number, _tokenizer(tokenizer), fraction) as writer,
+        PartWriter(folder, number, _tokenizer(path, sha256), fraction) as writer,
     ):
         yield writer
 
 
 @cache
-def _tokenizer(folder: Path) -> Tokenizer:
+def _tokenizer(folder: Path, sha256: str) -> Tokenizer:
+    """Load it once in each process. sha256: of the tokenizer, so that a change is noticed."""
     return Tokenizer.load(folder)
