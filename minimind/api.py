@@ -15,6 +15,7 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.scoring import Row
 from minimind.inference.defaults import read_generation_defaults
 from minimind.inference.engine import Engine
+from minimind.inference.generate import sampler
 from minimind.inference.load import load_for_inference
 from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
@@ -285,7 +286,8 @@ def train(
     else:
         resolved = load_recipe(recipe, flags=settings).recipe
     reporter = Reporter() if quiet else RichReporter()
-    result = run_stage(resolved, reporter=reporter, fresh=fresh)
+    samples = sampler(resolved, reporter.say)
+    result = run_stage(resolved, reporter=reporter, fresh=fresh, generate_samples=samples)
     return RunResult(result.run, result.model or result.adapter, result.summary)
 
 

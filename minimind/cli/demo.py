@@ -22,7 +22,6 @@ from minimind.cli.steps import (
     timed,
     train_stage,
     train_tokenizer_once,
-    weighted_tokens,
 )
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def _run_steps(
     out: Path, recipes: dict[str, "Recipe"], total_seconds: Callable[[], float]
 ) -> dict[str, Any]:
     """Run the steps that are not finished yet; return the summary."""
-    tokens = sum(weighted_tokens(recipe, planned_tokens(recipe)) for recipe in recipes.values())
+    tokens = sum(recipe.weighted_tokens(planned_tokens(recipe)) for recipe in recipes.values())
     results: dict[str, StageResult] = {}
     summary: dict[str, Any] = {}
 

@@ -156,11 +156,6 @@ class _EstimatingReporter(console.RichReporter):
                 self._tokens_per_step = 0
 
 
-def weighted_tokens(recipe: "Recipe", tokens: int) -> int:
-    """Return the tokens of a stage; DPO counts 1.5 times, for its reference pass."""
-    return tokens * (3 if recipe.objective == "dpo" else 2) // 2
-
-
 def planned_tokens(recipe: "Recipe") -> int:
     """Return the training tokens of a recipe that sets its number of steps, else 0."""
     training = recipe.training
@@ -172,13 +167,13 @@ def train_stage(recipe: "Recipe", tokens_of_all_stages: int | None) -> "StageRes
 
     tokens_of_all_stages: as `weighted_tokens`; None if unknown. Raises typer.Exit after Ctrl-C.
     """
-    from minimind.cli.train import sampler
+    from minimind.inference.generate import sampler
     from minimind.training.stage import run_stage
 
     per_step = recipe.training.global_batch_size * recipe.data.seq_len
     estimates = recipe.objective == "pretrain" and tokens_of_all_stages is not None
     reporter = _EstimatingReporter(tokens_of_all_stages or 0, per_step if estimates else 0)
-    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter))
+    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter.say))
     if not result.finished:
         console.say("stopped; run the same command again to resume")
         raise typer.Exit(130)

@@ -142,7 +142,8 @@ def _finish(
             console.write_json(path, variants | report.metrics)
         columns = ["parameters", "tokens", "seconds", "loss", "bits_per_byte"]
         # Not by their names in the report: a base model outside the sweep may have one of them.
-        metrics = {run.folder.name: run.metrics for run in report.inputs.runs if run.varied}
+        own = [run for run in report.inputs.runs if run.folder.parent.resolve() == out.resolve()]
+        metrics = {run.folder.name: run.metrics for run in own}
         rows = [
             (name, *(metrics.get(name, {}).get(column) for column in columns))
             for name in settings

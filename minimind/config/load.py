@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from minimind.config.roles import Role
-from minimind.config.settings import Recipe
+from minimind.config.settings import ModelSettings, Recipe
 from minimind.config.suggest import closest, did_you_mean, similar_settings
 from minimind.errors import ConfigError
 
@@ -55,7 +55,7 @@ def load_recipe(
                 f"{COMMAND_LINE}: {key} is also given by an option; leave one of them out"
             )
         _set(values, origins, key, value, FLAG)
-    _drop_inherited_decay(values, origins, _from_command_line(origins))
+    _drop_replaced(values, origins, _from_command_line(origins))
     _use_adamw_for_lora(values, origins)
     return ResolvedRecipe(_validate(values, origins), origins)
 
@@ -146,24 +146,29 @@ def _read(
         raise ConfigError(f"{where}: extends = {toml_value(parent)}: {error}") from None
     base, base_origins = _read(parent_path, (*children, path.resolve()), group)
     merged, merged_origins = _merge(base, values), base_origins | origins
-    _drop_inherited_decay(merged, merged_origins, origins)
+    _drop_replaced(merged, merged_origins, origins)
     return merged, merged_origins
 
 
-def _drop_inherited_decay(
-    values: dict[str, Any], origins: dict[str, str], keys: Collection[str]
-) -> None:
-    """Drop the decay of an inherited WSD schedule when cosine is chosen instead.
+def _drop_replaced(values: dict[str, Any], origins: dict[str, str], keys: Collection[str]) -> None:
+    """Drop inherited settings that other settings replace.
 
-    keys: settings of the extending recipe or the command line. A decay that they set is kept, and
-    validation rejects it.
+    These are the decay of a WSD schedule when cosine is chosen, the number of steps when the number
+    of epochs is given, and the architecture when an existing model is given. keys: settings of the
+    extending recipe or the command line. What they set is kept, and validation decides.
     """
-    schedule = values.get("schedule")
-    if not isinstance(schedule, dict) or schedule.get("name") != "cosine":
-        return
-    if "schedule.name" in keys and "schedule.decay" not in keys:
-        schedule.pop("decay", None)
-        origins.pop("schedule.decay", None)
+    replaced: list[str] = []
+    schedule, model = values.get("schedule"), values.get("model")
+    if "schedule.name" in keys and isinstance(schedule, dict) and schedule["name"] == "cosine":
+        replaced.append("schedule.decay")
+    if "training.epochs" in keys:
+        replaced.append("training.steps")
+    if "model.init" in keys and isinstance(model, dict) and model["init"]:
+        replaced += [f"model.{name}" for name in ModelSettings.architecture()]
+    for table, _, name in (key.partition(".") for key in replaced if key not in keys):
+        if isinstance(values.get(table), dict):
+            values[table].pop(name, None)
+            origins.pop(f"{table}.{name}", None)
 
 
 def _from_command_line(origins: Mapping[str, str]) -> set[str]:

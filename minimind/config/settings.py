@@ -106,6 +106,11 @@ class ModelSettings(Settings):
             )
         return self
 
+    @classmethod
+    def architecture(cls) -> list[str]:
+        """Return the names of the settings that describe a new model."""
+        return [name for name in cls.model_fields if name not in _NOT_ARCHITECTURE]
+
     def shape(self, vocab_size: int) -> ModelConfig:
         """Return the architecture of a new model with a vocabulary of `vocab_size` tokens."""
         changes = self.model_dump(exclude=_NOT_ARCHITECTURE | {"preset"}, exclude_none=True)
@@ -439,3 +444,7 @@ class Recipe(Settings):
     validation: ValidationSettings = Field(default_factory=lambda: ValidationSettings())
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
     dpo: DPOSettings = Field(default_factory=lambda: DPOSettings())
+
+    def weighted_tokens(self, tokens: int) -> int:
+        """Return the training tokens as a measure of time: DPO has a reference pass as well."""
+        return tokens * (3 if self.objective == "dpo" else 2) // 2

@@ -123,7 +123,9 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
             model, recipe.data.seq_len, training.activation_checkpointing
         ),
         tokens_per_second=tokens_per_second,
-        seconds=tokens / tokens_per_second if tokens and tokens_per_second else None,
+        seconds=recipe.weighted_tokens(tokens) / tokens_per_second
+        if tokens and tokens_per_second
+        else None,
     )
 
 

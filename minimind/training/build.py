@@ -123,11 +123,13 @@ def build_initial_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
 
 def _check_seq_len(recipe: Recipe, model: Transformer) -> None:
     if recipe.data.seq_len > model.config.max_position_embeddings:
+        remedy = "extend the context first, by `minimind sft` with " if recipe.lora else "raise "
+        remedy += "model.context" if recipe.model.init else "model.max_position_embeddings"
+        is_extended = model.config.rope_scaling is not None
         raise ConfigError(
             f"data.seq_len ({recipe.data.seq_len}) is longer than the model's context "
-            f"({model.config.max_position_embeddings}); lower it, or "
-            + ("extend the context first, by `minimind sft` with " if recipe.lora else "raise ")
-            + ("model.context" if recipe.model.init else "model.max_position_embeddings")
+            f"({model.config.max_position_embeddings}); lower it"
+            + ("" if is_extended else f", or {remedy}")
         )
 
 
@@ -164,8 +166,11 @@ def build_tokenizer_and_model(
     return tokenizer, model
 
 
-def build_footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footprint:
-    """Return the quantities that determine the memory of the stage's training step."""
+def build_footprint(
+    recipe: Recipe, model: Transformer, device: torch.device, num_processes: int = 1
+) -> Footprint:
+    """Return the quantities that determine the memory of a process in a training step."""
+    shards = recipe.training.backend == "deepspeed"
     return Footprint(
         model.config,
         count_parameters(model),
@@ -175,6 +180,8 @@ def build_footprint(recipe: Recipe, model: Transformer, device: torch.device) ->
         device.type,
         recipe.training.activation_checkpointing,
         stores_scores=device.type == "cpu" and not _uses_kernels(recipe, device),
+        zero_stage=recipe.training.zero_stage if shards else 0,
+        num_processes=num_processes,
     )
 
 

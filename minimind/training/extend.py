@@ -65,6 +65,9 @@ def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | Non
         return None
     if num_steps < planned:
         _check_shorter(run, recipe, num_steps, planned, infos[-1].step)
+    # Damage would otherwise be noticed only after the later checkpoints were set aside.
+    verified = inspect_checkpoints(run, verify_hashes=True)
+    infos = [info for info in verified if not info.error] or infos
     stable = stable_steps(min(planned, num_steps), recipe.schedule)
     start = next((info for info in reversed(infos) if stable and info.step <= stable), infos[-1])
     later = [info for info in infos if info.step > start.step]

@@ -30,6 +30,7 @@ from minimind.data.prepare.stages import (
 from minimind.data.prepare.workspace import FORMAT, Workspace, check_unchanged, list_inputs
 from minimind.data.store import store_key, store_spec
 from minimind.data.store_writer import finish_store
+from minimind.environment import num_cores
 from minimind.errors import DataError, UsageError
 from minimind.files import fsync
 from minimind.files import write_json as write_local_json
@@ -112,7 +113,7 @@ class Resources:
             characters = sum(map(len, preparation.questions.values()))
             worker += _QUESTION_TABLES_BYTES + _BYTES_PER_QUESTION_CHARACTER * characters
         fitting = (memory_bytes - _MAIN_BYTES) // worker
-        chosen = workers or max(min(os.cpu_count() or 1, fitting), 1)
+        chosen = workers or max(min(num_cores(), fitting), 1)
         if chosen > fitting:
             needed = (_MAIN_BYTES + chosen * worker) / 1e9
             fewer = f", or --workers {fitting}" if fitting > 0 else ""
