@@ -401,7 +401,7 @@ def test_pairs_of_a_prompt_are_in_one_split() -> None:
 @pytest.mark.parametrize("text", ["[{[1, 2]: 3}]", "[{[1]}]", "[{{...}}]"])
 def test_python_that_is_no_list_is_an_invalid_record(text: str) -> None:
     with pytest.raises(ValueError, match="neither JSON nor Python"):
-        convert({"messages": text}, "messages")
+        convert({"messages": text})
 
 
 def test_fingerprints_depend_on_texts_and_roles() -> None:

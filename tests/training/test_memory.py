@@ -38,6 +38,19 @@ def test_frozen_weights_have_no_gradients() -> None:
     assert adapters.components(1)["optimizer"] == 8000
 
 
+def test_zero_divides_the_state_among_the_processes() -> None:
+    whole = footprint().components(1)
+    for stage, divided in enumerate((("optimizer",), ("gradients",), ("weights",)), 1):
+        sharded = replace(footprint(), zero_stage=stage, num_processes=4).components(1)
+        for name in divided:
+            assert sharded[name] == whole[name] // 4
+        assert sharded["activations"] == whole["activations"]
+    assert (
+        replace(footprint(), zero_stage=1, num_processes=4).components(1)["weights"]
+        == (whole["weights"])
+    )
+
+
 def test_saving_needs_a_copy_only_in_host_memory() -> None:
     gpu = footprint().components(4)
     cpu = replace(footprint(), device_type="cpu").components(4)

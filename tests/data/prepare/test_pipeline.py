@@ -236,6 +236,12 @@ def test_what_a_killed_process_and_file_managers_leave(inputs: list[Path], tmp_p
         run(inputs, out, reporter=_Interrupting())
     (out / ".DS_Store").write_bytes(b"\xff")
     (out / "work" / "read" / "._00000.json").write_bytes(b"\xff")
+    marker = next((out / "work" / "read").glob("[!.]*.json"))
+    content = marker.read_bytes()
+    marker.write_bytes(content[:9])
+    with pytest.raises(DataError, match=rf"{marker.name} is damaged .*; remove it and run"):
+        run(inputs, out)
+    marker.write_bytes(content)
     manifest = run(inputs, out)
     # Killed after the manifest was written, before all working files were removed.
     (out / "work" / "filter").mkdir(parents=True)
