@@ -45,7 +45,7 @@ def evaluate(
     path = folder / f"{file_name(task.name)}.jsonl"
     header = {**task.settings(), **identity}
     results = {} if fresh else _earlier_results(task, path, header)
-    if not results:  # the metrics of an earlier evaluation
+    if fresh:  # the metrics of the earlier evaluation
         path.with_suffix(".json").unlink(missing_ok=True)
     done = {name: result for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()

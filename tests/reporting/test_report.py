@@ -366,6 +366,8 @@ def test_fine_tuned_runs_of_two_tokenizers_are_compared_by_bits_per_byte(tmp_pat
         run = write_run(tmp_path / "runs" / name, init=f"elsewhere/{name}", objective="sft")
         (run / ".tokenizer").mkdir()
         (run / ".tokenizer" / "tokenizer.json").write_text(name)
+    contents = {"settings": {name: {"model.init": name} for name in "ab"}}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(contents))
     page = make_report([tmp_path / "runs"]).page
     [section] = (each for each in page.sections if each.title == "By setting: sft")
     assert section.blocks[1].head[-1] == "bits per byte"

@@ -343,7 +343,7 @@ class _Run:
             "characters": sum(r["characters"] for r in written),
             "text_bytes": sum(r["text_bytes"] for r in written),
             "input_documents": sum(
-                entry["documents"] for r in read for entry in (*r["shards"], *r["dropped"].values())
+                sum(r["dropped"].values()) + sum(s["documents"] for s in r["shards"]) for r in read
             ),
             "input_text_bytes": sum(s["text_bytes"] for r in read for s in r["shards"]),
             **_dropped([*read, *filtered, *written]),
