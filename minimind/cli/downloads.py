@@ -25,11 +25,11 @@ def ensure_downloaded(paths: Iterable[str], yes: bool) -> None:
 
     Raises as `get_datasets`.
     """
-    from minimind.data.download import is_present
+    from minimind.data.download import is_available
     from minimind.data.registry import data_folder, find, is_name
 
     named = [find(path) for path in dict.fromkeys(paths) if is_name(path)]
-    missing = [each for each in named if not is_present(each, each.path_in(data_folder()))]
+    missing = [each for each in named if not is_available(each, each.path_in(data_folder()))]
     if missing:
         get_datasets(missing, data_folder(), yes=yes)
 

@@ -198,7 +198,7 @@ def _run_command(
 def resolve(
     arguments: list[str], default_recipe: str | None, flags: dict[str, Any]
 ) -> "ResolvedRecipe":
-    """Load the recipe with overrides; command-line options take precedence over KEY=VALUE."""
+    """Load the recipe with KEY=VALUE overrides and command-line options."""
     from minimind.config import load_recipe
 
     name, overrides = recipe_and_settings(arguments, default_recipe)

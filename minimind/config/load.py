@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from minimind.config.roles import Role
-from minimind.config.settings import ModelSettings, Recipe
+from minimind.config.settings import Recipe
 from minimind.config.suggest import closest, did_you_mean, similar_settings
 from minimind.errors import ConfigError
 
@@ -47,12 +47,15 @@ def load_recipe(
     origins: dict[str, str] = {}
     if name is not None:
         values, origins = _read(find_recipe(str(name)), ())
+    given: dict[str, Any] = {}
     for argument in overrides:
-        _set(values, origins, *parse_override(argument), COMMAND_LINE)
+        key, value = parse_override(argument)
+        _set(values, origins, key, value, COMMAND_LINE)
+        given |= leaves({key: value})
     for key, value in (flags or {}).items():
-        if origins.get(key) == COMMAND_LINE:
+        if key in given:
             raise ConfigError(
-                f"{COMMAND_LINE}: {key} is also given by an option; leave one of them out"
+                f"{COMMAND_LINE}: {key} is also set by the command or by an option; leave it out"
             )
         _set(values, origins, key, value, FLAG)
     _drop_replaced(values, origins, _from_command_line(origins))
@@ -154,17 +157,18 @@ def _drop_replaced(values: dict[str, Any], origins: dict[str, str], keys: Collec
     """Drop inherited settings that other settings replace.
 
     These are the decay of a WSD schedule when cosine is chosen, the number of steps when the number
-    of epochs is given, and the architecture when an existing model is given. keys: settings of the
+    of epochs is given, and the preset of a packaged recipe when a model is given. keys: settings of the
     extending recipe or the command line. What they set is kept, and validation decides.
     """
     replaced: list[str] = []
     schedule, model = values.get("schedule"), values.get("model")
-    if "schedule.name" in keys and isinstance(schedule, dict) and schedule["name"] == "cosine":
+    if "schedule.name" in keys and isinstance(schedule, dict) and schedule.get("name") == "cosine":
         replaced.append("schedule.decay")
     if "training.epochs" in keys:
         replaced.append("training.steps")
-    if "model.init" in keys and isinstance(model, dict) and model["init"]:
-        replaced += [f"model.{name}" for name in ModelSettings.architecture()]
+    is_packaged = origins.get("model.preset", "").partition(":")[0] in _packaged_names()
+    if "model.init" in keys and isinstance(model, dict) and model.get("init") and is_packaged:
+        replaced.append("model.preset")
     for table, _, name in (key.partition(".") for key in replaced if key not in keys):
         if isinstance(values.get(table), dict):
             values[table].pop(name, None)
@@ -173,6 +177,10 @@ def _drop_replaced(values: dict[str, Any], origins: dict[str, str], keys: Collec
 
 def _from_command_line(origins: Mapping[str, str]) -> set[str]:
     return {key for key, origin in origins.items() if origin in (COMMAND_LINE, FLAG)}
+
+
+def _packaged_names() -> set[str]:
+    return {path.name for path in packaged_recipes().values()}
 
 
 def _short_path(path: Path) -> str:

@@ -106,11 +106,6 @@ class ModelSettings(Settings):
             )
         return self
 
-    @classmethod
-    def architecture(cls) -> list[str]:
-        """Return the names of the settings that describe a new model."""
-        return [name for name in cls.model_fields if name not in _NOT_ARCHITECTURE]
-
     def shape(self, vocab_size: int) -> ModelConfig:
         """Return the architecture of a new model with a vocabulary of `vocab_size` tokens."""
         changes = self.model_dump(exclude=_NOT_ARCHITECTURE | {"preset"}, exclude_none=True)
@@ -291,7 +286,10 @@ class TrainingSettings(Settings):
     """Number of steps, batch sizes, precision, backend, logging."""
 
     epochs: Identity[float] = Field(
-        1.0, gt=0, description="Number of passes over the training data; ignored if `steps` is set."
+        1.0,
+        gt=0,
+        description="Number of passes over the training data. It replaces `steps` of an extended "
+        "recipe; `steps` beside it take precedence.",
     )
     steps: Identity[int | None] = Field(
         None, ge=1, description="Number of optimizer steps; default: determined by `epochs`."

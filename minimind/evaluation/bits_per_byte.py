@@ -13,6 +13,7 @@ many bits per byte (Shannon 1948). A uniform guess over bytes needs 8; lower is 
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -75,11 +76,10 @@ class BitsPerByte:
             if text
         )
         selected = self._selected
-        return (
-            document
-            for number, document in enumerate(documents)
-            if selected is None or number in selected
-        )
+        if selected is None:
+            return documents
+        numbered = enumerate(itertools.islice(documents, max(selected, default=-1) + 1))
+        return (document for number, document in numbered if number in selected)
 
     def __len__(self) -> int:
         return self._count

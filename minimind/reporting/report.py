@@ -62,10 +62,8 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     }
     page = Page(f"minimind: {title}", _lead(inputs), _cards(inputs, price))
     page.add("Problems", _ABOUT["Problems"], Problems(problems))
-    demos = {
-        f": {name}" if len(inputs.demos) > 1 else "": demo for name, demo in inputs.demos.items()
-    }
-    for of, demo in demos.items():
+    demos = [(_end_of_title(path, inputs), demo) for path, demo in inputs.demos.items()]
+    for of, demo in demos:
         add_demo_answers(page, demo, of)
     name = "Runs" if compare else "Stages"
     page.add(name, _ABOUT[name], _run_table(inputs, price))
@@ -73,7 +71,7 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
         metrics["fits"] = add_scaling(page, inputs.runs)
     add_curves(page, inputs.chains)
     add_benchmarks(page, inputs.benchmarks)
-    for of, demo in demos.items():
+    for of, demo in demos:
         add_demo_quiz(page, demo, of)
     samples = [block for run in inputs.runs for block in _samples(run)]
     page.add("Samples during training", _ABOUT["Samples"], *samples)
@@ -166,6 +164,14 @@ def _lead(inputs: Inputs) -> str:
 
 def _total_seconds(inputs: Inputs) -> float:
     return sum(number_of(run.metrics, "seconds") or 0.0 for run in inputs.runs)
+
+
+def _end_of_title(demo: Path, inputs: Inputs) -> str:
+    """Return ": NAME" for one of several demos or roads, and nothing for a single one."""
+    if len(inputs.demos) == 1:
+        return ""
+    is_unique = sum(path.name == demo.name for path in inputs.demos) == 1
+    return f": {demo.name if is_unique else demo}"
 
 
 def _cards(inputs: Inputs, price: float | None) -> dict[str, str]:

@@ -191,7 +191,7 @@ class Inputs:
 
     chains: list[list[Run]] = field(default_factory=list)
     benchmarks: list[Metrics] = field(default_factory=list)
-    demos: dict[str, Metrics] = field(default_factory=dict)
+    demos: dict[Path, Metrics] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -227,7 +227,7 @@ def find_runs(sources: Sequence[Path]) -> Inputs:
             continue
         summary = _read_object(source / "summary.json")
         if "stages" in summary:
-            inputs.demos[source.resolve().name] = summary
+            inputs.demos[source.resolve()] = summary
         if isinstance(variants, dict):
             varied |= {(source / name).resolve(): each for name, each in variants.items()}
             failed |= {(source / name).resolve(): reason for name, reason in failures.items()}

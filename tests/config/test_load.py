@@ -155,7 +155,7 @@ def test_errors_on_the_command_line(override: str, expected: str) -> None:
 
 
 def test_a_setting_is_not_given_twice() -> None:
-    with pytest.raises(ConfigError, match=r"command line: out is also given by an option"):
+    with pytest.raises(ConfigError, match="command line: out is also set by the command"):
         load_recipe("pretrain-small", overrides=["out=a"], flags={"out": "b"})
 
 

@@ -370,7 +370,8 @@ def test_fine_tuned_runs_of_two_tokenizers_are_compared_by_bits_per_byte(tmp_pat
     (tmp_path / "runs" / "sweep.json").write_text(json.dumps(contents))
     page = make_report([tmp_path / "runs"]).page
     [section] = (each for each in page.sections if each.title == "By setting: sft")
-    assert section.blocks[1].head[-1] == "bits per byte"
+    [table] = section.blocks
+    assert table.head[-1] == "bits per byte"
 
 
 def test_several_demos_are_named(demo: Path, tmp_path: Path) -> None:

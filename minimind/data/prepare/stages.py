@@ -262,13 +262,13 @@ def write_shard(
     decided: tuple[Location, int, int],
     wanted: list[int],
     output: Location,
-    tokens: tuple[Path, int, Location, float] | None,
+    tokens: tuple[Path, str, int, Location, float] | None,
 ) -> Result:
     """Write the documents of a shard that are kept; tokenize them if a tokenizer is given.
 
     decided: file of actions, id of the first document, number of documents. wanted: documents whose
-    text is returned, by position in the shard. tokens: tokenizer, number of the part, folder of the
-    store, validation fraction. An output without documents is not written.
+    text is returned, by position in the shard. tokens: tokenizer, its SHA-256, number of the
+    part, folder of the store, validation fraction. An output without documents is not written.
     """
     path, first_id, num_documents = decided
     all_actions = read_elements(path, start=first_id, count=num_documents).tolist()
