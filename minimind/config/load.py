@@ -157,8 +157,8 @@ def _drop_replaced(values: dict[str, Any], origins: dict[str, str], keys: Collec
     """Drop inherited settings that other settings replace.
 
     These are the decay of a WSD schedule when cosine is chosen, the number of steps when the number
-    of epochs is given, and the preset of a packaged recipe when a model is given. keys: settings of the
-    extending recipe or the command line. What they set is kept, and validation decides.
+    of epochs is given, and the preset of a packaged recipe when a model is given. keys: settings of
+    the extending recipe or the command line. What they set is kept, and validation decides.
     """
     replaced: list[str] = []
     schedule, model = values.get("schedule"), values.get("model")
