@@ -15,6 +15,7 @@ from minimind.evaluation.models import LocalModel
 from minimind.evaluation.scoring import Row
 from minimind.inference.defaults import read_generation_defaults
 from minimind.inference.engine import Engine
+from minimind.inference.generate import sampler
 from minimind.inference.load import load_for_inference
 from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
@@ -72,7 +73,9 @@ class Model:
         self._defaults = read_generation_defaults(path)
         self._engine = Engine(model, self.tokenizer, context=context, int8=int8)
         # A float32 copy for scores, as in `minimind eval`; loaded on first use.
-        self._local = LocalModel(path, device, adapter=adapter, context=context)
+        self._local = LocalModel(
+            path, device, adapter=adapter, context=context, rope_scaling=rope_scaling
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -207,6 +210,8 @@ class Model:
         Each is the sum over the tokens of the continuation, computed in float32. Raises UsageError
         if a continuation is empty or exceeds the context.
         """
+        if isinstance(continuations, str):
+            raise UsageError("continuations is one string; give a list of strings")
         scorer, encoder = self._local.scorer()
         prefix = [*encoder.text_start, *(encoder.encode_batch([prompt])[0] if prompt else [])]
         prefix = prefix or [encoder.text_end]
@@ -226,7 +231,7 @@ class Model:
             raise scores
         return scores
 
-    def bits_per_byte(self, texts: Sequence[str]) -> float:
+    def bits_per_byte(self, texts: str | Sequence[str]) -> float:
         """Return the bits per byte of texts: total cross-entropy in bits per UTF-8 byte.
 
         Lower is better, and comparable across tokenizers. Raises UsageError if all texts are
@@ -281,7 +286,8 @@ def train(
     else:
         resolved = load_recipe(recipe, flags=settings).recipe
     reporter = Reporter() if quiet else RichReporter()
-    result = run_stage(resolved, reporter=reporter, fresh=fresh)
+    samples = sampler(resolved, reporter.say)
+    result = run_stage(resolved, reporter=reporter, fresh=fresh, generate_samples=samples)
     return RunResult(result.run, result.model or result.adapter, result.summary)
 
 
@@ -289,18 +295,25 @@ def evaluate(
     model: str | Path,
     tasks: str | Sequence[str],
     *,
-    data: Sequence[str] = (),
+    data: str | Sequence[str] = (),
     limit: int | None = None,
     device: str = "auto",
     adapter: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model or run directory; return the metrics of each task by its name.
 
-    tasks: names as in `minimind eval --task`: "bpb:held-out.jsonl", "ceval", "quiz"… data: folders
-    or files with the questions. limit: evaluate an evenly spaced subset of this many questions.
+    tasks: names as in `minimind eval --task`, without those of lm-eval: "bpb:held-out.jsonl",
+    "ceval", "quiz"… data: folders or files with the questions. limit: evaluate an evenly spaced
+    subset of this many questions.
     Writes no files; `minimind eval` also saves every answer. Raises UsageError and DataError.
     """
     names = [tasks] if isinstance(tasks, str) else tasks
+    data = [data] if isinstance(data, str) else data
+    for name in names:
+        if name.startswith("lm-eval:"):
+            raise UsageError(
+                f"{name}: tasks of lm-eval need the command: minimind eval MODEL --task {name}"
+            )
     check_data(names, data)
     local = LocalModel(Path(model), device, adapter=None if adapter is None else Path(adapter))
     metrics: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,13 @@
-"""Names of environment variables that several packages read."""
+"""Names of environment variables that several packages read, and the cores of this process."""
+
+import os
 
 KEY_VARIABLE = "MINIMIND_API_KEY"  # the API key that the service requires and clients send
 NATIVE_VARIABLE = "MINIMIND_NATIVE"  # "0": neither compile nor use C++ code
+
+
+def num_cores() -> int:
+    """Return the number of CPU cores that this process may use; a scheduler may allow only some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -18,7 +18,7 @@ def cache_folder() -> Path:
     Raises UsageError if the user has no home directory.
     """
     if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder)
+        return expand_user(folder)
     return _user_folder(user_cache_path, CACHE_VARIABLE)
 
 

@@ -89,6 +89,10 @@ class _Rate(ProgressColumn):
         return Text(f"{format_number(1 / speed)} s/{self._unit}")
 
 
+# Of the updates that the rate is measured over: large models report a step every few minutes.
+_RATE_PERIOD_S = 1800.0
+
+
 def make_progress(unit: str) -> Progress:
     """Return a progress bar with rate and time left; `unit` is "byte" or a singular noun.
 
@@ -104,6 +108,7 @@ def make_progress(unit: str) -> Progress:
         TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         console=console,
         expand=True,
+        speed_estimate_period=_RATE_PERIOD_S,
     )
 
 

@@ -123,6 +123,8 @@ def test_scores_are_those_of_the_model_itself(model: minimind.Model, model_dir: 
         model.score(prompt, [""])
     with pytest.raises(UsageError, match="shorten them"):
         model.score(prompt, ["海" * 5000])
+    with pytest.raises(UsageError, match="give a list of strings"):
+        model.score(prompt, "海")
 
 
 def test_bits_per_byte_are_those_of_minimind_eval(
@@ -138,6 +140,21 @@ def test_bits_per_byte_are_those_of_minimind_eval(
     assert evaluated[f"bpb:{file}"] == summary | {"failed": 0}
     with pytest.raises(UsageError, match="at least one text"):
         model.bits_per_byte([""])
+    assert model.bits_per_byte(texts[0]) == model.bits_per_byte([texts[0]])
+    assert (
+        minimind.evaluate(model_dir, "bpb", data=str(file), device="cpu")["bpb"]["documents"] == 2
+    )
+    with pytest.raises(UsageError, match="minimind eval MODEL --task lm-eval:arc_easy"):
+        minimind.evaluate(model_dir, "lm-eval:arc_easy", device="cpu")
+
+
+def test_scores_beyond_the_trained_context_use_the_given_scaling(model_dir: Path) -> None:
+    text = "长江是中国最长的河流。" * 60
+    values = []
+    for kind in ("linear", "yarn"):
+        with minimind.load(model_dir, device="cpu", context=2048, rope_scaling=kind) as extended:
+            values.append(extended.bits_per_byte([text]))
+    assert values[0] != values[1]
 
 
 def test_settings_that_do_not_exist_are_named(model: minimind.Model) -> None:

@@ -25,6 +25,8 @@ def test_environment_variables_set_the_folders(
     assert data_folder() == tmp_path / "d" / "minimind"
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("MINIMIND_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "own"
 
 
 def test_a_missing_home_names_the_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

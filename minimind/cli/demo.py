@@ -22,7 +22,6 @@ from minimind.cli.steps import (
     timed,
     train_stage,
     train_tokenizer_once,
-    weighted_tokens,
 )
 
 if TYPE_CHECKING:
@@ -80,11 +79,11 @@ def demo(
         preset = "demo-moe"
     recipes = stage_recipes(preset, str(chosen), out)
     folders = ("corpus", "stores", *_STAGES)
-    check_results(out, folders, fresh=fresh)
+    check_results(out, "demo", folders, fresh=fresh)
     if fresh:
         remove_results(out, folders)
     out.mkdir(parents=True, exist_ok=True)
-    with timed(out) as total_seconds:
+    with timed(out, "demo") as total_seconds:
         summary = _run_steps(out, recipes, total_seconds)
     make_report([out]).write(out / "report.html")
     show_results(out, summary)
@@ -99,7 +98,7 @@ def _run_steps(
     out: Path, recipes: dict[str, "Recipe"], total_seconds: Callable[[], float]
 ) -> dict[str, Any]:
     """Run the steps that are not finished yet; return the summary."""
-    tokens = sum(weighted_tokens(recipe, planned_tokens(recipe)) for recipe in recipes.values())
+    tokens = sum(recipe.weighted_tokens(planned_tokens(recipe)) for recipe in recipes.values())
     results: dict[str, StageResult] = {}
     summary: dict[str, Any] = {}
 

@@ -25,12 +25,13 @@ def ensure_downloaded(paths: Iterable[str], yes: bool) -> None:
 
     Raises as `get_datasets`.
     """
+    from minimind.data.download import is_available
     from minimind.data.registry import data_folder, find, is_name
 
-    names = [path for path in dict.fromkeys(paths) if is_name(path)]
-    missing = [name for name in names if not find(name).path_in(data_folder()).is_file()]
+    named = [find(path) for path in dict.fromkeys(paths) if is_name(path)]
+    missing = [each for each in named if not is_available(each, each.path_in(data_folder()))]
     if missing:
-        get_datasets([find(name) for name in missing], data_folder(), yes=yes)
+        get_datasets(missing, data_folder(), yes=yes)
 
 
 def get_datasets(

@@ -220,6 +220,7 @@ class _Benchmarks(Evaluation):
                 raise UsageError("lm-eval needs a model directory; it cannot evaluate a service")
             metrics = run_harness(
                 name.removeprefix(HARNESS),
+                opened.model.name,
                 directory,
                 opened.folder,
                 identity=opened.identity,

@@ -12,6 +12,7 @@ import time
 
 import typer
 
+from minimind.environment import num_cores
 from minimind.errors import TrainingError
 from minimind.signals import count_interrupts, exit_when_stdin_closes
 
@@ -90,7 +91,7 @@ def _environment(number: int) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    threads = max(1, (os.cpu_count() or 1) // number)
+    threads = max(1, num_cores() // number)
     return {
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),

@@ -173,6 +173,10 @@ def _show(
     words: list[str | Path] = ["pretrain", "--data", folder / "text"]
     if tokenizer:
         console.say(f"{sum(manifest['tokens'].values()):,} tokens in {out / 'tokens'}")
+        fraction = manifest["identity"]["settings"]["validation_fraction"]
         words += ["--tokenizer", tokenizer, f"data.store={folder / 'tokens'}"]
+        words += [f"data.validation_fraction={fraction}"]
+    else:
+        words += ["--tokenizer", "TOKENIZER"]
     first = "" if folder == out else f"Copy {out} to a folder COPY on a disk. "
     console.say(f"{first}Train on it: minimind {shell_words(*words, '--out', 'DIR')}")

@@ -80,14 +80,14 @@ def road(
     if previous and not fresh:
         _check_changes(out, previous, settings)
     names = [*recipes, *(previous.stages if previous else ()), "eval", OWN_ANSWERS]
-    check_results(out, names, fresh=fresh)
+    check_results(out, "road", names, fresh=fresh)
     _check_inputs(settings, recipes, yes)
     if fresh:
         remove_results(out, names, [_ROAD_FILE])
     elif previous and _answers_change(previous, settings):
         (out / "summary.json").unlink(missing_ok=True)
     console.write_json(out / _ROAD_FILE, settings.model_dump())
-    with timed(out) as total_seconds:
+    with timed(out, "road") as total_seconds:
         passed, summary = _run(settings, out, recipes, total_seconds)
     make_report([out]).write(out / "report.html")
     show_results(out, summary, recipes)
@@ -225,7 +225,7 @@ def _check_inputs(road: "Road", recipes: "Mapping[str, Recipe]", yes: bool) -> N
     ]
     tasks = road.evaluation.tasks
     for path in dict.fromkeys(paths):
-        if path in answered or not (is_textbook(path) or is_name(path)):
+        if not is_name(path) and (path in answered or not is_textbook(path)):
             list_files(path)
     ensure_downloaded([*paths, *task_datasets(tasks)], yes)
     for name, stage in road.stages.items():
@@ -325,13 +325,15 @@ def _write_pairs(stage: "RoadStage", recipe: "Recipe", pairs: Path) -> None:
 
 def _train_tokenizer(road: "Road", directory: Path) -> None:
     """Train the tokenizer unless it exists, and report its size."""
-    from minimind.cli.tokenizer import announce_training, read_with_progress
-    from minimind.data.invalid import InvalidRecords
+    from minimind.cli.tokenizer import announce_training, read_with_progress, report_invalid
+    from minimind.data.invalid import FIX_OR_LEAVE_OUT, InvalidRecords
 
-    texts = partial(read_with_progress, road.tokenizer.data, InvalidRecords())
+    invalid = InvalidRecords(advice=FIX_OR_LEAVE_OUT)
+    texts = partial(read_with_progress, road.tokenizer.data, invalid)
     tokenizer = train_tokenizer_once(
         directory, lambda: announce_training(texts()), road.tokenizer.vocab_size
     )
+    report_invalid(invalid)
     console.say(f"{tokenizer.vocab_size:,} tokens, in {directory}")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from minimind.cli import console
 from minimind.cli.eval import task_datasets
 from minimind.cli.plan import duration
-from minimind.cli.steps import planned_tokens, weighted_tokens
+from minimind.cli.steps import planned_tokens
 from minimind.errors import MinimindError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def show_plan(road: "Road", recipes: "Mapping[str, Recipe]") -> None:
     rate = _measure_rate(next(iter(recipes.values())))
     stages = {name: estimate_tokens(recipe, road.stages[name]) for name, recipe in recipes.items()}
     seconds = {
-        name: weighted_tokens(recipe, tokens) / rate if (tokens := stages[name]) and rate else None
+        name: recipe.weighted_tokens(tokens) / rate if (tokens := stages[name]) and rate else None
         for name, recipe in recipes.items()
     }
     rows = _rows("tokenizer", road.tokenizer.data)
@@ -66,7 +66,7 @@ def all_stage_tokens(
         name: estimate_tokens(recipe, stages[name] if stages else None)
         for name, recipe in recipes.items()
     }
-    counts = [weighted_tokens(recipes[name], count) for name, count in tokens.items() if count]
+    counts = [recipes[name].weighted_tokens(count) for name, count in tokens.items() if count]
     return sum(counts) if len(counts) == len(tokens) else None
 
 

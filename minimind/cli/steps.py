@@ -48,8 +48,10 @@ def run_steps(steps: Sequence[Step]) -> None:
 
 
 @contextmanager
-def timed(out: Path) -> Iterator[Callable[[], float]]:
+def timed(out: Path, command: str) -> Iterator[Callable[[], float]]:
     """Yield a function that returns the seconds spent on the steps, earlier sessions included.
+
+    command: demo or road, stored with the time.
 
     `_TIME_FILE` stores the seconds of earlier sessions and the start time of the running one. A
     session that was killed counts up to the last change of a metrics file.
@@ -66,19 +68,25 @@ def timed(out: Path) -> Iterator[Callable[[], float]]:
         seconds: float = before + time.perf_counter() - clock
         return seconds
 
-    console.write_json(path, {"seconds": before, "began": started})
+    stored = {"command": command, "seconds": before}
+    console.write_json(path, stored | {"began": started})
     try:
         yield total
     finally:
-        console.write_json(path, {"seconds": total()})
+        console.write_json(path, stored | {"seconds": total()})
 
 
-def check_results(out: Path, folders: Iterable[str], *, fresh: bool) -> None:
+def check_results(out: Path, command: str, folders: Iterable[str], *, fresh: bool) -> None:
     """Raise UsageError if an existing folder that would be replaced is not from an earlier run.
 
-    folders: the command's own, by name. fresh: `remove_results` follows. Without it only the final
-    model would be replaced.
+    command: demo or road; the results of the other one are not its own. folders: the command's
+    own, by name. fresh: `remove_results` follows. Without it only the final model would be
+    replaced.
     """
+    path = out / _TIME_FILE
+    of = json.loads(path.read_text("utf-8")).get("command", command) if path.is_file() else command
+    if of != command:
+        raise UsageError(f"{out} holds the results of `minimind {of}`; choose another --out")
     names = (*_RESULT_FOLDERS, *folders) if fresh else ("model",)
     for path in (out / name for name in names):
         if path.exists() and not (out / _TIME_FILE).is_file():
@@ -148,11 +156,6 @@ class _EstimatingReporter(console.RichReporter):
                 self._tokens_per_step = 0
 
 
-def weighted_tokens(recipe: "Recipe", tokens: int) -> int:
-    """Return the tokens of a stage; DPO counts 1.5 times, for its reference pass."""
-    return tokens * (3 if recipe.objective == "dpo" else 2) // 2
-
-
 def planned_tokens(recipe: "Recipe") -> int:
     """Return the training tokens of a recipe that sets its number of steps, else 0."""
     training = recipe.training
@@ -164,13 +167,13 @@ def train_stage(recipe: "Recipe", tokens_of_all_stages: int | None) -> "StageRes
 
     tokens_of_all_stages: as `weighted_tokens`; None if unknown. Raises typer.Exit after Ctrl-C.
     """
-    from minimind.cli.train import sampler
+    from minimind.inference.generate import sampler
     from minimind.training.stage import run_stage
 
     per_step = recipe.training.global_batch_size * recipe.data.seq_len
     estimates = recipe.objective == "pretrain" and tokens_of_all_stages is not None
     reporter = _EstimatingReporter(tokens_of_all_stages or 0, per_step if estimates else 0)
-    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter))
+    result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter.say))
     if not result.finished:
         console.say("stopped; run the same command again to resume")
         raise typer.Exit(130)

@@ -142,7 +142,8 @@ def _finish(
             console.write_json(path, variants | report.metrics)
         columns = ["parameters", "tokens", "seconds", "loss", "bits_per_byte"]
         # Not by their names in the report: a base model outside the sweep may have one of them.
-        metrics = {run.folder.name: run.metrics for run in report.inputs.runs if run.varied}
+        own = [run for run in report.inputs.runs if run.folder.parent.resolve() == out.resolve()]
+        metrics = {run.folder.name: run.metrics for run in own}
         rows = [
             (name, *(metrics.get(name, {}).get(column) for column in columns))
             for name in settings
@@ -153,6 +154,10 @@ def _finish(
         for kind, fits in report.metrics.get("fits", {}).items():
             for axis, fit in fits.items():
                 console.say(f"{kind}, loss by {axis}: {_scaling_law(fit)}")
+        others = {path.parent.name for path in out.glob("*/recipe.toml")} - {*settings}
+        if others := others - {*outcomes.failed}:
+            count = console.pluralize(len(others), "run")
+            console.say(f"{out} also has {count} of other sweeps, which the report leaves out")
         console.say(f"Report with all curves: {out / 'report.html'}")
     for line in describe_failures(outcomes.failed, len(settings)):
         console.say(f"failed: {line}")

@@ -36,7 +36,7 @@ def train(
     yes: Yes = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on a sample of the data."""
-    from minimind.data.invalid import InvalidRecords
+    from minimind.data.invalid import FIX_OR_LEAVE_OUT, InvalidRecords
     from minimind.tokenizer import train_tokenizer
 
     if (out / "tokenizer.json").exists():
@@ -45,15 +45,14 @@ def train(
             "choose another --out, or delete it"
         )
     ensure_downloaded(data, yes)
-    invalid = InvalidRecords()
+    invalid = InvalidRecords(advice=FIX_OR_LEAVE_OUT)
     texts = read_with_progress(data, invalid)
     out.mkdir(parents=True, exist_ok=True)  # an unusable folder fails before the long work
     tokenizer = train_tokenizer(
         announce_training(texts), vocab_size=vocab_size, sample_bytes=sample_mb << 20
     )
     tokenizer.save(out)
-    if invalid.total:
-        console.say(f"{invalid.describe()}. They are left out")
+    report_invalid(invalid)
     if tokenizer.vocab_size < vocab_size:
         console.say(f"The data is too small for more than {tokenizer.vocab_size:,} tokens.")
     console.say(f"The tokenizer with {tokenizer.vocab_size:,} tokens is in {out}.")
@@ -76,7 +75,7 @@ def inspect(
 
     The vocabulary is counted by script, compression as characters per token by language.
     """
-    from minimind.data.invalid import InvalidRecords
+    from minimind.data.invalid import FIX_OR_LEAVE_OUT, InvalidRecords
     from minimind.tokenizer.bpe import load_bpe
     from minimind.tokenizer.stats import SAMPLE_TEXTS, describe_vocabulary, measure
     from minimind.tokenizer.train import sample_uniformly
@@ -85,7 +84,9 @@ def inspect(
     texts = SAMPLE_TEXTS
     if data:
         ensure_downloaded(data, yes)
-        texts = sample_uniformly(read_with_progress(data, InvalidRecords()), _INSPECTED_MB << 20)
+        invalid = InvalidRecords(advice=FIX_OR_LEAVE_OUT)
+        texts = sample_uniformly(read_with_progress(data, invalid), _INSPECTED_MB << 20)
+        report_invalid(invalid)
     vocabularies = {name: describe_vocabulary(bpe) for name, bpe in loaded.items()}
     usages = {name: measure(bpe, texts) for name, bpe in loaded.items()}
     _show_vocabularies(vocabularies)
@@ -113,6 +114,12 @@ def _read(files: list[Path], invalid: "InvalidRecords") -> Iterator[str]:
         )
     if not invalid.num_valid:
         invalid.check(0.0, final=True)
+
+
+def report_invalid(invalid: "InvalidRecords") -> None:
+    """Report the records that were left out, if there are any."""
+    if invalid.total:
+        console.say(f"{invalid.describe()}. They are left out")
 
 
 def announce_training(texts: Iterator[str]) -> Iterator[str]:

@@ -14,9 +14,7 @@ from minimind.errors import UsageError, shell_words
 if TYPE_CHECKING:
     from minimind.config import ResolvedRecipe
     from minimind.config.settings import Recipe
-    from minimind.model import Transformer
-    from minimind.tokenizer import Tokenizer as LoadedTokenizer
-    from minimind.training.stage import GenerateSamples, StageResult
+    from minimind.training.stage import StageResult
 
 Arguments = Annotated[
     list[str] | None,
@@ -184,6 +182,7 @@ def _run_command(
         return
     launcher.exit_with_parent()
     console.console.quiet = not launcher.is_main_process()
+    from minimind.inference.generate import sampler
     from minimind.training import stage
 
     reporter = console.RichReporter()
@@ -191,7 +190,7 @@ def _run_command(
         stage.dry_run(recipe, reporter=reporter, fresh=fresh)
         return
     result = stage.run_stage(
-        recipe, reporter=reporter, fresh=fresh, generate_samples=sampler(recipe, reporter)
+        recipe, reporter=reporter, fresh=fresh, generate_samples=sampler(recipe, reporter.say)
     )
     finish(result, json)
 
@@ -199,7 +198,7 @@ def _run_command(
 def resolve(
     arguments: list[str], default_recipe: str | None, flags: dict[str, Any]
 ) -> "ResolvedRecipe":
-    """Load the recipe with overrides; command-line options take precedence over KEY=VALUE."""
+    """Load the recipe with KEY=VALUE overrides and command-line options."""
     from minimind.config import load_recipe
 
     name, overrides = recipe_and_settings(arguments, default_recipe)
@@ -230,25 +229,6 @@ def recipe_and_settings(
             "no recipe is given; name a TOML file or a packaged recipe such as pretrain-small"
         )
     return name, overrides
-
-
-def sampler(recipe: "Recipe", reporter: "console.RichReporter") -> "GenerateSamples":
-    """Return a callback that generates from the validation prompts and prints the samples."""
-
-    def generate_samples(
-        model: "Transformer", tokenizer: "LoadedTokenizer"
-    ) -> list[dict[str, str]]:
-        from minimind.inference.generate import answer_all, continue_all
-
-        prompts = recipe.validation.prompts
-        chat = recipe.objective != "pretrain"
-        texts = (answer_all if chat else continue_all)(model, tokenizer, prompts)
-        model.train()
-        for prompt, text in zip(prompts, texts, strict=True):
-            reporter.say(f"  {prompt} → {text}")
-        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
-
-    return generate_samples
 
 
 def finish(result: "StageResult", json: Path | None) -> None:

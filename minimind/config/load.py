@@ -47,11 +47,18 @@ def load_recipe(
     origins: dict[str, str] = {}
     if name is not None:
         values, origins = _read(find_recipe(str(name)), ())
+    given: dict[str, Any] = {}
     for argument in overrides:
-        _set(values, origins, *parse_override(argument), COMMAND_LINE)
+        key, value = parse_override(argument)
+        _set(values, origins, key, value, COMMAND_LINE)
+        given |= leaves({key: value})
     for key, value in (flags or {}).items():
+        if key in given:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {key} is also set by the command or by an option; leave it out"
+            )
         _set(values, origins, key, value, FLAG)
-    _drop_inherited_decay(values, origins, _from_command_line(origins))
+    _drop_replaced(values, origins, _from_command_line(origins))
     _use_adamw_for_lora(values, origins)
     return ResolvedRecipe(_validate(values, origins), origins)
 
@@ -142,28 +149,38 @@ def _read(
         raise ConfigError(f"{where}: extends = {toml_value(parent)}: {error}") from None
     base, base_origins = _read(parent_path, (*children, path.resolve()), group)
     merged, merged_origins = _merge(base, values), base_origins | origins
-    _drop_inherited_decay(merged, merged_origins, origins)
+    _drop_replaced(merged, merged_origins, origins)
     return merged, merged_origins
 
 
-def _drop_inherited_decay(
-    values: dict[str, Any], origins: dict[str, str], keys: Collection[str]
-) -> None:
-    """Drop the decay of an inherited WSD schedule when cosine is chosen instead.
+def _drop_replaced(values: dict[str, Any], origins: dict[str, str], keys: Collection[str]) -> None:
+    """Drop inherited settings that other settings replace.
 
-    keys: settings of the extending recipe or the command line. A decay that they set is kept, and
-    validation rejects it.
+    These are the decay of a WSD schedule when cosine is chosen, the number of steps when the number
+    of epochs is given, and the preset of a packaged recipe when a model is given. keys: settings of
+    the extending recipe or the command line. What they set is kept, and validation decides.
     """
-    schedule = values.get("schedule")
-    if not isinstance(schedule, dict) or schedule.get("name") != "cosine":
-        return
-    if "schedule.name" in keys and "schedule.decay" not in keys:
-        schedule.pop("decay", None)
-        origins.pop("schedule.decay", None)
+    replaced: list[str] = []
+    schedule, model = values.get("schedule"), values.get("model")
+    if "schedule.name" in keys and isinstance(schedule, dict) and schedule.get("name") == "cosine":
+        replaced.append("schedule.decay")
+    if "training.epochs" in keys:
+        replaced.append("training.steps")
+    is_packaged = origins.get("model.preset", "").partition(":")[0] in _packaged_names()
+    if "model.init" in keys and isinstance(model, dict) and model.get("init") and is_packaged:
+        replaced.append("model.preset")
+    for table, _, name in (key.partition(".") for key in replaced if key not in keys):
+        if isinstance(values.get(table), dict):
+            values[table].pop(name, None)
+            origins.pop(f"{table}.{name}", None)
 
 
 def _from_command_line(origins: Mapping[str, str]) -> set[str]:
     return {key for key, origin in origins.items() if origin in (COMMAND_LINE, FLAG)}
+
+
+def _packaged_names() -> set[str]:
+    return {path.name for path in packaged_recipes().values()}
 
 
 def _short_path(path: Path) -> str:

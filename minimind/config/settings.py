@@ -286,7 +286,10 @@ class TrainingSettings(Settings):
     """Number of steps, batch sizes, precision, backend, logging."""
 
     epochs: Identity[float] = Field(
-        1.0, gt=0, description="Number of passes over the training data; ignored if `steps` is set."
+        1.0,
+        gt=0,
+        description="Number of passes over the training data. It replaces `steps` of an extended "
+        "recipe; `steps` beside it take precedence.",
     )
     steps: Identity[int | None] = Field(
         None, ge=1, description="Number of optimizer steps; default: determined by `epochs`."
@@ -439,3 +442,7 @@ class Recipe(Settings):
     validation: ValidationSettings = Field(default_factory=lambda: ValidationSettings())
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
     dpo: DPOSettings = Field(default_factory=lambda: DPOSettings())
+
+    def weighted_tokens(self, tokens: int) -> int:
+        """Return the training tokens as a measure of time: DPO has a reference pass as well."""
+        return tokens * (3 if self.objective == "dpo" else 2) // 2

@@ -18,6 +18,7 @@ import shutil
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +137,21 @@ def is_present(published: Published, target: Path) -> bool:
         )
     if origin:
         write_json(_origin_path(target), origin | {"stamp": settled_stamp_of(target)})
+    return True
+
+
+def is_available(published: Published, target: Path) -> bool:
+    """Return True if a file was downloaded, or put there and verified now or earlier.
+
+    Unlike `is_present`, it does not notice later changes. Raises DataError as `is_present`.
+    """
+    if target.is_file() and origin_of(target) is not None:
+        return True
+    if not is_present(published, target):
+        return False
+    if published.file.sha256:
+        with suppress(OSError):  # a read-only folder is verified each time
+            record_origin(target, {"name": published.name})
     return True
 
 

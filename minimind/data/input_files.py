@@ -159,7 +159,9 @@ def _suggestion(path: str, missing: Path) -> str:
     """Return a hint about similar names that exist."""
     if hint := _separation_hint(path):
         return hint
-    folder = next(p for p in missing.parents if p.is_dir())
+    folder = next((p for p in missing.parents if p.is_dir()), None)
+    if folder is None:  # a drive or a network share that is not there
+        return ""
     name = missing.relative_to(folder).parts[0]
     names = [p.name for p in folder.iterdir()]
     if similar := difflib.get_close_matches(name, names, n=3):

@@ -16,9 +16,11 @@ _MAX_QUARANTINED = 10_000
 _MAX_REASONS = 100
 _NUM_EXAMPLES = 3  # locations kept for each reason
 _ADVICE = (
-    "Fix the file (`minimind data inspect` shows its contents), name its schema with "
-    'data.sources=[{path="FILE", schema="NAME"}], or allow more with data.max_invalid_fraction=…'
+    "Fix the file (`minimind data inspect` shows its contents), name its schema, instead of with "
+    '--data, with \'data.sources=[{path="FILE", schema="NAME"}]\', or allow more with '
+    "data.max_invalid_fraction=…"
 )
+FIX_OR_LEAVE_OUT = "Fix the file (`minimind data inspect` shows its contents), or leave it out"
 
 
 @dataclass

@@ -213,7 +213,7 @@ def parse_list(value: Any) -> Any:
         with warnings.catch_warnings():  # about invalid escapes such as "\\d"
             warnings.simplefilter("ignore")
             parsed = ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ValueError("a string that begins like a list is neither JSON nor Python") from None
     check_characters(parsed)
     return parsed

@@ -89,9 +89,10 @@ class Record:
     def split_key(self) -> int:
         """Return the 64-bit hash that decides between training and validation.
 
-        For a pair it covers only the prompt: all pairs of a prompt belong to the same split.
+        For a pair it covers only the prompt, if there is one: all pairs of a prompt belong to the
+        same split.
         """
-        if self.kind != "pair":
+        if self.kind != "pair" or not self.num_shared:
             return self.fingerprint()
         return Record(messages=(self.chosen or [])[: self.num_shared]).fingerprint()
 

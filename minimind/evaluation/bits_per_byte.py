@@ -25,7 +25,7 @@ from minimind.data.read import read_texts
 from minimind.errors import DataError, UsageError
 from minimind.evaluation.scoring import Row, sliding_windows
 from minimind.evaluation.statistics import ratio_interval
-from minimind.evaluation.tasks import Model, Result, score_items, to_results
+from minimind.evaluation.tasks import Model, Result, evenly_spaced, score_items, to_results
 from minimind.tokenizer.bpe import without_surrogates
 
 
@@ -51,8 +51,11 @@ class BitsPerByte:
         self._sources = set(map(str, self._files))
         if not self._files:
             raise UsageError("bpb needs text: give --task bpb:PATH, or --data PATH")
-        self._limit = limit
         self.invalid = InvalidRecords()
+        self._selected: set[int] | None = None  # numbers among all documents; None: all
+        if limit is not None:
+            total = sum(1 for _ in self._documents(InvalidRecords()))
+            self._selected = set(evenly_spaced(range(total), limit))
         digest = hashlib.sha256()
         self._count = 0
         for _, text in self._documents(self.invalid):
@@ -72,7 +75,11 @@ class BitsPerByte:
             for number, text in enumerate(read_texts([file], invalid=invalid))
             if text
         )
-        return itertools.islice(documents, self._limit)
+        selected = self._selected
+        if selected is None:
+            return documents
+        numbered = enumerate(itertools.islice(documents, max(selected, default=-1) + 1))
+        return (document for number, document in numbered if number in selected)
 
     def __len__(self) -> int:
         return self._count
@@ -104,8 +111,9 @@ class BitsPerByte:
         return metrics
 
 
-def measure_texts(model: Model, texts: Sequence[str]) -> float:
+def measure_texts(model: Model, texts: str | Sequence[str]) -> float:
     """Return the bits per byte of all texts together. Raises UsageError if there is no text."""
+    texts = [texts] if isinstance(texts, str) else texts
     documents = [(str(number), without_surrogates(text)) for number, text in enumerate(texts)]
     results = []
     for result in _score_documents(model, (document for document in documents if document[1])):

@@ -14,6 +14,7 @@ from minimind.model.device import choose_device
 
 def run_harness(
     name: str,
+    model: str,
     directory: Path,
     folder: Path,
     *,
@@ -23,7 +24,7 @@ def run_harness(
     limit: int | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Run lm-eval's task `name` on a model directory and return its metrics.
+    """Run lm-eval's task `name` on the model in `directory` and return its metrics.
 
     Metrics of an earlier run with the same settings are read from `folder`. lm-eval downloads the
     data and uses the task's own number of few-shot examples. Raises UsageError if lm-eval is not
@@ -32,7 +33,7 @@ def run_harness(
     settings = {"task": f"lm-eval:{name}", "limit": limit, **identity, "dtype": "float32"}
     path = folder / f"{file_name(f'lm-eval:{name}')}.json"
     if not fresh and (stored := read_object(path)).get("settings") == settings:
-        return stored
+        return stored | {"model": model}
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -64,7 +65,7 @@ def run_harness(
         for metric, value in ((key.removesuffix(",none"), v) for key, v in values.items())
         if isinstance(value, int | float) and "stderr" not in metric
     }
-    summary = {"task": f"lm-eval:{name}", "model": directory.name, "settings": settings}
+    summary = {"task": f"lm-eval:{name}", "model": model, "settings": settings}
     summary |= {"metrics": metrics, "results": output["results"]}
     write_atomically(path, json.dumps(summary, ensure_ascii=False, indent=1, default=str) + "\n")
     return summary

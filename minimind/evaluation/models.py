@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from minimind.config.model import RopeKind
 from minimind.errors import MinimindError
 from minimind.evaluation.encoding import MinimindEncoder, PromptEncoder
 from minimind.evaluation.scoring import EngineScorer, Scorer
@@ -43,11 +44,13 @@ class LocalModel:
         *,
         adapter: Path | None = None,
         context: int | None = None,
+        rope_scaling: RopeKind | None = None,
     ) -> None:
         """Resolve the paths. Raises ModelError if one is not a model or an adapter."""
         self.directory = resolve_model_directory(path)
         self.name = name_of(path) + (f" + {name_of(adapter)}" if adapter else "")
         self.adapter, self.context = adapter, context
+        self._rope_scaling = rope_scaling
         self._device = device
         self._loaded: tuple[torch.dtype | None, Transformer, Tokenizer] | None = None
 
@@ -77,6 +80,7 @@ class LocalModel:
                 adapter=self.adapter,
                 dtype=dtype,
                 context=self.context,
+                rope_scaling=self._rope_scaling,
             )
             self._loaded = dtype, model, tokenizer
         return self._loaded[1], self._loaded[2]

@@ -48,6 +48,8 @@ def evaluate(
     done = {name: result for name, result in results.items() if "error" not in result}
     before, started = len(done), time.perf_counter()
     with open_results(path, header, done.values()) as write:
+        if fresh:  # the metrics of the earlier evaluation
+            path.with_suffix(".json").unlink(missing_ok=True)
         progress(before, len(task))
         for result in task.run(model, done):
             write(result)
@@ -98,7 +100,7 @@ def read_results(
     path: Path,
     header: Mapping[str, Any],
     *,
-    advice: str = "choose another --out, or start over with --fresh",
+    advice: str = "remove it to evaluate again, or choose another --out",
 ) -> dict[str, Result]:
     """Return the results in a file by id; of several with the same id, the last one counts.
 

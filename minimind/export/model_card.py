@@ -1,6 +1,7 @@
 """The model card: README.md of a published model, generated from its run directories."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,20 @@ class ModelCard:
     conflicts: Sequence[str]
 
 
+def _records_of(model: Path, directory: Path) -> Path | None:
+    """Return the folder with the runs of a model; None for a model directory of its own.
+
+    The folder around such a directory, as `minimind merge` writes it, may hold other runs.
+    """
+    if model.resolve() != directory.resolve():
+        return model
+    parent = directory.resolve().parent
+    is_of_run = directory.resolve().name == "model" and any(
+        (parent / name).is_file() for name in ("recipe.toml", "summary.json")
+    )
+    return parent if is_of_run else None
+
+
 def make_model_card(
     model: Path, directory: Path, repository: str, *, hub: Hub, licence: str | None = None
 ) -> ModelCard:
@@ -47,14 +62,13 @@ def make_model_card(
     repository: owner/name on `hub`, whose commands the card names. licence: identifier of the
     model's licence, None if none is stated.
     """
-    source = model.parent if model.resolve() == directory.resolve() else model
     config = read_config(directory)
-    try:
-        report = make_report([source])
-        page, inputs = report.page, report.inputs
-    except DataError:  # a model directory without its runs
-        lead = "A small GPT; the records of its training are not here."
-        page, inputs = Page(repository, lead, {}), Inputs()
+    lead = "A small GPT; the records of its training are not here."
+    page, inputs = Page(repository, lead, {}), Inputs()
+    with suppress(DataError):  # a folder without runs
+        if (source := _records_of(model, directory)) is not None:
+            report = make_report([source])
+            page, inputs = report.page, report.inputs
     page.title = repository.partition("/")[2]
     data = training_data_of(inputs)
     datasets = {source.repositories[hub] for source in data if hub in source.repositories}

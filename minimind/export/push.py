@@ -15,7 +15,7 @@ from minimind.data.hub import HUB_NAMES, Hub
 from minimind.errors import ResourceError, ServiceError, UsageError, install_line
 from minimind.files import write_atomically
 
-_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_PART}/{_PART}")
 _LOGIN: dict[Hub, str] = {
     "hf": "set HF_TOKEN, or run `hf auth login`",
@@ -25,10 +25,11 @@ _LOGIN: dict[Hub, str] = {
 
 def check_repository_name(name: str) -> None:
     """Raise UsageError unless `name` is owner/name as both hubs accept it."""
-    if not _NAME.fullmatch(name) or ".." in name or "--" in name:
+    is_valid = _NAME.fullmatch(name) and not name.endswith(".git")
+    if not is_valid or ".." in name or "--" in name:
         raise UsageError(
             f"{name!r} is not the name of a repository; give owner/name in letters, digits, "
-            "-, _ and ., for example alice/my-minimind"
+            "-, _ and ., for example alice/my-minimind; it cannot end in -, . or .git"
         )
 
 

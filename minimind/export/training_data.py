@@ -49,7 +49,7 @@ def training_data_of(inputs: Inputs) -> list[TrainingData]:
             continue
         for path in _source_paths(run):
             stages.setdefault(path, []).append(run.kind)
-            if inputs.demo and Path(path).parent.name == "corpus":
+            if inputs.demos and Path(path).parent.name == "corpus":
                 textbook.add(path)
     found: dict[str, TrainingData] = {}
     for path, kinds in stages.items():

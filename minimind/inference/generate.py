@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from minimind.config.settings import Recipe
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
@@ -10,6 +11,23 @@ from minimind.tokenizer import Tokenizer
 from minimind.tokenizer.chat import encode_chat
 
 _MAX_SLOTS = 64
+
+
+def sampler(
+    recipe: Recipe, say: Callable[[str], None]
+) -> Callable[[Transformer, Tokenizer], list[dict[str, str]]]:
+    """Return a callback that generates from the validation prompts and reports the samples."""
+
+    def generate_samples(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
+        prompts = recipe.validation.prompts
+        chat = recipe.objective != "pretrain"
+        texts = (answer_all if chat else continue_all)(model, tokenizer, prompts)
+        model.train()
+        for prompt, text in zip(prompts, texts, strict=True):
+            say(f"  {prompt} → {text}")
+        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+
+    return generate_samples
 
 
 def answer_all(

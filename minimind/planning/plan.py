@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,6 +16,7 @@ from minimind.data.textbook import textbook_file
 from minimind.errors import DataError, ResourceError
 from minimind.model import Transformer
 from minimind.model.device import choose_device, free_bytes
+from minimind.paths import expand_user
 from minimind.tokenizer import Tokenizer
 from minimind.training.batch import TensorBatch
 from minimind.training.build import (
@@ -123,7 +123,9 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
             model, recipe.data.seq_len, training.activation_checkpointing
         ),
         tokens_per_second=tokens_per_second,
-        seconds=tokens / tokens_per_second if tokens and tokens_per_second else None,
+        seconds=recipe.weighted_tokens(tokens) / tokens_per_second
+        if tokens and tokens_per_second
+        else None,
     )
 
 
@@ -190,7 +192,7 @@ def _estimate_data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | 
     data = recipe.data
     if not data.sources or tokenizer is None:
         return None
-    folder = Path(data.store) if data.store else default_folder()
+    folder = expand_user(data.store) if data.store else default_folder()
     counts = [
         source.weight
         * estimate_tokens(

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from minimind.config import dump_recipe
 from minimind.config.settings import Recipe
+from minimind.environment import num_cores
 from minimind.errors import UsageError
 from minimind.signals import count_interrupts
 from minimind.training.run import is_finished
@@ -74,14 +75,18 @@ def device_settings(devices: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """Return (the recipe's device, environment variables) for each slot.
 
     With a device such as cuda:1, the process sees only that GPU and the recipe's device is cuda, so
-    that the run can be resumed on another GPU. Raises UsageError for devices of different kinds.
+    that the run can be resumed on another GPU. Several slots on the CPU share its cores. Raises
+    UsageError for devices of different kinds.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    on_cpu = sum(device == "cpu" for device in devices)
+    shared = {} if on_cpu < 2 else {"OMP_NUM_THREADS": str(max(1, num_cores() // on_cpu))}
     settings: list[tuple[str, dict[str, str]]] = []
     for device in devices:
         kind, _, number = device.partition(":")
         if kind != "cuda" or not number.isdecimal():
-            settings.append((device, {}))
+            own = shared if device == "cpu" and "OMP_NUM_THREADS" not in os.environ else {}
+            settings.append((device, own))
             continue
         available = visible.split(",") if visible else None
         if available and int(number) >= len(available):

@@ -35,6 +35,8 @@ def add_benchmarks(page: Page, benchmarks: Sequence[Metrics]) -> None:
 
 def _benchmark_row(metrics: Metrics) -> list[Cell]:
     low, high = metrics.get("interval") or (None, None)
+    if metrics.get("documents") == 1:  # a single document has no interval
+        low = high = None
     bits, accuracy = number_of(metrics, "bits_per_byte"), number_of(metrics, "accuracy")
     if bits is not None:
         score = f"{bits:.4f} bits/byte"
@@ -71,8 +73,8 @@ def _bars(name: str, counts: Mapping[str, tuple[int, int]]) -> Table:
     return Table([name, "", "right", ""], rows, (2, 3))
 
 
-def add_demo_answers(page: Page, demo: Metrics) -> None:
-    """Add the questions of a demo or road, answered after each stage."""
+def add_demo_answers(page: Page, demo: Metrics, of: str = "") -> None:
+    """Add the questions of a demo or road, answered after each stage. of: end of the title."""
     rows = demo.get("questions", [])
     titles = {
         "before_training": "before training",
@@ -91,7 +93,7 @@ def add_demo_answers(page: Page, demo: Metrics) -> None:
     ]
     head = ["question", *(titles[key] for key in stages), *(_MARKS[key][0] for key in marks)]
     page.add(
-        "Answers after each stage",
+        f"Answers after each stage{of}",
         " ".join(
             ["The same questions after each stage."]
             + [_ABOUT_STAGES[key] for key in stages if key in _ABOUT_STAGES]
@@ -117,8 +119,11 @@ _MARKS = {  # the title of the column, and its meaning
 }
 
 
-def add_demo_quiz(page: Page, demo: Metrics) -> None:
-    """Add the demo's quiz by subject, and the answers of its LoRA adapter."""
+def add_demo_quiz(page: Page, demo: Metrics, of: str = "") -> None:
+    """Add the demo's quiz by subject, and the answers of its LoRA adapter.
+
+    of: end of the titles.
+    """
     quiz = demo.get("quiz", {})
     by_subject = {
         name: (subject["correct"], subject["questions"])
@@ -128,7 +133,7 @@ def add_demo_quiz(page: Page, demo: Metrics) -> None:
     head = ["question", "answer", "expected"]
     wrong: list[list[Cell]] = [[str(row[key]) for key in head] for row in quiz.get("wrong", [])]
     page.add(
-        "Quiz by subject",
+        f"Quiz by subject{of}",
         "Questions in wordings that were not trained on, scored by keywords, the weakest subject "
         f"first{fluent}. A short bar shows what the model has not learned.",
         _bars("subject", by_subject),
@@ -141,7 +146,7 @@ def add_demo_quiz(page: Page, demo: Metrics) -> None:
         for row in demo.get("identity", {}).get("answers", [])
     ]
     page.add(
-        "A new name",
+        f"A new name{of}",
         "Questions about the model's identity, in wordings that were not trained on, without and "
         "with the LoRA adapter that was trained to change it. ✓ marks an answer with the name or "
         "the author that the question is about.",

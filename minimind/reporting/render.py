@@ -8,6 +8,7 @@ import html
 import re
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -44,7 +45,7 @@ def write_page(page: Page, path: Path) -> None:
     """Write HTML to `path`, Markdown next to it, and the drawings of the Markdown to a folder."""
     write_atomically(path, to_html(page))
     folder = path.with_name(f"{path.stem}-plots")
-    write_atomically(path.with_suffix(".md"), to_markdown(page, folder.name))
+    write_atomically(path.with_suffix(".md"), to_markdown(page, quote(folder.name)))
     if folder.is_dir():
         for old in folder.glob("[0-9][0-9][0-9].svg"):
             old.unlink()

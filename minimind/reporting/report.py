@@ -62,14 +62,17 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     }
     page = Page(f"minimind: {title}", _lead(inputs), _cards(inputs, price))
     page.add("Problems", _ABOUT["Problems"], Problems(problems))
-    add_demo_answers(page, inputs.demo)
+    demos = [(_end_of_title(path, inputs), demo) for path, demo in inputs.demos.items()]
+    for of, demo in demos:
+        add_demo_answers(page, demo, of)
     name = "Runs" if compare else "Stages"
     page.add(name, _ABOUT[name], _run_table(inputs, price))
     if compare:
         metrics["fits"] = add_scaling(page, inputs.runs)
     add_curves(page, inputs.chains)
     add_benchmarks(page, inputs.benchmarks)
-    add_demo_quiz(page, inputs.demo)
+    for of, demo in demos:
+        add_demo_quiz(page, demo, of)
     samples = [block for run in inputs.runs for block in _samples(run)]
     page.add("Samples during training", _ABOUT["Samples"], *samples)
     recipes = [Folded(run.name, run.recipe) for run in inputs.runs if run.recipe]
@@ -163,6 +166,14 @@ def _total_seconds(inputs: Inputs) -> float:
     return sum(number_of(run.metrics, "seconds") or 0.0 for run in inputs.runs)
 
 
+def _end_of_title(demo: Path, inputs: Inputs) -> str:
+    """Return ": NAME" for one of several demos or roads, and nothing for a single one."""
+    if len(inputs.demos) == 1:
+        return ""
+    is_unique = sum(path.name == demo.name for path in inputs.demos) == 1
+    return f": {demo.name if is_unique else demo}"
+
+
 def _cards(inputs: Inputs, price: float | None) -> dict[str, str]:
     """Return the most important metrics."""
     cards: dict[str, str] = {}
@@ -173,7 +184,8 @@ def _cards(inputs: Inputs, price: float | None) -> dict[str, str]:
         cards["tokens"] = f"{tokens / 1e6:,.1f} M" if tokens >= 1e5 else f"{tokens:,.0f}"
     if price is not None:
         cards["cost"] = f"{seconds / 3600 * price:,.2f}"
-    demo: dict[str, Any] = inputs.demo
+    demos = list(inputs.demos.values())
+    demo: dict[str, Any] = demos[0] if len(demos) == 1 else {}
     quiz = demo.get("quiz", {})
     if quiz.get("questions"):
         cards["quiz"] = f"{quiz['correct'] / quiz['questions']:.1%}"

@@ -1,11 +1,13 @@
 """Training runs and benchmark results, read from disk; damaged parts are skipped and reported."""
 
 import glob
+import hashlib
 import itertools
 import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +65,13 @@ class Run:
         if newest.get("seconds") and "tokens" in newest:
             newest["tokens_per_second"] = newest["tokens"] / newest["seconds"]
         return newest | self.summary
+
+    def tokenizer(self) -> str:
+        """Return a hash of the tokenizer, or its path in the recipe if the file is missing."""
+        for path in (self.folder / folder / "tokenizer.json" for folder in (".tokenizer", "model")):
+            with suppress(OSError):
+                return hashlib.sha256(path.read_bytes()).hexdigest()
+        return str(self.settings.get("tokenizer"))
 
     def curves(self, key: str, axis: Axis) -> dict[str, list[tuple[float, float]]]:
         """Return the curves of a metric as (tokens or seconds, value), by name for the legend.
@@ -182,7 +191,7 @@ class Inputs:
 
     chains: list[list[Run]] = field(default_factory=list)
     benchmarks: list[Metrics] = field(default_factory=list)
-    demo: Metrics = field(default_factory=dict)
+    demos: dict[Path, Metrics] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -201,10 +210,16 @@ def find_runs(sources: Sequence[Path]) -> Inputs:
     for source in sources:
         if source.name == "model" and _is_run(source.parent):
             source = source.parent
+        sweep = _read_object(source / "sweep.json")
+        variants, failures = (sweep.get(key) for key in ("settings", "failed"))
+        failures = failures if isinstance(failures, dict) else {}
         if _is_run(source):
             run_folders = [source]
         else:
             run_folders = sorted(recipe.parent for recipe in source.glob("*/recipe.toml"))
+        if isinstance(variants, dict):  # the others are of earlier sweeps
+            own = {*variants, *failures}
+            run_folders = [folder for folder in run_folders if folder.name in own]
         folders |= dict.fromkeys(run_folders)
         benchmarks = _read_benchmarks(source)
         inputs.benchmarks += [result for result in benchmarks if result not in inputs.benchmarks]
@@ -212,12 +227,9 @@ def find_runs(sources: Sequence[Path]) -> Inputs:
             continue
         summary = _read_object(source / "summary.json")
         if "stages" in summary:
-            inputs.demo = summary
-        sweep = _read_object(source / "sweep.json")
-        if isinstance(sweep.get("settings"), dict):
-            varied |= {(source / name).resolve(): each for name, each in sweep["settings"].items()}
-            failures = sweep.get("failed")
-            failures = failures if isinstance(failures, dict) else {}
+            inputs.demos[source.resolve()] = summary
+        if isinstance(variants, dict):
+            varied |= {(source / name).resolve(): each for name, each in variants.items()}
             failed |= {(source / name).resolve(): reason for name, reason in failures.items()}
         if not source.exists():
             inputs.missing.append(f"{source}: no such file or folder")

@@ -38,7 +38,7 @@ def add_scaling(page: Page, runs: Sequence[Run]) -> Metrics:
         selected = [run for run in runs if run.kind == kind]
         if len(selected) < 2:
             continue
-        same_tokenizer = len({run.settings.get("tokenizer") for run in selected}) == 1
+        same_tokenizer = len({run.tokenizer() for run in selected}) == 1
         key = "loss" if same_tokenizer else "bits_per_byte"
         unit = "nats per token" if same_tokenizer else "bits per byte"
         axes = _fit_axes(selected, key)

@@ -106,9 +106,10 @@ def build_model(
     else:
         vocab_size = tokenizer.vocab_size if tokenizer else _DEFAULT_VOCAB_SIZE
         model = Transformer(recipe.model.shape(vocab_size)).to(device)
+    is_extended = model.config.rope_scaling is not None
     if recipe.model.context and saved is None:
         _extend_context(model, recipe.model.context, recipe.model.rope_scaling)
-    _check_seq_len(recipe, model)
+    _check_seq_len(recipe, model, is_extended)
     if recipe.lora:
         torch.manual_seed(recipe.seed)
         apply_lora(model, recipe.lora)
@@ -121,13 +122,18 @@ def build_initial_model(recipe: Recipe, tokenizer: Tokenizer) -> Transformer:
     return build_model(recipe, tokenizer, torch.device("cpu"))
 
 
-def _check_seq_len(recipe: Recipe, model: Transformer) -> None:
+def _check_seq_len(recipe: Recipe, model: Transformer, is_extended: bool) -> None:
+    """Raise ConfigError for sequences longer than the context.
+
+    is_extended: the context was extended before this stage, so it cannot be extended again.
+    """
     if recipe.data.seq_len > model.config.max_position_embeddings:
+        remedy = "extend the context first, by `minimind sft` with " if recipe.lora else "raise "
+        remedy += "model.context" if recipe.model.init else "model.max_position_embeddings"
         raise ConfigError(
             f"data.seq_len ({recipe.data.seq_len}) is longer than the model's context "
-            f"({model.config.max_position_embeddings}); lower it, or "
-            + ("extend the context first, by `minimind sft` with " if recipe.lora else "raise ")
-            + ("model.context" if recipe.model.init else "model.max_position_embeddings")
+            f"({model.config.max_position_embeddings}); lower it"
+            + ("" if is_extended else f", or {remedy}")
         )
 
 
@@ -164,8 +170,11 @@ def build_tokenizer_and_model(
     return tokenizer, model
 
 
-def build_footprint(recipe: Recipe, model: Transformer, device: torch.device) -> Footprint:
-    """Return the quantities that determine the memory of the stage's training step."""
+def build_footprint(
+    recipe: Recipe, model: Transformer, device: torch.device, num_processes: int = 1
+) -> Footprint:
+    """Return the quantities that determine the memory of a process in a training step."""
+    shards = recipe.training.backend == "deepspeed"
     return Footprint(
         model.config,
         count_parameters(model),
@@ -175,6 +184,8 @@ def build_footprint(recipe: Recipe, model: Transformer, device: torch.device) ->
         device.type,
         recipe.training.activation_checkpointing,
         stores_scores=device.type == "cpu" and not _uses_kernels(recipe, device),
+        zero_stage=recipe.training.zero_stage if shards else 0,
+        num_processes=num_processes,
     )
 
 

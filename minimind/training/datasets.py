@@ -19,6 +19,7 @@ from minimind.data.read import first_record
 from minimind.data.store import Kind, Split, TokenStore, default_folder, open_store
 from minimind.data.textbook import textbook_file
 from minimind.errors import ConfigError, DataError
+from minimind.paths import expand_user
 from minimind.tokenizer import Tokenizer
 from minimind.training.reporter import Reporter, pluralize
 
@@ -83,7 +84,7 @@ def _open_store(
     validation_fraction: float = 0.0,
 ) -> TokenStore:
     """Open the store of one file. kind: None means detect text or conversations."""
-    folder = Path(settings.store) if settings.store else default_folder()
+    folder = expand_user(settings.store) if settings.store else default_folder()
     path = textbook_file(source.path, folder, settings.variables)
     if kind is None:
         kind = "chat" if first_record(path, source.record_schema).messages else "text"

@@ -167,7 +167,7 @@ class DeepSpeedBackend:
             for moment in _MOMENTS:
                 full = safe_get_full_optimizer_state(parameter, moment)
                 if self._group.is_main:
-                    tensors[f"{moment}/{name}"] = full
+                    tensors[f"{moment}/{name}"] = full.cpu()  # all of them exceed a GPU
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from minimind.training.checkpoint import (
     DECAYED_PREFIX,
     CheckpointInfo,
     inspect_checkpoints,
+    load_checkpoint,
     set_aside,
 )
 from minimind.training.reporter import pluralize
@@ -52,7 +53,7 @@ def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | Non
     Under WSD, the run continues from the newest checkpoint before the decay. With another schedule,
     or if no such checkpoint was kept, it continues from the newest one. Raises ConfigError for
     fewer steps if the decay of the shorter run would have begun before the newest checkpoint, and
-    CheckpointError if no checkpoint is left.
+    CheckpointError if no checkpoint is left, or if that one is damaged.
     """
     infos = [info for info in inspect_checkpoints(run, verify_hashes=False) if not info.error]
     if not infos:
@@ -67,6 +68,7 @@ def plan_extension(run: Path, recipe: Recipe, num_steps: int) -> Extension | Non
         _check_shorter(run, recipe, num_steps, planned, infos[-1].step)
     stable = stable_steps(min(planned, num_steps), recipe.schedule)
     start = next((info for info in reversed(infos) if stable and info.step <= stable), infos[-1])
+    load_checkpoint(run, start.step)  # raises if it is damaged, before others are set aside
     later = [info for info in infos if info.step > start.step]
     before = lr_fraction(start.step - 1, planned, recipe.schedule)
     after = lr_fraction(start.step, num_steps, recipe.schedule)

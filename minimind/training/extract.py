@@ -15,7 +15,7 @@ from minimind.training.checkpoint import (
     load_checkpoint,
     restore_weights,
 )
-from minimind.training.run import RECIPE_FILE
+from minimind.training.run import RECIPE_FILE, TOKENIZER_COPY
 from minimind.training.stage import save_output
 
 
@@ -30,6 +30,8 @@ def extract_checkpoint(run: Path, step: int | None, out: Path) -> int:
     step = _select_step(run, inspect_checkpoints(run, verify_hashes=False), step)
     checkpoint = load_checkpoint(run, step)
     recipe = load_recipe(run / RECIPE_FILE).recipe
+    if (copy := run / TOKENIZER_COPY).is_dir():  # the one that the recipe names may have changed
+        recipe = recipe.model_copy(update={"tokenizer": str(copy)})
     check_base(recipe, run, checkpoint.state)
     device = torch.device("cpu")
     tokenizer, model = build_tokenizer_and_model(recipe, run, device, checkpoint.state)

@@ -33,6 +33,10 @@ class Footprint:
     device_type: str
     activation_checkpointing: bool = False
     stores_scores: bool = False  # attention scores: on a CPU without the kernels of model/fused.py
+    # ZeRO (Rajbhandari et al. 2020): stage 1 divides the optimizer state among the processes, stage
+    # 2 the gradients too, stage 3 the weights too, of which the first process also keeps all.
+    zero_stage: int = 0
+    num_processes: int = 1
 
     def components(self, micro_batch: int) -> dict[str, int]:
         """Estimate the bytes of each component for micro-batches of `micro_batch` sequences."""
@@ -49,11 +53,13 @@ class Footprint:
             per_token = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer
             cast_bytes = 2
         # Saving copies tensors to host memory, which a discrete GPU does not share.
+        shards = [self.num_processes if self.zero_stage >= stage else 1 for stage in (1, 2, 3)]
         copied = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
         return {
-            "weights": 4 * self.parameters,
-            "gradients": 4 * self.trained_parameters,
-            "optimizer": 4 * self.moments,
+            "weights": 4 * self.parameters
+            + (4 * self.parameters // shards[2] if self.zero_stage == 3 else 0),
+            "gradients": 4 * self.trained_parameters // shards[1],
+            "optimizer": 4 * self.moments // shards[0],
             "half-precision copies": cast_bytes * self.parameters,
             "checkpoint copy": 4 * copied,
             "activations": tokens * per_token,

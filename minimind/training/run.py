@@ -10,6 +10,7 @@
 Every command uses the functions here to decide whether a run has begun or is finished.
 """
 
+import os
 import re
 import shutil
 import tomllib
@@ -19,8 +20,11 @@ from typing import Any
 from minimind.config import Role, difference, dump_recipe, load_recipe, role_of
 from minimind.config.settings import Recipe
 from minimind.data.input_files import would_match
+from minimind.data.registry import is_name
+from minimind.data.textbook import is_textbook
 from minimind.errors import CheckpointError, ConfigError
 from minimind.files import read_json, write_atomically
+from minimind.paths import expand_user
 
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
@@ -102,7 +106,7 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     if finished_summary(run, recipe) is None:
         return False
     try:
-        changes = difference(load_recipe(run / RECIPE_FILE).recipe, recipe)
+        changes = _changes(load_recipe(run / RECIPE_FILE).recipe, recipe)
     except ConfigError:
         return False
     return all(role_of(key) is Role.OPERATION for key in changes)
@@ -174,7 +178,7 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     if not has_begun(run):
         return {}
     recorded = load_recipe(run / RECIPE_FILE).recipe.model_copy(update={"out": recipe.out})
-    changes = difference(recorded, recipe)
+    changes = _changes(recorded, recipe)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
     if "objective" in identity:  # the other changes follow from it
         raise ConfigError(
@@ -183,6 +187,33 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     if identity - _NUM_STEPS_SETTINGS:
         raise other_recipe_error(run, [changes[key] for key in changes if key in identity])
     return changes
+
+
+def _changes(old: Recipe, new: Recipe) -> dict[str, str]:
+    """Return the settings that differ; another spelling of a path is no difference."""
+    changed = difference(_with_absolute_paths(old), _with_absolute_paths(new))
+    return {key: text for key, text in difference(old, new).items() if key in changed}
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    def absolute(path: str) -> str:
+        if is_name(path) or is_textbook(path):
+            return path
+        return os.path.abspath(expand_user(path))
+
+    data = {
+        name: [file.model_copy(update={"path": absolute(file.path)}) for file in files]
+        for name in ("sources", "validation", "retention")
+        if (files := getattr(recipe.data, name))
+    }
+    model, init = recipe.model, recipe.model.init
+    return recipe.model_copy(
+        update={
+            "tokenizer": recipe.tokenizer and absolute(recipe.tokenizer),
+            "model": model.model_copy(update={"init": init and absolute(init)}),
+            "data": recipe.data.model_copy(update=data),
+        }
+    )
 
 
 def changes_num_steps(changes: dict[str, str]) -> bool:

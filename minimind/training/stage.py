@@ -268,7 +268,7 @@ def prepare_stage(
     requested = recipe.training.micro_batch_size
     saved = state.get("micro_batch") if state.get("processes") == group.size else None
     micro_batch = choose_micro_batch(
-        build_footprint(recipe, model, device),
+        build_footprint(recipe, model, device, group.size),
         requested=requested,
         saved=saved,
         num_sequences=sequences_per_process,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minimind.config.settings import Recipe
 from minimind.data.packing import MixedDataset
-from minimind.errors import TrainingError
+from minimind.errors import MinimindError, TrainingError
 from minimind.model import Transformer
 from minimind.signals import Interrupts, count_interrupts, raise_on_second
 from minimind.training.backend import Backend, create_backend
@@ -274,7 +274,8 @@ class Trainer:
         if skips >= _MAX_CONSECUTIVE_SKIPS:
             raise TrainingError(
                 f"{self.run}: {skips} steps in a row had a non-finite gradient, up to {where}. "
-                "Lower optim.lr and optim.muon_lr, or set training.precision=fp32"
+                "Set training.precision=fp32, or start over (--fresh) with a lower optim.lr and "
+                "optim.muon_lr"
             )
 
     # Between steps.
@@ -345,16 +346,26 @@ class Trainer:
         metrics = None
         if self.group.is_main or self.backend.replicates:
             metrics = self.compute_validation_metrics()
-        if metrics and self.group.is_main:
-            samples = self.generate_samples()
+        if metrics is not None and self.group.is_main:
+            samples = self._samples()
             if self._interrupts.count:
                 metrics = None
             else:
-                self.metrics_log.write({"kind": "validation", "step": self.state.step} | metrics)
+                if metrics:
+                    line = {"kind": "validation", "step": self.state.step}
+                    self.metrics_log.write(line | metrics)
                 for sample in samples:
                     self.metrics_log.write({"kind": "sample", "step": self.state.step} | sample)
         result: dict[str, float] | None = self.group.broadcast_object(metrics)
         return result
+
+    def _samples(self) -> list[dict[str, str]]:
+        """Generate samples; report an error, such as of a prompt that exceeds the context."""
+        try:
+            return self.generate_samples()
+        except MinimindError as error:
+            self.reporter.say(f"step {self.state.step}: no samples: {error}")
+            return []
 
     def compute_validation_metrics(self) -> dict[str, float] | None:
         """Return the metrics on `validation.num_sequences` of each held-out dataset.

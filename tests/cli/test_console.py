@@ -98,6 +98,17 @@ def test_progress_shows_count_and_note(unit: str, capsys: pytest.CaptureFixture[
     assert ("1,500/2,000" if unit == "step" else "1.5/2.0 kB") in out
 
 
+def test_a_rate_of_one_step_in_minutes_is_shown() -> None:
+    bar, clock = console.make_progress("step"), [0.0]
+    bar.get_time = lambda: clock[0]
+    task = bar.add_task("training", total=100, note="")
+    for done in (10, 20, 30):
+        clock[0] += 300
+        bar.update(task, completed=done)
+    assert bar.tasks[0].speed == pytest.approx(10 / 300)
+    assert bar.tasks[0].time_remaining == 2100
+
+
 def test_final_rate_is_the_average(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = console.RichReporter()
     reporter.start("answering", 510, done=500, unit="question")

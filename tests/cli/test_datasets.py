@@ -90,6 +90,15 @@ def test_get_asks_downloads_and_keeps(hub: HubServer, tmp_path: Path) -> None:
     assert "cmmlu:v1_0_1 is not on ModelScope, but on Hugging Face; omit --hub" in wrong.stderr
 
 
+def test_another_file_in_the_place_of_a_dataset_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    path = find("minimind:pretrain_mini").path_in(tmp_path / "data")
+    path.parent.mkdir(parents=True)
+    path.write_text('{"text": "a download that broke off"}\n')
+    done = run("tokenizer", "train", "minimind:pretrain_mini", "--out", "out")
+    assert done.exit_code == 1
+    assert f"{path.name} is not the published file minimind:pretrain_mini" in done.output
+
+
 def test_the_answer_in_a_terminal_decides(hub: HubServer, tmp_path: Path) -> None:
     add(hub, "cmmlu", b"PK the archive")
     for answer, status in (("n\n", 1), ("y\n", 0)):

@@ -38,11 +38,17 @@ def test_prepare_prints_counts_and_the_next_command(texts: Path, tokenizer_dir: 
     assert "│ exact duplicate    │" in done.output
     assert "kept. Report: out/report.html" in done.output
     assert "Train on it: minimind pretrain --data out/text --tokenizer" in done.output
+    assert "data.store=out/tokens data.validation_fraction=0.0" in " ".join(done.output.split())
     manifest = json.loads(Path("m.json").read_text("utf-8"))
     assert manifest["documents"] == len(list(read_shard(Path("out/text/part-00000.jsonl.zst"))))
     dropped = {reason: entry["documents"] for reason, entry in manifest["dropped"].items()}
     assert dropped == {"benchmark question": 1, "exact duplicate": 1, "too short": 1}
     assert manifest["identity"]["settings"]["length"]["minimum"] == 10
+
+
+def test_the_next_command_needs_a_tokenizer(texts: Path) -> None:
+    done = run(texts, "length.minimum=10", "--out", "out", "--workers", 1)
+    assert "minimind pretrain --data out/text --tokenizer TOKENIZER --out DIR" in done.output
 
 
 def test_no_question_of_two_files_of_one_benchmark_is_lost(tmp_path: Path) -> None:

@@ -99,7 +99,14 @@ def test_nothing_is_sent_without_confirmation(
         return done.output
 
     assert "add --yes, or --preview DIR" in run("alice/tiny")
-    for name in ("tiny", "alice/tiny/more", "alice/..", "小明/tiny"):
+    for name in (
+        "tiny",
+        "alice/tiny/more",
+        "alice/..",
+        "小明/tiny",
+        "alice/tiny.git",
+        "alice/tiny-",
+    ):
         assert "is not the name of a repository" in run(name, "--yes")
     monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
     assert "set MODELSCOPE_API_TOKEN" in run(

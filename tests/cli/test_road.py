@@ -356,8 +356,27 @@ def test_folders_of_others_are_neither_removed_nor_used(
     ]
 
 
-def test_data_that_is_not_there_is_not_downloaded_without_consent(folder: Path) -> None:
-    write_road(folder, ('["chat.jsonl"]', '["minimind:sft_mini"]'))
+def test_results_of_a_demo_are_neither_removed_nor_used(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "time.json").write_text('{"command": "demo", "seconds": 1.0}')
+    for options in ([], ["--fresh"]):
+        assert error(folder, "tiny.toml", "--out", "out", *options) == (
+            "error: out holds the results of `minimind demo`; choose another --out"
+        )
+    assert [path.name for path in (folder / "out").iterdir()] == ["time.json"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('["chat.jsonl"]', '["minimind:sft_mini"]'),
+        ('"dpo-small"', '"dpo-small"\nown_answers = ["minimind:sft_mini"]'),
+    ],
+)
+def test_data_that_is_not_there_is_not_downloaded_without_consent(
+    folder: Path, old: str, new: str
+) -> None:
+    write_road(folder, (old, new))
     message = error(folder, "tiny.toml")
     assert "minimind:sft_mini (size: 1.74 GB, licence: apache-2.0, cc-by-nc-2.0)" in message
     assert not (folder / "out").exists()

@@ -16,18 +16,18 @@ def test_total_time_includes_earlier_sessions(tmp_path: Path) -> None:
     """A session that was killed counts up to the last change of its metrics."""
     path = tmp_path / "time.json"
     path.write_text(json.dumps({"seconds": 1_000.0}), encoding="utf-8")
-    with pytest.raises(KeyboardInterrupt), timed(tmp_path) as total:
+    with pytest.raises(KeyboardInterrupt), timed(tmp_path, "demo") as total:
         assert total() >= 1_000
         raise KeyboardInterrupt
     stored = json.loads(path.read_text("utf-8"))
-    assert stored.keys() == {"seconds"} and stored["seconds"] >= 1_000
+    assert stored.keys() == {"command", "seconds"} and stored["seconds"] >= 1_000
     path.write_text(json.dumps({"seconds": 1_000.0, "began": 5_000.0}), encoding="utf-8")
     (tmp_path / "pretrain").mkdir()
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
     metrics.write_text("{}\n")
     os.utime(path, (5_000, 5_000))
     os.utime(metrics, (5_300, 5_300))
-    with timed(tmp_path) as total:
+    with timed(tmp_path, "demo") as total:
         assert total() >= 1_300
         assert json.loads(path.read_text("utf-8"))["seconds"] == 1_300
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from minimind.cli.main import app
 from minimind.cli.sweep import _finish, describe_failures
+from minimind.environment import num_cores
 from minimind.errors import UsageError
 from minimind.planning.sweep import Outcomes, device_settings
 from tests.support.commands import fast_executable, fast_python
@@ -129,6 +130,8 @@ def test_the_table_has_the_metrics_of_variants_named_as_their_base(
     outcomes = Outcomes(["seed=1"])
     _finish(tmp_path / "sft", {"seed=1": {"seed": 1}}, outcomes, None)
     assert "1.625" in capsys.readouterr().out
+    _finish(tmp_path / "sft", {"seed=1": {}}, outcomes, None)  # nothing varies
+    assert "1.625" in capsys.readouterr().out
 
 
 def test_errors_that_runs_have_in_common_are_reported_once() -> None:
@@ -151,6 +154,11 @@ def test_a_process_sees_only_its_own_gpu(
         device_settings(["cuda:2"])
     with pytest.raises(UsageError, match="devices must be of one kind"):
         device_settings(["cuda:0", "cpu"])
+    assert device_settings(["cpu"]) == [("cpu", {})]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shared = {"OMP_NUM_THREADS": str(max(1, num_cores() // 2))}
+    assert device_settings(["cpu", "cpu"]) == [("cpu", shared)] * 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert device_settings(["cpu", "cpu"]) == [("cpu", {})] * 2
 
 

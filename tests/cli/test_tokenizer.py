@@ -78,6 +78,8 @@ def test_invalid_lines_are_skipped_and_reported(texts: Path, tmp_path: Path) -> 
     assert ":1: not JSON" in done.output
     assert re.search(r"\. 1 of \d+ records are invalid: 1 × not JSON", done.output)
     assert "They are left out" in done.output
+    done = run("inspect", tmp_path / "out", "--data", texts)
+    assert ":1: not JSON" in done.output and "They are left out" in done.output
 
 
 def test_an_existing_tokenizer_is_not_overwritten(texts: Path, tokenizer_dir: Path) -> None:
@@ -95,6 +97,7 @@ def test_errors_print_one_line(texts: Path, tmp_path: Path) -> None:
     for arguments, message in [
         (["train", tmp_path / "nowhere", *out], "there is no such file"),
         (["train", tmp_path / "bad.jsonl", *out], "bad.jsonl:1: not JSON"),
+        (["train", tmp_path / "bad.jsonl", *out], "shows its contents), or leave it out"),
         (["train", texts, *out, "--vocab-size", 100], "too small"),
         (["train", texts, "--out", tmp_path / "file"], "file is a file, not a folder"),
         (["inspect", tmp_path], "is not a tokenizer directory"),

@@ -154,6 +154,11 @@ def test_errors_on_the_command_line(override: str, expected: str) -> None:
     assert error_message("pretrain-small", override).startswith(expected)
 
 
+def test_a_setting_is_not_given_twice() -> None:
+    with pytest.raises(ConfigError, match="command line: out is also set by the command"):
+        load_recipe("pretrain-small", overrides=["out=a"], flags={"out": "b"})
+
+
 def test_override_values_are_toml_or_bare_strings() -> None:
     overrides = [
         "model.preset=base",
@@ -225,6 +230,24 @@ def test_choosing_cosine_drops_the_decay_of_an_inherited_wsd_schedule(tmp_path: 
             load_recipe(path, overrides=overrides)
     table = ['schedule={name="wsd",decay=0.3}', "schedule.name=cosine"]
     assert load_recipe(path, overrides=table).recipe.schedule.decay is None
+
+
+def test_epochs_replace_inherited_steps(tmp_path: Path) -> None:
+    assert load_recipe("lora-identity").recipe.training.steps == 200
+    chosen = load_recipe("lora-identity", overrides=["training.epochs=4"]).recipe.training
+    assert (chosen.steps, chosen.epochs) == (None, 4.0)
+    path = write(tmp_path / "mine.toml", "extends = 'lora-identity'\ntraining.epochs = 4\n")
+    assert load_recipe(path).recipe.training == chosen
+    both = load_recipe("lora-identity", overrides=["training.epochs=4", "training.steps=9"])
+    assert both.recipe.training.steps == 9
+
+
+def test_an_existing_model_replaces_an_inherited_shape() -> None:
+    assert load_recipe("pretrain-base").recipe.model.preset == "base"
+    chosen = load_recipe("pretrain-base", flags={"model.init": "out/base"})
+    assert chosen.recipe.model.init == "out/base" and "model.preset" not in chosen.origins
+    with pytest.raises(ConfigError, match="preset: cannot be set for an existing model"):
+        load_recipe("pretrain-base", overrides=["model.init=a", "model.preset=base"])
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

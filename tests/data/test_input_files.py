@@ -149,6 +149,12 @@ def test_paths_without_files_give_the_reason(
         assert reason in str(caught.value)
 
 
+def test_a_path_on_a_drive_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)  # as for E:\\ without its disk
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        list_files("nowhere/texts.jsonl")
+
+
 @pytest.fixture
 def locked() -> Iterator[Path]:
     """A folder of another user with an unreadable folder and an unreadable file."""

@@ -388,6 +388,22 @@ def test_texts_and_kind_of_a_record() -> None:
     ]
 
 
+def test_pairs_of_a_prompt_are_in_one_split() -> None:
+    first, second = (
+        Record(chosen=[*TURNS[:1], {"role": "assistant", "content": text}], rejected=REFUSAL)
+        for text in "ab"
+    )
+    assert first.split_key() == second.split_key()
+    without = [Record(chosen=[{"role": "assistant", "content": t}], rejected=[]) for t in "ab"]
+    assert without[0].split_key() != without[1].split_key()
+
+
+@pytest.mark.parametrize("text", ["[{[1, 2]: 3}]", "[{[1]}]", "[{{...}}]"])
+def test_python_that_is_no_list_is_an_invalid_record(text: str) -> None:
+    with pytest.raises(ValueError, match="neither JSON nor Python"):
+        convert({"messages": text})
+
+
 def test_fingerprints_depend_on_texts_and_roles() -> None:
     swapped = [
         {**one, "role": other["role"]} for one, other in zip(TURNS, TURNS[::-1], strict=True)

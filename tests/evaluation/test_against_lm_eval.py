@@ -91,8 +91,8 @@ def test_the_harness_runs_on_a_model_directory(
 
     manager = tasks.TaskManager(include_path=str(folder))
     monkeypatch.setattr(tasks, "TaskManager", lambda: manager)
-    out = tmp_path / "out"
-    result = run_harness("tiny_addition", model_dir, out, identity={"model": "1"}, device="cpu")
+    out, one = tmp_path / "out", {"model": "1"}
+    result = run_harness("tiny_addition", "tiny", model_dir, out, identity=one, device="cpu")
     assert result["metrics"]["acc"] in (0, 0.5, 1)
     assert (
         json.loads((out / "lm-eval-tiny_addition.json").read_text("utf-8"))["metrics"]
@@ -100,9 +100,8 @@ def test_the_harness_runs_on_a_model_directory(
     )
     (out / "lm-eval-tiny_addition.json").write_text('{"task": "lm-', encoding="utf-8")  # killed
     assert (
-        run_harness("tiny_addition", model_dir, out, identity={"model": "1"}, device="cpu")
-        == result
+        run_harness("tiny_addition", "tiny", model_dir, out, identity=one, device="cpu") == result
     )
     monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # must not be called again
-    again = run_harness("tiny_addition", model_dir, out, identity={"model": "1"}, device="cpu")
+    again = run_harness("tiny_addition", "tiny", model_dir, out, identity=one, device="cpu")
     assert again["metrics"] == result["metrics"]

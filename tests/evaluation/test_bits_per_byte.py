@@ -70,6 +70,17 @@ def test_a_uniform_model_has_the_same_bits_per_byte_for_any_context(
         assert summary["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_limit_takes_evenly_spaced_documents(local: LocalModel, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", [TEXTS[0]] * 4)
+    second = write(tmp_path / "b.jsonl", [TEXTS[2]] * 4)
+    task = BitsPerByte([first, second], 4)
+    results = list(task.run(local, {}))
+    assert [r["id"] for r in results] == [f"{p}#{n}" for p in (first, second) for n in (0, 2)]
+    assert task.settings()["documents"] == len(task) == 4
+    rest = list(task.run(local, {results[0]["id"]: results[0]}))
+    assert rest == results[1:]
+
+
 def test_long_texts_are_scored_in_overlapping_sequences(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

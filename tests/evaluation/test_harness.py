@@ -10,6 +10,7 @@ SETTINGS = {"task": "lm-eval:sums", "limit": None, "model": "1", "dtype": "float
 
 
 def test_stored_results_are_reused(tmp_path: Path) -> None:
-    kept = {"settings": SETTINGS, "metrics": {"acc": 0.5}}
+    kept = {"settings": SETTINGS, "metrics": {"acc": 0.5}, "model": "model"}
     (tmp_path / "lm-eval-sums.json").write_text(json.dumps(kept), encoding="utf-8")
-    assert run_harness("sums", tmp_path, tmp_path, identity=IDENTITY, device="cpu") == kept
+    found = run_harness("sums", "mine", tmp_path, tmp_path, identity=IDENTITY, device="cpu")
+    assert found == kept | {"model": "mine"}

@@ -113,11 +113,21 @@ def test_results_of_another_evaluation_are_not_overwritten(
 ) -> None:
     evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
     before = lines(tmp_path)
-    with pytest.raises(UsageError, match=r"another evaluation \(model differ\).*--fresh"):
+    with pytest.raises(UsageError, match=r"another evaluation \(model differ\); remove it"):
         evaluate(ceval(ceval_dir), local, tmp_path, identity={"model": "2"})
     assert lines(tmp_path) == before
     evaluate(ceval(ceval_dir), local, tmp_path, identity={"model": "2"}, fresh=True)
     assert lines(tmp_path)[0]["model"] == "2"
+
+
+def test_a_new_evaluation_leaves_no_metrics_of_the_earlier_one(
+    ceval_dir: Path, local: LocalModel, tmp_path: Path
+) -> None:
+    evaluate(ceval(ceval_dir), local, tmp_path, identity=ME)
+    assert list(tmp_path.glob("*.json"))
+    with pytest.raises(Interrupted):
+        evaluate(stopping(ceval(ceval_dir), 2), local, tmp_path, identity=ME, fresh=True)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_truncated_header_counts_as_an_empty_file(tmp_path: Path) -> None:

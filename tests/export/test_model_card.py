@@ -74,6 +74,8 @@ def test_card_of_a_model_without_its_runs(tokenizer: Tokenizer, tmp_path: Path) 
     card = make_model_card(tmp_path / "tiny", tmp_path / "tiny", "alice/tiny", hub="hf")
     assert list(card.files) == ["README.md"] and not card.conflicts
     assert "The training data was not recorded." in card.files["README.md"]
+    write_run(tmp_path / "another", more=DATA)  # beside it, as after `minimind merge`
+    assert card == make_model_card(tmp_path / "tiny", tmp_path / "tiny", "alice/tiny", hub="hf")
 
 
 def test_the_home_folder_is_not_published(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -351,6 +352,44 @@ def test_two_sweeps_may_have_variants_of_the_same_names(tmp_path: Path) -> None:
     assert report.metrics["problems"] == ["n2: the reason of the first"]
 
 
+def test_runs_of_an_earlier_sweep_in_the_folder_are_left_out(tmp_path: Path) -> None:
+    for name in ("lr=1", "lr=2", "layers=4"):
+        write_run(tmp_path / "sweep" / name)
+    contents = {"settings": {"lr=1": {"optim.lr": 1}, "lr=2": {"optim.lr": 2}}, "failed": {}}
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(contents))
+    runs = make_report([tmp_path / "sweep"]).inputs.runs
+    assert [run.folder.name for run in runs] == ["lr=1", "lr=2"]
+
+
+def test_fine_tuned_runs_of_two_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+    for name in "ab":
+        run = write_run(tmp_path / "runs" / name, init=f"elsewhere/{name}", objective="sft")
+        (run / ".tokenizer").mkdir()
+        (run / ".tokenizer" / "tokenizer.json").write_text(name)
+    contents = {"settings": {name: {"model.init": name} for name in "ab"}}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(contents))
+    page = make_report([tmp_path / "runs"]).page
+    [section] = (each for each in page.sections if each.title == "By setting: sft")
+    [table] = section.blocks
+    assert table.head[-1] == "bits per byte"
+
+
+def test_several_demos_are_named(demo: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo, tmp_path / "other")
+    page = make_report([demo, tmp_path / "other"]).page
+    titles = [section.title for section in page.sections]
+    for title in ("Answers after each stage", "Quiz by subject", "A new name"):
+        assert f"{title}: demo" in titles and f"{title}: other" in titles
+    assert not {"quiz", "questions"} & set(page.cards)
+
+
+def test_plots_of_a_name_with_spaces(demo: Path, tmp_path: Path) -> None:
+    make_report([demo]).write(tmp_path / "my report (1).html")
+    text = (tmp_path / "my report (1).md").read_text("utf-8")
+    assert "](my%20report%20%281%29-plots/001.svg)" in text
+    assert (tmp_path / "my report (1)-plots" / "001.svg").is_file()
+
+
 def test_runs_of_the_same_size_get_no_fit(tmp_path: Path) -> None:
     for name in "ab":
         write_run(tmp_path / "runs" / name)
@@ -364,12 +403,18 @@ def test_benchmark_results_are_read_from_the_run_and_from_other_folders(tmp_path
     ceval |= {"questions": 1346, "interval": [0.247, 0.294], "chance": 0.25, "failed": 0}
     ceval["by_group"] = {"STEM": {"correct": 3, "questions": 10, "accuracy": 0.3}}
     bits = {"task": "bpb", "model": "run", "settings": {}, "bits_per_byte": 1.5, "documents": 7}
-    for path, metrics in ((run / "eval" / "run", ceval), (tmp_path / "apart" / "run", bits)):
-        path.mkdir(parents=True)
+    single = bits | {"documents": 1, "task": "bpb-one", "interval": [1.25, 1.25]}
+    for path, metrics in (
+        (run / "eval" / "run", ceval),
+        (tmp_path / "apart" / "run", bits),
+        (tmp_path / "apart" / "run", single),
+    ):
+        path.mkdir(parents=True, exist_ok=True)
         (path / f"{metrics['task']}.json").write_text(json.dumps(metrics))
     text = Elements(render(run, tmp_path / "apart")).text
     for fragment in ("27.00%", "24.7% – 29.4%", "363 / 1,346", "1.5000 bits/byte", "STEM", "3/10"):
         assert fragment in text, fragment
+    assert "1.2500" not in text, "the interval of a single document"
     separate = make_report([tmp_path / "apart"])
     assert [section.title for section in separate.page.sections] == ["Benchmarks"]
 

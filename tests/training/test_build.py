@@ -83,6 +83,7 @@ def test_plan_and_training_refuse_a_tokenizer_that_does_not_fit(
 def test_a_sequence_longer_than_the_context_is_refused(recipe: MakeRecipe) -> None:
     message = refused(recipe(data__seq_len=300), ConfigError)
     assert message.startswith("data.seq_len (300) is longer than the model's context (256)")
+    assert message.endswith("lower it, or raise model.max_position_embeddings")
 
 
 def test_a_model_is_fine_tuned_at_an_extended_context(

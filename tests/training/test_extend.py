@@ -173,6 +173,21 @@ def test_a_run_without_checkpoints_cannot_be_extended(recipe: MakeRecipe, run: P
     assert json.loads((run / "summary.json").read_text("utf-8"))["steps"] == 10
 
 
+def test_a_damaged_checkpoint_is_not_extended_from(recipe: MakeRecipe, run: Path) -> None:
+    settings = WSD | {"checkpoint__every": 2, "checkpoint__keep": 9, "schedule__warmup": 0.0}
+    short = recipe(**settings, training__steps=10)
+    train(short)
+    branch = stable_steps(10, short.schedule)
+    assert branch
+    weights = run / "checkpoints" / f"step-{branch:08}" / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    message = refused(recipe(**settings, training__steps=20), CheckpointError)
+    assert "is damaged" in message
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert (run / "summary.json").is_file()
+
+
 def test_a_run_can_be_extended_again(recipe: MakeRecipe, run: Path) -> None:
     for steps in (8, 16, 24):
         assert train(recipe(**WSD, training__steps=steps)).summary["steps"] == steps

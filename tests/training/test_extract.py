@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minimind.errors import CheckpointError, UsageError
+from minimind.tokenizer import train_tokenizer
 from minimind.training.extract import extract_checkpoint
 from minimind.training.run import write_recipe
 from tests.support.small_runs import lora_settings
@@ -16,6 +18,10 @@ def test_a_checkpoint_is_extracted_as_a_model_or_an_adapter(
 ) -> None:
     train(recipe())
     settings: dict[str, Any] = {"checkpoint__every": 1, "checkpoint__keep": 9}
+    own = tmp_path / "tokenizer"
+    if kind == "pretrain":
+        shutil.copytree(recipe().tokenizer or "", own)
+        settings["tokenizer"] = str(own)
     if kind != "pretrain":
         settings["model__init"] = str(run)
     if kind == "lora":
@@ -36,6 +42,11 @@ def test_a_checkpoint_is_extracted_as_a_model_or_an_adapter(
         weights[0] == weights[1] == (output / next(iter(output.glob("*.safetensors")))).read_bytes()
     )
     assert weights[2] != weights[0]
+    if kind == "pretrain":  # another tokenizer under the name in the recipe
+        shutil.rmtree(own)
+        train_tokenizer(["abc"] * 9, vocab_size=280).save(own)
+        assert extract_checkpoint(again, 5, tmp_path / "later") == 5
+        assert files_in(tmp_path / "later") == files_in(tmp_path / "5")
     before = files_in(out)
     recipe_file = again / "recipe.toml"
     for existing in (out, output, recipe_file):

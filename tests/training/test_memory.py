@@ -38,6 +38,16 @@ def test_frozen_weights_have_no_gradients() -> None:
     assert adapters.components(1)["optimizer"] == 8000
 
 
+def test_zero_divides_the_state_among_the_processes() -> None:
+    whole = footprint().components(1)
+    factors = {1: (1, 1, 1 / 4), 2: (1, 1 / 4, 1 / 4), 3: (5 / 4, 1 / 4, 1 / 4)}
+    for stage, expected in factors.items():
+        sharded = replace(footprint(), zero_stage=stage, num_processes=4).components(1)
+        names = ("weights", "gradients", "optimizer")
+        assert tuple(sharded[name] / whole[name] for name in names) == expected
+        assert sharded["activations"] == whole["activations"]
+
+
 def test_saving_needs_a_copy_only_in_host_memory() -> None:
     gpu = footprint().components(4)
     cpu = replace(footprint(), device_type="cpu").components(4)

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,19 @@ def test_identity_settings_may_not_change(
         assert part in message
     assert "log_every" not in message
     assert load_recipe(run / "recipe.toml").recipe == recipe(**stopped)
+
+
+def test_another_spelling_of_a_path_is_the_same_path(
+    recipe: MakeRecipe, run: Path, stopped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = recipe(**stopped)
+    monkeypatch.chdir(Path(before.tokenizer or "").parent)
+    tokenizer = f"./{Path(before.tokenizer or '').name}/"
+    sources = [f"./{os.path.relpath(file.path)}" for file in before.data.sources]
+    again = recipe(**stopped | {"tokenizer": tokenizer, "data__sources": sources})
+    assert recipe_changes(run, again) == {}
+    other = recipe(**stopped | {"tokenizer": f"{tokenizer}other"})
+    assert "tokenizer was" in refused(other, ConfigError)
 
 
 def test_changed_operation_settings_do_not_touch_a_finished_run(

@@ -109,7 +109,7 @@ def test_three_skipped_steps_in_a_row_halt_the_run(tmp_path: Path) -> None:
         trainer.train()
     assert str(caught.value).startswith(
         f"{tmp_path}: 3 steps in a row had a non-finite gradient, up to step 7 "
-        "(samples 24-27). Lower optim.lr"
+        "(samples 24-27). Set training.precision=fp32, or start over (--fresh) with a lower"
     )
     assert len(reporter.lines) == 3
     assert not reporter.open, "a progress bar that stays open hides the cursor"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from minimind.errors import UsageError
 from minimind.inference.generate import generate_all
 from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
@@ -16,6 +17,7 @@ from minimind.tokenizer import Tokenizer
 from minimind.training.validation import EvalSet
 from tests.support.objectives import Corrupted, PresetValidation
 from tests.support.small_runs import (
+    RecordingReporter,
     StoppingReporter,
     checkpoint_files,
     losses,
@@ -55,9 +57,24 @@ def test_validation_and_samples_do_not_change_training(
 
 
 def test_without_held_out_data_there_is_no_validation(tmp_path: Path) -> None:
-    result = nano_trainer(tmp_path, validation__every=2).train()
+    trainer = nano_trainer(tmp_path, validation__every=10)
+    trainer.generate_samples = lambda: [{"prompt": "1", "text": "2"}]
+    result = trainer.train()
     assert result.validation == {}
     assert metrics(tmp_path, "validation") == []
+    assert [line["step"] for line in metrics(tmp_path, "sample")] == [10, 20]
+
+
+def test_samples_that_cannot_be_generated_are_reported(tmp_path: Path) -> None:
+    def fail() -> list[dict[str, str]]:
+        raise UsageError("the prompt is empty")
+
+    trainer = nano_trainer(tmp_path, held_out=True, validation__every=10)
+    trainer.reporter = reporter = RecordingReporter()
+    trainer.generate_samples = fail
+    assert trainer.train().finished
+    assert "step 10: no samples: the prompt is empty" in reporter.lines
+    assert [line["step"] for line in metrics(tmp_path, "validation")] == [10, 20]
 
 
 def test_a_retention_set_alone_selects_no_best_checkpoint(tmp_path: Path) -> None:

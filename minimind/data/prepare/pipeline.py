@@ -30,6 +30,7 @@ from minimind.data.prepare.stages import (
 from minimind.data.prepare.workspace import FORMAT, Workspace, check_unchanged, list_inputs
 from minimind.data.store import store_key, store_spec
 from minimind.data.store_writer import finish_store
+from minimind.environment import num_cores
 from minimind.errors import DataError, UsageError
 from minimind.files import fsync
 from minimind.files import write_json as write_local_json
@@ -112,10 +113,10 @@ class Resources:
             characters = sum(map(len, preparation.questions.values()))
             worker += _QUESTION_TABLES_BYTES + _BYTES_PER_QUESTION_CHARACTER * characters
         fitting = (memory_bytes - _MAIN_BYTES) // worker
-        chosen = workers or max(min(os.cpu_count() or 1, fitting), 1)
+        chosen = workers or max(min(num_cores(), fitting), 1)
         if chosen > fitting:
             needed = (_MAIN_BYTES + chosen * worker) / 1e9
-            fewer = f", or --workers {fitting}" if fitting else ""
+            fewer = f", or --workers {fitting}" if fitting > 0 else ""
             raise UsageError(
                 f"{chosen} {'worker needs' if chosen == 1 else 'workers need'} {needed:.2f} GB of "
                 f"memory, and --memory allows {memory_bytes / 1e9:.2f}; give --memory "
@@ -309,7 +310,9 @@ class _Run:
             if self.preparation.tokenizer:
                 fraction = self.preparation.settings.validation_fraction
                 folder = self.workspace.token_parts
-                tokens = (self.preparation.tokenizer.resolve(), index, folder, fraction)
+                tokenizer = self.preparation.tokenizer.resolve()
+                sha256 = self.preparation.identity["tokenizer"]
+                tokens = (tokenizer, sha256, index, folder, fraction)
             arguments = (
                 self.workspace.stage("filter") / result["name"],
                 (decided, first, result["documents"]),
@@ -339,7 +342,9 @@ class _Run:
             "documents": sum(r["documents"] for r in written),
             "characters": sum(r["characters"] for r in written),
             "text_bytes": sum(r["text_bytes"] for r in written),
-            "input_documents": sum(s["documents"] for r in read for s in r["shards"]),
+            "input_documents": sum(
+                sum(r["dropped"].values()) + sum(s["documents"] for s in r["shards"]) for r in read
+            ),
             "input_text_bytes": sum(s["text_bytes"] for r in read for s in r["shards"]),
             **_dropped([*read, *filtered, *written]),
             "lengths": {

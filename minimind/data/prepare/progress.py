@@ -31,7 +31,9 @@ class ProgressFile:
         """Count bytes that were read."""
         self._done += num_bytes
         if time.monotonic() - self._written_at >= INTERVAL_S:
-            write_json(self._path, {"bytes": self._done})
+            # Only the progress depends on it: the disk may be full, or the file open elsewhere.
+            with contextlib.suppress(OSError, MinimindError):
+                write_json(self._path, {"bytes": self._done})
             self._written_at = time.monotonic()
 
 

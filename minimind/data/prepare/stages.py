@@ -262,13 +262,13 @@ def write_shard(
     decided: tuple[Location, int, int],
     wanted: list[int],
     output: Location,
-    tokens: tuple[Path, int, Location, float] | None,
+    tokens: tuple[Path, str, int, Location, float] | None,
 ) -> Result:
     """Write the documents of a shard that are kept; tokenize them if a tokenizer is given.
 
     decided: file of actions, id of the first document, number of documents. wanted: documents whose
-    text is returned, by position in the shard. tokens: tokenizer, number of the part, folder of the
-    store, validation fraction. An output without documents is not written.
+    text is returned, by position in the shard. tokens: tokenizer, its SHA-256, number of the
+    part, folder of the store, validation fraction. An output without documents is not written.
     """
     path, first_id, num_documents = decided
     all_actions = read_elements(path, start=first_id, count=num_documents).tolist()
@@ -306,18 +306,21 @@ def write_shard(
 
 
 @contextlib.contextmanager
-def _token_writer(tokens: tuple[Path, int, Location, float] | None) -> Iterator[PartWriter | None]:
+def _token_writer(
+    tokens: tuple[Path, str, int, Location, float] | None,
+) -> Iterator[PartWriter | None]:
     if tokens is None:
         yield None
         return
-    tokenizer, number, store, fraction = tokens
+    path, sha256, number, store, fraction = tokens
     with (
         new_files(store) as folder,
-        PartWriter(folder, number, _tokenizer(tokenizer), fraction) as writer,
+        PartWriter(folder, number, _tokenizer(path, sha256), fraction) as writer,
     ):
         yield writer
 
 
 @cache
-def _tokenizer(folder: Path) -> Tokenizer:
+def _tokenizer(folder: Path, sha256: str) -> Tokenizer:
+    """Load it once in each process. sha256: of the tokenizer, so that a change is noticed."""
     return Tokenizer.load(folder)

@@ -101,8 +101,15 @@ class Workspace:
 
     def results(self, stage: str) -> dict[str, dict[str, Any]]:
         """Return the results of the finished tasks of a stage, by name."""
-        markers = self.stage(stage).glob("[!.]*.json")
-        return {marker.stem: read_json_object(marker) for marker in markers}
+        results = {}
+        for marker in self.stage(stage).glob("[!.]*.json"):
+            try:
+                results[marker.stem] = read_json_object(marker)
+            except ValueError as error:
+                raise DataError(
+                    f"{marker} is damaged ({error}); remove it and run the same command again"
+                ) from None
+        return results
 
     def record(self, stage: str, name: str, result: Mapping[str, Any]) -> dict[str, Any]:
         """Record a finished task; return its result as it will be read again."""

@@ -139,9 +139,9 @@ class Preference:
         self._warned = True
         return (
             f"after {progress:.0%} of the run the loss is {metrics['loss']:.4f}, and it began at "
-            f"{initial:.4f}: the model is not learning. Raise the learning rates (optim.lr, and "
-            "optim.muon_lr with Muon), for example tenfold, or check that the chosen answers "
-            "differ from the rejected ones in a systematic way"
+            f"{initial:.4f}: the model is not learning. Start over, with --fresh, with higher "
+            "learning rates (optim.lr, and optim.muon_lr with Muon), for example tenfold, or check "
+            "that the chosen answers differ from the rejected ones in a systematic way"
         )
 
 

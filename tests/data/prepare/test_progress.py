@@ -28,6 +28,17 @@ def test_a_task_writes_how_far_it_has_read(tmp_path: Path, monkeypatch: pytest.M
     assert running_tasks(tmp_path / "none", {"00007"}) == {}
 
 
+def test_progress_that_cannot_be_written_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.0)
+    (tmp_path / "file").touch()
+    written = progress.ProgressFile(tmp_path / "file" / "00001.progress")
+    written.add(5)
+    with pytest.raises(OSError):
+        progress.write_json(tmp_path / "file" / "00001.progress", {})
+
+
 def test_an_action_is_repeated_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "INTERVAL_S", 0.001)
     twice = threading.Event()
