@@ -60,7 +60,8 @@ def listen(sockets: Sequence[socket.socket]) -> None:
         try:
             bound.listen()
         except OSError as error:
-            raise _cannot_listen(*bound.getsockname()[:2], error) from error
+            host, port = bound.getsockname()[:2]
+            raise _cannot_listen(host, port, error) from error
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> ResourceError:
