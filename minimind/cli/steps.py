@@ -84,9 +84,11 @@ def check_results(out: Path, command: str, folders: Iterable[str], *, fresh: boo
     replaced.
     """
     path = out / _TIME_FILE
-    of = json.loads(path.read_text("utf-8")).get("command", command) if path.is_file() else command
-    if of != command:
-        raise UsageError(f"{out} holds the results of `minimind {of}`; choose another --out")
+    owner = (
+        json.loads(path.read_text("utf-8")).get("command", command) if path.is_file() else command
+    )
+    if owner != command:
+        raise UsageError(f"{out} holds the results of `minimind {owner}`; choose another --out")
     names = (*_RESULT_FOLDERS, *folders) if fresh else ("model",)
     for path in (out / name for name in names):
         if path.exists() and not (out / _TIME_FILE).is_file():

@@ -40,7 +40,7 @@ class ModelCard:
 
 
 def _records_of(model: Path, directory: Path) -> Path | None:
-    """Return the folder with the runs of a model; None for a model directory of its own.
+    """Return the folder with the runs of a model; None for a model directory without a run.
 
     The folder around such a directory, as `minimind merge` writes it, may hold other runs.
     """

@@ -73,8 +73,8 @@ def _bars(name: str, counts: Mapping[str, tuple[int, int]]) -> Table:
     return Table([name, "", "right", ""], rows, (2, 3))
 
 
-def add_demo_answers(page: Page, demo: Metrics, of: str = "") -> None:
-    """Add the questions of a demo or road, answered after each stage. of: end of the title."""
+def add_demo_answers(page: Page, demo: Metrics, suffix: str = "") -> None:
+    """Add the questions of a demo or road, answered after each stage. suffix: end of the title."""
     rows = demo.get("questions", [])
     titles = {
         "before_training": "before training",
@@ -93,7 +93,7 @@ def add_demo_answers(page: Page, demo: Metrics, of: str = "") -> None:
     ]
     head = ["question", *(titles[key] for key in stages), *(_MARKS[key][0] for key in marks)]
     page.add(
-        f"Answers after each stage{of}",
+        f"Answers after each stage{suffix}",
         " ".join(
             ["The same questions after each stage."]
             + [_ABOUT_STAGES[key] for key in stages if key in _ABOUT_STAGES]
@@ -119,10 +119,10 @@ _MARKS = {  # the title of the column, and its meaning
 }
 
 
-def add_demo_quiz(page: Page, demo: Metrics, of: str = "") -> None:
+def add_demo_quiz(page: Page, demo: Metrics, suffix: str = "") -> None:
     """Add the demo's quiz by subject, and the answers of its LoRA adapter.
 
-    of: end of the titles.
+    suffix: end of the titles.
     """
     quiz = demo.get("quiz", {})
     by_subject = {
@@ -133,7 +133,7 @@ def add_demo_quiz(page: Page, demo: Metrics, of: str = "") -> None:
     head = ["question", "answer", "expected"]
     wrong: list[list[Cell]] = [[str(row[key]) for key in head] for row in quiz.get("wrong", [])]
     page.add(
-        f"Quiz by subject{of}",
+        f"Quiz by subject{suffix}",
         "Questions in wordings that were not trained on, scored by keywords, the weakest subject "
         f"first{fluent}. A short bar shows what the model has not learned.",
         _bars("subject", by_subject),
@@ -146,7 +146,7 @@ def add_demo_quiz(page: Page, demo: Metrics, of: str = "") -> None:
         for row in demo.get("identity", {}).get("answers", [])
     ]
     page.add(
-        f"A new name{of}",
+        f"A new name{suffix}",
         "Questions about the model's identity, in wordings that were not trained on, without and "
         "with the LoRA adapter that was trained to change it. ✓ marks an answer with the name or "
         "the author that the question is about.",

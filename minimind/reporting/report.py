@@ -62,17 +62,17 @@ def make_report(sources: Sequence[Path], *, price: float | None = None) -> Repor
     }
     page = Page(f"minimind: {title}", _lead(inputs), _cards(inputs, price))
     page.add("Problems", _ABOUT["Problems"], Problems(problems))
-    demos = [(_end_of_title(path, inputs), demo) for path, demo in inputs.demos.items()]
-    for of, demo in demos:
-        add_demo_answers(page, demo, of)
+    demos = [(_title_suffix(path, inputs), demo) for path, demo in inputs.demos.items()]
+    for suffix, demo in demos:
+        add_demo_answers(page, demo, suffix)
     name = "Runs" if compare else "Stages"
     page.add(name, _ABOUT[name], _run_table(inputs, price))
     if compare:
         metrics["fits"] = add_scaling(page, inputs.runs)
     add_curves(page, inputs.chains)
     add_benchmarks(page, inputs.benchmarks)
-    for of, demo in demos:
-        add_demo_quiz(page, demo, of)
+    for suffix, demo in demos:
+        add_demo_quiz(page, demo, suffix)
     samples = [block for run in inputs.runs for block in _samples(run)]
     page.add("Samples during training", _ABOUT["Samples"], *samples)
     recipes = [Folded(run.name, run.recipe) for run in inputs.runs if run.recipe]
@@ -166,7 +166,7 @@ def _total_seconds(inputs: Inputs) -> float:
     return sum(number_of(run.metrics, "seconds") or 0.0 for run in inputs.runs)
 
 
-def _end_of_title(demo: Path, inputs: Inputs) -> str:
+def _title_suffix(demo: Path, inputs: Inputs) -> str:
     """Return ": NAME" for one of several demos or roads, and nothing for a single one."""
     if len(inputs.demos) == 1:
         return ""

@@ -34,7 +34,7 @@ class Footprint:
     activation_checkpointing: bool = False
     stores_scores: bool = False  # attention scores: on a CPU without the kernels of model/fused.py
     # ZeRO (Rajbhandari et al. 2020): stage 1 divides the optimizer state among the processes, stage
-    # 2 the gradients too, stage 3 the weights too, of which the first process also keeps all.
+    # 2 also the gradients, stage 3 also the weights; rank 0 keeps a full copy of them as well.
     zero_stage: int = 0
     num_processes: int = 1
 
@@ -52,19 +52,24 @@ class Footprint:
             # The inputs of all layers; activations and gradients of the layer in the backward pass.
             per_token = 4 * config.num_hidden_layers * config.hidden_size + 2 * layer
             cast_bytes = 2
+        weights = 4 * self.parameters
+        if self.zero_stage == 3:
+            weights += weights // self.num_processes
         # Saving copies tensors to host memory, which a discrete GPU does not share.
-        shards = [self.num_processes if self.zero_stage >= stage else 1 for stage in (1, 2, 3)]
         copied = 0 if self.device_type == "cuda" else self.trained_parameters + self.moments
         return {
-            "weights": 4 * self.parameters
-            + (4 * self.parameters // shards[2] if self.zero_stage == 3 else 0),
-            "gradients": 4 * self.trained_parameters // shards[1],
-            "optimizer": 4 * self.moments // shards[0],
+            "weights": weights,
+            "gradients": 4 * self.trained_parameters // self._num_shards(2),
+            "optimizer": 4 * self.moments // self._num_shards(1),
             "half-precision copies": cast_bytes * self.parameters,
             "checkpoint copy": 4 * copied,
             "activations": tokens * per_token,
             "logits": _PER_LOGIT * config.vocab_size * min(tokens, LOGIT_CHUNK),
         }
+
+    def _num_shards(self, stage: int) -> int:
+        """Return the number of processes that share what ZeRO divides from `stage` on."""
+        return self.num_processes if self.zero_stage >= stage else 1
 
     def total(self, micro_batch: int) -> int:
         """Estimate the bytes of all components together."""
