@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +173,14 @@ def remove_run(run: Path) -> None:
 def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
     """Describe, by setting, how `recipe` differs from the recipe of a run that has begun.
 
-    The run directory itself may have moved. Raises ConfigError if a setting that identifies the run
-    differs. The number of steps may differ: `extend.py` decides whether the run can be extended.
+    The run directory may have moved, alone or with the folder around it. Raises ConfigError if a
+    setting that identifies the run differs. The number of steps may differ: `extend.py` decides
+    whether the run can be extended.
     """
     if not has_begun(run):
         return {}
-    recorded = load_recipe(run / RECIPE_FILE).recipe.model_copy(update={"out": recipe.out})
-    changes = _changes(recorded, recipe)
+    changes = _changes(load_recipe(run / RECIPE_FILE).recipe, recipe)
+    changes.pop("out", None)
     identity = {key for key in changes if role_of(key) is Role.IDENTITY}
     if "objective" in identity:  # the other changes follow from it
         raise ConfigError(
@@ -190,27 +192,47 @@ def recipe_changes(run: Path, recipe: Recipe) -> dict[str, str]:
 
 
 def _changes(old: Recipe, new: Recipe) -> dict[str, str]:
-    """Return the settings that differ; another spelling of a path is no difference."""
-    changed = difference(_with_absolute_paths(old), _with_absolute_paths(new))
-    return {key: text for key, text in difference(old, new).items() if key in changed}
+    """Return the settings that differ.
+
+    Another spelling of a path is no difference, nor is a path inside the folder around the run,
+    such as that of a road, if this folder has moved to the one around the new `out`.
+    """
+    old_folder, new_folder = (Path(_absolute(recipe.out or "")).parent for recipe in (old, new))
+
+    def moved(path: str) -> str:
+        absolute = _absolute(path)
+        if not Path(absolute).is_relative_to(old_folder):
+            return absolute
+        return str(new_folder / Path(absolute).relative_to(old_folder))
+
+    there = _with_paths(new, _absolute)
+    changed = difference(_with_paths(old, _absolute), there)
+    changed_after_move = difference(_with_paths(old, moved), there)
+    return {
+        key: text
+        for key, text in difference(old, new).items()
+        if key in changed and key in changed_after_move
+    }
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    def absolute(path: str) -> str:
-        if is_name(path) or is_textbook(path):
-            return path
-        return os.path.abspath(expand_user(path))
+def _absolute(path: str) -> str:
+    if is_name(path) or is_textbook(path):
+        return path
+    return os.path.abspath(expand_user(path))
 
+
+def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """Return a copy of a recipe whose paths are changed, except `out`."""
     data = {
-        name: [file.model_copy(update={"path": absolute(file.path)}) for file in files]
+        name: [file.model_copy(update={"path": change(file.path)}) for file in files]
         for name in ("sources", "validation", "retention")
         if (files := getattr(recipe.data, name))
     }
     model, init = recipe.model, recipe.model.init
     return recipe.model_copy(
         update={
-            "tokenizer": recipe.tokenizer and absolute(recipe.tokenizer),
-            "model": model.model_copy(update={"init": init and absolute(init)}),
+            "tokenizer": recipe.tokenizer and change(recipe.tokenizer),
+            "model": model.model_copy(update={"init": init and change(init)}),
             "data": recipe.data.model_copy(update=data),
         }
     )

@@ -197,6 +197,24 @@ def test_another_spelling_of_a_path_is_the_same_path(
     assert "tokenizer was" in refused(other, ConfigError)
 
 
+def test_a_run_may_move_with_the_folder_around_it(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A road that is renamed or copied continues: its tokenizer and earlier model have moved too."""
+    before = tmp_path / "before"
+    inside = {"out": f"{before}/sft", "tokenizer": f"{before}/tokenizer"}
+    inside["model__init"] = f"{before}/pretrain"
+    write_recipe(tmp_path / "before/sft", recipe(**inside))
+    (tmp_path / "before/sft/checkpoints/step-00000007").mkdir(parents=True)
+    after = tmp_path / "a" / "copy"
+    shutil.copytree(before, after)
+    moved = {key: path.replace(str(before), str(after)) for key, path in inside.items()}
+    assert recipe_changes(after / "sft", recipe(**moved)) == {}
+    # Nothing has moved for a run whose tokenizer is elsewhere.
+    assert recipe_changes(after / "sft", recipe(**inside | {"out": moved["out"]})) == {}
+    other = moved | {"tokenizer": str(tmp_path / "tokenizer")}
+    with pytest.raises(ConfigError, match="tokenizer was"):
+        recipe_changes(after / "sft", recipe(**other))
+
+
 def test_changed_operation_settings_do_not_touch_a_finished_run(
     recipe: MakeRecipe, run: Path
 ) -> None:
