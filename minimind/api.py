@@ -240,7 +240,9 @@ class Model:
         return measure_texts(self._local, texts)
 
     def _max_new_tokens(self, requested: int | None) -> int:
-        return requested or self._defaults.max_new_tokens or min(512, self.context // 2)
+        if requested is not None:
+            return requested
+        return self._defaults.max_new_tokens or min(512, self.context // 2)
 
     def _sampling(self, settings: Mapping[str, Any]) -> Sampling:
         try:

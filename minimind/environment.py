@@ -3,6 +3,7 @@
 import os
 
 KEY_VARIABLE = "MINIMIND_API_KEY"  # the API key that the service requires and clients send
+EXIT_WITH_PARENT_VARIABLE = "MINIMIND_EXIT_WITH_PARENT"  # set where stdin closes with the parent
 NATIVE_VARIABLE = "MINIMIND_NATIVE"  # "0": neither compile nor use C++ code
 
 

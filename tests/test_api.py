@@ -67,6 +67,7 @@ def test_chat_answers_a_question_or_a_conversation(model: minimind.Model, model_
     assert model.chat(turns, temperature=0, max_new_tokens=12) == answer
     streamed = model.chat(turns, temperature=0, max_new_tokens=12, stream=True)
     assert "".join(streamed).strip() == answer
+    assert model.chat(turns, max_new_tokens=0) == ""
     turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": "为什么？"}]
     loaded, tokenizer = load_for_inference(model_dir, "cpu")
     prompt, _ = encode_chat(tokenizer, turns, add_generation_prompt=True)

@@ -3,7 +3,8 @@
 A script is divided into cells by the markers of included regions. Cells are shown in the pages, run
 in the notebooks and print into `outputs/NAME.txt`. Code between the cells is not shown; it defines
 
-    facts                        dict of values that the prose states: `3.81<!--=bits-->`
+    facts                        dict of values that the prose states: `3.81<!--=bits-->`;
+                                 (english, chinese) where they differ
     figure_NAME(figure, say)     draws on a matplotlib figure: `outputs/NAME.en.svg` and `.zh.svg`
     table_NAME(say)              returns rows, the first of them the head: `outputs/NAME.en.md` …
     piece                        data for the interactive piece, as JSON

@@ -85,7 +85,7 @@ def _page_problems(chapter: Chapter, lang: str) -> Iterator[str]:
     if not text.startswith(f"# {chapter.number} "):
         yield f"the title must begin with '# {chapter.number} '"
     yield from _include_problems(chapter, lang, text)
-    yield from _fact_problems(chapter, text)
+    yield from _fact_problems(chapter, lang, text)
     yield from link_problems(text, chapter.root)
     for alt, target in IMAGE.findall(text):
         if _width(alt) < _MIN_ALT:
@@ -144,9 +144,13 @@ def _width_problems(chapter: Chapter) -> Iterator[str]:
             yield f"{name} is wider than {_MAX_WIDTH} columns: {wide[0]}"
 
 
-def _fact_problems(chapter: Chapter, text: str) -> Iterator[str]:
+def _fact_problems(chapter: Chapter, lang: str, text: str) -> Iterator[str]:
     path = chapter.outputs / "facts.json"
-    facts = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    written = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    facts = {
+        key: value[LANGUAGES.index(lang)] if isinstance(value, list) else value
+        for key, value in written.items()
+    }
     stated = [(" ".join(value.split()), key) for value, key in FACT.findall(text)]
     for value, key in stated:
         if facts.get(key) != value:

@@ -31,7 +31,11 @@ def main(stem: str, out: Path) -> None:
         _write(out / f"{name}.txt", text)
     if facts := namespace.get("facts"):
         _write_json(
-            out / "facts.json", {key: str(value) for key, value in facts.items()}
+            out / "facts.json",
+            {
+                key: list(value) if isinstance(value, tuple) else str(value)
+                for key, value in facts.items()
+            },
         )
     if (piece := namespace.get("piece")) is not None:
         _write_json(out / "piece.json", piece)

@@ -25,7 +25,6 @@ from minimind.cli.options import (
     Temperature,
     TopK,
     TopP,
-    validated_context,
 )
 from minimind.cli.terminal import report_short_context, stdin_lines, strip_controls
 from minimind.environment import KEY_VARIABLE
@@ -81,7 +80,6 @@ def chat(
             "--adapter, --device, --int8, --context and --rope-scaling cannot be used with --url; "
             "set them when you start the service"
         )
-    context = validated_context(context, rope_scaling)
     settings = dict(
         temperature=temperature,
         top_p=top_p,

@@ -13,15 +13,9 @@ from rich.text import Text
 
 from minimind.errors import shell_words
 from minimind.files import write_atomically
-from minimind.progress import (
-    RichReporter,
-    console,
-    format_memory,
-    format_number,
-    format_size,
-    make_progress,
-)
+from minimind.progress import RichReporter, console, make_progress
 from minimind.training.reporter import pluralize
+from minimind.units import format_memory, format_number, format_size
 
 __all__ = [
     "RichReporter",

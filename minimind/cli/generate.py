@@ -18,7 +18,6 @@ from minimind.cli.options import (
     Temperature,
     TopK,
     TopP,
-    validated_context,
 )
 from minimind.cli.terminal import report_short_context, stdin_lines, strip_controls
 from minimind.errors import UsageError
@@ -64,7 +63,7 @@ def generate(
         model,
         device,
         adapter=adapter,
-        context=validated_context(context, rope_scaling),
+        context=context,
         rope_scaling=rope_scaling,
     )
     with Engine(loaded, tokenizer, slots=1, context=context, int8=int8) as engine:

@@ -12,13 +12,10 @@ import time
 
 import typer
 
-from minimind.environment import num_cores
+from minimind.environment import EXIT_WITH_PARENT_VARIABLE, num_cores
 from minimind.errors import TrainingError
 from minimind.signals import count_interrupts, exit_when_stdin_closes
 
-_EXIT_WITH_PARENT = (
-    "MINIMIND_EXIT_WITH_PARENT"  # set in processes whose stdin closes when the parent exits
-)
 _POLL_S = 0.05
 INTERRUPTED = 130
 
@@ -98,7 +95,7 @@ def _environment(number: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        _EXIT_WITH_PARENT: "1",
+        EXIT_WITH_PARENT_VARIABLE: "1",
     }
 
 
@@ -123,6 +120,6 @@ def _describe_exit(status: int | None) -> str:
 
 
 def exit_with_parent() -> None:
-    """Exit as soon as the parent has died, in a process that `launch_processes` started."""
-    if _EXIT_WITH_PARENT in os.environ:
+    """Exit as soon as the parent has died, in a process that it started for training."""
+    if EXIT_WITH_PARENT_VARIABLE in os.environ:
         exit_when_stdin_closes()

@@ -5,8 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from minimind.errors import UsageError
-
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 or mps."
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model or run directory.")]
@@ -80,10 +78,3 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 Json = Annotated[
     Path | None, typer.Option("--json", help="Also write the metrics to this JSON file.")
 ]
-
-
-def validated_context(context: int | None, rope_scaling: str | None) -> int | None:
-    """Return `context`; raise UsageError if a scaling method is given without it."""
-    if rope_scaling and context is None:
-        raise UsageError("--rope-scaling needs a context length; add --context N")
-    return context

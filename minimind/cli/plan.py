@@ -86,7 +86,10 @@ def _show(estimate: "Plan", recipe: "Recipe", *, measures_speed: bool) -> None:
     if estimate.tokens_per_second:
         rows.append(("tokens per second, measured", estimate.tokens_per_second))
     elif measures_speed:
-        why = "it does not fit into the free memory" if estimate.device_is_present else "no device"
+        why = "no device"
+        if estimate.device_is_present:
+            free = "the free memory" if estimate.micro_batch_size else "the memory"
+            why = f"it does not fit into {free}"
         rows.append(("tokens per second", f"not measured: {why}"))
     if estimate.seconds:
         rows.append(("total time", duration(estimate.seconds)))

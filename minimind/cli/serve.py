@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minimind.cli.options import Context, Device, Int8, RopeScaling, validated_context
+from minimind.cli.options import Context, Device, Int8, RopeScaling
 from minimind.environment import KEY_VARIABLE
 
 Models = Annotated[
@@ -76,7 +76,6 @@ def serve(
     keys = api_key or [key for key in [os.environ.get(KEY_VARIABLE, "")] if key]
     check_exposure(host, keys)
     origins = [normalized_origin(origin) for origin in cors or []]
-    context = validated_context(context, rope_scaling)
     sources = find_models(models)
     sources |= find_adapters(adapter or [], sources)
     sockets = server.bind(host, port)  # before loading, which takes long: the port may be in use

@@ -40,6 +40,7 @@ from minimind.data.registry import FOLDER_VARIABLE, Published, data_folder, simi
 from minimind.data.stamps import settled_stamp_of, sha256_of, stamp_of
 from minimind.errors import DataError, ResourceError, shell_words
 from minimind.files import fsync, read_json_object, write_json
+from minimind.units import format_size
 
 _MAX_FAILURES = 5  # in a row, without a byte in between
 _MAX_FAILURES_OF_LISTING = 3
@@ -291,7 +292,7 @@ def _check_disk(part: Path, file: HubFile) -> None:
     free = shutil.disk_usage(part.parent).free
     if needed > free:
         raise ResourceError(
-            f"{part.parent}: the download needs {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB "
+            f"{part.parent}: the download needs {format_size(needed)}, and {format_size(free)} "
             "are free. Free some space, or choose a folder on another disk"
         )
 

@@ -30,17 +30,23 @@ def estimate_tokens(
     kind: Kind | None = None,
     schema: str = "auto",
     variables: Mapping[str, str] | None = None,
+    seq_len: int | None = None,
 ) -> int:
     """Estimate the number of tokens that a token store of `path` would have, in both splits.
 
-    Without `kind`, records of every kind are counted. Raises DataError for files that cannot be
-    read.
+    Without `kind`, records of every kind are counted. seq_len: count only the tokens of a
+    conversation or pair that sequences of this length have room for. Raises DataError for files
+    that cannot be read.
     """
     files = list_files(path)
     sizes = [file.stat().st_size for file in files]
+    if not any(sizes):
+        return 0
     selected = _select_files(sizes)
     estimates = [
-        _FileSample(files[number], schema, len(selected)).estimate(tokenizer, kind, variables or {})
+        _FileSample(files[number], schema, len(selected)).estimate(
+            tokenizer, kind, variables or {}, seq_len
+        )
         for number in selected
     ]
     if len(selected) == len(files):
@@ -108,7 +114,11 @@ class _FileSample:
             self._stride *= 2
 
     def estimate(
-        self, tokenizer: Tokenizer, kind: Kind | None, variables: Mapping[str, str]
+        self,
+        tokenizer: Tokenizer,
+        kind: Kind | None,
+        variables: Mapping[str, str],
+        seq_len: int | None,
     ) -> float:
         """Estimate the number of tokens of the complete file."""
         tokens = 0
@@ -117,9 +127,22 @@ class _FileSample:
                 r.substitute(variables) for r in batch if not reason_to_skip(r, tokenizer, kind)
             ]
             for documents in encode_records(used, tokenizer, kind):
-                tokens += sum(len(ids) for ids, _ in documents)
+                tokens += sum(_used([len(ids) for ids, _ in documents], kind, seq_len))
         if not tokens:
             return 0.0
         sampled = sum(record.num_characters for record in self.records)
         size = self.file.stat().st_size
         return tokens * self.num_characters / sampled * size / self.num_bytes
+
+
+def _used(sizes: list[int], kind: Kind | None, seq_len: int | None) -> list[int]:
+    """Return the tokens of the documents of a record that `packing.py` keeps."""
+    if seq_len is None or kind not in ("chat", "pairs"):
+        return sizes
+    if kind == "chat":
+        return [min(size, seq_len + 1) for size in sizes]
+    positions = [size - 1 for size in sizes]
+    return [
+        min(own, max(seq_len // 2, seq_len - other)) + 1
+        for own, other in zip(positions, reversed(positions), strict=True)
+    ]

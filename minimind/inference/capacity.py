@@ -10,6 +10,7 @@ from minimind.inference.kv_cache import CACHE_STEP, cache_positions
 from minimind.inference.native_decoder import cache_dtype
 from minimind.model import Transformer
 from minimind.model.device import free_bytes
+from minimind.units import format_memory
 
 MAX_SLOTS = 16
 _PREFERRED_CONTEXT = 8192  # tokens; slots are given up first to keep a context of this length
@@ -122,6 +123,6 @@ class CacheSizer:
             advice.append(f"--slots 1 --context {longest}")
         return ResourceError(
             f"too little memory on {self._device}: a KV cache of {slots} × {context:,} tokens "
-            f"needs {self.bytes(slots, context) / 1e9:.1f} GB, and {self._usable / 1e9:.1f} GB "
+            f"needs {format_memory(self.bytes(slots, context))}, and {format_memory(self._usable)} "
             f"can be used for it; give {' or '.join(advice) or 'a smaller model'}"
         )

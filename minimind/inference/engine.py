@@ -116,8 +116,8 @@ class Engine:
         it, iterate over the completion. A ScoreRequest has a single piece, delivered when its
         scores are there.
 
-        Raises UsageError when the request is invalid or does not fit into the context. After an
-        engine failure the request ends with that error.
+        Raises UsageError when the request is invalid or does not fit into the context, or the
+        engine is closed. After an engine failure the request ends with that error.
         """
         request.check(self.context)
         max_new_tokens = self.context - len(request.prompt)
@@ -131,7 +131,8 @@ class Engine:
                 max_new_tokens = min(max_new_tokens, request.max_new_tokens)
         completion = Completion(request, max_new_tokens, deliver)
         with self._changed:
-            assert not self._closed, "the engine is closed"
+            if self._closed:
+                raise UsageError("the model is closed; load it again")
             failure = self._failure
             if failure is None:
                 self._scheduler.waiting.append(completion)
@@ -193,11 +194,14 @@ class Engine:
 
         def texts() -> Generator[str]:
             try:
+                yield ""  # consumed below: closing a generator that has not begun runs no `finally`
                 yield from (piece.text for piece in completion)
             finally:
                 completion.cancel()
 
-        return texts()
+        stream = texts()
+        next(stream)
+        return stream
 
     def stats(self) -> EngineStats:
         """Return a snapshot; may be called from any thread."""

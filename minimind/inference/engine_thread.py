@@ -51,6 +51,7 @@ class EngineThread:
             ended = [engine for engine in ready if not engine.step()]
             with self.changed:
                 self._engines = [engine for engine in self._engines if engine not in ended]
+            del ready, ended  # their memory is free while the thread waits
 
     def _wait_for_work(self) -> list[Steppable]:
         """Wait for engines with work; return an empty list when no engine is left."""

@@ -22,7 +22,6 @@ def sampler(
         prompts = recipe.validation.prompts
         chat = recipe.objective != "pretrain"
         texts = (answer_all if chat else continue_all)(model, tokenizer, prompts)
-        model.train()
         for prompt, text in zip(prompts, texts, strict=True):
             say(f"  {prompt} → {text}")
         return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]

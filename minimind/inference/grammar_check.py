@@ -31,21 +31,25 @@ def main() -> None:
                 resource.setrlimit(limit, values)
     grammar = sys.stdin.buffer.read().decode("utf-8")
     threading.stack_size(_STACK_BYTES)
-    checker = threading.Thread(target=_check, args=(grammar,))
+    checked = threading.Event()
+    checker = threading.Thread(target=_check, args=(grammar, checked))
     checker.start()
     checker.join()
+    if not checked.is_set():  # the thread has died of an exception
+        sys.exit(1)
 
 
-def _check(grammar: str) -> None:
+def _check(grammar: str, checked: threading.Event) -> None:
     limits = LLParserLimits(verbose_errors=False)
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
     if is_error:
         sys.stdout.buffer.write(messages[0][:2000].encode("utf-8", "replace"))
-        return
-    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits)
-    matcher.compute_bitmask()
-    if matcher.is_error():
-        sys.stdout.buffer.write(b"no JSON value satisfies it")
+    else:
+        matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits)
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            sys.stdout.buffer.write(b"no JSON value satisfies it")
+    checked.set()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minimind.errors import ResourceError
 from minimind.model import ModelConfig
+from minimind.units import format_memory
 
 CACHE_STEP = 64  # attention spans a multiple of this many positions
 
@@ -50,7 +51,7 @@ class KVCache:
             size = math.prod(shape) * dtype.itemsize
             raise ResourceError(
                 f"too little memory on {device}: a KV cache of {slots} × {context:,} tokens needs "
-                f"{size / 1e9:.1f} GB; give --context {max(context // 2, 1)} or less"
+                f"{format_memory(size)}; give --context {max(context // 2, 1)} or less"
             ) from error
         # [L, 2, S, K, P, D] -> L views [S, P, 2, K, D]: indexed by (slots, positions)
         self._kv_slots = self.data.permute(0, 2, 4, 1, 3, 5).unbind()

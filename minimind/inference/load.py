@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from minimind.config.model import RopeKind
+from minimind.errors import UsageError
 from minimind.model import (
     Transformer,
     load_model,
@@ -43,6 +44,12 @@ def load_for_inference(
     directory = resolve_model_directory(path)
     tokenizer, config = Tokenizer.load(directory), read_config(directory)
     tokenizer.check_model(directory, config.vocab_size)
+    if rope_scaling and (context is None or context <= config.max_position_embeddings):
+        raise UsageError(
+            f"RoPE scaling ({rope_scaling}) needs a longer context than the "
+            f"{config.max_position_embeddings:,} tokens of {directory}; give such a context, or "
+            "no scaling"
+        )
     dtype = dtype or inference_dtype(chosen)
     with single_threaded():
         if adapter is None:

@@ -240,7 +240,8 @@ def _pack_int8(weight: Tensor) -> Linear:
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return integers from -127 to 127 [out, in] and a scale per output row, [out]."""
     # --8<-- [start:int8]
-    scale = weight.float().abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = (weight.float() / scale[:, None]).round_().to(torch.int8)
-    return rounded, scale.to(weight.dtype)
+    smallest = torch.finfo(weight.dtype).tiny
+    scale = weight.float().abs().amax(1).div_(127).clamp_(min=smallest).to(weight.dtype)
+    rounded = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
+    return rounded.to(torch.int8), scale
     # --8<-- [end:int8]

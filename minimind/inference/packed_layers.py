@@ -73,7 +73,7 @@ def _swiglu(gate_up: Linear, down: Linear) -> Linear:
 def _pack_experts(module: RoutedExperts, pack: Packer, slots: int) -> Linear:
     """Pack routed experts; on a CPU the result is batch-invariant, unlike RoutedExperts itself."""
     if module.router.layer.weight.device.type != "cpu":
-        return _experts_on_device(module, slots)
+        return _experts_on_device(module, max(slots, pack.min_rows))
     router = pack.exact(module.router.layer.weight.detach().float())
     matrices = zip(
         module.input_linear.weight.detach(), module.output_linear.weight.detach(), strict=True

@@ -80,7 +80,7 @@ class Attention(nn.Module):
             # --8<-- [end:gqa]
             # k, v [B, H, S, D]
         trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-        if trains_on_cpu and 1 < q.shape[2] <= _BLOCKWISE_MAX_LENGTH:
+        if trains_on_cpu and cache is None and 1 < q.shape[2] <= _BLOCKWISE_MAX_LENGTH:
             out = _blockwise_attention(q, k, v, mask, self.scale or self.head_dim**-0.5)
         else:
             out = F.scaled_dot_product_attention(

@@ -47,9 +47,9 @@ def compile_library(sources: tuple[Path, ...], flags: tuple[str, ...] = ()) -> c
 
 @cache
 def _load(sources: tuple[Path, ...], flags: tuple[str, ...]) -> ctypes.CDLL | str:
-    if not _compiler():
-        return "no C++ compiler; install g++"
     try:
+        if not _compiler():
+            return "no C++ compiler; install g++"
         path = _compiled(sources, flags)
         try:
             # PyTorch has loaded an OpenMP library of the same name, so both share its threads.
@@ -61,6 +61,8 @@ def _load(sources: tuple[Path, ...], flags: tuple[str, ...]) -> ctypes.CDLL | st
         return f"{error.cmd[0]} failed: {error.stderr.strip()[:500]}"
     except (OSError, subprocess.TimeoutExpired, MinimindError) as error:
         return str(error)
+    except ValueError as error:
+        return f"CXX or CXXFLAGS: {error}"  # an unbalanced quote
 
 
 def _compiler() -> list[str]:

@@ -1,5 +1,6 @@
 """Estimate the memory, the steps and the time of a stage before it runs."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -160,9 +161,10 @@ def _resolve_device(name: str, *, allow_missing: bool) -> tuple[torch.device, bo
     try:
         return choose_device(name), True
     except ResourceError:
-        if not allow_missing or name.partition(":")[0] not in _PROCESS_BYTES:
-            raise
-        return torch.device(name), False
+        if allow_missing and name.partition(":")[0] in _PROCESS_BYTES:
+            with contextlib.suppress(RuntimeError):  # "cuda:one"
+                return torch.device(name), False
+        raise
 
 
 def flops_per_token(
@@ -201,6 +203,7 @@ def _estimate_data_tokens(recipe: Recipe, tokenizer: Tokenizer | None) -> int | 
             kind=KINDS[recipe.objective],
             schema=source.record_schema,
             variables=data.variables,
+            seq_len=data.seq_len,
         )
         for source in data.sources
     ]

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from minimind.config import dump_recipe
 from minimind.config.settings import Recipe
-from minimind.environment import num_cores
+from minimind.environment import EXIT_WITH_PARENT_VARIABLE, num_cores
 from minimind.errors import UsageError
 from minimind.signals import count_interrupts
 from minimind.training.run import is_finished
@@ -116,34 +116,40 @@ def run_all(
     outcomes, pending = Outcomes(), list(planned)
     running: dict[int, _RunProcess] = {}
     with count_interrupts() as interrupts:
-        while pending or running:
-            for slot, environment in enumerate(environments):
-                while pending and slot not in running and not interrupts.count:
-                    run = pending.pop(0)
-                    if not fresh and is_finished(run.run, run.recipe):
-                        outcomes.finished.append(run.name)
-                        watcher.ended(slot, run, None)
+        try:
+            while pending or running:
+                for slot, environment in enumerate(environments):
+                    while pending and slot not in running and not interrupts.count:
+                        run = pending.pop(0)
+                        if not fresh and is_finished(run.run, run.recipe):
+                            outcomes.finished.append(run.name)
+                            watcher.ended(slot, run, None)
+                            continue
+                        running[slot] = _start(run, environment, fresh)
+                        watcher.started(slot, run)
+                for slot, current in list(running.items()):
+                    current.forward_stop_requests(interrupts.count)
+                    if (status := current.process.poll()) is None:
+                        if line := _last_line(current.planned.run / "metrics.jsonl"):
+                            watcher.progress(slot, current.planned, line)
                         continue
-                    running[slot] = _start(run, environment, fresh)
-                    watcher.started(slot, run)
-            for slot, current in list(running.items()):
-                current.forward_stop_requests(interrupts.count)
-                if (status := current.process.poll()) is None:
-                    if line := _last_line(current.planned.run / "metrics.jsonl"):
-                        watcher.progress(slot, current.planned, line)
-                    continue
-                del running[slot]
+                    del running[slot]
+                    current.log.close()
+                    failure = _failure_reason(current.planned, status, interrupts.count > 0)
+                    if failure is None:
+                        outcomes.finished.append(current.planned.name)
+                    else:
+                        outcomes.failed[current.planned.name] = failure
+                    watcher.ended(slot, current.planned, failure)
+                if interrupts.count and not running:
+                    break
+                if running:
+                    time.sleep(_POLL_S)
+        finally:  # an error of the watcher, or a full disk, must not leave processes behind
+            for current in running.values():
+                current.process.kill()
+                current.process.wait()
                 current.log.close()
-                failure = _failure_reason(current.planned, status, interrupts.count > 0)
-                if failure is None:
-                    outcomes.finished.append(current.planned.name)
-                else:
-                    outcomes.failed[current.planned.name] = failure
-                watcher.ended(slot, current.planned, failure)
-            if interrupts.count and not running:
-                break
-            if running:
-                time.sleep(_POLL_S)
         outcomes.stopped = interrupts.count > 0
     for run in pending:
         outcomes.failed[run.name] = "not started"
@@ -158,10 +164,10 @@ def _start(planned: PlannedRun, environment: dict[str, str], fresh: bool) -> _Ru
     command = [sys.executable, "-m", "minimind", "train", str(recipe), *["--fresh"] * fresh]
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"COLUMNS": "120"} | environment,
+        env=os.environ | {"COLUMNS": "120", EXIT_WITH_PARENT_VARIABLE: "1"} | environment,
         start_new_session=True,  # so that Ctrl-C reaches only this process, which forwards it
     )
     return _RunProcess(planned, process, log)
@@ -171,7 +177,8 @@ def _failure_reason(planned: PlannedRun, status: int, stopping: bool) -> str | N
     """Return why a run has failed, or None if it is finished."""
     if status == 0:
         return None
-    if stopping and status in (130, -signal.SIGTERM, -signal.SIGKILL):
+    # On Windows, terminating a process ends it with status 1 and without a checkpoint.
+    if stopping and status in ((1,) if os.name == "nt" else (130, -signal.SIGTERM, -9)):
         return "stopped; the same command resumes it"
     lines = planned.log.read_text("utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

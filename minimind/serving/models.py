@@ -17,6 +17,7 @@ from minimind.inference.load import load_for_inference
 from minimind.model import fingerprint, resolve_adapter_directory, resolve_model_directory
 from minimind.serving.admission import AdmissionQueue
 from minimind.tokenizer import Tokenizer
+from minimind.units import format_memory
 from minimind.version import __version__
 
 
@@ -45,7 +46,7 @@ class ServedModel:
         engine = self.engine
         summary = (
             f"KV cache of {engine.model.slots} × {engine.context:,} tokens "
-            f"({engine.cache_bytes / 1e9:.1f} GB)"
+            f"({format_memory(engine.cache_bytes)})"
         )
         if engine.context == self.max_context:
             return summary

@@ -10,6 +10,7 @@ from minimind.config.model import ModelConfig
 from minimind.errors import ResourceError
 from minimind.training.objectives.next_token import LOGIT_CHUNK
 from minimind.training.reporter import pluralize
+from minimind.units import format_memory
 
 # Bytes of activations, fitted to measurements on a CPU in bf16. Estimates are off by at most a
 # third (benchmarks/records/memory.md).
@@ -125,10 +126,11 @@ def choose_micro_batch(
     micro_batch = 1 if saved else requested or 1
     if footprint.total(micro_batch) <= free:
         return micro_batch
+    needed = format_memory(footprint.total(micro_batch))
     raise ResourceError(
         f"too little memory on {device}: a micro-batch of {pluralize(micro_batch, 'sequence')} of "
-        f"{footprint.seq_len} tokens needs about {footprint.total(micro_batch) / 1e9:.1f} GB, and "
-        f"{free / 1e9:.1f} GB are free; {_suggestion(footprint, fitting, resumed=bool(saved))}"
+        f"{footprint.seq_len} tokens needs about {needed}, and "
+        f"{format_memory(free)} are free; {_suggestion(footprint, fitting, resumed=bool(saved))}"
     )
 
 

@@ -143,7 +143,7 @@ def test_default_cache_fits_free_memory(machine: Machine, verb: str) -> None:
     assert output.endswith("ACCEPTED")
     if verb == "serve":  # positions: 1,000,000 / 256 = 3,906, of which 61 steps of 64 are used
         assert (
-            "tiny: KV cache of 1 × 3,840 tokens (0.0 GB); the model's context is 16,384" in output
+            "tiny: KV cache of 1 × 3,840 tokens (976 KB); the model's context is 16,384" in output
         )
         assert "max_model_len 3840" in output
     else:

@@ -14,8 +14,8 @@ def test_serve_prints_url_cache_and_batch_invariance_of_each_model(
     promise = "an answer does not depend on other requests, to the bit"
     assert lines == [
         f"tiny: {service.url}/v1\n",
-        "other: KV cache of 16 × 64 tokens (0.0 GB)\n",
+        "other: KV cache of 16 × 64 tokens (1 MB)\n",
         f"other: {promise}\n",
-        "tiny: KV cache of 16 × 64 tokens (0.0 GB)\n",
+        "tiny: KV cache of 16 × 64 tokens (1 MB)\n",
         f"tiny: {promise}\n",
     ]

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from minimind.cli.main import app
 from minimind.cli.sweep import _finish, describe_failures
+from minimind.config import load_recipe
 from minimind.environment import num_cores
 from minimind.errors import UsageError
-from minimind.planning.sweep import Outcomes, device_settings
-from tests.support.commands import fast_executable, fast_python
+from minimind.planning.sweep import Outcomes, PlannedRun, Watcher, device_settings, run_all
+from tests.support.commands import PID_FILE, fast_executable, fast_python, pid_of
 from tests.support.plots import draw_equal_plots_once
 from tests.support.run_folders import write_run
 
@@ -42,11 +45,11 @@ def folder(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, pid_file: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*fast_python(), "-m", "minimind", *arguments],
         cwd=folder,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | ENVIRONMENT | ({PID_FILE: str(pid_file)} if pid_file else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -165,3 +168,42 @@ def test_a_process_sees_only_its_own_gpu(
 def test_a_missing_device_is_reported_once(folder: Path) -> None:
     output = run(folder, *NANO, "--tokenizer", "tokenizer", "--devices", "cuda:77", status=1)
     assert output.count("device cuda:77 is not available") == 1
+
+
+def planned(folder: Path) -> PlannedRun:
+    flags = {"model.preset": "nano", "data.seq_len": 32, "training.steps": 100_000}
+    flags |= {"training.global_batch_size": 4, "validation.num_sequences": 4}
+    flags |= {"data.sources": [str(folder / "text.jsonl")], "out": str(folder / "run")}
+    flags |= {"data.store": str(folder / "stores"), "tokenizer": str(folder / "tokenizer")}
+    return PlannedRun("a", load_recipe("pretrain-small", flags=flags).recipe, folder / "a.log")
+
+
+def test_an_error_leaves_no_process_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class FullDisk(Watcher):
+        def started(self, slot: int, planned: PlannedRun) -> None:
+            raise OSError("No space left on device")
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    with pytest.raises(OSError, match="No space left"):
+        run_all([planned(folder)], [ENVIRONMENT], watcher=FullDisk())
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
+def test_runs_end_when_the_sweep_is_killed(folder: Path) -> None:
+    """Such as by the kernel, when memory runs out."""
+    command = (*NANO, "--tokenizer", "tokenizer", "optim.lr=1e-3,2e-3", "training.steps=100_000")
+    process = start(folder, *command, pid_file=folder / "pid")
+    run_folder = folder / "out" / "sweep" / "lr-0.001"
+    while not (run_folder / "metrics.jsonl").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(pid_of(process, folder / "pid"), signal.SIGKILL)
+    process.communicate()
+    FileLock(run_folder / ".lock", timeout=30).acquire()  # free when the process of the run is gone

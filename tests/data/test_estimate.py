@@ -14,7 +14,9 @@ import zstandard
 
 from minimind.data import compression, formats
 from minimind.data import estimate as estimate_module
+from minimind.data.encode import Kind
 from minimind.data.estimate import estimate_tokens
+from minimind.data.packing import ChatSequences, PairSequences
 from minimind.data.stats import inspect_data
 from minimind.data.store import open_store
 from minimind.tokenizer import Tokenizer
@@ -161,3 +163,33 @@ def test_data_without_records_of_the_kind_has_no_tokens(
     path.write_text('{"text": "长江"}\n{broken\n', encoding="utf-8")
     assert estimate_tokens(str(path), tokenizer, kind="chat") == 0
     assert estimate_tokens(str(path), tokenizer, kind="text") > 0
+
+
+@pytest.mark.parametrize("kind", ["chat", "pairs"])
+def test_tokens_that_sequences_have_no_room_for_are_not_counted(
+    kind: Kind, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    def messages(answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "问"}, {"role": "assistant", "content": answer}]
+
+    records: list[dict[str, object]] = [
+        {"chosen": messages("好" * 3), "rejected": messages("坏" * length)}
+        if kind == "pairs"
+        else {"messages": messages("好" * length)}
+        for length in (5, 90, 5000)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    store = open_store(str(path), tokenizer, kind=kind, folder=tmp_path / "stores")
+    make = ChatSequences if kind == "chat" else PairSequences
+    sequences = make([store.train], 64, pad_id=0, seed=0)
+    positions = round(sequences.report.packing_efficiency * len(sequences) * 64)
+    num_documents = 3 if kind == "chat" else 6  # the last token of each is only a label
+    used = estimate_tokens(str(path), tokenizer, kind=kind, seq_len=64)
+    assert used == positions + num_documents < 1000 < estimate_tokens(str(path), tokenizer)
+
+
+def test_empty_files_have_no_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for number in range(17):
+        (tmp_path / f"{number}.jsonl").touch()
+    assert estimate_tokens(str(tmp_path), tokenizer) == 0

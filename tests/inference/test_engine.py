@@ -1,8 +1,10 @@
 """The engine: batches do not change results, and finished requests leave nothing behind."""
 
+import gc
 import random
 import threading
 import time
+import weakref
 from collections import defaultdict
 
 import pytest
@@ -227,6 +229,27 @@ def test_closing_cancels_running_and_waiting_requests(
     for completion in completions:
         assert list(completion)[-1].finish_reason == "cancelled"
     engine.close()
+    with pytest.raises(UsageError, match="the model is closed; load it again"):
+        engine.submit(Request([5], GREEDY))
+
+
+def test_a_stream_of_text_that_is_closed_at_once_is_cancelled(engine: Engine) -> None:
+    engine.stream_text([5], max_new_tokens=10_000, sampling=GREEDY).close()
+    assert becomes_idle(engine)
+
+
+def test_a_closed_engine_is_freed_while_another_is_idle(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
+    with Engine(model, tokenizer) as first:
+        second = Engine(model, tokenizer)
+        tokens_of(second.submit(Request([5], GREEDY, 2)))
+        second.close()
+        freed = weakref.ref(second)
+        del second
+        gc.collect()
+        assert freed() is None
+        assert tokens_of(first.submit(Request([5], GREEDY, 2)))
 
 
 def test_engines_share_one_thread(model: Transformer, tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 import threading
 from functools import cache
@@ -22,6 +23,7 @@ from minimind.inference.sampling import Sampling
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer
 from tests.conftest import TEXTS
+from tests.support.commands import fast_python
 from tests.support.foreign import SHAPES, make_tokenizer
 from tests.support.small_benchmarks import make_varied
 
@@ -221,6 +223,12 @@ def test_a_schema_that_crashes_the_compiler_is_refused(
     for hostile in (_chain(5000), {"type": "string", "allOf": patterns}):
         with pytest.raises(UsageError, match="too complex"):
             compiler.compile(hostile)
+
+
+def test_a_check_that_dies_is_no_success() -> None:
+    script = "from minimind.inference import grammar_check as g; g.LLMatcher = None; g.main()"
+    done = subprocess.run([*fast_python(), "-c", script], input=b"{}", capture_output=True)
+    assert done.returncode == 1 and done.stdout == b""
 
 
 def test_required_text_is_tokenized_as_usual(tokenizer: Tokenizer) -> None:

@@ -46,17 +46,18 @@ def test_graphs_have_powers_of_two_of_slots_and_positions() -> None:
     assert graph_inputs(short, [Part(1, 99, [7])], 2) == [[0, 7], [100, 99]]
 
 
+@pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decoding_never_syncs_with_the_device(shape: str) -> None:
+def test_decoding_never_syncs_with_the_device(shape: str, slots: int) -> None:
     """Tensors of the meta device have no values, so reading one fails, as it would during capture.
 
     Mixing devices mostly fails too. This is evidence, not proof: no kernel runs.
     """
-    batch = BatchedModel(make_tiny(torch.bfloat16, **SHAPES[shape]).to("meta"), 4, 256)
+    batch = BatchedModel(make_tiny(torch.bfloat16, **SHAPES[shape]).to("meta"), slots, 256)
     batch.prepare_decode()
-    tokens, positions = torch.zeros(2, 4, dtype=torch.int64, device="meta")
+    tokens, positions = torch.zeros(2, slots, dtype=torch.int64, device="meta")
     logits = batch.decode(tokens, positions, 256)
-    assert logits.device.type == "meta" and logits.shape == (4, VOCAB)
+    assert logits.device.type == "meta" and logits.shape == (slots, VOCAB)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from minimind.errors import ModelError, ResourceError, TokenizerError
+from minimind.errors import ModelError, ResourceError, TokenizerError, UsageError
 from minimind.inference.load import load_for_inference
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, train_tokenizer
@@ -145,6 +145,14 @@ def test_a_loaded_model_is_in_eval_mode(model_dir: Path, model: Transformer) -> 
     exact, _ = load_for_inference(model_dir, "cpu", dtype=torch.float32)
     assert torch.equal(exact.head_weight, model.head_weight)
     assert tokenizer.vocab_size == loaded.config.vocab_size
+
+
+@pytest.mark.parametrize("context", [None, 8])
+def test_a_scaling_that_would_have_no_effect_is_refused(
+    model_dir: Path, context: int | None
+) -> None:
+    with pytest.raises(UsageError, match=r"RoPE scaling \(linear\) needs a longer context than"):
+        load_for_inference(model_dir, context=context, rope_scaling="linear")
 
 
 def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:

@@ -136,6 +136,16 @@ def test_int8_products_take_any_number_of_inputs() -> None:
         torch.testing.assert_close(actual, F.linear(x, weight), atol=0.3, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_weights_are_off_by_half_a_step_at_most(dtype: torch.dtype) -> None:
+    weight = torch.randn(64, 256).to(dtype)
+    rounded, scale = matmul.quantize_int8(weight)
+    errors = (rounded * scale[:, None].float() - weight.float()).abs() / scale[:, None].float()
+    assert scale.dtype == dtype and float(errors.max()) <= 0.51
+    zeros = matmul.quantize_int8(torch.zeros(2, 4, dtype=dtype))[0]
+    assert not zeros.any()
+
+
 def test_cancelling_rows_of_any_length() -> None:
     for inputs in (1, 2, 7, 40):
         weight, row = matmul._cancelling(9, inputs, torch.bfloat16)

@@ -60,6 +60,12 @@ def test_without_a_compiler_there_is_a_reason(source, monkeypatch):
     assert native.compile_library((source,)) == "no C++ compiler; install g++"
 
 
+@pytest.mark.parametrize("variable", ["CXX", "CXXFLAGS"])
+def test_an_unbalanced_quote_is_the_reason(source, monkeypatch, variable):
+    monkeypatch.setenv(variable, 'g++ "')
+    assert native.compile_library((source,)) == "CXX or CXXFLAGS: No closing quotation"
+
+
 def test_switched_off(source, tmp_path, monkeypatch):
     monkeypatch.setenv(NATIVE_VARIABLE, "0")
     assert native.compile_library((source,)) == "MINIMIND_NATIVE=0"

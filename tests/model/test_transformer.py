@@ -52,6 +52,15 @@ def test_decoding_with_a_cache_gives_the_same_hidden_states(
     assert cache.length == 40
 
 
+def test_a_cache_gives_the_same_while_gradients_are_recorded(
+    random_model: Callable[..., Transformer],
+) -> None:
+    model, tokens = random_model("nano"), torch.randint(600, (2, 20))
+    cache = KVCache(model.config, 2, 20, device=tokens.device, dtype=torch.float32)
+    parts = [model(part, cache=cache) for part in tokens.split([7, 13], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("preset", ["nano", "nano-moe"])
 @pytest.mark.parametrize("training", [False, True])
 def test_conversations_in_a_packed_sequence_do_not_attend_to_each_other(

@@ -77,6 +77,9 @@ def test_a_plan_for_a_missing_device_needs_its_memory(tmp_path: Path) -> None:
     assert (plan.device, plan.tokens_per_second) == ("cuda:9", None)
     with pytest.raises(ResourceError, match="cuda:9 is not available"):
         make_plan(recipe)
+    mistyped = nano_recipe("pretrain", tmp_path, device="cuda:one")
+    with pytest.raises(ResourceError, match="cuda:one"):
+        make_plan(mistyped, memory=2 << 30)
 
 
 @pytest.mark.parametrize(

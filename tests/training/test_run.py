@@ -198,7 +198,7 @@ def test_another_spelling_of_a_path_is_the_same_path(
 
 
 def test_a_run_may_move_with_the_folder_around_it(recipe: MakeRecipe, tmp_path: Path) -> None:
-    """A road that is renamed or copied continues: its tokenizer and earlier model have moved too."""
+    """A road continues after it was copied: its tokenizer and earlier model have moved too."""
     before = tmp_path / "before"
     inside = {"out": f"{before}/sft", "tokenizer": f"{before}/tokenizer"}
     inside["model__init"] = f"{before}/pretrain"

@@ -253,7 +253,10 @@ facts = {
     "held_out_7": f"{curves['held out'][7]:.2f}",
     "training_7": f"{curves['training'][7]:.2f}",
     "demo_unigram": f"{demo['unigram_bits_per_byte']:.2f}",
-    "demo_tokens": f"{demo['stages']['pretrain']['tokens'] / 1e6:.1f}",
+    "demo_tokens": (  # million, 万
+        f"{demo['stages']['pretrain']['tokens'] / 1e6:.1f}",
+        f"{round(demo['stages']['pretrain']['tokens'] / 1e5) * 10}",
+    ),
     "demo_bits": f"{demo['stages']['pretrain']['bits_per_byte']:.2f}",
     "bzip2": f"{compressed['bzip2']:.2f}",
     "gap_first": f"{gaps[0]:.2f}",

@@ -274,12 +274,11 @@ facts = {
     "share_qwen": f"{qwen * 512 / (qwen * 512 + small):.0%}".replace("%", " %"),
 }
 for size in (3200, 6400, 12800, 51200):
-    facts[f"cost_{size}"] = (
-        f"{cost_per_byte(f'minimind {size}', 'Chinese web') / 1e6:.2f}"
-    )
+    cost = cost_per_byte(f"minimind {size}", "Chinese web") / 1e6
+    facts[f"cost_{size}"] = f"{cost:.2f}", f"{100 * cost:,.0f}"  # million, 万
 for size in (6400, 12800):
     cost = cost_per_byte(f"minimind {size}", "Chinese web", base, 768) / 1e6
-    facts[f"base_cost_{size}"] = f"{cost:.1f}"
+    facts[f"base_cost_{size}"] = f"{cost:.1f}", f"{round(10 * cost) * 10:,}"
 for name, key in (("minimind 25600", "web_25600"), ("Llama 3", "web_llama")):
     facts[key] = f"{bytes_per_token(name, 'Chinese web'):.2f}"
 for name, key in (("minimind 6400", "english"), ("Llama 3", "english_llama")):

@@ -255,7 +255,7 @@ for strategy in ("one each", "next fit", "best fit"):
 def figure_packing(figure, say):
     names = {
         "one each": say("one per sequence", "每段一条"),
-        "next fit": say("next fit", "循序适应"),
+        "next fit": say("next fit", "下次适应"),
         "best fit": say("best fit", "最佳适应"),
     }
     panels = figure.subplots(1, 3, sharex=True, sharey=True)

@@ -26,7 +26,7 @@ function bookPiece(root, data, lang) {
     <label>${say("Strategy ", "策略 ")}
       <select data-id="strategy">
         <option value="one each">${say("one per sequence", "每段一条")}</option>
-        <option value="next fit">${say("next fit: only the last sequence", "循序适应：只看最后一条")}</option>
+        <option value="next fit">${say("next fit: only the last sequence", "下次适应：只看最后一条")}</option>
         <option value="best fit">${say("best fit: the fullest that has room", "最佳适应：放得下的里面最满的")}</option>
       </select>
     </label>

@@ -363,7 +363,10 @@ def figure_bits(figure, say):
     axes.plot(list(losses), list(losses.values()), marker="o")
     axes.axhline(plain, ls="--", lw=1.2, color="0.5")
     axes.set_xlabel(
-        say("bits per weight, without the scales", "每个权重的比特数（比例不算）")
+        say(
+            "bits per weight, without the scales",
+            "每个权重的比特数（不算缩放因子）",
+        )
     )
     axes.set_ylabel(
         say("loss on answers, nats per token", "回答的损失（奈特／词元）")
@@ -397,7 +400,7 @@ def table_types(say):
         say("file of this model, kB", "本模型的文件，kB"),
         say("file of small, MB", "small 的文件，MB"),
     ]
-    scale, bytes_of = say("a scale and", "一个比例加"), say("bytes", "字节")
+    scale, bytes_of = say("a scale and", "一个缩放因子加"), say("bytes", "字节")
     blocks = {
         "f16": (16, f"64 {bytes_of}"),
         "q8_0": (8.5, f"{scale} 32 {bytes_of}"),

@@ -258,12 +258,22 @@ first, second, last = record["repeated"]
 ]
 shapes = {shape["layers"]: shape for shape in study["shapes"]}
 losses = {s["layers"]: list(s["loss_by_seed"].values()) for s in study["shapes"]}
+
+
+def millions(number: float) -> tuple[str, str]:
+    """Return a number in millions, and in 亿."""
+    return f"{number / 1e6:.0f}", f"{number / 1e8:.2f}"
+
+
 facts = {
-    "small_six_n": f"{6 * cost('small')[0] / 1e6:.0f}",
-    "small_flops": f"{cost('small')[1] / 1e6:.0f}",
+    "small_six_n": millions(6 * cost("small")[0]),
+    "small_flops": millions(cost("small")[1]),
     "rate": f"{rate:,.0f}",
-    "night_tokens": f"{rate * 8 * 3600 / 1e6:.0f}",
-    "small_wanted": f"{20 * cost('small')[0] / 1e6:.0f}",
+    "night_tokens": (
+        f"{rate * 8 * 3600 / 1e6:.0f}",
+        f"{rate * 8 * 3600 / 1e6:.0f}00",
+    ),
+    "small_wanted": millions(20 * cost("small")[0]),
     "night_short": f"{20 * cost('small')[0] / (rate * 8 * 3600):.0f}",
     "gpu_nights": f"{PEAK * 0.1 / cost('small')[1] / (rate * 8):.0f}",
     "num_runs": len(samples),

@@ -20,6 +20,7 @@ from minimind.data.prepare.shards import WORK_LEVEL
 from minimind.data.read import read_records
 from minimind.errors import ResourceError
 from minimind.tokenizer import Tokenizer
+from minimind.units import format_size
 
 _MAX_FILES = 8  # of the sample, evenly spaced
 _MAX_TEXT_BYTES = 4 << 20  # of the sample, per file
@@ -104,6 +105,6 @@ def check_space(
     needed = needed_bytes(files, settings, Tokenizer.load(tokenizer) if tokenizer else None)
     if needed > free:
         raise ResourceError(
-            f"{folder}: the preparation needs about {needed / 1e9:,.2f} GB of disk, and "
-            f"{free / 1e9:,.2f} GB are free. Free some space, or choose another --out"
+            f"{folder}: the preparation needs about {format_size(needed)} of disk, and "
+            f"{format_size(free)} are free. Free some space, or choose another --out"
         )

@@ -12,6 +12,7 @@ from minimind.data.prepare.space import needed_bytes
 from minimind.errors import ResourceError
 from minimind.tokenizer import Tokenizer
 from minimind.training.reporter import Reporter
+from minimind.units import format_size
 from tests.data.prepare.test_pipeline import SETTINGS, run
 from tests.support.corpora import Corpus, write_texts
 
@@ -65,9 +66,8 @@ def test_a_full_disk_is_noticed_before_the_work(
         return _Usage(needed // 2)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    with pytest.raises(
-        ResourceError, match=r"needs about 0\.\d\d GB of disk, and 0\.00 GB are free"
-    ):
+    sizes = f"needs about {format_size(needed)} of disk, and {format_size(needed // 2)} are free"
+    with pytest.raises(ResourceError, match=sizes):
         run([compressed], tmp_path / "out")
     assert not (tmp_path / "out" / "work" / "read").exists()
     # What an interrupted preparation has written counts as free.
