@@ -75,6 +75,11 @@ def shell_words(*words: str | Path) -> str:
     return subprocess.list2cmdline(safe) if sys.platform == "win32" else shlex.join(safe)
 
 
+def same_command() -> str:
+    """Return how messages name the command to repeat: with --fresh, it would start over."""
+    return "the same command" + " without --fresh" * ("--fresh" in sys.argv)
+
+
 def reason_of(error: OSError) -> str:
     """Return why a path cannot be used; names the file that is there instead of a folder."""
     if error.filename and isinstance(error, FileExistsError | NotADirectoryError):

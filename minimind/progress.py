@@ -1,5 +1,8 @@
 """Progress bars and messages of long tasks, in a terminal or a notebook."""
 
+import os
+import sys
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,8 +20,17 @@ from rich.text import Text
 from minimind.training.reporter import Reporter
 from minimind.units import format_number, format_size
 
+
+class _Console(Console):
+    """A console that falls silent when its reader has gone; the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # Text often comes from files and models, so none of it is interpreted as markup.
-console = Console(markup=False, highlight=False, emoji=False)
+console = _Console(markup=False, highlight=False, emoji=False)
 
 
 class _Count(ProgressColumn):

@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT) and SIGTERM as requests to stop, counted instead of obeyed; end of the parent."""
+"""Requests to stop (Ctrl-C, SIGTERM, a closed terminal) are counted; end of the parent process."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from types import FrameType
 
 @dataclass
 class Interrupts:
-    """Number of SIGINT and SIGTERM signals received so far."""
+    """Number of signals received so far."""
 
     count: int = 0
 
@@ -20,8 +20,9 @@ class Interrupts:
 def count_interrupts(
     on_interrupt: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Interrupts]:
-    """Count SIGINT and SIGTERM inside the block, and restore the previous handlers after it.
+    """Count requests to stop inside the block, and restore the previous handlers after it.
 
+    They are SIGINT, SIGTERM and, unless `nohup` ignores it, SIGHUP of a terminal that is closed.
     `on_interrupt` runs in the signal handler with the new count; an exception that it raises
     interrupts the main thread. Only the main thread can install handlers: in any other thread the
     count stays 0, and the caller's own handlers stay in force.
@@ -32,8 +33,11 @@ def count_interrupts(
         interrupts.count += 1
         on_interrupt(interrupts.count)
 
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
     try:
-        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handle) for number in stops}
     except ValueError:  # not the main thread
         previous = {}
     try:

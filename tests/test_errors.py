@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.errors import install_line, shell_words, unwritable
+from minimind.errors import install_line, same_command, shell_words, unwritable
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="another shell")
@@ -64,3 +64,10 @@ def test_install_line_for_checkout_and_wheel(tmp_path: Path) -> None:
     assert install_line("wandb") == 'pip install -c constraints.txt -e ".[wandb]"'
     wheel = tmp_path / "site-packages" / "minimind"
     assert install_line("wandb", wheel) == 'pip install "minimind[wandb]"'
+
+
+def test_the_command_to_repeat_is_named_without_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["minimind", "sft"])
+    assert same_command() == "the same command"
+    monkeypatch.setattr(sys, "argv", ["minimind", "sft", "--fresh"])
+    assert same_command() == "the same command without --fresh"

@@ -1,4 +1,4 @@
-"""Counting SIGINT and SIGTERM."""
+"""Counting requests to stop."""
 
 import signal
 import threading
@@ -49,3 +49,17 @@ def test_other_threads_install_no_handlers() -> None:
     thread.start()
     thread.join()
     assert results == [Interrupts(0)]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_a_closed_terminal_is_counted_unless_nohup_ignores_it() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for handler, count in ((signal.SIG_IGN, 0), (signal.SIG_DFL, 1)):
+            signal.signal(signal.SIGHUP, handler)
+            with count_interrupts() as interrupts:
+                signal.raise_signal(signal.SIGHUP)
+            assert interrupts.count == count
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -11,6 +11,7 @@ from minimind.cli import console
 from minimind.cli.options import Device, Json
 from minimind.cli.plan import duration
 from minimind.errors import UsageError
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -70,7 +71,7 @@ def bench(
     _show_recorded(recorded, measured)
     if json:
         record = {"date": date.today().isoformat(), "machine": machine} | measured
-        console.write_json(json, record | {"recipes": recipes, "recorded": recorded})
+        write_json(json, record | {"recipes": recipes, "recorded": recorded})
 
 
 def _warn_if_busy(machine: Mapping[str, Any]) -> None:

@@ -105,10 +105,16 @@ def chat(
             _chat_in_terminal(conversation)
         else:
             # A pipe or a file has no commands: there, each line is a message.
-            handle = conversation.handle if sys.stdin.isatty() else conversation.send
+            typed = sys.stdin.isatty()
+            handle = conversation.handle if typed else conversation.send
             for line in stdin_lines():
-                if not handle(line.rstrip("\n")):
-                    break
+                try:
+                    if not handle(line.rstrip("\n")):
+                        break
+                except MinimindError as error:
+                    if not typed:
+                        raise
+                    _print_notice(str(error))
 
 
 @contextlib.contextmanager
@@ -293,12 +299,16 @@ class _Conversation:
         return [{"role": "system", "content": self._system}] if self._system else []
 
     def _save(self, name: str) -> None:
+        from minimind.data.input_files import format_of
+
         if not name:
             raise UsageError("/save needs a file name: /save FILE")
         if not self._turns:
             raise UsageError("the conversation is empty: there is nothing to save")
         # `minimind sft` recognises the format by the suffix.
-        path = Path(name if Path(name).suffix else name + ".jsonl")
+        path = Path(name)
+        if format_of(path) is None:
+            path = Path(name + ".jsonl")
         line = json.dumps(
             {"conversations": self._system_message() + self._turns}, ensure_ascii=False
         )

@@ -8,6 +8,7 @@ import typer
 from minimind.cli import console
 from minimind.cli.options import Json, Run
 from minimind.errors import CheckpointError
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.training.checkpoint import CheckpointInfo
@@ -77,7 +78,7 @@ def _show(run: Path, json: Path | None, *, thorough: bool) -> int:
     console.show(console.table(str(run), columns, rows))
     damaged = sum(bool(row["trouble"]) for row in metrics)
     if json:
-        console.write_json(json, {"run": str(run), "read": thorough, "checkpoints": metrics})
+        write_json(json, {"run": str(run), "read": thorough, "checkpoints": metrics})
     if damaged:
         can_resume = damaged < len(inspected)
         effect = "resumes from the newest valid one" if can_resume else "cannot be resumed"

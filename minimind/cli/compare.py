@@ -8,10 +8,11 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.evaluation import Evaluation
-from minimind.cli.options import AnswerSeed, AnswerTemperature, Context, Device, MaxNewTokens
+from minimind.cli.options import AnswerSeed, AnswerTemperature, Context, Device, Json, MaxNewTokens
 from minimind.cli.terminal import strip_controls
 from minimind.environment import KEY_VARIABLE
-from minimind.errors import MinimindError, ServiceError
+from minimind.errors import MinimindError, ServiceError, same_command
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.evaluation.open_ended import OpenEndedTask
@@ -63,9 +64,7 @@ def compare(
         Path, typer.Option(help="Folder of the results; an interrupted comparison is resumed.")
     ] = Path("out/compare"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results.")] = False,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Also write the metrics to this file.")
-    ] = None,
+    json: Json = None,
 ) -> None:
     """Compare the answers of models to the same questions.
 
@@ -84,7 +83,7 @@ def compare(
     if service:
         comparison.judge(service)
     comparison.show()
-    if comparison.failures:
+    if comparison.failures or any(each["failed"] for each in comparison.metrics.values()):
         raise typer.Exit(1)
 
 
@@ -174,7 +173,7 @@ class _Comparison(Evaluation):
         if metrics["failed"]:
             failure = ServiceError(
                 f"{metrics['failed']:,} of {len(trials):,} requests failed (the first: "
-                f"{metrics['first_error']}); run the same command again to repeat them"
+                f"{metrics['first_error']}); run {same_command()} again to repeat them"
             )
             self.fail(title, failure)
         self.verdicts = {"judge": metrics, "trials": trials, "judged": judged}
@@ -186,7 +185,7 @@ class _Comparison(Evaluation):
         self.comparison = build_comparison(self.task, self.results, self.metrics, **self.verdicts)
         write_comparison(self.out, self.comparison)
         if self.json:
-            console.write_json(self.json, self.comparison)
+            write_json(self.json, self.comparison)
 
     def show(self) -> None:
         """Print the tables and the failures."""

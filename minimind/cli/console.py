@@ -1,6 +1,5 @@
 """Console output of the commands: lines, tables, progress bars, and metrics as JSON."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from minimind.errors import shell_words
-from minimind.files import write_atomically
 from minimind.progress import RichReporter, console, make_progress
 from minimind.training.reporter import pluralize
 from minimind.units import format_memory, format_number, format_size
@@ -76,8 +74,3 @@ def show_metrics(title: str, metrics: Mapping[str, Any]) -> None:
         if not isinstance(value, Mapping | list):
             rows.append((name.replace("_", " "), value))
     show(table(title, ["metric", "value"], rows, numbers=1))
-
-
-def write_json(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics as a JSON file, creating its folder."""
-    write_atomically(path, json.dumps(metrics, ensure_ascii=False, indent=1) + "\n")

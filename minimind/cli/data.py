@@ -12,6 +12,7 @@ from minimind.cli.options import Json
 from minimind.cli.pairs import pairs
 from minimind.cli.prepare import prepare
 from minimind.errors import UsageError
+from minimind.files import write_json
 
 app = typer.Typer(
     help="Find, download, inspect and prepare datasets.",
@@ -69,7 +70,7 @@ def inspect(
     total = combined.metrics()
     _show(per_source, total)
     if json:
-        console.write_json(json, {"data": per_source, "total": total})
+        write_json(json, {"data": per_source, "total": total})
 
 
 app.command()(prepare)
@@ -99,6 +100,11 @@ def stores(
     for key in keys or []:
         if not any(summary.key.startswith(key) for summary in summaries):
             raise UsageError(f"{home} has no store {key}; omit KEY to list all stores")
+        matches = sum(summary.key.startswith(key) for summary in summaries)
+        if remove and matches > 1:
+            raise UsageError(
+                f"{matches} stores begin with {key!r}; give a longer key, or none to remove all"
+            )
     selected = [summary for summary in summaries if not keys or summary.key.startswith(tuple(keys))]
     rows = [
         [

@@ -7,6 +7,7 @@ import typer
 from minimind.cli import console
 from minimind.cli.options import Device, Json
 from minimind.errors import install_line
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ def doctor(
     checks = selftest(device)
     _show(checks)
     if json:
-        console.write_json(
+        write_json(
             json,
             {"machine": machine, "missing": extras, "checks": [vars(check) for check in checks]},
         )

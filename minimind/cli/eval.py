@@ -11,8 +11,9 @@ import typer
 from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.evaluation import Evaluation, Metrics, OpenedModel
-from minimind.cli.options import Adapter, Context, Device
+from minimind.cli.options import Adapter, Context, Device, Json
 from minimind.errors import MinimindError, UsageError
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.evaluation.contamination import Contamination
@@ -72,9 +73,7 @@ def evaluate(
     ] = Path("out/eval"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard earlier results.")] = False,
     yes: Yes = False,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Also write the metrics to this file.")
-    ] = None,
+    json: Json = None,
 ) -> None:
     """Evaluate models: bits per byte, benchmarks, contamination."""
     names = list(dict.fromkeys(task))
@@ -236,7 +235,7 @@ class _Benchmarks(Evaluation):
     def _store(self, opened: OpenedModel, metrics: Metrics) -> None:
         self.metrics[opened.model.name][metrics["task"]] = metrics
         for path in filter(None, (self.out / "summary.json", self.json)):
-            console.write_json(path, {"models": self.metrics})
+            write_json(path, {"models": self.metrics})
 
     def succeeded(self) -> bool:
         """Return True if no task and no single question failed."""

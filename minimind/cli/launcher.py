@@ -12,8 +12,8 @@ import time
 
 import typer
 
-from minimind.environment import EXIT_WITH_PARENT_VARIABLE, num_cores
-from minimind.errors import TrainingError
+from minimind.environment import EXIT_WITH_PARENT_VARIABLE, num_cores, python_module
+from minimind.errors import TrainingError, same_command
 from minimind.signals import count_interrupts, exit_when_stdin_closes
 
 _POLL_S = 0.05
@@ -57,7 +57,7 @@ def launch_processes(number: int) -> None:
             for rank in range(number):
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "minimind", *sys.argv[1:]],
+                        [*python_module("minimind"), *sys.argv[1:]],
                         env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdin=subprocess.PIPE,
                         start_new_session=True,  # Ctrl-C reaches only the parent
@@ -77,7 +77,7 @@ def launch_processes(number: int) -> None:
             raise typer.Exit(1)
         raise TrainingError(
             f"process {failed} of 0-{number - 1} {_describe_exit(statuses[failed])}; the others "
-            "were stopped. Run the same command again to resume from the last checkpoint"
+            f"were stopped. Run {same_command()} again to resume from the last checkpoint"
         )
     if INTERRUPTED in statuses:
         raise typer.Exit(INTERRUPTED)

@@ -38,7 +38,7 @@ from minimind.cli import (
 )
 from minimind.cli.compare import compare
 from minimind.cli.eval import evaluate
-from minimind.errors import MinimindError, is_out_of_memory, reason_of
+from minimind.errors import MinimindError, is_out_of_memory, reason_of, same_command
 from minimind.version import __version__
 
 _OUT_OF_MEMORY = (
@@ -102,7 +102,7 @@ def _system_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
         return (
-            f"{where}the disk is full. Free some space and run the same command again; "
+            f"{where}the disk is full. Free some space and run {same_command()} again; "
             "finished work is kept"
         )
     return f"{where}{reason_of(error)}"
@@ -198,8 +198,17 @@ def _use_utf_8() -> None:
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
 
 
+def _with_home(word: str) -> str:
+    """Expand the home directory in --OPTION=~/PATH, which most shells leave as it is."""
+    option, equals, path = word.partition("=")
+    if option.startswith("-") and path.startswith("~"):
+        return f"{option}{equals}{os.path.expanduser(path)}"
+    return word
+
+
 def main() -> None:
     """Run the command-line interface."""
     _open_missing_streams()
     _use_utf_8()
+    sys.argv[1:] = [_with_home(word) for word in sys.argv[1:]]
     app(prog_name="minimind")

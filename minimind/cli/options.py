@@ -76,5 +76,6 @@ RopeScaling = Annotated[
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer directory.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Also write the metrics to this JSON file.")
+    Path | None,
+    typer.Option("--json", dir_okay=False, help="Also write the metrics to this JSON file."),
 ]

@@ -9,6 +9,7 @@ from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json, Tokenizer
 from minimind.cli.train import Arguments, Data, Device, data_paths, resolve
 from minimind.errors import UsageError
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -44,7 +45,7 @@ def plan(
     estimate = make_plan(recipe, memory=limit, seconds=trial)
     _show(estimate, recipe, measures_speed=trial > 0)
     if json:
-        console.write_json(json, estimate.metrics())
+        write_json(json, estimate.metrics())
 
 
 def parse_size(text: str) -> int:

@@ -1,5 +1,7 @@
 """`minimind data prepare IN… --out DIR`: from raw text to filtered, deduplicated shards."""
 
+import glob
+import math
 import os
 import re
 import time
@@ -13,6 +15,7 @@ from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
 from minimind.errors import UsageError, shell_words
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.data.locations import Location
@@ -76,10 +79,16 @@ def prepare(
     from minimind.data.prepare.pipeline import prepare as run
     from minimind.data.prepare.settings import load_prepare_settings
 
-    overrides = [arg for arg in arguments if _SETTING.match(arg) and not os.path.exists(arg)]
+    overrides = [
+        arg
+        for arg in arguments
+        if _SETTING.match(arg) and not os.path.exists(arg) and not any(glob.iglob(arg))
+    ]
     paths = [arg for arg in arguments if arg not in overrides]
     if not paths:
         raise UsageError("no input is given; name files, folders or quoted globs")
+    if not 0 < memory < math.inf:
+        raise UsageError(f"--memory {memory}: give a number of GB above 0")
     settings = load_prepare_settings(recipe, overrides)
     benchmarks = decontaminate or []
     ensure_downloaded([*paths, *(name for name in benchmarks if ":" not in name)], yes)
@@ -108,7 +117,7 @@ def prepare(
             "for example --decontaminate ceval"
         )
     if json:
-        console.write_json(json, manifest)
+        write_json(json, manifest)
 
 
 def _read_questions(benchmarks: list[str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from minimind.cli.steps import (
     train_tokenizer_once,
 )
 from minimind.errors import ConfigError, UsageError
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.config.road import Road, RoadStage
@@ -86,7 +87,7 @@ def road(
         remove_results(out, names, [_ROAD_FILE])
     elif previous and _answers_change(previous, settings):
         (out / "summary.json").unlink(missing_ok=True)
-    console.write_json(out / _ROAD_FILE, settings.model_dump())
+    write_json(out / _ROAD_FILE, settings.model_dump())
     with timed(out, "road") as total_seconds:
         passed, summary = _run(settings, out, recipes, total_seconds)
     make_report([out]).write(out / "report.html")
@@ -320,7 +321,7 @@ def _write_pairs(stage: "RoadStage", recipe: "Recipe", pairs: Path) -> None:
         variables=variables,
         replace=True,
     )
-    console.write_json(identity, current)
+    write_json(identity, current)
 
 
 def _train_tokenizer(road: "Road", directory: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimind.cli import console
 from minimind.cli.steps import STAGE_METRICS, continue_as_dialogue, show_next_commands
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -51,7 +52,7 @@ def answer_questions(
             for number, question in enumerate(questions)
         ],
     }
-    console.write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     return summary
 
 

@@ -17,7 +17,8 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.plan import duration
-from minimind.errors import UsageError
+from minimind.errors import UsageError, same_command
+from minimind.files import read_json, write_json
 
 if TYPE_CHECKING:
     from minimind.config.settings import Recipe
@@ -57,7 +58,7 @@ def timed(out: Path, command: str) -> Iterator[Callable[[], float]]:
     session that was killed counts up to the last change of a metrics file.
     """
     path = out / _TIME_FILE
-    stored = json.loads(path.read_text("utf-8")) if path.is_file() else {"seconds": 0.0}
+    stored = _stored_time(out) or {"seconds": 0.0}
     before = stored["seconds"]
     if (began := stored.get("began")) is not None:
         changes = [file.stat().st_mtime for file in (path, *out.glob("*/metrics.jsonl"))]
@@ -69,32 +70,40 @@ def timed(out: Path, command: str) -> Iterator[Callable[[], float]]:
         return seconds
 
     stored = {"command": command, "seconds": before}
-    console.write_json(path, stored | {"began": started})
+    write_json(path, stored | {"began": started})
     try:
         yield total
     finally:
-        console.write_json(path, stored | {"seconds": total()})
+        write_json(path, stored | {"seconds": total()})
+
+
+def _stored_time(out: Path) -> dict[str, Any] | None:
+    """Return the content of `_TIME_FILE`; None if there is none, or one of another program."""
+    try:
+        stored = read_json(out / _TIME_FILE)
+    except (OSError, ValueError):
+        return None
+    seconds = stored.get("seconds") if isinstance(stored, dict) else None
+    return stored if isinstance(seconds, int | float) else None
 
 
 def check_results(out: Path, command: str, folders: Iterable[str], *, fresh: bool) -> None:
-    """Raise UsageError if an existing folder that would be replaced is not from an earlier run.
+    """Raise UsageError if something existing that would be replaced is not from an earlier run.
 
     command: demo or road; the results of the other one are not its own. folders: the command's
     own, by name. fresh: `remove_results` follows. Without it only the final model would be
     replaced.
     """
-    path = out / _TIME_FILE
-    owner = (
-        json.loads(path.read_text("utf-8")).get("command", command) if path.is_file() else command
-    )
+    stored = _stored_time(out)
+    owner = stored.get("command", command) if stored else command
     if owner != command:
         raise UsageError(f"{out} holds the results of `minimind {owner}`; choose another --out")
-    names = (*_RESULT_FOLDERS, *folders) if fresh else ("model",)
+    names = (*_RESULT_FOLDERS, *folders, *_RESULT_FILES) if fresh else ("model", _TIME_FILE)
     for path in (out / name for name in names):
-        if path.exists() and not (out / _TIME_FILE).is_file():
+        if path.exists() and stored is None:
             raise UsageError(
-                f"{path} exists, but {out} has no {_TIME_FILE}, so it is not from an earlier run "
-                "of this command. Choose another --out, or move it away first"
+                f"{path} exists, but {out} has no {_TIME_FILE} of minimind, so it is not from an "
+                "earlier run of this command. Choose another --out, or move it away first"
             )
 
 
@@ -177,7 +186,7 @@ def train_stage(recipe: "Recipe", tokens_of_all_stages: int | None) -> "StageRes
     reporter = _EstimatingReporter(tokens_of_all_stages or 0, per_step if estimates else 0)
     result = run_stage(recipe, reporter=reporter, generate_samples=sampler(recipe, reporter.say))
     if not result.finished:
-        console.say("stopped; run the same command again to resume")
+        console.say(f"stopped; run {same_command()} again to resume")
         raise typer.Exit(130)
     summary = result.summary
     quality = ""  # without held-out data

@@ -11,6 +11,7 @@ from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json, Tokenizer
 from minimind.cli.train import Data, data_paths, recipe_and_settings
 from minimind.errors import ConfigError, UsageError
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.planning.sweep import Outcomes, PlannedRun
@@ -52,7 +53,7 @@ def sweep(
     planned, settings, invalid = _plan(arguments or [], flags, out)
     ensure_downloaded((path for run in planned for path in data_paths(run.recipe)), yes)
     # Written first, so that `minimind report` works before the first run has finished.
-    console.write_json(out / "sweep.json", {"settings": settings, "failed": invalid})
+    write_json(out / "sweep.json", {"settings": settings, "failed": invalid})
     console.say(f"{len(planned)} runs in {out}")
     with console.make_progress("step") as bar:
         outcomes = run_all(
@@ -134,12 +135,12 @@ def _finish(
     from minimind.reporting.report import make_report
 
     variants = {"settings": settings, "failed": outcomes.failed}
-    console.write_json(out / "sweep.json", variants)
+    write_json(out / "sweep.json", variants)
     if outcomes.finished:
         report = make_report([out])
         report.write(out / "report.html")
         for path in filter(None, (out / "summary.json", json)):
-            console.write_json(path, variants | report.metrics)
+            write_json(path, variants | report.metrics)
         columns = ["parameters", "tokens", "seconds", "loss", "bits_per_byte"]
         # Not by their names in the report: a base model outside the sweep may have one of them.
         own = [run for run in report.inputs.runs if run.folder.parent.resolve() == out.resolve()]

@@ -11,6 +11,7 @@ from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
 from minimind.errors import UsageError, shell_words
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.data.invalid import InvalidRecords
@@ -93,7 +94,7 @@ def inspect(
     _show_usages(usages, data or [])
     if json:
         metrics = {name: asdict(vocabularies[name]) | asdict(usages[name]) for name in loaded}
-        console.write_json(json, {"measured_on": data or [], "tokenizers": metrics})
+        write_json(json, {"measured_on": data or [], "tokenizers": metrics})
 
 
 def read_with_progress(data: list[str], invalid: "InvalidRecords") -> Iterator[str]:

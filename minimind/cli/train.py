@@ -9,7 +9,8 @@ import typer
 from minimind.cli import console, launcher
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import DEVICE_HELP, Json, Tokenizer
-from minimind.errors import UsageError, shell_words
+from minimind.errors import ConfigError, UsageError, same_command, shell_words
+from minimind.files import write_json
 
 if TYPE_CHECKING:
     from minimind.config import ResolvedRecipe
@@ -158,23 +159,25 @@ def _run_command(
     yes: bool,
     json: Path | None,
 ) -> None:
+    _check_objective(arguments or [], default_recipe, flags)
     resolved = resolve(arguments or [], default_recipe, flags)
+    if fresh and resume:
+        raise UsageError("--fresh and --resume exclude each other; use one of them")
+    if json and (explain or dry_run):
+        option = "--explain" if explain else "--dry-run"
+        raise UsageError(f"{option} trains nothing and has no metrics for --json; omit one of them")
     if explain:
         from minimind.config import explain as explanation
 
         console.show(explanation(resolved))
         return
     recipe = resolved.recipe
-    if fresh and resume:
-        raise UsageError("--fresh and --resume exclude each other; use one of them")
     from minimind.training.run import has_begun
 
     begun = recipe.out is not None and has_begun(Path(recipe.out))
     if resume and launcher.is_main_process() and not begun:
         where = recipe.out or "no --out is given"
         raise UsageError(f"{where}: there is no run to resume; omit --resume")
-    if dry_run and json:
-        raise UsageError("--dry-run trains nothing and has no metrics for --json; omit one of them")
     if not launcher.is_distributed():  # the processes of one run do not download side by side
         ensure_downloaded(data_paths(recipe), yes)
     if (nproc or 1) > 1 and not launcher.is_distributed():
@@ -193,6 +196,22 @@ def _run_command(
         recipe, reporter=reporter, fresh=fresh, generate_samples=sampler(recipe, reporter.say)
     )
     finish(result, json)
+
+
+def _check_objective(
+    arguments: list[str], default_recipe: str | None, flags: dict[str, Any]
+) -> None:
+    """Raise UsageError if the recipe has another objective than the command."""
+    others = {key: value for key, value in flags.items() if key != "objective"}
+    try:
+        objective = resolve(arguments, default_recipe, others).recipe.objective
+    except ConfigError:  # without an objective, the recipe gets that of the command
+        return
+    if objective != flags.get("objective", objective):
+        raise UsageError(
+            f"the recipe has the objective {objective}; use `minimind {objective}`, or another "
+            "recipe"
+        )
 
 
 def resolve(
@@ -234,10 +253,10 @@ def recipe_and_settings(
 def finish(result: "StageResult", json: Path | None) -> None:
     """Print the outcome of a run; exit with `launcher.interrupted_status` if it was stopped."""
     if json and launcher.is_main_process():
-        console.write_json(json, result.summary)
+        write_json(json, result.summary)
     if not result.finished:
         done = result.summary["steps"]
-        console.say(f"stopped after step {done:,}; run the same command again to resume")
+        console.say(f"stopped after step {done:,}; run {same_command()} again to resume")
         raise typer.Exit(launcher.interrupted_status())
     console.show_metrics(result.run.name, result.summary)
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
@@ -259,4 +278,4 @@ def _how_to_train_longer(result: "StageResult") -> str:
     longer = f"training.steps={2 * result.summary['steps']}"
     if newest_state(result.run) is None:
         return f"To train longer, start over: add {longer} --fresh to the same command"
-    return f"To train longer, add {longer} to the same command; to start over, add --fresh"
+    return f"To train longer, add {longer} to {same_command()}; to start over, add --fresh"

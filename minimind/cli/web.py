@@ -28,7 +28,7 @@ def web(
 ) -> None:
     """Chat with models in a browser. The page is served on localhost, with a token in its URL."""
     if bool(models) == bool(url):
-        raise UsageError("give a MODEL, or a service with --url URL")
+        raise UsageError("give either a MODEL, or a service with --url URL")
     if importlib.util.find_spec("streamlit") is None:
         raise UsageError(f"the page needs Streamlit; install it: {install_line('web')}")
     from minimind.web import start

@@ -148,7 +148,10 @@ def _read(
     except ConfigError as error:
         raise ConfigError(f"{where}: extends = {toml_value(parent)}: {error}") from None
     base, base_origins = _read(parent_path, (*children, path.resolve()), group)
-    merged, merged_origins = _merge(base, values), base_origins | origins
+    merged = _merge(base, values)
+    # In the order of the changes: `_origin` names the last one.
+    merged_origins = {key: where for key, where in base_origins.items() if key not in origins}
+    merged_origins |= origins
     _drop_replaced(merged, merged_origins, origins)
     return merged, merged_origins
 
@@ -202,7 +205,9 @@ def _read_text(path: Path) -> str:
 def _parse(path: Path, text: str, group: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: its values are nested too deeply") from None
+    except ValueError as error:  # not only TOMLDecodeError: an integer of 5,000 digits
         message = str(error)
         position = re.search(r" \(at line (\d+), column \d+\)$", message)
         line = int(position[1]) if position else len(text.splitlines())
@@ -338,7 +343,12 @@ def _format_errors(
         elif details["type"] == "value_error" and isinstance(details["input"], dict | BaseModel):
             lines.append(f"{where}{key}: {reason}")  # several settings contradict each other
         else:
-            lines.append(f"{where}{key} = {toml_value(details['input'])}: {reason}")
+            value = toml_value(details["input"])
+            if details["type"] == "string_type":
+                reason += f"; quote it: {key}='\"{value}\"'"
+            elif details["type"] == "list_type" and isinstance(details["input"], str):
+                reason += f"; write {key}='[{value}]'"
+            lines.append(f"{where}{key} = {value}: {reason}")
     return "\n".join(lines)
 
 
@@ -429,7 +439,10 @@ def dump_recipe(recipe: Recipe) -> str:
     for name, table in tables.items():
         lines += ["", f"[{name}]"]
         lines += [f"{key} = {toml_value(value)}" for key, value in table.items()]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    if re.search(r"\\U0000d[89a-f]", text):  # a byte of a name that is not UTF-8
+        raise ConfigError("a name in the recipe is not UTF-8; rename the file or folder")
+    return text
 
 
 def toml_value(value: Any) -> str:

@@ -3,10 +3,11 @@
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.config.roles import Identity, Operation, Settings
+from minimind.paths import expand_user
 
 SchemaName = Literal[
     "auto",
@@ -18,6 +19,10 @@ SchemaName = Literal[
     "qa",
     "prompt_completion",
     "pairs",
+]
+
+HomePath = Annotated[
+    str, AfterValidator(lambda path: str(expand_user(path)) if path.startswith("~") else path)
 ]
 
 
@@ -43,7 +48,7 @@ class ModelSettings(Settings):
     the preset. A test in `tests/config/test_settings.py` compares the two classes.
     """
 
-    init: Identity[str | None] = Field(
+    init: Identity[HomePath | None] = Field(
         None, description="Model or run directory to start from; default: a new model."
     )
     context: Identity[int | None] = Field(
@@ -416,10 +421,10 @@ class Recipe(Settings):
     objective: Identity[Literal["pretrain", "sft", "dpo"]] = Field(
         ..., description="Training objective: pretrain, sft (supervised fine-tuning) or dpo."
     )
-    out: Operation[str | None] = Field(
+    out: Operation[HomePath | None] = Field(
         None, description="Run directory, to which everything is written."
     )
-    tokenizer: Identity[str | None] = Field(
+    tokenizer: Identity[HomePath | None] = Field(
         None, description="Tokenizer or model directory; default: the tokenizer of `model.init`."
     )
     device: Operation[str] = Field(

@@ -5,7 +5,6 @@ model computes the logits that it applies to.
 """
 
 import subprocess
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
+from minimind.environment import python_module
 from minimind.errors import ModelError, UsageError
 from minimind.inference.grammar_check import CHECK_SECONDS
 from minimind.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def _unsupported_reason(grammar: str) -> str:
     Raises SubprocessError, which is not cached, when the machine may have been too busy or short of
     memory for the check.
     """
-    command = [sys.executable, "-m", "minimind.inference.grammar_check"]
+    command = python_module("minimind.inference.grammar_check")
     try:
         done = subprocess.run(
             command, input=grammar.encode(), capture_output=True, timeout=CHECK_SECONDS, check=True

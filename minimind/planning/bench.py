@@ -23,6 +23,7 @@ import torch
 from minimind.config import load_recipe
 from minimind.config.settings import Recipe
 from minimind.data.textbook import prose
+from minimind.environment import python_module
 from minimind.errors import MinimindError, ResourceError, is_out_of_memory
 from minimind.inference.engine import Engine
 from minimind.inference.load import inference_dtype, single_threaded
@@ -193,7 +194,7 @@ def _in_process(name: str, *arguments: object) -> dict[str, Any]:
     An error of minimind or of memory becomes {"error": message}. Raises ResourceError if the
     process is killed, as Linux does when memory runs out.
     """
-    command = [sys.executable, "-m", __name__, json.dumps([name, *arguments])]
+    command = [*python_module(__name__), json.dumps([name, *arguments])]
     # In a new session, Ctrl-C interrupts only this process. The other ends when its stdin closes.
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True

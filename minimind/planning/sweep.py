@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from typing import IO, Any
 
 from minimind.config import dump_recipe
 from minimind.config.settings import Recipe
-from minimind.environment import EXIT_WITH_PARENT_VARIABLE, num_cores
-from minimind.errors import UsageError
+from minimind.environment import EXIT_WITH_PARENT_VARIABLE, num_cores, python_module
+from minimind.errors import UsageError, same_command
 from minimind.signals import count_interrupts
 from minimind.training.run import is_finished
 
@@ -63,6 +62,12 @@ class _RunProcess:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     stop_requests: int = 0
+
+    def close(self) -> None:
+        """Close the files of a process that has ended."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.log.close()
 
     def forward_stop_requests(self, count: int) -> None:
         """Terminate the process on the first stop request, kill it on the next."""
@@ -134,7 +139,7 @@ def run_all(
                             watcher.progress(slot, current.planned, line)
                         continue
                     del running[slot]
-                    current.log.close()
+                    current.close()
                     failure = _failure_reason(current.planned, status, interrupts.count > 0)
                     if failure is None:
                         outcomes.finished.append(current.planned.name)
@@ -149,7 +154,7 @@ def run_all(
             for current in running.values():
                 current.process.kill()
                 current.process.wait()
-                current.log.close()
+                current.close()
         outcomes.stopped = interrupts.count > 0
     for run in pending:
         outcomes.failed[run.name] = "not started"
@@ -161,7 +166,7 @@ def _start(planned: PlannedRun, environment: dict[str, str], fresh: bool) -> _Ru
     recipe = planned.log.with_suffix(".toml")
     recipe.write_text(dump_recipe(planned.recipe), encoding="utf-8")
     log = planned.log.open("wb")
-    command = [sys.executable, "-m", "minimind", "train", str(recipe), *["--fresh"] * fresh]
+    command = [*python_module("minimind"), "train", str(recipe), *["--fresh"] * fresh]
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -179,7 +184,7 @@ def _failure_reason(planned: PlannedRun, status: int, stopping: bool) -> str | N
         return None
     # On Windows, terminating a process ends it with status 1 and without a checkpoint.
     if stopping and status in ((1,) if os.name == "nt" else (130, -signal.SIGTERM, -9)):
-        return "stopped; the same command resumes it"
+        return f"stopped; {same_command()} resumes it"
     lines = planned.log.read_text("utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if errors:

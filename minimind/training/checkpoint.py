@@ -28,7 +28,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minimind.errors import CheckpointError, ResourceError
+from minimind.errors import CheckpointError, ResourceError, same_command
 from minimind.files import fsync, read_json
 from minimind.model.saving import is_stray
 from minimind.training.run import (
@@ -126,8 +126,8 @@ def save_checkpoint(
         free = shutil.disk_usage(run).free
         raise ResourceError(
             f"{path}: the checkpoint could not be written ({error}); it needs {num_bytes:,} bytes "
-            f"and {free:,} are free. Older checkpoints are intact. Free some space and run the "
-            "same command again"
+            f"and {free:,} are free. Older checkpoints are intact. Free some space and run "
+            f"{same_command()} again"
         ) from error
     _remove_temporary(folder)
     return path

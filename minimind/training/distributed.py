@@ -22,7 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minimind.errors import ConfigError, ResourceError, TrainingError, is_out_of_memory
+from minimind.errors import (
+    ConfigError,
+    ResourceError,
+    TrainingError,
+    is_out_of_memory,
+    same_command,
+)
 from minimind.model.device import choose_device
 
 _BUCKET_NUMEL = 1 << 23  # 32 MiB of float32
@@ -150,7 +156,7 @@ class ProcessGroup:
             time.sleep(_LAUNCHER_GRACE_S)
             raise TrainingError(
                 f"process {self.rank} of 0-{self.size - 1}: another process of this run has ended; "
-                "run the same command again to resume from the last checkpoint"
+                f"run {same_command()} again to resume from the last checkpoint"
             ) from error
 
 

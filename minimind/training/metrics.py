@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from minimind.errors import ConfigError, ResourceError, install_line
+from minimind.errors import ConfigError, ResourceError, install_line, same_command
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -88,7 +88,7 @@ class MetricsLog:
         except OSError as error:
             raise ResourceError(
                 f"{self._path}: cannot be written ({error}). The checkpoints are intact: free some "
-                "space and run the same command again to resume"
+                f"space and run {same_command()} again to resume"
             ) from error
 
     def truncate(self, offset: int) -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from minimind.config import identity
 from minimind.data.packing import MixedDataset, PairSequences
-from minimind.errors import ResourceError
+from minimind.errors import ResourceError, same_command
 from minimind.files import atomic_file
 from minimind.training.batch import to_device
 from minimind.training.batch_sizes import fits_in_memory
@@ -167,7 +167,7 @@ def _save(path: Path, key: str, arrays: _Arrays) -> None:
         num_bytes = sum(array.nbytes for array in arrays.values())
         raise ResourceError(
             f"{path}: cannot be written ({error}); it needs {num_bytes:,} bytes. Free some space "
-            "and run the same command again"
+            f"and run {same_command()} again"
         ) from error
 
 

@@ -30,6 +30,10 @@ from minimind.paths import expand_user
 RECIPE_FILE = "recipe.toml"
 SUMMARY_FILE = "summary.json"
 TOKENIZER_COPY = ".tokenizer"
+_REMOVED_FILES = (
+    *(SUMMARY_FILE, "report.html", "report.md", "metrics.jsonl", "reference.safetensors"),
+    *("wandb-run-id", "swanlab-run-id"),
+)
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _NUM_STEPS_SETTINGS = {"training.steps", "training.epochs"}
 
@@ -121,11 +125,12 @@ def check_is_run(run: Path, fresh: bool) -> None:
     """
     if (run / RECIPE_FILE).is_file():
         return
-    folders = [folder for folder in _removed_folders(run) if folder.is_dir()]
-    if folders and (fresh or has_begun(run)):
+    removed = [*_removed_folders(run), *(run / name for name in _REMOVED_FILES)]
+    existing = [path for path in removed if path.exists()]
+    if existing and (fresh or has_begun(run)):
         raise ConfigError(
-            f"{folders[0]} exists, but {run} has no {RECIPE_FILE}: no training run has made it, or "
-            "its recipe was removed. Choose another --out"
+            f"{existing[0]} exists, but {run} has no {RECIPE_FILE}: no training run has made it, "
+            "or its recipe was removed. Choose another --out"
         )
 
 
@@ -160,9 +165,7 @@ def remove_run(run: Path) -> None:
     """Remove the files of an earlier run from its directory and leave all others."""
     # Summary first, recipe last: after an interruption, the remaining files are neither taken for
     # a finished run nor for a run of another recipe.
-    tracker_ids = ("wandb-run-id", "swanlab-run-id")
-    reports = ("report.html", "report.md", "metrics.jsonl")
-    for name in (SUMMARY_FILE, *reports, "reference.safetensors", *tracker_ids):
+    for name in _REMOVED_FILES:
         (run / name).unlink(missing_ok=True)
     for folder in _removed_folders(run):
         if folder.exists():

@@ -5,11 +5,10 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minimind.environment import KEY_VARIABLE
+from minimind.environment import KEY_VARIABLE, python_module
 from minimind.errors import ResourceError, ServiceError
 from minimind.paths import data_folder
 
@@ -31,7 +30,7 @@ def service(models: Sequence[Path]) -> Iterator[tuple[str, str]]:
     log = folder / "service.log"
     with log.open("w", encoding="utf-8") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "minimind", "serve", "--port", "0", "--exit-with-stdin", "--"]
+            [*python_module("minimind"), "serve", "--port", "0", "--exit-with-stdin", "--"]
             + [str(model) for model in models],
             stdin=subprocess.PIPE,  # closed when this process dies, which ends the service
             stdout=subprocess.PIPE,

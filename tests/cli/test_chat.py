@@ -176,6 +176,15 @@ def test_save_appends_a_line(model_dir: Path, tmp_path: Path) -> None:
     assert [len(messages) for messages in saved(file)] == [1, 2]
 
 
+def test_a_saved_chat_has_a_name_whose_format_training_recognises(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    lines = f"你好\n/save {tmp_path / 'my.v2'}"
+    done = run_in_terminal(model_dir, "--max-new-tokens", 4, "--temperature", 0, lines=lines)
+    assert done.exit_code == 0, done.output
+    assert len(saved(tmp_path / "my.v2.jsonl")) == 1
+
+
 def test_oldest_turns_are_left_out_with_one_notice_per_conversation(
     model_dir: Path, tmp_path: Path
 ) -> None:
@@ -200,7 +209,7 @@ def test_a_longer_context_keeps_the_oldest_turns(model_dir: Path) -> None:
         assert "left out" not in done.stderr
     refused = run(*flags, "--rope-scaling", "linear", stdin=lines)
     assert refused.exit_code == 1
-    assert "add --context N" in refused.output
+    assert "needs a longer context than the 256 tokens of" in refused.output
 
 
 def test_a_message_that_is_too_long_is_rejected_with_token_counts(model_dir: Path) -> None:
@@ -230,10 +239,9 @@ def test_invalid_commands_are_reported(model_dir: Path, tmp_path: Path) -> None:
         # Greedy: a random first token may end the answer, and an empty answer is not kept.
         flags = ["--max-new-tokens", 2, "--temperature", 0]
         done = run_in_terminal(model_dir, *flags, lines=lines)
-        assert done.exit_code == 1, lines
-        [error] = done.stderr.splitlines()
-        assert error.startswith("error: ")
-        assert message in error
+        assert done.exit_code == 0, "a mistake in typing does not end the conversation"
+        [notice] = done.stderr.splitlines()
+        assert message in notice
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     # A leading space makes it a message.
     done = run_in_terminal(model_dir, "--max-new-tokens", 2, lines=" /etc 是什么？\n/help")

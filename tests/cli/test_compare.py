@@ -96,6 +96,7 @@ def test_failures_are_reported_and_the_rest_continues(models: Path, tmp_path: Pa
     ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{torn", "utf-8")
     words = ("--prompts", questions, "--max-new-tokens", 8)
+    assert run(tmp_path / "alone", models / "tiny", *words).exit_code == 1, "an answer failed"
     done = run(tmp_path, tmp_path / "nowhere", models / "tiny", "http://127.0.0.1:9", *words)
     assert done.exit_code == 1
     assert "no such directory" in done.output

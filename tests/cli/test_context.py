@@ -99,8 +99,6 @@ def parse_advice(output: str) -> list[list[str]]:
     """Return the alternatives that an error message recommends, as options."""
     if match := re.search(r"give a context of at most (\d+)", output):
         return [["--context", match[1]]]
-    if "add --context N" in output:
-        return [["--context", "512"]]
     match = re.search(r"can be used for it; give (.*)", output)
     assert match, output
     return [shlex.split(one) for one in match[1].split(" or ")]
@@ -119,7 +117,6 @@ REJECTED = [
     ("serve", "tiny", "--slots 256", 1),
     ("generate", "tiny", "--context 1000000", 1),
     *((verb, "extended", "--context 4096", 1) for verb in ("generate", "chat", "eval", "serve")),
-    *((verb, "tiny", "--rope-scaling yarn", 1) for verb in ("generate", "chat")),
 ]
 
 

@@ -100,6 +100,9 @@ def test_token_stores_are_listed_and_removed(
     unknown = stores("--remove", "abc")
     assert (unknown.exit_code, text.folder.exists()) == (1, True)
     assert "has no store abc; omit KEY" in unknown.stderr
+    ambiguous = stores("--remove", "")
+    assert (ambiguous.exit_code, text.folder.exists()) == (1, True)
+    assert "2 stores begin with ''; give a longer key" in ambiguous.stderr
     with FileLock(home / f"{text.folder.name}.lock"):
         kept = stores("--remove", "--store", str(home))
     assert f"{text.folder.name} is being built by another process" in kept.output

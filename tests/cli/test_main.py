@@ -10,8 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from minimind.cli import console
-from minimind.cli.main import app, errors_as_messages
-from minimind.environment import NATIVE_VARIABLE
+from minimind.cli.main import _with_home, app, errors_as_messages
+from minimind.environment import NATIVE_VARIABLE, python_module
 from minimind.errors import ConfigError
 from minimind.version import __version__
 from tests.support.commands import fast_python
@@ -143,6 +143,49 @@ def test_a_closed_pipe_is_silent(body: str) -> None:
             timeout=60,
         )
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_work_goes_on_when_its_messages_have_no_reader(tmp_path: Path) -> None:
+    """Such as that of `minimind pretrain … | tee log` after `tee` has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    body = "from minimind.cli import console; console.say('x'); console.say('y'); open('end', 'w')"
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", WITH_WORK.format(body=body), "work"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "end").exists()
+
+
+def test_modules_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('the reader of this file')")
+    done = subprocess.run(
+        [*python_module("minimind"), "data", "stores"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX shells")
+@pytest.mark.parametrize(
+    ("word", "expanded"),
+    [
+        ("--out=~/a", "--out={home}/a"),
+        ("-o=~", "-o={home}"),
+        ("out=~/a", "out=~/a"),  # a setting: `Recipe` expands it
+        ("--system=a~b", "--system=a~b"),
+        ("~/a", "~/a"),  # quoted on purpose
+    ],
+)
+def test_the_home_directory_in_an_option(
+    word: str, expanded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _with_home(word) == expanded.format(home=tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX descriptors")

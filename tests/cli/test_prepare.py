@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,12 +81,22 @@ def test_messages_say_what_to_do(texts: Path) -> None:
         ((texts, "--out", "out", "--recipe", "mine.toml"), "mine.toml:2: length.minimum"),
         ((texts, "--out", "out", "--decontaminate", "ceval"), "add --yes"),
         ((texts, "--out", "out", "--memory", "0.1"), "give --memory "),
+        ((texts, "--out", "out", "--memory", "nan"), "give a number of GB above 0"),
+        ((texts, "--out", "out", "--memory", "inf"), "give a number of GB above 0"),
     ]:
         done = run(*arguments)
         assert done.exit_code != 0
         assert words in done.output, done.output
         assert "Traceback" not in done.output
     assert not Path("out").joinpath("work", "read").exists()
+
+
+def test_a_glob_with_an_equals_sign_is_no_setting(texts: Path) -> None:
+    folder = Path("year=2024")
+    folder.mkdir()
+    shutil.copy(texts, folder / texts.name)
+    done = run("year=2024/*.jsonl", "--out", "out", "--workers", "1")
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.slow

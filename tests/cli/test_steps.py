@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.cli.steps import finished_summary, timed, train_stage
+from minimind.cli.steps import check_results, finished_summary, timed, train_stage
 from minimind.errors import UsageError
 from tests.support.small_runs import nano_recipe
 from tests.support.stages import write_corpus
@@ -52,3 +52,16 @@ def test_a_stage_without_held_out_data_is_trained(tmp_path: Path, tokenizer_dir:
     }
     result = train_stage(nano_recipe("pretrain", tmp_path / "run", **settings), None)
     assert result.finished and "bits_per_byte" not in result.summary
+
+
+@pytest.mark.parametrize("name", ["report.md", "summary.json", "time.json", "model/config.json"])
+def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('["mine"]', encoding="utf-8")
+    with pytest.raises(UsageError, match="is not from an earlier run of this command"):
+        check_results(tmp_path, "demo", ["pretrain"], fresh=True)
+    if name in ("report.md", "summary.json"):  # without --fresh, the end of the work decides
+        check_results(tmp_path, "demo", ["pretrain"], fresh=False)
+    (tmp_path / "time.json").write_text('{"seconds": 3}', encoding="utf-8")
+    check_results(tmp_path, "demo", ["pretrain"], fresh=True)

@@ -298,6 +298,10 @@ def test_contradictory_arguments(place: Place) -> None:
     assert "two recipes are given, a.jsonl and b.jsonl" in place.error(
         "pretrain", "a.jsonl", "b.jsonl"
     )
+    assert "the recipe has the objective sft; use `minimind sft`" in place.error(
+        "dpo", "sft-small", "--out", "no5"
+    )
+    assert "--explain trains nothing" in place.error(*place.pretrain, "--explain", "--json", "a")
     (place.folder / "lr=3.toml").write_text("objective = 'pretrain'\nwait = 1\n")
     assert "lr=3.toml:2: wait is not a setting" in place.error("train", "lr=3.toml")
     assert "--out DIR" in place.error(*place.pretrain)

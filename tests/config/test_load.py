@@ -105,6 +105,8 @@ def test_circular_extends_is_refused(tmp_path: Path) -> None:
         ("seed = [1,\n", ":2: not TOML: "),
         ("extends = 3\n", ":2: extends = 3: must be the name of one recipe"),
         ("extends = 'nowhere'\n", ':2: extends = "nowhere": '),
+        (f"seed = {'9' * 5000}\n", ":2: not TOML: Exceeds the limit"),
+        (f"seed = {'[' * 5000}\n", ": its values are nested too deeply"),
     ],
 )
 def test_errors_name_file_line_and_key(tmp_path: Path, text: str, expected: str) -> None:
@@ -112,6 +114,18 @@ def test_errors_name_file_line_and_key(tmp_path: Path, text: str, expected: str)
     message = error_message(path)
     assert message.startswith(f"{path}:")
     assert expected in message
+
+
+def test_a_contradiction_is_in_the_file_that_changed_last(tmp_path: Path) -> None:
+    text = "extends = 'pretrain-small'\n[schedule]\nname = 'cosine'\ndecay = 0.3\n"
+    path = write(tmp_path / "mine.toml", text)
+    assert error_message(path).startswith(f"{path}:4: schedule: decay (0.3) applies to wsd only")
+
+
+def test_a_name_that_is_not_utf_8_cannot_be_recorded() -> None:
+    recipe = load_recipe("pretrain-small", flags={"data.sources": ["caf\udce9.jsonl"]}).recipe
+    with pytest.raises(ConfigError, match="not UTF-8; rename the file or folder"):
+        dump_recipe(recipe)
 
 
 def test_all_errors_are_reported_together(tmp_path: Path) -> None:
@@ -141,6 +155,15 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
         (
             "optim.lr=fast",
             'command line: optim.lr = "fast": must be a valid number',
+        ),
+        (
+            "out=2024",
+            "command line: out = 2024: must be a valid string; quote it: out='\"2024\"'",
+        ),
+        (
+            "data.sources=a.jsonl",
+            'command line: data.sources = "a.jsonl": must be a valid list; write '
+            "data.sources='[\"a.jsonl\"]'",
         ),
         ("=1", "command line: '=1' is not of the form KEY=VALUE, such as optim.lr=3e-4"),
         ("seed", "command line: 'seed' is not of the form KEY=VALUE, such as optim.lr=3e-4"),

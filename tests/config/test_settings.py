@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from minimind.config import PRESETS, ModelConfig
-from minimind.config.settings import DataSettings, ModelSettings
+from minimind.config.settings import DataSettings, ModelSettings, Recipe
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,14 @@ def test_architecture_settings_are_the_fields_of_the_model_config() -> None:
         assert ours.description == theirs.description, name
         assert set(theirs.metadata) <= set(ours.metadata), name
         assert ours.default is None, name
+
+
+def test_paths_of_a_run_may_begin_with_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"objective": "sft", "out": "~/a", "tokenizer": "~/b", "model": {"init": "~/c"}}
+    recipe = Recipe.model_validate(given)
+    paths = [recipe.out, recipe.tokenizer, recipe.model.init]
+    assert paths == [f"{tmp_path}/{name}" for name in "abc"]
+    assert Recipe(objective="sft", out="./a~/").out == "./a~/"

@@ -182,7 +182,7 @@ def test_tokens_that_sequences_have_no_room_for_are_not_counted(
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     store = open_store(str(path), tokenizer, kind=kind, folder=tmp_path / "stores")
     make = ChatSequences if kind == "chat" else PairSequences
-    sequences = make([store.train], 64, pad_id=0, seed=0)
+    sequences = make(store.shards("train"), 64, pad_id=0, seed=0)
     positions = round(sequences.report.packing_efficiency * len(sequences) * 64)
     num_documents = 3 if kind == "chat" else 6  # the last token of each is only a label
     used = estimate_tokens(str(path), tokenizer, kind=kind, seq_len=64)

@@ -247,7 +247,11 @@ def test_a_closed_engine_is_freed_while_another_is_idle(
         second.close()
         freed = weakref.ref(second)
         del second
-        gc.collect()
+        for _ in range(200):  # the thread finishes its round after `close` has returned
+            gc.collect()
+            if freed() is None:
+                break
+            time.sleep(0.05)
         assert freed() is None
         assert tokens_of(first.submit(Request([5], GREEDY, 2)))
 

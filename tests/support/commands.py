@@ -187,9 +187,11 @@ def _watch(client: socket.socket, pid: int) -> NoReturn:
 
 
 def _run() -> None:
-    """Do what Python does with the arguments `-m MODULE …` or `-c CODE …`, after `-u` or not."""
+    """Do what Python does with `-m MODULE …` or `-c CODE …`, after `-u` or `-P` or not."""
     if sys.argv[0] == "-u":  # from torchrun
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        del sys.argv[0]
+    if sys.argv[0] == "-P":  # the server's own path is in force anyway
         del sys.argv[0]
     kind, program, *arguments = sys.argv
     sys.argv = [kind, *arguments]
