@@ -7,7 +7,7 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.options import Model
-from minimind.errors import UsageError, shell_words
+from minimind.errors import UsageError
 
 
 def merge(
@@ -34,4 +34,4 @@ def merge(
     check_new_directory(out)
     merged, tokenizer = load_for_inference(model, "cpu", adapter=adapter, dtype=torch.float32)
     save_model(out, merged, tokenizer, dtype=dtype or stored_dtype(resolve_model_directory(model)))
-    console.say(f"The merged model is in {out}. Try it: minimind {shell_words('chat', out)}")
+    console.say(f"The merged model is in {out}. Try it: {console.command('chat', out)}")

@@ -7,7 +7,6 @@ import typer
 
 from minimind.cli import console
 from minimind.cli.options import Model
-from minimind.errors import shell_words
 
 
 def export_torch(
@@ -65,4 +64,4 @@ def import_pth(
     if report.settings:
         title = "settings that the weights do not show"
         console.show(console.table(title, ["setting", "value", "source"], report.settings))
-    console.say(f"The model is in {out}. Try it: minimind {shell_words('chat', out)}")
+    console.say(f"The model is in {out}. Try it: {console.command('chat', out)}")

@@ -14,7 +14,7 @@ import typer
 from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
-from minimind.errors import UsageError, shell_words
+from minimind.errors import UsageError
 from minimind.files import write_json
 
 if TYPE_CHECKING:
@@ -188,4 +188,4 @@ def _show(
     else:
         words += ["--tokenizer", "TOKENIZER"]
     first = "" if folder == out else f"Copy {out} to a folder COPY on a disk. "
-    console.say(f"{first}Train on it: minimind {shell_words(*words, '--out', 'DIR')}")
+    console.say(f"{first}Train on it: {console.command(*words, '--out', 'DIR')}")

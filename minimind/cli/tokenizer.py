@@ -10,7 +10,7 @@ import typer
 from minimind.cli import console
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import Json
-from minimind.errors import UsageError, shell_words
+from minimind.errors import UsageError
 from minimind.files import write_json
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def train(
     if tokenizer.vocab_size < vocab_size:
         console.say(f"The data is too small for more than {tokenizer.vocab_size:,} tokens.")
     console.say(f"The tokenizer with {tokenizer.vocab_size:,} tokens is in {out}.")
-    console.say(f"Inspect it: minimind {shell_words('tokenizer', 'inspect', out)}")
+    console.say(f"Inspect it: {console.command('tokenizer', 'inspect', out)}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 from minimind.cli import console, launcher
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import DEVICE_HELP, Json, Tokenizer
-from minimind.errors import ConfigError, UsageError, same_command, shell_words
+from minimind.errors import ConfigError, UsageError, same_command
 from minimind.files import write_json
 
 if TYPE_CHECKING:
@@ -262,11 +262,11 @@ def finish(result: "StageResult", json: Path | None) -> None:
     verb = "generate" if result.summary["objective"] == "pretrain" else "chat"
     prompt = ' "..."' if verb == "generate" else ""
     if result.adapter:
-        command = shell_words(verb, Path(result.summary["base"]), "--adapter", result.run)
-        console.say(f"The adapter is in {result.adapter}. Try it: minimind {command}{prompt}")
+        command = console.command(verb, Path(result.summary["base"]), "--adapter", result.run)
+        console.say(f"The adapter is in {result.adapter}. Try it: {command}{prompt}")
     else:
-        command = shell_words(verb, result.run)
-        console.say(f"The model is in {result.model}. Try it: minimind {command}{prompt}")
+        command = console.command(verb, result.run)
+        console.say(f"The model is in {result.model}. Try it: {command}{prompt}")
     if not result.trained:
         console.say(_how_to_train_longer(result))
 

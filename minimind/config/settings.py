@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from minimind.config.model import PRESETS, ModelConfig
 from minimind.config.roles import Identity, Operation, Settings
@@ -21,9 +21,9 @@ SchemaName = Literal[
     "pairs",
 ]
 
-HomePath = Annotated[
-    str, AfterValidator(lambda path: str(expand_user(path)) if path.startswith("~") else path)
-]
+
+def _with_home(path: str | None) -> str | None:
+    return str(expand_user(path)) if path and path.startswith("~") else path
 
 
 _NOT_ARCHITECTURE = {"init", "context", "rope_scaling"}
@@ -48,7 +48,7 @@ class ModelSettings(Settings):
     the preset. A test in `tests/config/test_settings.py` compares the two classes.
     """
 
-    init: Identity[HomePath | None] = Field(
+    init: Identity[str | None] = Field(
         None, description="Model or run directory to start from; default: a new model."
     )
     context: Identity[int | None] = Field(
@@ -80,6 +80,8 @@ class ModelSettings(Settings):
     shared_intermediate_size: Identity[int | None] = _architecture_setting(
         "shared_intermediate_size"
     )
+
+    _expand_home = field_validator("init")(_with_home)
 
     @field_validator("preset")
     @classmethod
@@ -421,10 +423,10 @@ class Recipe(Settings):
     objective: Identity[Literal["pretrain", "sft", "dpo"]] = Field(
         ..., description="Training objective: pretrain, sft (supervised fine-tuning) or dpo."
     )
-    out: Operation[HomePath | None] = Field(
+    out: Operation[str | None] = Field(
         None, description="Run directory, to which everything is written."
     )
-    tokenizer: Identity[HomePath | None] = Field(
+    tokenizer: Identity[str | None] = Field(
         None, description="Tokenizer or model directory; default: the tokenizer of `model.init`."
     )
     device: Operation[str] = Field(
@@ -447,6 +449,8 @@ class Recipe(Settings):
     validation: ValidationSettings = Field(default_factory=lambda: ValidationSettings())
     checkpoint: CheckpointSettings = Field(default_factory=lambda: CheckpointSettings())
     dpo: DPOSettings = Field(default_factory=lambda: DPOSettings())
+
+    _expand_home = field_validator("out", "tokenizer")(_with_home)
 
     def weighted_tokens(self, tokens: int) -> int:
         """Return the training tokens as a measure of time: DPO has a reference pass as well."""

@@ -271,7 +271,7 @@ facts = {
     "rate": f"{rate:,.0f}",
     "night_tokens": (
         f"{rate * 8 * 3600 / 1e6:.0f}",
-        f"{rate * 8 * 3600 / 1e6:.0f}00",
+        f"{round(rate * 8 * 3600 / 1e6) * 100:,}",
     ),
     "small_wanted": millions(20 * cost("small")[0]),
     "night_short": f"{20 * cost('small')[0] / (rate * 8 * 3600):.0f}",
