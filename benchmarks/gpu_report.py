@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.context import Context
+from benchmarks.gpu.markdown import failures, render
+from minimind.environment import num_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -44,17 +46,26 @@ class Part:
     needs_texts: bool = False
 
 
+# The last part trains for as long as the others leave time.
 PARTS = {
     "doctor": Part("benchmarks.gpu_report:doctor", 45),
     "tests": Part("benchmarks.gpu_report:tests", 80),
-    "training": Part("benchmarks.gpu.training:run", 140),
-    "profile": Part("benchmarks.gpu.training:run_profile", 35),
-    "pretraining": Part("benchmarks.gpu.pretraining:run", 240, needs_texts=True),
-    "decoding": Part("benchmarks.gpu.decoding:run", 80),
     "capped": Part("benchmarks.gpu.training:run_capped", 35),
     "processes": Part("benchmarks.gpu.processes:run", 75),
+    "profile": Part("benchmarks.gpu.training:run_profile", 35),
+    "decoding": Part("benchmarks.gpu.decoding:run", 80),
+    "training": Part("benchmarks.gpu.training:run", 140),
+    "pretraining": Part("benchmarks.gpu.pretraining:run", 240, needs_texts=True),
 }
-_BACKGROUND = Part("benchmarks.gpu.pretraining:prepare", 240, needs_texts=True)
+_BACKGROUND = Part("benchmarks.gpu.pretraining:prepare", 500, needs_texts=True)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A part that was started, and when."""
+
+    child: "subprocess.Popen[bytes]"
+    started: float
 
 
 def main() -> None:
@@ -107,7 +118,9 @@ class Report:
         """Run every part, then say where the record is."""
         background = None
         if self.args.texts and "pretraining" in self.args.parts:
-            background = self.start("prepare", {"CUDA_VISIBLE_DEVICES": ""})
+            threads = str(max(1, num_cores() // 2))  # the other parts are timed meanwhile
+            variables = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
+            background = self.start("prepare", variables | {"CUDA_VISIBLE_DEVICES": ""})
         try:
             for name in self.args.parts:
                 part = PARTS[name]
@@ -117,12 +130,14 @@ class Report:
                     self.follow("prepare", background, _BACKGROUND.limit_s)
                     background = None
                 if self.time_left() > 10:
-                    self.follow(name, self.start(name, {}), part.limit_s)
+                    seconds = pretraining_seconds(self.args.seconds, self.time_left())
+                    running = self.start(name, {}, "--seconds", str(seconds))
+                    self.follow(name, running, part.limit_s)
                 else:
                     self.record["parts"][name] = {"status": "skipped: no time left"}
         finally:
             if background is not None:
-                stop(background)
+                stop(background.child)
             self.write()
             for report in self.args.work.glob("*-report.html"):
                 shutil.copy(report, self.out / f"gpu-{report.name}")
@@ -132,13 +147,14 @@ class Report:
     def time_left(self) -> float:
         return float(self.args.limit) - (time.monotonic() - self.started)
 
-    def start(self, name: str, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    def start(self, name: str, variables: dict[str, str], *options: str) -> Running:
         """Start a part in a new process group."""
-        command = [sys.executable, "-m", "benchmarks.gpu_report", *sys.argv[1:]]
+        command = [sys.executable, "-m", "benchmarks.gpu_report", *sys.argv[1:], *options]
         command += ["--part", name, "--work", str(self.args.work)]
         log = (self.args.work / f"{name}.log").open("wb")
+        started = time.monotonic()
         with log:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables,
@@ -146,11 +162,13 @@ class Report:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        return Running(child, started)
 
-    def follow(self, name: str, child: "subprocess.Popen[bytes]", limit_s: float) -> None:
+    def follow(self, name: str, running: Running, limit_s: float) -> None:
         """Wait for a part, update the record meanwhile, and end it after its time."""
-        started = time.monotonic()
-        limit_s = min(limit_s * (4 if self.args.device == "cpu" else 1), self.time_left())
+        child, started = running.child, running.started
+        limit_s *= 4 if self.args.device == "cpu" else 1
+        limit_s = min(limit_s, time.monotonic() - started + self.time_left())
         status = ""
         try:
             while child.poll() is None:
@@ -166,8 +184,8 @@ class Report:
             text = (self.args.work / f"{name}.log").read_text("utf-8", errors="replace")
             self.log.write(f"\n=== {name}: {status}\n{text}")
             self.log.flush()
-        failures = [k for k, v in self.record["parts"][name].items() if is_failure(v)]
-        print(f"{name}: {status}, {time.monotonic() - started:.0f} s", *failures, flush=True)
+        part = self.record["parts"][name]
+        print(f"{name}: {status}, {part['seconds']:.0f} s", *failures(part), flush=True)
         if status != "done":
             print(text[-1500:], flush=True)
 
@@ -179,13 +197,11 @@ class Report:
         seconds = round(time.monotonic() - started, 1)
         before = self.record["parts"].get(name, {})
         self.record["parts"][name] = {"status": status, "seconds": seconds} | results
-        if status != "running" or len(before) != len(self.record["parts"][name]):
+        if status != "running" or any(before.get(k) != v for k, v in results.items()):
             self.write()
 
     def write(self) -> None:
         """Write the record as JSON and as Markdown."""
-        from benchmarks.gpu.markdown import render
-
         for name, text in (
             ("gpu-report.json", json.dumps(self.record, ensure_ascii=False, indent=1) + "\n"),
             ("gpu-report.md", render(self.record)),
@@ -202,9 +218,9 @@ def stop(child: "subprocess.Popen[bytes]") -> None:
     child.wait()
 
 
-def is_failure(value: Any) -> bool:
-    """Return True for a recorded exception."""
-    return isinstance(value, dict) and "error" in value
+def pretraining_seconds(requested: float, time_left: float) -> float:
+    """Return the duration of pretraining that leaves time for fine-tuning and answers."""
+    return min(requested, max(20.0, (time_left - 60) / 1.6))
 
 
 def machine() -> dict[str, Any]:
@@ -240,23 +256,19 @@ def doctor(context: Context) -> None:
         context.measure("NCCL", lambda: list(torch.cuda.nccl.version()))
     output = context.work / "doctor-output.json"
     command = [sys.executable, "-m", "minimind", "doctor", "--device", context.device]
-    done = subprocess.run([*command, "--json", str(output)], capture_output=True, text=True)
-    context.save("output", done.stdout[-4000:] + done.stderr[-2000:])
-    context.save("exit_status", done.returncode)
+    context.run_command([*command, "--json", str(output)])
     if output.is_file():
         context.save("json", json.loads(output.read_text("utf-8")))
 
 
 def tests(context: Context) -> None:
     """Run the tests that are marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfEs", "--tb=short"]
     command += ["-o", "filterwarnings=default", "-p", "no:cacheprovider", "--durations=5"]
     # Only their files are collected: others import packages that a GPU machine may lack.
     files = (ROOT / "tests").rglob("test_*.py")
     command += sorted(str(file) for file in files if "mark.gpu" in file.read_text("utf-8"))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    context.save("exit_status", done.returncode)
-    context.save("output", done.stdout[-12000:] + done.stderr[-2000:])
+    context.run_command(command)
 
 
 if __name__ == "__main__":

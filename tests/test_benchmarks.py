@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.gpu_report import PARTS
+from benchmarks.gpu import decoding, pretraining
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.markdown import failures, render
+from benchmarks.gpu_report import PARTS, pretraining_seconds
 from benchmarks.rounds import Contender, comparison, measure_in_turns, over_rounds, ratios, spread
 from benchmarks.tokenizer_compression import ours
 from minimind.tokenizer import train_tokenizer
@@ -110,9 +115,77 @@ def test_a_cut_vocabulary_is_the_one_that_training_gives(tokenizer_dir: Path) ->
     assert [count(text) for text in TEXTS] == [len(small.encode(text)) for text in TEXTS]
 
 
+def gpu_context(folder: Path) -> Context:
+    return Context("a-part", folder, "cpu", True, [], [], 1.0)
+
+
+def test_the_prefix_cache_cannot_serve_the_prompts_of_decoding_speed(tmp_path: Path) -> None:
+    context, seen = gpu_context(tmp_path), []
+
+    def generate(prompts: list[list[int]], tokens: int = decoding.sizes(context)[1]) -> int:
+        seen.extend(map(tuple, prompts))
+        return len(prompts) * tokens
+
+    decoding.timed_rounds(context, generate, 1)
+    decoding.first_token_ms(context, generate)
+    decoding.timed_rounds(context, generate, 3)
+    assert len(set(seen)) == len(seen) == 4 + 9 + 12
+
+
+def test_the_output_of_a_part_is_saved_as_it_comes(tmp_path: Path) -> None:
+    """The command reads the record, and waits for a line that has not ended."""
+    context = gpu_context(tmp_path)
+    program = f"""
+import pathlib, sys, time
+print("x" * 30_000 + "first", end="", flush=True)
+record = pathlib.Path({str(context.record_file)!r})
+while not record.exists() or "first" not in record.read_text():
+    time.sleep(0.01)
+print(" second")
+sys.exit(3)
+"""
+    context.run_command([sys.executable, "-c", program])
+    record = json.loads(context.record_file.read_text())
+    assert record["exit_status"] == 3
+    assert record["output"].endswith("xfirst second\n")
+    assert len(record["output"]) == 12_000
+
+
+def test_pretraining_that_is_killed_leaves_its_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, record = tmp_path / "run", {"date": "", "command": "", "machine": {}}
+
+    def killed(*arguments: str, meanwhile: Callable[[], None]) -> None:
+        meanwhile()
+        run.mkdir()
+        lines = '{"kind": "train", "step": 1, "loss": 2.5}\n{"kind": "train", "st'
+        (run / "metrics.jsonl").write_text(lines)
+        meanwhile()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretraining, "_minimind", killed)
+    context = gpu_context(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        pretraining._train(context, "pretrain", [], run, 40)
+    part: dict[str, Any] = json.loads(context.record_file.read_text())
+    assert [(x["step"], x["loss"]) for x in part["pretrain"]["curve"]] == [(1, 2.5)]
+    report = render(record | {"parts": {"pretraining": part | {"status": "stopped"}}})
+    assert "pretrain: 40 steps, stopped before the last" in report and "| 1 | 2.5 |" in report
+
+
+def test_pretraining_leaves_time_for_the_stages_after_it() -> None:
+    assert pretraining_seconds(100.0, 500.0) == 100.0
+    assert pretraining_seconds(100.0, 140.0) == 50.0
+    assert pretraining_seconds(100.0, 15.0) == 20.0
+    assert pretraining_seconds(5.0, 15.0) == 5.0
+    *others, last = PARTS
+    assert last == "pretraining" and sum(PARTS[x].limit_s for x in others) <= 570 - 60
+
+
 @pytest.mark.slow
 def test_gpu_report_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
-    """All parts at tiny sizes: files for the user, and no part that failed."""
+    """All parts at tiny sizes: files for the user, and no part or measurement that failed."""
     texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
     texts.write_text(
         "".join(f'{{"text": "第{n}条：长江是中国最长的河流。"}}\n' for n in range(400))
@@ -127,4 +200,8 @@ def test_gpu_report_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "gpu-report.json").read_text("utf-8"))
     statuses = {name: part["status"] for name, part in record["parts"].items()}
     assert statuses == dict.fromkeys(["prepare", *PARTS], "done"), statuses
-    assert "# " in (tmp_path / "out" / "gpu-report.md").read_text("utf-8")
+    errors = {name: failures(part) for name, part in record["parts"].items()}
+    assert not any(errors.values()), errors
+    assert [record["parts"][name]["exit_status"] for name in ("doctor", "tests")] == [0, 0]
+    report = (tmp_path / "out" / "gpu-report.md").read_text("utf-8")
+    assert "# GPU report" in report and "## Failures" not in report

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from minimind.inference.batched_model import BatchedModel
+from minimind.inference.capacity import CacheSizer, usable_bytes
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request
 from minimind.inference.sampling import Sampling
-from minimind.model import Transformer
 from minimind.model.experts import moe, moe_reference
+from minimind.model.varlen import supports_varlen
 from minimind.tokenizer import Tokenizer
 from minimind.training.precision import choose_precision
 from tests.support.small_runs import nano_trainer
@@ -24,9 +25,10 @@ CUDA = torch.device("cuda")
 
 
 def train(folder: Path, device: torch.device, objective: str, **settings: Any) -> list[float]:
-    """Train 20 steps of the smallest model; return the loss of each step."""
+    """Validate, then train 20 steps of the smallest model; return the loss of each step."""
     trainer = nano_trainer(folder, objective, held_out=True, **settings)
     trainer.model.to(device)
+    trainer.validate_first = True
     trainer.device = trainer.batch_sizes.device = device
     trainer.precision = choose_precision(trainer.recipe.training.precision, device)
     if hasattr(trainer.objective, "_token_bytes"):
@@ -45,8 +47,10 @@ def test_losses_are_those_of_the_cpu(objective: str, preset: str, tmp_path: Path
     assert len(on_gpu) == 20
     assert on_gpu[:5] == pytest.approx(on_cpu[:5], rel=1e-3)
     assert on_gpu[-1] == pytest.approx(on_cpu[-1], rel=0.05)
+    supports_varlen.cache_clear()  # the first use is in validation, without gradients
     half = train(tmp_path / "bf16", CUDA, objective, training__precision="bf16", **settings)
     assert half[:5] == pytest.approx(on_cpu[:5], rel=0.02)
+    assert supports_varlen(CUDA)
 
 
 def test_activation_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
@@ -113,9 +117,20 @@ def test_a_sampled_answer_is_finite_and_in_the_vocabulary(tokenizer: Tokenizer) 
         sampling = replace(Sampling(), temperature=0.8, top_p=0.9)
         (_, result), *_ = engine.generate([Request(random_tokens(10), sampling, 20, seed=1)])
         assert result.error is None and len(result.token_ids) == 20
+        assert all(0 <= token < tokenizer.vocab_size for token in result.token_ids)
 
 
 def test_the_kv_cache_fits_into_free_memory() -> None:
-    model = Transformer(make_tiny(max_position_embeddings=4096).config).to(CUDA)
-    batch = BatchedModel(model, 4, 4096)
-    assert batch.cache.positions >= 4096
+    """The context is as long as the memory allows, not as the model does."""
+    model = make_tiny(torch.bfloat16, max_position_embeddings=1 << 30).to(CUDA)
+    free = usable_bytes([model])
+    assert free
+    usable = min(free, 1 << 30)
+    sizer = CacheSizer(model, usable)
+    size = sizer.size(4, 4, None)
+    before = torch.cuda.memory_allocated()
+    cache = BatchedModel(model, size.slots, size.context).cache
+    allocated = cache.data.nbytes
+    assert size.slots == 4 and cache.positions >= size.context
+    assert allocated == sizer.bytes(4, size.context) <= torch.cuda.memory_allocated() - before
+    assert 0.9 * usable < allocated <= usable

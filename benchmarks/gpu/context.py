@@ -1,12 +1,15 @@
 """What every part of the GPU report gets: settings, directories, and a record that is saved."""
 
 import json
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_MAX_OUTPUT = 12_000  # characters
 
 
 @dataclass
@@ -30,13 +33,25 @@ class Context:
     def record_file(self) -> Path:
         return self.work / f"{self.part}.json"
 
-    def save(self, key: str, value: Any) -> None:
-        """Add a result to the record and write the record."""
+    def save(self, key: str, value: Any, *, show: bool = True) -> None:
+        """Add a result to the record and write the record; `show` prints it to the log too."""
         self.record[key] = value
         temporary = self.record_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.record, ensure_ascii=False), encoding="utf-8")
         temporary.replace(self.record_file)
-        print(key, json.dumps(value, ensure_ascii=False)[:2000], flush=True)
+        if show:
+            print(key, json.dumps(value, ensure_ascii=False)[:2000], flush=True)
+
+    def run_command(self, command: list[str]) -> None:
+        """Save the end of the command's output as it comes, then the exit status."""
+        end = b""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+            assert child.stdout
+            while chunk := child.stdout.read1():
+                print(chunk.decode(errors="replace"), end="", flush=True)
+                end = (end + chunk)[-4 * _MAX_OUTPUT :]
+                self.save("output", end.decode(errors="replace")[-_MAX_OUTPUT:], show=False)
+        self.save("exit_status", child.returncode)
 
     def measure(self, key: str, work: Callable[[], Any]) -> Any:
         """Save the result of `work`, or the traceback of its failure; return the result or None."""

@@ -156,8 +156,10 @@ def _pretraining(parts: dict[str, Any]) -> list[str]:
         if not isinstance(part.get(stage), dict) or "error" in part[stage]:
             continue
         x = part[stage]
-        lines += ["", f"### {stage}: {x['steps']:,} steps", ""]
-        plain = {k: v for k, v in x["summary"].items() if isinstance(v, (str, int, float))}
+        note = ", stopped before the last" if x.get("unfinished") else ""
+        lines += ["", f"### {stage}: {x['steps']:,} steps{note}", ""]
+        summary = x.get("summary", {})
+        plain = {k: v for k, v in summary.items() if isinstance(v, (str, int, float))}
         lines += table(["", ""], [[k, str(v)] for k, v in plain.items()])
         curve = x["curve"][:: max(1, len(x["curve"]) // 15)]
         lines += ["", *table(["step", "loss"], [[str(p["step"]), str(p["loss"])] for p in curve])]

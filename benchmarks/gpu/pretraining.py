@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from benchmarks.gpu.context import Context
 
 _TOKENIZER_MB = 12  # text that the tokenizer is trained on
 _TRIAL_STEPS = 30
+_SAVE_EVERY_S = 5
 _TOKENS_PER_STEP = {"pretrain": 128 * 512, "sft": 64 * 512}  # of pretrain-small and sft-small
 QUESTIONS = [
     "你叫什么名字？",
@@ -26,11 +29,12 @@ QUESTIONS = [
 
 def prepare(context: Context) -> None:
     """Train the tokenizer and build the token stores, on the CPU alone."""
-    tokenizer = context.work / "tokenizer"
+    started, tokenizer = time.perf_counter(), context.work / "tokenizer"
     context.measure("tokenizer", lambda: _train_tokenizer(context, tokenizer))
     context.measure("text store", lambda: _build_store(context, "pretrain", context.texts))
     if context.chats:
         context.measure("chat store", lambda: _build_store(context, "sft", context.chats))
+    context.save("seconds", round(time.perf_counter() - started, 1))
 
 
 def _train_tokenizer(context: Context, folder: Path) -> dict[str, Any]:
@@ -148,13 +152,32 @@ def _train(
     steps: int,
     model: Path | None = None,
 ) -> dict[str, Any]:
-    """Train, write a report, and return the summary, the losses and the samples."""
+    """Train, write a report, and return the summary, the losses and the samples.
+
+    The losses so far are saved meanwhile, since the part may run out of time.
+    """
+
+    def save_progress() -> None:
+        unfinished = {"steps": steps, "unfinished": True}
+        context.save(objective, unfinished | _curves(run_dir), show=False)
+
     started = time.perf_counter()
-    _command(context, objective, sources, run_dir, steps, model, [])
+    _command(context, objective, sources, run_dir, steps, model, [], save_progress)
     seconds = time.perf_counter() - started
     report = context.work / f"{objective}-report.html"
     _minimind("report", str(run_dir), "--out", str(report))
-    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "steps": steps,
+        "seconds_of_the_command": seconds,
+        "summary": json.loads((run_dir / "summary.json").read_text()),
+    } | _curves(run_dir)
+
+
+def _curves(run_dir: Path) -> dict[str, Any]:
+    """Return the losses, validations and last samples of a run, which may not have ended."""
+    log = run_dir / "metrics.jsonl"
+    complete = log.read_text("utf-8").rpartition("\n")[0] if log.is_file() else ""
+    lines = [json.loads(x) for x in complete.splitlines()]
     curve = [
         {
             "step": x["step"],
@@ -167,9 +190,6 @@ def _train(
         if x["kind"] in ("train", "validation")
     ]
     return {
-        "steps": steps,
-        "seconds_of_the_command": seconds,
-        "summary": json.loads((run_dir / "summary.json").read_text()),
         "curve": curve[:: max(1, len(curve) // 200)],
         "validation": [x for x in curve if x["kind"] == "validation"],
         "samples": [x for x in lines if x["kind"] == "sample"][-3:],
@@ -184,6 +204,7 @@ def _command(
     steps: int,
     model: Path | None,
     more: list[str],
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Run `minimind pretrain` or `sft`."""
     settings = _settings(context, objective, [])
@@ -200,16 +221,26 @@ def _command(
         command += ["--tokenizer", tokenizer]
     if model:
         command += ["--model", str(model)]
-    _minimind(*command, "--out", str(run_dir))
+    _minimind(*command, "--out", str(run_dir), meanwhile=meanwhile)
 
 
-def _minimind(*arguments: str) -> None:
+def _minimind(*arguments: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Run a command of minimind, and call `meanwhile` every few seconds."""
     command = [sys.executable, "-m", "minimind", *arguments]
     print("$", " ".join(command), flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout[-6000:], flush=True)
-    if done.returncode:
-        raise RuntimeError(f"minimind {arguments[0]} failed: {done.stdout[-1500:]}")
+    with tempfile.TemporaryFile() as stream:
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                status = child.wait(_SAVE_EVERY_S)
+                break
+            except subprocess.TimeoutExpired:
+                meanwhile()
+        stream.seek(0)
+        output = stream.read().decode(errors="replace")
+    print(output[-6000:], flush=True)
+    if status:
+        raise RuntimeError(f"minimind {arguments[0]} failed: {output[-1500:]}")
 
 
 def _answers(context: Context, run_dir: Path) -> list[dict[str, str]]:

@@ -144,7 +144,7 @@ def moe(
     row_experts, order = chosen.flatten().sort(stable=True)  # [R] each
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     rows = _Permute.apply(x, order, inverse, num_chosen)  # [R, hidden], sorted by expert
-    if _supports_grouped_mm(x.device, output_weight):
+    if _supports_grouped_mm(rows, output_weight):
         rows = moe_grouped_mm(rows, row_experts, input_weight, output_weight)
     else:
         rows = moe_loop(rows, row_experts, input_weight, output_weight)
@@ -154,9 +154,15 @@ def moe(
     # --8<-- [end:sorted]
 
 
-def _supports_grouped_mm(device: torch.device, output_weight: Tensor) -> bool:
-    """Return True if `F.grouped_mm` works: NVIDIA Ampere or later, and rows aligned to 16 bytes."""
+def _supports_grouped_mm(rows: Tensor, output_weight: Tensor) -> bool:
+    """Return True if `F.grouped_mm` works: NVIDIA Ampere or later, and rows aligned to 16 bytes.
+
+    `torch.compile` traces it in bf16 only.
+    """
+    device = rows.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if torch.compiler.is_compiling() and _autocast_dtype(rows) != torch.bfloat16:
         return False
     return all(size % 8 == 0 for size in output_weight.shape[1:])
 
@@ -194,13 +200,18 @@ def moe_grouped_mm(
     In bf16 on NVIDIA Hopper and later, the row counts stay on the device. For other dtypes and
     older devices, PyTorch itself synchronizes once per product.
     """
-    kind = rows.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    dtype = _autocast_dtype(rows)
     experts = torch.arange(len(input_weight), device=rows.device)
     ends = torch.searchsorted(row_experts, experts, right=True).int()  # [E]
     inner = _swiglu(_GroupedMM.apply(rows.to(dtype), input_weight.to(dtype), ends))  # [R, inner]
     out: Tensor = _GroupedMM.apply(inner, output_weight.to(dtype), ends)  # [R, hidden]
     return out
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a matrix product with x: that of autocast, if it is enabled."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _swiglu(x: Tensor) -> Tensor:

@@ -101,10 +101,13 @@ def supports_varlen(device: torch.device) -> bool:
     return False
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def max_difference_from_mask(device: torch.device) -> float:
     """Return the largest difference from attention with a dense mask, of outputs and gradients.
 
-    The reference is computed in float32, on small random inputs.
+    The reference is computed in float32, on small random inputs. The caller may have disabled
+    gradients, such as in validation, or enabled autocast.
     """
     generator = torch.Generator().manual_seed(0)
     segments = np.array([[0] * 5 + [1] * 30 + [2] * 29, [0] * 64], np.int32)  # B = 2, T = 64
@@ -116,14 +119,15 @@ def max_difference_from_mask(device: torch.device) -> float:
     q, k, v, grad = (x.to(device, torch.bfloat16) for x in inputs)
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        if dtype == torch.bfloat16:
-            out = varlen_attention(leaves[0], leaves[1], leaves[2], bounds, None)
-        else:
-            query, key, value = (x.transpose(1, 2) for x in leaves)
-            key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
-            out = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+        with torch.autocast(device.type, enabled=False):
+            if dtype == torch.bfloat16:
+                out = varlen_attention(leaves[0], leaves[1], leaves[2], bounds, None)
+            else:
+                query, key, value = (x.transpose(1, 2) for x in leaves)
+                key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+                out = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
         grads = torch.autograd.grad(out, leaves, grad.to(dtype))
-        results.append([out, *grads])
+        results.append([out.detach(), *grads])
     differences = [
         (x.float() - y).abs().max() / y.abs().max() for x, y in zip(*results, strict=True)
     ]

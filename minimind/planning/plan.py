@@ -33,7 +33,7 @@ from minimind.training.optimizers import Optimizers
 from minimind.training.precision import assumed_precision, choose_precision
 
 # Memory of a process besides tensors: PyTorch itself, and on a GPU the CUDA context and libraries.
-_PROCESS_BYTES = {"cpu": 400 << 20, "cuda": 450 << 20, "mps": 400 << 20}
+PROCESS_BYTES = {"cpu": 400 << 20, "cuda": 450 << 20, "mps": 400 << 20}
 _MAX_LISTED_MICRO_BATCH = 64
 
 
@@ -85,7 +85,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     tokenizer = load_tokenizer(recipe)
     model = build_model(recipe, tokenizer, device if is_present else torch.device("cpu"))
     footprint, training = build_footprint(recipe, model, device), recipe.training
-    process_bytes = _PROCESS_BYTES[device.type]
+    process_bytes = PROCESS_BYTES[device.type]
     limit = memory
     if memory is None and free is not None:
         limit = free + process_bytes  # this process has already taken its own
@@ -161,7 +161,7 @@ def _resolve_device(name: str, *, allow_missing: bool) -> tuple[torch.device, bo
     try:
         return choose_device(name), True
     except ResourceError:
-        if allow_missing and name.partition(":")[0] in _PROCESS_BYTES:
+        if allow_missing and name.partition(":")[0] in PROCESS_BYTES:
             with contextlib.suppress(RuntimeError):  # "cuda:one"
                 return torch.device(name), False
         raise

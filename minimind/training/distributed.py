@@ -202,6 +202,8 @@ def init_distributed(device: str) -> Iterator[ProcessGroup]:
         ) from None
     own_device = local_device(device, ProcessGroup(rank, size, local_rank, local_size))
     if own_device.type == "cuda":
+        if own_device.index is None:  # a single process
+            own_device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(own_device)
         dist.init_process_group("nccl", device_id=own_device)
         cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)

@@ -1,11 +1,13 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimind.model import PRESETS, ModelConfig, Transformer
 from minimind.model.experts import (
     RoutedExperts,
     Routing,
+    _supports_grouped_mm,
     moe,
     moe_grouped_mm,
     moe_loop,
@@ -122,6 +124,27 @@ def test_routers_compute_in_float32() -> None:
     exact = Routing()
     model(tokens, routing=exact)
     torch.testing.assert_close(routing.logits[0], exact.logits[0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_grouped_products_are_compiled_where_torch_can_trace_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors are what `torch.compile` traces with."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        rows = torch.empty(TOKENS, HIDDEN, device="cuda", dtype=dtype)
+        w_in = torch.empty(EXPERTS, 2 * INNER, HIDDEN, device="cuda")
+        w_out = torch.empty(EXPERTS, HIDDEN, INNER, device="cuda")
+        experts = torch.empty(TOKENS, dtype=torch.int64, device="cuda")
+        assert _supports_grouped_mm(rows, w_out)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        if _supports_grouped_mm(rows, w_out):
+            assert moe_grouped_mm(rows, experts, w_in, w_out).shape == rows.shape
+        # As under autocast, which torch refuses to enable without CUDA.
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: dtype)
+        assert _supports_grouped_mm(rows.float(), w_out) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of torch.compile itself

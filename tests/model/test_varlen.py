@@ -1,6 +1,7 @@
 """Variable-length attention: its bookkeeping on the CPU, its kernels on a GPU."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,24 @@ def test_a_failing_kernel_is_reported_and_not_used(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(varlen, "max_difference_from_mask", lambda device: 0.001)
     assert varlen.supports_varlen.__wrapped__(torch.device("cuda"))
     assert not varlen.supports_varlen(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_trial_may_run_during_validation(
+    mode: type[torch.no_grad | torch.inference_mode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are disabled there, and autocast would compute the reference in bf16."""
+    dtypes = []
+
+    def attention(q: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        dtypes.append(q.dtype)
+        return attention_by_segment(q, *rest, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention)
+    expected = max_difference_from_mask(torch.device("cpu"))
+    with mode(), torch.autocast("cpu", torch.float16):
+        assert max_difference_from_mask(torch.device("cpu")) == expected < 0.02
+    assert dtypes == [torch.bfloat16] * 2
 
 
 @pytest.mark.gpu

@@ -75,7 +75,7 @@ def _as_on_cuda() -> None:
         return real_grouped_mm(a.bfloat16(), b.bfloat16(), offs=offs).to(a.dtype)
 
     F.grouped_mm = grouped_mm
-    experts._supports_grouped_mm = lambda device, weight: device.type == GPU
+    experts._supports_grouped_mm = lambda rows, weight: rows.device.type == GPU
 
 
 def _move(model: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -76,6 +76,31 @@ def test_all_processes_of_a_machine_use_its_cpu() -> None:
     assert local_device("cpu", ProcessGroup()) == torch.device("cpu")
 
 
+def test_one_process_on_a_gpu_names_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`set_device` and NCCL refuse a device without an index."""
+    devices = []
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, device_id: devices.append(device_id),
+    )
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, index in (("cuda", 0), ("auto", 0), ("cuda:1", 1)):
+        with init_distributed(name) as group:
+            assert group.size == 1
+        assert devices == [torch.device("cuda", index)] * 2
+        devices.clear()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_each_process_needs_its_own_gpu() -> None:
     assert local_device("cuda", ProcessGroup(1, 2, 1, 2)) == torch.device("cuda", 1)
