@@ -56,16 +56,16 @@ TEXTS = [
 
 
 def _order(path: Path) -> tuple[bool, str]:
-    """Return the sort key of a test file: its package, those with browsers and services first."""
+    """Return the sort key of a test file: its package, those with long tests first."""
     package = path.relative_to(Path(__file__).parent).parts[0]
-    return package not in ("web", "serving"), package
+    return package not in ("docs", "web", "serving"), package
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` without an NVIDIA GPU; keep the tests of each package together.
 
     They share services, browsers and corpora. Processes of pytest-xdist take tests from the end of
-    the queue of another one, so the packages with the most expensive fixtures come first.
+    the queue of another one, so the packages with long tests and expensive fixtures come first.
     pytest-randomly has shuffled the modules, and their order within a package stays random.
     """
     import torch

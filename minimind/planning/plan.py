@@ -83,7 +83,12 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         precision = assumed_precision(recipe.training.precision, device.type)
     free = free_bytes(device) if is_present else None  # before the model is loaded
     tokenizer = load_tokenizer(recipe)
-    model = build_model(recipe, tokenizer, device if is_present else torch.device("cpu"))
+    measures = bool(seconds) and is_present
+    if measures or recipe.model.init:  # files of a base model are checked, too
+        model = build_model(recipe, tokenizer, device if measures else torch.device("cpu"))
+    else:
+        with torch.device("meta") as meta:  # shapes suffice
+            model = build_model(recipe, tokenizer, meta)
     footprint, training = build_footprint(recipe, model, device), recipe.training
     process_bytes = PROCESS_BYTES[device.type]
     limit = memory
@@ -101,7 +106,7 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     tokens = steps * training.global_batch_size * recipe.data.seq_len if steps else None
     tokens_per_second = None
     fits_here = micro_batch and (free is None or footprint.total(micro_batch) <= free)
-    if seconds and is_present and micro_batch and fits_here:
+    if measures and micro_batch and fits_here:
         tokens_per_second = measure_throughput(recipe, model, device, micro_batch, seconds)
     return Plan(
         parameters=footprint.parameters,

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from minimind.data.read import read_records
 from minimind.model import PRESETS, ModelConfig, Transformer, save_model
 from minimind.tokenizer import Tokenizer, train_tokenizer
 from tests.support.commands import fast_python
+from tests.support.services import wait_until
 
 
 def run(*arguments: object, stdin: str | bytes = "") -> Result:
@@ -404,9 +406,12 @@ def test_chat_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
             os.write(ours, text.encode())
 
         def interrupt_prompt() -> None:
-            time.sleep(
-                1
-            )  # Python notices a Ctrl-C during the setup of readline only at the next key
+            # Python notices a Ctrl-C during the setup of readline only at the next key.
+            if sys.platform == "linux":
+                main_thread = psutil.Process(talk.pid)
+                wait_until(lambda: main_thread.status() == psutil.STATUS_SLEEPING)
+            else:  # has no such status
+                time.sleep(1)
             type_in("\x03")
 
         try:
@@ -425,6 +430,7 @@ def test_chat_in_a_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
             type_in("/nonsense\n")
             wait_for("/nonsense is not a command; .*> $")
             type_in("half a line")
+            wait_for("half a line")
             interrupt_prompt()
             wait_for("Press Ctrl-C again to quit\r\n> $")
             type_in("/help\n")

@@ -24,6 +24,7 @@ from minimind.cli import road_plan
 from minimind.cli.main import app
 from minimind.data.download import record_origin
 from minimind.data.registry import find
+from minimind.planning import attainable, bench
 from tests.support.plots import draw_equal_plots_once
 from tests.support.services import serving
 from tests.support.small_benchmarks import make_ceval
@@ -181,6 +182,9 @@ def test_a_command_of_the_documentation_runs(
     command: str, materials: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(road_plan, "_TRIAL_S", 0.0)  # for each of three recipes
+    # tests/planning/test_bench.py covers the processes of `bench` and real matrix products.
+    monkeypatch.setattr(bench, "_in_process", lambda name, *rest: getattr(bench, name)(*rest))
+    monkeypatch.setattr(attainable, "_CPU_SHAPES", ((64, 64, 64),))
     draw_equal_plots_once(monkeypatch)
     if "backend=deepspeed" in command:
         pytest.importorskip("deepspeed")

@@ -1,7 +1,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +12,13 @@ from minimind.errors import ModelError, ResourceError, TokenizerError, UsageErro
 from minimind.inference.load import load_for_inference
 from minimind.model import Transformer
 from minimind.tokenizer import Tokenizer, train_tokenizer
+from tests.support.commands import fast_python
 
 # Damages a model directory in several hundred ways, loads it and generates two tokens. Prints the
-# outcomes, {damage: "fine" or the error}, and the increase of peak memory in bytes.
+# outcomes, {damage: "fine" or the error}, and the increase of peak memory in bytes. Arguments: the
+# directory and the files to damage.
 MUTANTS = """
-import json, random, struct, sys
+import json, random, struct, sys, warnings
 from pathlib import Path
 import torch
 from minimind.errors import MinimindError
@@ -26,11 +27,13 @@ from minimind.inference.load import load_for_inference
 from minimind.inference.sampling import Sampling
 from minimind.tokenizer import encode_chat
 
+warnings.simplefilter("error")
 torch.set_num_threads(1)
 directory = Path(sys.argv[1])
 rng = random.Random(0)
-weights_name, *others = sys.argv[2:]
-files = ["config.json", weights_name, "tokenizer.json", *others]
+files = sys.argv[2:]
+[weights_name] = [name for name in files if name.endswith(".safetensors")]
+others = [name for name in files if name.endswith(("index.json", "_config.json"))]
 sound = {name: (directory / name).read_bytes() for name in files}
 KEYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters",
@@ -65,19 +68,20 @@ def mutants():
         yield f"{name} of zeros", name, bytes(1000)
         yield f"{name} deeply nested", name, b"[" * 100_000
         yield f"{name} is a list", name, b"[]"
-    config = json.loads(sound["config.json"])
-    for key in KEYS:
-        yield f"no {key}", "config.json", dumps({k: v for k, v in config.items() if k != key})
-        for value in VALUES:
-            yield f"{key} = {value!r}", "config.json", dumps(config | {key: value})
-    for rope in ROPES:
-        yield f"rope {rope}", "config.json", dumps(config | {"rope_parameters": rope})
+    if "config.json" in files:
+        config = json.loads(sound["config.json"])
+        for key in KEYS:
+            yield f"no {key}", "config.json", dumps({k: v for k, v in config.items() if k != key})
+            for value in VALUES:
+                yield f"{key} = {value!r}", "config.json", dumps(config | {key: value})
+        for rope in ROPES:
+            yield f"rope {rope}", "config.json", dumps(config | {"rope_parameters": rope})
+        yield from flips("config.json", 0, len(sound["config.json"]), 40)
     for name in others:
         content = json.loads(sound[name])
         for key in content:
             for value in VALUES:
                 yield f"{name} {key} = {value!r}", name, dumps(content | {key: value})
-    yield from flips("config.json", 0, len(sound["config.json"]), 40)
     weights = sound[weights_name]
     header, data = header_of(weights)
     length = len(weights) - len(data)
@@ -180,7 +184,7 @@ def test_missing_files_and_devices_are_reported(copy: Path, tokenizer: Tokenizer
 def damaged(directory: Path, *files: str) -> dict[str, str]:
     """Return the outcome of each damage; none may be an internal error or take memory."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MUTANTS, directory, *files],
+        [*fast_python(), "-c", MUTANTS, directory, *files],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -200,7 +204,8 @@ def damaged(directory: Path, *files: str) -> dict[str, str]:
 
 
 def test_damaged_directories_raise_minimind_errors(copy: Path) -> None:
-    outcomes = damaged(copy, "model.safetensors")
+    outcomes = damaged(copy, "config.json", "model.safetensors", "tokenizer.json")
+    assert len(outcomes) > 500
     for name, outcome in outcomes.items():
         assert " = 'x'" not in name or outcome != "fine"
 
@@ -218,4 +223,5 @@ def test_damaged_foreign_directories_raise_minimind_errors(
         shards = dict.fromkeys(tensors.keys(), "part.safetensors")
     index = "model.safetensors.index.json"
     (copy / index).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    damaged(copy, "part.safetensors", index, "tokenizer_config.json", "generation_config.json")
+    others = (index, "tokenizer_config.json", "generation_config.json")
+    damaged(copy, "part.safetensors", "tokenizer.json", *others)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ def test_a_plan_without_data_describes_the_model(tmp_path: Path) -> None:
     assert (plan.parameters, plan.data_tokens, plan.steps) == (223_392, None, None)
     assert plan.tokens_per_second is plan.seconds is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_does_not_depend_on_the_trial(tmp_path: Path) -> None:
+    recipe = nano_recipe("pretrain", tmp_path)
+    measured = make_plan(recipe, memory=2 << 30, seconds=0.01)
+    assert measured.tokens_per_second
+    plan = make_plan(recipe, memory=2 << 30, seconds=0)  # without weights
+    assert plan == replace(measured, tokens_per_second=None, seconds=None)
 
 
 def test_data_and_a_trial_give_steps_and_time(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from minimind.errors import DataError
 from minimind.reporting.report import make_report
-from tests.support.plots import draw_equal_plots_once
+from tests.support.plots import draw_equal_plots_once, draw_placeholders
 from tests.support.run_folders import sample, train, usual_metrics, validation, write_run
 
 EVIL = "<script>alert('x')</script>&amp;\"><img src=x onerror=y>\x00\x1b[0m\ufffd\n第二行"
@@ -99,11 +99,18 @@ def render(*paths: Path, price: float | None = None) -> str:
 
 
 @pytest.fixture(autouse=True)
-def equal_plots_are_drawn_once(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if request.function is not test_the_same_runs_give_the_same_bytes:
+def plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw plots only in tests of drawings; `full` has all of them."""
+    if request.function in (
+        test_few_or_invalid_metrics_still_give_a_page,
+        test_a_long_run_has_a_small_page_with_its_last_sample,
+        test_several_runs_share_their_axes,
+        test_markdown_has_the_same_content_and_separate_plots,
+        test_plots_accept_any_name,
+    ):
         draw_equal_plots_once(monkeypatch)
+    elif request.function is not test_the_same_runs_give_the_same_bytes:
+        draw_placeholders(monkeypatch)
 
 
 @pytest.fixture(scope="module")

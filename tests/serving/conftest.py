@@ -23,7 +23,7 @@ def process(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve_here(models_dir: Path) -> Callable[..., InProcess]:
     """Return a factory of services for `tiny` with custom limits; entering one starts it."""
 

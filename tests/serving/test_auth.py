@@ -19,7 +19,7 @@ from minimind.serving.auth import check_exposure, is_loopback, normalized_origin
 KEY = "key-of-the-tests"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def guarded(serve_here: Callable[..., Any]) -> Iterator[httpx.Client]:
     with serve_here(keys=[KEY, "another"]) as service, httpx.Client(base_url=service.url) as client:
         yield client

@@ -87,7 +87,7 @@ def test_the_server_exits(serve_here: Callable[..., InProcess]) -> None:
 
 
 _BROKEN_SERVICE = """
-import sys
+import functools, sys
 from minimind.inference import graphs
 
 forward = graphs.GraphedModel.forward
@@ -101,6 +101,9 @@ def fail_after_some_steps(*arguments):
     return forward(*arguments)
 
 graphs.GraphedModel.forward = fail_after_some_steps
+from minimind.serving import limits
+
+limits.Limits = functools.partial(limits.Limits, failed_seconds=2)
 from minimind.cli.main import main
 sys.argv = ["minimind", "serve", sys.argv[1], "--port", "0"]
 main()

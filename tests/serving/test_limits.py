@@ -20,8 +20,9 @@ CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick(serve_here: Callable[..., Any]) -> Iterator[Any]:
+    """A service with short timeouts."""
     with serve_here(
         body_bytes=10_000, header_seconds=0.5, body_seconds=0.5, write_seconds=0.5
     ) as service:

@@ -137,11 +137,11 @@ def stop_during_streams(models_dir: Path, log: Path, number: int) -> float:
         processes += processes[0].children(recursive=True)
         start_time = time.monotonic()
         service.child.send_signal(number)
-        status = service.child.wait(timeout=5)
+        status = service.child.wait(timeout=60)
         seconds = time.monotonic() - start_time
         assert status == (0 if number == signal.SIGTERM else 130)
         for thread in threads:
-            thread.join(timeout=5)
+            thread.join(timeout=60)
             assert not thread.is_alive()
         for lines in streams:  # every client received the error
             assert lines[-1] == "data: [DONE]"

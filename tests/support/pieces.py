@@ -51,19 +51,31 @@ class PiecePage:
         return found[0]
 
     def text(self, name: str) -> str:
-        return str(self.part(name).text)
+        found = self.texts(f'[data-id="{name}"]')
+        assert len(found) == 1, (name, len(found), self.run("return errors"))
+        return found[0]
 
     def texts(self, css: str) -> list[str]:
-        return [element.text for element in self.find(css)]
+        """Return the texts of elements; those of hidden ones are empty."""
+        script = (
+            "return [...document.querySelectorAll(arguments[0])].map("
+            "e => e.checkVisibility({visibilityProperty: true}) ? e.innerText.trim() : '')"
+        )
+        return [str(text) for text in self.run(script, f".piece {css}")]
 
     def write(self, name: str, value: str) -> None:
         """Set an input, a text area, a slider or a selection, as a reader would."""
         script = (
-            "arguments[0].value = arguments[1];"
-            "for (const kind of ['input', 'change'])"
-            "  arguments[0].dispatchEvent(new Event(kind, {bubbles: true}))"
+            "const found = document.querySelectorAll(arguments[0]);"
+            "if (found.length === 1) {"
+            "  found[0].value = arguments[1];"
+            "  for (const kind of ['input', 'change'])"
+            "    found[0].dispatchEvent(new Event(kind, {bubbles: true}))"
+            "}"
+            "return found.length"
         )
-        self.run(script, self.part(name), value)
+        found = self.run(script, f'.piece [data-id="{name}"]', value)
+        assert found == 1, (name, found, self.run("return errors"))
 
     def click(self, css: str, number: int = 0) -> None:
         self.find(css)[number].click()

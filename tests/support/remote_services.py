@@ -97,7 +97,9 @@ class RemoteService:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}
+        )
 
     def record(self, body: dict[str, Any], key: str | None) -> str | None:
         """Record a request and return the fault to simulate."""

@@ -186,7 +186,7 @@ def other_service() -> Iterator[Callable[[int, bytes], Client]]:
 
         heard: list[dict[str, str]] = []
         server = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         servers.append(server)
         client = Client(f"http://127.0.0.1:{server.server_port}", "secret")
         client.heard = heard  # type: ignore[attr-defined]

@@ -23,13 +23,13 @@ def main_module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A store of 500 conversations; the page's token is `right`."""
+    """A store of 60 conversations; the page's token is `right`."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setenv(start.URL_VARIABLE, process.url)
     monkeypatch.setenv(start.TOKEN_VARIABLE, "right")
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     found = Store()
-    for number in range(500):
+    for number in range(60):
         found.save(Conversation(turns=[Turn(f"第{number}个", [Answer("tiny", "**好** `a[0]`")])]))
     return found
 
@@ -42,7 +42,7 @@ def test_a_run_reads_only_new_titles_and_the_open_conversation(
     page.query_params["c"] = store.ids()[3]
     assert opens(page.run, tmp_path) == 20 + 1
     assert [button.label for button in page.sidebar.button][1:21] == [
-        f"第{499 - place}个" for place in range(20)
+        f"第{59 - place}个" for place in range(20)
     ]
     assert opens(page.run, tmp_path) == 1
     page.sidebar.button(key="more").click()

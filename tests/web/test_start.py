@@ -1,5 +1,6 @@
 """Start and end of the page's processes, and the token in its address."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -7,12 +8,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import httpx2 as httpx
 import psutil
 import pytest
 
 from minimind.web.store import Answer, Conversation, Store, Turn
 from tests.support.browser import Browser, page_of
 from tests.support.commands import fast_python
+from tests.support.services import wait_until
 
 
 def test_without_the_token_only_an_error_is_shown(url: str, browser: Browser, store: Store) -> None:
@@ -43,17 +46,23 @@ def test_without_the_token_only_an_error_is_shown(url: str, browser: Browser, st
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_service_ends_with_the_page(models_dir: Path, tmp_path: Path, number: int) -> None:
-    with page_of(models_dir, home=tmp_path) as (_, process):
+    with page_of(models_dir, home=tmp_path) as (url, process):
         page = psutil.Process(process.pid)
         end = time.monotonic() + 60
         while not (children := page.children(recursive=True)) and time.monotonic() < end:
             time.sleep(0.05)
         assert children
-        time.sleep(1)
+        wait_until(lambda: is_served(url))
         process.send_signal(number)
         process.wait(timeout=20)
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
+
+
+def is_served(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url).status_code == 200
+    return False
 
 
 def test_usage_errors(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -29,6 +29,9 @@ def check(page: PiecePage) -> None:
 
 def shown(page: PiecePage) -> tuple[list[int], list[int]]:
     """Return the ids and the loss mask of the tokens on the page."""
-    tokens = page.find('[data-id="tokens"] .token')
-    ids = [int(token.get_attribute("title")) for token in tokens]
-    return ids, [int(token.get_attribute("data-mask")) for token in tokens]
+    script = (
+        "return [...document.querySelectorAll('.piece [data-id=\"tokens\"] .token')]"
+        ".map(e => [e.title, e.dataset.mask])"
+    )
+    tokens = page.run(script)
+    return [int(title) for title, _ in tokens], [int(mask) for _, mask in tokens]
