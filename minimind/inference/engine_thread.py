@@ -75,4 +75,5 @@ def lower_thread_priority() -> None:
     """
     thread = ENGINE_THREAD.thread
     if sys.platform == "linux" and thread is not None and thread.native_id:
-        os.setpriority(os.PRIO_PROCESS, thread.native_id, _NICENESS)
+        own = os.getpriority(os.PRIO_PROCESS, thread.native_id)  # such as that of `nice minimind`
+        os.setpriority(os.PRIO_PROCESS, thread.native_id, min(own + _NICENESS, 19))
