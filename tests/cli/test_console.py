@@ -1,7 +1,5 @@
-import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 
@@ -74,13 +72,6 @@ def test_a_rate_that_is_not_measured_yet_is_not_shown(capsys: pytest.CaptureFixt
     with console.make_progress("byte") as bar:
         bar.add_task("reading", total=2000, note="")
     assert "?" not in capsys.readouterr().out
-
-
-def test_write_json_creates_folders(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "metrics.json"
-    console.write_json(path, {"name": "长江", "n": 1})
-    assert json.loads(path.read_text("utf-8")) == {"name": "长江", "n": 1}
-    assert "长江" in path.read_text("utf-8")
 
 
 @pytest.mark.parametrize("unit", ["step", "byte"])

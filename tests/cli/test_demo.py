@@ -81,7 +81,7 @@ def test_folders_of_others_are_not_removed(
     arguments = ["demo", "--model", "nano", "--device", "cpu", "--out", str(tmp_path), *options]
     done = CliRunner().invoke(app, arguments)
     assert done.stderr == (
-        f"error: {tmp_path / existing} exists, but {tmp_path} has no time.json, so it is not from "
-        "an earlier run of this command. Choose another --out, or move it away first\n"
+        f"error: {tmp_path / existing} exists, but {tmp_path} has no time.json of minimind, so it "
+        "is not from an earlier run of this command. Choose another --out, or move it away first\n"
     )
     assert [path.name for path in tmp_path.rglob("*")] == [existing, "file"]

@@ -347,8 +347,8 @@ def test_folders_of_others_are_neither_removed_nor_used(
     (folder / "out" / existing / "config.json").write_text("{}")
     (folder / "text.jsonl").unlink()  # the data is read later
     assert error(folder, "tiny.toml", "--out", "out", *options) == (
-        f"error: {Path('out', existing)} exists, but out has no time.json, so it is not from an "
-        "earlier run of this command. Choose another --out, or move it away first"
+        f"error: {Path('out', existing)} exists, but out has no time.json of minimind, so it is "
+        "not from an earlier run of this command. Choose another --out, or move it away first"
     )
     assert [str(path.relative_to(folder)) for path in (folder / "out").rglob("*")] == [
         str(Path("out", existing)),

@@ -71,8 +71,8 @@ def test_usage_errors(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     port = taken.getsockname()[1]
     for flags, message in [
         (["--url", "http://127.0.0.1:9", "--port", str(port)], f"port {port}: Address already"),
-        ([], "give a MODEL, or a service with --url URL"),
-        (["a", "--url", "http://b"], "give a MODEL, or a service with --url URL"),
+        ([], "give either a MODEL, or a service with --url URL"),
+        (["a", "--url", "http://b"], "give either a MODEL, or a service with --url URL"),
         (["--url", "ftp://b"], "is not the URL of a service"),
         ([str(tmp_path / "none")], "there is no such directory"),
     ]:
