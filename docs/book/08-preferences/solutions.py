@@ -25,6 +25,9 @@ assert torch.allclose(
 assert not torch.isclose(
     bradley_terry_loss(true_scores), bradley_terry_loss(2 * true_scores)
 )
+assert torch.allclose(
+    optimum(2 * true_scores, beta=1), optimum(true_scores, beta=0.5)
+)
 # --8<-- [end:constant]
 
 

@@ -397,8 +397,8 @@ def table_types(say):
         say("type", "格式"),
         say("a block of 32 weights", "一块 32 个权重"),
         say("bits per weight", "每个权重的比特数"),
-        say("file of this model, kB", "本模型的文件，kB"),
-        say("file of small, MB", "small 的文件，MB"),
+        say("matrices of this model, kB", "本模型的矩阵，kB"),
+        say("matrices of small, MB", "small 的矩阵，MB"),
     ]
     scale, bytes_of = say("a scale and", "一个缩放因子加"), say("bytes", "字节")
     blocks = {

@@ -149,9 +149,9 @@ ROAD = [
     (
         *("Many processes", "多进程", "13-many-processes"),
         ["training/distributed.py"],
-        "pretrain --data TEXTS",
+        "pretrain --data TEXTS --nproc N",
     ),
-    ("Scaling", "规模", "15-scaling", ["planning/sweep.py"], "sweep KEY=A,B"),
+    ("Scaling", "规模", "15-scaling", ["planning/sweep.py"], "sweep RECIPE KEY=A,B"),
     (
         *("Fine-tuning", "监督微调", "06-conversation"),
         ["tokenizer/chat.py", "data/packing.py"],
