@@ -22,7 +22,7 @@ def middle(rows, bands):
 
 
 assert middle(8, 14) == 0.685
-assert middle(4, 28) == 0.396  # also finds texts of which little more than half is the same
+assert middle(4, 28) == 0.396  # also finds texts that share half
 assert middle(16, 7) == 0.863  # misses copies with a few edits
 # --8<-- [end:other-bands]
 

@@ -151,7 +151,13 @@ ROAD = [
         ["training/distributed.py"],
         "pretrain --data TEXTS --nproc N",
     ),
-    ("Scaling", "规模", "15-scaling", ["planning/sweep.py"], "sweep RECIPE KEY=A,B"),
+    (
+        "Scaling",
+        "规模",
+        "15-scaling",
+        ["planning/sweep.py"],
+        "sweep RECIPE KEY=A,B",
+    ),
     (
         *("Fine-tuning", "监督微调", "06-conversation"),
         ["tokenizer/chat.py", "data/packing.py"],
