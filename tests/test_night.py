@@ -152,6 +152,8 @@ def test_the_road_starts_from_local_folders() -> None:
     assert tuple(road.evaluation.questions) == DEMO_QUESTIONS
     without = load_road("benchmarks/records/night/without-textbook.toml")
     assert list(road.stages) == list(without.stages) == ["pretrain", "sft", "sft-multi", "dpo"]
+    two_hours = load_road("benchmarks/records/night/two-hours.toml")
+    assert without.stages["pretrain"] == two_hours.stages["pretrain"], "it is copied"
     recipes = stage_recipes(road, Path("out"), "cpu")
     assert [r.objective for r in recipes.values()] == ["pretrain", "sft", "sft", "dpo"]
     shape = recipes["pretrain"].model.shape(night_sweep.VOCAB)

@@ -122,7 +122,8 @@ def task_datasets(
 ) -> list[str]:
     """Return the paths and dataset names that an evaluation reads."""
     own = [task.partition(":") for task in tasks if not task.startswith(HARNESS)]
-    named = [path or name for name, _, path in own if (path or not data) and name != "quiz"]
+    packaged = ("quiz", "degeneration")  # their questions come with the package
+    named = [path or name for name, _, path in own if path or (not data and name not in packaged)]
     return [*named, *data, *contamination]
 
 
