@@ -1,5 +1,6 @@
 """Progress bars and messages of long tasks, in a terminal or a notebook."""
 
+import errno
 import os
 import sys
 
@@ -23,6 +24,15 @@ from minimind.units import format_number, format_size
 
 class _Console(Console):
     """A console that falls silent when its reader has gone; the work goes on."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            # A pipe without a reader, and a terminal that was closed.
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -22,7 +22,8 @@ def count_interrupts(
 ) -> Iterator[Interrupts]:
     """Count requests to stop inside the block, and restore the previous handlers after it.
 
-    They are SIGINT, SIGTERM and, unless `nohup` ignores it, SIGHUP of a terminal that is closed.
+    They are SIGINT, SIGTERM and, unless `nohup` or the program handles it, SIGHUP of a closed
+    terminal.
     `on_interrupt` runs in the signal handler with the new count; an exception that it raises
     interrupts the main thread. Only the main thread can install handlers: in any other thread the
     count stays 0, and the caller's own handlers stay in force.
@@ -34,7 +35,7 @@ def count_interrupts(
         on_interrupt(interrupts.count)
 
     stops = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         stops.append(signal.SIGHUP)
     try:
         previous = {number: signal.signal(number, handle) for number in stops}

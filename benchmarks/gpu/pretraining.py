@@ -177,7 +177,7 @@ def _curves(run_dir: Path) -> dict[str, Any]:
     """Return the losses, validations and last samples of a run, which may not have ended."""
     log = run_dir / "metrics.jsonl"
     complete = log.read_text("utf-8").rpartition("\n")[0] if log.is_file() else ""
-    lines = [json.loads(x) for x in complete.splitlines()]
+    lines = [json.loads(x) for x in complete.split("\n") if x]  # samples may have other breaks
     curve = [
         {
             "step": x["step"],
@@ -230,12 +230,15 @@ def _minimind(*arguments: str, meanwhile: Callable[[], None] = lambda: None) -> 
     print("$", " ".join(command), flush=True)
     with tempfile.TemporaryFile() as stream:
         child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-        while True:
-            try:
-                status = child.wait(_SAVE_EVERY_S)
-                break
-            except subprocess.TimeoutExpired:
-                meanwhile()
+        try:
+            while True:
+                try:
+                    status = child.wait(_SAVE_EVERY_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    meanwhile()
+        finally:
+            child.kill()
         stream.seek(0)
         output = stream.read().decode(errors="replace")
     print(output[-6000:], flush=True)

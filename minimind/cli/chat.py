@@ -299,15 +299,13 @@ class _Conversation:
         return [{"role": "system", "content": self._system}] if self._system else []
 
     def _save(self, name: str) -> None:
-        from minimind.data.input_files import format_of
-
         if not name:
             raise UsageError("/save needs a file name: /save FILE")
         if not self._turns:
             raise UsageError("the conversation is empty: there is nothing to save")
-        # `minimind sft` recognises the format by the suffix.
+        # `minimind sft` recognises the format by the suffix; a line of JSON is written.
         path = Path(name)
-        if format_of(path) is None:
+        if path.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
             path = Path(name + ".jsonl")
         line = json.dumps(
             {"conversations": self._system_message() + self._turns}, ensure_ascii=False

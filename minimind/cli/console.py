@@ -1,4 +1,4 @@
-"""Console output of the commands: lines, tables, progress bars, and metrics as JSON."""
+"""Console output of the commands: lines, tables and progress bars."""
 
 import shutil
 import sys

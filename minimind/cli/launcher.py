@@ -41,7 +41,7 @@ def interrupted_status() -> int:
 def launch_processes(number: int) -> None:
     """Run this command line in `number` processes and wait; exit with their status if it is not 0.
 
-    The first SIGINT or SIGTERM is passed on to all processes, the second kills them. If a process
+    The first request to stop is passed on to all processes, the second kills them. If a process
     fails, the others are killed and TrainingError names its rank.
     """
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -201,7 +202,7 @@ def _use_utf_8() -> None:
 def _with_home(word: str) -> str:
     """Expand the home directory in --OPTION=~/PATH, which most shells leave as it is."""
     option, equals, path = word.partition("=")
-    if option.startswith("-") and path.startswith("~"):
+    if option.startswith("-") and re.match(r"~(?:$|[/\\])", path):
         return f"{option}{equals}{os.path.expanduser(path)}"
     return word
 

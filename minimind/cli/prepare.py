@@ -82,7 +82,9 @@ def prepare(
     overrides = [
         arg
         for arg in arguments
-        if _SETTING.match(arg) and not os.path.exists(arg) and not any(glob.iglob(arg))
+        if _SETTING.match(arg)
+        and not os.path.exists(arg)
+        and not any(glob.iglob(arg, recursive=True))
     ]
     paths = [arg for arg in arguments if arg not in overrides]
     if not paths:

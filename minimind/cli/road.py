@@ -81,7 +81,7 @@ def road(
     if previous and not fresh:
         _check_changes(out, previous, settings)
     names = [*recipes, *(previous.stages if previous else ()), "eval", OWN_ANSWERS]
-    check_results(out, "road", names, fresh=fresh)
+    check_results(out, "road", names, [_ROAD_FILE], fresh=fresh)
     _check_inputs(settings, recipes, yes)
     if fresh:
         remove_results(out, names, [_ROAD_FILE])

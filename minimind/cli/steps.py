@@ -87,18 +87,22 @@ def _stored_time(out: Path) -> dict[str, Any] | None:
     return stored if isinstance(seconds, int | float) else None
 
 
-def check_results(out: Path, command: str, folders: Iterable[str], *, fresh: bool) -> None:
+def check_results(
+    out: Path, command: str, folders: Iterable[str], files: Iterable[str] = (), *, fresh: bool
+) -> None:
     """Raise UsageError if something existing that would be replaced is not from an earlier run.
 
-    command: demo or road; the results of the other one are not its own. folders: the command's
-    own, by name. fresh: `remove_results` follows. Without it only the final model would be
-    replaced.
+    command: demo or road; the results of the other one are not its own. folders, files: the
+    command's own, by name. fresh: `remove_results` follows. Without it no folder but the final
+    model would be replaced.
     """
     stored = _stored_time(out)
     owner = stored.get("command", command) if stored else command
     if owner != command:
         raise UsageError(f"{out} holds the results of `minimind {owner}`; choose another --out")
-    names = (*_RESULT_FOLDERS, *folders, *_RESULT_FILES) if fresh else ("model", _TIME_FILE)
+    names = ("model", *_RESULT_FILES, *files)
+    if fresh:
+        names += (*_RESULT_FOLDERS, *folders)
     for path in (out / name for name in names):
         if path.exists() and stored is None:
             raise UsageError(

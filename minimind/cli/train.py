@@ -202,12 +202,14 @@ def _check_objective(
     arguments: list[str], default_recipe: str | None, flags: dict[str, Any]
 ) -> None:
     """Raise UsageError if the recipe has another objective than the command."""
+    if "objective" not in flags or any(word.startswith("objective=") for word in arguments):
+        return  # loading reports a contradiction on the command line
     others = {key: value for key, value in flags.items() if key != "objective"}
     try:
         objective = resolve(arguments, default_recipe, others).recipe.objective
     except ConfigError:  # without an objective, the recipe gets that of the command
         return
-    if objective != flags.get("objective", objective):
+    if objective != flags["objective"]:
         raise UsageError(
             f"the recipe has the objective {objective}; use `minimind {objective}`, or another "
             "recipe"

@@ -270,7 +270,7 @@ def parse_override(argument: str) -> tuple[str, Any]:
         )
     try:
         return key.strip(), tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not only TOMLDecodeError, see `_parse`
         return key.strip(), text
 
 
@@ -344,12 +344,20 @@ def _format_errors(
             lines.append(f"{where}{key}: {reason}")  # several settings contradict each other
         else:
             value = toml_value(details["input"])
-            if details["type"] == "string_type":
-                reason += f"; quote it: {key}='\"{value}\"'"
-            elif details["type"] == "list_type" and isinstance(details["input"], str):
-                reason += f"; write {key}='[{value}]'"
+            if written := _as_expected(details["type"], details["input"]):
+                on_command_line = where == f"{COMMAND_LINE}: "
+                reason += f"; write {key}='{written}'" if on_command_line else f"; write {written}"
             lines.append(f"{where}{key} = {value}: {reason}")
     return "\n".join(lines)
+
+
+def _as_expected(error: str, value: object) -> str | None:
+    """Return the TOML of a number as the string, or a string as the list, that is expected."""
+    if error == "string_type" and isinstance(value, int | float):
+        return toml_value(toml_value(value))
+    if error == "list_type" and isinstance(value, str):
+        return toml_value([value])
+    return None
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:

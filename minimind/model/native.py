@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from minimind.environment import NATIVE_VARIABLE
-from minimind.errors import MinimindError
+from minimind.errors import MinimindError, UsageError
 from minimind.paths import cache_folder
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -61,13 +61,19 @@ def _load(sources: tuple[Path, ...], flags: tuple[str, ...]) -> ctypes.CDLL | st
         return f"{error.cmd[0]} failed: {error.stderr.strip()[:500]}"
     except (OSError, subprocess.TimeoutExpired, MinimindError) as error:
         return str(error)
+
+
+def _words(variable: str) -> list[str]:
+    """Return the words of a variable. Raises UsageError for an unbalanced quote."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
     except ValueError as error:
-        return f"CXX or CXXFLAGS: {error}"  # an unbalanced quote
+        raise UsageError(f"{variable}: {error}") from None
 
 
 def _compiler() -> list[str]:
     """Return the command of the C++ compiler, `$CXX` if it is set; empty if there is none."""
-    command = shlex.split(os.environ.get("CXX", ""))
+    command = _words("CXX")
     names = [command[0]] if command else ["g++", "clang++"]
     found = next((path for name in names if (path := shutil.which(name))), None)
     return [found, *command[1:]] if found else []
@@ -75,7 +81,7 @@ def _compiler() -> list[str]:
 
 def _compiled(sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """Return the path of the library, compiled if it is not in the cache folder."""
-    command = [*_compiler(), *_FLAGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    command = [*_compiler(), *_FLAGS, *flags, *_words("CXXFLAGS")]
     version = subprocess.run(
         [command[0], "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS
     ).stdout

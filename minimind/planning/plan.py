@@ -83,8 +83,8 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         precision = assumed_precision(recipe.training.precision, device.type)
     free = free_bytes(device) if is_present else None  # before the model is loaded
     tokenizer = load_tokenizer(recipe)
-    measures = bool(seconds) and is_present
-    if measures or recipe.model.init:  # files of a base model are checked, too
+    if recipe.model.init:  # its files are checked, too
+        measures = bool(seconds) and is_present
         model = build_model(recipe, tokenizer, device if measures else torch.device("cpu"))
     else:
         with torch.device("meta") as meta:  # shapes suffice
@@ -107,6 +107,8 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
     tokens_per_second = None
     fits_here = micro_batch and (free is None or footprint.total(micro_batch) <= free)
     if measures and micro_batch and fits_here:
+        if not recipe.model.init:
+            model = build_model(recipe, tokenizer, device)
         tokens_per_second = measure_throughput(recipe, model, device, micro_batch, seconds)
     return Plan(
         parameters=footprint.parameters,

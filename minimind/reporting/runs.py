@@ -132,7 +132,7 @@ def read_run(folder: Path) -> Run:
     run.recipe = _read_text(run, "recipe.toml") or ""
     try:
         run.settings = tomllib.loads(run.recipe)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         run.problems.append(f"recipe.toml: not TOML: {error}")
     _read_metrics(run)
     if (folder / "summary.json").is_file():

@@ -24,6 +24,7 @@ from minimind.training.batch import to_device
 from minimind.training.batch_sizes import fits_in_memory
 from minimind.training.distributed import ProcessGroup
 from minimind.training.objectives.preference import answer_logps
+from minimind.training.run import with_paths
 from minimind.training.trainer import Trainer
 
 FILE = "reference.safetensors"
@@ -58,8 +59,11 @@ def _reference_arrays(trainer: Trainer) -> _Arrays:
 
 
 def _cache_key(trainer: Trainer) -> str:
-    """Hash everything that the log-probabilities and their order depend on."""
-    settings = json.dumps(identity(trainer.recipe), sort_keys=True)
+    """Hash everything that the log-probabilities and their order depend on.
+
+    Paths do not matter: the hashes of data and weights are a part of it, and a run may have moved.
+    """
+    settings = json.dumps(identity(with_paths(trainer.recipe, lambda path: "")), sort_keys=True)
     return hashlib.sha256(
         f"{trainer.data_sha256} {trainer.base_sha256} {trainer.num_steps}\n{settings}".encode()
     ).hexdigest()

@@ -208,9 +208,9 @@ def _changes(old: Recipe, new: Recipe) -> dict[str, str]:
             return absolute
         return str(new_folder / Path(absolute).relative_to(old_folder))
 
-    there = _with_paths(new, _absolute)
-    changed = difference(_with_paths(old, _absolute), there)
-    changed_after_move = difference(_with_paths(old, moved), there)
+    there = with_paths(new, _absolute)
+    changed = difference(with_paths(old, _absolute), there)
+    changed_after_move = difference(with_paths(old, moved), there)
     return {
         key: text
         for key, text in difference(old, new).items()
@@ -224,7 +224,7 @@ def _absolute(path: str) -> str:
     return os.path.abspath(expand_user(path))
 
 
-def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     """Return a copy of a recipe whose paths are changed, except `out`."""
     data = {
         name: [file.model_copy(update={"path": change(file.path)}) for file in files]

@@ -93,7 +93,7 @@ class Trainer:
     def train(self) -> TrainingResult:
         """Run the remaining steps: set the learning rate, accumulate, step, log, validate, save.
 
-        All ranks train and validate; rank 0 alone logs and saves. SIGINT or SIGTERM saves a
+        All ranks train and validate; rank 0 alone logs and saves. A request to stop saves a
         checkpoint and returns early. Raises TrainingError after repeated non-finite gradients, and
         for a batch without supervised tokens.
         """
@@ -131,7 +131,7 @@ class Trainer:
         )
 
     def stop_requested(self) -> bool:
-        """True if any rank received SIGINT or SIGTERM. Collective."""
+        """True if any rank received a request to stop. Collective."""
         return self.group.any_rank(self._interrupts.count > 0)
 
     def _set_up(self, stack: contextlib.ExitStack) -> None:

@@ -181,10 +181,10 @@ def test_save_appends_a_line(model_dir: Path, tmp_path: Path) -> None:
 def test_a_saved_chat_has_a_name_whose_format_training_recognises(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    lines = f"你好\n/save {tmp_path / 'my.v2'}"
+    lines = f"你好\n/save {tmp_path / 'my.v2'}\n/save {tmp_path / 'talk.txt'}"
     done = run_in_terminal(model_dir, "--max-new-tokens", 4, "--temperature", 0, lines=lines)
     assert done.exit_code == 0, done.output
-    assert len(saved(tmp_path / "my.v2.jsonl")) == 1
+    assert len(saved(tmp_path / "my.v2.jsonl")) == len(saved(tmp_path / "talk.txt.jsonl")) == 1
 
 
 def test_oldest_turns_are_left_out_with_one_notice_per_conversation(

@@ -146,9 +146,10 @@ def test_a_closed_pipe_is_silent(body: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
-def test_work_goes_on_when_its_messages_have_no_reader(tmp_path: Path) -> None:
-    """Such as that of `minimind pretrain … | tee log` after `tee` has ended."""
-    reading, writing = os.pipe()
+@pytest.mark.parametrize("terminal", [False, True])
+def test_work_goes_on_when_its_messages_have_no_reader(tmp_path: Path, terminal: bool) -> None:
+    """Such as that of `minimind pretrain … | tee log` after `tee` has ended; a closed terminal."""
+    reading, writing = os.openpty() if terminal else os.pipe()
     os.close(reading)
     body = "from minimind.cli import console; console.say('x'); console.say('y'); open('end', 'w')"
     with os.fdopen(writing, "wb") as pipe:

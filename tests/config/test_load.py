@@ -105,6 +105,7 @@ def test_circular_extends_is_refused(tmp_path: Path) -> None:
         ("seed = [1,\n", ":2: not TOML: "),
         ("extends = 3\n", ":2: extends = 3: must be the name of one recipe"),
         ("extends = 'nowhere'\n", ':2: extends = "nowhere": '),
+        ("out = 2024\n", ':2: out = 2024: must be a valid string; write "2024"'),
         (f"seed = {'9' * 5000}\n", ":2: not TOML: Exceeds the limit"),
         (f"seed = {'[' * 5000}\n", ": its values are nested too deeply"),
     ],
@@ -158,7 +159,7 @@ def test_all_errors_are_reported_together(tmp_path: Path) -> None:
         ),
         (
             "out=2024",
-            "command line: out = 2024: must be a valid string; quote it: out='\"2024\"'",
+            "command line: out = 2024: must be a valid string; write out='\"2024\"'",
         ),
         (
             "data.sources=a.jsonl",

@@ -63,7 +63,7 @@ def test_without_a_compiler_there_is_a_reason(source, monkeypatch):
 @pytest.mark.parametrize("variable", ["CXX", "CXXFLAGS"])
 def test_an_unbalanced_quote_is_the_reason(source, monkeypatch, variable):
     monkeypatch.setenv(variable, 'g++ "')
-    assert native.compile_library((source,)) == "CXX or CXXFLAGS: No closing quotation"
+    assert native.compile_library((source,)) == f"{variable}: No closing quotation"
 
 
 def test_switched_off(source, tmp_path, monkeypatch):

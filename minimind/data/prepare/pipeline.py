@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import unicodedata
 from collections import Counter
@@ -35,6 +36,7 @@ from minimind.errors import DataError, UsageError
 from minimind.files import fsync
 from minimind.files import write_json as write_local_json
 from minimind.tokenizer import Tokenizer
+from minimind.units import format_size
 
 # Measured by benchmarks/data_preparation.py: resident memory of the processes, in bytes.
 _MAIN_BYTES = 130_000_000
@@ -115,12 +117,13 @@ class Resources:
         fitting = (memory_bytes - _MAIN_BYTES) // worker
         chosen = workers or max(min(num_cores(), fitting), 1)
         if chosen > fitting:
-            needed = (_MAIN_BYTES + chosen * worker) / 1e9
+            needed = _MAIN_BYTES + chosen * worker
             fewer = f", or --workers {fitting}" if fitting > 0 else ""
+            need = "worker needs" if chosen == 1 else "workers need"
+            suggested = math.ceil(needed / 1e8) / 10
             raise UsageError(
-                f"{chosen} {'worker needs' if chosen == 1 else 'workers need'} {needed:.2f} GB of "
-                f"memory, and --memory allows {memory_bytes / 1e9:.2f}; give --memory "
-                f"{-(-needed * 10 // 1) / 10:.1f}{fewer}"
+                f"{chosen} {need} {format_size(needed)} of memory, and --memory allows "
+                f"{format_size(memory_bytes)}; give --memory {suggested:.1f}{fewer}"
             )
         # A worker's memory includes room for batches of text, which matching does not need.
         spare = memory_bytes - _MAIN_BYTES - chosen * worker
@@ -263,9 +266,9 @@ class _Run:
         missing = num_documents * BYTES_PER_DOCUMENT - self.resources.alone_bytes
         if missing > 0:
             raise UsageError(
-                f"finding duplicates among {num_documents:,} documents needs {missing / 1e9:.2f} "
-                "GB more; raise --memory or lower --workers and run the same command again: "
-                "finished work is kept"
+                f"finding duplicates among {num_documents:,} documents needs "
+                f"{format_size(missing)} more; raise --memory or lower --workers and run the same "
+                "command again: finished work is kept"
             )
         folder = self.workspace.stage("filter")
         files = [
