@@ -83,8 +83,8 @@ def make_plan(recipe: Recipe, *, memory: int | None = None, seconds: float = 10.
         precision = assumed_precision(recipe.training.precision, device.type)
     free = free_bytes(device) if is_present else None  # before the model is loaded
     tokenizer = load_tokenizer(recipe)
+    measures = bool(seconds) and is_present
     if recipe.model.init:  # its files are checked, too
-        measures = bool(seconds) and is_present
         model = build_model(recipe, tokenizer, device if measures else torch.device("cpu"))
     else:
         with torch.device("meta") as meta:  # shapes suffice
