@@ -54,7 +54,7 @@ def test_the_file_exists_only_with_its_full_content_and_has_the_given_mode(tmp_p
 
 
 def test_json_survives_a_round_trip(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
+    path = tmp_path / "new" / "a.json"
     write_json(path, {"名": [1, None]})
     assert read_json(path) == {"名": [1, None]}
     assert "名" in path.read_text("utf-8")

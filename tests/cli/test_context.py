@@ -135,6 +135,14 @@ def test_advice_is_accepted(
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
+def test_a_scaling_needs_a_longer_context_as_its_error_says(machine: Machine, verb: str) -> None:
+    error = machine.run(verb, "short", "--rope-scaling", "yarn")
+    assert "give such a context, or no scaling" in error
+    longer = machine.run(verb, "short", "--rope-scaling", "yarn", "--context", "512")
+    assert longer.endswith("ACCEPTED"), longer
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
 def test_default_cache_fits_free_memory(machine: Machine, verb: str) -> None:
     output = machine.run(verb, "tiny")
     assert output.endswith("ACCEPTED")

@@ -18,7 +18,7 @@ def test_doctor_describes_the_machine_and_runs_the_self_test(
         devices.append(device)
         return [Check(name, True, 0.1, "equal") for name in ("train", "stop", "resume")]
 
-    monkeypatch.setattr(module, "selftest", selftest)  # has tests of its own
+    monkeypatch.setattr(module, "selftest", selftest)  # tests/planning/test_selftest.py
     json_file = tmp_path / "doctor.json"
     result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json", str(json_file)])
     assert result.exit_code == 0, result.output

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,7 @@ def test_prepare_prints_counts_and_the_next_command(texts: Path, tokenizer_dir: 
     assert "decontamination: 1 questions" in done.output
     assert "│ exact duplicate    │" in done.output
     assert "kept. Report: out/report.html" in done.output
-    assert "minimind pretrain --data out/text --tokenizer" in done.output
+    assert re.search(r"Train on it: \S*minimind pretrain --data out/text --tokenizer", done.output)
     assert "data.store=out/tokens data.validation_fraction=0.0" in " ".join(done.output.split())
     manifest = json.loads(Path("m.json").read_text("utf-8"))
     assert manifest["documents"] == len(list(read_shard(Path("out/text/part-00000.jsonl.zst"))))

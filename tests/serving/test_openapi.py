@@ -74,7 +74,7 @@ def run_generated(
 
 @pytest.mark.parametrize(("method", "path", "mode"), _WITH_DATA)
 def test_generated_requests(process: Any, schema: Any, method: str, path: str, mode: str) -> None:
-    run_generated(process, schema, method, path, mode, examples=20)
+    run_generated(process, schema, method, path, mode, examples=40)
 
 
 @pytest.mark.slow
