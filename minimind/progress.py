@@ -23,7 +23,7 @@ from minimind.units import format_number, format_size
 
 
 class _Console(Console):
-    """A console that falls silent when its reader has gone; the work goes on."""
+    """A console that discards its output once the pipe or terminal it writes to is closed."""
 
     def _check_buffer(self) -> None:
         try:

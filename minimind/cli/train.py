@@ -9,7 +9,7 @@ import typer
 from minimind.cli import console, launcher
 from minimind.cli.downloads import Yes, ensure_downloaded
 from minimind.cli.options import DEVICE_HELP, Json, Tokenizer
-from minimind.errors import ConfigError, UsageError, same_command
+from minimind.errors import UsageError, same_command
 from minimind.files import write_json
 
 if TYPE_CHECKING:
@@ -159,7 +159,6 @@ def _run_command(
     yes: bool,
     json: Path | None,
 ) -> None:
-    _check_objective(arguments or [], default_recipe, flags)
     resolved = resolve(arguments or [], default_recipe, flags)
     if fresh and resume:
         raise UsageError("--fresh and --resume exclude each other; use one of them")
@@ -196,24 +195,6 @@ def _run_command(
         recipe, reporter=reporter, fresh=fresh, generate_samples=sampler(recipe, reporter.say)
     )
     finish(result, json)
-
-
-def _check_objective(
-    arguments: list[str], default_recipe: str | None, flags: dict[str, Any]
-) -> None:
-    """Raise UsageError if the recipe has another objective than the command."""
-    if "objective" not in flags or any(word.startswith("objective=") for word in arguments):
-        return  # loading reports a contradiction on the command line
-    others = {key: value for key, value in flags.items() if key != "objective"}
-    try:
-        objective = resolve(arguments, default_recipe, others).recipe.objective
-    except ConfigError:  # without an objective, the recipe gets that of the command
-        return
-    if objective != flags["objective"]:
-        raise UsageError(
-            f"the recipe has the objective {objective}; use `minimind {objective}`, or another "
-            "recipe"
-        )
 
 
 def resolve(

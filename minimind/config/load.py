@@ -57,6 +57,11 @@ def load_recipe(
             raise ConfigError(
                 f"{COMMAND_LINE}: {key} is also set by the command or by an option; leave it out"
             )
+        if key == "objective" and (other := values.get(key, value)) != value:
+            raise ConfigError(
+                f"{origins[key]}: the recipe has the objective {other}; use `minimind {other}`, or "
+                "another recipe"
+            )
         _set(values, origins, key, value, FLAG)
     _drop_replaced(values, origins, _from_command_line(origins))
     _use_adamw_for_lora(values, origins)

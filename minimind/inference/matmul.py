@@ -239,8 +239,8 @@ def _pack_int8(weight: Tensor) -> Linear:
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return integers from -127 to 127 [out, in] and a scale per output row, [out]."""
-    # --8<-- [start:int8]
     assert weight.dtype != torch.float16, "its smallest scales are too coarse"
+    # --8<-- [start:int8]
     smallest = torch.finfo(weight.dtype).tiny
     scale = weight.float().abs().amax(1).div_(127).clamp_(min=smallest).to(weight.dtype)
     rounded = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
